@@ -1,0 +1,79 @@
+"""The workshop: one command per chore. ``nox`` runs what a change has to pass, ``nox -l`` lists all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+# A Python that is not installed is skipped, also where CI is set, which would otherwise make it an error.
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "no"
+
+GROUPS = nox.project.dependency_groups
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def activate_pyenv_versions() -> None:
+    """Let every Python that pyenv has installed be found, and not only the one it has made active."""
+    if "PYENV_VERSION" in os.environ:
+        return
+    installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [
+        max(versions, key=lambda path: int(path.name.rpartition(".")[2]))
+        for python in PYTHONS
+        if (
+            versions := [
+                path for path in installed.glob(f"{python}.*") if path.name[len(python) + 1 :].isdigit()
+            ]
+        )
+    ]
+    if found:
+        os.environ["PYENV_VERSION"] = ":".join(path.name for path in found)
+
+
+activate_pyenv_versions()
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and the rules of structured concurrency."""
+    session.install("-q", *GROUPS(PYPROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    # Ruff has some of these rules; the ones that find cancel scopes across a yield are only here.
+    session.run(
+        "flake8", "--isolated", "--select", "ASYNC", "trio_cluster", "tests", "examples", "noxfile.py"
+    )
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package, strictly."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "types"))
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, with what ``--`` is followed by handed to pytest."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Run the tests that need real models, with the libraries that bring them."""
+    session.install("-q", ".[demo]", *GROUPS(PYPROJECT, "test"))
+    session.run("pytest", "-m", "engines", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "docs"))
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")

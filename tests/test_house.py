@@ -1,0 +1,286 @@
+"""The house rules that a machine can check: imports go down, rooms stay small, the exports are the documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trio_cluster
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "trio_cluster"
+
+# From the ground up. A room may import rooms of the floors below its own, never of its own floor or above. A
+# package is one room: what its modules do among themselves is its own business.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("_errors", "_logs", "_models", "_version"),
+    ("_calls", "_options"),
+    ("_ports", "_settings", "openai", "wire"),
+    ("_link", "_shapes"),
+    ("_handlers",),
+    ("_registry", "_remote"),
+    ("_client", "_workers"),
+    ("http",),
+    ("_node",),
+    ("_cluster",),
+    ("_arguments", "_status", "engines", "testing"),
+    ("_demo",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# Who may import what comes from outside.
+FOREIGN = {
+    "trio_websocket": {"_link", "testing"},
+    "wsproto": {"_link", "testing"},
+    "quart": {"http", "_cluster"},
+    "quart_trio": {"http", "_cluster"},
+    "hypercorn": {"http", "_cluster"},
+}
+
+LONGEST_ROOM = 450
+
+EXPORTS = {
+    "ASRRequest",
+    "ApiError",
+    "ChatModelOptions",
+    "ChatRequest",
+    "ClusterMode",
+    "ClusterServer",
+    "ClusterServerOptions",
+    "EmbeddingRequest",
+    "ImageGenRequest",
+    "OutputChunk",
+    "Provider",
+    "ServerOptions",
+    "TTSRequest",
+    "__version__",
+    "check_is_cluster_server",
+}
+# What run* raises is part of the contract too, so the errors may be exported, if they are errors.
+EXPORTED_ERRORS = {"ClusterError", "ClusterPortError", "HandshakeRefused", "OptionsError"}
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# All but the front door, which may open into every room.
+INSIDE = [path for path in MODULES if path != PACKAGE / "__init__.py"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the full names of all modules that ``path`` imports, wherever in it."""
+    package = ["trio_cluster", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if node.level and node.module is None:
+                for alias in node.names:
+                    yield f"{module}.{alias.name}"
+            else:
+                yield module
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("trio_cluster.")}
+
+
+def imported_foreign(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)} - {"trio_cluster"}
+
+
+def told(path: Path, what: object) -> str:
+    return f"{path.relative_to(ROOT)}: {what}"
+
+
+def test_every_room_has_a_floor_and_every_floor_its_rooms() -> None:
+    assert {room_of(path) for path in INSIDE} == FLOOR_OF.keys()
+
+
+def test_imports_go_down() -> None:
+    upward = [
+        told(path, other)
+        for path in INSIDE
+        for other in imported_rooms(path) - {room_of(path)}
+        if FLOOR_OF.get(other, 99) >= FLOOR_OF.get(room_of(path), 0)
+    ]
+    assert upward == []
+
+
+def test_no_room_goes_through_the_front_door() -> None:
+    assert [told(path, "trio_cluster") for path in INSIDE if "trio_cluster" in set(imported(path))] == []
+
+
+def test_libraries_are_known_only_where_they_belong() -> None:
+    strangers = [
+        told(path, name)
+        for path in MODULES
+        for name in imported_foreign(path) & FOREIGN.keys()
+        if room_of(path) not in FOREIGN[name]
+    ]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("room", ["wire", "openai"])
+def test_rooms_without_io_know_no_trio_and_no_framework(room: str) -> None:
+    io = {"trio", "socket", "threading", "asyncio", *FOREIGN}
+    found = [
+        told(path, name) for path in MODULES if room_of(path) == room for name in imported_foreign(path) & io
+    ]
+    assert found == []
+
+
+def test_the_wire_protocol_has_no_clock() -> None:
+    assert [path for path in MODULES if room_of(path) == "wire" and "time" in imported_foreign(path)] == []
+
+
+def test_the_http_face_does_not_know_how_workers_are_reached() -> None:
+    below = {"wire", "_link", "_remote"}
+    assert [
+        told(path, name)
+        for path in MODULES
+        if room_of(path) == "http"
+        for name in imported_rooms(path) & below
+    ] == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [
+        path
+        for path in MODULES
+        if len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") < 20
+    ] == []
+
+
+def test_rooms_stay_small() -> None:
+    lengths = {told(path, ""): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_ROOM} == {}
+
+
+def test_modules_have_a_noun_for_a_name() -> None:
+    vague = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert [path for path in MODULES if set(path.stem.split("_")) & vague] == []
+
+
+def test_what_a_module_says_it_exports_is_there_once() -> None:
+    wrong = []
+    for path in INSIDE:
+        exported: list[str] = []
+        bound: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign):
+                names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+                bound |= names
+                if "__all__" in names:
+                    exported = ast.literal_eval(node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                bound.add(node.target.id)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                bound.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                bound.update(alias.asname or alias.name for alias in node.names)
+        wrong += [told(path, name) for name in set(exported) - bound]
+        wrong += [told(path, "a name twice")] if len(exported) != len(set(exported)) else []
+    assert wrong == []
+
+
+def test_the_front_door_exports_what_is_documented() -> None:
+    exported = set(trio_cluster.__all__)
+    assert exported >= EXPORTS
+    assert exported - EXPORTS <= EXPORTED_ERRORS | {
+        name
+        for name, value in vars(trio_cluster).items()
+        if inspect.isclass(value) and issubclass(value, trio_cluster.ApiError)
+    }
+    assert all(hasattr(trio_cluster, name) for name in exported)
+
+
+def test_everything_public_has_a_docstring() -> None:
+    bare = []
+    for name in trio_cluster.__all__:
+        value = getattr(trio_cluster, name)
+        if not inspect.isclass(value) and not callable(value):
+            continue
+        bare += [] if inspect.getdoc(value) else [name]
+        for member, found in vars(value).items() if inspect.isclass(value) else ():
+            is_code = inspect.isfunction(found) or isinstance(found, (property, classmethod, staticmethod))
+            if is_code and not member.startswith("_") and not inspect.getdoc(found):
+                bare.append(f"{name}.{member}")
+    assert bare == []
+
+
+def test_the_front_door_only_opens() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert {type(node) for node in tree.body} <= {ast.Expr, ast.ImportFrom, ast.Assign}
+
+
+def test_there_is_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "version" in project["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab.]\w+)?", trio_cluster.__version__)
+
+
+# What belongs to a machine on which somebody once worked, and not into a public tree. Each is put together
+# here, so that this file passes its own test.
+FORBIDDEN = tuple(
+    "".join(parts)
+    for parts in (
+        ("/wo", "rk/"),
+        ("/tmp", "/venv"),
+        ("/ro", "ot/"),
+        ("/opt/", "pypi"),
+        ("/opt/", "wheels"),
+        ("files.python", "hosted"),
+        ("pypi", ".org"),
+        ("registry.npm", "js"),
+        ("deb.deb", "ian"),
+    )
+)
+
+
+def tracked() -> list[Path]:
+    """Return the files of the project; without git, the ones that are in its folders."""
+    try:
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        paths = [ROOT / name for name in listing.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        folders = ("trio_cluster", "tests", "examples", "docs")
+        paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_no_file_speaks_of_one_machine_or_registry() -> None:
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {word}" for word in FORBIDDEN if word in text]
+    assert found == []
+
+
+def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
+    command = "python3 -m venv .venv && .venv/bin/pip install -q nox && .venv/bin/nox"
+    assert f"test_command='{command}'\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Several machines, one OpenAI API.
+
+A master serves the HTTP API; workers anywhere keep one websocket to it, register their models and answer what is
+forwarded to them. A model is a function you write. No work outlives the request that asked for it, and no stream
+looks finished when it is not.
+"""
+
+from ._client import check_is_cluster_server
+from ._cluster import ClusterServer
+from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused
+from ._models import ChatModelOptions
+from ._options import ClusterMode, ClusterServerOptions, ServerOptions
+from ._shapes import Provider
+from ._version import __version__
+from .openai import ASRRequest, ChatRequest, EmbeddingRequest, ImageGenRequest, OutputChunk, TTSRequest
+
+__all__ = [
+    "ASRRequest",
+    "ApiError",
+    "ChatModelOptions",
+    "ChatRequest",
+    "ClusterError",
+    "ClusterMode",
+    "ClusterPortError",
+    "ClusterServer",
+    "ClusterServerOptions",
+    "EmbeddingRequest",
+    "HandshakeRefused",
+    "ImageGenRequest",
+    "OutputChunk",
+    "Provider",
+    "ServerOptions",
+    "TTSRequest",
+    "__version__",
+    "check_is_cluster_server",
+]

@@ -1,0 +1,356 @@
+"""One websocket made safe, and a session spoken over it.
+
+Theory of operation
+===================
+
+trio-websocket is a good implementation of the protocol with sharp edges for somebody who has to survive every way a
+connection can end. This room is the only one that touches it, and it shows its users a single error,
+:class:`LinkClosed`, whatever happened.
+
+- *Its reader task must not explode in our nursery.* A peer's ping that crosses our close, and a refused handshake,
+  raise inside it. It is handed a :class:`_Guard` in place of a nursery, which lets it end but not fail.
+- *Its opening handshake waits for ever* if the peer goes away before it is done. The guard knows when the reader
+  has ended, and every opening has a deadline.
+- *A cancelled send leaves half a frame on the wire* while the connection looks open. Only one task ever sends; if it
+  is stopped in the middle of a send, the stream is closed by force and nothing more is said on it.
+- *Its close waits for the peer without limit.* Ours has a deadline, and then uses force.
+- *Nobody may wait for a consumer while reading.* The reader here hands what came in to a function that returns at
+  once; all queues are behind it, and they are bounded by credit.
+
+A link runs three tasks: one reads, one writes, one watches the clock. What is to be written comes from the session,
+which the writer asks for a batch whenever it has been woken and the last write is done, so that everything that
+became ready meanwhile leaves in one message. Each task ends the link by saying why; the first reason counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
+
+import attrs
+import trio
+from trio_websocket import (
+    ConnectionClosed,
+    ConnectionRejected,
+    WebSocketConnection,
+    WebSocketRequest,
+    wrap_client_stream,
+    wrap_server_stream,
+)
+
+from .wire import MAX_MESSAGE, SUBPROTOCOL, HandshakeError, ProtocolError, Session
+
+__all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
+
+logger = logging.getLogger("trio_cluster.link")
+
+#: Where workers connect.
+PATH: Final = "/cluster"
+#: Where somebody connects who only wants to know whether this is a master: it says its handshake and hangs up.
+PROBE_PATH: Final = "/probe"
+
+#: Reading in large pieces costs half of reading in trio-websocket's default of 4 KiB.
+_RECEIVE_BUFFER: Final = 256 * 1024
+#: Seconds that a polite close may take before force is used.
+_CLOSE_TIMEOUT: Final = 1.0
+#: A close frame holds at most 123 bytes of reason.
+_CLOSE_REASON: Final = 123
+_NORMAL, _PROTOCOL_ERROR = 1000, 1002
+
+EventT = TypeVar("EventT")
+
+
+class LinkClosed(Exception):
+    """The link is over.
+
+    Attributes:
+        why: one line for a log.
+        said: whether the other end closed the link and gave this as its reason.
+        status: the HTTP status with which the opening was refused, if it was.
+        strangers: the two ends do not speak the same protocol, and will not do so next time.
+    """
+
+    def __init__(
+        self, why: str, *, said: bool = False, status: int | None = None, strangers: bool = False
+    ) -> None:
+        super().__init__(why)
+        self.why = why
+        self.said = said
+        self.status = status
+        self.strangers = strangers
+
+
+@attrs.frozen
+class Refusal:
+    """Why a connection is not accepted, in HTTP's terms."""
+
+    status: int
+    reason: str
+
+
+Opener: TypeAlias = Callable[["_Guard"], Awaitable[WebSocketConnection]]
+
+
+class _Guard:
+    """Stands in for a nursery when trio-websocket starts its reader: the reader may end, but never explode."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self.ended = trio.Event()
+        self.error: Exception | None = None
+
+    def start_soon(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
+        self._nursery.start_soon(self._run, function, args, name="websocket reader")
+
+    async def _run(self, function: Callable[..., Awaitable[None]], args: tuple[Any, ...]) -> None:
+        try:
+            await function(*args)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+
+def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
+    """Return what opens a link as the one who connects."""
+    headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
+
+    async def open_websocket(guard: _Guard) -> WebSocketConnection:
+        return await wrap_client_stream(
+            guard,  # type: ignore[arg-type]
+            stream,  # type: ignore[arg-type]
+            host,
+            path,
+            subprotocols=[SUBPROTOCOL],
+            extra_headers=headers,
+            max_message_size=MAX_MESSAGE,
+            receive_buffer_size=_RECEIVE_BUFFER,
+        )
+
+    return open_websocket
+
+
+def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refusal | None]) -> Opener:
+    """Return what opens a link as the one who is connected to.
+
+    Args:
+        stream: the new connection.
+        admit: given the path and the headers (names in lower case), says whether to refuse.
+    """
+
+    async def open_websocket(guard: _Guard) -> WebSocketConnection:
+        request: WebSocketRequest = await wrap_server_stream(
+            guard,  # type: ignore[arg-type]
+            stream,
+            max_message_size=MAX_MESSAGE,
+            receive_buffer_size=_RECEIVE_BUFFER,
+        )
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
+        refusal = admit(request.path, headers)
+        if refusal is None and SUBPROTOCOL not in request.proposed_subprotocols:
+            refusal = Refusal(400, f"this end speaks {SUBPROTOCOL} only")
+        if refusal is not None:
+            await request.reject(refusal.status, body=refusal.reason.encode())
+            raise LinkClosed(f"refused: {refusal.reason}", status=refusal.status)
+        return await request.accept(subprotocol=SUBPROTOCOL)
+
+    return open_websocket
+
+
+class Link:
+    """A session spoken over one stream.
+
+    Args:
+        stream: a connected stream; it is the link's from now on, and closed with it.
+        session: one half of the protocol.
+        on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
+            raise.
+        on_sent: called after each write with the body bytes per call that it carried.
+        before_tick: called before the session is told the time, so that its heartbeat says what is true now.
+        timeout: seconds that opening the link, and each single write, may take.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        session: Session[EventT],
+        *,
+        on_events: Callable[[Sequence[EventT]], None],
+        on_sent: Callable[[Sequence[tuple[int, int]]], None] = lambda _: None,
+        before_tick: Callable[[], None] = lambda: None,
+        timeout: float,
+    ) -> None:
+        self._stream = stream
+        self._session: Session[Any] = session
+        self._on_events = on_events
+        self._on_sent = on_sent
+        self._before_tick = before_tick
+        self._timeout = timeout
+        self._pending = trio.Event()
+        self._scope: trio.CancelScope | None = None
+        self._ending: LinkClosed | None = None
+        self._code = _NORMAL
+        self._torn = False
+        self._hanging_up: str | None = None
+
+    def wake(self) -> None:
+        """Say that the session has something to send."""
+        self._pending.set()
+
+    def end(self, why: str, *, code: int = _NORMAL) -> None:
+        """End the link now, whatever is still to be sent; the other end is told why if that is possible."""
+        self._end(LinkClosed(why), code)
+
+    def hang_up(self, why: str) -> None:
+        """End the link as soon as everything that is queued has been sent."""
+        self._hanging_up = why
+        self._pending.set()
+
+    async def run(self, opener: Opener) -> NoReturn:
+        """Open the link and keep it going until something ends it.
+
+        Raises:
+            LinkClosed: always, if not cancelled. The stream is closed then.
+        """
+        try:
+            async with trio.open_nursery() as outer:
+                guard = _Guard(outer)
+                try:
+                    websocket = await self._open(opener, guard)
+                    if websocket is not None:
+                        await self._converse(websocket, guard)
+                        await self._close(websocket)
+                finally:
+                    self._session.close("the link is over")
+                    await trio.aclose_forcefully(self._stream)
+                    outer.cancel_scope.cancel(reason="the link is over")
+        except trio.Cancelled:
+            raise
+        assert self._ending is not None
+        raise self._ending
+
+    async def _open(self, opener: Opener, guard: _Guard) -> WebSocketConnection | None:
+        async def give_up_when_the_reader_ends() -> None:
+            await guard.ended.wait()
+            nursery.cancel_scope.cancel(reason="the websocket's reader ended")
+
+        websocket: WebSocketConnection | None = None
+        refused: LinkClosed | None = None
+        with trio.move_on_after(self._timeout) as opening:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up_when_the_reader_ends)
+                try:
+                    websocket = await opener(guard)
+                except (LinkClosed, ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    refused = error if isinstance(error, LinkClosed) else None
+                nursery.cancel_scope.cancel(reason="opened")
+        if refused is not None:
+            self._ending = refused
+        elif opening.cancelled_caught:
+            self._ending = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
+            websocket = None
+        elif websocket is None:
+            self._ending = _why_not_opened(guard.error)
+        return websocket
+
+    async def _converse(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+        async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            if self._ending is not None:
+                self._scope.cancel(reason=self._ending.why)
+            nursery.start_soon(self._read, websocket, guard)
+            nursery.start_soon(self._write, websocket)
+            nursery.start_soon(self._watch)
+
+    async def _read(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+        while True:
+            try:
+                data = await websocket.get_message()
+            except ConnectionClosed as error:
+                self._end(_why_closed(error, guard.error))
+                return
+            try:
+                if isinstance(data, str):
+                    raise ProtocolError("a text message; this protocol is binary")
+                events = self._session.receive(data, trio.current_time())
+            except ProtocolError as error:
+                strangers = isinstance(error, HandshakeError)
+                self._end(LinkClosed(f"protocol error: {error}", strangers=strangers), _PROTOCOL_ERROR)
+                return
+            self._on_events(events)
+            self._pending.set()
+
+    async def _write(self, websocket: WebSocketConnection) -> None:
+        while True:
+            batch = self._session.next_message()
+            if batch is None:
+                if self._hanging_up is not None:
+                    self._end(LinkClosed(self._hanging_up))
+                    return
+                self._pending = trio.Event()
+                await self._pending.wait()
+                # Whoever woke us is rarely alone: let everybody who is ready now put theirs into the same message.
+                await trio.lowlevel.checkpoint()
+                continue
+            self._torn = True
+            try:
+                with trio.fail_after(self._timeout):
+                    await websocket.send_message(batch.data)
+            except trio.TooSlowError:
+                self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
+                return
+            except ConnectionClosed:
+                # The reader learns the reason, if there is one to learn.
+                return
+            self._torn = False
+            self._on_sent(batch.sent)
+
+    async def _watch(self) -> None:
+        while True:
+            await trio.sleep_until(self._session.deadline())
+            self._before_tick()
+            try:
+                self._session.tick(trio.current_time())
+            except ProtocolError as error:
+                self._end(LinkClosed(str(error)))
+                return
+            self._pending.set()
+
+    async def _close(self, websocket: WebSocketConnection) -> None:
+        if self._torn:
+            return
+        assert self._ending is not None
+        with trio.move_on_after(_CLOSE_TIMEOUT):
+            await websocket.aclose(self._code, _short(self._ending.why))
+
+    def _end(self, ending: LinkClosed, code: int = _NORMAL) -> None:
+        if self._ending is None:
+            self._ending = ending
+            self._code = code
+            if self._scope is not None:
+                self._scope.cancel(reason=ending.why)
+
+
+def _short(reason: str) -> str:
+    return reason.encode()[:_CLOSE_REASON].decode(errors="ignore")
+
+
+def _why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
+    reason = error.reason
+    if reason is None or reason.code == 1006:
+        if reader is not None:
+            return LinkClosed(f"the websocket failed: {reader or type(reader).__name__}")
+        return LinkClosed("the connection broke")
+    if reason.reason:
+        return LinkClosed(reason.reason, said=True)
+    return LinkClosed(f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True)
+
+
+def _why_not_opened(error: Exception | None) -> LinkClosed:
+    if isinstance(error, ConnectionRejected):
+        body = (error.body or b"").decode(errors="replace").strip()
+        return LinkClosed(_short(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code)
+    if error is not None:
+        return LinkClosed(f"no websocket: {error}")
+    return LinkClosed("the connection closed before a websocket was opened")

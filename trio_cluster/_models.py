@@ -1,0 +1,53 @@
+"""What a model is, apart from the function that answers for it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import attrs
+
+__all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
+
+#: What a model can do; named after the ``register_*`` methods of the server.
+Kind: TypeAlias = Literal["chat", "embedding", "asr", "tts", "image_generation"]
+
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+
+@attrs.frozen
+class ChatModelOptions:
+    """What ``/v1/models`` tells about a chat model, beyond its name.
+
+    ``extra_fields`` are shown as fields of the entry itself; they cannot replace those that every entry has.
+    """
+
+    supports_vision: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    context_window: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
+    )
+    extra_fields: dict[str, Any] = attrs.field(
+        factory=dict, validator=attrs.validators.instance_of(dict)
+    )
+
+
+@attrs.frozen
+class ModelInfo:
+    """A model as the cluster knows it: what is announced to the master and listed to clients."""
+
+    name: str
+    kind: Kind
+    owner: str = "trio-cluster"
+    created: int = attrs.field(factory=lambda: int(time.time()))
+    """Seconds since the epoch; given once, when the model is first registered, and carried along from then on."""
+    options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
+
+    def entry(self) -> dict[str, Any]:
+        """Return the model's entry in ``/v1/models``."""
+        entry = dict(self.options.extra_fields)
+        entry |= {"id": self.name, "object": "model", "created": self.created, "owned_by": self.owner}
+        entry["kind"] = self.kind
+        entry["capabilities"] = {"vision": self.options.supports_vision}
+        if self.options.context_window is not None:
+            entry["context_window"] = self.options.context_window
+        return entry

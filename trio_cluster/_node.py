@@ -1,0 +1,278 @@
+"""What a process is while it runs: a master, a worker or a standalone server, in one nursery.
+
+A node is made for one run and thrown away with it, so nothing of a run can be left over for the next. What outlives
+runs (the models, the options) is given to it.
+
+Stopping. Cancelling whoever serves a node is always valid, and quick: handlers are cancelled, streams are cut, links
+are dropped. :meth:`Node.stop` is the graceful way, in this order: new requests are refused (503 and ``Retry-After``),
+those that run may finish for ``drain_timeout`` seconds, what is left is cancelled, which gives its clients an error,
+and then everything is closed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from ._client import WorkerClient, connect_tcp
+from ._errors import ClusterPortError, HandshakeRefused, ShuttingDown
+from ._handlers import HandlerPool
+from ._options import ClusterMode, ClusterServerOptions
+from ._ports import local_address, open_port
+from ._registry import Registry
+from ._workers import WorkerManager
+from .http import Measure, Site, create_app, gate, serve_http
+
+if TYPE_CHECKING:
+    from quart_trio import QuartTrio
+
+__all__ = ["Node"]
+
+logger = logging.getLogger("trio_cluster.node")
+
+#: Seconds that cancelled requests get to tell their clients so, and connections to say goodbye.
+_LAST_WORDS: Final = 2.0
+
+
+class Node:
+    """One run of a server.
+
+    Args:
+        mode: which part it plays; the ``serve_as_*`` method of that name is to be called, once.
+        options: read at the time of use.
+        registry: the models of this process, and on a master those of its workers.
+        pool: where this process's handlers run.
+
+    Attributes:
+        url, port: where the API of this process is reached; ``None`` where there is none.
+        internal_port: where a master takes workers.
+        app: the Quart-trio application of a master or standalone server.
+        worker_manager: a master's workers.
+        worker_client: a worker's link to its master.
+    """
+
+    def __init__(
+        self, mode: ClusterMode, options: ClusterServerOptions, registry: Registry, pool: HandlerPool
+    ) -> None:
+        self.mode = mode
+        self.url: str | None = None
+        self.port: int | None = None
+        self.internal_port: int | None = None
+        self.app: QuartTrio | None = None
+        self.worker_manager: WorkerManager | None = None
+        self.worker_client: WorkerClient | None = None
+        self._options = options
+        self._registry = registry
+        self._pool = pool
+        self._asked_to_stop = trio.Event()
+        self._api_may_end = trio.Event()
+        self._api_ended = trio.Event()
+        self._listen_address: tuple[str, int] | None = None
+        self._listen_changed = trio.Event()
+        self._id = options.server.worker_id or _new_id()
+        registry.closed_to = None
+        self._site = Site(
+            registry=registry,
+            options=options,
+            node_id=self._id,
+            mode=str(mode),
+            status=self._status,
+            measures=self._measures,
+        )
+
+    def stop(self) -> None:
+        """Ask for a graceful stop. Idempotent."""
+        self._asked_to_stop.set()
+
+    def listen_on(self, address: tuple[str, int] | None) -> None:
+        """Serve a worker's own API there from now on; ``None``: nowhere."""
+        self._listen_address = address
+        self._listen_changed.set()
+
+    async def serve_as_standalone(self, sockets: list[socket.socket], started: Callable[[], None]) -> None:
+        """Serve the API until stopped.
+
+        Args:
+            sockets: listening; closed with the run.
+            started: called when everything answers.
+        """
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._pool.serve)
+            await self._start_api(nursery, sockets)
+            started()
+            await self._asked_to_stop.wait()
+            await self._drain("the server is being stopped")
+            await self._end_api(nursery)
+
+    async def serve_as_master(
+        self,
+        sockets: list[socket.socket],
+        internal_sockets: list[socket.socket],
+        started: Callable[[], None],
+    ) -> None:
+        """Serve the API, and take workers, until stopped; see :meth:`serve_as_standalone`."""
+        manager = WorkerManager(self._registry, self._options, self._id)
+        self.worker_manager = manager
+        self.internal_port = internal_sockets[0].getsockname()[1]
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in internal_sockets]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._pool.serve)
+            await nursery.start(manager.serve, listeners)
+            await self._start_api(nursery, sockets)
+            started()
+            await self._asked_to_stop.wait()
+            manager.drain("the master is being stopped")
+            await self._drain("the server is being stopped")
+            await self._end_api(nursery)
+
+    async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
+        """Serve a master until stopped.
+
+        Args:
+            host, port: the master's internal address.
+            started: called when the models are registered for the first time.
+
+        Raises:
+            HandshakeRefused: there is no master that would have this worker.
+            ClusterPortError: the worker's own listen address cannot be had.
+        """
+        client = WorkerClient(self._registry, self._pool, self._options, self._id)
+        self.worker_client = client
+        sockets = await self._open_listen_address()
+        refused: HandshakeRefused | None = None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._pool.serve)
+            nursery.start_soon(self._serve_listen_address, sockets)
+            with trio.CancelScope() as visit:
+                nursery.start_soon(self._stop_worker, client, visit)
+                try:
+                    await client.run(functools.partial(connect_tcp, host, port), host, started)
+                except HandshakeRefused as error:
+                    refused = error
+            nursery.cancel_scope.cancel(reason="the worker was stopped")
+        if refused is not None:
+            raise refused
+
+    async def _stop_worker(self, client: WorkerClient, visit: trio.CancelScope) -> None:
+        await self._asked_to_stop.wait()
+        reason = "the worker was stopped"
+        client.drain("the worker is being stopped")
+        await self._drain("the worker is being stopped")
+        if client.connected:
+            client.leave(reason)
+            await trio.sleep(_LAST_WORDS)
+        visit.cancel(reason=reason)
+
+    async def _drain(self, reason: str) -> None:
+        """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over."""
+        self._registry.closed_to = ShuttingDown()
+        with trio.move_on_after(self._options.drain_timeout):
+            await self._registry.wait_idle()
+            return
+        left = len(self._registry.live)
+        logger.warning("cancelling what did not finish in time", extra={"fields": {"calls": left}})
+        self._registry.cancel_all(reason)
+        # Their clients are still to be told, and the work to stop; who ignores that is left behind.
+        with trio.move_on_after(_LAST_WORDS):
+            await self._registry.wait_idle()
+
+    async def _start_api(self, nursery: trio.Nursery, sockets: list[socket.socket]) -> None:
+        self.app = create_app(self._site)
+        self._set_address(self._options.server.host, sockets)
+        await nursery.start(self._serve_api, gate(self.app, self._site), sockets)
+
+    async def _serve_api(
+        self, app: Gate, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        await serve_http(
+            app,
+            sockets,
+            shutdown_trigger=self._api_may_end.wait,
+            grace=_LAST_WORDS,
+            task_status=task_status,
+        )
+        self._api_ended.set()
+
+    async def _end_api(self, nursery: trio.Nursery) -> None:
+        self._api_may_end.set()
+        with trio.move_on_after(2 * _LAST_WORDS):
+            await self._api_ended.wait()
+        nursery.cancel_scope.cancel(reason="the server was stopped")
+
+    async def _open_listen_address(self) -> list[socket.socket]:
+        if self._listen_address is None:
+            return []
+        sockets = await open_port(*self._listen_address)
+        self._set_address(self._listen_address[0], sockets)
+        return sockets
+
+    async def _serve_listen_address(self, sockets: list[socket.socket]) -> None:
+        """Serve a worker's own API, wherever it is wanted at the moment."""
+        while True:
+            self._listen_changed = trio.Event()
+            async with trio.open_nursery() as nursery:
+                if sockets:
+                    app = gate(create_app(self._site), self._site)
+                    await nursery.start(
+                        functools.partial(
+                            serve_http, app, sockets, shutdown_trigger=trio.sleep_forever, grace=_LAST_WORDS
+                        )
+                    )
+                    logger.info("this worker's own API", extra={"fields": {"url": self.url}})
+                await self._listen_changed.wait()
+                nursery.cancel_scope.cancel(reason="another listen address was asked for")
+            self.url = self.port = None
+            try:
+                sockets = await self._open_listen_address()
+            except ClusterPortError as error:
+                logger.error("no API of this worker's own: %s", error)
+                sockets = []
+
+    def _set_address(self, host: str, sockets: list[socket.socket]) -> None:
+        self.port = sockets[0].getsockname()[1]
+        shown = local_address(host)
+        self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
+
+    def _status(self) -> dict[str, Any]:
+        manager, client = self.worker_manager, self.worker_client
+        status: dict[str, Any] = {"workers": [] if manager is None else manager.status()}
+        status["slots"] = {
+            "running": self._pool.running,
+            "waiting": self._pool.waiting,
+            "capacity": self._pool.capacity,
+        }
+        if client is not None:
+            status["connected"] = client.connected
+            status["rejected_models"] = dict(client.rejected_models)
+        return status
+
+    def _measures(self) -> list[Measure]:
+        pool, manager = self._pool, self.worker_manager
+        measures = [
+            Measure("slots_running", "Handlers of this process that run.", pool.running),
+            Measure("slots_waiting", "Calls that wait for a slot of this process.", pool.waiting),
+            Measure("slots_capacity", "Handlers of this process that may run at once.", pool.capacity),
+        ]
+        if manager is not None:
+            measures.append(Measure("workers", "Workers that are connected.", len(manager.workers)))
+            for worker in manager.workers.values():
+                labels = {"worker": worker.name}
+                measures += [
+                    Measure("worker_in_flight", "Calls forwarded to a worker.", worker.in_flight, labels),
+                    Measure("worker_running", "Handlers that a worker says it runs.", worker.running, labels),
+                    Measure("worker_waiting", "Calls that a worker says wait there.", worker.waiting, labels),
+                    Measure("worker_capacity", "Handlers a worker runs at once.", worker.capacity, labels),
+                ]
+        return measures
+
+
+def _new_id() -> str:
+    """Return a name that tells a person which process it is, and that no other process has."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"

@@ -1,0 +1,119 @@
+"""Listening sockets, bound before anything else happens, so that a port that cannot be had is known at once.
+
+A master needs two ports that lie 1000 apart. Both are bound, and listen, before the first request is served; a
+second process that finds the first port taken may therefore take the answer on the second one as final.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Final
+
+import trio
+
+from ._errors import ClusterPortError
+
+__all__ = ["INTERNAL_OFFSET", "close_all", "local_address", "open_pair", "open_port"]
+
+#: The workers' port is the API's port plus this.
+INTERNAL_OFFSET: Final = 1000
+
+_BACKLOG: Final = 1024
+_TRIES: Final = 50
+
+
+async def open_port(host: str, port: int) -> list[socket.socket]:
+    """Bind and listen on every address that ``host`` stands for.
+
+    Args:
+        host: a name or a numeric address; ``0.0.0.0`` and ``::`` are all addresses of their family.
+        port: 0 picks a free one, the same for all addresses.
+
+    Raises:
+        ClusterPortError: it cannot be had; nothing is left open.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, proto, _, address in dict.fromkeys(found):
+            if port == 0 and sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sockets.append(_listen(family, kind, proto, address))
+    except OSError as error:
+        close_all(sockets)
+        taken = error.errno == errno.EADDRINUSE
+        why = "in use by another process" if taken else os.strerror(error.errno or 0)
+        raise ClusterPortError(port, f"cannot listen on '{host}': {why}", taken=taken) from error
+    return sockets
+
+
+async def open_pair(
+    host: str, port: int, internal_host: str, internal_port: int | None
+) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Open a master's two ports.
+
+    Args:
+        host: where the API listens.
+        port: 0 picks a free one.
+        internal_host: where workers are let in.
+        internal_port: ``None`` is the API's port plus 1000, both picked anew until a free pair is found if ``port``
+            is 0.
+
+    Raises:
+        ClusterPortError: one of them cannot be had; its ``port`` says which, and nothing is left open.
+    """
+    last = port + INTERNAL_OFFSET
+    if internal_port is None and last > 65535:
+        raise ClusterPortError(last, f"no such port; choose one up to {65535 - INTERNAL_OFFSET} for the API")
+    for attempts_left in reversed(range(_TRIES)):
+        external = await open_port(host, port)
+        picked = external[0].getsockname()[1]
+        try:
+            if internal_port is not None:
+                return external, await open_port(internal_host, internal_port)
+            if picked + INTERNAL_OFFSET <= 65535:
+                return external, await open_port(internal_host, picked + INTERNAL_OFFSET)
+        except ClusterPortError:
+            close_all(external)
+            if port != 0 or internal_port is not None or not attempts_left:
+                raise
+        except BaseException:
+            close_all(external)
+            raise
+        else:
+            close_all(external)
+    raise ClusterPortError(0, f"no two free ports that lie {INTERNAL_OFFSET} apart")
+
+
+def close_all(sockets: list[socket.socket]) -> None:
+    """Close the sockets."""
+    for sock in sockets:
+        sock.close()
+
+
+def local_address(host: str) -> str:
+    """Return where a process on this machine reaches a server that listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def _listen(family: int, kind: int, proto: int, address: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # Otherwise "::" would take the port for IPv4 too, and "0.0.0.0" beside it would find it in use.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,222 @@
+"""Which models there are, who serves them, and how every call ended.
+
+One registry serves a whole node: on a worker it holds the node's own models, on a master those and the ones that
+workers registered. To whoever opens a call there is no difference between them.
+
+Opening is synchronous, as everywhere in this house. Waiting for a slot is not done here: it is part of the call
+itself, on the node that runs the handler, so that a waiting call can be cancelled like a running one.
+
+The registry keeps the books. Every call that was opened is counted once as admitted and, when its work has really
+stopped, once under the way it ended, so that at any instant
+
+    admitted = completed + cancelled + timed_out + worker_lost + failed + in flight
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+import trio
+
+from ._calls import Backend, Call, Done, Request
+from ._errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, WorkerLost, WrongKind
+from ._models import Kind, ModelInfo
+
+__all__ = ["Books", "NameTaken", "Registry"]
+
+
+class NameTaken(ValueError):
+    """A model of this name is already served, and may not be served a second time."""
+
+
+@attrs.define
+class Books:
+    """How many calls there have been, and what became of them."""
+
+    admitted: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    worker_lost: int = 0
+    failed: int = 0
+    retried: int = 0
+    """Calls that were opened a second time elsewhere; both openings are counted as admitted."""
+
+    def close(self, call: Call) -> None:
+        """Enter how ``call`` ended."""
+        if call.cancelled is not None:
+            self.cancelled += 1
+        elif isinstance(call.end, Done):
+            self.completed += 1
+        elif call.end is not None and isinstance(call.end.error, WorkerLost):
+            self.worker_lost += 1
+        elif call.end is not None and call.end.error.status == _TIMED_OUT:
+            self.timed_out += 1
+        else:
+            self.failed += 1
+
+
+# A worker's failures arrive as plain errors: the status tells, not the class.
+_TIMED_OUT: Final = TooSlow("").status
+
+
+@attrs.define(eq=False)
+class _Served:
+    """A model and everybody who serves it, the one used longest ago first."""
+
+    info: ModelInfo
+    replicas: list[Backend]
+
+
+class Registry:
+    """The models of a node and their calls.
+
+    Attributes:
+        books: what became of every call.
+        live: the calls whose work has not stopped yet, each with the backend that does it.
+        closed_to: once set, new calls are refused with this error (the node drains).
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, _Served] = {}
+        self.books = Books()
+        self.live: dict[Call, Backend] = {}
+        self._idle = trio.lowlevel.ParkingLot()
+        self.closed_to: ShuttingDown | None = None
+
+    def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
+        """Serve a model, from now on.
+
+        Args:
+            info: what the model is.
+            backend: who answers for it.
+            replicate: another model of the same name and kind is not a conflict, but a replica of this one.
+
+        Raises:
+            NameTaken: the name is taken.
+        """
+        served = self._models.get(info.name)
+        if served is None:
+            self._models[info.name] = _Served(info, [backend])
+            return
+        who = ", ".join(replica.name for replica in served.replicas)
+        if not replicate:
+            raise NameTaken(f"a model named '{info.name}' is already served by {who}")
+        if served.info.kind != info.kind:
+            raise NameTaken(
+                f"a model named '{info.name}' is already served by {who}, as {served.info.kind}, not {info.kind}"
+            )
+        if any(replica.name == backend.name for replica in served.replicas):
+            raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
+        served.replicas.append(backend)
+
+    def remove(self, name: str, backend: Backend) -> bool:
+        """Stop routing calls for a model to ``backend``; calls that run go on. Return whether it served it."""
+        served = self._models.get(name)
+        if served is None or backend not in served.replicas:
+            return False
+        served.replicas.remove(backend)
+        if not served.replicas:
+            del self._models[name]
+        return True
+
+    def info(self, name: str) -> ModelInfo | None:
+        """Return what is known of a model, or ``None`` if nobody serves it."""
+        served = self._models.get(name)
+        return None if served is None else served.info
+
+    def infos(self) -> list[ModelInfo]:
+        """Return all models, sorted by name."""
+        return [self._models[name].info for name in sorted(self._models)]
+
+    def names(self) -> list[str]:
+        """Return the names of all models, sorted."""
+        return sorted(self._models)
+
+    def served_by(self, name: str) -> list[str]:
+        """Return the names of the nodes that serve a model, sorted."""
+        served = self._models.get(name)
+        return [] if served is None else sorted(replica.name for replica in served.replicas)
+
+    def check(self, name: str, kind: Kind) -> ModelInfo:
+        """Return what is known of a model that a route for ``kind`` wants.
+
+        Raises:
+            ModelNotFound: nobody serves it.
+            WrongKind: it is of another kind.
+        """
+        served = self._models.get(name)
+        if served is None:
+            raise ModelNotFound(name, list(self._models))
+        if served.info.kind != kind:
+            raise WrongKind(name, served.info.kind, kind)
+        return served.info
+
+    def open(self, request: Request) -> Call:
+        """Begin to answer ``request`` on the least busy node that serves its model.
+
+        Raises:
+            ApiError: nobody can; nothing was started.
+        """
+        return self._open(request)
+
+    def reopen(self, call: Call) -> Call | None:
+        """Open once more, elsewhere, a call whose worker was lost or went away before anything came of it.
+
+        The caller vouches that nothing of the answer has been sent to the client, and that this is the first time.
+
+        Returns:
+            The new call, or ``None`` if this one may not be repeated: it ended for another reason, or nobody else
+            serves the model.
+        """
+        end = call.end
+        if end is None or isinstance(end, Done) or not isinstance(end.error, WorkerLost | ShuttingDown):
+            return None
+        served = self._models.get(call.request.model)
+        if self.closed_to is not None or served is None or not self._candidates(served, avoid=call.served_by):
+            return None
+        self.books.retried += 1
+        return self._open(call.request, avoid=call.served_by)
+
+    def cancel_all(self, reason: str) -> None:
+        """Cancel every call that is live."""
+        for call in list(self.live):
+            call.cancel(reason)
+
+    async def wait_idle(self) -> None:
+        """Wait until the work of every call has really stopped. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while self.live:
+            await self._idle.park()
+
+    @staticmethod
+    def _candidates(served: _Served, avoid: str) -> list[Backend]:
+        return [replica for replica in served.replicas if replica.available and replica.name != avoid]
+
+    def _open(self, request: Request, avoid: str = "") -> Call:
+        if self.closed_to is not None:
+            raise self.closed_to
+        self.check(request.model, request.kind)
+        served = self._models[request.model]
+        candidates = self._candidates(served, avoid)
+        if not candidates:
+            raise Overloaded(
+                f"Every node that serves '{request.model}' is being stopped; try again shortly", retry_after=2.0
+            )
+        backend = min(candidates, key=lambda replica: replica.load)
+        call = backend.open(request)
+        # Among equals, take turns: the one just used goes to the end.
+        served.replicas.remove(backend)
+        served.replicas.append(backend)
+        call.served_by = backend.name
+        self.books.admitted += 1
+        self.live[call] = backend
+        call.on_release(lambda: self._released(call))
+        return call
+
+    def _released(self, call: Call) -> None:
+        del self.live[call]
+        self.books.close(call)
+        if not self.live:
+            self._idle.unpark_all()

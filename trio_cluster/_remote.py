@@ -1,0 +1,148 @@
+"""The master's end of a link to one worker, as a backend.
+
+To the registry a far worker is what a local handler is: something that opens calls. What differs is only where the
+events come from. Opening and cancelling queue a message and wake the link's writer; neither waits for anything, so
+no cancellation can fall between asking for work and remembering that it was asked for.
+
+Credit: a call's body bytes are granted back to the worker when the call's consumer has taken them, never when they
+arrive. A client that stops reading therefore stops its own handler, and nobody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+import trio
+
+from ._calls import Call, Data, Done, Failed, Head, Request
+from ._errors import ApiError, ShuttingDown, WorkerLost
+from ._models import ModelInfo
+from .wire import (
+    Data as DataMessage,
+    Done as DoneMessage,
+    Failed as FailedMessage,
+    ForwardResponse,
+    MasterSession,
+)
+
+__all__ = ["CallEvent", "RemoteWorker"]
+
+CallEvent: TypeAlias = ForwardResponse | DataMessage | DoneMessage | FailedMessage
+
+#: Codes with which a worker gives a call back unanswered, so that it may be tried elsewhere.
+_GIVEN_BACK: Final = ShuttingDown().code
+
+
+class RemoteWorker:
+    """One worker that is connected.
+
+    Args:
+        session: the master's half of the protocol, past its handshake.
+        wake: called when the session has something to send.
+        address: where the worker connected from, for people.
+
+    Attributes:
+        models: what it serves, by name.
+        connected_at: the trio time at which it joined.
+        running, waiting, capacity: its own account of itself, from its last sign of life.
+    """
+
+    def __init__(self, name: str, session: MasterSession, wake: Callable[[], None], address: str) -> None:
+        self.name = name
+        self.address = address
+        self.models: dict[str, ModelInfo] = {}
+        self.connected_at = trio.current_time()
+        self.running = 0
+        self.waiting = 0
+        self.capacity = 1
+        self.draining = False
+        self._lost: str | None = None
+        self._session = session
+        self._wake = wake
+        self._calls: dict[int, Call] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls this master has there whose work has not stopped."""
+        return len(self._calls)
+
+    @property
+    def load(self) -> float:
+        """See ``Backend``."""
+        return self.in_flight / self.capacity
+
+    @property
+    def available(self) -> bool:
+        """See ``Backend``."""
+        return not self.draining and self._lost is None
+
+    @property
+    def state(self) -> str:
+        """One word for people."""
+        return "draining" if self.draining else "ready"
+
+    def open(self, request: Request) -> Call:
+        """See ``Backend``."""
+        if self._lost is not None:
+            raise WorkerLost(self.name, self._lost)
+        session, wake = self._session, self._wake
+        call_id = session.open(
+            endpoint=request.endpoint,
+            kind=request.kind,
+            model=request.model,
+            content_type=request.content_type,
+            headers=request.headers,
+            request_id=request.request_id,
+            timeout=request.timeout,
+            budget=request.budget,
+            size=len(request.body),
+        )
+
+        def cancel(reason: str) -> None:
+            session.cancel(call_id, reason)
+            wake()
+
+        def grant(count: int) -> None:
+            if session.grant(call_id, count):
+                wake()
+
+        call = Call(request, on_cancel=cancel, on_taken=grant)
+        self._calls[call_id] = call
+        session.send_body(call_id, request.body, last=True)
+        wake()
+        return call
+
+    def handle(self, event: CallEvent) -> None:
+        """Pass an event of one of the calls on to it."""
+        call = self._calls[event.call]
+        match event:
+            case DataMessage():
+                call.put(Data(event.data))
+            case ForwardResponse():
+                call.put(Head(event.status, event.content_type, event.headers))
+            case DoneMessage():
+                if not call.ended:
+                    call.put(Done())
+                self._release(event.call)
+            case FailedMessage():
+                if not call.ended:
+                    call.put(Failed(_error(event)))
+                self._release(event.call)
+
+    def lose(self, why: str) -> None:
+        """Fail every call at once: the link is over, and nothing more will come."""
+        self._lost = why
+        for call_id, call in list(self._calls.items()):
+            if not call.ended:
+                call.put(Failed(WorkerLost(self.name, why)))
+            self._release(call_id)
+
+    def _release(self, call_id: int) -> None:
+        self._calls.pop(call_id).release()
+
+
+def _error(event: FailedMessage) -> ApiError:
+    if event.code == _GIVEN_BACK:
+        return ShuttingDown(event.message)
+    return event.error()

@@ -1,0 +1,249 @@
+"""Where workers come in: admits them, registers their models, watches them, and takes them off the books.
+
+A worker is known by its name. When one comes whose name is connected already there are two cases, told apart by the
+``instance`` each process draws at its start. The same process has lost its link before we noticed: the new link
+replaces the old one, whose calls fail at once. Another process uses the name: as long as the first one gives signs
+of life the newcomer is refused, and may try again; otherwise two machines with one name would throw each other out
+for ever.
+
+The order in which a lost worker is taken off matters. First its models go, so that no new call can be routed to it;
+then its calls fail, so that those which may be opened again elsewhere find the registry already right.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import trio
+
+from ._link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
+from ._models import KINDS
+from ._options import ClusterServerOptions
+from ._registry import Registry
+from ._remote import RemoteWorker
+from ._version import __version__
+from .wire import (
+    Drain,
+    Handshake,
+    Heartbeat,
+    MasterEvent,
+    MasterSession,
+    RegisterModel,
+    UnregisterModel,
+)
+
+__all__ = ["WorkerManager"]
+
+logger = logging.getLogger("trio_cluster.workers")
+
+#: The end of a connection that only asked whether this is a master.
+_PROBED = "probed"
+#: A worker that was heard from within this many heartbeats is alive, and keeps its name.
+_ALIVE_BEATS = 2.5
+
+
+class WorkerManager:
+    """The workers of a master.
+
+    Args:
+        registry: where their models are made known.
+        options: read at the time of use.
+        node_id: this master's name.
+
+    Attributes:
+        workers: those that are connected, by name.
+    """
+
+    def __init__(self, registry: Registry, options: ClusterServerOptions, node_id: str) -> None:
+        self.workers: dict[str, RemoteWorker] = {}
+        self._registry = registry
+        self._options = options
+        self._node_id = node_id
+        self._visits: set[_Visit] = set()
+
+    async def serve(
+        self,
+        listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> NoReturn:
+        """Let workers in from ``listeners`` until cancelled, which ends all links."""
+        await trio.serve_listeners(self.serve_stream, list(listeners), task_status=task_status)
+
+    async def serve_stream(self, stream: trio.abc.Stream) -> None:
+        """Talk with one worker until the link is over. Whatever it sends, nothing but cancellation comes out."""
+        visit = _Visit(self, stream)
+        self._visits.add(visit)
+        try:
+            await visit.run()
+        finally:
+            self._visits.discard(visit)
+
+    def drain(self, reason: str) -> None:
+        """Tell all workers that this master is about to stop."""
+        for visit in self._visits:
+            visit.session.drain(reason)
+            visit.link.wake()
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what there is to say about each worker, for people."""
+        now = trio.current_time()
+        return [
+            {
+                "id": worker.name,
+                "address": worker.address,
+                "state": worker.state,
+                "models": sorted(worker.models),
+                "running": worker.running,
+                "waiting": worker.waiting,
+                "capacity": worker.capacity,
+                "in_flight": worker.in_flight,
+                "connected_for": round(now - worker.connected_at, 3),
+            }
+            for _, worker in sorted(self.workers.items())
+        ]
+
+
+class _Visit:
+    """One connection to the workers' port, from its handshake to its end."""
+
+    def __init__(self, manager: WorkerManager, stream: trio.abc.Stream) -> None:
+        self._manager = manager
+        self._registry = manager._registry
+        self._options = manager._options
+        self._stream = stream
+        self._address = _peer(stream)
+        self._worker: RemoteWorker | None = None
+        self._instance = ""
+        self._last_heard = trio.current_time()
+        self._probed = False
+        self.session = MasterSession(
+            manager._node_id,
+            __version__,
+            trio.current_time(),
+            heartbeat_interval=self._options.heartbeat_interval,
+            silence_timeout=self._options.worker_timeout,
+        )
+        self.link = Link(
+            stream, self.session, on_events=self._handle_all, timeout=self._options.worker_timeout
+        )
+
+    async def run(self) -> None:
+        try:
+            await self.link.run(accept(self._stream, self._admit))
+        except LinkClosed as closed:
+            self._log_end(closed)
+            self._leave(closed.why)
+        finally:
+            # Cancelled: this master is being stopped.
+            self._leave("the master was stopped")
+
+    def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
+        if path == PROBE_PATH:
+            self._probed = True
+            self.link.hang_up(_PROBED)
+            return None
+        if path != PATH:
+            return Refusal(404, f"workers connect to {PATH}")
+        token = self._options.cluster_token
+        if token is not None:
+            shown = headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(shown, b"Bearer " + token.encode("ascii")):
+                return Refusal(401, "wrong or missing cluster token")
+        return None
+
+    def _handle_all(self, events: Sequence[MasterEvent]) -> None:
+        self._last_heard = trio.current_time()
+        for event in events:
+            self._handle(event)
+
+    def _handle(self, event: MasterEvent) -> None:
+        worker = self._worker
+        if isinstance(event, Handshake):
+            if not self._probed:
+                self._join(event)
+            return
+        if worker is None:
+            # Only probed, or refused in _join; what else the newcomer has already sent is not for us.
+            return
+        match event:
+            case Heartbeat():
+                worker.running, worker.waiting = event.running, event.waiting
+                worker.capacity = max(1, event.capacity)
+            case RegisterModel():
+                self._register(worker, event)
+            case UnregisterModel():
+                if worker.models.pop(event.name, None) is not None:
+                    self._registry.remove(event.name, worker)
+                    self._log("model left", worker, model=event.name)
+            case Drain():
+                worker.draining = True
+                self._log(f"worker drains: {event.reason}", worker)
+            case _:
+                worker.handle(event)
+
+    def _join(self, handshake: Handshake) -> None:
+        name = handshake.node_id
+        for other in self._manager._visits:
+            if other is self or other._worker is None or other._worker.name != name:
+                continue
+            silence = trio.current_time() - other._last_heard
+            if other._instance != handshake.instance and silence < _ALIVE_BEATS * self._options.heartbeat_interval:
+                self.link.end(f"another worker named '{name}' is connected, from {other._address}")
+                return
+            other.link.end("replaced by a new connection of the same worker")
+            other._leave("replaced by a new connection of the same worker")
+        self._instance = handshake.instance
+        self._worker = RemoteWorker(name, self.session, self.link.wake, self._address)
+        self._manager.workers[name] = self._worker
+        self._log("worker joined", self._worker, address=self._address, version=handshake.version)
+
+    def _register(self, worker: RemoteWorker, message: RegisterModel) -> None:
+        try:
+            info = message.info()
+            if info.kind not in KINDS:
+                raise ValueError(f"this master knows no models of kind '{info.kind}'")
+            self._registry.add(info, worker, replicate=self._options.on_conflict == "replicate")
+        except ValueError as refusal:
+            self.session.model_rejected(message.name, str(refusal))
+            self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)
+            return
+        worker.models[info.name] = info
+        self.session.model_registered(info.name)
+        self._log("model registered", worker, model=info.name, kind=info.kind)
+
+    def _leave(self, why: str) -> None:
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        for name in worker.models:
+            self._registry.remove(name, worker)
+        if self._manager.workers.get(worker.name) is worker:
+            del self._manager.workers[worker.name]
+        worker.lose(why)
+
+    def _log_end(self, closed: LinkClosed) -> None:
+        if self._worker is not None:
+            lost = self._worker.in_flight
+            level = logging.INFO if self._worker.draining and not lost else logging.WARNING
+            self._log(f"worker left: {closed.why}", self._worker, level=level, calls_lost=lost)
+        elif not self._probed:
+            fields = {"address": self._address}
+            logger.warning("connection refused: %s", closed.why, extra={"fields": fields})
+
+    @staticmethod
+    def _log(text: str, worker: RemoteWorker, *, level: int = logging.INFO, **fields: Any) -> None:
+        logger.log(level, text, extra={"fields": {"worker": worker.name, **fields}})
+
+
+def _peer(stream: trio.abc.Stream) -> str:
+    if not isinstance(stream, trio.SocketStream):
+        return "memory"
+    try:
+        host, port = stream.socket.getpeername()[:2]
+    except OSError:
+        return "unknown"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

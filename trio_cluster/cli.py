@@ -1,0 +1,255 @@
+"""The ``trio-cluster`` command: one run of a server, and failures in one line.
+
+Exit codes: 0, stopped as asked (by a signal, once or twice, or by the application itself); 1, failed at run
+time; 2, bad usage: a wrong flag, a wrong option from wherever it comes, an application that cannot be found,
+a worker that has nothing to serve. An error is one line on standard error; its traceback is logged at level
+``debug``.
+
+The first SIGINT or SIGTERM asks the server to drain and stop; while it is not up yet, that is a plain stop.
+The second cancels everything. After that the signals do what they do to any program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import trio
+
+from . import _logs
+from ._arguments import log_settings, master_host, options_from, parse_arguments
+from ._cluster import ClusterServer
+from ._errors import ClusterError, OptionsError
+from ._options import ClusterMode
+from ._status import describe_status, fetch_status, status_url
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (``sys.argv[1:]`` if ``None``) and return the exit code."""
+    debug = False
+    try:
+        arguments = parse_arguments(argv)
+        level, log_format = log_settings(arguments)
+        debug = level == "debug"
+        _logs.configure(level, log_format)
+        return _COMMANDS[arguments.command](arguments)
+    except SystemExit as exit:  # --help and --version; or the application, while it is imported
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    except BaseException as error:
+        causes = [
+            cause for cause in _leaves(error) if not isinstance(cause, (KeyboardInterrupt, trio.Cancelled))
+        ]
+        if not causes:
+            return 0
+        if debug:
+            logger.debug("the command failed", exc_info=error)
+        sentences = dict.fromkeys(_sentence(cause) for cause in causes)
+        print(f"trio-cluster: error: {'; '.join(sentences)}", file=sys.stderr)
+        return 2 if all(isinstance(cause, OptionsError) for cause in causes) else 1
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
+
+
+def _sentence(error: BaseException) -> str:
+    """Say in one line what went wrong, and where if nobody foresaw it."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, (ClusterError, OSError)):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames:
+            text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}; see --log-level debug)"
+    return " ".join(text.split())
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    server = _server(arguments)
+    return _serve(server, partial(server.run, server.options.server.port), arguments.serve)
+
+
+def _master(arguments: argparse.Namespace) -> int:
+    server = _server(arguments)
+    return _serve(server, partial(server.run_as_master, server.options.server.port), arguments.serve)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    host = master_host(arguments.master_host)
+    if arguments.app is None and not arguments.serve:
+        raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
+    server = _server(arguments)
+    port, internal_port = server.options.server.port, server.options.internal_port
+    if internal_port is None:
+        internal_port = port + 1000
+        if port == 0 or internal_port > 65535:
+            raise OptionsError(
+                f"PORT: a master on port {port} has no port {port} + 1000; name the one it has "
+                "with --internal-port"
+            )
+    return _serve(server, partial(server.run_as_worker, host, internal_port), arguments.serve)
+
+
+def _server(arguments: argparse.Namespace) -> ClusterServer:
+    if arguments.app is None:
+        server = ClusterServer(options_from(arguments))
+    else:
+        server = _load_app(arguments.app)
+        server.options = options_from(arguments, base=server.options)
+    if getattr(arguments, "listen", None) is not None:
+        server.set_worker_listen_address(*arguments.listen)
+    return server
+
+
+def _load_app(text: str) -> ClusterServer:
+    """Import the application that ``--app`` names; the current directory comes first, as for a script."""
+    module_name, _, attribute = text.partition(":")
+    names = [*module_name.split("."), *attribute.split(".")]
+    if not all(map(str.isidentifier, names)) or module_name.endswith(".py"):
+        raise OptionsError(f"--app: expected MODULE:ATTRIBUTE, for instance app:server, got {text!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Only if the module itself is missing, or a package on the way to it, and not something it imports.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise OptionsError(
+            f"--app: there is no module {error.name!r}, neither in {here} nor installed"
+        ) from error
+    found: object = module
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise OptionsError(f"--app: module {module_name!r} has no attribute {attribute!r}") from error
+    if not isinstance(found, ClusterServer):
+        raise OptionsError(f"--app: {text} is of type {type(found).__name__}, not a ClusterServer")
+    return found
+
+
+def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], engines: Sequence[str]) -> int:
+    specs: list[Any] = []
+    if engines:
+        from .engines import parse_serve
+
+        try:
+            specs = [parse_serve(text) for text in engines]
+        except ValueError as error:
+            raise OptionsError(f"--serve: {error}") from error
+    trio.run(_serve_until_stopped, server, run, specs, restrict_keyboard_interrupt_to_checkpoints=True)
+    return 0
+
+
+async def _serve_until_stopped(
+    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], specs: Sequence[Any]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signals, nursery.cancel_scope, server)
+        if specs:
+            from .engines import serve_engine
+
+            # One after the other, and before the server: what registers with the master is complete.
+            for spec in specs:
+                await nursery.start(serve_engine, spec, server)
+        await run(task_status=_Announcer(server))
+        nursery.cancel_scope.cancel(reason="the server has stopped")
+
+
+@attrs.frozen
+class _Announcer:
+    """Logs that the server is up. It is no nursery's task status: a server may be stopped before it is up."""
+
+    server: ClusterServer
+
+    def started(self, mode: ClusterMode) -> None:
+        models = self.server.list_models()
+        if mode is ClusterMode.WORKER:
+            logger.info("registered with the master", extra={"fields": {"models": models}})
+            if not models:
+                logger.warning("this worker has no models: give --app or --serve, or register some")
+            return
+        fields = {"url": self.server.url, "mode": str(mode), "models": models}
+        if mode is ClusterMode.MASTER:
+            fields["workers_join_at"] = self.server.internal_port
+        logger.info("serving", extra={"fields": fields})
+
+
+async def _stop_on_signals(
+    scope: trio.CancelScope,
+    server: ClusterServer | None = None,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Ask ``server`` to stop at the first signal; cancel ``scope`` at the second, or if nothing runs yet."""
+    asked = False
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            name = signal.Signals(number).name
+            if server is None or asked or not server.is_running:
+                scope.cancel(reason=f"stopped at once by {name}")
+                return
+            asked = True
+            logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
+            server.stop()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    return trio.run(
+        _demo_until_stopped, arguments.port, arguments.check, arguments.host,
+        restrict_keyboard_interrupt_to_checkpoints=True,
+    )  # fmt: skip
+
+
+async def _demo_until_stopped(port: int, check: bool, host: str) -> int:
+    from ._demo import run_demo
+
+    code = 0  # what it is if a signal ends it
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signals, nursery.cancel_scope)
+        code = await run_demo(port, check=check, host=host)
+        nursery.cancel_scope.cancel(reason="the demo has ended")
+    return code
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    options = options_from(arguments)
+    try:
+        url = status_url(arguments.url if arguments.url is not None else str(options.server.port))
+    except ValueError as error:
+        raise OptionsError(f"URL: {error}") from error
+    status = fetch_status(url, options.server.api_key)
+    print(json.dumps(status, indent=2) if arguments.json else describe_status(status))
+    return 0
+
+
+_COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
+    "demo": _demo,
+    "run": _run,
+    "master": _master,
+    "worker": _worker,
+    "status": _status,
+}

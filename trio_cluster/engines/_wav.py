@@ -1,0 +1,166 @@
+"""WAV files and raw samples, in numpy: read them at any rate, write them whole or as a stream.
+
+The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
+that many programs write for 24 bits; and it takes the length in the header at its word, which a file that was
+streamed does not have. So the few chunks that matter are read here.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from math import gcd
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ACCEPTED", "WavError", "header", "read", "resample", "to_pcm16"]
+
+Samples = NDArray[np.float32]
+
+#: What :func:`read` reads, for messages.
+ACCEPTED: Final = "WAV with 8, 16, 24 or 32-bit PCM or 32 or 64-bit floating-point samples"
+
+_PCM: Final = 1
+_FLOAT: Final = 3
+_EXTENSIBLE: Final = 0xFFFE
+
+#: The length in the header of a file whose length is not known yet.
+_UNKNOWN: Final = 0xFFFFFFFF
+
+# How other audio files begin, so that a message can call them by their names.
+_OTHERS: Final = (
+    (0, b"ID3", "MP3"),
+    (0, b"\xff\xfb", "MP3"),
+    (0, b"\xff\xf3", "MP3"),
+    (0, b"\xff\xf2", "MP3"),
+    (0, b"\xff\xf1", "AAC"),
+    (0, b"\xff\xf9", "AAC"),
+    (0, b"OggS", "Ogg"),
+    (0, b"fLaC", "FLAC"),
+    (4, b"ftyp", "MP4 or M4A"),
+    (0, b"\x1a\x45\xdf\xa3", "WebM or Matroska"),
+    (0, b"FORM", "AIFF"),
+)
+
+
+class WavError(ValueError):
+    """The bytes cannot be read as audio; the message says why and what could be."""
+
+
+def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
+    """Return the samples of a WAV file, mixed down to one channel between -1 and 1, and their rate in Hz.
+
+    A file that is cut off, or was streamed and does not state its length, is read as far as it goes.
+
+    Raises:
+        WavError: it is not a WAV file, not one of the :data:`ACCEPTED` kinds, damaged, or longer than ``max_seconds``.
+    """
+    if not data:
+        raise WavError("the audio file is empty")
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        for offset, magic, name in _OTHERS:
+            if data[offset : offset + len(magic)] == magic:
+                raise WavError(f"this is {name} audio; accepted is {ACCEPTED}")
+        raise WavError(f"this is not an audio file that can be read; accepted is {ACCEPTED}")
+    layout: tuple[int, int, int, int] | None = None
+    position = 12
+    while position + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, position)
+        position += 8
+        if name == b"fmt ":
+            layout = _layout(data[position : position + size])
+        elif name == b"data":
+            if layout is None:
+                break
+            return _samples(data, position, min(position + size, len(data)), layout, max_seconds), layout[2]
+        position += size + size % 2
+    raise WavError("the WAV file is damaged: it has no samples, or does not say what they are")
+
+
+def _layout(chunk: bytes) -> tuple[int, int, int, int]:
+    """Return (encoding, channels, rate, bits)."""
+    if len(chunk) < 16:
+        raise WavError("the WAV file is damaged: its format chunk is too short")
+    encoding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunk)
+    if encoding == _EXTENSIBLE and len(chunk) >= 26:
+        (encoding,) = struct.unpack_from("<H", chunk, 24)
+    known = {_PCM: (8, 16, 24, 32), _FLOAT: (32, 64)}
+    if bits not in known.get(encoding, ()):
+        raise WavError(f"the WAV file has samples of encoding {encoding} with {bits} bits; accepted is {ACCEPTED}")
+    if not 1 <= channels <= 64:
+        raise WavError(f"the WAV file has {channels} channels; accepted are 1 to 64")
+    if not 1000 <= rate <= 384_000:
+        raise WavError(f"the WAV file has {rate} samples per second; accepted are 1000 to 384000")
+    return encoding, channels, rate, bits
+
+
+def _samples(data: bytes, begin: int, end: int, layout: tuple[int, int, int, int], max_seconds: float) -> Samples:
+    encoding, channels, rate, bits = layout
+    width = bits // 8
+    frames = (end - begin) // (width * channels)
+    if frames > max_seconds * rate:
+        raise WavError(f"the audio is {frames / rate:.0f} s long; accepted are {max_seconds:.0f} s")
+    raw = np.frombuffer(data, np.uint8, frames * width * channels, begin)
+    values: NDArray[Any]
+    if encoding == _FLOAT:
+        values = raw.view(f"<f{width}").astype(np.float32)
+        values = np.clip(np.nan_to_num(values), -1.0, 1.0)
+    elif bits == 8:
+        values = (raw.astype(np.float32) - 128.0) / 128.0
+    elif bits == 24:
+        padded = np.zeros((frames * channels, 4), np.uint8)
+        padded[:, 1:] = raw.reshape(-1, 3)
+        values = padded.view("<i4")[:, 0].astype(np.float32) / 2.0**31
+    else:
+        values = raw.view(f"<i{width}").astype(np.float32) / 2.0 ** (bits - 1)
+    mono: Samples = values if channels == 1 else values.reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    return mono
+
+
+@lru_cache(maxsize=8)
+def _filter_bank(up: int, down: int) -> tuple[Samples, int]:
+    """Return a windowed sinc for each of the ``up`` positions between two input samples, and its half width."""
+    cutoff = min(1.0, up / down)
+    half = int(np.ceil(16 / cutoff))
+    offsets = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up
+    window = 0.5 + 0.5 * np.cos(np.pi * np.clip(offsets / half, -1.0, 1.0))
+    bank = cutoff * np.sinc(cutoff * offsets) * window
+    bank /= bank.sum(axis=1, keepdims=True)
+    return bank.astype(np.float32), half
+
+
+def resample(samples: Samples, rate: int, wanted: int) -> Samples:
+    """Return ``samples`` at another rate, with what the lower of the two rates cannot carry filtered out."""
+    if rate == wanted or not len(samples):
+        return samples
+    divisor = gcd(rate, wanted)
+    up, down = wanted // divisor, rate // divisor
+    bank, half = _filter_bank(up, down)
+    count = len(samples) * up // down
+    result = np.empty(count, np.float32)
+    padded = np.pad(samples, (half - 1, half + 1))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
+    # Output k lies at k * down / up. Those with the same position between two inputs share one filter, and their
+    # inputs are `down` apart.
+    for first in range(min(up, count)):
+        base, phase = divmod(first * down, up)
+        result[first::up] = windows[base::down][: len(range(first, count, up))] @ bank[phase]
+    return result
+
+
+def to_pcm16(samples: Samples) -> bytes:
+    """Return samples between -1 and 1 as 16-bit little-endian PCM."""
+    return (np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+
+
+def header(rate: int, *, length: int | None) -> bytes:
+    """Return the header of a WAV file with one channel of 16-bit PCM.
+
+    ``length`` is the number of bytes that follow. ``None`` means that it is not known yet: both lengths in the header
+    are then the largest there are, as in OpenAI's own streamed answers, and players read on to the end.
+    """
+    riff, data = (_UNKNOWN, _UNKNOWN) if length is None else (36 + length, length)
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, _PCM, 1, rate, 2 * rate, 2, 16)
+    return struct.pack("<4sI4s", b"RIFF", riff, b"WAVE") + form + struct.pack("<4sI", b"data", data)

@@ -1,0 +1,84 @@
+"""The web application: Quart-trio, set up so that the framework does nothing on its own.
+
+Time limits, size limits and redirects are all off: deadlines belong to the relay and the gate, and a
+redirected POST costs the client a second upload. Every error leaves as an envelope.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+from quart import request
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+from werkzeug.exceptions import HTTPException
+
+from .._errors import ApiError, HandlerFailed
+from ._exchange import exchange_of
+from ._gate import App, Gate
+from ._reply import error_reply
+from ._routes import add_routes, respond
+from ._site import Site
+
+__all__ = ["create_app", "gate"]
+
+logger = logging.getLogger("trio_cluster.http")
+
+
+def create_app(site: Site) -> QuartTrio:
+    """Return the node's web application; it needs the :func:`gate` in front of it.
+
+    More routes may be added to it. They are behind the gate as well: they need the key, their bodies are read
+    before they run, an :class:`~trio_cluster.ApiError` that they raise is answered as such, and websockets do
+    not get to them.
+    """
+    app = QuartTrio("trio_cluster.http", static_folder=None, template_folder=None)
+    app.config["BODY_TIMEOUT"] = None
+    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["MAX_CONTENT_LENGTH"] = None
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    app.register_error_handler(ApiError, _on_api_error)
+    app.register_error_handler(HTTPException, _on_http_exception)
+    app.register_error_handler(Exception, _on_exception)
+    add_routes(app, site)
+    return app
+
+
+def gate(app: QuartTrio, site: Site) -> QuartTrio:
+    """Put the gate in front of an application, and return the application.
+
+    In front of the application itself, and not around it: whoever gets hold of the application, a test client or
+    another server, then has to pass the gate as well.
+    """
+    app.asgi_app = Gate(cast(App, app.asgi_app), site)  # type: ignore[method-assign, assignment]
+    return app
+
+
+async def _on_api_error(error: ApiError) -> TrioResponse:
+    return respond(error_reply(error))
+
+
+async def _on_http_exception(error: HTTPException) -> TrioResponse:
+    """Answer what the framework has to say: unknown path, wrong method, or a route that aborts."""
+    status = error.code or 500
+    messages = {
+        404: f"Unknown URL: {request.method} {request.path}",
+        405: f"{request.path} does not take {request.method}",
+    }
+    message = messages.get(status) or error.description or error.name
+    reply = error_reply(ApiError(status, message))
+    # `Allow`, `Retry-After`, `WWW-Authenticate`: what the exception knows besides its own page.
+    reply.headers.extend(
+        (name.lower(), value) for name, value in error.get_headers() if name.lower() != "content-type"
+    )
+    return respond(reply)
+
+
+async def _on_exception(error: Exception) -> TrioResponse:
+    logger.error(
+        "the route of %s %s failed", request.method, request.path, exc_info=error,
+        extra={"fields": {"request_id": exchange_of(request.scope).request_id}},
+    )  # fmt: skip
+    return respond(error_reply(HandlerFailed("The server failed to answer this request")))

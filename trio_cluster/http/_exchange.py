@@ -1,0 +1,81 @@
+"""One request and its answer, from the gate's point of view.
+
+The gate makes an exchange for every request and puts it into the ASGI scope, where routes find it. Whatever a
+route starts on behalf of the request is held here, and ends with the exchange at the latest: the gate sees to
+that in a ``finally``, which no way of leaving can pass by. That includes a client that leaves between the
+moment a route has returned and the moment its body is first asked for, when no code of the route runs any
+more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any, Final, cast
+
+from .._calls import Call
+
+__all__ = ["Exchange", "exchange_of"]
+
+_KEY: Final = "trio_cluster.exchange"
+_MAX_REQUEST_ID: Final = 128
+
+
+class Exchange:
+    """One request and its answer.
+
+    Args:
+        headers: the request's headers as they came, names in lower case.
+
+    Attributes:
+        headers: as given.
+        request_id: the client's own if it sent a sane one, otherwise a new one.
+        body: the whole body of the request.
+        cut: the answer has failed after it began; the connection must be ended so that nobody takes the
+        answer for
+            a complete one.
+    """
+
+    __slots__ = ("_calls", "body", "cut", "headers", "request_id")
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.headers = list(headers)
+        self.request_id = _request_id(self.header(b"x-request-id"))
+        self.body = b""
+        self.cut = False
+        self._calls: list[Call] = []
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first header of this name (lower case), or ``None``."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def enter(self, scope: MutableMapping[str, Any]) -> None:
+        """Make the exchange findable from an ASGI scope."""
+        scope[_KEY] = self
+
+    def hold(self, call: Call) -> None:
+        """Cancel ``call`` when the exchange ends, unless it has ended by then."""
+        self._calls.append(call)
+
+    def abandon(self, reason: str) -> None:
+        """Cancel everything that is held. Idempotent, and harmless for what has ended."""
+        for call in self._calls:
+            call.cancel(reason)
+
+
+def exchange_of(scope: Mapping[str, Any]) -> Exchange:
+    """Return the exchange that an ASGI scope belongs to.
+
+    Raises:
+        KeyError: the request did not come through the gate.
+    """
+    return cast(Exchange, scope[_KEY])
+
+
+def _request_id(offered: bytes | None) -> str:
+    if offered and len(offered) <= _MAX_REQUEST_ID and all(0x20 <= byte <= 0x7E for byte in offered):
+        return offered.decode("ascii")
+    return "req_" + secrets.token_hex(16)

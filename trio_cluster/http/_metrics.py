@@ -1,0 +1,87 @@
+"""The numbers of a node, as Prometheus wants them.
+
+Nothing is counted here: the registry keeps the books, and a collector reads them when it is asked. So the
+numbers are of one instant and add up, and a request costs nothing for being counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ._reply import Reply
+from ._site import Site
+
+__all__ = ["metrics_reply", "open_collectors"]
+
+_PREFIX = "trio_cluster_"
+_OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
+
+
+def open_collectors(site: Site) -> CollectorRegistry:
+    """Return a registry of collectors of its own, so that two nodes in one process do not mix."""
+    collectors = CollectorRegistry(auto_describe=False)
+    collectors.register(_Collector(site))
+    return collectors
+
+
+def metrics_reply(collectors: CollectorRegistry) -> Reply:
+    """Return the text that a scrape gets."""
+    return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], generate_latest(collectors))
+
+
+class _Collector(Collector):
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def describe(self) -> list[Metric]:
+        """Say nothing: the names are known only when the numbers are."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every number of this instant."""
+        registry = self._site.registry
+        books = attrs.asdict(registry.books)
+        yield CounterMetricFamily(
+            _PREFIX + "calls_admitted", "Calls that were opened.", value=books["admitted"]
+        )
+        ended = CounterMetricFamily(
+            _PREFIX + "calls_ended", "Calls whose work has stopped, by how they ended.", labels=["outcome"]
+        )
+        for outcome in _OUTCOMES:
+            ended.add_metric([outcome], books[outcome])
+        yield ended
+        yield CounterMetricFamily(
+            _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=books["retried"]
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(registry.live)
+        )
+        models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
+        kinds = [info.kind for info in registry.infos()]
+        for kind in sorted(set(kinds)):
+            models.add_metric([kind], kinds.count(kind))
+        yield models
+        yield GaugeMetricFamily(
+            _PREFIX + "draining", "1 while new calls are refused.", value=registry.closed_to is not None
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._site.uptime
+        )
+        yield from self._measures()
+
+    def _measures(self) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for measure in self._site.measures():
+            family = families.get(measure.name)
+            if family is None:
+                family = families[measure.name] = GaugeMetricFamily(
+                    _PREFIX + measure.name, measure.help, labels=list(measure.labels)
+                )
+            family.add_metric(list(measure.labels.values()), measure.value)
+        yield from families.values()

@@ -1,0 +1,292 @@
+"""A call made into a reply: the way of every request for a model, free of any web framework.
+
+The request is read once and checked, opened, and held by its exchange. From then on the only question is when
+to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
+
+- an event stream begins with its first event; a failure after that is one error event;
+- audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
+- everything else is sent when it is complete. Only an answer that is larger than :data:`COLLECT` is begun
+  earlier, so that memory stays bounded.
+
+Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all
+else that is done to a token. A failed one cuts the exchange, and the gate then ends the connection in a way
+that no client takes for the end of the answer.
+
+The node that runs the handler keeps the time, and its message is the better one. The deadlines here are what
+is left when that node fails to; they come :data:`GRACE` later.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Final
+
+import trio
+
+from .._calls import Call, Data, Done, Event, Failed, Head, Request
+from .._errors import HandlerFailed, InvalidRequest, TooSlow
+from ..openai import PING, Endpoint, error_event
+from ._exchange import Exchange
+from ._reply import Reply
+from ._site import Site
+
+__all__ = ["COLLECT", "GRACE", "PING_EVERY", "relay"]
+
+#: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
+COLLECT: Final = 1 << 20
+
+#: Seconds that an answer may be later than its node should have allowed. Nodes give signs of life once a
+#: second.
+GRACE: Final = 2.0
+
+#: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
+#: client, and to find out whether the client is still there.
+PING_EVERY: Final = 10.0
+
+#: Bytes of a request from which reading it in the event loop would be felt by the others.
+_READ_IN_THREAD: Final = 1 << 20
+
+#: Seconds as they may stand in a header.
+_SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+
+#: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
+#: Latin-1.
+_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: What describes the connection or the framing of the answer, or is set here.
+_NOT_FROM_HANDLERS: Final = frozenset(
+    {
+        "connection",
+        "content-length",
+        "content-type",
+        "date",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    }
+)
+
+
+async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
+    """Answer the request of ``exchange`` with a model.
+
+    Whatever happens, the calls that this opens are held by the exchange; a cancelled ``relay`` leaves them to
+    it.
+
+    Returns:
+        A reply whose body is complete, or still comes.
+
+    Raises:
+        ApiError: what the client is to be told instead.
+    """
+    request = await _read(site, endpoint, exchange)
+    call = site.registry.open(request)
+    exchange.hold(call)
+    patience = request.timeout + GRACE
+    event = await _next(call, patience)
+    if isinstance(event, Failed):
+        again = site.registry.reopen(call)
+        if again is None:
+            raise event.error
+        call = again
+        exchange.hold(call)
+        event = await _next(call, patience)
+        if isinstance(event, Failed):
+            raise event.error
+    if not isinstance(event, Head):  # the grammar of calls forbids it
+        raise HandlerFailed
+    return await _reply(call, event, exchange, patience)
+
+
+async def _read(site: Site, endpoint: Endpoint, exchange: Exchange) -> Request:
+    body = exchange.body
+    headers = _travelling_headers(exchange)
+    content_type = (exchange.header(b"content-type") or b"").decode("latin-1")
+    timeout, budget = _times(site, exchange)
+    if len(body) < _READ_IN_THREAD:
+        parsed: Any = endpoint.parse(body, content_type, headers)
+    else:
+        # Reading touches nothing else, so nobody needs to wait for it when the client has left.
+        parsed = await trio.to_thread.run_sync(
+            endpoint.parse, body, content_type, headers, abandon_on_cancel=True
+        )
+    info = site.registry.check(parsed.model, endpoint.kind)
+    if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
+        raise InvalidRequest(
+            f"The model '{info.name}' does not take images", param="messages", code="vision_not_supported"
+        )
+    return Request(
+        endpoint=endpoint.name,
+        kind=endpoint.kind,
+        model=info.name,
+        body=body,
+        content_type=content_type,
+        headers=headers,
+        request_id=exchange.request_id,
+        timeout=timeout,
+        budget=budget,
+        parsed=parsed,
+    )
+
+
+def _travelling_headers(exchange: Exchange) -> dict[str, str]:
+    """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
+    headers: dict[str, str] = {}
+    for raw, value in exchange.headers:
+        name = raw.decode("latin-1")
+        if name in ("user-agent", "accept", "accept-language") or (
+            name.startswith(("x-", "openai-")) and not _is_secret(name)
+        ):
+            text = value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith(("api-key", "token", "authorization", "cookie", "secret"))
+
+
+def _times(site: Site, exchange: Exchange) -> tuple[float, float]:
+    """Return how long the answer may be silent, and how long it may take altogether."""
+    timeout, budget = site.options.server.default_timeout, math.inf
+    # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
+    # for it.
+    listens = _seconds(exchange.header(b"x-stainless-read-timeout"))
+    if listens is not None:
+        timeout = min(timeout, listens)
+    asked = exchange.header(b"x-request-timeout")
+    if asked is not None:
+        seconds = _seconds(asked)
+        if seconds is None:
+            raise InvalidRequest(
+                f"x-request-timeout: expected seconds, more than 0; got {asked.decode('latin-1')!r}",
+                param="x-request-timeout",
+            )
+        budget = seconds
+        timeout = min(timeout, seconds)
+    return timeout, budget
+
+
+def _seconds(value: bytes | None) -> float | None:
+    text = (value or b"").decode("latin-1").strip()
+    return (float(text) or None) if _SECONDS.fullmatch(text) else None
+
+
+async def _next(call: Call, patience: float) -> Event:
+    """Return the call's next event, or give the call up."""
+    with trio.move_on_after(patience):
+        return await call.receive()
+    raise _give_up(call, patience)
+
+
+def _give_up(call: Call, patience: float) -> TooSlow:
+    # The node should have said so earlier, and did not; what counts for the client is what it was promised.
+    call.cancel(f"silent for {patience:g} s")
+    return TooSlow(f"The model gave nothing for {patience - GRACE:g} s")
+
+
+def _take(call: Call, into: list[bytes | memoryview]) -> None:
+    """Take all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
+    try:
+        while True:
+            event = call.receive_nowait()
+            if isinstance(event, Data) and event.data:
+                into.append(event.data)
+    except (trio.WouldBlock, trio.EndOfChannel):
+        pass
+
+
+async def _reply(call: Call, head: Head, exchange: Exchange, patience: float) -> Reply:
+    """Decide how the answer that ``head`` begins is sent."""
+    headers = _headers(head)
+    media_type = head.content_type.partition(";")[0].strip().lower()
+    events = media_type == "text/event-stream"
+    as_it_comes = events or media_type.startswith("audio/")
+    if events:
+        headers += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+    pieces: list[bytes | memoryview] = []
+    _take(call, pieces)
+    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= COLLECT:
+        event = await _next(call, patience)
+        if isinstance(event, Data) and event.data:
+            pieces.append(event.data)
+        _take(call, pieces)
+    if isinstance(call.end, Failed) and not (events and pieces):
+        raise call.end.error
+    data = b"".join(pieces)
+    if isinstance(call.end, Done):
+        return Reply(head.status, headers, data)
+    return Reply(head.status, headers, _Stream(call, exchange, data, events, patience))
+
+
+def _headers(head: Head) -> list[tuple[str, str]]:
+    if not 200 <= head.status <= 599 or not _HEADER_VALUE.fullmatch(head.content_type):
+        raise HandlerFailed
+    headers = [("content-type", head.content_type)]
+    for name, value in head.headers:
+        if _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value):
+            name = name.lower()
+            if name not in _NOT_FROM_HANDLERS:
+                headers.append((name, value))
+    return headers
+
+
+class _Stream:
+    """The body of an answer that has begun and is not complete."""
+
+    def __init__(self, call: Call, exchange: Exchange, first: bytes, events: bool, patience: float) -> None:
+        self._call = call
+        self._exchange = exchange
+        self._first = first
+        self._events = events
+        self._patience = patience
+        self._silent_since: float | None = None
+        self._over = False
+
+    async def receive(self) -> bytes:
+        """See ``Body``. The exchange has been cut if the end is not a good one."""
+        if self._over:
+            raise trio.EndOfChannel
+        pieces: list[bytes | memoryview] = []
+        if self._first:
+            pieces.append(self._first)
+            self._first = b""
+        _take(self._call, pieces)
+        while not pieces and self._call.end is None:
+            # Only waiting counts as silence. While the client is slow, it is not the model that is late.
+            if self._silent_since is None:
+                self._silent_since = trio.current_time()
+            late = self._silent_since + self._patience
+            until = min(late, trio.current_time() + PING_EVERY) if self._events else late
+            event: Event | None = None
+            with trio.move_on_at(until):
+                event = await self._call.receive()
+            if event is None and until < late:
+                return PING
+            if event is None:
+                return self._fail(pieces, Failed(_give_up(self._call, self._patience)))
+            self._silent_since = None
+            if isinstance(event, Data) and event.data:
+                pieces.append(event.data)
+            _take(self._call, pieces)
+        self._silent_since = None
+        if isinstance(self._call.end, Failed):
+            return self._fail(pieces, self._call.end)
+        if pieces:
+            return b"".join(pieces)
+        raise trio.EndOfChannel
+
+    def _fail(self, pieces: list[bytes | memoryview], end: Failed) -> bytes:
+        self._over = True
+        self._exchange.cut = True
+        if self._events:
+            pieces.append(error_event(end.error))
+        if pieces:
+            return b"".join(pieces)
+        raise trio.EndOfChannel

@@ -1,0 +1,58 @@
+"""What the HTTP face needs to know of the house it stands in front of.
+
+The face asks for everything at the time of use: a key that is set, a limit that is changed or a model that
+appears acts on the next request. It never writes here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from .._options import ClusterServerOptions
+from .._registry import Registry
+
+__all__ = ["Measure", "Site"]
+
+
+@attrs.frozen
+class Measure:
+    """One value of a gauge that ``/metrics`` shows besides the face's own numbers.
+
+    Measures of the same name are values of one gauge, told apart by their labels; all have the same label
+    names.
+    """
+
+    name: str
+    """What is measured, without the prefix ``trio_cluster_``; for instance ``worker_load``."""
+    help: str
+    """One sentence for whoever reads the numbers."""
+    value: float
+    labels: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class Site:
+    """The node that the face belongs to.
+
+    ``status`` gives what ``GET /cluster/status`` adds to the face's own account of models and calls; it must
+    be JSON. ``measures`` gives what ``GET /metrics`` adds. Both are called on each such request, must not
+    block, and an exception from them is a 500 for that request only.
+    """
+
+    registry: Registry
+    options: ClusterServerOptions
+    node_id: str = ""
+    mode: str = ""
+    status: Callable[[], Mapping[str, Any]] = dict
+    measures: Callable[[], Iterable[Measure]] = tuple
+    started: float = attrs.field(factory=time.monotonic)
+    """When the node began, on the monotonic clock."""
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the node began."""
+        return time.monotonic() - self.started

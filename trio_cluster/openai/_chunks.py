@@ -1,0 +1,203 @@
+"""What a handler gives: plain values, and :class:`OutputChunk` for what plain values cannot say.
+
+:func:`to_chunk` is the one place that says what a plain value means for a kind of model. Its errors end up in
+the log of whoever wrote the handler, so they say what would have been right.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import attrs
+
+from trio_cluster._errors import ApiError
+from trio_cluster._models import Kind
+
+__all__ = ["FinishReason", "OutputChunk", "is_vector", "to_chunk"]
+
+#: Why a model stopped; the words that the official clients know.
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+
+_REASONS: Final = frozenset(get_args(FinishReason))
+
+_ChunkKind: TypeAlias = Literal[
+    "text_delta", "final_text", "embeddings", "audio", "image", "json", "error", "usage", "finish"
+]
+
+
+def _require(what: str, value: object, wanted: type | tuple[type, ...], expected: str) -> None:
+    # A boolean passes for an integer in Python; nobody means it to.
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
+        raise TypeError(f"{what} must be {expected}, not {type(value).__name__}")
+
+
+def _count(what: str, value: object) -> None:
+    _require(what, value, int, "an int")
+    if value < 0:  # type: ignore[operator]
+        raise ValueError(f"{what} must not be negative")
+
+
+@attrs.frozen(eq=False)
+class OutputChunk:
+    """A piece of a model's output. Made by the class methods, which check what they are given."""
+
+    kind: _ChunkKind
+    value: Any
+    index: int | None = None
+    """Which choice or which input this belongs to; ``None`` where that means nothing, or just the next."""
+    mime_type: str | None = None
+
+    @classmethod
+    def text_delta(cls, text: str, index: int = 0) -> OutputChunk:
+        """Return more text for choice ``index``. The same as giving a plain ``str``, except for the index."""
+        _require("text", text, str, "a str")
+        _count("index", index)
+        return cls("text_delta", text, index)
+
+    @classmethod
+    def final_text(cls, text: str, index: int = 0) -> OutputChunk:
+        """Return the authoritative whole text of choice ``index``.
+
+        A plain answer consists of it, whatever deltas came before. In a stream, where what is sent is sent,
+        that part of it follows which extends the deltas; if it does not extend them, nothing does.
+        """
+        _require("text", text, str, "a str")
+        _count("index", index)
+        return cls("final_text", text, index)
+
+    @classmethod
+    def embedding(cls, vector: Any, index: int = 0) -> OutputChunk:
+        """Return the embedding of input ``index``: a list of numbers or a one-dimensional array."""
+        _count("index", index)
+        if not is_vector(vector):
+            raise TypeError("an embedding must be a list of numbers or a one-dimensional array")
+        return cls("embeddings", [vector], index)
+
+    @classmethod
+    def embeddings(cls, vectors: Any) -> OutputChunk:
+        """Return the embeddings of the next inputs: a list of vectors or a two-dimensional array."""
+        rows = _rows(vectors)
+        if rows is None:
+            raise TypeError("embeddings must be a list of vectors or a two-dimensional array")
+        return cls("embeddings", rows)
+
+    @classmethod
+    def audio(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
+        """Return more audio.
+
+        ``mime_type`` of the first chunk becomes the content type of the answer. Without it, a header that can
+        be recognised decides, and otherwise the format that the client asked for.
+        """
+        _require("data", data, (bytes, bytearray, memoryview), "bytes")
+        _require("mime_type", mime_type, (str, type(None)), "a str")
+        return cls("audio", bytes(data), None, mime_type)
+
+    @classmethod
+    def image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
+        """Return one image: the bytes of its file, which also say what it is if ``mime_type`` does not."""
+        _require("data", data, (bytes, bytearray, memoryview), "bytes")
+        _require("mime_type", mime_type, (str, type(None)), "a str")
+        return cls("image", bytes(data), None, mime_type)
+
+    @classmethod
+    def json(cls, obj: Mapping[str, Any]) -> OutputChunk:
+        """Return a JSON object to be merged into the answer. The same as giving a plain ``dict``."""
+        _require("obj", obj, dict, "a dict")
+        return cls("json", obj)
+
+    @classmethod
+    def error(cls, code: str, message: str, status: int = 500) -> OutputChunk:
+        """Return a failure: the client gets exactly this, as if the handler had raised ``ApiError``.
+
+        Raises:
+            ValueError: ``status`` is not between 400 and 599.
+        """
+        _require("code", code, (str, type(None)), "a str")
+        _require("message", message, str, "a str")
+        _require("status", status, int, "an int")
+        # Made once here, so that a wrong status fails where it was written; raised anew for every request.
+        ApiError(status, message, code=code)
+        return cls("error", (status, message, code))
+
+    @classmethod
+    def usage(cls, prompt_tokens: int, completion_tokens: int = 0) -> OutputChunk:
+        """Return how many tokens were read and written, for the whole answer; the last report counts."""
+        _count("prompt_tokens", prompt_tokens)
+        _count("completion_tokens", completion_tokens)
+        return cls("usage", (prompt_tokens, completion_tokens))
+
+    @classmethod
+    def finish(cls, reason: FinishReason, index: int = 0) -> OutputChunk:
+        """Return why choice ``index`` ends here. A choice that never says so ends with ``stop``.
+
+        Raises:
+            ValueError: ``reason`` is not one that clients know.
+        """
+        if reason not in _REASONS:
+            raise ValueError(f"a finish reason is one of {', '.join(sorted(_REASONS))}, not {reason!r}")
+        _count("index", index)
+        return cls("finish", reason, index)
+
+
+def _dimensions(value: Any) -> int | None:
+    """Return how many dimensions an array of whatever library has; ``None`` if it is no array."""
+    dimensions = getattr(value, "ndim", None)
+    return dimensions if isinstance(dimensions, int) and hasattr(value, "tolist") else None
+
+
+def is_vector(value: Any) -> bool:
+    """Whether ``value`` looks like one embedding, by its first item; encoding checks them all."""
+    dimensions = _dimensions(value)
+    if dimensions is not None:
+        return dimensions == 1
+    if not isinstance(value, list | tuple | array) or not value:
+        return False
+    first = value[0]
+    return not isinstance(first, bool | str) and (
+        isinstance(first, int | float) or (_dimensions(first) == 0 and hasattr(first, "__float__"))
+    )
+
+
+def _rows(value: Any) -> list[Any] | None:
+    if _dimensions(value) == 2 or (isinstance(value, list | tuple) and value and all(map(is_vector, value))):
+        return list(value)
+    return None
+
+
+_EXPECTED: Final[dict[Kind, str]] = {
+    "chat": "str, dict or OutputChunk",
+    "embedding": "a list of floats or a 1-D array, several of them, dict or OutputChunk",
+    "asr": "str, dict or OutputChunk",
+    "tts": "bytes or OutputChunk",
+    "image_generation": "bytes, a list of bytes, dict or OutputChunk",
+}
+
+
+def to_chunk(kind: Kind, value: Any) -> OutputChunk:
+    """Return what a handler's value means for a model of this kind.
+
+    Raises:
+        TypeError: it means nothing.
+    """
+    if isinstance(value, OutputChunk):
+        return value
+    if isinstance(value, dict) and kind != "tts":
+        return OutputChunk("json", value)
+    if isinstance(value, str) and kind in ("chat", "asr"):
+        return OutputChunk("text_delta", value, 0)
+    if isinstance(value, bytes | bytearray | memoryview):
+        if kind == "tts":
+            return OutputChunk("audio", bytes(value))
+        if kind == "image_generation":
+            return OutputChunk("image", bytes(value))
+    elif kind == "embedding":
+        if is_vector(value):
+            return OutputChunk("embeddings", [value])
+        rows = _rows(value)
+        if rows is not None:
+            return OutputChunk("embeddings", rows)
+    raise TypeError(
+        f"a handler of kind {kind} gives {_EXPECTED[kind]}; it gave a value of type {type(value).__name__}"
+    )

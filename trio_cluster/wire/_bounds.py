@@ -1,0 +1,166 @@
+"""How large a field of a message may be: attrs validators, and what makes a text fit.
+
+The bounds belong to the messages themselves, not to their decoding, so that one rule serves both ends: a
+message that cannot be received cannot be made either. The sender finds out where the bad value came from,
+with a ``ValueError``, and not by losing its link; the receiver turns the same ``ValueError`` into a
+``ProtocolError``. Types are the codec's concern; a program that passes mypy cannot get them wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+__all__ = [
+    "HEADERS_MAX",
+    "JSON_MAX",
+    "NAME_MAX",
+    "TEXT_MAX",
+    "clip",
+    "content_type",
+    "headers",
+    "integer",
+    "json_object",
+    "name",
+    "optional_text",
+    "seconds",
+    "text",
+]
+
+#: Characters in the name of a model, a node, an endpoint.
+NAME_MAX: Final = 512
+#: Characters in a reason or an error message.
+TEXT_MAX: Final = 8192
+#: Characters in all headers of a message together, names and values.
+HEADERS_MAX: Final = 32768
+#: The weight of a JSON object: its characters, and eight for each value.
+JSON_MAX: Final = 32768
+
+_HEADER_COUNT_MAX: Final = 128
+_JSON_DEPTH_MAX: Final = 16
+
+# RFC 9110: a token, and a field value. Checked here because whatever passes is put on an HTTP connection as
+# it is.
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+Validator = Callable[[Any, Any, Any], None]
+
+
+def clip(text: object, limit: int = TEXT_MAX) -> str:
+    """Return ``text`` as a message may carry it: at most ``limit`` characters, all of them encodable."""
+    clean = str(text)
+    if len(clean) > limit:
+        clean = clean[: limit - 1] + "…"
+    # A lone surrogate (a file name that is not UTF-8, in somebody's exception) has no encoding.
+    return clean.encode("utf-8", "replace").decode("utf-8")
+
+
+def integer(lowest: int, highest: int) -> Validator:
+    """Both bounds are allowed values."""
+
+    def check(_: Any, attribute: Any, value: int) -> None:
+        if not lowest <= value <= highest:
+            raise ValueError(f"{attribute.name}: lies outside {lowest} to {highest}")
+
+    return check
+
+
+def name(_: Any, attribute: Any, value: str) -> None:
+    """Something printable: names end up in logs, in error messages and on terminals."""
+    if not 0 < len(value) <= NAME_MAX:
+        raise ValueError(f"{attribute.name}: must have 1 to {NAME_MAX} characters, not {len(value)}")
+    if not value.isprintable():
+        raise ValueError(f"{attribute.name}: has characters that cannot be printed")
+
+
+def text(limit: int = TEXT_MAX) -> Validator:
+    """Any text, even an empty one, of at most ``limit`` characters."""
+
+    def check(_: Any, attribute: Any, value: str) -> None:
+        if len(value) > limit:
+            raise ValueError(f"{attribute.name}: longer than {limit} characters")
+
+    return check
+
+
+def optional_text(limit: int) -> Validator:
+    """As :func:`text`, or ``None``."""
+    bounded = text(limit)
+
+    def check(instance: Any, attribute: Any, value: str | None) -> None:
+        if value is not None:
+            bounded(instance, attribute, value)
+
+    return check
+
+
+def seconds(_: Any, attribute: Any, value: float | None) -> None:
+    """A span of time that is neither negative nor endless; ``None`` says that there is no bound."""
+    if value is not None and not (0.0 <= value < math.inf):
+        raise ValueError(f"{attribute.name}: must be a finite number of seconds, not {value}")
+
+
+def content_type(_: Any, attribute: Any, value: str) -> None:
+    """The value of a ``Content-Type`` header, or nothing."""
+    if len(value) > NAME_MAX:
+        raise ValueError(f"{attribute.name}: longer than {NAME_MAX} characters")
+    if not _HEADER_VALUE.fullmatch(value):
+        raise ValueError(f"{attribute.name}: is not a header value")
+
+
+def headers(_: Any, attribute: Any, value: dict[str, str] | tuple[tuple[str, str], ...]) -> None:
+    """HTTP headers that can be sent on as they are, in both of the forms in which messages carry them."""
+    pairs: Iterable[tuple[str, str]] = value.items() if isinstance(value, dict) else value
+    if len(value) > _HEADER_COUNT_MAX:
+        raise ValueError(f"{attribute.name}: more than {_HEADER_COUNT_MAX} of them")
+    room = HEADERS_MAX
+    for key, content in pairs:
+        room -= len(key) + len(content)
+        if room < 0:
+            raise ValueError(f"{attribute.name}: longer than {HEADERS_MAX} characters together")
+        if not _HEADER_NAME.fullmatch(key):
+            raise ValueError(f"{attribute.name}: a name that is not one: {key[:40]!r}")
+        if not _HEADER_VALUE.fullmatch(content):
+            raise ValueError(f"{attribute.name}: the value of {key[:40]!r} is not a header value")
+
+
+def json_object(_: Any, attribute: Any, value: dict[str, Any]) -> None:
+    """Something that JSON can say, of a bounded size and depth."""
+    room = JSON_MAX
+    level: list[Any] = [value]
+    # Level by level and not recursively: how deep it is comes from the peer.
+    for _depth in range(_JSON_DEPTH_MAX):
+        below: list[Any] = []
+        for node in level:
+            room -= 8
+            if isinstance(node, dict):
+                for key in node:
+                    if not isinstance(key, str):
+                        raise ValueError(f"{attribute.name}: a key that is not a string")
+                    room -= len(key)
+                below.extend(node.values())
+            elif isinstance(node, list | tuple):
+                below.extend(node)
+            elif isinstance(node, str):
+                room -= len(node)
+            elif isinstance(node, float):
+                if not math.isfinite(node):
+                    raise ValueError(f"{attribute.name}: has a number that JSON does not have")
+            elif isinstance(node, int):
+                if not -(1 << 63) <= node < 1 << 64:
+                    raise ValueError(f"{attribute.name}: has an integer of more than 64 bits")
+            elif node is not None:
+                raise ValueError(
+                    f"{attribute.name}: has a value that JSON does not have: {type(node).__name__}"
+                )
+            # Inside the loop: a list that holds itself many times would otherwise explode from level to
+            # level.
+            if room < 8 * len(below):
+                raise ValueError(f"{attribute.name}: too large")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"{attribute.name}: nested deeper than {_JSON_DEPTH_MAX}")
