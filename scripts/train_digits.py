@@ -2,19 +2,21 @@
 """Train the tiny diffusion model behind the ``digits`` engine and write ``trio_cluster/engines/digits.npz``.
 
 The model is a denoising diffusion model (Ho, Jain and Abbeel 2020) with a cosine noise schedule (Nichol and
-Dhariwal 2021), trained for classifier-free guidance (Ho and Salimans 2022): for one sample in ten the class is
-replaced by an eleventh, "any digit". The network is a residual multilayer perceptron over the 64 pixels, small enough
-to be written out with its backward pass in numpy. The data are the 1797 handwritten digits of 8 by 8 pixels that
-scikit-learn brings along (the test half of the UCI "Optical Recognition of Handwritten Digits" set).
+Dhariwal 2021), trained for classifier-free guidance (Ho and Salimans 2022): for one sample in ten the class
+is replaced by an eleventh, "any digit". The network is a residual multilayer perceptron over the 64 pixels,
+small enough to be written out with its backward pass in numpy. The data are the 1797 handwritten digits of 8
+by 8 pixels that scikit-learn brings along (the test half of the UCI "Optical Recognition of Handwritten
+Digits" set).
 
-The result depends on nothing but the seed and the versions of numpy and the BLAS under it. It takes two to three
-minutes on one core::
+The result depends on nothing but the seed and the versions of numpy and the BLAS under it. It takes two to
+three minutes on one core::
 
     pip install numpy scikit-learn
     OMP_NUM_THREADS=1 python scripts/train_digits.py
 
-At the end it prints how often a 3-nearest-neighbour classifier, fitted on the same real digits, reads in a generated
-picture the digit that was asked for, and how far the pictures are from their nearest real neighbour compared with the
+At the end it prints how often a 3-nearest-neighbour classifier, fitted on the same real digits, reads in a
+generated picture the digit that was asked for, and how far the pictures are from their nearest real neighbour
+compared with the
 real ones among themselves: a model that had merely learnt its data by heart would score a ratio near 0.
 """
 
@@ -42,7 +44,7 @@ EMA = 0.999
 
 
 def new_parameters(rng: np.random.Generator) -> dict[str, Array]:
-    """Return freshly drawn weights; the last layer of each block starts at zero, so that a block starts as nothing."""
+    """Return freshly drawn weights; the last layer of a block is zero, so that a block starts as nothing."""
 
     def dense(rows: int, columns: int) -> Array:
         return (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
@@ -75,7 +77,8 @@ def gradients(
 ) -> tuple[float, dict[str, Array]]:
     """Return the mean squared error of the predicted noise, and its gradient for every weight.
 
-    The forward pass is that of :func:`trio_cluster.engines._diffusion.predict_noise`, keeping what the way back needs.
+    The forward pass is that of :func:`trio_cluster.engines._diffusion.predict_noise`, keeping what the way
+    back needs.
     """
     features = diffusion.time_features(times)
     condition, condition_slope = silu_and_slope(features @ p["time_w"] + p["time_b"] + p["class_w"][classes])
@@ -153,7 +156,9 @@ def report(weights: dict[str, Array], images: Array, labels: NDArray[np.int64]) 
         assert made is not None
         gap = reader.kneighbors(made.reshape(len(made), -1), n_neighbors=1)[0].mean()
         read = 100 * (reader.predict(made.reshape(len(made), -1)) == asked).mean()
-        print(f"guidance {guidance}: {read:.1f} % read as asked, nearest-neighbour ratio {gap / real_gap:.2f}")
+        print(
+            f"guidance {guidance}: {read:.1f} % read as asked, nearest-neighbour ratio {gap / real_gap:.2f}"
+        )
 
 
 def main() -> None:

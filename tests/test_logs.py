@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,20 +13,12 @@ from trio_cluster import _logs
 
 logger = logging.getLogger("trio_cluster.test")
 
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _restored_logging() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("trio_cluster")
-    before = root.handlers[:], root.level, package.level
-    yield
-    root.handlers[:], root.level, package.level = before
-    # A level is cached in every logger below; setting it is what forgets the caches.
-    root.setLevel(root.level)
 
 
 @pytest.fixture
@@ -69,6 +60,7 @@ def test_a_line_of_text_has_the_time_the_level_the_message_and_the_fields() -> N
         ("größe", "größe"),
         ("a\nb", '"a\\nb"'),
         ("\x1b[2J", '"\\u001b[2J"'),
+        ([], "[]"),
         (None, "None"),
         (True, "True"),
         (7, "7"),

@@ -104,10 +104,10 @@ def _add_option(
 ) -> None:
     """Add a flag that sets an option; the default shown is the option's own."""
     default = _FIELDS[field].default
-    shown = (
-        "" if default is None else f" (default: {default:g})" if kind is not str else f" (default: {default})"
-    )
-    parser.add_argument(*flag.split("/"), dest=field, type=kind, metavar=metavar, help=text + shown)
+    shown = f"{default:g}" if isinstance(default, float) else default
+    if shown is not None:
+        text += f" (default: {shown})"
+    parser.add_argument(*flag.split("/"), dest=field, type=kind, metavar=metavar, help=text)
 
 
 def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker: bool) -> None:
@@ -119,7 +119,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "--serve", action="append", default=[], metavar="SPEC", help="an engine to serve; may be given again"
     )
 
-    options = parser.add_argument_group("options")
+    options = parser.add_argument_group("configuration")
     options.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
     add = partial(_add_option, cast("argparse.ArgumentParser", options))
     if master:

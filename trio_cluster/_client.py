@@ -100,7 +100,7 @@ class WorkerClient:
         Raises:
             HandshakeRefused: the master will not have this worker, or there is no master there.
         """
-        first = True
+        first, bound = True, _BACKOFF_FIRST
 
         def registered() -> None:
             nonlocal bound, first
@@ -110,13 +110,12 @@ class WorkerClient:
                 first = False
                 on_registered()
 
-        bound = _BACKOFF_FIRST
-        while self._leaving is None:
+        while not self._is_leaving():
             try:
                 why = await self._serve_once(connect, host, registered)
             finally:
                 was_connected, self.connected = self.connected, False
-            if self._leaving is not None:
+            if self._is_leaving():
                 return
             delay = random.uniform(0, bound)
             bound = min(2 * bound, _BACKOFF_LAST)
@@ -146,6 +145,9 @@ class WorkerClient:
         self._leaving = reason
         if self._service is not None:
             self._service.link.hang_up(reason)
+
+    def _is_leaving(self) -> bool:
+        return self._leaving is not None
 
     async def _serve_once(
         self, connect: Callable[[], Awaitable[trio.abc.Stream]], host: str, on_registered: Callable[[], None]

@@ -194,9 +194,9 @@ class HandlerBackend:
             await output.prepare()
             await self._drive(output.request, output)
             output.end()
-        except ApiError as error:
-            output.fail(error)
-        except (Exception, SystemExit) as error:
+        except (Exception, BaseExceptionGroup, SystemExit) as error:
+            if isinstance(error, BaseExceptionGroup) and not _is_failure(error):
+                raise
             answer = _meant_for_client(error)
             if answer is None:
                 logger.exception("the handler of '%s' failed", self.info.name, extra=self.log_fields(call))
@@ -206,6 +206,15 @@ class HandlerBackend:
     def log_fields(self, call: Call) -> dict[str, Any]:
         """Return what a log line about ``call`` should carry."""
         return {"fields": {"model": self.info.name, "request_id": call.request.request_id}}
+
+
+def _is_failure(group: BaseExceptionGroup[BaseException]) -> bool:
+    """Tell a handler that failed from one that was only cancelled, or interrupted from the keyboard.
+
+    A group may hold this call's Cancelled beside what the handler's own tasks raised. It may then be swallowed: it
+    has done what it is for, and nothing is awaited any more until the end of the call's task.
+    """
+    return group.subgroup(KeyboardInterrupt) is None and group.split(trio.Cancelled)[1] is not None
 
 
 def _meant_for_client(error: BaseException) -> ApiError | None:

@@ -107,7 +107,7 @@ def _quoted(value: object) -> str:
     if isinstance(value, str):
         text = value
     elif isinstance(value, (list, tuple, set, frozenset)):
-        text = ",".join(str(item) for item in value)
+        text = ",".join(str(item) for item in value) or "[]"
     else:
         text = str(value)
     if text and text.isprintable() and not any(character in ' "=' for character in text):

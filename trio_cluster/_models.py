@@ -31,11 +31,22 @@ class ChatModelOptions:
     )
 
 
+def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    # Names stand in URLs, in logs, on terminals and in the wire's messages, which bound them the same way.
+    if not isinstance(value, str):
+        raise TypeError(f"a model's name is text, not {value!r}")
+    if not 0 < len(value) <= 512 or not value.isprintable() or value != value.strip():
+        shown = value if len(value) <= 40 else value[:40] + "..."
+        raise ValueError(
+            f"a model's name has 1 to 512 printable characters and no spaces around them; {shown!r} has not"
+        )
+
+
 @attrs.frozen
 class ModelInfo:
     """A model as the cluster knows it: what is announced to the master and listed to clients."""
 
-    name: str
+    name: str = attrs.field(validator=_name)
     kind: Kind
     owner: str = "trio-cluster"
     created: int = attrs.field(factory=lambda: int(time.time()))

@@ -19,6 +19,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
 import trio
 
 from ._client import WorkerClient, connect_tcp
@@ -27,6 +28,7 @@ from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
 from ._ports import local_address, open_port
 from ._registry import Registry
+from ._version import __version__
 from ._workers import WorkerManager
 from .http import Measure, Site, create_app, gate, serve_http
 
@@ -189,7 +191,7 @@ class Node:
         await nursery.start(self._serve_api, gate(self.app, self._site), sockets)
 
     async def _serve_api(
-        self, app: Gate, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
+        self, app: QuartTrio, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
     ) -> None:
         await serve_http(
             app,
@@ -241,12 +243,22 @@ class Node:
         self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
 
     def _status(self) -> dict[str, Any]:
-        manager, client = self.worker_manager, self.worker_client
-        status: dict[str, Any] = {"workers": [] if manager is None else manager.status()}
-        status["slots"] = {
-            "running": self._pool.running,
-            "waiting": self._pool.waiting,
-            "capacity": self._pool.capacity,
+        manager, client, registry, pool = self.worker_manager, self.worker_client, self._registry, self._pool
+        slots = {"running": pool.running, "waiting": pool.waiting, "capacity": pool.capacity}
+        status: dict[str, Any] = {
+            "version": __version__,
+            "calls": attrs.asdict(registry.books) | {"in_flight": len(registry.live)} | slots,
+            "models": [
+                {
+                    "name": info.name,
+                    "kind": info.kind,
+                    "owner": info.owner,
+                    "replicas": len(registry.served_by(info.name)),
+                    "served_by": registry.served_by(info.name),
+                }
+                for info in registry.infos()
+            ],
+            "workers": [] if manager is None else manager.status(),
         }
         if client is not None:
             status["connected"] = client.connected

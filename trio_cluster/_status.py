@@ -83,7 +83,7 @@ def fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
         status = json.loads(body)
     except (ValueError, RecursionError):
         status = None
-    if not isinstance(status, dict) or not {"version", "mode", "workers", "models"} <= status.keys():
+    if not isinstance(status, dict) or not {"mode", "models", "calls"} <= status.keys():
         raise ClusterError(f"{where}: is not a trio_cluster node")
     return status
 
@@ -116,20 +116,32 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def describe_status(status: Mapping[str, Any]) -> str:
     """Return tables for a person, without a line break at the end."""
-    workers, models, calls = _rows(status, "workers"), _rows(status, "models"), status.get("calls")
-    head = [f"trio_cluster {_clean(status.get('version'))}", _clean(status.get("mode"))]
+    workers, models = _rows(status, "workers"), _rows(status, "models")
+    head = ["trio_cluster"]
+    if "version" in status:
+        head[0] += f" {_clean(status['version'])}"
+    head.append(_clean(status.get("mode")))
     if "node_id" in status:
         head.append(f"node {_clean(status['node_id'])}")
     if "uptime" in status:
         head.append(f"up {_duration(status['uptime'])}")
     if status.get("draining"):
         head.append("draining")
-    sections = [", ".join(head)]
-    if isinstance(calls, Mapping):
-        counts = [f"{_clean(calls[name])} {name.replace('_', ' ')}" for name in calls]
-        sections.append("calls: " + ", ".join(counts))
-    sections.append(_worker_table(workers) if workers else "no workers")
+    if status.get("connected") is False:
+        head.append("without a master")
+    lines = [", ".join(head)]
+    for title in ("slots", "calls"):
+        counts = status.get(title)
+        if isinstance(counts, Mapping) and counts:
+            told = (f"{_clean(count)} {_clean(name).replace('_', ' ')}" for name, count in counts.items())
+            lines.append(f"{title}: {', '.join(told)}")
+    sections = ["\n".join(lines)]
+    if status.get("mode") == "master" or workers:
+        sections.append(_worker_table(workers) if workers else "no workers")
     sections.append(_model_table(models) if models else "no models")
+    rejected = status.get("rejected_models")
+    if isinstance(rejected, Mapping) and rejected:
+        sections.append(_table(("REJECTED", "REASON"), [(_clean(k), _clean(v)) for k, v in rejected.items()]))
     return "\n\n".join(sections)
 
 
@@ -153,11 +165,8 @@ def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:
 
 def _model_table(models: Iterable[Mapping[str, Any]]) -> str:
     return _table(
-        ("MODEL", "KIND", "OWNER", "REPLICAS", "SERVED BY"),
-        [
-            tuple(_clean(model.get(key)) for key in ("name", "kind", "owner", "replicas", "served_by"))
-            for model in models
-        ],
+        ("MODEL", "KIND", "OWNER", "SERVED BY"),
+        [tuple(_clean(model.get(key)) for key in ("id", "kind", "owned_by", "nodes")) for model in models],
     )
 
 

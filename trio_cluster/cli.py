@@ -6,7 +6,7 @@ a worker that has nothing to serve. An error is one line on standard error; its 
 ``debug``.
 
 The first SIGINT or SIGTERM asks the server to drain and stop; while it is not up yet, that is a plain stop.
-The second cancels everything. After that the signals do what they do to any program.
+The second cancels everything; should something in a thread not heed that, a third kills the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -32,6 +32,9 @@ from ._cluster import ClusterServer
 from ._errors import ClusterError, OptionsError
 from ._options import ClusterMode
 from ._status import describe_status, fetch_status, status_url
+
+if TYPE_CHECKING:
+    from .engines import ServeSpec
 
 __all__ = ["main"]
 
@@ -49,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[arguments.command](arguments)
     except SystemExit as exit:  # --help and --version; or the application, while it is imported
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
-    except BaseException as error:
+    except KeyboardInterrupt:
+        return 0
+    except (Exception, BaseExceptionGroup) as error:
         causes = [
             cause for cause in _leaves(error) if not isinstance(cause, (KeyboardInterrupt, trio.Cancelled))
         ]
@@ -151,7 +156,7 @@ def _load_app(text: str) -> ClusterServer:
 
 
 def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], engines: Sequence[str]) -> int:
-    specs: list[Any] = []
+    specs: list[ServeSpec] = []
     if engines:
         from .engines import parse_serve
 
@@ -164,7 +169,7 @@ def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], en
 
 
 async def _serve_until_stopped(
-    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], specs: Sequence[Any]
+    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], specs: Sequence[ServeSpec]
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, nursery.cancel_scope, server)
@@ -187,11 +192,13 @@ class _Announcer:
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
         if mode is ClusterMode.WORKER:
-            logger.info("registered with the master", extra={"fields": {"models": models}})
+            client = self.server.worker_client
+            accepted = [name for name in models if client is None or name not in client.rejected_models]
+            logger.info("registered with the master", extra={"fields": {"models": accepted}})
             if not models:
                 logger.warning("this worker has no models: give --app or --serve, or register some")
             return
-        fields = {"url": self.server.url, "mode": str(mode), "models": models}
+        fields: dict[str, object] = {"url": self.server.url, "mode": str(mode), "models": models}
         if mode is ClusterMode.MASTER:
             fields["workers_join_at"] = self.server.internal_port
         logger.info("serving", extra={"fields": fields})
@@ -211,10 +218,13 @@ async def _stop_on_signals(
             name = signal.Signals(number).name
             if server is None or asked or not server.is_running:
                 scope.cancel(reason=f"stopped at once by {name}")
-                return
+                break
             asked = True
             logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
             server.stop()
+    # A model that is being loaded in a thread cannot be cancelled. Whoever does not want to wait for it can
+    # have the process killed, and not only by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A node for the tests of the HTTP face: real hypercorn on loopback, and backends that do as they are told."""
+"""A node for the tests of the HTTP face: real hypercorn on loopback, and obedient backends."""
 
 from __future__ import annotations
 
@@ -202,45 +202,47 @@ class Wire:
             pass
         return not self._buffer
 
-    async def answer(self, *, head: bool = False) -> Answer:
-        """Read one response."""
+    async def head(self) -> tuple[int, dict[str, str]]:
+        """Read the head of one response."""
         lines = (await self.until(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        status = int(lines[0].split()[1])
         headers = {}
         for line in lines[1:-2]:
             name, _, value = line.partition(": ")
             headers[name.lower()] = value
-        body, whole = b"", True
-        if head or status in (204, 304):
-            pass
-        elif "content-length" in headers:
-            while len(self._buffer) < int(headers["content-length"]):
-                assert await self.receive()
-            body = bytes(self._buffer[: int(headers["content-length"])])
-            del self._buffer[: len(body)]
-        elif headers.get("transfer-encoding") == "chunked":
-            body, whole = await self._chunks()
-        else:
-            while await self.receive():
-                pass
-            body = bytes(self._buffer)
-        return Answer(status, headers, body, whole)
+        return int(lines[0].split()[1]), headers
 
-    async def _chunks(self) -> tuple[bytes, bool]:
-        body = b""
-        while True:
-            while b"\r\n" not in self._buffer:
-                if not await self.receive():
-                    return body, False
-            size = int((await self.until(b"\r\n"))[:-2], 16)
-            chunk = b""
-            while len(self._buffer) < size + 2:
-                assert await self.receive(), "cut in the middle of a chunk"
-            chunk = bytes(self._buffer[:size])
-            del self._buffer[: size + 2]
-            if not size:
-                return body, True
-            body += chunk
+    async def chunk(self) -> bytes | None:
+        """Read one chunk; empty for the last one, and ``None`` if the connection ends without it."""
+        while b"\r\n" not in self._buffer:
+            if not await self.receive():
+                return None
+        size = int((await self.until(b"\r\n"))[:-2], 16)
+        while len(self._buffer) < size + 2:
+            assert await self.receive(), "cut in the middle of a chunk"
+        chunk = bytes(self._buffer[:size])
+        del self._buffer[: size + 2]
+        return chunk
+
+    async def answer(self, *, bodiless: bool = False) -> Answer:
+        """Read one response."""
+        status, headers = await self.head()
+        if bodiless:
+            return Answer(status, headers, b"", True)
+        if "content-length" in headers:
+            length = int(headers["content-length"])
+            while len(self._buffer) < length:
+                assert await self.receive()
+            body = bytes(self._buffer[:length])
+            del self._buffer[:length]
+            return Answer(status, headers, body, True)
+        if headers.get("transfer-encoding") == "chunked":
+            chunks = []
+            while chunk := await self.chunk():
+                chunks.append(chunk)
+            return Answer(status, headers, b"".join(chunks), chunk is not None)
+        while await self.receive():
+            pass
+        return Answer(status, headers, bytes(self._buffer), True)
 
 
 def raw_request(method: str, path: str, body: bytes | None = None, *headers: str) -> bytes:
@@ -259,9 +261,7 @@ def listening_socket() -> socket.socket:
 
 
 @asynccontextmanager
-async def open_house(
-    script: Callable[[Served], None] | None = plain, **server: Any
-) -> AsyncIterator[House]:
+async def open_house(script: Callable[[Served], None] | None = plain, **server: Any) -> AsyncIterator[House]:
     """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
     site = Site(Registry(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone")
     app = gate(create_app(site), site)

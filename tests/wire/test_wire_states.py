@@ -29,7 +29,7 @@ from trio_cluster.wire import (
 # Written out once more, and not computed: this is the protocol. The documentation shows the same tables.
 TABLES = {
     "master says": """
-|  | ForwardRequest | Data | LastData | Cancel | Grant |
+| | ForwardRequest | Data | LastData | Cancel | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **IDLE** | UPLOADING | · | · | · | · |
 | **UPLOADING** | · | UPLOADING | WAITING | CANCELLING | · |
@@ -38,7 +38,7 @@ TABLES = {
 | **ANSWERING** | · | · | · | CANCELLING | ANSWERING |
 """,
     "master hears": """
-|  | ForwardResponse | Data | Done | Failed | Grant |
+| | ForwardResponse | Data | Done | Failed | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **UPLOADING** | EARLY | · | · | ENDED | UPLOADING |
 | **WAITING** | ANSWERING | · | · | ENDED | WAITING |
@@ -47,7 +47,7 @@ TABLES = {
 | **CANCELLING** | CANCELLING | CANCELLING | ENDED | ENDED | CANCELLING |
 """,
     "worker says": """
-|  | ForwardResponse | Data | Done | Failed | Grant |
+| | ForwardResponse | Data | Done | Failed | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **UPLOADING** | EARLY | · | · | ENDED | UPLOADING |
 | **WAITING** | ANSWERING | · | · | ENDED | · |
@@ -56,7 +56,7 @@ TABLES = {
 | **CANCELLING** | · | · | ENDED | ENDED | · |
 """,
     "worker hears": """
-|  | ForwardRequest | Data | LastData | Cancel | Grant |
+| | ForwardRequest | Data | LastData | Cancel | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **IDLE** | UPLOADING | · | · | · | · |
 | **UPLOADING** | · | UPLOADING | WAITING | CANCELLING | · |
@@ -70,7 +70,9 @@ TABLES = {
 
 def cells(rendered: str) -> dict[tuple[str, str], str]:
     """Read a Markdown table back."""
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in rendered.strip().splitlines()]
+    rows = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")] for line in rendered.strip().splitlines()
+    ]
     columns = rows[0][1:]
     assert all(cell == "---" for cell in rows[1])
     return {
@@ -166,9 +168,7 @@ def test_a_message_leads_where_its_cell_says_and_an_empty_cell_ends_the_session(
         events = session.receive(data, 0.0)
         assert session.state(call).value == following
         ignored = (
-            word == "Grant"
-            or following == "CANCELLING" == state.value
-            or following == "ENDED" == state.value
+            word == "Grant" or following == "CANCELLING" == state.value or following == "ENDED" == state.value
         )
         assert events == ([] if ignored else [heard(word, call)])
 

@@ -21,7 +21,7 @@ from trio_cluster.wire import (
 
 
 class Spy:
-    """Looks at everything that one end sends, and holds it to the protocol's promises about order and credit."""
+    """Looks at everything that one end sends, and holds it to the promises about order and credit."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []

@@ -1,12 +1,14 @@
 """The arithmetic of the ``digits`` model: a diffusion model over 8 by 8 pixels, in numpy.
 
-Theory. A picture is drowned in Gaussian noise along a continuous time from 0 (clean) to 1 (nothing but noise):
-``noisy = signal(t) * clean + spread(t) * noise`` with ``signal**2 + spread**2 == 1``, along the cosine schedule of
-Nichol and Dhariwal. A network learns to tell the noise from the picture. Sampling walks the time backwards in a few
-deterministic steps (DDIM; Song, Meng and Ermon 2020): guess the noise, take the guess for the clean picture, put back
-less noise. *Guidance* exaggerates what the asked class adds over "any digit" (Ho and Salimans 2022).
+Theory. A picture is drowned in Gaussian noise along a continuous time from 0 (clean) to 1 (nothing but
+noise): ``noisy = signal(t) * clean + spread(t) * noise`` with ``signal**2 + spread**2 == 1``, along the
+cosine schedule of Nichol and Dhariwal. A network learns to tell the noise from the picture. Sampling walks
+the time backwards in a few deterministic steps (DDIM; Song, Meng and Ermon 2020): guess the noise, take the
+guess for the clean picture, put back less noise. *Guidance* exaggerates what the asked class adds over "any
+digit" (Ho and Salimans 2022).
 
-``scripts/train_digits.py`` trains the weights and shares this module, so that training and sampling cannot drift apart.
+``scripts/train_digits.py`` trains the weights and shares this module, so that training and sampling cannot
+drift apart.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CLASSES", "PIXELS", "SIDE", "TIME_FEATURES", "load", "predict_noise", "sample", "schedule", "time_features"]
+__all__ = [
+    "CLASSES",
+    "PIXELS",
+    "SIDE",
+    "TIME_FEATURES",
+    "load",
+    "predict_noise",
+    "sample",
+    "schedule",
+    "time_features",
+]
 
 SIDE: Final = 8
 PIXELS: Final = SIDE * SIDE
@@ -51,7 +63,9 @@ def time_features(times: Array) -> Array:
     return np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
 
 
-def predict_noise(weights: Mapping[str, Array], noisy: Array, times: Array, classes: NDArray[np.int64]) -> Array:
+def predict_noise(
+    weights: Mapping[str, Array], noisy: Array, times: Array, classes: NDArray[np.int64]
+) -> Array:
     """Return the network's guess at the noise in each row of ``noisy``; class 10 means any digit."""
     condition = _silu(
         time_features(times) @ weights["time_w"] + weights["time_b"] + weights["class_w"][classes]
@@ -63,7 +77,7 @@ def predict_noise(weights: Mapping[str, Array], noisy: Array, times: Array, clas
         inner = _silu(inner @ weights[f"block{block}_up_w"] + weights[f"block{block}_up_b"])
         hidden = hidden + inner @ weights[f"block{block}_down_w"] + weights[f"block{block}_down_b"]
         block += 1
-    return _silu(hidden) @ weights["out_w"] + weights["out_b"]
+    return np.asarray(_silu(hidden) @ weights["out_w"] + weights["out_b"], np.float32)
 
 
 def sample(
@@ -86,7 +100,8 @@ def sample(
         go_on: called with the number of each step before it is taken; sampling ends when it says no.
 
     Returns:
-        The pictures with values from -1 (paper) to 1 (ink), in the shape (count, 8, 8); ``None`` if it was ended.
+        The pictures with values from -1 (paper) to 1 (ink), in the shape (count, 8, 8); ``None`` if it was
+        ended.
     """
     rng = np.random.default_rng(seed)
     count = len(classes)
@@ -101,7 +116,8 @@ def sample(
             weights, np.concatenate([picture, picture]), np.full(2 * count, stops[step], np.float32), both
         )
         noise = guess[count:] + guidance * (guess[:count] - guess[count:])
-        # Guided guesses overshoot; ink cannot be blacker than black, so the excess is cut and the noise follows.
+        # Guided guesses overshoot; ink cannot be blacker than black, so the excess is cut and the noise
+        # follows.
         clean = np.clip((picture - spreads[step] * noise) / signals[step], -1.0, 1.0)
         noise = (picture - signals[step] * clean) / spreads[step]
         picture = signals[step + 1] * clean + spreads[step + 1] * noise

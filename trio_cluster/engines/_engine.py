@@ -1,13 +1,14 @@
 """What an engine is, and how one is found by its name.
 
-An *engine* turns a model on this machine into handlers on a :class:`~trio_cluster.ClusterServer`. It is found through
-the entry-point group ``trio_cluster.engines``, so that any installed package can bring more of them; an entry point
-is an object with the attributes of :class:`Engine`, most easily an instance of a subclass.
+An *engine* turns a model on this machine into handlers on a :class:`~trio_cluster.ClusterServer`. It is found
+through the entry-point group ``trio_cluster.engines``, so that any installed package can bring more of them;
+an entry point is an object with the attributes of :class:`Engine`, most easily an instance of a subclass.
 
-``--serve`` names an engine in one word of text: ``ENGINE[:ARGUMENT][,KEY=VALUE]...``. :func:`parse_serve` reads it
-and checks everything that can be checked without loading a model, so that a typing error is not found out minutes
-later. :func:`serve_engine` then runs the engine as a task next to the server; the engine registers its models on the
-server, may add and remove some while it runs, and takes them back when it is cancelled.
+``--serve`` names an engine in one word of text: ``ENGINE[:ARGUMENT][,KEY=VALUE]...``. :func:`parse_serve`
+reads it and checks everything that can be checked without loading a model, so that a typing error is not
+found out minutes later. :func:`serve_engine` then runs the engine as a task next to the server; the engine
+registers its models on the server, may add and remove some while it runs, and takes them back when it is
+cancelled.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any, ClassVar, Final, Protocol
 import attrs
 import trio
 
-from .._errors import ClusterError, OptionsError
-from .._models import ChatModelOptions, Kind
+from trio_cluster._errors import ClusterError, OptionsError
+from trio_cluster._models import ChatModelOptions, Kind
 
 __all__ = [
     "GROUP",
@@ -45,15 +46,16 @@ __all__ = [
 #: The entry-point group in which engines are looked up.
 GROUP: Final = "trio_cluster.engines"
 
-# Our own, so that they are there in a source tree that was never installed, and nobody else's package can take their
-# names.
+# Our own, so that they are there in a source tree that was never installed, and nobody else's package can
+# take their names.
 _OWN: Final = {
     name: EntryPoint(name, f"{__package__}.{name}:engine", GROUP)
     for name in ("digits", "hibari", "llama", "minilm", "whisper")
 }
 
-# A comma separates options only if a key and an equals sign follow, so that paths and values may have commas in them.
-_SEPARATOR: Final = re.compile(r",(?=[A-Za-z_][\w-]*=)")
+# A comma separates options only if a key and an equals sign follow, so that paths and values may have commas
+# in them.
+_SEPARATOR: Final = re.compile(r",(?=\s*[A-Za-z_][\w-]*\s*=)")
 
 
 class ModelServer(Protocol):
@@ -88,7 +90,8 @@ class ModelServer(Protocol):
 class Option:
     """One ``KEY=VALUE`` that an engine understands.
 
-    ``read`` turns the text into the value and raises ``ValueError`` with a message that says what was expected.
+    ``read`` turns the text into the value and raises ``ValueError`` with a message that says what was
+    expected.
     """
 
     read: Callable[[str], Any]
@@ -138,10 +141,10 @@ class Engine:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve models on ``server`` until cancelled; call ``task_status.started()`` once they are registered.
+        """Serve models on ``server`` until cancelled; ``task_status.started()`` says they are registered.
 
-        Cancellation takes the models back from the server. What they hold is freed when the last request that uses
-        it has ended.
+        Cancellation takes the models back from the server. What they hold is freed when the last request that
+        uses it has ended.
 
         Raises:
             ClusterError: it cannot be done; the message is one clear line.
@@ -174,12 +177,12 @@ class LoadingEngine(Engine):
     """
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
-        """Return the argument to load from, with words like the demo weights' name replaced by where they are."""
+        """Return the argument to load from, with a name such as that of the demo weights made a path."""
         await trio.lowlevel.checkpoint()
         return argument
 
     def open(self, argument: str, options: Mapping[str, Any]) -> AbstractContextManager[ServedModel]:
-        """Load the model; leaving the context frees it. Entered and left in a worker thread, since it takes long.
+        """Load the model; leaving the context frees it. Entered and left in a worker thread.
 
         Raises:
             ClusterError: it cannot be loaded; the message is one clear line.
@@ -196,7 +199,8 @@ class LoadingEngine(Engine):
     ) -> None:
         """See :meth:`Engine.serve`."""
         opened = self.open(await self.prepare(argument, options), options)
-        # Loading cannot be interrupted; a cancellation meanwhile is seen when it is done, with nothing left behind.
+        # Loading cannot be interrupted; a cancellation meanwhile is seen when it is done, with nothing left
+        # behind.
         with trio.CancelScope(shield=True):
             model = await trio.to_thread.run_sync(opened.__enter__)
         try:
@@ -227,8 +231,8 @@ def parse_serve(spec: str) -> ServeSpec:
     A comma begins an option only where ``KEY=`` follows it; all others belong to the argument or the value.
 
     Raises:
-        OptionsError: there is no such engine, or it does not understand an option or value; the message lists what
-            there is.
+        OptionsError: there is no such engine, or it does not understand an option or value; the message lists
+            what there is.
         ClusterError: the engine's libraries are not installed; the message says what to install.
     """
     head, *pairs = _SEPARATOR.split(spec)
@@ -236,7 +240,7 @@ def parse_serve(spec: str) -> ServeSpec:
     name, argument = name.strip(), argument.strip()
     engine = _find(name, spec)
     if argument and not engine.argument:
-        raise OptionsError(f"--serve {spec}: the engine '{name}' takes no argument, but got '{argument}'")
+        raise OptionsError(f"{spec}: the engine '{name}' takes no argument, but got '{argument}'")
     options = {key: option.default for key, option in engine.options.items()}
     given: set[str] = set()
     for pair in pairs:
@@ -244,23 +248,24 @@ def parse_serve(spec: str) -> ServeSpec:
         key = key.strip().replace("-", "_")
         if key not in engine.options:
             known = ", ".join(engine.options) or "none"
-            raise OptionsError(f"--serve {spec}: the engine '{name}' has no option '{key}'; it has: {known}")
+            raise OptionsError(f"{spec}: the engine '{name}' has no option '{key}'; it has: {known}")
         if key in given:
-            raise OptionsError(f"--serve {spec}: '{key}' is given twice")
+            raise OptionsError(f"{spec}: '{key}' is given twice")
         given.add(key)
         try:
             options[key] = engine.options[key].read(value.strip())
         except ValueError as error:
-            raise OptionsError(f"--serve {spec}: {key}: {error}") from error
+            raise OptionsError(f"{spec}: {key}: {error}") from error
     missing = [module for module in engine.requires if importlib.util.find_spec(module) is None]
     if missing:
         raise ClusterError(
-            f"the engine '{name}' needs {' and '.join(missing)}, not installed here; try: pip install '{engine.extra}'"
+            f"the engine '{name}' needs {' and '.join(missing)}, not installed here;"
+            f" try: pip install '{engine.extra}'"
         )
     try:
         engine.check(argument, options)
     except ValueError as error:
-        raise OptionsError(f"--serve {spec}: {error}") from error
+        raise OptionsError(f"{spec}: {error}") from error
     return ServeSpec(name, argument, options)
 
 
@@ -272,8 +277,8 @@ async def serve_engine(
 ) -> None:
     """Run the engine that ``spec`` names until cancelled.
 
-    ``task_status.started()`` comes when its models are loaded and registered on ``server``, which may be running or
-    not. Cancellation takes them back.
+    ``task_status.started()`` comes when its models are loaded and registered on ``server``, which may be
+    running or not. Cancellation takes them back.
 
     Raises:
         ClusterError: the engine cannot serve; the message is one clear line.
@@ -285,12 +290,14 @@ def _find(name: str, spec: str) -> Engine:
     installed = {point.name: point for point in entry_points(group=GROUP)} | _OWN
     if name not in installed:
         known = ", ".join(sorted(installed)) or "none"
-        raise OptionsError(f"--serve {spec}: there is no engine '{name}'; there are: {known}")
+        raise OptionsError(f"{spec}: there is no engine '{name}'; there are: {known}")
     try:
         engine: Engine = installed[name].load()
     except Exception as error:
         # Someone else's package, so anything can go wrong in it; whoever starts the node has to know which.
-        raise ClusterError(f"the engine '{name}' ({installed[name].value}) cannot be imported: {error}") from error
+        raise ClusterError(
+            f"the engine '{name}' ({installed[name].value}) cannot be imported: {error}"
+        ) from error
     return engine
 
 
@@ -306,7 +313,16 @@ def text(value: str) -> str:
 
 def boolean(value: str) -> bool:
     """Read yes or no."""
-    words = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    words = {
+        "yes": True,
+        "true": True,
+        "on": True,
+        "1": True,
+        "no": False,
+        "false": False,
+        "off": False,
+        "0": False,
+    }
     if value.lower() not in words:
         raise ValueError(f"expected yes or no, got '{value}'")
     return words[value.lower()]

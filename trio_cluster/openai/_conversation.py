@@ -118,7 +118,7 @@ def _check_message(message: Any, name: str) -> None:
         raise wrong_type(f"{name}.content", "a string or an array of parts", content)
 
     # Most messages are a role and a content, and done.
-    if len(message) > 2:
+    if len(message) > 2 or content is None:
         for member, value in message.items():
             check = _MEMBERS.get(member)
             if check is not None and value is not None:

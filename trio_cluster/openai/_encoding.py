@@ -31,7 +31,7 @@ class Encoder:
 
     Attributes:
         streaming: bytes go out while the handler works; a plain answer comes whole from :meth:`finish`.
-        head: the head of the answer; of a plain one from the start, of a streamed one from its first bytes on.
+        head: the head of the answer: a plain one's from the start, a streamed one's from its first bytes on.
         usage: tokens read and tokens written, as the handler reported them; 0 without a report.
     """
 

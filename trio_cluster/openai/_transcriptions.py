@@ -47,19 +47,14 @@ class _Transcription(Encoder):
         # A transcript has no reasons; a handler that is used to giving one does no harm.
         return ""
 
-    def _token_usage(self) -> dict[str, Any]:
-        """Return the usage object of these routes, if there is anything in it."""
-        if self.usage == (0, 0):
-            return {}
-        read, written = self.usage
-        return {
-            "usage": {
-                "type": "tokens",
-                "input_tokens": read,
-                "output_tokens": written,
-                "total_tokens": read + written,
-            }
-        }
+    def _usage_member(self) -> dict[str, Any]:
+        """Return the answer's ``usage``: reported numbers of tokens, or what else a handler's dict said."""
+        details = self._usage_details
+        if self.usage != (0, 0):
+            read, written = self.usage
+            counts = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+            return {"usage": {"type": "tokens"} | counts | details}
+        return {"usage": details} if details else {}
 
 
 class PlainTranscription(_Transcription):
@@ -85,7 +80,7 @@ class PlainTranscription(_Transcription):
             case "verbose_json":
                 return dumps(self._verbose())
             case _:
-                return dumps({"text": transcript.text} | self._token_usage())
+                return dumps({"text": transcript.text} | self._usage_member())
 
     def _verbose(self) -> dict[str, Any]:
         request, transcript = self._request, self._transcript
@@ -102,6 +97,9 @@ class PlainTranscription(_Transcription):
             answer["segments"] = transcript.full_segments()
         if "word" in wanted:
             answer["words"] = transcript.words
+        if self._usage_details.get("type") == "duration":
+            # In this format the API knows no other usage.
+            answer["usage"] = self._usage_details
         return answer | {name: value for name, value in transcript.members.items() if name not in answer}
 
 
@@ -118,5 +116,5 @@ class StreamedTranscription(_Transcription):
         return event(b'{"type":"transcript.text.delta","delta":' + dumps(text) + b"}")
 
     def finish(self) -> bytes:
-        done = {"type": "transcript.text.done", "text": self._transcript.text} | self._token_usage()
+        done = {"type": "transcript.text.done", "text": self._transcript.text} | self._usage_member()
         return event(dumps(done)) + DONE

@@ -115,6 +115,12 @@ class _Reader:
         self._events.append(event)
         if event.get("usage") is not None:
             self._usage = event["usage"]
+        try:
+            self._read_output(event, data)
+        except (AttributeError, KeyError, TypeError) as exc:
+            raise StreamGrammarError(f"{data!r}: not in the form of the API: {exc!r}") from None
+
+    def _read_output(self, event: dict[str, Any], data: bytes) -> None:
         if "choices" in event:
             for choice in event["choices"]:
                 self._read_choice(choice, data)

@@ -73,6 +73,8 @@ class Handshake:
     node_id: str = attrs.field(validator=bounds.name)
     version: str = attrs.field(validator=bounds.name)
     """The version of the package, for people; nothing is decided by it."""
+    instance: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    """Drawn by each process at its start: tells one that comes back from another that uses its name."""
 
 
 @attrs.frozen
@@ -181,7 +183,7 @@ class Data:
 
     call: int
     data: bytes | memoryview
-    """At most ``PIECE`` bytes; received as ``bytes``. Empty only in the last."""
+    """At most ``PIECE`` bytes; received as ``bytes``. Empty, it is a sign of life of that call's answer."""
     last: bool = False
 
     # By hand and not by validators: this is the one message of which there are very many.
@@ -190,8 +192,6 @@ class Data:
             raise ValueError(f"call: lies outside 1 to {(1 << 63) - 1}")
         if len(self.data) > PIECE:
             raise ValueError(f"data: longer than {PIECE} bytes")
-        if not self.data and not self.last:
-            raise ValueError("data: empty, and not the last")
 
 
 @attrs.frozen

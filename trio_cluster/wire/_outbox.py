@@ -124,9 +124,13 @@ class Outbox:
         self._streams[call] = _Stream()
 
     def push(self, call: int, data: bytes | memoryview, *, last: bool = False) -> None:
-        """Queue bytes of the body of ``call``; ``last`` completes the body, even without bytes."""
+        """Queue bytes of the body of ``call``; ``last`` completes the body, even without bytes.
+
+        An empty piece that is not the last is sent too, but not queued behind others: what it has to say,
+        they say, and if they cannot be sent it would only pile up.
+        """
         stream = self._streams[call]
-        if data:
+        if data or not (last or stream.chunks):
             stream.chunks.append(data)
             stream.size += len(data)
         stream.complete = last

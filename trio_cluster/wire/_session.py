@@ -97,6 +97,7 @@ class Session(abc.ABC, Generic[EventT]):
         node_id: the name of this node, told to the peer.
         version: the version of the package, told to the peer for information.
         now: the time, in seconds on the same clock as in all later calls; only differences matter.
+        instance: tells the peer this process from another one of the same name.
         heartbeat_interval: seconds between heartbeats.
         silence_timeout: seconds without any message from the peer after which it counts as gone. This also
             bounds the wait for its handshake.
@@ -115,6 +116,7 @@ class Session(abc.ABC, Generic[EventT]):
         version: str,
         now: float,
         *,
+        instance: str = "",
         heartbeat_interval: float = 5.0,
         silence_timeout: float = 30.0,
     ) -> None:
@@ -130,7 +132,7 @@ class Session(abc.ABC, Generic[EventT]):
         self._calls: dict[int, Exchange] = {}
         self._highest = 0
         self._outbox = Outbox()
-        self._outbox.post(Handshake(MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version))
+        self._outbox.post(Handshake(MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance))
 
     # The link's face
 
@@ -203,6 +205,10 @@ class Session(abc.ABC, Generic[EventT]):
             # A mark and not a message: one that cannot be written now is not joined by others.
             self._heartbeat_due = True
 
+    def beat(self) -> None:
+        """Give a sign of life with the next message, without waiting for the time to come."""
+        self._heartbeat_due = self.close_reason is None
+
     def close(self, reason: str) -> None:
         """End the session: the link is gone, or is about to be. Idempotent; the first reason stays.
 
@@ -211,6 +217,7 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is None:
             self.close_reason = reason
             self._outbox.clear()
+            self._heartbeat_due = False
 
     # Common to both ends
 
@@ -252,26 +259,31 @@ class Session(abc.ABC, Generic[EventT]):
         """Tell the peer that this node is about to stop. Open calls are not touched."""
         self._post(Drain(clip(reason)))
 
-    def grant(self, call: int, count: int) -> None:
+    def grant(self, call: int, count: int) -> bool:
         """Say that the local consumer has taken ``count`` bytes of the body that comes in for ``call``.
 
         The peer is told when a quarter of the window has come together, and not at all when it has nothing
         more to send. Harmless for calls that have ended or are being cancelled.
+
+        Returns:
+            Whether there is something to write now because of it.
 
         Raises:
             RuntimeError: more was taken than has come, or the call was never opened.
         """
         exchange = self._exchange(call)
         if exchange is None:
-            return
+            return False
         if not 0 <= count <= exchange.unread:
             raise RuntimeError(f"call {call}: {count} bytes taken of {exchange.unread} that had come")
         exchange.unread -= count
         exchange.taken += count
-        if exchange.taken >= _GRANT_AT and (exchange.state, Grant) in SAYS[self._role]:
-            self._post(Grant(call, exchange.taken))
-            exchange.credit += exchange.taken
-            exchange.taken = 0
+        if exchange.taken < _GRANT_AT or (exchange.state, Grant) not in SAYS[self._role]:
+            return False
+        self._post(Grant(call, exchange.taken))
+        exchange.credit += exchange.taken
+        exchange.taken = 0
+        return True
 
     # For the two ends
 

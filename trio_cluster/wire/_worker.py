@@ -85,17 +85,17 @@ class WorkerSession(Session[WorkerEvent]):
 
         Args:
             call: as in the ``ForwardRequest``.
-            data: bytes, or a memoryview of bytes; must not change afterwards.
+            data: bytes, or a memoryview of bytes; must not change afterwards. If empty it is a sign of life
+            of
+                this call, which goes out unless bytes of it wait already.
 
         Raises:
             RuntimeError: the answer has not begun, or has ended.
         """
         if self._unwanted(call):
             return
-        following = self._next_said(call, Data)
-        if data:
-            self._calls[call].state = following
-            self._outbox.push(call, data)
+        self._calls[call].state = self._next_said(call, Data)
+        self._outbox.push(call, data)
 
     def done(self, call: int) -> None:
         """End the answer: it is complete, and the work for it has stopped. What is queued goes out before

@@ -1,0 +1,73 @@
+"""Ask every model of a cluster something, with the official ``openai`` package.
+
+    python client.py [BASE_URL] [API_KEY]
+
+The client knows nothing of trio_cluster, apart from one field of ``/v1/models`` that says of which kind a
+model is.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import openai
+
+
+def ask_chat(client: openai.OpenAI, model: str) -> str:
+    """Stream an answer, and print it as it comes."""
+    with client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "one two three"}], stream=True
+    ) as stream:
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def ask_embedding(client: openai.OpenAI, model: str) -> str:
+    """Embed two texts, and say how alike they are."""
+    first, second = client.embeddings.create(model=model, input=["a cat sat", "the cat sat"]).data
+    similarity = sum(x * y for x, y in zip(first.embedding, second.embedding, strict=True))
+    return f"{len(first.embedding)} numbers each, similarity {similarity:.2f}"
+
+
+def ask_tts(client: openai.OpenAI, model: str) -> bytes:
+    """Speak a sentence."""
+    return client.audio.speech.create(
+        model=model, voice="any", input="hello to everybody", response_format="wav"
+    ).content
+
+
+def ask_asr(client: openai.OpenAI, model: str, audio: bytes) -> str:
+    """Write down a recording."""
+    return client.audio.transcriptions.create(model=model, file=("speech.wav", audio)).text
+
+
+def ask_image(client: openai.OpenAI, model: str) -> str:
+    """Draw a picture."""
+    images = client.images.generate(model=model, prompt="a 7, please").data or []
+    return f"{len(images[0].b64_json or '')} characters of base64"
+
+
+def main(base_url: str, api_key: str) -> None:
+    """Ask one question of every model there is."""
+    client = openai.OpenAI(base_url=base_url, api_key=api_key)
+    models = {model.id: model.model_dump().get("kind") for model in client.models.list()}
+    audio = b""
+    for model in (name for name, kind in models.items() if kind == "tts"):
+        audio = ask_tts(client, model)
+        print(f"{model}: {len(audio)} bytes of sound")
+    for model, kind in models.items():
+        if kind == "chat":
+            print(f"{model}: {ask_chat(client, model)}")
+        elif kind == "embedding":
+            print(f"{model}: {ask_embedding(client, model)}")
+        elif kind == "asr" and audio:
+            print(f"{model}: {ask_asr(client, model, audio)}")
+        elif kind == "image_generation":
+            print(f"{model}: {ask_image(client, model)}")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(
+        arguments[0] if arguments else "http://127.0.0.1:8080/v1",
+        arguments[1] if len(arguments) > 1 else "not-needed",
+    )

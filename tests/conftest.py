@@ -1,0 +1,19 @@
+"""Fixtures that more than one room's tests need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Undo what a test does to the configuration of logging."""
+    root, package = logging.getLogger(), logging.getLogger("trio_cluster")
+    handlers, root_level, package_level = root.handlers[:], root.level, package.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(root_level)
+    package.setLevel(package_level)

@@ -1,0 +1,24 @@
+"""Everything here runs the whole of it: real servers, real sockets, the official client, and real processes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from nodes import Nodes, open_nodes
+from served import PLACEMENTS, Served, open_served
+
+
+@pytest.fixture(params=PLACEMENTS)
+async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
+    """A server with default options, its models at home or behind it."""
+    async with open_served(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
+    """Where processes are started."""
+    async with open_nodes(tmp_path) as opened:
+        yield opened

@@ -1,0 +1,410 @@
+"""Real processes and real signals: what is lost when a node dies, and what is not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from nodes import Node, Nodes, Stream, free_pair
+from served import chat
+
+pytestmark = pytest.mark.processes
+
+STOPS = pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+
+
+async def request(node: Node, method: str, path: str, **options: Any) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=node.url, timeout=20, trust_env=False, verify=False) as client:
+        return await client.request(method, path, **options)
+
+
+async def ask(node: Node, model: str, **fields: Any) -> httpx.Response:
+    return await request(node, "POST", "/v1/chat/completions", json=chat(model, **fields))
+
+
+async def models(node: Node) -> set[str]:
+    """Return the names of the chat models that a node lists."""
+    response = await request(node, "GET", "/v1/models")
+    return {entry["id"] for entry in response.json()["data"] if entry["kind"] == "chat"}
+
+
+async def workers(node: Node) -> dict[str, Any]:
+    """Return what a master says about its workers, by name."""
+    response = await request(node, "GET", "/cluster/status")
+    return {worker["id"]: worker for worker in response.json()["workers"]}
+
+
+async def models_become(node: Node, expected: set[str], within: float) -> None:
+    with trio.fail_after(within):
+        while await models(node) != expected:
+            await trio.sleep(0.02)
+
+
+async def until(holds: Callable[[], bool], within: float) -> None:
+    with trio.fail_after(within):
+        while not holds():
+            await trio.sleep(0.02)
+
+
+async def open_stream(nursery: trio.Nursery, node: Node, model: str, **fields: Any) -> Stream:
+    """Have a stream that is being read, and of which something has come."""
+    stream: Stream = await nursery.start(Stream().read, node.url, chat(model, stream=True, **fields))
+    return stream
+
+
+# A worker that is lost
+
+
+async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    master = await nodes.master()
+    b = await nodes.worker(master, "wb", models="b")
+    await nodes.worker(master, "wa", models="a")
+    await nodes.worker(master, "wc", models="c")
+    assert await models(master) == {"a", "b", "c"}
+    streams = {model: await open_stream(nursery, master, model, ticks=60) for model in "abc"}
+
+    b.send(signal.SIGKILL)
+    failed = await streams["b"].end(within=1)
+    await models_become(master, {"a", "c"}, within=1)
+    assert failed.report.ending == "failed"
+    assert failed.report.error is not None
+    assert failed.report.error["code"] == "worker_lost"
+    assert (await ask(master, "b")).status_code == 404
+    assert streams["a"].is_running
+    assert streams["c"].is_running
+
+    await nodes.worker(master, "wb", models="b")
+    assert (await ask(master, "b")).json()["choices"][0]["message"]["content"] == "0 1 2 "
+    for model in "ac":
+        finished = await streams[model].end(within=5)
+        assert finished.report.ending == "finished"
+        assert finished.report.text == "".join(f"{i} " for i in range(60))
+
+
+async def test_a_request_that_nothing_came_of_is_a_502_when_its_worker_is_killed(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    master = await nodes.master()
+    worker = await nodes.worker(master, "w", models="m")
+    answers: list[httpx.Response] = []
+
+    async def wait_for_answer() -> None:
+        answers.append(await ask(master, "m", ticks=1000))
+
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(wait_for_answer)
+        with trio.fail_after(5):
+            while not (await workers(master))["w"]["in_flight"]:
+                await trio.sleep(0.02)
+        worker.send(signal.SIGKILL)
+    assert answers[0].status_code == 502
+    assert answers[0].json()["error"]["code"] == "worker_lost"
+
+
+async def test_a_worker_that_freezes_is_given_up_and_comes_back_when_it_thaws(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    patience = ("--worker-timeout", "2", "--heartbeat-interval", "0.5")
+    master = await nodes.master(*patience)
+    worker = await nodes.worker(master, "w", *patience, models="m")
+    stream = await open_stream(nursery, master, "m", ticks=1000)
+    worker.send(signal.SIGSTOP)
+    try:
+        failed = await stream.end(within=3.5)
+        await models_become(master, set(), within=1)
+    finally:
+        worker.send(signal.SIGCONT)
+    assert failed.report.ending == "failed"
+    await models_become(master, {"m"}, within=5)
+    assert (await ask(master, "m")).status_code == 200
+    assert nodes.notes() == ["m cancelled", "m finished"]
+
+
+async def test_a_model_stays_served_when_one_of_its_replicas_is_killed(nodes: Nodes) -> None:
+    master = await nodes.master("--on-conflict", "replicate")
+    first = await nodes.worker(master, "w1", models="who")
+    second = await nodes.worker(master, "w2", models="who")
+
+    async def answered_by(requests: int) -> set[int]:
+        answers = [await ask(master, "who") for _ in range(requests)]
+        assert {answer.status_code for answer in answers} == {200}
+        return {int(answer.json()["choices"][0]["message"]["content"]) for answer in answers}
+
+    assert await answered_by(4) == {first.process.pid, second.process.pid}
+    first.send(signal.SIGKILL)
+    assert await answered_by(4) == {second.process.pid}
+
+
+async def test_a_name_that_is_taken_is_refused_and_the_worker_stays(nodes: Nodes) -> None:
+    master = await nodes.master()
+    first = await nodes.worker(master, "w1", models="who")
+    second = await nodes.worker(master, "w2", models="who spare", ready=False)
+    refusal = "a model named 'who' is already served by w1"
+    await second.log(f"the master refused a model: {refusal}", level="warning", model="who")
+    await second.log("registered with the master")
+    await master.log(f"model refused: {refusal}", level="warning", worker="w2", model="who")
+    status = await workers(master)
+    assert "who" in status["w1"]["models"]
+    assert "spare" in status["w2"]["models"]
+    assert "who" not in status["w2"]["models"]
+    for _ in range(3):
+        answer = await ask(master, "who")
+        assert answer.json()["choices"][0]["message"]["content"] == str(first.process.pid)
+
+
+# Stopping
+
+
+@STOPS
+async def test_a_worker_that_is_stopped_finishes_its_stream_first(
+    nodes: Nodes, nursery: trio.Nursery, stop: signal.Signals
+) -> None:
+    master = await nodes.master()
+    worker = await nodes.worker(master, "w", models="m")
+    stream = await open_stream(nursery, master, "m", ticks=50)
+    worker.send(stop)
+    await master.log("worker drains", worker="w")
+    refused = await ask(master, "m")
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    finished = await stream.end(within=5)
+    assert finished.report.ending == "finished"
+    assert finished.report.text.endswith("49 ")
+    assert await worker.exit_code(within=5) == 0
+    left = await master.log("worker left", worker="w")
+    assert (left["level"], left["calls_lost"]) == ("info", 0)
+    assert await models(master) == set()
+
+
+@STOPS
+async def test_a_master_that_is_stopped_finishes_its_streams_and_takes_no_new_ones(
+    nodes: Nodes, nursery: trio.Nursery, stop: signal.Signals
+) -> None:
+    master = await nodes.master(models="local")
+    worker = await nodes.worker(master, "w", models="m")
+    streams = [await open_stream(nursery, master, model, ticks=50) for model in ("m", "local")]
+    master.send(stop)
+    await master.log("stopping")
+    refused = await ask(master, "m")
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await request(master, "GET", "/health")).status_code == 503
+    for stream in streams:
+        assert (await stream.end(within=5)).report.ending == "finished"
+    assert await master.exit_code(within=5) == 0
+    await worker.log("the master is about to stop")
+    await worker.log("lost the master")
+    worker.send(stop)
+    assert await worker.exit_code(within=5) == 0
+
+
+@STOPS
+@pytest.mark.parametrize("role", ["master", "worker"])
+async def test_a_second_signal_stops_at_once(
+    nodes: Nodes, nursery: trio.Nursery, stop: signal.Signals, role: str
+) -> None:
+    master = await nodes.master(models="m" if role == "master" else "")
+    node = master if role == "master" else await nodes.worker(master, "w", models="m")
+    stream = await open_stream(nursery, master, "m", ticks=1000)
+    node.send(stop)
+    await node.log("stopping")
+    assert stream.is_running
+    node.send(stop)
+    assert await node.exit_code(within=2) == 0
+    assert (await stream.end(within=1)).report.ending != "finished"
+    assert nodes.notes() == ["m cancelled"]
+
+
+async def test_what_does_not_finish_within_the_drain_timeout_is_cancelled_and_told_so(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    master = await nodes.master("--drain-timeout", "0.5", models="m")
+    stream = await open_stream(nursery, master, "m", ticks=1000)
+    master.send(signal.SIGTERM)
+    cut = await stream.end(within=3)
+    assert cut.report.ending == "failed"
+    assert await master.exit_code(within=3) == 0
+    assert nodes.notes() == ["m cancelled"]
+
+
+# A master that is lost
+
+
+async def test_workers_stop_the_work_of_a_master_that_is_killed_and_come_back_to_the_next(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    port = free_pair()
+    master = await nodes.start("master", port)
+    worker = await nodes.worker(master, "w", models="m")
+    stream = await open_stream(nursery, master, "m", ticks=1000)
+    master.send(signal.SIGKILL)
+    assert (await stream.end(within=1)).report.ending == "cut"
+    await until(lambda: nodes.notes() == ["m cancelled"], within=1)
+    await worker.log("lost the master")
+
+    master = await nodes.start("master", port)
+    await models_become(master, {"m"}, within=10)
+    assert (await ask(master, "m")).status_code == 200
+    assert nodes.notes() == ["m cancelled", "m finished"]
+
+
+async def test_a_worker_waits_for_a_master_that_is_not_there_yet(nodes: Nodes) -> None:
+    port = free_pair()
+    worker = await nodes.start("worker", "127.0.0.1", port, models="m", ready=False)
+    await worker.log("no link to the master")
+    master = await nodes.start("master", port)
+    await worker.log("registered with the master")
+    assert (await ask(master, "m")).status_code == 200
+
+
+# Finding one's part
+
+
+async def test_the_first_to_run_is_the_master_and_the_second_its_worker(nodes: Nodes) -> None:
+    port = free_pair()
+    first = await nodes.start("run", port, models="a")
+    second = await nodes.start("run", port, models="b", ready=False)
+    await second.log("registered with the master")
+    assert first.logged("serving", mode="master")
+    assert await models(first) == {"a", "b"}
+    for model in "ab":
+        assert (await ask(first, model)).status_code == 200
+
+
+@pytest.mark.parametrize("held", [0, 1000], ids=["the port", "the port for workers"])
+async def test_a_port_that_something_else_holds_is_named_in_one_line(nodes: Nodes, held: int) -> None:
+    port = free_pair()
+    with socket.create_server(("127.0.0.1", port + held)):
+        node = await nodes.start("run", port, models="m", ready=False)
+        assert await node.exit_code() == 1
+    assert node.entries == []
+    [line] = node.noise
+    assert re.match(rf"trio-cluster: error: port {port + held}: .*(held by|in use)", line)
+
+
+@pytest.mark.parametrize("token", [(), ("--cluster-token", "wrong")], ids=["no token", "a wrong token"])
+async def test_a_worker_without_the_token_says_so_and_exits(nodes: Nodes, token: tuple[str, ...]) -> None:
+    master = await nodes.master("--cluster-token", "right")
+    worker = await nodes.worker(master, "w", *token, models="m", ready=False)
+    assert await worker.exit_code() == 1
+    assert worker.noise == ["trio-cluster: error: 127.0.0.1: wrong or missing cluster token"]
+    await master.log("connection refused: refused: wrong or missing cluster token", level="warning")
+    await nodes.worker(master, "w", "--cluster-token", "right", models="m")
+    assert (await ask(master, "m")).status_code == 200
+
+
+async def test_a_worker_that_is_sent_to_the_wrong_port_says_so_and_exits(nodes: Nodes) -> None:
+    master = await nodes.master(models="m")
+    worker = await nodes.start(
+        "worker", "127.0.0.1", "--internal-port", master.port, models="m", ready=False
+    )
+    assert await worker.exit_code() == 1
+    [line] = worker.noise
+    assert "not the port on which a trio_cluster master takes workers" in line
+
+
+# Strangers on the port for workers
+
+UPGRADE = (
+    b"GET /cluster HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+OURS = UPGRADE + b"Sec-WebSocket-Protocol: trio-cluster.1\r\n\r\n"
+
+GARBAGE = {
+    "nothing at all": b"",
+    "random bytes": os.urandom(10_000),
+    "zeros": bytes(100_000),
+    "a plain GET": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a request for a model": b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+    "a websocket of another protocol": UPGRADE + b"\r\n",
+    "a websocket elsewhere": OURS.replace(b"/cluster", b"/chat"),
+    "half a handshake": OURS[:100],
+    "a websocket that says nothing": OURS,
+    "a truncated frame": OURS + b"\x82\xfe\x7f\xff\x00\x00\x00\x00abc",
+    "an unmasked frame": OURS + b"\x82\x05hello",
+    "reserved bits": OURS + b"\xf2\x85\x00\x00\x00\x00hello",
+    "a frame of an absurd length": OURS + b"\x82\xff\x7f" + b"\xff" * 7 + b"\x00\x00\x00\x00",
+    "a text message": OURS + b"\x81\x85\x00\x00\x00\x00hello",
+    "a message that is no protocol": OURS + b"\x82\x85\x00\x00\x00\x00hello",
+}
+
+
+async def test_strangers_on_the_port_for_workers_cost_one_line_each_and_nothing_else(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    master = await nodes.master("--worker-timeout", "5", "--heartbeat-interval", "1")
+    await nodes.worker(master, "w", models="m")
+    stream = await open_stream(nursery, master, "m", ticks=1000)
+    addresses = {}
+    for name, garbage in GARBAGE.items():
+        client = await trio.open_tcp_stream("127.0.0.1", master.port + 1000)
+        addresses[name] = "{}:{}".format(*client.socket.getsockname())
+        with trio.move_on_after(5) as patience:
+            try:
+                await client.send_all(garbage)
+                await client.send_eof()
+                while await client.receive_some():
+                    pass
+            except trio.BrokenResourceError:
+                pass
+        await client.aclose()
+        assert not patience.cancelled_caught, f"{name}: the connection is kept"
+        await master.log("", address=addresses[name])
+    for name, address in addresses.items():
+        lines = master.logged("", address=address)
+        assert [(line["message"][:18], line["level"]) for line in lines] == [
+            ("connection refused", "warning")
+        ], name
+    assert (await ask(master, "m")).status_code == 200
+    assert stream.is_running
+    assert list(await workers(master)) == ["w"]
+
+
+# Large bodies
+
+
+def peak_memory(node: Node) -> int:
+    """Return the most memory that a process has had so far, in bytes."""
+    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_large_upload_passes_through_the_master_without_being_copied_often(nodes: Nodes) -> None:
+    master = await nodes.master()
+    worker = await nodes.worker(master, "w", models="m")
+    audio = random_bytes(64 * 1024 * 1024)
+    before = peak_memory(master)
+    with trio.fail_after(20):
+        response = await request(
+            master,
+            "POST",
+            "/v1/audio/transcriptions",
+            data={"model": f"digest-{worker.process.pid}", "response_format": "text"},
+            files={"file": ("a.wav", audio)},
+        )
+    assert (response.status_code, response.text) == (200, hashlib.sha256(audio).hexdigest() + "\n")
+    assert peak_memory(master) - before < 4 * len(audio)
+    assert (await ask(master, "m")).status_code == 200
+
+
+def random_bytes(count: int) -> bytes:
+    """Return bytes that no two pieces of are alike; cheaper than asking the system for all of them."""
+    block = os.urandom(1 << 20)
+    return b"".join(bytes([i & 0xFF]) + block[1:] for i in range(count >> 20))

@@ -1,0 +1,182 @@
+"""Work in a thread: its values, its errors, and that it is over when its block is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+import trio
+import trio.testing
+
+from trio_cluster.engines import Outlet, ThreadStream, _threads
+
+
+class Work:
+    """Counts upwards until it is told to stop, or for ``count`` values."""
+
+    def __init__(self, count: int = 10**9) -> None:
+        self.count = count
+        self.made = 0
+        self.ended = threading.Event()
+
+    def __call__(self, outlet: Outlet[int]) -> None:
+        try:
+            while self.made < self.count:
+                self.made += 1
+                if not outlet.put(self.made):
+                    return
+        finally:
+            self.ended.set()
+
+
+async def test_values_come_in_order_and_then_the_end() -> None:
+    async with ThreadStream(Work(200), trio.CapacityLimiter(1)) as values:
+        assert [value async for value in values] == list(range(1, 201))
+
+
+async def test_an_error_comes_out_after_the_values_before_it() -> None:
+    def work(outlet: Outlet[str]) -> None:
+        outlet.put("one")
+        raise LookupError("no two")
+
+    seen = []
+    with pytest.raises(LookupError, match="no two"):
+        async with ThreadStream(work, trio.CapacityLimiter(1)) as values:
+            async for value in values:
+                seen.append(value)
+    assert seen == ["one"]
+
+
+async def test_leaving_stops_the_work_and_waits_until_it_has_ended() -> None:
+    work = Work()
+    limiter = trio.CapacityLimiter(1)
+    async with ThreadStream(work, limiter, bound=2) as values:
+        async for value in values:
+            if value == 5:
+                break
+    assert work.ended.is_set()
+    assert limiter.borrowed_tokens == 0
+
+
+async def test_a_slow_reader_stops_the_work_at_the_bound() -> None:
+    work = Work()
+    async with ThreadStream(work, trio.CapacityLimiter(1), bound=3) as values:
+        assert await anext(values) == 1
+        with trio.fail_after(5):
+            while work.made < 5:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        # Three wait to be taken, one is being put, one has been taken.
+        assert work.made == 5
+
+
+async def test_a_cancelled_reader_leaves_no_thread_behind() -> None:
+    work = Work(3)
+    reading = trio.Event()
+    hold = threading.Event()
+
+    def blocking(outlet: Outlet[int]) -> None:
+        work(outlet)
+        while not outlet.closed():
+            hold.wait(0.001)
+        work.ended.set()
+
+    async def read() -> None:
+        async with ThreadStream(blocking, trio.CapacityLimiter(1)) as values:
+            async for value in values:
+                if value == 3:
+                    reading.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await reading.wait()
+        work.ended.clear()
+        nursery.cancel_scope.cancel()
+    assert work.ended.is_set()
+
+
+async def test_closing_a_generator_that_is_parked_in_its_yield_ends_the_work() -> None:
+    work = Work()
+
+    async def handler() -> AsyncIterator[int]:
+        async with ThreadStream(work, trio.CapacityLimiter(1)) as values:
+            async for value in values:
+                yield value
+
+    async with aclosing(handler()) as pieces:  # type: ignore[type-var]
+        async for _ in pieces:
+            break
+    assert work.ended.is_set()
+
+
+async def test_a_put_after_the_end_does_not_block_again() -> None:
+    refused = []
+
+    def stubborn(outlet: Outlet[int]) -> None:
+        for number in range(20):
+            refused.append(outlet.put(number))
+
+    async with ThreadStream(stubborn, trio.CapacityLimiter(1), bound=1):
+        pass
+    assert refused[-1] is False
+    assert len(refused) == 20
+
+
+async def test_waiting_for_a_slot_can_be_cancelled_and_starts_nothing() -> None:
+    limiter = trio.CapacityLimiter(1)
+    second = Work()
+    async with ThreadStream(Work(), limiter, bound=1):
+        with trio.move_on_after(0.05) as scope:
+            async with ThreadStream(second, limiter):
+                pytest.fail("there is only one slot")
+        assert scope.cancelled_caught
+    assert second.made == 0
+    assert limiter.borrowed_tokens == 0
+
+
+async def test_what_blocks_is_interrupted_from_outside() -> None:
+    interrupted = threading.Event()
+    blocked = threading.Event()
+
+    def work(outlet: Outlet[int]) -> None:
+        outlet.interrupt_with(interrupted.set)
+        blocked.set()
+        assert interrupted.wait(5)
+
+    with trio.fail_after(5):
+        async with ThreadStream(work, trio.CapacityLimiter(1)):
+            await trio.to_thread.run_sync(blocked.wait)
+    assert interrupted.is_set()
+
+
+async def test_an_interruption_that_is_set_too_late_happens_at_once() -> None:
+    called = []
+    begin = threading.Event()
+
+    def work(outlet: Outlet[int]) -> None:
+        begin.wait()
+        while not outlet.closed():
+            begin.wait()
+        outlet.interrupt_with(lambda: called.append("late"))
+
+    async with ThreadStream(work, trio.CapacityLimiter(1)):
+        begin.set()
+    assert called == ["late"]
+
+
+async def test_a_library_that_does_not_listen_keeps_its_slot_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_threads, "PATIENCE", 0.05)
+    limiter = trio.CapacityLimiter(1)
+    deaf = threading.Event()
+    async with ThreadStream(lambda outlet: deaf.wait(), limiter, name="deaf"):
+        pass
+    assert limiter.borrowed_tokens == 1
+    assert "deaf" in caplog.text
+    deaf.set()
+    with trio.fail_after(5):
+        await limiter.acquire()
+    limiter.release()

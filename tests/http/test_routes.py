@@ -1,0 +1,198 @@
+"""The routes: models, health, metrics and status, and what wrong paths and methods get."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+
+import pytest
+from house import CHAT, PLAIN, House, open_house
+from prometheus_client.parser import text_string_to_metric_families
+
+from trio_cluster._errors import HandlerFailed, ShuttingDown
+from trio_cluster.http import Measure
+from trio_cluster.openai import ENDPOINTS, Endpoint
+
+PATH = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("prefix", ["/v1", ""])
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
+async def test_every_endpoint_has_a_route_with_and_without_the_prefix(
+    house: House, prefix: str, endpoint: Endpoint
+) -> None:
+    path = prefix + endpoint.path
+    async with house.client() as client:
+        response = await client.post(path, content=b"{}")
+        assert response.status_code in (400, 415), response.text
+        response = await client.get(path)
+        assert (response.status_code, "POST" in response.headers["allow"]) == (405, True)
+        assert path in response.json()["error"]["message"]
+
+
+async def test_models_are_listed_with_everything_that_is_known_of_them(house: House) -> None:
+    house.add("org/model", supports_vision=True, context_window=4096, extra_fields={"quant": "q4"})
+    async with house.client() as client:
+        for prefix in ("/v1", ""):
+            listed = (await client.get(f"{prefix}/models")).json()
+            assert listed["object"] == "list"
+            first, second = listed["data"]
+            assert (first["id"], first["object"], first["owned_by"]) == ("m", "model", "trio-cluster")
+            assert second["capabilities"] == {"vision": True}
+            assert (second["context_window"], second["quant"]) == (4096, "q4")
+
+
+@pytest.mark.parametrize("name", ["m", "org/model", "a/b/c", "with space", "h\xe9", "q?x#y", "a%2Fb", "x:1"])
+async def test_a_model_is_found_whatever_its_name(house: House, name: str) -> None:
+    if name != "m":
+        house.add(name)
+    async with house.connect() as wire:
+        for quoted in {urllib.parse.quote(name), urllib.parse.quote(name, safe="")}:
+            await wire.request("GET", f"/v1/models/{quoted}")
+            answer = await wire.answer()
+            assert (answer.status, json.loads(answer.body)["id"]) == (200, name)
+            await wire.request("GET", f"/models/{quoted}")
+            assert (await wire.answer()).status == 200
+
+
+async def test_an_unknown_model_is_404_and_lists_what_there_is(house: House) -> None:
+    async with house.client() as client:
+        response = await client.get("/v1/models/no/body")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (404, "model_not_found")
+    assert "'no/body'" in error["message"]
+    assert error["message"].endswith("m")
+
+
+async def test_unknown_paths_and_wrong_methods_are_envelopes_and_keep_the_connection(house: House) -> None:
+    async with house.connect() as wire:
+        for method, path, status, allow in (
+            ("GET", "/v2/models", 404, None),
+            ("POST", "/v1/chat/completion", 404, None),
+            ("GET", PATH, 405, {"POST", "OPTIONS"}),
+            ("DELETE", "/v1/models/m", 405, {"GET", "HEAD", "OPTIONS"}),
+            ("POST", "/health", 405, {"GET", "HEAD", "OPTIONS"}),
+            ("BREW", "/health", 405, {"GET", "HEAD", "OPTIONS"}),
+        ):
+            await wire.request(method, path, b"{}" if method == "POST" else None)
+            answer = await wire.answer()
+            assert answer.status == status, path
+            assert answer.error["type"] == "invalid_request_error"
+            allowed = answer.headers.get("allow")
+            assert (set(allowed.split(", ")) if allowed else None) == allow
+        await wire.request("GET", "/health")
+        assert (await wire.answer()).status == 200
+
+
+async def test_a_trailing_slash_is_served_and_not_redirected(house: House) -> None:
+    async with house.client() as client:
+        response = await client.post(PATH + "/", json=CHAT)
+        assert (response.status_code, response.content) == (200, PLAIN)
+
+
+async def test_head_and_options_are_answered_without_a_body(house: House) -> None:
+    async with house.connect() as wire:
+        for path in ("/v1/models", "/health", "/v1/models/m"):
+            await wire.request("HEAD", path)
+            answer = await wire.answer(bodiless=True)
+            assert answer.status == 200
+            assert int(answer.headers["content-length"]) > 0
+        await wire.request("OPTIONS", PATH)
+        answer = await wire.answer()
+        assert (answer.status, answer.body) == (200, b"")
+        assert set(answer.headers["allow"].split(", ")) == {"POST", "OPTIONS"}
+
+
+async def test_health_tells_whether_the_node_takes_requests(house: House) -> None:
+    async with house.client() as client:
+        response = await client.get("/health")
+        assert (response.status_code, response.json()) == (200, {"status": "ok", "mode": "standalone"})
+        house.registry.closed_to = ShuttingDown()
+        response = await client.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "draining")
+
+
+async def test_the_status_shows_models_calls_and_what_the_node_adds() -> None:
+    async with open_house(api_key="secret") as house, house.client() as client:
+        house.site.status = lambda: {"workers": [{"id": "w1"}]}
+        key = {"Authorization": "Bearer secret"}
+        assert (await client.get("/cluster/status")).status_code == 401
+        await client.post(PATH, json=CHAT, headers=key)
+        status = (await client.get("/cluster/status", headers=key)).json()
+        assert (status["node_id"], status["mode"], status["draining"]) == ("node-1", "standalone", False)
+        assert status["uptime"] >= 0
+        assert status["models"][0]["id"] == "m"
+        assert status["models"][0]["nodes"] == ["local"]
+        assert status["calls"]["completed"] == 1
+        assert status["calls"]["in_flight"] == 0
+        assert status["workers"] == [{"id": "w1"}]
+
+
+async def test_a_status_that_fails_is_a_500_and_nothing_more(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> dict[str, object]:
+        raise ValueError("a bug")
+
+    house.site.status = broken
+    async with house.client() as client:
+        assert (await client.get("/cluster/status")).status_code == 500
+        assert (await client.get("/health")).status_code == 200
+    assert len(caplog.records) == 1
+
+
+async def scrape(house: House) -> dict[str, float]:
+    async with house.client() as client:
+        response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    return {
+        sample.name
+        + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+async def test_the_metrics_are_the_books(house: House) -> None:
+    house.add("vectors", "embedding")
+    house.add("other")
+    await house.post()
+    house.backend.script = lambda served: served.fail(HandlerFailed())
+    await house.post()
+    house.backend.script = None
+    async with house.connect() as wire:
+        await wire.request("POST", PATH, json.dumps(CHAT).encode())
+        for _ in range(3):
+            served = await house.backend.next()
+        numbers = await scrape(house)
+    assert numbers["trio_cluster_calls_admitted_total"] == 3
+    assert numbers["trio_cluster_calls_ended_total{outcome=completed}"] == 1
+    assert numbers["trio_cluster_calls_ended_total{outcome=failed}"] == 1
+    for outcome in ("cancelled", "timed_out", "worker_lost"):
+        assert numbers[f"trio_cluster_calls_ended_total{{outcome={outcome}}}"] == 0
+    assert numbers["trio_cluster_calls_retried_total"] == 0
+    assert numbers["trio_cluster_calls_in_flight"] == 1
+    assert numbers["trio_cluster_models{kind=chat}"] == 2
+    assert numbers["trio_cluster_models{kind=embedding}"] == 1
+    assert numbers["trio_cluster_draining"] == 0
+    await served.wait_cancelled()
+    assert (await scrape(house))["trio_cluster_calls_ended_total{outcome=cancelled}"] == 1
+
+
+async def test_the_metrics_show_what_the_node_adds(house: House) -> None:
+    house.site.measures = lambda: [
+        Measure("worker_load", "How busy a worker is.", 0.5, {"worker": "w1"}),
+        Measure("worker_load", "How busy a worker is.", 0.25, {"worker": 'w"2\n'}),
+        Measure("workers", "Workers that are connected.", 2),
+    ]
+    numbers = await scrape(house)
+    assert numbers["trio_cluster_worker_load{worker=w1}"] == 0.5
+    assert numbers['trio_cluster_worker_load{worker=w"2\n}'] == 0.25
+    assert numbers["trio_cluster_workers"] == 2
+
+
+async def test_the_index_says_what_this_is(house: House) -> None:
+    async with house.client() as client:
+        index = (await client.get("/")).json()
+    assert index["name"] == "trio_cluster"
+    assert PATH in index["routes"]

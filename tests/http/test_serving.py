@@ -1,0 +1,240 @@
+"""The sockets: who is dropped, how a server ends, and that one connection's trouble stays its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+from typing import Any
+
+import hypercorn.utils
+import pytest
+import trio
+from house import EVENTS, STREAM, House, Served, Wire, listening_socket, open_house, raw_request
+from hypercorn.trio.tcp_server import TCPServer
+
+from trio_cluster.http import UNREAD_TIME, _serving, serve_http
+
+PATH = "/v1/chat/completions"
+STREAM_BODY = json.dumps(STREAM).encode()
+
+
+async def fill(wire: Wire, house: House) -> Served:
+    """Begin a stream and do not read it, until a write to this client is stuck."""
+    await wire.request("POST", PATH, STREAM_BODY)
+    served = await house.backend.next()
+    served.head(EVENTS)
+    with trio.fail_after(5):
+        while served.call.waiting_bytes < 1 << 18:
+            served.data(b"x" * 65536)
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+    return served
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
+async def test_accepted_connections_have_a_limit_for_unread_bytes_and_no_delay() -> None:
+    options: list[tuple[int, int]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError
+        sock = scope["state"]["trio_cluster.connection"]._socket
+        options.append(
+            (
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+            )
+        )
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    sock = listening_socket()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_http, app, [sock])
+        async with connect(sock) as wire:
+            await wire.send(raw_request("GET", "/"))
+            assert (await wire.answer(bodiless=True)).status == 204
+        nursery.cancel_scope.cancel()
+    assert options == [(int(UNREAD_TIME * 1000), 1)]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
+async def test_a_client_that_stops_reading_is_dropped_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_serving, "UNREAD_TIME", 0.3)
+    async with open_house(None) as house, house.connect(receive_buffer=4096) as wire:
+        served = await fill(wire, house)
+        with trio.fail_after(8):
+            await served.cancelled.wait()
+        assert served.reason == "client left"
+
+
+async def test_a_client_that_stops_reading_does_not_hold_up_a_cancelled_server() -> None:
+    with trio.fail_after(2):
+        async with open_house(None) as house, house.connect(receive_buffer=4096) as wire:
+            served = await fill(wire, house)
+    assert served.cancelled.is_set()
+
+
+async def test_a_client_that_stops_reading_does_not_hold_up_a_graceful_stop_beyond_its_grace() -> None:
+    async with open_house(None) as house, house.connect(receive_buffer=4096) as wire:
+        server = Server(house)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, 0.1)
+            async with connect(server.sock, receive_buffer=4096) as other:
+                served = await fill(other, house)
+                server.stop.set()
+                with trio.fail_after(2):
+                    await server.ended.wait()
+            assert served.cancelled.is_set()
+        del wire
+
+
+class Server:
+    """The application of a house, served once more, so that it can be stopped."""
+
+    def __init__(self, house: House) -> None:
+        self.app = house.app
+        self.sock = listening_socket()
+        self.stop = trio.Event()
+        self.ended = trio.Event()
+
+    async def serve(
+        self, grace: float, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await serve_http(
+            self.app, [self.sock], shutdown_trigger=self.stop.wait, grace=grace, task_status=task_status
+        )
+        self.ended.set()
+
+
+def connect(sock: socket.socket, **options: Any) -> Any:
+    return House(None, sock.getsockname()[1], None, None).connect(**options)
+
+
+async def test_a_graceful_stop_lets_requests_finish_and_takes_no_new_connections() -> None:
+    async with open_house(None) as house, trio.open_nursery() as nursery:
+        server = Server(house)
+        address = server.sock.getsockname()
+        await nursery.start(server.serve, 5.0)
+        async with connect(server.sock) as wire, connect(server.sock) as idle, connect(server.sock) as mute:
+            await idle.request("GET", "/health")
+            assert (await idle.answer()).status == 200
+            await wire.request("POST", PATH, STREAM_BODY)
+            served = await house.backend.next()
+            served.head(EVENTS).event("one")
+            await wire.head()
+            server.stop.set()
+            # Idle connections do not wait for the grace.
+            assert await idle.closed()
+            assert await mute.closed()
+            with pytest.raises(OSError, match="failed"):
+                await trio.open_tcp_stream(*address)
+            served.event("two").done()
+            while chunk := await wire.chunk():
+                pass
+            assert chunk == b""
+            with trio.fail_after(2):
+                await server.ended.wait()
+    assert not served.cancelled.is_set()
+
+
+async def test_what_does_not_finish_in_its_grace_is_cancelled_and_cut() -> None:
+    async with open_house(None) as house, trio.open_nursery() as nursery:
+        server = Server(house)
+        await nursery.start(server.serve, 0.05)
+        async with connect(server.sock) as wire:
+            await wire.request("POST", PATH, STREAM_BODY)
+            served = await house.backend.next()
+            served.head(EVENTS).event("one")
+            await wire.head()
+            server.stop.set()
+            with trio.fail_after(2):
+                await server.ended.wait()
+            await served.wait_cancelled()
+            while chunk := await wire.chunk():
+                pass
+            assert chunk is None
+
+
+async def test_an_infinite_grace_waits_for_as_long_as_it_takes() -> None:
+    async with open_house(None) as house, trio.open_nursery() as nursery:
+        server = Server(house)
+        await nursery.start(server.serve, float("inf"))
+        async with connect(server.sock) as wire:
+            await wire.request("POST", PATH, STREAM_BODY)
+            served = await house.backend.next()
+            server.stop.set()
+            served.head(EVENTS).event("one").done()
+            assert b"one" in (await wire.answer()).body
+        with trio.fail_after(2):
+            await server.ended.wait()
+
+
+async def test_a_connection_that_fails_ends_nobody_elses(
+    house: House, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TCPServer.run
+
+    async def fail_once(self: TCPServer) -> None:
+        monkeypatch.setattr(TCPServer, "run", run)
+        raise RuntimeError("a bug")
+
+    async with house.connect() as other:
+        await other.request("GET", "/health")
+        assert (await other.answer()).status == 200
+        monkeypatch.setattr(TCPServer, "run", fail_once)
+        async with house.connect() as wire:
+            assert await wire.closed()
+        await other.request("GET", "/health")
+        assert (await other.answer()).status == 200
+    assert [record.message for record in caplog.records] == ["a connection failed"]
+
+
+async def test_the_applications_lifespan_functions_run() -> None:
+    async with open_house() as house, trio.open_nursery() as nursery:
+        ran: list[str] = []
+
+        @house.app.before_serving
+        async def before() -> None:
+            ran.append("before")
+
+        @house.app.after_serving
+        async def after() -> None:
+            ran.append("after")
+
+        server = Server(house)
+        await nursery.start(server.serve, 1.0)
+        assert ran == ["before"]
+        server.stop.set()
+        with trio.fail_after(2):
+            await server.ended.wait()
+        assert ran == ["before", "after"]
+
+
+async def test_an_application_that_cannot_begin_is_an_error_and_closes_the_sockets() -> None:
+    async with open_house() as house:
+
+        @house.app.before_serving
+        async def before() -> None:
+            raise RuntimeError("no disk")
+
+        sock = listening_socket()
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(hypercorn.utils.LifespanFailureError, match="no disk"), flatten_subgroups=True
+        ):
+            await serve_http(house.app, [sock])
+        assert sock.fileno() == -1
+
+
+async def test_every_socket_is_served_and_all_are_closed_in_the_end() -> None:
+    async with open_house() as house:
+        sockets = [listening_socket(), listening_socket()]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(functools.partial(serve_http, house.app, sockets))
+            for sock in sockets:
+                async with connect(sock) as wire:
+                    await wire.request("GET", "/health")
+                    assert (await wire.answer()).status == 200
+            nursery.cancel_scope.cancel()
+        assert [sock.fileno() for sock in sockets] == [-1, -1]

@@ -1,0 +1,152 @@
+"""A master and its workers in one process, joined by memory streams: time and the network belong to the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import trio
+from trio.testing import memory_stream_pair, wait_all_tasks_blocked
+
+from trio_cluster._calls import Call, Data, Done, Event, Failed, Request
+from trio_cluster._client import WorkerClient
+from trio_cluster._handlers import HandlerBackend, HandlerPool
+from trio_cluster._models import ModelInfo
+from trio_cluster._options import ClusterServerOptions, ServerOptions
+from trio_cluster._registry import Registry
+from trio_cluster._workers import WorkerManager
+from trio_cluster.openai import ChatRequest
+
+
+async def echo(request: ChatRequest) -> AsyncIterator[str]:
+    for word in request.last_text.split():
+        yield word + " "
+
+
+async def forever(request: ChatRequest) -> AsyncIterator[str]:
+    yield "begun"
+    await trio.sleep_forever()
+
+
+def chat_request(model: str = "m", *, stream: bool = True, content: str = "a b c", **fields: Any) -> Request:
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "stream": stream}
+    return Request(
+        endpoint="chat.completions", kind="chat", model=model, body=json.dumps(body).encode(), **fields
+    )
+
+
+class Worker:
+    """A worker process, as far as it is one here."""
+
+    def __init__(self, cluster: MemoryCluster, name: str, **options: Any) -> None:
+        self.cluster = cluster
+        self.options = ClusterServerOptions(server=ServerOptions(worker_id=name), **options)
+        self.registry = Registry()
+        self.pool = HandlerPool(self.options)
+        self.client = WorkerClient(self.registry, self.pool, self.options, name)
+        self.registered = trio.Event()
+        self.scope = trio.CancelScope()
+        self.error: Exception | None = None
+        self.over = trio.Event()
+        self.streams: list[Any] = []
+        self.dials = 0
+
+    def serve(self, name: str, handler: Any) -> None:
+        backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
+        self.registry.add(backend.info, backend)
+
+    async def run(self) -> None:
+        """Be the process: handlers and the client."""
+        try:
+            with self.scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.pool.serve)
+                    try:
+                        await self.client.run(self._connect, "master", self.registered.set)
+                    except Exception as error:
+                        self.error = error
+                    nursery.cancel_scope.cancel()
+        finally:
+            self.over.set()
+
+    async def _connect(self) -> trio.abc.Stream:
+        self.dials += 1
+        ours, theirs = self.cluster.connect()
+        self.streams = [ours, theirs]
+        return ours
+
+    def cut(self) -> None:
+        """Break the connection, as a killed process or a reset does."""
+        for stream in self.streams:
+            stream.send_stream.close()
+            stream.receive_stream.close()
+
+    def black_hole(self) -> None:
+        """Let nothing through any more, in either direction, while both ends stay open."""
+        for stream in self.streams:
+            stream.send_stream.send_all_hook = trio.sleep_forever
+
+
+class Life:
+    """The connections of one master process."""
+
+    def __init__(self) -> None:
+        self.scopes: list[trio.CancelScope] = []
+
+
+class MemoryCluster:
+    """A master, and workers that find it."""
+
+    def __init__(self, nursery: trio.Nursery, **options: Any) -> None:
+        self.nursery = nursery
+        self.options = ClusterServerOptions(**options)
+        self.restart()
+
+    def restart(self) -> None:
+        """Be a new master, which knows nothing of what was before."""
+        self.registry = Registry()
+        self.manager = WorkerManager(self.registry, self.options, "master")
+        self.life = Life()
+        self.refusing = False
+
+    def connect(self) -> tuple[Any, Any]:
+        if self.refusing:
+            raise ConnectionRefusedError(111, "Connection refused")
+        worker_end, master_end = memory_stream_pair()
+        self.nursery.start_soon(self._serve, self.manager, master_end, self.life)
+        return worker_end, master_end
+
+    async def _serve(self, manager: WorkerManager, stream: Any, life: Life) -> None:
+        with trio.CancelScope() as scope:
+            life.scopes.append(scope)
+            await manager.serve_stream(stream)
+
+    def kill_master(self) -> None:
+        """End the master and all its connections, and refuse new ones."""
+        self.refusing = True
+        for scope in self.life.scopes:
+            scope.cancel(reason="the master was killed")
+
+    async def start(self, name: str, *handlers: Any, **options: Any) -> Worker:
+        """Start a worker that serves each handler under the handler's own name, and wait until it is registered."""
+        worker = Worker(self, name, **options)
+        for handler in handlers:
+            worker.serve(handler.__name__, handler)
+        self.nursery.start_soon(worker.run)
+        await worker.registered.wait()
+        await wait_all_tasks_blocked()
+        return worker
+
+
+async def everything(call: Call) -> list[Event]:
+    events: list[Event] = []
+    while True:
+        event = await call.receive()
+        events.append(event)
+        if isinstance(event, Done | Failed):
+            return events
+
+
+def text(events: list[Event]) -> str:
+    return b"".join(bytes(event.data) for event in events if isinstance(event, Data)).decode()

@@ -1,0 +1,283 @@
+"""Transcriptions, translations, speech and images."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from openai.types import ImagesResponse
+from openai.types.audio import (
+    TranscriptionTextDeltaEvent,
+    TranscriptionTextDoneEvent,
+    TranscriptionVerbose,
+    TranslationVerbose,
+)
+from openai_answers import answer, answer_json, encoder, send, upload
+
+from trio_cluster.openai import OutputChunk
+from trio_cluster.testing import read_stream
+
+SEGMENTS = [
+    {"start": 0, "end": 1.5, "text": " Hello there."},
+    {"start": 3661.0625, "end": 3662, "text": " Bye -->\n\nnow."},
+]
+HEARD = {"text": "Hello there. Bye.", "language": "english", "duration": 3662.5, "segments": SEGMENTS}
+
+
+def hear(values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions") -> bytes:
+    return answer(endpoint, upload(endpoint, *fields), values)
+
+
+def hear_json(values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions") -> Any:
+    return json.loads(hear(values, *fields, endpoint=endpoint))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Hello ", "world"],
+        [{"text": "Hello world"}],
+        ["Hello ", {"text": "world", "language": "en"}],
+        ["Hallo", OutputChunk.final_text("Hello world")],
+        [{"segments": [{"start": 0, "end": 1, "text": " Hello"}, {"start": 1, "end": 2, "text": " world"}]}],
+    ],
+)
+def test_a_transcript_is_text_however_it_is_given(values: list[Any]) -> None:
+    assert hear_json(values) == {"text": "Hello world"}
+    assert hear(values, ("response_format", "text")) == b"Hello world\n"
+
+
+def test_silence_is_an_empty_text() -> None:
+    assert hear_json([]) == {"text": ""}
+    assert hear([], ("response_format", "srt")) == b""
+    assert hear([], ("response_format", "vtt")) == b"WEBVTT\n\n"
+
+
+def test_a_verbose_transcript_has_segments_in_the_apis_form() -> None:
+    result = hear_json([HEARD], ("response_format", "verbose_json"))
+    TranscriptionVerbose.model_validate(result, strict=True)
+    assert result["task"] == "transcribe"
+    assert (result["text"], result["language"], result["duration"]) == (HEARD["text"], "english", 3662.5)
+    assert [each["id"] for each in result["segments"]] == [0, 1]
+    assert [each["text"] for each in result["segments"]] == [each["text"] for each in SEGMENTS]
+    assert "words" not in result
+
+
+def test_words_are_sent_if_they_are_asked_for() -> None:
+    words = [{"word": "Hello", "start": 0.0, "end": 0.5}]
+    fields = (("response_format", "verbose_json"), ("timestamp_granularities[]", "word"))
+    result = hear_json([HEARD | {"words": words}], *fields)
+    TranscriptionVerbose.model_validate(result, strict=True)
+    assert result["words"] == words
+    assert "segments" not in result
+    both = hear_json([HEARD | {"words": words}], *fields, ("timestamp_granularities[]", "segment"))
+    assert both.keys() > {"words", "segments"}
+
+
+def test_a_verbose_translation_says_so() -> None:
+    result = hear_json(["Hello"], ("response_format", "verbose_json"), endpoint="audio.translations")
+    TranslationVerbose.model_validate(result, strict=True)
+    assert (result["task"], result["language"], result["duration"]) == ("translate", "english", 0.0)
+
+
+def test_usage_of_a_transcript_is_what_was_reported() -> None:
+    tokens = {"type": "tokens", "input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    assert hear_json(["x", OutputChunk.usage(3, 2)]) == {"text": "x", "usage": tokens}
+    seconds = {"type": "duration", "seconds": 3.0}
+    assert hear_json([{"text": "x", "usage": seconds}]) == {"text": "x", "usage": seconds}
+    result = hear_json([{"text": "x", "usage": seconds}], ("response_format", "verbose_json"))
+    TranscriptionVerbose.model_validate(result, strict=True)
+    assert result["usage"] == seconds
+    assert "usage" not in hear_json(["x", OutputChunk.usage(3, 2)], ("response_format", "verbose_json"))
+
+
+def test_segments_of_several_dicts_follow_each_other() -> None:
+    result = hear_json([{"segments": [each]} for each in SEGMENTS], ("response_format", "verbose_json"))
+    assert [each["id"] for each in result["segments"]] == [0, 1]
+    assert result["duration"] == 3662.0
+
+
+def test_subtitles_are_made_of_segments() -> None:
+    assert hear([HEARD], ("response_format", "srt")).decode() == (
+        "1\n00:00:00,000 --> 00:00:01,500\nHello there.\n\n2\n01:01:01,062 --> 01:01:02,000\nBye ->\nnow.\n\n"
+    )
+    assert hear([HEARD], ("response_format", "vtt")).decode() == (
+        "WEBVTT\n\n"
+        "00:00:00.000 --> 00:00:01.500\nHello there.\n\n"
+        "01:01:01.062 --> 01:01:02.000\nBye ->\nnow.\n\n"
+    )
+
+
+def test_subtitles_without_segments_are_one_cue() -> None:
+    assert hear(["Hello", {"duration": 2.5}], ("response_format", "srt")).decode() == (
+        "1\n00:00:00,000 --> 00:00:02,500\nHello\n\n"
+    )
+    assert b"00:00.000 --> 00:00:00.000" in hear(["Hello"], ("response_format", "vtt"))
+
+
+@pytest.mark.parametrize(
+    ("response_format", "content_type"),
+    [
+        ("json", "application/json"),
+        ("verbose_json", "application/json"),
+        ("text", "text/plain; charset=utf-8"),
+        ("srt", "text/plain; charset=utf-8"),
+        ("vtt", "text/vtt; charset=utf-8"),
+    ],
+)
+def test_a_transcripts_content_type_goes_with_its_format(response_format: str, content_type: str) -> None:
+    request = upload("audio.transcriptions", ("response_format", response_format))
+    assert encoder("audio.transcriptions", request).head.content_type == content_type
+
+
+def test_a_streamed_transcript_ends_with_the_whole_text() -> None:
+    values = ["Hel", {"text": "lo"}, OutputChunk.final_text("Hello world"), OutputChunk.usage(3, 2)]
+    report = read_stream(hear(values, ("stream", "true")))
+    *deltas, done = report.events
+    for each in deltas:
+        TranscriptionTextDeltaEvent.model_validate(each, strict=True)
+    TranscriptionTextDoneEvent.model_validate(done, strict=True)
+    assert [each["delta"] for each in deltas] == ["Hel", "lo", " world"]
+    assert done["text"] == "Hello world"
+    assert done["usage"]["total_tokens"] == 5
+    assert report.ending == "finished"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ({"segments": "x"}, TypeError),
+        ({"segments": ["x"]}, TypeError),
+        ({"segments": [{"start": 0, "end": 1}]}, TypeError),
+        ({"segments": [{"start": "0", "end": 1, "text": "x"}]}, TypeError),
+        ({"segments": [{"start": True, "end": 1, "text": "x"}]}, TypeError),
+        ({"segments": [{"start": 2, "end": 1, "text": "x"}]}, ValueError),
+        ({"segments": [{"start": -1, "end": 1, "text": "x"}]}, ValueError),
+        ({"segments": [{"start": 0, "end": float("inf"), "text": "x"}]}, ValueError),
+        ({"words": [{"start": 0, "end": 1, "text": "x"}]}, TypeError),
+        ({"text": 1}, TypeError),
+        ({"duration": "1"}, TypeError),
+        ({"language": 1}, TypeError),
+        (OutputChunk.audio(b"x"), TypeError),
+        (b"x", TypeError),
+    ],
+)
+def test_a_transcript_that_cannot_be_is_the_handlers_failure(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        hear([value])
+
+
+@pytest.mark.parametrize("second", ["more", OutputChunk.final_text("again"), {"text": "more"}])
+def test_no_text_follows_the_final_text(second: Any) -> None:
+    with pytest.raises(ValueError, match="final text"):
+        hear([OutputChunk.final_text("all"), second])
+
+
+def test_speech_is_sent_as_it_comes() -> None:
+    writer = encoder("audio.speech", send("audio.speech"))
+    assert writer.streaming
+    assert [writer.encode(b"ab"), writer.encode(OutputChunk.audio(b"cd")), writer.finish()] == [
+        b"ab",
+        b"cd",
+        b"",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response_format", "first", "content_type"),
+    [
+        (None, b"\0", "audio/mpeg"),
+        ("opus", b"\0", "audio/ogg"),
+        ("aac", b"\0", "audio/aac"),
+        ("flac", b"\0", "audio/flac"),
+        ("wav", b"\0", "audio/wav"),
+        ("pcm", b"\0", "audio/pcm"),
+        (None, OutputChunk.audio(b"\0", "audio/x-own"), "audio/x-own"),
+        (None, b"RIFF\0\0\0\0WAVEfmt ", "audio/wav"),
+        ("wav", b"OggS", "audio/ogg"),
+        ("pcm", OutputChunk.audio(b"fLaC"), "audio/flac"),
+        ("flac", b"ID3", "audio/mpeg"),
+    ],
+)
+def test_the_content_type_of_speech_is_what_it_is_and_else_what_was_asked_for(
+    response_format: str | None, first: Any, content_type: str
+) -> None:
+    writer = encoder("audio.speech", send("audio.speech", response_format=response_format))
+    assert writer.encode(b"") == b""
+    assert writer.encode(first)
+    assert writer.encode(OutputChunk.audio(b"more", "audio/other"))
+    assert writer.head.content_type == content_type
+
+
+@pytest.mark.parametrize("values", [[], [b""]])
+def test_speech_without_audio_is_the_handlers_failure(values: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="no audio"):
+        answer("audio.speech", send("audio.speech"), values)
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, OutputChunk.image(b"x"), OutputChunk.json({})])
+def test_speech_that_is_not_audio_is_the_handlers_failure(value: Any) -> None:
+    with pytest.raises(TypeError):
+        answer("audio.speech", send("audio.speech"), [value])
+
+
+PNG = b"\x89PNG\r\n\x1a\n..."
+
+
+def draw(values: list[Any], **fields: Any) -> Any:
+    result = answer_json("images.generations", send("images.generations", **fields), values)
+    ImagesResponse.model_validate(result, strict=True)
+    return result
+
+
+@pytest.mark.parametrize("values", [[PNG, b"raw"], [[PNG, b"raw"]], [(OutputChunk.image(PNG), b"raw")]])
+def test_images_are_base64_in_order(values: list[Any]) -> None:
+    result = draw(values, n=2)
+    assert result["created"] == 1_700_000_000
+    assert [base64.b64decode(each["b64_json"]) for each in result["data"]] == [PNG, b"raw"]
+
+
+@pytest.mark.parametrize(
+    ("image", "written"),
+    [
+        (PNG, "png"),
+        (b"\xff\xd8\xff\xe0", "jpeg"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "webp"),
+        (OutputChunk.image(b"raw", "image/png"), "png"),
+        (b"raw", None),
+    ],
+)
+def test_the_format_of_an_image_is_told_if_it_is_known(image: Any, written: str | None) -> None:
+    assert draw([image]).get("output_format") == written
+
+
+def test_usage_of_images_is_sent_if_it_was_reported() -> None:
+    assert "usage" not in draw([PNG])
+    details = {"input_tokens_details": {"image_tokens": 0, "text_tokens": 3}}
+    usage = {"input_tokens": 3, "output_tokens": 4} | details
+    assert draw([PNG, {"usage": usage, "seed": 5}]) == {
+        "created": 1_700_000_000,
+        "data": [{"b64_json": base64.b64encode(PNG).decode()}],
+        "output_format": "png",
+        "usage": {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7} | details,
+        "seed": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ([], ValueError),
+        ([PNG, PNG], ValueError),
+        ([b""], ValueError),
+        (["x"], TypeError),
+        ([["x"]], TypeError),
+        ([OutputChunk.audio(PNG)], TypeError),
+        ([{"data": []}], TypeError),
+    ],
+)
+def test_output_that_is_no_image_is_the_handlers_failure(values: list[Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        draw(values)

@@ -1,0 +1,104 @@
+"""What handlers may give, and what they are told when it is something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trio_cluster._models import KINDS, Kind
+from trio_cluster.openai import OutputChunk, to_chunk
+
+MEANINGS: dict[Kind, list[tuple[Any, str]]] = {
+    "chat": [("x", "text_delta"), ({"a": 1}, "json")],
+    "asr": [("x", "text_delta"), ({"text": "x"}, "json")],
+    "tts": [(b"x", "audio"), (bytearray(b"x"), "audio"), (memoryview(b"x"), "audio")],
+    "image_generation": [(b"x", "image"), ({"a": 1}, "json")],
+    "embedding": [
+        ([0.5, 1], "embeddings"),
+        ((0.5, 1), "embeddings"),
+        ([[0.5], [1]], "embeddings"),
+        (np.zeros(3), "embeddings"),
+        (np.zeros((2, 3)), "embeddings"),
+        ([np.zeros(3), np.zeros(3)], "embeddings"),
+        ([np.float32(0.5)], "embeddings"),
+        ({"usage": {}}, "json"),
+    ],
+}
+NOTHING: dict[Kind, list[Any]] = {
+    "chat": [None, 1, b"x", ["x"], [0.5]],
+    "asr": [None, b"x", ["x"]],
+    "tts": [None, "x", {"a": 1}, [b"x"]],
+    "image_generation": [None, "x", 1],
+    "embedding": [
+        None,
+        0.5,
+        "x",
+        b"x",
+        [],
+        [[]],
+        ["x"],
+        [True],
+        [[0.5], "x"],
+        np.zeros((1, 1, 1)),
+        np.float32(1),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "meaning"), [(kind, *each) for kind, pairs in MEANINGS.items() for each in pairs]
+)
+def test_a_plain_value_means_what_its_kind_of_model_makes(kind: Kind, value: Any, meaning: str) -> None:
+    assert to_chunk(kind, value).kind == meaning
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(kind, value) for kind, values in NOTHING.items() for value in values]
+)
+def test_a_value_that_means_nothing_is_refused_with_what_would_have_been_right(
+    kind: Kind, value: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"of kind {kind} gives .* or OutputChunk; it gave") as caught:
+        to_chunk(kind, value)
+    assert type(value).__name__ in str(caught.value)
+
+
+def test_there_are_meanings_for_every_kind() -> None:
+    assert MEANINGS.keys() == NOTHING.keys() == set(KINDS)
+
+
+def test_a_chunk_is_itself() -> None:
+    chunk = OutputChunk.usage(1, 2)
+    assert to_chunk("tts", chunk) is chunk
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error"),
+    [
+        (OutputChunk.text_delta, (b"x",), TypeError),
+        (OutputChunk.text_delta, ("x", -1), ValueError),
+        (OutputChunk.text_delta, ("x", True), TypeError),
+        (OutputChunk.final_text, (None,), TypeError),
+        (OutputChunk.embedding, ([[0.5]],), TypeError),
+        (OutputChunk.embedding, ([],), TypeError),
+        (OutputChunk.embedding, ([0.5], -1), ValueError),
+        (OutputChunk.embeddings, ([0.5],), TypeError),
+        (OutputChunk.audio, ("x",), TypeError),
+        (OutputChunk.audio, (b"x", 1), TypeError),
+        (OutputChunk.image, ("x",), TypeError),
+        (OutputChunk.json, ([],), TypeError),
+        (OutputChunk.error, ("c", "m", 200), ValueError),
+        (OutputChunk.error, ("c", "m", "500"), TypeError),
+        (OutputChunk.error, (1, "m"), TypeError),
+        (OutputChunk.usage, (-1, 0), ValueError),
+        (OutputChunk.usage, (1.0, 0), TypeError),
+        (OutputChunk.finish, ("done",), ValueError),
+    ],
+)
+def test_a_chunk_that_cannot_be_is_refused_where_it_is_made(
+    make: Any, arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        make(*arguments)

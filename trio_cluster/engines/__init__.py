@@ -1,0 +1,36 @@
+"""Ready-made handlers for real engines, each an optional extra, and the contract for more of them."""
+
+from ._engine import (
+    GROUP,
+    Engine,
+    LoadingEngine,
+    ModelServer,
+    Option,
+    ServedModel,
+    ServeSpec,
+    boolean,
+    fraction,
+    parse_serve,
+    serve_engine,
+    text,
+    whole_number,
+)
+from ._threads import Outlet, ThreadStream
+
+__all__ = [
+    "GROUP",
+    "Engine",
+    "LoadingEngine",
+    "ModelServer",
+    "Option",
+    "Outlet",
+    "ServeSpec",
+    "ServedModel",
+    "ThreadStream",
+    "boolean",
+    "fraction",
+    "parse_serve",
+    "serve_engine",
+    "text",
+    "whole_number",
+]

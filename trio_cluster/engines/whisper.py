@@ -1,0 +1,286 @@
+"""``whisper``: speech to text with a Whisper model in CTranslate2's format.
+
+The model hears windows of 30 seconds. It writes text with timestamps in between, and the next window begins
+where the last complete segment ended, so that no word is cut in two. Each window's text goes out as soon as
+it is there.
+
+A window is one blocking call that cannot be interrupted, of about a second with a tiny model; a request that
+is given up stops after it. Calls for several requests run one after the other unless ``parallel`` says
+otherwise.
+
+Reads WAV files (see ``_wav``); other formats are refused with a message that names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import attrs
+import trio
+
+from trio_cluster._errors import ClusterError, InvalidRequest
+from trio_cluster.openai import ASRRequest, OutputChunk
+
+from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._threads import Outlet, ThreadStream
+from ._weights import WEIGHTS, ensure_weights
+
+__all__ = ["Segment", "Whisper", "engine", "split_segments"]
+
+_DEMO: Final = "tiny.en"
+_FILES: Final = ("config.json", "model.bin", "tokenizer.json")
+
+# A window is taken for silence where the model thinks so and is not sure of its text either (section 4.5 of
+# the paper).
+_NO_SPEECH: Final = 0.6
+_UNSURE: Final = -1.0
+
+# Seconds that the model hears at a time.
+_WINDOW: Final = 30.0
+
+# Seconds from one timestamp token to the next.
+_TICK: Final = 0.02
+
+# Whisper's decoder has 448 positions, half of which the prompt may use.
+_MAX_PROMPT: Final = 223
+
+
+class _Whisper(LoadingEngine):
+    summary = "speech to text: Whisper in CTranslate2's format"
+    argument = f"folder of a converted model, or {_DEMO} (the default)"
+    requires = ("ctranslate2", "tokenizers", "numpy")
+    extra = "trio-cluster[whisper]"
+    options: ClassVar[Mapping[str, Option]] = {
+        "name": Option(text, None, "the model's name; whisper- and the folder's name by default"),
+        "parallel": Option(whole_number(1, 64), 1, "requests that are worked on at once"),
+        "threads": Option(whole_number(1, 1024), 1, "threads for each of them"),
+        "beam": Option(whole_number(1, 20), 1, "width of the beam search; 1 is greedy and fastest"),
+        "max_seconds": Option(
+            whole_number(1, 86_400), 7200, "the longest audio that is accepted, in seconds"
+        ),
+    }
+
+    def check(self, argument: str, options: Mapping[str, Any]) -> None:
+        """See :meth:`Engine.check`."""
+        if argument in ("", _DEMO):
+            return
+        missing = [name for name in _FILES if not (Path(argument) / name).is_file()]
+        if missing:
+            raise ValueError(f"'{argument}' is no folder of a converted model: it lacks {', '.join(missing)}")
+
+    async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
+        """See :meth:`LoadingEngine.prepare`."""
+        if argument in ("", _DEMO):
+            return str(await ensure_weights(WEIGHTS[f"whisper-{_DEMO}"]))
+        return argument
+
+    @contextmanager
+    def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
+        """See :meth:`LoadingEngine.open`."""
+        folder = Path(argument).resolve()
+        is_demo = folder.name == WEIGHTS[f"whisper-{_DEMO}"].folder_name
+        name = options["name"] or f"whisper-{_DEMO if is_demo else folder.name}"
+        yield ServedModel(name, "asr", Whisper.load(str(folder), options).transcribe)
+
+
+engine = _Whisper()
+
+
+@attrs.frozen
+class Segment:
+    """A stretch of speech, in seconds from the beginning of its window."""
+
+    start: float
+    end: float
+    tokens: tuple[int, ...]
+
+
+@attrs.frozen(eq=False)
+class Whisper:
+    """A loaded model."""
+
+    _model: Any
+    _tokenizer: Any
+    _slots: trio.CapacityLimiter
+    _beam: int
+    _max_seconds: int
+
+    @classmethod
+    def load(cls, folder: str, options: Mapping[str, Any]) -> Whisper:
+        """Load a model. Blocks.
+
+        Raises:
+            ClusterError: it is not a Whisper model, or damaged.
+        """
+        import ctranslate2
+        from tokenizers import Tokenizer
+
+        parallel = options["parallel"]
+        try:
+            tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+            model = ctranslate2.models.Whisper(
+                folder,
+                device="cpu",
+                compute_type="int8",
+                inter_threads=parallel,
+                intra_threads=options["threads"],
+            )
+        # The tokenizers library raises plain Exception.
+        except Exception as error:
+            raise ClusterError(f"cannot load the Whisper model in '{folder}': {error}") from error
+        return cls(model, tokenizer, trio.CapacityLimiter(parallel), options["beam"], options["max_seconds"])
+
+    async def transcribe(self, request: ASRRequest) -> AsyncIterator[Any]:
+        """Answer a request; the handler that is registered."""
+        language = self._language(request)
+        async with ThreadStream(self._hearing(request, language), self._slots, name="whisper") as pieces:
+            async for piece in pieces:
+                yield OutputChunk.json(piece)
+
+    def _language(self, request: ASRRequest) -> str | None:
+        """Return the code of the language that the model is to expect; ``None`` if it is to find out."""
+        if not self._model.is_multilingual:
+            if request.language not in (None, "en", "english"):
+                raise InvalidRequest(
+                    "This model understands English only", param="language", code="invalid_value"
+                )
+            return "en"
+        if request.language is not None and self._tokenizer.token_to_id(f"<|{request.language}|>") is None:
+            raise InvalidRequest(
+                f"The language '{request.language}' is not known to this model; give a code such as 'en'",
+                param="language",
+                code="invalid_value",
+            )
+        return request.language
+
+    def _hearing(self, request: ASRRequest, language: str | None) -> Callable[[Outlet[dict[str, Any]]], None]:
+        """Return the work of one request: what is understood, window by window, as parts of the answer."""
+        from . import _mel, _wav
+
+        def work(outlet: Outlet[dict[str, Any]]) -> None:
+            try:
+                samples, rate = _wav.read(request.audio, max_seconds=self._max_seconds)
+            except _wav.WavError as error:
+                raise InvalidRequest(str(error), param="file", code="unsupported_audio") from error
+            samples = _wav.resample(samples, rate, _mel.RATE)
+            duration = len(samples) / _mel.RATE
+            spoken = language
+            position = 0
+            earlier: tuple[int, ...] = tuple(
+                self._ids(" " + request.prompt.strip()) if request.prompt else ()
+            )
+            # The rest of less than a hundredth of a second is not a window.
+            while position + _mel.RATE // 100 < len(samples):
+                window = samples[position : position + _mel.WINDOW_SAMPLES]
+                features = _mel.log_mel(window, self._model.n_mels)
+                if outlet.closed():
+                    return
+                if spoken is None:
+                    spoken = self._detect(features)
+                segments, heard = self._decode(features, spoken, earlier, request, len(window) / _mel.RATE)
+                piece = {"language": spoken, "duration": duration, "segments": []}
+                piece["segments"] = shown = self._shown(segments, position / _mel.RATE)
+                piece["text"] = "".join(segment["text"] for segment in shown)
+                if not outlet.put(piece):
+                    return
+                earlier = (*earlier, *(token for segment in segments for token in segment.tokens))
+                position += max(round(heard * _mel.RATE), _mel.RATE)
+            outlet.put({"language": spoken or language or "", "duration": duration})
+
+        return work
+
+    def _detect(self, features: Any) -> str:
+        (ranking,) = self._model.detect_language(self._view(features))
+        return str(ranking[0][0]).strip("<|>")
+
+    def _decode(
+        self, features: Any, language: str, earlier: tuple[int, ...], request: ASRRequest, seconds: float
+    ) -> tuple[list[Segment], float]:
+        """Return the segments of one window, and how much of it they settle, in seconds."""
+        begin = self._special("<|startoftranscript|>")
+        prompt = [begin]
+        if self._model.is_multilingual:
+            task = "<|translate|>" if request.translate else "<|transcribe|>"
+            prompt += [self._special(f"<|{language}|>"), self._special(task)]
+        if earlier:
+            prompt = [self._special("<|startofprev|>"), *earlier[-_MAX_PROMPT:], *prompt]
+        hot = request.temperature > 0
+        (result,) = self._model.generate(
+            self._view(features),
+            [prompt],
+            beam_size=1 if hot else self._beam,
+            sampling_topk=0 if hot else 1,
+            sampling_temperature=request.temperature if hot else 1.0,
+            return_scores=True,
+            return_no_speech_prob=True,
+            suppress_blank=True,
+        )
+        if result.no_speech_prob > _NO_SPEECH and result.scores[0] < _UNSURE:
+            return [], seconds
+        first_time = self._special("<|notimestamps|>") + 1
+        return split_segments(result.sequences_ids[0], first_time, self._special("<|endoftext|>"), seconds)
+
+    def _shown(self, segments: list[Segment], offset: float) -> list[dict[str, Any]]:
+        shown = []
+        for segment in segments:
+            said = self._tokenizer.decode(list(segment.tokens))
+            if said.strip():
+                start, end = round(offset + segment.start, 2), round(offset + segment.end, 2)
+                shown.append({"start": start, "end": end, "text": said, "tokens": list(segment.tokens)})
+        return shown
+
+    def _ids(self, words: str) -> list[int]:
+        return list(self._tokenizer.encode(words, add_special_tokens=False).ids)
+
+    def _special(self, token: str) -> int:
+        return int(self._tokenizer.token_to_id(token))
+
+    @staticmethod
+    def _view(features: Any) -> Any:
+        import ctranslate2
+        import numpy as np
+
+        return ctranslate2.StorageView.from_array(np.ascontiguousarray(features[None]))
+
+
+def split_segments(
+    tokens: list[int], first_time: int, end_of_text: int, seconds: float
+) -> tuple[list[Segment], float]:
+    """Cut a window's tokens at its timestamps.
+
+    Args:
+        tokens: text and timestamp tokens, as the model wrote them.
+        first_time: the token for 0.00 s; all from there on are times.
+        end_of_text: the token from which up to ``first_time`` there is nothing to be shown.
+        seconds: how much audio there is in the window.
+
+    Returns:
+        The segments, and where in the window the next one should begin: at the end of the last segment that
+        the model has closed, if it went on to open another; otherwise at the end of this one.
+    """
+    segments: list[Segment] = []
+    start, said = 0.0, list[int]()
+    settled = seconds
+    for token in tokens:
+        if token < first_time:
+            if token < end_of_text:
+                said.append(token)
+            continue
+        moment = min((token - first_time) * _TICK, seconds)
+        if said:
+            segments.append(Segment(start, max(start, moment), tuple(said)))
+            said = []
+        start = moment
+    closed = len(tokens) >= 2 and tokens[-1] >= first_time and tokens[-2] >= first_time
+    if said:
+        # Its end was not written. If the window was full, what was said in it may go on after it.
+        if segments and seconds >= _WINDOW:
+            settled = start
+        else:
+            segments.append(Segment(start, seconds, tuple(said)))
+    elif closed and segments:
+        settled = segments[-1].end
+    return segments, settled
