@@ -48,7 +48,7 @@ activate_pyenv_versions()
 def lint(session: nox.Session) -> None:
     """Check style and the rules of structured concurrency."""
     session.install("-q", *GROUPS(PYPROJECT, "lint"))
-    session.run("ruff", "check")
+    session.run("ruff", "check", "--output-format=concise")
     session.run("ruff", "format", "--check")
     # Ruff has some of these rules; the ones that find a cancel scope across a yield are only here.
     session.run("flake8", "--isolated", "--select=ASYNC", *FLAKE8_EXCEPTIONS, "trio_cluster")

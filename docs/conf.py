@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trio_cluster import __version__
 
 project = "trio_cluster"
@@ -13,11 +15,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 nitpicky = True
 
-# What the signatures mention and this site does not describe. Other projects' inventories would have to be fetched
-# from the network at every build, so their names are not links.
+# What the signatures mention and this site does not describe. Other projects' inventories would have to be
+# fetched from the network at every build, so their names are not links.
 nitpick_ignore_regex = [
-    ("py:.*", r"(trio|quart_trio|quart|collections\.abc|typing|pathlib|attr)\..*"),
-    ("py:.*", r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason)"),
+    ("py:.*", r"(trio|quart_trio|quart|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
+    (
+        "py:.*",
+        r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|OptionsError|PATIENCE)",
+    ),
     ("py:.*", r"trio_cluster\._?[a-z]+\..*"),
     ("py:class", r"(optional|Any|ApiError|Literal.*|~?H)"),
 ]
@@ -37,3 +42,25 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"trio_cluster {version}"
+
+
+# Napoleon takes "The longest silence: to the first output" under an attribute for a type and its description.
+# The text under attributes is prose here, so it is put back as it was.
+_PROSE = frozenset({"attribute", "data", "property"})
+_as_written: dict[str, list[str]] = {}
+
+
+def _keep(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    if what in _PROSE:
+        _as_written[name] = list(lines)
+
+
+def _put_back(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    if what in _PROSE:
+        lines[:] = _as_written.pop(name)
+
+
+def setup(app: Any) -> None:
+    """Have napoleon's handler (priority 500) between the two."""
+    app.connect("autodoc-process-docstring", _keep, priority=400)
+    app.connect("autodoc-process-docstring", _put_back, priority=600)

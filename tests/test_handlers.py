@@ -140,7 +140,7 @@ async def test_slots_are_given_in_the_order_of_asking(bench: Bench) -> None:
 
         return handler
 
-    bench.pool.resize(1)
+    bench.options.server.max_concurrency = 1
     calls = []
     for number in range(6):
         calls.append(bench.open(numbered(number)))
@@ -225,7 +225,8 @@ async def test_more_slots_let_waiting_calls_run_at_once(bench: Bench) -> None:
     for _ in range(5):
         bench.open(waits)
     await wait_all_tasks_blocked()
-    bench.pool.resize(4)
+    bench.options.server.max_concurrency = 4
+    bench.pool.resize()
     await wait_all_tasks_blocked()
     assert (bench.pool.running, bench.pool.waiting, bench.pool.capacity) == (4, 1, 4)
 

@@ -37,6 +37,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
+# Modules that are started and never imported. They stand on top of everything, whatever room they are kept in.
+PROGRAMS = {"__main__.py", "_demo/_node.py"}
+
 # Who may import what comes from outside.
 FOREIGN = {
     "trio_websocket": {"_link", "testing"},
@@ -115,10 +118,18 @@ def test_imports_go_down() -> None:
     upward = [
         told(path, other)
         for path in INSIDE
+        if str(path.relative_to(PACKAGE)) not in PROGRAMS
         for other in imported_rooms(path) - {room_of(path)}
         if FLOOR_OF.get(other, 99) >= FLOOR_OF.get(room_of(path), 0)
     ]
     assert upward == []
+
+
+def test_nobody_imports_a_program() -> None:
+    programs = {f"trio_cluster.{name.removesuffix('.py').replace('/', '.')}" for name in PROGRAMS}
+    found = [told(path, name) for path in MODULES for name in programs & set(imported(path))]
+    assert all((PACKAGE / name).is_file() for name in PROGRAMS)
+    assert found == []
 
 
 def test_no_room_goes_through_the_front_door() -> None:
@@ -266,7 +277,7 @@ def tracked() -> list[Path]:
     except (OSError, subprocess.CalledProcessError):
         folders = ("trio_cluster", "tests", "examples", "docs")
         paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
-    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+    return [path for path in paths if path.is_file() and not {"__pycache__", "_build"} & set(path.parts)]
 
 
 def test_no_file_speaks_of_one_machine_or_registry() -> None:

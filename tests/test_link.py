@@ -189,7 +189,9 @@ async def test_links_that_only_beat_stay_up(ends: tuple[End, End], autojump_cloc
     assert not worker.over.is_set()
 
 
-async def test_a_peer_that_takes_nothing_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_a_peer_that_takes_nothing_is_given_up(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     ours, theirs = memory_stream_pair()
     # A memory stream has no end of room; this one has none at all once the handshake is over.
     session = MasterSession("m", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=1000)
@@ -226,7 +228,9 @@ async def test_a_peer_that_talks_rubbish_is_told_so(nursery: trio.Nursery, messa
     assert why.lower() in (await master.why()).lower()
 
 
-async def test_frames_that_are_no_frames_end_the_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_frames_that_are_no_frames_end_the_link(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     ours, theirs = memory_stream_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)

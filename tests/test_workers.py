@@ -149,7 +149,9 @@ async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
     assert trio.current_time() - start == pytest.approx(9)
 
 
-async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_elses(cluster: MemoryCluster) -> None:
+async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_elses(
+    cluster: MemoryCluster,
+) -> None:
     produced = 0
 
     async def torrent(request: ChatRequest) -> AsyncIterator[str]:
@@ -261,7 +263,9 @@ async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) ->
     assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
 
 
-async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_replica(nursery: trio.Nursery) -> None:
+async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_replica(
+    nursery: trio.Nursery,
+) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
 
     async def shared(request: ChatRequest) -> AsyncIterator[str]:
@@ -355,7 +359,7 @@ async def test_a_worker_that_drains_gets_no_new_calls_and_finishes_its_own(nurse
 
 async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
     worker = await cluster.start("w1", forever)
-    worker.pool.resize(3)
+    worker.options.server.max_concurrency = 3
     worker.options.server.queue_timeout = 100
     for _ in range(5):
         cluster.registry.open(chat_request("forever"))

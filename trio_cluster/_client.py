@@ -69,7 +69,9 @@ class WorkerClient:
         connected: whether there is a link to the master, with all models registered.
     """
 
-    def __init__(self, registry: Registry, pool: HandlerPool, options: ClusterServerOptions, node_id: str) -> None:
+    def __init__(
+        self, registry: Registry, pool: HandlerPool, options: ClusterServerOptions, node_id: str
+    ) -> None:
         self.rejected_models: dict[str, str] = {}
         self.connected = False
         self._registry = registry
@@ -175,7 +177,9 @@ class WorkerClient:
 class _Service:
     """One link to the master, from dialling to its end."""
 
-    def __init__(self, client: WorkerClient, stream: trio.abc.Stream, on_registered: Callable[[], None]) -> None:
+    def __init__(
+        self, client: WorkerClient, stream: trio.abc.Stream, on_registered: Callable[[], None]
+    ) -> None:
         self.client = client
         self._registry = client._registry
         self._on_registered = on_registered
@@ -203,8 +207,12 @@ class _Service:
         if self._unanswered is None:
             # The handshake is still to come, and all models are announced after it.
             return
+        try:
+            self.session.register(info)
+        except ValueError as error:
+            self._rejected(info.name, str(error))
+            return
         self._unanswered.add(info.name)
-        self.session.register(info)
         self.link.wake()
 
     def withdraw(self, name: str) -> None:
@@ -247,9 +255,7 @@ class _Service:
                 self.client.rejected_models.pop(event.name, None)
                 self._answered(event.name)
             case ModelRejected():
-                self.client.rejected_models[event.name] = event.reason
-                fields = {"model": event.name}
-                logger.warning("the master refused a model: %s", event.reason, extra={"fields": fields})
+                self._rejected(event.name, event.reason)
                 self._answered(event.name)
             case Drain():
                 logger.info("the master is about to stop: %s", event.reason)
@@ -263,6 +269,10 @@ class _Service:
         for info in self._registry.infos():
             self.announce(info)
         self._answered("")
+
+    def _rejected(self, name: str, reason: str) -> None:
+        self.client.rejected_models[name] = reason
+        logger.warning("the master refused a model: %s", reason, extra={"fields": {"model": name}})
 
     def _answered(self, name: str) -> None:
         assert self._unanswered is not None
@@ -367,7 +377,8 @@ async def connect_tcp(host: str, port: int) -> trio.abc.Stream:
     return await trio.open_tcp_stream(host, port)
 
 
-async def check_is_cluster_server(host: str, internal_port: int, timeout: float = 2.0) -> bool:
+# The name of the last argument is part of the public contract.
+async def check_is_cluster_server(host: str, internal_port: int, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
     """Find out whether a trio_cluster master takes workers at this address.
 
     Args:
@@ -409,7 +420,9 @@ def _plain(error: Exception) -> str:
         while isinstance(inner, BaseExceptionGroup):
             inner = inner.exceptions[0]
         cause = inner
-    return (cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)) or type(cause).__name__
+    return (cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)) or type(
+        cause
+    ).__name__
 
 
 def _refusal(host: str, closed: LinkClosed) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import attrs
 import trio
 
 from ._client import WorkerClient, check_is_cluster_server
@@ -80,12 +81,17 @@ class ClusterServer:
             raise RuntimeError("the options as a whole cannot be replaced while the server runs")
         self._options = options
         self._pool.options = options
-        self._pool.resize(options.server.max_concurrency)
+        self._pool.resize()
+        # Models say whose they are from the moment they are registered, and here that has changed.
+        for name, backend in self._local.items():
+            self._registry.remove(name, backend)
+            backend.info = attrs.evolve(backend.info, owner=options.server.owner)
+            self._registry.add(backend.info, backend)
 
     def set_max_concurrency(self, n: int) -> None:
         """Let this process's handlers run ``n`` requests at once, from now on."""
         self._options.server.max_concurrency = n
-        self._pool.resize(n)
+        self._pool.resize()
 
     def set_timeout(self, seconds: float) -> None:
         """Let handlers be silent for this long, in requests that come from now on."""
@@ -288,7 +294,8 @@ class ClusterServer:
             if tries_left:
                 await trio.sleep(_PROBE_PAUSE)
         raise ClusterPortError(
-            port, f"held by something that is not a trio_cluster master (nothing answers as one on {internal_port})"
+            port,
+            f"held by something that is not a trio_cluster master (nothing answers as one on {internal_port})",
         ) from refusal
 
     async def run_as_master(

@@ -78,9 +78,7 @@ class ApiError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """Return the JSON object that every error of the OpenAI API is: ``{"error": {...}}``."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.status}, {self.message!r}, code={self.code!r})"
@@ -140,9 +138,7 @@ class WorkerLost(ApiError):
     """The worker that had this call is gone: killed, silent for too long, or cut off."""
 
     def __init__(self, worker: str, why: str) -> None:
-        super().__init__(
-            502, f"The worker '{worker}' was lost before it finished: {why}", code="worker_lost"
-        )
+        super().__init__(502, f"The worker '{worker}' was lost before it finished: {why}", code="worker_lost")
 
 
 class TooSlow(ApiError):

@@ -73,9 +73,9 @@ class HandlerPool:
         """How many handlers may run at once."""
         return int(self._slots.total_tokens)
 
-    def resize(self, capacity: int) -> None:
-        """Change the number of slots; handlers over a smaller number run on, but no new one starts."""
-        self._slots.total_tokens = capacity
+    def resize(self) -> None:
+        """Make the number of slots what the options say; handlers over a smaller one run on, but no new one starts."""
+        self._slots.total_tokens = self.options.server.max_concurrency
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run handlers until cancelled; then cancel those that run and wait until they have stopped."""
@@ -96,6 +96,8 @@ class HandlerPool:
         """
         if self._nursery is None:
             raise ShuttingDown
+        if self.capacity != self.options.server.max_concurrency:
+            self.resize()
         if self.waiting >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
         scope = trio.CancelScope()
@@ -114,7 +116,7 @@ class HandlerPool:
                 await self._in_slot(backend, output)
             if scope.cancelled_caught:
                 output.fail(output.too_slow())
-        except (trio.Cancelled, RuntimeError) as error:
+        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103  (whose Cancelled it is, is asked first)
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise
             # A scope that the handler opened around a `yield` expired, or was left, while the handler was parked

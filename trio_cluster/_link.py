@@ -242,7 +242,12 @@ class Link:
                 nursery.start_soon(give_up_when_the_reader_ends)
                 try:
                     websocket = await opener(guard)
-                except (LinkClosed, ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                except (
+                    LinkClosed,
+                    ConnectionClosed,
+                    trio.BrokenResourceError,
+                    trio.ClosedResourceError,
+                ) as error:
                     refused = error if isinstance(error, LinkClosed) else None
                 nursery.cancel_scope.cancel(reason="opened")
         if refused is not None:
@@ -344,13 +349,17 @@ def _why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed
         return LinkClosed("the connection broke")
     if reason.reason:
         return LinkClosed(reason.reason, said=True)
-    return LinkClosed(f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True)
+    return LinkClosed(
+        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True
+    )
 
 
 def _why_not_opened(error: Exception | None) -> LinkClosed:
     if isinstance(error, ConnectionRejected):
         body = (error.body or b"").decode(errors="replace").strip()
-        return LinkClosed(_short(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code)
+        return LinkClosed(
+            _short(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code
+        )
     if error is not None:
         return LinkClosed(f"no websocket: {error}")
     return LinkClosed("the connection closed before a websocket was opened")

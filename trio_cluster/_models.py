@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -15,6 +16,15 @@ Kind: TypeAlias = Literal["chat", "embedding", "asr", "tts", "image_generation"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
+def _json_object(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{attribute.name}: expected a dict, got {value!r}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{attribute.name}: is not JSON: {error}") from error
+
+
 @attrs.frozen
 class ChatModelOptions:
     """What ``/v1/models`` tells about a chat model, beyond its name.
@@ -26,9 +36,7 @@ class ChatModelOptions:
     context_window: int | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
     )
-    extra_fields: dict[str, Any] = attrs.field(
-        factory=dict, validator=attrs.validators.instance_of(dict)
-    )
+    extra_fields: dict[str, Any] = attrs.field(factory=dict, validator=_json_object)
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -19,7 +19,6 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import attrs
 import trio
 
 from ._client import WorkerClient, connect_tcp
@@ -132,6 +131,7 @@ class Node:
             await self._asked_to_stop.wait()
             manager.drain("the master is being stopped")
             await self._drain("the server is being stopped")
+            await manager.hang_up("the master was stopped")
             await self._end_api(nursery)
 
     async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
@@ -149,11 +149,12 @@ class Node:
         self.worker_client = client
         sockets = await self._open_listen_address()
         refused: HandshakeRefused | None = None
+        visit = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._serve_listen_address, sockets)
-            with trio.CancelScope() as visit:
-                nursery.start_soon(self._stop_worker, client, visit)
+            nursery.start_soon(self._stop_worker, client, visit)
+            with visit:
                 try:
                     await client.run(functools.partial(connect_tcp, host, port), host, started)
                 except HandshakeRefused as error:
@@ -243,21 +244,10 @@ class Node:
         self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
 
     def _status(self) -> dict[str, Any]:
-        manager, client, registry, pool = self.worker_manager, self.worker_client, self._registry, self._pool
-        slots = {"running": pool.running, "waiting": pool.waiting, "capacity": pool.capacity}
+        manager, client, pool = self.worker_manager, self.worker_client, self._pool
         status: dict[str, Any] = {
             "version": __version__,
-            "calls": attrs.asdict(registry.books) | {"in_flight": len(registry.live)} | slots,
-            "models": [
-                {
-                    "name": info.name,
-                    "kind": info.kind,
-                    "owner": info.owner,
-                    "replicas": len(registry.served_by(info.name)),
-                    "served_by": registry.served_by(info.name),
-                }
-                for info in registry.infos()
-            ],
+            "slots": {"running": pool.running, "waiting": pool.waiting, "capacity": pool.capacity},
             "workers": [] if manager is None else manager.status(),
         }
         if client is not None:

@@ -37,33 +37,29 @@ class ClusterMode(enum.StrEnum):
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
 
-def _shown(field: _Field, value: object) -> str:
-    return repr(value) if field.repr else "something else"
-
-
 def _count(instance: object, field: _Field, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field.name}: expected a whole number, got {_shown(field, value)}")
+        raise TypeError(f"{field.name}: expected a whole number, got {value!r}")
     if value < 1:
         raise OptionsError(f"{field.name}: must be at least 1, got {value}")
 
 
 def _port(instance: object, field: _Field, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field.name}: expected a port number, got {_shown(field, value)}")
+        raise TypeError(f"{field.name}: expected a port number, got {value!r}")
     if not 0 <= value <= 65535:
         raise OptionsError(f"{field.name}: a port lies between 0 and 65535, got {value}")
 
 
 def _flag(instance: object, field: _Field, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{field.name}: expected true or false, got {_shown(field, value)}")
+        raise TypeError(f"{field.name}: expected true or false, got {value!r}")
 
 
 def _number(field: _Field, value: object) -> float:
     # NaN compares false with everything, so it is refused here and not in each of the comparisons.
     if not isinstance(value, float) or math.isnan(value):
-        raise TypeError(f"{field.name}: expected a number of seconds, got {_shown(field, value)}")
+        raise TypeError(f"{field.name}: expected a number of seconds, got {value!r}")
     return value
 
 
@@ -84,11 +80,9 @@ def _duration_or_inf(instance: object, field: _Field, value: object) -> None:
 
 def _text(instance: object, field: _Field, value: object) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{field.name}: expected text, got {_shown(field, value)}")
+        raise TypeError(f"{field.name}: expected text, got {value!r}")
     if not value or not value.isprintable() or value != value.strip():
-        raise OptionsError(
-            f"{field.name}: must be printable text without spaces around it, got {_shown(field, value)}"
-        )
+        raise OptionsError(f"{field.name}: must be printable text without spaces around it, got {value!r}")
 
 
 def _secret(instance: object, field: _Field, value: object) -> None:
@@ -104,7 +98,7 @@ def _secret(instance: object, field: _Field, value: object) -> None:
 
 def _conflict_rule(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(ConflictRule):
-        raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {_shown(field, value)}')
+        raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
 
 
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:

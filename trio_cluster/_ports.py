@@ -35,9 +35,7 @@ async def open_port(host: str, port: int) -> list[socket.socket]:
         ClusterPortError: it cannot be had; nothing is left open.
     """
     try:
-        found = await trio.socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
     sockets: list[socket.socket] = []

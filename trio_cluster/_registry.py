@@ -202,7 +202,8 @@ class Registry:
         candidates = self._candidates(served, avoid)
         if not candidates:
             raise Overloaded(
-                f"Every node that serves '{request.model}' is being stopped; try again shortly", retry_after=2.0
+                f"Every node that serves '{request.model}' is being stopped; try again shortly",
+                retry_after=2.0,
             )
         backend = min(candidates, key=lambda replica: replica.load)
         call = backend.open(request)

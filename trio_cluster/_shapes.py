@@ -159,7 +159,9 @@ def _takes_provider(handler: Handler) -> bool:
     starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     demanding = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if demanding:
-        raise TypeError(f"{_name(handler)} needs the keyword argument {demanding[0]}; a handler is given none")
+        raise TypeError(
+            f"{_name(handler)} needs the keyword argument {demanding[0]}; a handler is given none"
+        )
     if len(required) > 2 or not (positional or starred):
         raise TypeError(
             f"{_name(handler)} takes {len(required)} arguments; a handler takes (request) or (request, provider)"

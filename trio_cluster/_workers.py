@@ -41,6 +41,8 @@ logger = logging.getLogger("trio_cluster.workers")
 
 #: The end of a connection that only asked whether this is a master.
 _PROBED = "probed"
+#: Seconds that saying goodbye to the workers may take.
+_GOODBYE = 2.0
 #: A worker that was heard from within this many heartbeats is alive, and keeps its name.
 _ALIVE_BEATS = 2.5
 
@@ -63,6 +65,7 @@ class WorkerManager:
         self._options = options
         self._node_id = node_id
         self._visits: set[_Visit] = set()
+        self._empty = trio.lowlevel.ParkingLot()
 
     async def serve(
         self,
@@ -79,14 +82,27 @@ class WorkerManager:
         self._visits.add(visit)
         try:
             await visit.run()
+        except Exception:
+            # A bug of ours, and still no reason for the other workers to lose their master.
+            logger.exception("a worker's connection failed")
         finally:
             self._visits.discard(visit)
+            if not self._visits:
+                self._empty.unpark_all()
 
     def drain(self, reason: str) -> None:
         """Tell all workers that this master is about to stop."""
         for visit in self._visits:
             visit.session.drain(reason)
             visit.link.wake()
+
+    async def hang_up(self, reason: str) -> None:
+        """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
+        for visit in self._visits:
+            visit.link.hang_up(reason)
+        with trio.move_on_after(_GOODBYE):
+            while self._visits:
+                await self._empty.park()
 
     def status(self) -> list[dict[str, Any]]:
         """Return what there is to say about each worker, for people."""
@@ -191,11 +207,16 @@ class _Visit:
             if other is self or other._worker is None or other._worker.name != name:
                 continue
             silence = trio.current_time() - other._last_heard
-            if other._instance != handshake.instance and silence < _ALIVE_BEATS * self._options.heartbeat_interval:
+            if (
+                other._instance != handshake.instance
+                and silence < _ALIVE_BEATS * self._options.heartbeat_interval
+            ):
                 self.link.end(f"another worker named '{name}' is connected, from {other._address}")
                 return
-            other.link.end("replaced by a new connection of the same worker")
-            other._leave("replaced by a new connection of the same worker")
+            why = "replaced by a new connection of the same worker"
+            self._log(f"worker left: {why}", other._worker, calls_lost=other._worker.in_flight)
+            other.link.end(why)
+            other._leave(why)
         self._instance = handshake.instance
         self._worker = RemoteWorker(name, self.session, self.link.wake, self._address)
         self._manager.workers[name] = self._worker
@@ -230,7 +251,7 @@ class _Visit:
             lost = self._worker.in_flight
             level = logging.INFO if self._worker.draining and not lost else logging.WARNING
             self._log(f"worker left: {closed.why}", self._worker, level=level, calls_lost=lost)
-        elif not self._probed:
+        elif not (self._probed or self._instance):
             fields = {"address": self._address}
             logger.warning("connection refused: %s", closed.why, extra={"fields": fields})
 

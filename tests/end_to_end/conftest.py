@@ -1,4 +1,4 @@
-"""Everything here runs the whole of it: real servers, real sockets, the official client, and real processes."""
+"""Everything here runs the whole of it: real servers, real sockets, real processes, the official client."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Real processes of the ``trio-cluster`` command: started, watched by what they log, and never left behind.
 
-The log is read as JSON, one object a line. Whatever else appears on standard error (a traceback, a warning, which
-is an error in these processes too, a library's complaint) fails the test, except for the one line with which the
-command says why it exits.
+The log is read as JSON, one object a line. Whatever else appears on standard error (a traceback, a warning,
+which is an error in these processes too, a library's complaint) fails the test, except for the one line with
+which the command says why it exits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import trio_cluster
 __all__ = ["APP", "Node", "Nodes", "Stream", "free_pair", "open_nodes"]
 
 #: The application that the processes load. ``MODELS`` in the environment names its models.
-APP: Final = '''\
+APP: Final = """\
 import hashlib
 import os
 from pathlib import Path
@@ -63,7 +63,7 @@ for name in os.environ["MODELS"].split():
 @server.asr(f"digest-{os.getpid()}")
 async def digest(request):
     yield hashlib.sha256(request.audio).hexdigest()
-'''
+"""
 
 _READY: Final = {"run": "serving", "master": "serving", "worker": "registered with the master"}
 _LAST_WORD: Final = "trio-cluster: error: "
@@ -72,8 +72,8 @@ _LAST_WORD: Final = "trio-cluster: error: "
 def free_pair() -> int:
     """Return a port that is free, as is the one 1000 above it.
 
-    Both lie below those that the system gives to outgoing connections: a server that is started again on its old
-    port must not find a client there.
+    Both lie below those that the system gives to outgoing connections: a server that is started again on its
+    old port must not find a client there.
     """
     while True:
         port = random.randrange(12_000, 31_000)
@@ -285,9 +285,7 @@ class Stream:
         self._news = trio.Event()
         self._result: RawStream | None = None
 
-    async def read(
-        self, url: str, body: dict[str, Any], *, task_status: trio.TaskStatus[Stream]
-    ) -> None:
+    async def read(self, url: str, body: dict[str, Any], *, task_status: trio.TaskStatus[Stream]) -> None:
         """Ask for it and read it to its end; started when two pieces of text are there."""
         status, whole = 0, True
         limits: dict[str, Any] = {"timeout": 20, "trust_env": False, "verify": False}

@@ -1,4 +1,4 @@
-"""Models that do as they are told, one or more of every kind, and a trace of what their handlers went through."""
+"""Models of every kind that do as they are told, and a trace of what their handlers went through."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def _add_texts(server: ClusterServer, trace: Trace) -> None:
             yield {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]}
             yield {"tool_calls": [{"index": 0, "function": {"arguments": ' "Kyoto"}'}}]}
 
-    @server.chat("org/vision-model", supports_vision=True, context_window=4096, extra_fields={"license": "MIT"})
+    @server.chat(
+        "org/vision-model", supports_vision=True, context_window=4096, extra_fields={"license": "MIT"}
+    )
     async def vision(request: ChatRequest) -> str:
         with trace.of(request):
             return "an image" if request.has_image_inputs else "no image"
@@ -172,7 +174,9 @@ def _add_failures(server: ClusterServer, trace: Trace) -> None:
     @server.tts("failing/voice")
     async def failing_voice(request: TTSRequest) -> AsyncIterator[bytes]:
         with trace.of(request):
-            yield b"\x00" * 1000
+            # More than may wait on the way: some of it has reached the client before this goes wrong.
+            for _ in range(16):
+                yield bytes(1 << 16)
             raise RuntimeError("the secret of the house")
 
 
@@ -239,17 +243,17 @@ def _add_endless(server: ClusterServer, trace: Trace) -> None:
 def _add_silent(server: ClusterServer, trace: Trace) -> None:
     async def async_generator(request: ChatRequest) -> AsyncIterator[str]:
         with trace.of(request):
-            await trio.sleep_forever()
+            await trio.Event().wait()
             yield "never"
 
     async def async_value(request: ChatRequest) -> str:
         with trace.of(request):
-            await trio.sleep_forever()
+            await trio.Event().wait()
             return "never"
 
     async def async_push(request: ChatRequest, provider: Provider) -> None:
         with trace.of(request):
-            await trio.sleep_forever()
+            await trio.Event().wait()
 
     def wait() -> None:
         while True:
@@ -259,7 +263,7 @@ def _add_silent(server: ClusterServer, trace: Trace) -> None:
     def thread_generator(request: ChatRequest) -> Iterator[str]:
         with trace.of(request):
             wait()
-            yield "never"
+            yield ""
 
     def thread_value(request: ChatRequest) -> str:
         with trace.of(request):
@@ -322,4 +326,3 @@ def _add_media(server: ClusterServer, trace: Trace) -> None:
             for i in range(request.n):
                 yield PNG + bytes([i])
             yield OutputChunk.usage(3, 4)
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
@@ -16,7 +16,7 @@ from scripted import Trace, add_models
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
 from trio_cluster.testing import StreamReport, read_stream
 
-__all__ = ["PLACEMENTS", "Placement", "RawStream", "Served", "chat", "open_served"]
+__all__ = ["PLACEMENTS", "Placement", "RawStream", "Served", "chat", "open_served", "until"]
 
 #: Where the handlers run: in the process that has the API, or in a worker to which it forwards.
 Placement: TypeAlias = Literal["local", "forwarded"]
@@ -32,6 +32,16 @@ _PLAIN: Final[dict[str, Any]] = {"trust_env": False, "verify": False}
 def chat(model: str, text: str = "hi", **fields: Any) -> dict[str, Any]:
     """Return the body of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": text}], **fields}
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]], within: float = 1) -> None:
+    """Wait until something that can be seen from outside holds, and fail if that takes longer."""
+    with trio.fail_after(within):
+        while True:
+            answer = holds()
+            if answer if isinstance(answer, bool) else await answer:
+                return
+            await trio.sleep(0.01)
 
 
 @attrs.frozen
@@ -76,20 +86,19 @@ class Served:
         """Return a plain HTTP client."""
         return httpx.AsyncClient(base_url=self.url, timeout=10, **_PLAIN, **options)
 
-    def openai(self, base: str = "/v1", **options: Any) -> openai.AsyncOpenAI:
+    def client(self, base: str = "/v1", **options: Any) -> openai.AsyncOpenAI:
         """Return the official client, which does not try again unless it is told to."""
-        settings = {"api_key": "a-key", "max_retries": 0, "timeout": 10} | options
-        if "http_client" not in settings:
-            settings["http_client"] = httpx.AsyncClient(**_PLAIN)
-        return openai.AsyncOpenAI(base_url=self.url + base, **settings)
+        settings: dict[str, Any] = {"api_key": "a-key", "max_retries": 0, "timeout": 10} | options
+        http_client = openai.DefaultAsyncHttpxClient(**_PLAIN)
+        return openai.AsyncOpenAI(base_url=self.url + base, http_client=http_client, **settings)
 
-    async def in_sync_openai(self, ask: Callable[[openai.OpenAI], T]) -> T:
+    async def with_sync_client(self, ask: Callable[[openai.OpenAI], T]) -> T:
         """Run ``ask`` with the official client that knows no event loop, in a thread."""
 
         def run() -> T:
-            http_client = httpx.Client(timeout=10, **_PLAIN)
+            http_client = openai.DefaultHttpxClient(**_PLAIN)
             with openai.OpenAI(
-                api_key="a-key", base_url=f"{self.url}/v1", max_retries=0, http_client=http_client
+                api_key="a-key", base_url=f"{self.url}/v1", max_retries=0, timeout=10, http_client=http_client
             ) as client:
                 return ask(client)
 
@@ -122,17 +131,19 @@ class Served:
 
     async def in_flight(self, count: int, within: float = 1) -> dict[str, Any]:
         """Wait until the server says that ``count`` calls are in flight; return all that it says."""
-        with trio.fail_after(within):
-            while True:
-                status = await self.status()
-                if status["calls"]["in_flight"] == count:
-                    return status
-                await trio.sleep(0.01)
+        seen: dict[str, Any] = {}
+
+        async def is_so() -> bool:
+            seen.update(await self.status())
+            return bool(seen["calls"]["in_flight"] == count)
+
+        await until(is_so, within)
+        return seen
 
     async def check_is_idle(self) -> None:
         """Fail if any work outlives its request, or the books do not balance."""
         status = await self.in_flight(0)
-        assert status["calls"]["running"] == status["calls"]["waiting"] == 0
+        assert status["slots"]["running"] == status["slots"]["waiting"] == 0
         assert all(worker["in_flight"] == 0 for worker in status["workers"])
         calls = status["calls"]
         ended = ("completed", "cancelled", "timed_out", "worker_lost", "failed")

@@ -1,4 +1,4 @@
-"""No work outlives the request that asked for it: a client that leaves stops its handler, and nobody else's."""
+"""No work outlives the request that asked for it: who leaves stops his own handler, and nobody else's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import openai
 import pytest
@@ -42,7 +43,7 @@ async def test_a_client_that_leaves_its_stream_stops_the_handler(narrow: Served,
     async with narrow.http() as client:
         body = chat(model, stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            pieces = response.aiter_raw()
+            pieces: Any = response.aiter_raw()
             assert b"tick" in await anext(pieces) + await anext(pieces)
             await pieces.aclose()
     assert await narrow.trace.ended(within=1) == "cancelled"
@@ -87,7 +88,7 @@ async def test_a_client_that_leaves_the_queue_is_never_served(narrow: Served) ->
 
 async def test_leaving_the_stream_of_the_official_client_is_enough(narrow: Served) -> None:
     async with (
-        narrow.openai() as client,
+        narrow.client() as client,
         await client.chat.completions.create(
             model="endless/async-generator", messages=[{"role": "user", "content": "hi"}], stream=True
         ) as stream,
@@ -106,7 +107,7 @@ async def test_leaving_the_stream_of_the_synchronous_client_is_enough(narrow: Se
         ) as stream:
             next(iter(stream))
 
-    await narrow.in_sync_openai(ask)
+    await narrow.with_sync_client(ask)
     assert await narrow.trace.ended(within=1) == "cancelled"
     await check_slot_is_free(narrow)
 
@@ -114,7 +115,7 @@ async def test_leaving_the_stream_of_the_synchronous_client_is_enough(narrow: Se
 async def test_a_client_that_is_reset_is_noticed_like_one_that_leaves(narrow: Served) -> None:
     body = json.dumps(chat("silent/async-generator", stream=True)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    stream = await trio.open_tcp_stream("127.0.0.1", narrow.front.port)
+    stream = await trio.open_tcp_stream("127.0.0.1", narrow.front.port or 0)
     await stream.send_all(head + body)
     await narrow.trace.started()
     # Closing with a linger time of zero is a reset.
@@ -125,19 +126,19 @@ async def test_a_client_that_is_reset_is_noticed_like_one_that_leaves(narrow: Se
 
 
 async def test_a_client_that_does_not_read_holds_back_its_own_handler_and_nobody_else(served: Served) -> None:
-    async with served.http() as client:
-        async with client.stream("POST", "/v1/chat/completions", json=chat("flood", stream=True)) as response:
-            pieces = response.aiter_raw()
-            await anext(pieces)
-            for _ in range(30):
-                answer = await served.post(json=chat("echo", "still here"))
-                assert answer.json()["choices"][0]["message"]["content"] == "still here"
-            held_back_at = served.trace.pieces
-            assert held_back_at < 300
-            async for _ in pieces:
-                if served.trace.pieces > held_back_at:
-                    break
-            await pieces.aclose()
+    body = chat("flood", stream=True)
+    async with served.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        pieces: Any = response.aiter_raw()
+        await anext(pieces)
+        for _ in range(30):
+            answer = await served.post(json=chat("echo", "still here"))
+            assert answer.json()["choices"][0]["message"]["content"] == "still here"
+        held_back_at = served.trace.pieces
+        assert held_back_at < 300
+        async for _ in pieces:
+            if served.trace.pieces > held_back_at:
+                break
+        await pieces.aclose()
     await served.in_flight(0)
 
 

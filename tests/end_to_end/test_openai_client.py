@@ -13,7 +13,9 @@ import httpx
 import openai
 import pytest
 from scripted import PNG, SHAPES
-from served import Served, chat, open_served
+from served import Served, chat, open_served, until
+
+from trio_cluster import ChatRequest
 
 pytestmark = [
     # Its streams leave their async generators to the garbage collector.
@@ -22,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:deprecated$:DeprecationWarning"),
 ]
 
-USER = {"role": "user", "content": "a fine  day"}
+USER: Any = {"role": "user", "content": "a fine  day"}
 AUDIO = ("clip.wav", b"RIFF....WAVE", "audio/wav")
 
 
@@ -30,7 +32,7 @@ AUDIO = ("clip.wav", b"RIFF....WAVE", "audio/wav")
 
 
 async def test_a_plain_chat_has_the_text_and_the_usage_of_the_handler(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(model="echo", messages=[USER])
     assert answer.object == "chat.completion"
     assert answer.model == "echo"
@@ -38,12 +40,16 @@ async def test_a_plain_chat_has_the_text_and_the_usage_of_the_handler(served: Se
     assert answer.choices[0].message.content == "a fine  day"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 8, 12)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        4,
+        8,
+        12,
+    )
 
 
 async def test_a_streamed_chat_adds_up_to_the_plain_one(served: Served) -> None:
     async with (
-        served.openai() as client,
+        served.client() as client,
         await client.chat.completions.create(model="echo", messages=[USER], stream=True) as stream,
     ):
         chunks = [chunk async for chunk in stream]
@@ -56,7 +62,7 @@ async def test_a_streamed_chat_adds_up_to_the_plain_one(served: Served) -> None:
 
 async def test_a_stream_tells_the_usage_in_its_last_chunk_if_asked_to(served: Served) -> None:
     async with (
-        served.openai() as client,
+        served.client() as client,
         await client.chat.completions.create(
             model="echo", messages=[USER], stream=True, stream_options={"include_usage": True}
         ) as stream,
@@ -69,14 +75,14 @@ async def test_a_stream_tells_the_usage_in_its_last_chunk_if_asked_to(served: Se
 
 
 async def test_a_handler_that_reports_no_usage_used_nothing(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(model="mirror", messages=[USER])
     assert answer.usage is not None
     assert answer.usage.total_tokens == 0
 
 
 async def test_several_choices_arrive_apart(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(model="choices", messages=[USER], n=3)
         async with await client.chat.completions.create(
             model="choices", messages=[USER], n=3, stream=True
@@ -97,10 +103,13 @@ async def test_all_that_the_client_sends_reaches_the_handler_untouched(served: S
     tools: Any = [
         {
             "type": "function",
-            "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+            "function": {
+                "name": "f",
+                "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}},
+            },
         }
     ]
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(
             model="mirror",
             messages=[{"role": "system", "content": "héllo \U0001f600"}, USER],
@@ -127,7 +136,7 @@ async def test_all_that_the_client_sends_reaches_the_handler_untouched(served: S
 
 
 async def test_tool_calls_are_plain_and_streamed_alike(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(model="tools", messages=[USER])
         async with client.chat.completions.stream(model="tools", messages=[USER]) as stream:
             streamed = await stream.get_final_completion()
@@ -146,7 +155,7 @@ async def test_a_model_with_vision_is_given_images(served: Served) -> None:
         {"type": "text", "text": "what is this?"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
     ]
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(
             model="org/vision-model", messages=[{"role": "user", "content": content}]
         )
@@ -156,7 +165,7 @@ async def test_a_model_with_vision_is_given_images(served: Served) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_a_handler_of_any_shape_answers_alike(served: Served, shape: str) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.chat.completions.create(model=f"shape/{shape}", messages=[USER])
     assert answer.choices[0].message.content == "one two three "
     assert answer.choices[0].finish_reason == "stop"
@@ -170,7 +179,7 @@ async def test_a_handler_of_any_shape_answers_alike(served: Served, shape: str) 
 
 
 async def test_a_chat_model_completes_a_prompt(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.completions.create(model="echo", prompt="to be or", echo=True)
         async with await client.completions.create(
             model="echo", prompt="to be or", stream=True, stream_options={"include_usage": True}
@@ -205,7 +214,7 @@ async def test_embeddings_of_all_inputs_come_in_both_formats(
     served: Served, model: str, given: Any, seen: list[Any]
 ) -> None:
     expected = [[float(len(each)), 0.5, -0.25, 3.0] for each in seen]
-    async with served.openai() as client:
+    async with served.client() as client:
         by_default = await client.embeddings.create(model=model, input=given)
         floats = await client.embeddings.create(model=model, input=given, encoding_format="float")
     for answer in (by_default, floats):
@@ -218,7 +227,7 @@ async def test_embeddings_of_all_inputs_come_in_both_formats(
 
 
 async def test_embeddings_are_cut_to_the_dimensions_asked_for(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.embeddings.create(model="vectors", input="xyz", dimensions=2)
     assert answer.data[0].embedding == pytest.approx([0.98639392, 0.16439899])
 
@@ -228,7 +237,7 @@ async def test_embeddings_are_cut_to_the_dimensions_asked_for(served: Served) ->
 
 async def test_a_transcription_comes_in_every_format(served: Served) -> None:
     text = "clip.wav of 12 bytes. The end."
-    async with served.openai() as client:
+    async with served.client() as client:
         create = client.audio.transcriptions.create
         plain = await create(model="scribe", file=AUDIO, language="en", temperature=0.5)
         as_text = await create(model="scribe", file=AUDIO, response_format="text")
@@ -251,13 +260,18 @@ async def test_a_transcription_comes_in_every_format(served: Served) -> None:
         "00:00:01.000 --> 00:00:02.500\nThe end.\n\n"
     )
     first = served.trace.requests[0]
-    assert (first.audio, first.filename, first.language, first.temperature) == (AUDIO[1], "clip.wav", "en", 0.5)
+    assert (first.audio, first.filename, first.language, first.temperature) == (
+        AUDIO[1],
+        "clip.wav",
+        "en",
+        0.5,
+    )
     assert not first.translate
 
 
 async def test_a_transcription_can_be_streamed(served: Served) -> None:
     async with (
-        served.openai() as client,
+        served.client() as client,
         await client.audio.transcriptions.create(model="scribe", file=AUDIO, stream=True) as stream,
     ):
         events = [event async for event in stream]
@@ -266,7 +280,7 @@ async def test_a_transcription_can_be_streamed(served: Served) -> None:
 
 
 async def test_a_translation_is_told_from_a_transcription(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.audio.translations.create(model="scribe", file=AUDIO)
         verbose = await client.audio.translations.create(
             model="scribe", file=AUDIO, response_format="verbose_json"
@@ -308,7 +322,7 @@ async def test_the_file_of_a_form_may_stand_anywhere(served: Served, file_first:
 async def test_speech_is_of_the_type_that_was_asked_for(
     served: Served, response_format: Any, content_type: str
 ) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.audio.speech.create(
             model="voice", voice="alloy", input="hey you", response_format=response_format
         )
@@ -318,7 +332,7 @@ async def test_speech_is_of_the_type_that_was_asked_for(
 
 async def test_speech_is_streamed_and_may_say_its_own_type(served: Served) -> None:
     async with (
-        served.openai() as client,
+        served.client() as client,
         client.audio.speech.with_streaming_response.create(
             model="voice/thread", voice="alloy", input="hey you", speed=1.5, instructions="slowly"
         ) as response,
@@ -337,7 +351,7 @@ async def test_speech_is_streamed_and_may_say_its_own_type(served: Served) -> No
 async def test_images_come_as_base64_also_when_no_format_was_asked_for(
     served: Served, response_format: Any
 ) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         answer = await client.images.generate(
             model="painter", prompt="a cat", n=2, size="1024x1024", response_format=response_format
         )
@@ -353,7 +367,7 @@ async def test_images_come_as_base64_also_when_no_format_was_asked_for(
 
 
 async def test_all_models_are_listed_and_each_can_be_retrieved(served: Served) -> None:
-    async with served.openai() as client:
+    async with served.client() as client:
         models = {model.id: model async for model in client.models.list()}
         vision = await client.models.retrieve("org/vision-model")
     assert sorted(models) == served.front.list_models() == served.back.list_models()
@@ -366,8 +380,27 @@ async def test_all_models_are_listed_and_each_can_be_retrieved(served: Served) -
     assert vision.model_extra["license"] == "MIT"
 
 
+async def test_a_model_can_come_and_go_while_the_server_runs(served: Served) -> None:
+    async def late(request: ChatRequest) -> str:
+        return "better than never"
+
+    async with served.client() as client:
+
+        async def answer() -> str | None:
+            answer = await client.chat.completions.create(model="late", messages=[USER])
+            return answer.choices[0].message.content
+
+        served.back.register_chat("late", late)
+        await until(lambda: served.front.has_model("late"))
+        assert await answer() == "better than never"
+        served.back.unregister_model("late")
+        await until(lambda: not served.front.has_model("late"))
+        with pytest.raises(openai.NotFoundError):
+            await answer()
+
+
 async def test_every_route_is_there_without_the_prefix_too(served: Served) -> None:
-    async with served.openai(base="") as client:
+    async with served.client(base="") as client:
         await client.chat.completions.create(model="echo", messages=[USER])
         await client.completions.create(model="echo", prompt="x")
         await client.embeddings.create(model="vectors", input="x")
@@ -402,7 +435,7 @@ async def test_the_synchronous_client_is_served_as_well(served: Served) -> None:
         assert client.images.generate(model="painter", prompt="x").data
         assert [model.id for model in client.models.list()] == served.front.list_models()
 
-    await served.in_sync_openai(ask)
+    await served.with_sync_client(ask)
 
 
 # Here and there
@@ -443,7 +476,9 @@ QUESTIONS = {
     "streamed choices": Question("/v1/chat/completions", chat("choices", n=2, stream=True)),
     "tools": Question("/v1/chat/completions", chat("tools")),
     "streamed tools": Question("/v1/chat/completions", chat("tools", stream=True)),
-    "mirror": Question("/v1/chat/completions", chat("mirror", "\u00e4\u0000\U0001f600", unknown=[1, 2.50, None])),
+    "mirror": Question(
+        "/v1/chat/completions", chat("mirror", "\u00e4\u0000\U0001f600", unknown=[1, 2.50, None])
+    ),
     "completion": Question("/v1/completions", {"model": "echo", "prompt": "x y"}),
     "streamed completion": Question("/v1/completions", {"model": "echo", "prompt": "x y", "stream": True}),
     "embeddings": Question("/v1/embeddings", {"model": "vectors", "input": ["x", "yy"]}),

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import httpx
 import pytest
 import trio
 from nodes import Node, Nodes, Stream, free_pair
-from served import chat
+from served import chat, until
 
 pytestmark = pytest.mark.processes
 
@@ -45,15 +44,10 @@ async def workers(node: Node) -> dict[str, Any]:
 
 
 async def models_become(node: Node, expected: set[str], within: float) -> None:
-    with trio.fail_after(within):
-        while await models(node) != expected:
-            await trio.sleep(0.02)
+    async def are() -> bool:
+        return await models(node) == expected
 
-
-async def until(holds: Callable[[], bool], within: float) -> None:
-    with trio.fail_after(within):
-        while not holds():
-            await trio.sleep(0.02)
+    await until(are, within)
 
 
 async def open_stream(nursery: trio.Nursery, node: Node, model: str, **fields: Any) -> Stream:
@@ -73,7 +67,7 @@ async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
     await nodes.worker(master, "wa", models="a")
     await nodes.worker(master, "wc", models="c")
     assert await models(master) == {"a", "b", "c"}
-    streams = {model: await open_stream(nursery, master, model, ticks=60) for model in "abc"}
+    streams = {model: await open_stream(nursery, master, model, ticks=60, pause=0.05) for model in "abc"}
 
     b.send(signal.SIGKILL)
     failed = await streams["b"].end(within=1)
@@ -88,7 +82,7 @@ async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
     await nodes.worker(master, "wb", models="b")
     assert (await ask(master, "b")).json()["choices"][0]["message"]["content"] == "0 1 2 "
     for model in "ac":
-        finished = await streams[model].end(within=5)
+        finished = await streams[model].end(within=10)
         assert finished.report.ending == "finished"
         assert finished.report.text == "".join(f"{i} " for i in range(60))
 
@@ -103,11 +97,12 @@ async def test_a_request_that_nothing_came_of_is_a_502_when_its_worker_is_killed
     async def wait_for_answer() -> None:
         answers.append(await ask(master, "m", ticks=1000))
 
+    async def is_asked() -> bool:
+        return bool((await workers(master))["w"]["in_flight"])
+
     async with trio.open_nursery() as waiting:
         waiting.start_soon(wait_for_answer)
-        with trio.fail_after(5):
-            while not (await workers(master))["w"]["in_flight"]:
-                await trio.sleep(0.02)
+        await until(is_asked, within=5)
         worker.send(signal.SIGKILL)
     assert answers[0].status_code == 502
     assert answers[0].json()["error"]["code"] == "worker_lost"
@@ -173,7 +168,7 @@ async def test_a_worker_that_is_stopped_finishes_its_stream_first(
 ) -> None:
     master = await nodes.master()
     worker = await nodes.worker(master, "w", models="m")
-    stream = await open_stream(nursery, master, "m", ticks=50)
+    stream = await open_stream(nursery, master, "m", ticks=40, pause=0.05)
     worker.send(stop)
     await master.log("worker drains", worker="w")
     refused = await ask(master, "m")
@@ -181,7 +176,7 @@ async def test_a_worker_that_is_stopped_finishes_its_stream_first(
     assert int(refused.headers["retry-after"]) >= 1
     finished = await stream.end(within=5)
     assert finished.report.ending == "finished"
-    assert finished.report.text.endswith("49 ")
+    assert finished.report.text.endswith(" 39 ")
     assert await worker.exit_code(within=5) == 0
     left = await master.log("worker left", worker="w")
     assert (left["level"], left["calls_lost"]) == ("info", 0)
@@ -194,7 +189,7 @@ async def test_a_master_that_is_stopped_finishes_its_streams_and_takes_no_new_on
 ) -> None:
     master = await nodes.master(models="local")
     worker = await nodes.worker(master, "w", models="m")
-    streams = [await open_stream(nursery, master, model, ticks=50) for model in ("m", "local")]
+    streams = [await open_stream(nursery, master, model, ticks=40, pause=0.05) for model in ("m", "local")]
     master.send(stop)
     await master.log("stopping")
     refused = await ask(master, "m")
@@ -307,12 +302,22 @@ async def test_a_worker_without_the_token_says_so_and_exits(nodes: Nodes, token:
 
 async def test_a_worker_that_is_sent_to_the_wrong_port_says_so_and_exits(nodes: Nodes) -> None:
     master = await nodes.master(models="m")
-    worker = await nodes.start(
-        "worker", "127.0.0.1", "--internal-port", master.port, models="m", ready=False
-    )
+    worker = await nodes.start("worker", "127.0.0.1", "--internal-port", master.port, models="m", ready=False)
     assert await worker.exit_code() == 1
     [line] = worker.noise
     assert "not the port on which a trio_cluster master takes workers" in line
+
+
+async def test_a_worker_serves_its_own_models_on_an_address_of_its_own_if_it_is_given_one(
+    nodes: Nodes,
+) -> None:
+    master = await nodes.master(models="a")
+    worker = await nodes.worker(master, "w", "--listen", "127.0.0.1:0", models="b", ready=False)
+    api = await worker.log("this worker's own API")
+    await worker.log("registered with the master")
+    own = Node(worker.process, "worker", int(api["url"].rpartition(":")[2]))
+    assert await models(own) == {"b"}
+    assert (await ask(own, "b")).status_code == (await ask(master, "b")).status_code == 200
 
 
 # Strangers on the port for workers
@@ -400,7 +405,7 @@ async def test_a_large_upload_passes_through_the_master_without_being_copied_oft
             files={"file": ("a.wav", audio)},
         )
     assert (response.status_code, response.text) == (200, hashlib.sha256(audio).hexdigest() + "\n")
-    assert peak_memory(master) - before < 4 * len(audio)
+    assert peak_memory(master) - before < 4.5 * len(audio)
     assert (await ask(master, "m")).status_code == 200
 
 

@@ -79,7 +79,7 @@ async def test_refusals_are_the_clients_exceptions_too() -> None:
 
 
 def read_stream(house: House, limit: int | None = None) -> list[str | None]:
-    """Read a stream with the client that blocks; the other one leaves its generators to the garbage collector."""
+    """Read a stream with the client that blocks; the other leaves its generators to the collector."""
     with (
         httpx.Client(timeout=5, trust_env=False) as http,
         openai.OpenAI(api_key="k", base_url=f"{house.url}/v1", max_retries=0, http_client=http) as client,

@@ -126,7 +126,6 @@ async def test_a_much_too_large_body_is_refused_at_once_and_the_connection_close
 async def test_a_client_that_never_stops_sending_is_let_go_in_the_end(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With chunks of one byte, the server's reader waits for the gate all the time.
     monkeypatch.setattr(_gate, "DRAIN_BYTES", 10 * size)
     monkeypatch.setattr(_gate, "LINGER_BYTES", 10 * size)
     async with open_house(max_body_size=1) as house, house.connect() as wire:
@@ -134,6 +133,37 @@ async def test_a_client_that_never_stops_sending_is_let_go_in_the_end(
         chunk = b"%x\r\n%b\r\n" % (size, bytes(size))
         with pytest.raises(trio.BrokenResourceError):
             await wire.send(chunk * (32_000_000 // len(chunk)))
+
+
+async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_body(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DRAIN_BYTES", "LINGER_BYTES"):
+        monkeypatch.setattr(_gate, name, 0)
+    house.site.options.server.max_body_size = 1
+    # As the server does it: the body and the news that all is over go through one queue, and the end of the
+    # answer is over when that news is in the queue.
+    to_gate, receive = trio.open_memory_channel[Any](0)
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/x"}
+    scope["headers"] = [(b"transfer-encoding", b"chunked")]
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if not message.get("more_body", True):
+            with trio.fail_after(1):  # inside the shield around it
+                await to_gate.send({"type": "http.request", "body": b"x", "more_body": True})
+                await to_gate.send({"type": "http.disconnect"})
+
+    async def feed() -> None:
+        for _ in range(4):
+            await to_gate.send({"type": "http.request", "body": b"xx", "more_body": True})
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed)
+        await _gate.Gate(_nothing, house.site)(scope, receive.receive, send)
+        nursery.cancel_scope.cancel()
+    assert [message.get("status") for message in sent] == [413, None, None]
 
 
 async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:

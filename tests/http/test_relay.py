@@ -544,7 +544,8 @@ async def test_comments_do_not_make_a_silent_stream_live_longer(
         open_house(lambda served: served.head(EVENTS).event("one"), **impatient) as house,
         house.connect() as wire,
     ):
-        answer = await ask(wire, STREAM_BODY)
+        with trio.fail_after(5):
+            answer = await ask(wire, STREAM_BODY)
         assert not answer.whole
         assert 1 <= answer.body.count(PING) <= 20
 

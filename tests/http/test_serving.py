@@ -219,12 +219,15 @@ async def test_an_application_that_cannot_begin_is_an_error_and_closes_the_socke
         async def before() -> None:
             raise RuntimeError("no disk")
 
-        sock = listening_socket()
+        sock, served = listening_socket(), False
         with pytest.RaisesGroup(
             pytest.RaisesExc(hypercorn.utils.LifespanFailureError, match="no disk"), flatten_subgroups=True
         ):
-            await serve_http(house.app, [sock])
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_http, house.app, [sock])
+                served = True
         assert sock.fileno() == -1
+        assert not served
 
 
 async def test_every_socket_is_served_and_all_are_closed_in_the_end() -> None:

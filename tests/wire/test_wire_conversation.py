@@ -349,7 +349,7 @@ ANY_MESSAGE: st.SearchStrategy[Message] = st.one_of(
 @given(
     st.sampled_from(Role), st.lists(st.lists(ANY_MESSAGE, min_size=1, max_size=4), max_size=12), st.randoms()
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_whatever_a_peer_says_a_session_raises_nothing_but_protocol_errors(
     role: Role, batches: list[list[Message]], chance: random.Random
 ) -> None:

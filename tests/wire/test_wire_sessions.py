@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -270,14 +271,26 @@ def test_an_empty_piece_of_an_answer_is_a_sign_of_life_that_needs_no_credit() ->
     link.settle()
     link.worker.send(call, b"")
     assert link.settle()[0] == [Data(call, b"")]
-    # Behind bytes that wait for credit it would say nothing, and only pile up.
     link.worker.send(call, b"x")
-    for _ in range(1000):
-        link.worker.send(call, b"")
+    link.worker.send(call, b"")
     link.worker.done(call)
     link.master.grant(call, WINDOW)
     assert link.settle()[0] == [Data(call, b"x"), Done(call)]
     assert link.worker.quiet
+
+
+def test_signs_of_life_do_not_pile_up_behind_bytes_that_wait_for_credit() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(WINDOW + 1))
+    link.settle()
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            link.worker.send(call, b"")
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_batches_say_whose_bytes_they_took() -> None:

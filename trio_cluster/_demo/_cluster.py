@@ -132,6 +132,7 @@ async def _run_node(
         environment["TRIO_CLUSTER_CACHE"] = os.environ["TRIO_CLUSTER_CACHE"]
     # Two workers share the cores; threads that spin while they wait would starve each other.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "trio_cluster._demo._node", *arguments],
         stdin=subprocess.PIPE,

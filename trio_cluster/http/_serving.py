@@ -86,6 +86,9 @@ async def serve_http(
             lifespan = Lifespan(wrapped, config, state)
             await nursery.start(lifespan.handle_lifespan)
             await lifespan.wait_for_startup()
+            if lifespan.supported and lifespan.shutdown.is_set():
+                # It has failed, and its error is on the way to this nursery.
+                await trio.sleep_forever()
             for sock in sockets:
                 prepare_socket(sock)
             listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]

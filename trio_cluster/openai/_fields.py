@@ -61,9 +61,6 @@ def _kind_of(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    # Containers may be nested up to what would break the error about them.
-    if isinstance(value, dict | list):
-        return _kind_of(value)
     text = dumps(value).decode()
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
@@ -78,7 +75,7 @@ def wrong_type(name: str, expected: str, value: Any) -> InvalidRequest:
 
 
 def wrong_value(name: str, expected: str, value: Any) -> InvalidRequest:
-    """Return the error for a field of the right type whose value cannot be."""
+    """Return the error for a field of the right type whose value, a scalar or nearly one, cannot be."""
     return InvalidRequest(
         f"Invalid value for '{name}': expected {expected}, but got {_show(value)}",
         param=name,

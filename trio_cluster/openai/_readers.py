@@ -78,7 +78,7 @@ def _check_metadata(value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
     if len(value) > 16:
-        raise wrong_value(name, "at most 16 pairs", value)
+        raise wrong_value(name, "at most 16 pairs", len(value))
     for key, each in value.items():
         if len(key) > 64:
             raise wrong_value(name, "keys of at most 64 characters", key)

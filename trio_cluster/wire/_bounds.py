@@ -58,6 +58,12 @@ def clip(text: object, limit: int = TEXT_MAX) -> str:
     return clean.encode("utf-8", "replace").decode("utf-8")
 
 
+def _check_encodable(name: str, value: str) -> None:
+    # Lone surrogates are in no encoding. Nothing that was received has any, and most texts are ASCII.
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name}: has a character that cannot be encoded")
+
+
 def integer(lowest: int, highest: int) -> Validator:
     """Both bounds are allowed values."""
 
@@ -82,6 +88,7 @@ def text(limit: int = TEXT_MAX) -> Validator:
     def check(_: Any, attribute: Any, value: str) -> None:
         if len(value) > limit:
             raise ValueError(f"{attribute.name}: longer than {limit} characters")
+        _check_encodable(attribute.name, value)
 
     return check
 
@@ -140,11 +147,13 @@ def json_object(_: Any, attribute: Any, value: dict[str, Any]) -> None:
                 for key in node:
                     if not isinstance(key, str):
                         raise ValueError(f"{attribute.name}: a key that is not a string")
+                    _check_encodable(attribute.name, key)
                     room -= len(key)
                 below.extend(node.values())
             elif isinstance(node, list | tuple):
                 below.extend(node)
             elif isinstance(node, str):
+                _check_encodable(attribute.name, node)
                 room -= len(node)
             elif isinstance(node, float):
                 if not math.isfinite(node):

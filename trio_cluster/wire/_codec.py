@@ -165,11 +165,7 @@ def pack(message: Message) -> list[Any]:
 
 
 def freeze(message: Message) -> msgspec.Raw:
-    """Return ``message`` encoded, ready to become part of a batch.
-
-    Raises:
-        ValueError: it holds a text that has no encoding.
-    """
+    """Return ``message`` encoded, ready to become part of a batch."""
     return msgspec.Raw(_encode(pack(message)))
 
 
@@ -182,7 +178,7 @@ def encode(messages: Iterable[Message]) -> bytes:
     """Return the batch of ``messages`` as the content of one binary websocket message.
 
     Raises:
-        ValueError: it would be larger than ``MAX_MESSAGE``, or holds a text that has no encoding.
+        ValueError: it would be larger than ``MAX_MESSAGE``.
     """
     data = write([pack(message) for message in messages])
     if len(data) > MAX_MESSAGE:

@@ -102,7 +102,8 @@ class RegisterModel:
         """Return what is announced. Options that this version does not know are left out.
 
         Raises:
-            ValueError: an option has a value of the wrong type; the kind is left for the caller to judge.
+            ValueError: an option has a value of the wrong type, or the name is not one for a model; good for a
+                ``ModelRejected``. The kind is left for the caller to judge.
         """
         known = {field.name for field in attrs.fields(ChatModelOptions)}
         try:

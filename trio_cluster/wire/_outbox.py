@@ -3,8 +3,8 @@
 Theory of operation
 ===================
 
-Two kinds of queue. *Control* is everything that is small; it is encoded when it is posted, so that a value
-that has no encoding raises at the place where it came from, and so that its size is known. *Streams* are the
+Two kinds of queue. *Control* is everything that is small; it is encoded when it is posted, so that its
+size is known. *Streams* are the
 bodies, one for each call that has one under way; they hold the caller's own bytes and slices of them, never
 copies.
 
@@ -112,11 +112,7 @@ class Outbox:
         return 0 if stream is None else stream.size
 
     def post(self, message: Message) -> None:
-        """Queue a control message.
-
-        Raises:
-            ValueError: it holds a text that has no encoding; nothing is queued.
-        """
+        """Queue a control message."""
         self._append(freeze(message))
 
     def open(self, call: int) -> None:

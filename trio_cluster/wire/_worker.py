@@ -85,9 +85,8 @@ class WorkerSession(Session[WorkerEvent]):
 
         Args:
             call: as in the ``ForwardRequest``.
-            data: bytes, or a memoryview of bytes; must not change afterwards. If empty it is a sign of life
-            of
-                this call, which goes out unless bytes of it wait already.
+            data: bytes, or a memoryview of bytes; must not change afterwards. Empty, it is a sign
+                of life of this call, which is sent unless bytes of it wait already.
 
         Raises:
             RuntimeError: the answer has not begun, or has ended.

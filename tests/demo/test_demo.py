@@ -1,0 +1,191 @@
+"""The demo: with one small model of this package in place of its five, so that it can run anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+pytest.importorskip("numpy")
+
+from trio_cluster._demo import _cluster, _questions, run_demo
+from trio_cluster._errors import ClusterError, ClusterPortError
+
+FAR = 60.0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it a demo of digits only."""
+    questions = tuple(each for each in _questions.QUESTIONS if each.model == "digits")
+    monkeypatch.setattr(_cluster, "QUESTIONS", questions)
+    monkeypatch.setattr(_cluster, "WEIGHTS", {})
+    monkeypatch.setattr(_cluster, "_WORKERS", {"worker-1": ("digits",)})
+
+
+def nodes() -> set[int]:
+    """The processes on this machine that are nodes of a demo which this process started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_node = b"trio_cluster._demo._node" in (path / "cmdline").read_bytes()
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        if is_node and parent == os.getpid():
+            found.add(int(path.name))
+    return found
+
+
+class Listener(io.StringIO):
+    """Sets an event once a word has been said."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word, self.heard = word, trio.Event()
+
+    def write(self, text: str) -> int:
+        if self.word in text:
+            self.heard.set()
+        return super().write(text)
+
+
+@pytest.mark.processes
+async def test_check_asks_shows_question_and_answer_and_stops_everything(small: None) -> None:
+    out = io.StringIO()
+    with trio.fail_after(FAR):
+        assert await run_demo(0, check=True, out=out) == 0
+    said = out.getvalue()
+    assert "ready after" in said
+    assert "asked:    draw: a handwritten seven" in said
+    assert "bytes of PNG, 64 by 64" in said
+    assert said.endswith("all models answered\n")
+    assert nodes() == set()
+
+
+@pytest.mark.processes
+async def test_a_wrong_answer_is_shown_and_makes_it_fail(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = _questions.Question(
+        "image_generation", "digits", "draw a cat", lambda api, heard: _ask_for_a_cat(api)
+    )
+    monkeypatch.setattr(_cluster, "QUESTIONS", (wrong,))
+    out = io.StringIO()
+    with trio.fail_after(FAR):
+        assert await run_demo(0, check=True, out=out) == 1
+    assert "answered: FAILED: 400 " in out.getvalue()
+    assert "This model draws single digits" in out.getvalue()
+
+
+def _ask_for_a_cat(api: _questions.Api) -> str:
+    return api.post("/images/generations", {"model": "digits", "prompt": "a cat"}).decode()
+
+
+@pytest.mark.processes
+async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small: None) -> None:
+    out = Listener("Ctrl-C ends the demo.")
+    with trio.fail_after(FAR):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: run_demo(0, check=False, out=out))
+            await out.heard.wait()
+            assert len(nodes()) == 2
+            nursery.cancel_scope.cancel()
+    assert nodes() == set()
+    said = out.getvalue()
+    for route in (
+        "chat/completions",
+        "embeddings",
+        "audio/speech",
+        "audio/transcriptions",
+        "images/generations",
+    ):
+        assert f"/v1/{route}" in said
+
+
+@pytest.mark.processes
+async def test_a_node_that_dies_is_reported_with_its_last_words(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cluster, "_WORKERS", {"worker-1": ("digits",), "worker-2": ("digits,name=",)})
+    monkeypatch.setattr(_cluster, "parse_serve", lambda spec: None)
+    out = io.StringIO()
+    with trio.fail_after(FAR), pytest.raises(ClusterError, match="worker-2 has ended with exit code 2"):
+        await run_demo(0, check=False, out=out)
+    assert "its last words:" in out.getvalue()
+    assert "trio-cluster: error: --serve" in out.getvalue()
+    assert nodes() == set()
+
+
+async def test_a_port_that_is_taken_is_one_clear_error(small: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterPortError, match=f"port {port}: .*in use"):
+            await run_demo(port, check=True, out=io.StringIO())
+    assert nodes() == set()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is not None, reason="its libraries are installed here"
+)
+async def test_missing_libraries_are_named_with_what_to_install() -> None:
+    with pytest.raises(ClusterError, match=r"pip install 'trio-cluster\[demo\]' .*needs"):
+        await run_demo(0, check=True, out=io.StringIO())
+
+
+@pytest.fixture
+def node() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A master as the demo starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "trio_cluster._demo._node", "master", str(port), "--host", "127.0.0.1"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+    assert process.stderr is not None
+    # Its first line says that it serves.
+    process.stderr.readline()
+    yield process, port
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.processes
+def test_a_node_stops_by_itself_when_the_demo_is_gone(node: tuple[subprocess.Popen[bytes], int]) -> None:
+    process, port = node
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+        assert answer.status == 200
+    assert process.stdin is not None
+    # What the kernel does to the pipe of a process that is killed.
+    process.stdin.close()
+    process.stdin = None
+    assert process.wait(timeout=15) == 0
+
+
+@pytest.mark.processes
+def test_a_node_stops_by_sigterm_while_the_demo_is_there(node: tuple[subprocess.Popen[bytes], int]) -> None:
+    process, _ = node
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=15) == 0
+
+
+@pytest.mark.engines
+@pytest.mark.processes
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the demo extra")
+async def test_all_five_models_answer() -> None:
+    from trio_cluster.engines._weights import WEIGHTS, cache_folder
+
+    if not all((cache_folder() / weights.folder_name).is_dir() for weights in WEIGHTS.values()):
+        pytest.skip("not all weights are in the cache; `trio-cluster demo --check` fetches them")
+    out = io.StringIO()
+    with trio.fail_after(120):
+        assert await run_demo(0, check=True, out=out) == 0
+    assert out.getvalue().count("asked:") == 5

@@ -1,0 +1,130 @@
+"""The diffusion model in this package, with its real weights; it is small enough for every test run."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+
+np = pytest.importorskip("numpy")
+
+from trio_cluster._errors import ApiError  # noqa: E402
+from trio_cluster.engines import _diffusion, digits, parse_serve  # noqa: E402
+from trio_cluster.openai import ImageGenRequest  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model() -> digits.Digits:
+    return digits.Digits.load(parse_serve("digits").options)
+
+
+async def draw(model: digits.Digits, prompt: str = "a seven", **fields: Any) -> list[bytes]:
+    chunks: AsyncIterator[Any] = model.draw(ImageGenRequest(model="digits", prompt=prompt, **fields))
+    return [chunk.value async for chunk in chunks]
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from(">II", png, 16)
+    return width, height
+
+
+@pytest.mark.parametrize(
+    ("prompt", "digit"),
+    [
+        ("7", 7),
+        ("a handwritten Seven, please", 7),
+        ("draw 42", 4),
+        ("three or 5", 3),
+        ("ZERO", 0),
+        ("no digit at all", None),
+        ("someone tennis weighty", None),
+        ("", None),
+        ("٣", None),
+    ],
+)
+def test_the_first_digit_in_the_prompt_counts(prompt: str, digit: int | None) -> None:
+    assert digits.first_digit(prompt) == digit
+
+
+async def test_pictures_come_in_the_number_and_size_asked_for(model: digits.Digits) -> None:
+    assert [size_of(each) for each in await draw(model)] == [(256, 256)]
+    assert [size_of(each) for each in await draw(model, n=3, size="40x24")] == [(40, 24)] * 3
+
+
+async def test_a_seed_makes_pictures_repeatable(model: digits.Digits) -> None:
+    first, second = [await draw(model, n=2, size="16x16", raw={"seed": 5}) for _ in range(2)]
+    assert first == second
+    assert first[0] != first[1]
+    assert await draw(model, n=2, size="16x16", raw={"seed": 6}) != first
+    assert await draw(model, size="16x16") != await draw(model, size="16x16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a cat"}, "prompt"),
+        ({"size": "4096x4096"}, "size"),
+        ({"size": "256x1"}, "size"),
+        ({"raw": {"seed": "x"}}, "seed"),
+        ({"raw": {"seed": -1}}, "seed"),
+        ({"raw": {"seed": True}}, "seed"),
+        ({"output_format": "webp", "raw": {"output_format": "webp"}}, "output_format"),
+    ],
+)
+async def test_what_cannot_be_drawn_is_refused_by_field(
+    model: digits.Digits, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        await draw(model, **fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_different_digits_look_different_and_guidance_makes_them_alike() -> None:
+    weights = _diffusion.load(digits._WEIGHTS)
+    classes = np.repeat(np.arange(10), 10)
+    pictures = _diffusion.sample(weights, classes, seed=1, steps=12, guidance=3.0)
+    assert pictures is not None
+    means = pictures.reshape(10, 10, 64).mean(axis=1)
+    # Each picture is nearer to the mean of its own class than to that of any other, nearly always.
+    distance = ((pictures.reshape(100, 1, 64) - means) ** 2).sum(axis=2)
+    assert (distance.argmin(axis=1) == classes).mean() > 0.95
+    free = _diffusion.sample(weights, classes, seed=1, steps=12, guidance=1.0)
+    assert free is not None
+    assert free.reshape(10, 10, 64).std(axis=1).mean() > pictures.reshape(10, 10, 64).std(axis=1).mean()
+
+
+def test_sampling_can_be_ended_at_every_step() -> None:
+    weights = _diffusion.load(digits._WEIGHTS)
+    seen: list[int] = []
+
+    def go_on(step: int) -> bool:
+        seen.append(step)
+        return step < 4
+
+    assert _diffusion.sample(weights, np.array([3]), steps=30, go_on=go_on) is None
+    assert seen == [0, 1, 2, 3, 4]
+
+
+async def test_a_cancelled_request_stops_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = digits.Digits.load(parse_serve("digits,steps=1000").options)
+    steps, predict = 0, _diffusion.predict_noise
+    begun = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            token.run_sync_soon(begun.set)
+        return predict(*arguments)
+
+    monkeypatch.setattr(_diffusion, "predict_noise", counted)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: draw(model, n=10))
+        await begun.wait()
+        nursery.cancel_scope.cancel()
+    assert 3 <= steps < 900
+    assert model._slots.borrowed_tokens == 0

@@ -1,0 +1,98 @@
+"""Speech: formats, sentences and refusals, against a stand-in for the voice."""
+
+from __future__ import annotations
+
+import io
+import wave
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import trio
+
+np = pytest.importorskip("numpy")
+
+from trio_cluster._errors import ApiError  # noqa: E402
+from trio_cluster.engines.hibari import Speaker  # noqa: E402
+from trio_cluster.openai import TTSRequest  # noqa: E402
+
+
+class StandIn:
+    """Speaks a tenth of a second per sentence, at the pace it is asked for."""
+
+    sample_rate = 24_000
+
+    def __init__(self) -> None:
+        self.spoken: list[str] = []
+
+    def phonemize(self, text: str) -> list[str]:
+        return [each.strip() for each in text.split(".") if each.strip()]
+
+    def from_phonemes(self, phonemes: str, speed: float, seed: int) -> Any:
+        self.spoken.append(phonemes)
+        return np.full(int(2400 / speed), 0.5, np.float32)
+
+
+def speaker() -> Speaker:
+    return Speaker(StandIn(), trio.CapacityLimiter(1))
+
+
+async def say(text: str = "One. Two.", **fields: Any) -> tuple[list[bytes], str]:
+    request = TTSRequest(model="h", **({"input": text, "voice": "alloy"} | fields))
+    chunks = [chunk async for chunk in speaker().speak(request)]
+    (mime_type,) = {chunk.mime_type for chunk in chunks}
+    return [chunk.value for chunk in chunks], mime_type
+
+
+async def test_each_sentence_goes_out_by_itself() -> None:
+    pieces, _ = await say("One. Two. Three.")
+    assert [len(piece) for piece in pieces] == [44 + 4800, 4800, 4800]
+
+
+async def test_wav_is_the_answer_to_those_who_did_not_choose() -> None:
+    pieces, mime_type = await say()
+    assert mime_type == "audio/wav"
+    assert pieces[0][:4] == b"RIFF"
+    with wave.open(io.BytesIO(b"".join(pieces))) as opened:
+        assert opened.getframerate() == 24_000
+        assert len(opened.readframes(opened.getnframes())) == 2 * 4800
+
+
+async def test_a_single_sentence_states_its_length_and_several_cannot() -> None:
+    (whole,), _ = await say("One.")
+    assert int.from_bytes(whole[40:44], "little") == len(whole) - 44
+    pieces, _ = await say("One. Two.")
+    assert pieces[0][40:44] == b"\xff\xff\xff\xff"
+
+
+async def test_pcm_is_bare_samples() -> None:
+    pieces, mime_type = await say(response_format="pcm", raw={"response_format": "pcm"})
+    assert mime_type == "audio/pcm"
+    assert pieces[0] == np.full(2400, 16383, "<i2").tobytes()
+
+
+@pytest.mark.parametrize("wanted", ["mp3", "opus", "aac", "flac"])
+async def test_a_format_that_was_asked_for_and_is_not_there_is_refused(wanted: str) -> None:
+    with pytest.raises(ApiError, match=f"speaks wav and pcm, not {wanted}") as caught:
+        await say(response_format=wanted, raw={"response_format": wanted})
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+
+
+async def test_speed_changes_the_length() -> None:
+    (whole,), _ = await say("One.", speed=2.0)
+    assert len(whole) == 44 + 2400
+
+
+async def test_a_text_that_cannot_be_spoken_is_refused() -> None:
+    with pytest.raises(ApiError, match="nothing in the input") as caught:
+        await say(" . ")
+    assert caught.value.param == "input"
+
+
+async def test_a_request_that_is_given_up_stops_speaking() -> None:
+    model = speaker()
+    text = "Word. " * 500
+    async with aclosing(model.speak(TTSRequest(model="h", input=text, voice="x"))) as pieces:  # type: ignore[type-var]
+        await anext(pieces)
+    assert len(model._voice.spoken) < 20
+    assert model._slots.borrowed_tokens == 0

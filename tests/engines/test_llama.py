@@ -1,0 +1,397 @@
+"""The llama engine, against a stand-in for xllamacpp and against llama.cpp with a model of random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trio_cluster._cluster import ClusterServer
+from trio_cluster._errors import ApiError, ClusterError
+from trio_cluster.engines import llama, parse_serve, serve_engine
+from trio_cluster.openai import ChatRequest
+
+Hear = Callable[[Any], bool]
+
+
+def chat(text: str = "hi", **fields: Any) -> ChatRequest:
+    return ChatRequest(model="m", **({"messages": [{"role": "user", "content": text}]} | fields))
+
+
+def delta(content: str | None = None, reason: str | None = None, **members: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": content} | members, "finish_reason": reason}]}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+
+
+class StandIn:
+    """Says what it is told to say; notes what it was asked and where it was stopped."""
+
+    def __init__(self, *script: Any) -> None:
+        self.script = script
+        self.asked: list[dict[str, Any]] = []
+        self.stopped_at: list[int] = []
+        self.ended = threading.Event()
+
+    def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
+        self.asked.append(body)
+        try:
+            for position, said in enumerate(self.script):
+                if isinstance(said, Exception):
+                    raise said
+                if hear(said):
+                    self.stopped_at.append(position)
+                    return
+        finally:
+            self.ended.set()
+
+    def handle_completions(self, body: dict[str, Any], hear: Hear) -> None:
+        self.handle_chat_completions(body, hear)
+
+
+def model_of(server: Any, slots: int = 1) -> llama.Llama:
+    return llama.Llama(context=100, server=server, slots=trio.CapacityLimiter(slots))
+
+
+async def answer(model: llama.Llama, request: ChatRequest) -> list[tuple[str, Any, int | None]]:
+    pieces = []
+    async for piece in model.chat(request):
+        if isinstance(piece, dict):
+            pieces.append(("json", piece, None))
+        else:
+            pieces.append((piece.kind, piece.value, piece.index))
+    return pieces
+
+
+def text_of(pieces: list[tuple[str, Any, int | None]], index: int = 0) -> str:
+    return "".join(value for kind, value, of in pieces if kind == "text_delta" and of == index)
+
+
+async def test_text_reason_and_usage_are_passed_on() -> None:
+    server = StandIn(delta(None, role="assistant"), [delta("Hel"), delta("lo")], delta(None, "length"), USAGE)
+    assert await answer(model_of(server), chat()) == [
+        ("text_delta", "Hel", 0),
+        ("text_delta", "lo", 0),
+        ("finish", "length", 0),
+        ("usage", (5, 2), None),
+    ]
+
+
+async def test_choices_are_made_one_after_the_other_and_the_prompt_counts_once() -> None:
+    server = StandIn(delta("x"), delta(None, "stop"), USAGE)
+    pieces = await answer(model_of(server), chat(n=3, seed=40))
+    assert [text_of(pieces, index) for index in range(3)] == ["x", "x", "x"]
+    assert pieces[-1] == ("usage", (5, 6), None)
+    assert [body["seed"] for body in server.asked] == [40, 41, 42]
+
+
+async def test_tool_calls_and_logprobs_go_through_whole() -> None:
+    call = [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]
+    server = StandIn(delta(None, tool_calls=call), delta(None, "tool_calls"), USAGE)
+    pieces = await answer(model_of(server), chat())
+    assert pieces[0][1]["choices"][0]["delta"]["tool_calls"] == call
+    assert pieces[1] == ("finish", "tool_calls", 0)
+
+
+async def test_a_completion_is_asked_with_its_bare_prompt() -> None:
+    said = {"choices": [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}], **USAGE}
+    said["choices"] = [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}]
+    server = StandIn(said)
+    pieces = await answer(model_of(server), chat(prompt="Once", messages=[]))
+    assert pieces == [("text_delta", " upon", 0), ("finish", "length", 0), ("usage", (5, 2), None)]
+    assert server.asked[0]["prompt"] == "Once"
+    assert "messages" not in server.asked[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"temperature": 0.0, "top_p": 0.5}, {"temperature": 0.0, "top_p": 0.5}),
+        # The documented default is passed on if the client asked for it, and left to the model if it did not.
+        ({"temperature": 1.0, "raw": {"temperature": 1}}, {"temperature": 1.0}),
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}),
+        ({"stop": "x"}, {"stop": ["x"]}),
+        ({"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
+        ({"top_logprobs": 2}, {}),
+        ({"tools": [{"type": "function"}]}, {"tools": [{"type": "function"}], "parallel_tool_calls": True}),
+        ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}),
+        ({"raw": {"top_k": 3, "id_slot": 0, "n_predict": 9, "stream": False}}, {"top_k": 3}),
+    ],
+)
+def test_only_what_was_asked_reaches_the_model(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    body = llama.request_body(chat(**fields), 0)
+    fixed = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "return_progress": True}
+    assert body == fixed | {"stream_options": {"include_usage": True}} | expected
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        (
+            {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 9, "n_prompt_tokens": 99}},
+            400,
+            "context_length_exceeded",
+        ),
+        ({"error": {"code": 400, "message": "bad grammar"}}, 400, None),
+        ({"error": {"code": 500, "message": "out of memory"}}, 500, "handler_failed"),
+        (ValueError("All messages must contain 'content'"), 400, None),
+        (RuntimeError("Failed to parse tools"), 400, None),
+    ],
+)
+async def test_what_the_model_refuses_becomes_the_right_error(
+    said: Any, status: int, code: str | None
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        await answer(model_of(StandIn(said)), chat())
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+async def test_an_exception_after_the_first_word_is_no_fault_of_the_client() -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        await answer(model_of(StandIn(delta("x"), RuntimeError("broken"))), chat())
+
+
+async def test_a_request_that_is_given_up_stops_at_the_next_token() -> None:
+    tokens = [delta("x")] * 10_000
+    server = StandIn(*tokens)
+    async with aclosing(model_of(server).chat(chat())) as pieces:  # type: ignore[type-var]
+        await anext(pieces)
+    assert server.ended.is_set()
+    assert len(server.stopped_at) == 1
+
+
+async def test_a_request_that_is_given_up_while_its_prompt_is_read_stops_at_the_next_batch() -> None:
+    reading = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    class Reader(StandIn):
+        def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
+            while not hear({"choices": [], "prompt_progress": {"processed": 1}}):
+                token.run_sync_soon(reading.set)
+                time.sleep(0.001)
+            self.ended.set()
+
+    server = Reader()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer, model_of(server), chat())
+            await reading.wait()
+            nursery.cancel_scope.cancel()
+    assert server.ended.is_set()
+
+
+async def test_no_more_requests_are_inside_than_there_are_slots() -> None:
+    inside, most = 0, 0
+    lock = threading.Lock()
+    let_go = threading.Event()
+
+    class Crowd(StandIn):
+        def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            let_go.wait(5)
+            with lock:
+                inside -= 1
+            hear(delta("x"))
+
+    model = model_of(Crowd(), slots=2)
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(answer, model, chat())
+        with trio.fail_after(5):
+            while inside < 2:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        let_go.set()
+    assert most == 2
+
+
+async def test_a_model_that_is_being_unloaded_says_so() -> None:
+    model = model_of(StandIn())
+    model.close()
+    with pytest.raises(ApiError) as caught:
+        await answer(model, chat())
+    assert caught.value.status == 503
+
+
+# From here on with llama.cpp itself. The model is made on the spot: two layers of random weights over single
+# bytes. Its answers are noise; everything around them is real.
+
+real = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("xllamacpp", "gguf")),
+        reason="needs xllamacpp and gguf",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import gguf
+    import numpy as np
+
+    width, layers, heads, feed = 64, 2, 4, 128
+    alphabet = [chr(c) if 33 <= c <= 126 or 161 <= c <= 172 or 174 <= c <= 255 else None for c in range(256)]
+    # The byte-level alphabet: bytes that cannot be seen stand for the code points from 256 on.
+    unseen = iter(range(256, 512))
+    tokens = [each or chr(next(unseen)) for each in alphabet] + ["<|end|>"]
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL])
+    writer.add_token_merges([f"{tokens[97]} {tokens[98]}"])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(256)
+    writer.add_chat_template(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    )
+    random = np.random.default_rng(0)
+
+    def tensor(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.3).astype(np.float32))
+
+    tensor("token_embd.weight", len(tokens), width)
+    tensor("output_norm.weight", width)
+    tensor("output.weight", len(tokens), width)
+    for layer in range(layers):
+        for name, shape in {
+            "attn_norm": (width,),
+            "attn_q": (width, width),
+            "attn_k": (width, width),
+            "attn_v": (width, width),
+            "attn_output": (width, width),
+            "ffn_norm": (width,),
+            "ffn_gate": (feed, width),
+            "ffn_up": (feed, width),
+            "ffn_down": (width, feed),
+        }.items():
+            tensor(f"blk.{layer}.{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@contextmanager
+def loaded(path: Path, options: str = "") -> Iterator[llama.Llama]:
+    spec = parse_serve(f"llama:{path},ctx=1024,parallel=2{options}")
+    model = llama.Llama.load(spec.argument, spec.options)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Iterator[llama.Llama]:
+    with loaded(tiny) as model:
+        yield model
+
+
+class TestWithLlamaCpp:
+    pytestmark = real
+
+    async def test_it_answers_and_counts(self, model: llama.Llama) -> None:
+        pieces = await answer(model, chat(max_tokens=12, raw={"ignore_eos": True}))
+        assert pieces[-2:] == [("finish", "length", 0), ("usage", (19, 12), None)]
+        assert len(text_of(pieces)) >= 1
+
+    async def test_a_seed_makes_it_repeatable(self, model: llama.Llama) -> None:
+        request = chat(max_tokens=20, seed=3, temperature=1.0, raw={"temperature": 1.0, "ignore_eos": True})
+        first, second = [await answer(model, request) for _ in range(2)]
+        assert text_of(first) == text_of(second)
+
+    async def test_its_context_is_the_one_asked_for_and_guarded(self, model: llama.Llama) -> None:
+        assert model.context == 1024
+        with pytest.raises(ApiError, match="1024 tokens") as caught:
+            await answer(model, chat("x" * 3000))
+        assert caught.value.code == "context_length_exceeded"
+
+    async def test_a_grammar_binds_it(self, model: llama.Llama) -> None:
+        schema = {"type": "object", "properties": {"city": {"const": "Oslo"}}, "required": ["city"]}
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        pieces = await answer(model, chat(max_tokens=200, response_format=wanted))
+        assert '"Oslo"' in text_of(pieces)
+
+    async def test_requests_run_at_the_same_time(self, model: llama.Llama) -> None:
+        pieces: list[int] = []
+
+        async def one(number: int) -> None:
+            async for piece in model.chat(chat(max_tokens=300, raw={"ignore_eos": True})):
+                if piece.kind == "text_delta":
+                    pieces.append(number)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, 1)
+            nursery.start_soon(one, 2)
+        changes = sum(a != b for a, b in pairwise(pieces))
+        assert changes > 20
+
+    @pytest.mark.parametrize("when", ["reading", "writing"])
+    async def test_it_is_free_again_as_soon_as_a_request_is_given_up(
+        self, model: llama.Llama, when: str
+    ) -> None:
+        text = "x" * 900 if when == "reading" else "x"
+        with trio.move_on_after(0.05):
+            await answer(model, chat(text, max_tokens=100_000, raw={"ignore_eos": True}))
+        began = trio.current_time()
+        assert model._slots.borrowed_tokens == 0
+        await answer(model, chat(max_tokens=1))
+        assert trio.current_time() - began < 2.0
+
+    async def test_as_an_engine_it_shows_its_context_and_its_name(self, tiny: Path) -> None:
+        server = ClusterServer()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_engine, parse_serve(f"llama:{tiny},ctx=512,parallel=1"), server)
+            assert server.list_models() == ["tiny"]
+            info = server._registry.info("tiny")
+            assert info is not None
+            assert info.entry()["context_window"] == 512
+            nursery.cancel_scope.cancel()
+        assert server.list_models() == []
+
+    def test_nothing_of_it_is_left_when_it_is_closed(self, tiny: Path) -> None:
+        before = threading_count()
+        with loaded(tiny):
+            assert threading_count() > before
+        deadline = time.monotonic() + 10
+        while threading_count() > before and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+        assert threading_count() == before
+
+    def test_a_file_that_is_no_model_is_one_clear_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.gguf"
+        path.write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(ClusterError, match=f"llama.cpp cannot load '{path}'"), loaded(path):
+            pass
+
+
+def threading_count() -> int:
+    """How many threads this process has, llama.cpp's among them."""
+    return len(list(Path("/proc/self/task").iterdir()))
