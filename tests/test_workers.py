@@ -11,9 +11,11 @@ import trio
 from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster._calls import WINDOW, Data, Done, Failed, Head
+from trio_cluster._calls import WINDOW, Data, Done, Failed, Head, Request
 from trio_cluster._errors import ApiError, WorkerLost
-from trio_cluster.openai import ChatRequest
+from trio_cluster._handlers import HandlerBackend
+from trio_cluster._models import ModelInfo
+from trio_cluster.openai import ChatRequest, OutputChunk
 
 
 @pytest.fixture
@@ -220,6 +222,28 @@ async def test_an_error_crosses_the_wire_as_it_was_raised(cluster: MemoryCluster
         "n",
         3.0,
     )
+
+
+async def test_an_answer_that_http_cannot_carry_fails_and_stops_its_handler(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def speech(request: Any) -> AsyncIterator[OutputChunk]:
+        yield OutputChunk.audio(b"x", "audio/x\r\nset-cookie: y")
+        await trio.sleep_forever()
+
+    worker = await cluster.start("w1")
+    backend = HandlerBackend(ModelInfo("speech", "tts"), speech, worker.pool)
+    worker.registry.add(backend.info, backend)
+    worker.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    body = b'{"model":"speech","input":"x","voice":"y"}'
+    call = cluster.registry.open(Request(endpoint="audio.speech", kind="tts", model="speech", body=body))
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.status == 500
+    await cluster.registry.wait_idle()
+    await worker.registry.wait_idle()
+    assert worker.client.connected
 
 
 async def test_the_time_that_is_left_travels(cluster: MemoryCluster, autojump_clock: MockClock) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Final
 import trio
 
 from ._calls import Call, Data, Done, Event, Failed, Head, Request
-from ._errors import ApiError, CallCancelled, HandshakeRefused, InvalidRequest
+from ._errors import ApiError, CallCancelled, HandlerFailed, HandshakeRefused, InvalidRequest
 from ._handlers import HandlerPool
 from ._link import PROBE_PATH, Link, LinkClosed, dial
 from ._models import ModelInfo
@@ -316,7 +316,14 @@ class _Service:
             case Data():
                 self.session.send(call_id, event.data)
             case Head():
-                self.session.respond(call_id, event.status, event.content_type, event.headers)
+                try:
+                    self.session.respond(call_id, event.status, event.content_type, event.headers)
+                except ValueError as error:
+                    fields = {"model": call.request.model, "request_id": call.request.request_id}
+                    logger.error("an answer that HTTP cannot carry: %s", error, extra={"fields": fields})
+                    del self._calls[call_id]
+                    self.session.fail(call_id, HandlerFailed())
+                    call.cancel("its head cannot be sent")
             case Done():
                 self.session.done(call_id)
                 del self._calls[call_id]

@@ -100,8 +100,11 @@ async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small
             nursery.start_soon(lambda: run_demo(0, check=False, out=out))
             await out.heard.wait()
             assert len(nodes()) == 2
+            began = trio.current_time()
             nursery.cancel_scope.cancel()
     assert nodes() == set()
+    # They were asked to stop, and did; they were not killed.
+    assert trio.current_time() - began < _cluster._GRACE
     said = out.getvalue()
     for route in (
         "chat/completions",

@@ -56,7 +56,7 @@ class Trace:
         self.pieces = 0
         """How many pieces the model ``flood`` has got rid of."""
         self.released = trio.Event()
-        """What the model ``held`` waits for."""
+        """What the models ``held`` and ``pausing`` wait for."""
         self._token = trio.lowlevel.current_trio_token()
         self._starts = trio.open_memory_channel[Any](10_000)
         self._ends = trio.open_memory_channel[str](10_000)
@@ -140,6 +140,13 @@ def _add_texts(server: ClusterServer, trace: Trace) -> None:
         with trace.of(request):
             await trace.released.wait()
             return "released"
+
+    @server.chat("pausing")
+    async def pausing(request: ChatRequest) -> AsyncIterator[str]:
+        with trace.of(request):
+            yield "one moment"
+            await trace.released.wait()
+            yield ", please"
 
     @server.chat("flood")
     async def flood(request: ChatRequest, provider: Provider) -> None:

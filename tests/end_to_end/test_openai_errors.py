@@ -246,15 +246,25 @@ async def test_a_model_that_stays_silent_is_a_timeout_and_its_handler_is_stopped
         assert await served.trace.ended() == "cancelled"
 
 
+async def test_a_stream_that_falls_silent_ends_in_an_error_event(placement: Placement) -> None:
+    async with open_served(placement, default_timeout=0.3) as served:
+        answer = await served.stream(chat("pausing", stream=True))
+        assert answer.report.ending == "failed"
+        assert answer.report.text == "one moment"
+        assert answer.report.error is not None
+        assert answer.report.error["code"] == "timeout"
+        assert await served.trace.ended() == "cancelled"
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 async def test_a_client_may_say_how_long_it_has_for_the_whole_answer(served: Served, stream: bool) -> None:
-    headers = {"x-request-timeout": "0.3"}
+    headers = {"x-request-timeout": "0.5"}
     body = chat("endless/async-generator", stream=stream)
     with trio.fail_after(2):
         if stream:
             answer = await served.stream(body, headers=headers)
             assert answer.report.ending == "failed"
-            assert answer.report.text.startswith("tick tick ")
+            assert answer.report.text.startswith("tick ")
             error = answer.report.error
         else:
             response = await served.post(json=body, headers=headers)

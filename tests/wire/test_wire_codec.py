@@ -323,9 +323,9 @@ def test_the_largest_message_of_each_kind_leaves_room_for_the_batch_before_it() 
 
 @pytest.mark.parametrize("options", [{"a": ["x\udcff"]}, {"\ud800": 1}])
 def test_a_text_without_an_encoding_is_refused_before_it_is_sent(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="^reason: .* cannot be encoded"):
+    with pytest.raises(ValueError, match=r"^reason: .* cannot be encoded"):
         Drain("\ud800")
-    with pytest.raises(ValueError, match="^options: .* cannot be encoded"):
+    with pytest.raises(ValueError, match=r"^options: .* cannot be encoded"):
         RegisterModel("m", "chat", "o", 0, options)
 
 

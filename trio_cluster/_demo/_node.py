@@ -30,5 +30,5 @@ def _stop_with_the_demo() -> None:
 
 
 if __name__ == "__main__":
-    #threading.Thread(target=_stop_with_the_demo, daemon=True).start()
+    threading.Thread(target=_stop_with_the_demo, daemon=True).start()
     sys.exit(main())
