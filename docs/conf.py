@@ -21,7 +21,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(trio|quart_trio|quart|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
     (
         "py:.*",
-        r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|OptionsError|PATIENCE)",
+        r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|PATIENCE)",
     ),
     ("py:.*", r"trio_cluster\._?[a-z]+\..*"),
     ("py:class", r"(optional|Any|ApiError|Literal.*|~?H)"),

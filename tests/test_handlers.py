@@ -376,6 +376,35 @@ async def test_a_long_plain_answer_gives_signs_of_life(bench: Bench, autojump_cl
     assert isinstance(events[-1], Done)
 
 
+async def test_output_with_nothing_to_show_keeps_a_stream_alive_once_it_has_begun(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    async def mute(request: ChatRequest) -> AsyncIterator[str]:
+        yield "x"
+        for _ in range(20):
+            await trio.sleep(2)
+            yield ""
+
+    events = await everything(bench.open(mute, timeout=3))
+    assert isinstance(events[-1], Done)
+    assert len([event for event in events if isinstance(event, Data) and not event.data]) == 20
+
+
+async def test_output_with_nothing_to_show_does_not_begin_a_stream(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    async def mute(request: ChatRequest) -> AsyncIterator[OutputChunk]:
+        while True:
+            await trio.sleep(1)
+            yield OutputChunk.usage(1, 1)
+
+    start = trio.current_time()
+    call = bench.open(mute, timeout=3)
+    assert (await failure(call)).status == 504
+    assert trio.current_time() - start == pytest.approx(3)
+    assert not call.begun
+
+
 # What a client that leaves does
 
 

@@ -139,6 +139,7 @@ async def test_the_engine_in_the_pages_serves(nursery: trio.Nursery) -> None:
     server.options.server.host = "127.0.0.1"
     await nursery.start(server.run_as_standalone, 0)
     await nursery.start(engine.serve, "", {"name": "rot13"}, server)
+    assert server.url is not None
     assert await ask(server.url, "rot13", "uryyb jbeyq") == "hello world "
 
 

@@ -131,8 +131,8 @@ def test_a_model_is_gone_when_its_last_replica_is() -> None:
 def test_a_closed_registry_refuses_with_503() -> None:
     registry = Registry()
     registry.add(CHAT, Scripted("w1"))
-    registry.closed_to = ShuttingDown()
-    with pytest.raises(ShuttingDown):
+    registry.closed_to = "closing"
+    with pytest.raises(ShuttingDown, match="closing"):
         registry.open(request())
 
 

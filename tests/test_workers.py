@@ -287,6 +287,35 @@ async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) ->
     assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
 
 
+async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    first.cut()
+    for _ in range(30):
+        # One at a time, through every step that the master takes to notice.
+        cluster.registry.open(chat_request("echo"))
+        await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked()
+    # Opening never failed: at every instant, who was on the books could be asked.
+    assert cluster.registry.books.admitted == 30
+    assert cluster.registry.served_by("echo") == ["w2"]
+
+
+async def test_a_silent_workers_calls_fail_before_the_goodbye(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    await trio.sleep(0.5)
+    worker.black_hole()
+    await trio.sleep(29)
+    assert not call.ended
+    await trio.sleep(1)
+    assert call.ended
+
+
 async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_replica(
     nursery: trio.Nursery,
 ) -> None:

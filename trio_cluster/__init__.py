@@ -7,7 +7,7 @@ looks finished when it is not.
 
 from ._client import check_is_cluster_server
 from ._cluster import ClusterServer
-from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused
+from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from ._models import ChatModelOptions
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
 from ._shapes import Provider
@@ -27,6 +27,7 @@ __all__ = [
     "EmbeddingRequest",
     "HandshakeRefused",
     "ImageGenRequest",
+    "OptionsError",
     "OutputChunk",
     "Provider",
     "ServerOptions",

@@ -199,6 +199,7 @@ class _Service:
             self.session,
             on_events=self._handle_all,
             on_sent=self._sent,
+            on_end=lambda _: self.abandon(),
             before_tick=self._tell_load,
             timeout=client._options.worker_timeout,
         )

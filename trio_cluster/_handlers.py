@@ -9,8 +9,8 @@ this" and "the whole answer must be there by then". Each piece of output moves t
 slow the silence is the client's, and does not count.
 
 A plain answer goes out in one piece at its end. So that nobody mistakes a long one for a dead one, its head is put
-with the first output, and an empty ``Data`` about once a second while there is more: a sign of life that costs the
-relay nothing and commits it to nothing.
+with the first output, and output that has nothing to show yet becomes an empty ``Data``, once a second at most: a
+sign of life that costs the relay nothing and commits it to nothing.
 
 Slots are a ``trio.CapacityLimiter``: fair, resizable while calls run, and freed in the task's ``finally``, when the
 handler has returned. Not when somebody asked it to.
@@ -116,7 +116,7 @@ class HandlerPool:
                 await self._in_slot(backend, output)
             if scope.cancelled_caught:
                 output.fail(output.too_slow())
-        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103  (whose Cancelled it is, is asked first)
+        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise
             # A scope that the handler opened around a `yield` expired, or was left, while the handler was parked
@@ -237,7 +237,7 @@ class _Output:
         self._scope = scope
         self._silence = min(call.request.timeout, options.server.default_timeout)
         self._last = trio.current_time() + call.request.budget
-        self._beat = -math.inf
+        self._next_sign = -math.inf
 
     def next_deadline(self) -> float:
         """Return when the handler is late if it gives nothing from now on."""
@@ -267,11 +267,12 @@ class _Output:
         """See ``Provider``."""
         if self.call.ended and self.call.cancelled is None:
             raise trio.ClosedResourceError("the output has been ended")
-        self._put(self._encoder.encode(chunk), sign_of_life=True)
+        self._put(self._encoder.encode(chunk))
         if self.call.waiting_bytes >= WINDOW:
             self._scope.deadline = self._last
         await self.call.wait_room()
-        self._scope.deadline = self.next_deadline()
+        if self.call.begun:
+            self._scope.deadline = self.next_deadline()
 
     def end(self) -> None:
         """See ``Provider``."""
@@ -285,16 +286,18 @@ class _Output:
         if not self.call.ended:
             self.call.put(Failed(error))
 
-    def _put(self, data: bytes, *, sign_of_life: bool = False) -> None:
-        if data:
-            if not self.call.begun:
-                self.call.put(self._encoder.head)
-            self.call.put(Data(data))
-        elif sign_of_life and not self._encoder.streaming:
-            if not self.call.begun:
-                self.call.put(self._encoder.head)
-            elif trio.current_time() >= self._beat:
-                self.call.put(Data(b""))
-            else:
+    def _put(self, data: bytes) -> None:
+        """Put what the encoder made of a piece of output; of nothing, a sign of life.
+
+        A stream begins with something to show, since its head is what commits the client to a success. Until then
+        nothing that the handler does counts as output.
+        """
+        now = trio.current_time()
+        if not self.call.begun:
+            if self._encoder.streaming and not data:
                 return
-            self._beat = trio.current_time() + _SIGN_OF_LIFE
+            self.call.put(self._encoder.head)
+        elif not data and now < self._next_sign:
+            return
+        self.call.put(Data(data))
+        self._next_sign = now + _SIGN_OF_LIFE

@@ -152,7 +152,7 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
             refusal = Refusal(400, f"this end speaks {SUBPROTOCOL} only")
         if refusal is not None:
             await request.reject(refusal.status, body=refusal.reason.encode())
-            raise LinkClosed(f"refused: {refusal.reason}", status=refusal.status)
+            raise LinkClosed(refusal.reason, status=refusal.status)
         return await request.accept(subprotocol=SUBPROTOCOL)
 
     return open_websocket
@@ -167,6 +167,8 @@ class Link:
         on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
             raise.
         on_sent: called after each write with the body bytes per call that it carried.
+        on_end: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
+            comes after that. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
         timeout: seconds that opening the link, and each single write, may take.
     """
@@ -178,6 +180,7 @@ class Link:
         *,
         on_events: Callable[[Sequence[EventT]], None],
         on_sent: Callable[[Sequence[tuple[int, int]]], None] = lambda _: None,
+        on_end: Callable[[LinkClosed], None] = lambda _: None,
         before_tick: Callable[[], None] = lambda: None,
         timeout: float,
     ) -> None:
@@ -185,6 +188,7 @@ class Link:
         self._session: Session[Any] = session
         self._on_events = on_events
         self._on_sent = on_sent
+        self._on_end = on_end
         self._before_tick = before_tick
         self._timeout = timeout
         self._pending = trio.Event()
@@ -333,6 +337,8 @@ class Link:
         if self._ending is None:
             self._ending = ending
             self._code = code
+            self._session.close(ending.why)
+            self._on_end(ending)
             if self._scope is not None:
                 self._scope.cancel(reason=ending.why)
 
@@ -362,4 +368,4 @@ def _why_not_opened(error: Exception | None) -> LinkClosed:
         )
     if error is not None:
         return LinkClosed(f"no websocket: {error}")
-    return LinkClosed("the connection closed before a websocket was opened")
+    return LinkClosed("there was no websocket handshake")

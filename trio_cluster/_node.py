@@ -17,19 +17,19 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
 from ._client import WorkerClient, connect_tcp
-from ._errors import ClusterPortError, HandshakeRefused, ShuttingDown
+from ._errors import ClusterPortError, HandshakeRefused
 from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
 from ._ports import local_address, open_port
 from ._registry import Registry
 from ._version import __version__
 from ._workers import WorkerManager
-from .http import Measure, Site, create_app, gate, serve_http
+from .http import App, Measure, Site, create_app, gate, serve_http
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -175,7 +175,7 @@ class Node:
 
     async def _drain(self, reason: str) -> None:
         """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over."""
-        self._registry.closed_to = ShuttingDown()
+        self._registry.closed_to = "The server is shutting down; try again shortly"
         with trio.move_on_after(self._options.drain_timeout):
             await self._registry.wait_idle()
             return
@@ -189,10 +189,10 @@ class Node:
     async def _start_api(self, nursery: trio.Nursery, sockets: list[socket.socket]) -> None:
         self.app = create_app(self._site)
         self._set_address(self._options.server.host, sockets)
-        await nursery.start(self._serve_api, gate(self.app, self._site), sockets)
+        await nursery.start(self._serve_api, self._gated(self.app), sockets)
 
     async def _serve_api(
-        self, app: QuartTrio, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
+        self, app: App, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
     ) -> None:
         await serve_http(
             app,
@@ -202,6 +202,10 @@ class Node:
             task_status=task_status,
         )
         self._api_ended.set()
+
+    def _gated(self, app: QuartTrio) -> App:
+        # Quart's own description of ASGI is narrower than the one that a gate and a server need.
+        return cast("App", gate(app, self._site))
 
     async def _end_api(self, nursery: trio.Nursery) -> None:
         self._api_may_end.set()
@@ -222,7 +226,7 @@ class Node:
             self._listen_changed = trio.Event()
             async with trio.open_nursery() as nursery:
                 if sockets:
-                    app = gate(create_app(self._site), self._site)
+                    app = self._gated(create_app(self._site))
                     await nursery.start(
                         functools.partial(
                             serve_http, app, sockets, shutdown_trigger=trio.sleep_forever, grace=_LAST_WORDS

@@ -75,7 +75,7 @@ class Registry:
     Attributes:
         books: what became of every call.
         live: the calls whose work has not stopped yet, each with the backend that does it.
-        closed_to: once set, new calls are refused with this error (the node drains).
+        closed_to: why new calls are refused (the node drains); ``None`` while they are not.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Registry:
         self.books = Books()
         self.live: dict[Call, Backend] = {}
         self._idle = trio.lowlevel.ParkingLot()
-        self.closed_to: ShuttingDown | None = None
+        self.closed_to: str | None = None
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Serve a model, from now on.
@@ -196,7 +196,7 @@ class Registry:
 
     def _open(self, request: Request, avoid: str = "") -> Call:
         if self.closed_to is not None:
-            raise self.closed_to
+            raise ShuttingDown(self.closed_to)
         self.check(request.model, request.kind)
         served = self._models[request.model]
         candidates = self._candidates(served, avoid)

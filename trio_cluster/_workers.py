@@ -136,6 +136,7 @@ class _Visit:
         self._instance = ""
         self._last_heard = trio.current_time()
         self._probed = False
+        self._over = False
         self.session = MasterSession(
             manager._node_id,
             __version__,
@@ -144,15 +145,19 @@ class _Visit:
             silence_timeout=self._options.worker_timeout,
         )
         self.link = Link(
-            stream, self.session, on_events=self._handle_all, timeout=self._options.worker_timeout
+            stream,
+            self.session,
+            on_events=self._handle_all,
+            on_end=self._end,
+            timeout=self._options.worker_timeout,
         )
 
     async def run(self) -> None:
         try:
             await self.link.run(accept(self._stream, self._admit))
         except LinkClosed as closed:
-            self._log_end(closed)
-            self._leave(closed.why)
+            # Only if it was never opened; otherwise that has been done.
+            self._end(closed)
         finally:
             # Cancelled: this master is being stopped.
             self._leave("the master was stopped")
@@ -235,6 +240,12 @@ class _Visit:
         worker.models[info.name] = info
         self.session.model_registered(info.name)
         self._log("model registered", worker, model=info.name, kind=info.kind)
+
+    def _end(self, closed: LinkClosed) -> None:
+        if not self._over:
+            self._over = True
+            self._log_end(closed)
+            self._leave(closed.why)
 
     def _leave(self, why: str) -> None:
         worker, self._worker = self._worker, None

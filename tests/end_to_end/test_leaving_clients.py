@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -38,13 +40,14 @@ async def asking(served: Served, body: dict[str, object]) -> AsyncIterator[trio.
         yield nursery.cancel_scope
 
 
-async def send(served: Served, body: dict[str, Any]) -> trio.SocketStream:
-    """Send a request over a bare connection, and read nothing of the answer."""
+@asynccontextmanager
+async def sent(served: Served, body: dict[str, Any]) -> AsyncIterator[trio.SocketStream]:
+    """Have sent a request over a bare connection, of whose answer nothing is read."""
     data = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    stream = await trio.open_tcp_stream("127.0.0.1", served.front.port or 0)
-    await stream.send_all(head.encode() + data)
-    return stream
+    async with await trio.open_tcp_stream("127.0.0.1", served.front.port or 0) as stream:
+        await stream.send_all(head.encode() + data)
+        yield stream
 
 
 @pytest.mark.parametrize("model", ENDLESS)
@@ -122,11 +125,10 @@ async def test_leaving_the_stream_of_the_synchronous_client_is_enough(narrow: Se
 
 
 async def test_a_client_that_is_reset_is_noticed_like_one_that_leaves(narrow: Served) -> None:
-    stream = await send(narrow, chat("silent/async-generator", stream=True))
-    await narrow.trace.started()
-    # Closing with a linger time of zero is a reset.
-    stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-    await stream.aclose()
+    async with sent(narrow, chat("silent/async-generator", stream=True)) as stream:
+        await narrow.trace.started()
+        # Closing with a linger time of zero is a reset.
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert await narrow.trace.ended(within=1) == "cancelled"
     await check_slot_is_free(narrow)
 
@@ -151,17 +153,16 @@ async def test_a_client_that_does_not_read_holds_back_its_own_handler_and_nobody
 async def test_a_client_that_stopped_reading_is_seen_to_leave_though_a_write_to_it_is_stuck(
     narrow: Served,
 ) -> None:
-    stream = await send(narrow, chat("flood", stream=True))
-    await narrow.trace.started()
-    stuck_at = -1
-    while stuck_at != narrow.trace.pieces:
-        stuck_at = narrow.trace.pieces
-        await narrow.status()
-        await narrow.status()
-    await stream.send_eof()
-    assert await narrow.trace.ended(within=1) == "cancelled"
-    await check_slot_is_free(narrow)
-    await stream.aclose()
+    async with sent(narrow, chat("flood", stream=True)) as stream:
+        await narrow.trace.started()
+        stuck_at = -1
+        while stuck_at != narrow.trace.pieces:
+            stuck_at = narrow.trace.pieces
+            await narrow.status()
+            await narrow.status()
+        await stream.send_eof()
+        assert await narrow.trace.ended(within=1) == "cancelled"
+        await check_slot_is_free(narrow)
 
 
 async def test_one_client_that_leaves_disturbs_no_other(served: Served) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import trio
+from heard import Heard
 
 np = pytest.importorskip("numpy")
 
@@ -22,8 +22,9 @@ def model() -> digits.Digits:
 
 
 async def draw(model: digits.Digits, prompt: str = "a seven", **fields: Any) -> list[bytes]:
-    chunks: AsyncIterator[Any] = model.draw(ImageGenRequest(model="digits", prompt=prompt, **fields))
-    return [chunk.value async for chunk in chunks]
+    heard = Heard()
+    await model.draw(ImageGenRequest(model="digits", prompt=prompt, **fields), heard)
+    return heard.values("image")
 
 
 def size_of(png: bytes) -> tuple[int, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import wave
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 import trio
+from heard import Heard
 
 np = pytest.importorskip("numpy")
 
@@ -39,9 +39,10 @@ def speaker() -> Speaker:
 
 async def say(text: str = "One. Two.", **fields: Any) -> tuple[list[bytes], str]:
     request = TTSRequest(model="h", **({"input": text, "voice": "alloy"} | fields))
-    chunks = [chunk async for chunk in speaker().speak(request)]
-    (mime_type,) = {chunk.mime_type for chunk in chunks}
-    return [chunk.value for chunk in chunks], mime_type
+    heard = Heard()
+    await speaker().speak(request, heard)
+    (mime_type,) = {chunk.mime_type for chunk in heard.pieces}
+    return heard.values("audio"), mime_type
 
 
 async def test_each_sentence_goes_out_by_itself() -> None:
@@ -90,9 +91,10 @@ async def test_a_text_that_cannot_be_spoken_is_refused() -> None:
 
 
 async def test_a_request_that_is_given_up_stops_speaking() -> None:
-    model = speaker()
-    text = "Word. " * 500
-    async with aclosing(model.speak(TTSRequest(model="h", input=text, voice="x"))) as pieces:  # type: ignore[type-var]
-        await anext(pieces)
+    model, heard = speaker(), Heard()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(model.speak, TTSRequest(model="h", input="Word. " * 500, voice="x"), heard)
+        await heard.first.wait()
+        nursery.cancel_scope.cancel()
     assert len(model._voice.spoken) < 20
     assert model._slots.borrowed_tokens == 0

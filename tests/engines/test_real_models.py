@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from heard import Heard
 
 from trio_cluster._cluster import ClusterServer
 from trio_cluster._errors import ApiError
@@ -22,16 +23,15 @@ pytestmark = pytest.mark.engines
 SENTENCES = "The quick brown fox jumps over the lazy dog. Batching requests makes the server faster."
 
 
-def need(*modules: str, weights: str | None = None) -> None:
+def needs(*modules: str, weights: str | None = None) -> pytest.MarkDecorator:
+    """Skip a test, and say why, where something is missing that it needs."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}; the demo extra brings it")
-    if weights is not None:
-        known = WEIGHTS[weights]
-        if not (cache_folder() / known.folder_name).is_dir():
-            pytest.skip(
-                f"the weights of {weights} are not in the cache; `trio-cluster demo --check` fetches them"
-            )
+    reason = f"needs {', '.join(missing)}; the demo extra brings it"
+    if weights is not None and not missing:
+        if not (cache_folder() / WEIGHTS[weights].folder_name).is_dir():
+            missing = [weights]
+        reason = f"the weights of {weights} are not in the cache; `trio-cluster demo --check` fetches them"
+    return pytest.mark.skipif(bool(missing), reason=reason)
 
 
 async def serving(spec: str, nursery: trio.Nursery) -> Any:
@@ -42,28 +42,8 @@ async def serving(spec: str, nursery: trio.Nursery) -> Any:
     return backend._drive
 
 
-class Heard:
-    """A provider that keeps what is pushed."""
-
-    def __init__(self) -> None:
-        self.pieces: list[Any] = []
-        self.first = trio.Event()
-
-    async def push(self, chunk: Any) -> None:
-        self.pieces.append(chunk)
-        self.first.set()
-        await trio.lowlevel.checkpoint()
-
-    def end(self) -> None:
-        pass
-
-    def values(self, kind: str) -> list[Any]:
-        return [piece.value for piece in self.pieces if piece.kind == kind]
-
-
 @pytest.fixture
 def smollm2() -> Iterator[llama.Llama]:
-    need("xllamacpp", weights="smollm2")
     weights = WEIGHTS["smollm2"]
     path = cache_folder() / weights.folder_name / weights.files[0].name
     spec = parse_serve(f"llama:{path},ctx=1024,parallel=2")
@@ -72,34 +52,31 @@ def smollm2() -> Iterator[llama.Llama]:
     model.close()
 
 
-async def chat(model: llama.Llama, request: ChatRequest, heard: Heard) -> None:
-    async for piece in model.chat(request):
-        await heard.push(piece)
-
-
+@needs(weights="smollm2")
 async def test_the_weights_are_the_ones_that_were_pinned() -> None:
-    need(weights="smollm2")
     weights = WEIGHTS["smollm2"]
     assert await trio.to_thread.run_sync(_flaw, weights, cache_folder() / weights.folder_name) is None
 
 
+@needs("xllamacpp", weights="smollm2")
 async def test_smollm2_knows_the_capital_of_france(smollm2: llama.Llama) -> None:
     heard = Heard()
     question = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
     request = ChatRequest(model="m", messages=question, temperature=0.0, max_tokens=40)
-    await chat(smollm2, request, heard)
+    await smollm2.chat(request, heard)
     assert "Paris" in "".join(heard.values("text_delta"))
     assert heard.values("finish") == ["stop"]
     assert heard.values("usage") == [(43, 8)]
 
 
+@needs("xllamacpp", weights="smollm2")
 @pytest.mark.parametrize("when", ["reading", "writing"])
 async def test_smollm2_stops_at_once_when_it_is_given_up(smollm2: llama.Llama, when: str) -> None:
     text = "word " * 900 if when == "reading" else "Count to a thousand."
     request = ChatRequest(model="m", messages=[{"role": "user", "content": text}], raw={"ignore_eos": True})
     heard = Heard()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(chat, smollm2, request, heard)
+        nursery.start_soon(smollm2.chat, request, heard)
         if when == "reading":
             # It blocks once its thread reads, which takes many seconds.
             await trio.testing.wait_all_tasks_blocked(0.1)
@@ -113,8 +90,8 @@ async def test_smollm2_stops_at_once_when_it_is_given_up(smollm2: llama.Llama, w
     assert trio.current_time() - began < 1.5
 
 
+@needs("hibari", "ctranslate2", "tokenizers", weights="whisper-tiny.en")
 async def test_what_hibari_says_whisper_understands(nursery: trio.Nursery) -> None:
-    need("hibari", "ctranslate2", "tokenizers", weights="whisper-tiny.en")
     speak, listen = await serving("hibari", nursery), await serving("whisper", nursery)
     said = Heard()
     await speak(TTSRequest(model="h", input=SENTENCES, voice="alloy"), said)
@@ -129,8 +106,8 @@ async def test_what_hibari_says_whisper_understands(nursery: trio.Nursery) -> No
     assert 0 <= segments[0]["start"] < segments[0]["end"] <= segments[1]["start"] < segments[1]["end"] <= 6.5
 
 
+@needs("onnxruntime", "tokenizers", weights="minilm")
 async def test_minilm_finds_like_texts_alike(nursery: trio.Nursery) -> None:
-    need("onnxruntime", "tokenizers", weights="minilm")
     embed = await serving("minilm,batch=2", nursery)
     texts = ["how do I reset my password", "recover access to my account", "the cat sat on the mat"]
     heard = Heard()
@@ -144,8 +121,8 @@ async def test_minilm_finds_like_texts_alike(nursery: trio.Nursery) -> None:
     assert alone.values("embeddings")[0][0] == pytest.approx(a, abs=1e-4)
 
 
+@needs("onnxruntime", "tokenizers", weights="minilm")
 async def test_minilm_refuses_what_it_cannot_take_in(nursery: trio.Nursery) -> None:
-    need("onnxruntime", "tokenizers", weights="minilm")
     embed = await serving("minilm", nursery)
     with pytest.raises(ApiError, match=r"Input 1 has .* tokens; this model takes up to 256"):
         await embed(EmbeddingRequest(model="e", inputs=["short", "word " * 400]), Heard())
@@ -158,8 +135,8 @@ async def test_minilm_refuses_what_it_cannot_take_in(nursery: trio.Nursery) -> N
     assert heard.values("usage") == [(256, 0)]
 
 
+@needs("onnxruntime", "tokenizers", weights="minilm")
 async def test_minilm_is_interrupted_in_the_middle_of_a_batch(nursery: trio.Nursery) -> None:
-    need("onnxruntime", "tokenizers", weights="minilm")
     embed = await serving("minilm,batch=256", nursery)
     texts = ["word " * 250] * 256
     began = trio.current_time()

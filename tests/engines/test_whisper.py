@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from heard import Heard
 
 np = pytest.importorskip("numpy")
 
@@ -120,10 +121,12 @@ def audio(seconds: float) -> bytes:
 
 async def hear(model: whisper.Whisper, seconds: float = 5, **fields: Any) -> dict[str, Any]:
     whole: dict[str, Any] = {"text": "", "segments": []}
-    async for chunk in model.transcribe(ASRRequest(model="w", **({"audio": audio(seconds)} | fields))):
-        whole["text"] += chunk.value.pop("text", "")
-        whole["segments"] += chunk.value.pop("segments", [])
-        whole |= chunk.value
+    heard = Heard()
+    await model.transcribe(ASRRequest(model="w", **({"audio": audio(seconds)} | fields)), heard)
+    for piece in heard.values("json"):
+        whole["text"] += piece.pop("text", "")
+        whole["segments"] += piece.pop("segments", [])
+        whole |= piece
     return whole
 
 

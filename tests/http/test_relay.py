@@ -224,7 +224,10 @@ async def test_a_stream_that_fails_ends_with_one_error_event_and_a_cut_connectio
 
 async def test_a_stream_that_fails_before_its_first_event_is_a_real_status() -> None:
     error = ApiError(429, "not now", retry_after=3.2)
-    async with open_house(lambda served: served.head(EVENTS).fail(error)) as house, house.connect() as wire:
+    async with (
+        open_house(lambda served: served.head(EVENTS).data(b"").fail(error)) as house,
+        house.connect() as wire,
+    ):
         answer = await ask(wire, STREAM_BODY)
         assert (answer.status, answer.headers["retry-after"]) == (429, "4")
         assert answer.error["type"] == "rate_limit_error"
@@ -391,7 +394,7 @@ async def test_images_need_a_model_that_sees(house: House) -> None:
 
 
 async def test_a_node_that_drains_takes_no_calls(house: House) -> None:
-    house.registry.closed_to = ShuttingDown()
+    house.registry.closed_to = "closing"
     response = await house.post()
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 

@@ -9,7 +9,7 @@ import pytest
 from house import CHAT, PLAIN, House, open_house
 from prometheus_client.parser import text_string_to_metric_families
 
-from trio_cluster._errors import HandlerFailed, ShuttingDown
+from trio_cluster._errors import HandlerFailed
 from trio_cluster.http import Measure
 from trio_cluster.openai import ENDPOINTS, Endpoint
 
@@ -107,7 +107,7 @@ async def test_health_tells_whether_the_node_takes_requests(house: House) -> Non
     async with house.client() as client:
         response = await client.get("/health")
         assert (response.status_code, response.json()) == (200, {"status": "ok", "mode": "standalone"})
-        house.registry.closed_to = ShuttingDown()
+        house.registry.closed_to = "closing"
         response = await client.get("/health")
         assert (response.status_code, response.json()["status"]) == (503, "draining")
 

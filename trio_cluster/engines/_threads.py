@@ -124,7 +124,7 @@ class ThreadStream(Generic[T]):
         name: str = "engine",
         bound: int = _BOUND,
     ) -> None:
-        self._work = work
+        self._work: Callable[[Outlet[T]], object] | None = work
         self._limiter = limiter
         self._name = name
         self._bound = bound
@@ -133,6 +133,11 @@ class ThreadStream(Generic[T]):
         self._parked = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> ThreadStream[T]:
+        # What the work holds on to, a whole model perhaps, is to be let go of with the thread, not by some later
+        # collection of garbage in the event loop.
+        work, self._work = self._work, None
+        if work is None:
+            raise RuntimeError("a ThreadStream is entered once")
         await self._limiter.acquire_on_behalf_of(self)
         token = trio.lowlevel.current_trio_token()
 
@@ -142,7 +147,7 @@ class ThreadStream(Generic[T]):
                 token.run_sync_soon(self._parked.unpark_all, idempotent=True)
 
         def run() -> None:
-            self._work(self._outlet)
+            work(self._outlet)
 
         def deliver(result: Outcome[None]) -> None:
             with suppress(trio.RunFinishedError):

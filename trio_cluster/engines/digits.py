@@ -14,7 +14,7 @@ refused. Pictures are PNG files, ink on white, 256 by 256 pixels unless the clie
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -23,6 +23,7 @@ import attrs
 import trio
 
 from trio_cluster._errors import ClusterError, InvalidRequest
+from trio_cluster._shapes import Provider
 from trio_cluster.openai import ImageGenRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, fraction, text, whole_number
@@ -85,7 +86,7 @@ class Digits:
             raise ClusterError(f"this installation lacks the model's file: {error}") from error
         return cls(weights, trio.CapacityLimiter(options["parallel"]), options["steps"], options["guidance"])
 
-    async def draw(self, request: ImageGenRequest) -> AsyncIterator[Any]:
+    async def draw(self, request: ImageGenRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
         digit = first_digit(request.prompt)
         if digit is None:
@@ -108,7 +109,7 @@ class Digits:
         work = self._drawing(digit, request.n, (height, width), seed)
         async with ThreadStream(work, self._slots, name="digits", bound=1) as pictures:
             async for picture in pictures:
-                yield OutputChunk.image(picture, "image/png")
+                await provider.push(OutputChunk.image(picture, "image/png"))
 
     def _drawing(
         self, digit: int, count: int, size: tuple[int, int], seed: int | None

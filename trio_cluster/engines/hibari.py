@@ -14,7 +14,7 @@ There is one voice. The names of others, those of OpenAI's among them, are accep
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from trio_cluster._errors import ClusterError, InvalidRequest
+from trio_cluster._shapes import Provider
 from trio_cluster.openai import OutputChunk, TTSRequest
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -76,7 +77,7 @@ class Speaker:
             raise ClusterError(f"cannot load Hibari's voice: {error}") from error
         return cls(voice, trio.CapacityLimiter(options["parallel"]))
 
-    async def speak(self, request: TTSRequest) -> AsyncIterator[Any]:
+    async def speak(self, request: TTSRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
         from . import _wav
 
@@ -95,7 +96,7 @@ class Speaker:
                 if chosen == "wav" and not begun:
                     audio = _wav.header(rate, length=len(audio) if is_whole else None) + audio
                 begun = True
-                yield OutputChunk.audio(audio, f"audio/{chosen}")
+                await provider.push(OutputChunk.audio(audio, f"audio/{chosen}"))
 
     def _speaking(self, request: TTSRequest) -> Callable[[Outlet[tuple[bytes, bool]]], None]:
         """Return the work of one request: the samples of each sentence, and whether that is all there is."""

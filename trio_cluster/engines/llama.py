@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import secrets
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -29,6 +29,7 @@ import trio
 
 from trio_cluster._errors import ApiError, ClusterError, HandlerFailed, InvalidRequest
 from trio_cluster._models import ChatModelOptions
+from trio_cluster._shapes import Provider
 from trio_cluster.openai import ChatRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -172,7 +173,7 @@ class Llama:
         """Let go of the model. It is freed when the last request that uses it has ended."""
         self._server = None
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Any]:
+    async def chat(self, request: ChatRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
         server = self._server
         if server is None:
@@ -189,8 +190,8 @@ class Llama:
                         read, written = usage["prompt_tokens"], written + usage["completion_tokens"]
                     for choice in chunk.get("choices", ()):
                         for piece in _pieces(choice, index):
-                            yield piece
-        yield OutputChunk.usage(read, written)
+                            await provider.push(piece)
+        await provider.push(OutputChunk.usage(read, written))
 
 
 def request_body(request: ChatRequest, index: int) -> dict[str, Any]:

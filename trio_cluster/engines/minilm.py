@@ -11,7 +11,7 @@ count them in the vocabulary of some other model.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import attrs
 import trio
 
 from trio_cluster._errors import ClusterError, InvalidRequest
+from trio_cluster._shapes import Provider
 from trio_cluster.openai import EmbeddingRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, boolean, text, whole_number
@@ -106,14 +107,14 @@ class MiniLM:
         slots = trio.CapacityLimiter(options["parallel"])
         return cls(session, tokenizer, slots, options["batch"], options["max_tokens"], options["truncate"])
 
-    async def embed(self, request: EmbeddingRequest) -> AsyncIterator[Any]:
+    async def embed(self, request: EmbeddingRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
         tokens = 0
         async with ThreadStream(self._embedding(request.inputs), self._slots, name="minilm") as batches:
             async for vectors, count in batches:
                 tokens += count
-                yield OutputChunk.embeddings(vectors)
-        yield OutputChunk.usage(tokens)
+                await provider.push(OutputChunk.embeddings(vectors))
+        await provider.push(OutputChunk.usage(tokens))
 
     def _embedding(self, inputs: list[str] | list[list[int]]) -> Callable[[Outlet[tuple[Any, int]]], None]:
         """Return the work of one request: for each batch its vectors, and how many tokens it had."""

@@ -13,7 +13,7 @@ Reads WAV files (see ``_wav``); other formats are refused with a message that na
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from trio_cluster._errors import ClusterError, InvalidRequest
+from trio_cluster._shapes import Provider
 from trio_cluster.openai import ASRRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -133,12 +134,12 @@ class Whisper:
             raise ClusterError(f"cannot load the Whisper model in '{folder}': {error}") from error
         return cls(model, tokenizer, trio.CapacityLimiter(parallel), options["beam"], options["max_seconds"])
 
-    async def transcribe(self, request: ASRRequest) -> AsyncIterator[Any]:
+    async def transcribe(self, request: ASRRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
         language = self._language(request)
         async with ThreadStream(self._hearing(request, language), self._slots, name="whisper") as pieces:
             async for piece in pieces:
-                yield OutputChunk.json(piece)
+                await provider.push(OutputChunk.json(piece))
 
     def _language(self, request: ASRRequest) -> str | None:
         """Return the code of the language that the model is to expect; ``None`` if it is to find out."""

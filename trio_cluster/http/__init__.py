@@ -6,6 +6,7 @@ two libraries do not do together), reaches a view in ``_routes``, and becomes a 
 """
 
 from ._app import create_app, gate
+from ._gate import App
 from ._relay import GRACE, PING_EVERY
 from ._serving import KEEP_ALIVE, UNREAD_TIME, prepare_socket, serve_http
 from ._site import Measure, Site
@@ -15,6 +16,7 @@ __all__ = [
     "KEEP_ALIVE",
     "PING_EVERY",
     "UNREAD_TIME",
+    "App",
     "Measure",
     "Site",
     "create_app",

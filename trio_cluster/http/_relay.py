@@ -55,6 +55,9 @@ _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
+#: So that nothing between here and the client keeps a stream back.
+_FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+
 #: What describes the connection or the framing of the answer, or is set here.
 _NOT_FROM_HANDLERS: Final = frozenset(
     {
@@ -209,7 +212,8 @@ async def _reply(call: Call, head: Head, exchange: Exchange, patience: float) ->
     events = media_type == "text/event-stream"
     as_it_comes = events or media_type.startswith("audio/")
     if events:
-        headers += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        named = {name for name, _ in headers}
+        headers += [header for header in _FOR_STREAMS if header[0] not in named]
     pieces: list[bytes | memoryview] = []
     _take(call, pieces)
     while call.end is None and not as_it_comes and sum(map(len, pieces)) <= COLLECT:

@@ -1,0 +1,31 @@
+"""A provider for tests: what an engine's handler pushes, kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+
+class Heard:
+    """Keeps what is pushed.
+
+    Attributes:
+        pieces: everything, in order.
+        first: set with the first piece.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self.first = trio.Event()
+
+    async def push(self, chunk: object) -> None:
+        self.pieces.append(chunk)
+        self.first.set()
+        await trio.lowlevel.checkpoint()
+
+    def end(self) -> None:
+        raise AssertionError("engines end by returning")
+
+    def values(self, kind: str) -> list[Any]:
+        return [piece.value for piece in self.pieces if getattr(piece, "kind", "json") == kind]
