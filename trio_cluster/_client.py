@@ -30,6 +30,7 @@ from ._handlers import HandlerPool
 from ._link import PROBE_PATH, Link, LinkClosed, dial
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
+from ._ports import Network, Sockets
 from ._registry import Registry
 from ._version import __version__
 from .wire import (
@@ -44,7 +45,7 @@ from .wire import (
     WorkerSession,
 )
 
-__all__ = ["WorkerClient", "check_is_cluster_server", "connect_tcp"]
+__all__ = ["WorkerClient", "check_is_cluster_server", "is_master"]
 
 logger = logging.getLogger("trio_cluster.client")
 
@@ -380,11 +381,6 @@ class _Upload:
         )
 
 
-async def connect_tcp(host: str, port: int) -> trio.abc.Stream:
-    """Connect to a master's internal port. Raises ``OSError``."""
-    return await trio.open_tcp_stream(host, port)
-
-
 # The name of the last argument is part of the public contract.
 async def check_is_cluster_server(host: str, internal_port: int, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
     """Find out whether a trio_cluster master takes workers at this address.
@@ -397,6 +393,11 @@ async def check_is_cluster_server(host: str, internal_port: int, timeout: float 
     Returns:
         True if something there gave the cluster's magic number. No token is needed for that.
     """
+    return await is_master(Sockets(), host, internal_port, timeout)
+
+
+async def is_master(network: Network, host: str, internal_port: int, patience: float) -> bool:
+    """Be :func:`check_is_cluster_server` on any network."""
     found = False
 
     def look(events: Sequence[WorkerEvent]) -> None:
@@ -405,11 +406,11 @@ async def check_is_cluster_server(host: str, internal_port: int, timeout: float 
             found = True
             link.end("probed")
 
-    with trio.move_on_after(timeout):
+    with trio.move_on_after(patience):
         try:
-            stream = await connect_tcp(host, internal_port)
+            stream = await network.connect(host, internal_port)
             session = WorkerSession("probe", __version__, trio.current_time())
-            link = Link(stream, session, on_events=look, timeout=timeout)
+            link = Link(stream, session, on_events=look, timeout=patience)
             await link.run(dial(stream, host, path=PROBE_PATH))
         except (OSError, LinkClosed):
             pass

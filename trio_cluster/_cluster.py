@@ -6,7 +6,6 @@ which their handlers run) and makes a :class:`~trio_cluster._node.Node` for each
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import attrs
 import trio
 
-from ._client import WorkerClient, check_is_cluster_server
+from ._client import WorkerClient, is_master
 from ._errors import ClusterPortError
 from ._handlers import HandlerBackend, HandlerPool
 from ._models import ChatModelOptions, Kind, ModelInfo
 from ._node import Node
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
-from ._ports import INTERNAL_OFFSET, close_all, local_address, open_pair, open_port
+from ._ports import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
 from ._registry import Registry
 from ._shapes import Handler
 from ._workers import WorkerManager
@@ -37,6 +36,7 @@ Started = trio.TaskStatus[ClusterMode]
 #: A process that has just taken the port may not have its second one yet: ask again a few times.
 _PROBE_TRIES: Final = 5
 _PROBE_PAUSE: Final = 0.1
+_PROBE_TIMEOUT: Final = 2.0
 
 
 class ClusterServer:
@@ -66,6 +66,7 @@ class ClusterServer:
         self._pool = HandlerPool(options)
         self._local: dict[str, HandlerBackend] = {}
         self._listen_address: tuple[str, int] | None = None
+        self._network: Network = Sockets()
         self._node: Node | None = None
 
     # Configuration
@@ -289,7 +290,7 @@ class ClusterServer:
                 return await self._run_as_master(external, internal, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
-            if await check_is_cluster_server(host, internal_port):
+            if await is_master(self._network, host, internal_port, _PROBE_TIMEOUT):
                 return await self.run_as_worker(host, internal_port, task_status=task_status)
             if tries_left:
                 await trio.sleep(_PROBE_PAUSE)
@@ -358,15 +359,15 @@ class ClusterServer:
         """
         with self._node_for(ClusterMode.STANDALONE) as node:
             host = self._options.server.host
-            sockets = await open_port(host, self._options.server.port if port is None else port)
+            listeners = await self._network.listen(host, self._options.server.port if port is None else port)
             try:
-                await node.serve_as_standalone(sockets, lambda: task_status.started(node.mode))
+                await node.serve_as_standalone(listeners, lambda: task_status.started(node.mode))
             finally:
-                close_all(sockets)
+                close_all(listeners)
         return ClusterMode.STANDALONE
 
     async def _run_as_master(
-        self, external: list[socket.socket], internal: list[socket.socket], task_status: Started
+        self, external: Listeners, internal: Listeners, task_status: Started
     ) -> ClusterMode:
         try:
             with self._node_for(ClusterMode.MASTER) as node:
@@ -375,16 +376,16 @@ class ClusterServer:
             close_all([*external, *internal])
         return ClusterMode.MASTER
 
-    async def _open_pair(self, port: int) -> tuple[list[socket.socket], list[socket.socket]]:
+    async def _open_pair(self, port: int) -> tuple[Listeners, Listeners]:
         options = self._options
         internal_host = options.internal_host or options.server.host
-        return await open_pair(options.server.host, port, internal_host, options.internal_port)
+        return await open_pair(self._network, options.server.host, port, internal_host, options.internal_port)
 
     @contextmanager
     def _node_for(self, mode: ClusterMode) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
-        self._node = Node(mode, self._options, self._registry, self._pool)
+        self._node = Node(mode, self._options, self._registry, self._pool, self._network)
         self._node.listen_on(self._listen_address)
         try:
             yield self._node

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
-from ._client import WorkerClient, connect_tcp
+from ._client import WorkerClient
 from ._errors import ClusterPortError, HandshakeRefused
 from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
-from ._ports import local_address, open_port
+from ._ports import Listeners, Network, local_address, port_of
 from ._registry import Registry
 from ._version import __version__
 from ._workers import WorkerManager
@@ -50,6 +50,7 @@ class Node:
         options: read at the time of use.
         registry: the models of this process, and on a master those of its workers.
         pool: where this process's handlers run.
+        network: where it listens and connects.
 
     Attributes:
         url, port: where the API of this process is reached; ``None`` where there is none.
@@ -60,7 +61,12 @@ class Node:
     """
 
     def __init__(
-        self, mode: ClusterMode, options: ClusterServerOptions, registry: Registry, pool: HandlerPool
+        self,
+        mode: ClusterMode,
+        options: ClusterServerOptions,
+        registry: Registry,
+        pool: HandlerPool,
+        network: Network,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -72,6 +78,7 @@ class Node:
         self._options = options
         self._registry = registry
         self._pool = pool
+        self._network = network
         self._asked_to_stop = trio.Event()
         self._api_may_end = trio.Event()
         self._api_ended = trio.Event()
@@ -97,16 +104,16 @@ class Node:
         self._listen_address = address
         self._listen_changed.set()
 
-    async def serve_as_standalone(self, sockets: list[socket.socket], started: Callable[[], None]) -> None:
+    async def serve_as_standalone(self, listeners: Listeners, started: Callable[[], None]) -> None:
         """Serve the API until stopped.
 
         Args:
-            sockets: listening; closed with the run.
+            listeners: listening; closed with the run.
             started: called when everything answers.
         """
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
-            await self._start_api(nursery, sockets)
+            await self._start_api(nursery, listeners)
             started()
             await self._asked_to_stop.wait()
             await self._drain("the server is being stopped")
@@ -114,19 +121,18 @@ class Node:
 
     async def serve_as_master(
         self,
-        sockets: list[socket.socket],
-        internal_sockets: list[socket.socket],
+        listeners: Listeners,
+        internal_listeners: Listeners,
         started: Callable[[], None],
     ) -> None:
         """Serve the API, and take workers, until stopped; see :meth:`serve_as_standalone`."""
         manager = WorkerManager(self._registry, self._options, self._id)
         self.worker_manager = manager
-        self.internal_port = internal_sockets[0].getsockname()[1]
-        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in internal_sockets]
+        self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
-            await nursery.start(manager.serve, listeners)
-            await self._start_api(nursery, sockets)
+            await nursery.start(manager.serve, internal_listeners)
+            await self._start_api(nursery, listeners)
             started()
             await self._asked_to_stop.wait()
             manager.drain("the master is being stopped")
@@ -147,16 +153,16 @@ class Node:
         """
         client = WorkerClient(self._registry, self._pool, self._options, self._id)
         self.worker_client = client
-        sockets = await self._open_listen_address()
+        listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
         visit = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
-            nursery.start_soon(self._serve_listen_address, sockets)
+            nursery.start_soon(self._serve_listen_address, listeners)
             nursery.start_soon(self._stop_worker, client, visit)
             with visit:
                 try:
-                    await client.run(functools.partial(connect_tcp, host, port), host, started)
+                    await client.run(functools.partial(self._network.connect, host, port), host, started)
                 except HandshakeRefused as error:
                     refused = error
             nursery.cancel_scope.cancel(reason="the worker was stopped")
@@ -186,17 +192,15 @@ class Node:
         with trio.move_on_after(_LAST_WORDS):
             await self._registry.wait_idle()
 
-    async def _start_api(self, nursery: trio.Nursery, sockets: list[socket.socket]) -> None:
+    async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
         self.app = create_app(self._site)
-        self._set_address(self._options.server.host, sockets)
-        await nursery.start(self._serve_api, self._gated(self.app), sockets)
+        self._set_address(self._options.server.host, listeners)
+        await nursery.start(self._serve_api, self._gated(self.app), listeners)
 
-    async def _serve_api(
-        self, app: App, sockets: list[socket.socket], *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _serve_api(self, app: App, listeners: Listeners, *, task_status: trio.TaskStatus[None]) -> None:
         await serve_http(
             app,
-            sockets,
+            listeners,
             shutdown_trigger=self._api_may_end.wait,
             grace=_LAST_WORDS,
             task_status=task_status,
@@ -213,23 +217,23 @@ class Node:
             await self._api_ended.wait()
         nursery.cancel_scope.cancel(reason="the server was stopped")
 
-    async def _open_listen_address(self) -> list[socket.socket]:
+    async def _open_listen_address(self) -> Listeners:
         if self._listen_address is None:
             return []
-        sockets = await open_port(*self._listen_address)
-        self._set_address(self._listen_address[0], sockets)
-        return sockets
+        listeners = await self._network.listen(*self._listen_address)
+        self._set_address(self._listen_address[0], listeners)
+        return listeners
 
-    async def _serve_listen_address(self, sockets: list[socket.socket]) -> None:
+    async def _serve_listen_address(self, listeners: Listeners) -> None:
         """Serve a worker's own API, wherever it is wanted at the moment."""
         while True:
             self._listen_changed = trio.Event()
             async with trio.open_nursery() as nursery:
-                if sockets:
+                if listeners:
                     app = self._gated(create_app(self._site))
                     await nursery.start(
                         functools.partial(
-                            serve_http, app, sockets, shutdown_trigger=trio.sleep_forever, grace=_LAST_WORDS
+                            serve_http, app, listeners, shutdown_trigger=trio.sleep_forever, grace=_LAST_WORDS
                         )
                     )
                     logger.info("this worker's own API", extra={"fields": {"url": self.url}})
@@ -237,13 +241,13 @@ class Node:
                 nursery.cancel_scope.cancel(reason="another listen address was asked for")
             self.url = self.port = None
             try:
-                sockets = await self._open_listen_address()
+                listeners = await self._open_listen_address()
             except ClusterPortError as error:
                 logger.error("no API of this worker's own: %s", error)
-                sockets = []
+                listeners = []
 
-    def _set_address(self, host: str, sockets: list[socket.socket]) -> None:
-        self.port = sockets[0].getsockname()[1]
+    def _set_address(self, host: str, listeners: Listeners) -> None:
+        self.port = port_of(listeners)
         shown = local_address(host)
         self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
 

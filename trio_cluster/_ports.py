@@ -1,7 +1,11 @@
-"""Listening sockets, bound before anything else happens, so that a port that cannot be had is known at once.
+"""The network as a node uses it: ports to listen on, and connections to make.
 
-A master needs two ports that lie 1000 apart. Both are bound, and listen, before the first request is served; a
-second process that finds the first port taken may therefore take the answer on the second one as final.
+Ports are bound before anything else happens, so that one that cannot be had is known at once. A master needs two that
+lie 1000 apart. Both are bound, and listen, before the first request is served; a second process that finds the first
+port taken may therefore take the answer on the second one as final.
+
+A node talks to a :class:`Network`, and only :class:`Sockets` knows that there are sockets. Tests give it another one,
+whose time and failures are theirs.
 """
 
 from __future__ import annotations
@@ -9,55 +13,96 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
 from ._errors import ClusterPortError
 
-__all__ = ["INTERNAL_OFFSET", "close_all", "local_address", "open_pair", "open_port"]
+__all__ = [
+    "INTERNAL_OFFSET",
+    "Listeners",
+    "Network",
+    "Sockets",
+    "close_all",
+    "local_address",
+    "open_pair",
+    "port_of",
+]
 
 #: The workers' port is the API's port plus this.
 INTERNAL_OFFSET: Final = 1000
+
+#: Listeners as trio has them; they also have a ``socket``, as those for TCP do.
+Listeners: TypeAlias = Sequence[trio.abc.Listener[Any]]
 
 _BACKLOG: Final = 1024
 _TRIES: Final = 50
 
 
-async def open_port(host: str, port: int) -> list[socket.socket]:
-    """Bind and listen on every address that ``host`` stands for.
+class Network(Protocol):
+    """What a node asks of its surroundings."""
 
-    Args:
-        host: a name or a numeric address; ``0.0.0.0`` and ``::`` are all addresses of their family.
-        port: 0 picks a free one, the same for all addresses.
+    async def listen(self, host: str, port: int) -> Listeners:
+        """Listen on every address that ``host`` stands for.
 
-    Raises:
-        ClusterPortError: it cannot be had; nothing is left open.
-    """
-    try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, proto, _, address in dict.fromkeys(found):
-            if port == 0 and sockets:
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            sockets.append(_listen(family, kind, proto, address))
-    except OSError as error:
-        close_all(sockets)
-        taken = error.errno == errno.EADDRINUSE
-        why = "in use by another process" if taken else os.strerror(error.errno or 0)
-        raise ClusterPortError(port, f"cannot listen on '{host}': {why}", taken=taken) from error
-    return sockets
+        Args:
+            host: a name or a numeric address; ``0.0.0.0`` and ``::`` are all addresses of their family.
+            port: 0 picks a free one, the same for all addresses.
+
+        Raises:
+            ClusterPortError: it cannot be had; nothing is left open.
+        """
+        ...
+
+    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+        """Connect to a listener.
+
+        Raises:
+            OSError: nobody there.
+        """
+        ...
+
+
+class Sockets:
+    """The real network."""
+
+    async def listen(self, host: str, port: int) -> Listeners:
+        """See ``Network``."""
+        try:
+            found = await trio.socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
+        listeners: list[trio.SocketListener] = []
+        try:
+            for family, kind, proto, _, address in dict.fromkeys(found):
+                where: tuple[Any, ...] = address
+                if port == 0 and listeners:
+                    where = (address[0], port_of(listeners), *address[2:])
+                sock = _listen(family, kind, proto, where)
+                listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
+        except OSError as error:
+            close_all(listeners)
+            taken = error.errno == errno.EADDRINUSE
+            why = "in use by another process" if taken else os.strerror(error.errno or 0)
+            raise ClusterPortError(port, f"cannot listen on '{host}': {why}", taken=taken) from error
+        return listeners
+
+    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+        """See ``Network``."""
+        return await trio.open_tcp_stream(host, port)
 
 
 async def open_pair(
-    host: str, port: int, internal_host: str, internal_port: int | None
-) -> tuple[list[socket.socket], list[socket.socket]]:
+    network: Network, host: str, port: int, internal_host: str, internal_port: int | None
+) -> tuple[Listeners, Listeners]:
     """Open a master's two ports.
 
     Args:
+        network: where.
         host: where the API listens.
         port: 0 picks a free one.
         internal_host: where workers are let in.
@@ -71,13 +116,13 @@ async def open_pair(
     if internal_port is None and last > 65535:
         raise ClusterPortError(last, f"no such port; choose one up to {65535 - INTERNAL_OFFSET} for the API")
     for attempts_left in reversed(range(_TRIES)):
-        external = await open_port(host, port)
-        picked = external[0].getsockname()[1]
+        external = await network.listen(host, port)
+        picked = port_of(external)
         try:
             if internal_port is not None:
-                return external, await open_port(internal_host, internal_port)
+                return external, await network.listen(internal_host, internal_port)
             if picked + INTERNAL_OFFSET <= 65535:
-                return external, await open_port(internal_host, picked + INTERNAL_OFFSET)
+                return external, await network.listen(internal_host, picked + INTERNAL_OFFSET)
         except ClusterPortError:
             close_all(external)
             if port != 0 or internal_port is not None or not attempts_left:
@@ -90,10 +135,16 @@ async def open_pair(
     raise ClusterPortError(0, f"no two free ports that lie {INTERNAL_OFFSET} apart")
 
 
-def close_all(sockets: list[socket.socket]) -> None:
-    """Close the sockets."""
-    for sock in sockets:
-        sock.close()
+def port_of(listeners: Listeners) -> int:
+    """Return the port that they listen on."""
+    port: int = listeners[0].socket.getsockname()[1]  # type: ignore[attr-defined]
+    return port
+
+
+def close_all(listeners: Listeners) -> None:
+    """Close them at once. Harmless for those that are closed."""
+    for listener in listeners:
+        listener.socket.close()  # type: ignore[attr-defined]
 
 
 def local_address(host: str) -> str:
@@ -101,7 +152,7 @@ def local_address(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
-def _listen(family: int, kind: int, proto: int, address: tuple[object, ...]) -> socket.socket:
+def _listen(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socket.socket:
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)

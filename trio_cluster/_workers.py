@@ -22,6 +22,7 @@ import trio
 from ._link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
 from ._models import KINDS
 from ._options import ClusterServerOptions
+from ._ports import Listeners
 from ._registry import Registry
 from ._remote import RemoteWorker
 from ._version import __version__
@@ -69,7 +70,7 @@ class WorkerManager:
 
     async def serve(
         self,
-        listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+        listeners: Listeners,
         *,
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> NoReturn:
@@ -272,10 +273,8 @@ class _Visit:
 
 
 def _peer(stream: trio.abc.Stream) -> str:
-    if not isinstance(stream, trio.SocketStream):
-        return "memory"
     try:
-        host, port = stream.socket.getpeername()[:2]
-    except OSError:
+        host, port = stream.socket.getpeername()[:2]  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
         return "unknown"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -260,6 +260,10 @@ def listening_socket() -> socket.socket:
     return sock
 
 
+def listener(sock: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
 @asynccontextmanager
 async def open_house(script: Callable[[Served], None] | None = plain, **server: Any) -> AsyncIterator[House]:
     """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
@@ -269,6 +273,6 @@ async def open_house(script: Callable[[Served], None] | None = plain, **server: 
     house = House(site, sock.getsockname()[1], Backend(script), app)
     house.add("m")
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_http, app, [sock])
+        await nursery.start(serve_http, app, [listener(sock)])
         yield house
         nursery.cancel_scope.cancel()

@@ -10,7 +10,7 @@ from typing import Any
 import hypercorn.utils
 import pytest
 import trio
-from house import EVENTS, STREAM, House, Served, Wire, listening_socket, open_house, raw_request
+from house import EVENTS, STREAM, House, Served, Wire, listener, listening_socket, open_house, raw_request
 from hypercorn.trio.tcp_server import TCPServer
 
 from trio_cluster.http import UNREAD_TIME, _serving, serve_http
@@ -51,7 +51,7 @@ async def test_accepted_connections_have_a_limit_for_unread_bytes_and_no_delay()
 
     sock = listening_socket()
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_http, app, [sock])
+        await nursery.start(serve_http, app, [listener(sock)])
         async with connect(sock) as wire:
             await wire.send(raw_request("GET", "/"))
             assert (await wire.answer(bodiless=True)).status == 204
@@ -103,7 +103,11 @@ class Server:
         self, grace: float, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         await serve_http(
-            self.app, [self.sock], shutdown_trigger=self.stop.wait, grace=grace, task_status=task_status
+            self.app,
+            [listener(self.sock)],
+            shutdown_trigger=self.stop.wait,
+            grace=grace,
+            task_status=task_status,
         )
         self.ended.set()
 
@@ -224,7 +228,7 @@ async def test_an_application_that_cannot_begin_is_an_error_and_closes_the_socke
             pytest.RaisesExc(hypercorn.utils.LifespanFailureError, match="no disk"), flatten_subgroups=True
         ):
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve_http, house.app, [sock])
+                await nursery.start(serve_http, house.app, [listener(sock)])
                 served = True
         assert sock.fileno() == -1
         assert not served
@@ -234,7 +238,7 @@ async def test_every_socket_is_served_and_all_are_closed_in_the_end() -> None:
     async with open_house() as house:
         sockets = [listening_socket(), listening_socket()]
         async with trio.open_nursery() as nursery:
-            await nursery.start(functools.partial(serve_http, house.app, sockets))
+            await nursery.start(functools.partial(serve_http, house.app, list(map(listener, sockets))))
             for sock in sockets:
                 async with connect(sock) as wire:
                     await wire.request("GET", "/health")

@@ -20,7 +20,7 @@ from typing import Final, TextIO, TypeVar
 import trio
 
 from trio_cluster._errors import ClusterError
-from trio_cluster._ports import close_all, local_address, open_pair
+from trio_cluster._ports import Sockets, close_all, local_address, open_pair, port_of
 from trio_cluster.engines import parse_serve
 from trio_cluster.engines._weights import WEIGHTS, ensure_weights
 
@@ -76,9 +76,9 @@ async def run_demo(port: int, *, check: bool, host: str = "127.0.0.1", out: Text
         raise ClusterError(
             f"the demo needs more than is installed; try: pip install 'trio-cluster[demo]' ({error})"
         ) from error
-    external, internal = await open_pair(host, port, host, None)
+    external, internal = await open_pair(Sockets(), host, port, host, None)
     # Only to know early, and by a clear message, that they can be had; the master opens them again.
-    port = external[0].getsockname()[1]
+    port = port_of(external)
     close_all([*external, *internal])
     for weights in WEIGHTS.values():
         await ensure_weights(weights)

@@ -15,7 +15,7 @@ import logging
 import math
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
@@ -26,6 +26,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 
+from .._ports import Listeners, close_all
 from ._gate import CONNECTION_KEY, App
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
@@ -44,9 +45,8 @@ _REQUESTS_PER_CONNECTION: Final = 100_000
 UNREAD_TIME = 30.0
 
 
-def prepare_socket(sock: socket.socket) -> None:
+def prepare_socket(sock: Any) -> None:
     """Set on a listening socket what the connections that it accepts are to inherit."""
-    sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -55,7 +55,7 @@ def prepare_socket(sock: socket.socket) -> None:
 
 async def serve_http(
     app: App,
-    sockets: Sequence[socket.socket],
+    listeners: Listeners,
     *,
     shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
     grace: float = 3.0,
@@ -70,7 +70,7 @@ async def serve_http(
 
     Args:
         app: what to serve.
-        sockets: listening sockets; they are closed in any case.
+        listeners: where connections come in; they are closed in any case.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds that requests have to finish; may be infinite.
         task_status: started when connections are served.
@@ -89,16 +89,14 @@ async def serve_http(
             if lifespan.supported and lifespan.shutdown.is_set():
                 # It has failed, and its error is on the way to this nursery.
                 await trio.sleep_forever()
-            for sock in sockets:
-                prepare_socket(sock)
-            listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
+            for listener in listeners:
+                prepare_socket(listener.socket)  # type: ignore[attr-defined]
             connections = _Connections(wrapped, config, state)
             await connections.serve(listeners, shutdown_trigger, grace, task_status)
             await lifespan.wait_for_shutdown()
             nursery.cancel_scope.cancel(reason="the server has stopped")
     finally:
-        for sock in sockets:
-            sock.close()
+        close_all(listeners)
 
 
 def _config() -> Config:
@@ -142,7 +140,7 @@ class _Connections:
 
     async def serve(
         self,
-        listeners: list[trio.SocketListener],
+        listeners: Listeners,
         shutdown_trigger: Callable[[], Awaitable[object]],
         grace: float,
         task_status: trio.TaskStatus[None],
@@ -164,7 +162,7 @@ class _Connections:
                     await self._empty.wait()
             handlers.cancel_scope.cancel(reason="the server has stopped")
 
-    async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
+    async def _accept(self, listener: trio.abc.Listener[Any], handlers: trio.Nursery) -> None:
         await trio.serve_listeners(self._serve_one, [listener], handler_nursery=handlers)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
