@@ -18,7 +18,7 @@ nitpicky = True
 # What the signatures mention and this site does not describe. Other projects' inventories would have to be
 # fetched from the network at every build, so their names are not links.
 nitpick_ignore_regex = [
-    ("py:.*", r"(trio|quart_trio|quart|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
+    ("py:.*", r"(trio|quart_trio|quart|h11|random|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
     (
         "py:.*",
         r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|PATIENCE)",

@@ -44,7 +44,10 @@ class Worker:
         self.options = ClusterServerOptions(server=ServerOptions(worker_id=name), **options)
         self.registry = Registry()
         self.pool = HandlerPool(self.options)
-        self.client = WorkerClient(self.registry, self.pool, self.options, name)
+        self.asked_to_leave: list[str] = []
+        self.client = WorkerClient(
+            self.registry, self.pool, self.options, name, on_leave=self.asked_to_leave.append
+        )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()
         self.error: Exception | None = None

@@ -112,6 +112,27 @@ def test_a_cancel_after_the_end_does_nothing() -> None:
     assert call.cancelled is None
 
 
+def test_a_call_tells_how_far_it_is() -> None:
+    call = Call(REQUEST)
+    assert call.phase == "waiting"
+    call.queued = True
+    assert call.phase == "queued"
+    call.queued = False
+    call.put(Head())
+    assert call.phase == "streaming"
+    call.put(Done())
+    assert call.phase == "stopping"
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_whoever_cancels_says_whether_the_client_should_come_back(final: bool) -> None:
+    call = Call(REQUEST)
+    call.cancel("enough", final=final)
+    assert isinstance(call.end, Failed)
+    assert isinstance(call.end.error, CallCancelled)
+    assert call.end.error.final is final
+
+
 def test_a_sink_gets_first_what_waited_and_then_everything_as_it_is_put() -> None:
     call = Call(REQUEST)
     call.put(Head())
@@ -131,10 +152,15 @@ def test_a_sink_is_told_of_a_cancel() -> None:
     assert [type(event) for event in sunk] == [Failed]
 
 
-async def test_a_producer_waits_while_a_window_of_bytes_is_untaken(nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("window", [WINDOW, 1])
+async def test_a_producer_waits_while_a_window_of_bytes_is_untaken(
+    window: int, nursery: trio.Nursery
+) -> None:
     call = Call(REQUEST)
+    assert call.window == WINDOW
+    call.window = window
     call.put(Head())
-    call.put(Data(bytes(WINDOW)))
+    call.put(Data(bytes(window)))
     went_on = trio.Event()
 
     async def produce() -> None:

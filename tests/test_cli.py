@@ -25,7 +25,7 @@ import attrs
 import pytest
 import trio
 
-from trio_cluster import _arguments, _status, cli, engines
+from trio_cluster import _arguments, _ask, _status, cli, engines
 from trio_cluster._cluster import ClusterServer
 from trio_cluster._errors import ClusterError, ClusterPortError, OptionsError
 from trio_cluster._options import ClusterMode, ClusterServerOptions, ServerOptions
@@ -124,7 +124,7 @@ def test_help_and_version_are_no_errors(main: Main) -> None:
     assert (code, out) == (0, f"trio-cluster {__version__}\n")
     code, out, _ = main("--help")
     assert code == 0
-    for command in ("demo", "run", "master", "worker", "status"):
+    for command in ("demo", "run", "master", "worker", "status", "calls", "cancel", "drain"):
         assert command in out
         assert main(command, "--help")[0] == 0
 
@@ -175,6 +175,11 @@ def test_help_shows_the_defaults_of_the_options(main: Main) -> None:
         (["worker", "-a", "app:text"], "--app: app:text is of type str, not a ClusterServer"),
         (["status", "ftp://host"], "URL: expected a URL such as"),
         (["status", "host:port"], "URL: 'http://host:port' is not a URL"),
+        (["calls", "ftp://host"], "URL: expected a URL such as"),
+        (["cancel"], "the following arguments are required: REQUEST_ID"),
+        (["cancel", "r1", "host:port"], "URL: 'http://host:port' is not a URL"),
+        (["drain"], "the following arguments are required: WORKER"),
+        (["drain", "w1", "--no-wait=1"], "argument --no-wait: ignored explicit argument"),
         (["demo", "--serve=x"], "unrecognized arguments: --serve"),
     ],
 )
@@ -187,12 +192,14 @@ def test_bad_usage_is_one_line_and_code_2(
     assert (code, out, ran) == (2, "", [])
 
 
-@pytest.mark.parametrize("command", ["run", "master", "worker", "status"])
+@pytest.mark.parametrize("command", ["run", "master", "worker", "status", "calls", "cancel r1", "drain w1"])
 def test_a_wrong_variable_or_file_is_bad_usage_on_every_command(
     command: str, main: Main, ran: list[Ran], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "app.py").write_text(APP)
-    argv = [command] if command == "status" else [command, "-a", "app:server"]
+    argv = command.split()
+    if command in ("run", "master", "worker"):
+        argv += ["-a", "app:server"]
     (place / "c.toml").write_text("[server]\nmax_concurency = 1")
     code, _, err = main(*argv, "--config", "c.toml")
     assert one_line(err) == "c.toml: server.max_concurency: unknown key; did you mean server.max_concurrency?"
@@ -477,7 +484,8 @@ STATUS: dict[str, Any] = {
         {
             "id": "gpu-1",
             "address": "10.0.0.5:53122",
-            "state": "ready",
+            "state": "stalled",
+            "stalled": "handler of 'chat' (models.py:12 in chat)",
             "models": ["chat", "embed"],
             "running": 2,
             "waiting": 0,
@@ -494,15 +502,31 @@ STATUS: dict[str, Any] = {
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """Answers every GET with what the test has put here, and notes what it was asked."""
+    """Answers everything with what the test has put here, and notes what it was asked."""
 
     status = 200
     body = b""
     headers_to_send: dict[str, str] = {}  # noqa: RUF012
     asked: list[tuple[str, str | None]] = []  # noqa: RUF012
+    posted: list[tuple[str, str | None, Any]] = []  # noqa: RUF012
+    later: list[bytes] = []  # noqa: RUF012
+    """What to answer after that, one after the other."""
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization")))
+        self.answer()
+        if self.later:
+            type(self).body = self.later.pop(0)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Content-Type"] == "application/json"
+        self.posted.append((self.path, self.headers.get("Authorization"), body))
+        self.answer()
+        if self.later:
+            type(self).body = self.later.pop(0)
+
+    def answer(self) -> None:
         self.send_response(self.status)
         for name, value in self.headers_to_send.items():
             self.send_header(name, value)
@@ -515,7 +539,11 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def node() -> Iterator[tuple[type[Answers], int]]:
-    answers = type("TheseAnswers", (Answers,), {"asked": [], "body": json.dumps(STATUS).encode()})
+    answers = type(
+        "TheseAnswers",
+        (Answers,),
+        {"asked": [], "posted": [], "later": [], "body": json.dumps(STATUS).encode()},
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -533,8 +561,11 @@ def test_status_prints_aligned_tables(main: Main, node: tuple[type[Answers], int
         calls: 7 admitted, 1 worker lost
 
         WORKER  ADDRESS         STATE     RUNNING  WAITING  CONNECTED   MODELS
-        gpu-1   10.0.0.5:53122  ready     2/4      0        3 h 12 min  chat, embed
+        gpu-1   10.0.0.5:53122  stalled   2/4      0        3 h 12 min  chat, embed
         w?[2J   -               draining  -/-      -        -           -
+
+        STALLED  WHY
+        gpu-1    handler of 'chat' (models.py:12 in chat)
 
         MODEL  KIND  OWNER  SERVED BY
         chat   chat  me     local, gpu-1
@@ -621,7 +652,7 @@ def test_nobody_there_is_one_line(main: Main) -> None:
 
 
 def test_somebody_silent_there_is_one_line(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_status, "TIMEOUT", 0.05)
+    monkeypatch.setattr(_ask, "TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         code, _, err = main("status", str(port))
@@ -702,7 +733,144 @@ def test_durations_are_told_in_two_units(seconds: float, text: str) -> None:
     ],
 )
 def test_a_node_is_named_by_url_address_or_port(text: str, url: str) -> None:
-    assert _status.status_url(text) == f"{url}/cluster/status"
+    assert _ask.node_url(text) == url
+
+
+CALLS = {
+    "calls": [
+        {
+            "request_id": "r1",
+            "model": "echo",
+            "kind": "chat",
+            "endpoint": "chat.completions",
+            "node": "gpu-1",
+            "phase": "streaming",
+            "age": 3723.4,
+            "delivered": 1234,
+            "client": "10.0.0.9:1234",
+        },
+        {"request_id": "two\nlines", "age": "old", "client": None, "delivered": 0},
+    ]
+}
+
+
+def test_calls_are_an_aligned_table(main: Main, node: tuple[type[Answers], int]) -> None:
+    answers, port = node
+    answers.body = json.dumps(CALLS).encode()
+    code, out, err = main("calls", str(port), "--api-key", "k")
+    assert (code, err) == (0, "")
+    assert out == textwrap.dedent("""\
+        REQUEST    MODEL  ENDPOINT          NODE   PHASE      AGE        BYTES  CLIENT
+        r1         echo   chat.completions  gpu-1  streaming  1 h 2 min  1234   10.0.0.9:1234
+        two?lines  -      -                 -      -          -          0      -
+        """)
+    assert answers.asked == [("/cluster/calls", "Bearer k")]
+    assert json.loads(main("calls", str(port), "--json")[1]) == CALLS
+    answers.body = b'{"calls": []}'
+    assert main("calls", str(port))[1] == "no calls\n"
+    assert _status.describe_calls({"calls": [3, {}]})
+    assert _status.describe_calls({"calls": {}}) == "no calls"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, "1 call was cancelled"),
+        (3, "3 calls were cancelled"),
+        (0, "its answer is over already; the work for it is about to stop"),
+    ],
+)
+def test_cancel_tells_how_many_calls_there_were(
+    count: int, said: str, main: Main, node: tuple[type[Answers], int]
+) -> None:
+    answers, port = node
+    answers.body = json.dumps({"request_id": "a/b c", "cancelled": count}).encode()
+    code, out, err = main("cancel", "a/b c", f"127.0.0.1:{port}/v1", "--api-key", "k", "--reason", "enough")
+    assert (code, out, err) == (0, f"{said}\n", "")
+    assert answers.posted == [("/cluster/calls/a%2Fb%20c/cancel", "Bearer k", {"reason": "enough"})]
+
+
+@pytest.mark.parametrize("argv", [["cancel", "r1"], ["drain", "w1"]], ids=" ".join)
+def test_what_a_node_says_when_it_says_no_is_one_line(
+    argv: list[str], main: Main, node: tuple[type[Answers], int]
+) -> None:
+    answers, port = node
+    answers.status = 404
+    answers.body = json.dumps({"error": {"message": "none\nsuch\x1b", "code": "x_not_found"}}).encode()
+    code, out, err = main(*argv, str(port))
+    assert one_line(err) == f"http://127.0.0.1:{port}: none?such?"
+    assert (code, out) == (1, "")
+    answers.body = b'{"error": {"message": "Unknown URL", "code": null}}'
+    assert "is not a trio_cluster node (HTTP 404)" in one_line(main(*argv, str(port))[2])
+
+
+def worker(in_flight: int, draining: bool = True, instance: str = "one") -> dict[str, Any]:
+    return {"id": "gpu 1", "instance": instance, "draining": draining, "in_flight": in_flight}
+
+
+def with_workers(*workers: dict[str, Any]) -> bytes:
+    return json.dumps(STATUS | {"workers": [{"id": "other"}, *workers]}).encode()
+
+
+def test_drain_waits_until_that_very_process_has_left(
+    main: Main, node: tuple[type[Answers], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_DRAIN_POLL", 0.0)
+    answers, port = node
+    answers.body = json.dumps(worker(2)).encode()
+    answers.later += [
+        with_workers(worker(2)),
+        with_workers(worker(1)),
+        with_workers(worker(1)),
+        # Another one has come under its name.
+        with_workers(worker(5, draining=False, instance="two")),
+    ]
+    code, out, err = main("drain", "gpu 1", str(port), "--api-key", "k")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "gpu 1 drains: 2 requests in flight",
+        "gpu 1 drains: 1 request in flight",
+        "gpu 1 has left",
+    ]
+    assert answers.posted == [("/cluster/workers/gpu%201/drain", "Bearer k", {})]
+
+
+def test_drain_asks_again_if_the_worker_came_back_without_having_heard(
+    main: Main, node: tuple[type[Answers], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_DRAIN_POLL", 0.0)
+    answers, port = node
+    answers.body = json.dumps(worker(0)).encode()
+    answers.later += [
+        with_workers(worker(0, draining=False)),
+        json.dumps(worker(0)).encode(),
+        with_workers(worker(0)),
+        with_workers(),
+    ]
+    assert main("drain", "gpu 1", str(port))[0] == 0
+    assert len(answers.posted) == 2
+
+
+def test_drain_need_not_wait(main: Main, node: tuple[type[Answers], int]) -> None:
+    answers, port = node
+    answers.body = json.dumps(worker(0)).encode()
+    code, out, _ = main("drain", "gpu 1", str(port), "--no-wait")
+    assert (code, out) == (0, "gpu 1 drains: 0 requests in flight\n")
+    assert answers.asked == []
+
+
+def test_a_drain_that_is_interrupted_has_not_succeeded(
+    main: Main, node: tuple[type[Answers], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", interrupt)
+    answers, port = node
+    answers.body = json.dumps(worker(1)).encode()
+    code, _, err = main("drain", "gpu 1", str(port))
+    assert code == 1
+    assert one_line(err) == "stopped waiting; the worker 'gpu 1' drains on"
 
 
 def test_master_hosts_are_names_or_addresses() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,7 +9,7 @@ import trio
 from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster import check_is_cluster_server
+from trio_cluster import _chance, check_is_cluster_server
 from trio_cluster._calls import Done, Head
 from trio_cluster.openai import ChatRequest
 
@@ -81,7 +80,7 @@ async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
         bounds.append(high)
         return high
 
-    monkeypatch.setattr(random, "uniform", uniform)
+    monkeypatch.setattr(_chance, "uniform", uniform)
     cluster.refusing = True
     worker = Worker(cluster, "w1")
     cluster.nursery.start_soon(worker.run)
@@ -103,6 +102,60 @@ async def test_leaving_sends_what_is_queued_and_returns(cluster: MemoryCluster) 
     assert worker.error is None
     await wait_all_tasks_blocked()
     assert cluster.manager.workers == {}
+
+
+async def test_a_worker_that_drains_does_not_come_back_when_its_link_breaks(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await cluster.start("w1", forever)
+    cluster.registry.open(chat_request("forever"))
+    await wait_all_tasks_blocked()
+    worker.client.drain("going home")
+    await wait_all_tasks_blocked()
+    worker.cut()
+    await trio.sleep(100)
+    assert worker.dials == 1
+    assert not worker.over.is_set()
+    assert "lost the master while draining" in caplog.text
+    worker.client.leave("going home")
+    await worker.over.wait()
+    assert worker.error is None
+
+
+async def test_a_worker_that_drains_without_a_link_does_not_dial_again(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", echo)
+    cluster.refusing = True
+    worker.cut()
+    await trio.sleep(20)
+    dials = worker.dials
+    assert dials > 1
+    worker.client.drain("going home")
+    cluster.refusing = False
+    await trio.sleep(100)
+    assert worker.dials == dials
+    assert cluster.manager.workers == {}
+    worker.client.leave("going home")
+    await worker.over.wait()
+
+
+async def test_a_worker_that_drains_while_it_dials_brings_no_models(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = Worker(cluster, "w1")
+    worker.serve("echo", echo)
+    cluster.nursery.start_soon(worker.run)
+    while not worker.dials:
+        await trio.lowlevel.checkpoint()
+    worker.client.drain("going home")
+    await trio.sleep(100)
+    assert worker.dials == 1
+    assert cluster.registry.names() == []
+    assert cluster.manager.workers == {}
+    assert not worker.registered.is_set()
+    worker.client.leave("going home")
+    await worker.over.wait()
 
 
 async def test_a_silent_master_is_given_up_and_dialled_again(

@@ -381,6 +381,101 @@ async def test_a_worker_that_is_stopped_finishes_its_calls_and_leaves() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_worker_that_is_drained_from_outside_stops_as_if_it_had_been_told_itself() -> None:
+    master, worker = make(), make(worker_id="rack 1/w1")
+    begun, go = trio.Event(), trio.Event()
+
+    @worker.chat("waits")
+    async def waits(request: ChatRequest) -> str:
+        begun.set()
+        await go.wait()
+        return "done"
+
+    answers: list[str] = []
+    modes: list[ClusterMode] = []
+
+    async def request() -> None:
+        answers.append(await answer(master, "waits"))
+
+    async def work(*, task_status: trio.TaskStatus[ClusterMode]) -> None:
+        modes.append(await worker.run_as_worker(HOST, master.internal_port or 0, task_status=task_status))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(master.run_as_master)
+        async with trio.open_nursery() as working:
+            await working.start(work)
+            working.start_soon(request)
+            await begun.wait()
+            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+                accepted = await client.post("/cluster/workers/rack%201%2Fw1/drain")
+                assert accepted.status_code == 202
+                told = accepted.json()
+                assert (told["id"], told["draining"], told["in_flight"]) == ("rack 1/w1", True, 1)
+                (listed,) = (await client.get("/cluster/status")).json()["workers"]
+                assert listed["instance"] == told["instance"]
+                refused = await client.post("/v1/chat/completions", json=ask("waits"))
+                assert refused.status_code == 503
+            go.set()
+        assert answers == ["done"]
+        assert modes == [ClusterMode.WORKER]
+        with trio.fail_after(5):
+            while master.list_models():
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_forwarded_call_is_listed_where_it_runs_and_cancelled_there() -> None:
+    master, worker = make(), make(worker_id="w1", max_concurrency=1)
+    stopped = trio.Event()
+
+    @worker.chat("waits")
+    async def waits(request: ChatRequest) -> AsyncIterator[str]:
+        try:
+            yield "first"
+            await trio.sleep_forever()
+        finally:
+            stopped.set()
+
+    worker.set_worker_listen_address(HOST, 0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(master.run_as_master)
+        await nursery.start(worker.run_as_worker, HOST, master.internal_port)
+
+        async def request(request_id: str) -> None:
+            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+                await client.post(
+                    "/v1/chat/completions",
+                    json=ask("waits"),
+                    headers={"x-request-id": request_id, "x-request-timeout": "4"},
+                )
+
+        async def phases(server: ClusterServer) -> dict[str, tuple[str, str]]:
+            async with httpx.AsyncClient(base_url=str(server.url)) as client:
+                calls = (await client.get("/cluster/calls")).json()["calls"]
+            return {call["request_id"]: (call["node"], call["phase"]) for call in calls}
+
+        async with trio.open_nursery() as asking:
+            for request_id in ("one", "two"):
+                asking.start_soon(request, request_id)
+            with trio.fail_after(5):
+                while set((await phases(worker)).values()) != {("local", "streaming"), ("local", "queued")}:
+                    pass
+            # That one of them is queued, a master learns from a heartbeat.
+            assert set((await phases(master)).values()) <= {
+                ("w1", "streaming"),
+                ("w1", "waiting"),
+                ("w1", "queued"),
+            }
+            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+                for request_id in ("one", "two"):
+                    await client.post(f"/cluster/calls/{request_id}/cancel")
+        with trio.fail_after(5):
+            await stopped.wait()
+            while await phases(worker) or await phases(master):
+                pass
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_worker_that_never_found_its_master_can_be_stopped() -> None:
     worker = make()
     async with trio.open_nursery() as nursery:

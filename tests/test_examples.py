@@ -213,6 +213,18 @@ def test_the_server_shares_a_process_with_a_larger_program(start: Starter) -> No
     program.stop()
 
 
+def test_the_tests_of_a_model_pass(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(EXAMPLES / "test_my_model.py")],
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "4 passed" in result.stdout
+
+
 @pytest.fixture
 def unused_port() -> int:
     """A port on which nobody listens."""

@@ -20,13 +20,13 @@ PACKAGE = ROOT / "trio_cluster"
 # From the ground up. A room may import rooms of the floors below its own, never of its own floor or above. A
 # package is one room: what its modules do among themselves is its own business.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_errors", "_logs", "_models", "_version"),
-    ("_calls", "_options"),
-    ("_ports", "_settings", "openai", "wire"),
+    ("_chance", "_errors", "_logs", "_models", "_version"),
+    ("_ask", "_calls", "_options"),
+    ("_ports", "_pulse", "_settings", "openai", "wire"),
     ("_link", "_shapes"),
-    ("_handlers",),
+    ("_handlers", "_upload"),
     ("_registry", "_remote"),
-    ("_client", "_workers"),
+    ("_client", "_probe", "_workers"),
     ("http",),
     ("_node",),
     ("_cluster",),

@@ -14,13 +14,16 @@ from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, Text
 
 from trio_cluster._link import PATH, Link, LinkClosed, Refusal, accept, dial
 from trio_cluster.wire import (
+    MAGIC,
     MAX_MESSAGE,
     SUBPROTOCOL,
     Drain,
     Handshake,
+    Heartbeat,
     MasterSession,
     RegisterModel,
     WorkerSession,
+    encode,
 )
 
 
@@ -206,6 +209,60 @@ async def test_a_peer_that_takes_nothing_is_given_up(
 
     ours.send_stream.send_all_hook = hang
     assert "took nothing for 10 s" in await stuck.why()
+
+
+async def test_a_peer_that_is_blocked_may_take_nothing_for_as_long_as_it_says_so(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    ours, theirs = memory_stream_pair()
+    master, peer = master_end(ours), RawPeer(theirs)
+    nursery.start_soon(master.run)
+    await peer.open()
+    await peer.send(BytesMessage(encode([Handshake(MAGIC, 1, 1, "w", "1")])))
+    await wait_all_tasks_blocked()
+    ours.send_stream.send_all_hook = trio.sleep_forever
+    for _ in range(20):
+        await peer.send(BytesMessage(encode([Heartbeat(lag=60.0, blocked="handler of 'm'")])))
+        await trio.sleep(5)
+    assert not master.over.is_set()
+    last = trio.current_time() - 5
+    for _ in range(6):
+        await peer.send(BytesMessage(encode([Heartbeat()])))
+        await trio.sleep(5)
+    assert "took nothing for 30 s" in await master.why()
+    assert trio.current_time() - last <= 36
+
+
+async def test_the_time_that_this_end_slept_through_is_not_the_peers_silence(
+    ends: tuple[End, End], mock_clock: MockClock
+) -> None:
+    master, worker = ends
+    # As after a handler that did not await for so long: everything is due at once, and nothing has been read.
+    mock_clock.jump(100)
+    await wait_all_tasks_blocked()
+    mock_clock.jump(29)
+    await wait_all_tasks_blocked()
+    assert not master.over.is_set()
+    assert not worker.over.is_set()
+
+
+async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
+    nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    ours, theirs = memory_stream_pair()
+    master, peer = master_end(ours), RawPeer(theirs)
+    nursery.start_soon(master.run)
+    await peer.open()
+    nursery.start_soon(swallow, theirs)
+    await wait_all_tasks_blocked()
+    mock_clock.jump(100)
+    await wait_all_tasks_blocked()
+    assert not master.over.is_set()
+    for _ in range(7):
+        mock_clock.jump(5)
+        await wait_all_tasks_blocked()
+    assert master.closed is not None
+    assert "nothing was heard" in master.closed.why
 
 
 @pytest.mark.parametrize(

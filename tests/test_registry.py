@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import time
+
 import attrs
 import pytest
 import trio
@@ -190,6 +193,39 @@ def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
     assert registry.reopen(call) is None
 
 
+def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothing_is() -> None:
+    registry = Registry()
+    for name in ("w1", "w2"):
+        registry.add(CHAT, Scripted(name), replicate=True)
+    call = registry.open(attrs.evolve(request(), budget=10.0))
+    call.put(Failed(WorkerLost("w1", "killed")))
+    assert registry.reopen(call, 0.0) is None
+    assert registry.books.retried == 0
+    again = registry.reopen(call, 2.5)
+    assert again is not None
+    assert again.request.budget == 2.5
+    assert call.request.budget == 10.0
+
+
+def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    calls = [registry.open(request()) for _ in range(4)]
+    calls[0].put(Head())
+    calls[0].put(Done())
+    calls[0].release()
+    for call, seconds in zip(calls[1:], (0.004, 0.006, 60.0), strict=True):
+        now = 100.0
+        call.cancel("enough")
+        now += seconds
+        call.release()
+    classes = dict(zip((*registry.cancels.BOUNDS, math.inf), registry.cancels.counts, strict=True))
+    assert {bound: count for bound, count in classes.items() if count} == {0.005: 1, 0.01: 1, math.inf: 1}
+    assert registry.cancels.total == pytest.approx(60.01)
+
+
 @pytest.mark.parametrize("error", [ApiError(500, "x"), TooSlow("x"), Overloaded("x")])
 def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiError) -> None:
     registry = Registry()
@@ -198,6 +234,21 @@ def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiErr
     call = registry.open(request())
     call.put(Failed(error))
     assert registry.reopen(call) is None
+
+
+def test_the_live_calls_of_a_request_are_found_by_its_id() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    twin, other, again = (
+        registry.open(attrs.evolve(request(), request_id=each)) for each in ("twin", "other", "twin")
+    )
+    assert registry.calls_of("twin") == [twin, again]
+    assert registry.calls_of("nobody") == []
+    twin.cancel("enough")
+    assert registry.calls_of("twin") == [twin, again]
+    twin.release()
+    assert registry.calls_of("twin") == [again]
+    assert registry.calls_of("other") == [other]
 
 
 async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nursery) -> None:

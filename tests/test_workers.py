@@ -16,6 +16,7 @@ from trio_cluster._errors import ApiError, WorkerLost
 from trio_cluster._handlers import HandlerBackend
 from trio_cluster._models import ModelInfo
 from trio_cluster.openai import ChatRequest, OutputChunk
+from trio_cluster.wire import Heartbeat
 
 
 @pytest.fixture
@@ -340,6 +341,39 @@ async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_repl
     assert isinstance((await everything(again))[-1], Done)
 
 
+async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_another_replica(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    call = cluster.registry.open(chat_request("echo"))
+    assert call.served_by == "w1"
+    first.registry.remove("echo", next(iter(first.registry._models["echo"].replicas)))
+    first.client.withdraw("echo")
+    assert isinstance(last := (await everything(call))[-1], Failed)
+    assert last.error.status == 404
+    again = cluster.registry.reopen(call)
+    assert again is not None
+    assert again.served_by == "w2"
+    assert isinstance((await everything(again))[-1], Done)
+
+
+async def test_a_handler_that_says_the_model_does_not_exist_is_not_asked_again_elsewhere(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+
+    async def picky(request: ChatRequest) -> str:
+        raise ApiError(404, "not here", code="model_not_found")
+
+    await cluster.start("w1", picky)
+    await cluster.start("w2", picky)
+    call = cluster.registry.open(chat_request("picky"))
+    assert isinstance((await everything(call))[-1], Failed)
+    assert cluster.registry.reopen(call) is None
+
+
 async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: MemoryCluster) -> None:
     first = await cluster.start("w1", echo)
     thief = _worker(cluster, "w1", forever)
@@ -410,6 +444,55 @@ async def test_a_worker_that_drains_gets_no_new_calls_and_finishes_its_own(nurse
     assert isinstance((await everything(call))[-1], Done)
 
 
+async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears_of_it(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    with caplog.at_level(logging.INFO, "trio_cluster"):
+        status = cluster.manager.drain_worker("w1", "an upgrade")
+        # At once, and not only when it has been heard.
+        assert {cluster.registry.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
+    assert status is not None
+    assert (status["id"], status["state"], status["draining"]) == ("w1", "draining", True)
+    assert status["instance"] == first.client._instance
+    assert "worker is asked to stop: an upgrade" in caplog.text
+    assert first.asked_to_leave == []
+    await wait_all_tasks_blocked()
+    assert first.asked_to_leave == ["an upgrade"]
+    assert cluster.manager.drain_worker("nobody", "an upgrade") is None
+
+
+async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_given_back(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+
+    async def shared(request: ChatRequest) -> AsyncIterator[str]:
+        if request.last_text == "begin":
+            yield "begun"
+        await trio.sleep_forever()
+
+    first = await cluster.start("w1", shared)
+    silent = cluster.registry.open(chat_request("shared"))
+    begun = cluster.registry.open(chat_request("shared", content="begin"))
+    assert isinstance(await begun.receive(), Head)
+    await cluster.start("w2", shared)
+    first.registry.closed_to = "going home"
+    first.registry.cancel_all("the worker is being stopped")
+    last = (await everything(silent))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code == "shutting_down"
+    again = cluster.registry.reopen(silent)
+    assert again is not None
+    assert again.served_by == "w2"
+    last = (await everything(begun))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code == "cancelled"
+    assert cluster.registry.reopen(begun) is None
+
+
 async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
     worker = await cluster.start("w1", forever)
     worker.options.server.max_concurrency = 3
@@ -421,6 +504,154 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
     assert (status["running"], status["waiting"], status["capacity"]) == (3, 2, 3)
     assert status["in_flight"] == 5
     assert status["models"] == ["forever"]
+
+
+# Busy is not dead
+
+
+def _say(worker: Worker, beat: Heartbeat) -> None:
+    """Let a worker send a heartbeat that its loop would not."""
+    service = worker.client._service
+    assert service is not None
+    service.session._outbox.post(beat)
+    service.link.wake()
+
+
+_BLOCKED = Heartbeat(1, 0, 10, 7.5, "handler of 'forever' (app.py:12 in compute)")
+
+
+async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
+    worker = await cluster.start("w1", forever)
+    remote = cluster.manager.workers["w1"]
+    worker.options.server.max_concurrency = 2
+    first = cluster.registry.open(chat_request("forever"))
+    await trio.sleep(6)
+    assert (remote.state, remote.capacity) == ("ok", 2)
+    cluster.registry.open(chat_request("forever"))
+    assert remote.state == "busy"
+    first.cancel("enough")
+    await wait_all_tasks_blocked()
+    await trio.sleep(6)
+    assert remote.state == "ok"
+    # Its own clients count as well.
+    for _ in range(2):
+        worker.registry.open(chat_request("forever"))
+    await trio.sleep(6)
+    assert (remote.state, remote.in_flight) == ("busy", 1)
+    assert remote.available
+
+
+async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_ones(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    worker = await cluster.start("w1", forever)
+    remote = cluster.manager.workers["w1"]
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    (status,) = cluster.manager.status()
+    assert status["state"] == "stalled"
+    assert status["stalled"] == "handler of 'forever' (app.py:12 in compute)"
+    assert status["lag"] == 7.5
+    with pytest.raises(ApiError) as refused:
+        cluster.registry.open(chat_request("forever"))
+    assert (refused.value.status, refused.value.code) == (503, "over_capacity")
+    assert refused.value.retry_after is not None
+    assert "Every node that serves 'forever' is busy" in refused.value.message
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    assert not call.ended
+    # Its loop runs again: the next heartbeat is its own.
+    await trio.sleep(6)
+    assert remote.state == "ok"
+    cluster.registry.open(chat_request("forever"))
+    assert not call.ended
+    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.workers"]
+    assert [message for message in told if "stalled" in message or "again" in message] == [
+        "worker stalled: handler of 'forever' (app.py:12 in compute)",
+        "worker runs again",
+    ]
+
+
+async def test_new_calls_go_to_the_replica_that_is_not_blocked(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", forever)
+    await cluster.start("w2", forever)
+    _say(first, _BLOCKED)
+    await wait_all_tasks_blocked()
+    calls = [cluster.registry.open(chat_request("forever")) for _ in range(4)]
+    assert {call.served_by for call in calls} == {"w2"}
+
+
+async def test_a_worker_that_says_it_is_blocked_and_nothing_after_that_is_given_up(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    start = trio.current_time()
+    worker.black_hole()
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, WorkerLost)
+    assert trio.current_time() - start <= 31
+
+
+async def test_a_worker_that_is_silent_gets_nothing_new_before_it_is_given_up(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.black_hole()
+    remote = cluster.manager.workers["w1"]
+    await trio.sleep(14)
+    assert remote.available
+    await trio.sleep(8)
+    assert remote.state == "stalled"
+    assert remote.stalled.startswith("silent for ")
+    assert not remote.available
+    assert "worker stalled: silent for" in caplog.text
+    await trio.sleep(15)
+    assert cluster.manager.workers.get("w1") is not remote
+
+
+async def test_how_far_a_call_is_on_its_worker_is_known(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.options.server.max_concurrency = 1
+    worker.options.server.queue_timeout = 100
+    running = cluster.registry.open(chat_request("forever"))
+    await wait_all_tasks_blocked()
+    queued = cluster.registry.open(chat_request("forever"))
+    assert queued.phase == "waiting"
+    await trio.sleep(6)
+    assert (running.phase, queued.phase) == ("streaming", "queued")
+    assert running.produced == running.waiting_bytes > 0
+    assert queued.produced == 0
+    running.cancel("enough")
+    await trio.sleep(6)
+    assert queued.phase == "streaming"
+
+
+async def test_a_worker_notes_that_its_master_is_blocked(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    await cluster.start("w1", forever)
+    (visit,) = cluster.manager._visits
+    for beat in (_BLOCKED, _BLOCKED, Heartbeat(), Heartbeat()):
+        visit.session._outbox.post(beat)
+    visit.link.wake()
+    await wait_all_tasks_blocked()
+    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.client"]
+    assert [message for message in told if "blocked" in message or "again" in message] == [
+        f"the master is blocked: {_BLOCKED.blocked}",
+        "the master runs again",
+    ]
 
 
 async def test_a_wrong_token_is_refused_and_said_on_both_sides(

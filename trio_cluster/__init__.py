@@ -5,11 +5,11 @@ forwarded to them. A model is a function you write. No work outlives the request
 looks finished when it is not.
 """
 
-from ._client import check_is_cluster_server
 from ._cluster import ClusterServer
 from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from ._models import ChatModelOptions
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
+from ._probe import check_is_cluster_server
 from ._shapes import Provider
 from ._version import __version__
 from .openai import ASRRequest, ChatRequest, EmbeddingRequest, ImageGenRequest, OutputChunk, TTSRequest

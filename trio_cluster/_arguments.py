@@ -88,11 +88,38 @@ def _parser() -> argparse.ArgumentParser:
     _add_serving_flags(worker, master=False, worker=True)
 
     status = command("status", "Show the workers, models and load of a running node.")
-    status.add_argument("url", nargs="?", metavar="URL", help="default: http://127.0.0.1:8080")
+    _add_url(status)
     status.add_argument("--json", action="store_true", help="print the answer as it came")
-    status.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
-    _add_option(status, "--api-key", "api_key", str, "KEY", "what the node wants to be shown")
+    _add_asking_flags(status)
+
+    calls = command("calls", "Show the calls of a running node.")
+    _add_url(calls)
+    calls.add_argument("--json", action="store_true", help="print the answer as it came")
+    _add_asking_flags(calls)
+
+    cancel = command("cancel", "Cancel the calls of a request.")
+    cancel.add_argument("request_id", metavar="REQUEST_ID", help="as calls shows it, and x-request-id said")
+    _add_url(cancel)
+    cancel.add_argument("--reason", metavar="TEXT", help="what its client is told")
+    _add_asking_flags(cancel)
+
+    drain = command("drain", "Ask a worker to finish its requests and stop, and wait until it has left.")
+    drain.add_argument("worker", metavar="WORKER", help="its name, as status shows it")
+    _add_url(drain, whose="its master")
+    drain.add_argument("--no-wait", action="store_true", help="only ask")
+    _add_asking_flags(drain)
     return parser
+
+
+def _add_url(parser: argparse.ArgumentParser, whose: str = "the node") -> None:
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help=f"the API of {whose} (default: http://127.0.0.1:8080)"
+    )
+
+
+def _add_asking_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
+    _add_option(parser, "--api-key", "api_key", str, "KEY", "what the node wants to be shown")
 
 
 def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the OpenAI API") -> None:

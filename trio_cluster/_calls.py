@@ -26,9 +26,10 @@ Opening and cancelling have no await in them, so there is no instant at which a 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -36,7 +37,7 @@ import trio
 from ._errors import ApiError, CallCancelled
 from ._models import Kind
 
-__all__ = ["WINDOW", "Backend", "Call", "Data", "Done", "Event", "Failed", "Head", "Request"]
+__all__ = ["WINDOW", "Backend", "Call", "Data", "Done", "Event", "Failed", "Head", "Phase", "Request"]
 
 #: Bytes of an answer that may wait for their consumer, on each node that it passes; also the wire's credit window.
 WINDOW: Final = 256 * 1024
@@ -65,6 +66,8 @@ class Request:
     budget: float = math.inf
     """Seconds from opening until the whole answer must be there."""
     parsed: Any = None
+    client: str = ""
+    """The address it came from, for people; it does not travel."""
 
 
 @attrs.frozen
@@ -96,6 +99,9 @@ class Failed:
 
 
 Event: TypeAlias = Head | Data | Done | Failed
+
+#: For a slot; for the first output; the answer has begun; it is over, and the work is not.
+Phase: TypeAlias = Literal["queued", "waiting", "streaming", "stopping"]
 
 
 class Backend(Protocol):
@@ -145,6 +151,12 @@ class Call:
         delivered: how many body bytes the consumer has taken. A call may be opened again elsewhere while it has
             not taken any and not seen the head.
         cancelled: the reason it was cancelled with, or ``None``.
+        cancelled_at: when that was, on the monotonic clock. For people, as ``opened_at``.
+        opened_at: when it was opened, on the monotonic clock. For people: nothing is decided by it.
+        queued: it waits for a slot; set by a backend that has slots.
+        window: bytes that may wait before the producer is held up. Somebody who wants to see it held up, such as a
+            test, makes it smaller when the call has just been opened.
+        reported: how many bytes of its answer there are on the node that makes it, as that has told last.
     """
 
     __slots__ = (
@@ -158,11 +170,16 @@ class Call:
         "_writers",
         "begun",
         "cancelled",
+        "cancelled_at",
         "delivered",
         "end",
+        "opened_at",
+        "queued",
         "released",
+        "reported",
         "request",
         "served_by",
+        "window",
     )
 
     def __init__(
@@ -187,6 +204,11 @@ class Call:
         self.served_by = ""
         self.delivered = 0
         self.cancelled: str | None = None
+        self.cancelled_at = 0.0
+        self.opened_at = time.monotonic()
+        self.queued = False
+        self.window = WINDOW
+        self.reported = 0
 
     # The consumer's face
 
@@ -230,21 +252,26 @@ class Call:
             return
         self.delivered += count
         self._waiting_bytes -= count
-        if self._waiting_bytes < WINDOW:
+        if self._waiting_bytes < self.window:
             self._writers.unpark_all()
         self._on_taken(count)
 
-    def cancel(self, reason: str) -> None:
+    def cancel(self, reason: str, *, final: bool = False) -> None:
         """Give the call up. Idempotent; harmless after the end; safe in ``finally``.
 
         What was waiting is dropped, the next event is ``Failed``, and the producer is asked to stop.
+
+        Args:
+            reason: who gave it up and why, for logs and for the client if that is still there.
+            final: the client should not try again.
         """
         if self.ended:
             return
         self.cancelled = reason
+        self.cancelled_at = time.monotonic()
         self._waiting_bytes = 0
         self._events.clear()
-        self._finish(Failed(CallCancelled(reason)))
+        self._finish(Failed(CallCancelled(reason, final=final)))
         self._on_cancel(reason)
 
     # The producer's face
@@ -277,7 +304,7 @@ class Call:
     async def wait_room(self) -> None:
         """Wait until the consumer has taken enough of what waits, or has given up."""
         await trio.lowlevel.checkpoint()
-        while self._waiting_bytes >= WINDOW and not self.ended:
+        while self._waiting_bytes >= self.window and not self.ended:
             await self._writers.park()
 
     def release(self) -> None:
@@ -305,6 +332,20 @@ class Call:
     def ended(self) -> bool:
         """Whether the answer is over; the work may still be winding down."""
         return self.end is not None
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is, for people: what it waits for, or whether its answer has begun, or is over."""
+        if self.ended:
+            return "stopping"
+        if self.begun:
+            return "streaming"
+        return "queued" if self.queued else "waiting"
+
+    @property
+    def produced(self) -> int:
+        """How many body bytes there are by now, for people: on the node that makes them, as far as it is known here."""
+        return max(self.reported, self.delivered + self._waiting_bytes)
 
     @property
     def waiting_bytes(self) -> int:

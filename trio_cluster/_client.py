@@ -11,27 +11,31 @@ on when its answer moves, and holds it back when it does not.
 
 A cancelled call is reported to the master when its work has really stopped. Only then is its slot free, and only
 then may the master believe it.
+
+A worker that drains serves its link to the end and does not dial again: it would only bring its models back to be
+taken away once more.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import trio
 
+from . import _chance
 from ._calls import Call, Data, Done, Event, Failed, Head, Request
-from ._errors import ApiError, CallCancelled, HandlerFailed, HandshakeRefused, InvalidRequest
+from ._errors import ApiError, CallCancelled, HandlerFailed, HandshakeRefused, InvalidRequest, ShuttingDown
 from ._handlers import HandlerPool
-from ._link import PROBE_PATH, Link, LinkClosed, dial
+from ._link import Link, LinkClosed, dial
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
-from ._ports import Network, Sockets
+from ._ports import why_not_connected
+from ._pulse import with_pulse
 from ._registry import Registry
+from ._upload import Upload
 from ._version import __version__
 from .wire import (
     Cancel,
@@ -39,13 +43,15 @@ from .wire import (
     Drain,
     ForwardRequest,
     Handshake,
+    Heartbeat,
+    Leave,
     ModelRegistered,
     ModelRejected,
     WorkerEvent,
     WorkerSession,
 )
 
-__all__ = ["WorkerClient", "check_is_cluster_server", "is_master"]
+__all__ = ["WorkerClient"]
 
 logger = logging.getLogger("trio_cluster.client")
 
@@ -64,6 +70,8 @@ class WorkerClient:
         pool: where their handlers run; its load is told to the master.
         options: read at the time of use.
         node_id: this worker's name.
+        on_leave: called with the reason when the master asks this worker to stop. It is to see to :meth:`drain` and
+            :meth:`leave`; nothing is done about it here.
 
     Attributes:
         rejected_models: the models that the master would not take, with its reasons.
@@ -71,7 +79,12 @@ class WorkerClient:
     """
 
     def __init__(
-        self, registry: Registry, pool: HandlerPool, options: ClusterServerOptions, node_id: str
+        self,
+        registry: Registry,
+        pool: HandlerPool,
+        options: ClusterServerOptions,
+        node_id: str,
+        on_leave: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.rejected_models: dict[str, str] = {}
         self.connected = False
@@ -79,10 +92,13 @@ class WorkerClient:
         self._pool = pool
         self._options = options
         self._node_id = node_id
+        self._on_leave = on_leave
         # Tells this process from another one that uses the same name; see `_workers`.
-        self._instance = f"{random.getrandbits(64):016x}"
+        self._instance = _chance.token(8)
         self._service: _Service | None = None
-        self._leaving: str | None = None
+        self._draining = trio.Event()
+        self._progress = trio.lowlevel.ParkingLot()
+        self._left = trio.Event()
 
     async def run(
         self,
@@ -98,7 +114,7 @@ class WorkerClient:
             on_registered: called when all models are registered for the first time.
 
         Returns:
-            After :meth:`leave`, when everything that was queued has been sent.
+            After :meth:`leave`, when everything that was queued has been sent, or at once if there is no link.
 
         Raises:
             HandshakeRefused: the master will not have this worker, or there is no master there.
@@ -113,19 +129,34 @@ class WorkerClient:
                 first = False
                 on_registered()
 
-        while not self._is_leaving():
+        while not self._draining.is_set():
             try:
                 why = await self._serve_once(connect, host, registered)
             finally:
                 was_connected, self.connected = self.connected, False
-            if self._is_leaving():
-                return
-            delay = random.uniform(0, bound)
+            if self._draining.is_set():
+                if not self._left.is_set():
+                    logger.warning(
+                        "lost the master while draining: %s", why, extra={"fields": {"master": host}}
+                    )
+                break
+            delay = _chance.uniform(0, bound)
             bound = min(2 * bound, _BACKOFF_LAST)
             fields = {"master": host, "retry_in": round(delay, 2)}
             text = "lost the master: %s" if was_connected else "no link to the master: %s"
             logger.warning(text, why, extra={"fields": fields})
             await trio.sleep(delay)
+        await self._left.wait()
+
+    @property
+    def session(self) -> WorkerSession | None:
+        """The conversation on the link to the master; ``None`` while there is no link."""
+        return None if self._service is None else self._service.session
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls have come over the link and are not over, those whose body is still under way included."""
+        return 0 if self._service is None else self._service.in_flight
 
     def announce(self, info: ModelInfo) -> None:
         """Tell the master of a new model, if there is a link; otherwise it is told with the others."""
@@ -139,27 +170,35 @@ class WorkerClient:
             self._service.withdraw(name)
 
     def drain(self, reason: str) -> None:
-        """Ask the master for no more calls; those that run go on."""
+        """Ask the master for no more calls; those that run go on. To be followed by :meth:`leave`.
+
+        Those whose body is still under way are given back: they have not begun, and may begin elsewhere.
+        """
+        self._draining.set()
         if self._service is not None:
             self._service.drain(reason)
 
+    async def wait_sent(self) -> None:
+        """Wait until nothing waits to be sent to the master, for instance because a client is slow. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while self._service is not None and self._service.session.unsent:
+            await self._progress.park()
+
     def leave(self, reason: str) -> None:
         """Make :meth:`run` return, after everything that is queued has been sent."""
-        self._leaving = reason
+        self._draining.set()
+        self._left.set()
         if self._service is not None:
             self._service.link.hang_up(reason)
-
-    def _is_leaving(self) -> bool:
-        return self._leaving is not None
 
     async def _serve_once(
         self, connect: Callable[[], Awaitable[trio.abc.Stream]], host: str, on_registered: Callable[[], None]
     ) -> str:
         try:
             with trio.fail_after(self._options.worker_timeout):
-                stream = await connect()
+                stream = with_pulse(await connect())
         except (OSError, trio.TooSlowError) as error:
-            return _plain(error)
+            return why_not_connected(error)
         service = _Service(self, stream, on_registered)
         self._service = service
         try:
@@ -172,6 +211,7 @@ class WorkerClient:
             return closed.why
         finally:
             self._service = None
+            self._progress.unpark_all()
             service.abandon()
 
 
@@ -186,7 +226,8 @@ class _Service:
         self._on_registered = on_registered
         self._unanswered: set[str] | None = None
         self._calls: dict[int, Call] = {}
-        self._bodies: dict[int, _Upload] = {}
+        self._bodies: dict[int, Upload] = {}
+        self._master_blocked = False
         self.session = WorkerSession(
             client._node_id,
             __version__,
@@ -204,6 +245,10 @@ class _Service:
             before_tick=self._tell_load,
             timeout=client._options.worker_timeout,
         )
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._calls) + len(self._bodies)
 
     def announce(self, info: ModelInfo) -> None:
         if self._unanswered is None:
@@ -227,6 +272,9 @@ class _Service:
     def drain(self, reason: str) -> None:
         if self._unanswered is not None:
             self.session.drain(reason)
+            for call_id in self._bodies:
+                self.session.fail(call_id, ShuttingDown())
+            self._bodies.clear()
             self.link.wake()
 
     def abandon(self) -> None:
@@ -238,6 +286,9 @@ class _Service:
     def _tell_load(self) -> None:
         pool = self.client._pool
         self.session.load = (pool.running, pool.waiting, pool.capacity)
+        self.session.tell_progress(
+            (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.items()
+        )
 
     def _handle_all(self, events: Sequence[WorkerEvent]) -> None:
         for event in events:
@@ -246,7 +297,7 @@ class _Service:
     def _handle(self, event: WorkerEvent) -> None:
         match event:
             case ForwardRequest():
-                self._bodies[event.call] = _Upload(event)
+                self._bodies[event.call] = Upload(event)
             case DataMessage():
                 self._body_piece(event)
             case Cancel():
@@ -259,8 +310,12 @@ class _Service:
             case ModelRejected():
                 self._rejected(event.name, event.reason)
                 self._answered(event.name)
+            case Heartbeat():
+                self._note_master(event.blocked)
             case Drain():
                 logger.info("the master is about to stop: %s", event.reason)
+            case Leave():
+                self.client._on_leave(event.reason)
 
     def _welcome(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
@@ -268,9 +323,19 @@ class _Service:
         self._tell_load()
         self.session.beat()
         self._unanswered = set()
+        if self.client._draining.is_set():
+            self.link.hang_up("the worker is being stopped")
+            return
         for info in self._registry.infos():
             self.announce(info)
         self._answered("")
+
+    def _note_master(self, blocked: str) -> None:
+        if blocked and not self._master_blocked:
+            logger.warning("the master is blocked: %s", blocked)
+        elif self._master_blocked and not blocked:
+            logger.info("the master runs again")
+        self._master_blocked = bool(blocked)
 
     def _rejected(self, name: str, reason: str) -> None:
         self.client.rejected_models[name] = reason
@@ -286,8 +351,7 @@ class _Service:
         upload = self._bodies.get(event.call)
         if upload is None:
             return
-        upload.pieces.append(bytes(event.data))
-        upload.size += len(event.data)
+        upload.add(event.data)
         limit = self.client._options.server.max_body_size
         if upload.size > limit:
             del self._bodies[event.call]
@@ -338,15 +402,22 @@ class _Service:
         self.link.wake()
 
     def _released(self, call_id: int, call: Call) -> None:
-        if self._calls.pop(call_id, None) is not None:
+        if self._calls.pop(call_id, None) is None:
+            return
+        closed_to = self._registry.closed_to
+        if closed_to is not None and not call.begun:
+            # Not finished within the time for that, nor begun: given back, so that another replica may have it.
+            self.session.fail(call_id, ShuttingDown(closed_to))
+        else:
             self.session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
-            self.link.wake()
+        self.link.wake()
 
     def _sent(self, sent: Sequence[tuple[int, int]]) -> None:
         for call_id, count in sent:
             call = self._calls.get(call_id)
             if call is not None:
                 call.taken(count)
+        self.client._progress.unpark_all()
 
     def _cancel(self, call_id: int, reason: str) -> None:
         if self._bodies.pop(call_id, None) is not None:
@@ -356,82 +427,6 @@ class _Service:
         call = self._calls.get(call_id)
         if call is not None:
             call.cancel(reason)
-
-
-class _Upload:
-    """A request whose body is still coming in."""
-
-    def __init__(self, opened: ForwardRequest) -> None:
-        self.opened = opened
-        self.pieces: list[bytes] = []
-        self.size = 0
-
-    def request(self) -> Request:
-        opened = self.opened
-        return Request(
-            endpoint=opened.endpoint,
-            kind=opened.kind,  # type: ignore[arg-type]  # an unknown kind matches no model
-            model=opened.model,
-            body=b"".join(self.pieces),
-            content_type=opened.content_type,
-            headers=opened.headers,
-            request_id=opened.request_id,
-            timeout=math.inf if opened.timeout is None else opened.timeout,
-            budget=math.inf if opened.budget is None else opened.budget,
-        )
-
-
-# The name of the last argument is part of the public contract.
-async def check_is_cluster_server(host: str, internal_port: int, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
-    """Find out whether a trio_cluster master takes workers at this address.
-
-    Args:
-        host: a name or a numeric address.
-        internal_port: the port for workers, which is the external one plus 1000 unless somebody chose otherwise.
-        timeout: seconds that finding out may take; past it the answer is no.
-
-    Returns:
-        True if something there gave the cluster's magic number. No token is needed for that.
-    """
-    return await is_master(Sockets(), host, internal_port, timeout)
-
-
-async def is_master(network: Network, host: str, internal_port: int, patience: float) -> bool:
-    """Be :func:`check_is_cluster_server` on any network."""
-    found = False
-
-    def look(events: Sequence[WorkerEvent]) -> None:
-        nonlocal found
-        if any(isinstance(event, Handshake) for event in events):
-            found = True
-            link.end("probed")
-
-    with trio.move_on_after(patience):
-        try:
-            stream = await network.connect(host, internal_port)
-            session = WorkerSession("probe", __version__, trio.current_time())
-            link = Link(stream, session, on_events=look, timeout=patience)
-            await link.run(dial(stream, host, path=PROBE_PATH))
-        except (OSError, LinkClosed):
-            pass
-    return found
-
-
-def _plain(error: Exception) -> str:
-    if isinstance(error, trio.TooSlowError):
-        return "it does not answer"
-    causes: list[Any] = [error]
-    while isinstance(causes[0], BaseExceptionGroup):
-        causes = list(causes[0].exceptions)
-    cause = causes[0]
-    if isinstance(cause, OSError) and cause.__cause__ is not None:
-        inner = cause.__cause__
-        while isinstance(inner, BaseExceptionGroup):
-            inner = inner.exceptions[0]
-        cause = inner
-    return (cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)) or type(
-        cause
-    ).__name__
 
 
 def _refusal(host: str, closed: LinkClosed) -> str:

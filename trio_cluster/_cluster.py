@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import attrs
 import trio
 
-from ._client import WorkerClient, is_master
+from ._client import WorkerClient
 from ._errors import ClusterPortError
 from ._handlers import HandlerBackend, HandlerPool
 from ._models import ChatModelOptions, Kind, ModelInfo
 from ._node import Node
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
 from ._ports import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
+from ._probe import is_master
 from ._registry import Registry
 from ._shapes import Handler
 from ._workers import WorkerManager
@@ -236,6 +237,16 @@ class ClusterServer:
     def app(self) -> QuartTrio | None:
         """The Quart-trio application of a master or standalone server, to which routes can be added."""
         return None if self._node is None else self._node.app
+
+    @property
+    def registry(self) -> Registry:
+        """What can be asked here, the calls that are live, and the books about those that are over."""
+        return self._registry
+
+    @property
+    def pool(self) -> HandlerPool:
+        """The slots of this process and the tasks of its handlers."""
+        return self._pool
 
     @property
     def worker_manager(self) -> WorkerManager | None:

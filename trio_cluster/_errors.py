@@ -156,10 +156,15 @@ class HandlerFailed(ApiError):
 
 
 class CallCancelled(ApiError):
-    """The call was given up; its reason says by whom. A client sees it only if it is not the one who left."""
+    """The call was given up; its reason says by whom. A client sees it only if it is not the one who left.
 
-    def __init__(self, reason: str) -> None:
+    Attributes:
+        final: whoever gave it up does not want to see it again; clients that repeat failed requests are told so.
+    """
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(503, f"The request was cancelled: {reason}", code="cancelled")
+        self.final = final
 
 
 class ClusterError(Exception):

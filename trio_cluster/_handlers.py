@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
 from typing import Any, Final
 
 import trio
 
-from ._calls import WINDOW, Call, Data, Done, Failed, Request
+from . import _chance
+from ._calls import Call, Data, Done, Failed, Request
 from ._errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
@@ -72,6 +72,11 @@ class HandlerPool:
     def capacity(self) -> int:
         """How many handlers may run at once."""
         return int(self._slots.total_tokens)
+
+    @property
+    def tasks(self) -> int:
+        """How many calls have a task here: those that wait, those that run, and those that wind down."""
+        return 0 if self._nursery is None else len(self._nursery.child_tasks)
 
     def resize(self) -> None:
         """Make the number of slots what the options say; handlers over a smaller one run on, but no new one starts."""
@@ -132,11 +137,13 @@ class HandlerPool:
             self._slots.acquire_on_behalf_of_nowait(call)
         except trio.WouldBlock:
             self.waiting += 1
+            call.queued = True
             try:
                 with trio.move_on_after(self.options.server.queue_timeout) as wait:
                     await self._slots.acquire_on_behalf_of(call)
             finally:
                 self.waiting -= 1
+                call.queued = False
             if wait.cancelled_caught:
                 call.put(Failed(self._over_capacity()))
                 return
@@ -191,6 +198,8 @@ class HandlerBackend:
 
     async def run(self, output: _Output) -> None:
         """Run the handler once, in the slot that the caller holds. Raises nothing but ``trio.Cancelled``."""
+        # Read by whoever wants to know what the event loop is busy with; see `blamed_code`.
+        __traceback_info__ = f"handler of '{self.info.name}'"
         call = output.call
         try:
             await output.prepare()
@@ -246,7 +255,8 @@ class _Output:
     def too_slow(self) -> TooSlow:
         """Return what to tell the client when the scope's deadline has passed."""
         if trio.current_time() >= self._last:
-            return TooSlow(f"The answer was not complete within {self.call.request.budget:g} s")
+            # Not the number: of what the client has given, other nodes may have used up a part.
+            return TooSlow("The answer was not complete within the time that its client gives it")
         return TooSlow(f"The model gave nothing for {self._silence:g} s")
 
     async def prepare(self) -> None:
@@ -261,14 +271,14 @@ class _Output:
             else:
                 parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)
         self.request = parsed
-        self._encoder = endpoint.encoder(parsed, response_id=secrets.token_hex(12), created=int(time.time()))
+        self._encoder = endpoint.encoder(parsed, response_id=_chance.token(12), created=int(time.time()))
 
     async def push(self, chunk: object) -> None:
         """See ``Provider``."""
         if self.call.ended and self.call.cancelled is None:
             raise trio.ClosedResourceError("the output has been ended")
         self._put(self._encoder.encode(chunk))
-        if self.call.waiting_bytes >= WINDOW:
+        if self.call.waiting_bytes >= self.call.window:
             self._scope.deadline = self._last
         await self.call.wait_room()
         if self.call.begun:

@@ -17,9 +17,13 @@ connection can end. This room is the only one that touches it, and it shows its 
 - *Nobody may wait for a consumer while reading.* The reader here hands what came in to a function that returns at
   once; all queues are behind it, and they are bounded by credit.
 
-A link runs three tasks: one reads, one writes, one watches the clock. What is to be written comes from the session,
-which the writer asks for a batch whenever it has been woken and the last write is done, so that everything that
-became ready meanwhile leaves in one message. Each task ends the link by saying why; the first reason counts.
+A link runs four tasks: one reads, one writes, one watches the clock, and one keeps the pulse, which lets another
+thread say that this end lives while its event loop is blocked. What is to be written comes from the session, which
+the writer asks for a batch whenever it has been woken and the last write is done, so that everything that became
+ready meanwhile leaves in one message. Each task ends the link by saying why; the first reason counts.
+
+Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
+its signs of life are still to be read. And an other end that says it is blocked need not take what it is sent.
 """
 
 from __future__ import annotations
@@ -38,7 +42,10 @@ from trio_websocket import (
     wrap_client_stream,
     wrap_server_stream,
 )
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage
 
+from ._pulse import beating, take_lag
 from .wire import MAX_MESSAGE, SUBPROTOCOL, HandshakeError, ProtocolError, Session
 
 __all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
@@ -162,7 +169,7 @@ class Link:
     """A session spoken over one stream.
 
     Args:
-        stream: a connected stream; it is the link's from now on, and closed with it.
+        stream: a connected stream; it is the link's from now on, and closed with it. See ``with_pulse``.
         session: one half of the protocol.
         on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
             raise.
@@ -192,6 +199,8 @@ class Link:
         self._before_tick = before_tick
         self._timeout = timeout
         self._pending = trio.Event()
+        self._introduced = trio.Event()
+        self._writing = trio.CancelScope()
         self._scope: trio.CancelScope | None = None
         self._ending: LinkClosed | None = None
         self._code = _NORMAL
@@ -207,7 +216,11 @@ class Link:
         self._end(LinkClosed(why), code)
 
     def hang_up(self, why: str) -> None:
-        """End the link as soon as everything that is queued has been sent."""
+        """End the link as soon as everything that is queued has been sent.
+
+        What is queued may have to wait until the other end has given credit for it; who cannot wait for that calls
+        :meth:`end`, or cancels :meth:`run`.
+        """
         self._hanging_up = why
         self._pending.set()
 
@@ -271,6 +284,7 @@ class Link:
             nursery.start_soon(self._read, websocket, guard)
             nursery.start_soon(self._write, websocket)
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._keep_pulse, websocket)
 
     async def _read(self, websocket: WebSocketConnection, guard: _Guard) -> None:
         while True:
@@ -287,6 +301,8 @@ class Link:
                 strangers = isinstance(error, HandshakeError)
                 self._end(LinkClosed(f"protocol error: {error}", strangers=strangers), _PROTOCOL_ERROR)
                 return
+            if self._session.peer_blocked:
+                self._writing.deadline = trio.current_time() + self._timeout
             self._on_events(events)
             self._pending.set()
 
@@ -294,7 +310,7 @@ class Link:
         while True:
             batch = self._session.next_message()
             if batch is None:
-                if self._hanging_up is not None:
+                if self._hanging_up is not None and not self._session.unsent:
                     self._end(LinkClosed(self._hanging_up))
                     return
                 self._pending = trio.Event()
@@ -304,7 +320,7 @@ class Link:
                 continue
             self._torn = True
             try:
-                with trio.fail_after(self._timeout):
+                with trio.fail_after(self._timeout) as self._writing:
                     await websocket.send_message(batch.data)
             except trio.TooSlowError:
                 self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
@@ -313,11 +329,32 @@ class Link:
                 # The reader learns the reason, if there is one to learn.
                 return
             self._torn = False
+            self._introduced.set()
             self._on_sent(batch.sent)
+
+    async def _keep_pulse(self, websocket: WebSocketConnection) -> None:
+        # Between messages the protocol has no state in the direction of sending, so frames may come from elsewhere
+        # than the connection, whose state is not for other threads.
+        side = Connection(ConnectionType.CLIENT if websocket.is_client else ConnectionType.SERVER)
+
+        def frame(lag: float, blocked: str) -> bytes:
+            return side.send(BytesMessage(self._session.heartbeat_while_blocked(lag, blocked)))
+
+        def tell_that_it_is_over() -> None:
+            self._session.beat()
+            self._pending.set()
+
+        await self._introduced.wait()
+        with beating(self._stream, self._session.heartbeat_interval, frame, tell_that_it_is_over):
+            await trio.sleep_forever()
 
     async def _watch(self) -> None:
         while True:
-            await trio.sleep_until(self._session.deadline())
+            due = self._session.deadline()
+            await trio.sleep_until(due)
+            now = trio.current_time()
+            self._session.excuse(now - due, now)
+            self._session.lag = take_lag()
             self._before_tick()
             try:
                 self._session.tick(trio.current_time())

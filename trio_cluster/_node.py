@@ -14,19 +14,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
+from . import _chance
 from ._client import WorkerClient
 from ._errors import ClusterPortError, HandshakeRefused
 from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
 from ._ports import Listeners, Network, local_address, port_of
 from ._registry import Registry
+from ._remote import STATES
 from ._version import __version__
 from ._workers import WorkerManager
 from .http import App, Measure, Site, create_app, gate, serve_http
@@ -93,6 +94,7 @@ class Node:
             mode=str(mode),
             status=self._status,
             measures=self._measures,
+            drain_worker=self._drain_worker,
         )
 
     def stop(self) -> None:
@@ -116,7 +118,7 @@ class Node:
             await self._start_api(nursery, listeners)
             started()
             await self._asked_to_stop.wait()
-            await self._drain("the server is being stopped")
+            await self._drain("the server is being stopped", self._site.wait_answered)
             await self._end_api(nursery)
 
     async def serve_as_master(
@@ -136,7 +138,7 @@ class Node:
             started()
             await self._asked_to_stop.wait()
             manager.drain("the master is being stopped")
-            await self._drain("the server is being stopped")
+            await self._drain("the server is being stopped", self._site.wait_answered)
             await manager.hang_up("the master was stopped")
             await self._end_api(nursery)
 
@@ -151,7 +153,7 @@ class Node:
             HandshakeRefused: there is no master that would have this worker.
             ClusterPortError: the worker's own listen address cannot be had.
         """
-        client = WorkerClient(self._registry, self._pool, self._options, self._id)
+        client = WorkerClient(self._registry, self._pool, self._options, self._id, self._asked_to_leave)
         self.worker_client = client
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
@@ -169,21 +171,30 @@ class Node:
         if refused is not None:
             raise refused
 
+    def _asked_to_leave(self, reason: str) -> None:
+        logger.info("the master asks this worker to stop: %s", reason)
+        self.stop()
+
     async def _stop_worker(self, client: WorkerClient, visit: trio.CancelScope) -> None:
         await self._asked_to_stop.wait()
         reason = "the worker was stopped"
         client.drain("the worker is being stopped")
-        await self._drain("the worker is being stopped")
+        await self._drain("the worker is being stopped", client.wait_sent)
         if client.connected:
             client.leave(reason)
             await trio.sleep(_LAST_WORDS)
         visit.cancel(reason=reason)
 
-    async def _drain(self, reason: str) -> None:
-        """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over."""
+    async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
+        """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over.
+
+        A call has finished for whoever asked when its answer has left this node; its work may have ended long before
+        a slow client has taken all of that.
+        """
         self._registry.closed_to = "The server is shutting down; try again shortly"
         with trio.move_on_after(self._options.drain_timeout):
             await self._registry.wait_idle()
+            await wait_delivered()
             return
         left = len(self._registry.live)
         logger.warning("cancelling what did not finish in time", extra={"fields": {"calls": left}})
@@ -191,6 +202,7 @@ class Node:
         # Their clients are still to be told, and the work to stop; who ignores that is left behind.
         with trio.move_on_after(_LAST_WORDS):
             await self._registry.wait_idle()
+            await wait_delivered()
 
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
         self.app = create_app(self._site)
@@ -251,6 +263,10 @@ class Node:
         shown = local_address(host)
         self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
 
+    def _drain_worker(self, name: str) -> dict[str, Any] | None:
+        manager = self.worker_manager
+        return None if manager is None else manager.drain_worker(name, "an operator asked for it")
+
     def _status(self) -> dict[str, Any]:
         manager, client, pool = self.worker_manager, self.worker_client, self._pool
         status: dict[str, Any] = {
@@ -279,10 +295,20 @@ class Node:
                     Measure("worker_running", "Handlers that a worker says it runs.", worker.running, labels),
                     Measure("worker_waiting", "Calls that a worker says wait there.", worker.waiting, labels),
                     Measure("worker_capacity", "Handlers a worker runs at once.", worker.capacity, labels),
+                    Measure("worker_lag_seconds", "How late a worker's event loop was.", worker.lag, labels),
+                ]
+                measures += [
+                    Measure(
+                        "worker_state",
+                        "1 for the state in which a worker is.",
+                        worker.state == state,
+                        labels | {"state": state},
+                    )
+                    for state in STATES
                 ]
         return measures
 
 
 def _new_id() -> str:
     """Return a name that tells a person which process it is, and that no other process has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    return f"{socket.gethostname()}-{os.getpid()}-{_chance.token(3)}"

@@ -29,6 +29,7 @@ __all__ = [
     "local_address",
     "open_pair",
     "port_of",
+    "why_not_connected",
 ]
 
 #: The workers' port is the API's port plus this.
@@ -145,6 +146,20 @@ def close_all(listeners: Listeners) -> None:
     """Close them at once. Harmless for those that are closed."""
     for listener in listeners:
         listener.socket.close()  # type: ignore[attr-defined]
+
+
+def why_not_connected(error: Exception) -> str:
+    """Say in a few words why a connection could not be made, given what the attempt raised."""
+    if isinstance(error, trio.TooSlowError):
+        return "it does not answer"
+    cause: BaseException = error
+    # Trio tries several addresses, and joins what went wrong with each of them. One reason is enough.
+    if isinstance(cause, OSError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    reason = cause.strerror if isinstance(cause, OSError) else None
+    return reason or str(cause) or type(cause).__name__
 
 
 def local_address(host: str) -> str:

@@ -14,7 +14,10 @@ stopped, once under the way it ended, so that at any instant
 
 from __future__ import annotations
 
-from typing import Final
+import math
+import time
+from bisect import bisect_left
+from typing import ClassVar, Final
 
 import attrs
 import trio
@@ -23,7 +26,7 @@ from ._calls import Backend, Call, Done, Request
 from ._errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, WorkerLost, WrongKind
 from ._models import Kind, ModelInfo
 
-__all__ = ["Books", "NameTaken", "Registry"]
+__all__ = ["Books", "Durations", "NameTaken", "Registry"]
 
 
 class NameTaken(ValueError):
@@ -59,6 +62,24 @@ class Books:
 
 # A worker's failures arrive as plain errors: the status tells, not the class.
 _TIMED_OUT: Final = TooSlow("").status
+_NOT_FOUND: Final = ModelNotFound("", []).code
+
+
+@attrs.define
+class Durations:
+    """How long something took, by classes: enough to tell whether a promise about time is kept."""
+
+    BOUNDS: ClassVar = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+    """The most seconds that belong into each class; what took longer has a class of its own."""
+
+    counts: list[int] = attrs.field(factory=lambda: [0] * (len(Durations.BOUNDS) + 1))
+    total: float = 0.0
+    """The sum of all, in seconds."""
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self.total += seconds
 
 
 @attrs.define(eq=False)
@@ -74,6 +95,7 @@ class Registry:
 
     Attributes:
         books: what became of every call.
+        cancels: how long it took from giving a call up until its work had really stopped, wherever it ran.
         live: the calls whose work has not stopped yet, each with the backend that does it.
         closed_to: why new calls are refused (the node drains); ``None`` while they are not.
     """
@@ -81,6 +103,7 @@ class Registry:
     def __init__(self) -> None:
         self._models: dict[str, _Served] = {}
         self.books = Books()
+        self.cancels = Durations()
         self.live: dict[Call, Backend] = {}
         self._idle = trio.lowlevel.ParkingLot()
         self.closed_to: str | None = None
@@ -161,23 +184,44 @@ class Registry:
         """
         return self._open(request)
 
-    def reopen(self, call: Call) -> Call | None:
+    def reopen(self, call: Call, budget: float = math.inf) -> Call | None:
         """Open once more, elsewhere, a call whose worker was lost or went away before anything came of it.
 
         The caller vouches that nothing of the answer has been sent to the client, and that this is the first time.
 
+        Args:
+            call: the one that failed.
+            budget: seconds that are left of the time for the whole answer: the request's own began to run when it was
+                opened first.
+
         Returns:
-            The new call, or ``None`` if this one may not be repeated: it ended for another reason, or nobody else
-            serves the model.
+            The new call, or ``None`` if this one may not be repeated: it ended for another reason, its time is used
+            up, or nobody else serves the model.
         """
-        end = call.end
-        if end is None or isinstance(end, Done) or not isinstance(end.error, WorkerLost | ShuttingDown):
+        if not self._was_given_back(call):
             return None
         served = self._models.get(call.request.model)
         if self.closed_to is not None or served is None or not self._candidates(served, avoid=call.served_by):
             return None
+        if budget <= 0:
+            return None
+        again = self._open(attrs.evolve(call.request, budget=budget), avoid=call.served_by)
         self.books.retried += 1
-        return self._open(call.request, avoid=call.served_by)
+        return again
+
+    def _was_given_back(self, call: Call) -> bool:
+        """Return whether a call failed because of the node that had it, and not because of what was asked."""
+        end = call.end
+        if end is None or isinstance(end, Done):
+            return False
+        if isinstance(end.error, WorkerLost | ShuttingDown):
+            return True
+        # Its worker took the model back while the call was on its way there; others may go on serving it.
+        return end.error.code == _NOT_FOUND and call.served_by not in self.served_by(call.request.model)
+
+    def calls_of(self, request_id: str) -> list[Call]:
+        """Return the live calls of all requests that have this id, oldest first."""
+        return [call for call in self.live if call.request.request_id == request_id]
 
     def cancel_all(self, reason: str) -> None:
         """Cancel every call that is live."""
@@ -202,7 +246,7 @@ class Registry:
         candidates = self._candidates(served, avoid)
         if not candidates:
             raise Overloaded(
-                f"Every node that serves '{request.model}' is being stopped; try again shortly",
+                f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,
             )
         backend = min(candidates, key=lambda replica: replica.load)
@@ -219,5 +263,7 @@ class Registry:
     def _released(self, call: Call) -> None:
         del self.live[call]
         self.books.close(call)
+        if call.cancelled is not None:
+            self.cancels.add(time.monotonic() - call.cancelled_at)
         if not self.live:
             self._idle.unpark_all()

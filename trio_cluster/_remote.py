@@ -23,12 +23,17 @@ from .wire import (
     Done as DoneMessage,
     Failed as FailedMessage,
     ForwardResponse,
+    Heartbeat,
     MasterSession,
 )
 
-__all__ = ["CallEvent", "RemoteWorker"]
+__all__ = ["STATES", "CallEvent", "RemoteWorker"]
 
 CallEvent: TypeAlias = ForwardResponse | DataMessage | DoneMessage | FailedMessage
+
+#: What a worker may be: well; with all slots taken; alive, and unable to do anything; about to stop. Whichever is worst
+#: is told. One that is gone is no worker any more.
+STATES: Final = ("ok", "busy", "stalled", "draining")
 
 #: Codes with which a worker gives a call back unanswered, so that it may be tried elsewhere.
 _GIVEN_BACK: Final = ShuttingDown().code
@@ -45,7 +50,8 @@ class RemoteWorker:
     Attributes:
         models: what it serves, by name.
         connected_at: the trio time at which it joined.
-        running, waiting, capacity: its own account of itself, from its last sign of life.
+        running, waiting, capacity, lag: its own account of itself, from its last heartbeat; the lag in seconds.
+        stalled: why it can do nothing at the moment, although it is not lost; empty if it can.
     """
 
     def __init__(self, name: str, session: MasterSession, wake: Callable[[], None], address: str) -> None:
@@ -56,6 +62,8 @@ class RemoteWorker:
         self.running = 0
         self.waiting = 0
         self.capacity = 1
+        self.lag = 0.0
+        self.stalled = ""
         self.draining = False
         self._lost: str | None = None
         self._session = session
@@ -75,12 +83,28 @@ class RemoteWorker:
     @property
     def available(self) -> bool:
         """See ``Backend``."""
-        return not self.draining and self._lost is None
+        return not (self.draining or self.stalled) and self._lost is None
 
     @property
     def state(self) -> str:
-        """One word for people."""
-        return "draining" if self.draining else "ready"
+        """One of :data:`STATES`."""
+        if self.stalled:
+            return "stalled"
+        if self.draining:
+            return "draining"
+        return "busy" if max(self.in_flight, self.running) >= self.capacity else "ok"
+
+    @property
+    def instance(self) -> str:
+        """Tells the worker's process from another one of its name; empty if it did not say."""
+        peer = self._session.peer
+        return "" if peer is None else peer.instance
+
+    def leave(self, reason: str) -> None:
+        """Give it no more calls, and ask it to finish those that it has, and then to stop."""
+        self.draining = True
+        self._session.leave(reason)
+        self._wake()
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
@@ -113,6 +137,16 @@ class RemoteWorker:
         wake()
         return call
 
+    def note(self, beat: Heartbeat) -> None:
+        """Take down what the worker says of itself and of its calls."""
+        self.running, self.waiting, self.capacity = beat.running, beat.waiting, max(1, beat.capacity)
+        self.lag = beat.lag
+        for call_id, count in beat.progress:
+            call = self._calls.get(call_id)
+            if call is not None:
+                call.queued = count < 0
+                call.reported = max(0, count)
+
     def handle(self, event: CallEvent) -> None:
         """Pass an event of one of the calls on to it."""
         call = self._calls[event.call]
@@ -135,7 +169,9 @@ class RemoteWorker:
         self._lost = why
         for call_id, call in list(self._calls.items()):
             if not call.ended:
-                call.put(Failed(WorkerLost(self.name, why)))
+                # Of a worker that was about to stop, what it has not begun is given back, even if it could not say so.
+                given_back = self.draining and not call.begun
+                call.put(Failed(ShuttingDown() if given_back else WorkerLost(self.name, why)))
             self._release(call_id)
 
     def _release(self, call_id: int) -> None:

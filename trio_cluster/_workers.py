@@ -23,6 +23,7 @@ from ._link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
 from ._models import KINDS
 from ._options import ClusterServerOptions
 from ._ports import Listeners
+from ._pulse import with_pulse
 from ._registry import Registry
 from ._remote import RemoteWorker
 from ._version import __version__
@@ -46,6 +47,8 @@ _PROBED = "probed"
 _GOODBYE = 2.0
 #: A worker that was heard from within this many heartbeats is alive, and keeps its name.
 _ALIVE_BEATS = 2.5
+#: The part of the timeout after which a worker that is silent gets nothing new to do.
+_DOUBTFUL = 0.5
 
 
 class WorkerManager:
@@ -65,8 +68,14 @@ class WorkerManager:
         self._registry = registry
         self._options = options
         self._node_id = node_id
-        self._visits: set[_Visit] = set()
+        # A dict and not a set, for the order: what is done to all of them is done in the order in which they came.
+        self._visits: dict[_Visit, None] = {}
         self._empty = trio.lowlevel.ParkingLot()
+
+    @property
+    def sessions(self) -> list[MasterSession]:
+        """The conversations on all connections, oldest first, including those that are not (or no more) a worker's."""
+        return [visit.session for visit in self._visits]
 
     async def serve(
         self,
@@ -80,14 +89,14 @@ class WorkerManager:
     async def serve_stream(self, stream: trio.abc.Stream) -> None:
         """Talk with one worker until the link is over. Whatever it sends, nothing but cancellation comes out."""
         visit = _Visit(self, stream)
-        self._visits.add(visit)
+        self._visits[visit] = None
         try:
             await visit.run()
         except Exception:
             # A bug of ours, and still no reason for the other workers to lose their master.
             logger.exception("a worker's connection failed")
         finally:
-            self._visits.discard(visit)
+            self._visits.pop(visit, None)
             if not self._visits:
                 self._empty.unpark_all()
 
@@ -96,6 +105,20 @@ class WorkerManager:
         for visit in self._visits:
             visit.session.drain(reason)
             visit.link.wake()
+
+    def drain_worker(self, name: str, reason: str) -> dict[str, Any] | None:
+        """Ask one worker to finish its calls and to stop; it gets no more of them.
+
+        Returns:
+            What :meth:`status` says about it, or ``None`` if there is no worker of this name.
+        """
+        worker = self.workers.get(name)
+        if worker is None:
+            return None
+        worker.leave(reason)
+        fields = {"worker": name, "in_flight": worker.in_flight}
+        logger.info("worker is asked to stop: %s", reason, extra={"fields": fields})
+        return next(each for each in self.status() if each["id"] == name)
 
     async def hang_up(self, reason: str) -> None:
         """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
@@ -111,13 +134,17 @@ class WorkerManager:
         return [
             {
                 "id": worker.name,
+                "instance": worker.instance,
                 "address": worker.address,
                 "state": worker.state,
+                "draining": worker.draining,
+                "stalled": worker.stalled,
                 "models": sorted(worker.models),
                 "running": worker.running,
                 "waiting": worker.waiting,
                 "capacity": worker.capacity,
                 "in_flight": worker.in_flight,
+                "lag": round(worker.lag, 3),
                 "connected_for": round(now - worker.connected_at, 3),
             }
             for _, worker in sorted(self.workers.items())
@@ -131,8 +158,8 @@ class _Visit:
         self._manager = manager
         self._registry = manager._registry
         self._options = manager._options
-        self._stream = stream
         self._address = _peer(stream)
+        self._stream = stream = with_pulse(stream)
         self._worker: RemoteWorker | None = None
         self._instance = ""
         self._last_heard = trio.current_time()
@@ -150,6 +177,7 @@ class _Visit:
             self.session,
             on_events=self._handle_all,
             on_end=self._end,
+            before_tick=self._judge,
             timeout=self._options.worker_timeout,
         )
 
@@ -181,6 +209,21 @@ class _Visit:
         self._last_heard = trio.current_time()
         for event in events:
             self._handle(event)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Find out whether the worker can do anything."""
+        worker = self._worker
+        if worker is None:
+            return
+        stalled, silence = self.session.peer_blocked, self.session.silence(trio.current_time())
+        if silence > _DOUBTFUL * self._options.worker_timeout:
+            stalled = f"silent for {silence:.1f} s"
+        was, worker.stalled = worker.stalled, stalled
+        if stalled and not was:
+            self._log(f"worker stalled: {stalled}", worker, level=logging.WARNING, in_flight=worker.in_flight)
+        elif was and not stalled:
+            self._log("worker runs again", worker)
 
     def _handle(self, event: MasterEvent) -> None:
         worker = self._worker
@@ -193,8 +236,7 @@ class _Visit:
             return
         match event:
             case Heartbeat():
-                worker.running, worker.waiting = event.running, event.waiting
-                worker.capacity = max(1, event.capacity)
+                worker.note(event)
             case RegisterModel():
                 self._register(worker, event)
             case UnregisterModel():

@@ -17,21 +17,24 @@ import json
 import logging
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 import attrs
 import trio
 
 from . import _logs
 from ._arguments import log_settings, master_host, options_from, parse_arguments
+from ._ask import ask, node_url, printable
 from ._cluster import ClusterServer
 from ._errors import ClusterError, OptionsError
 from ._options import ClusterMode
-from ._status import describe_status, fetch_status, status_url
+from ._status import describe_calls, describe_status
 
 if TYPE_CHECKING:
     from .engines import ServeSpec
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at a worker that drains.
+_DRAIN_POLL: Final = 0.25
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,14 +252,90 @@ async def _demo_until_stopped(port: int, check: bool, host: str) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    options = options_from(arguments)
-    try:
-        url = status_url(arguments.url if arguments.url is not None else str(options.server.port))
-    except ValueError as error:
-        raise OptionsError(f"URL: {error}") from error
-    status = fetch_status(url, options.server.api_key)
+    status = _state(*_node_and_key(arguments))
     print(json.dumps(status, indent=2) if arguments.json else describe_status(status))
     return 0
+
+
+def _calls(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    calls = ask(node, "/cluster/calls", key, expected=("calls",))
+    print(json.dumps(calls, indent=2) if arguments.json else describe_calls(calls))
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
+    answer = ask(node, path, key, expected=("cancelled",), post={"reason": arguments.reason})
+    count = answer["cancelled"]
+    if count == 0:
+        print("its answer is over already; the work for it is about to stop")
+    else:
+        print("1 call was cancelled" if count == 1 else f"{printable(count)} calls were cancelled")
+    return 0
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    path = f"/cluster/workers/{quote(arguments.worker, safe='')}/drain"
+
+    def request() -> dict[str, Any]:
+        return ask(node, path, key, expected=("id", "instance", "in_flight"), post={})
+
+    worker = request()
+    if arguments.no_wait:
+        print(_what_drains(worker))
+        return 0
+    try:
+        _wait_until_it_has_left(worker, request, partial(_state, node, key))
+    except KeyboardInterrupt:
+        raise ClusterError(f"stopped waiting; the worker '{arguments.worker}' drains on") from None
+    return 0
+
+
+def _wait_until_it_has_left(
+    worker: dict[str, Any], request: Callable[[], object], state: Callable[[], dict[str, Any]]
+) -> None:
+    """Return when the process that was asked to stop is no longer among the workers, telling what it is about."""
+    told = ""
+    who = worker["id"], worker["instance"]
+    while True:
+        text = _what_drains(worker)
+        if text != told:
+            # Whoever waits for this may read it from a pipe.
+            print(text, flush=True)
+            told = text
+        time.sleep(_DRAIN_POLL)
+        workers = [each for each in state().get("workers") or () if isinstance(each, dict)]
+        # Another process may have come under its name, and is not the one that was asked.
+        same = [each for each in workers if (each.get("id"), each.get("instance")) == who]
+        if not same:
+            print(f"{printable(who[0])} has left", flush=True)
+            return
+        worker = same[0]
+        if not worker.get("draining"):
+            # It lost its link before it heard of it, and has come back.
+            request()
+
+
+def _what_drains(worker: dict[str, Any]) -> str:
+    count = printable(worker.get("in_flight"))
+    return f"{printable(worker['id'])} drains: {count} {'request' if count == '1' else 'requests'} in flight"
+
+
+def _node_and_key(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """Return which node is meant by the command line, and the key that it is to be shown."""
+    options = options_from(arguments)
+    try:
+        node = node_url(arguments.url if arguments.url is not None else str(options.server.port))
+    except ValueError as error:
+        raise OptionsError(f"URL: {error}") from error
+    return node, options.server.api_key
+
+
+def _state(node: str, key: str | None) -> dict[str, Any]:
+    return ask(node, "/cluster/status", key, expected=("mode", "models", "calls"))
 
 
 _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
@@ -262,4 +344,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "master": _master,
     "worker": _worker,
     "status": _status,
+    "calls": _calls,
+    "cancel": _cancel,
+    "drain": _drain,
 }

@@ -165,14 +165,20 @@ async def test_a_name_that_is_taken_is_refused_and_the_worker_stays(nodes: Nodes
 # Stopping
 
 
-@STOPS
+@pytest.mark.parametrize(
+    "stop", [signal.SIGTERM, signal.SIGINT, None], ids=["SIGTERM", "SIGINT", "from outside"]
+)
 async def test_a_worker_that_is_stopped_finishes_its_stream_first(
-    nodes: Nodes, nursery: trio.Nursery, stop: signal.Signals
+    nodes: Nodes, nursery: trio.Nursery, stop: signal.Signals | None
 ) -> None:
     master = await nodes.master()
     worker = await nodes.worker(master, "w", models="m")
     stream = await open_stream(nursery, master, "m", ticks=40, pause=0.05)
-    worker.send(stop)
+    if stop is None:
+        assert (await request(master, "POST", "/cluster/workers/w/drain")).status_code == 202
+        await worker.log("the master asks this worker to stop")
+    else:
+        worker.send(stop)
     await master.log("worker drains", worker="w")
     refused = await ask(master, "m")
     assert refused.status_code == 503
@@ -225,16 +231,55 @@ async def test_a_second_signal_stops_at_once(
     assert nodes.notes() == ["m cancelled"]
 
 
+@pytest.mark.parametrize(
+    ("role", "forwarded"),
+    [("master", False), ("master", True), ("worker", True)],
+    ids=["a master that answers itself", "a master that forwards", "a worker"],
+)
 async def test_what_does_not_finish_within_the_drain_timeout_is_cancelled_and_told_so(
-    nodes: Nodes, nursery: trio.Nursery
+    nodes: Nodes, nursery: trio.Nursery, role: str, forwarded: bool
 ) -> None:
-    master = await nodes.master("--drain-timeout", "0.5", models="m")
+    short = ("--drain-timeout", "0.5")
+    stopped = master = await nodes.master(*short, models="" if forwarded else "m")
+    if forwarded:
+        worker = await nodes.worker(master, "w", *short, models="m")
+        stopped = master if role == "master" else worker
     stream = await open_stream(nursery, master, "m", ticks=1000)
-    master.send(signal.SIGTERM)
+    stopped.send(signal.SIGTERM)
     cut = await stream.end(within=3)
     assert cut.report.ending == "failed"
-    assert await master.exit_code(within=3) == 0
-    assert nodes.notes() == ["m cancelled"]
+    assert cut.report.error is not None
+    assert cut.report.error["code"] == "cancelled"
+    assert await stopped.exit_code(within=3) == 0
+    await until(lambda: nodes.notes() == ["m cancelled"], within=1)
+    if role == "worker":
+        await models_become(master, set(), within=1)
+
+
+async def test_what_a_worker_has_not_begun_within_its_drain_timeout_is_given_to_another_one(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    master = await nodes.master("--on-conflict", "replicate")
+    narrow = ("--drain-timeout", "0.5", "--max-concurrency", "1", "--queue-timeout", "30")
+    first = await nodes.worker(master, "w1", *narrow, models="m")
+    begun = await open_stream(nursery, master, "m", ticks=1000)
+    answers: list[httpx.Response] = []
+
+    async def queue() -> None:
+        answers.append(await ask(master, "m"))
+
+    async def is_queued() -> bool:
+        return bool((await workers(master))["w1"]["in_flight"] == 2)
+
+    async with trio.open_nursery() as queuing:
+        queuing.start_soon(queue)
+        await until(is_queued, within=5)
+        await nodes.worker(master, "w2", models="m")
+        first.send(signal.SIGTERM)
+        assert (await begun.end(within=3)).report.ending == "failed"
+        assert await first.exit_code(within=3) == 0
+    assert answers[0].status_code == 200
+    assert nodes.notes() == ["m cancelled", "m finished"]
 
 
 # A master that is lost

@@ -204,28 +204,15 @@ async def test_a_client_that_leaves_while_it_uploads_starts_nothing(
 # Protocols and paths
 
 
-async def test_cleartext_http2_is_refused(house: House) -> None:
+async def test_cleartext_http2_is_refused_in_words_that_every_tool_shows(house: House) -> None:
     connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     connection.initiate_connection()
-    connection.send_headers(
-        1,
-        [(":method", "GET"), (":path", "/v1/models"), (":scheme", "http"), (":authority", "x")],
-        end_stream=True,
-    )
     async with house.connect() as wire:
         await wire.send(connection.data_to_send())
-        status, body = None, b""
-        while not body.endswith(b"}}"):
-            with trio.fail_after(5):
-                events = connection.receive_data(await wire.stream.receive_some())
-            for event in events:
-                if isinstance(event, h2.events.ResponseReceived):
-                    status = dict(event.headers)[b":status"]
-                elif isinstance(event, h2.events.DataReceived):
-                    body += event.data
-            await wire.send(connection.data_to_send())
-    assert status == b"505"
-    assert "HTTP/1.1" in json.loads(body)["error"]["message"]
+        answer = await wire.answer()
+        assert answer.status == 505
+        assert "HTTP/1.1" in answer.error["message"]
+        assert await wire.closed()
     assert house.backend.opened() == 0
 
 
@@ -244,7 +231,7 @@ async def test_websockets_are_refused_with_an_envelope(house: House) -> None:
 @pytest.mark.parametrize(
     ("target", "status"),
     [
-        ("http://localhost/health", 200), ("http://localhost", 200), ("?x=1", 404), ("*", 404),
+        ("http://localhost/health", 200), ("http://localhost", 200), ("?x=1", 400), ("*", 404),
         ("//v1/models", 200), ("/v1//models", 404), ("/v1/models/", 200), ("/%2e%2e/health", 404),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from trio_cluster._calls import WINDOW, Head
 from trio_cluster._errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow, WorkerLost
 from trio_cluster.http import _relay
 from trio_cluster.openai import DONE, PING
+from trio_cluster.testing import read_stream
 
 BODY = json.dumps(CHAT).encode()
 STREAM_BODY = json.dumps(STREAM).encode()
@@ -171,15 +172,71 @@ async def test_everything_that_waits_is_one_write() -> None:
     async with open_house(None) as house, house.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         served = await house.backend.next()
-        served.head(EVENTS).data(b"a").data(b"").data(b"b")
+        served.head(EVENTS).data(b"a\n\n").data(b"").data(b"b\n\n")
         await wire.head()
-        assert await wire.chunk() == b"ab"
+        assert await wire.chunk() == b"a\n\nb\n\n"
+        # The client keeps up, so nothing waits from here on.
         for number in range(50):
-            served.data(b"%d," % number)
-        assert await wire.chunk() == b"".join(b"%d," % number for number in range(50))
-        served.data(b"x").data(DONE).done()
-        assert await wire.chunk() == b"x" + DONE
+            served.data(b"%d\n\n" % number)
+        for number in range(50):
+            assert await wire.chunk() == b"%d\n\n" % number
+        served.data(DONE).done()
+        assert await wire.chunk() == DONE
         assert await wire.chunk() == b""
+
+
+async def test_an_event_is_sent_when_it_is_whole() -> None:
+    async with open_house(None) as house, house.connect() as wire:
+        await wire.request("POST", PATH, STREAM_BODY)
+        served = await house.backend.next()
+        served.head(EVENTS).data(b"data: 1\n\ndata: ")
+        await wire.head()
+        assert await wire.chunk() == b"data: 1\n\n"
+        served.data(b"2")
+        while served.taken < len(b"data: 1\n\ndata: 2"):
+            await trio.lowlevel.checkpoint()
+        served.data(b"\n\ndata: 3\n\n").data(DONE).done()
+        assert await wire.chunk() == b"data: 2\n\ndata: 3\n\n" + DONE
+        assert await wire.chunk() == b""
+
+
+async def test_a_stream_that_fails_in_the_middle_of_an_event_ends_with_whole_events_only() -> None:
+    async with open_house(None) as house, house.connect() as wire:
+        await wire.request("POST", PATH, STREAM_BODY)
+        served = await house.backend.next()
+        served.head(EVENTS).event("one").data(b'data: {"choices": [{"ind')
+        await wire.head()
+        body = await wire.chunk() or b""
+        served.fail(WorkerLost("w1", "killed"))
+        while chunk := await wire.chunk():
+            body += chunk
+        assert chunk is None
+        report = read_stream(body)
+        assert (report.ending, report.text) == ("failed", "one")
+
+
+async def test_an_event_that_is_too_large_to_be_kept_is_sent_as_it_comes_and_cut_without_a_word_when_it_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_relay, "EVENT", 4)
+    monkeypatch.setattr(_relay, "PING_EVERY", 0.01)
+    async with open_house(None) as house, house.connect() as wire:
+        await wire.request("POST", PATH, STREAM_BODY)
+        served = await house.backend.next()
+        served.head(EVENTS).data(b"data: 12")
+        await wire.head()
+        assert await wire.chunk() == b"data: 12"
+        served.data(b"3")
+        assert await wire.chunk() == b"3"
+        served.data(b"\n\n")
+        assert await wire.chunk() == b"\n\n"
+        # Between events there may be comments again.
+        assert await wire.chunk() == PING
+        served.data(b"data: 45").fail(WorkerLost("w1", "killed"))
+        while (chunk := await wire.chunk()) == PING:
+            pass
+        assert chunk == b"data: 45"
+        assert await wire.chunk() is None
 
 
 async def test_a_stream_that_is_complete_at_once_is_one_response_with_its_length() -> None:
@@ -595,7 +652,7 @@ async def test_a_client_that_leaves_while_a_write_to_it_is_stuck_cancels_the_cal
         with trio.fail_after(5):
             # Full means: a window's worth waits, since nobody takes any more.
             while served.call.waiting_bytes < WINDOW:
-                served.data(b"x" * 65536)
+                served.data(b"x" * 65536 + b"\n\n")
                 for _ in range(20):
                     await trio.lowlevel.checkpoint()
         await _leave(wire, leave)

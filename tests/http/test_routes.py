@@ -72,7 +72,7 @@ async def test_unknown_paths_and_wrong_methods_are_envelopes_and_keep_the_connec
             ("GET", PATH, 405, {"POST", "OPTIONS"}),
             ("DELETE", "/v1/models/m", 405, {"GET", "HEAD", "OPTIONS"}),
             ("POST", "/health", 405, {"GET", "HEAD", "OPTIONS"}),
-            ("BREW", "/health", 405, {"GET", "HEAD", "OPTIONS"}),
+            ("PROPFIND", "/health", 405, {"GET", "HEAD", "OPTIONS"}),
         ):
             await wire.request(method, path, b"{}" if method == "POST" else None)
             answer = await wire.answer()
@@ -175,8 +175,17 @@ async def test_the_metrics_are_the_books(house: House) -> None:
     assert numbers["trio_cluster_models{kind=chat}"] == 2
     assert numbers["trio_cluster_models{kind=embedding}"] == 1
     assert numbers["trio_cluster_draining"] == 0
+    assert numbers["trio_cluster_cancel_seconds_count"] == 0
     await served.wait_cancelled()
-    assert (await scrape(house))["trio_cluster_calls_ended_total{outcome=cancelled}"] == 1
+    numbers = await scrape(house)
+    assert numbers["trio_cluster_calls_ended_total{outcome=cancelled}"] == 1
+    assert numbers["trio_cluster_cancel_seconds_count"] == 1
+    assert numbers["trio_cluster_cancel_seconds_sum"] > 0
+    buckets = [
+        value for name, value in numbers.items() if name.startswith("trio_cluster_cancel_seconds_bucket")
+    ]
+    assert buckets == sorted(buckets)
+    assert numbers["trio_cluster_cancel_seconds_bucket{le=+Inf}"] == 1
 
 
 async def test_the_metrics_show_what_the_node_adds(house: House) -> None:

@@ -11,9 +11,9 @@ import hypercorn.utils
 import pytest
 import trio
 from house import EVENTS, STREAM, House, Served, Wire, listener, listening_socket, open_house, raw_request
-from hypercorn.trio.tcp_server import TCPServer
 
 from trio_cluster.http import UNREAD_TIME, _serving, serve_http
+from trio_cluster.http._http1 import Http1Connection
 
 PATH = "/v1/chat/completions"
 STREAM_BODY = json.dumps(STREAM).encode()
@@ -26,7 +26,7 @@ async def fill(wire: Wire, house: House) -> Served:
     served.head(EVENTS)
     with trio.fail_after(5):
         while served.call.waiting_bytes < 1 << 18:
-            served.data(b"x" * 65536)
+            served.data(b"x" * 65536 + b"\n\n")
             for _ in range(20):
                 await trio.lowlevel.checkpoint()
     return served
@@ -39,7 +39,7 @@ async def test_accepted_connections_have_a_limit_for_unread_bytes_and_no_delay()
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             raise NotImplementedError
-        sock = scope["state"]["trio_cluster.connection"]._socket
+        sock = scope["state"]["trio_cluster.connection"]._stream.socket
         options.append(
             (
                 sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
@@ -178,16 +178,17 @@ async def test_an_infinite_grace_waits_for_as_long_as_it_takes() -> None:
 async def test_a_connection_that_fails_ends_nobody_elses(
     house: House, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = TCPServer.run
+    serve = Http1Connection.serve
 
-    async def fail_once(self: TCPServer) -> None:
-        monkeypatch.setattr(TCPServer, "run", run)
+    async def fail_once(self: Http1Connection) -> None:
+        monkeypatch.setattr(Http1Connection, "serve", serve)
+        self.close()
         raise RuntimeError("a bug")
 
     async with house.connect() as other:
         await other.request("GET", "/health")
         assert (await other.answer()).status == 200
-        monkeypatch.setattr(TCPServer, "run", fail_once)
+        monkeypatch.setattr(Http1Connection, "serve", fail_once)
         async with house.connect() as wire:
             assert await wire.closed()
         await other.request("GET", "/health")

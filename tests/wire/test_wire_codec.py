@@ -30,6 +30,7 @@ from trio_cluster.wire import (
     Grant,
     Handshake,
     Heartbeat,
+    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
@@ -53,6 +54,7 @@ EXAMPLES: list[Message] = [
     UnregisterModel("echo"),
     Heartbeat(),
     Heartbeat(3, 1, 10),
+    Heartbeat(3, 1, 10, 2.5, "handler of 'm' (app.py:12 in compute)", ((1, 0), (7, -1))),
     ForwardRequest(
         1, "chat.completions", "chat", "echo", "application/json", {"x-a": "é"}, "r", 60.0, 0.5, 9
     ),
@@ -69,6 +71,7 @@ EXAMPLES: list[Message] = [
     Cancel(7, "client left"),
     Grant(7, WINDOW),
     Drain("restart"),
+    Leave("upgrade"),
 ]
 
 
@@ -109,6 +112,7 @@ def test_the_numbers_on_the_wire_are_those_of_protocol_1() -> None:
         "Cancel",
         "Grant",
         "Drain",
+        "Leave",
     ]
 
 
@@ -165,7 +169,7 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([True, {"call": 1}]), "a tag that is not an integer but bool"),
         (raw([9.0, {"call": 1}]), "a tag that is not an integer but float"),
         (raw([[9], {"call": 1}]), "a tag that is not an integer but list"),
-        (raw([14, {}]), "an unknown message, tag 14"),
+        (raw([15, {}]), "an unknown message, tag 15"),
         (raw([-1, {}]), "an unknown message, tag -1"),
         (raw([9, [7]]), "Done: the body is no map but list"),
         (raw([9, None]), "Done: the body is no map but NoneType"),
@@ -184,12 +188,25 @@ def test_what_is_no_batch_is_refused_and_the_reason_says_why(data: bytes, reason
 WRONG: dict[str, list[Any]] = {
     "int": ["7", 7.9, 7.0, True, None, b"7", [7], {"a": 7}],
     "str": [7, 7.5, True, None, b"x", ["x"], {"x": "x"}],
+    "float": ["7", True, None, b"7", [7.0], {}],
     "str | None": [7, True, b"x", ["x"], {}],
     "float | None": ["7", True, b"7", [7.0], {}],
     "bool": [0, 1, "true", None],
     "bytes | memoryview": ["text", 7, None, [1, 2]],
     "dict[str, str]": [[], [["a", "b"]], "a", None, {"a": 1}, {1: "a"}, {"a": None}],
     "dict[str, Any]": [[], "a", 1, None, {1: "a"}],
+    "tuple[tuple[int, int], ...]": [
+        {},
+        {1: 2},
+        7,
+        None,
+        [7],
+        [[7]],
+        [[7, "1"]],
+        [[7, True]],
+        [[7, 1.0]],
+        [[7, 1, 2]],
+    ],
     "tuple[tuple[str, str], ...]": [
         {},
         {"a": "b"},
@@ -246,6 +263,15 @@ OUTSIDE: list[tuple[type[Message], str, Any]] = [
     (ModelRejected, "reason", "x" * 8193),
     (Heartbeat, "running", -1),
     (Heartbeat, "capacity", 1 << 31),
+    (Heartbeat, "lag", -0.1),
+    (Heartbeat, "lag", math.inf),
+    (Heartbeat, "lag", math.nan),
+    (Heartbeat, "blocked", "x" * 513),
+    (Heartbeat, "progress", ((0, 1),)),
+    (Heartbeat, "progress", ((1 << 63, 1),)),
+    (Heartbeat, "progress", ((1, -2),)),
+    (Heartbeat, "progress", ((1, 1 << 63),)),
+    (Heartbeat, "progress", ((1, 1),) * 1025),
     (ForwardRequest, "call", 0),
     (ForwardRequest, "call", -1),
     (ForwardRequest, "call", 1 << 63),
@@ -280,6 +306,7 @@ OUTSIDE: list[tuple[type[Message], str, Any]] = [
     (Grant, "credit", -5),
     (Grant, "credit", WINDOW + 1),
     (Drain, "reason", "x" * 8193),
+    (Leave, "reason", "x" * 8193),
 ]
 
 
@@ -315,6 +342,7 @@ def test_the_largest_message_of_each_kind_leaves_room_for_the_batch_before_it() 
         ForwardRequest(1, name, name, name, "é" * 512, texts, wide * 512, None, None, -1),
         Failed(1, 500, wide * TEXT_MAX, wide * 512, wide * 512, wide * 512, None),
         Drain(wide * TEXT_MAX),
+        Heartbeat(0, 0, 0, 1.0, wide * 512, (((1 << 63) - 1, (1 << 63) - 1),) * 1024),
     ]
     for message in largest:
         assert len(encode([message])) < MAX_MESSAGE - PIECE

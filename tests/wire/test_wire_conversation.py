@@ -23,6 +23,7 @@ from trio_cluster.wire import (
     ForwardResponse,
     Grant,
     Heartbeat,
+    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
@@ -341,6 +342,7 @@ ANY_MESSAGE: st.SearchStrategy[Message] = st.one_of(
             UnregisterModel("m"),
             ModelRegistered("m"),
             ModelRejected("m", "no"),
+            Leave("now"),
         ]
     ),
 )

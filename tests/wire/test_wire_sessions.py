@@ -29,6 +29,7 @@ from trio_cluster.wire import (
     Handshake,
     HandshakeError,
     Heartbeat,
+    Leave,
     MasterSession,
     Message,
     ModelRegistered,
@@ -122,9 +123,9 @@ def test_no_call_can_be_opened_before_the_handshake() -> None:
         Link().open()
 
 
-@pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no")])
+@pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Leave("go")])
 def test_a_master_is_not_told_what_only_masters_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match="a misdirected Model"):
+    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Leave)"):
         shaken().master.receive(encode([message]), 0.0)
 
 
@@ -143,10 +144,16 @@ def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
     link.master.model_registered("echo")
     link.master.model_rejected("other", "x" * 10_000)
     link.master.drain("upgrade")
+    link.master.leave("y" * 10_000)
     to_master, to_worker = link.settle()
     assert to_master == [RegisterModel.of(info), UnregisterModel("old"), Drain("restart")]
     assert to_master[0].info() == info
-    assert to_worker == [ModelRegistered("echo"), ModelRejected("other", "x" * 8191 + "…"), Drain("upgrade")]
+    assert to_worker == [
+        ModelRegistered("echo"),
+        ModelRejected("other", "x" * 8191 + "…"),
+        Drain("upgrade"),
+        Leave("y" * 8191 + "…"),
+    ]
 
 
 # Time
@@ -188,6 +195,65 @@ def test_a_load_below_zero_is_refused_where_it_is_set() -> None:
     with pytest.raises(ValueError, match="waiting"):
         worker.load = (0, -1, 4)
     assert worker.load == (0, 0, 0)
+
+
+def test_heartbeats_carry_the_lag_and_how_far_each_call_is() -> None:
+    link = shaken()
+    link.worker.load = (1, 1, 4)
+    link.worker.lag = 2.5
+    link.worker.tell_progress([(1, 700), (2, -1)])
+    link.worker.beat()
+    assert link.settle()[0] == [Heartbeat(1, 1, 4, 2.5, progress=((1, 700), (2, -1)))]
+    link.worker.load = (2, 0, 4)
+    link.worker.beat()
+    assert link.settle()[0] == [Heartbeat(2, 0, 4, 2.5, progress=((1, 700), (2, -1)))]
+
+
+def test_of_very_many_calls_only_some_are_told_about() -> None:
+    link = shaken()
+    link.worker.tell_progress((call, 0) for call in range(1, 2000))
+    link.worker.beat()
+    (beat,) = link.settle()[0]
+    assert [call for call, _ in beat.progress] == list(range(1, 1025))
+
+
+def test_a_heartbeat_for_a_blocked_end_is_made_without_touching_what_waits() -> None:
+    link = shaken()
+    link.worker.load = (1, 0, 4)
+    link.worker.drain("later")
+    data = link.worker.heartbeat_while_blocked(7.5, "x" * 600)
+    assert decode(data) == [Heartbeat(1, 0, 4, 7.5, "x" * 511 + "…")]
+    assert written(link.worker) == [Drain("later")]
+    assert written(link.worker) == []
+
+
+def test_what_blocks_the_peer_is_known_until_it_says_otherwise() -> None:
+    link = shaken()
+    assert link.master.peer_blocked == ""
+    link.master.receive(link.worker.heartbeat_while_blocked(7.5, "handler of 'm'"), 1.0)
+    assert link.master.peer_blocked == "handler of 'm'"
+    link.master.receive(encode([Drain("later")]), 1.0)
+    assert link.master.peer_blocked == "handler of 'm'"
+    link.master.receive(encode([Heartbeat()]), 2.0)
+    assert link.master.peer_blocked == ""
+
+
+def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> None:
+    session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
+    session.receive(encode([GREETING]), 10.0)
+    assert session.silence(25.0) == 15.0
+    session.excuse(60.0, 85.0)
+    assert session.silence(85.0) == 15.0
+    session.tick(99.9)
+    with pytest.raises(PeerSilent):
+        session.tick(100.0)
+
+
+def test_no_excuse_lets_a_peer_be_heard_in_the_future() -> None:
+    session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
+    session.receive(encode([GREETING]), 80.0)
+    session.excuse(60.0, 80.0)
+    assert session.silence(81.0) == 1.0
 
 
 def test_silence_ends_the_session_and_any_message_is_a_sign_of_life() -> None:
@@ -650,6 +716,7 @@ def test_a_closed_session_says_nothing_hears_nothing_and_swallows_what_its_users
     link.master.send_body(call, b"x", last=True)
     link.master.cancel(call, "x")
     link.master.model_registered("m")
+    link.master.leave("x")
     with pytest.raises(WorkerLost, match=r"'w' .* cut off"):
         link.open()
     link.worker.respond(call, 200, "text/plain")

@@ -19,6 +19,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from .._errors import ApiError, HandlerFailed, InvalidRequest
 from ._exchange import exchange_of
 from ._gate import App, Gate
+from ._operator import add_operator_routes
 from ._reply import error_reply
 from ._routes import add_routes, respond
 from ._site import Site
@@ -55,6 +56,7 @@ def create_app(site: Site) -> QuartTrio:
     app.register_error_handler(HTTPException, _on_http_exception)
     app.register_error_handler(Exception, _on_exception)
     add_routes(app, site)
+    add_operator_routes(app, site)
     return app
 
 

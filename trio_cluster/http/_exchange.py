@@ -9,10 +9,10 @@ more.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Final, cast
 
+from .. import _chance
 from .._calls import Call
 
 __all__ = ["Exchange", "exchange_of"]
@@ -26,9 +26,10 @@ class Exchange:
 
     Args:
         headers: the request's headers as they came, names in lower case.
+        client: the address it came from, if that is known.
 
     Attributes:
-        headers: as given.
+        headers, client: as given.
         request_id: the client's own if it sent a sane one, otherwise a new one.
         body: the whole body of the request.
         cut: the answer has failed after it began; the connection must be ended so that nobody takes the
@@ -36,10 +37,11 @@ class Exchange:
             a complete one.
     """
 
-    __slots__ = ("_calls", "body", "cut", "headers", "request_id")
+    __slots__ = ("_calls", "body", "client", "cut", "headers", "request_id")
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "") -> None:
         self.headers = list(headers)
+        self.client = client
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.body = b""
         self.cut = False
@@ -78,4 +80,4 @@ def exchange_of(scope: Mapping[str, Any]) -> Exchange:
 def _request_id(offered: bytes | None) -> str:
     if offered and len(offered) <= _MAX_REQUEST_ID and all(0x20 <= byte <= 0x7E for byte in offered):
         return offered.decode("ascii")
-    return "req_" + secrets.token_hex(16)
+    return "req_" + _chance.token(16)

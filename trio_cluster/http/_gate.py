@@ -1,25 +1,20 @@
-"""The gate between the HTTP server and the web framework.
+"""The gate that every request passes: an ASGI application in front of the framework's.
 
-An ASGI wrapper that every request passes. It keeps out what must not get in, and it makes up for what the two
-libraries on either side of it do not do together:
+It keeps out what must not get in, and holds together what the server and the framework do not:
 
-- *Order.* A request is judged by its head first (protocol version, key, declared length), and its body is
-  read afterwards: a client without a key cannot make the node store anything. The body is read whole, under a
-  size limit and two deadlines, before the framework sees the request.
-- *An answer to an unread body.* An HTTP/1.1 connection whose request was answered before it was read is in no
-  state to be used again, and closing it at once makes the client lose the answer. So a refusal first reads
-  and drops a small rest; a large one it answers at once, with ``Connection: close``, and goes on dropping for
-  a while before it closes.
-- *The last byte.* The framework cancels the request's tasks as soon as the answer is complete, in the middle
-  of the server's own bookkeeping; the connection's idle timer would never start again. The last ``send`` is
-  shielded.
-- *Leaving.* The server tells that the client has left even while a write to it is stuck and the framework
-  cannot run. The gate hears it first, and cancels the calls of the exchange then and there.
-- *Cutting.* The framework ends every body well. The gate withholds the end of one that has failed, and the
-  server then closes the connection without the terminating chunk.
-
-HTTP/2 is refused: the server accepts it in cleartext without being asked, and has no write backpressure
-there.
+- *Order.* A request is judged by its head first (protocol version, key, declared length), and its body is read
+  afterwards: a client without a key cannot make the node store anything. The body is read whole, under a size limit
+  and two deadlines, before anybody works on the request.
+- *Routes of models* are answered here, by the relay; the framework, which would cost more than all the rest, gets
+  what is not hot.
+- *An answer to an unread body.* An HTTP/1.1 connection whose request was answered before it was read is in no state
+  to be used again, and closing it at once makes the client lose the answer. So a refusal first reads and drops a small
+  rest; a large one it answers at once, with ``Connection: close``, and goes on dropping for a while before it closes.
+- *The last byte.* The framework cancels the request's tasks as soon as it has given away the end of the answer, and a
+  write that is cancelled is the end of its connection. So the last one is shielded.
+- *Leaving.* Whatever a request has opened ends with it, in a ``finally`` that no way of leaving can pass by.
+- *Cutting.* The framework ends every body well. The gate withholds the end of one that has failed, and the server
+  then closes the connection without the terminating chunk.
 """
 
 from __future__ import annotations
@@ -27,16 +22,19 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 
 from .._errors import ApiError, HandlerFailed, InvalidRequest
+from ..openai import ENDPOINTS, Endpoint
 from ._exchange import Exchange
+from ._relay import relay
 from ._reply import Reply, error_reply
+from ._short import Connection
 from ._site import Site
 
-__all__ = ["App", "Connection", "Gate", "Receive", "Scope", "Send"]
+__all__ = ["App", "Gate", "Receive", "Scope", "Send"]
 
 logger = logging.getLogger("trio_cluster.http")
 
@@ -65,15 +63,12 @@ LINGER_TIME = 10.0
 #: Where the server leaves the connection of a request, for those who may have to break it.
 CONNECTION_KEY: Final = "trio_cluster.connection"
 
+#: The routes that are answered by models; every route of the OpenAI API is served under each prefix.
+_ENDPOINTS: Final = {
+    prefix + endpoint.path: endpoint for endpoint in ENDPOINTS.values() for prefix in ("/v1", "")
+}
+
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
-
-
-class Connection(Protocol):
-    """The connection that a request came on."""
-
-    def reset(self) -> None:
-        """Break it, so that the peer sees an error and not an end."""
-        ...
 
 
 class Gate:
@@ -107,7 +102,7 @@ class _Passage:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._exchange = Exchange(scope["headers"])
+        self._exchange = Exchange(scope["headers"], _address(scope))
         self._received = 0
         self._complete = False  # the request's body has arrived
         self._handed_on = False  # ... and the application has been given it
@@ -127,20 +122,46 @@ class _Passage:
             return
         scope = {**self._scope, "path": path}
         exchange.enter(scope)
+        endpoint = _ENDPOINTS.get(path.rstrip("/")) if scope["method"] == "POST" else None
         try:
-            await self._app(scope, self._receive_for_app, self._send_for_app)
+            if endpoint is not None:
+                await self._relay(endpoint)
+            else:
+                await self._app(scope, self._receive_for_app, self._send_for_app)
         except* Exception as group:
             logger.error(
                 "the application failed on %s %s", scope["method"], path, exc_info=group,
                 extra={"fields": {"request_id": exchange.request_id}},
             )  # fmt: skip
         finally:
+            self._left = self._left or self._is_gone()
             exchange.abandon("client left" if self._left else "the exchange has ended")
+            self._site.end_answer(exchange)
         if not (self._started or self._left):
             await self._refuse(HandlerFailed("The server failed to answer this request"))
         elif exchange.cut and self._scope["http_version"] == "1.0":
             # Without chunks, the end of the connection is the end of the answer.
             self._reset()
+
+    async def _relay(self, endpoint: Endpoint) -> None:
+        """Answer a request for a model, without the framework: it would take as long as all the rest."""
+        try:
+            reply = await relay(self._site, endpoint, self._exchange)
+        except ApiError as error:
+            reply = error_reply(error)
+        self._started = True
+        await self._send(_start(reply, self._exchange.request_id))
+        if isinstance(reply.body, bytes):
+            await self._send({"type": "http.response.body", "body": reply.body})
+            return
+        try:
+            while True:
+                piece = await reply.body.receive()
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                reply.body.shorten(self._connection)
+        except trio.EndOfChannel:
+            if not self._exchange.cut:
+                await self._send({"type": "http.response.body", "body": b""})
 
     # Judging the head
 
@@ -153,6 +174,8 @@ class _Passage:
         version = self._scope["http_version"]
         if version not in _VERSIONS:
             raise InvalidRequest(f"HTTP/{version} is not spoken here; use HTTP/1.1", status=505)
+        if (self._exchange.header(b"upgrade") or b"").lower() == b"websocket":
+            raise InvalidRequest("There are no websockets here", status=404)
         path: str = self._scope["path"]
         if "://" in path and not path.startswith("/"):
             path = "/" + path.partition("://")[2].partition("/")[2]
@@ -254,10 +277,17 @@ class _Passage:
         with trio.CancelScope(shield=True):
             await self._send(message)
 
-    def _reset(self) -> None:
+    @property
+    def _connection(self) -> Connection | None:
         connection: Connection | None = self._scope.get("state", {}).get(CONNECTION_KEY)
-        if connection is not None:
-            connection.reset()
+        return connection
+
+    def _is_gone(self) -> bool:
+        return self._connection is not None and self._connection.gone
+
+    def _reset(self) -> None:
+        if self._connection is not None:
+            self._connection.reset()
 
     # What the application is given
 
@@ -282,6 +312,14 @@ class _Passage:
             await self._send(message)
         elif not self._exchange.cut:
             await self._send_last(message)
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    if not client:
+        return ""
+    host, port = client[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _too_large(limit: int) -> ApiError:

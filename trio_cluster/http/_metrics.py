@@ -7,13 +7,20 @@ numbers are of one instant and add up, and a request costs nothing for being cou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import attrs
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from .._registry import Durations
 from ._reply import Reply
 from ._site import Site
 
@@ -62,6 +69,11 @@ class _Collector(Collector):
         yield GaugeMetricFamily(
             _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(registry.live)
         )
+        yield _histogram(
+            "cancel_seconds",
+            "From giving a call up until its work had really stopped.",
+            registry.cancels,
+        )
         models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
         kinds = [info.kind for info in registry.infos()]
         for kind in sorted(set(kinds)):
@@ -85,3 +97,9 @@ class _Collector(Collector):
                 )
             family.add_metric(list(measure.labels.values()), measure.value)
         yield from families.values()
+
+
+def _histogram(name: str, about: str, durations: Durations) -> HistogramMetricFamily:
+    bounds = [*map(str, durations.BOUNDS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
+    return HistogramMetricFamily(_PREFIX + name, about, buckets=buckets, sum_value=durations.total)

@@ -3,7 +3,8 @@
 The request is read once and checked, opened, and held by its exchange. From then on the only question is when
 to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
 
-- an event stream begins with its first event; a failure after that is one error event;
+- an event stream begins with its first event; a failure after that is one error event. So events are sent whole:
+  one that fails half-way would otherwise have its error in the middle of it;
 - audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
 - everything else is sent when it is complete. Only an answer that is larger than :data:`COLLECT` is begun
   earlier, so that memory stays bounded.
@@ -13,7 +14,8 @@ else that is done to a token. A failed one cuts the exchange, and the gate then 
 that no client takes for the end of the answer.
 
 The node that runs the handler keeps the time, and its message is the better one. The deadlines here are what
-is left when that node fails to; they come :data:`GRACE` later.
+is left when that node fails to; they come :data:`GRACE` later. All of them are counted from the opening of the
+call, also where that call was lost and is opened once more elsewhere: the client has not begun to wait anew.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ import math
 import re
 from typing import Any, Final
 
+import attrs
 import trio
 
 from .._calls import Call, Data, Done, Event, Failed, Head, Request
-from .._errors import HandlerFailed, InvalidRequest, TooSlow
+from .._errors import ApiError, HandlerFailed, InvalidRequest, TooSlow
 from ..openai import PING, Endpoint, error_event
 from ._exchange import Exchange
 from ._reply import Reply
+from ._short import Connection, ShortWay
 from ._site import Site
 
 __all__ = ["COLLECT", "GRACE", "PING_EVERY", "relay"]
@@ -44,6 +48,10 @@ GRACE: Final = 2.0
 #: client, and to find out whether the client is still there.
 PING_EVERY: Final = 10.0
 
+#: Bytes of one event that are kept until it is complete. A larger one is sent as it comes, and if its answer fails
+#: before it is complete, there is no error event.
+EVENT: Final = 1 << 20
+
 #: Bytes of a request from which reading it in the event loop would be felt by the others.
 _READ_IN_THREAD: Final = 1 << 20
 
@@ -54,6 +62,9 @@ _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 #: Latin-1.
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: Ends an event.
+_BLANK_LINE: Final = b"\n\n"
 
 #: So that nothing between here and the client keeps a stream back.
 _FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
@@ -89,22 +100,23 @@ async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
         ApiError: what the client is to be told instead.
     """
     request = await _read(site, endpoint, exchange)
+    limits = _Limits(request.timeout, request.budget, trio.current_time())
     call = site.registry.open(request)
     exchange.hold(call)
-    patience = request.timeout + GRACE
-    event = await _next(call, patience)
+    site.begin_answer(exchange)
+    event = await _next(call, limits, limits.began)
     if isinstance(event, Failed):
-        again = site.registry.reopen(call)
+        again = site.registry.reopen(call, limits.budget_left)
         if again is None:
             raise event.error
         call = again
         exchange.hold(call)
-        event = await _next(call, patience)
+        event = await _next(call, limits, limits.began)
         if isinstance(event, Failed):
             raise event.error
     if not isinstance(event, Head):  # the grammar of calls forbids it
         raise HandlerFailed
-    return await _reply(call, event, exchange, patience)
+    return await _reply(call, event, exchange, limits)
 
 
 async def _read(site: Site, endpoint: Endpoint, exchange: Exchange) -> Request:
@@ -135,6 +147,7 @@ async def _read(site: Site, endpoint: Endpoint, exchange: Exchange) -> Request:
         timeout=timeout,
         budget=budget,
         parsed=parsed,
+        client=exchange.client,
     )
 
 
@@ -181,20 +194,45 @@ def _seconds(value: bytes | None) -> float | None:
     return (float(text) or None) if _SECONDS.fullmatch(text) else None
 
 
-async def _next(call: Call, patience: float) -> Event:
-    """Return the call's next event, or give the call up."""
-    with trio.move_on_after(patience):
+@attrs.frozen
+class _Limits:
+    """How long the client of one request waits."""
+
+    timeout: float
+    """The longest silence."""
+    budget: float
+    """The time for the whole answer."""
+    began: float
+    """When the request was opened; before that, it was the client who took his time."""
+
+    @property
+    def budget_left(self) -> float:
+        return self.began + self.budget - trio.current_time()
+
+    def late(self, since: float) -> float:
+        """Return when to give up an answer that is silent since then."""
+        return min(since + self.timeout, self.began + self.budget) + GRACE
+
+    def give_up(self, call: Call) -> TooSlow:
+        """Cancel a call, and return what to tell the client.
+
+        The node should have said so earlier, and did not; what counts for the client is what it was promised.
+        """
+        if self.budget_left <= 0:
+            call.cancel(f"not complete within {self.budget:g} s")
+            return TooSlow(f"The answer was not complete within {self.budget:g} s")
+        call.cancel(f"silent for {self.timeout:g} s")
+        return TooSlow(f"The model gave nothing for {self.timeout:g} s")
+
+
+async def _next(call: Call, limits: _Limits, since: float) -> Event:
+    """Return the call's next event, or give the call up, which is silent since then."""
+    with trio.move_on_at(limits.late(since)):
         return await call.receive()
-    raise _give_up(call, patience)
+    raise limits.give_up(call)
 
 
-def _give_up(call: Call, patience: float) -> TooSlow:
-    # The node should have said so earlier, and did not; what counts for the client is what it was promised.
-    call.cancel(f"silent for {patience:g} s")
-    return TooSlow(f"The model gave nothing for {patience - GRACE:g} s")
-
-
-def _take(call: Call, into: list[bytes | memoryview]) -> None:
+def _take(call: Call | ShortWay, into: list[bytes | memoryview]) -> None:
     """Take all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
     try:
         while True:
@@ -205,7 +243,7 @@ def _take(call: Call, into: list[bytes | memoryview]) -> None:
         pass
 
 
-async def _reply(call: Call, head: Head, exchange: Exchange, patience: float) -> Reply:
+async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) -> Reply:
     """Decide how the answer that ``head`` begins is sent."""
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
@@ -217,7 +255,7 @@ async def _reply(call: Call, head: Head, exchange: Exchange, patience: float) ->
     pieces: list[bytes | memoryview] = []
     _take(call, pieces)
     while call.end is None and not as_it_comes and sum(map(len, pieces)) <= COLLECT:
-        event = await _next(call, patience)
+        event = await _next(call, limits, trio.current_time())
         if isinstance(event, Data) and event.data:
             pieces.append(event.data)
         _take(call, pieces)
@@ -226,7 +264,7 @@ async def _reply(call: Call, head: Head, exchange: Exchange, patience: float) ->
     data = b"".join(pieces)
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, _Stream(call, exchange, data, events, patience))
+    return Reply(head.status, headers, _Stream(call, exchange, data, events, limits))
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -244,53 +282,104 @@ def _headers(head: Head) -> list[tuple[str, str]]:
 class _Stream:
     """The body of an answer that has begun and is not complete."""
 
-    def __init__(self, call: Call, exchange: Exchange, first: bytes, events: bool, patience: float) -> None:
+    def __init__(self, call: Call, exchange: Exchange, first: bytes, events: bool, limits: _Limits) -> None:
         self._call = call
         self._exchange = exchange
         self._first = first
         self._events = events
-        self._patience = patience
+        self._limits = limits
         self._silent_since: float | None = None
+        self._source: Call | ShortWay = call
+        self._rest = b""  # of an event that is not complete, and not sent
+        self._torn = False  # an event has been sent that is not complete
         self._over = False
 
     async def receive(self) -> bytes:
         """See ``Body``. The exchange has been cut if the end is not a good one."""
         if self._over:
             raise trio.EndOfChannel
-        pieces: list[bytes | memoryview] = []
-        if self._first:
-            pieces.append(self._first)
-            self._first = b""
-        _take(self._call, pieces)
-        while not pieces and self._call.end is None:
-            # Only waiting counts as silence. While the client is slow, it is not the model that is late.
-            if self._silent_since is None:
-                self._silent_since = trio.current_time()
-            late = self._silent_since + self._patience
-            until = min(late, trio.current_time() + PING_EVERY) if self._events else late
-            event: Event | None = None
-            with trio.move_on_at(until):
-                event = await self._call.receive()
-            if event is None and until < late:
-                return PING
-            if event is None:
-                return self._fail(pieces, Failed(_give_up(self._call, self._patience)))
+        while True:
+            pieces: list[bytes | memoryview] = []
+            if self._first:
+                pieces.append(self._first)
+                self._first = b""
+            _take(self._source, pieces)
+            while not pieces and self._call.end is None:
+                # Only waiting counts as silence. While the client is slow, it is not the model that is late.
+                if self._silent_since is None:
+                    self._silent_since = trio.current_time()
+                late = self._limits.late(self._silent_since)
+                pings = self._events and not self._torn
+                until = min(late, trio.current_time() + PING_EVERY) if pings else late
+                event: Event | None = None
+                with trio.move_on_at(until):
+                    event = await self._source.receive()
+                if event is None and isinstance(self._source, ShortWay):
+                    if self._source.left_over:
+                        self._source.left_over = False
+                        return b""
+                    if self._source.last > self._silent_since:
+                        self._silent_since = self._source.last
+                        continue
+                if event is None and until < late:
+                    return PING
+                if event is None:
+                    return self._fail(b"", self._limits.give_up(self._call))
+                self._silent_since = None
+                if isinstance(event, Data) and event.data:
+                    pieces.append(event.data)
+                _take(self._source, pieces)
             self._silent_since = None
-            if isinstance(event, Data) and event.data:
-                pieces.append(event.data)
-            _take(self._call, pieces)
-        self._silent_since = None
-        if isinstance(self._call.end, Failed):
-            return self._fail(pieces, self._call.end)
-        if pieces:
-            return b"".join(pieces)
-        raise trio.EndOfChannel
+            data = b"".join(pieces)
+            if self._events and data:
+                data = self._whole_events(data)
+            end = self._call.end
+            if isinstance(end, Failed):
+                return self._fail(data, end.error)
+            if end is None and trio.current_time() >= self._limits.late(math.inf):
+                # It goes on and on, as a handler can that shields itself from its deadline.
+                return self._fail(data, self._limits.give_up(self._call))
+            if data:
+                return data
+            if end is not None:
+                raise trio.EndOfChannel
 
-    def _fail(self, pieces: list[bytes | memoryview], end: Failed) -> bytes:
+    def shorten(self, connection: Connection | None) -> None:
+        """Let what comes from now on be written where it comes in, as long as the client keeps up.
+
+        To be called between two pieces, any number of times; without effect where there is no short way.
+        """
+        if (
+            self._source is self._call
+            and connection is not None
+            and connection.ready
+            and not self._call.ended
+        ):
+            self._source = ShortWay(self._call, connection, self._is_whole)
+
+    def _is_whole(self, data: bytes | memoryview) -> bool:
+        """Return whether ``data`` may be sent on its own, as far as events are concerned."""
+        return not self._events or not (self._rest or self._torn or data[-2:] != _BLANK_LINE)
+
+    def _whole_events(self, data: bytes) -> bytes:
+        """Return what is to be sent when ``data`` has come, and keep the beginning of an event that is not complete."""
+        data = self._rest + data
+        size = data.rfind(_BLANK_LINE) + len(_BLANK_LINE)
+        if size < len(_BLANK_LINE):
+            size = 0
+        else:
+            self._torn = False
+        if self._torn or len(data) - size > EVENT:
+            self._torn = size < len(data)
+            size = len(data)
+        self._rest = data[size:]
+        return data[:size]
+
+    def _fail(self, data: bytes, error: ApiError) -> bytes:
         self._over = True
         self._exchange.cut = True
-        if self._events:
-            pieces.append(error_event(end.error))
-        if pieces:
-            return b"".join(pieces)
+        if self._events and not self._torn:
+            data += error_event(error)
+        if data:
+            return data
         raise trio.EndOfChannel

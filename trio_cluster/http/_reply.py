@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 import attrs
 import msgspec
 
-from .._errors import ApiError
+from .._errors import ApiError, CallCancelled
 from ..openai import error_body
+from ._short import Connection
 
 __all__ = ["Body", "Reply", "error_reply", "json_reply"]
 
@@ -26,11 +27,15 @@ class Body(Protocol):
     """A body that is still coming."""
 
     async def receive(self) -> bytes:
-        """Return the next piece, never an empty one.
+        """Return the next piece. An empty one says that the connection has something left over to write.
 
         Raises:
             trio.EndOfChannel: there are no more.
         """
+        ...
+
+    def shorten(self, connection: Connection | None) -> None:
+        """Send the pieces that come from now on past :meth:`receive`, if that can be done on ``connection``."""
         ...
 
 
@@ -55,4 +60,7 @@ def error_reply(error: ApiError) -> Reply:
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
     if error.status == _UNAUTHORIZED:
         headers.append(("www-authenticate", "Bearer"))
+    if isinstance(error, CallCancelled) and error.final:
+        # The status alone would make the official clients send the request again.
+        headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))

@@ -1,10 +1,7 @@
-"""HTTP on sockets: hypercorn's connections under a roof of our own.
+"""HTTP on sockets: connections come in, are served, and end with the server.
 
-hypercorn brings the protocol, one ``TCPServer`` per connection. The loop around it is ours, for three
-reasons. A connection that fails for whatever reason is its own trouble and ends nobody else's. The end can be
-forced: hypercorn shields its socket writes, so a client that stops reading would hold up a cancelled server
-for as long as it likes; here the sockets are closed, which no shield withstands. And an answer that can only
-be ended by breaking its connection can have that.
+A connection that fails for whatever reason is its own trouble and ends nobody else's. hypercorn brings the
+application's lifespan; the connections are in ``_http1``.
 
 A client that stops reading while nobody wants to stop is dropped by the kernel, where there is such a limit.
 """
@@ -14,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -22,12 +18,10 @@ import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
 
 from .._ports import Listeners, close_all
 from ._gate import CONNECTION_KEY, App
+from ._http1 import Http1Connection
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
 
@@ -37,9 +31,6 @@ logger = logging.getLogger("trio_cluster.http")
 #: then is the one that closes, and never in the instant in which it sends. Also bounds how long a request's
 #: head may take.
 KEEP_ALIVE: Final = 75.0
-
-#: Requests on one connection before it is closed.
-_REQUESTS_PER_CONNECTION: Final = 100_000
 
 #: Seconds that bytes may stay unread by the client before the connection is dropped.
 UNREAD_TIME = 30.0
@@ -91,7 +82,7 @@ async def serve_http(
                 await trio.sleep_forever()
             for listener in listeners:
                 prepare_socket(listener.socket)  # type: ignore[attr-defined]
-            connections = _Connections(wrapped, config, state)
+            connections = _Connections(app, state)
             await connections.serve(listeners, shutdown_trigger, grace, task_status)
             await lifespan.wait_for_shutdown()
             nursery.cancel_scope.cancel(reason="the server has stopped")
@@ -103,39 +94,18 @@ def _config() -> Config:
     config = Config()
     config.accesslog = None
     config.errorlog = logger
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE
-    config.keep_alive_max_requests = _REQUESTS_PER_CONNECTION
-    # Never for a stream: hypercorn counts the silence of a client that only listens.
-    config.read_timeout = None
     return config
-
-
-class _Connection:
-    """One accepted connection."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._socket = stream.socket
-
-    def close(self) -> None:
-        """Close it now. What has been written is still delivered; whoever waits for it gets an error."""
-        self._socket.close()
-
-    def reset(self) -> None:
-        """Break it, so that the peer sees an error and not an end."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._socket.close()
 
 
 class _Connections:
     """All connections of one server."""
 
-    def __init__(self, app: ASGIWrapper, config: Config, state: dict[str, Any]) -> None:
+    def __init__(self, app: App, state: dict[str, Any]) -> None:
         self._app = app
-        self._config = config
         self._state = state
-        self._context = WorkerContext(None)
-        self._open: set[_Connection] = set()
+        self._ending = False
+        # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
+        self._open: dict[Http1Connection, None] = {}
         self._empty = trio.Event()
 
     async def serve(
@@ -154,8 +124,9 @@ class _Connections:
                 task_status.started()
                 await shutdown_trigger()
                 acceptors.cancel_scope.cancel(reason="the server takes no more connections")
-            # Idle connections wait for this.
-            await self._context.terminated.set()
+            self._ending = True
+            for connection in list(self._open):
+                connection.close_when_idle()
             with trio.move_on_after(grace) if math.isfinite(grace) else trio.CancelScope():
                 while self._open:
                     self._empty = trio.Event()
@@ -165,18 +136,22 @@ class _Connections:
     async def _accept(self, listener: trio.abc.Listener[Any], handlers: trio.Nursery) -> None:
         await trio.serve_listeners(self._serve_one, [listener], handler_nursery=handlers)
 
-    async def _serve_one(self, stream: trio.SocketStream) -> None:
-        connection = _Connection(stream)
-        self._open.add(connection)
-        state = ConnectionState({**self._state, CONNECTION_KEY: connection})
+    async def _serve_one(self, stream: Any) -> None:
         try:
-            await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
-        except* Exception as group:
-            logger.error("a connection failed", exc_info=group)
+            connection = Http1Connection(stream, self._app, self._state, CONNECTION_KEY, KEEP_ALIVE)
+        except OSError:
+            # It was gone before it could be asked who it is.
+            await trio.aclose_forcefully(stream)
+            return
+        self._open[connection] = None
+        if self._ending:
+            connection.close_when_idle()
+        try:
+            await connection.serve()
+        except Exception:
+            logger.exception("a connection failed")
         finally:
-            # A cancelled TCPServer leaves its socket open.
-            connection.close()
-            self._open.discard(connection)
+            del self._open[connection]
             if not self._open:
                 self._empty.set()
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
+import trio
 
 from .._options import ClusterServerOptions
 from .._registry import Registry
+from ._exchange import Exchange
 
 __all__ = ["Measure", "Site"]
 
@@ -34,6 +36,10 @@ class Measure:
     labels: Mapping[str, str] = attrs.field(factory=dict)
 
 
+def _nobody(_: str) -> None:
+    return None
+
+
 @attrs.define(eq=False)
 class Site:
     """The node that the face belongs to.
@@ -41,6 +47,9 @@ class Site:
     ``status`` gives what ``GET /cluster/status`` adds to the face's own account of models and calls; it must
     be JSON. ``measures`` gives what ``GET /metrics`` adds. Both are called on each such request, must not
     block, and an exception from them is a 500 for that request only.
+
+    ``drain_worker`` asks the worker of a name to finish its calls and stop, and gives what is to be told about it,
+    or ``None`` if there is no such worker here.
     """
 
     registry: Registry
@@ -49,8 +58,27 @@ class Site:
     mode: str = ""
     status: Callable[[], Mapping[str, Any]] = dict
     measures: Callable[[], Iterable[Measure]] = tuple
+    drain_worker: Callable[[str], Mapping[str, Any] | None] = _nobody
     started: float = attrs.field(factory=time.monotonic)
     """When the node began, on the monotonic clock."""
+    _answering: set[Exchange] = attrs.field(factory=set, init=False)
+    _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
+
+    def begin_answer(self, exchange: Exchange) -> None:
+        """Note that a call has been opened for an exchange."""
+        self._answering.add(exchange)
+
+    def end_answer(self, exchange: Exchange) -> None:
+        """Note that an exchange is over: its answer has been written, or its client has left. Idempotent."""
+        self._answering.discard(exchange)
+        if not self._answering:
+            self._answered.unpark_all()
+
+    async def wait_answered(self) -> None:
+        """Wait until the answers of all calls have been written. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while self._answering:
+            await self._answered.park()
 
     @property
     def uptime(self) -> float:

@@ -7,6 +7,7 @@ functions of bytes to values and of values to bytes; everything that waits is bu
 from ._chunks import FinishReason, OutputChunk, to_chunk
 from ._encoding import Encoder
 from ._endpoints import ENDPOINTS, Endpoint
+from ._json import read_object
 from ._requests import (
     ASRRequest,
     ChatRequest,
@@ -34,5 +35,6 @@ __all__ = [
     "error_body",
     "error_event",
     "event",
+    "read_object",
     "to_chunk",
 ]

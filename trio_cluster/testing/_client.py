@@ -7,18 +7,19 @@ followed, retried or decoded. What it is good at is saying exactly how an answer
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import attrs
 import h11
 import trio
 
-from ._grammar import StreamReport, read_stream
-from ._network import Host, SimulatedStream
+from ._grammar import StreamGrammarError, StreamReport, read_stream
+from ._network import Host
+from ._streams import SimulatedStream
 
-__all__ = ["Answer", "SimulatedClient", "StreamingAnswer"]
+__all__ = ["Answer", "SimulatedClient", "StreamingAnswer", "check_streams"]
 
 
 @attrs.frozen
@@ -50,14 +51,22 @@ class Answer:
         """
         report = read_stream(self.body)
         if self.complete != (report.ending == "finished"):
-            raise AssertionError(
+            raise StreamGrammarError(
                 f"a stream that was {report.ending}, in a body that was complete={self.complete}"
             )
         return report
 
 
 class StreamingAnswer:
-    """An answer that is being received."""
+    """An answer that is being received. A client that is slow is one that does not call :meth:`receive`.
+
+    Attributes:
+        status: the HTTP status.
+        headers: names in lower case.
+        received: the bytes of the body so far.
+        over: nothing more can come.
+        complete: the answer ended as HTTP says an answer ends.
+    """
 
     def __init__(self, stream: SimulatedStream, connection: h11.Connection, head: h11.Response) -> None:
         self.status: int = head.status_code
@@ -66,7 +75,7 @@ class StreamingAnswer:
         self.complete = False
         self._stream = stream
         self._connection = connection
-        self._over = False
+        self.over = False
 
     async def receive(self) -> bytes:
         """Return the next bytes of the body.
@@ -74,13 +83,13 @@ class StreamingAnswer:
         Raises:
             trio.EndOfChannel: there are no more, because it is complete or because the connection is lost.
         """
-        while not self._over:
+        while not self.over:
             event = await _next_event(self._stream, self._connection)
             if isinstance(event, h11.Data):
                 data = bytes(event.data)
                 self.received += data
                 return data
-            self._over = True
+            self.over = True
             self.complete = isinstance(event, h11.EndOfMessage)
         raise trio.EndOfChannel
 
@@ -99,7 +108,11 @@ class StreamingAnswer:
             while True:
                 await self.receive()
         except trio.EndOfChannel:
-            return Answer(self.status, self.headers, self.received, self.complete)
+            return self.so_far()
+
+    def so_far(self) -> Answer:
+        """Return what has been received until now."""
+        return Answer(self.status, self.headers, self.received, self.complete)
 
     def leave(self) -> None:
         """Close the connection, as a client does that has lost interest."""
@@ -110,6 +123,23 @@ class StreamingAnswer:
         self._stream.close(reset=True)
 
 
+def check_streams(answers: Iterable[StreamingAnswer]) -> None:
+    """Check everything that was received of streams of events: the grammar, and that HTTP agrees about the end.
+
+    A stream that its client has left is checked as far as it came.
+
+    Raises:
+        StreamGrammarError: one of them breaks the grammar, or is complete without having finished, or has finished
+            without being complete.
+    """
+    for answer in answers:
+        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            if answer.over:
+                answer.so_far().report()
+            else:
+                read_stream(answer.received)
+
+
 class SimulatedClient:
     """Somebody who asks a simulated node.
 
@@ -118,13 +148,22 @@ class SimulatedClient:
         server: the name of the machine to ask.
         port: its port.
         headers: sent with every request.
+        on_answer: called with each answer when it begins.
     """
 
-    def __init__(self, host: Host, server: str, port: int, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        server: str,
+        port: int,
+        headers: Mapping[str, str] | None = None,
+        on_answer: Callable[[StreamingAnswer], None] = lambda _: None,
+    ) -> None:
         self._host = host
         self._server = server
         self._port = port
         self._headers = dict(headers or {})
+        self._on_answer = on_answer
 
     async def get(self, path: str, **headers: str) -> Answer:
         """Get ``path``."""
@@ -183,16 +222,17 @@ class SimulatedClient:
         request = connection.send(h11.Request(method=method, target=path, headers=list(named.items())))
         assert request is not None
         end = (connection.send(h11.Data(body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
-        try:
+        # A server that refuses a request may have answered before it has read all of it.
+        with suppress(trio.BrokenResourceError):
             await stream.send_all(request + end)
-        except trio.BrokenResourceError as error:
-            raise ConnectionResetError(104, "Connection reset by peer") from error
         event = await _next_event(stream, connection)
         while isinstance(event, h11.InformationalResponse):
             event = await _next_event(stream, connection)
         if not isinstance(event, h11.Response):
             raise ConnectionResetError(104, "Connection reset by peer")
-        return StreamingAnswer(stream, connection, event)
+        answer = StreamingAnswer(stream, connection, event)
+        self._on_answer(answer)
+        return answer
 
 
 async def _next_event(stream: SimulatedStream, connection: h11.Connection) -> Any:

@@ -8,15 +8,18 @@ milliseconds, and every fault happens exactly when the test says.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import trio
 
 from .._cluster import ClusterServer
 from .._options import ClusterServerOptions, ServerOptions
-from ._client import SimulatedClient
+from ._client import SimulatedClient, StreamingAnswer
+from ._clock import threads_hold_clock
 from ._network import Connection, SimulatedNetwork
+from ._seed import seeded
 
 __all__ = ["SimulatedCluster", "SimulatedNode", "open_cluster"]
 
@@ -31,6 +34,8 @@ class SimulatedNode:
         name: the name of its machine, and of the worker.
         server: what runs there.
         error: what ended it, if it was not asked to end.
+        over: set when the process has ended.
+        task: the task that everything of the process runs in.
     """
 
     def __init__(self, cluster: SimulatedCluster, name: str, server: ClusterServer) -> None:
@@ -38,6 +43,7 @@ class SimulatedNode:
         self.server = server
         self.error: Exception | None = None
         self.over = trio.Event()
+        self.task: trio.lowlevel.Task | None = None
         self._cluster = cluster
         self._scope = trio.CancelScope()
 
@@ -72,6 +78,7 @@ class SimulatedNode:
 
     async def run(self, run: Callable[..., Any], *args: Any, task_status: trio.TaskStatus[Any]) -> None:
         """Be the process."""
+        self.task = trio.lowlevel.current_task()
         try:
             with self._scope:
                 await run(*args, task_status=task_status)
@@ -88,6 +95,8 @@ class SimulatedCluster:
         network: what is between them.
         master: the current master.
         workers: the current workers, by name.
+        past: nodes whose place has been taken by others.
+        answers: what its clients have received so far, one for each answer that has begun.
     """
 
     master: SimulatedNode
@@ -98,6 +107,8 @@ class SimulatedCluster:
         self.network = network
         self.options = options
         self.workers: dict[str, SimulatedNode] = {}
+        self.past: list[SimulatedNode] = []
+        self.answers: list[StreamingAnswer] = []
         self._nursery = nursery
 
     @property
@@ -114,8 +125,10 @@ class SimulatedCluster:
         if server is None:
             server = ClusterServer(self.options)
         server._network = self.network.host("master")
+        if hasattr(self, "master"):
+            self.past.append(self.master)
         self.master = SimulatedNode(self, "master", server)
-        await self._nursery.start(self.master.run, server.run_as_master, PORT)
+        await self._start(self.master, partial(self.master.run, server.run_as_master, PORT))
         return self.master
 
     async def start_worker(self, server: ClusterServer, *, wait: bool = True) -> SimulatedNode:
@@ -124,23 +137,36 @@ class SimulatedCluster:
         Args:
             server: with its models. Its network becomes the simulated one.
             wait: wait until the master has registered it.
+
+        Raises:
+            ClusterError: it has ended before it was registered, for instance because the master would not have it.
         """
         name = server.options.server.worker_id
         if name is None:
             raise ValueError("a simulated worker needs a worker_id")
         server._network = self.network.host(name)
         node = SimulatedNode(self, name, server)
+        if name in self.workers:
+            self.past.append(self.workers[name])
         self.workers[name] = node
-        arguments = (node.run, server.run_as_worker, "master", PORT + 1000)
+        run = partial(node.run, server.run_as_worker, "master", PORT + 1000)
         if wait:
-            await self._nursery.start(*arguments)
+            await self._start(node, run)
         else:
-            self._nursery.start_soon(self._nursery.start, *arguments)
+            # Not `start`: one that ends before it was ever registered is no reason for the cluster to fail.
+            self._nursery.start_soon(partial(run, task_status=trio.TASK_STATUS_IGNORED))
         return node
+
+    async def _start(self, node: SimulatedNode, run: Callable[..., Any]) -> None:
+        try:
+            await self._nursery.start(run)
+        except RuntimeError:
+            # It has ended before it was started; why, it knows better than the nursery.
+            raise node.error if node.error is not None else RuntimeError(f"{node.name} was stopped") from None
 
     def client(self, name: str = "client", **headers: str) -> SimulatedClient:
         """Return a client of the master on a machine of this name."""
-        return SimulatedClient(self.network.host(name), "master", PORT, headers)
+        return SimulatedClient(self.network.host(name), "master", PORT, headers, self.answers.append)
 
 
 def worker(name: str, **options: Any) -> ClusterServer:
@@ -154,22 +180,38 @@ def worker(name: str, **options: Any) -> ClusterServer:
 
 
 @asynccontextmanager
-async def open_cluster(*, latency: float = 0.0, **options: Any) -> AsyncIterator[SimulatedCluster]:
+async def open_cluster(
+    *, latency: float = 0.0, seed: int | None = None, **options: Any
+) -> AsyncIterator[SimulatedCluster]:
     """Open a cluster with a master that has no models and no workers yet; close it in the end, by force.
 
+    Inside of it a mock clock does not jump while the thread of a handler computes, which would look to everybody else
+    as if that had taken minutes.
+
     Args:
-        latency: seconds that everything takes on the network.
+        latency: seconds that everything takes on the network, one way.
+        seed: take the same course each time; see :func:`seeded`.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed.
     """
-    async with trio.open_nursery() as nursery:
-        cluster = SimulatedCluster(nursery, SimulatedNetwork(latency), _options(options))
-        await cluster.start_master()
-        yield cluster
-        nursery.cancel_scope.cancel(reason="the cluster was closed")
+    failure: Exception | None = None
+    with threads_hold_clock(), nullcontext() if seed is None else seeded(seed):
+        async with trio.open_nursery() as nursery:
+            # A name of its own would have the number of this process in it.
+            master = _options({"worker_id": "master"} | options)
+            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency), master)
+            await cluster.start_master()
+            try:
+                yield cluster
+            except Exception as error:
+                # Nobody else in this nursery raises anything, so there is no need for a group around it.
+                failure = error
+            nursery.cancel_scope.cancel(reason="the cluster was closed")
+    if failure is not None:
+        raise failure
 
 
 def _options(options: dict[str, Any]) -> ClusterServerOptions:
-    ours = {field.name for field in ServerOptions.__attrs_attrs__}  # type: ignore[attr-defined]
+    ours = {field.name for field in ServerOptions.__attrs_attrs__}
     server = ServerOptions(**{name: value for name, value in options.items() if name in ours})
     rest = {name: value for name, value in options.items() if name not in ours}
     return ClusterServerOptions(server=server, **rest)

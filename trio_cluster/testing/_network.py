@@ -1,16 +1,8 @@
 """A network of memory: hosts, connections between them, and everything that can happen to those.
 
-Theory of operation
-===================
-
-A connection is two pipes. A pipe is a queue of bytes, each with the time at which it arrives; it has a capacity, like
-the kernel's buffers, so that whoever writes to a peer that does not read is held up. An end of file and a reset travel
-in the same queue as the bytes, with two differences that TCP makes too: a reset overtakes and destroys what is
-under way, and nothing at all arrives while the pipe is *held*.
-
-Holding is how silence is made. A partition holds the pipes between two hosts; freezing a host holds all of its pipes,
-which from outside cannot be told from a process that was stopped by a signal: its kernel still takes what fits into
-the buffers, and nothing is ever answered. What was held arrives when it is let go.
+Holding the pipes of a connection is how silence is made. A partition holds those between two hosts; freezing a host
+holds all of its own, which from outside cannot be told from a process that was stopped by a signal: its kernel still
+takes what fits into the buffers, and nothing is ever answered. What was held arrives when it is let go.
 
 All times are trio's, so under a mock clock the network is as virtual as everything else.
 """
@@ -19,197 +11,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import socket
-from collections import deque
-from typing import Any, Final
+from contextlib import suppress
+from typing import Final
 
 import attrs
 import trio
 
 from .._errors import ClusterPortError
 from .._ports import Listeners
+from ._streams import Pipe, SimulatedStream, Socket
 
-__all__ = ["Connection", "Host", "SimulatedListener", "SimulatedNetwork", "SimulatedStream"]
-
-#: Bytes that a pipe takes from somebody whose peer does not read; about what Linux has on loopback.
-CAPACITY: Final = 128 * 1024
+__all__ = ["Connection", "Host", "SimulatedListener", "SimulatedNetwork"]
 
 _EPHEMERAL: Final = 40_000
-
-
-class _Pipe:
-    """One direction of a connection."""
-
-    def __init__(self, latency: float) -> None:
-        self.latency = latency
-        self.holds = 0
-        self._chunks: deque[tuple[float, bytes]] = deque()
-        self._size = 0
-        self._end: tuple[float, bool] | None = None
-        self._closed_writer = False
-        self._closed_reader = False
-        self._changed = trio.lowlevel.ParkingLot()
-
-    async def send(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.lowlevel.checkpoint()
-        left = memoryview(data)
-        while len(left):
-            if self._closed_writer:
-                raise trio.ClosedResourceError("this end was closed")
-            if self._end is not None or (self._closed_reader and not self.holds):
-                raise trio.BrokenResourceError("the connection is over")
-            room = CAPACITY - self._size
-            if room <= 0:
-                await self._changed.park()
-                continue
-            piece = bytes(left[:room])
-            left = left[room:]
-            self._chunks.append((trio.current_time() + self.latency, piece))
-            self._size += len(piece)
-            self._changed.unpark_all()
-
-    async def receive(self, limit: int) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while True:
-            if self._closed_reader:
-                raise trio.ClosedResourceError("this end was closed")
-            if self._is_broken():
-                raise trio.BrokenResourceError("the connection was reset")
-            arrives = self._next_arrival()
-            if arrives <= trio.current_time():
-                return self._take(limit)
-            with trio.move_on_at(arrives):
-                await self._changed.park()
-
-    def close_writer(self) -> None:
-        """Send no more; whoever still wants to gets an error."""
-        self._closed_writer = True
-        self._changed.unpark_all()
-
-    def end(self) -> None:
-        """Let an end of file follow what was sent."""
-        if self._end is None:
-            self._end = (trio.current_time() + self.latency, False)
-        self._changed.unpark_all()
-
-    def reset(self) -> None:
-        """Let a reset overtake and destroy what was sent."""
-        self._chunks.clear()
-        self._size = 0
-        self._end = (trio.current_time() + self.latency, True)
-        self._changed.unpark_all()
-
-    def close_reader(self) -> None:
-        """Read no more; whoever goes on sending learns that it is of no use."""
-        self._closed_reader = True
-        self._changed.unpark_all()
-
-    def hold(self) -> None:
-        self.holds += 1
-
-    def let_go(self) -> None:
-        self.holds -= 1
-        self._changed.unpark_all()
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that were sent and not received."""
-        return self._size
-
-    def _is_broken(self) -> bool:
-        return (
-            self._end is not None and self._end[1] and not self.holds and self._end[0] <= trio.current_time()
-        )
-
-    def _next_arrival(self) -> float:
-        if self.holds:
-            return math.inf
-        if self._chunks:
-            return self._chunks[0][0]
-        return math.inf if self._end is None else self._end[0]
-
-    def _take(self, limit: int) -> bytes:
-        if not self._chunks:
-            return b""
-        arrival, piece = self._chunks.popleft()
-        if len(piece) > limit:
-            self._chunks.appendleft((arrival, piece[limit:]))
-            piece = piece[:limit]
-        self._size -= len(piece)
-        self._changed.unpark_all()
-        return piece
-
-
-class _Socket:
-    """As much of a socket as hypercorn, the HTTP face and the logs look at."""
-
-    family = socket.AF_INET
-
-    def __init__(
-        self, stream: SimulatedStream | None, local: tuple[str, int], remote: tuple[str, int]
-    ) -> None:
-        self._stream = stream
-        self._local = local
-        self._remote = remote
-        self._resets = False
-
-    def getsockname(self) -> tuple[str, int]:
-        return self._local
-
-    def getpeername(self) -> tuple[str, int]:
-        return self._remote
-
-    def setsockopt(self, level: int, option: int, value: Any) -> None:
-        # The one option that changes anything here: closing with no time to linger is a reset.
-        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
-            self._resets = True
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close(reset=self._resets)
-
-
-class SimulatedStream(trio.abc.HalfCloseableStream):
-    """One end of a simulated connection. Behaves like a ``trio.SocketStream``."""
-
-    def __init__(
-        self, outgoing: _Pipe, incoming: _Pipe, local: tuple[str, int], remote: tuple[str, int]
-    ) -> None:
-        self._outgoing = outgoing
-        self._incoming = incoming
-        self.socket = _Socket(self, local, remote)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio."""
-        await self._outgoing.send(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """See trio."""
-        await trio.lowlevel.checkpoint()
-
-    async def send_eof(self) -> None:
-        """See trio."""
-        await trio.lowlevel.checkpoint()
-        self._outgoing.close_writer()
-        self._outgoing.end()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See trio."""
-        return await self._incoming.receive(65536 if max_bytes is None else max_bytes)
-
-    async def aclose(self) -> None:
-        """See trio."""
-        self.close()
-        await trio.lowlevel.checkpoint()
-
-    def close(self, *, reset: bool = False) -> None:
-        """Close at once. The peer sees an end of file, or a reset if asked for."""
-        self._outgoing.close_writer()
-        if reset:
-            self._outgoing.reset()
-        else:
-            self._outgoing.end()
-        self._incoming.close_reader()
 
 
 @attrs.define(eq=False)
@@ -227,7 +41,7 @@ class Connection:
     port: int
     client_stream: SimulatedStream
     server_stream: SimulatedStream
-    _pipes: tuple[_Pipe, _Pipe]
+    _pipes: tuple[Pipe, Pipe]
     _partitioned: bool = False
 
     def cut(self) -> None:
@@ -236,7 +50,7 @@ class Connection:
             pipe.end()
 
     def reset(self) -> None:
-        """Reset it: what is under way is lost, and each end gets an error."""
+        """Reset it: what is under way is lost, and each end gets an error when it has read what had arrived."""
         for pipe in self._pipes:
             pipe.reset()
 
@@ -264,6 +78,16 @@ class Connection:
         """Bytes under way or unread, in both directions together."""
         return sum(pipe.waiting for pipe in self._pipes)
 
+    @property
+    def held(self) -> bool:
+        """Whether it is partitioned, or one of its hosts frozen."""
+        return any(pipe.holds for pipe in self._pipes)
+
+    @property
+    def open_ends(self) -> int:
+        """How many of its two ends have not been closed."""
+        return [self.client_stream.closed, self.server_stream.closed].count(False)
+
 
 class SimulatedListener(trio.abc.Listener[SimulatedStream]):
     """A port of a host."""
@@ -272,7 +96,7 @@ class SimulatedListener(trio.abc.Listener[SimulatedStream]):
         self._network = network
         self._address = address
         self._send, self._receive = trio.open_memory_channel[SimulatedStream](math.inf)
-        self.socket = _Socket(None, address, address)
+        self.socket = Socket(None, address, address)
         self.socket.close = self.close  # type: ignore[method-assign]
 
     async def accept(self) -> SimulatedStream:
@@ -288,9 +112,13 @@ class SimulatedListener(trio.abc.Listener[SimulatedStream]):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """Listen no more; connections that were accepted go on."""
-        self._network._listeners.pop(self._address, None)
+        """Listen no more. Connections that were accepted go on, and those that were not are reset."""
+        if self._network._listeners.get(self._address) is self:
+            del self._network._listeners[self._address]
         self._send.close()
+        with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            while True:
+                self._receive.receive_nowait().close(reset=True)
 
 
 class Host:
@@ -306,7 +134,7 @@ class Host:
         return [self._network._listen(self.name, port)]
 
     async def connect(self, host: str, port: int) -> SimulatedStream:
-        """See ``Network``. Waits for as long as there is a partition in between."""
+        """See ``Network``. Takes a round trip, and waits for as long as there is a partition in between."""
         server = self.name if host in ("127.0.0.1", "localhost", "::1") else host
         return await self._network._connect(self.name, server, port)
 
@@ -315,7 +143,11 @@ class SimulatedNetwork:
     """All hosts and connections.
 
     Args:
-        latency: seconds that everything takes on a new connection.
+        latency: seconds that everything takes on a new connection, one way.
+
+    Attributes:
+        latency: as given; may be changed.
+        connections: all there are and were, the oldest first.
     """
 
     def __init__(self, latency: float = 0.0) -> None:
@@ -388,13 +220,13 @@ class SimulatedNetwork:
         return listener
 
     async def _connect(self, client: str, server: str, port: int) -> SimulatedStream:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(2 * self.latency)
         while frozenset((client, server)) in self._partitions:
             await self._changed.park()
         listener = self._listeners.get((server, port))
         if listener is None:
             raise ConnectionRefusedError(111, "Connection refused")
-        there, back = _Pipe(self.latency), _Pipe(self.latency)
+        there, back = Pipe(self.latency), Pipe(self.latency)
         near, far = (client, next(self._ports)), (server, port)
         connection = Connection(
             client,

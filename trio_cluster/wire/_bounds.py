@@ -17,6 +17,7 @@ __all__ = [
     "HEADERS_MAX",
     "JSON_MAX",
     "NAME_MAX",
+    "PROGRESS_MAX",
     "TEXT_MAX",
     "clip",
     "content_type",
@@ -25,6 +26,7 @@ __all__ = [
     "json_object",
     "name",
     "optional_text",
+    "progress",
     "seconds",
     "text",
 ]
@@ -33,6 +35,8 @@ __all__ = [
 NAME_MAX: Final = 512
 #: Characters in a reason or an error message.
 TEXT_MAX: Final = 8192
+#: Calls of which one heartbeat tells how far they are.
+PROGRESS_MAX: Final = 1024
 #: Characters in all headers of a message together, names and values.
 HEADERS_MAX: Final = 32768
 #: The weight of a JSON object: its characters, and eight for each value.
@@ -108,6 +112,14 @@ def seconds(_: Any, attribute: Any, value: float | None) -> None:
     """A span of time that is neither negative nor endless; ``None`` says that there is no bound."""
     if value is not None and not (0.0 <= value < math.inf):
         raise ValueError(f"{attribute.name}: must be a finite number of seconds, not {value}")
+
+
+def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None:
+    """Pairs of a call's number and a count, or -1 in the place of the count."""
+    if len(value) > PROGRESS_MAX:
+        raise ValueError(f"{attribute.name}: more than {PROGRESS_MAX} calls")
+    if not all(0 < call < 1 << 63 and -1 <= count < 1 << 63 for call, count in value):
+        raise ValueError(f"{attribute.name}: a number is out of bounds")
 
 
 def content_type(_: Any, attribute: Any, value: str) -> None:

@@ -38,6 +38,7 @@ from ._messages import (
     Grant,
     Handshake,
     Heartbeat,
+    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
@@ -68,6 +69,7 @@ TAGS: Final[dict[type[Message], int]] = {
     Cancel: 11,
     Grant: 12,
     Drain: 13,
+    Leave: 14,
 }
 
 
@@ -117,6 +119,15 @@ def _structure_pairs(value: Any, _: Any) -> tuple[tuple[str, str], ...]:
     return tuple((key, content) for key, content in value)
 
 
+def _structure_counts(value: Any, _: Any) -> tuple[tuple[int, int], ...]:
+    if type(value) is not list:
+        raise _WrongType("array", value)
+    for pair in value:
+        if type(pair) is not list or len(pair) != 2 or not all(type(number) is int for number in pair):
+            raise _WrongType("array of pairs of int", pair)
+    return tuple((call, count) for call, count in value)
+
+
 def _as_it_is(value: Any) -> Any:
     return value
 
@@ -126,6 +137,7 @@ _SHAPES: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
     (dict[str, Any], _exactly(dict)),
     (dict[str, str], _structure_texts),
     (tuple[tuple[str, str], ...], _structure_pairs),
+    (tuple[tuple[int, int], ...], _structure_counts),
 )
 
 

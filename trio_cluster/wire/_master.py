@@ -20,6 +20,7 @@ from ._messages import (
     Grant,
     Handshake,
     Heartbeat,
+    Leave,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
@@ -155,6 +156,13 @@ class MasterSession(Session[MasterEvent]):
     def model_rejected(self, name: str, reason: str) -> None:
         """Tell the worker that its model is not offered, and why; a reason that is too long is cut."""
         self._post(ModelRejected(name, clip(reason)))
+
+    def leave(self, reason: str) -> None:
+        """Ask the worker to stop: to finish its calls, say goodbye and not come back. Open calls are not touched.
+
+        It answers with a ``Drain`` event, and later with the end of the link.
+        """
+        self._post(Leave(clip(reason)))
 
     def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
         call = message.call

@@ -36,6 +36,7 @@ __all__ = [
     "Grant",
     "Handshake",
     "Heartbeat",
+    "Leave",
     "Message",
     "ModelRegistered",
     "ModelRejected",
@@ -143,6 +144,15 @@ class Heartbeat:
     running: int = attrs.field(default=0, validator=_COUNT)
     waiting: int = attrs.field(default=0, validator=_COUNT)
     capacity: int = attrs.field(default=0, validator=_COUNT)
+    lag: float = attrs.field(default=0.0, validator=bounds.seconds)
+    """The longest time in seconds for which the sender did nothing but one thing since its last heartbeat."""
+    blocked: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    """What the sender is doing that keeps it from everything else: it lives, and neither reads nor answers."""
+    progress: tuple[tuple[int, int], ...] = attrs.field(default=(), validator=bounds.progress)
+    """Of each call: how many bytes of its answer there are by now, sent or not; -1 while it waits for a slot.
+
+    When there are very many calls, some are left out.
+    """
 
 
 @attrs.frozen
@@ -269,6 +279,13 @@ class Drain:
     reason: str = attrs.field(validator=bounds.text())
 
 
+@attrs.frozen
+class Leave:
+    """Master to worker: please stop. Finish what you have, say goodbye, and do not come back."""
+
+    reason: str = attrs.field(validator=bounds.text())
+
+
 Message: TypeAlias = (
     Handshake
     | RegisterModel
@@ -284,4 +301,5 @@ Message: TypeAlias = (
     | Cancel
     | Grant
     | Drain
+    | Leave
 )

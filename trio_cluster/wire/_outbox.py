@@ -186,6 +186,11 @@ class Outbox:
         """How many bodies are under way, or waiting to begin."""
         return len(self._streams)
 
+    @property
+    def unsent(self) -> bool:
+        """Whether anything waits to be sent, be it for credit."""
+        return bool(self._control) or any(each.chunks or each.tail for each in self._streams.values())
+
     def __bool__(self) -> bool:
         """Whether there is anything at all, be it sendable now or not."""
         return bool(self._control or self._streams)

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 
 import attrs
 
-from ._bounds import clip
-from ._codec import MAX_MESSAGE, decode
+from ._bounds import NAME_MAX, PROGRESS_MAX, clip
+from ._codec import MAX_MESSAGE, decode, encode
 from ._errors import HandshakeError, PeerSilent, ProtocolError
 from ._messages import (
     MAGIC,
@@ -105,6 +107,8 @@ class Session(abc.ABC, Generic[EventT]):
     Attributes:
         peer: the peer's handshake, once it has come.
         protocol: the version that both ends speak, once that is settled.
+        peer_blocked: what keeps the peer from reading, as its last heartbeat says; empty if nothing does.
+        lag: seconds, for the next heartbeat to tell.
         close_reason: why the session is over; ``None`` while it is not.
     """
 
@@ -122,6 +126,8 @@ class Session(abc.ABC, Generic[EventT]):
     ) -> None:
         self.peer: Handshake | None = None
         self.protocol: int | None = None
+        self.peer_blocked = ""
+        self.lag = 0.0
         self.close_reason: str | None = None
         self._load = Heartbeat()
         self._heartbeat_interval = heartbeat_interval
@@ -175,7 +181,7 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is not None:
             return None
         if self._heartbeat_due:
-            self._outbox.post(self._load)
+            self._outbox.post(attrs.evolve(self._load, lag=self.lag))
             self._heartbeat_due = False
         # What is added last may be the largest message that there is, which has half of MAX_MESSAGE.
         return self._outbox.next_batch(max(1, min(limit, MAX_MESSAGE // 4)))
@@ -197,7 +203,7 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is not None:
             return
         if now >= self._last_heard + self._silence_timeout:
-            silent = PeerSilent(f"nothing was heard from the peer for {now - self._last_heard:.1f} s")
+            silent = PeerSilent(f"nothing was heard from the peer for {self.silence(now):.1f} s")
             self.close(silent.reason)
             raise silent
         if now >= self._last_heartbeat + self._heartbeat_interval:
@@ -208,6 +214,26 @@ class Session(abc.ABC, Generic[EventT]):
     def beat(self) -> None:
         """Give a sign of life with the next message, without waiting for the time to come."""
         self._heartbeat_due = self.close_reason is None
+
+    def heartbeat_while_blocked(self, lag: float, blocked: str) -> bytes:
+        """Return a heartbeat to write at once as one binary websocket message, past everything that waits.
+
+        It must not be the first message that is written. This reads what other methods write and changes nothing:
+        it is the one method that another thread may call.
+
+        Args:
+            lag: seconds for which this end has been doing nothing but one thing.
+            blocked: what that is, for people; cut if it is too long.
+        """
+        return encode([attrs.evolve(self._load, lag=lag, blocked=clip(blocked, NAME_MAX))])
+
+    def silence(self, now: float) -> float:
+        """Return for how many seconds nothing has been heard from the peer."""
+        return now - self._last_heard
+
+    def excuse(self, seconds: float, now: float) -> None:
+        """Take so much off the peer's silence: for so long it was this end that did not listen."""
+        self._last_heard = min(now, self._last_heard + seconds)
 
     def close(self, reason: str) -> None:
         """End the session: the link is gone, or is about to be. Idempotent; the first reason stays.
@@ -222,17 +248,32 @@ class Session(abc.ABC, Generic[EventT]):
     # Common to both ends
 
     @property
+    def heartbeat_interval(self) -> float:
+        """Seconds between heartbeats."""
+        return self._heartbeat_interval
+
+    @property
     def load(self) -> tuple[int, int, int]:
         """Calls running, calls waiting, and capacity, as the next heartbeat will say. A master leaves it at
         zeros.
 
         Setting it to numbers that are negative raises ``ValueError``.
         """
-        return attrs.astuple(self._load)
+        return (self._load.running, self._load.waiting, self._load.capacity)
 
     @load.setter
     def load(self, load: tuple[int, int, int]) -> None:
-        self._load = Heartbeat(*load)
+        running, waiting, capacity = load
+        self._load = attrs.evolve(self._load, running=running, waiting=waiting, capacity=capacity)
+
+    def tell_progress(self, calls: Iterable[tuple[int, int]]) -> None:
+        """Let the next heartbeats say how far calls are.
+
+        Args:
+            calls: for each its number and the bytes of its answer, or -1 while it waits for a slot. If there are
+                very many, only the first ones are told of.
+        """
+        self._load = attrs.evolve(self._load, progress=tuple(islice(calls, PROGRESS_MAX)))
 
     @property
     def open_calls(self) -> tuple[int, ...]:
@@ -243,6 +284,11 @@ class Session(abc.ABC, Generic[EventT]):
     def quiet(self) -> bool:
         """Whether no call is open and nothing waits to be sent."""
         return not (self._calls or self._outbox or self._heartbeat_due)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether anything waits to be sent, be it for the peer to give credit; ``False`` once the session is closed."""
+        return self._outbox.unsent
 
     def state(self, call: int) -> State:
         """Return the state of a call; see ``_state.py``."""
@@ -332,6 +378,8 @@ class Session(abc.ABC, Generic[EventT]):
                 raise ProtocolError(f"{word.__name__} for call {message.call}, which is {state.value}")
             self._hear_of_call(message, following, events)
         elif type(message) in LINK_HEARS[self._role]:
+            if isinstance(message, Heartbeat):
+                self.peer_blocked = message.blocked
             events.append(message)
         else:
             again = "a second" if isinstance(message, Handshake) else "a misdirected"

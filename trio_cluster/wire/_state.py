@@ -53,6 +53,7 @@ from ._messages import (
     ForwardResponse,
     Grant,
     Heartbeat,
+    Leave,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
@@ -168,7 +169,7 @@ HEARS: Final[Mapping[Role, Table]] = {Role.MASTER: _MASTER_HEARS, Role.WORKER: _
 #: What each role may hear about the link itself, once the handshake is over and in any order.
 LINK_HEARS: Final[Mapping[Role, frozenset[type]]] = {
     Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, Drain}),
-    Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain}),
+    Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Leave}),
 }
 
 _COLUMNS: Final[tuple[Said, ...]] = (

@@ -20,6 +20,7 @@ from ._messages import (
     Grant,
     Handshake,
     Heartbeat,
+    Leave,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
@@ -32,7 +33,7 @@ __all__ = ["WorkerEvent", "WorkerSession"]
 
 #: What :meth:`WorkerSession.receive` tells.
 WorkerEvent: TypeAlias = (
-    Handshake | ModelRegistered | ModelRejected | Heartbeat | Drain | ForwardRequest | Data | Cancel
+    Handshake | ModelRegistered | ModelRejected | Heartbeat | Drain | Leave | ForwardRequest | Data | Cancel
 )
 
 

@@ -1,0 +1,126 @@
+"""The pytest plugin of trio_cluster: a whole cluster as a fixture, and a seed for every test that uses it.
+
+pytest loads its plugins at every start, in every project of an environment. So this is a module of its own, which
+imports nothing but pytest; the package is imported when the first test wants a cluster.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import secrets
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from trio_cluster.testing import SimulatedCluster
+
+_SEED = pytest.StashKey[int]()
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--cluster-seed``."""
+    parser.getgroup("trio_cluster").addoption(
+        "--cluster-seed",
+        type=int,
+        metavar="SEED",
+        help="the course that simulated clusters take; without it, a new one for each test, told if it fails",
+    )
+
+
+@pytest.fixture
+def cluster_seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this test: the one of ``--cluster-seed``, or a new one."""
+    if not _has_pytest_trio(request.config):
+        pytest.fail("the fixture 'cluster' needs pytest-trio: pip install pytest-trio", pytrace=False)
+    if not _is_async(request.node):
+        pytest.fail("the fixture 'cluster' is for async tests", pytrace=False)
+    seed: int | None = request.config.getoption("--cluster-seed")
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    request.node.stash[_SEED] = seed
+    return seed
+
+
+@pytest.fixture
+async def cluster(cluster_seed: int, request: pytest.FixtureRequest) -> AsyncIterator[SimulatedCluster]:
+    """An open simulated cluster, on a virtual clock, which must come to rest when the test is over.
+
+    It has a master without models, and no workers. A test that has passed so far fails if, after it, anything is left
+    of any request, or if any stream that a client of the cluster received broke the grammar of streams.
+    """
+    from trio_cluster.testing import check_streams, open_cluster, seeded, settle
+
+    async with open_cluster(seed=cluster_seed) as opened:
+        # Other fixtures may have been set up at the same time; from here on it is the test alone that draws.
+        with seeded(cluster_seed):
+            yield opened
+            if not request.node.stash.get(_FAILED, False):
+                await settle(opened)
+                check_streams(opened.answers)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have tests that use the fixture run by trio, in virtual time."""
+    for item in items if _has_pytest_trio(config) else ():
+        if "cluster" in getattr(item, "fixturenames", ()) and _uses_ours(item) and _is_async(item):
+            marker = item.get_closest_marker("trio")
+            run = None if marker is None else marker.kwargs.get("run")
+            item.add_marker(pytest.mark.trio(run=functools.partial(_run_virtually, run)), append=False)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Notice whether the test itself has failed: then its cluster need not be at rest, and nobody wants to know."""
+    if _SEED in item.stash and isinstance(item, pytest.Function):
+        test = item.obj
+
+        @functools.wraps(test)
+        async def noticed(**arguments: Any) -> None:
+            __tracebackhide__ = True
+            try:
+                await test(**arguments)
+            except BaseException:
+                item.stash[_FAILED] = True
+                raise
+
+        item.obj = noticed
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell the seed of a test that has failed."""
+    report = yield
+    seed = item.stash.get(_SEED, None)
+    if report.failed and seed is not None:
+        report.sections.append(("trio_cluster", f"the same course again: --cluster-seed={seed}"))
+    return report
+
+
+def _has_pytest_trio(config: pytest.Config) -> bool:
+    return bool(config.pluginmanager.hasplugin("trio"))
+
+
+def _uses_ours(item: pytest.Item) -> bool:
+    """Tell our fixture from another one of the name."""
+    definitions = item._fixtureinfo.name2fixturedefs.get("cluster", ())  # type: ignore[attr-defined]
+    return bool(definitions) and definitions[-1].func.__module__ == __name__
+
+
+def _is_async(item: pytest.Item) -> bool:
+    return inspect.iscoroutinefunction(inspect.unwrap(getattr(item, "obj", None) or (lambda: None)))
+
+
+def _run_virtually(run: Callable[..., Any] | None, *args: Any, clock: Any = None, **options: Any) -> Any:
+    """Be ``trio.run``, with a mock clock that jumps if the test has not brought its own."""
+    import trio
+    from trio.testing import MockClock
+
+    return (run or trio.run)(*args, clock=clock or MockClock(autojump_threshold=0), **options)

@@ -1,0 +1,385 @@
+"""The stage on which the law is played: a simulated cluster, one handler that does what it is told, one client."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, Literal
+
+import attrs
+import h11
+import trio
+
+from trio_cluster import ClusterServer
+from trio_cluster._calls import Call
+from trio_cluster.testing import Answer, SimulatedCluster, StreamingAnswer, open_cluster, worker
+
+__all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Script", "Stage", "open_stage"]
+
+#: Seconds from any machine to any other.
+LATENCY: Final = 0.01
+
+MODEL: Final = "m"
+REQUEST_ID: Final = "the-one"
+
+#: Characters of one large piece of output; half a dozen of them fill every window and buffer on the way.
+LARGE: Final = 64 * 1024
+
+Phase = Literal["waiting", "streaming", "blocked", "ending"]
+
+
+# What is asked, and how its answer is judged
+
+
+@attrs.frozen
+class Endpoint:
+    """A route, how to ask it, and how to read what it answers."""
+
+    path: str
+    kind: str
+    way: Literal["events", "audio", "whole"]
+    """How the answer is sent: as events, as audio that comes as it is made, or when it is complete."""
+    fields: Mapping[str, Any]
+    outputs: tuple[Any, Any]
+    check: Callable[[Answer, list[Any]], None]
+    """Fails if a complete answer does not hold exactly what the handler gave."""
+
+    @property
+    def large(self) -> Any:
+        return bytes(LARGE) if self.kind == "tts" else "x" * LARGE
+
+    def request(self, padding: int = 0) -> tuple[bytes, str]:
+        """Return the body of a request, made longer by about so many bytes, and its content type."""
+        if self.kind == "asr":
+            return _form(bytes(100 + padding)), "multipart/form-data; boundary=B"
+        body = {"model": MODEL, **self.fields, "padding": "p" * padding}
+        return json.dumps(body).encode(), "application/json"
+
+
+def _form(audio: bytes) -> bytes:
+    part = b'--B\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    return (
+        part % (b"model", b"", MODEL.encode()) + part % (b"file", b'; filename="a.wav"', audio) + b"--B--\r\n"
+    )
+
+
+def _check_events(answer: Answer, outputs: list[Any]) -> None:
+    assert answer.report().text == "".join(outputs)
+
+
+def _check_chat(answer: Answer, outputs: list[Any]) -> None:
+    assert answer.json()["choices"][0]["message"]["content"] == "".join(outputs)
+
+
+def _check_vectors(answer: Answer, outputs: list[Any]) -> None:
+    assert [each["embedding"] for each in answer.json()["data"]] == outputs
+
+
+def _check_transcription(answer: Answer, outputs: list[Any]) -> None:
+    assert answer.json()["text"] == "".join(outputs)
+
+
+def _check_audio(answer: Answer, outputs: list[Any]) -> None:
+    assert answer.body == b"".join(outputs)
+
+
+def _check_images(answer: Answer, outputs: list[Any]) -> None:
+    assert [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]] == outputs
+
+
+_MESSAGES: Final = [{"role": "user", "content": "hi"}]
+_WORDS: Final = ("some ", "words")
+_SOUND: Final = (b"RIFF....WAVE", b"samples")
+
+ENDPOINTS: Final[dict[str, Endpoint]] = {
+    "chat-stream": Endpoint(
+        "chat/completions", "chat", "events", {"messages": _MESSAGES, "stream": True}, _WORDS, _check_events
+    ),
+    "chat": Endpoint("chat/completions", "chat", "whole", {"messages": _MESSAGES}, _WORDS, _check_chat),
+    "completions-stream": Endpoint(
+        "completions", "chat", "events", {"prompt": "hi", "stream": True}, _WORDS, _check_events
+    ),
+    "embeddings": Endpoint(
+        "embeddings", "embedding", "whole", {"input": ["a", "b"]}, ([0.5, 1.0], [2.0, 4.0]), _check_vectors
+    ),
+    "transcriptions": Endpoint("audio/transcriptions", "asr", "whole", {}, _WORDS, _check_transcription),
+    "speech": Endpoint("audio/speech", "tts", "audio", {"input": "hi", "voice": "v"}, _SOUND, _check_audio),
+    "images": Endpoint(
+        "images/generations",
+        "image_generation",
+        "whole",
+        {"prompt": "hi", "n": 2},
+        (b"one", b"two"),
+        _check_images,
+    ),
+}
+
+
+# The handler
+
+
+class Script:
+    """What the one handler is to do, and what it went through.
+
+    Attributes:
+        phase: in which it stops and waits for :attr:`go`.
+        fails: it raises when it goes on.
+        hangs: seconds that it goes on after it was cancelled.
+        log: what it went through, each with the time.
+        given: the output it has given.
+    """
+
+    def __init__(self, endpoint: Endpoint, phase: Phase) -> None:
+        self.endpoint = endpoint
+        self.phase: Phase = phase
+        self.fails = False
+        self.hangs = 0.0
+        self.go = trio.Event()
+        self.log: list[tuple[float, str]] = []
+        self.given: list[Any] = []
+        self.deadline = 0.0
+
+    def note(self, word: str) -> None:
+        self.log.append((trio.current_time(), word))
+
+    @property
+    def words(self) -> list[str]:
+        return [word for _, word in self.log]
+
+    def steps(self) -> Iterator[Any]:
+        """Yield what to give, and ``None`` where to wait."""
+        first, last = self.endpoint.outputs
+        if self.phase == "waiting":
+            yield None
+        yield first
+        if self.phase == "streaming":
+            yield None
+        while self.phase == "blocked" and not self.go.is_set():
+            yield self.endpoint.large
+        yield last
+        if self.phase == "ending":
+            yield None
+
+    async def wait(self) -> None:
+        self.deadline = trio.current_effective_deadline()
+        await self.go.wait()
+        if self.fails:
+            self.note("raises")
+            raise RuntimeError("as the script says")
+
+    async def hang(self) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self.hangs)
+
+    def handler(self, *, threaded: bool) -> Any:
+        """Return the handler."""
+        return self._plain if threaded else self._async
+
+    async def _async(self, request: Any) -> AsyncIterator[Any]:
+        self.note("starts")
+        try:
+            for step in self.steps():
+                if step is None:
+                    await self.wait()
+                else:
+                    self.given.append(step)
+                    yield step
+            self.note("finishes")
+        except (trio.Cancelled, GeneratorExit):
+            self.note("cancelled")
+            if self.hangs:
+                await self.hang()
+            raise
+        finally:
+            self.note("cleaned up")
+
+    def _plain(self, request: Any) -> Iterator[Any]:
+        trio.from_thread.run_sync(self.note, "starts")
+        try:
+            for step in self.steps():
+                if step is None:
+                    trio.from_thread.run(self.wait)
+                else:
+                    self.given.append(step)
+                    yield step
+            trio.from_thread.run_sync(self.note, "finishes")
+        except (trio.Cancelled, GeneratorExit):
+            trio.from_thread.run_sync(self.note, "cancelled")
+            if self.hangs:
+                trio.from_thread.run(self.hang)
+            raise
+        finally:
+            trio.from_thread.run_sync(self.note, "cleaned up")
+
+
+async def endless(request: Any) -> AsyncIterator[str]:
+    """Be a handler that keeps its slot, and is never silent."""
+    while True:
+        yield "more "
+        await trio.sleep(1)
+
+
+# The client
+
+
+class Caller:
+    """Somebody who sends one request.
+
+    Args:
+        parts: in how many pieces to send the body; the last one waits for :attr:`send_rest`.
+        reads: whether to read at once, or not before :attr:`read_on`.
+
+    Attributes:
+        answer: as far as it came; ``None`` if there was nothing.
+        asked_at: when it began to send.
+        ended_at: when there was nothing more to come.
+        left: it was the client who ended it.
+    """
+
+    def __init__(
+        self,
+        cluster: SimulatedCluster,
+        endpoint: Endpoint,
+        *,
+        padding: int,
+        whole: bool,
+        reads: bool,
+        **headers: str,
+    ) -> None:
+        self._cluster = cluster
+        self._endpoint = endpoint
+        self._padding = padding
+        self._headers = headers
+        self._stream: Any = None
+        self.send_rest = trio.Event()
+        self.read_on = trio.Event()
+        if whole:
+            self.send_rest.set()
+        if reads:
+            self.read_on.set()
+        self.answer: Answer | None = None
+        self.asked_at = math.nan
+        self.ended_at: float | None = None
+        self.left = False
+
+    async def run(self) -> None:
+        """Send the request, and take its answer."""
+        self._stream = await self._cluster.network.host("client").connect("master", 8080)
+        self.asked_at = trio.current_time()
+        try:
+            self.answer = await self._exchange()
+        finally:
+            self.ended_at = trio.current_time()
+            self._stream.close()
+
+    def leave(self, *, reset: bool = False) -> None:
+        """Close the connection, or reset it."""
+        self.left = True
+        self._stream.close(reset=reset)
+
+    async def _exchange(self) -> Answer | None:
+        body, content_type = self._endpoint.request(self._padding)
+        headers = {
+            "host": "master",
+            "content-type": content_type,
+            "content-length": str(len(body)),
+            "x-request-id": REQUEST_ID,
+        }
+        http = h11.Connection(h11.CLIENT)
+        head = h11.Request(
+            method="POST",
+            target=f"/v1/{self._endpoint.path}",
+            headers=list((headers | self._headers).items()),
+        )
+        half = len(body) // 2
+        await self._stream.send_all((http.send(head) or b"") + (http.send(h11.Data(body[:half])) or b""))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_rest, http, body[half:])
+            await self.read_on.wait()
+            answer = await self._receive(http)
+            nursery.cancel_scope.cancel()
+        return answer
+
+    async def _send_rest(self, http: h11.Connection, rest: bytes) -> None:
+        await self.send_rest.wait()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._stream.send_all(
+                (http.send(h11.Data(rest)) or b"") + (http.send(h11.EndOfMessage()) or b"")
+            )
+
+    async def _receive(self, http: h11.Connection) -> Answer | None:
+        try:
+            event = http.next_event()
+            while event is h11.NEED_DATA:
+                http.receive_data(await self._stream.receive_some())
+                event = http.next_event()
+            return await StreamingAnswer(self._stream, http, event).finish()
+        except (trio.BrokenResourceError, h11.RemoteProtocolError):
+            return None
+        except trio.ClosedResourceError:
+            assert self.left
+            return None
+
+
+# All together
+
+
+class Stage:
+    """Everything that one test needs."""
+
+    def __init__(
+        self, cluster: SimulatedCluster, back: ClusterServer, script: Script, nursery: trio.Nursery
+    ) -> None:
+        self.cluster = cluster
+        self.back = back
+        self.script = script
+        self.nursery = nursery
+        self.calls: dict[str, Call] = {}
+        self.released: dict[str, float] = {}
+        self._neighbour = trio.CancelScope()
+
+    @property
+    def master(self) -> ClusterServer:
+        return self.cluster.master.server
+
+    def occupy(self) -> None:
+        """Have the only slot taken, by somebody who is in nobody's way otherwise."""
+        self.nursery.start_soon(self._be_a_neighbour)
+
+    async def _be_a_neighbour(self) -> None:
+        with self._neighbour, suppress(OSError):
+            await self.cluster.client("neighbour").chat("endless")
+
+    def free_the_slot(self) -> None:
+        """End what :meth:`occupy` began."""
+        self._neighbour.cancel()
+
+    def watch(self) -> None:
+        """Find the call on every node, and note when its work has stopped there."""
+        for name, server in {"master": self.master, "back": self.back}.items():
+            for call in server.registry.calls_of(REQUEST_ID):
+                if name not in self.calls:
+                    self.calls[name] = call
+                    call.on_release(lambda name=name: self._release(name))  # type: ignore[misc]
+
+    def _release(self, name: str) -> None:
+        self.released[name] = trio.current_time()
+
+
+@asynccontextmanager
+async def open_stage(
+    endpoint: Endpoint, phase: Phase, *, forwarded: bool, threaded: bool, **options: Any
+) -> AsyncIterator[Stage]:
+    """Open a cluster that serves the one model, on a worker or on the master itself, with one slot."""
+    script = Script(endpoint, phase)
+    async with open_cluster(latency=LATENCY, **options) as cluster, trio.open_nursery() as nursery:
+        back = worker("w", **options) if forwarded else cluster.master.server
+        back.register_chat("endless", endless)
+        getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(threaded=threaded))
+        if forwarded:
+            await cluster.start_worker(back)
+        yield Stage(cluster, back, script, nursery)
+        nursery.cancel_scope.cancel(reason="the play is over")

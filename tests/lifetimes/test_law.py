@@ -1,0 +1,50 @@
+"""The law as it is written down, and the law as it is played, are the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import attrs
+from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
+
+from trio_cluster._registry import Books
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "lifetimes.md").read_text(encoding="utf-8")
+
+
+def test_every_cause_has_an_entry_for_every_phase() -> None:
+    assert list(LAW) == list(CAUSES)
+    assert {cause: list(row) for cause, row in LAW.items()} == dict.fromkeys(CAUSES, list(PHASES))
+
+
+def test_the_page_shows_the_law_that_is_played() -> None:
+    law = PAGE.split("\n## The law\n", 1)[1].split("\n## Remarks\n", 1)[0]
+    assert law.strip().splitlines() == "\n".join(markdown()).strip().splitlines()
+
+
+def test_every_bound_that_the_law_has_is_explained() -> None:
+    explained = set(re.findall(r"^\| (\w) \|", PAGE.split("\n## Bounds\n", 1)[1].split("\n## ", 1)[0], re.M))
+    used = {part for bound in BOUNDS.values() if bound.isupper() or bound == "h" for part in bound.split(" + ")}
+    assert explained == used
+
+
+def test_nothing_is_defined_that_no_cell_uses() -> None:
+    cells = [entry for row in LAW.values() for entry in row.values() if isinstance(entry, Cell)]
+    assert {cell.client for cell in cells} == set(CLIENTS)
+    assert {cell.handler for cell in cells} == set(HANDLERS)
+    assert {cell.bound for cell in cells} == set(BOUNDS)
+    assert all(entry.why for row in LAW.values() for entry in row.values() if isinstance(entry, Impossible))
+
+
+def test_books_have_an_account_for_every_end() -> None:
+    accounts = {field.name for field in attrs.fields(Books)}
+    cells = [entry for row in LAW.values() for entry in row.values() if isinstance(entry, Cell)]
+    assert {book for cell in cells for book in (cell.master, cell.worker) if book} <= accounts
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", PAGE)
+    assert len(named) > 5
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -1,0 +1,217 @@
+"""The simulated cluster: what can happen to its nodes looks from outside as it does with real ones."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from trio_cluster import ClusterServer, HandshakeRefused
+from trio_cluster.testing import (
+    FakeModel,
+    SimulatedClient,
+    SimulatedCluster,
+    SimulatedNetwork,
+    StreamGrammarError,
+    ThreadedFakeModel,
+    check_streams,
+    open_cluster,
+    settle,
+    worker,
+)
+
+
+async def start(cluster: SimulatedCluster, model: FakeModel, name: str = "w1", **options: object) -> None:
+    server = worker(name, **options)
+    server.register_chat("m", model)
+    await cluster.start_worker(server)
+
+
+async def names(cluster: SimulatedCluster) -> list[str]:
+    answer = (await cluster.client().get("/v1/models")).json()
+    return [each["id"] for each in answer["data"]]
+
+
+async def test_a_worker_that_is_killed_fails_its_streams_at_once_and_says_no_more(
+    cluster: SimulatedCluster,
+) -> None:
+    model = FakeModel(tokens=100, interval=1, ignore_cancellation_for=20)
+    await start(cluster, model)
+    async with cluster.client().open_chat("m") as answer:
+        await answer.receive_until(b"t3")
+        cluster.workers["w1"].kill()
+        report = (await answer.finish()).report()
+    assert report.error is not None
+    assert (report.ending, report.error["code"]) == ("failed", "worker_lost")
+    assert trio.current_time() == 3
+    assert await names(cluster) == []
+    await cluster.workers["w1"].over.wait()
+    assert cluster.workers["w1"].error is None
+
+
+async def test_a_worker_that_is_frozen_is_missed_after_the_timeout_and_comes_back(
+    cluster: SimulatedCluster,
+) -> None:
+    await start(cluster, FakeModel(tokens=100, interval=1))
+    node = cluster.workers["w1"]
+    async with cluster.client().open_chat("m") as answer:
+        await answer.receive_until(b"t3")
+        node.freeze()
+        report = (await answer.finish()).report()
+    assert report.ending == "failed"
+    assert 30 <= trio.current_time() <= 40
+    assert await names(cluster) == []
+    node.thaw()
+    await trio.sleep(60)
+    assert await names(cluster) == ["m"]
+
+
+async def test_a_worker_that_is_stopped_finishes_what_it_has(cluster: SimulatedCluster) -> None:
+    await start(cluster, FakeModel(tokens=5, interval=1))
+    async with cluster.client().open_chat("m") as answer:
+        await answer.receive_until(b"t1")
+        cluster.workers["w1"].stop()
+        assert (await answer.finish()).report().ending == "finished"
+    await cluster.workers["w1"].over.wait()
+
+
+async def test_a_link_that_is_cut_is_made_anew(cluster: SimulatedCluster) -> None:
+    await start(cluster, FakeModel())
+    old = cluster.workers["w1"].link
+    for harm in (old.cut, old.reset):
+        harm()
+        await trio.sleep(5)
+        assert await names(cluster) == ["m"]
+    assert cluster.workers["w1"].link is not old
+
+
+async def test_workers_find_a_new_master(cluster: SimulatedCluster) -> None:
+    await start(cluster, FakeModel())
+    cluster.master.kill()
+    await cluster.master.over.wait()
+    with pytest.raises(ConnectionRefusedError):
+        await names(cluster)
+    await cluster.start_master()
+    await trio.sleep(60)
+    assert await names(cluster) == ["m"]
+    assert len(cluster.past) == 1
+
+
+async def test_a_partition_separates_a_client_from_the_master_and_from_nobody_else(
+    cluster: SimulatedCluster,
+) -> None:
+    await start(cluster, FakeModel())
+    cluster.network.partition("client", "master")
+    with trio.move_on_after(100) as waited:
+        await cluster.client().get("/health")
+    assert waited.cancelled_caught
+    assert (await cluster.client("another").chat("m")).report().ending == "finished"
+    cluster.network.heal("client", "master")
+    assert (await cluster.client().chat("m")).report().ending == "finished"
+
+
+async def test_a_client_that_leaves_and_one_that_crashes_stop_their_handlers(
+    cluster: SimulatedCluster,
+) -> None:
+    model = FakeModel(stall_at=1)
+    await start(cluster, model)
+    for number, leaves in enumerate(("leave", "reset"), start=1):
+        async with cluster.client().open_chat("m") as answer:
+            await answer.receive_until(b"t0")
+            getattr(answer, leaves)()
+            await model.wait_until(lambda m, number=number: m.cleaned_up == number)  # type: ignore[misc]
+    assert (model.cancelled, trio.current_time()) == (2, 0)
+
+
+async def test_a_client_that_does_not_read_holds_up_its_own_handler_only(cluster: SimulatedCluster) -> None:
+    model = FakeModel(tokens=40, piece_size=100_000)
+    await start(cluster, model)
+    async with cluster.client().open_chat("m") as slow:
+        await trio.sleep(10)
+        assert (model.running, len(slow.received)) == (1, 0)
+        assert (await cluster.client("another").chat("m")).report().text == model.text()
+        assert model.running == 1
+        assert (await slow.finish()).report().text == model.text()
+
+
+async def test_a_worker_that_the_master_will_not_have_raises_what_it_was_told(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_cluster(cluster_token="right") as cluster:
+        with pytest.raises(HandshakeRefused, match="token"):
+            await cluster.start_worker(worker("w1", cluster_token="wrong"))
+
+
+async def test_a_worker_needs_a_name(cluster: SimulatedCluster) -> None:
+    with pytest.raises(ValueError, match="worker_id"):
+        await cluster.start_worker(ClusterServer())
+
+
+async def test_a_master_may_have_models_of_its_own(cluster: SimulatedCluster) -> None:
+    cluster.master.stop()
+    await cluster.master.over.wait()
+    server = ClusterServer()
+    model = ThreadedFakeModel(first_after=3)
+    server.register_chat("own", model)
+    await cluster.start_master(server)
+    assert (await cluster.client().chat("own")).report().text == model.text()
+
+
+async def test_what_the_test_raises_comes_out_of_a_cluster_as_it_is(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with open_cluster():
+            raise ZeroDivisionError
+
+
+async def test_every_stream_is_on_record_and_is_checked(cluster: SimulatedCluster) -> None:
+    await start(cluster, FakeModel())
+    await cluster.client().chat("m")
+    async with cluster.client().open_chat("m") as answer:
+        await answer.receive_until(b"t0")
+    await settle(cluster)
+    finished, left = cluster.answers
+    assert (finished.over, finished.complete, left.over) == (True, True, False)
+    check_streams(cluster.answers)
+    finished.complete = False
+    with pytest.raises(StreamGrammarError, match="finished"):
+        check_streams(cluster.answers)
+    finished.complete = True
+    left.received += b"nonsense\n\n"
+    with pytest.raises(StreamGrammarError, match="nonsense"):
+        check_streams(cluster.answers)
+    cluster.answers.clear()
+
+
+async def test_an_answer_to_a_request_that_was_not_read_to_its_end_is_received(
+    nursery: trio.Nursery,
+) -> None:
+    network = SimulatedNetwork()
+    (listener,) = await network.host("server").listen("", 80)
+
+    async def refuse() -> None:
+        stream = await listener.accept()
+        await stream.receive_some(100)
+        await stream.send_all(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno")
+        await stream.aclose()
+
+    nursery.start_soon(refuse)
+    client = SimulatedClient(network.host("client"), "server", 80)
+    answer = await client.post("/", bytes(3_000_000))
+    assert (answer.status, answer.body, answer.complete) == (413, b"no", True)
+    await listener.aclose()
+    with pytest.raises(ConnectionRefusedError):
+        await client.get("/")
+
+
+async def test_a_connection_that_is_lost_before_there_is_an_answer_is_an_error(nursery: trio.Nursery) -> None:
+    network = SimulatedNetwork()
+    (listener,) = await network.host("server").listen("", 80)
+
+    async def hang_up() -> None:
+        await (await listener.accept()).aclose()
+
+    nursery.start_soon(hang_up)
+    with pytest.raises(ConnectionResetError):
+        await SimulatedClient(network.host("client"), "server", 80).get("/")
+    await listener.aclose()

@@ -1,0 +1,74 @@
+"""A seed names a course of events: the same in every process, and another one for another seed."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from trio._core import _run
+
+from trio_cluster import _chance
+from trio_cluster.testing import open_cluster, seeded
+
+
+def course(seed: int, hash_seed: int) -> bytes:
+    program = Path(__file__).with_name("course.py")
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+    command = [sys.executable, str(program), str(seed), str(1000 * hash_seed)]
+    result = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout
+
+
+def test_the_same_seed_is_the_same_course_to_the_byte_in_every_process() -> None:
+    one, again, other = course(7, 1), course(7, 2), course(8, 1)
+    assert one == again
+    assert len(one.splitlines()) > 100
+    assert one != other
+
+
+def test_seeding_reaches_everything_that_draws() -> None:
+    def draws() -> list[object]:
+        return [random.random(), _chance.token(8), _chance.uniform(0, 1), _run._r.random()]
+
+    with seeded(3) as mine:
+        first, own = draws(), mine.random()
+    with seeded(3) as mine:
+        assert (draws(), mine.random()) == (first, own)
+    with seeded(4):
+        assert draws() != first
+
+
+def test_afterwards_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
+    before = random.getstate(), _chance.generator.getstate(), _run._r.getstate()
+    with pytest.raises(ZeroDivisionError), seeded(3):
+        _ = random.random() + len(_chance.token(3)) / 0
+    assert (random.getstate(), _chance.generator.getstate(), _run._r.getstate()) == before
+    assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
+
+
+def test_a_program_that_seeds_random_does_not_make_ids_that_others_have() -> None:
+    random.seed(0)
+    one = _chance.token(16)
+    random.seed(0)
+    assert _chance.token(16) != one
+
+
+def test_a_trio_that_cannot_be_seeded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_run, "_r")
+    with pytest.raises(RuntimeError, match="this version of trio"), seeded(1):
+        pass
+
+
+async def test_a_cluster_can_be_opened_with_a_seed(autojump_clock: trio.testing.MockClock) -> None:
+    ids = []
+    for _ in range(2):
+        async with open_cluster(seed=5) as cluster:
+            ids.append((await cluster.client().get("/health")).headers["x-request-id"])
+    assert ids[0] == ids[1]

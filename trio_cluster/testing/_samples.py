@@ -1,0 +1,101 @@
+"""Requests that make sense to a model of each kind, and what of an answer to them can be compared."""
+
+from __future__ import annotations
+
+import io
+import json
+import wave
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .._models import Kind
+from ._grammar import read_stream
+
+__all__ = ["ENDPOINT_OF", "encode", "essence", "sample", "streams"]
+
+#: The endpoint that stands for a kind.
+ENDPOINT_OF: Final[Mapping[Kind, str]] = {
+    "chat": "chat.completions",
+    "embedding": "embeddings",
+    "asr": "audio.transcriptions",
+    "tts": "audio.speech",
+    "image_generation": "images.generations",
+}
+
+_BOUNDARY: Final = "end-of-a-part"
+
+
+def streams(kind: Kind) -> bool:
+    """Return whether clients may ask for a stream of events."""
+    return kind in ("chat", "asr")
+
+
+def sample(kind: Kind, number: int) -> Mapping[str, Any]:
+    """Return the fields of a short request; another ``number`` is another request."""
+    text = ("The first of two requests.", "And here is the second one.")[number]
+    samples: dict[Kind, dict[str, Any]] = {
+        "chat": {"messages": [{"role": "user", "content": text}]},
+        "embedding": {"input": [text, "Something else."]},
+        "asr": {"file": _silence(1 + number)},
+        "tts": {"input": text, "voice": "alloy"},
+        "image_generation": {"prompt": text},
+    }
+    return samples[kind]
+
+
+def encode(fields: Mapping[str, Any], *, stream: bool) -> tuple[bytes, str]:
+    """Return the body of a request, and its content type: a form if anything in it is bytes, otherwise JSON."""
+    whole = {"model": "model", **({"stream": True} if stream else {}), **fields}
+    if not any(isinstance(value, bytes) for value in whole.values()):
+        return json.dumps(whole).encode(), "application/json"
+    body = b""
+    for name, value in whole.items():
+        head = f'--{_BOUNDARY}\r\ncontent-disposition: form-data; name="{name}"'
+        if isinstance(value, bytes):
+            body += f'{head}; filename="{name}.wav"\r\ncontent-type: audio/wav\r\n\r\n'.encode() + value
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            body += f"{head}\r\n\r\n{text}".encode()
+        body += b"\r\n"
+    return body + f"--{_BOUNDARY}--\r\n".encode(), f"multipart/form-data; boundary={_BOUNDARY}"
+
+
+def essence(kind: Kind, body: bytes, *, stream: bool) -> Any:
+    """Return what an answer says, without its ids and times. What is false says nothing.
+
+    Raises:
+        AssertionError, KeyError, TypeError, ValueError: it is no answer of this kind.
+    """
+    if stream:
+        report = read_stream(body)
+        if report.ending != "finished":
+            raise ValueError(f"the stream was {report.ending}")
+        calls = [choice["delta"].get("tool_calls") for event in report.events for choice in _choices(event)]
+        return "".join(report.texts.values()) or [call for call in calls if call]
+    if kind == "tts":
+        return body
+    if kind == "asr":
+        return json.loads(body)["text"]
+    answer = json.loads(body)
+    if kind == "chat":
+        messages = [choice["message"] for choice in answer["choices"]]
+        said = [(message.get("content"), message.get("tool_calls")) for message in messages]
+        return said if any(map(any, said)) else []
+    name = "embedding" if kind == "embedding" else "b64_json"
+    return [item[name] for item in answer["data"]]
+
+
+def _choices(event: Mapping[str, Any]) -> list[Any]:
+    choices: list[Any] = event.get("choices", [])
+    return choices
+
+
+def _silence(tenths: int) -> bytes:
+    """Return a sound file of so many tenths of a second."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(2 * 1_600 * tenths))
+    return file.getvalue()
