@@ -10,7 +10,7 @@ import nox
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
 # A Python that is not installed is skipped, also where CI is set, which would otherwise make it an error.
-nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.sessions = ["lint", "types", "tests", "processes", "docs"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "no"
 
@@ -63,7 +63,22 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-m", "not processes", *session.posargs)
+
+
+@nox.session
+def processes(session: nox.Session) -> None:
+    """Run the tests that start real processes, on one Python: they take long, and signals know no Python."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    session.run("pytest", "-m", "processes", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure: what a request and a token cost, and how fast a client's leaving reaches the handler."""
+    session.install("-q", ".")
+    session.run("python", "bench/relay.py")
+    session.run("python", "bench/cancellation.py")
 
 
 @nox.session
