@@ -82,6 +82,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Play random schedules of faults for ten minutes; what follows ``--``: --minutes M, --count N, or --seed N."""
+    session.install("-q", ".")
+    session.run("python", "-m", "trio_cluster.testing", *session.posargs)
+
+
+@nox.session
 def engines(session: nox.Session) -> None:
     """Run the tests that need real models, with the libraries that bring them."""
     session.install("-q", ".[demo]", "gguf", *GROUPS(PYPROJECT, "test"))

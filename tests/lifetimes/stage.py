@@ -25,8 +25,9 @@ LATENCY: Final = 0.01
 MODEL: Final = "m"
 REQUEST_ID: Final = "the-one"
 
-#: Characters of one large piece of output; half a dozen of them fill every window and buffer on the way.
-LARGE: Final = 64 * 1024
+#: Characters of one large piece of output; half a dozen of them fill every window and buffer on the way. No multiple
+#: of anything, so that nothing that is cut on the way is cut where a piece ends.
+LARGE: Final = 90_001
 
 Phase = Literal["waiting", "streaming", "blocked", "ending"]
 
@@ -237,6 +238,7 @@ class Caller:
         asked_at: when it began to send.
         ended_at: when there was nothing more to come.
         left: it was the client who ended it.
+        pace: seconds that it takes its time after each piece that it reads.
     """
 
     def __init__(
@@ -264,6 +266,7 @@ class Caller:
         self.asked_at = math.nan
         self.ended_at: float | None = None
         self.left = False
+        self.pace = 0.0
 
     async def run(self) -> None:
         """Send the request, and take its answer."""
@@ -316,7 +319,12 @@ class Caller:
             while event is h11.NEED_DATA:
                 http.receive_data(await self._stream.receive_some())
                 event = http.next_event()
-            return await StreamingAnswer(self._stream, http, event).finish()
+            answer = StreamingAnswer(self._stream, http, event)
+            with suppress(trio.EndOfChannel):
+                while self.pace:
+                    await answer.receive()
+                    await trio.sleep(self.pace)
+            return await answer.finish()
         except (trio.BrokenResourceError, h11.RemoteProtocolError):
             return None
         except trio.ClosedResourceError:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 import trio
-from stage import ENDPOINTS, LATENCY, MODEL, Caller, Phase, Stage, open_stage
+from stage import ENDPOINTS, LARGE, LATENCY, MODEL, Caller, Phase, Stage, open_stage
 from trio.testing import MockClock
 
 from trio_cluster.http._relay import GRACE
@@ -165,6 +165,36 @@ async def busy_and_deaf(request: Any, provider: Any) -> None:
         for _ in range(30):
             await provider.push("more ")
             await trio.sleep(1)
+
+
+async def fast_and_deaf(request: Any, provider: Any) -> None:
+    with trio.CancelScope(shield=True):
+        until = trio.current_time() + 30
+        while trio.current_time() < until:
+            await provider.push("x" * LARGE)
+            await trio.sleep(0.01)
+
+
+@PLACES
+async def test_not_even_a_deaf_handler_that_is_always_ahead_of_its_client_outlasts_the_budget(
+    forwarded: bool, autojump_clock: MockClock
+) -> None:
+    async with asked(forwarded, default_timeout=20) as stage:
+        stage.back.unregister_model(MODEL)
+        stage.back.register_chat(MODEL, fast_and_deaf)
+        await trio.sleep(1)
+        caller = call(stage, x_request_timeout=7)
+        # Slow enough for there always to be something that waits.
+        caller.pace = 0.1
+        await trio.sleep(15)
+        assert caller.answer is not None
+        report = caller.answer.report()
+        assert report.error is not None
+        assert (report.ending, report.error["code"]) == ("failed", "timeout")
+        assert caller.ended_at is not None
+        # What was on its way to a slow client takes its time.
+        assert caller.ended_at - caller.asked_at < 7 + GRACE + 6
+        await trio.sleep(20)
 
 
 @PLACES

@@ -41,6 +41,9 @@ LINKS: Final = {
 }
 PADDING: Final = 900_000
 
+#: Seconds after each piece that a slow client reads: it needs more than LAST_WORDS for what is on its way.
+PACE: Final = 0.15
+
 #: Seconds by which computed times may differ.
 EXACT: Final = 1e-6
 
@@ -226,7 +229,7 @@ class Play:
         if bound is None:
             # Untouched: whatever limit there is passes by, or is not reached.
             quiet = self.cause in ("silence", "read_timeout", "link_silent")
-            await trio.sleep(BOUNDS["T"] + 5 if quiet else 1)
+            await trio.sleep(BOUNDS["T"] + 5 if quiet else 4)
             assert self.caller.ended_at is None
             assert "cancelled" not in self.stage.script.words
         elif self.phase == "uploading" and self.cell.client not in ("408", "lost", "left"):
@@ -240,7 +243,10 @@ class Play:
         if self.cell.handler == "finishes":
             self.stage.script.go.set()
             self.stage.free_the_slot()
-            await trio.sleep(10 * self.link)
+            if self.phase == "blocked":
+                # Long after the handler is done, its client still takes its time.
+                self.caller.pace = PACE
+            await trio.sleep(3 + LAST_WORDS)
         await trio.sleep(1)
 
     def judge(self) -> None:

@@ -277,6 +277,40 @@ async def test_a_call_whose_body_is_on_its_way_to_a_worker_that_stops_is_answere
         assert cluster.retried == 1
 
 
+@pytest.mark.parametrize("after", [0.2, 0.5], ids=["before the worker has heard of it", "half-way"])
+async def test_without_another_replica_it_is_an_invitation_to_try_again(
+    after: float, autojump_clock: MockClock
+) -> None:
+    async with replicas("a") as cluster:
+        cluster.cluster.workers["a"].link.delay(0.4)
+        caller = cluster.ask(padding=900_000)
+        await trio.sleep(after)
+        cluster.cluster.workers["a"].stop()
+        await trio.sleep(15)
+        answer = answer_of(caller)
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert cluster.names == []
+
+
+async def test_a_body_on_its_way_is_given_back_at_once_though_the_worker_has_other_calls_to_finish(
+    autojump_clock: MockClock,
+) -> None:
+    async with replicas("a") as cluster:
+        running = cluster.ask()
+        await trio.sleep(1)
+        cluster.cluster.workers["a"].link.delay(0.4)
+        caller = cluster.ask(padding=900_000)
+        await trio.sleep(0.5)
+        cluster.cluster.workers["a"].stop()
+        await trio.sleep(0.5)
+        assert answer_of(caller).status == 503
+        cluster.speak.set()
+        await trio.sleep(2)
+        assert answer_of(running).complete
+        assert cluster.names == ["a"]
+
+
 async def test_a_client_that_leaves_stops_the_second_handler_like_the_first(
     autojump_clock: MockClock,
 ) -> None:

@@ -17,6 +17,7 @@ from ._promises import (
     MixesAnswers,
 )
 from ._rest import OrphansLeft, assert_books_balance, assert_no_orphans, settle
+from ._schedule import ScheduleFailed, ScheduleReport, run_schedule
 from ._seed import seeded
 from ._streams import SimulatedStream
 
@@ -34,6 +35,8 @@ __all__ = [
     "MissesDeadline",
     "MixesAnswers",
     "OrphansLeft",
+    "ScheduleFailed",
+    "ScheduleReport",
     "SimulatedClient",
     "SimulatedCluster",
     "SimulatedNetwork",
@@ -49,6 +52,7 @@ __all__ = [
     "check_streams",
     "open_cluster",
     "read_stream",
+    "run_schedule",
     "seeded",
     "settle",
     "worker",

@@ -1,0 +1,287 @@
+"""Random schedules: some of them on each run of the tests, that they can be replayed, and that they find bugs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_cluster._handlers import HandlerPool
+from trio_cluster._registry import Registry
+from trio_cluster.http import _relay
+from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
+from trio_cluster.testing.__main__ import main
+from trio_cluster.testing._actors import Actors, Run
+from trio_cluster.testing._causes import Causes
+from trio_cluster.testing._errands import Outcome
+from trio_cluster.testing._history import History
+from trio_cluster.testing._laws import Laws
+from trio_cluster.testing._plan import Errand, Plan, draw_plan
+from trio_cluster.testing._scripts import Script, ScriptedFailure, read_script
+from trio_cluster.testing._soak import soak
+from trio_cluster.wire import MasterSession
+
+SMALL: dict[str, Any] = {"seconds": 12, "requests": 20, "faults": 8}
+SEEDS = range(1, 21)
+# In how many schedules each of the planted bugs has to be found; most are in the first one.
+ENOUGH = range(1, 13)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_laws_hold_in_this_schedule(seed: int) -> None:
+    report = run_schedule(seed, **SMALL)
+    assert report.requests == SMALL["requests"] == report.outcomes.total()
+    assert report.simulated > SMALL["seconds"] / 2
+
+
+def test_a_seed_gives_the_same_log_in_another_process() -> None:
+    logs = [
+        subprocess.run(
+            [sys.executable, "-m", "trio_cluster.testing", "4", "--log"],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        ).stdout.splitlines()
+        for hash_seed in ("1", "2")
+    ]
+    # The line before the digest tells how long it took.
+    first, second = ([*log[:-2], log[-1]] for log in logs)
+    assert len(first) > 100
+    assert first == second
+
+
+def test_another_seed_gives_another_log() -> None:
+    first, second = (run_schedule(seed, seconds=1, requests=2, faults=1).digest for seed in (1, 2))
+    assert first != second
+
+
+def test_a_plan_follows_from_its_seed() -> None:
+    assert draw_plan(7, seconds=30, requests=60, faults=16) == draw_plan(
+        7, seconds=30, requests=60, faults=16
+    )
+    assert draw_plan(7, seconds=30, requests=60, faults=16) != draw_plan(
+        8, seconds=30, requests=60, faults=16
+    )
+
+
+# Bugs of the kind that gateways have, each planted with one line. The whole collection needs copies of the package.
+
+
+def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MasterSession, "cancel", lambda self, call, reason: None)
+
+
+def finish_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_relay, "error_event", lambda error: b"data: [DONE]\n\n")
+
+
+def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registry, "remove", lambda self, name, backend: True)
+
+
+def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = HandlerPool._in_slot
+
+    async def in_slot(self: HandlerPool, backend: Any, output: Any) -> None:
+        try:
+            await run(self, backend, output)
+        except trio.Cancelled:
+            self._slots.acquire_on_behalf_of_nowait(object())
+            raise
+
+    monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
+
+
+PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
+    forget_to_cancel,
+    finish_what_failed,
+    keep_models_of_the_dead,
+    lose_slots,
+]
+
+
+def failure(seed: int) -> ScheduleFailed | None:
+    try:
+        run_schedule(seed, **SMALL)
+    except ScheduleFailed as failed:
+        return failed
+    return None
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    failed = next(filter(None, map(failure, ENOUGH)))
+    assert failed.violations
+    assert failed.violations[0] in str(failed)
+    assert f"schedule {failed.seed} " in str(failed)
+    assert f"python -m trio_cluster.testing {failed.seed} " in str(failed)
+    assert failed.log[-1] in str(failed)
+
+
+# The command line
+
+
+def test_a_schedule_is_replayed_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["4"]) == 0
+    out = capsys.readouterr().out
+    assert "schedule 4: " in out
+    assert run_schedule(4).digest in out
+
+
+def test_a_schedule_that_fails_prints_what_was_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(seed: int) -> ScheduleReport:
+        raise ScheduleFailed(seed, ["1.000: it broke"], ["    1.000 a line of the log"])
+
+    monkeypatch.setattr("trio_cluster.testing.__main__.run_schedule", fails)
+    assert main(["--seed", "9", "--log"]) == 1
+    out = capsys.readouterr().out
+    assert "1.000: it broke" in out
+    assert out.count("a line of the log") == 2
+
+
+def test_a_soak_adds_up_what_its_processes_did(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = soak(3, count=2, seconds=60, processes=2)
+    assert tally.schedules == 2
+    assert tally.failures == []
+    assert tally.requests == tally.outcomes.total()
+    assert tally.simulated > 30
+    assert "2 schedules, 0 of them broke a law" in tally.describe()
+
+
+# The judges
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return draw_plan(1, seconds=1, requests=1, faults=0)
+
+
+def outcome(body: bytes, *, complete: bool, status: int = 200, fails: Any = None) -> Outcome:
+    kind = "text/event-stream" if body.startswith(b"data") else "application/json"
+    errand = Errand(0.0, "everywhere", Script(1, "chat", pieces=2, fails=fails))
+    return Outcome(errand, 0.0, 0.5, "answered", status, kind, body, complete)
+
+
+def stream(*texts: str, end: bytes = b"") -> bytes:
+    choices = [
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
+    ]
+    return b"".join(b"data: " + json.dumps(choice).encode() + b"\n\n" for choice in choices) + end
+
+
+STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+LOST = b'data: {"error":{"message":"lost","code":"worker_lost"}}\n\n'
+
+
+def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
+    """Return what was found wrong with a request before which these troubles were."""
+
+    async def judge() -> list[str]:
+        history = History(ScriptedFailure)
+        history.start()
+        for kind, host in troubles:
+            history.flash(kind, host)
+        Laws(plan, None, history, Actors(history)).judge(it)  # type: ignore[arg-type]
+        return history.violations
+
+    return trio.run(judge, clock=MockClock())
+
+
+@pytest.mark.parametrize(
+    ("it", "complaint"),
+    [
+        (outcome(stream("1.0 ", "1.0 ", end=STOP), complete=True), "with another text"),
+        (outcome(stream("1.0 ", end=STOP), complete=True), "with another text"),
+        (outcome(stream("1.0 ", "2.1 ", end=LOST), complete=False), "with another text"),
+        (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="told"), "of a model that failed"),
+        (outcome(stream("1.0 "), complete=True), "in a body with complete=True"),
+        (outcome(stream("1.0 ", end=LOST), complete=False), "an error without a cause"),
+        (outcome(stream("1.0 "), complete=False), "just ends"),
+        (outcome(stream("1.0 ", end=STOP + LOST), complete=False), "breaks the grammar"),
+        (outcome(b'{"choices":[{"message":{"content":"1.0 "}}]}', complete=True), "complete and is not"),
+        (
+            outcome(b'{"error":{"message":"?","code":"timeout"}}', complete=True, status=504),
+            "without a cause",
+        ),
+        (outcome(b'{"error":{"message":"?","code":"oops"}}', complete=True, status=500), "without a cause"),
+        (outcome(b"<html>", complete=True, status=502), "no envelope"),
+    ],
+)
+def test_the_judge_complains(plan: Plan, it: Outcome, complaint: str) -> None:
+    assert any(complaint in violation for violation in judged(plan, it)), judged(plan, it)
+
+
+@pytest.mark.parametrize(
+    ("it", "troubles"),
+    [
+        (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True), ()),
+        (outcome(stream("1.0 ", end=LOST), complete=False), [("worker killed", "w1")]),
+        (outcome(stream("1.0 "), complete=False), [("connection cut", "client-1")]),
+        (
+            outcome(b'{"error":{"message":"?","code":"scripted"}}', complete=True, status=429, fails="told"),
+            (),
+        ),
+    ],
+)
+def test_the_judge_is_content(plan: Plan, it: Outcome, troubles: list[tuple[str, str]]) -> None:
+    assert judged(plan, it, *troubles) == []
+
+
+def test_a_handler_that_outlives_its_client_is_seen(plan: Plan) -> None:
+    async def judge() -> list[str]:
+        history = History(ScriptedFailure)
+        history.start()
+        actors = Actors(history)
+        it = outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True)
+        it.verdict = "stream finished"
+        late = it.ended + Causes(plan, history).transport(it.errand) + 0.01
+        actors.runs.append(Run(it.errand.script, "everywhere", "w1", 1, 0.0, late))
+        await trio.sleep(10)
+
+        class Stage:
+            past = (type("Life", (), {"killed": False}),)
+
+        Laws(plan, Stage(), history, actors).judge_runs([it])  # type: ignore[arg-type]
+        return history.violations
+
+    (violation, *_) = trio.run(judge, clock=MockClock(autojump_threshold=0))
+    assert "after it was over" in violation
+
+
+def test_troubled_time_counts_each_instant_once() -> None:
+    async def count() -> None:
+        history = History(ScriptedFailure)
+        history.start()
+        first = history.begin("link silent", "w1")
+        await trio.sleep(2)
+        second = history.begin("worker frozen", "w1")
+        await trio.sleep(1)
+        history.end(first)
+        await trio.sleep(1)
+        history.end(second)
+        await trio.sleep(1)
+        assert history.troubled_time(frozenset(["w1"]), 1, 5) == pytest.approx(3)
+        assert history.troubled_time(frozenset(["w2"]), 1, 5) == 0
+
+    trio.run(count, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_script_knows_its_answer_and_notices_a_damaged_request() -> None:
+    script = Script(12, "chat", pieces=3, size=70_000, filling=300)
+    assert read_script(script.dump()) == script
+    assert script.whole == script.piece(0) + script.piece(1) + script.piece(2)
+    assert [len(script.piece(index)) for index in range(3)] == [70_000] * 3
+    damaged = script.dump().replace(script.dump()[-20:-10], script.dump()[-19:-9])
+    with pytest.raises(ValueError, match="damaged"):
+        read_script(damaged)
