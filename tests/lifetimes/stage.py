@@ -27,7 +27,7 @@ REQUEST_ID: Final = "the-one"
 
 #: Characters of one large piece of output; half a dozen of them fill every window and buffer on the way. No multiple
 #: of anything, so that nothing that is cut on the way is cut where a piece ends.
-LARGE: Final = 90_001
+LARGE: Final = 200_001
 
 Phase = Literal["waiting", "streaming", "blocked", "ending"]
 

@@ -20,7 +20,7 @@ OPTIONS: Final[dict[str, Any]] = {
     "default_timeout": 20.0,
     "worker_timeout": 15.0,
     "heartbeat_interval": 5.0,
-    "drain_timeout": 10.0,
+    "drain_timeout": 19.0,
     "queue_timeout": 100.0,
     "max_concurrency": 1,
 }
@@ -30,7 +30,7 @@ HANGS: Final = 4.0
 LAST_WORDS: Final = 2.0
 
 #: Seconds from one end of the link to the other where the body is to be caught on its way.
-SLOW_LINK: Final = 3.0
+SLOW_LINK: Final = 6.0
 #: A deadline has to pass meanwhile; a drain must not take longer than it may.
 LINKS: Final = {
     "silence": 8.0,
@@ -42,7 +42,7 @@ LINKS: Final = {
 PADDING: Final = 900_000
 
 #: Seconds after each piece that a slow client reads: it needs more than LAST_WORDS for what is on its way.
-PACE: Final = 0.15
+PACE: Final = 0.4
 
 #: Seconds by which computed times may differ.
 EXACT: Final = 1e-6
@@ -229,7 +229,7 @@ class Play:
         if bound is None:
             # Untouched: whatever limit there is passes by, or is not reached.
             quiet = self.cause in ("silence", "read_timeout", "link_silent")
-            await trio.sleep(BOUNDS["T"] + 5 if quiet else 4)
+            await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_WORDS + 0.5)
             assert self.caller.ended_at is None
             assert "cancelled" not in self.stage.script.words
         elif self.phase == "uploading" and self.cell.client not in ("408", "lost", "left"):
@@ -246,7 +246,7 @@ class Play:
             if self.phase == "blocked":
                 # Long after the handler is done, its client still takes its time.
                 self.caller.pace = PACE
-            await trio.sleep(3 + LAST_WORDS)
+            await trio.sleep(14)
         await trio.sleep(1)
 
     def judge(self) -> None:
