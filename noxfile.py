@@ -63,14 +63,15 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    session.run("pytest", "-m", "not processes", *session.posargs)
+    # Most of them live in virtual time and want a core; those in real time wait for sockets, not for each other.
+    session.run("pytest", "-q", "-n", "2", "--dist", "worksteal", "-m", "not processes", *session.posargs)
 
 
 @nox.session
 def processes(session: nox.Session) -> None:
     """Run the tests that start real processes, on one Python: they take long, and signals know no Python."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    session.run("pytest", "-m", "processes", *session.posargs)
+    session.run("pytest", "-q", "-m", "processes", *session.posargs)
 
 
 @nox.session

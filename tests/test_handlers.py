@@ -551,7 +551,7 @@ async def test_any_other_error_shows_no_internals_and_is_logged_where_it_happene
     assert "in breaks" in caplog.text
 
 
-@pytest.mark.parametrize("value", [object(), 3, None, b"audio"], ids=repr)
+@pytest.mark.parametrize("value", [object(), 3, None, b"audio"], ids=["object", "number", "none", "bytes"])
 async def test_a_value_that_no_chat_can_answer_with_is_a_failure_of_the_handler(
     bench: Bench, caplog: pytest.LogCaptureFixture, value: object
 ) -> None:

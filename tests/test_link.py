@@ -17,6 +17,9 @@ from trio_cluster.wire import (
     MAGIC,
     MAX_MESSAGE,
     SUBPROTOCOL,
+    WINDOW,
+    Data,
+    Done,
     Drain,
     Handshake,
     Heartbeat,
@@ -124,6 +127,29 @@ async def test_hanging_up_sends_what_is_queued_and_tells_the_other_end_why(ends:
     assert master.closed.said
     assert Drain("tired") in master.heard
     assert await worker.why() == "going home"
+
+
+async def test_hanging_up_waits_for_what_the_other_end_has_not_given_credit_for(
+    ends: tuple[End, End],
+) -> None:
+    master, worker = ends
+    call = master.session.open(endpoint="chat.completions", kind="chat", model="m")
+    master.session.send_body(call, b"{}", last=True)
+    master.link.wake()
+    await wait_all_tasks_blocked()
+    worker.session.respond(call, 200, "text/plain")
+    worker.session.send(call, bytes(WINDOW + 1))
+    worker.session.send(call, b"more")
+    worker.session.done(call)
+    worker.link.hang_up("going home")
+    await wait_all_tasks_blocked()
+    assert not worker.over.is_set()
+    master.session.grant(call, WINDOW)
+    master.link.wake()
+    assert await master.why() == "going home"
+    body = b"".join(bytes(event.data) for event in master.heard if isinstance(event, Data))
+    assert body == bytes(WINDOW + 1) + b"more"
+    assert isinstance(master.heard[-1], Done)
 
 
 async def test_ending_at_once_tells_the_other_end_why(ends: tuple[End, End]) -> None:
