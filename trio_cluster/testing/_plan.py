@@ -38,6 +38,7 @@ FaultKind = Literal[
     "model taken back",
     "slots changed",
     "call cancelled",
+    "call pursued",
 ]
 
 # How often each of them happens, compared to the others.
@@ -61,6 +62,7 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
     "model taken back": 5,
     "slots changed": 6,
     "call cancelled": 5,
+    "call pursued": 8,
 }
 
 _FAILURES: Final[list[Failure | None]] = [*[None] * 14, "told", "untold"]
@@ -250,7 +252,7 @@ def _draw_errand(
         script=script,
         stream=model.kind in ("chat", "asr") and rng.random() < 0.65,
         route=rng.choice(["chat", "chat", "completions"]),
-        budget=round(rng.uniform(0.3, 8), 2) if rng.random() < 0.25 else None,
+        budget=round(0.2 + script.duration * rng.uniform(0.4, 1.6), 2) if rng.random() < 0.25 else None,
         listens=rng.choice([2.0, 5.0]) if rng.random() < 0.1 else None,
         manner=manner,
         patience=round(patience, 3),
@@ -295,6 +297,7 @@ def _draw_fault(
         "connection delayed",
         "client cut off",
         "call cancelled",
+        "call pursued",
     ):
         target = ""
     amount = (

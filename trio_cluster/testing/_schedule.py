@@ -110,9 +110,13 @@ def run_schedule(seed: int, *, seconds: float = 30.0, requests: int = 60, faults
     history = History(ScriptedFailure)
     began = time.perf_counter()
     with seeded(seed), _heard_by(history):
-        outcomes, simulated = trio.run(
-            _play, plan, history, clock=trio.testing.MockClock(autojump_threshold=0)
-        )
+        try:
+            clock = trio.testing.MockClock(autojump_threshold=0)
+            outcomes, simulated = trio.run(_play, plan, history, clock=clock)
+        except Exception as error:
+            # Whatever it is, what happened before is what explains it.
+            violations = [*history.violations, f"the simulation itself failed: {error!r}"]
+            raise ScheduleFailed(seed, violations, history.lines) from error
     if history.violations:
         raise ScheduleFailed(seed, history.violations, history.lines)
     return ScheduleReport(

@@ -144,7 +144,12 @@ class Script:
         """Return whether an answer that is not a stream of events is exactly what it must be."""
         if self.kind == "tts":
             return body == self.whole.encode()
-        answer = json.loads(body)
+        try:
+            return self._is_whole_object(json.loads(body))
+        except (LookupError, TypeError, ValueError):
+            return False
+
+    def _is_whole_object(self, answer: Any) -> bool:
         if self.kind == "embedding":
             return bool(answer["data"][0]["embedding"] == self.vector)
         if self.kind == "image_generation":

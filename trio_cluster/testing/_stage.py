@@ -33,6 +33,8 @@ _STOPPING: Final = 8.0
 _MUCH: Final = 20_000
 _PATIENCE: Final = 3.0
 _LOOK: Final = 0.005
+#: How often a request that is pursued loses its worker.
+_PURSUITS: Final = 3
 
 _PROCESS_FAULTS: Final = frozenset({"killed", "stopped", "drained", "frozen"})
 
@@ -139,6 +141,8 @@ class Stage:
                 return self._change_slots
             case "call cancelled":
                 return self._cancel_call
+            case "call pursued":
+                return self._pursue
             case _:
                 return self._hurt_connection
 
@@ -270,6 +274,24 @@ class Stage:
         if host is not None:
             self._history.flash(fault.kind, host)
             await self._operate(f"/cluster/calls/r{host.removeprefix('client-')}/cancel")
+
+    async def _pursue(self, fault: Fault) -> None:
+        """Break the link of whichever worker begins with one request, wherever it is opened again."""
+        host = self._pick_client(fault)
+        if host is None:
+            return
+        self._history.faults[fault.kind] += 1
+        number, seen = int(host.removeprefix("client-")), 0
+        with trio.move_on_after(_PATIENCE):
+            for _ in range(_PURSUITS):
+                while len(runs := self._actors.runs_of(number)) <= seen:
+                    await trio.sleep(_LOOK)
+                seen, node = len(runs), runs[-1].node
+                if node == "master":
+                    return
+                await trio.sleep(fault.amount)
+                self._history.flash("link reset", node)
+                self.lives[node].node.link.reset()
 
     async def _operate(self, path: str) -> int:
         """Ask the master to do something, and return the status of its answer; 0 if there was none."""

@@ -287,7 +287,7 @@ class Session(abc.ABC, Generic[EventT]):
 
     @property
     def unsent(self) -> bool:
-        """Whether anything waits to be sent, be it for the peer to give credit; ``False`` once the session is closed."""
+        """Whether anything waits to be sent, be it for credit; never once the session is closed."""
         return self._outbox.unsent
 
     def state(self, call: int) -> State:
