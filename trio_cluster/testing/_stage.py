@@ -33,7 +33,7 @@ _STOPPING: Final = 8.0
 _MUCH: Final = 20_000
 _PATIENCE: Final = 3.0
 _LOOK: Final = 0.005
-#: How often a request that is pursued loses its worker.
+#: How often a request that is pursued loses its worker, at most.
 _PURSUITS: Final = 3
 
 _PROCESS_FAULTS: Final = frozenset({"killed", "stopped", "drained", "frozen"})
@@ -283,15 +283,19 @@ class Stage:
         self._history.faults[fault.kind] += 1
         number, seen = int(host.removeprefix("client-")), 0
         with trio.move_on_after(_PATIENCE):
-            for _ in range(_PURSUITS):
-                while len(runs := self._actors.runs_of(number)) <= seen:
+            for _ in range(fault.pick // 2 % _PURSUITS + 1):
+                while len(runs := self._actors.runs_of(number)) <= seen:  # noqa: ASYNC110  (nobody tells it)
                     await trio.sleep(_LOOK)
                 seen, node = len(runs), runs[-1].node
                 if node == "master":
                     return
-                await trio.sleep(fault.amount)
+                link = self.lives[node].node.link
+                if fault.pick % 2:
+                    await trio.sleep(fault.amount)
+                else:
+                    await _wait_for_traffic(fault, link)
                 self._history.flash("link reset", node)
-                self.lives[node].node.link.reset()
+                link.reset()
 
     async def _operate(self, path: str) -> int:
         """Ask the master to do something, and return the status of its answer; 0 if there was none."""
@@ -323,7 +327,7 @@ async def _wait_for_traffic(fault: Fault, connection: Connection) -> None:
     if fault.pick % 2:
         return
     with trio.move_on_after(_PATIENCE):
-        while connection.waiting_bytes < _MUCH:  # noqa: ASYNC110  (a network tells nobody)
+        while connection.waiting_bytes < _MUCH:  # noqa: ASYNC110  (nobody tells it)
             await trio.sleep(_LOOK)
 
 
