@@ -21,7 +21,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(trio|quart_trio|quart|h11|random|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
     (
         "py:.*",
-        r"(QuartTrio|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|PATIENCE)",
+        r"(QuartTrio|collections\.Counter|Counter|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|PATIENCE)",
     ),
     ("py:.*", r"trio_cluster\._?[a-z]+\..*"),
     ("py:class", r"(optional|Any|ApiError|Literal.*|~?H)"),

@@ -292,13 +292,12 @@ class Laws(trio.abc.Instrument):
         nodes = frozenset([run.node, "master"])
         if self._history.troubles(nodes, run.began - self._causes.aftermath, run.ended, LOSSES - STOPS):
             return []
-        stops = self._history.troubles(nodes, run.began, run.ended, STOPS)
-        began = [stop.began for stop in stops if stop.began >= run.began]
-        if not began or run.ended - min(began) >= float(self._plan.options["drain_timeout"]) - MARGIN:
+        stops = [stop.began for stop in self._history.troubles(nodes, outcome.began, run.ended, STOPS)]
+        given = float(self._plan.options["drain_timeout"]) - MARGIN
+        if max(stops, default=-1.0) < run.began or run.ended - min(stops) >= given:
             return []
-        return [
-            f"its handler on {run.node} was stopped {run.ended - min(began):.3f} s after the node was to stop"
-        ]
+        late = run.ended - min(stops)
+        return [f"its handler on {run.node} was stopped {late:.3f} s after the node was to stop"]
 
     def _may_outlive(self, outcome: Outcome, run: Run, gone: float) -> float:
         """Return for how many seconds a handler may go on after nobody wants its answer any more."""
