@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import trio
+from memory_cluster import everything, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster._calls import WINDOW, Call, Data, Done, Event, Failed, Head, Request
+from trio_cluster._calls import WINDOW, Call, Data, Done, Failed, Head, Request
 from trio_cluster._errors import ApiError, Overloaded, ShuttingDown
 from trio_cluster._handlers import MAX_WAITING, HandlerBackend, HandlerPool
 from trio_cluster._models import ModelInfo
@@ -56,15 +57,6 @@ async def bench(nursery: trio.Nursery) -> Bench:
     return made
 
 
-async def everything(call: Call) -> list[Event]:
-    events: list[Event] = []
-    while True:
-        event = await call.receive()
-        events.append(event)
-        if isinstance(event, Done | Failed):
-            return events
-
-
 async def failure(call: Call) -> ApiError:
     last = (await everything(call))[-1]
     assert isinstance(last, Failed)
@@ -76,10 +68,6 @@ async def released(call: Call) -> None:
     call.on_release(done.set)
     with trio.fail_after(1000):
         await done.wait()
-
-
-def text(events: list[Event]) -> str:
-    return b"".join(bytes(event.data) for event in events if isinstance(event, Data)).decode()
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:

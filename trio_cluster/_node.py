@@ -25,7 +25,7 @@ from ._client import WorkerClient
 from ._errors import ClusterPortError, HandshakeRefused
 from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
-from ._ports import Listeners, Network, local_address, port_of
+from ._ports import Listeners, Network, local_address, port_of, shown_address
 from ._registry import Registry
 from ._remote import STATES
 from ._version import __version__
@@ -260,8 +260,7 @@ class Node:
 
     def _set_address(self, host: str, listeners: Listeners) -> None:
         self.port = port_of(listeners)
-        shown = local_address(host)
-        self.url = f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
+        self.url = f"http://{shown_address(local_address(host), self.port)}"
 
     def _drain_worker(self, name: str) -> dict[str, Any] | None:
         manager = self.worker_manager

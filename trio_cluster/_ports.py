@@ -29,6 +29,7 @@ __all__ = [
     "local_address",
     "open_pair",
     "port_of",
+    "shown_address",
     "why_not_connected",
 ]
 
@@ -160,6 +161,11 @@ def why_not_connected(error: Exception) -> str:
         cause = cause.exceptions[0]
     reason = cause.strerror if isinstance(cause, OSError) else None
     return reason or str(cause) or type(cause).__name__
+
+
+def shown_address(host: str, port: int) -> str:
+    """Return an address as people, logs and URLs have it: an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def local_address(host: str) -> str:

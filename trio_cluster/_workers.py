@@ -22,7 +22,7 @@ import trio
 from ._link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
 from ._models import KINDS
 from ._options import ClusterServerOptions
-from ._ports import Listeners
+from ._ports import Listeners, shown_address
 from ._pulse import with_pulse
 from ._registry import Registry
 from ._remote import RemoteWorker
@@ -319,4 +319,4 @@ def _peer(stream: trio.abc.Stream) -> str:
         host, port = stream.socket.getpeername()[:2]  # type: ignore[attr-defined]
     except (AttributeError, OSError):
         return "unknown"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return shown_address(host, port)

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from .._errors import ApiError, HandlerFailed, InvalidRequest
+from .._ports import shown_address
 from ..openai import ENDPOINTS, Endpoint
 from ._exchange import Exchange
 from ._relay import relay
@@ -34,7 +35,7 @@ from ._reply import Reply, error_reply
 from ._short import Connection
 from ._site import Site
 
-__all__ = ["App", "Gate", "Receive", "Scope", "Send"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "App", "Gate", "Receive", "Scope", "Send"]
 
 logger = logging.getLogger("trio_cluster.http")
 
@@ -63,9 +64,12 @@ LINGER_TIME = 10.0
 #: Where the server leaves the connection of a request, for those who may have to break it.
 CONNECTION_KEY: Final = "trio_cluster.connection"
 
-#: The routes that are answered by models; every route of the OpenAI API is served under each prefix.
-_ENDPOINTS: Final = {
-    prefix + endpoint.path: endpoint for endpoint in ENDPOINTS.values() for prefix in ("/v1", "")
+#: Every route of the OpenAI API is served under each of these.
+PREFIXES: Final = ("/v1", "")
+
+#: The routes that are answered by models.
+MODEL_ROUTES: Final = {
+    prefix + endpoint.path: endpoint for endpoint in ENDPOINTS.values() for prefix in PREFIXES
 }
 
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
@@ -120,17 +124,17 @@ class _Passage:
             return
         if self._left:
             return
-        scope = {**self._scope, "path": path}
-        exchange.enter(scope)
-        endpoint = _ENDPOINTS.get(path.rstrip("/")) if scope["method"] == "POST" else None
+        endpoint = MODEL_ROUTES.get(path.rstrip("/")) if self._scope["method"] == "POST" else None
         try:
             if endpoint is not None:
                 await self._relay(endpoint)
             else:
+                scope = {**self._scope, "path": path}
+                exchange.enter(scope)
                 await self._app(scope, self._receive_for_app, self._send_for_app)
         except* Exception as group:
             logger.error(
-                "the application failed on %s %s", scope["method"], path, exc_info=group,
+                "the application failed on %s %s", self._scope["method"], path, exc_info=group,
                 extra={"fields": {"request_id": exchange.request_id}},
             )  # fmt: skip
         finally:
@@ -318,8 +322,7 @@ def _address(scope: Scope) -> str:
     client = scope.get("client")
     if not client:
         return ""
-    host, port = client[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return shown_address(*client[:2])
 
 
 def _too_large(limit: int) -> ApiError:

@@ -1,49 +1,37 @@
 """The routes of the OpenAI API and of the node itself, as views of a Quart-trio application.
 
-The routes for models come from the table of endpoints; a new endpoint needs nothing here. What a view returns
-is a :class:`~trio_cluster.http._reply.Reply`, and :func:`respond` turns that into a response of the
-framework. A body that is still coming becomes a response body *object*: an async generator that is never
-started never ends either.
+The routes for models come from the table of endpoints, and the gate answers them; a new endpoint needs nothing here.
+What a view returns is a :class:`~trio_cluster.http._reply.Reply`, and :func:`respond` turns that into a response of
+the framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from types import TracebackType
-
 import attrs
-import trio
-from quart import request
-from quart.wrappers.response import ResponseBody
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from .._errors import ModelNotFound
-from ..openai import ENDPOINTS, Endpoint
-from ._exchange import exchange_of
+from .._errors import HandlerFailed, ModelNotFound
+from ..openai import ENDPOINTS
+from ._gate import MODEL_ROUTES, PREFIXES
 from ._metrics import metrics_reply, open_collectors
-from ._relay import relay
-from ._reply import Body, Reply, json_reply
+from ._reply import Reply, json_reply
 from ._site import Site
 
 __all__ = ["add_routes", "respond"]
 
-#: Every route of the OpenAI API is served under each of these.
-_PREFIXES = ("/v1", "")
-
 
 def add_routes(app: QuartTrio, site: Site) -> None:
     """Add all routes to ``app``."""
-    for endpoint in ENDPOINTS.values():
-        _add_endpoint(app, site, endpoint)
+    _add_model_routes(app)
     _add_models(app, site)
     _add_node(app, site)
 
 
 def respond(reply: Reply) -> TrioResponse:
-    """Return ``reply`` as a response of the framework."""
-    body = reply.body
-    response = TrioResponse(body if isinstance(body, bytes) else _ComingBody(body), reply.status)
+    """Return ``reply``, whose body is complete, as a response of the framework."""
+    assert isinstance(reply.body, bytes)
+    response = TrioResponse(reply.body, reply.status)
     # Not passed to the constructor, which would add a charset of its own.
     del response.headers["content-type"]
     for name, value in reply.headers:
@@ -51,36 +39,14 @@ def respond(reply: Reply) -> TrioResponse:
     return response
 
 
-class _ComingBody(ResponseBody):
-    """A body that is still coming, as the framework wants it. What it comes from is held by the exchange."""
+def _add_model_routes(app: QuartTrio) -> None:
+    """Let the framework know the routes that the gate answers, to tell a wrong method from an unknown path."""
 
-    def __init__(self, body: Body) -> None:
-        self._body = body
+    async def answered_by_the_gate() -> TrioResponse:
+        raise HandlerFailed
 
-    async def __aenter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException], exc_value: BaseException, tb: TracebackType
-    ) -> None:
-        pass
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            return await self._body.receive()
-        except trio.EndOfChannel:
-            raise StopAsyncIteration from None
-
-
-def _add_endpoint(app: QuartTrio, site: Site, endpoint: Endpoint) -> None:
-    async def view() -> TrioResponse:
-        return respond(await relay(site, endpoint, exchange_of(request.scope)))
-
-    for prefix in _PREFIXES:
-        app.add_url_rule(prefix + endpoint.path, f"{prefix}{endpoint.name}", view, methods=["POST"])
+    for path in MODEL_ROUTES:
+        app.add_url_rule(path, f"POST {path}", answered_by_the_gate, methods=["POST"])
 
 
 def _add_models(app: QuartTrio, site: Site) -> None:
@@ -94,7 +60,7 @@ def _add_models(app: QuartTrio, site: Site) -> None:
             raise ModelNotFound(name, site.registry.names())
         return respond(json_reply(info.entry()))
 
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         app.add_url_rule(f"{prefix}/models", f"{prefix}models", list_models, methods=["GET"])
         app.add_url_rule(f"{prefix}/models/<path:name>", f"{prefix}model", retrieve_model, methods=["GET"])
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import trio
 
 from .._calls import WINDOW
-from ..http._relay import GRACE
+from ..http import GRACE
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
 from ._errands import Outcome
