@@ -14,7 +14,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster._calls import WINDOW, Call, Data, Done, Failed, Head, Request
 from trio_cluster._errors import ApiError, Overloaded, ShuttingDown
-from trio_cluster._handlers import MAX_WAITING, HandlerBackend, HandlerPool
+from trio_cluster._handlers import HandlerBackend
+from trio_cluster._pool import MAX_WAITING, HandlerPool
 from trio_cluster._models import ModelInfo
 from trio_cluster._options import ClusterServerOptions, ServerOptions
 from trio_cluster._shapes import Provider, ThreadProvider

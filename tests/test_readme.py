@@ -257,6 +257,7 @@ def test_every_error_of_our_own_is_documented() -> None:
         _errors.Overloaded(""),
         _errors.ShuttingDown(),
         _errors.WorkerLost("w", ""),
+        _errors.UpstreamLost("m", ""),
         _errors.TooSlow(""),
         _errors.HandlerFailed(),
         _errors.CallCancelled(""),

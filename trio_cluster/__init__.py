@@ -10,9 +10,21 @@ from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused,
 from ._models import ChatModelOptions
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
 from ._probe import check_is_cluster_server
+from ._raw import RawCall
 from ._shapes import Provider
 from ._version import __version__
-from .openai import ASRRequest, ChatRequest, EmbeddingRequest, ImageGenRequest, OutputChunk, TTSRequest
+from .openai import (
+    ASRRequest,
+    ChatRequest,
+    CustomRequest,
+    EmbeddingRequest,
+    ImageEditRequest,
+    ImageGenRequest,
+    ModerationRequest,
+    OutputChunk,
+    RerankRequest,
+    TTSRequest,
+)
 
 __all__ = [
     "ASRRequest",
@@ -24,12 +36,17 @@ __all__ = [
     "ClusterPortError",
     "ClusterServer",
     "ClusterServerOptions",
+    "CustomRequest",
     "EmbeddingRequest",
     "HandshakeRefused",
+    "ImageEditRequest",
     "ImageGenRequest",
+    "ModerationRequest",
     "OptionsError",
     "OutputChunk",
     "Provider",
+    "RawCall",
+    "RerankRequest",
     "ServerOptions",
     "TTSRequest",
     "__version__",

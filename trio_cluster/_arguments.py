@@ -155,6 +155,14 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     add("--queue-timeout", "queue_timeout", float, "SECONDS", "how long a request waits for its turn")
     add("--timeout", "default_timeout", float, "SECONDS", "the longest silence of a model; inf for no limit")
     add("--max-body-size", "max_body_size", int, "BYTES", "the largest request body")
+    add("--max-json-size", "max_json_size", int, "BYTES", "the largest request body that is not a form")
+    add(
+        "--cors-origins",
+        "cors_origins",
+        str,
+        "ORIGINS",
+        "whose web pages may use the API: * or a list with commas",
+    )
     add("--owner", "owner", str, "NAME", "what /v1/models gives as owned_by")
     add("--drain-timeout", "drain_timeout", float, "SECONDS", "how long a stop lets requests finish")
     add("--api-key", "api_key", str, "KEY", "what clients must show; better kept in TRIO_CLUSTER_API_KEY")

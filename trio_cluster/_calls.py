@@ -36,6 +36,7 @@ import trio
 
 from ._errors import ApiError, CallCancelled
 from ._models import Kind
+from ._uploads import Upload
 
 __all__ = ["WINDOW", "Backend", "Call", "Data", "Done", "Event", "Failed", "Head", "Phase", "Request"]
 
@@ -48,11 +49,13 @@ class Request:
     """One request for one model, ready to be answered here or anywhere else.
 
     ``body`` is what the client sent, byte for byte, and ``content_type`` says how to read it; nothing between the
-    client and the handler rewrites them. ``parsed`` is a cache of the reading, which does not travel.
+    client and the handler rewrites them. A body that is still coming is ``upload``, and ``body`` is empty then.
+    ``parsed`` is a cache of the reading, which does not travel.
     """
 
     endpoint: str
-    """The name of the route in the table of endpoints, for instance ``chat.completions``."""
+    """The name of the route in the table of endpoints, for instance ``chat.completions``; of a route that is not in
+    the table, its path."""
     kind: Kind
     """The kind of model that can answer."""
     model: str
@@ -68,6 +71,18 @@ class Request:
     parsed: Any = None
     client: str = ""
     """The address it came from, for people; it does not travel."""
+    upload: Upload | None = None
+    """The body, if it was not complete when the request was made."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes the body has or will have; -1 if that is not known."""
+        return len(self.body) if self.upload is None else self.upload.size
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be asked once more; a body that has passed through is gone."""
+        return self.upload is None
 
 
 @attrs.frozen
@@ -100,8 +115,8 @@ class Failed:
 
 Event: TypeAlias = Head | Data | Done | Failed
 
-#: For a slot; for the first output; the answer has begun; it is over, and the work is not.
-Phase: TypeAlias = Literal["queued", "waiting", "streaming", "stopping"]
+#: For the body; for a slot; for the first output; the answer has begun; it is over, and the work is not.
+Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
 
 
 class Backend(Protocol):
@@ -340,6 +355,8 @@ class Call:
             return "stopping"
         if self.begun:
             return "streaming"
+        if self.request.upload is not None and not self.request.upload.complete:
+            return "uploading"
         return "queued" if self.queued else "waiting"
 
     @property
@@ -354,6 +371,8 @@ class Call:
 
     def _finish(self, event: Done | Failed) -> None:
         self.end = event
+        if self.request.upload is not None:
+            self.request.upload.close()
         self._hand_over(event)
         self._readers.unpark_all()
         self._writers.unpark_all()

@@ -5,13 +5,6 @@ once, since there is nobody left to answer; then the worker waits and dials agai
 jitter (uniform between nothing and a bound that doubles), so that a hundred workers whose master was restarted do
 not come back as one.
 
-An answer flows without a task of its own: the call hands its events to the session (``Call.redirect``), and the
-link's writer, having sent a batch, tells each call how many of its bytes have gone. That is what lets a handler go
-on when its answer moves, and holds it back when it does not.
-
-A cancelled call is reported to the master when its work has really stopped. Only then is its slot free, and only
-then may the master believe it.
-
 A worker that drains serves its link to the end and does not dial again: it would only bring its models back to be
 taken away once more.
 """
@@ -20,22 +13,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Final
 
 import trio
 
 from . import _chance
-from ._calls import Call, Data, Done, Event, Failed, Head, Request
-from ._errors import ApiError, CallCancelled, HandlerFailed, HandshakeRefused, InvalidRequest, ShuttingDown
-from ._handlers import HandlerPool
+from ._errors import HandshakeRefused
+from ._forwarded import ForwardedCalls
 from ._link import Link, LinkClosed, dial
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
+from ._pool import HandlerPool
 from ._ports import why_not_connected
 from ._pulse import with_pulse
 from ._registry import Registry
-from ._upload import Upload
 from ._version import __version__
 from .wire import (
     Cancel,
@@ -225,8 +216,6 @@ class _Service:
         self._registry = client._registry
         self._on_registered = on_registered
         self._unanswered: set[str] | None = None
-        self._calls: dict[int, Call] = {}
-        self._bodies: dict[int, Upload] = {}
         self._master_blocked = False
         self.session = WorkerSession(
             client._node_id,
@@ -245,10 +234,11 @@ class _Service:
             before_tick=self._tell_load,
             timeout=client._options.worker_timeout,
         )
+        self._calls = ForwardedCalls(self.session, self.link.wake, self._registry, client._options)
 
     @property
     def in_flight(self) -> int:
-        return len(self._calls) + len(self._bodies)
+        return len(self._calls.live)
 
     def announce(self, info: ModelInfo) -> None:
         if self._unanswered is None:
@@ -272,22 +262,18 @@ class _Service:
     def drain(self, reason: str) -> None:
         if self._unanswered is not None:
             self.session.drain(reason)
-            for call_id in self._bodies:
-                self.session.fail(call_id, ShuttingDown())
-            self._bodies.clear()
+            self._calls.give_back()
             self.link.wake()
 
     def abandon(self) -> None:
         """Cancel everything that came over the link: it is over, and nobody is left to answer."""
-        self._bodies.clear()
-        for call in list(self._calls.values()):
-            call.cancel("the link to the master is lost")
+        self._calls.abandon()
 
     def _tell_load(self) -> None:
         pool = self.client._pool
         self.session.load = (pool.running, pool.waiting, pool.capacity)
         self.session.tell_progress(
-            (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.items()
+            (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.live.items()
         )
 
     def _handle_all(self, events: Sequence[WorkerEvent]) -> None:
@@ -297,11 +283,11 @@ class _Service:
     def _handle(self, event: WorkerEvent) -> None:
         match event:
             case ForwardRequest():
-                self._bodies[event.call] = Upload(event)
+                self._calls.open(event)
             case DataMessage():
-                self._body_piece(event)
+                self._calls.take(event)
             case Cancel():
-                self._cancel(event.call, event.reason)
+                self._calls.cancel(event.call, event.reason)
             case Handshake():
                 self._welcome(event)
             case ModelRegistered():
@@ -347,86 +333,9 @@ class _Service:
         if not self._unanswered and not self.client.connected:
             self._on_registered()
 
-    def _body_piece(self, event: DataMessage) -> None:
-        upload = self._bodies.get(event.call)
-        if upload is None:
-            return
-        upload.add(event.data)
-        limit = self.client._options.server.max_body_size
-        if upload.size > limit:
-            del self._bodies[event.call]
-            error = InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
-            self.session.fail(event.call, error)
-        elif event.last:
-            del self._bodies[event.call]
-            self._open(event.call, upload.request())
-        else:
-            self.session.grant(event.call, len(event.data))
-        self.link.wake()
-
-    def _open(self, call_id: int, request: Request) -> None:
-        try:
-            call = self._registry.open(request)
-        except ApiError as error:
-            self.session.fail(call_id, error)
-            return
-        self._calls[call_id] = call
-        call.on_release(partial(self._released, call_id, call))
-        call.redirect(partial(self._send, call_id, call))
-
-    def _send(self, call_id: int, call: Call, event: Event) -> None:
-        """Be the sink of a call: its events go to the session as they are put."""
-        if call_id not in self._calls:
-            return
-        match event:
-            case Data():
-                self.session.send(call_id, event.data)
-            case Head():
-                try:
-                    self.session.respond(call_id, event.status, event.content_type, event.headers)
-                except ValueError as error:
-                    fields = {"model": call.request.model, "request_id": call.request.request_id}
-                    logger.error("an answer that HTTP cannot carry: %s", error, extra={"fields": fields})
-                    del self._calls[call_id]
-                    self.session.fail(call_id, HandlerFailed())
-                    call.cancel("its head cannot be sent")
-            case Done():
-                self.session.done(call_id)
-                del self._calls[call_id]
-            case Failed():
-                if call.cancelled is not None:
-                    # The answer is over, the work is not: the end is reported when it is released.
-                    return
-                self.session.fail(call_id, event.error)
-                del self._calls[call_id]
-        self.link.wake()
-
-    def _released(self, call_id: int, call: Call) -> None:
-        if self._calls.pop(call_id, None) is None:
-            return
-        closed_to = self._registry.closed_to
-        if closed_to is not None and not call.begun:
-            # Not finished within the time for that, nor begun: given back, so that another replica may have it.
-            self.session.fail(call_id, ShuttingDown(closed_to))
-        else:
-            self.session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
-        self.link.wake()
-
-    def _sent(self, sent: Sequence[tuple[int, int]]) -> None:
-        for call_id, count in sent:
-            call = self._calls.get(call_id)
-            if call is not None:
-                call.taken(count)
+    def _sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        self._calls.sent(counts)
         self.client._progress.unpark_all()
-
-    def _cancel(self, call_id: int, reason: str) -> None:
-        if self._bodies.pop(call_id, None) is not None:
-            self.session.fail(call_id, CallCancelled(reason))
-            self.link.wake()
-            return
-        call = self._calls.get(call_id)
-        if call is not None:
-            call.cancel(reason)
 
 
 def _refusal(host: str, closed: LinkClosed) -> str:

@@ -6,31 +6,28 @@ which their handlers run) and makes a :class:`~trio_cluster._node.Node` for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
-import attrs
 import trio
 
+from ._catalog import ModelCatalog
 from ._client import WorkerClient
 from ._errors import ClusterPortError
-from ._handlers import HandlerBackend, HandlerPool
-from ._models import ChatModelOptions, Kind, ModelInfo
+from ._models import ModelInfo
 from ._node import Node
 from ._options import ClusterMode, ClusterServerOptions, ServerOptions
+from ._pool import HandlerPool
 from ._ports import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
 from ._probe import is_master
 from ._registry import Registry
-from ._shapes import Handler
 from ._workers import WorkerManager
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
 
 __all__ = ["ClusterServer"]
-
-H = TypeVar("H", bound=Handler)
 
 Started = trio.TaskStatus[ClusterMode]
 
@@ -40,7 +37,7 @@ _PROBE_PAUSE: Final = 0.1
 _PROBE_TIMEOUT: Final = 2.0
 
 
-class ClusterServer:
+class ClusterServer(ModelCatalog):
     """A master, a worker or a standalone server, and the models that this process serves.
 
     Args:
@@ -62,10 +59,7 @@ class ClusterServer:
             options = ClusterServerOptions(server=ServerOptions(port=options))
         elif not isinstance(options, ClusterServerOptions):
             raise TypeError(f"expected a port or ClusterServerOptions, got {options!r}")
-        self._options = options
-        self._registry = Registry()
-        self._pool = HandlerPool(options)
-        self._local: dict[str, HandlerBackend] = {}
+        super().__init__(options)
         self._listen_address: tuple[str, int] | None = None
         self._network: Network = Sockets()
         self._node: Node | None = None
@@ -81,14 +75,7 @@ class ClusterServer:
     def options(self, options: ClusterServerOptions) -> None:
         if self._node is not None:
             raise RuntimeError("the options as a whole cannot be replaced while the server runs")
-        self._options = options
-        self._pool.options = options
-        self._pool.resize()
-        # Models say whose they are from the moment they are registered, and here that has changed.
-        for name, backend in self._local.items():
-            self._registry.remove(name, backend)
-            backend.info = attrs.evolve(backend.info, owner=options.server.owner)
-            self._registry.add(backend.info, backend)
+        self._replace_options(options)
 
     def set_max_concurrency(self, n: int) -> None:
         """Let this process's handlers run ``n`` requests at once, from now on."""
@@ -113,98 +100,6 @@ class ClusterServer:
         self._listen_address = None if host is None else (host, port)
         if self._node is not None:
             self._node.listen_on(self._listen_address)
-
-    # Models
-
-    def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a chat model from now on; it answers ``/v1/chat/completions`` and ``/v1/completions``.
-
-        Args:
-            name: what clients call it.
-            handler: a function of one of the documented shapes, which gets a :class:`ChatRequest`.
-            options: what ``/v1/models`` tells about it.
-
-        Raises:
-            ValueError: the name is taken, or is not a name.
-            TypeError: the handler has none of the shapes.
-        """
-        self._register("chat", name, handler, options)
-
-    def register_embedding(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
-    ) -> None:
-        """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`."""
-        self._register("embedding", name, handler, options)
-
-    def register_asr(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`."""
-        self._register("asr", name, handler, options)
-
-    def register_tts(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a text-to-speech model, see :meth:`register_chat`; the handler gets a :class:`TTSRequest`."""
-        self._register("tts", name, handler, options)
-
-    def register_image_generation(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
-    ) -> None:
-        """Serve an image model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
-        self._register("image_generation", name, handler, options)
-
-    def chat(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`."""
-        return self._decorator("chat", name, options)
-
-    def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate an embedding handler; see :meth:`register_embedding`."""
-        return self._decorator("embedding", name, options)
-
-    def asr(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a speech-to-text handler; see :meth:`register_asr`."""
-        return self._decorator("asr", name, options)
-
-    def tts(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a text-to-speech handler; see :meth:`register_tts`."""
-        return self._decorator("tts", name, options)
-
-    def image_generation(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate an image handler; see :meth:`register_image_generation`."""
-        return self._decorator("image_generation", name, options)
-
-    def unregister_model(self, name: str) -> bool:
-        """Stop serving a model of this process; requests that run go on. Return whether there was one."""
-        backend = self._local.pop(name, None)
-        if backend is None:
-            return False
-        self._registry.remove(name, backend)
-        if self.worker_client is not None:
-            self.worker_client.withdraw(name)
-        return True
-
-    def list_models(self) -> list[str]:
-        """Return the names of all models, sorted: a master's own and its workers' together, a worker's own."""
-        return self._registry.names()
-
-    def has_model(self, name: str) -> bool:
-        """Tell whether a model of this name can be asked here."""
-        return self._registry.info(name) is not None
-
-    def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
-        model_options = ChatModelOptions(**options)
-
-        def register(handler: H) -> H:
-            self._register(kind, name, handler, model_options)
-            return handler
-
-        return register
-
-    def _register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
-        owner = self._options.server.owner
-        info = ModelInfo(name=name, kind=kind, owner=owner, options=options or ChatModelOptions())
-        backend = HandlerBackend(info, handler, self._pool)
-        self._registry.add(info, backend, replicate=self._options.on_conflict == "replicate")
-        self._local[name] = backend
-        if self.worker_client is not None:
-            self.worker_client.announce(info)
 
     # State
 
@@ -257,6 +152,14 @@ class ClusterServer:
     def worker_client(self) -> WorkerClient | None:
         """A worker's link to its master; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_client
+
+    def _announce(self, info: ModelInfo) -> None:
+        if self.worker_client is not None:
+            self.worker_client.announce(info)
+
+    def _withdraw(self, name: str) -> None:
+        if self.worker_client is not None:
+            self.worker_client.withdraw(name)
 
     # Running
 

@@ -23,6 +23,7 @@ __all__ = [
     "Overloaded",
     "ShuttingDown",
     "TooSlow",
+    "UpstreamLost",
     "WorkerLost",
     "WrongKind",
 ]
@@ -107,15 +108,13 @@ class ModelNotFound(ApiError):
 
 
 class WrongKind(ApiError):
-    """The model exists, but it is not one for this route."""
+    """The model exists, but it is not one for this route; ``wanted`` is a kind, or the path of a route of its own."""
 
     def __init__(self, name: str, kind: str, wanted: str) -> None:
-        super().__init__(
-            400,
-            f"The model '{name}' is of kind {kind}; this route needs one of kind {wanted}",
-            param="model",
-            code="model_kind_mismatch",
-        )
+        message = f"The model '{name}' is of kind {kind}; this route needs one of kind {wanted}"
+        if wanted.startswith("/"):
+            message = f"The model '{name}' does not answer {wanted}"
+        super().__init__(400, message, param="model", code="model_kind_mismatch")
 
 
 class Overloaded(ApiError):
@@ -139,6 +138,13 @@ class WorkerLost(ApiError):
 
     def __init__(self, worker: str, why: str) -> None:
         super().__init__(502, f"The worker '{worker}' was lost before it finished: {why}", code="worker_lost")
+
+
+class UpstreamLost(ApiError):
+    """The server behind a model cannot be reached, or broke off before its answer was complete."""
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(502, f"The server behind the model '{model}' was lost: {why}", code="upstream_lost")
 
 
 class TooSlow(ApiError):

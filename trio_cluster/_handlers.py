@@ -1,19 +1,11 @@
-"""A user's function made into a backend: slots, time, errors, and the encoding of what it gives.
+"""A user's function made into a backend: errors, time, and the encoding of what it gives.
 
-Every call has one task, in the pool's nursery, from the moment it is opened until its work has really stopped. The
-task waits for a slot, runs the handler inside the call's cancel scope, and encodes each piece of output where the
-model runs, so that whoever relays the answer need not look inside it.
-
-Time. The scope's deadline is the request's real deadline: the earlier of "nothing may be silent for longer than
-this" and "the whole answer must be there by then". Each piece of output moves the first one on. While the client is
-slow the silence is the client's, and does not count.
+A handler's output is encoded where the model runs, piece by piece, so that whoever relays the answer need not look
+inside it.
 
 A plain answer goes out in one piece at its end. So that nobody mistakes a long one for a dead one, its head is put
 with the first output, and output that has nothing to show yet becomes an empty ``Data``, once a second at most: a
 sign of life that costs the relay nothing and commits it to nothing.
-
-Slots are a ``trio.CapacityLimiter``: fair, resizable while calls run, and freed in the task's ``finally``, when the
-handler has returned. Not when somebody asked it to.
 """
 
 from __future__ import annotations
@@ -23,22 +15,21 @@ import math
 import time
 from typing import Any, Final
 
+import attrs
 import trio
 
 from . import _chance
-from ._calls import Call, Data, Done, Failed, Request
-from ._errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
+from ._calls import Call, Data, Done, Request
+from ._errors import ApiError, HandlerFailed
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
-from ._shapes import Handler, driver_for
-from .openai import ENDPOINTS, Encoder
+from ._pool import Answer, HandlerPool
+from ._shapes import Driver, Handler, driver_for
+from .openai import Encoder, endpoint_named
 
-__all__ = ["MAX_WAITING", "HandlerBackend", "HandlerPool"]
+__all__ = ["HandlerBackend"]
 
 logger = logging.getLogger("trio_cluster.handlers")
-
-#: How many calls may wait for a slot; one more is refused at once, since it would only wait to be refused.
-MAX_WAITING: Final = 1024
 
 #: Seconds between the signs of life of a plain answer.
 _SIGN_OF_LIFE: Final = 1.0
@@ -47,129 +38,15 @@ _SIGN_OF_LIFE: Final = 1.0
 _PARSE_IN_THREAD: Final = 1 << 20
 
 
-class HandlerPool:
-    """The slots of this process and the nursery in which its handlers run.
-
-    Args:
-        options: read at the time of use, so that a change acts at once on calls that come after it.
-
-    Attributes:
-        waiting: how many calls wait for a slot.
-    """
-
-    def __init__(self, options: ClusterServerOptions) -> None:
-        self.options = options
-        self._slots = trio.CapacityLimiter(options.server.max_concurrency)
-        self._nursery: trio.Nursery | None = None
-        self.waiting = 0
-
-    @property
-    def running(self) -> int:
-        """How many handlers hold a slot."""
-        return int(self._slots.borrowed_tokens)
-
-    @property
-    def capacity(self) -> int:
-        """How many handlers may run at once."""
-        return int(self._slots.total_tokens)
-
-    @property
-    def tasks(self) -> int:
-        """How many calls have a task here: those that wait, those that run, and those that wind down."""
-        return 0 if self._nursery is None else len(self._nursery.child_tasks)
-
-    def resize(self) -> None:
-        """Make the number of slots what the options say; handlers over a smaller one run on, but no new one starts."""
-        self._slots.total_tokens = self.options.server.max_concurrency
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run handlers until cancelled; then cancel those that run and wait until they have stopped."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
-
-    def start(self, backend: HandlerBackend, request: Request) -> Call:
-        """Begin to answer ``request``.
-
-        Raises:
-            ShuttingDown: the pool is not being served.
-            Overloaded: too many calls wait already.
-        """
-        if self._nursery is None:
-            raise ShuttingDown
-        if self.capacity != self.options.server.max_concurrency:
-            self.resize()
-        if self.waiting >= MAX_WAITING:
-            raise Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
-        scope = trio.CancelScope()
-        call = Call(request, on_cancel=lambda reason: scope.cancel(reason=reason))
-        self._nursery.start_soon(self._answer, backend, call, scope, name=f"answer {request.model}")
-        return call
-
-    async def _answer(self, backend: HandlerBackend, call: Call, scope: trio.CancelScope) -> None:
-        """Be the task of one call. Whatever happens inside, the call is ended and released, and nothing leaks out."""
-        output = _Output(call, scope, self.options)
-        # The scope's deadline cannot tell a handler that it is late once it shields itself; the relay's own deadline
-        # answers the client then, and the slot stays taken until the handler is really done.
-        scope.deadline = output.next_deadline()
-        try:
-            with scope:
-                await self._in_slot(backend, output)
-            if scope.cancelled_caught:
-                output.fail(output.too_slow())
-        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
-            if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
-                raise
-            # A scope that the handler opened around a `yield` expired, or was left, while the handler was parked
-            # there: its Cancelled belongs to nobody any more. Only this call is wrong.
-            logger.exception("a cancel scope of the handler leaked", extra=backend.log_fields(call))
-            output.fail(HandlerFailed())
-        finally:
-            call.release()
-
-    async def _in_slot(self, backend: HandlerBackend, output: _Output) -> None:
-        call = output.call
-        try:
-            self._slots.acquire_on_behalf_of_nowait(call)
-        except trio.WouldBlock:
-            self.waiting += 1
-            call.queued = True
-            try:
-                with trio.move_on_after(self.options.server.queue_timeout) as wait:
-                    await self._slots.acquire_on_behalf_of(call)
-            finally:
-                self.waiting -= 1
-                call.queued = False
-            if wait.cancelled_caught:
-                call.put(Failed(self._over_capacity()))
-                return
-        try:
-            await backend.run(output)
-        finally:
-            self._slots.release_on_behalf_of(call)
-
-    def _over_capacity(self) -> Overloaded:
-        return Overloaded(
-            f"All {self.capacity} slots stayed busy for {self.options.server.queue_timeout:g} s",
-            retry_after=self._retry_after(),
-        )
-
-    def _retry_after(self) -> float:
-        # Nobody knows how long handlers take; the wait that was just in vain is the best guess there is.
-        return max(1.0, min(self.options.server.queue_timeout, 60.0))
-
-
 class HandlerBackend:
-    """One model that a function of this process answers for.
+    """One model that functions of this process answer for.
 
     Args:
         info: what the model is.
         handler: the function.
         pool: where its calls run.
+        ability: what the function answers: the endpoints of a kind, or the path of a route of its own. Without it,
+            those of the model's kind.
 
     Raises:
         TypeError: the function has none of the shapes that a handler may have.
@@ -177,10 +54,22 @@ class HandlerBackend:
 
     name = "local"
 
-    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool) -> None:
+    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, ability: str = "") -> None:
         self.info = info
-        self._drive = driver_for(handler)
+        self._drivers: dict[str, Driver] = {ability or info.kind: driver_for(handler)}
         self._pool = pool
+
+    def extend(self, ability: str, handler: Handler) -> None:
+        """Let another function answer more: another kind's endpoints, or a route of its own; ``info`` says so too.
+
+        Raises:
+            TypeError: the function has none of the shapes that a handler may have.
+            ValueError: the model does that already.
+        """
+        if ability in self._drivers:
+            raise ValueError(f"the model '{self.info.name}' answers {ability} already")
+        self._drivers[ability] = driver_for(handler)
+        self.info = attrs.evolve(self.info, also=(*self.info.also, ability))
 
     @property
     def load(self) -> float:
@@ -194,29 +83,12 @@ class HandlerBackend:
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
-        return self._pool.start(self, request)
+        drive = self._drivers.get(request.kind) or self._drivers[request.endpoint]
 
-    async def run(self, output: _Output) -> None:
-        """Run the handler once, in the slot that the caller holds. Raises nothing but ``trio.Cancelled``."""
-        # Read by whoever wants to know what the event loop is busy with; see `blamed_code`.
-        __traceback_info__ = f"handler of '{self.info.name}'"
-        call = output.call
-        try:
-            await output.prepare()
-            await self._drive(output.request, output)
-            output.end()
-        except (Exception, BaseExceptionGroup, SystemExit) as error:
-            if isinstance(error, BaseExceptionGroup) and not _is_failure(error):
-                raise
-            answer = _meant_for_client(error)
-            if answer is None:
-                logger.exception("the handler of '%s' failed", self.info.name, extra=self.log_fields(call))
-                answer = HandlerFailed()
-            output.fail(answer)
+        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> Answer:
+            return _Output(call, scope, options, drive, self._pool.slots)
 
-    def log_fields(self, call: Call) -> dict[str, Any]:
-        """Return what a log line about ``call`` should carry."""
-        return {"fields": {"model": self.info.name, "request_id": call.request.request_id}}
+        return self._pool.start(request, answer)
 
 
 def _is_failure(group: BaseExceptionGroup[BaseException]) -> bool:
@@ -235,41 +107,71 @@ def _meant_for_client(error: BaseException) -> ApiError | None:
     return error if isinstance(error, ApiError) else None
 
 
-class _Output:
+class _Output(Answer):
     """The provider of one call: encodes what the handler gives, and keeps the time."""
 
     request: Any
     _encoder: Encoder
 
-    def __init__(self, call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> None:
-        self.call = call
-        self._scope = scope
-        self._silence = min(call.request.timeout, options.server.default_timeout)
-        self._last = trio.current_time() + call.request.budget
+    def __init__(
+        self,
+        call: Call,
+        scope: trio.CancelScope,
+        options: ClusterServerOptions,
+        drive: Driver,
+        slots: trio.CapacityLimiter,
+    ) -> None:
+        super().__init__(call, scope, options)
+        self.slots = slots
+        self._drive = drive
+        self._body = call.request.body
         self._next_sign = -math.inf
 
-    def next_deadline(self) -> float:
-        """Return when the handler is late if it gives nothing from now on."""
-        return min(trio.current_time() + self._silence, self._last)
-
-    def too_slow(self) -> TooSlow:
-        """Return what to tell the client when the scope's deadline has passed."""
-        if trio.current_time() >= self._last:
-            # Not the number: of what the client has given, other nodes may have used up a part.
-            return TooSlow("The answer was not complete within the time that its client gives it")
-        return TooSlow(f"The model gave nothing for {self._silence:g} s")
-
     async def prepare(self) -> None:
+        """Wait for the body of the request: nobody works on it yet, so it needs no slot."""
+        upload = self.call.request.upload
+        if upload is None:
+            return
+        if not upload.complete:
+            self.stop_time()
+        self._body = await upload.read()
+        self.give_time()
+
+    async def work(self) -> None:
+        """Run the handler once."""
+        # Read by whoever wants to know what the event loop is busy with; see `blamed_code`.
+        __traceback_info__ = f"handler of '{self.call.request.model}'"
+        try:
+            await self._read_request()
+            await self._drive(self.request, self)
+            self.end()
+        except (Exception, BaseExceptionGroup, SystemExit) as error:
+            if isinstance(error, BaseExceptionGroup) and not _is_failure(error):
+                raise
+            self.fail(self.told(error))
+
+    def told(self, error: BaseException) -> ApiError:
+        """Return what the client is told of something that a handler raised; the rest is for the log."""
+        answer = _meant_for_client(error)
+        if answer is None:
+            logger.error(
+                "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
+            )
+            return HandlerFailed()
+        return answer
+
+    async def _read_request(self) -> None:
         """Read the request, unless that has been done, and get ready to encode its answer."""
         request = self.call.request
-        endpoint = ENDPOINTS[request.endpoint]
+        endpoint = endpoint_named(request.endpoint)
         parsed = request.parsed
         if parsed is None:
-            arguments = (request.body, request.content_type, request.headers)
-            if len(request.body) < _PARSE_IN_THREAD:
+            arguments = (self._body, request.content_type, request.headers)
+            if len(self._body) < _PARSE_IN_THREAD:
                 parsed = endpoint.parse(*arguments)
             else:
                 parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)
+        self._body = b""
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=_chance.token(12), created=int(time.time()))
 
@@ -279,10 +181,10 @@ class _Output:
             raise trio.ClosedResourceError("the output has been ended")
         self._put(self._encoder.encode(chunk))
         if self.call.waiting_bytes >= self.call.window:
-            self._scope.deadline = self._last
+            self.stop_time()
         await self.call.wait_room()
         if self.call.begun:
-            self._scope.deadline = self.next_deadline()
+            self.give_time()
 
     def end(self) -> None:
         """See ``Provider``."""
@@ -290,11 +192,6 @@ class _Output:
             return
         self._put(self._encoder.finish())
         self.call.put(Done())
-
-    def fail(self, error: ApiError) -> None:
-        """End the answer with an error; after its end, there is nobody to tell."""
-        if not self.call.ended:
-            self.call.put(Failed(error))
 
     def _put(self, data: bytes) -> None:
         """Put what the encoder made of a piece of output; of nothing, a sign of life.

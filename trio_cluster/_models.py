@@ -10,8 +10,20 @@ import attrs
 
 __all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
 
-#: What a model can do; named after the ``register_*`` methods of the server.
-Kind: TypeAlias = Literal["chat", "embedding", "asr", "tts", "image_generation"]
+#: What a model can do; named after the ``register_*`` methods of the server. ``custom`` answers only routes of its own,
+#: ``any`` is whatever stands behind the node, and answers every route.
+Kind: TypeAlias = Literal[
+    "chat",
+    "embedding",
+    "asr",
+    "tts",
+    "image_generation",
+    "image_edit",
+    "rerank",
+    "moderation",
+    "custom",
+    "any",
+]
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -60,6 +72,14 @@ class ModelInfo:
     created: int = attrs.field(factory=lambda: int(time.time()))
     """Seconds since the epoch; given once, when the model is first registered, and carried along from then on."""
     options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
+    also: tuple[str, ...] = ()
+    """What it answers beside the routes of its kind: other kinds, and paths of routes of its own."""
+
+    def answers(self, kind: str, endpoint: str) -> bool:
+        """Tell whether it answers an endpoint, which is one for models of ``kind``."""
+        return (
+            self.kind == "any" or self.kind == kind != "custom" or kind in self.also or endpoint in self.also
+        )
 
     def entry(self) -> dict[str, Any]:
         """Return the model's entry in ``/v1/models``."""

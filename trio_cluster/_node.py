@@ -23,8 +23,8 @@ import trio
 from . import _chance
 from ._client import WorkerClient
 from ._errors import ClusterPortError, HandshakeRefused
-from ._handlers import HandlerPool
 from ._options import ClusterMode, ClusterServerOptions
+from ._pool import HandlerPool
 from ._ports import Listeners, Network, local_address, port_of, shown_address
 from ._registry import Registry
 from ._remote import STATES

@@ -154,6 +154,10 @@ class ServerOptions:
     """What ``/v1/models`` gives as ``owned_by``."""
     max_body_size: int = attrs.field(default=512 * 1024 * 1024, validator=_count)
     """How many bytes the body of a request may have; a larger one gets 413."""
+    max_json_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count)
+    """How many bytes a body may have that is kept in memory: every one but a form, which streams to its worker."""
+    cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """Whose web pages may use the API: ``"*"``, or origins with commas between them; without it, nobody's."""
 
 
 @attrs.define

@@ -23,7 +23,7 @@ import attrs
 import trio
 
 from ._calls import Backend, Call, Done, Request
-from ._errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, WorkerLost, WrongKind
+from ._errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, UpstreamLost, WorkerLost, WrongKind
 from ._models import Kind, ModelInfo
 
 __all__ = ["Books", "Durations", "NameTaken", "Registry"]
@@ -63,6 +63,7 @@ class Books:
 # A worker's failures arrive as plain errors: the status tells, not the class.
 _TIMED_OUT: Final = TooSlow("").status
 _NOT_FOUND: Final = ModelNotFound("", []).code
+_UPSTREAM_LOST: Final = UpstreamLost("", "").code
 
 
 @attrs.define
@@ -82,12 +83,26 @@ class Durations:
         self.total += seconds
 
 
-@attrs.define(eq=False)
 class _Served:
-    """A model and everybody who serves it, the one used longest ago first."""
+    """A model and everybody who serves it, the one used longest ago first, each with what it says the model is."""
 
-    info: ModelInfo
-    replicas: list[Backend]
+    def __init__(self, info: ModelInfo) -> None:
+        self.replicas: dict[Backend, ModelInfo] = {}
+        self.info = info
+        """What is known of the model: what its first replica said, and all that any of them answers."""
+
+    def note(self, info: ModelInfo, backend: Backend) -> None:
+        self.replicas[backend] = info
+        self._sum_up()
+
+    def forget(self, backend: Backend) -> None:
+        del self.replicas[backend]
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        also = dict.fromkeys(each for info in self.replicas.values() for each in info.also)
+        if tuple(also) != self.info.also:
+            self.info = attrs.evolve(self.info, also=tuple(also))
 
 
 class Registry:
@@ -121,25 +136,43 @@ class Registry:
         """
         served = self._models.get(info.name)
         if served is None:
-            self._models[info.name] = _Served(info, [backend])
+            served = self._models[info.name] = _Served(info)
+            served.note(info, backend)
             return
         who = ", ".join(replica.name for replica in served.replicas)
         if not replicate:
             raise NameTaken(f"a model named '{info.name}' is already served by {who}")
-        if served.info.kind != info.kind:
+        kind = served.info.kind
+        if kind != info.kind:
             raise NameTaken(
-                f"a model named '{info.name}' is already served by {who}, as {served.info.kind}, not {info.kind}"
+                f"a model named '{info.name}' is already served by {who}, as {kind}, not {info.kind}"
             )
         if any(replica.name == backend.name for replica in served.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
-        served.replicas.append(backend)
+        served.note(info, backend)
+
+    def update(self, info: ModelInfo, backend: Backend) -> None:
+        """Take note that a model of ``backend``, which serves it, is something else from now on.
+
+        Raises:
+            NameTaken: it would be of another kind than its replicas are.
+        """
+        served = self._models[info.name]
+        others = [other for replica, other in served.replicas.items() if replica is not backend]
+        if any(other.kind != info.kind for other in others):
+            raise NameTaken(
+                f"a model named '{info.name}' is already served as {others[0].kind}, not {info.kind}"
+            )
+        if not others:
+            served.info = info
+        served.note(info, backend)
 
     def remove(self, name: str, backend: Backend) -> bool:
         """Stop routing calls for a model to ``backend``; calls that run go on. Return whether it served it."""
         served = self._models.get(name)
         if served is None or backend not in served.replicas:
             return False
-        served.replicas.remove(backend)
+        served.forget(backend)
         if not served.replicas:
             del self._models[name]
         return True
@@ -162,19 +195,23 @@ class Registry:
         served = self._models.get(name)
         return [] if served is None else sorted(replica.name for replica in served.replicas)
 
-    def check(self, name: str, kind: Kind) -> ModelInfo:
-        """Return what is known of a model that a route for ``kind`` wants.
+    def check(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo:
+        """Return what is known of a model that an endpoint for ``kind`` wants.
 
         Raises:
             ModelNotFound: nobody serves it.
-            WrongKind: it is of another kind.
+            WrongKind: it does not answer that endpoint.
         """
         served = self._models.get(name)
         if served is None:
             raise ModelNotFound(name, list(self._models))
-        if served.info.kind != kind:
-            raise WrongKind(name, served.info.kind, kind)
+        if not served.info.answers(kind, endpoint):
+            raise WrongKind(name, served.info.kind, endpoint if kind == "custom" else kind)
         return served.info
+
+    def answers(self, endpoint: str) -> bool:
+        """Tell whether any model answers an endpoint that is not one of the OpenAI API."""
+        return any(served.info.answers("custom", endpoint) for served in self._models.values())
 
     def open(self, request: Request) -> Call:
         """Begin to answer ``request`` on the least busy node that serves its model.
@@ -201,7 +238,9 @@ class Registry:
         if not self._was_given_back(call):
             return None
         served = self._models.get(call.request.model)
-        if self.closed_to is not None or served is None or not self._candidates(served, avoid=call.served_by):
+        if self.closed_to is not None or served is None:
+            return None
+        if not (call.request.repeatable and self._candidates(served, call.request, avoid=call.served_by)):
             return None
         if budget <= 0:
             return None
@@ -214,7 +253,7 @@ class Registry:
         end = call.end
         if end is None or isinstance(end, Done):
             return False
-        if isinstance(end.error, WorkerLost | ShuttingDown):
+        if isinstance(end.error, WorkerLost | ShuttingDown) or end.error.code == _UPSTREAM_LOST:
             return True
         # Its worker took the model back while the call was on its way there; others may go on serving it.
         return end.error.code == _NOT_FOUND and call.served_by not in self.served_by(call.request.model)
@@ -235,15 +274,19 @@ class Registry:
             await self._idle.park()
 
     @staticmethod
-    def _candidates(served: _Served, avoid: str) -> list[Backend]:
-        return [replica for replica in served.replicas if replica.available and replica.name != avoid]
+    def _candidates(served: _Served, request: Request, avoid: str) -> list[Backend]:
+        return [
+            replica
+            for replica, info in served.replicas.items()
+            if replica.available and replica.name != avoid and info.answers(request.kind, request.endpoint)
+        ]
 
     def _open(self, request: Request, avoid: str = "") -> Call:
         if self.closed_to is not None:
             raise ShuttingDown(self.closed_to)
-        self.check(request.model, request.kind)
+        self.check(request.model, request.kind, request.endpoint)
         served = self._models[request.model]
-        candidates = self._candidates(served, avoid)
+        candidates = self._candidates(served, request, avoid)
         if not candidates:
             raise Overloaded(
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
@@ -252,8 +295,7 @@ class Registry:
         backend = min(candidates, key=lambda replica: replica.load)
         call = backend.open(request)
         # Among equals, take turns: the one just used goes to the end.
-        served.replicas.remove(backend)
-        served.replicas.append(backend)
+        served.replicas[backend] = served.replicas.pop(backend)
         call.served_by = backend.name
         self.books.admitted += 1
         self.live[call] = backend

@@ -5,12 +5,13 @@ events come from. Opening and cancelling queue a message and wake the link's wri
 no cancellation can fall between asking for work and remembering that it was asked for.
 
 Credit: a call's body bytes are granted back to the worker when the call's consumer has taken them, never when they
-arrive. A client that stops reading therefore stops its own handler, and nobody else's.
+arrive. A client that stops reading therefore stops its own handler, and nobody else's. The other way, what is still
+coming of a request's body counts as taken when it has been sent, and that is when the worker has asked for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 import trio
@@ -120,7 +121,8 @@ class RemoteWorker:
             request_id=request.request_id,
             timeout=request.timeout,
             budget=request.budget,
-            size=len(request.body),
+            size=request.size,
+            once=not request.repeatable,
         )
 
         def cancel(reason: str) -> None:
@@ -133,9 +135,25 @@ class RemoteWorker:
 
         call = Call(request, on_cancel=cancel, on_taken=grant)
         self._calls[call_id] = call
-        session.send_body(call_id, request.body, last=True)
+        if request.upload is None:
+            session.send_body(call_id, request.body, last=True)
+            wake()
+            return call
+
+        def send(data: bytes, last: bool) -> None:
+            session.send_body(call_id, data, last=last)
+            wake()
+
+        request.upload.redirect(send)
         wake()
         return call
+
+    def sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Take down, for each call, how many bytes of its request's body have gone to the worker."""
+        for call_id, count in counts:
+            call = self._calls.get(call_id)
+            if call is not None and call.request.upload is not None:
+                call.request.upload.taken(count)
 
     def note(self, beat: Heartbeat) -> None:
         """Take down what the worker says of itself and of its calls."""

@@ -176,6 +176,7 @@ class _Visit:
             stream,
             self.session,
             on_events=self._handle_all,
+            on_sent=self._sent,
             on_end=self._end,
             before_tick=self._judge,
             timeout=self._options.worker_timeout,
@@ -210,6 +211,10 @@ class _Visit:
         for event in events:
             self._handle(event)
         self._judge()
+
+    def _sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        if self._worker is not None:
+            self._worker.sent(counts)
 
     def _judge(self) -> None:
         """Find out whether the worker can do anything."""
@@ -275,7 +280,10 @@ class _Visit:
             info = message.info()
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
-            self._registry.add(info, worker, replicate=self._options.on_conflict == "replicate")
+            if info.name in worker.models:
+                self._registry.update(info, worker)
+            else:
+                self._registry.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
             self.session.model_rejected(message.name, str(refusal))
             self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)

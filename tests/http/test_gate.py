@@ -15,7 +15,7 @@ import trio
 from house import CHAT, PLAIN, House, open_house, raw_request
 
 from trio_cluster._errors import ApiError
-from trio_cluster.http import _gate, _serving
+from trio_cluster.http import _gate, _intake, _serving
 
 BODY = json.dumps(CHAT).encode()
 CHAT_PATH = "/v1/chat/completions"
@@ -167,7 +167,8 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
 
 
 async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BODY_SILENCE", "DRAIN_TIME", "LINGER_TIME"):
+    monkeypatch.setattr(_intake, "BODY_SILENCE", 0.05)
+    for name in ("DRAIN_TIME", "LINGER_TIME"):
         monkeypatch.setattr(_gate, name, 0.05)
     async with open_house() as house, house.connect() as wire:
         await wire.send(raw_request("POST", CHAT_PATH, BODY)[:-1])
@@ -177,7 +178,7 @@ async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_body_that_drips_has_a_time_limit_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "BODY_TIME", 0.1)
+    monkeypatch.setattr(_intake, "BODY_TIME", 0.1)
     monkeypatch.setattr(_gate, "DRAIN_TIME", 0.05)
     async with open_house() as house, house.connect() as wire, trio.open_nursery() as nursery:
         await wire.request("POST", CHAT_PATH, None, "Content-Length: 100000")

@@ -554,7 +554,7 @@ async def test_it_is_made_only_once_more(house: House) -> None:
 
 async def test_the_second_call_is_cancelled_when_the_client_leaves(house: House) -> None:
     two_nodes(house, lambda s: s.fail(WorkerLost("local", "gone")), lambda s: None)
-    second = house.registry._models["m"].replicas[1]
+    second = list(house.registry._models["m"].replicas)[1]
     assert isinstance(second, Backend)
     async with house.connect() as wire:
         await wire.request("POST", PATH, BODY)

@@ -66,6 +66,35 @@ def test_a_streamed_transcript_is_known_too() -> None:
     assert (report.ending, report.text) == ("finished", "Hello")
 
 
+def response_event(number: int, kind: str, **members: Any) -> bytes:
+    return f"event: {kind}\n".encode() + event(type=kind, sequence_number=number, **members)
+
+
+def response(number: int, status: str = "completed", why: str | None = None) -> bytes:
+    details = None if why is None else {"reason": why}
+    of_it = {"status": status, "incomplete_details": details, "usage": {"total_tokens": 2}}
+    return response_event(number, f"response.{status}", response=of_it)
+
+
+SAID = response_event(0, "response.output_text.delta", delta="Hi")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (response(1), "stop"),
+        (response(1, "incomplete", "max_output_tokens"), "length"),
+        (response(1, "incomplete", "content_filter"), "content_filter"),
+    ],
+)
+def test_a_streamed_response_is_known_too(end: bytes, reason: str) -> None:
+    report = read_stream(SAID + PING + end)
+    assert (report.ending, report.text, report.finish_reasons) == ("finished", "Hi", {0: reason})
+    assert report.usage == {"total_tokens": 2}
+    assert read_stream(SAID + end[:-1]).ending == "cut"
+    assert read_stream(SAID + ERROR).ending == "failed"
+
+
 def test_a_streamed_completion_is_known_too() -> None:
     chunks = [
         event(choices=[{"index": 1, "text": "x", "finish_reason": None}]),
@@ -91,7 +120,16 @@ def test_a_streamed_completion_is_known_too() -> None:
         (ERROR + ERROR, "after the end"),
         (ERROR + delta("a"), "after the end"),
         (b"id: 1\n\n", "neither"),
-        (b"event: x\ndata: {}\n\n", "neither"),
+        (b"event: x\ndata: {}\n\n", "not what its name"),
+        (b"event: x\n\n", "its name and a single line"),
+        (b"event: x\ndata: {}\ndata: {}\n\n", "its name and a single line"),
+        (response(1), "should have been number 0"),
+        (SAID + SAID, "should have been number 1"),
+        (response(0, "incomplete"), "says something else"),
+        (response(0, "completed", "steered"), "says something else"),
+        (response(0) + DONE, "after the end"),
+        (response(0) + ERROR, "after the end"),
+        (response_event(0, "response.completed"), "not in the form"),
         (b"data: {}\nid: 1\n\n", "single line"),
         (b": ping\ndata: {}\n\n", "its own"),
         (b"data: {\n\n", "not JSON"),

@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster._handlers import HandlerPool
+from trio_cluster._pool import HandlerPool
 from trio_cluster._registry import Registry
 from trio_cluster.http import _relay
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
@@ -90,11 +90,11 @@ def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     run = HandlerPool._in_slot
 
-    async def in_slot(self: HandlerPool, backend: Any, output: Any) -> None:
+    async def in_slot(self: HandlerPool, answer: Any) -> None:
         try:
-            await run(self, backend, output)
+            await run(self, answer)
         except trio.Cancelled:
-            self._slots.acquire_on_behalf_of_nowait(object())
+            self.slots.acquire_on_behalf_of_nowait(object())
             raise
 
     monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)

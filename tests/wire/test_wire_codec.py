@@ -195,6 +195,7 @@ WRONG: dict[str, list[Any]] = {
     "bytes | memoryview": ["text", 7, None, [1, 2]],
     "dict[str, str]": [[], [["a", "b"]], "a", None, {"a": 1}, {1: "a"}, {"a": None}],
     "dict[str, Any]": [[], "a", 1, None, {1: "a"}],
+    "tuple[str, ...]": [{}, "ab", 7, None, [7], [["a"]], [b"a"], [None]],
     "tuple[tuple[int, int], ...]": [
         {},
         {1: 2},
@@ -267,6 +268,9 @@ OUTSIDE: list[tuple[type[Message], str, Any]] = [
     (Heartbeat, "lag", math.inf),
     (Heartbeat, "lag", math.nan),
     (Heartbeat, "blocked", "x" * 513),
+    (RegisterModel, "also", ("a",) * 65),
+    (RegisterModel, "also", ("",)),
+    (RegisterModel, "also", ("a\nb",)),
     (Heartbeat, "progress", ((0, 1),)),
     (Heartbeat, "progress", ((1 << 63, 1),)),
     (Heartbeat, "progress", ((1, -2),)),

@@ -66,7 +66,12 @@ def gate(app: QuartTrio, site: Site) -> QuartTrio:
     In front of the application itself, and not around it: whoever gets hold of the application, a test client
     or another server, then has to pass the gate as well.
     """
-    app.asgi_app = Gate(cast(App, app.asgi_app), site)  # type: ignore[method-assign, assignment]
+    paths = app.url_map.bind("localhost")
+
+    def has_route(path: str) -> bool:
+        return paths.test(path or "/", "POST")
+
+    app.asgi_app = Gate(cast(App, app.asgi_app), site, has_route)  # type: ignore[method-assign, assignment]
     return app
 
 

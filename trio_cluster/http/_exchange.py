@@ -9,11 +9,13 @@ more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Final, cast
 
 from .. import _chance
 from .._calls import Call
+from ._intake import Intake
 
 __all__ = ["Exchange", "exchange_of"]
 
@@ -31,19 +33,21 @@ class Exchange:
     Attributes:
         headers, client: as given.
         request_id: the client's own if it sent a sane one, otherwise a new one.
-        body: the whole body of the request.
+        intake: the body of the request; the gate's to set.
+        began: when it came, on the monotonic clock.
         cut: the answer has failed after it began; the connection must be ended so that nobody takes the
-        answer for
-            a complete one.
+            answer for a complete one.
     """
 
-    __slots__ = ("_calls", "body", "client", "cut", "headers", "request_id")
+    __slots__ = ("_calls", "began", "client", "cut", "headers", "intake", "request_id")
+
+    intake: Intake
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "") -> None:
         self.headers = list(headers)
         self.client = client
         self.request_id = _request_id(self.header(b"x-request-id"))
-        self.body = b""
+        self.began = time.monotonic()
         self.cut = False
         self._calls: list[Call] = []
 
@@ -53,6 +57,13 @@ class Exchange:
             if key == name:
                 return value
         return None
+
+    def declared_length(self) -> int | None:
+        """Return the length of the body if it is known; the server has checked that it is a number."""
+        length = self.header(b"content-length")
+        if length is not None:
+            return int(length)
+        return None if self.header(b"transfer-encoding") else 0
 
     def enter(self, scope: MutableMapping[str, Any]) -> None:
         """Make the exchange findable from an ASGI scope."""

@@ -3,8 +3,7 @@
 It keeps out what must not get in, and holds together what the server and the framework do not:
 
 - *Order.* A request is judged by its head first (protocol version, key, declared length), and its body is read
-  afterwards: a client without a key cannot make the node store anything. The body is read whole, under a size limit
-  and two deadlines, before anybody works on the request.
+  afterwards: a client without a key cannot make the node store anything.
 - *Routes of models* are answered here, by the relay; the framework, which would cost more than all the rest, gets
   what is not hot.
 - *An answer to an unread body.* An HTTP/1.1 connection whose request was answered before it was read is in no state
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
@@ -28,8 +28,10 @@ import trio
 
 from .._errors import ApiError, HandlerFailed, InvalidRequest
 from .._ports import shown_address
-from ..openai import ENDPOINTS, Endpoint
+from ..openai import ENDPOINTS, Endpoint, endpoint_named
+from ._cors import answer_preflight, cors_headers
 from ._exchange import Exchange
+from ._intake import ClientLeft, Intake, too_large
 from ._relay import relay
 from ._reply import Reply, error_reply
 from ._short import Connection
@@ -46,15 +48,11 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Paths that need no key. What they show are states and numbers; names and contents they do not.
-OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics"})
-
-#: Seconds that a client may be silent in the middle of its body, and that the whole body may take.
-BODY_SILENCE = 30.0
-BODY_TIME = 600.0
+OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 
 #: How much of a refused request's body is read before the refusal is sent, so that the connection stays
 #: usable.
-DRAIN_BYTES = 1 << 20
+DRAIN_BYTES = 1 << 25
 DRAIN_TIME = 2.0
 
 #: How much more is read after a refusal that ends the connection, so that the client gets to see it.
@@ -72,6 +70,9 @@ MODEL_ROUTES: Final = {
     prefix + endpoint.path: endpoint for endpoint in ENDPOINTS.values() for prefix in PREFIXES
 }
 
+#: Milliseconds from the request's coming to the beginning of its answer.
+_PROCESSING: Final = "openai-processing-ms"
+
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
@@ -81,16 +82,18 @@ class Gate:
     Args:
         app: the ASGI application behind the gate.
         site: the node; its options are read on each request.
+        has_route: tells whether the application answers POST requests to a path.
     """
 
-    def __init__(self, app: App, site: Site) -> None:
+    def __init__(self, app: App, site: Site, has_route: Callable[[str], bool] = lambda path: True) -> None:
         self._app = app
         self._site = site
+        self._has_route = has_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         if scope["type"] == "http":
-            await _Passage(self._app, self._site, scope, receive, send).run()
+            await _Passage(self, scope, receive, send).run()
         elif scope["type"] == "websocket":
             await _refuse_websocket(scope, send)
         else:
@@ -100,16 +103,17 @@ class Gate:
 class _Passage:
     """One request on its way through the gate and back."""
 
-    def __init__(self, app: App, site: Site, scope: Scope, receive: Receive, send: Send) -> None:
-        self._app = app
-        self._site = site
+    def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app = gate._app
+        self._site = gate._site
+        self._has_route = gate._has_route
         self._scope = scope
         self._receive = receive
         self._send = send
         self._exchange = Exchange(scope["headers"], _address(scope))
-        self._received = 0
-        self._complete = False  # the request's body has arrived
-        self._handed_on = False  # ... and the application has been given it
+        self._intake = self._exchange.intake = Intake(receive, self._site.options.server.max_body_size)
+        self._body = b""  # for the application
+        self._handed_on = False  # ... which has been given it
         self._left = False  # the client is gone
         self._started = False  # the head of the answer has been sent
         self._finished = False  # ... and its end
@@ -117,14 +121,18 @@ class _Passage:
     async def run(self) -> None:
         exchange = self._exchange
         try:
+            if await self._answer_preflight():
+                return
             path = self._admit()
-            await self._read_body()
+            endpoint = self._endpoint(path)
+            if endpoint is None:
+                self._intake.limit = min(self._intake.limit, self._site.options.server.max_json_size)
+                self._body = await self._intake.read(self._intake.limit)
         except ApiError as error:
-            await self._refuse(error)
+            await self._refuse(error_reply(error))
             return
-        if self._left:
+        except ClientLeft:
             return
-        endpoint = MODEL_ROUTES.get(path.rstrip("/")) if self._scope["method"] == "POST" else None
         try:
             if endpoint is not None:
                 await self._relay(endpoint)
@@ -132,6 +140,8 @@ class _Passage:
                 scope = {**self._scope, "path": path}
                 exchange.enter(scope)
                 await self._app(scope, self._receive_for_app, self._send_for_app)
+        except* ClientLeft:
+            self._left = True
         except* Exception as group:
             logger.error(
                 "the application failed on %s %s", self._scope["method"], path, exc_info=group,
@@ -142,10 +152,21 @@ class _Passage:
             exchange.abandon("client left" if self._left else "the exchange has ended")
             self._site.end_answer(exchange)
         if not (self._started or self._left):
-            await self._refuse(HandlerFailed("The server failed to answer this request"))
+            await self._refuse(error_reply(HandlerFailed("The server failed to answer this request")))
         elif exchange.cut and self._scope["http_version"] == "1.0":
             # Without chunks, the end of the connection is the end of the answer.
             self._reset()
+
+    def _endpoint(self, path: str) -> Endpoint | None:
+        """Return what the relay is to answer, and not the application."""
+        if self._scope["method"] != "POST":
+            return None
+        path = path.rstrip("/")
+        endpoint = MODEL_ROUTES.get(path)
+        if endpoint is not None or self._has_route(path):
+            return endpoint
+        path = path if path.startswith("/v1/") else "/v1" + path
+        return endpoint_named(path) if self._site.registry.answers(path) else None
 
     async def _relay(self, endpoint: Endpoint) -> None:
         """Answer a request for a model, without the framework: it would take as long as all the rest."""
@@ -153,8 +174,19 @@ class _Passage:
             reply = await relay(self._site, endpoint, self._exchange)
         except ApiError as error:
             reply = error_reply(error)
+            # What is still to come of the body need not be waited for by whoever is to answer.
+            self._exchange.abandon("the request was refused")
+        if not any(name == _PROCESSING for name, _ in reply.headers):
+            took = time.monotonic() - self._exchange.began
+            reply.headers.append((_PROCESSING, str(round(took * 1000))))
+        if isinstance(reply.body, bytes) and not self._intake.complete:
+            await self._refuse(reply)
+            return
         self._started = True
-        await self._send(_start(reply, self._exchange.request_id))
+        head = self._start(reply)
+        if not self._intake.complete:
+            head["headers"].append((b"connection", b"close"))
+        await self._send(head)
         if isinstance(reply.body, bytes):
             await self._send({"type": "http.response.body", "body": reply.body})
             return
@@ -187,9 +219,9 @@ class _Passage:
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
         if (path.rstrip("/") or "/") not in OPEN_PATHS:
             self._check_key()
-        length, limit = self._declared_length(), self._site.options.server.max_body_size
+        length, limit = self._exchange.declared_length(), self._site.options.server.max_body_size
         if length is not None and length > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         return path
 
     def _check_key(self) -> None:
@@ -197,6 +229,11 @@ class _Passage:
         if key is None:
             return
         scheme, _, given = (self._exchange.header(b"authorization") or b"").partition(b" ")
+        if not scheme:
+            # The clients of the Messages API send it so.
+            scheme, given = b"bearer", self._exchange.header(b"x-api-key") or b""
+            if not given:
+                scheme = b""
         if scheme.lower() != b"bearer":
             message = "This server needs a key: send it as 'Authorization: Bearer KEY'"
         elif not hmac.compare_digest(given.strip(), key.encode()):
@@ -205,64 +242,41 @@ class _Passage:
             return
         raise ApiError(401, message, code="invalid_api_key")
 
-    def _declared_length(self) -> int | None:
-        """Return the length of the body if it is known; the server has checked that it is a number."""
-        length = self._exchange.header(b"content-length")
-        if length is not None:
-            return int(length)
-        return None if self._exchange.header(b"transfer-encoding") else 0
-
-    # Reading the body
-
-    async def _next_piece(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            self._left = True
-            return b""
-        piece: bytes = message.get("body", b"")
-        self._received += len(piece)
-        self._complete = not message.get("more_body", False)
-        return piece
-
-    async def _read_body(self) -> None:
-        limit = self._site.options.server.max_body_size
-        pieces = []
-        last = trio.current_time() + BODY_TIME
-        with trio.CancelScope() as scope:
-            while not (self._complete or self._left):
-                scope.deadline = min(trio.current_time() + BODY_SILENCE, last)
-                pieces.append(await self._next_piece())
-                if self._received > limit:
-                    raise _too_large(limit)
-        if scope.cancelled_caught:
-            raise InvalidRequest("The body of the request did not arrive in time", status=408)
-        self._exchange.body = b"".join(pieces)
-
-    async def _drop_body(self, limit: int, seconds: float) -> None:
-        """Read on and keep nothing, until the body has arrived, the client has left, or it is enough."""
-        limit += self._received
-        with trio.move_on_after(seconds):
-            while not (self._complete or self._left) and self._received <= limit:
-                await self._next_piece()
-
     # Answering
 
-    async def _refuse(self, error: ApiError) -> None:
-        """Answer with ``error`` in place of the application."""
-        length = self._declared_length()
-        if length is None or length - self._received <= DRAIN_BYTES:
-            await self._drop_body(DRAIN_BYTES, DRAIN_TIME)
-        if self._left:
-            return
-        reply = error_reply(error)
+    async def _answer_preflight(self) -> bool:
+        """Answer a browser that asks what it may ask; return whether it was one."""
+        origins = self._site.options.server.cors_origins
+        headers = answer_preflight(self._exchange, self._scope["method"], origins)
+        if headers is None:
+            return False
+        await self._intake.read(self._intake.limit)
+        headers.append((b"x-request-id", self._exchange.request_id.encode("ascii")))
+        await self._send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b""})
+        return True
+
+    def _start(self, reply: Reply) -> Message:
         head = _start(reply, self._exchange.request_id)
-        if not self._complete and self._scope["http_version"] in _VERSIONS:
+        head["headers"] += cors_headers(self._exchange, self._site.options.server.cors_origins)
+        return head
+
+    async def _refuse(self, reply: Reply) -> None:
+        """Answer with ``reply``, whatever is still to come of the request's body."""
+        intake, length = self._intake, self._exchange.declared_length()
+        self._started = True
+        if length is None or length - intake.received <= DRAIN_BYTES:
+            await intake.drop(DRAIN_BYTES, DRAIN_TIME)
+        if intake.left:
+            return
+        head = self._start(reply)
+        if not intake.complete and self._scope["http_version"] in _VERSIONS:
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
         await self._send({"type": "http.response.body", "body": reply.body, "more_body": True})
-        await self._drop_body(LINGER_BYTES, LINGER_TIME)
+        await intake.drop(LINGER_BYTES, LINGER_TIME)
         end = {"type": "http.response.body", "body": b"", "more_body": False}
-        if self._complete or self._left:
+        if intake.complete or intake.left:
             await self._send_last(end)
             return
         # The server's reader may be waiting for room to hand over more of the body, and would wait for ever.
@@ -298,7 +312,7 @@ class _Passage:
     async def _receive_for_app(self) -> Message:
         if not self._handed_on:
             self._handed_on = True
-            return {"type": "http.request", "body": self._exchange.body, "more_body": False}
+            return {"type": "http.request", "body": self._body, "more_body": False}
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self._finished:
             self._left = True
@@ -311,6 +325,7 @@ class _Passage:
             headers = list(message.get("headers", ()))
             if not any(name.lower() == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self._exchange.request_id.encode("ascii")))
+            headers += cors_headers(self._exchange, self._site.options.server.cors_origins)
             await self._send({**message, "headers": headers})
         elif message["type"] != "http.response.body" or message.get("more_body", False):
             await self._send(message)
@@ -323,12 +338,6 @@ def _address(scope: Scope) -> str:
     if not client:
         return ""
     return shown_address(*client[:2])
-
-
-def _too_large(limit: int) -> ApiError:
-    return InvalidRequest(
-        f"The body of the request is larger than the {limit} bytes that are taken here", status=413
-    )
 
 
 def _start(reply: Reply, request_id: str) -> Message:

@@ -22,15 +22,20 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Final
+from contextlib import closing
+from functools import partial
+from typing import Final
 
 import attrs
 import trio
 
-from .._calls import Call, Data, Done, Event, Failed, Head, Request
-from .._errors import ApiError, HandlerFailed, InvalidRequest, TooSlow
+from .._calls import Call, Data, Done, Event, Failed, Head
+from .._errors import ApiError, HandlerFailed, TooSlow
+from .._uploads import Upload
 from ..openai import PING, Endpoint, error_event
 from ._exchange import Exchange
+from ._intake import Intake, Kept
+from ._reading import read_request
 from ._reply import Reply
 from ._short import Connection, ShortWay
 from ._site import Site
@@ -52,19 +57,13 @@ PING_EVERY: Final = 10.0
 #: before it is complete, there is no error event.
 EVENT: Final = 1 << 20
 
-#: Bytes of a request from which reading it in the event loop would be felt by the others.
-_READ_IN_THREAD: Final = 1 << 20
-
-#: Seconds as they may stand in a header.
-_SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
-
 #: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
 #: Latin-1.
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-#: Ends an event.
-_BLANK_LINE: Final = b"\n\n"
+#: What ends an event; servers elsewhere write their lines in either way.
+_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n")
 
 #: So that nothing between here and the client keeps a stream back.
 _FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
@@ -99,12 +98,15 @@ async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
     Raises:
         ApiError: what the client is to be told instead.
     """
-    request = await _read(site, endpoint, exchange)
-    limits = _Limits(request.timeout, request.budget, trio.current_time())
-    call = site.registry.open(request)
-    exchange.hold(call)
-    site.begin_answer(exchange)
-    event = await _next(call, limits, limits.began)
+    with closing(Kept()) as kept:
+        request = await read_request(site, endpoint, exchange, kept)
+        limits = _Limits(request.timeout, request.budget, trio.current_time())
+        call = site.registry.open(request)
+        exchange.hold(call)
+        site.begin_answer(exchange)
+        if request.upload is not None:
+            await _pass_on(exchange.intake, kept, call, request.upload, limits)
+    event = await _next(call, limits, trio.current_time())
     if isinstance(event, Failed):
         again = site.registry.reopen(call, limits.budget_left)
         if again is None:
@@ -119,79 +121,34 @@ async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
     return await _reply(call, event, exchange, limits)
 
 
-async def _read(site: Site, endpoint: Endpoint, exchange: Exchange) -> Request:
-    body = exchange.body
-    headers = _travelling_headers(exchange)
-    content_type = (exchange.header(b"content-type") or b"").decode("latin-1")
-    timeout, budget = _times(site, exchange)
-    if len(body) < _READ_IN_THREAD:
-        parsed: Any = endpoint.parse(body, content_type, headers)
-    else:
-        # Reading touches nothing else, so nobody needs to wait for it when the client has left.
-        parsed = await trio.to_thread.run_sync(
-            endpoint.parse, body, content_type, headers, abandon_on_cancel=True
-        )
-    info = site.registry.check(parsed.model, endpoint.kind)
-    if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
-        raise InvalidRequest(
-            f"The model '{info.name}' does not take images", param="messages", code="vision_not_supported"
-        )
-    return Request(
-        endpoint=endpoint.name,
-        kind=endpoint.kind,
-        model=info.name,
-        body=body,
-        content_type=content_type,
-        headers=headers,
-        request_id=exchange.request_id,
-        timeout=timeout,
-        budget=budget,
-        parsed=parsed,
-        client=exchange.client,
-    )
+async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limits: _Limits) -> None:
+    """Send a body on as it comes in, until it is complete or nobody wants more of it.
+
+    An answer that begins meanwhile waits for that: it is an error, most of the time, and then nobody wants more.
+
+    Raises:
+        ApiError: it is too large, does not come in time, or is not taken in time.
+        ClientLeft: there will be no more of it.
+    """
+    with trio.CancelScope() as scope:
+        upload.on_close(partial(scope.cancel, reason="nobody wants more of this body"))
+        while data := await kept.take():
+            upload.put(data)
+            await _room(upload, call, limits)
+        while not intake.complete:
+            data = await intake.next()
+            upload.put(data, last=intake.complete)
+            await _room(upload, call, limits)
+        if not upload.complete:
+            upload.put(b"", last=True)
 
 
-def _travelling_headers(exchange: Exchange) -> dict[str, str]:
-    """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
-    headers: dict[str, str] = {}
-    for raw, value in exchange.headers:
-        name = raw.decode("latin-1")
-        if name in ("user-agent", "accept", "accept-language") or (
-            name.startswith(("x-", "openai-")) and not _is_secret(name)
-        ):
-            text = value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {text}" if name in headers else text
-    return headers
-
-
-def _is_secret(name: str) -> bool:
-    return name.endswith(("api-key", "token", "authorization", "cookie", "secret"))
-
-
-def _times(site: Site, exchange: Exchange) -> tuple[float, float]:
-    """Return how long the answer may be silent, and how long it may take altogether."""
-    timeout, budget = site.options.server.default_timeout, math.inf
-    # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
-    # for it.
-    listens = _seconds(exchange.header(b"x-stainless-read-timeout"))
-    if listens is not None:
-        timeout = min(timeout, listens)
-    asked = exchange.header(b"x-request-timeout")
-    if asked is not None:
-        seconds = _seconds(asked)
-        if seconds is None:
-            raise InvalidRequest(
-                f"x-request-timeout: expected seconds, more than 0; got {asked.decode('latin-1')!r}",
-                param="x-request-timeout",
-            )
-        budget = seconds
-        timeout = min(timeout, seconds)
-    return timeout, budget
-
-
-def _seconds(value: bytes | None) -> float | None:
-    text = (value or b"").decode("latin-1").strip()
-    return (float(text) or None) if _SECONDS.fullmatch(text) else None
+async def _room(upload: Upload, call: Call, limits: _Limits) -> None:
+    """Wait until more of a body is wanted, or give the call up, which has taken nothing since."""
+    with trio.move_on_at(limits.late(trio.current_time())):
+        await upload.wait_room()
+        return
+    raise limits.give_up(call)
 
 
 @attrs.frozen
@@ -247,8 +204,11 @@ async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) ->
     """Decide how the answer that ``head`` begins is sent."""
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
-    events = media_type == "text/event-stream"
-    as_it_comes = events or media_type.startswith("audio/")
+    # What is compressed cannot be looked into for where an event ends.
+    events = media_type == "text/event-stream" and not any(
+        name.lower() == "content-encoding" for name, _ in head.headers
+    )
+    as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in _FOR_STREAMS if header[0] not in named]
@@ -265,6 +225,12 @@ async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) ->
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
     return Reply(head.status, headers, _Stream(call, exchange, data, events, limits))
+
+
+def _after_last(data: bytes, mark: bytes) -> int:
+    """Return where what follows the last ``mark`` begins; 0 if there is none."""
+    found = data.rfind(mark)
+    return 0 if found < 0 else found + len(mark)
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -359,15 +325,15 @@ class _Stream:
 
     def _is_whole(self, data: bytes | memoryview) -> bool:
         """Return whether ``data`` may be sent on its own, as far as events are concerned."""
-        return not self._events or not (self._rest or self._torn or data[-2:] != _BLANK_LINE)
+        if not self._events:
+            return True
+        return not (self._rest or self._torn) and bytes(data[-4:]).endswith(_BLANK_LINES)
 
     def _whole_events(self, data: bytes) -> bytes:
         """Return what is to be sent when ``data`` has come, and keep the beginning of an event that is not complete."""
         data = self._rest + data
-        size = data.rfind(_BLANK_LINE) + len(_BLANK_LINE)
-        if size < len(_BLANK_LINE):
-            size = 0
-        else:
+        size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
+        if size:
             self._torn = False
         if self._torn or len(data) - size > EVENT:
             self._torn = size < len(data)

@@ -17,9 +17,10 @@ from .._errors import ApiError, CallCancelled
 from ..openai import error_body
 from ._short import Connection
 
-__all__ = ["Body", "Reply", "error_reply", "json_reply"]
+__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply"]
 
-_JSON: Final = ("content-type", "application/json")
+#: The header that says so.
+JSON: Final = ("content-type", "application/json")
 _UNAUTHORIZED: Final = 401
 
 
@@ -50,12 +51,12 @@ class Reply:
 
 def json_reply(value: Mapping[str, Any], status: int = 200) -> Reply:
     """Return a reply that carries ``value`` as JSON."""
-    return Reply(status, [_JSON], msgspec.json.encode(value))
+    return Reply(status, [JSON], msgspec.json.encode(value))
 
 
 def error_reply(error: ApiError) -> Reply:
     """Return the reply that an error is, with the headers that clients act on."""
-    headers = [_JSON]
+    headers = [JSON]
     if error.retry_after is not None:
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
     if error.status == _UNAUTHORIZED:

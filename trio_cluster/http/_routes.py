@@ -13,9 +13,10 @@ from quart_trio.wrappers import TrioResponse
 
 from .._errors import HandlerFailed, ModelNotFound
 from ..openai import ENDPOINTS
+from ._description import description
 from ._gate import MODEL_ROUTES, PREFIXES
 from ._metrics import metrics_reply, open_collectors
-from ._reply import Reply, json_reply
+from ._reply import JSON, Reply, json_reply
 from ._site import Site
 
 __all__ = ["add_routes", "respond"]
@@ -75,12 +76,17 @@ def _add_node(app: QuartTrio, site: Site) -> None:
                     "name": "trio_cluster",
                     "about": "an OpenAI-compatible API",
                     "routes": ["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
+                    "description": "/openapi.json",
                     "health": "/health",
                     "metrics": "/metrics",
                     "status": "/cluster/status",
                 }
             )
         )
+
+    async def described() -> TrioResponse:
+        needs_key = site.options.server.api_key is not None
+        return respond(Reply(200, [JSON], description(needs_key)))
 
     async def health() -> TrioResponse:
         # Who balances load over several nodes must see a node that drains as one not to be used.
@@ -109,6 +115,7 @@ def _add_node(app: QuartTrio, site: Site) -> None:
         )
 
     app.add_url_rule("/", "index", index, methods=["GET"])
+    app.add_url_rule("/openapi.json", "openapi", described, methods=["GET"])
     app.add_url_rule("/health", "health", health, methods=["GET"])
     app.add_url_rule("/metrics", "metrics", metrics, methods=["GET"])
     app.add_url_rule("/cluster/status", "status", status, methods=["GET"])

@@ -6,14 +6,20 @@ functions of bytes to values and of values to bytes; everything that waits is bu
 
 from ._chunks import FinishReason, OutputChunk, to_chunk
 from ._encoding import Encoder
-from ._endpoints import ENDPOINTS, Endpoint
+from ._endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
 from ._json import read_object
+from ._openapi import ERROR, ERRORS, describe_endpoints, error_responses
+from ._peek import FormPeek, is_form, peek_model
 from ._requests import (
     ASRRequest,
     ChatRequest,
+    CustomRequest,
     EmbeddingRequest,
+    ImageEditRequest,
     ImageGenRequest,
     ModelRequest,
+    ModerationRequest,
+    RerankRequest,
     TTSRequest,
 )
 from ._sse import DONE, PING, error_body, error_event, event
@@ -21,20 +27,33 @@ from ._sse import DONE, PING, error_body, error_event, event
 __all__ = [
     "DONE",
     "ENDPOINTS",
+    "ERROR",
+    "ERRORS",
     "PING",
     "ASRRequest",
     "ChatRequest",
+    "CustomRequest",
     "EmbeddingRequest",
     "Encoder",
     "Endpoint",
     "FinishReason",
+    "FormPeek",
+    "ImageEditRequest",
     "ImageGenRequest",
     "ModelRequest",
+    "ModerationRequest",
     "OutputChunk",
+    "RerankRequest",
     "TTSRequest",
+    "custom_path",
+    "describe_endpoints",
+    "endpoint_named",
     "error_body",
     "error_event",
+    "error_responses",
     "event",
+    "is_form",
+    "peek_model",
     "read_object",
     "to_chunk",
 ]

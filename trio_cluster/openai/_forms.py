@@ -19,7 +19,7 @@ from multipart import (  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-__all__ = ["File", "Form", "media_type", "read_form"]
+__all__ = ["File", "Form", "boundary_of", "media_type", "read_form"]
 
 #: More parts than any documented form has, few enough that parsing stays cheap.
 _MOST_PARTS: Final = 256
@@ -51,11 +51,11 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def read_form(body: bytes, content_type: str) -> Form:
-    """Return the parts of a ``multipart/form-data`` body.
+def boundary_of(content_type: str) -> str:
+    """Return what stands between the parts of a ``multipart/form-data`` body.
 
     Raises:
-        InvalidRequest: it is of another type (415), or malformed.
+        InvalidRequest: the body is of another type (415), or the type does not say.
     """
     kind = media_type(content_type)
     if kind != "multipart/form-data":
@@ -64,9 +64,19 @@ def read_form(body: bytes, content_type: str) -> Form:
             status=415,
             code="unsupported_media_type",
         )
-    boundary = parse_options_header(content_type)[1].get("boundary", "")
+    boundary: str = parse_options_header(content_type)[1].get("boundary", "")
     if not boundary:
         raise InvalidRequest("The content type multipart/form-data came without a boundary")
+    return boundary
+
+
+def read_form(body: bytes, content_type: str) -> Form:
+    """Return the parts of a ``multipart/form-data`` body.
+
+    Raises:
+        InvalidRequest: it is of another type (415), or malformed.
+    """
+    boundary = boundary_of(content_type)
     form = Form({}, {})
     try:
         for segment, data in _segments(body, boundary):

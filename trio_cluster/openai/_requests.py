@@ -16,9 +16,13 @@ import attrs
 __all__ = [
     "ASRRequest",
     "ChatRequest",
+    "CustomRequest",
     "EmbeddingRequest",
+    "ImageEditRequest",
     "ImageGenRequest",
     "ModelRequest",
+    "ModerationRequest",
+    "RerankRequest",
     "TTSRequest",
 ]
 
@@ -47,6 +51,10 @@ def _text_of(content: Any) -> str:
     # A line break keeps the words of neighbouring parts apart.
     texts = (part.get("text") for part in content if part.get("type") in _TEXT_PARTS)
     return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _has_image(parts: list[dict[str, Any]]) -> bool:
+    return any(part.get("type") in _IMAGE_PARTS for part in parts)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -114,7 +122,7 @@ class ChatRequest(ModelRequest):
         """Whether any message has an image among its parts."""
         for message in self.messages:
             content = message.get("content")
-            if isinstance(content, list) and any(part.get("type") in _IMAGE_PARTS for part in content):
+            if isinstance(content, list) and _has_image(content):
                 return True
         return False
 
@@ -157,15 +165,19 @@ class ASRRequest(ModelRequest):
     """ISO 639-1 code of the language spoken, if the client knows."""
     prompt: str | None = None
     response_format: str = "json"
-    """How the answer is written: ``json``, ``text``, ``srt``, ``verbose_json`` or ``vtt``; the last three are
-    made of the segments that a handler gives."""
+    """How the answer is written: ``json``, ``text``, ``srt``, ``verbose_json``, ``vtt`` or ``diarized_json``; the last
+    four are made of the segments that a handler gives."""
     temperature: float = 0.0
     """0 to 1."""
     timestamp_granularities: list[str] = attrs.field(factory=lambda: ["segment"])
     """``word``, ``segment``, or both."""
     stream: bool = False
     include: list[str] = attrs.field(factory=list)
+    """``logprobs``, if the client wants those that the handler may give."""
     chunking_strategy: str | dict[str, Any] | None = None
+    known_speaker_names: list[str] = attrs.field(factory=list)
+    known_speaker_references: list[str] = attrs.field(factory=list)
+    """Data URLs, one for each name."""
     keywords: list[str] = attrs.field(factory=list)
     languages: list[str] = attrs.field(factory=list)
     translate: bool = False
@@ -186,26 +198,28 @@ class TTSRequest(ModelRequest):
     """0.25 to 4."""
     instructions: str | None = None
     stream_format: str = "audio"
+    """How the audio is sent, ``audio`` or ``sse``; nothing that a handler needs to care about."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class ImageGenRequest(ModelRequest):
-    """A request for ``n`` images."""
+class _ImageRequest(ModelRequest):
+    """What requests for images have in common."""
 
     prompt: str
     n: int = 1
-    """1 to 10."""
+    """1 to 10; a stream has only one."""
     size: str = "auto"
     """``auto`` or ``WIDTHxHEIGHT`` in pixels; :attr:`width` and :attr:`height` have the numbers."""
     quality: str = "auto"
     response_format: str = "b64_json"
-    style: str = "vivid"
-    """``vivid`` or ``natural``."""
     background: str = "auto"
-    moderation: str = "auto"
     output_format: str = "png"
     output_compression: int = 100
     """0 to 100, for formats that can be compressed more or less."""
+    stream: bool = False
+    partial_images: int = 0
+    """How many images on the way to the final one the client of a stream wants to see, 0 to 3; see
+    :meth:`OutputChunk.partial_image`."""
     user: str | None = None
 
     @property
@@ -217,3 +231,73 @@ class ImageGenRequest(ModelRequest):
     def height(self) -> int | None:
         """The height asked for in pixels; ``None`` if the model may choose."""
         return None if self.size == "auto" else int(self.size.partition("x")[2])
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ImageGenRequest(_ImageRequest):
+    """A request for ``n`` images."""
+
+    style: str = "vivid"
+    """``vivid`` or ``natural``."""
+    moderation: str = "auto"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ImageEditRequest(_ImageRequest):
+    """A request for ``n`` images made from others."""
+
+    images: list[bytes] = attrs.field(repr=lambda images: f"<{len(images)} images>")
+    """The files as they were uploaded, 1 to 16 of them."""
+    image_types: list[str] = attrs.field(factory=list)
+    """What the client says each of them is; may be empty or wrong."""
+    mask: bytes | None = attrs.field(default=None, repr=False)
+    """An image whose transparent parts tell where the first image is to be changed."""
+    input_fidelity: str = "low"
+    """``high`` or ``low``."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RerankRequest(ModelRequest):
+    """A request to say how well each of ``documents`` answers a query."""
+
+    query: str
+    documents: list[str]
+    """Their texts, never none of them."""
+    top_n: int | None = None
+    """How many results the client wants, the best ones; nothing that a handler needs to care about."""
+    return_documents: bool = False
+    """Whether results carry their documents; nothing that a handler needs to care about."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ModerationRequest(ModelRequest):
+    """A request to judge each of ``inputs``."""
+
+    inputs: list[str] | list[list[dict[str, Any]]]
+    """Texts; or one list of parts, which are to be judged together: ``{"type": "text", "text"}`` and
+    ``{"type": "image_url", "image_url": {"url"}}``."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each input; that of parts, one per line."""
+        return [_text_of(each) for each in self.inputs]
+
+    @property
+    def has_image_inputs(self) -> bool:
+        """Whether there is any image among the parts."""
+        return any(isinstance(each, list) and _has_image(each) for each in self.inputs)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class CustomRequest(ModelRequest):
+    """A request to a route that the OpenAI API does not have."""
+
+    path: str
+    """The route, as it was registered."""
+    stream: bool = False
+    """The client wants each piece of the answer as an event of its own."""
+    body: bytes = attrs.field(default=b"", repr=False)
+    """What was sent, byte for byte."""
+    content_type: str = ""
+    files: Mapping[str, list[bytes]] = attrs.field(factory=dict, repr=False)
+    """The uploaded files of a form, by field; its other fields are ``raw``."""

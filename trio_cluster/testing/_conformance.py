@@ -22,9 +22,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from .._calls import Call, Data, Done, Event, Failed, Head, Request
-from .._handlers import HandlerBackend, HandlerPool
+from .._handlers import HandlerBackend
 from .._models import Kind, ModelInfo
 from .._options import ClusterServerOptions, ServerOptions
+from .._pool import HandlerPool
 from .._shapes import Handler
 from ..openai import ENDPOINTS
 from ._clock import threads_hold_clock

@@ -16,6 +16,7 @@ from typing import Any, Final
 __all__ = [
     "HEADERS_MAX",
     "JSON_MAX",
+    "NAMES_MAX",
     "NAME_MAX",
     "PROGRESS_MAX",
     "TEXT_MAX",
@@ -25,6 +26,7 @@ __all__ = [
     "integer",
     "json_object",
     "name",
+    "names",
     "optional_text",
     "progress",
     "seconds",
@@ -35,6 +37,8 @@ __all__ = [
 NAME_MAX: Final = 512
 #: Characters in a reason or an error message.
 TEXT_MAX: Final = 8192
+#: Names in one list of them.
+NAMES_MAX: Final = 64
 #: Calls of which one heartbeat tells how far they are.
 PROGRESS_MAX: Final = 1024
 #: Characters in all headers of a message together, names and values.
@@ -84,6 +88,14 @@ def name(_: Any, attribute: Any, value: str) -> None:
         raise ValueError(f"{attribute.name}: must have 1 to {NAME_MAX} characters, not {len(value)}")
     if not value.isprintable():
         raise ValueError(f"{attribute.name}: has characters that cannot be printed")
+
+
+def names(instance: Any, attribute: Any, value: tuple[str, ...]) -> None:
+    """A few of what :func:`name` takes."""
+    if len(value) > NAMES_MAX:
+        raise ValueError(f"{attribute.name}: more than {NAMES_MAX} of them")
+    for each in value:
+        name(instance, attribute, each)
 
 
 def text(limit: int = TEXT_MAX) -> Validator:

@@ -110,6 +110,12 @@ def _structure_texts(value: Any, _: Any) -> dict[str, str]:
     return value
 
 
+def _structure_names(value: Any, _: Any) -> tuple[str, ...]:
+    if type(value) is not list or not all(type(text) is str for text in value):
+        raise _WrongType("array of str", value)
+    return tuple(value)
+
+
 def _structure_pairs(value: Any, _: Any) -> tuple[tuple[str, str], ...]:
     if type(value) is not list:
         raise _WrongType("array", value)
@@ -136,6 +142,7 @@ _SHAPES: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
     (bytes | memoryview, _exactly(bytes)),
     (dict[str, Any], _exactly(dict)),
     (dict[str, str], _structure_texts),
+    (tuple[str, ...], _structure_names),
     (tuple[tuple[str, str], ...], _structure_pairs),
     (tuple[tuple[int, int], ...], _structure_counts),
 )

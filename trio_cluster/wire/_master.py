@@ -60,6 +60,7 @@ class MasterSession(Session[MasterEvent]):
         timeout: float = math.inf,
         budget: float = math.inf,
         size: int = -1,
+        once: bool = False,
     ) -> int:
         """Open a call and return its number. The body is to follow with :meth:`send_body`, even if it is
         empty.
@@ -69,6 +70,7 @@ class MasterSession(Session[MasterEvent]):
             timeout: the longest silence in seconds.
             budget: seconds until the whole answer must be there; less than nothing counts as nothing.
             size: bytes that the body will have; -1 if that is not known.
+            once: it cannot be sent a second time, to another worker.
 
         Raises:
             InvalidRequest: something about the request is too large for the wire, or has no place on it.
@@ -98,6 +100,7 @@ class MasterSession(Session[MasterEvent]):
                     None if timeout == math.inf else max(0.0, timeout),
                     None if budget == math.inf else max(0.0, budget),
                     size,
+                    once,
                 )
             )
         except ValueError as exc:

@@ -89,6 +89,8 @@ class RegisterModel:
     """Seconds since the epoch."""
     options: dict[str, Any] = attrs.field(factory=dict, validator=bounds.json_object)
     """The fields of ``ChatModelOptions``."""
+    also: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
+    """What it answers beside the routes of its kind."""
 
     @classmethod
     def of(cls, info: ModelInfo) -> RegisterModel:
@@ -97,7 +99,8 @@ class RegisterModel:
         Raises:
             ValueError: a field, for instance an extra one, is nothing that can be sent; the message names it.
         """
-        return cls(info.name, info.kind, info.owner, info.created, attrs.asdict(info.options, recurse=False))
+        options = attrs.asdict(info.options, recurse=False)
+        return cls(info.name, info.kind, info.owner, info.created, options, info.also)
 
     def info(self) -> ModelInfo:
         """Return what is announced. Options that this version does not know are left out.
@@ -112,7 +115,7 @@ class RegisterModel:
         except TypeError as exc:
             # Only the first argument of attrs' error is for people.
             raise ValueError(f"options: {exc.args[0]}") from exc
-        return ModelInfo(self.name, self.kind, self.owner, self.created, options)  # type: ignore[arg-type]
+        return ModelInfo(self.name, self.kind, self.owner, self.created, options, self.also)  # type: ignore[arg-type]
 
 
 @attrs.frozen
@@ -173,6 +176,8 @@ class ForwardRequest:
     """Seconds from now until the whole answer must be there; ``None``: no end."""
     size: int = attrs.field(validator=bounds.integer(-1, (1 << 63) - 1))
     """Bytes of body that will follow; -1: not known yet."""
+    once: bool = False
+    """The body passes through the master and cannot be had again: the call had better not be given back."""
 
 
 @attrs.frozen

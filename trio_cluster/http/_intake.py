@@ -1,0 +1,165 @@
+"""The body of a request, read from its connection: within limits, and no faster than it goes on.
+
+A small body is read before anybody works on the request. A form with a large file in it is read as far as it takes to
+know its model, and what has come until then is kept; where the file comes first, as many clients have it, that may be
+all of it, so what is kept goes to the disk beyond :data:`KEPT`. From then on the body streams to whoever answers, and a
+slow one slows the client.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import IO, Any, Final
+
+import trio
+
+from .._errors import ApiError, InvalidRequest, Overloaded
+
+__all__ = ["BODY_SILENCE", "BODY_TIME", "KEPT", "ClientLeft", "Intake", "Kept", "too_large"]
+
+#: Seconds that a client may be silent in the middle of its body, and that the whole body may take.
+BODY_SILENCE = 30.0
+BODY_TIME = 600.0
+
+#: Bytes of a body that are kept in memory until it is known where it goes.
+KEPT: Final = 1 << 20
+
+#: Bytes that are read from the disk at a time.
+_BLOCK: Final = 256 * 1024
+
+
+class ClientLeft(Exception):
+    """The client has left in the middle of its request; there is nobody to answer."""
+
+
+class Intake:
+    """The body of one request.
+
+    Args:
+        receive: the ASGI callable that brings it.
+
+    Attributes:
+        limit: how many bytes it may have.
+        received: how many have come.
+        complete: all of them have.
+        left: the client has left before that.
+    """
+
+    def __init__(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int) -> None:
+        self.limit = limit
+        self.received = 0
+        self.complete = False
+        self.left = False
+        self._receive = receive
+        self._last = trio.current_time() + BODY_TIME
+
+    async def next(self) -> bytes:
+        """Return the next piece of it, perhaps an empty one.
+
+        Raises:
+            InvalidRequest: it does not come in time (408), or is larger than it may be (413).
+            ClientLeft: there will be no more.
+        """
+        piece = b""
+        until = min(trio.current_time() + BODY_SILENCE, self._last)
+        with trio.move_on_at(until) as scope:
+            piece = await self._next()
+        if scope.cancelled_caught:
+            raise InvalidRequest("The body of the request did not arrive in time", status=408)
+        if self.received > self.limit:
+            raise too_large(self.limit)
+        if self.left:
+            raise ClientLeft
+        return piece
+
+    async def read(self, most: int) -> bytes:
+        """Return what comes until the body is complete, or more than ``most`` bytes have come of it."""
+        pieces = []
+        while not self.complete and self.received <= most:
+            pieces.append(await self.next())
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def drop(self, limit: int, seconds: float) -> None:
+        """Read on and keep nothing, until the body is complete, the client has left, or it is enough."""
+        limit += self.received
+        with trio.move_on_after(seconds):
+            while not (self.complete or self.left) and self.received <= limit:
+                await self._next()
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.left = True
+            return b""
+        piece: bytes = message.get("body", b"")
+        self.received += len(piece)
+        self.complete = not message.get("more_body", False)
+        return piece
+
+
+def too_large(limit: int) -> ApiError:
+    """Return what to tell a client whose body is larger than it may be."""
+    return InvalidRequest(
+        f"The body of the request is larger than the {limit} bytes that are taken here", status=413
+    )
+
+
+class Kept:
+    """What has come of a body that does not yet know where it goes. To be closed."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._file: IO[bytes] | None = None
+
+    async def add(self, data: bytes) -> None:
+        """Keep some more.
+
+        Raises:
+            Overloaded: there is no room for it on the disk.
+        """
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > KEPT:
+            # Not by the event loop, which others wait for; a write that is under way when the client leaves is waited
+            # for, since the file must not be closed under it.
+            await self._on_disk(self._spill, b"".join(self._pieces))
+            self._pieces.clear()
+            self._size = 0
+
+    async def take(self) -> bytes:
+        """Return the next bytes of what was kept; empty if that was all. Nothing can be added any more."""
+        if self._file is not None:
+            data = await self._on_disk(self._fetch, b"")
+            if data:
+                return data
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        return data
+
+    def close(self) -> None:
+        """Forget it all."""
+        if self._file is not None:
+            self._file.close()
+
+    async def _on_disk(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
+        try:
+            return await trio.to_thread.run_sync(work, data)
+        except OSError as error:
+            raise Overloaded(f"There is no room for this upload: {error.strerror}") from error
+
+    def _spill(self, data: bytes) -> bytes:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="trio-cluster-")  # noqa: SIM115
+            self._read = 0
+        self._file.write(data)
+        return b""
+
+    def _fetch(self, _: bytes) -> bytes:
+        assert self._file is not None
+        # The first read turns the file round; what is in its buffer goes out with that.
+        self._file.seek(self._read)
+        data = self._file.read(_BLOCK)
+        self._read += len(data)
+        return data

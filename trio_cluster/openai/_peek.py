@@ -1,0 +1,98 @@
+"""Which model a request is for, found without reading more of it than that takes.
+
+What only passes through here is not checked here: whoever answers it does that. But it has to be known where it goes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from multipart import (  # type: ignore[import-untyped]
+    MultipartSegment,
+    PushMultipartParser,
+)
+
+from trio_cluster._errors import InvalidRequest
+
+from ._forms import boundary_of, media_type
+
+__all__ = ["FormPeek", "is_form", "peek_model"]
+
+#: Bytes of a model's name that are looked at; no name is longer.
+_NAME_BYTES: Final = 4 * 512
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+_json: Final = msgspec.json.Decoder(_Named)
+
+
+def is_form(content_type: str) -> bool:
+    """Tell whether a body of this content type is a form with files in it."""
+    return media_type(content_type) == "multipart/form-data"
+
+
+def peek_model(body: bytes, content_type: str) -> str | None:
+    """Return the model that a whole body names; ``None`` if it names none, or cannot be read so far."""
+    try:
+        if is_form(content_type):
+            peek = FormPeek(content_type)
+            peek.feed(body)
+            return peek.model
+        return _json.decode(body).model
+    except (InvalidRequest, msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+class FormPeek:
+    """A form on its way through: tells the model as soon as that has come by, and keeps nothing else.
+
+    Args:
+        content_type: the form's, with its boundary.
+
+    Raises:
+        InvalidRequest: it has no boundary, or is no form.
+
+    Attributes:
+        model: the value of the field ``model``, once that is known.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        self.model: str | None = None
+        try:
+            self._parser = PushMultipartParser(boundary_of(content_type))
+        except ValueError as error:
+            raise _malformed(error) from None
+        self._value: bytearray | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the form; not needed any more once the model is known.
+
+        Raises:
+            InvalidRequest: it is malformed, or the name of the model cannot be one.
+        """
+        if self._parser.closed:
+            return
+        try:
+            for event in self._parser.parse(data):
+                if isinstance(event, MultipartSegment):
+                    wanted = event.name == "model" and event.filename is None
+                    self._value = bytearray() if wanted else None
+                elif self._value is None:
+                    continue
+                elif event is None:
+                    self.model = self._value.decode()
+                    return
+                else:
+                    self._value += event
+                    if len(self._value) > _NAME_BYTES:
+                        raise InvalidRequest("'model' is longer than any name of a model", param="model")
+        except ValueError as error:
+            raise _malformed(error) from None
+
+
+def _malformed(error: ValueError) -> InvalidRequest:
+    return InvalidRequest(f"The request body is not valid multipart/form-data: {error}")
