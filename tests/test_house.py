@@ -23,8 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_chance", "_errors", "_logs", "_models", "_uploads", "_version"),
     ("_ask", "_calls", "_options"),
     ("_ports", "_pulse", "_settings", "openai", "wire"),
-    ("_link", "_pool", "_shapes"),
-    ("_handlers", "_raw"),
+    ("_pool", "_shapes", "_tap"),
+    ("_handlers", "_link", "_raw"),
     ("_registry", "_remote"),
     ("_catalog", "_forwarded", "_probe", "_workers"),
     ("_client",),
@@ -44,7 +44,7 @@ PROGRAMS = {"__main__.py", "_demo/_node.py"}
 # Who may import what comes from outside.
 FOREIGN = {
     "trio_websocket": {"_link", "testing"},
-    "wsproto": {"_link", "testing"},
+    "wsproto": {"testing"},
     "quart": {"http", "_cluster"},
     "quart_trio": {"http", "_cluster", "_node"},
     "hypercorn": {"http", "_cluster"},

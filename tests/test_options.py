@@ -60,6 +60,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "internal_port": None,
         "cluster_token": None,
         "on_conflict": "reject",
+        "batch_wait": 0.001,
         "drain_timeout": 30.0,
     }
 
@@ -150,6 +151,8 @@ def test_a_value_of_a_wrong_type_is_a_type_error(field: str, value: Any) -> None
         ("internal_port", 70000, OptionsError),
         ("cluster_token", "", OptionsError),
         ("drain_timeout", -1, OptionsError),
+        ("batch_wait", -0.001, OptionsError),
+        ("batch_wait", 0.2, OptionsError),
         ("server", 8080, TypeError),
     ],
 )
@@ -226,8 +229,10 @@ def test_the_base_holds_where_nobody_says_anything_and_is_left_alone(tmp_path: P
 )
 def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> None:
     in_server = field in attrs.fields_dict(ServerOptions)
-    texts = {"enable_cluster": "false", "on_conflict": "replicate", "heartbeat_interval": "7"}
-    plain: dict[str, object] = {"enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7}
+    texts = {"enable_cluster": "false", "on_conflict": "replicate", "heartbeat_interval": "7", "batch_wait": "0"}
+    plain: dict[str, object] = {
+        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0
+    }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")
     value = plain.get(field, "77" if "str" in str(kind) else 77)

@@ -164,6 +164,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "whose web pages may use the API: * or a list with commas",
     )
     add("--owner", "owner", str, "NAME", "what /v1/models gives as owned_by")
+    add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token may wait for others on a busy link")
     add("--drain-timeout", "drain_timeout", float, "SECONDS", "how long a stop lets requests finish")
     add("--api-key", "api_key", str, "KEY", "what clients must show; better kept in TRIO_CLUSTER_API_KEY")
     add(

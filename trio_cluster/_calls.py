@@ -233,7 +233,8 @@ class Call:
         After ``Done`` or ``Failed`` there is nothing more to wait for; asking again raises ``trio.EndOfChannel``.
         A cancelled ``receive`` loses nothing. It does not cancel the call: that is for the caller to decide.
         """
-        await trio.lowlevel.checkpoint()
+        if self._events or self.ended:
+            await trio.lowlevel.checkpoint()
         while not self._events:
             if self.ended:
                 raise trio.EndOfChannel
@@ -267,7 +268,7 @@ class Call:
             return
         self.delivered += count
         self._waiting_bytes -= count
-        if self._waiting_bytes < self.window:
+        if self._writers and self._waiting_bytes < self.window:
             self._writers.unpark_all()
         self._on_taken(count)
 

@@ -49,7 +49,7 @@ class ModelCatalog(abc.ABC):
             self._registry.update(backend.info, backend)
 
     def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a chat model from now on; it answers ``/v1/chat/completions`` and ``/v1/completions``.
+        """Serve a chat model from now on; it answers ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``.
 
         Args:
             name: what clients call it.

@@ -233,6 +233,7 @@ class _Service:
             on_end=lambda _: self.abandon(),
             before_tick=self._tell_load,
             timeout=client._options.worker_timeout,
+            company=client._options.batch_wait,
         )
         self._calls = ForwardedCalls(self.session, self.link.wake, self._registry, client._options)
 

@@ -20,12 +20,12 @@ import trio
 
 from . import _chance
 from ._calls import Call, Data, Done, Request
-from ._errors import ApiError, HandlerFailed
+from ._errors import ApiError, HandlerFailed, InvalidRequest
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
 from ._pool import Answer, HandlerPool
 from ._shapes import Driver, Handler, driver_for
-from .openai import Encoder, endpoint_named
+from .openai import Encoder, FormReader, endpoint_named
 
 __all__ = ["HandlerBackend"]
 
@@ -125,6 +125,7 @@ class _Output(Answer):
         self.slots = slots
         self._drive = drive
         self._body = call.request.body
+        self._parsed = call.request.parsed
         self._next_sign = -math.inf
 
     async def prepare(self) -> None:
@@ -134,7 +135,19 @@ class _Output(Answer):
             return
         if not upload.complete:
             self.stop_time()
-        self._body = await upload.read()
+        request = self.call.request
+        parse_form = endpoint_named(request.endpoint).parse_form
+        try:
+            if parse_form is None:
+                self._body = await upload.read()
+            else:
+                # Not when it is there: a large file would be copied, which stops everybody else meanwhile.
+                form = FormReader(request.content_type)
+                while piece := await upload.receive():
+                    form.feed(piece)
+                self._parsed = parse_form(form.finish(), request.headers)
+        except InvalidRequest as error:
+            self.fail(error)
         self.give_time()
 
     async def work(self) -> None:
@@ -164,14 +177,14 @@ class _Output(Answer):
         """Read the request, unless that has been done, and get ready to encode its answer."""
         request = self.call.request
         endpoint = endpoint_named(request.endpoint)
-        parsed = request.parsed
+        parsed = self._parsed
         if parsed is None:
             arguments = (self._body, request.content_type, request.headers)
             if len(self._body) < _PARSE_IN_THREAD:
                 parsed = endpoint.parse(*arguments)
             else:
                 parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)
-        self._body = b""
+        self._body, self._parsed = b"", None
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=_chance.token(12), created=int(time.time()))
 

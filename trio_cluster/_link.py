@@ -11,16 +11,18 @@ connection can end. This room is the only one that touches it, and it shows its 
   raise inside it. It is handed a :class:`_Guard` in place of a nursery, which lets it end but not fail.
 - *Its opening handshake waits for ever* if the peer goes away before it is done. The guard knows when the reader
   has ended, and every opening has a deadline.
-- *A cancelled send leaves half a frame on the wire* while the connection looks open. Only one task ever sends; if it
-  is stopped in the middle of a send, the stream is closed by force and nothing more is said on it.
+- *A cancelled send leaves half a frame on the wire* while the connection looks open. Only one task ever sends
+  messages; if it is stopped in the middle of one, the stream is closed by force and nothing more is said on it.
+- *Its way of a message is long*: messages pass it by, see :class:`~trio_cluster._tap.Tap`.
 - *Its close waits for the peer without limit.* Ours has a deadline, and then uses force.
 - *Nobody may wait for a consumer while reading.* The reader here hands what came in to a function that returns at
   once; all queues are behind it, and they are bounded by credit.
 
-A link runs four tasks: one reads, one writes, one watches the clock, and one keeps the pulse, which lets another
-thread say that this end lives while its event loop is blocked. What is to be written comes from the session, which
-the writer asks for a batch whenever it has been woken and the last write is done, so that everything that became
-ready meanwhile leaves in one message. Each task ends the link by saying why; the first reason counts.
+A link runs five tasks: one reads, one hears what the library has to say about the end, one writes, one watches the
+clock, and one keeps the pulse, which lets another thread say that this end lives while its event loop is blocked. What
+is to be written comes from the session, which the writer asks for a batch whenever it has been woken and the last write
+is done, so that everything that became ready meanwhile leaves in one message. Each task ends the link by saying why; the
+first reason counts.
 
 Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
 its signs of life are still to be read. And an other end that says it is blocked need not take what it is sent.
@@ -29,6 +31,7 @@ its signs of life are still to be read. And an other end that says it is blocked
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
@@ -42,11 +45,10 @@ from trio_websocket import (
     wrap_client_stream,
     wrap_server_stream,
 )
-from wsproto.connection import Connection, ConnectionType
-from wsproto.events import BytesMessage
 
-from ._pulse import beating, take_lag
-from .wire import MAX_MESSAGE, SUBPROTOCOL, HandshakeError, ProtocolError, Session
+from ._pulse import PulsedStream, beating, take_lag
+from ._tap import Tap
+from .wire import SUBPROTOCOL, HandshakeError, ProtocolError, Session, frame
 
 __all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
 
@@ -57,8 +59,6 @@ PATH: Final = "/cluster"
 #: Where somebody connects who only wants to know whether this is a master: it says its handshake and hangs up.
 PROBE_PATH: Final = "/probe"
 
-#: Reading in large pieces costs half of reading in trio-websocket's default of 4 KiB.
-_RECEIVE_BUFFER: Final = 256 * 1024
 #: Seconds that a polite close may take before force is used.
 _CLOSE_TIMEOUT: Final = 1.0
 #: A close frame holds at most 123 bytes of reason.
@@ -96,7 +96,8 @@ class Refusal:
     reason: str
 
 
-Opener: TypeAlias = Callable[["_Guard"], Awaitable[WebSocketConnection]]
+_Opened: TypeAlias = tuple[WebSocketConnection, Tap]
+Opener: TypeAlias = Callable[["_Guard"], Awaitable[_Opened]]
 
 
 class _Guard:
@@ -123,17 +124,17 @@ def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | N
     """Return what opens a link as the one who connects."""
     headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
 
-    async def open_websocket(guard: _Guard) -> WebSocketConnection:
-        return await wrap_client_stream(
+    async def open_websocket(guard: _Guard) -> _Opened:
+        tap = _tap(stream, dialled=True)
+        websocket = await wrap_client_stream(
             guard,  # type: ignore[arg-type]
-            stream,  # type: ignore[arg-type]
+            tap,  # type: ignore[arg-type]
             host,
             path,
             subprotocols=[SUBPROTOCOL],
             extra_headers=headers,
-            max_message_size=MAX_MESSAGE,
-            receive_buffer_size=_RECEIVE_BUFFER,
         )
+        return websocket, tap
 
     return open_websocket
 
@@ -146,12 +147,11 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
         admit: given the path and the headers (names in lower case), says whether to refuse.
     """
 
-    async def open_websocket(guard: _Guard) -> WebSocketConnection:
+    async def open_websocket(guard: _Guard) -> _Opened:
+        tap = _tap(stream, dialled=False)
         request: WebSocketRequest = await wrap_server_stream(
             guard,  # type: ignore[arg-type]
-            stream,
-            max_message_size=MAX_MESSAGE,
-            receive_buffer_size=_RECEIVE_BUFFER,
+            tap,
         )
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
         refusal = admit(request.path, headers)
@@ -160,9 +160,13 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
         if refusal is not None:
             await request.reject(refusal.status, body=refusal.reason.encode())
             raise LinkClosed(refusal.reason, status=refusal.status)
-        return await request.accept(subprotocol=SUBPROTOCOL)
+        return await request.accept(subprotocol=SUBPROTOCOL), tap
 
     return open_websocket
+
+
+def _tap(stream: trio.abc.Stream, *, dialled: bool) -> Tap:
+    return Tap(stream, stream.socket if isinstance(stream, PulsedStream) else None, dialled=dialled)
 
 
 class Link:
@@ -178,6 +182,7 @@ class Link:
             comes after that. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
         timeout: seconds that opening the link, and each single write, may take.
+        company: seconds that bytes of bodies may wait for more of them, while the link is busy.
     """
 
     def __init__(
@@ -190,6 +195,7 @@ class Link:
         on_end: Callable[[LinkClosed], None] = lambda _: None,
         before_tick: Callable[[], None] = lambda: None,
         timeout: float,
+        company: float = 0.0,
     ) -> None:
         self._stream = stream
         self._session: Session[Any] = session
@@ -198,6 +204,8 @@ class Link:
         self._on_end = on_end
         self._before_tick = before_tick
         self._timeout = timeout
+        self._company = company
+        self._collecting = False
         self._pending = trio.Event()
         self._introduced = trio.Event()
         self._writing = trio.CancelScope()
@@ -209,7 +217,8 @@ class Link:
 
     def wake(self) -> None:
         """Say that the session has something to send."""
-        self._pending.set()
+        if not self._collecting or self._session.urgent:
+            self._pending.set()
 
     def end(self, why: str, *, code: int = _NORMAL) -> None:
         """End the link now, whatever is still to be sent; the other end is told why if that is possible."""
@@ -234,10 +243,10 @@ class Link:
             async with trio.open_nursery() as outer:
                 guard = _Guard(outer)
                 try:
-                    websocket = await self._open(opener, guard)
-                    if websocket is not None:
-                        await self._converse(websocket, guard)
-                        await self._close(websocket)
+                    opened = await self._open(opener, guard)
+                    if opened is not None:
+                        await self._converse(*opened, guard)
+                        await self._close(opened[0])
                 finally:
                     self._session.close("the link is over")
                     await trio.aclose_forcefully(self._stream)
@@ -247,18 +256,18 @@ class Link:
         assert self._ending is not None
         raise self._ending
 
-    async def _open(self, opener: Opener, guard: _Guard) -> WebSocketConnection | None:
+    async def _open(self, opener: Opener, guard: _Guard) -> _Opened | None:
         async def give_up_when_the_reader_ends() -> None:
             await guard.ended.wait()
             nursery.cancel_scope.cancel(reason="the websocket's reader ended")
 
-        websocket: WebSocketConnection | None = None
+        opened: _Opened | None = None
         refused: LinkClosed | None = None
         with trio.move_on_after(self._timeout) as opening:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(give_up_when_the_reader_ends)
                 try:
-                    websocket = await opener(guard)
+                    opened = await opener(guard)
                 except (
                     LinkClosed,
                     ConnectionClosed,
@@ -271,31 +280,35 @@ class Link:
             self._ending = refused
         elif opening.cancelled_caught:
             self._ending = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
-            websocket = None
-        elif websocket is None:
+            opened = None
+        elif opened is None:
             self._ending = _why_not_opened(guard.error)
-        return websocket
+        return opened
 
-    async def _converse(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+    async def _converse(self, websocket: WebSocketConnection, tap: Tap, guard: _Guard) -> None:
         async with trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
             if self._ending is not None:
                 self._scope.cancel(reason=self._ending.why)
-            nursery.start_soon(self._read, websocket, guard)
-            nursery.start_soon(self._write, websocket)
+            nursery.start_soon(self._read, tap)
+            nursery.start_soon(self._hear_goodbye, websocket, guard)
+            nursery.start_soon(self._write, tap)
             nursery.start_soon(self._watch)
             nursery.start_soon(self._keep_pulse, websocket)
 
-    async def _read(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+    async def _hear_goodbye(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+        try:
+            # No message gets here, so this waits until the library knows that the websocket is closed.
+            await websocket.get_message()
+        except ConnectionClosed as error:
+            self._end(_why_closed(error, guard.error))
+
+    async def _read(self, tap: Tap) -> None:
         while True:
             try:
-                data = await websocket.get_message()
-            except ConnectionClosed as error:
-                self._end(_why_closed(error, guard.error))
-                return
-            try:
-                if isinstance(data, str):
-                    raise ProtocolError("a text message; this protocol is binary")
+                data = await tap.receive()
+                if data is None:
+                    return
                 events = self._session.receive(data, trio.current_time())
             except ProtocolError as error:
                 strangers = isinstance(error, HandshakeError)
@@ -304,9 +317,11 @@ class Link:
             if self._session.peer_blocked:
                 self._writing.deadline = trio.current_time() + self._timeout
             self._on_events(events)
-            self._pending.set()
+            if self._session.sendable:
+                self.wake()
 
-    async def _write(self, websocket: WebSocketConnection) -> None:
+    async def _write(self, tap: Tap) -> None:
+        last = -math.inf
         while True:
             batch = self._session.next_message()
             if batch is None:
@@ -317,35 +332,53 @@ class Link:
                 await self._pending.wait()
                 # Whoever woke us is rarely alone: let everybody who is ready now put theirs into the same message.
                 await trio.lowlevel.checkpoint()
+                await self._collect(last)
                 continue
             self._torn = True
             try:
                 with trio.fail_after(self._timeout) as self._writing:
-                    await websocket.send_message(batch.data)
+                    await tap.send(batch.data)
             except trio.TooSlowError:
                 self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
                 return
-            except ConnectionClosed:
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
                 # The reader learns the reason, if there is one to learn.
                 return
             self._torn = False
             self._introduced.set()
             self._on_sent(batch.sent)
+            last = trio.current_time()
+
+    async def _collect(self, last: float) -> None:
+        """On a link that is busy, give the next tokens a moment to come along.
+
+        A message costs each end more than the tokens in it. So bytes of bodies alone are not sent sooner than
+        ``company`` after what was sent ``last``; those that come meanwhile wake nobody. On a link that has been idle
+        for so long, nothing waits, and whatever begins or ends something never does.
+        """
+        if self._company <= 0 or self._session.urgent or self._hanging_up is not None:
+            return
+        until = last + self._company
+        if trio.current_time() >= until:
+            return
+        self._pending = trio.Event()
+        self._collecting = True
+        try:
+            with trio.move_on_at(until):
+                await self._pending.wait()
+        finally:
+            self._collecting = False
 
     async def _keep_pulse(self, websocket: WebSocketConnection) -> None:
-        # Between messages the protocol has no state in the direction of sending, so frames may come from elsewhere
-        # than the connection, whose state is not for other threads.
-        side = Connection(ConnectionType.CLIENT if websocket.is_client else ConnectionType.SERVER)
-
-        def frame(lag: float, blocked: str) -> bytes:
-            return side.send(BytesMessage(self._session.heartbeat_while_blocked(lag, blocked)))
+        def beat(lag: float, blocked: str) -> bytes:
+            return frame(self._session.heartbeat_while_blocked(lag, blocked), masked=websocket.is_client)
 
         def tell_that_it_is_over() -> None:
             self._session.beat()
             self._pending.set()
 
         await self._introduced.wait()
-        with beating(self._stream, self._session.heartbeat_interval, frame, tell_that_it_is_over):
+        with beating(self._stream, self._session.heartbeat_interval, beat, tell_that_it_is_over):
             await trio.sleep_forever()
 
     async def _watch(self) -> None:

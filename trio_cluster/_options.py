@@ -73,6 +73,11 @@ def _duration_or_zero(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f"{field.name}: must be 0 or more seconds, and not infinite; got {value}")
 
 
+def _moment(instance: object, field: _Field, value: object) -> None:
+    if not 0 <= _number(field, value) <= 0.1:
+        raise OptionsError(f"{field.name}: must be 0 to 0.1 seconds; got {value}")
+
+
 def _duration_or_inf(instance: object, field: _Field, value: object) -> None:
     if not _number(field, value) > 0:
         raise OptionsError(f"{field.name}: must be more than 0 seconds; got {value}")
@@ -190,5 +195,7 @@ class ClusterServerOptions:
     """What workers must show to be let in; without it, nothing."""
     on_conflict: ConflictRule = attrs.field(default="reject", validator=_conflict_rule)
     """``"reject"``: a name that is served stays with who has it. ``"replicate"``: both serve it."""
+    batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
+    """How long a token may wait for others while its link is busy; it never does on an idle one."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""

@@ -73,6 +73,11 @@ class PulsedStream(trio.abc.Stream):
         self._closed = False
         self._open_to_frames = False
 
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The socket under it, to be read from by whoever does not read from this."""
+        return self._stream.socket
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See ``trio.abc.SendStream``. What it is given must be whole frames.
 

@@ -152,7 +152,7 @@ class Upload:
     def taken(self, count: int) -> None:
         """Say that ``count`` bytes given to a sink have gone on. Consumers that receive need not."""
         self._waiting_bytes -= count
-        if self._waiting_bytes < UPLOAD_WINDOW:
+        if self._producer and self._waiting_bytes < UPLOAD_WINDOW:
             self._producer.unpark_all()
         if not self.closed:
             self._on_taken(count)

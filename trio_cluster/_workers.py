@@ -28,6 +28,7 @@ from ._registry import Registry
 from ._remote import RemoteWorker
 from ._version import __version__
 from .wire import (
+    Data,
     Drain,
     Handshake,
     Heartbeat,
@@ -180,6 +181,7 @@ class _Visit:
             on_end=self._end,
             before_tick=self._judge,
             timeout=self._options.worker_timeout,
+            company=self._options.batch_wait,
         )
 
     async def run(self) -> None:
@@ -210,7 +212,8 @@ class _Visit:
         self._last_heard = trio.current_time()
         for event in events:
             self._handle(event)
-        self._judge()
+        if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
+            self._judge()
 
     def _sent(self, counts: Sequence[tuple[int, int]]) -> None:
         if self._worker is not None:
@@ -232,6 +235,9 @@ class _Visit:
 
     def _handle(self, event: MasterEvent) -> None:
         worker = self._worker
+        if worker is not None and isinstance(event, Data):
+            worker.handle(event)
+            return
         if isinstance(event, Handshake):
             if not self._probed:
                 self._join(event)

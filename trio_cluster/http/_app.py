@@ -7,18 +7,19 @@ redirected POST costs the client a second upload. Every error leaves as an envel
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import cast
 
 from quart import request
 from quart.wrappers import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
-from werkzeug.exceptions import BadHost, HTTPException
+from werkzeug.exceptions import BadHost, HTTPException, MethodNotAllowed
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from .._errors import ApiError, HandlerFailed, InvalidRequest
 from ._exchange import exchange_of
-from ._gate import App, Gate
+from ._gate import App, Gate, own_route
 from ._operator import add_operator_routes
 from ._reply import error_reply
 from ._routes import add_routes, respond
@@ -53,7 +54,7 @@ def create_app(site: Site) -> QuartTrio:
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.register_error_handler(ApiError, _on_api_error)
-    app.register_error_handler(HTTPException, _on_http_exception)
+    app.register_error_handler(HTTPException, partial(_on_http_exception, site))
     app.register_error_handler(Exception, _on_exception)
     add_routes(app, site)
     add_operator_routes(app, site)
@@ -79,8 +80,11 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
     return respond(error_reply(error))
 
 
-async def _on_http_exception(error: HTTPException) -> TrioResponse:
+async def _on_http_exception(site: Site, error: HTTPException) -> TrioResponse:
     """Answer what the framework has to say: unknown path, wrong method, or a route that aborts."""
+    if error.code == 404 and site.registry.answers(own_route(request.path)):
+        # A route that the framework does not know, since models come and go.
+        error = MethodNotAllowed(["POST"])
     status = error.code or 500
     messages = {
         404: f"Unknown URL: {request.method} {request.path}",

@@ -37,7 +37,7 @@ from ._reply import Reply, error_reply
 from ._short import Connection
 from ._site import Site
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "App", "Gate", "Receive", "Scope", "Send"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "App", "Gate", "Receive", "Scope", "Send", "own_route"]
 
 logger = logging.getLogger("trio_cluster.http")
 
@@ -76,6 +76,12 @@ _PROCESSING: Final = "openai-processing-ms"
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
+def own_route(path: str) -> str:
+    """Return what a path is called if it is that of a route which the OpenAI API does not have."""
+    path = path.rstrip("/")
+    return path if path.startswith("/v1/") else "/v1" + path
+
+
 class Gate:
     """See the top of this module.
 
@@ -111,7 +117,9 @@ class _Passage:
         self._receive = receive
         self._send = send
         self._exchange = Exchange(scope["headers"], _address(scope))
-        self._intake = self._exchange.intake = Intake(receive, self._site.options.server.max_body_size)
+        self._intake = self._exchange.intake = Intake(
+            receive, self._site.options.server.max_body_size, self._has_arrived
+        )
         self._body = b""  # for the application
         self._handed_on = False  # ... which has been given it
         self._left = False  # the client is gone
@@ -165,8 +173,8 @@ class _Passage:
         endpoint = MODEL_ROUTES.get(path)
         if endpoint is not None or self._has_route(path):
             return endpoint
-        path = path if path.startswith("/v1/") else "/v1" + path
-        return endpoint_named(path) if self._site.registry.answers(path) else None
+        name = own_route(path)
+        return endpoint_named(name) if self._site.registry.answers(name) else None
 
     async def _relay(self, endpoint: Endpoint) -> None:
         """Answer a request for a model, without the framework: it would take as long as all the rest."""
@@ -217,6 +225,8 @@ class _Passage:
             path = "/" + path.partition("://")[2].partition("/")[2]
         if not path.startswith("/"):
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
+        # A base URL that ends with a slash makes two of them. The framework does not see the difference.
+        path = "/" + path.lstrip("/")
         if (path.rstrip("/") or "/") not in OPEN_PATHS:
             self._check_key()
         length, limit = self._exchange.declared_length(), self._site.options.server.max_body_size
@@ -299,6 +309,9 @@ class _Passage:
     def _connection(self) -> Connection | None:
         connection: Connection | None = self._scope.get("state", {}).get(CONNECTION_KEY)
         return connection
+
+    def _has_arrived(self) -> bool:
+        return self._connection is not None and self._connection.arrived
 
     def _is_gone(self) -> bool:
         return self._connection is not None and self._connection.gone

@@ -97,6 +97,7 @@ class Http1Connection:
         # No request is taken any more; and none is answered any more, not even one that has come.
         self._no_more = False
         self._closing = False
+        self._is_socket = isinstance(stream, trio.SocketStream)
         self._write_now = _write_now(stream)
         self._left_over = b""
         # An answer has begun and not ended; a write has.
@@ -123,6 +124,12 @@ class Http1Connection:
         self._write_now = None
         self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self._stream.socket.close()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether something of the body of the request that is being answered waits to be received, or all has come."""
+        request = self._current
+        return request is not None and (bool(request.body) or request.complete)
 
     # The short way for the pieces of a body, past tasks and ASGI
 
@@ -180,8 +187,8 @@ class Http1Connection:
         with self._idle:
             while self._refused is None:
                 try:
-                    data = await self._stream.receive_some(_RECEIVE)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    data = await self._receive_some()
+                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                     break
                 if not data:
                     break
@@ -194,6 +201,18 @@ class Http1Connection:
             # The responder answers what came before, says what is wrong, and ends the connection.
             await trio.sleep_forever()
         self._lose()
+
+    async def _receive_some(self) -> bytes:
+        if not self._is_socket:
+            return bytes(await self._stream.receive_some(_RECEIVE))
+        # First waiting and then reading is one system call, and one turn of the scheduler, less than a stream needs,
+        # which has to try first.
+        while True:
+            await trio.lowlevel.wait_readable(self._stream.socket)
+            try:
+                return os.read(self._stream.socket.fileno(), _RECEIVE)
+            except BlockingIOError:
+                continue
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -394,7 +413,16 @@ class Http1Connection:
             data, self._left_over = self._left_over + data, b""
         self._torn = True
         try:
-            await self._stream.send_all(data)
+            if self._is_socket and self._write_now is not None:
+                # Nearly always the socket takes it all, and then there is nothing to wait for.
+                try:
+                    data = data[self._write_now(data) :]
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    raise trio.BrokenResourceError from error
+            if data:
+                await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._lose()
             await trio.lowlevel.checkpoint()

@@ -38,6 +38,7 @@ class Intake:
 
     Args:
         receive: the ASGI callable that brings it.
+        there: tells that this need not be waited for, as far as that is known.
 
     Attributes:
         limit: how many bytes it may have.
@@ -46,12 +47,18 @@ class Intake:
         left: the client has left before that.
     """
 
-    def __init__(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]], limit: int) -> None:
+    def __init__(
+        self,
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        limit: int,
+        there: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.limit = limit
         self.received = 0
         self.complete = False
         self.left = False
         self._receive = receive
+        self._there = there
         self._last = trio.current_time() + BODY_TIME
 
     async def next(self) -> bytes:
@@ -61,11 +68,15 @@ class Intake:
             InvalidRequest: it does not come in time (408), or is larger than it may be (413).
             ClientLeft: there will be no more.
         """
-        piece = b""
-        until = min(trio.current_time() + BODY_SILENCE, self._last)
-        with trio.move_on_at(until) as scope:
-            piece = await self._next()
-        if scope.cancelled_caught:
+        if self._there():
+            # Nearly always it has come together with its head.
+            piece, late = await self._next(), False
+        else:
+            piece = b""
+            with trio.move_on_at(min(trio.current_time() + BODY_SILENCE, self._last)) as scope:
+                piece = await self._next()
+            late = scope.cancelled_caught
+        if late:
             raise InvalidRequest("The body of the request did not arrive in time", status=408)
         if self.received > self.limit:
             raise too_large(self.limit)
@@ -113,15 +124,19 @@ class Kept:
         self._size = 0
         self._file: IO[bytes] | None = None
 
-    async def add(self, data: bytes) -> None:
+    async def add(self, data: bytes, *, last: bool = False) -> None:
         """Keep some more.
+
+        Args:
+            data: goes to the disk, with what waits for that, when there is enough of it.
+            last: nothing will be added to it, so that it can as well stay in memory.
 
         Raises:
             Overloaded: there is no room for it on the disk.
         """
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > KEPT:
+        if self._size > KEPT and not last:
             # Not by the event loop, which others wait for; a write that is under way when the client leaves is waited
             # for, since the file must not be closed under it.
             await self._on_disk(self._spill, b"".join(self._pieces))

@@ -85,8 +85,8 @@ async def _find_model(intake: Intake, content_type: str, first: bytes, kept: Kep
     peek = FormPeek(content_type)
     data = first
     while True:
-        await kept.add(data)
         peek.feed(data)
+        await kept.add(data, last=peek.model is not None)
         if peek.model is not None:
             return peek.model
         if intake.complete:

@@ -37,6 +37,11 @@ class Connection(Protocol):
         ...
 
     @property
+    def arrived(self) -> bool:
+        """Whether something of the request's body has come and not been given to the application, or all has."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Whether :meth:`send_nowait` may be called."""
         ...
@@ -77,7 +82,8 @@ class ShortWay:
 
     async def receive(self) -> Event | None:
         """Return the next event that did not go the short way, or ``None`` if only something is left over."""
-        await trio.lowlevel.checkpoint()
+        if self._waiting or self.left_over:
+            await trio.lowlevel.checkpoint()
         while not self._waiting:
             if self.left_over:
                 return None

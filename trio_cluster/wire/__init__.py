@@ -9,6 +9,7 @@ from __future__ import annotations
 from ._bounds import NAME_MAX, TEXT_MAX
 from ._codec import MAX_MESSAGE, decode, encode
 from ._errors import HandshakeError, PeerSilent, ProtocolError
+from ._frames import FrameReader, frame
 from ._master import MasterEvent, MasterSession
 from ._messages import (
     MAGIC,
@@ -61,6 +62,7 @@ __all__ = [
     "Failed",
     "ForwardRequest",
     "ForwardResponse",
+    "FrameReader",
     "Grant",
     "Handshake",
     "HandshakeError",
@@ -82,5 +84,6 @@ __all__ = [
     "WorkerSession",
     "decode",
     "encode",
+    "frame",
     "markdown",
 ]

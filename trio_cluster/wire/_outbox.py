@@ -187,6 +187,11 @@ class Outbox:
         return len(self._streams)
 
     @property
+    def sendable(self) -> bool:
+        """Whether anything may be sent now."""
+        return bool(self._control or self._turns)
+
+    @property
     def unsent(self) -> bool:
         """Whether anything waits to be sent, be it for credit."""
         return bool(self._control) or any(each.chunks or each.tail for each in self._streams.values())

@@ -286,6 +286,16 @@ class Session(abc.ABC, Generic[EventT]):
         return not (self._calls or self._outbox or self._heartbeat_due)
 
     @property
+    def sendable(self) -> bool:
+        """Whether :meth:`next_message` has something to write now."""
+        return self._heartbeat_due or self._outbox.sendable
+
+    @property
+    def urgent(self) -> bool:
+        """Whether some of it is more than the next bytes of a body, and should not wait for company."""
+        return self._heartbeat_due or self._outbox.backlog > 0
+
+    @property
     def unsent(self) -> bool:
         """Whether anything waits to be sent, be it for credit; never once the session is closed."""
         return self._outbox.unsent
