@@ -1,4 +1,4 @@
-"""A model of each kind, in pure Python: chat, embedding, speech to text, text to speech, images.
+"""A model of each kind, in pure Python: chat, embedding, speech, images, ranking, moderation, and a route of its own.
 
     python all_kinds.py [PORT]
 
@@ -25,9 +25,13 @@ from trio_cluster import (
     ASRRequest,
     ChatRequest,
     ClusterServer,
+    CustomRequest,
     EmbeddingRequest,
+    ImageEditRequest,
     ImageGenRequest,
+    ModerationRequest,
     OutputChunk,
+    RerankRequest,
     TTSRequest,
 )
 
@@ -45,6 +49,13 @@ async def reverse(request: ChatRequest) -> AsyncIterator[str | OutputChunk]:
         yield word + " "
     # Only what a handler reports is shown as usage; nothing is estimated.
     yield OutputChunk.usage(prompt_tokens=len(words), completion_tokens=len(words))
+
+
+@server.route("/v1/tokenize", "reverser")
+def tokenize(request: CustomRequest) -> dict[str, object]:
+    """Give the words of a prompt. The OpenAI API has no such route; the model has it beside the chat."""
+    words = str(request.raw.get("prompt", "")).split()
+    return {"tokens": words, "count": len(words)}
 
 
 @server.embedding("letters")
@@ -121,8 +132,29 @@ def png(width: int, height: int, rows: bytes) -> bytes:
     )
 
 
+@server.image_edit("stripes")
+def keep(request: ImageEditRequest) -> Iterator[bytes]:
+    """Give the pictures back as they are, as a model would that has learned nothing."""
+    yield from request.images[: request.n]
+
+
+@server.rerank("overlap")
+def rank(request: RerankRequest) -> list[float]:
+    """Give each document the share of the query's words that are in it; whoever asked gets the best ones first."""
+    words = set(request.query.lower().split())
+    return [len(words & set(text.lower().split())) / max(len(words), 1) for text in request.documents]
+
+
+@server.moderation("shouting")
+def judge(request: ModerationRequest) -> Iterator[dict[str, float]]:
+    """Say how much of each text is in capitals; the rest of the official form is filled in."""
+    for text in request.texts:
+        letters = [letter for letter in text if letter.isalpha()]
+        yield {"harassment": sum(map(str.isupper, letters)) / max(len(letters), 1)}
+
+
 async def main(port: int) -> None:
-    """Serve all five in one process until a signal asks for the end."""
+    """Serve all of them in one process until a signal asks for the end."""
     server.options.server.host = "127.0.0.1"
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:

@@ -197,12 +197,14 @@ def test_all_six_handler_shapes_answer(start: Starter) -> None:
 def test_the_client_gets_an_answer_from_a_model_of_every_kind(start: Starter) -> None:
     program = start("all_kinds.py", 0)
     client = start("client.py", url_in(program.next_line()))
-    said = dict(client.next_line().split(": ", 1) for _ in range(5))
+    said = dict(client.next_line().split(": ", 1) for _ in range(7))
     assert said["reverser"] == "three two one "
     assert said["stopwatch"] == "A sound of 0.30 seconds."
     assert said["letters"].startswith("26 numbers each")
     assert said["beeper"] == "9644 bytes of sound"
     assert re.fullmatch(r"\d+ characters of base64", said["stripes"])
+    assert said["overlap"] == "text 1 is the best, with a score of 1.00"
+    assert said["shouting"] == "flagged"
     program.stop()
 
 

@@ -304,21 +304,19 @@ class Link:
             self._end(_why_closed(error, guard.error))
 
     async def _read(self, tap: Tap) -> None:
-        while True:
-            try:
-                data = await tap.receive()
-                if data is None:
-                    return
+        try:
+            while (data := await tap.receive()) is not None:
                 events = self._session.receive(data, trio.current_time())
-            except ProtocolError as error:
-                strangers = isinstance(error, HandshakeError)
-                self._end(LinkClosed(f"protocol error: {error}", strangers=strangers), _PROTOCOL_ERROR)
-                return
-            if self._session.peer_blocked:
-                self._writing.deadline = trio.current_time() + self._timeout
-            self._on_events(events)
-            if self._session.sendable:
-                self.wake()
+                if self._session.peer_blocked:
+                    self._writing.deadline = trio.current_time() + self._timeout
+                self._on_events(events)
+                if self._session.sendable:
+                    self.wake()
+        except ProtocolError as error:
+            strangers = isinstance(error, HandshakeError)
+            self._end(LinkClosed(f"protocol error: {error}", strangers=strangers), _PROTOCOL_ERROR)
+        finally:
+            tap.give_back()
 
     async def _write(self, tap: Tap) -> None:
         last = -math.inf
@@ -330,8 +328,6 @@ class Link:
                     return
                 self._pending = trio.Event()
                 await self._pending.wait()
-                # Whoever woke us is rarely alone: let everybody who is ready now put theirs into the same message.
-                await trio.lowlevel.checkpoint()
                 await self._collect(last)
                 continue
             self._torn = True
@@ -350,16 +346,17 @@ class Link:
             last = trio.current_time()
 
     async def _collect(self, last: float) -> None:
-        """On a link that is busy, give the next tokens a moment to come along.
+        """Let others put theirs into the message that is about to be sent.
 
-        A message costs each end more than the tokens in it. So bytes of bodies alone are not sent sooner than
-        ``company`` after what was sent ``last``; those that come meanwhile wake nobody. On a link that has been idle
-        for so long, nothing waits, and whatever begins or ends something never does.
+        Whoever woke us is rarely alone, so everybody who is ready now comes along in any case. On a link that is busy,
+        the next tokens get a moment more: a message costs each end more than the tokens in it. So few bytes of bodies
+        alone are not sent sooner than ``company`` after what was sent ``last``; those that come meanwhile wake nobody.
+        On a link that has been idle for so long nothing waits, and neither do many bytes, nor what begins or ends
+        something.
         """
-        if self._company <= 0 or self._session.urgent or self._hanging_up is not None:
-            return
         until = last + self._company
-        if trio.current_time() >= until:
+        if self._session.urgent or self._hanging_up is not None or trio.current_time() >= until:
+            await trio.lowlevel.checkpoint()
             return
         self._pending = trio.Event()
         self._collecting = True

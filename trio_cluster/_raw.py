@@ -40,8 +40,9 @@ class RawCall(Answer):
         self.slots = slots
         self._handler = handler
         self._body = call.request.body
-        if call.request.upload is not None and not call.request.upload.complete:
-            self.stop_time()
+        if call.request.upload is not None:
+            self._go_on()
+            call.request.upload.on_complete(self.give_time)
 
     @property
     def request(self) -> Request:
@@ -59,8 +60,7 @@ class RawCall(Answer):
             await trio.lowlevel.checkpoint()
             return data
         data = await upload.receive()
-        if upload.complete:
-            self.give_time()
+        self._go_on()
         return data
 
     def begin(self, status: int, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
@@ -75,7 +75,7 @@ class RawCall(Answer):
             RuntimeError: it has begun already.
         """
         self.call.put(Head(status, content_type, headers))
-        self.give_time()
+        self._go_on()
 
     async def send(self, data: bytes) -> None:
         """Give a piece of the answer's body to the client, as it is, waiting while it is slow. A checkpoint.
@@ -88,7 +88,7 @@ class RawCall(Answer):
         if self.call.waiting_bytes >= self.call.window:
             self.stop_time()
         await self.call.wait_room()
-        self.give_time()
+        self._go_on()
 
     async def prepare(self) -> None:
         """See ``Answer``."""
@@ -104,6 +104,15 @@ class RawCall(Answer):
         except Exception:
             logger.exception("the relay of '%s' failed", self.request.model, extra=self.log_fields())
             self.fail(HandlerFailed())
+
+
+    def _go_on(self) -> None:
+        """Let the silence begin now, if it is the handler that is waited for."""
+        upload = self.call.request.upload
+        if upload is None or upload.complete:
+            self.give_time()
+        else:
+            self.stop_time()
 
 
 RawHandler: TypeAlias = Callable[[RawCall], Awaitable[None]]

@@ -8,11 +8,15 @@ Three times follow each other. While the websocket is opened, the library reads 
 the end of the HTTP head: what follows is frames. Then messages are received here, and the library is given the
 control frames among them. When nobody receives messages any more, because the link is being ended, the library reads
 the stream itself again, to hear the other end's goodbye.
+
+What the other end says is never kept without bound here. Of the pings that the library has not answered yet only the
+last one counts, as the protocol allows; pongs, which nobody asked for, and what follows a goodbye mean nothing.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from typing import Final
 
@@ -22,13 +26,14 @@ from .wire import MAX_MESSAGE, FrameReader, frame
 
 __all__ = ["Tap"]
 
-_END_OF_HEAD: Final = b"\r\n\r\n"
+#: As the library's parser sees it, which is content with bare newlines. It has three bytes at most.
+_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 #: Of what a peer says before the websocket is open; more is for the library to refuse.
 _HEAD_LIMIT: Final = 64 * 1024
 _RECEIVE: Final = 64 * 1024
 _SWITCHED: Final = b"101"
-#: How the frame begins with which the other end says goodbye.
-_GOODBYE: Final = 0x88
+#: How control frames begin; that of the first kind is how the other end says goodbye.
+_GOODBYE, _PING = 0x88, 0x89
 
 
 class Tap(trio.abc.Stream):
@@ -60,20 +65,34 @@ class Tap(trio.abc.Stream):
     async def receive(self) -> bytes | None:
         """Return the next message; ``None`` if there will be none, of which the library knows the reason.
 
+        Whoever does not go on with it has to call :meth:`give_back`.
+
         Raises:
             ProtocolError: what came is not a message that a peer of ours may send.
         """
-        try:
-            while (message := self._reader.next_message()) is None:
-                data = await self._receive_now()
-                if not data:
-                    self._give_back()
-                    return None
-                self._reader.feed(data)
-        except BaseException:
-            self._give_back()
-            raise
-        return message
+        while True:
+            message = self._reader.next_message()
+            if self._closing:
+                # What it has just found came after the goodbye.
+                return None
+            if message is not None:
+                return message
+            data = await self._receive_now()
+            if not data:
+                return None
+            self._reader.feed(data)
+
+    def give_back(self) -> None:
+        """Receive no more messages, and let the library hear the rest: the other end's goodbye, or that there is none.
+
+        Idempotent.
+        """
+        if not self._given_back:
+            self._given_back = True
+            rest = self._reader.take_rest()
+            if rest and not self._closing:
+                self._for_library.append(rest)
+            self._library.unpark_all()
 
     async def send(self, message: bytes) -> None:
         """Send a message. If it is cancelled, a part of it may have gone, and nothing more can be said.
@@ -81,9 +100,18 @@ class Tap(trio.abc.Stream):
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
-        if self._closing:
-            raise trio.BrokenResourceError("the other end has said goodbye")
-        await self.send_all(frame(message, masked=self._dialled))
+        data = frame(message, masked=self._dialled)
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            # Not before it is our turn: the library may just have answered a goodbye.
+            if self._closing:
+                raise trio.BrokenResourceError("the other end has said goodbye")
+            await self._stream.send_all(data)
+        finally:
+            self._sending.release()
 
     async def _receive_now(self) -> bytes:
         """Return what has come, waiting for it if need be; empty if there will be nothing more."""
@@ -103,17 +131,13 @@ class Tap(trio.abc.Stream):
             except (OSError, trio.ClosedResourceError):
                 return b""
 
-    def _give_back(self) -> None:
-        """Let the library hear the rest: the other end's goodbye, or that there is none."""
-        if not self._given_back:
-            self._given_back = True
-            rest = self._reader.take_rest()
-            if rest:
-                self._for_library.append(rest)
-            self._library.unpark_all()
-
     def _pass(self, control: bytes) -> None:
-        self._closing = self._closing or control[0] == _GOODBYE
+        kind = control[0]
+        if self._closing or kind not in (_GOODBYE, _PING):
+            return
+        self._closing = kind == _GOODBYE
+        if self._for_library and not self._closing:
+            self._for_library.pop()
         self._for_library.append(control)
         self._library.unpark_all()
 
@@ -147,18 +171,19 @@ class Tap(trio.abc.Stream):
     async def _receive_head(self) -> bytes:
         """Give the library what belongs to the opening, and keep what follows it."""
         data = bytes(await self._stream.receive_some(_RECEIVE))
-        before = self._head[-len(_END_OF_HEAD) + 1 :]
+        before = len(self._head)
         self._head += data
-        end = (before + data).find(_END_OF_HEAD) if data else -1
-        if end < 0:
+        # What the end has at most, less one byte, may have come before.
+        end = _END_OF_HEAD.search(self._head, max(0, before - 2))
+        if end is None:
             if len(self._head) > _HEAD_LIMIT:
                 self._opened = self._given_back = True
             return data
         self._opened = True
-        end += len(_END_OF_HEAD) - len(before)
         if self._dialled and self._head.split(b" ", 2)[1:2] != [_SWITCHED]:
             # No websocket but an answer in HTTP, whose body is the library's.
             self._given_back = True
             return data
-        self._reader.feed(data[end:])
-        return data[:end]
+        size = end.end() - before
+        self._reader.feed(data[size:])
+        return data[:size]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from io import BytesIO
 from typing import Final
 
 import trio
@@ -51,6 +52,7 @@ class Upload:
 
     __slots__ = (
         "_on_close",
+        "_on_complete",
         "_on_taken",
         "_pieces",
         "_producer",
@@ -70,6 +72,7 @@ class Upload:
         self.closed = False
         self._on_taken = on_taken
         self._on_close: Callable[[], None] | None = None
+        self._on_complete: Callable[[], None] | None = None
         self._pieces: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._reader = trio.lowlevel.ParkingLot()
@@ -94,6 +97,8 @@ class Upload:
         self.received += len(data)
         if self.closed or not (data or last):
             return
+        if last and self._on_complete is not None:
+            self._on_complete()
         self._waiting_bytes += len(data)
         if self._sink is not None:
             self._sink(data, last)
@@ -116,6 +121,12 @@ class Upload:
 
     # The consumer's face
 
+    def on_complete(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when all of it has come; at once if it has. There is one at a time."""
+        self._on_complete = callback
+        if self.complete:
+            callback()
+
     async def receive(self) -> bytes:
         """Return what has come of the body since the last time, waiting for it if need be; empty at its end.
 
@@ -132,10 +143,11 @@ class Upload:
 
     async def read(self) -> bytes:
         """Return the whole body, when it has come."""
-        pieces = []
+        # Such a file gives away what is in it; of pieces that are joined there would be two copies for a moment.
+        whole = BytesIO()
         while piece := await self.receive():
-            pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            whole.write(piece)
+        return whole.getvalue()
 
     def redirect(self, sink: Callable[[bytes, bool], None]) -> None:
         """Give what comes to ``sink`` as it is put, and first what is waiting.

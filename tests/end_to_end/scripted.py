@@ -16,10 +16,14 @@ from trio_cluster import (
     ASRRequest,
     ChatRequest,
     ClusterServer,
+    CustomRequest,
     EmbeddingRequest,
+    ImageEditRequest,
     ImageGenRequest,
+    ModerationRequest,
     OutputChunk,
     Provider,
+    RerankRequest,
     TTSRequest,
 )
 
@@ -97,6 +101,8 @@ def add_models(server: ClusterServer, trace: Trace) -> None:
     _add_endless(server, trace)
     _add_silent(server, trace)
     _add_media(server, trace)
+    _add_pictures(server, trace)
+    _add_judges(server, trace)
 
 
 def _add_texts(server: ClusterServer, trace: Trace) -> None:
@@ -327,9 +333,58 @@ def _add_media(server: ClusterServer, trace: Trace) -> None:
             for word in request.input.split():
                 yield OutputChunk.audio(word.encode() * 100, "audio/x-words")
 
+    @server.asr("scribe/speakers")
+    async def speakers(request: ASRRequest) -> AsyncIterator[dict[str, Any]]:
+        with trace.of(request):
+            for i, name in enumerate(("A", "B")):
+                segment = {"start": float(i), "end": i + 1.0, "text": f" I am {name}.", "speaker": name}
+                logprobs = [{"token": name, "logprob": -0.5, "bytes": [ord(name)]}]
+                yield {"segments": [segment], "logprobs": logprobs}
+            yield {"usage": {"type": "tokens", "input_tokens": 7, "output_tokens": 6}}
+
+
+def _add_pictures(server: ClusterServer, trace: Trace) -> None:
     @server.image_generation("painter")
     async def painter(request: ImageGenRequest) -> AsyncIterator[Any]:
         with trace.of(request):
+            for i in range(5):
+                yield OutputChunk.partial_image(PNG + bytes([100 + i]))
             for i in range(request.n):
                 yield PNG + bytes([i])
             yield OutputChunk.usage(3, 4)
+
+    @server.image_edit("painter")
+    async def retoucher(request: ImageEditRequest) -> AsyncIterator[Any]:
+        with trace.of(request):
+            yield OutputChunk.partial_image(PNG)
+            if request.prompt == "fail":
+                raise ApiError(500, "the brush broke", code="my_code")
+            yield [PNG + image + (request.mask or b"") for image in request.images[: request.n]]
+
+
+def _add_judges(server: ClusterServer, trace: Trace) -> None:
+    @server.rerank("ranker")
+    def ranker(request: RerankRequest) -> Iterator[Any]:
+        with trace.of(request):
+            words = set(request.query.split())
+            yield numpy.array(
+                [len(words & set(text.split())) for text in request.documents], dtype=numpy.float32
+            )
+            yield OutputChunk.usage(len(request.documents))
+
+    @server.moderation("judge", supports_vision=True)
+    async def judge(request: ModerationRequest) -> list[dict[str, float]]:
+        with trace.of(request):
+            return [{"violence": 0.9 if "hit" in text else 0.1} for text in request.texts]
+
+    @server.route("/v1/tokenize", "echo")
+    async def tokenize(request: CustomRequest) -> AsyncIterator[Any]:
+        with trace.of(request):
+            for i, word in enumerate(request.raw["prompt"].split()):
+                yield {f"token_{i}": word}
+
+    @server.route("/v1/sound", "echo")
+    async def sound(request: CustomRequest) -> AsyncIterator[Any]:
+        with trace.of(request):
+            for data in request.files["file"]:
+                yield OutputChunk.data(data[::-1], "audio/x-backwards")

@@ -18,9 +18,12 @@ FORM = f"multipart/form-data; boundary={BOUNDARY}"
 LEAST: dict[str, dict[str, Any]] = {
     "chat.completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "completions": {"model": "m", "prompt": "hi"},
+    "responses": {"model": "m", "input": "hi"},
     "embeddings": {"model": "m", "input": "hi"},
     "audio.speech": {"model": "m", "input": "hi", "voice": "v"},
     "images.generations": {"model": "m", "prompt": "hi"},
+    "rerank": {"model": "m", "query": "hi", "documents": ["a", "b"]},
+    "moderations": {"model": "m", "input": "hi"},
 }
 
 

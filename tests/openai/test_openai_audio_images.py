@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from openai.types import ImagesResponse
 from openai.types.audio import (
+    TranscriptionDiarized,
     TranscriptionTextDeltaEvent,
     TranscriptionTextDoneEvent,
+    TranscriptionTextSegmentEvent,
     TranscriptionVerbose,
     TranslationVerbose,
 )
 from openai_answers import answer, answer_json, encoder, send, upload
 
+from trio_cluster import ApiError
 from trio_cluster.openai import OutputChunk
 from trio_cluster.testing import read_stream
 
@@ -145,10 +148,100 @@ def test_a_streamed_transcript_ends_with_the_whole_text() -> None:
     assert report.ending == "finished"
 
 
+def events_of(values: list[Any], *fields: tuple[str, str]) -> list[dict[str, Any]]:
+    report = read_stream(hear(values, ("stream", "true"), *fields))
+    assert report.ending == "finished"
+    return list(report.events)
+
+
+def deltas_of(values: list[Any]) -> list[str]:
+    return [each["delta"] for each in events_of(values) if each["type"] == "transcript.text.delta"]
+
+
+def test_what_is_heard_in_segments_is_streamed_as_text() -> None:
+    segments = [
+        {"start": i, "end": i + 1, "text": text} for i, text in enumerate([" Hello", " big", " world. "])
+    ]
+    assert deltas_of([{"segments": segments[:1]}, {"segments": segments[1:]}]) == ["Hello", " big world."]
+    assert deltas_of([{"segments": segments[:2], "text": "Hello big"}]) == ["Hello big"]
+    assert deltas_of([{"language": "en"}, {"segments": []}]) == []
+
+
+@pytest.mark.parametrize(
+    ("later", "deltas", "text"),
+    [
+        (" Hello world", ["Hello", " world"], " Hello world"),
+        (OutputChunk.final_text("Hello!"), ["Hello", "!"], "Hello!"),
+        ("Goodbye", ["Hello"], "Goodbye"),
+        ({"segments": [{"start": 1, "end": 2, "text": "you"}]}, ["Hello", " you"], "Hello you"),
+    ],
+)
+def test_a_text_that_is_given_after_its_segments_is_not_sent_twice(
+    later: Any, deltas: list[str], text: str
+) -> None:
+    values = [{"segments": [{"start": 0, "end": 1, "text": " Hello"}]}, later]
+    assert deltas_of(values) == deltas
+    assert events_of(values)[-1]["text"] == text
+
+
+def test_logprobs_are_sent_to_those_who_want_them() -> None:
+    logprobs = [{"token": each, "logprob": -0.5, "bytes": list(each.encode())} for each in ("Hel", "lo")]
+    values = [{"text": each["token"], "logprobs": [each]} for each in logprobs]
+    wanted = ("include[]", "logprobs")
+    assert hear_json(values) == {"text": "Hello"}
+    assert hear_json(values, wanted) == {"text": "Hello", "logprobs": logprobs}
+    *deltas, done = events_of(values, wanted)
+    for each in deltas:
+        TranscriptionTextDeltaEvent.model_validate(each, strict=True)
+    TranscriptionTextDoneEvent.model_validate(done, strict=True)
+    assert [each["logprobs"] for each in deltas] == [logprobs[:1], logprobs[1:]]
+    assert done["logprobs"] == logprobs
+    assert not any("logprobs" in each for each in events_of(values))
+
+
+def test_languages_are_told() -> None:
+    values = [{"text": "Hello", "languages": [{"code": "en"}]}]
+    assert hear_json(values)["languages"] == [{"code": "en"}]
+    assert events_of(values)[-1]["languages"] == [{"code": "en"}]
+
+
+SPOKEN = [segment | {"speaker": name} for segment, name in zip(SEGMENTS, ("A", "B"), strict=True)]
+
+
+def test_it_is_told_who_speaks() -> None:
+    usage = {"type": "duration", "seconds": 4.0}
+    result = hear_json([HEARD | {"segments": SPOKEN, "usage": usage}], ("response_format", "diarized_json"))
+    TranscriptionDiarized.model_validate(result, strict=True)
+    assert (result["task"], result["text"], result["duration"]) == ("transcribe", HEARD["text"], 3662.5)
+    assert result["usage"] == usage
+    assert [(each["id"], each["speaker"], each["text"]) for each in result["segments"]] == [
+        ("seg_0", "A", " Hello there."),
+        ("seg_1", "B", " Bye -->\n\nnow."),
+    ]
+
+
+def test_segments_of_speakers_are_streamed_as_they_come() -> None:
+    events = events_of([{"segments": [each]} for each in SPOKEN], ("response_format", "diarized_json"))
+    kinds = [each["type"].removeprefix("transcript.text.") for each in events]
+    assert kinds == ["delta", "segment", "delta", "segment", "done"]
+    for each in (events[1], events[3]):
+        TranscriptionTextSegmentEvent.model_validate(each, strict=True)
+    assert [each.get("speaker") for each in events[1::2]] == ["A", "B"]
+    assert [each["id"] for each in events[1::2]] == ["seg_0", "seg_1"]
+
+
+@pytest.mark.parametrize("stream", [(), (("stream", "true"),)])
+def test_a_model_that_does_not_know_who_speaks_does_not_pretend(stream: tuple[tuple[str, str], ...]) -> None:
+    with pytest.raises(ApiError) as caught:
+        hear([HEARD], ("response_format", "diarized_json"), *stream)
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+
+
 @pytest.mark.parametrize(
     ("value", "error"),
     [
         ({"segments": "x"}, TypeError),
+        ({"logprobs": "x"}, TypeError),
         ({"segments": ["x"]}, TypeError),
         ({"segments": [{"start": 0, "end": 1}]}, TypeError),
         ({"segments": [{"start": "0", "end": 1, "text": "x"}]}, TypeError),
@@ -223,6 +316,32 @@ def test_speech_that_is_not_audio_is_the_handlers_failure(value: Any) -> None:
         answer("audio.speech", send("audio.speech"), [value])
 
 
+def test_speech_in_events_is_base64_and_ends_with_its_usage() -> None:
+    data = bytes(range(256)) * 1000
+    request = send("audio.speech", stream_format="sse", response_format="pcm")
+    writer = encoder("audio.speech", request)
+    assert writer.streaming
+    assert writer.head.content_type == "text/event-stream"
+    sent = [writer.encode(value) for value in (b"", b"ab", OutputChunk.audio(data), OutputChunk.usage(3, 40))]
+    assert sent[0] == b""
+    report = read_stream(b"".join(sent) + writer.finish())
+    assert report.ending == "finished"
+    *deltas, done = report.events
+    assert {each["type"] for each in deltas} == {"speech.audio.delta"}
+    assert len(deltas) == 1 + -(-len(data) // (48 * 1024))
+    assert b"".join(base64.b64decode(each["audio"], validate=True) for each in deltas) == b"ab" + data
+    assert done == {
+        "type": "speech.audio.done",
+        "usage": {"input_tokens": 3, "output_tokens": 40, "total_tokens": 43},
+    }
+
+
+@pytest.mark.parametrize("values", [[], [b""]])
+def test_speech_in_events_without_audio_is_the_handlers_failure(values: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="no audio"):
+        answer("audio.speech", send("audio.speech", stream_format="sse"), values)
+
+
 PNG = b"\x89PNG\r\n\x1a\n..."
 
 
@@ -276,6 +395,9 @@ def test_usage_of_images_is_sent_if_it_was_reported() -> None:
         ([["x"]], TypeError),
         ([OutputChunk.audio(PNG)], TypeError),
         ([{"data": []}], TypeError),
+        ([{"b64_json": ""}], TypeError),
+        ([OutputChunk.partial_image(b"")], ValueError),
+        ([OutputChunk.partial_image(PNG)], ValueError),
     ],
 )
 def test_output_that_is_no_image_is_the_handlers_failure(values: list[Any], error: type[Exception]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,17 @@ MEANINGS: dict[Kind, list[tuple[Any, str]]] = {
     "asr": [("x", "text_delta"), ({"text": "x"}, "json")],
     "tts": [(b"x", "audio"), (bytearray(b"x"), "audio"), (memoryview(b"x"), "audio")],
     "image_generation": [(b"x", "image"), ({"a": 1}, "json")],
+    "image_edit": [(b"x", "image"), ({"a": 1}, "json")],
+    "rerank": [
+        (0.5, "scores"),
+        (1, "scores"),
+        (np.float32(0.5), "scores"),
+        ([0.5, 1], "scores"),
+        (np.zeros(3), "scores"),
+        ({"results": []}, "json"),
+    ],
+    "moderation": [({"violence": 0.5}, "json")],
+    "custom": [("x", "text_delta"), ({"a": 1}, "json"), (b"x", "data")],
     "embedding": [
         ([0.5, 1], "embeddings"),
         ((0.5, 1), "embeddings"),
@@ -31,6 +43,10 @@ NOTHING: dict[Kind, list[Any]] = {
     "asr": [None, b"x", ["x"]],
     "tts": [None, "x", {"a": 1}, [b"x"]],
     "image_generation": [None, "x", 1],
+    "image_edit": [None, "x", 1],
+    "rerank": [None, "x", b"x", True, [], ["x"], [[0.5]], np.zeros((2, 1))],
+    "moderation": [None, True, 0.5, "x", b"x"],
+    "custom": [None, 1, ["x"]],
     "embedding": [
         None,
         0.5,
@@ -66,7 +82,8 @@ def test_a_value_that_means_nothing_is_refused_with_what_would_have_been_right(
 
 
 def test_there_are_meanings_for_every_kind() -> None:
-    assert MEANINGS.keys() == NOTHING.keys() == set(KINDS)
+    # What stands behind a model of kind `any` gives bytes to the client, and never a chunk.
+    assert MEANINGS.keys() == NOTHING.keys() == set(KINDS) - {"any"}
 
 
 def test_a_chunk_is_itself() -> None:
@@ -88,6 +105,12 @@ def test_a_chunk_is_itself() -> None:
         (OutputChunk.audio, ("x",), TypeError),
         (OutputChunk.audio, (b"x", 1), TypeError),
         (OutputChunk.image, ("x",), TypeError),
+        (OutputChunk.partial_image, ("x",), TypeError),
+        (OutputChunk.partial_image, (b"x", 1), TypeError),
+        (OutputChunk.data, ("x",), TypeError),
+        (OutputChunk.data, (b"x", 1), TypeError),
+        (OutputChunk.scores, (0.5,), TypeError),
+        (OutputChunk.scores, ([],), TypeError),
         (OutputChunk.json, ([],), TypeError),
         (OutputChunk.error, ("c", "m", 200), ValueError),
         (OutputChunk.error, ("c", "m", "500"), TypeError),
@@ -95,6 +118,17 @@ def test_a_chunk_is_itself() -> None:
         (OutputChunk.usage, (-1, 0), ValueError),
         (OutputChunk.usage, (1.0, 0), TypeError),
         (OutputChunk.finish, ("done",), ValueError),
+        (OutputChunk.reasoning, (b"x",), TypeError),
+        (OutputChunk.reasoning, ("x", -1), ValueError),
+        (OutputChunk.tool_call, ("", "{}"), ValueError),
+        (OutputChunk.tool_call, (None, "{}"), TypeError),
+        (OutputChunk.tool_call, ("f", None), TypeError),
+        (OutputChunk.tool_call, ("f", ["x"]), TypeError),
+        (OutputChunk.tool_call, ("f", {"x": float("nan")}), ValueError),
+        (OutputChunk.tool_call, ("f", {"x": object()}), TypeError),
+        (partial(OutputChunk.tool_call, id=1), ("f", "{}"), TypeError),
+        (partial(OutputChunk.tool_call, index=-1), ("f", "{}"), ValueError),
+        (partial(OutputChunk.tool_call, choice=True), ("f", "{}"), TypeError),
     ],
 )
 def test_a_chunk_that_cannot_be_is_refused_where_it_is_made(

@@ -109,7 +109,7 @@ def test_unknown_fields_and_files_are_in_raw() -> None:
         ("temperature", " 1"),
         ("temperature", "1.1"),
         ("response_format", "yaml"),
-        ("response_format", "diarized_json"),
+        ("response_format", "diarised_json"),
         ("stream", "yes"),
         ("timestamp_granularities[]", "minute"),
         ("chunking_strategy", "never"),
@@ -128,6 +128,12 @@ def test_a_stream_of_a_format_that_needs_the_end_is_refused(response_format: str
     with pytest.raises(InvalidRequest) as caught:
         upload("audio.transcriptions", ("stream", "true"), ("response_format", response_format))
     assert caught.value.param == "stream"
+
+
+def test_a_translation_has_no_speakers() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        upload("audio.translations", ("response_format", "diarized_json"))
+    assert caught.value.param == "response_format"
 
 
 @pytest.mark.parametrize("endpoint", ROUTES)

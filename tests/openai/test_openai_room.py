@@ -12,6 +12,7 @@ import pytest
 from trio_cluster._errors import ApiError
 from trio_cluster._models import KINDS
 from trio_cluster.openai import DONE, ENDPOINTS, PING, error_body, error_event, event
+from trio_cluster.openai._sse import named_event
 from trio_cluster.testing import read_stream
 
 
@@ -19,13 +20,17 @@ def test_the_routes_are_the_documented_ones() -> None:
     assert {each.path: each.kind for each in ENDPOINTS.values()} == {
         "/chat/completions": "chat",
         "/completions": "chat",
+        "/responses": "chat",
         "/embeddings": "embedding",
         "/audio/transcriptions": "asr",
         "/audio/translations": "asr",
         "/audio/speech": "tts",
         "/images/generations": "image_generation",
+        "/images/edits": "image_edit",
+        "/rerank": "rerank",
+        "/moderations": "moderation",
     }
-    assert {each.kind for each in ENDPOINTS.values()} == set(KINDS)
+    assert {each.kind for each in ENDPOINTS.values()} == set(KINDS) - {"any", "custom"}
     assert all(name == each.name for name, each in ENDPOINTS.items())
 
 
@@ -38,6 +43,7 @@ def test_the_table_of_routes_cannot_be_changed() -> None:
 
 def test_events_and_comments_have_the_form_that_clients_read() -> None:
     assert event(b"{}") == b"data: {}\n\n"
+    assert named_event("a.b", b"{}") == b"event: a.b\ndata: {}\n\n"
     assert DONE == b"data: [DONE]\n\n"
     assert PING == b": ping\n\n"
 

@@ -342,6 +342,122 @@ def test_reasoning_is_a_text_of_its_own() -> None:
     assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta] == ["hm, ", "yes"]
 
 
+REASONED = [
+    OutputChunk.reasoning("hm, "),
+    OutputChunk.reasoning("yes"),
+    "Yes.",
+    OutputChunk.tool_call("look", {"at": "sky"}, id="c1"),
+    OutputChunk.tool_call("go", '{"to":', index=3),
+    OutputChunk.tool_call("go", '"sea"}', index=3),
+]
+
+
+def test_chunks_for_reasoning_and_tool_calls_say_what_a_dict_can_say() -> None:
+    choice = plain(REASONED)["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm, yes", "Yes.")
+    assert message["tool_calls"] == [
+        CALL,
+        {
+            "id": "call_abc_0_1",
+            "type": "function",
+            "function": {"name": "go", "arguments": '{"to":"sea"}'},
+        },
+    ]
+    report = streamed(REASONED)
+    assert (report.text, report.finish_reasons) == ("Yes.", {0: "tool_calls"})
+    deltas = [each["choices"][0]["delta"] for each in report.events]
+    assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta] == ["hm, ", "yes"]
+    assert tool_deltas(report) == [
+        {"index": 0} | CALL,
+        {
+            "index": 1,
+            "id": "call_abc_0_1",
+            "type": "function",
+            "function": {"name": "go", "arguments": '{"to":'},
+        },
+        {"index": 1, "function": {"arguments": '"sea"}'}},
+    ]
+
+
+def test_each_choice_has_its_own_reasoning_and_tool_calls() -> None:
+    values = [
+        OutputChunk.reasoning("a"),
+        OutputChunk.reasoning("b", 1),
+        OutputChunk.tool_call("f", {}, choice=1),
+    ]
+    first, second = plain(values, n=2)["choices"]
+    assert (first["message"]["reasoning_content"], first["finish_reason"]) == ("a", "stop")
+    assert (second["message"]["reasoning_content"], second["finish_reason"]) == ("b", "tool_calls")
+    report = streamed(values, n=2)
+    assert report.finish_reasons == {0: "stop", 1: "tool_calls"}
+    assert [
+        (each["choices"][0]["index"], delta["reasoning_content"])
+        for each in report.events
+        if "reasoning_content" in (delta := each["choices"][0]["delta"])
+    ] == [(0, "a"), (1, "b")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reason_of_the_handlers_own_beats_its_tool_calls(stream: bool) -> None:
+    values = [OutputChunk.tool_call("f", {}), OutputChunk.finish("length")]
+    if stream:
+        assert streamed(values).finish_reasons == {0: "length"}
+    else:
+        assert plain(values)["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        (
+            OutputChunk.tool_call("f", "{", index=0),
+            OutputChunk.tool_call("g", "}", index=0),
+            "'f', not of 'g'",
+        ),
+        (OutputChunk.tool_call("f", {}, id="c"), OutputChunk.tool_call("f", {}, id="c"), "second tool call"),
+        (OutputChunk.finish("stop"), OutputChunk.reasoning("x"), "already ended"),
+        (OutputChunk.finish("stop"), OutputChunk.tool_call("f", {}), "already ended"),
+        ("x", OutputChunk.reasoning("x", 1), "no choice 1"),
+        ("x", OutputChunk.tool_call("f", {}, choice=1), "no choice 1"),
+    ],
+)
+def test_a_tool_call_that_cannot_be_is_the_handlers_failure(
+    stream: bool, first: Any, second: Any, why: str
+) -> None:
+    writer = encoder("chat.completions", send("chat.completions", stream=stream))
+    writer.encode(first)
+    with pytest.raises(ValueError, match=why):
+        writer.encode(second)
+
+
+def test_tool_calls_with_and_without_an_index_do_not_get_into_each_others_way() -> None:
+    values = [
+        OutputChunk.tool_call("f", "{", index=1),
+        OutputChunk.tool_call("g", {}),
+        OutputChunk.tool_call("h", "[", index=0),
+        OutputChunk.tool_call("f", "}", index=1),
+        OutputChunk.tool_call("h", "]", index=0),
+    ]
+    calls = plain(values)["choices"][0]["message"]["tool_calls"]
+    assert [tuple(call["function"].values()) for call in calls] == [("f", "{}"), ("g", "{}"), ("h", "[]")]
+    assert [delta["index"] for delta in tool_deltas(streamed(values))] == [0, 1, 2, 0, 2]
+
+
+def test_completions_have_reasoning_and_tool_calls_as_members_of_the_choice() -> None:
+    choice = plain(REASONED, "completions")["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("Yes.", "stop")
+    assert choice["reasoning_content"] == "hm, yes"
+    assert [call["function"]["name"] for call in choice["tool_calls"]] == ["look", "go"]
+    report = streamed(REASONED, "completions")
+    assert (report.text, report.finish_reasons) == ("Yes.", {0: "stop"})
+    choices = [each["choices"][0] for each in report.events]
+    assert [each["reasoning_content"] for each in choices if "reasoning_content" in each] == ["hm, ", "yes"]
+    assert [len(each["tool_calls"]) for each in choices if "tool_calls" in each] == [1, 1, 1]
+
+
 def test_log_probabilities_are_put_together() -> None:
     def piece(token: str) -> dict[str, Any]:
         logprobs = {"content": [{"token": token, "logprob": -0.5, "bytes": None, "top_logprobs": []}]}

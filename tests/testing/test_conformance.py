@@ -25,7 +25,9 @@ from trio_cluster.testing import (
     check_handler,
 )
 
-KINDS = ["chat", "embedding", "asr", "tts", "image_generation"]
+KINDS = [
+    "chat", "embedding", "asr", "tts", "image_generation", "image_edit", "rerank", "moderation", "custom"
+]  # fmt: skip
 PHASES = ["before the first output", "in the middle of a stream", "held up by a slow client"]
 
 
@@ -43,6 +45,11 @@ async def test_a_good_model_of_any_kind_keeps_all_promises(
     assert model.running == 0
     assert model.started == model.cleaned_up
     assert report.answer
+
+
+async def test_what_passes_bytes_through_is_not_checked() -> None:
+    with pytest.raises(ValueError, match="kind any are not checked"):
+        await check_handler(FakeModel(), kind="any")
 
 
 @pytest.mark.parametrize("fake", [FakeModel, ThreadedFakeModel])

@@ -43,6 +43,10 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     server.register_tts("tts", model)
     server.register_asr("asr", model)
     server.register_image_generation("image", model)
+    server.register_image_edit("image", model)
+    server.register_rerank("rerank", model)
+    server.register_moderation("moderation", model)
+    server.route("/v1/own", "chat", model)
     await cluster.start_worker(server)
     client = cluster.client()
 
@@ -70,8 +74,22 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     headers = {"content-type": "multipart/form-data; boundary=x"}
     transcript = await client.post("/v1/audio/transcriptions", form, headers=headers)
     assert transcript.json()["text"] == model.text()
+    form = (
+        b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nimage\r\n'
+        b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\np\r\n'
+        b'--x\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\npng\r\n--x--\r\n'
+    )
+    edited = (await client.post("/v1/images/edits", form, headers=headers)).json()
+    assert base64.b64decode(edited["data"][0]["b64_json"]) == model.image(0, mark="p")
+    ranking = (await post("rerank", model="rerank", query="q", documents=["a", "bc"])).json()
+    scores = [(item["index"], item["relevance_score"]) for item in ranking["results"]]
+    assert scores == [(1, model.score("bc")), (0, model.score("a"))]
+    verdict = (await post("moderations", model="moderation", input="a")).json()
+    assert verdict["results"][0]["category_scores"]["violence"] == model.score("a")
+    assert (await post("own", model="chat")).body.decode() == model.text()
     assert [type(request).__name__ for request in model.requests] == [
-        "ChatRequest", "EmbeddingRequest", "TTSRequest", "ImageGenRequest", "ASRRequest",
+        "ChatRequest", "EmbeddingRequest", "TTSRequest", "ImageGenRequest", "ASRRequest", "ImageEditRequest",
+        "RerankRequest", "ModerationRequest", "CustomRequest",
     ]  # fmt: skip
 
 

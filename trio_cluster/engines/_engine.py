@@ -50,7 +50,7 @@ GROUP: Final = "trio_cluster.engines"
 # take their names.
 _OWN: Final = {
     name: EntryPoint(name, f"{__package__}.{name}:engine", GROUP)
-    for name in ("digits", "hibari", "llama", "minilm", "whisper")
+    for name in ("digits", "hibari", "llama", "minilm", "openai", "whisper")
 }
 
 # A comma separates options only if a key and an equals sign follow, so that paths and values may have commas
@@ -79,6 +79,17 @@ class ModelServer(Protocol):
 
     def register_image_generation(self, name: str, handler: Any) -> Any:
         """Serve an image model."""
+        ...
+
+    def register_raw(
+        self,
+        name: str,
+        handler: Any,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> Any:
+        """Serve a model that answers every route itself."""
         ...
 
     def unregister_model(self, name: str) -> Any:

@@ -188,7 +188,8 @@ class Http1Connection:
             while self._refused is None:
                 try:
                     data = await self._receive_some()
-                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ValueError):
+                    # The last one: there is no descriptor any more, since it was closed while nobody was reading.
                     break
                 if not data:
                     break

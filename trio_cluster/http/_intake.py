@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from io import BytesIO
 from typing import IO, Any, Final
 
 import trio
@@ -84,12 +85,27 @@ class Intake:
             raise ClientLeft
         return piece
 
-    async def read(self, most: int) -> bytes:
-        """Return what comes until the body is complete, or more than ``most`` bytes have come of it."""
-        pieces = []
+    async def read(self, most: int, first: bytes = b"") -> bytes:
+        """Return what comes until the body is complete, or more than ``most`` bytes have come of it.
+
+        Args:
+            most: counts what has come before, too.
+            first: what the answer is to begin with.
+        """
+        if not (self.complete or first):
+            first = await self.next()
+        if self.complete or self.received > most:
+            return first
+        # Such a file gives away what is in it; of pieces that are joined there would be two copies for a moment.
+        whole = BytesIO(first)
+        whole.seek(len(first))
         while not self.complete and self.received <= most:
-            pieces.append(await self.next())
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            whole.write(await self.next())
+        return whole.getvalue()
+
+    def excuse(self, seconds: float) -> None:
+        """Take so much off the time that the whole body may take: nobody would have taken more of it."""
+        self._last += seconds
 
     async def drop(self, limit: int, seconds: float) -> None:
         """Read on and keep nothing, until the body is complete, the client has left, or it is enough."""

@@ -78,7 +78,7 @@ async def _rest_of(intake: Intake, first: bytes, site: Site) -> bytes:
     intake.limit = min(intake.limit, site.options.server.max_json_size)
     if intake.received > intake.limit:
         raise too_large(intake.limit)
-    return first + await intake.read(intake.limit)
+    return await intake.read(intake.limit, first)
 
 
 async def _find_model(intake: Intake, content_type: str, first: bytes, kept: Kept) -> str:

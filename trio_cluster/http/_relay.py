@@ -138,7 +138,9 @@ async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limit
         while not intake.complete:
             data = await intake.next()
             upload.put(data, last=intake.complete)
+            since = trio.current_time()
             await _room(upload, call, limits)
+            intake.excuse(trio.current_time() - since)
         if not upload.complete:
             upload.put(b"", last=True)
 

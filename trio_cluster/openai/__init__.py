@@ -7,6 +7,7 @@ functions of bytes to values and of values to bytes; everything that waits is bu
 from ._chunks import FinishReason, OutputChunk, to_chunk
 from ._encoding import Encoder
 from ._endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
+from ._forms import FormReader
 from ._json import read_object
 from ._openapi import ERROR, ERRORS, describe_endpoints, error_responses
 from ._peek import FormPeek, is_form, peek_model
@@ -38,6 +39,7 @@ __all__ = [
     "Endpoint",
     "FinishReason",
     "FormPeek",
+    "FormReader",
     "ImageEditRequest",
     "ImageGenRequest",
     "ModelRequest",

@@ -138,22 +138,49 @@ class Choice:
         index: its place in the answer.
         pieces: its text so far, in the pieces in which it came.
         final: the whole text, once the handler has said what it is.
-        members: other members of its message.
-        tool_calls: the calls it makes, by index.
+        tool_calls: the calls it makes, by the index that they have for the client: 0, 1, ... as they come.
+        whole_calls: the indices of those that came in one piece, and cannot be continued.
         reason: why it ended, once the handler has said so.
     """
 
-    __slots__ = ("_id", "final", "index", "logprobs", "members", "pieces", "reason", "tool_calls")
+    __slots__ = (
+        "_id",
+        "_members",
+        "_numbers",
+        "_texts",
+        "final",
+        "index",
+        "logprobs",
+        "pieces",
+        "reason",
+        "tool_calls",
+        "whole_calls",
+    )
 
     def __init__(self, index: int, answer_id: str) -> None:
         self.index = index
         self.pieces: list[str] = []
         self.final: str | None = None
-        self.members: dict[str, Any] = {}
         self.tool_calls: dict[int, dict[str, Any]] = {}
+        self.whole_calls: set[int] = set()
         self.logprobs: dict[str, Any] | None = None
         self.reason: str | None = None
         self._id = answer_id
+        # Members that are text may grow by a token at a time, and are put together when they are asked for.
+        self._texts: dict[str, list[str]] = {}
+        # Where the calls are that have an index of the handler's own. It may leave gaps, and give none to others.
+        self._numbers: dict[int, int] = {}
+        self._members: dict[str, Any] = {}
+
+    @property
+    def members(self) -> dict[str, Any]:
+        """Other members of its message."""
+        return {name: "".join(pieces) for name, pieces in self._texts.items()} | self._members
+
+    @property
+    def all_calls(self) -> list[dict[str, Any]]:
+        """The calls it makes, in their order."""
+        return [call for _, call in sorted(self.tool_calls.items())]
 
     @property
     def text(self) -> str:
@@ -167,7 +194,7 @@ class Choice:
             return self.reason
         if self.tool_calls:
             return "tool_calls"
-        return "function_call" if "function_call" in self.members else "stop"
+        return "function_call" if "function_call" in self._members else "stop"
 
     def add(self, delta: Delta) -> Delta:
         """Add a delta; return it in the form in which it can be sent.
@@ -182,7 +209,11 @@ class Choice:
         members = dict(delta.members)
         if "tool_calls" in members:
             members["tool_calls"] = self._add_tool_calls(members["tool_calls"])
-        _merge(self.members, {name: value for name, value in members.items() if name != "tool_calls"})
+        for name, value in members.items():
+            if isinstance(value, str):
+                self._texts.setdefault(name, []).append(value)
+            elif name != "tool_calls":
+                _merge(self._members, {name: value})
         if isinstance(delta.logprobs, dict):
             self.logprobs = self.logprobs or {}
             _merge(self.logprobs, delta.logprobs)
@@ -200,6 +231,30 @@ class Choice:
         if self.final is not None:
             raise ValueError(f"more text for choice {self.index} after its final text")
         self.pieces.append(text)
+
+    def add_reasoning(self, text: str) -> None:
+        """Add a piece of reasoning.
+
+        Raises:
+            ValueError: the choice has ended.
+        """
+        self.require_open()
+        self._texts.setdefault("reasoning_content", []).append(text)
+
+    def add_call(self, call: dict[str, Any]) -> Delta:
+        """Add a tool call, or a piece of one, as ``OutputChunk.tool_call`` makes them; return what can be sent.
+
+        Raises:
+            ValueError: the choice has ended, or the call cannot be the one that it says it is.
+        """
+        name, index, call_id = call["function"]["name"], call["index"], call["id"]
+        earlier = self.tool_calls.get(self._numbers.get(index, -1))
+        if earlier is None:
+            if call_id and any(call_id == each["id"] for each in self.tool_calls.values()):
+                raise ValueError(f"a second tool call with the id {call_id!r}")
+        elif (before := earlier.get("function", {}).get("name")) not in (None, name):
+            raise ValueError(f"tool call {index} is one of {before!r}, not of {name!r}")
+        return self.add(Delta(self.index, members={"tool_calls": [call]}))
 
     def take_final(self, text: str) -> str:
         """Note what the whole text is; return what of it is new to somebody who has seen the pieces.
@@ -233,8 +288,11 @@ class Choice:
             index = call.pop("index", None)
             if index is None:
                 index = len(self.tool_calls)
+                self.whole_calls.add(index)
             elif type(index) is not int or index < 0:
                 raise TypeError("the 'index' of a tool call must be a non-negative integer")
+            else:
+                index = self._numbers.setdefault(index, len(self.tool_calls))
             whole = self.tool_calls.get(index)
             if whole is None:
                 if not call.get("id"):

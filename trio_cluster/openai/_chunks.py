@@ -15,6 +15,8 @@ import attrs
 from trio_cluster._errors import ApiError
 from trio_cluster._models import Kind
 
+from ._json import dumps, plain
+
 __all__ = ["FinishReason", "OutputChunk", "is_vector", "to_chunk"]
 
 #: Why a model stopped; the words that the official clients know.
@@ -23,7 +25,20 @@ FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filte
 _REASONS: Final = frozenset(get_args(FinishReason))
 
 _ChunkKind: TypeAlias = Literal[
-    "text_delta", "final_text", "embeddings", "audio", "image", "json", "error", "usage", "finish"
+    "text_delta",
+    "final_text",
+    "reasoning",
+    "tool_call",
+    "embeddings",
+    "scores",
+    "audio",
+    "image",
+    "partial_image",
+    "data",
+    "json",
+    "error",
+    "usage",
+    "finish",
 ]
 
 
@@ -68,6 +83,55 @@ class OutputChunk:
         return cls("final_text", text, index)
 
     @classmethod
+    def reasoning(cls, text: str, index: int = 0) -> OutputChunk:
+        """Return more of what the model thinks before it answers, for choice ``index``.
+
+        Clients of ``/v1/chat/completions`` and ``/v1/completions`` find it as ``reasoning_content``, those of
+        ``/v1/responses`` in items of type ``reasoning``.
+        """
+        _require("text", text, str, "a str")
+        _count("index", index)
+        return cls("reasoning", text, index)
+
+    @classmethod
+    def tool_call(
+        cls,
+        name: str,
+        arguments: str | Mapping[str, Any],
+        *,
+        id: str | None = None,
+        index: int | None = None,
+        choice: int = 0,
+    ) -> OutputChunk:
+        """Return a call of one of the client's tools.
+
+        A choice with tool calls ends with ``tool_calls``, unless the handler gives another reason.
+
+        Args:
+            name: which tool.
+            arguments: a ``dict``, or text that is meant to be JSON, which is passed on as the model wrote it.
+            id: what the client is going to call it when it comes back with the result; made up if ``None``.
+            index: ``None`` is a call of its own, and complete. A call that is made piece by piece has an index from
+                the start: text that is given again under the same index, with the same name, is added to its
+                arguments. Clients see the calls numbered in the order in which they begin.
+            choice: which of several choices makes it.
+
+        Raises:
+            ValueError: the name is empty, or a number in the arguments has no JSON form.
+        """
+        _require("name", name, str, "a str")
+        if not name:
+            raise ValueError("name must not be empty")
+        _require("arguments", arguments, (str, dict), "a str or a dict")
+        _require("id", id, (str, type(None)), "a str")
+        if index is not None:
+            _count("index", index)
+        _count("choice", choice)
+        text = arguments if isinstance(arguments, str) else dumps(plain(arguments)).decode()
+        call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": text}}
+        return cls("tool_call", call, choice)
+
+    @classmethod
     def embedding(cls, vector: Any, index: int = 0) -> OutputChunk:
         """Return the embedding of input ``index``: a list of numbers or a one-dimensional array."""
         _count("index", index)
@@ -82,6 +146,13 @@ class OutputChunk:
         if rows is None:
             raise TypeError("embeddings must be a list of vectors or a two-dimensional array")
         return cls("embeddings", rows)
+
+    @classmethod
+    def scores(cls, scores: Any) -> OutputChunk:
+        """Return how well the next documents answer the query: a list of numbers or a one-dimensional array."""
+        if not is_vector(scores):
+            raise TypeError("scores must be a list of numbers or a one-dimensional array")
+        return cls("scores", scores)
 
     @classmethod
     def audio(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
@@ -100,6 +171,24 @@ class OutputChunk:
         _require("data", data, (bytes, bytearray, memoryview), "bytes")
         _require("mime_type", mime_type, (str, type(None)), "a str")
         return cls("image", bytes(data), None, mime_type)
+
+    @classmethod
+    def partial_image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
+        """Return an image on the way to the final one, for streams whose clients want to see it.
+
+        How many they want is ``partial_images`` of the request. Those beyond that are dropped, as are all of them where
+        the answer is not a stream.
+        """
+        _require("data", data, (bytes, bytearray, memoryview), "bytes")
+        _require("mime_type", mime_type, (str, type(None)), "a str")
+        return cls("partial_image", bytes(data), None, mime_type)
+
+    @classmethod
+    def data(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
+        """Return more of the answer to a route of one's own, byte for byte; ``mime_type`` becomes its content type."""
+        _require("data", data, (bytes, bytearray, memoryview), "bytes")
+        _require("mime_type", mime_type, (str, type(None)), "a str")
+        return cls("data", bytes(data), None, mime_type)
 
     @classmethod
     def json(cls, obj: Mapping[str, Any]) -> OutputChunk:
@@ -172,6 +261,19 @@ _EXPECTED: Final[dict[Kind, str]] = {
     "asr": "str, dict or OutputChunk",
     "tts": "bytes or OutputChunk",
     "image_generation": "bytes, a list of bytes, dict or OutputChunk",
+    "image_edit": "bytes, a list of bytes, dict or OutputChunk",
+    "rerank": "numbers, a list or a 1-D array of them, dict or OutputChunk",
+    "moderation": "dict, a list of dicts or OutputChunk",
+    "custom": "str, dict, bytes or OutputChunk",
+}
+
+
+#: What bytes are.
+_BYTES: Final[dict[Kind, _ChunkKind]] = {
+    "tts": "audio",
+    "image_generation": "image",
+    "image_edit": "image",
+    "custom": "data",
 }
 
 
@@ -185,19 +287,22 @@ def to_chunk(kind: Kind, value: Any) -> OutputChunk:
         return value
     if isinstance(value, dict) and kind != "tts":
         return OutputChunk("json", value)
-    if isinstance(value, str) and kind in ("chat", "asr"):
+    if isinstance(value, str) and kind in ("chat", "asr", "custom"):
         return OutputChunk("text_delta", value, 0)
     if isinstance(value, bytes | bytearray | memoryview):
-        if kind == "tts":
-            return OutputChunk("audio", bytes(value))
-        if kind == "image_generation":
-            return OutputChunk("image", bytes(value))
+        if kind in _BYTES:
+            return OutputChunk(_BYTES[kind], bytes(value))
     elif kind == "embedding":
         if is_vector(value):
             return OutputChunk("embeddings", [value])
         rows = _rows(value)
         if rows is not None:
             return OutputChunk("embeddings", rows)
+    elif kind == "rerank":
+        if is_vector(value):
+            return OutputChunk("scores", value)
+        if is_vector([value]):
+            return OutputChunk("scores", [value])
     raise TypeError(
         f"a handler of kind {kind} gives {_EXPECTED[kind]}; it gave a value of type {type(value).__name__}"
     )

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from trio_cluster._errors import InvalidRequest
 
-from ._fields import (
+from ._checks import (
     ANY_OBJECT,
     ANY_STRING,
     Check,
@@ -24,6 +24,7 @@ from ._fields import (
     wrong_type,
     wrong_value,
 )
+from ._schemas import Schema, any_of, by_type, members_of
 
 __all__ = ["FUNCTIONS", "MESSAGES", "RESPONSE_FORMAT", "TOOLS", "TOOL_CHOICE"]
 
@@ -58,12 +59,22 @@ def _check_tool_call(value: Any, name: str) -> Any:
 
 
 _TOOL_CALL: Final = ObjectOf({"id": ANY_STRING, "type": ANY_STRING}, ("id",))
+_TOOL_CALLS: Final = ListOf(
+    Custom(
+        _check_tool_call,
+        by_type(
+            {"function": members_of({"function": _FUNCTION_CALLED.schema()}, ("function",))},
+            common=_TOOL_CALL.schema(),
+            default="function",
+        ),
+    )
+)
 
 #: Members that any message may have.
 _MEMBERS: Final[dict[str, Check]] = {
     "name": ANY_STRING,
     "refusal": ANY_STRING,
-    "tool_calls": ListOf(Custom(_check_tool_call)),
+    "tool_calls": _TOOL_CALLS,
     "tool_call_id": ANY_STRING,
     "function_call": _FUNCTION_CALLED,
     "audio": ANY_OBJECT,
@@ -142,6 +153,31 @@ def _check_messages(value: Any, name: str) -> Any:
     return value
 
 
+def _describe_message() -> Schema:
+    """Return the schema of a message: a variant for each way in which one may be complete."""
+    members = {name: check.schema() for name, check in _MEMBERS.items()}
+    parts = by_type({kind: check.schema() for kind, check in _PARTS.items()})
+    content = any_of(ANY_STRING.schema(), {"type": "array", "items": parts, "minItems": 1})
+
+    def by(*roles: str, needed: tuple[str, ...] = ("content",), **narrower: Schema) -> Schema:
+        role = OneOf(roles).schema()
+        return members_of(members | {"role": role, "content": content} | narrower, ("role", *needed))
+
+    some = {
+        "tool_calls": _TOOL_CALLS.schema() | {"minItems": 1},
+        "function_call": _FUNCTION_CALLED.schema(),
+        "refusal": _NOT_EMPTY.schema(),
+        "audio": ANY_OBJECT.schema() | {"minProperties": 1},
+    }
+    return any_of(
+        by(*(role for role in ROLES if role != "assistant" and role not in _REQUIRED)),
+        by("assistant"),
+        *(by("assistant", needed=(member,), **{member: some[member]}) for member in _INSTEAD),
+        by("tool", needed=("content", _REQUIRED["tool"])),
+        by("function", needed=(_REQUIRED["function"],)),
+    )
+
+
 _FUNCTION: Final = ObjectOf(
     {"name": _NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT}, ("name",)
 )
@@ -189,8 +225,24 @@ def _check_response_format(value: Any, name: str) -> Any:
     return value
 
 
-MESSAGES: Final = Custom(_check_messages)
-TOOLS: Final = ListOf(Custom(_check_tool), most=128)
+def _describe_function(function: Check) -> Schema:
+    return by_type({"function": members_of({"function": function.schema()}, ("function",))})
+
+
+MESSAGES: Final = Custom(_check_messages, {"type": "array", "items": _describe_message(), "minItems": 1})
+TOOLS: Final = ListOf(Custom(_check_tool, _describe_function(_FUNCTION)), most=128)
 FUNCTIONS: Final = ListOf(_FUNCTION, least=1, most=128)
-TOOL_CHOICE: Final = Custom(_check_tool_choice)
-RESPONSE_FORMAT: Final = Custom(_check_response_format)
+TOOL_CHOICE: Final = Custom(
+    _check_tool_choice, any_of(OneOf(_CHOICES).schema(), _describe_function(_NAMED))
+)
+RESPONSE_FORMAT: Final = Custom(
+    _check_response_format,
+    by_type(
+        {
+            "text": members_of({}),
+            "json_object": members_of({}),
+            "json_schema": members_of({"json_schema": _SCHEMA.schema()}, ("json_schema",)),
+        },
+        closed=True,
+    ),
+)

@@ -44,10 +44,14 @@ def checked_path(path: str) -> str:
         ValueError: it is none.
     """
     if not isinstance(path, str) or not path.isascii() or not path.isprintable() or len(path) > _LONGEST_PATH:
-        raise ValueError(f"the path of a route is at most {_LONGEST_PATH} ASCII characters, which {path!r} is not")
+        raise ValueError(
+            f"the path of a route is at most {_LONGEST_PATH} ASCII characters, which {path!r} is not"
+        )
     whole = path.rstrip("/")
     if not whole.startswith("/v1/") or "//" in whole:
-        raise ValueError(f"the path of a route begins with /v1/, and none of its parts is empty; not so {path!r}")
+        raise ValueError(
+            f"the path of a route begins with /v1/, and none of its parts is empty; not so {path!r}"
+        )
     if any(mark in whole for mark in "?#% "):
         raise ValueError(f"the path of a route has neither a query nor escapes; {path!r} has")
     return whole
@@ -95,7 +99,8 @@ class CustomEncoder(Encoder):
     def __init__(self, request: CustomRequest) -> None:
         super().__init__()
         self._events = request.stream
-        self.streaming = request.stream
+        # Until it is known what the answer is, there is no head to send.
+        self.streaming = True
         self.head = SSE_HEAD if request.stream else JSON_HEAD
         self._sort: Literal["", "objects", "text", "bytes"] = ""
         self._object: dict[str, Any] = {}
@@ -115,7 +120,6 @@ class CustomEncoder(Encoder):
             self._texts.append(chunk.value)
         elif chunk.kind in ("data", "audio", "image"):
             if not self._sort:
-                self.streaming = True
                 self.head = Head(200, chunk.mime_type or _BYTES)
             self._require("bytes")
             return bytes(chunk.value)
@@ -133,10 +137,13 @@ class CustomEncoder(Encoder):
         if earlier and earlier != sort and not (self._events and "bytes" not in (earlier, sort)):
             raise TypeError(f"an answer of {earlier} cannot go on with {sort}")
         self._sort = sort
-        if sort == "text" and not self._events:
-            self.head = _TEXT_HEAD
+        if sort != "bytes" and not self._events:
+            self.streaming = False
+            self.head = _TEXT_HEAD if sort == "text" else JSON_HEAD
 
     def finish(self) -> bytes:
+        # An answer without any bytes has a head all the same.
+        self.streaming = False
         if self._sort == "bytes":
             return b""
         if self._events:

@@ -36,6 +36,8 @@ class Encoder:
     """
 
     kind: ClassVar[Kind]
+    #: Whether a list is the same as what is in it, one by one.
+    takes_lists: ClassVar[bool] = False
 
     streaming: bool = False
     head: Head = JSON_HEAD
@@ -52,6 +54,8 @@ class Encoder:
             TypeError: ``value`` is nothing that a handler for this route can give.
             ValueError: it is of the right type, but cannot be part of this answer.
         """
+        if self.takes_lists and isinstance(value, list | tuple):
+            return b"".join([self.encode(each) for each in value])
         chunk = to_chunk(self.kind, value)
         if chunk.kind == "error":
             status, message, code = chunk.value

@@ -20,10 +20,12 @@ from ._custom import CustomEncoder, checked_path, read_custom
 from ._embeddings import EmbeddingEncoder
 from ._encoding import Encoder
 from ._fields import Table
+from ._forms import Form
 from ._images import PlainEdit, PlainImages, StreamedEdit, StreamedImage
 from ._moderations import MODERATION, ModerationEncoder, read_moderation
 from ._read_responses import RESPONSE, read_response
 from ._readers import (
+    image_edit_of,
     read_chat,
     read_completion,
     read_embedding,
@@ -32,6 +34,8 @@ from ._readers import (
     read_speech,
     read_transcription,
     read_translation,
+    transcription_of,
+    translation_of,
 )
 from ._requests import (
     ASRRequest,
@@ -72,6 +76,10 @@ class _Parse(Protocol):
     def __call__(self, body: bytes, content_type: str, headers: Mapping[str, str]) -> ModelRequest: ...
 
 
+class _ParseForm(Protocol):
+    def __call__(self, form: Form, headers: Mapping[str, str]) -> ModelRequest: ...
+
+
 class _MakeEncoder(Protocol):
     def __call__(self, request: Any, *, response_id: str, created: int) -> Encoder: ...
 
@@ -93,6 +101,8 @@ class Endpoint:
     """The documented fields, for the description of the route; without it, anything may be sent."""
     answers: tuple[str, ...] = _JSON
     """The media types, or ranges of them, in which it may be answered."""
+    parse_form: _ParseForm | None = None
+    """Where only a form will do: ``parse_form(form, headers)`` does the same as ``parse`` with one that is read."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
@@ -150,7 +160,13 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 "chat.completions", "/chat/completions", "chat", read_chat, _chat, CHAT, _JSON_OR_EVENTS
             ),
             Endpoint(
-                "completions", "/completions", "chat", read_completion, _completion, COMPLETION, _JSON_OR_EVENTS
+                "completions",
+                "/completions",
+                "chat",
+                read_completion,
+                _completion,
+                COMPLETION,
+                _JSON_OR_EVENTS,
             ),
             Endpoint("responses", "/responses", "chat", read_response, _response, RESPONSE, _JSON_OR_EVENTS),
             Endpoint("embeddings", "/embeddings", "embedding", read_embedding, _embedding, EMBEDDING),
@@ -162,6 +178,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _transcription,
                 TRANSCRIPTION,
                 (*_JSON_OR_EVENTS, "text/plain", "text/vtt"),
+                transcription_of,
             ),
             Endpoint(
                 "audio.translations",
@@ -171,9 +188,16 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _transcription,
                 TRANSLATION,
                 (*_JSON, "text/plain", "text/vtt"),
+                translation_of,
             ),
             Endpoint(
-                "audio.speech", "/audio/speech", "tts", read_speech, _speech, SPEECH, ("audio/*", "text/event-stream")
+                "audio.speech",
+                "/audio/speech",
+                "tts",
+                read_speech,
+                _speech,
+                SPEECH,
+                ("audio/*", "text/event-stream"),
             ),
             Endpoint(
                 "images.generations",
@@ -192,11 +216,10 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _edit,
                 IMAGE_EDIT,
                 _JSON_OR_EVENTS,
+                image_edit_of,
             ),
             Endpoint("rerank", "/rerank", "rerank", read_rerank, _rerank, RERANK),
-            Endpoint(
-                "moderations", "/moderations", "moderation", read_moderation, _moderation, MODERATION
-            ),
+            Endpoint("moderations", "/moderations", "moderation", read_moderation, _moderation, MODERATION),
         )
     }
 )

@@ -1,13 +1,14 @@
 """Forms with files in them: ``multipart/form-data``.
 
-A body is parsed in one go, since it is in memory anyway. The parts may come in any order: some clients put
-the file first, some last. Files are told from fields by having a file name, and are not copied more often
-than once.
+A form may be read while it comes in. The parts may come in any order: some clients put the file first, some last.
+Files are told from fields by having a file name, and are not copied more often than once: a large one is in memory
+a single time, also at the moment at which it is complete.
 """
 
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from typing import Any, Final
 
 import attrs
@@ -19,10 +20,10 @@ from multipart import (  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-__all__ = ["File", "Form", "boundary_of", "media_type", "read_form"]
+__all__ = ["MOST_PARTS", "File", "Form", "FormReader", "boundary_of", "media_type", "read_form"]
 
 #: More parts than any documented form has, few enough that parsing stays cheap.
-_MOST_PARTS: Final = 256
+MOST_PARTS: Final = 256
 
 _MEMBER: Final = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 
@@ -76,32 +77,76 @@ def read_form(body: bytes, content_type: str) -> Form:
     Raises:
         InvalidRequest: it is of another type (415), or malformed.
     """
-    boundary = boundary_of(content_type)
-    form = Form({}, {})
-    try:
-        for segment, data in _segments(body, boundary):
-            _add(form, segment, data)
-    except ValueError as exc:
-        # The parser's own errors are ValueErrors, and so is a boundary that cannot be encoded.
-        raise InvalidRequest(f"The request body is not valid multipart/form-data: {exc}") from None
-    return form
+    reader = FormReader(content_type)
+    reader.feed(body)
+    return reader.finish()
 
 
-def _segments(body: bytes, boundary: str) -> list[tuple[MultipartSegment, bytes]]:
-    found: list[tuple[MultipartSegment, bytes]] = []
-    with PushMultipartParser(boundary, max_segment_count=_MOST_PARTS) as parser:
-        segment: MultipartSegment | None = None
-        pieces: list[bytes] = []
-        for event in parser.parse(body):
-            if event is None:
-                assert segment is not None
-                # Given all at once, the content of a part comes as one piece, which need not be joined.
-                found.append((segment, pieces[0] if len(pieces) == 1 else b"".join(pieces)))
-            elif isinstance(event, MultipartSegment):
-                segment, pieces = event, []
-            else:
-                pieces.append(bytes(event))
-    return found
+class FormReader:
+    """A form that is read while it comes in.
+
+    Args:
+        content_type: the form's, with its boundary.
+
+    Raises:
+        InvalidRequest: it has no boundary, or is no form (415).
+    """
+
+    def __init__(self, content_type: str) -> None:
+        boundary = boundary_of(content_type)
+        try:
+            self._parser = PushMultipartParser(boundary, max_segment_count=MOST_PARTS)
+        except ValueError as error:
+            raise _malformed(error) from None
+        self._form = Form({}, {})
+        self._segment: MultipartSegment | None = None
+        self._content = BytesIO()
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the form.
+
+        Raises:
+            InvalidRequest: it is malformed, or makes no sense.
+        """
+        if not data:
+            return
+        try:
+            for event in self._parser.parse(data):
+                self._take(event)
+        except ValueError as error:
+            # The parser's own errors are ValueErrors, and so is a boundary that cannot be encoded.
+            raise _malformed(error) from None
+
+    def finish(self) -> Form:
+        """Return the form, when all of it has come.
+
+        Raises:
+            InvalidRequest: it is not complete.
+        """
+        try:
+            self._parser.close()
+        except ValueError as error:
+            raise _malformed(error) from None
+        return self._form
+
+    def _take(self, event: MultipartSegment | bytearray | bytes | None) -> None:
+        if event is None:
+            assert self._segment is not None
+            # Such a file grows without being copied, and gives away what is in it, as does one that is made of bytes
+            # for as long as nothing is added to them.
+            _add(self._form, self._segment, self._content.getvalue())
+            self._content = BytesIO()
+        elif isinstance(event, MultipartSegment):
+            self._segment = event
+        elif self._content.tell() == 0:
+            self._content = BytesIO(event)
+            self._content.seek(len(event))
+        else:
+            self._content.write(event)
+
+
+def _malformed(error: ValueError) -> InvalidRequest:
+    return InvalidRequest(f"The request body is not valid multipart/form-data: {error}")
 
 
 def _add(form: Form, segment: MultipartSegment, data: bytes) -> None:

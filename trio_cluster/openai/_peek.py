@@ -15,7 +15,7 @@ from multipart import (  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-from ._forms import boundary_of, media_type
+from ._forms import MOST_PARTS, boundary_of, media_type
 
 __all__ = ["FormPeek", "is_form", "peek_model"]
 
@@ -63,7 +63,7 @@ class FormPeek:
     def __init__(self, content_type: str) -> None:
         self.model: str | None = None
         try:
-            self._parser = PushMultipartParser(boundary_of(content_type))
+            self._parser = PushMultipartParser(boundary_of(content_type), max_segment_count=MOST_PARTS)
         except ValueError as error:
             raise _malformed(error) from None
         self._value: bytearray | None = None
@@ -74,7 +74,7 @@ class FormPeek:
         Raises:
             InvalidRequest: it is malformed, or the name of the model cannot be one.
         """
-        if self._parser.closed:
+        if self._parser.closed or self.model is not None:
             return
         try:
             for event in self._parser.parse(data):

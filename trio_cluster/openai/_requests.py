@@ -59,9 +59,13 @@ def _has_image(parts: list[dict[str, Any]]) -> bool:
 
 @attrs.frozen(kw_only=True, eq=False)
 class ChatRequest(ModelRequest):
-    """A request for text: ``/v1/chat/completions``, and ``/v1/completions`` as a single user message."""
+    """A request for text: ``/v1/chat/completions``, and whatever else can be said as one.
+
+    ``/v1/completions`` is a single user message. ``/v1/responses`` is translated; only ``raw`` has it as it was sent.
+    """
 
     messages: list[dict[str, Any]]
+    """In the form of ``/v1/chat/completions``."""
     prompt: str | None = None
     """The bare prompt of a request to ``/v1/completions``, for models that need no chat template."""
     stream: bool = False

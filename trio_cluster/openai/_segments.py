@@ -3,12 +3,14 @@
 A handler for speech recognition may give
 
 - text, as ``str`` or ``OutputChunk.text_delta``, and ``OutputChunk.final_text``;
-- a ``dict``, or several: ``{"text", "language", "duration", "segments", "words", "usage"}``, all optional. A
-  segment is ``{"start", "end", "text"}`` with times in seconds, and whatever else of the API's segment the
-  model knows; a word is ``{"word", "start", "end"}``. Lists of later dicts extend those of earlier ones.
+- a ``dict``, or several: ``{"text", "language", "duration", "segments", "words", "logprobs", "languages",
+  "usage"}``, all optional. A segment is ``{"start", "end", "text"}`` with times in seconds, and whatever else of
+  the API's segment the model knows, above all ``speaker``; a word is ``{"word", "start", "end"}``, a logprob
+  ``{"token", "logprob", "bytes"}``. Lists of later dicts extend those of earlier ones.
 
-Text that is not given is made of the segments' texts. Times that are not given are not invented: subtitles
-without segments are a single cue over ``duration``, and that is 0 where nobody said otherwise.
+Text that is not given is made of the segments' texts, and text that is given later takes their place. Times that are
+not given are not invented: subtitles without segments are a single cue over ``duration``, and that is 0 where nobody
+said otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ _SEGMENT: Final[dict[str, Any]] = {
     "compression_ratio": 1.0,
     "no_speech_prob": 0.0,
 }
-_LISTS: Final = ("segments", "words")
+_LISTS: Final = ("segments", "words", "logprobs")
+
+
+def _extension(text: str, seen: str) -> str:
+    """Return what follows in ``text`` after what has been seen; nothing, where it does not begin with that."""
+    return text[len(seen) :] if text.startswith(seen) else ""
 
 
 def _require_number(value: Any, what: str) -> float:
@@ -45,15 +52,18 @@ class Transcript:
     Attributes:
         segments: as given, each checked to have its times and its text.
         words: as given.
+        logprobs: of the tokens, as given.
         members: other members of a handler's objects.
     """
 
     def __init__(self) -> None:
         self.segments: list[dict[str, Any]] = []
         self.words: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
         self.members: dict[str, Any] = {}
         self._pieces: list[str] = []
         self._final: str | None = None
+        self._shown = ""  # the texts of segments, as far as somebody has been told of them
 
     @property
     def text(self) -> str:
@@ -71,22 +81,24 @@ class Transcript:
             return float(self.members["duration"])
         return max((float(segment["end"]) for segment in self.segments), default=0.0)
 
-    def add_text(self, text: str) -> None:
-        """Add a piece of text."""
+    def add_text(self, text: str) -> str:
+        """Add a piece of text; return what of it is new to somebody who has seen the segments' texts."""
         if self._final is not None:
             raise ValueError("more text after the final text")
+        seen = "" if self._pieces else self._shown
         self._pieces.append(text)
+        return _extension(text.lstrip(), seen) if seen else text
 
     def set_text(self, text: str) -> str:
         """Say what the whole text is; return what of it extends the pieces, if anything does."""
         if self._final is not None:
             raise ValueError("a second final text")
-        seen = "".join(self._pieces)
+        seen = "".join(self._pieces) or self._shown
         self._final = text
-        return text[len(seen) :] if text.startswith(seen) else ""
+        return _extension(text, seen)
 
     def add_object(self, obj: dict[str, Any]) -> str:
-        """Add a handler's object; return the text in it, which counts as a piece.
+        """Add a handler's object; return what is new of the text, given as such or in segments.
 
         Raises:
             TypeError: a member is of the wrong type.
@@ -99,7 +111,7 @@ class Transcript:
                 continue
             if not isinstance(given, list):
                 raise TypeError(f"'{name}' must be a list")
-            for i, each in enumerate(given):
+            for i, each in enumerate(given if name != "logprobs" else ()):
                 self._require_span(each, f"{name}[{i}]", "word" if name == "words" else "text")
             getattr(self, name).extend(given)
         text = obj.pop("text", None)
@@ -111,8 +123,11 @@ class Transcript:
             raise TypeError("'language' must be a string")
         self.members |= {name: value for name, value in obj.items() if value is not None}
         if text:
-            self.add_text(text)
-        return text or ""
+            return self.add_text(text)
+        if self._pieces or self._final is not None:
+            return ""
+        seen, self._shown = self._shown, self.text
+        return _extension(self._shown, seen)
 
     def cues(self) -> list[tuple[float, float, str]]:
         """Return start, end and text of what subtitles show."""

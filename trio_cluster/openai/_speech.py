@@ -1,17 +1,20 @@
-"""Speech: audio that is sent as it is made."""
+"""Speech: audio that is sent as it is made, as bytes or in events."""
 
 from __future__ import annotations
 
+import base64
 from typing import ClassVar, Final
 
 from trio_cluster._calls import Head
 from trio_cluster._models import Kind
 
 from ._chunks import OutputChunk
-from ._encoding import Encoder
+from ._encoding import SSE_HEAD, Encoder
+from ._json import dumps
 from ._requests import TTSRequest
+from ._sse import DONE, event
 
-__all__ = ["SpeechEncoder"]
+__all__ = ["PlainSpeech", "StreamedSpeech"]
 
 _TYPES: Final = {
     "mp3": "audio/mpeg",
@@ -21,6 +24,9 @@ _TYPES: Final = {
     "wav": "audio/wav",
     "pcm": "audio/pcm",
 }
+
+#: Bytes of audio in one event: what makes no padding in base64, and no event that anybody would have to collect.
+_PIECE: Final = 48 * 1024
 
 #: File headers that cannot be taken for anything else, samples included.
 _MAGIC: Final = ((b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"), (b"ID3", "audio/mpeg"))
@@ -35,31 +41,70 @@ def _recognise(data: bytes) -> str | None:
     return None
 
 
-class SpeechEncoder(Encoder):
-    """The answer to a speech request: the handler's bytes, as they are.
-
-    The content type is what the first chunk says it is; else what its header says; else what was asked for.
-    """
-
+class _Speech(Encoder):
     kind: ClassVar[Kind] = "tts"
     streaming = True
 
     def __init__(self, request: TTSRequest) -> None:
         super().__init__()
-        self._asked = _TYPES[request.response_format]
-        self.head = Head(200, self._asked)
         self._begun = False
 
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind != "audio":
             self._refuse(chunk)
-        data: bytes = chunk.value
-        if data and not self._begun:
+        if not chunk.value:
+            return b""
+        if not self._begun:
             self._begun = True
-            self.head = Head(200, chunk.mime_type or _recognise(data) or self._asked)
-        return data
+            self._begin(chunk)
+        return self._send(chunk.value)
+
+    def _begin(self, chunk: OutputChunk) -> None:
+        """Look at the first audio that there is."""
+
+    def _send(self, data: bytes) -> bytes:
+        raise NotImplementedError
 
     def finish(self) -> bytes:
         if not self._begun:
             raise ValueError("the handler gave no audio")
+        return self._end()
+
+    def _end(self) -> bytes:
         return b""
+
+
+class PlainSpeech(_Speech):
+    """The handler's bytes, as they are.
+
+    The content type is what the first chunk says it is; else what its header says; else what was asked for.
+    """
+
+    def __init__(self, request: TTSRequest) -> None:
+        super().__init__(request)
+        self._asked = _TYPES[request.response_format]
+        self.head = Head(200, self._asked)
+
+    def _begin(self, chunk: OutputChunk) -> None:
+        self.head = Head(200, chunk.mime_type or _recognise(chunk.value) or self._asked)
+
+    def _send(self, data: bytes) -> bytes:
+        return data
+
+
+class StreamedSpeech(_Speech):
+    """The handler's bytes in events, and how much was used in the last one."""
+
+    head = SSE_HEAD
+
+    def _send(self, data: bytes) -> bytes:
+        return b"".join(
+            # Base64 needs no escapes in JSON.
+            event(b'{"type":"speech.audio.delta","audio":"' + base64.b64encode(data[i : i + _PIECE]) + b'"}')
+            for i in range(0, len(data), _PIECE)
+        )
+
+    def _end(self) -> bytes:
+        read, made = self.usage
+        usage = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
+        return event(dumps({"type": "speech.audio.done", "usage": usage})) + DONE

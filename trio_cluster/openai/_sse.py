@@ -1,8 +1,8 @@
-"""Server-sent events, as far as the OpenAI API uses them: ``data`` lines, comments, nothing else.
+"""Server-sent events, as far as the OpenAI API uses them: ``data`` lines, comments, and names on some routes.
 
-There are no ``id`` and no ``event`` lines: the official clients choke on an id next to a comment. A stream
-that is complete ends with :data:`DONE`. A stream that failed ends with one error event and without it; that
-difference is all a client has to tell the two apart.
+There are no ``id`` lines: the official clients choke on an id next to a comment. A stream that is complete ends
+with :data:`DONE`, or, where events have names, with one whose name says so. A stream that failed ends with one error
+event and without that; the difference is all a client has to tell the two apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trio_cluster._errors import ApiError
 
 from ._json import dumps
 
-__all__ = ["DONE", "PING", "error_body", "error_event", "event"]
+__all__ = ["DONE", "PING", "error_body", "error_event", "event", "named_event"]
 
 #: Ends a stream that is complete.
 DONE: Final = b"data: [DONE]\n\n"
@@ -26,6 +26,11 @@ PING: Final = b": ping\n\n"
 def event(data: bytes) -> bytes:
     """Return one event that carries ``data``, which must not contain line breaks; compact JSON does not."""
     return b"data: " + data + b"\n\n"
+
+
+def named_event(name: str, data: bytes) -> bytes:
+    """Return one event with a name; for routes on which clients go by it."""
+    return b"event: " + name.encode("ascii") + b"\n" + event(data)
 
 
 def error_body(error: ApiError) -> bytes:

@@ -45,6 +45,10 @@ class TextShape(Protocol):
         """Return the JSON text of a choice of a chunk, as it is before and after the text that it adds."""
         ...
 
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        """Return the same for a chunk that adds to the reasoning."""
+        ...
+
 
 class ChatShape:
     """Objects of ``/v1/chat/completions``."""
@@ -59,8 +63,8 @@ class ChatShape:
         text = choice.text
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None} | choice.members
         if choice.tool_calls:
-            message["tool_calls"] = [call for _, call in sorted(choice.tool_calls.items())]
-        if not text and (choice.tool_calls or "function_call" in choice.members):
+            message["tool_calls"] = choice.all_calls
+        if not text and (choice.tool_calls or "function_call" in message):
             message["content"] = None
         return {
             "index": choice.index,
@@ -82,6 +86,12 @@ class ChatShape:
             b'},"logprobs":null,"finish_reason":null}',
         )
 
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            b'{"index":%d,"delta":{"reasoning_content":' % index,
+            b'},"logprobs":null,"finish_reason":null}',
+        )
+
     def _choice(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
     ) -> dict[str, Any]:
@@ -89,7 +99,11 @@ class ChatShape:
 
 
 class CompletionShape:
-    """Objects of ``/v1/completions``, where a choice is its text; ``echo`` puts the prompt before it."""
+    """Objects of ``/v1/completions``, where a choice is its text; ``echo`` puts the prompt before it.
+
+    This route has no places of its own for reasoning and tool calls. They become members of the choice, under the
+    names that they have in a chat, so that nothing is lost and nobody who does not look for them is disturbed.
+    """
 
     whole_object = "text_completion"
     part_object = "text_completion"
@@ -98,9 +112,10 @@ class CompletionShape:
         self._echo = (request.prompt or "") if request.raw.get("echo") else ""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
-        last = Delta(
-            choice.index, self._echo + choice.text, choice.members, choice.logprobs, choice.finish_reason
-        )
+        members = choice.members
+        if choice.tool_calls:
+            members["tool_calls"] = choice.all_calls
+        last = Delta(choice.index, self._echo + choice.text, members, choice.logprobs, choice.finish_reason)
         return self.part(last)
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -120,6 +135,12 @@ class CompletionShape:
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return b'{"index":%d,"text":' % index, b',"logprobs":null,"finish_reason":null}'
+
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            b'{"index":%d,"text":"","reasoning_content":' % index,
+            b',"logprobs":null,"finish_reason":null}',
+        )
 
 
 class _Text(Encoder):
@@ -181,6 +202,10 @@ class PlainText(_Text):
             choice.add_text(chunk.value)
         elif chunk.kind == "final_text":
             choice.take_final(chunk.value)
+        elif chunk.kind == "reasoning":
+            choice.add_reasoning(chunk.value)
+        elif chunk.kind == "tool_call":
+            choice.add_call(chunk.value)
         elif chunk.kind == "finish":
             choice.require_open()
             choice.reason = chunk.value
@@ -212,6 +237,7 @@ class StreamedText(_Text):
         # While choice 0 is open, plain text for it takes a short cut through these.
         self._short_cut: Choice | None = None
         self._around: dict[int, tuple[bytes, bytes]] = {}
+        self._around_reasoning: dict[int, tuple[bytes, bytes]] = {}
         self._before, self._after = b"", b""
 
     def encode(self, value: Any) -> bytes:
@@ -232,7 +258,13 @@ class StreamedText(_Text):
             rest = self._choice(index).take_final(chunk.value)
             if index == 0:
                 self._short_cut = None
-            return opening + self._around_text(index, rest)
+            return opening + self._between(self._around[index], rest)
+        if chunk.kind == "reasoning":
+            return self._reasoning(index, chunk.value)
+        if chunk.kind == "tool_call":
+            opening = self._open(index)
+            sendable = self._choice(index).add_call(chunk.value)
+            return opening + self._event([self._shape.part(sendable)], {})
         if chunk.kind != "finish":
             self._refuse(chunk)
         choice = self._choice(index)
@@ -243,13 +275,15 @@ class StreamedText(_Text):
     def _text(self, index: int, text: str) -> bytes:
         opening = self._open(index)
         self._choice(index).add_text(text)
-        return opening + self._around_text(index, text)
+        return opening + self._between(self._around[index], text)
 
-    def _around_text(self, index: int, text: str) -> bytes:
-        if not text:
-            return b""
-        before, after = self._around[index]
-        return before + dumps(text) + after
+    def _reasoning(self, index: int, text: str) -> bytes:
+        opening = self._open(index)
+        self._choice(index).add_reasoning(text)
+        return opening + self._between(self._around_reasoning[index], text)
+
+    def _between(self, around: tuple[bytes, bytes], text: str) -> bytes:
+        return around[0] + dumps(text) + around[1] if text else b""
 
     def _take_object(self, obj: dict[str, Any]) -> bytes:
         output = read_output(obj)
@@ -283,8 +317,11 @@ class StreamedText(_Text):
         mark = b'"choices":['
         frame = self._event([], {})
         cut = frame.index(mark) + len(mark)
-        before, after = self._shape.around_text(index)
-        self._around[index] = (frame[:cut] + before, after + frame[cut:])
+        for around, (before, after) in (
+            (self._around, self._shape.around_text(index)),
+            (self._around_reasoning, self._shape.around_reasoning(index)),
+        ):
+            around[index] = (frame[:cut] + before, after + frame[cut:])
         if index == 0:
             self._before, self._after = self._around[0]
             self._short_cut = choice

@@ -1,10 +1,11 @@
-"""Answers to transcription and translation requests, in the five formats of the API and as a stream."""
+"""Answers to transcription and translation requests, in the six formats of the API and as a stream."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
 from trio_cluster._calls import Head
+from trio_cluster._errors import ApiError
 from trio_cluster._models import Kind
 
 from ._chunks import OutputChunk
@@ -34,8 +35,7 @@ class _Transcription(Encoder):
         """Note what the handler gave; return the text that is new in it."""
         transcript = self._transcript
         if chunk.kind == "text_delta":
-            transcript.add_text(chunk.value)
-            return str(chunk.value)
+            return transcript.add_text(chunk.value)
         if chunk.kind == "final_text":
             return transcript.set_text(chunk.value)
         if chunk.kind == "json":
@@ -46,6 +46,33 @@ class _Transcription(Encoder):
             self._refuse(chunk)
         # A transcript has no reasons; a handler that is used to giving one does no harm.
         return ""
+
+    def _speaking(self, first: int) -> list[dict[str, Any]]:
+        """Return the segments from number ``first`` on with the name of who speaks, as the API has them.
+
+        Raises:
+            ApiError: it is not known who does.
+        """
+        spoken = []
+        for i, segment in enumerate(self._transcript.segments[first:], first):
+            if not isinstance(segment.get("speaker"), str):
+                raise ApiError(
+                    400,
+                    "The model does not tell speakers apart; ask for another 'response_format'",
+                    param="response_format",
+                    code="unsupported_value",
+                )
+            named = {"type": "transcript.text.segment", "id": f"seg_{i}"}
+            spoken.append(named | {name: segment[name] for name in ("start", "end", "text", "speaker")})
+        return spoken
+
+    def _shown_members(self) -> dict[str, Any]:
+        """Return what a short answer has beside its text."""
+        transcript = self._transcript
+        shown = {name: value for name, value in transcript.members.items() if name == "languages"}
+        if transcript.logprobs and "logprobs" in self._request.include:
+            shown["logprobs"] = transcript.logprobs
+        return shown | self._usage_member()
 
     def _usage_member(self) -> dict[str, Any]:
         """Return the answer's ``usage``: reported numbers of tokens, or what else a handler's dict said."""
@@ -79,8 +106,19 @@ class PlainTranscription(_Transcription):
                 return write_vtt(transcript).encode()
             case "verbose_json":
                 return dumps(self._verbose())
+            case "diarized_json":
+                return dumps(self._diarized())
             case _:
-                return dumps({"text": transcript.text} | self._usage_member())
+                return dumps({"text": transcript.text} | self._shown_members())
+
+    def _diarized(self) -> dict[str, Any]:
+        transcript = self._transcript
+        return {
+            "task": "transcribe",
+            "duration": transcript.duration,
+            "text": transcript.text,
+            "segments": self._speaking(0),
+        } | self._usage_member()
 
     def _verbose(self) -> dict[str, Any]:
         request, transcript = self._request, self._transcript
@@ -104,17 +142,35 @@ class PlainTranscription(_Transcription):
 
 
 class StreamedTranscription(_Transcription):
-    """A transcript that is sent as it is heard: delta events, and one with the whole text at the end."""
+    """A transcript that is sent as it is heard: delta events, and one with the whole text at the end.
+
+    Segments are sent as well, if the client wants to know who speaks.
+    """
 
     streaming = True
     head = SSE_HEAD
 
+    def __init__(self, request: ASRRequest) -> None:
+        super().__init__(request)
+        self._diarized = request.response_format == "diarized_json"
+        self._sent = 0  # segments
+
     def _take(self, chunk: OutputChunk) -> bytes:
+        before = len(self._transcript.logprobs)
         text = self._hear(chunk)
-        if not text:
-            return b""
-        return event(b'{"type":"transcript.text.delta","delta":' + dumps(text) + b"}")
+        sent = []
+        if text:
+            delta = b'{"type":"transcript.text.delta","delta":' + dumps(text)
+            logprobs = self._transcript.logprobs[before:]
+            if logprobs and "logprobs" in self._request.include:
+                delta += b',"logprobs":' + dumps(logprobs)
+            sent.append(event(delta + b"}"))
+        if self._diarized:
+            spoken = self._speaking(self._sent)
+            self._sent += len(spoken)
+            sent.extend(event(dumps(segment)) for segment in spoken)
+        return b"".join(sent)
 
     def finish(self) -> bytes:
-        done = {"type": "transcript.text.done", "text": self._transcript.text} | self._usage_member()
+        done = {"type": "transcript.text.done", "text": self._transcript.text} | self._shown_members()
         return event(dumps(done)) + DONE

@@ -27,7 +27,7 @@ from .._models import Kind, ModelInfo
 from .._options import ClusterServerOptions, ServerOptions
 from .._pool import HandlerPool
 from .._shapes import Handler
-from ..openai import ENDPOINTS
+from ..openai import endpoint_named
 from ._clock import threads_hold_clock
 from ._promises import (
     BrokenPromise,
@@ -79,7 +79,7 @@ async def check_handler(
 
     Args:
         handler: as it would be registered.
-        kind: the kind of model that it answers for.
+        kind: the kind of model that it answers for; ``custom`` for a route of its own.
         request: the fields of a request, without ``model`` and ``stream``; ``bytes`` are an uploaded file. Without it,
             a short one that makes sense for the kind.
         other: another one, to which the answer should be another.
@@ -91,7 +91,10 @@ async def check_handler(
         BrokenPromise: the subclass tells which promise was broken, the message how.
         ApiError: one of the requests is not one of this kind.
         TypeError: the handler has none of the shapes that a handler may have.
+        ValueError: raw handlers (kind ``any``) are not checked here.
     """
+    if kind not in ENDPOINT_OF:
+        raise ValueError(f"handlers of kind {kind} are not checked here")
     options = ClusterServerOptions(server=ServerOptions(max_concurrency=2, default_timeout=patience))
     pool = HandlerPool(options)
     backend = HandlerBackend(ModelInfo("model", kind), handler, pool)
@@ -149,7 +152,7 @@ class _Suite:
         Raises:
             ApiError: it is not one.
         """
-        endpoint = ENDPOINTS[ENDPOINT_OF[self._kind]]
+        endpoint = endpoint_named(ENDPOINT_OF[self._kind])
         body, content_type = encode(fields, stream=stream)
         parsed = endpoint.parse(body, content_type, {})
         return Request(

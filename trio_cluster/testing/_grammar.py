@@ -7,6 +7,10 @@ reads the bytes of one stream strictly and says which of three endings it had:
 - *failed*: one error event is the last thing in it, and there is no ``[DONE]``;
 - *cut*: neither. The bytes just end, at the end of an event or in the middle of one.
 
+The events of ``/v1/responses`` have names and numbers, which must be right, and what stands for ``[DONE]`` is
+``response.completed`` or ``response.incomplete``. Those of images have names as well, and the last one is
+``image_generation.completed`` or ``image_edit.completed``.
+
 Whatever is none of these is a :class:`StreamGrammarError`: a stream that looks finished and is not, two
 endings, events after the end, lines that clients cannot read.
 """
@@ -22,6 +26,15 @@ import msgspec
 __all__ = ["StreamGrammarError", "StreamReport", "read_stream"]
 
 _DONE: Final = b"[DONE]"
+
+#: Events of streams with names: those on the way, and those that stand for ``[DONE]``.
+_PASSING: Final = frozenset(
+    {"transcript.text.segment", "image_generation.partial_image", "image_edit.partial_image"}
+)
+_LAST: Final = frozenset({"image_generation.completed", "image_edit.completed"})
+
+#: The reasons why a response is incomplete, in the words of the other routes.
+_INCOMPLETE: Final = {"max_output_tokens": "length"}
 
 
 class StreamGrammarError(AssertionError):
@@ -75,6 +88,7 @@ class _Reader:
         self._usage: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._comments = 0
+        self._number = 0  # of the next event that has one
 
     def read(self, block: bytes) -> None:
         """Read one block: an event or a comment."""
@@ -88,10 +102,15 @@ class _Reader:
             if b"\n" in block:
                 raise StreamGrammarError(f"{block!r}: an event is a single line")
             self._read_event(block.removeprefix(b"data: "))
+        elif block.startswith(b"event: "):
+            name, _, line = block.removeprefix(b"event: ").partition(b"\n")
+            if not line.startswith(b"data: ") or b"\n" in line:
+                raise StreamGrammarError(f"{block!r}: an event is its name and a single line")
+            self._read_event(line.removeprefix(b"data: "), name.decode("latin-1"))
         else:
-            raise StreamGrammarError(f"{block!r}: neither a data line nor a comment")
+            raise StreamGrammarError(f"{block!r}: neither an event nor a comment")
 
-    def _read_event(self, data: bytes) -> None:
+    def _read_event(self, data: bytes, name: str | None = None) -> None:
         if data == _DONE:
             open_choices = sorted(self._texts.keys() - self._reasons.keys())
             if open_choices:
@@ -112,6 +131,8 @@ class _Reader:
             self._error = event["error"]
             self.ending = "failed"
             return
+        if name is not None and event.get("type") != name:
+            raise StreamGrammarError(f"{data!r}: not what its name {name!r} says")
         self._events.append(event)
         if event.get("usage") is not None:
             self._usage = event["usage"]
@@ -124,6 +145,17 @@ class _Reader:
         if "choices" in event:
             for choice in event["choices"]:
                 self._read_choice(choice, data)
+        elif str(event.get("type")).startswith("response."):
+            self._read_response(event, data)
+        elif event.get("type") in _PASSING:
+            pass
+        elif event.get("type") in _LAST:
+            self._end(0, "stop", data)
+            self.ending = "finished"
+        elif event.get("type") == "speech.audio.delta":
+            self._texts.setdefault(0, [])
+        elif event.get("type") == "speech.audio.done":
+            self._end(0, "stop", data)
         elif event.get("type") == "transcript.text.delta":
             self._texts.setdefault(0, []).append(event["delta"])
         elif event.get("type") == "transcript.text.done":
@@ -131,6 +163,25 @@ class _Reader:
             self._texts[0] = [event["text"]]
         else:
             raise StreamGrammarError(f"{data!r}: an event of no known kind")
+
+    def _read_response(self, event: dict[str, Any], data: bytes) -> None:
+        kind = event["type"]
+        if event["sequence_number"] != self._number:
+            raise StreamGrammarError(f"{data!r}: should have been number {self._number}")
+        self._number += 1
+        if kind == "response.output_text.delta":
+            self._texts.setdefault(0, []).append(event["delta"])
+        elif kind in ("response.completed", "response.incomplete"):
+            response = event["response"]
+            details = response["incomplete_details"]
+            status = "completed" if details is None else "incomplete"
+            if not kind.removeprefix("response.") == response["status"] == status:
+                raise StreamGrammarError(f"{data!r}: the response says something else")
+            reason = "stop" if details is None else details["reason"]
+            self._end(0, _INCOMPLETE.get(reason, reason), data)
+            self._texts.setdefault(0, [])
+            self._usage = response["usage"]
+            self.ending = "finished"
 
     def _read_choice(self, choice: dict[str, Any], data: bytes) -> None:
         index = choice["index"]

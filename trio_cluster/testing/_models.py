@@ -1,8 +1,8 @@
 """Models that do what a test tells them: at what pace, how far, how they fail, and how badly they behave.
 
-A fake model answers for every kind, and its answer is known beforehand: the pieces ``t0 ``, ``t1 `` and so on, as text,
-as the bytes of audio or images, or as vectors. So a test can compare what a client has received with what the model
-has given, and what the model has given with what it should have.
+A fake model answers for every kind, and its answer is known beforehand: the pieces ``t0 ``, ``t1 `` and so on, as text
+or as the bytes of audio or images, or vectors, scores and verdicts. So a test can compare what a client has received
+with what the model has given, and what the model has given with what it should have.
 
 What happens to it is recorded: how many calls it has had, how many of them were cancelled, and whether it was always
 allowed to clean up.
@@ -23,9 +23,12 @@ from ..openai import (
     ASRRequest,
     ChatRequest,
     EmbeddingRequest,
+    ImageEditRequest,
     ImageGenRequest,
     ModelRequest,
+    ModerationRequest,
     OutputChunk,
+    RerankRequest,
     TTSRequest,
 )
 
@@ -47,8 +50,9 @@ def _seconds(instance: object, attribute: attrs.Attribute[Any], value: float) ->
 class FakeModel:
     """A handler with a script, in a form that can be registered for any kind of model. Durations are seconds.
 
-    What it gives are ``tokens`` pieces for text and audio, a vector for each input of a request for embeddings, and as
-    many pictures as a request for images wants. ``fail_at`` and ``stall_at`` count these.
+    What it gives are ``tokens`` pieces for text and audio, a vector for each input of a request for embeddings, a score
+    for each document, a verdict on each input of a moderation, and as many pictures as a request for images wants.
+    ``fail_at`` and ``stall_at`` count these.
 
     Attributes:
         tokens: how many pieces an answer has.
@@ -118,6 +122,10 @@ class FakeModel:
         """Return the vector that is given for input ``number`` of a request for embeddings, whose text is ``text``."""
         return [float(number), float(len(text))]
 
+    def score(self, text: str) -> float:
+        """Return the score that is given to a document or an input with this text, between 0 and 1."""
+        return len(text) / (len(text) + 10)
+
     def image(self, number: int, *, mark: str = "") -> bytes:
         """Return the picture that is given as number ``number``."""
         return _PNG + self._piece(number, mark).encode()
@@ -169,7 +177,11 @@ class FakeModel:
             case EmbeddingRequest():
                 vectors = [self.vector(number, text) for number, text in enumerate(request.inputs)]
                 return [[OutputChunk.embedding(vector, index)] for index, vector in enumerate(vectors)]
-            case ImageGenRequest():
+            case RerankRequest():
+                return [[OutputChunk.scores([self.score(text)])] for text in request.documents]
+            case ModerationRequest():
+                return [[OutputChunk.json({"violence": self.score(text)})] for text in request.texts]
+            case ImageGenRequest() | ImageEditRequest():
                 images = [self.image(number, mark=mark) for number in range(request.n or 1)]
                 return [[OutputChunk.image(image, "image/png")] for image in images]
             case TTSRequest():
@@ -240,7 +252,9 @@ def _mark(request: Any) -> str:
             return request.last_text
         case TTSRequest():
             return request.input
-        case ImageGenRequest() | ASRRequest():
+        case RerankRequest():
+            return request.query
+        case ImageGenRequest() | ImageEditRequest() | ASRRequest():
             return request.prompt or ""
         case _:
             return ""

@@ -13,15 +13,21 @@ from ._grammar import read_stream
 
 __all__ = ["ENDPOINT_OF", "encode", "essence", "sample", "streams"]
 
-#: The endpoint that stands for a kind.
+#: The endpoint that stands for a kind; a path of nobody's for routes of one's own.
 ENDPOINT_OF: Final[Mapping[Kind, str]] = {
     "chat": "chat.completions",
     "embedding": "embeddings",
     "asr": "audio.transcriptions",
     "tts": "audio.speech",
     "image_generation": "images.generations",
+    "image_edit": "images.edits",
+    "rerank": "rerank",
+    "moderation": "moderations",
+    "custom": "/v1/sample",
 }
 
+#: The smallest picture that begins as one.
+_PICTURE: Final = b"\x89PNG\r\n\x1a\n"
 _BOUNDARY: Final = "end-of-a-part"
 
 
@@ -39,6 +45,10 @@ def sample(kind: Kind, number: int) -> Mapping[str, Any]:
         "asr": {"file": _silence(1 + number)},
         "tts": {"input": text, "voice": "alloy"},
         "image_generation": {"prompt": text},
+        "image_edit": {"image": _PICTURE, "prompt": text},
+        "rerank": {"query": text, "documents": [text, "Something else."]},
+        "moderation": {"input": text},
+        "custom": {"text": text},
     }
     return samples[kind]
 
@@ -52,7 +62,8 @@ def encode(fields: Mapping[str, Any], *, stream: bool) -> tuple[bytes, str]:
     for name, value in whole.items():
         head = f'--{_BOUNDARY}\r\ncontent-disposition: form-data; name="{name}"'
         if isinstance(value, bytes):
-            body += f'{head}; filename="{name}.wav"\r\ncontent-type: audio/wav\r\n\r\n'.encode() + value
+            name, mime_type = ("sound.wav", "audio/wav") if name == "file" else ("picture.png", "image/png")
+            body += f'{head}; filename="{name}"\r\ncontent-type: {mime_type}\r\n\r\n'.encode() + value
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             body += f"{head}\r\n\r\n{text}".encode()
@@ -72,7 +83,7 @@ def essence(kind: Kind, body: bytes, *, stream: bool) -> Any:
             raise ValueError(f"the stream was {report.ending}")
         calls = [choice["delta"].get("tool_calls") for event in report.events for choice in _choices(event)]
         return "".join(report.texts.values()) or [call for call in calls if call]
-    if kind == "tts":
+    if kind in ("tts", "custom"):
         return body
     if kind == "asr":
         return json.loads(body)["text"]
@@ -81,6 +92,10 @@ def essence(kind: Kind, body: bytes, *, stream: bool) -> Any:
         messages = [choice["message"] for choice in answer["choices"]]
         said = [(message.get("content"), message.get("tool_calls")) for message in messages]
         return said if any(map(any, said)) else []
+    if kind == "rerank":
+        return [(item["index"], item["relevance_score"]) for item in answer["results"]]
+    if kind == "moderation":
+        return [(item["flagged"], item["category_scores"]) for item in answer["results"]]
     name = "embedding" if kind == "embedding" else "b64_json"
     return [item[name] for item in answer["data"]]
 

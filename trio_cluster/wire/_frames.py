@@ -31,18 +31,20 @@ def frame(payload: bytes, *, masked: bool) -> bytes:
         masked: as the one who connected has to send it. The key is drawn anew for each frame, so that no one who
             has a say in what is sent can choose the bytes that are seen on the way.
     """
-    size = len(payload)
-    bit = _MASKED if masked else 0
-    if size < 126:
-        head = bytes((_FIN | _BINARY, bit | size))
-    elif size < 1 << 16:
-        head = b"%c%c%b" % (_FIN | _BINARY, bit | 126, size.to_bytes(2, "big"))
-    else:
-        head = b"%c%c%b" % (_FIN | _BINARY, bit | 127, size.to_bytes(8, "big"))
+    head = _head(_FIN | _BINARY, len(payload), masked=masked)
     if not masked:
         return head + payload
     key = secrets.token_bytes(_KEY_SIZE)
     return head + key + _mask(payload, key)
+
+
+def _head(first: int, size: int, *, masked: bool) -> bytes:
+    bit = _MASKED if masked else 0
+    if size < 126:
+        return b"%c%c" % (first, bit | size)
+    if size < 1 << 16:
+        return b"%c%c%b" % (first, bit | 126, size.to_bytes(2, "big"))
+    return b"%c%c%b" % (first, bit | 127, size.to_bytes(8, "big"))
 
 
 def _mask(data: bytes, key: bytes) -> bytes:
@@ -67,7 +69,8 @@ class FrameReader:
         self._on_control = on_control
         self._data = b""
         self._at = 0
-        self._fragments: list[bytes] = []
+        # Of a message in several frames, those that have come.
+        self._begun: bytearray | None = None
 
     def feed(self, data: bytes) -> None:
         """Take in what has come."""
@@ -78,6 +81,11 @@ class FrameReader:
         """Return what has come and is no message yet, for somebody else to go on with."""
         rest, self._data = self._data[self._at :], b""
         self._at = 0
+        if self._begun is not None:
+            # With a key of zeros, bytes are masked as they are.
+            key = bytes(_KEY_SIZE) if self._masked else b""
+            rest = _head(_BINARY, len(self._begun), masked=self._masked) + key + self._begun + rest
+            self._begun = None
         return rest
 
     def next_message(self) -> bytes | None:
@@ -100,6 +108,8 @@ class FrameReader:
                     return None
                 size = int.from_bytes(data[begin : begin + width], "big")
                 begin += width
+                if size < (126 if width == 2 else 1 << 16):
+                    raise ProtocolError("a frame that tells its size in more bytes than that needs")
             self._check(first, second, size)
             if self._masked:
                 begin += _KEY_SIZE
@@ -115,10 +125,12 @@ class FrameReader:
                 payload = _mask(payload, data[begin - _KEY_SIZE : begin])
             if first == _FIN | _BINARY:
                 return payload
-            self._fragments.append(payload)
+            if self._begun is None:
+                self._begun = bytearray()
+            self._begun += payload
             if first & _FIN:
-                whole = b"".join(self._fragments)
-                self._fragments = []
+                whole = bytes(self._begun)
+                self._begun = None
                 return whole
 
     def _check(self, first: int, second: int, size: int) -> None:
@@ -128,10 +140,10 @@ class FrameReader:
             ProtocolError: it cannot be that of one.
         """
         opcode = first & 0x0F
-        if bool(second & _MASKED) is not self._masked or first & _RESERVED:
-            raise ProtocolError(
-                "a frame that is none, or that is masked when it must not be, or is not when it must"
-            )
+        if first & _RESERVED:
+            raise ProtocolError("a frame with a reserved bit; there are no extensions here")
+        if bool(second & _MASKED) is not self._masked:
+            raise ProtocolError("a frame that is not masked" if self._masked else "a frame that is masked")
         if opcode == _TEXT:
             raise ProtocolError("a text message; this protocol is binary")
         if opcode > _CONTROL + 2 or _BINARY < opcode < _CONTROL:
@@ -140,7 +152,7 @@ class FrameReader:
             if size >= 126 or not first & _FIN:
                 raise ProtocolError("a control frame that is too large, or in pieces")
             return
-        if (opcode == _CONTINUATION) is not bool(self._fragments):
+        if (opcode == _CONTINUATION) is (self._begun is None):
             raise ProtocolError("a message in the middle of another one, or the rest of none")
-        if size + sum(map(len, self._fragments)) > self._limit:
+        if size + len(self._begun or b"") > self._limit:
             raise ProtocolError(f"a message beyond the maximum message size of {self._limit} bytes")

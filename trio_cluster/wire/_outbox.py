@@ -39,6 +39,8 @@ __all__ = ["Batch", "Outbox"]
 
 # What a Data costs beside its bytes, about; so that a batch of many small ones ends somewhere too.
 _OVERHEAD: Final = 32
+# Bytes of one body that are worth a message of their own.
+_PLENTY: Final = 8 * 1024
 
 
 @attrs.frozen
@@ -100,6 +102,8 @@ class Outbox:
         self._streams: dict[int, _Stream] = {}
         # Those that can send now, in the order of their turns.
         self._turns: OrderedDict[int, _Stream] = OrderedDict()
+        # One of them has plenty to send.
+        self._plenty = False
 
     @property
     def backlog(self) -> int:
@@ -180,6 +184,7 @@ class Outbox:
         self._control_size = 0
         self._streams.clear()
         self._turns.clear()
+        self._plenty = False
 
     @property
     def streams(self) -> int:
@@ -190,6 +195,11 @@ class Outbox:
     def sendable(self) -> bool:
         """Whether anything may be sent now."""
         return bool(self._control or self._turns)
+
+    @property
+    def pressing(self) -> bool:
+        """Whether what may be sent now is more than a few bytes of bodies."""
+        return self._plenty or self._control_size > 0
 
     @property
     def unsent(self) -> bool:
@@ -205,6 +215,7 @@ class Outbox:
         batch: list[Packed] = []
         sent: dict[int, int] = {}
         size = 0
+        self._plenty = False
         while self._control and size < limit:
             message = self._control.popleft()
             length = len(message)
@@ -234,5 +245,6 @@ class Outbox:
         self._control_size += len(encoded)
 
     def _schedule(self, call: int, stream: _Stream) -> None:
-        if call not in self._turns and stream.ready():
+        if stream.ready():
             self._turns[call] = stream
+            self._plenty = self._plenty or stream.size >= _PLENTY

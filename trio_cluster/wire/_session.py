@@ -292,8 +292,8 @@ class Session(abc.ABC, Generic[EventT]):
 
     @property
     def urgent(self) -> bool:
-        """Whether some of it is more than the next bytes of a body, and should not wait for company."""
-        return self._heartbeat_due or self._outbox.backlog > 0
+        """Whether some of it is more than a few bytes of a body, and should not wait for company."""
+        return self._heartbeat_due or self._outbox.pressing
 
     @property
     def unsent(self) -> bool:

@@ -1,0 +1,755 @@
+"""The HTTP client, against a server that does everything that servers do, right and wrong."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import subprocess
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given, strategies as st
+from raw_server import RawServer, Visit, open_raw_server, reply
+from trio.testing import wait_all_tasks_blocked
+
+from trio_cluster.engines._http_client import Answer, BaseURL, Body, ConnectFailed, HttpClient, Question
+from trio_cluster.engines._http_response import (
+    FRAMING_LIMIT,
+    AnswerCut,
+    HttpError,
+    MalformedAnswer,
+    ResponseReader,
+)
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+# The reader, without any socket
+
+
+def read(*pieces: bytes, end: bool = False) -> tuple[ResponseReader, bytes]:
+    reader = ResponseReader()
+    body = b""
+    for piece in pieces:
+        reader.feed(piece)
+        body += reader.take()
+    if end:
+        reader.end()
+    return reader, body
+
+
+@pytest.mark.parametrize(
+    ("raw", "body", "framed"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc", True),
+        (CHUNKED + b"2\r\nab\r\n1;x=y\r\nc\r\n0\r\nTrailer: t\r\n\r\n", b"abc", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b"", True),
+        (b"HTTP/1.1 200\r\nContent-Length: 0\r\nX: \r\n\r\n", b"", True),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na", b"a", True),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + CHUNKED + b"0\r\n\r\n", b"", True),
+        (ENDLESS + b"abc", b"abc", False),
+        (b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nabc", b"abc", False),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_an_answer_is_read_however_it_comes(raw: bytes, body: bytes, framed: bool, size: int) -> None:
+    pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
+    reader, read_body = read(*pieces, end=not framed)
+    assert (reader.complete, reader.framed, read_body) == (True, framed, body)
+    assert reader.status in (200, 204)
+    assert "link" not in dict(reader.headers)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), max_size=20), st.data())
+def test_chunks_come_out_as_they_went_in_and_joined(chunks: list[bytes], data: st.DataObject) -> None:
+    raw = CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    cut = data.draw(st.integers(0, len(raw)))
+    reader = ResponseReader()
+    # All that one feeding brings is one piece.
+    taken = []
+    for piece in (raw[:cut], raw[cut:]):
+        reader.feed(piece)
+        taken.append(reader.take())
+        assert reader.take() == b""
+    assert b"".join(taken) == b"".join(chunks)
+    assert reader.complete
+    assert reader.keep_alive
+
+
+@given(st.integers(0, 200))
+def test_an_answer_that_is_cut_anywhere_is_not_complete(cut: int) -> None:
+    raw = CHUNKED + b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n"
+    reader, _ = read(raw[: min(cut, len(raw) - 1)])
+    assert not reader.complete
+    with pytest.raises(AnswerCut):
+        reader.end()
+
+
+def test_a_head_is_kept_as_it_came() -> None:
+    reader, _ = read(b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: caf\xe9 \r\nContent-Length: 0\r\n\r\n")
+    assert reader.headers == [("x-a", "1"), ("x-a", "café"), ("content-length", "0")]
+
+
+@pytest.mark.parametrize(
+    "surplus", [b"x", b"\x00" * 10, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmore", b"HTTP/1.1 500"]
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_what_follows_an_answer_is_no_part_of_it_and_ends_the_connection(
+    surplus: bytes, together: bool
+) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+    reader, body = read(raw + surplus) if together else read(raw, surplus)
+    assert (reader.complete, reader.status, body, reader.keep_alive) == (True, 200, b"abc", False)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"SSH-2.0-OpenSSH\r\n",
+        b"\x16\x03\x01\x02\x00",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        CHUNKED + b"zz\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * FRAMING_LIMIT,
+        b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * (FRAMING_LIMIT // 6),
+    ],
+)
+def test_what_is_not_http_is_refused(raw: bytes) -> None:
+    with pytest.raises(MalformedAnswer) as caught:
+        read(raw)
+    assert "callback" not in str(caught.value)
+
+
+def test_framing_without_a_body_has_a_bound() -> None:
+    reader, _ = read(CHUNKED, b"1;", *[b"a" * 1000] * 50)
+    with pytest.raises(MalformedAnswer):
+        reader.feed(b"a" * 20_000)
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "expected", "authority"),
+    [
+        ("http://127.0.0.1:8000/v1", ("http", "127.0.0.1", 8000, "/v1"), "127.0.0.1:8000"),
+        ("http://gpu.lan/v1/", ("http", "gpu.lan", 80, "/v1"), "gpu.lan"),
+        ("https://gpu.lan/a%2Fb/v1", ("https", "gpu.lan", 443, "/a%2Fb/v1"), "gpu.lan"),
+        ("https://gpu.lan:80", ("https", "gpu.lan", 80, ""), "gpu.lan:80"),
+        ("http://[::1]:8000/some/prefix/v1", ("http", "::1", 8000, "/some/prefix/v1"), "[::1]:8000"),
+    ],
+)
+def test_the_base_of_an_api_is_read(url: str, expected: tuple[str, str, int, str], authority: str) -> None:
+    base = BaseURL.parse(url)
+    assert (base.scheme, base.host, base.port, base.path) == expected
+    assert base.authority == authority
+    assert BaseURL.parse(str(base)) == base
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8000",
+        "localhost:8000/v1",
+        "ftp://host/v1",
+        "http:///v1",
+        "http://host:port/v1",
+        "http://host:70000/v1",
+        "http://host:0/v1",
+        "http://user:secret@host/v1",
+        "http://host/v1?key=x",
+        "http://host/v1#x",
+        "http://host/a b",
+        "http://host/\r\nx: y",
+        "http://hôte/v1",
+        "http://[::1/v1",
+    ],
+)
+def test_other_addresses_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        BaseURL.parse(url)
+    assert "\n" not in str(caught.value)
+
+
+# Exchanges over real sockets
+
+
+async def ask(client: HttpClient, body: Body = b"", **fields: object) -> tuple[Answer, bytes]:
+    """Ask, and take the whole answer."""
+    answers: list[Answer] = []
+    pieces: list[bytes] = []
+
+    async def take(answer: Answer) -> None:
+        answers.append(answer)
+        while piece := await answer.receive():
+            pieces.append(piece)
+
+    question = Question("POST", "/x", body=body, **fields)  # type: ignore[arg-type]
+    with trio.fail_after(5):
+        await client.exchange(question, take)
+    return answers[0], b"".join(pieces)
+
+
+def client_of(server: RawServer, **options: float) -> HttpClient:
+    """Return a client, which is closed together with the server."""
+    client = HttpClient(BaseURL.parse(server.url), **options)  # type: ignore[arg-type]
+    server.at_end.append(client.close)
+    return client
+
+
+async def echo(visit: Visit) -> None:
+    while True:
+        received = await visit.request()
+        await visit.send(reply(received.body))
+
+
+def pieces_of(*pieces: bytes) -> Callable[[], Awaitable[bytes]]:
+    left = [*pieces, b""]
+
+    async def receive() -> bytes:
+        await trio.lowlevel.checkpoint()
+        return left.pop(0)
+
+    return receive
+
+
+async def test_a_request_is_sent_as_it_is() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+        question = Question("POST", "/chat%2Fx", [("x-a", "1"), ("content-type", "text/plain")], b"\x00body")
+        assert await client.fetch(question, 100) == (200, b"\x00body")
+        client.close()
+    (received,) = server.received
+    assert received.raw_head == (
+        b"POST /v1/chat%%2Fx HTTP/1.1\r\nhost: 127.0.0.1:%d\r\naccept-encoding: identity\r\nx-a: 1\r\n"
+        b"content-type: text/plain\r\ncontent-length: 5" % server.port
+    )
+
+
+async def test_a_header_cannot_smuggle_in_another_one() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+        with pytest.raises(ValueError, match="line break"):
+            await ask(client, headers=[("x-a", "1\r\nx-b: 2")])
+    assert server.received == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 64 * 1024, 64 * 1024 + 1, 5_000_000])
+async def test_bodies_of_any_size_pass_both_ways(size: int) -> None:
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+        for _ in range(2):
+            _, answered = await ask(client, body)
+            assert answered == body
+        client.close()
+    assert len(server.visits) == 1
+
+
+@pytest.mark.parametrize("size", [-1, 300_000])
+async def test_a_body_that_comes_in_pieces_is_sent_in_pieces(size: int) -> None:
+    pieces = [b"a" * 100_000, b"b" * 50_000, b"c" * 150_000]
+    async with open_raw_server(echo) as server:
+        _, answered = await ask(client_of(server), pieces_of(*pieces), size=size)
+        assert answered == b"".join(pieces)
+    (received,) = server.received
+    assert received.headers.get("content-length") == (None if size < 0 else "300000")
+    assert received.headers.get("transfer-encoding") == ("chunked" if size < 0 else None)
+
+
+@pytest.mark.parametrize(("size", "message"), [(3, "fewer"), (1, "more")])
+async def test_a_body_of_another_size_than_announced_is_never_completed(size: int, message: str) -> None:
+    async with open_raw_server(echo) as server:
+        with pytest.raises(HttpError, match=message):
+            await ask(client_of(server), pieces_of(b"ab"), size=size)
+        await server.visits[0].closed()
+    assert server.received[0].body == b""
+
+
+async def test_a_body_that_fails_ends_the_exchange_with_its_own_error() -> None:
+    async def failing() -> bytes:
+        await trio.lowlevel.checkpoint()
+        raise KeyError("no more")
+
+    async with open_raw_server(echo) as server:
+        with pytest.raises(KeyError, match="no more"):
+            await ask(client_of(server), failing)
+        await server.visits[0].closed()
+
+
+async def test_pieces_of_the_answer_are_given_out_as_they_come() -> None:
+    taken = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(CHUNKED + b"5\r\nfirst\r\n")
+        await taken.wait()
+        await visit.send(b"6\r\nsecond\r\n5\r\nthird\r\n", b"0\r\n\r\n")
+
+    pieces = []
+
+    async def take(answer: Answer) -> None:
+        while piece := await answer.receive():
+            pieces.append(piece)
+            taken.set()
+
+    async with open_raw_server(script) as server:
+        with trio.fail_after(5):
+            await client_of(server).exchange(Question("POST", "/x"), take)
+    assert pieces == [b"first", b"secondthird"]
+
+
+# Connections that are kept
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+        for number in range(3):
+            assert (await ask(client, b"%d" % number))[1] == b"%d" % number
+        client.close()
+        await server.visits[0].closed()
+    assert len(server.visits) == 1
+
+
+async def test_a_body_that_can_be_had_once_gets_a_connection_of_its_own() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+        await ask(client, b"a")
+        await ask(client, pieces_of(b"b"))
+        assert len(server.visits) == 2
+
+
+async def test_only_so_many_connections_are_kept_and_only_so_long() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server, max_idle=2, idle_time=0.05)
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(ask, client, b"a" * 100_000)
+        assert len(server.visits) == 4
+        assert len(client._idle) == 2
+        await trio.sleep(0.06)
+        await ask(client, b"a")
+        assert len(server.visits) == 5
+        assert len(client._idle) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\na",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\na",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nasurplus",
+    ],
+)
+async def test_a_connection_that_cannot_be_used_again_is_closed(answer: bytes) -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(answer)
+        await visit.closed()
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        assert (await ask(client))[1] == b"a"
+        assert (await ask(client))[1] == b"a"
+        assert len(server.visits) == 2
+
+
+async def test_a_kept_connection_that_has_died_is_not_used() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b"a"))
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        await ask(client)
+        await wait_all_tasks_blocked(0.01)
+        await ask(client)
+    assert len(server.received) == 2
+
+
+async def test_what_a_server_says_on_a_kept_connection_is_no_answer_to_the_next_request() -> None:
+    async def script(visit: Visit) -> None:
+        received = await visit.request()
+        await visit.send(reply(received.body))
+        await visit.send(reply(b"you are too slow", "408 Request Timeout"))
+        await visit.closed()
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        await ask(client, b"a")
+        await wait_all_tasks_blocked(0.01)
+        answer, body = await ask(client, b"b")
+        assert (answer.status, body) == (200, b"b")
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once(size: int) -> None:
+    async def script(visit: Visit) -> None:
+        received = await visit.request()
+        await visit.send(reply(received.body))
+        await visit.head()
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        await ask(client, b"a")
+        assert (await ask(client, b"b" * size))[1] == b"b" * size
+    assert len(server.visits) == 2
+
+
+async def test_a_fresh_connection_that_dies_is_not_replaced() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+
+    async with open_raw_server(script) as server:
+        with pytest.raises(AnswerCut, match="before there was an answer"):
+            await ask(client_of(server))
+        assert len(server.visits) == 1
+
+
+async def test_a_request_is_not_repeated_once_something_of_its_answer_has_come() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b"a"))
+        await visit.request()
+        await visit.send(b"HTTP/1.1 2")
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        await ask(client)
+        with pytest.raises(AnswerCut):
+            await ask(client)
+        assert len(server.visits) == 1
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CHUNKED + b"5\r\nhello\r\n",
+        CHUNKED + b"5\r\nhel",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello",
+    ],
+)
+@pytest.mark.parametrize("reset", [True, False])
+async def test_an_answer_that_is_cut_is_an_error_after_what_has_come_of_it(
+    answer: bytes, reset: bool
+) -> None:
+    came = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(answer)
+        await came.wait()
+        if reset:
+            # Closing it now breaks it.
+            visit.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    pieces = []
+
+    async def take(answer: Answer) -> None:
+        while piece := await answer.receive():
+            pieces.append(piece)
+            came.set()
+
+    async with open_raw_server(script) as server:
+        with trio.fail_after(5), pytest.raises(AnswerCut):
+            await client_of(server).exchange(Question("POST", "/x"), take)
+    assert b"".join(pieces) in (b"hello", b"hel")
+
+
+async def test_an_answer_without_an_end_of_its_own_ends_with_its_connection_and_says_so() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(ENDLESS + b"hello", b" world")
+
+    async with open_raw_server(script) as server:
+        answer, body = await ask(client_of(server))
+        assert (answer.framed, body) == (False, b"hello world")
+
+
+async def wait_for_answer(client: HttpClient, asked: trio.Event) -> None:
+    async def take(answer: Answer) -> None:
+        asked.set()
+        while await answer.receive():
+            pass
+
+    await client.exchange(Question("POST", "/x", body=b"a"), take)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_cancelled_exchange_closes_its_connection_at_once(begun: bool) -> None:
+    asked, closed = trio.Event(), trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        if begun:
+            await visit.send(CHUNKED + b"1\r\na\r\n")
+        else:
+            asked.set()
+        await visit.closed()
+        closed.set()
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_answer, client, asked)
+            await asked.wait()
+            nursery.cancel_scope.cancel()
+        with trio.fail_after(0.5):
+            await closed.wait()
+        assert client._idle == []
+
+
+async def test_an_error_of_whoever_takes_the_answer_comes_out_and_closes_the_connection() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(CHUNKED + b"1\r\na\r\n")
+        await visit.closed()
+        done.set()
+
+    async def fail(answer: Answer) -> None:
+        await answer.receive()
+        raise KeyError("enough")
+
+    done = trio.Event()
+    async with open_raw_server(script) as server:
+        for body in (b"a", b"a" * 100_000):
+            done = trio.Event()
+            with pytest.raises(KeyError, match="enough"):
+                await client_of(server).exchange(Question("POST", "/x", body=body), fail)
+            with trio.fail_after(2):
+                await done.wait()
+
+
+# Both ways at once
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_server_that_refuses_an_upload_is_heard_and_gets_no_more(whole: bool) -> None:
+    given_out = 0
+
+    async def endless() -> bytes:
+        nonlocal given_out
+        await trio.lowlevel.checkpoint()
+        given_out += 100_000
+        return b"a" * 100_000
+
+    async def script(visit: Visit) -> None:
+        await visit.head()
+        await visit.send(reply(b"too large", "413 Content Too Large"))
+        await visit.closed()
+
+    body: Body = b"a" * 50_000_000 if whole else endless
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        answer, text = await ask(client, body)
+        assert (answer.status, text) == (413, b"too large")
+        assert client._idle == []
+    assert given_out < 50_000_000
+
+
+async def test_a_server_that_has_refused_an_upload_gets_no_more_of_it_even_if_it_takes_it() -> None:
+    async def endless() -> bytes:
+        await trio.lowlevel.checkpoint()
+        return b"a" * 100_000
+
+    async def script(visit: Visit) -> None:
+        await visit.head()
+        await visit.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\n\r\n")
+        with pytest.raises(trio.TooSlowError):
+            await visit.closed(0.2, silent=True)
+        await visit.send(b"too large")
+
+    async with open_raw_server(script) as server:
+        _, text = await ask(client_of(server), endless)
+        assert text == b"too large"
+
+
+async def test_a_server_that_answers_and_takes_no_more_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = trio.Event()
+    send_all = trio.SocketStream.send_all
+
+    async def send_too_late(stream: trio.SocketStream, data: bytes) -> None:
+        await send_all(stream, data)
+        if data.startswith(b"POST"):
+            await over.wait()
+            raise trio.BrokenResourceError
+
+    async def script(visit: Visit) -> None:
+        await visit.head()
+        await visit.send(reply(b"no", "401 Unauthorized"))
+        over.set()
+
+    monkeypatch.setattr(trio.SocketStream, "send_all", send_too_late)
+    async with open_raw_server(script) as server:
+        answer, text = await ask(client_of(server), b"a")
+        assert (answer.status, text) == (401, b"no")
+
+
+async def test_a_server_that_refuses_and_closes_is_heard() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.head()
+        await visit.send(reply(b"no", "401 Unauthorized"))
+
+    async with open_raw_server(script) as server:
+        answer, text = await ask(client_of(server), b"a" * 20_000_000)
+        assert (answer.status, text) == (401, b"no")
+
+
+async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
+    heard = trio.Event()
+
+    async def slowly() -> bytes:
+        if heard.is_set():
+            return b""
+        await heard.wait()
+        return b"the rest"
+
+    async def script(visit: Visit) -> None:
+        received = await visit.head()
+        assert received.headers["transfer-encoding"] == "chunked"
+        await visit.send(CHUNKED + b"5\r\nearly\r\n")
+        while b"0\r\n\r\n" not in visit.rest:
+            await visit._more()
+        await visit.send(b"4\r\nlate\r\n0\r\n\r\n")
+
+    pieces = []
+
+    async def take(answer: Answer) -> None:
+        while piece := await answer.receive():
+            pieces.append(piece)
+            heard.set()
+
+    async with open_raw_server(script) as server:
+        with trio.fail_after(5):
+            await client_of(server).exchange(Question("POST", "/x", body=slowly), take)
+        assert b"the rest" in server.visits[0].rest
+    assert pieces == [b"early", b"late"]
+
+
+# Servers that are not there
+
+
+async def test_a_server_that_refuses_connections_is_named_by_nothing_but_the_reason() -> None:
+    async with open_raw_server(echo) as server:
+        pass
+    with pytest.raises(ConnectFailed) as caught:
+        await ask(client_of(server))
+    assert str(caught.value) == "Connection refused"
+
+
+async def test_a_name_that_nobody_has_is_an_error_with_its_reason() -> None:
+    client = HttpClient(BaseURL.parse("http://nobody.invalid/v1"))
+    with pytest.raises(ConnectFailed, match=r".") as caught:
+        await ask(client)
+    assert "nobody" not in str(caught.value)
+
+
+async def test_connecting_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(trio, "open_tcp_stream", never)
+    with pytest.raises(ConnectFailed, match=r"no connection within 0.05 s"):
+        await ask(HttpClient(BaseURL.parse("http://127.0.0.1:1/v1"), connect_timeout=0.05))
+
+
+async def test_an_answer_that_is_too_large_to_be_fetched_is_an_error() -> None:
+    async with open_raw_server(echo) as server:
+        with pytest.raises(HttpError, match="more than 10 bytes"):
+            await client_of(server).fetch(Question("POST", "/x", body=b"a" * 11), 10)
+
+
+# Encrypted
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -out {certificate}"
+    try:
+        subprocess.run(
+            [
+                *command.split(),
+                "-days",
+                "2",
+                "-subj",
+                "/CN=localhost",
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+            ],
+            check=True,
+            capture_output=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("needs the command openssl")
+    return key, certificate
+
+
+async def serve_encrypted(
+    key: Path, certificate: Path, closed: trio.Event, *, task_status: trio.TaskStatus[int]
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    async def serve(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        try:
+            visit = Visit(RawServer(echo), stream)  # type: ignore[arg-type]
+            received = await visit.request()
+            await visit.send(reply(received.body))
+            await visit.request()
+            await visit.send(CHUNKED + b"1\r\na\r\n")
+            await visit.closed()
+            closed.set()
+        except (trio.EndOfChannel, trio.BrokenResourceError):
+            pass
+
+    listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1", https_compatible=True)
+    port = listeners[0].transport_listener.socket.getsockname()[1]
+    await trio.serve_listeners(serve, listeners, task_status=_Port(task_status, port))  # type: ignore[arg-type]
+
+
+class _Port:
+    def __init__(self, task_status: trio.TaskStatus[int], port: int) -> None:
+        self._task_status, self._port = task_status, port
+
+    def started(self, value: object = None) -> None:
+        self._task_status.started(self._port)
+
+
+async def test_https_is_spoken_and_ends_as_fast(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+    closed = trio.Event()
+    port = await nursery.start(partial(serve_encrypted, *certificate, closed))
+    client = HttpClient(BaseURL.parse(f"https://127.0.0.1:{port}/v1"))
+    body = b"a" * 1_000_000
+    assert (await ask(client, body))[1] == body
+    assert len(client._idle) == 1
+    asked = trio.Event()
+    async with trio.open_nursery() as asking:
+        asking.start_soon(wait_for_answer, client, asked)
+        await asked.wait()
+        asking.cancel_scope.cancel()
+    with trio.fail_after(2):
+        await closed.wait()
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_an_error_with_its_reason(
+    certificate: tuple[Path, Path], nursery: trio.Nursery
+) -> None:
+    port = await nursery.start(partial(serve_encrypted, *certificate, trio.Event()))
+    with pytest.raises(ConnectFailed, match="TLS: self-signed certificate"):
+        await ask(HttpClient(BaseURL.parse(f"https://127.0.0.1:{port}/v1")))

@@ -1,0 +1,838 @@
+"""The engine ``openai``: which models it registers, and what passes between a call and the server behind it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from raw_server import RawServer, Received, Script, Visit, open_raw_server, reply
+from test_model_field import form
+from trio.testing import wait_all_tasks_blocked
+
+from trio_cluster import ApiError, ClusterServer, OptionsError
+from trio_cluster._calls import Call, Data, Done, Failed, Head, Request
+from trio_cluster._models import ModelInfo
+from trio_cluster._uploads import Upload
+from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
+from trio_cluster.engines._upstream_models import Naming, read_list
+
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def listing(*entries: str | dict[str, Any]) -> bytes:
+    data = [{"id": entry, "object": "model"} if isinstance(entry, str) else entry for entry in entries]
+    return reply(json.dumps({"object": "list", "data": data}).encode())
+
+
+class Upstream:
+    """A server with models, whose answers to everything but the question for them are the test's.
+
+    Attributes:
+        list: its answer to that question; ``None``: nothing, ever.
+        asked: how often it has been asked for it.
+    """
+
+    def __init__(self, answer: Script | None = None) -> None:
+        self.list: bytes | None = listing("m")
+        self.asked = 0
+        self._answer = answer
+        self._news = trio.Event()
+
+    async def script(self, visit: Visit) -> None:
+        while True:
+            received = await visit.head()
+            if received.method == "GET":
+                assert received.target == "/v1/models"
+                self.asked += 1
+                self._news.set()
+                if self.list is None:
+                    await visit.closed(60)
+                    return
+                await visit.send(self.list)
+                continue
+            visit.unread(received)
+            assert self._answer is not None
+            await self._answer(visit)
+
+    async def asked_again(self, times: int = 1) -> None:
+        """Wait until it has been asked once more, and the answer has been dealt with."""
+        wanted = self.asked + times
+        with trio.fail_after(5):
+            while self.asked < wanted:
+                self._news = trio.Event()
+                await self._news.wait()
+            await wait_all_tasks_blocked(0.01)
+
+
+def posts(server: RawServer) -> list[Received]:
+    return [received for received in server.received if received.method == "POST"]
+
+
+@asynccontextmanager
+async def serving(server: ClusterServer, spec: str) -> AsyncIterator[None]:
+    """Run the engine on a server whose handlers run."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server._pool.serve)
+        with trio.fail_after(5):
+            await nursery.start(serve_engine, parse_serve(spec), server)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def engine_before(
+    answer: Script, options: str = ""
+) -> AsyncIterator[tuple[ClusterServer, RawServer, Upstream]]:
+    """Have an engine before a server that answers calls so."""
+    upstream, server = Upstream(answer), ClusterServer()
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url}{options}"):
+        yield server, raw, upstream
+
+
+def request(
+    body: bytes = b'{"model":"m"}', endpoint: str = "chat.completions", model: str = "m", **fields: Any
+) -> Request:
+    return Request(endpoint=endpoint, kind="chat", model=model, body=body, **fields)
+
+
+@attrs.define
+class Outcome:
+    """An answer, taken to its end."""
+
+    head: Head | None = None
+    pieces: list[bytes] = attrs.field(factory=list)
+    error: ApiError | None = None
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+async def outcome_of(call: Call, into: Outcome | None = None) -> Outcome:
+    outcome = into or Outcome()
+    with trio.fail_after(5):
+        while True:
+            event = await call.receive()
+            if isinstance(event, Head):
+                outcome.head = event
+            elif isinstance(event, Data):
+                outcome.pieces.append(bytes(event.data))
+            elif isinstance(event, Failed):
+                outcome.error = event.error
+                return outcome
+            else:
+                assert isinstance(event, Done)
+                return outcome
+
+
+async def ask(server: ClusterServer, asked: Request) -> Outcome:
+    return await outcome_of(server._registry.open(asked))
+
+
+async def released(call: Call) -> None:
+    """Wait until the work of a call has really stopped."""
+    stopped = trio.Event()
+    call.on_release(stopped.set)
+    with trio.fail_after(2):
+        await stopped.wait()
+
+
+# What is typed
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("openai", "say where the server is: openai:http://127.0.0.1:8000/v1"),
+        ("openai:", "say where the server is"),
+        ("openai:127.0.0.1:8000", "expected a URL such as"),
+        ("openai:http://u:p@host/v1", "a user"),
+        ("openai:http://host/v1,key=", "some text"),
+        ("openai:http://host/v1,key=two words", "no spaces"),
+        ("openai:http://host/v1,key_env=NOT_THERE", "no environment variable 'NOT_THERE'"),
+        ("openai:http://host/v1,key=a,key_env=PATH", "not both"),
+        ("openai:http://host/v1,rename=a", "expected OLD:NEW, got 'a'"),
+        ("openai:http://host/v1,rename=a:", "expected OLD:NEW, got 'a:'"),
+        ("openai:http://host/v1,rename=a:b,a:c", "'a:c' contradicts"),
+        ("openai:http://host/v1,rename=a:c,b:c", "'b:c' contradicts"),
+        ("openai:http://host/v1,rename=a:b\tc", "printable"),
+        ("openai:http://host/v1,only=", "expected patterns"),
+        ("openai:http://host/v1,prefix=", "expected some text"),
+        ("openai:http://host/v1,max_concurrency=0", "from 1 to"),
+        ("openai:http://host/v1,poll=0", "from 0.1 to"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_starts(spec: str, message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        parse_serve(spec)
+
+
+def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSTREAM_KEY", "secret")
+    spec = parse_serve(
+        "openai:http://[::1]:1/a,b/v1,key_env=UPSTREAM_KEY,prefix=gpu/,only=llama*,qwen?,"
+        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5"
+    )
+    assert spec.argument == "http://[::1]:1/a,b/v1"
+    assert dict(spec.options) == {
+        "key": None,
+        "key_env": "UPSTREAM_KEY",
+        "prefix": "gpu/",
+        "only": ("llama*", "qwen?"),
+        "rename": {"llama3:8b": "llama", "qwen": "q"},
+        "max_concurrency": 3,
+        "poll": 0.5,
+    }
+
+
+def test_names_are_chosen_prefixed_and_replaced() -> None:
+    naming = Naming("gpu/", ("llama*", "qwen?"), {"llama3:8b": "llama"})
+    names = {name: naming.name(name) for name in ("llama3:8b", "llama2", "Llama", "qwen3", "qwen30")}
+    assert names == {
+        "llama3:8b": "llama", "llama2": "gpu/llama2", "Llama": None, "qwen3": "gpu/qwen3", "qwen30": None
+    }  # fmt: skip
+    assert Naming().name("a") == "a"
+
+
+# The list of models
+
+
+@pytest.mark.parametrize(
+    ("entry", "context"),
+    [
+        ({"max_model_len": 4096}, 4096),
+        ({"context_window": 1, "max_model_len": 2}, 1),
+        ({"context_length": 8192}, 8192),
+        ({"meta": {"n_ctx": 2048, "n_ctx_train": 131072}}, 2048),
+        ({"max_model_len": "4096"}, None),
+        ({"max_model_len": True}, None),
+        ({"max_model_len": -1}, None),
+        ({"meta": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_context_is_found_where_servers_tell_it(entry: dict[str, Any], context: int | None) -> None:
+    options = read_list(json.dumps({"data": [{"id": "m", **entry}]}).encode())["m"]
+    assert options.context_window == context
+
+
+def test_entries_keep_what_is_harmless() -> None:
+    deep: Any = 1
+    for _ in range(20):
+        deep = [deep]
+    entry = {
+        "id": "m", "object": "model", "created": 5, "owned_by": "vllm", "root": "/models/m", "permission": [{}],
+        "max_model_len": 10, "tags": ["a", {"b": 1.5}], "deep": deep, "huge": 1 << 70, "null": None,
+    }  # fmt: skip
+    options = read_list(json.dumps({"data": [entry]}).encode())["m"]
+    assert options.extra_fields == {"max_model_len": 10, "tags": ["a", {"b": 1.5}], "null": None}
+    assert not options.supports_vision
+    long = read_list(json.dumps({"data": [{"id": "m", "a": "x" * 5000, "b": 1}]}).encode())["m"]
+    assert long.extra_fields == {}
+
+
+@pytest.mark.parametrize("says", [{"vision": True}, ["completion", "vision"]])
+def test_a_model_that_is_said_to_see_is_shown_as_one(says: Any) -> None:
+    assert read_list(json.dumps([{"id": "m", "capabilities": says}]).encode())["m"].supports_vision
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"{}", b'"data"', b'{"data":null}', b'{"data":{"m":1}}', b"\xff", b"[" * 100_000]
+)
+def test_what_is_no_list_of_models_says_so(body: bytes) -> None:
+    with pytest.raises(ValueError, match="its list of models"):
+        read_list(body)
+
+
+def test_strange_entries_are_passed_over() -> None:
+    assert list(read_list(b'{"data":[1,{},{"id":7},{"id":""},{"id":"m"},{"id":"m","x":1}]}')) == ["m"]
+
+
+def test_a_list_that_never_ends_is_cut() -> None:
+    entries = [{"id": f"m{number}"} for number in range(2000)]
+    assert len(read_list(json.dumps(entries).encode())) == 1000
+
+
+async def test_models_are_there_once_the_engine_has_started_and_gone_with_it() -> None:
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = listing({"id": "a", "max_model_len": 7}, "b")
+    async with open_raw_server(upstream.script) as raw:
+        async with serving(server, f"openai:{raw.url},key=secret"):
+            assert server.list_models() == ["a", "b"]
+            info = server._registry.info("a")
+            assert isinstance(info, ModelInfo)
+            assert (info.kind, info.options.context_window) == ("any", 7)
+        assert server.list_models() == []
+    assert raw.received[0].headers["authorization"] == "Bearer secret"
+
+
+async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.engines")
+    upstream, server = Upstream(), ClusterServer()
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        assert server.list_models() == ["m"]
+        upstream.list = listing({"id": "m", "max_model_len": 5}, "n")
+        await upstream.asked_again()
+        assert server.list_models() == ["m", "n"]
+        info = server._registry.info("m")
+        assert info is not None
+        assert info.options.context_window == 5
+        upstream.list = listing("n")
+        await upstream.asked_again()
+        assert server.list_models() == ["n"]
+        count = len(caplog.records)
+        await upstream.asked_again(2)
+        # What does not change is not told again.
+        assert len(caplog.records) == count == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (reply(b"", "500 Internal Server Error"), "with 500"),
+        (reply(b"loading", "503 Service Unavailable"), "with 503"),
+        (reply(b"", "302 Found"), "with 302"),
+        (reply(b"<html>"), "not JSON"),
+        (reply(b"{}"), "no 'data'"),
+        (reply(b"", "401 Unauthorized"), "wants a key: give key="),
+        (reply(b"", "403 Forbidden"), "wants a key: give key="),
+        (reply(b"", "404 Not Found"), "URL ends in /v1"),
+        (b"SSH-2.0\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", "in the middle"),
+    ],
+)
+async def test_a_server_that_fails_has_no_models_until_it_is_well_again(
+    answer: bytes, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_upstream_models, "LONGEST_PAUSE", 0.1)
+    upstream, server = Upstream(), ClusterServer()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        upstream.asked += 1
+        upstream._news.set()
+        assert upstream.list is not None
+        await visit.send(upstream.list)
+
+    async with open_raw_server(script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        assert server.list_models() == ["m"]
+        upstream.list = answer
+        await upstream.asked_again(2)
+        assert server.list_models() == []
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert told in record.message
+        assert raw.url in record.message
+        upstream.list = listing("m")
+        await upstream.asked_again()
+        assert server.list_models() == ["m"]
+
+
+async def test_a_key_that_is_refused_is_told_from_one_that_is_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = reply(b"", "401 Unauthorized")
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},key=secret"):
+        assert "does not accept the key" in caplog.text
+        assert "secret" not in caplog.text
+
+
+async def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    async with open_raw_server(upstream.script) as raw:
+        pass
+    async with serving(server, f"openai:{raw.url},poll=0.1"):
+        assert server.list_models() == []
+        assert "it cannot be asked: Connection refused" in caplog.text
+        async with trio.open_nursery() as nursery:
+            await nursery.start(raw.serve)
+            await upstream.asked_again()
+            assert server.list_models() == ["m"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_only_does_not_answer_is_given_a_second_chance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_upstream_models, "PATIENCE", 0.1)
+    upstream, server = Upstream(), ClusterServer()
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        for _ in range(2):
+            upstream.list = None
+            # When it is asked again, the time for the first answer is over.
+            await upstream.asked_again(2)
+            assert server.list_models() == ["m"]
+            upstream.list = listing("m")
+            await upstream.asked_again()
+        upstream.list = None
+        await upstream.asked_again(3)
+        assert server.list_models() == []
+        upstream.list = listing("m")
+        await upstream.asked_again()
+        assert server.list_models() == ["m"]
+
+
+async def test_a_server_that_is_too_busy_to_be_asked_but_answers_calls_keeps_its_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_upstream_models, "PATIENCE", 0.1)
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(CHUNKED)
+        while True:
+            await visit.send(chunk(b": busy\n\n"))
+            await trio.sleep(0.03)
+
+    async with engine_before(script, ",poll=0.1") as (server, _, upstream):
+        call = server._registry.open(request())
+        upstream.list = None
+        await upstream.asked_again(5)
+        assert server.list_models() == ["m"]
+        call.cancel("enough")
+
+
+async def test_a_server_that_wants_to_be_asked_less_keeps_its_models() -> None:
+    upstream, server = Upstream(), ClusterServer()
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        upstream.list = reply(b"", "429 Too Many Requests")
+        await upstream.asked_again()
+        assert server.list_models() == ["m"]
+
+
+async def test_a_name_that_is_taken_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    upstream, server = Upstream(), ClusterServer()
+
+    async def handler(request: Any) -> str:
+        return "mine"
+
+    server.register_chat("m", handler)
+    upstream.list = listing("m", "n", "spaces ")
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        await upstream.asked_again(2)
+        assert server.list_models() == ["m", "n"]
+        assert len([record for record in caplog.records if "is left out" in record.message]) == 2
+        server.unregister_model("m")
+        await upstream.asked_again()
+        info = server._registry.info("m")
+        assert info is not None
+        assert info.kind == "any"
+
+
+async def test_several_servers_stand_side_by_side() -> None:
+    first, second, server = Upstream(), Upstream(), ClusterServer()
+    second.list = listing("m", "n")
+    async with (
+        open_raw_server(first.script) as one,
+        open_raw_server(second.script) as other,
+        serving(server, f"openai:{one.url}"),
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(serve_engine, parse_serve(f"openai:{other.url},prefix=b/"), server)
+        assert server.list_models() == ["b/m", "b/n", "m"]
+        nursery.cancel_scope.cancel()
+    assert server.list_models() == []
+
+
+async def test_a_call_that_finds_the_server_gone_has_it_asked_at_once() -> None:
+    async with engine_before(Visit.request, ",poll=3600") as (server, raw, _):  # type: ignore[arg-type]
+        raw.stop()
+        outcome = await ask(server, request())
+        assert outcome.error is not None
+        assert (outcome.error.status, outcome.error.code) == (502, "upstream_lost")
+        assert str(raw.port) not in outcome.error.message
+        await wait_all_tasks_blocked(0.05)
+        assert server.list_models() == []
+
+
+# What goes up
+
+
+async def mirror(visit: Visit) -> None:
+    """Answer with the body of the request."""
+    received = await visit.request()
+    await visit.send(reply(received.body))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "target"),
+    [
+        ("chat.completions", "/v1/chat/completions"),
+        ("audio.transcriptions", "/v1/audio/transcriptions"),
+        ("images.generations", "/v1/images/generations"),
+        ("/v1/tokenize", "/v1/tokenize"),
+        ("/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/v1/a b?c#d%e\r\nf/\u00e9", "/v1/a%20b%3Fc%23d%25e%0D%0Af/%C3%A9"),
+    ],
+)
+async def test_every_route_is_asked_for_at_its_own_place(endpoint: str, target: str) -> None:
+    body = b'\x00 {"model": "m" , "x":1.0}\n'
+    async with engine_before(mirror) as (server, raw, _):
+        outcome = await ask(server, request(body, endpoint, content_type="x/y; z"))
+    assert outcome.body == body
+    (received,) = posts(raw)
+    assert (received.target, received.body, received.headers["content-type"]) == (target, body, "x/y; z")
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/../admin", "/v1/./x", "/admin", "/v1", "/v1x/y", "unheard.of"])
+async def test_nothing_outside_of_the_servers_base_is_asked_for(endpoint: str) -> None:
+    async with engine_before(mirror) as (server, raw, _):
+        outcome = await ask(server, request(endpoint=endpoint))
+        assert outcome.error is not None
+        assert outcome.error.status == 404
+        assert posts(raw) == []
+
+
+async def test_headers_about_the_content_and_the_api_go_up_and_no_others() -> None:
+    passed = {
+        "accept": "text/event-stream", "user-agent": "a/1", "x-stainless-lang": "python", "x-custom": "caf\u00e9",
+        "openai-organization": "o", "anthropic-version": "2023-06-01", "x-ratelimit-tokens": "5",
+    }  # fmt: skip
+    kept = {
+        "x-api-key": "theirs", "x-auth-token": "theirs", "x-http-method-override": "DELETE", "cookie": "c",
+        "x-original-url": "/admin", "connection": "close", "x-broken": "a\r\nx: y",
+    }  # fmt: skip
+    async with engine_before(mirror, ",key=ours") as (server, raw, _):
+        await ask(server, request(headers={**passed, **kept}, request_id="req_1"))
+        await ask(server, request(endpoint="/v1/messages"))
+    received, message = posts(raw)
+    expected = {
+        **passed, "authorization": "Bearer ours", "x-request-id": "req_1", "content-type": "application/json",
+        "host": f"127.0.0.1:{raw.port}", "accept-encoding": "identity", "content-length": "13",
+    }  # fmt: skip
+    assert received.headers == expected
+    assert message.headers["x-api-key"] == "ours"
+    assert message.headers["user-agent"].startswith("trio-cluster/")
+
+
+@pytest.mark.parametrize("options", [",prefix=gpu/", ",rename=m:gpu/m"])
+async def test_a_model_of_another_name_gets_its_own_in_the_body_and_all_else_stays(options: str) -> None:
+    async with engine_before(mirror, options) as (server, _, _):
+        assert server.list_models() == ["gpu/m"]
+        outcome = await ask(server, request(b'{"t":1.0e3,"model":"gpu/m","x":{"a" :1}}', model="gpu/m"))
+        assert outcome.body == b'{"t":1.0e3,"model":"m","x":{"a" :1}}'
+        sent = form(('name="file"; filename="f"', b"\x00\r\n"), ('name="model"', b"gpu/m"))
+        asked = request(
+            sent, "audio.transcriptions", "gpu/m", content_type="multipart/form-data; boundary=abc"
+        )
+        outcome = await ask(server, asked)
+        assert outcome.body == sent.replace(b"gpu/m", b"m")
+        outcome = await ask(server, request(b"no json", model="gpu/m"))
+        assert outcome.error is not None
+        assert outcome.error.status == 400
+
+
+FORM = form(('name="file"; filename="f"', b"\x00\r\n" * 150_000), ('name="model"', b"gpu/m"))
+
+
+@pytest.mark.parametrize("size", [len(FORM), -1])
+@pytest.mark.parametrize("renamed", [False, True])
+async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed: bool) -> None:
+    arrived = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        received = await visit.head()
+        while len(visit.rest) < 50_000:
+            await visit._more()
+        arrived.set()
+        visit.unread(received)
+        await mirror(visit)
+
+    upload = Upload(size)
+    name = "gpu/m" if renamed else "m"
+    async with engine_before(script, ",prefix=gpu/" if renamed else "") as (server, raw, _):
+        asked = request(
+            b"", "audio.transcriptions", name, content_type="multipart/form-data; boundary=abc", upload=upload
+        )
+        call = server._registry.open(asked)
+        upload.put(FORM[:60_000])
+        with trio.fail_after(2):
+            await arrived.wait()
+        upload.put(FORM[60_000:], last=True)
+        outcome = await outcome_of(call)
+    assert outcome.body == (FORM.replace(b"gpu/m", b"m") if renamed else FORM)
+    (received,) = posts(raw)
+    sized = size > 0 and not renamed
+    assert received.headers.get("content-length") == (str(size) if sized else None)
+
+
+async def test_json_that_is_still_coming_waits_for_its_end_if_the_model_has_another_name() -> None:
+    upload = Upload(-1)
+    async with engine_before(mirror, ",prefix=gpu/") as (server, _, _):
+        call = server._registry.open(request(b"", model="gpu/m", upload=upload))
+        upload.put(b'{"model":"gpu/m","x":')
+        upload.put(b"1}", last=True)
+        assert (await outcome_of(call)).body == b'{"model":"m","x":1}'
+
+
+async def test_a_server_that_refuses_an_upload_early_is_heard() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.head()
+        await visit.send(reply(b"too large", "413 Content Too Large"))
+        await visit.closed()
+
+    upload = Upload(10_000_000)
+    async with engine_before(script) as (server, _, _):
+        call = server._registry.open(request(b"", upload=upload))
+        upload.put(b"x" * 1000)
+        outcome = await outcome_of(call)
+        assert outcome.head is not None
+        assert (outcome.head.status, outcome.body) == (413, b"too large")
+        assert upload.closed
+        await released(call)
+
+
+# What comes down
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "429 Too Many Requests", "500 Oops", "503 Busy"])
+async def test_whatever_the_server_answers_is_the_answer(status: str) -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        headers = (
+            "Retry-After: 7",
+            "Set-Cookie: a=b",
+            "Server: s",
+            "X-Request-Id: theirs",
+            "X-Powered-By: p",
+        )
+        more = ("X-RateLimit-Remaining-Tokens: 3", "OpenAI-Processing-MS: 9", "Connection: keep-alive")
+        await visit.send(reply(b'{"error": "so"}', status, "application/problem+json", *headers, *more))
+
+    async with engine_before(script) as (server, _, upstream):
+        outcome = await ask(server, request())
+        assert outcome.head == Head(
+            int(status[:3]),
+            "application/problem+json",
+            (
+                ("retry-after", "7"),
+                ("x-upstream-request-id", "theirs"),
+                ("x-ratelimit-remaining-tokens", "3"),
+                ("openai-processing-ms", "9"),
+            ),
+        )
+        assert outcome.body == b'{"error": "so"}'
+        assert (outcome.error, upstream.asked) == (None, 1)
+
+
+async def test_a_stream_comes_as_it_is_event_by_event() -> None:
+    events = [
+        b'data: {"delta":{"reasoning_content":"h\xc3\xa4"}}\r\n\r\n',
+        b": ping\n\n",
+        b"data: [DO",
+        b"NE]\n\n",
+    ]
+    taken = [trio.Event() for _ in events]
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(CHUNKED)
+        for event, known in zip(events, taken, strict=True):
+            await visit.send(chunk(event))
+            await known.wait()
+        await visit.send(b"0\r\n\r\n")
+
+    async with engine_before(script) as (server, _, _):
+        call = server._registry.open(request())
+        with trio.fail_after(5):
+            assert await call.receive() == Head(200, "text/event-stream")
+            for event, known in zip(events, taken, strict=True):
+                assert await call.receive() == Data(event)
+                known.set()
+            assert await call.receive() == Done()
+
+
+async def test_an_answer_that_is_encoded_stays_so() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b"\x1f\x8bzipped", "200 OK", "application/json", "Content-Encoding: gzip"))
+
+    async with engine_before(script) as (server, _, _):
+        outcome = await ask(server, request())
+        assert outcome.head == Head(200, "application/json", (("content-encoding", "gzip"),))
+        assert outcome.body == b"\x1f\x8bzipped"
+
+
+async def test_headers_have_a_bound() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        many = [f"X-{number}: {'v' * 300}" for number in range(100)]
+        await visit.send(reply(b"ok", "200 OK", "a/b", *many))
+
+    async with engine_before(script) as (server, _, _):
+        outcome = await ask(server, request())
+        assert outcome.head is not None
+        assert 40 < len(outcome.head.headers) <= 64
+        assert outcome.body == b"ok"
+
+
+CUT = [
+    (b"", b"", None),
+    (CHUNKED + chunk(b"data: 1\n\n"), b"data: 1\n\n", 200),
+    (EVENTS + b"Content-Length: 100\r\n\r\ndata: 1\n\n", b"data: 1\n\n", 200),
+    # Nothing but its content says that this is not all.
+    (EVENTS + b"\r\ndata: 1\n\n", b"data: 1\n\n", 200),
+    (b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n", b"", None),
+    (b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n", b"", None),
+    (b"nonsense", b"", None),
+]
+
+
+@pytest.mark.parametrize(("answer", "body", "status"), CUT)
+async def test_half_an_answer_is_a_failure_and_never_an_end(
+    answer: bytes, body: bytes, status: int | None
+) -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(answer)
+        await visit.stream.aclose()
+
+    async with engine_before(script) as (server, raw, _):
+        outcome = await ask(server, request())
+        assert outcome.error is not None
+        assert (outcome.error.status, outcome.error.code) == (502, "upstream_lost")
+        assert "'m'" in outcome.error.message
+        assert str(raw.port) not in outcome.error.message
+        assert outcome.body == body
+        assert (outcome.head and outcome.head.status) == status
+
+
+async def test_a_stream_that_says_by_its_framing_where_it_ends_is_believed() -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(CHUNKED + chunk(b"data: 1\n\n") + b"0\r\n\r\n")
+
+    async with engine_before(script) as (server, _, _):
+        outcome = await ask(server, request())
+        assert (outcome.body, outcome.error) == (b"data: 1\n\n", None)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "content"),
+    [
+        ("chat.completions", b"data: 1\n\ndata: [DONE]\n\n"),
+        ("completions", b"data:[DONE]\r\n\r\n: bye\n\n"),
+        ("/v1/messages", b"event: message_stop\n\n"),
+    ],
+)
+async def test_a_stream_that_ends_with_its_connection_is_complete_if_it_says_so(
+    endpoint: str, content: bytes
+) -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(EVENTS + b"\r\n" + content)
+        await visit.stream.aclose()
+
+    async with engine_before(script) as (server, _, _):
+        outcome = await ask(server, request(endpoint=endpoint))
+        assert (outcome.body, outcome.error) == (content, None)
+
+
+# Ends
+
+
+async def begin_nothing(visit: Visit) -> None:
+    await visit.request()
+
+
+async def begin_stream(visit: Visit) -> None:
+    await visit.request()
+    await visit.send(CHUNKED + chunk(b"data: 1\n\n"))
+
+
+async def read_nothing(visit: Visit) -> None:
+    await visit.head()
+
+
+@pytest.mark.parametrize("begin", [begin_nothing, begin_stream, read_nothing])
+@pytest.mark.parametrize("body", [b'{"model":"m"}', b"x" * 20_000_000])
+async def test_a_call_that_is_given_up_closes_the_servers_connection_at_once(
+    begin: Callable[[Visit], Awaitable[None]], body: bytes
+) -> None:
+    begun, closed = trio.Event(), trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await begin(visit)
+        begun.set()
+        await visit.closed()
+        closed.set()
+
+    async with engine_before(script) as (server, _, _):
+        call = server._registry.open(request(body))
+        with trio.fail_after(2):
+            await begun.wait()
+        call.cancel("client left")
+        with trio.fail_after(0.5):
+            await closed.wait()
+        await released(call)
+
+
+async def test_a_server_that_says_nothing_is_given_up_at_the_deadline() -> None:
+    closed = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.closed()
+        closed.set()
+
+    async with engine_before(script) as (server, _, _):
+        outcome = await ask(server, request(timeout=0.1))
+        assert outcome.error is not None
+        assert outcome.error.status == 504
+        with trio.fail_after(0.5):
+            await closed.wait()
+
+
+async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_stored() -> None:
+    sent = 0
+
+    async def script(visit: Visit) -> None:
+        nonlocal sent
+        await visit.request()
+        await visit.send(CHUNKED)
+        while True:
+            await visit.send(chunk(b"x" * 65536))
+            sent += 65536
+
+    async with engine_before(script) as (server, _, _):
+        call = server._registry.open(request())
+        # Still once the kernel has taken what it takes.
+        with trio.fail_after(5):
+            await wait_all_tasks_blocked(0.2)
+        assert 0 < sent < 50_000_000
+        assert call.waiting_bytes <= call.window + 65536
+        call.cancel("enough")
+
+
+@pytest.mark.parametrize(("options", "together"), [("", 20), (",max_concurrency=2", 2)])
+async def test_calls_have_no_limit_unless_one_is_given(options: str, together: int) -> None:
+    running = most = 0
+    enough = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        nonlocal running, most
+        await visit.request()
+        running += 1
+        most = max(most, running)
+        if running == together:
+            enough.set()
+        await enough.wait()
+        await wait_all_tasks_blocked(0.01)
+        running -= 1
+        await visit.send(reply(b"ok"))
+
+    async with engine_before(script, options) as (server, _, _), trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask, server, request())
+    assert most == together

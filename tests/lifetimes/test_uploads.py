@@ -1,0 +1,800 @@
+"""A large upload: streamed from the client to whoever answers, through everything that can happen to it on the way."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import h11
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_cluster import ApiError, ASRRequest, ChatRequest, ClusterServer, RawCall
+from trio_cluster._uploads import UPLOAD_WINDOW
+from trio_cluster.http import _intake
+from trio_cluster.http._relay import GRACE
+from trio_cluster.testing import (
+    Answer,
+    SimulatedCluster,
+    StreamingAnswer,
+    assert_books_balance,
+    assert_no_orphans,
+    open_cluster,
+    settle,
+    worker,
+)
+
+LATENCY: Final = 0.01
+SILENCE: Final = 20.0
+OPTIONS: Final[dict[str, Any]] = {
+    "default_timeout": SILENCE,
+    "queue_timeout": 1.0,
+    "worker_timeout": 15.0,
+    "heartbeat_interval": 5.0,
+    "drain_timeout": 10.0,
+    "max_concurrency": 2,
+}
+#: Bytes of the file; several times of what any node keeps of a body.
+SIZE: Final = 3_000_000
+#: What the client sends at a time.
+PIECE: Final = 40_000
+#: Where the client pauses: the model has come by, if it is at the beginning.
+HALF: Final = SIZE // 2
+
+places = pytest.mark.parametrize("forwarded", [True, False], ids=["forwarded", "local"])
+orders = pytest.mark.parametrize("first", [True, False], ids=["model first", "model last"])
+kinds = pytest.mark.parametrize("model", ["asr", "raw"])
+
+
+def sound(size: int = SIZE) -> bytes:
+    """Return a file in which every piece is another one."""
+    return b"".join(b"%07d," % number for number in range(size // 8 + 1))[:size]
+
+
+def form(model: str, *, first: bool, size: int = SIZE) -> bytes:
+    part = b'--B\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    parts = [part % (b"model", b"", model.encode()), part % (b"file", b'; filename="a.wav"', sound(size))]
+    return b"".join(parts if first else reversed(parts)) + b"--B--\r\n"
+
+
+def essence(data: bytes) -> str:
+    return f"{len(data)} {zlib.crc32(data)}"
+
+
+class Uploader:
+    """A client that sends a form piece by piece.
+
+    Attributes:
+        sent: bytes of the body that have been taken.
+        paused: set when it pauses, after ``pauses_at`` bytes.
+        go_on: to be set then.
+        answer: what came; ``None`` if there was nothing.
+        took: seconds until the end.
+    """
+
+    def __init__(
+        self,
+        cluster: SimulatedCluster,
+        body: bytes,
+        *,
+        pauses_at: int = 1 << 60,
+        pace: float = 0.0,
+        chunked: bool = False,
+        **headers: str,
+    ) -> None:
+        self._cluster = cluster
+        self._body = body
+        self._pauses_at = pauses_at
+        self._pace = pace
+        length = {"transfer-encoding": "chunked"} if chunked else {"content-length": str(len(body))}
+        self._headers = {"host": "master", "content-type": "multipart/form-data; boundary=B", **length}
+        self._headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+        self._stream: Any = None
+        self._http = h11.Connection(h11.CLIENT)
+        self.sent = 0
+        self.paused = trio.Event()
+        self.go_on = trio.Event()
+        self.answer: Answer | None = None
+        self.took = 0.0
+        self.over = trio.Event()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Send it, and take the answer; started when it pauses."""
+        self._stream = await self._cluster.network.host("uploader").connect("master", 8080)
+        began = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send)
+                if self._pauses_at < len(self._body):
+                    nursery.start_soon(self._tell_of_pause, task_status)
+                else:
+                    task_status.started()
+                with suppress(trio.ClosedResourceError):
+                    self.answer = await self._receive()
+                self.took = trio.current_time() - began
+                # Whether it is answered or not, it sends all that it has.
+                if self.answer is None:
+                    nursery.cancel_scope.cancel()
+                self.go_on.set()
+        finally:
+            self.took = self.took or trio.current_time() - began
+            self.over.set()
+
+    async def _tell_of_pause(self, task_status: trio.TaskStatus[None]) -> None:
+        await self.paused.wait()
+        task_status.started()
+
+    async def _send(self) -> None:
+        head = h11.Request(method="POST", target="/v1/audio/transcriptions", headers=list(self._headers.items()))
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._stream.send_all(self._http.send(head) or b"")
+            for begin in range(0, len(self._body), PIECE):
+                if begin >= self._pauses_at and not self.paused.is_set():
+                    # Until then everything has been taken that anybody wants to take.
+                    await trio.sleep(1)
+                    self.paused.set()
+                    await self.go_on.wait()
+                piece = self._body[begin : begin + PIECE]
+                await self._stream.send_all(self._http.send(h11.Data(piece)) or b"")
+                self.sent = begin + len(piece)
+                if self._pace:
+                    await trio.sleep(self._pace)
+            await self._stream.send_all(self._http.send(h11.EndOfMessage()) or b"")
+
+    async def _receive(self) -> Answer | None:
+        try:
+            event = self._http.next_event()
+            while event is h11.NEED_DATA:
+                self._http.receive_data(await self._stream.receive_some())
+                event = self._http.next_event()
+            return await StreamingAnswer(self._stream, self._http, event).finish()
+        except (trio.BrokenResourceError, h11.RemoteProtocolError):
+            return None
+
+    async def end(self) -> Answer:
+        """Wait for the answer."""
+        await self.over.wait()
+        assert self.answer is not None
+        assert self.answer.complete
+        return self.answer
+
+    async def ask_again(self) -> int:
+        """Ask for something else on the same connection, and return the status."""
+        self._http.start_next_cycle()
+        await self._stream.send_all(
+            (self._http.send(h11.Request(method="GET", target="/health", headers=[("host", "master")])) or b"")
+            + (self._http.send(h11.EndOfMessage()) or b"")
+        )
+        answer = await self._receive()
+        assert answer is not None
+        return answer.status
+
+    def leave(self, *, reset: bool = False) -> None:
+        self._stream.close(reset=reset)
+
+
+async def read_all(call: RawCall) -> None:
+    data = b""
+    while piece := await call.receive():
+        data += piece
+    begin = data.index(b"\r\n\r\n", data.index(b"a.wav")) + 4
+    call.begin(200, "application/json")
+    await call.send(b'{"text": "%s"}' % essence(data[begin : data.index(b"\r\n--B", begin)]).encode())
+
+
+class Stage:
+    """A cluster with two models, ``asr`` and ``raw``, on a worker or on the master itself.
+
+    Attributes:
+        raw: what the raw model does.
+        started, stopped: the models whose handlers have begun, and ended.
+        cancelled: those that were made to.
+    """
+
+    def __init__(self, cluster: SimulatedCluster, back: ClusterServer, nursery: trio.Nursery) -> None:
+        self.cluster = cluster
+        self.back = back
+        self.nursery = nursery
+        self.raw: Callable[[RawCall], Any] = read_all
+        self.started: list[str] = []
+        self.cancelled: list[str] = []
+        self.stopped: list[str] = []
+        self.uploaders: list[Uploader] = []
+
+    @property
+    def master(self) -> ClusterServer:
+        return self.cluster.master.server
+
+    @property
+    def nodes(self) -> list[ClusterServer]:
+        return [self.master] if self.back is self.master else [self.master, self.back]
+
+    async def listen(self, request: ASRRequest) -> str:
+        self.started.append("asr")
+        return essence(request.audio)
+
+    async def relay(self, call: RawCall) -> None:
+        self.started.append("raw")
+        try:
+            await self.raw(call)
+        except trio.Cancelled:
+            self.cancelled.append("raw")
+            raise
+        finally:
+            self.stopped.append("raw")
+
+    async def upload(self, model: str, *, first: bool, size: int = SIZE, **how: Any) -> Uploader:
+        """Begin an upload, and return when it pauses, or at once if it does not."""
+        return await self.send(form(model, first=first, size=size), **how)
+
+    async def send(self, body: bytes, **how: Any) -> Uploader:
+        uploader = Uploader(self.cluster, body, **how)
+        self.uploaders.append(uploader)
+        await self.nursery.start(uploader.run)
+        return uploader
+
+    def books(self) -> dict[str, int]:
+        """Return how the calls of the master have ended, without what has not happened."""
+        books = self.master.registry.books
+        names = ("completed", "cancelled", "timed_out", "worker_lost", "failed", "retried")
+        return {name: count for name in names if (count := getattr(books, name))}
+
+    def waiting(self) -> list[int]:
+        """Return how many bytes of bodies wait on each node."""
+        return [
+            sum(call.request.upload._waiting_bytes for call in node.registry.live if call.request.upload)
+            for node in self.nodes
+        ]
+
+
+@pytest.fixture(autouse=True)
+def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Give all files that were opened for bodies."""
+    opened: list[Any] = []
+    make = _intake.tempfile.TemporaryFile
+
+    def remember(**options: Any) -> Any:
+        opened.append(make(**options))
+        return opened[-1]
+
+    monkeypatch.setattr(_intake.tempfile, "TemporaryFile", remember)
+    return opened
+
+
+@asynccontextmanager
+async def stage(files: list[Any], *, forwarded: bool, slots: int | None = None, **options: Any) -> AsyncIterator[Stage]:
+    options = OPTIONS | options
+    async with open_cluster(latency=LATENCY, **options) as cluster, trio.open_nursery() as nursery:
+        back = worker("w", **options) if forwarded else cluster.master.server
+        play = Stage(cluster, back, nursery)
+        back.register_asr("asr", play.listen)
+        back.register_raw("raw", play.relay, max_concurrency=slots)
+        if forwarded:
+            await cluster.start_worker(back)
+        yield play
+        for uploader in play.uploaders:
+            uploader.leave()
+        await settle(cluster)
+        assert_books_balance(cluster)
+        assert all(file.closed for file in files)
+        nursery.cancel_scope.cancel(reason="the test is over")
+
+
+# All is well
+
+
+@places
+@orders
+@kinds
+async def test_a_large_file_arrives_as_it_was_sent(
+    model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=first)
+        answer = await uploader.end()
+        assert (answer.status, answer.json()["text"]) == (200, essence(sound()))
+        assert await uploader.ask_again() == 200
+        assert play.books() == {"completed": 1}
+        # What goes on at once need not be written down first.
+        assert len(files) == (0 if first else 1)
+
+
+@places
+async def test_a_raw_model_gets_the_beginning_while_the_client_has_not_sent_the_rest(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        received = 0
+
+        async def count(call: RawCall) -> None:
+            nonlocal received
+            while piece := await call.receive():
+                received += len(piece)
+            call.begin(200, "text/plain")
+
+        play.raw = count
+        uploader = await play.upload("raw", first=True, pauses_at=HALF)
+        assert received == uploader.sent
+        uploader.go_on.set()
+        assert (await uploader.end()).status == 200
+        assert received == len(form("raw", first=True))
+
+
+@places
+async def test_two_uploads_at_once_do_not_get_in_each_others_way(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        let_go = trio.Event()
+
+        async def read_late(call: RawCall) -> None:
+            await let_go.wait()
+            await read_all(call)
+
+        play.raw = read_late
+        stuck = await play.upload("raw", first=True)
+        await trio.sleep(1)
+        began = trio.current_time()
+        assert (await (await play.upload("asr", first=True)).end()).json()["text"] == essence(sound())
+        # It takes as long as it would alone: a quarter of a window for each round trip, at worst.
+        assert trio.current_time() - began < 2 * LATENCY * SIZE / (UPLOAD_WINDOW / 4) + 1
+        assert not stuck.over.is_set()
+        let_go.set()
+        assert (await stuck.end()).status == 200
+
+
+@places
+@orders
+async def test_tokens_of_others_come_in_time_meanwhile(
+    first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+
+        async def tick(request: ChatRequest) -> AsyncIterator[str]:
+            while True:
+                yield f"{trio.current_time()} "
+                await trio.sleep(0.1)
+
+        play.back.register_chat("clock", tick)
+        await trio.sleep(1)
+        async with play.cluster.client("listener").open_chat("clock") as answer:
+            await answer.receive_until(b"content")
+            uploader = await play.upload("raw", first=first, pace=0.02)
+            before = len(answer.received)
+            latest = 0.0
+            while not uploader.over.is_set():
+                piece = await answer.receive()
+                said = float(piece.split(b'"content":"')[1].split()[0])
+                latest = max(latest, trio.current_time() - said)
+            assert (await uploader.end()).status == 200
+            assert len(answer.received) > before
+        assert latest <= 4 * LATENCY
+
+
+# The client
+
+
+@places
+@orders
+@kinds
+@pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
+async def test_a_client_that_leaves_in_the_middle_frees_everything_at_once(
+    reset: bool, model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=first, pauses_at=HALF)
+        uploader.leave(reset=reset)
+        await trio.sleep(1)
+        assert_no_orphans(play.cluster)
+        assert uploader.answer is None
+        # Of a form whose model is not known yet, there is no call.
+        assert play.books() == ({"cancelled": 1} if first else {})
+        assert play.started == play.cancelled == (["raw"] if (model, first) == ("raw", True) else [])
+
+
+@places
+@orders
+@kinds
+async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
+    model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=first, pauses_at=HALF)
+        answer = await uploader.end()
+        assert answer.status == 408
+        assert answer.headers["connection"] == "close"
+        assert uploader.took == pytest.approx(_intake.BODY_SILENCE + 2, abs=1)
+        assert play.books() == ({"cancelled": 1} if first else {})
+        assert "asr" not in play.started
+
+
+@places
+@orders
+async def test_a_client_that_is_too_slow_altogether_gets_408(
+    first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload("raw", first=first, pace=10.0)
+        answer = await uploader.end()
+        assert answer.status == 408
+        assert uploader.took == pytest.approx(_intake.BODY_TIME + 2, abs=1)
+        assert play.books() == ({"cancelled": 1} if first else {})
+
+
+@places
+@orders
+@kinds
+async def test_a_body_that_passes_the_limit_in_its_middle_gets_413_and_the_connection_stays_usable(
+    model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded, max_body_size=2_000_000) as play:
+        uploader = await play.upload(model, first=first, chunked=True)
+        answer = await uploader.end()
+        assert answer.status == 413
+        assert "connection" not in answer.headers
+        assert await uploader.ask_again() == 200
+        assert play.books() == ({"cancelled": 1} if first else {})
+        assert "asr" not in play.started
+
+
+async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clock: MockClock) -> None:
+    async with stage(files, forwarded=True) as play:
+        play.back.options.server.max_body_size = 2_000_000
+        declared = await play.upload("asr", first=True)
+        assert (await declared.end()).status == 413
+        assert await declared.ask_again() == 200
+        grown = await play.upload("asr", first=True, chunked=True)
+        assert (await grown.end()).status == 413
+        assert await grown.ask_again() == 200
+        assert play.books() == {"failed": 2}
+        assert play.started == []
+
+
+# Time
+
+
+@places
+@kinds
+async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
+    model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=True, pauses_at=HALF, x_request_timeout="8")
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (504, "timeout")
+        # Then what is still to come is waited for, and dropped, for a moment.
+        assert uploader.took == pytest.approx(8 + 2, abs=1)
+        assert play.books() == {"timed_out": 1}
+
+
+@places
+@orders
+@kinds
+async def test_silence_does_not_count_while_the_client_uploads(
+    model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded, default_timeout=2.0) as play:
+        uploader = await play.upload(model, first=first, pace=1.5)
+        assert (await uploader.end()).status == 200
+        assert uploader.took > 100
+        assert play.books() == {"completed": 1}
+
+
+@places
+async def test_a_raw_model_that_reads_nothing_is_given_up_when_it_has_been_silent_for_too_long(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+
+        async def read_nothing(call: RawCall) -> None:
+            await trio.sleep_forever()
+
+        play.raw = read_nothing
+        uploader = await play.upload("raw", first=True)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (504, "timeout")
+        assert uploader.took == pytest.approx(SILENCE + GRACE, abs=3)
+        assert play.cancelled == ["raw"]
+
+
+@places
+async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept_anywhere(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        most = [0, 0]
+        read = 0
+
+        async def read_slowly(call: RawCall) -> None:
+            nonlocal read
+            while piece := await call.receive():
+                read += len(piece)
+                await trio.sleep(1)
+                for node, waits in enumerate(play.waiting()):
+                    most[node] = max(most[node], waits)
+                # All that can be anywhere: two windows on each node, and what the kernels hold.
+                assert uploader.sent - read < (2 * len(play.nodes) + 2) * UPLOAD_WINDOW + 2 * _intake.KEPT
+            call.begin(200, "text/plain")
+
+        play.raw = read_slowly
+        uploader = await play.upload("raw", first=True)
+        assert (await uploader.end()).status == 200
+        assert uploader.took > 8
+        # What had come before the model was known goes on in one piece.
+        assert most[0] <= UPLOAD_WINDOW + _intake.KEPT + 4 * PIECE
+        if forwarded:
+            assert 0 < most[1] <= UPLOAD_WINDOW
+
+
+# The handler
+
+
+@places
+@kinds
+async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connection_stays_usable(
+    model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=False, pauses_at=HALF)
+        play.back.unregister_model(model)
+        await trio.sleep(1)
+        uploader.go_on.set()
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert await uploader.ask_again() == 200
+        assert play.books() == {}
+
+
+@places
+@kinds
+async def test_an_upload_that_is_under_way_is_answered_although_its_model_goes(
+    model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=True, pauses_at=HALF)
+        play.back.unregister_model(model)
+        await trio.sleep(1)
+        uploader.go_on.set()
+        assert (await uploader.end()).status == 200
+
+
+@places
+async def test_an_unknown_model_is_404_as_soon_as_its_name_has_come_by(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload("nobody", first=True)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert await uploader.ask_again() == 200
+
+
+@places
+async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connection_stays_usable(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded, slots=1) as play:
+        let_go = trio.Event()
+
+        async def wait(call: RawCall) -> None:
+            if play.started == ["raw"]:
+                await let_go.wait()
+            await read_all(call)
+
+        play.raw = wait
+        busy = await play.upload("raw", first=True)
+        await trio.sleep(1)
+        uploader = await play.upload("raw", first=True)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (503, "over_capacity")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert uploader.took < 3
+        assert await uploader.ask_again() == 200
+        let_go.set()
+        assert (await busy.end()).status == 200
+        assert play.books() == {"completed": 1, "failed": 1}
+
+
+@places
+async def test_a_handler_is_given_its_slot_when_the_body_is_there_and_not_before(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded, max_concurrency=1) as play:
+        slow = await play.upload("asr", first=True, pauses_at=HALF)
+        assert (await (await play.upload("asr", first=True)).end()).status == 200
+        slow.go_on.set()
+        assert (await slow.end()).status == 200
+
+
+@places
+@pytest.mark.parametrize("status", [200, 413])
+async def test_a_raw_model_may_answer_before_it_has_read_anything(
+    status: int, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+
+        async def answer_at_once(call: RawCall) -> None:
+            call.begin(status, "application/json")
+            await call.send(b'{"early": true}')
+
+        play.raw = answer_at_once
+        uploader = await play.upload("raw", first=True)
+        answer = await uploader.end()
+        assert (answer.status, answer.json()) == (status, {"early": True})
+        assert uploader.took < 3
+        assert await uploader.ask_again() == 200
+        assert play.books() == {"completed": 1}
+
+
+@places
+async def test_a_raw_model_may_refuse_in_the_middle(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+
+        async def refuse(call: RawCall) -> None:
+            await call.receive()
+            raise ApiError(415, "not this sound", code="unsupported")
+
+        play.raw = refuse
+        uploader = await play.upload("raw", first=True)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (415, "unsupported")
+        assert await uploader.ask_again() == 200
+        assert play.books() == {"failed": 1}
+
+
+@places
+async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        body = form("asr", first=True).replace(sound()[2_000_000:2_000_005], b"\r\n--Bx", 1)
+        uploader = await play.send(body, pauses_at=2_500_000)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+        assert "multipart" in answer.error["message"]
+        assert uploader.took < 5
+        assert play.started == []
+
+
+# The worker, the link, the master
+
+
+@orders
+@kinds
+@pytest.mark.parametrize("cause", ["killed", "cut", "reset", "silent", "frozen"])
+async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_again(
+    cause: str, model: str, first: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=True, on_conflict="replicate") as play:
+        other = worker("other", **OPTIONS | {"on_conflict": "replicate"})
+        uploader = await play.upload(model, first=first, pauses_at=HALF)
+        other.register_asr("asr", play.listen)
+        other.register_raw("raw", play.relay)
+        await play.cluster.start_worker(other)
+        node = play.cluster.workers["w"]
+        link = node.link
+        match cause:
+            case "killed":
+                node.kill()
+            case "cut":
+                link.cut()
+            case "reset":
+                link.reset()
+            case "silent":
+                link.partition()
+            case "frozen":
+                node.freeze()
+        if cause in ("silent", "frozen"):
+            await trio.sleep(OPTIONS["worker_timeout"] + OPTIONS["heartbeat_interval"])
+        else:
+            await trio.sleep(1)
+        uploader.go_on.set()
+        answer = await uploader.end()
+        if first:
+            # What has passed through is gone; nobody can be asked again.
+            assert (answer.status, answer.error["code"]) == (502, "worker_lost")
+            assert play.books() == {"worker_lost": 1}
+        else:
+            # Nobody had been asked yet.
+            assert answer.status == 200
+            assert play.books() == {"completed": 1}
+        if cause not in ("silent", "frozen"):
+            # It sent the rest soon enough.
+            assert await uploader.ask_again() == 200
+        link.heal()
+        node.thaw()
+
+
+@orders
+@kinds
+async def test_a_worker_that_drains_in_the_middle_finishes_what_cannot_be_given_back(
+    model: str, first: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=True) as play:
+        uploader = await play.upload(model, first=first, pauses_at=HALF)
+        play.cluster.workers["w"].stop()
+        await trio.sleep(1)
+        uploader.go_on.set()
+        answer = await uploader.end()
+        if first:
+            assert (answer.status, play.books()) == (200, {"completed": 1})
+        else:
+            assert (answer.status, play.books()) == (404, {})
+        await play.cluster.workers["w"].over.wait()
+
+
+@kinds
+async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
+    model: str, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=True) as play:
+        uploader = await play.upload(model, first=True, pauses_at=HALF)
+        play.cluster.workers["w"].stop()
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        assert uploader.took == pytest.approx(OPTIONS["drain_timeout"] + 2, abs=3)
+        assert play.books() == {"failed": 1}
+        await play.cluster.workers["w"].over.wait()
+
+
+@places
+@orders
+@kinds
+async def test_a_master_that_drains_in_the_middle_finishes_what_it_has_begun(
+    model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload(model, first=first, pauses_at=HALF)
+        play.cluster.master.stop()
+        await trio.sleep(1)
+        uploader.go_on.set()
+        await uploader.over.wait()
+        answer = uploader.answer
+        if first:
+            assert answer is not None
+            assert (answer.status, play.books()) == (200, {"completed": 1})
+        elif answer is not None:
+            assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        await play.cluster.master.over.wait()
+        if forwarded:
+            play.cluster.workers["w"].stop()
+            await play.cluster.workers["w"].over.wait()
+
+
+@places
+async def test_an_operator_can_cancel_an_upload(
+    forwarded: bool, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with stage(files, forwarded=forwarded) as play:
+        uploader = await play.upload("asr", first=True, pauses_at=HALF, x_request_id="the-one")
+        operator = play.cluster.client("operator")
+        (call,) = (await operator.get("/cluster/calls")).json()["calls"]
+        assert (call["request_id"], call["phase"]) == ("the-one", "uploading")
+        assert (await operator.post("/cluster/calls/the-one/cancel", {})).status == 200
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (503, "cancelled")
+        assert play.books() == {"cancelled": 1}
+
+
+# The disk
+
+
+async def test_a_disk_that_is_full_is_503_and_the_connection_stays_usable(
+    files: list[Any], monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    def full(**options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_intake.tempfile, "TemporaryFile", full)
+    async with stage(files, forwarded=True) as play:
+        uploader = await play.upload("asr", first=False)
+        answer = await uploader.end()
+        assert (answer.status, answer.error["code"]) == (503, "over_capacity")
+        assert "No space left" in answer.error["message"]
+        assert await uploader.ask_again() == 200
+        assert (await (await play.upload("asr", first=True)).end()).status == 200

@@ -1,0 +1,212 @@
+"""The description of the routes says of requests what reading them says, no more and no less."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from described import fits, fitting, nearly_fitting
+from hypothesis import HealthCheck, given, settings, strategies as st
+from openai_answers import FORM, form
+
+from trio_cluster._errors import InvalidRequest
+from trio_cluster.openai import ENDPOINTS, ERROR, Endpoint, describe_endpoints
+from trio_cluster.openai._checks import Check, Custom, ListOf, ObjectOf, OneOf
+from trio_cluster.openai._fields import OnlyIf, Table, Uploads
+from trio_cluster.openai._schemas import by_type, members_of, or_null
+
+PATHS = describe_endpoints()
+# Reading a request costs little, and drawing one a lot; what is drawn first is as good as what comes later.
+EXAMPLES = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def schema_of(endpoint: Endpoint) -> dict[str, Any]:
+    content = PATHS[f"/v1{endpoint.path}"]["post"]["requestBody"]["content"]
+    (media_type,) = content
+    schema: dict[str, Any] = content[media_type]["schema"]
+    return schema
+
+
+def named(*, with_form: bool) -> list[str]:
+    return [name for name, each in ENDPOINTS.items() if each.table and each.table.is_form == with_form]
+
+
+def is_taken(endpoint: Endpoint, value: Any) -> InvalidRequest | None:
+    try:
+        endpoint.parse(json.dumps(value).encode(), "application/json", {})
+    except InvalidRequest as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", named(with_form=False))
+@given(data=st.data())
+@EXAMPLES
+def test_what_fits_the_description_is_taken(name: str, data: st.DataObject) -> None:
+    endpoint = ENDPOINTS[name]
+    value = data.draw(fitting(schema_of(endpoint)))
+    error = is_taken(endpoint, value)
+    assert error is None, (error, value)
+
+
+@pytest.mark.parametrize("name", named(with_form=False))
+@given(data=st.data())
+@EXAMPLES
+def test_what_does_not_fit_the_description_is_refused(name: str, data: st.DataObject) -> None:
+    endpoint = ENDPOINTS[name]
+    schema = schema_of(endpoint)
+    value = data.draw(nearly_fitting(schema))
+    error = is_taken(endpoint, value)
+    assert (error is None) == fits(schema).is_valid(value), (error, value)
+
+
+@pytest.mark.parametrize("name", named(with_form=True))
+@given(data=st.data())
+@EXAMPLES
+def test_a_form_that_fits_the_description_is_taken(name: str, data: st.DataObject) -> None:
+    endpoint = ENDPOINTS[name]
+    schema = schema_of(endpoint)
+    described = {
+        part: each for part, each in schema["properties"].items() if "contentMediaType" not in str(each)
+    }
+    files = [part for part in schema["required"] if part not in described]
+    fields = data.draw(
+        fitting(
+            schema
+            | {
+                "properties": described,
+                "required": [part for part in schema["required"] if part in described],
+                "additionalProperties": False,
+            }
+        )
+    )
+    parts: list[Any] = []
+    for part, value in fields.items():
+        for each in value if isinstance(value, list) else [value]:
+            parts.append((part, each if isinstance(each, str) else json.dumps(each)))
+    body = form(*parts, *((part, "a.wav", b"RIFF") for part in files))
+    read = endpoint.parse(body, FORM, {})
+    assert read.model == fields["model"]
+    for missing in files:
+        with pytest.raises(InvalidRequest) as caught:
+            endpoint.parse(form(*parts, *((p, "a.wav", b"RIFF") for p in files if p != missing)), FORM, {})
+        assert caught.value.param == missing
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
+def test_every_endpoint_names_its_table_and_is_described_by_it(endpoint: Endpoint) -> None:
+    assert endpoint.table is not None
+    schema = schema_of(endpoint)
+    fits(schema).check_schema(schema)
+    assert {"model"} <= set(schema["required"]) <= set(schema["properties"])
+    assert schema["additionalProperties"] is True
+    for field, each in schema["properties"].items():
+        assert each, f"nothing is said of {field}"
+        if "default" in each:
+            assert fits(each).is_valid(each["default"])
+
+
+def test_defaults_are_those_of_the_request() -> None:
+    properties = schema_of(ENDPOINTS["chat.completions"])["properties"]
+    assert properties["temperature"] == {
+        "type": ["number", "null"], "minimum": 0, "maximum": 2, "default": 1.0
+    }  # fmt: skip
+    assert (properties["stream"]["default"], properties["n"]["default"]) == (False, 1)
+    assert "default" not in properties["max_tokens"]
+    assert "default" not in properties["model"]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
+def test_every_operation_says_what_it_may_end_in(endpoint: Endpoint) -> None:
+    operation = PATHS[f"/v1{endpoint.path}"]["post"]
+    assert operation["operationId"] == endpoint.name
+    assert operation["tags"] == [endpoint.kind]
+    assert set(operation["responses"]["200"]["content"]) == set(endpoint.answers)
+    statuses = {200, 400, 401, 404, 413, 415, 429, 500, 502, 503, 504}
+    assert {str(status) for status in statuses} | {"default"} <= set(operation["responses"])
+
+
+@given(message=st.text(), param=st.none() | st.text(), code=st.none() | st.text())
+def test_every_error_fits_its_description(message: str, param: str | None, code: str | None) -> None:
+    assert fits(ERROR).is_valid(InvalidRequest(message, param=param, code=code).envelope())
+
+
+def test_an_endpoint_without_a_table_is_described_as_taking_anything_for_its_model() -> None:
+    from trio_cluster.openai._openapi import _describe
+
+    chat = ENDPOINTS["chat.completions"]
+    plain = Endpoint("own", "/own", chat.kind, chat.parse, chat.encoder)
+    schema = _describe(plain)["requestBody"]["content"]["application/json"]["schema"]
+    assert fits(schema).is_valid({"model": "m", "what": ["ever"]})
+    assert not fits(schema).is_valid({"what": "ever"})
+
+
+# The words
+
+
+def test_a_check_that_does_not_say_what_it_takes_is_described_as_taking_anything() -> None:
+    assert Check().schema() == Custom(lambda value, name: value).schema() == {}
+    assert or_null({}) == {}
+
+
+def test_a_word_that_is_refused_says_why_and_is_not_described() -> None:
+    check = OneOf(("b64_json",), {"url": "nothing is kept"})
+    assert check.schema() == {"type": "string", "enum": ["b64_json"]}
+    with pytest.raises(InvalidRequest, match="'f' must be 'b64_json': nothing is kept") as caught:
+        check("url", "f")
+    assert (caught.value.param, caught.value.code) == ("f", "unsupported_value")
+    with pytest.raises(InvalidRequest, match="expected 'b64_json', but got"):
+        check("pixels", "f")
+
+
+@pytest.mark.parametrize(
+    ("schema", "wider"),
+    [
+        ({"type": "string", "enum": ["a"]}, {"type": ["string", "null"], "enum": ["a", None]}),
+        ({"anyOf": [{"type": "string"}]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        ({"enum": [1]}, {"anyOf": [{"enum": [1]}, {"type": "null"}]}),
+    ],
+)
+def test_null_is_an_absent_field(schema: dict[str, Any], wider: dict[str, Any]) -> None:
+    assert or_null(schema) == wider
+    assert fits(wider).is_valid(None)
+
+
+def test_objects_that_say_their_type() -> None:
+    text = members_of({"text": {"type": "string"}}, ("text",))
+    id_ = members_of({"id": {"type": "string"}}, ("id",))
+    open_ = fits(by_type({"text": text}, common=id_))
+    assert open_.is_valid({"type": "text", "text": "a", "id": "1"})
+    assert open_.is_valid({"type": "video", "id": "1"})
+    assert not open_.is_valid({"type": "text", "id": "1"})
+    assert not open_.is_valid({"text": "a", "id": "1"})
+    assert not open_.is_valid({"type": "video"})
+    assert fits(by_type({"text": text}, default="text")).is_valid({"text": "a"})
+    assert not fits(by_type({"text": text}, closed=True)).is_valid({"type": "video"})
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1}, {"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": False}, {"b": "y"}])
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_rule_and_its_description_agree(value: dict[str, Any], by_default: bool) -> None:
+    rule = OnlyIf("a", "b", ("x", "z"), by_default)
+    try:
+        rule.check(value)
+    except InvalidRequest as error:
+        assert error.param == "a"
+        assert error.message == "'a' is only allowed when 'b' is 'x' or 'z'"
+        assert not fits(rule.schema()).is_valid(value)
+    else:
+        assert fits(rule.schema()).is_valid(value)
+
+
+def test_a_form_may_have_several_files_of_a_name() -> None:
+    table = Table(("model",), {"model": OneOf(("m",))}, files={"image": Uploads(1, 2), "mask": Uploads(0, 1)})
+    properties = table.schema()["properties"]
+    assert table.is_form
+    assert (properties["image"]["type"], properties["image"]["maxItems"]) == ("array", 2)
+    assert properties["mask"]["type"] == "string"
+    assert table.schema()["required"] == ["model", "image"]
+    assert ListOf(ObjectOf()).schema() == {"type": "array", "items": {"type": "object"}}

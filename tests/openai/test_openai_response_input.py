@@ -1,0 +1,365 @@
+"""What a client sends to /v1/responses, as a chat handler sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai_answers import refused, send
+
+from trio_cluster.openai import ChatRequest
+
+
+def messages(*items: Any) -> list[dict[str, Any]]:
+    request: ChatRequest = send("responses", input=list(items))
+    return request.messages
+
+
+USER = {"role": "user", "content": "hi"}
+CALL = {
+    "type": "function_call",
+    "id": "fc_1",
+    "call_id": "c1",
+    "name": "f",
+    "arguments": "{}",
+    "status": "completed",
+}
+CALLED = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "42"}
+
+
+def thought(text: str) -> dict[str, Any]:
+    return {
+        "type": "reasoning",
+        "id": "rs_1",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": text}],
+    }
+
+
+def said(text: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": []}
+    return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [part]}
+
+
+def test_a_text_is_a_message_of_the_user() -> None:
+    request = send("responses", input="Hello")
+    assert request.messages == [{"role": "user", "content": "Hello"}]
+    assert request.last_text == "Hello"
+    assert request.raw == {"model": "m", "input": "Hello"}
+
+
+def test_instructions_come_first() -> None:
+    assert send("responses", instructions="Be brief.").messages == [
+        {"role": "system", "content": "Be brief."},
+        USER,
+    ]
+    assert send("responses", instructions="").messages == [USER]
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "assistant"])
+@pytest.mark.parametrize("typed", [{}, {"type": "message"}, {"type": None}])
+def test_a_message_is_a_message(role: str, typed: dict[str, Any]) -> None:
+    assert messages({"role": role, "content": "x"} | typed) == [{"role": role, "content": "x"}]
+
+
+def test_parts_are_those_of_a_chat() -> None:
+    parts = [
+        {"type": "input_text", "text": "what is this?"},
+        {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low", "file_id": None},
+        {"type": "input_image", "image_url": "https://example.org/x.png"},
+        {"type": "input_file", "file_data": "data:application/pdf;base64,AAAA", "filename": "x.pdf"},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+    ]
+    request = send("responses", input=[{"role": "user", "content": parts}])
+    assert request.messages[0]["content"] == [
+        {"type": "text", "text": "what is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}},
+        {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA", "filename": "x.pdf"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+    ]
+    assert request.has_image_inputs
+    assert request.last_text == "what is this?"
+
+
+def test_text_that_is_one_part_is_just_text() -> None:
+    one, two = {"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}
+    assert messages({"role": "user", "content": [one]}) == [{"role": "user", "content": "a"}]
+    assert messages({"role": "user", "content": [one, two]})[0]["content"] == [
+        {"type": "text", "text": "a"},
+        {"type": "text", "text": "b"},
+    ]
+    assert messages({"role": "assistant", "content": [one, two]}) == [{"role": "assistant", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([CALL], [{"role": "assistant", "content": None, "tool_calls": [CALLED]}]),
+        (
+            [said("Let me see."), CALL, OUTPUT],
+            [
+                {"role": "assistant", "content": "Let me see.", "tool_calls": [CALLED]},
+                {"role": "tool", "tool_call_id": "c1", "content": "42"},
+            ],
+        ),
+        (
+            [CALL, CALL | {"call_id": "c2"}],
+            [{"role": "assistant", "content": None, "tool_calls": [CALLED, CALLED | {"id": "c2"}]}],
+        ),
+        (
+            [said("a"), CALL, said("b"), OUTPUT],
+            [
+                {"role": "assistant", "content": "ab", "tool_calls": [CALLED]},
+                {"role": "tool", "tool_call_id": "c1", "content": "42"},
+            ],
+        ),
+        (
+            [CALL, OUTPUT, said("42.")],
+            [
+                {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                {"role": "tool", "tool_call_id": "c1", "content": "42"},
+                {"role": "assistant", "content": "42."},
+            ],
+        ),
+        (
+            [said("a"), said("b")],
+            [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ),
+        (
+            [thought("hm"), said("a"), CALL],
+            [{"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [CALLED]}],
+        ),
+        (
+            [thought("hm"), CALL, thought(", so"), CALL | {"call_id": "c2"}],
+            [
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning_content": "hm, so",
+                    "tool_calls": [CALLED, CALLED | {"id": "c2"}],
+                }
+            ],
+        ),
+        (
+            [said("a"), thought("hm"), said("b")],
+            [
+                {"role": "assistant", "content": "a"},
+                {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+            ],
+        ),
+        ([thought("hm")], [{"role": "assistant", "content": "", "reasoning_content": "hm"}]),
+        (
+            [thought("hm"), USER],
+            [{"role": "assistant", "content": "", "reasoning_content": "hm"}, USER],
+        ),
+        (
+            [
+                {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "short"}]},
+                said("a"),
+            ],
+            [{"role": "assistant", "content": "a", "reasoning_content": "short"}],
+        ),
+        ([{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"}], []),
+        ([USER, said("a")], [USER, {"role": "assistant", "content": "a"}]),
+    ],
+)
+def test_what_belongs_to_one_answer_is_one_message(items: list[Any], expected: list[Any]) -> None:
+    assert messages(*items) == expected
+
+
+def test_the_result_of_a_call_may_have_parts() -> None:
+    parts = [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": "data:,"}]
+    [message] = messages(OUTPUT | {"output": parts})
+    assert message["content"] == [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+    ]
+
+
+def test_tools_are_those_of_a_chat() -> None:
+    parameters = {"type": "object", "properties": {}}
+    tools = [
+        {"type": "function", "name": "f", "description": "d", "parameters": parameters, "strict": True},
+        {"type": "function", "name": "g", "parameters": None, "strict": None},
+    ]
+    assert send("responses", tools=tools).tools == [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": "d", "parameters": parameters, "strict": True},
+        },
+        {"type": "function", "function": {"name": "g"}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "seen"),
+    [
+        ("auto", "auto"),
+        ("required", "required"),
+        ({"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            },
+        ),
+    ],
+)
+def test_the_choice_of_a_tool_is_that_of_a_chat(sent: Any, seen: Any) -> None:
+    assert send("responses", tool_choice=sent).tool_choice == seen
+
+
+@pytest.mark.parametrize(
+    ("sent", "seen"),
+    [
+        ({"type": "text"}, {"type": "text"}),
+        ({"type": "json_object"}, {"type": "json_object"}),
+        (
+            {
+                "type": "json_schema",
+                "name": "n",
+                "schema": {"type": "object"},
+                "strict": True,
+                "description": None,
+            },
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+            },
+        ),
+    ],
+)
+def test_the_format_of_the_text_is_that_of_a_chat(sent: Any, seen: Any) -> None:
+    request = send("responses", text={"format": sent, "verbosity": "low"})
+    assert (request.response_format, request.verbosity) == (seen, "low")
+
+
+def test_other_fields_are_under_their_names_in_a_chat() -> None:
+    request = send(
+        "responses",
+        max_output_tokens=7,
+        temperature=0.5,
+        top_p=0.25,
+        reasoning={"effort": "low", "summary": "auto"},
+        parallel_tool_calls=False,
+        metadata={"a": "b"},
+        user="u",
+        stream=True,
+        stream_options={"include_obfuscation": False},
+        unheard_of=[1],
+    )
+    assert (request.max_tokens, request.token_limit) == (7, 7)
+    assert (request.temperature, request.top_p, request.reasoning_effort) == (0.5, 0.25, "low")
+    assert (request.parallel_tool_calls, request.metadata, request.user) == (False, {"a": "b"}, "u")
+    assert (request.stream, request.n, request.logprobs) == (True, 1, False)
+    assert request.raw["unheard_of"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "top"),
+    [({"include": ["message.output_text.logprobs"]}, None), ({"top_logprobs": 3}, 3)],
+)
+def test_log_probabilities_can_be_asked_for(fields: dict[str, Any], top: int | None) -> None:
+    request = send("responses", **fields)
+    assert (request.logprobs, request.top_logprobs) == (True, top)
+
+
+def part(**members: Any) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": [members]}]}
+
+
+def item(**members: Any) -> dict[str, Any]:
+    return {"input": [USER, members]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "not stored"),
+        ({"conversation": {"id": "conv_1"}}, "conversation", "not stored"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt", "not stored"),
+        ({"background": True}, "background", "ends with the request"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "no tools of its own"),
+        ({"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "tools[1].type", "'mcp'"),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice.type", "no tools of its own"),
+        (item(type="item_reference", id="msg_1"), "input[1].id", "nothing is stored"),
+        (item(id="msg_1"), "input[1].id", "nothing is stored"),
+        (item(type="web_search_call", id="ws_1"), "input[1].type", "'web_search_call'"),
+        (item(type="custom_tool_call"), "input[1].type", "expected one of 'message'"),
+        (
+            part(type="input_image", file_id="file-1"),
+            "input[0].content[0].file_id",
+            "send the content itself",
+        ),
+        (part(type="input_file", file_id="file-1"), "input[0].content[0].file_id", "send the content itself"),
+        (part(type="input_file", file_url="https://x"), "input[0].content[0].file_url", "'file_data'"),
+    ],
+)
+def test_what_needs_a_memory_or_tools_of_the_servers_own_is_refused_in_a_sentence(
+    fields: dict[str, Any], param: str, why: str
+) -> None:
+    error = refused("responses", **fields)
+    assert (error.status, error.param, error.code) == (400, param, "unsupported_value")
+    assert why in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (item(), "input[1].role"),
+        (item(type=1), "input[1].type"),
+        (item(type="message"), "input[1].role"),
+        (item(role="tool", content="x"), "input[1].role"),
+        (item(role=1, content="x"), "input[1].role"),
+        (item(role="user"), "input[1].content"),
+        (item(role="user", content=1), "input[1].content"),
+        (item(role="user", content=[]), "input[1].content"),
+        (item(role="user", content=["x"]), "input[1].content[0]"),
+        (part(text="x"), "input[0].content[0].type"),
+        (part(type="image_url", image_url={"url": "x"}), "input[0].content[0].type"),
+        (part(type="input_text"), "input[0].content[0].text"),
+        (part(type="output_text", text=1), "input[0].content[0].text"),
+        (part(type="refusal"), "input[0].content[0].refusal"),
+        (part(type="input_image"), "input[0].content[0].image_url"),
+        (part(type="input_image", image_url={"url": "x"}), "input[0].content[0].image_url"),
+        (part(type="input_file", filename="x"), "input[0].content[0].file_data"),
+        (part(type="input_audio", input_audio={"data": "x"}), "input[0].content[0].input_audio.format"),
+        (item(type="function_call", name="f", arguments="{}"), "input[1].call_id"),
+        (item(type="function_call", call_id="c", arguments="{}"), "input[1].name"),
+        (item(type="function_call", call_id="c", name="f", arguments={}), "input[1].arguments"),
+        (item(type="function_call_output", output="x"), "input[1].call_id"),
+        (item(type="function_call_output", call_id="c"), "input[1].output"),
+        (item(type="function_call_output", call_id="c", output=1), "input[1].output"),
+        (item(type="function_call_output", call_id="c", output=[{"type": "x"}]), "input[1].output[0].type"),
+        (item(type="reasoning", content="x"), "input[1].content"),
+        (item(type="reasoning", summary=[{}]), "input[1].summary[0].text"),
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools[0].parameters"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.name"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "none", "tools": [1]}}, "tool_choice.mode"),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity"),
+        ({"text": {"format": {}}}, "text.format.type"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"reasoning": {"effort": 1}}, "reasoning.effort"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"input": ...}, "input"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], param: str) -> None:
+    error = refused("responses", **fields)
+    assert (error.status, error.param) == (400, param)
+    assert f"'{param}'" in error.message
+
+
+def test_an_unsupported_type_of_any_length_makes_a_short_message() -> None:
+    assert len(refused("responses", **item(type="x" * 10_000)).message) < 300
+    assert len(refused("responses", tools=[{"type": "x" * 10_000}]).message) < 300

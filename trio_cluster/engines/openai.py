@@ -1,0 +1,119 @@
+"""``openai``: the models of any server that speaks the OpenAI API, from vLLM to llama.cpp's own.
+
+Nothing is loaded here. The models are those that the server lists, for as long as it does; a call goes to it as it
+came, on whatever route, and its answer comes back as it is. Several such engines can stand side by side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import trio
+
+from trio_cluster._models import ModelInfo
+
+from ._engine import Engine, ModelServer, Option, fraction, text, whole_number
+from ._http_client import BaseURL, HttpClient
+from ._upstream_models import Naming, UpstreamModels
+
+__all__ = ["engine"]
+
+_EXAMPLE: Final = "openai:http://127.0.0.1:8000/v1"
+
+
+def _patterns(value: str) -> tuple[str, ...]:
+    patterns = tuple(filter(None, (each.strip() for each in value.split(","))))
+    if not patterns:
+        raise ValueError("expected patterns such as llama*,qwen*, got nothing")
+    return patterns
+
+
+def _names(value: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for pair in value.split(","):
+        # The names of servers have colons in them, such as llama3:8b.
+        old, _, new = pair.strip().rpartition(":")
+        if not old or not new:
+            raise ValueError(f"expected OLD:NEW, got '{pair}'")
+        _check_name(new)
+        if old in names or new in names.values():
+            raise ValueError(f"'{pair}' contradicts an earlier one")
+        names[old] = new
+    return names
+
+
+def _prefix(value: str) -> str:
+    _check_name(value + "x")
+    return text(value)
+
+
+def _check_name(name: str) -> None:
+    ModelInfo(name=name, kind="any")
+
+
+def _secret(value: str) -> str:
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("a key has no spaces and only ASCII characters")
+    return text(value)
+
+
+class _OpenAI(Engine):
+    summary = "any kind: the models of a server that speaks the OpenAI API"
+    argument = "the URL of its API, such as http://127.0.0.1:8000/v1"
+    options: ClassVar[Mapping[str, Option]] = {
+        "key": Option(_secret, None, "the key that the server wants"),
+        "key_env": Option(text, None, "the environment variable that has the key"),
+        "prefix": Option(_prefix, "", "what to put before the names of its models"),
+        "only": Option(_patterns, (), "patterns for the names of the models that are wanted"),
+        "rename": Option(_names, {}, "OLD:NEW,... names to give to some models, without the prefix"),
+        "max_concurrency": Option(whole_number(1, 100_000), None, "requests to one model at once"),
+        "poll": Option(fraction(0.1, 3600), 5.0, "seconds between two looks at its list of models"),
+    }
+
+    def check(self, argument: str, options: Mapping[str, Any]) -> None:
+        """See :meth:`Engine.check`."""
+        if not argument:
+            raise ValueError(f"say where the server is: {_EXAMPLE}")
+        BaseURL.parse(argument)
+        _key(options)
+
+    async def serve(
+        self,
+        argument: str,
+        options: Mapping[str, Any],
+        server: ModelServer,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """See :meth:`Engine.serve`. A server that is not there is waited for; started all the same."""
+        client = HttpClient(BaseURL.parse(argument))
+        naming = Naming(options["prefix"], options["only"], options["rename"])
+        models = UpstreamModels(
+            client,
+            _key(options),
+            server,
+            naming,
+            pause=options["poll"],
+            max_concurrency=options["max_concurrency"],
+        )
+        try:
+            await models.follow(task_status=task_status)
+        finally:
+            client.close()
+
+
+def _key(options: Mapping[str, Any]) -> str | None:
+    key: str | None = options["key"]
+    name: str | None = options["key_env"]
+    if name is None:
+        return key
+    if key is not None:
+        raise ValueError("give key or key_env, not both")
+    if name not in os.environ:
+        raise ValueError(f"key_env: there is no environment variable '{name}'")
+    return _secret(os.environ[name].strip())
+
+
+engine: Final = _OpenAI()
