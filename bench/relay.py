@@ -21,7 +21,7 @@ from pathlib import Path
 
 import trio
 from cancellation import open_stream, read_lines
-from worker import free_port
+from running import free_port
 
 HERE = Path(__file__).parent
 BODY = json.dumps({"model": "bench", "messages": [{"role": "user", "content": "hello"}]}).encode()

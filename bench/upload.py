@@ -26,8 +26,15 @@ from cancellation import read_lines
 from relay import cpu_seconds, drop
 from worker import HOST, free_port
 
-from trio_cluster import ASRRequest, ChatRequest, ClusterServer, ClusterServerOptions, RawCall, ServerOptions
-from trio_cluster import check_is_cluster_server
+from trio_cluster import (
+    ASRRequest,
+    ChatRequest,
+    ClusterServer,
+    ClusterServerOptions,
+    RawCall,
+    ServerOptions,
+    check_is_cluster_server,
+)
 
 MB = 1_000_000
 #: Seconds between the tokens of the stream beside the upload.
@@ -259,7 +266,9 @@ async def compare(megabytes: float, json_megabytes: float, rounds: int) -> None:
         "asr, form, model first": form("asr", size, model_first=True),
         "asr, form, model last": form("asr", size, model_first=False),
     }
-    print(f"{'':<24}{'MB':>6}{'MB/s':>7}{'CPU ms/MB':>16}{'memory/body':>18}{'MB':>14}{'pause ms':>10}{'>10':>5}")
+    print(
+        f"{'':<24}{'MB':>6}{'MB/s':>7}{'CPU ms/MB':>16}{'memory/body':>18}{'MB':>14}{'pause ms':>10}{'>10':>5}"
+    )
     print(f"{'':<37}{'master':>8}{'worker':>8}{'master':>9}{'worker':>9}{'master':>7}{'worker':>7}")
     async with cluster() as (port, master, worker):
         for model in ("raw", "asr"):

@@ -1,89 +1,79 @@
-"""A master and a worker for the benchmarks: the worker here, the master as a process of its own.
+"""Workers for the benchmarks, one or many in a process, each with a connection of its own.
 
-Prints ``port N`` when both are there and ``cancelled NANOSECONDS`` whenever a handler is cancelled; ends when its
-standard input does.
+Prints ``port N`` (that of the master's API) when all are there, and ``cancelled NANOSECONDS`` whenever a handler is
+cancelled.
+
+The first worker of all serves the model ``bench``. Number N serves ``bench-N-0``, ``bench-N-1`` and so on beside it,
+and with ``--replicas`` also ``bench``.
+
+    python bench/worker.py PORT [--workers 1] [--first 0] [--models 1] [--replicas]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import socket
-import subprocess
-import sys
+import re
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 
 import trio
 
-from trio_cluster import (
-    ChatRequest,
-    ClusterServer,
-    ClusterServerOptions,
-    ServerOptions,
-    check_is_cluster_server,
-)
+from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
 
 HOST = "127.0.0.1"
 INTERVAL = float(os.environ.get("BENCH_INTERVAL", "0.05"))
-
-server = ClusterServer(
-    ClusterServerOptions(server=ServerOptions(host=HOST, max_concurrency=100_000, default_timeout=600.0))
-)
+_EVERY = re.compile(r"every ([0-9.]+)")
 
 
-@server.chat("bench")
 async def bench(request: ChatRequest) -> AsyncIterator[str]:
-    """Stream for ever, or answer at once."""
+    """Answer at once, or stream for ever; the question may say how many seconds lie between two tokens."""
     if not request.stream:
         yield "x" * 40
         return
+    said = _EVERY.search(request.last_text)
+    every = float(said[1]) if said else INTERVAL
+    due = trio.current_time()
     try:
         yield "begun "
         while True:
-            await trio.sleep(INTERVAL)
+            due += every
+            await trio.sleep_until(due)
             yield "token "
     finally:
         print("cancelled", time.monotonic_ns(), flush=True)
 
 
-def free_port() -> int:
-    """Return a port that was free a moment ago, and whose second one was too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((HOST, 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind((HOST, port + 1000))
-            except (OSError, OverflowError):
-                continue
-            return port
+def worker(number: int, models: int, *, replicas: bool) -> ClusterServer:
+    """Return a worker with so many models."""
+    server = ClusterServer(
+        ClusterServerOptions(
+            server=ServerOptions(
+                worker_id=f"w{number}", max_concurrency=100_000, default_timeout=86_400.0, queue_timeout=60.0
+            )
+        )
+    )
+    if replicas or number == 0:
+        server.register_chat("bench", bench)
+    for each in range(models):
+        server.register_chat(f"bench-{number}-{each}", bench)
+    return server
 
 
 async def main() -> None:
-    """Run until standard input ends."""
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "trio_cluster",
-        "master",
-        str(port),
-        "--host",
-        HOST,
-        "--log-level",
-        "warning",
-    ]
+    """Work until the end."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--models", type=int, default=0)
+    parser.add_argument("--replicas", action="store_true")
+    arguments = parser.parse_args()
     async with trio.open_nursery() as nursery:
-        master = await nursery.start(partial(trio.run_process, command, stdin=subprocess.DEVNULL))
-        with trio.fail_after(20):
-            # Another process cannot set an event of ours.
-            while not await check_is_cluster_server(HOST, port + 1000):  # noqa: ASYNC110
-                await trio.sleep(0.05)
-        await nursery.start(server.run_as_worker, HOST, port + 1000)
-        print("port", port, "master", master.pid, flush=True)
-        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
-        nursery.cancel_scope.cancel()
+        for number in range(arguments.first, arguments.first + arguments.workers):
+            one = worker(number, arguments.models, replicas=arguments.replicas)
+            await nursery.start(one.run_as_worker, HOST, arguments.port + 1000)
+        print("port", arguments.port, flush=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ def _draw_members(draw: st.DrawFn, schema: dict[str, Any]) -> dict[str, Any]:
         return {name: _draw(draw, properties[name]) for name in chosen}
     longest = min(5, schema.get("propertyNames", {}).get("maxLength", 5))
     names = draw(st.lists(st.text(max_size=longest), min_size=schema.get("minProperties", 0), max_size=1))
-    others = {name: draw(_JSON) if more is True else _draw(draw, more) for name in names if name not in properties}
+    others = {
+        name: draw(_JSON) if more is True else _draw(draw, more) for name in names if name not in properties
+    }
     return others | {name: _draw(draw, properties.get(name, {})) for name in chosen}
 
 
@@ -151,7 +153,9 @@ def _numbers(schema: dict[str, Any], kind: str) -> st.SearchStrategy[Any]:
     least, most = schema.get("minimum"), schema.get("maximum")
     if kind == "integer":
         return st.integers(least, most)
-    whole = st.integers(None if least is None else -int(-least // 1), None if most is None else int(most // 1))
+    whole = st.integers(
+        None if least is None else -int(-least // 1), None if most is None else int(most // 1)
+    )
     return whole | st.floats(least, most, allow_nan=False, allow_infinity=False)
 
 

@@ -65,14 +65,6 @@ _PNG: Final = b"\x89PNG\r\n\x1a\n" + bytes(50)
 LONGEST_VECTOR: Final = 1024
 
 
-async def _chat(request: ChatRequest) -> AsyncIterator[Any]:
-    for index in range(request.n):
-        yield OutputChunk.text_delta(request.last_text[:100], index)
-    for index in range(request.n):
-        yield OutputChunk.text_delta("!", index)
-    yield OutputChunk.usage(1, 2 * request.n)
-
-
 async def _embedding(request: EmbeddingRequest) -> list[list[float]]:
     size = request.dimensions or 3
     if size > LONGEST_VECTOR:
@@ -86,15 +78,11 @@ async def _asr(request: ASRRequest) -> dict[str, Any]:
         "language": "english",
         "duration": 2.5,
         "segments": [
-            {"start": start, "end": end, "text": f" {len(request.audio)}.", "speaker": "A"} for start, end in times
+            {"start": start, "end": end, "text": f" {len(request.audio)}.", "speaker": "A"}
+            for start, end in times
         ],
         "words": [{"start": start, "end": end, "word": "n"} for start, end in times],
     }
-
-
-async def _tts(request: TTSRequest) -> AsyncIterator[bytes]:
-    for word in request.input.split() or [""]:
-        yield b"sound of " + word.encode()
 
 
 async def _image(request: ImageGenRequest) -> AsyncIterator[bytes]:
@@ -120,13 +108,33 @@ async def _raw(call: RawCall) -> None:
         await call.send(data)
 
 
-def add_models(server: ClusterServer) -> None:
-    """Register all of them."""
-    server.chat("chat", supports_vision=True)(_chat)
-    server.chat(ODD_MODEL, supports_vision=True)(_chat)
+def add_models(server: ClusterServer, *, pause: float = 0.0) -> None:
+    """Register all of them.
+
+    Args:
+        server: where.
+        pause: seconds that answers take which come in pieces: time for a client to leave.
+    """
+
+    async def chat(request: ChatRequest) -> AsyncIterator[Any]:
+        for index in range(request.n):
+            yield OutputChunk.text_delta(request.last_text[:100], index)
+        await trio.sleep(pause)
+        for index in range(request.n):
+            yield OutputChunk.text_delta("!", index)
+        yield OutputChunk.usage(1, 2 * request.n)
+
+    async def tts(request: TTSRequest) -> AsyncIterator[bytes]:
+        yield b"sound of "
+        await trio.sleep(pause)
+        for word in request.input.split():
+            yield word.encode()
+
+    server.chat("chat", supports_vision=True)(chat)
+    server.chat(ODD_MODEL, supports_vision=True)(chat)
     server.embedding("embedding")(_embedding)
     server.asr("asr")(_asr)
-    server.tts("tts")(_tts)
+    server.tts("tts")(tts)
     server.image_generation("image")(_image)
     server.image_edit("image")(_image)
     server.rerank("rerank")(_rerank)
@@ -160,7 +168,7 @@ async def open_obliging(placement: Placement, **options: Any) -> AsyncIterator[C
             await nursery.start(back.run_as_worker, "127.0.0.1", front.internal_port)
         yield front
         with trio.fail_after(10):
-            while front.registry.live or back.registry.live:
+            while front.registry.live or back.registry.live:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
 

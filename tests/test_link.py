@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ import wsproto
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, TextMessage
 
+from trio_cluster._errors import Overloaded
 from trio_cluster._link import PATH, Link, LinkClosed, Refusal, accept, dial
+from trio_cluster._models import ModelInfo
 from trio_cluster.wire import (
     MAGIC,
     MAX_MESSAGE,
     SUBPROTOCOL,
     WINDOW,
+    Cancel,
     Data,
     Done,
     Drain,
@@ -434,3 +438,326 @@ async def test_a_message_out_of_state_ends_the_link_on_both_sides(ends: tuple[En
     assert "a second Handshake" in await master.why()
     assert "a second Handshake" in await worker.why()
     assert RegisterModel not in map(type, master.heard)
+
+
+async def test_a_message_that_makes_no_sense_ends_the_link_at_once_and_politely(
+    ends: tuple[End, End], autojump_clock: MockClock
+) -> None:
+    master, worker = ends
+    worker.session._outbox.post(Handshake(1, 1, 1, "again", "1"))
+    worker.link.wake()
+    start = trio.current_time()
+    await master.over.wait()
+    await worker.over.wait()
+    assert trio.current_time() - start < 0.01
+    assert worker.closed is not None
+    assert worker.closed.said
+
+
+# The wait for company
+
+#: Seconds that a token may wait for others.
+WAIT = 0.25
+#: Seconds by which computed times may differ.
+EXACT = 1e-9
+
+
+class Busy:
+    """A link over which a worker answers three calls, and what its master hears, each message with its time.
+
+    Attributes:
+        heard: when a message came, and what was in it.
+        told: the same of what the worker hears.
+        start: when the last message went before the test begins.
+        closed: why the links have ended.
+    """
+
+    def __init__(self, nursery: trio.Nursery, company: float) -> None:
+        ours, theirs = memory_stream_pair()
+        self.heard: list[tuple[float, list[Any]]] = []
+        self.told: list[tuple[float, list[Any]]] = []
+        now = trio.current_time()
+        self.master = MasterSession("m", "1", now, heartbeat_interval=50, silence_timeout=100)
+        self.worker = WorkerSession("w", "1", now, heartbeat_interval=50, silence_timeout=100)
+        self.links = [
+            Link(
+                stream,
+                session,
+                on_events=lambda events, into=into: into.append((trio.current_time(), list(events))),
+                timeout=30,
+                company=company,
+            )
+            for stream, session, into in (
+                (ours, self.master, self.heard),
+                (theirs, self.worker, self.told),
+            )
+        ]
+        self.master_link, self.worker_link = self.links
+        self.closed: list[str] = []
+        nursery.start_soon(self._run, self.master_link, accept(ours, let_in))
+        nursery.start_soon(self._run, self.worker_link, dial(theirs, "m"))
+
+    async def _run(self, link: Link, opener: Any) -> None:
+        try:
+            await link.run(opener)
+        except LinkClosed as closed:
+            self.closed.append(closed.why)
+
+    async def begin(self) -> list[int]:
+        """Open the calls; afterwards the link is busy from this moment on."""
+        await wait_all_tasks_blocked()
+        calls = [
+            self.master.open(endpoint="chat.completions", kind="chat", model="m", size=0) for _ in range(3)
+        ]
+        for call in calls:
+            self.master.send_body(call, b"", last=True)
+        self.master_link.wake()
+        await wait_all_tasks_blocked()
+        for call in calls:
+            self.worker.respond(call, 200, "text/event-stream")
+        self.worker_link.wake()
+        await trio.sleep(1)
+        self.send(calls[0], b"first")
+        await wait_all_tasks_blocked()
+        self.start = trio.current_time()
+        assert self.heard[-1] == (self.start, [Data(calls[0], b"first")])
+        self.heard.clear()
+        self.told.clear()
+        return calls
+
+    def send(self, call: int, data: bytes) -> None:
+        self.worker.send(call, data)
+        self.worker_link.wake()
+
+
+@pytest.fixture
+async def busy(nursery: trio.Nursery, autojump_clock: MockClock) -> Busy:
+    return Busy(nursery, WAIT)
+
+
+async def test_on_an_idle_link_a_token_goes_at_once(busy: Busy) -> None:
+    call, *_ = await busy.begin()
+    for _ in range(3):
+        await trio.sleep(WAIT)
+        now = trio.current_time()
+        busy.send(call, b"token")
+        await wait_all_tasks_blocked()
+        assert busy.heard.pop() == (now, [Data(call, b"token")])
+
+
+async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(busy: Busy) -> None:
+    one, two, three = await busy.begin()
+    await trio.sleep(0.1)
+    busy.send(one, b"a")
+    await trio.sleep(0.1)
+    busy.send(two, b"b")
+    busy.send(one, b"c")
+    await trio.sleep(0.04)
+    busy.send(three, b"d")
+    await trio.sleep(0.1)
+    ((when, events),) = busy.heard
+    assert when == pytest.approx(busy.start + WAIT, abs=EXACT)
+    # Of one call in one piece, and in the order in which they came.
+    assert events == [Data(one, b"ac"), Data(two, b"b"), Data(three, b"d")]
+    # That was a message too: the next one waits as long.
+    busy.send(two, b"e")
+    await trio.sleep(1)
+    when, events = busy.heard[-1]
+    assert when == pytest.approx(busy.start + 2 * WAIT, abs=EXACT)
+    assert events == [Data(two, b"e")]
+
+
+async def test_tokens_that_come_along_wake_nobody(busy: Busy) -> None:
+    class Steps(trio.abc.Instrument):
+        taken = 0
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.taken += task.name.endswith("Link._write")
+
+    call, *_ = await busy.begin()
+    busy.send(call, b"x")
+    await wait_all_tasks_blocked()
+    steps = Steps()
+    trio.lowlevel.add_instrument(steps)
+    try:
+        for _ in range(20):
+            busy.send(call, b"x")
+            await wait_all_tasks_blocked()
+        assert steps.taken == 0
+        await trio.sleep(WAIT)
+        assert steps.taken > 0
+    finally:
+        trio.lowlevel.remove_instrument(steps)
+    assert busy.heard == [(busy.start + WAIT, [Data(call, b"x" * 21)])]
+
+
+WORKER_SAYS: dict[str, Any] = {
+    "the head of an answer": lambda busy, call, fresh: busy.worker.respond(fresh, 200, "text/plain"),
+    "the end of an answer": lambda busy, call, fresh: busy.worker.done(call),
+    "a failure": lambda busy, call, fresh: busy.worker.fail(fresh, Overloaded("full")),
+    "a heartbeat": lambda busy, call, fresh: busy.worker.beat(),
+    "a farewell": lambda busy, call, fresh: busy.worker.drain("tired"),
+    "a model": lambda busy, call, fresh: busy.worker.register(ModelInfo("n", "chat")),
+    "many bytes": lambda busy, call, fresh: busy.worker.send(call, bytes(8 * 1024)),
+    "many small pieces of one answer": lambda busy, call, fresh: [
+        busy.worker.send(call, bytes(100)) for _ in range(82)
+    ],
+}
+
+
+@pytest.mark.parametrize("what", WORKER_SAYS)
+async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_does(
+    busy: Busy, what: str
+) -> None:
+    one, two, _ = await busy.begin()
+    fresh = busy.master.open(endpoint="chat.completions", kind="chat", model="m", size=0)
+    busy.master.send_body(fresh, b"", last=True)
+    busy.master_link.wake()
+    busy.send(two, b"token")
+    await trio.sleep(0.1)
+    assert busy.heard == []
+    WORKER_SAYS[what](busy, one, fresh)
+    busy.worker_link.wake()
+    await wait_all_tasks_blocked()
+    ((when, events),) = busy.heard
+    assert when == pytest.approx(busy.start + 0.1, abs=EXACT)
+    assert len(events) == 2
+    assert Data(two, b"token") in events
+    await trio.sleep(1)
+    assert len(busy.heard) == 1
+
+
+@pytest.mark.parametrize("what", WORKER_SAYS)
+async def test_it_does_not_begin_to_wait_either(busy: Busy, what: str) -> None:
+    one, _, _ = await busy.begin()
+    fresh = busy.master.open(endpoint="chat.completions", kind="chat", model="m", size=0)
+    busy.master.send_body(fresh, b"", last=True)
+    busy.master_link.wake()
+    await trio.sleep(0.1)
+    WORKER_SAYS[what](busy, one, fresh)
+    busy.worker_link.wake()
+    await wait_all_tasks_blocked()
+    assert [when for when, _ in busy.heard] == [pytest.approx(busy.start + 0.1, abs=EXACT)]
+
+
+async def test_a_cancellation_never_waits(busy: Busy) -> None:
+    one, _, _ = await busy.begin()
+    uploading = busy.master.open(endpoint="chat.completions", kind="chat", model="m")
+    busy.master_link.wake()
+    await wait_all_tasks_blocked()
+    busy.told.clear()
+    # The master's link is busy, and a piece of a body waits.
+    busy.master.send_body(uploading, b"a piece")
+    busy.master_link.wake()
+    await trio.sleep(0.1)
+    assert busy.told == []
+    busy.master.cancel(one, "no more")
+    busy.master_link.wake()
+    await wait_all_tasks_blocked()
+    ((when, events),) = busy.told
+    assert when == pytest.approx(busy.start + 0.1, abs=EXACT)
+    assert [type(event) for event in events] == [Cancel, Data]
+
+
+async def test_credit_never_waits(busy: Busy) -> None:
+    one, two, _ = await busy.begin()
+    busy.worker.send(one, bytes(WINDOW))
+    busy.worker.send(one, b"more")
+    busy.worker.send(two, b"first")
+    busy.worker_link.wake()
+    await wait_all_tasks_blocked()
+    busy.heard.clear()
+    busy.master.grant(one, WINDOW)
+    busy.master_link.wake()
+    await trio.sleep(1)
+    ((when, events),) = busy.heard
+    # The credit came at once; what had waited for it was a few bytes on a busy link.
+    assert events == [Data(one, b"more")]
+    assert when == pytest.approx(busy.start + WAIT, abs=EXACT)
+
+
+async def test_hanging_up_never_waits(busy: Busy) -> None:
+    one, _, _ = await busy.begin()
+    busy.send(one, b"last words")
+    await trio.sleep(0.1)
+    busy.worker_link.hang_up("going home")
+    await wait_all_tasks_blocked()
+    assert busy.heard == [(pytest.approx(busy.start + 0.1, abs=EXACT), [Data(one, b"last words")])]
+    assert busy.closed == ["going home", "going home"]
+    assert trio.current_time() == pytest.approx(busy.start + 0.1, abs=EXACT)
+
+
+async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy) -> None:
+    one, _, _ = await busy.begin()
+    busy.worker.send(one, b"last words")
+    busy.worker_link.hang_up("going home")
+    await wait_all_tasks_blocked()
+    assert busy.heard == [(busy.start, [Data(one, b"last words")])]
+    assert trio.current_time() == busy.start
+
+
+async def test_a_link_that_ends_does_not_wait_first(busy: Busy) -> None:
+    one, _, _ = await busy.begin()
+    busy.send(one, b"never heard")
+    await wait_all_tasks_blocked()
+    busy.worker_link.end("enough")
+    await wait_all_tasks_blocked()
+    assert busy.closed == ["enough", "enough"]
+    assert busy.heard == []
+    assert trio.current_time() == busy.start
+
+
+async def test_without_a_time_for_it_nothing_waits(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    busy = Busy(nursery, 0.0)
+    call, *_ = await busy.begin()
+    sent = []
+    for number in range(5):
+        sent.append((trio.current_time(), [Data(call, b"%d" % number)]))
+        busy.send(call, b"%d" % number)
+        await wait_all_tasks_blocked()
+        await trio.sleep(1e-6)
+    assert busy.heard == sent
+
+
+async def test_whoever_is_ready_in_the_same_moment_comes_along_without_any_wait(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    busy = Busy(nursery, 0.0)
+    calls = await busy.begin()
+
+    async def send(call: int) -> None:
+        busy.send(call, b"token")
+
+    async with trio.open_nursery() as handlers:
+        for call in calls:
+            handlers.start_soon(send, call)
+    await wait_all_tasks_blocked()
+    assert len(busy.heard) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_order_is_kept_and_nothing_waits_longer_than_it_may(busy: Busy, seed: int) -> None:
+    chance = random.Random(seed)
+    calls = await busy.begin()
+    sent: dict[int, list[tuple[float, bytes]]] = {call: [] for call in calls}
+    for number in range(200):
+        await trio.sleep(chance.choice([0, 0, 0.001, 0.1, 0.2, 0.3]))
+        call, piece = chance.choice(calls), b"<%d>" % number
+        sent[call].append((trio.current_time(), piece))
+        busy.send(call, piece)
+    for call in calls:
+        busy.worker.done(call)
+    busy.worker_link.wake()
+    await trio.sleep(1)
+    for call, pieces in sent.items():
+        heard = [
+            (when, event)
+            for when, events in busy.heard
+            for event in events
+            if getattr(event, "call", 0) == call
+        ]
+        assert heard.pop()[1] == Done(call)
+        assert b"".join(event.data for _, event in heard) == b"".join(piece for _, piece in pieces)
+        for since, piece in pieces:
+            (when,) = [when for when, event in heard if piece in event.data]
+            assert since <= when <= since + WAIT + EXACT

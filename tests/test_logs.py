@@ -188,3 +188,15 @@ def test_configuring_again_replaces_and_does_not_double() -> None:
 def test_a_level_or_format_that_is_none_is_refused(level: str, format: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         _logs.configure(level, format, io.StringIO())
+
+
+def test_the_id_of_the_current_request_is_in_each_line_that_has_no_other() -> None:
+    assert "request_id" not in json_line("x")
+    token = _logs.current_request.set("the-one")
+    try:
+        assert json_line("x")["request_id"] == "the-one"
+        assert json_line("x", request_id="another")["request_id"] == "another"
+        assert text_line("x").endswith("x request_id=the-one\n")
+    finally:
+        _logs.current_request.reset(token)
+    assert "request_id" not in json_line("x")

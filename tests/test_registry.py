@@ -20,6 +20,7 @@ from trio_cluster._errors import (
 )
 from trio_cluster._models import ModelInfo
 from trio_cluster._registry import NameTaken, Registry
+from trio_cluster._uploads import Upload
 
 
 @attrs.define(eq=False)
@@ -269,3 +270,62 @@ async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nur
     calls[1].release()
     await wait_all_tasks_blocked()
     assert idle.is_set()
+
+
+# What a model answers beside its kind
+
+
+def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    assert not registry.answers("/v1/x")
+    registry.update(attrs.evolve(CHAT, also=("/v1/x",), owner="me"), backend)
+    assert registry.answers("/v1/x")
+    assert (registry.infos()[0].owner, registry.infos()[0].also) == ("me", ("/v1/x",))
+    assert registry.check("m", "custom", "/v1/x").name == "m"
+    with pytest.raises(WrongKind):
+        registry.check("m", "custom", "/v1/y")
+
+
+def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_asked() -> None:
+    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2", load=0.9)
+    registry.add(CHAT, plain, replicate=True)
+    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    route = Request("/v1/x", "custom", "m", b"{}")
+    assert {registry.open(route).served_by for _ in range(3)} == {"w2"}
+    assert registry.open(request()).served_by == "w1"
+    more.available = False
+    with pytest.raises(Overloaded):
+        registry.open(route)
+    assert registry.remove("m", more)
+    with pytest.raises(WrongKind):
+        registry.open(route)
+
+
+def test_a_replica_that_does_not_answer_a_route_is_not_asked_when_another_one_is_lost() -> None:
+    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2")
+    registry.add(CHAT, plain, replicate=True)
+    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    call = registry.open(Request("/v1/x", "custom", "m", b"{}"))
+    call.put(Failed(WorkerLost("w2", "gone")))
+    assert registry.reopen(call, math.inf) is None
+
+
+def test_an_update_may_not_part_replicas() -> None:
+    registry, first, second = Registry(), Scripted("w1"), Scripted("w2")
+    registry.add(CHAT, first, replicate=True)
+    registry.add(CHAT, second, replicate=True)
+    with pytest.raises(NameTaken, match="as chat, not tts"):
+        registry.update(attrs.evolve(CHAT, kind="tts"), second)
+    registry.remove("m", first)
+    registry.update(attrs.evolve(CHAT, kind="tts"), second)
+    assert registry.infos()[0].kind == "tts"
+
+
+def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
+    registry = Registry()
+    for name in ("w1", "w2"):
+        registry.add(CHAT, Scripted(name), replicate=True)
+    call = registry.open(attrs.evolve(request(), upload=Upload()))
+    call.put(Failed(WorkerLost(call.served_by, "gone")))
+    assert registry.reopen(call, math.inf) is None

@@ -375,6 +375,7 @@ class Call:
         if self.request.upload is not None:
             self.request.upload.close()
         self._hand_over(event)
+        self._sink = None
         self._readers.unpark_all()
         self._writers.unpark_all()
 

@@ -10,7 +10,6 @@ sign of life that costs the relay nothing and commits it to nothing.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from typing import Any, Final
@@ -20,16 +19,13 @@ import trio
 
 from . import _chance
 from ._calls import Call, Data, Done, Request
-from ._errors import ApiError, HandlerFailed, InvalidRequest
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
-from ._pool import Answer, HandlerPool
+from ._pool import Answer, HandlerPool, is_failure
 from ._shapes import Driver, Handler, driver_for
 from .openai import Encoder, FormReader, endpoint_named
 
 __all__ = ["HandlerBackend"]
-
-logger = logging.getLogger("trio_cluster.handlers")
 
 #: Seconds between the signs of life of a plain answer.
 _SIGN_OF_LIFE: Final = 1.0
@@ -91,22 +87,6 @@ class HandlerBackend:
         return self._pool.start(request, answer)
 
 
-def _is_failure(group: BaseExceptionGroup[BaseException]) -> bool:
-    """Tell a handler that failed from one that was only cancelled, or interrupted from the keyboard.
-
-    A group may hold this call's Cancelled beside what the handler's own tasks raised. It may then be swallowed: it
-    has done what it is for, and nothing is awaited any more until the end of the call's task.
-    """
-    return group.subgroup(KeyboardInterrupt) is None and group.split(trio.Cancelled)[1] is not None
-
-
-def _meant_for_client(error: BaseException) -> ApiError | None:
-    """Find the one ``ApiError`` in what a handler's own nursery raised, if that is all there is in it."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, ApiError) else None
-
-
 class _Output(Answer):
     """The provider of one call: encodes what the handler gives, and keeps the time."""
 
@@ -146,8 +126,8 @@ class _Output(Answer):
                 while piece := await upload.receive():
                     form.feed(piece)
                 self._parsed = parse_form(form.finish(), request.headers)
-        except InvalidRequest as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(self.told(error))
         self.give_time()
 
     async def work(self) -> None:
@@ -159,19 +139,9 @@ class _Output(Answer):
             await self._drive(self.request, self)
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
-            if isinstance(error, BaseExceptionGroup) and not _is_failure(error):
+            if not is_failure(error):
                 raise
             self.fail(self.told(error))
-
-    def told(self, error: BaseException) -> ApiError:
-        """Return what the client is told of something that a handler raised; the rest is for the log."""
-        answer = _meant_for_client(error)
-        if answer is None:
-            logger.error(
-                "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
-            )
-            return HandlerFailed()
-        return answer
 
     async def _read_request(self) -> None:
         """Read the request, unless that has been done, and get ready to encode its answer."""

@@ -21,8 +21,8 @@ connection can end. This room is the only one that touches it, and it shows its 
 A link runs five tasks: one reads, one hears what the library has to say about the end, one writes, one watches the
 clock, and one keeps the pulse, which lets another thread say that this end lives while its event loop is blocked. What
 is to be written comes from the session, which the writer asks for a batch whenever it has been woken and the last write
-is done, so that everything that became ready meanwhile leaves in one message. Each task ends the link by saying why; the
-first reason counts.
+is done, so that everything that became ready meanwhile leaves in one message. Each task ends the link by saying why;
+the first reason counts.
 
 Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
 its signs of life are still to be read. And an other end that says it is blocked need not take what it is sent.

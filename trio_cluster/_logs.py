@@ -13,6 +13,9 @@ is the command line: it puts one handler on the root logger, so that the applica
 warnings of the libraries underneath come out in the same format, and lets only this package's loggers speak
 at the level asked for.
 
+Whatever is logged while a request is being worked on has its id, too: :data:`current_request` goes with tasks and
+into their threads. So the lines of a user's own handler have it, and those of libraries underneath.
+
 Much of what is logged was first said by somebody else: the name of a model, the id of a worker. Neither
 format lets such text begin a line of its own or reach the terminal as a control sequence.
 """
@@ -26,13 +29,20 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Final, TextIO
 
-__all__ = ["FORMATS", "LEVELS", "configure"]
+__all__ = ["FORMATS", "LEVELS", "MOST_IDS", "configure", "current_request"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 FORMATS: Final = ("text", "json")
+
+#: Ids of requests that one line names, if it is about many.
+MOST_IDS: Final = 20
+
+#: The id of the request that the current task works for; empty if it works for none.
+current_request: Final[ContextVar[str]] = ContextVar("current_request", default="")
 
 _PACKAGE: Final = __package__ or "trio_cluster"
 
@@ -86,8 +96,12 @@ def _wants_colours(stream: TextIO) -> bool:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields = getattr(record, "fields", None)
-    return dict(fields) if isinstance(fields, Mapping) else {}
+    given = getattr(record, "fields", None)
+    fields = dict(given) if isinstance(given, Mapping) else {}
+    # A record is formatted where it is made.
+    if request_id := current_request.get():
+        fields.setdefault("request_id", request_id)
+    return fields
 
 
 def _harmless(text: str) -> str:

@@ -23,6 +23,7 @@ import trio
 from . import _chance
 from ._client import WorkerClient
 from ._errors import ClusterPortError, HandshakeRefused
+from ._logs import MOST_IDS
 from ._options import ClusterMode, ClusterServerOptions
 from ._pool import HandlerPool
 from ._ports import Listeners, Network, local_address, port_of, shown_address
@@ -196,8 +197,9 @@ class Node:
             await self._registry.wait_idle()
             await wait_delivered()
             return
-        left = len(self._registry.live)
-        logger.warning("cancelling what did not finish in time", extra={"fields": {"calls": left}})
+        left = [call.request.request_id for call in self._registry.live]
+        fields = {"calls": len(left), "request_ids": left[:MOST_IDS]}
+        logger.warning("cancelling what did not finish in time", extra={"fields": fields})
         self._registry.cancel_all(reason)
         # Their clients are still to be told, and the work to stop; who ignores that is left behind.
         with trio.move_on_after(_LAST_WORDS):

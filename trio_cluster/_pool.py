@@ -24,14 +24,33 @@ import trio
 
 from ._calls import Call, Failed, Request
 from ._errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
+from ._logs import current_request
 from ._options import ClusterServerOptions
 
-__all__ = ["MAX_WAITING", "Answer", "HandlerPool"]
+__all__ = ["MAX_WAITING", "Answer", "HandlerPool", "is_failure"]
 
 logger = logging.getLogger("trio_cluster.handlers")
 
 #: How many calls may wait for a slot; one more is refused at once, since it would only wait to be refused.
 MAX_WAITING: Final = 1024
+
+
+def is_failure(error: BaseException) -> bool:
+    """Tell a handler that failed from one that was only cancelled, or interrupted from the keyboard.
+
+    A group may hold this call's Cancelled beside what the handler's own tasks raised. It may then be swallowed: it
+    has done what it is for, and nothing is awaited any more until the end of the call's task.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return True
+    return error.subgroup(KeyboardInterrupt) is None and error.split(trio.Cancelled)[1] is not None
+
+
+def _meant_for_client(error: BaseException) -> ApiError | None:
+    """Find the one ``ApiError`` in what a handler's own nursery raised, if that is all there is in it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, ApiError) else None
 
 
 class Answer(abc.ABC):
@@ -78,6 +97,16 @@ class Answer(abc.ABC):
         """End the answer with an error; after its end, there is nobody to tell."""
         if not self.call.ended:
             self.call.put(Failed(error))
+
+    def told(self, error: BaseException) -> ApiError:
+        """Return what the client is told of something that a handler raised; the rest is for the log."""
+        answer = _meant_for_client(error)
+        if answer is None:
+            logger.error(
+                "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
+            )
+            return HandlerFailed()
+        return answer
 
     def log_fields(self) -> dict[str, Any]:
         """Return what a log line about the call should carry."""
@@ -155,6 +184,7 @@ class HandlerPool:
 
     async def _answer(self, answer: Answer, scope: trio.CancelScope) -> None:
         """Be the task of one call. Whatever happens inside, the call is ended and released, and nothing leaks out."""
+        current_request.set(answer.call.request.request_id)
         # The scope's deadline cannot tell a handler that it is late once it shields itself; the relay's own deadline
         # answers the client then, and the slot stays taken until the handler is really done.
         try:
@@ -162,7 +192,10 @@ class HandlerPool:
                 await answer.prepare()
                 await self._in_slot(answer)
             if scope.cancelled_caught:
-                answer.fail(answer.too_slow())
+                error = answer.too_slow()
+                if not answer.call.ended:
+                    logger.warning("no answer in time: %s", error.message, extra=answer.log_fields())
+                answer.fail(error)
         except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise

@@ -8,21 +8,17 @@ takes none of the process's slots.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 import trio
 
 from ._calls import Call, Data, Done, Head, Request
-from ._errors import ApiError, HandlerFailed
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
-from ._pool import Answer, HandlerPool
+from ._pool import Answer, HandlerPool, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
-
-logger = logging.getLogger("trio_cluster.handlers")
 
 
 class RawCall(Answer):
@@ -99,12 +95,10 @@ class RawCall(Answer):
             await self._handler(self)
             if not self.call.ended:
                 self.call.put(Done())
-        except ApiError as error:
-            self.fail(error)
-        except Exception:
-            logger.exception("the relay of '%s' failed", self.request.model, extra=self.log_fields())
-            self.fail(HandlerFailed())
-
+        except (Exception, BaseExceptionGroup, SystemExit) as error:
+            if not is_failure(error):
+                raise
+            self.fail(self.told(error))
 
     def _go_on(self) -> None:
         """Let the silence begin now, if it is the handler that is waited for."""

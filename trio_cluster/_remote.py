@@ -12,12 +12,14 @@ coming of a request's body counts as taken when it has been sent, and that is wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final, TypeAlias
 
 import trio
 
 from ._calls import Call, Data, Done, Failed, Head, Request
 from ._errors import ApiError, ShuttingDown, WorkerLost
+from ._logs import MOST_IDS
 from ._models import ModelInfo
 from .wire import (
     Data as DataMessage,
@@ -75,6 +77,11 @@ class RemoteWorker:
     def in_flight(self) -> int:
         """How many calls this master has there whose work has not stopped."""
         return len(self._calls)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The ids of those calls, for the log: the first few, if there are many."""
+        return [call.request.request_id for call in islice(self._calls.values(), MOST_IDS)]
 
     @property
     def load(self) -> float:

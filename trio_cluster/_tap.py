@@ -28,8 +28,6 @@ __all__ = ["Tap"]
 
 #: As the library's parser sees it, which is content with bare newlines. It has three bytes at most.
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
-#: Of what a peer says before the websocket is open; more is for the library to refuse.
-_HEAD_LIMIT: Final = 64 * 1024
 _RECEIVE: Final = 64 * 1024
 _SWITCHED: Final = b"101"
 #: How control frames begin; that of the first kind is how the other end says goodbye.
@@ -176,8 +174,7 @@ class Tap(trio.abc.Stream):
         # What the end has at most, less one byte, may have come before.
         end = _END_OF_HEAD.search(self._head, max(0, before - 2))
         if end is None:
-            if len(self._head) > _HEAD_LIMIT:
-                self._opened = self._given_back = True
+            # One that goes on and on is refused by the library.
             return data
         self._opened = True
         if self._dialled and self._head.split(b" ", 2)[1:2] != [_SWITCHED]:

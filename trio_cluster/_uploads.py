@@ -79,6 +79,11 @@ class Upload:
         self._producer = trio.lowlevel.ParkingLot()
         self._sink: Callable[[bytes, bool], None] | None = None
 
+    @property
+    def waiting_bytes(self) -> int:
+        """How many bytes have come and not been taken."""
+        return self._waiting_bytes
+
     # The producer's face
 
     def put(self, data: bytes, *, last: bool = False) -> None:

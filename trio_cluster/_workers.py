@@ -273,7 +273,7 @@ class _Visit:
                 self.link.end(f"another worker named '{name}' is connected, from {other._address}")
                 return
             why = "replaced by a new connection of the same worker"
-            self._log(f"worker left: {why}", other._worker, calls_lost=other._worker.in_flight)
+            self._log_left(why, other._worker)
             other.link.end(why)
             other._leave(why)
         self._instance = handshake.instance
@@ -316,12 +316,15 @@ class _Visit:
 
     def _log_end(self, closed: LinkClosed) -> None:
         if self._worker is not None:
-            lost = self._worker.in_flight
-            level = logging.INFO if self._worker.draining and not lost else logging.WARNING
-            self._log(f"worker left: {closed.why}", self._worker, level=level, calls_lost=lost)
+            in_order = self._worker.draining and not self._worker.in_flight
+            self._log_left(closed.why, self._worker, logging.INFO if in_order else logging.WARNING)
         elif not (self._probed or self._instance):
             fields = {"address": self._address}
             logger.warning("connection refused: %s", closed.why, extra={"fields": fields})
+
+    def _log_left(self, why: str, worker: RemoteWorker, level: int = logging.INFO) -> None:
+        lost = {"request_ids": worker.request_ids} if worker.in_flight else {}
+        self._log(f"worker left: {why}", worker, level=level, calls_lost=worker.in_flight, **lost)
 
     @staticmethod
     def _log(text: str, worker: RemoteWorker, *, level: int = logging.INFO, **fields: Any) -> None:

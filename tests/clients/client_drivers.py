@@ -35,7 +35,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-__all__ = ["CLIENTS", "Answer", "Asking", "Client", "Driver", "Failure", "audio", "command_of"]
+__all__ = ["CLIENTS", "Answer", "Asking", "Client", "Driver", "Failure", "command_of", "file"]
 
 #: The environment variable that says where the Node client has been installed.
 NODE_FOLDER: Final = "OPENAI_NODE_FOLDER"
@@ -59,7 +59,7 @@ def command_of(client: str) -> list[str] | str:
     return [node, str(HERE / "node" / "driver.mjs"), folder]
 
 
-def audio(name: str, data: bytes, content_type: str) -> dict[str, str]:
+def file(name: str, data: bytes, content_type: str) -> dict[str, str]:
     """Return what stands for a file in a body."""
     return {"$file": name, "base64": base64.b64encode(data).decode(), "type": content_type}
 

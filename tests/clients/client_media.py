@@ -8,12 +8,12 @@ from typing import Any, Final
 from unittest.mock import ANY
 
 from client_case import Beginning, Case
-from client_drivers import audio
+from client_drivers import file
 from scripted import PNG
 
 __all__ = ["CLIP", "IMAGES", "SOUND", "VECTORS", "VERDICTS"]
 
-CLIP: Final = audio("clip.wav", b"RIFF....WAVE", "audio/wav")
+CLIP: Final = file("clip.wav", b"RIFF....WAVE", "audio/wav")
 
 _HEARD: Final = "clip.wav of 12 bytes. The end."
 
@@ -43,8 +43,8 @@ VECTORS: Final = {
     ),
     "embeddings as base64": Case(
         method="embeddings.create",
-        body={"model": "vectors", "input": "four", "encoding_format": "base64"},
-        value=_embeddings("vectors", "AACAQAAAAD8AAIC+AABAQA=="),
+        body={"model": "vectors/numpy", "input": "four", "encoding_format": "base64"},
+        value=_embeddings("vectors/numpy", "AACAQAAAAD8AAIC+AABAQA==", tokens=11),
         untyped="data.0.embedding",
     ),
     "embeddings of tokens": Case(
@@ -311,7 +311,7 @@ def _picture(kind: str, data: bytes, **members: Any) -> dict[str, Any]:
 
 
 def _png(name: str) -> dict[str, str]:
-    return audio(f"{name}.png", PNG + name.encode(), "image/png")
+    return file(f"{name}.png", PNG + name.encode(), "image/png")
 
 
 IMAGES: Final = {

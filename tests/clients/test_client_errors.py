@@ -9,13 +9,16 @@ import attrs
 import pytest
 import trio
 from client_case import USER, text_of
-from client_drivers import Answer, Client, Driver, Failure
+from client_drivers import Answer, Client, Driver, Failure, file
 from client_media import CLIP
+from scripted import PNG
 from served import Placement, Served, open_served, until
 
 from trio_cluster import ASRRequest, OutputChunk
 
 CHAT = "chat.completions.create"
+
+PNG_FILE = file("a.png", PNG, "image/png")
 
 
 async def ask_chat(client: Client, model: str, **more: Any) -> Answer:
@@ -89,6 +92,30 @@ WRONG = {
         "images.generate",
         {"model": "painter", "prompt": "x", "response_format": "url"},
         bad("unsupported_value", "response_format"),
+    ),
+    "a memory that there is not": Wrong(
+        "responses.create",
+        {"model": "echo", "input": "and then?", "previous_response_id": "resp_1"},
+        bad("unsupported_value", "previous_response_id"),
+    ),
+    "a tool that the server has not": Wrong(
+        "responses.create",
+        {"model": "echo", "input": "what is new?", "tools": [{"type": "web_search"}]},
+        bad("unsupported_value", "tools[0].type"),
+    ),
+    "nothing to rank": Wrong(
+        "post",
+        {"model": "ranker", "query": "x", "documents": []},
+        bad("empty_array", "documents"),
+        positional=("/rerank",),
+    ),
+    "nothing to judge": Wrong(
+        "moderations.create", {"model": "judge", "input": []}, bad("empty_array", "input")
+    ),
+    "nothing to change": Wrong(
+        "images.edit",
+        {"model": "painter", "prompt": "x", "image": CLIP | {"base64": ""}},
+        ("BadRequestError", 400, None, "invalid_request_error", "image"),
     ),
     "no such model": Wrong(
         CHAT, chat("gpt-9"), ("NotFoundError", 404, "model_not_found", "invalid_request_error", "model")
@@ -249,10 +276,35 @@ async def test_a_streamed_transcription_that_fails_raises_too(served: Served, cl
     assert failure_of(answer).code == "my_code"
 
 
-async def test_a_helper_that_puts_a_stream_together_raises_too(client: Client) -> None:
+async def test_a_streamed_response_that_fails_raises_too(client: Client) -> None:
     answer = await client.ask(
-        "chat.completions.stream", model="failing", messages=[USER], pieces=3, status=500
+        "responses.create", model="failing", input="x", stream=True, pieces=2, status=429
     )
+    deltas = [event["delta"] for event in answer.events if event["type"] == "response.output_text.delta"]
+    assert deltas == ["0 ", "1 "]
+    assert seen(failure_of(answer)) == ("APIError", None, "my_code", "rate_limit_error", "my_param")
+
+
+async def test_a_streamed_image_that_fails_raises_too(client: Client) -> None:
+    answer = await client.ask(
+        "images.edit", model="painter", prompt="fail", image=PNG_FILE, stream=True, partial_images=1
+    )
+    assert [event["type"] for event in answer.events] == ["image_edit.partial_image"]
+    assert failure_of(answer).code == "my_code"
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("chat.completions.stream", {"messages": [USER]}),
+        ("responses.stream", {"input": "x"}),
+    ],
+    ids=["chat", "response"],
+)
+async def test_a_helper_that_puts_a_stream_together_raises_too(
+    client: Client, method: str, body: dict[str, Any]
+) -> None:
+    answer = await client.ask(method, model="failing", pieces=3, status=500, **body)
     assert failure_of(answer).code == "my_code"
 
 

@@ -106,11 +106,36 @@ async def test_the_clients_wait_as_long_as_they_are_told_to(
     served: Served, driver: Driver, status: int
 ) -> None:
     # The clients' own first pause would be half a second.
-    model = Moody(fails=1, status=status, retry_after=2)
+    model = Moody(fails=1, status=status, retry_after=1)
     await model.register(served, "moody")
     answer = await ask(driver.client_of(served.url, max_retries=1), "moody")
     assert content(answer) == "at last"
-    assert 1.9 < answer.attempts[1] < 4
+    assert answer.attempts[1] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "attempts"),
+    [(503, "false", 1), (429, "false", 1), (400, "true", 2), (422, "true", 2)],
+)
+async def test_the_server_may_say_whether_to_send_again(
+    served: Served, driver: Driver, status: int, header: str, attempts: int
+) -> None:
+    asked = 0
+
+    async def decide(call: Any) -> None:
+        nonlocal asked
+        asked += 1
+        call.begin(status, "application/json", (("x-should-retry", header), ("retry-after-ms", "800")))
+        await call.send(b'{"error": {"message": "as it says", "type": "t", "param": null, "code": "c"}}')
+
+    served.back.register_raw("decided", decide)
+    await until(lambda: served.front.has_model("decided"))
+    answer = await ask(driver.client_of(served.url, max_retries=1), "decided")
+    assert answer.failure is not None
+    assert (answer.failure.status, answer.failure.code) == (status, "c")
+    assert (asked, len(answer.attempts)) == (attempts, attempts)
+    # The clients' own first pause would be half a second.
+    assert attempts == 1 or answer.attempts[1] > 0.75
 
 
 async def test_after_the_last_attempt_the_error_is_told(served: Served, driver: Driver) -> None:

@@ -40,6 +40,7 @@ class Sent:
         bodiless: an answer to it has no body.
         request_id: what is to be in the answer, if anything.
         leaves_after: so many bytes are sent before the client leaves, if it does.
+        reads: so many bytes of the answer are read before the client leaves, if it does.
         is_raw: it need not be HTTP, and may be none, one or several requests.
     """
 
@@ -49,6 +50,7 @@ class Sent:
     bodiless: bool = False
     request_id: str | None = None
     leaves_after: int | None = None
+    reads: int | None = None
     is_raw: bool = False
 
     def pieces(self) -> list[bytes]:
@@ -139,8 +141,13 @@ def _framed(
         headers.append((b"content-length", b"%d" % len(body)))
     data = _head(method, target, headers) + body
     cuts = draw(st.just(()) | st.lists(st.integers(1, len(data)), max_size=4).map(tuple))
-    leaves_after = draw(st.integers(0, len(data) - 1)) if draw(st.integers(0, 9)) == 0 else None
-    return Sent(data, cuts, allowed, method == "HEAD", request_id, leaves_after)
+    leaves_after = reads = None
+    match draw(st.integers(0, 9)):
+        case 0:
+            leaves_after = draw(st.integers(0, len(data) - 1))
+        case 1:
+            reads = draw(st.integers(0, 1000))
+    return Sent(data, cuts, allowed, method == "HEAD", request_id, leaves_after, reads)
 
 
 def _chunked(body: bytes, sizes: list[int]) -> bytes:
@@ -148,7 +155,9 @@ def _chunked(body: bytes, sizes: list[int]) -> bytes:
     for size in sizes:
         pieces.append(body[:size])
         body = body[size:]
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, body] if piece) + b"0\r\n\r\n"
+    return (
+        b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, body] if piece) + b"0\r\n\r\n"
+    )
 
 
 # Questions to models
@@ -169,7 +178,9 @@ def _models(endpoint: Endpoint) -> st.SearchStrategy[tuple[Any, frozenset[int]]]
 
 def _dumped(value: Any) -> st.SearchStrategy[bytes]:
     # What is not ASCII may be escaped or not; both are JSON.
-    return st.booleans().map(lambda escaped: json.dumps(value, ensure_ascii=escaped).encode("utf-8", "replace"))
+    return st.booleans().map(
+        lambda escaped: json.dumps(value, ensure_ascii=escaped).encode("utf-8", "replace")
+    )
 
 
 def _garbage(text: bytes) -> st.SearchStrategy[bytes]:
@@ -294,7 +305,9 @@ def _forms(draw: st.DrawFn, schema: dict[str, Any], model: Any, care: str) -> by
         body = draw(
             st.integers(0, len(body)).map(lambda size: body[:size])
             | st.binary(max_size=40)
-            | st.sampled_from([b"", body + body, b"preamble\r\n" + body, body.replace(b"\r\n", b"\n"), body * 300])
+            | st.sampled_from(
+                [b"", body + body, b"preamble\r\n" + body, body.replace(b"\r\n", b"\n"), body * 300]
+            )
         )
     return body
 
@@ -327,7 +340,7 @@ _ODD_PARTS: Final = st.sampled_from(
         _part("larger", b"x" * LARGEST, "larger"),
         f"--{_BOUNDARY}\r\n\r\nno head\r\n".encode(),
         f"--{_BOUNDARY}\r\nContent-Disposition: attachment\r\n\r\n\r\n".encode(),
-        f"--{_BOUNDARY}\r\nContent-Disposition: form-data; name=\"a\"\r\nX: {'y' * 9000}\r\n\r\n\r\n".encode(),
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="a"\r\nX: {"y" * 9000}\r\n\r\n\r\n'.encode(),
         f"--{_BOUNDARY}\r\nContent-Disposition: form-data; name*=utf-8''%FF\r\n\r\n\r\n".encode(),
     ]
 )
@@ -335,7 +348,9 @@ _ODD_PARTS: Final = st.sampled_from(
 
 # Anything else that may be asked of the server
 
-_METHODS: Final = st.sampled_from(["GET", "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "TRACE"])
+_METHODS: Final = st.sampled_from(
+    ["GET", "GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "TRACE"]
+)
 _QUERIES: Final = st.sampled_from([b"", b"", b"?", b"?a=1&a=2", b"?%00=%ff", b"?\xff", b"?" + b"q" * 3000])
 
 
@@ -343,7 +358,9 @@ def _segments() -> st.SearchStrategy[bytes]:
     return st.one_of(
         st.text(max_size=8).map(lambda text: urllib.parse.quote(text, safe="").encode()),
         st.text(min_size=1, max_size=8).map(lambda text: urllib.parse.quote(text, safe="/").encode()),
-        st.sampled_from([b"%2F", b"%", b"%zz", b"%ff", b"%00", b"..", b".", b"%0d%0a", b"\xc3\xa9", b"{model}"]),
+        st.sampled_from(
+            [b"%2F", b"%", b"%zz", b"%ff", b"%00", b"..", b".", b"%0d%0a", b"\xc3\xa9", b"{model}"]
+        ),
         st.sampled_from(sorted(set(MODELS.values()))).map(str.encode),
         st.just(urllib.parse.quote(ODD_MODEL, safe="").encode()),
     )
@@ -381,7 +398,9 @@ def garbled(draw: st.DrawFn) -> Sent:
     data = bytearray(sent.data)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, max(0, min(len(data), 400) - 1)))
-        junk = draw(st.binary(min_size=1, max_size=3) | st.sampled_from([b"\r\n", b"\r\n\r\n", b"\x00", b" ", b":"]))
+        junk = draw(
+            st.binary(min_size=1, max_size=3) | st.sampled_from([b"\r\n", b"\r\n\r\n", b"\x00", b" ", b":"])
+        )
         data[place : place + draw(st.integers(0, 3))] = junk
     whole = draw(
         st.just(bytes(data))

@@ -79,7 +79,9 @@ async def test_every_route_is_described_and_nothing_else(house: House) -> None:
     assert {f"/v1{each.path}" for each in ENDPOINTS.values()} < set(WHOLE["paths"])
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/openapi.json", "/v1/models", "/cluster/status", "/cluster/calls"])
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/openapi.json", "/v1/models", "/cluster/status", "/cluster/calls"]
+)
 async def test_answers_are_as_they_are_described(house: House, path: str) -> None:
     async with house.client() as client:
         response = await client.get(path)
@@ -102,10 +104,11 @@ async def test_errors_are_as_they_are_described() -> None:
     async with open_house(api_key="k", max_body_size=1000) as house, house.client() as client:
         key = {"authorization": "Bearer k"}
         path = "/v1/chat/completions"
+        unknown = {"model": "x", "messages": [{"role": "user", "content": ""}]}
         for status, response in (
             (400, await client.post(path, json={}, headers=key)),
             (401, await client.post(path, json={})),
-            (404, await client.post(path, json={"model": "x", "messages": [{"role": "user", "content": ""}]}, headers=key)),
+            (404, await client.post(path, json=unknown, headers=key)),
             (405, await client.get(path, headers=key)),
             (413, await client.post(path, content=b" " * 2000, headers=key)),
             (415, await client.post(path, content=b"hi", headers=key | {"content-type": "text/plain"})),

@@ -30,6 +30,28 @@ async def test_every_endpoint_has_a_route_with_and_without_the_prefix(
         assert path in response.json()["error"]["message"]
 
 
+async def test_a_base_url_that_ends_with_a_slash_is_no_mistake(house: House) -> None:
+    async with house.connect() as wire:
+        for path in ("//v1/chat/completions", "///chat/completions/"):
+            await wire.request("POST", path, json.dumps(CHAT).encode())
+            answer = await wire.answer()
+            assert (answer.status, answer.body) == (200, PLAIN)
+        await wire.request("GET", "//health")
+        assert (await wire.answer()).status == 200
+
+
+async def test_a_model_for_every_route_does_not_get_what_the_node_answers_itself(house: House) -> None:
+    house.add("raw", kind="any")
+    body = b'{"model": "raw"}'
+    async with house.connect() as wire:
+        for path in ("/health", "/v1/models", "/v1/models/raw", "/models", "/cluster/status", "/"):
+            await wire.request("POST", path, body)
+            answer = await wire.answer()
+            assert (answer.status, "GET" in answer.headers["allow"]) == (405, True), path
+        await wire.request("POST", "/v1/tokenize", body)
+        assert (await wire.answer()).status == 200
+
+
 async def test_models_are_listed_with_everything_that_is_known_of_them(house: House) -> None:
     house.add("org/model", supports_vision=True, context_window=4096, extra_fields={"quant": "q4"})
     async with house.client() as client:

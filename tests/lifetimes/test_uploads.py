@@ -128,7 +128,9 @@ class Uploader:
         task_status.started()
 
     async def _send(self) -> None:
-        head = h11.Request(method="POST", target="/v1/audio/transcriptions", headers=list(self._headers.items()))
+        head = h11.Request(
+            method="POST", target="/v1/audio/transcriptions", headers=list(self._headers.items())
+        )
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._stream.send_all(self._http.send(head) or b"")
             for begin in range(0, len(self._body), PIECE):
@@ -165,7 +167,10 @@ class Uploader:
         """Ask for something else on the same connection, and return the status."""
         self._http.start_next_cycle()
         await self._stream.send_all(
-            (self._http.send(h11.Request(method="GET", target="/health", headers=[("host", "master")])) or b"")
+            (
+                self._http.send(h11.Request(method="GET", target="/health", headers=[("host", "master")]))
+                or b""
+            )
             + (self._http.send(h11.EndOfMessage()) or b"")
         )
         answer = await self._receive()
@@ -245,7 +250,7 @@ class Stage:
     def waiting(self) -> list[int]:
         """Return how many bytes of bodies wait on each node."""
         return [
-            sum(call.request.upload._waiting_bytes for call in node.registry.live if call.request.upload)
+            sum(call.request.upload.waiting_bytes for call in node.registry.live if call.request.upload)
             for node in self.nodes
         ]
 
@@ -265,7 +270,9 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @asynccontextmanager
-async def stage(files: list[Any], *, forwarded: bool, slots: int | None = None, **options: Any) -> AsyncIterator[Stage]:
+async def stage(
+    files: list[Any], *, forwarded: bool, slots: int | None = None, **options: Any
+) -> AsyncIterator[Stage]:
     options = OPTIONS | options
     async with open_cluster(latency=LATENCY, **options) as cluster, trio.open_nursery() as nursery:
         back = worker("w", **options) if forwarded else cluster.master.server

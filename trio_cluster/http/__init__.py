@@ -7,6 +7,7 @@ view for it. ``_exchange`` is what gate and relay share: it holds the request's 
 
 from ._app import create_app, gate
 from ._gate import App
+from ._intake import KEPT, Kept
 from ._relay import GRACE, PING_EVERY
 from ._serving import KEEP_ALIVE, UNREAD_TIME, prepare_socket, serve_http
 from ._site import Measure, Site
@@ -14,9 +15,11 @@ from ._site import Measure, Site
 __all__ = [
     "GRACE",
     "KEEP_ALIVE",
+    "KEPT",
     "PING_EVERY",
     "UNREAD_TIME",
     "App",
+    "Kept",
     "Measure",
     "Site",
     "create_app",

@@ -70,7 +70,7 @@ def gate(app: QuartTrio, site: Site) -> QuartTrio:
     paths = app.url_map.bind("localhost")
 
     def has_route(path: str) -> bool:
-        return paths.test(path or "/", "POST")
+        return bool(paths.allowed_methods(path or "/"))
 
     app.asgi_app = Gate(cast(App, app.asgi_app), site, has_route)  # type: ignore[method-assign, assignment]
     return app

@@ -22,11 +22,13 @@ import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import trio
 
 from .._errors import ApiError, HandlerFailed, InvalidRequest
+from .._logs import current_request
 from .._ports import shown_address
 from ..openai import ENDPOINTS, Endpoint, endpoint_named
 from ._cors import answer_preflight, cors_headers
@@ -88,7 +90,7 @@ class Gate:
     Args:
         app: the ASGI application behind the gate.
         site: the node; its options are read on each request.
-        has_route: tells whether the application answers POST requests to a path.
+        has_route: tells whether the application has a path, whatever the method.
     """
 
     def __init__(self, app: App, site: Site, has_route: Callable[[str], bool] = lambda path: True) -> None:
@@ -99,7 +101,13 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         if scope["type"] == "http":
-            await _Passage(self, scope, receive, send).run()
+            passage = _Passage(self, scope, receive, send)
+            # The task of a connection has one request after the other.
+            token = current_request.set(passage.request_id)
+            try:
+                await passage.run()
+            finally:
+                current_request.reset(token)
         elif scope["type"] == "websocket":
             await _refuse_websocket(scope, send)
         else:
@@ -118,13 +126,17 @@ class _Passage:
         self._send = send
         self._exchange = Exchange(scope["headers"], _address(scope))
         self._intake = self._exchange.intake = Intake(
-            receive, self._site.options.server.max_body_size, self._has_arrived
+            receive, self._site.options.server.max_body_size, partial(_has_arrived, self._connection)
         )
         self._body = b""  # for the application
         self._handed_on = False  # ... which has been given it
         self._left = False  # the client is gone
         self._started = False  # the head of the answer has been sent
         self._finished = False  # ... and its end
+
+    @property
+    def request_id(self) -> str:
+        return self._exchange.request_id
 
     async def run(self) -> None:
         exchange = self._exchange
@@ -310,9 +322,6 @@ class _Passage:
         connection: Connection | None = self._scope.get("state", {}).get(CONNECTION_KEY)
         return connection
 
-    def _has_arrived(self) -> bool:
-        return self._connection is not None and self._connection.arrived
-
     def _is_gone(self) -> bool:
         return self._connection is not None and self._connection.gone
 
@@ -359,6 +368,11 @@ def _start(reply: Reply, request_id: str) -> Message:
         headers.append((b"content-length", b"%d" % len(reply.body)))
     headers.append((b"x-request-id", request_id.encode("ascii")))
     return {"type": "http.response.start", "status": reply.status, "headers": headers}
+
+
+def _has_arrived(connection: Connection | None) -> bool:
+    # No method: a passage that something of its own refers to is there until the garbage collector comes.
+    return connection is not None and connection.arrived
 
 
 async def _refuse_websocket(scope: Scope, send: Send) -> None:

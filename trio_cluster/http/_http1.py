@@ -179,6 +179,9 @@ class Http1Connection:
                 await self._read()
         finally:
             self.close()
+            # Both refer to this: without them it is gone now, and not when the garbage collector comes.
+            del self._parser
+            self._state.clear()
 
     # Reading
 

@@ -8,6 +8,7 @@ slow one slows the client.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from io import BytesIO
@@ -18,6 +19,8 @@ import trio
 from .._errors import ApiError, InvalidRequest, Overloaded
 
 __all__ = ["BODY_SILENCE", "BODY_TIME", "KEPT", "ClientLeft", "Intake", "Kept", "too_large"]
+
+logger = logging.getLogger("trio_cluster.http")
 
 #: Seconds that a client may be silent in the middle of its body, and that the whole body may take.
 BODY_SILENCE = 30.0
@@ -174,10 +177,15 @@ class Kept:
         if self._file is not None:
             self._file.close()
 
+    async def in_thread(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
+        """Run a function that waits for the disk. Something else takes its place where events are to be repeated."""
+        return await trio.to_thread.run_sync(work, data)
+
     async def _on_disk(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         try:
-            return await trio.to_thread.run_sync(work, data)
+            return await self.in_thread(work, data)
         except OSError as error:
+            logger.error("an upload cannot be kept on the disk: %s", error)
             raise Overloaded(f"There is no room for this upload: {error.strerror}") from error
 
     def _spill(self, data: bytes) -> bytes:

@@ -35,9 +35,9 @@ _NO_REASON: Final = "an operator asked for it"
 
 
 class _Anything(BaseConverter):
-    """A part of a path that may hold whatever a request id or a worker's name may, slashes included."""
+    """A part of a path that may hold whatever anybody may take for an id or a name, slashes included."""
 
-    regex = ".+?"
+    regex = "(?s:.+?)"
     part_isolating = False
 
 

@@ -20,6 +20,7 @@ call, also where that call was lost and is opened once more elsewhere: the clien
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from contextlib import closing
@@ -42,6 +43,8 @@ from ._site import Site
 
 __all__ = ["COLLECT", "GRACE", "PING_EVERY", "relay"]
 
+logger = logging.getLogger("trio_cluster.http")
+
 #: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
 COLLECT: Final = 1 << 20
 
@@ -63,7 +66,7 @@ _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 #: What ends an event; servers elsewhere write their lines in either way.
-_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n")
+_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 #: So that nothing between here and the client keeps a stream back.
 _FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
@@ -178,10 +181,19 @@ class _Limits:
         The node should have said so earlier, and did not; what counts for the client is what it was promised.
         """
         if self.budget_left <= 0:
-            call.cancel(f"not complete within {self.budget:g} s")
-            return TooSlow(f"The answer was not complete within {self.budget:g} s")
-        call.cancel(f"silent for {self.timeout:g} s")
-        return TooSlow(f"The model gave nothing for {self.timeout:g} s")
+            reason = f"not complete within {self.budget:g} s"
+            error = TooSlow(f"The answer was not complete within {self.budget:g} s")
+        else:
+            reason = f"silent for {self.timeout:g} s"
+            error = TooSlow(f"The model gave nothing for {self.timeout:g} s")
+        fields = {
+            "model": call.request.model,
+            "node": call.served_by,
+            "request_id": call.request.request_id,
+        }
+        logger.warning("given up: %s", reason, extra={"fields": fields})
+        call.cancel(reason)
+        return error
 
 
 async def _next(call: Call, limits: _Limits, since: float) -> Event:

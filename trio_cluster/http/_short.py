@@ -113,3 +113,10 @@ class ShortWay:
                 return
         self._waiting.append(event)
         self._reader.unpark()
+        if self._call.ended:
+            # What refers to each other would be there until the garbage collector comes.
+            self._is_whole = _never
+
+
+def _never(_: bytes | memoryview) -> bool:
+    return False

@@ -232,9 +232,7 @@ def _describe_function(function: Check) -> Schema:
 MESSAGES: Final = Custom(_check_messages, {"type": "array", "items": _describe_message(), "minItems": 1})
 TOOLS: Final = ListOf(Custom(_check_tool, _describe_function(_FUNCTION)), most=128)
 FUNCTIONS: Final = ListOf(_FUNCTION, least=1, most=128)
-TOOL_CHOICE: Final = Custom(
-    _check_tool_choice, any_of(OneOf(_CHOICES).schema(), _describe_function(_NAMED))
-)
+TOOL_CHOICE: Final = Custom(_check_tool_choice, any_of(OneOf(_CHOICES).schema(), _describe_function(_NAMED)))
 RESPONSE_FORMAT: Final = Custom(
     _check_response_format,
     by_type(

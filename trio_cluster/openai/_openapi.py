@@ -99,8 +99,6 @@ def _content(media_type: str) -> dict[str, Any]:
 
 def _defaults(endpoint: Endpoint) -> dict[str, Any]:
     """Return what the fields are that a client leaves out, where that is something."""
-    read = typing.get_type_hints(endpoint.parse).get("return")
-    if not attrs.has(read):
-        return {}
+    read: Any = typing.get_type_hints(endpoint.parse)["return"]
     plain = (bool, int, float, str)
     return {field.name: field.default for field in attrs.fields(read) if isinstance(field.default, plain)}

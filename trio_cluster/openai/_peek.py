@@ -74,7 +74,8 @@ class FormPeek:
         Raises:
             InvalidRequest: it is malformed, or the name of the model cannot be one.
         """
-        if self._parser.closed or self.model is not None:
+        # An empty piece would be the end to the parser.
+        if not data or self._parser.closed or self.model is not None:
             return
         try:
             for event in self._parser.parse(data):

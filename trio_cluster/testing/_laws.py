@@ -17,7 +17,8 @@ from typing import Any, Final
 import trio
 
 from .._calls import WINDOW
-from ..http import GRACE
+from .._uploads import UPLOAD_WINDOW
+from ..http import GRACE, KEPT
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
 from ._errands import Outcome
@@ -82,9 +83,13 @@ class Laws(trio.abc.Instrument):
         self._causes.note_load(life.name, full=pool.running >= pool.capacity)
 
     def _check_memory(self, life: Life) -> None:
+        room = UPLOAD_WINDOW + (2 * KEPT if life.name == "master" else 0)
         for call in life.server.registry.live:
             if call.waiting_bytes > WINDOW + _LARGEST:
                 self._say(f"{life.name}: {call.waiting_bytes} bytes wait for one client")
+            upload = call.request.upload
+            if upload is not None and upload.waiting_bytes > room:
+                self._say(f"{life.name}: {upload.waiting_bytes} bytes of one upload wait")
 
     def _check_time(self) -> None:
         now = self._history.now
@@ -253,7 +258,7 @@ class Laws(trio.abc.Instrument):
         ends = [*(run.began for run in runs[1:]), outcome.ended]
         for run, gone in zip(runs, ends, strict=False):
             late = run.ended - gone - self._may_outlive(outcome, run, gone)
-            life = self._stage.past[run.life - 1]
+            life = self._stage.life(run.life)
             if late > 0 and not life.killed:
                 complaints.append(
                     f"its handler on {run.node} ran for {run.ended - gone:.3f} s after it was over"

@@ -67,6 +67,9 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
 
 _FAILURES: Final[list[Failure | None]] = [*[None] * 14, "told", "untold"]
 
+# Bytes of files that do not come whole before their request is passed on: half of the large one is too much for that.
+_UPLOADS: Final = [1_200_000, 2_600_000]
+
 # Characters of filling that the inputs of some kinds have room for.
 _ROOM: Final[dict[Kind, int]] = {"tts": 1_000, "image_generation": 30_000}
 
@@ -207,6 +210,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
     storm = rng.uniform(1, 4) if rng.random() < 0.3 else seconds
     begins = rng.uniform(0, seconds - storm)
     drawn_faults = [_draw_fault(rng, begins, storm, workers, options) for _ in range(count)]
+    drawn = [_draw_upload(rng, errand) for errand in drawn]
     return Plan(
         seed=seed,
         seconds=seconds,
@@ -283,6 +287,14 @@ def _draw_script(rng: random.Random, number: int, kind: Kind, options: dict[str,
         clings=round(rng.uniform(0.1, 3), 2) if rng.random() < 0.08 else 0.0,
         filling=min(filling, _ROOM.get(kind, filling)),
     )
+
+
+def _draw_upload(rng: random.Random, errand: Errand) -> Errand:
+    """Give some of those that bring a file a large one."""
+    if errand.script.kind != "asr" or rng.random() < 0.4:
+        return errand
+    script = attrs.evolve(errand.script, filling=rng.choice(_UPLOADS), model_last=rng.random() < 0.5)
+    return attrs.evolve(errand, script=script)
 
 
 def _draw_fault(

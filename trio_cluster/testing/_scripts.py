@@ -48,6 +48,7 @@ class Script:
         stall: for how long.
         clings: how long it goes on after it was cancelled.
         filling: bytes that the request has beyond what it needs.
+        model_last: in a form, the model comes behind the file.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Script:
     stall: float = 0.0
     clings: float = 0.0
     filling: int = 0
+    model_last: bool = False
 
     def dump(self) -> str:
         """Return the text of the request."""
@@ -126,7 +128,7 @@ class Script:
         """
         text = self.dump()
         if self.kind == "asr":
-            return "/v1/audio/transcriptions", *_form(model, text, stream)
+            return "/v1/audio/transcriptions", *_form(model, text, stream, self.model_last)
         if self.kind == "chat" and route == "completions":
             path, fields = "/v1/completions", {"prompt": text, "stream": stream}
         elif self.kind == "chat":
@@ -184,15 +186,16 @@ def read_script(text: str) -> Script:
     return script
 
 
-def _form(model: str, text: str, stream: bool) -> tuple[bytes, str]:
+def _form(model: str, text: str, stream: bool, model_last: bool) -> tuple[bytes, str]:
     boundary = "scripted-request"
-    parts = [("model", model), *([("stream", "true")] if stream else [])]
-    lines = [
+    fields = [("model", model), *([("stream", "true")] if stream else [])]
+    parts = [
         f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
-        for name, value in parts
+        for name, value in fields
     ]
-    lines.append(
+    file = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n'
-        f"Content-Type: audio/wav\r\n\r\n{text}\r\n--{boundary}--\r\n"
+        f"Content-Type: audio/wav\r\n\r\n{text}\r\n"
     )
-    return "".join(lines).encode(), f"multipart/form-data; boundary={boundary}"
+    parts.insert(0 if model_last else len(parts), file)
+    return "".join([*parts, f"--{boundary}--\r\n"]).encode(), f"multipart/form-data; boundary={boundary}"

@@ -7,6 +7,7 @@ the cluster is whole again, and must soon behave so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -82,11 +83,16 @@ class Stage:
         self.cluster = cluster
         self.lives: dict[str, Life] = {}
         self.past: list[Life] = []
+        self._numbers = itertools.count(1)
         self.active: dict[int, str] = {}
         self._history = history
         self._actors = actors
         self._current: set[tuple[str, str]] = set()
         self._scope = scope
+
+    def life(self, number: int) -> Life:
+        """Return the life of a number."""
+        return next(life for life in self.past if life.number == number)
 
     def give_up(self) -> None:
         """Break the play off."""
@@ -94,7 +100,8 @@ class Stage:
 
     async def start(self, name: str) -> None:
         """Start a process on the machine ``name``."""
-        number = len(self.past) + 1
+        # Others may be starting at the same time.
+        number = next(self._numbers)
         options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
         server = worker(name, **options)
         for model in self.plan.models:

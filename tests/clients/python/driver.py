@@ -123,7 +123,7 @@ async def ask(call: int, order: dict[str, Any]) -> dict[str, Any]:
             async for event in value:
                 if telling.event(event):
                     break
-        return {"value": None, "request_id": value.response.headers["x-request-id"]}
+        return {"value": None, "request_id": value.response.headers.get("x-request-id")}
     if hasattr(value, "content") and isinstance(value.content, bytes):
         return {
             "value": base64.b64encode(value.content).decode(),

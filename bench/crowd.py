@@ -1,0 +1,87 @@
+"""Many clients of streams in one process, as cheap as Python can have them: one epoll and no tasks.
+
+Opens all streams at once. Prints ``opened`` and for each stream the seconds until its first token, then ``failed N``;
+for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does.
+
+    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS [MODEL,MODEL...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+
+#: Seconds that the slowest stream may take to begin.
+PATIENCE = 60.0
+MARK = b"data: "
+
+
+def request(model: str, every: str) -> bytes:
+    """Return what a client sends."""
+    message = {"role": "user", "content": f"every {every}"}
+    body = json.dumps({"model": model, "stream": True, "messages": [message]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def main() -> None:
+    """Be the crowd."""
+    port, streams, every = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    models = (sys.argv[4] if len(sys.argv) > 4 else "bench").split(",")
+    requests = [request(model, every) for model in models]
+    poll = select.epoll()
+    clients: dict[int, socket.socket] = {}
+    began: dict[int, float] = {}
+    asks: dict[int, bytes] = {}
+    for number in range(streams):
+        client = socket.socket()
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        where = client.fileno()
+        clients[where] = client
+        asks[where] = requests[number % len(requests)]
+        began[where] = time.perf_counter()
+        client.connect_ex(("127.0.0.1", port))
+        poll.register(where, select.EPOLLOUT)
+    first: dict[int, float] = {}
+    waiting = set(clients)
+    deadline = time.perf_counter() + PATIENCE
+    tokens, told = 0, False
+    while True:
+        for where, events in poll.poll(0.5):
+            if where == 0:
+                if not os.read(0, 100):
+                    return
+                print("tokens", tokens, flush=True)
+            elif events & select.EPOLLOUT:
+                try:
+                    clients[where].send(asks[where])
+                    poll.modify(where, select.EPOLLIN)
+                except OSError:
+                    waiting.discard(where)
+                    poll.unregister(where)
+            else:
+                try:
+                    data = os.read(where, 65536)
+                except OSError:
+                    data = b""
+                tokens += data.count(MARK)
+                if where in waiting and MARK in data:
+                    first[where] = time.perf_counter() - began[where]
+                    waiting.discard(where)
+                elif not data or (where in waiting and data.startswith(b"HTTP/") and b" 200 " not in data[:20]):
+                    waiting.discard(where)
+                    poll.unregister(where)
+        if not told and (not waiting or time.perf_counter() > deadline):
+            told = True
+            print("opened", *(f"{each:.6f}" for each in first.values()))
+            print("failed", streams - len(first), flush=True)
+            poll.register(0, select.EPOLLIN)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What every benchmark needs: programs that are started and ended with it, and what they have cost so far.
+
+CPU time is user and system time of a process, from its CPU clock; memory is its resident set. Both are Linux's to tell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from trio_cluster import check_is_cluster_server
+
+HERE = Path(__file__).parent
+HOST = "127.0.0.1"
+MB = 1_000_000
+
+#: Seconds that anything may take that takes much less.
+_PATIENCE = 30.0
+
+
+@attrs.frozen
+class Running:
+    """A program that was started, and what it prints."""
+
+    port: int
+    process: trio.Process
+    lines: trio.MemoryReceiveChannel[str]
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return int(self.process.pid)
+
+
+async def read_lines(stream: trio.abc.ReceiveStream, send: trio.MemorySendChannel[str]) -> None:
+    """Give each line that a program prints to ``send``."""
+    buffer = b""
+    async with send:
+        async for data in stream:
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                await send.send(line.decode())
+
+
+async def drop(lines: trio.MemoryReceiveChannel[str]) -> None:
+    """Forget what else a program prints."""
+    async for _ in lines:
+        pass
+
+
+async def run(nursery: trio.Nursery, command: list[str], env: Mapping[str, str] | None = None) -> trio.Process:
+    """Start a program that ends with the nursery."""
+    environment = {
+        name: value for name, value in (os.environ | (env or {})).items() if not name.startswith("PYTHONW")
+    }
+    process: trio.Process = await nursery.start(
+        partial(
+            trio.run_process, command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False
+        )
+    )
+    return process
+
+
+async def start(nursery: trio.Nursery, program: str, *arguments: object) -> Running:
+    """Start one of the programs beside this one; it prints first on which port it serves."""
+    process = await run(nursery, [sys.executable, str(HERE / program), *map(str, arguments)])
+    send, lines = trio.open_memory_channel[str](100_000)
+    nursery.start_soon(read_lines, process.stdout, send)
+    with trio.fail_after(_PATIENCE):
+        _, port = (await lines.receive()).split()
+    return Running(int(port), process, lines)
+
+
+async def start_master(nursery: trio.Nursery, *flags: str) -> tuple[int, trio.Process]:
+    """Start a master, and return the port of its API, and the process."""
+    port = free_port()
+    process = await start_node(nursery, "master", str(port), "--host", HOST, *flags)
+    with trio.fail_after(_PATIENCE):
+        # Another process cannot set an event of ours.
+        while not await check_is_cluster_server(HOST, port + 1000):  # noqa: ASYNC110
+            await trio.sleep(0.05)
+    return port, process
+
+
+async def start_node(nursery: trio.Nursery, *arguments: str) -> trio.Process:
+    """Start a node of a cluster."""
+    command = [sys.executable, "-m", "trio_cluster", *arguments, "--log-level", "error"]
+    process = await run(nursery, command)
+    nursery.start_soon(_swallow, process.stdout)
+    return process
+
+
+async def _swallow(stream: trio.abc.ReceiveStream) -> None:
+    async for _ in stream:
+        pass
+
+
+@asynccontextmanager
+async def group() -> AsyncIterator[trio.Nursery]:
+    """Give a nursery for programs, which all end with the block."""
+    async with trio.open_nursery() as nursery:
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago, and whose second one was too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind((HOST, 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind((HOST, port + 1000))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+async def wait_for_port(port: int) -> None:
+    """Wait until somebody listens."""
+    with trio.fail_after(_PATIENCE):
+        while True:
+            try:
+                await (await trio.open_tcp_stream(HOST, port)).aclose()
+                return
+            except OSError:
+                await trio.sleep(0.05)
+
+
+def cpu_seconds(*pids: int) -> float:
+    """Return the CPU time of processes."""
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
+
+
+def memory(pid: int, what: str = "VmRSS") -> float:
+    """Return a line of the process's account of its memory, in bytes: VmRSS is what it has, VmHWM the most it had."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(rf"^{what}:\s+(\d+) kB", text, re.M)
+    assert found is not None
+    return 1024.0 * int(found[1])
+
+
+def forget_peak(pid: int) -> None:
+    """Let the peak begin anew with what is there now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all that came from it."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(after[1]), []).append(int(path.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process, and all that it starts, have as many connections as the machine allows; return how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Return the value that so large a share of all is not above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def weather() -> str:
+    """Return a line about the machine, since that is a part of every figure."""
+    busy = os.getloadavg()[0]
+    return f"{os.cpu_count()} cores, load {busy:.1f} before, Python {sys.version.split()[0]}"
+
+
+@asynccontextmanager
+async def crowd(port: int, streams: int, every: float, models: Iterable[str] = ("bench",)) -> AsyncIterator[Crowd]:
+    """Open streams, all at once, each with a token every so many seconds; they are left when the block is."""
+    async with group() as nursery:
+        command = [sys.executable, str(HERE / "crowd.py"), str(port), str(streams), str(every), ",".join(models)]
+        process = await run(nursery, command)
+        send, lines = trio.open_memory_channel[str](10)
+        nursery.start_soon(read_lines, process.stdout, send)
+        with trio.fail_after(120):
+            word, *first = (await lines.receive()).split()
+            failed = int((await lines.receive()).split()[1])
+        assert word == "opened"
+        yield Crowd([float(each) for each in first], failed, process, lines)
+
+
+@attrs.frozen
+class Crowd:
+    """Clients of streams that have been opened."""
+
+    first: list[float]
+    """For each that has got its first token, the seconds from connecting until then."""
+    failed: int
+    process: Any
+    lines: trio.MemoryReceiveChannel[str]
+
+    async def tokens(self) -> int:
+        """Return how many tokens have come until now."""
+        await self.process.stdin.send_all(b"count\n")
+        return int((await self.lines.receive()).split()[1])
+
+    async def cost(self, seconds: float, *pids: int) -> tuple[float, float]:
+        """Return the CPU time of processes for each token that comes from now on, and how many come in a second."""
+        before, began, spent = await self.tokens(), time.perf_counter(), cpu_seconds(*pids)
+        await trio.sleep(seconds)
+        spent = cpu_seconds(*pids) - spent
+        took, count = time.perf_counter() - began, await self.tokens() - before
+        return spent / max(1, count), count / took
