@@ -78,10 +78,18 @@ def processes(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure: what a request and a token cost, and how fast a client's leaving reaches the handler."""
+    """Measure: what a request, a token and an upload cost, and how fast a client's leaving reaches the handler."""
     session.install("-q", ".")
     session.run("python", "bench/relay.py")
     session.run("python", "bench/cancellation.py")
+    session.run("python", "bench/upload.py")
+
+
+@nox.session
+def law(session: nox.Session) -> None:
+    """Play the whole law of lifetimes in every way that a token can take to its client."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    session.run("pytest", "-q", "-n", "2", "tests/lifetimes/test_matrix.py", "--all-ways", *session.posargs)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""A backend for the benchmarks: an OpenAI-compatible server of one model that streams for ever.
+"""A backend for the benchmarks: an OpenAI-compatible server of one model, which streams for ever.
 
 It is not what is measured, so it does as little as it can. Prints ``port N`` when it is there, and
 ``closed NANOSECONDS`` whenever a client closes the connection of a stream, on the clock that all processes share.
@@ -10,11 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sys
 import time
 
 INTERVAL = float(os.environ.get("BENCH_INTERVAL", "0.05"))
+_EVERY = re.compile(rb"every ([0-9.]+)")
+_STREAM = re.compile(rb'"stream": ?true')
+
+#: One token as servers send it.
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
+    b'[{"index":0,"delta":{"content":"%b "},"finish_reason":null}]}\n\n'
+)
+PLAIN = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"bench","choices":[{"index":0,'
+    b'"message":{"role":"assistant","content":"' + b"x" * 40 + b'"},"finish_reason":"stop"}],'
+    b'"usage":{"prompt_tokens":10,"completion_tokens":10,"total_tokens":20}}'
+)
 
 
 def chunk(data: bytes) -> bytes:
@@ -22,22 +36,17 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def event(text: bytes) -> bytes:
-    """Return one token as servers send it."""
-    return (
-        b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
-        b'[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % text
-    )
+def answer(body: bytes) -> bytes:
+    """Return a whole answer."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-FIRST = HEAD + chunk(event(b"begun "))
-TOKEN = chunk(event(b"token "))
-MODELS = b'{"object":"list","data":[{"id":"bench","object":"model"}]}'
-LISTING = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
-    len(MODELS),
-    MODELS,
-)
+FIRST = HEAD + chunk(EVENT % b"begun")
+TOKEN = chunk(EVENT % b"token")
+LISTING = answer(b'{"object":"list","data":[{"id":"bench","object":"model"}]}')
+WHOLE = answer(PLAIN)
 
 
 class Connection(asyncio.Protocol):
@@ -46,6 +55,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._received = b""
         self._streaming = False
+        self._interval = INTERVAL
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
@@ -60,19 +70,26 @@ class Connection(asyncio.Protocol):
         length = [
             int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length:" in line
         ]
-        if not end or len(body) < sum(length):
+        chunks = b"transfer-encoding" in head.lower()
+        if not end or len(body) < sum(length) or (chunks and not body.endswith(b"0\r\n\r\n")):
             return
         self._received = b""
-        if head.startswith(b"GET"):
+        if not head.startswith(b"POST"):
             self._transport.write(LISTING)
             return
+        if not _STREAM.search(body):
+            self._transport.write(WHOLE)
+            return
+        said = _EVERY.search(body)
+        if said:
+            self._interval = float(said[1])
         self._streaming = True
         self._transport.write(FIRST)
         self._next(asyncio.get_running_loop().time())
 
     def _next(self, now: float) -> None:
-        if now and not self._transport.is_closing():
-            asyncio.get_running_loop().call_at(now + INTERVAL, self._token, now + INTERVAL)
+        if not self._transport.is_closing():
+            asyncio.get_running_loop().call_at(now + self._interval, self._token, now + self._interval)
 
     def _token(self, now: float) -> None:
         if not self._transport.is_closing():

@@ -73,7 +73,9 @@ def main() -> None:
                 if where in waiting and MARK in data:
                     first[where] = time.perf_counter() - began[where]
                     waiting.discard(where)
-                elif not data or (where in waiting and data.startswith(b"HTTP/") and b" 200 " not in data[:20]):
+                elif not data or (
+                    where in waiting and data.startswith(b"HTTP/") and b" 200 " not in data[:20]
+                ):
                     waiting.discard(where)
                     poll.unregister(where)
         if not told and (not waiting or time.perf_counter() > deadline):

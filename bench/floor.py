@@ -1,22 +1,24 @@
 """The floor of what this project could have stood on: hypercorn with a plain ASGI application of a few lines.
 
-python bench/floor.py PORT
+It is its own model, so there is no other process behind it. Prints ``port N`` when it is there.
+
+    python bench/floor.py PORT
 """
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
+from functools import partial
 from typing import Any
 
 import hypercorn.trio
 import trio
+from backend import EVENT, PLAIN
 from hypercorn.config import Config
 
-INTERVAL = 0.05
-PLAIN = b'{"object":"chat.completion","choices":[{"message":{"content":"' + b"x" * 240 + b'"}}]}'
-EVENT = (
-    b'data: {"object":"chat.completion.chunk","choices":[{"delta":{"content":"token "}}],"model":"bench"}\n\n'
-)
+_EVERY = re.compile(rb"every ([0-9.]+)")
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -29,23 +31,36 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
-    streams = b'"stream": true' in body
-    kind = b"text/event-stream" if streams else b"application/json"
+    said = _EVERY.search(body)
+    kind = b"text/event-stream" if said else b"application/json"
     headers = [(b"content-type", kind)]
-    if not streams:
+    if not said:
         headers.append((b"content-length", b"%d" % len(PLAIN)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    if not streams:
+    if not said:
         await send({"type": "http.response.body", "body": PLAIN})
         return
-    await send({"type": "http.response.body", "body": EVENT.replace(b"token", b"begun"), "more_body": True})
+    due, every = trio.current_time(), float(said[1])
+    await send({"type": "http.response.body", "body": EVENT % b"begun", "more_body": True})
     while True:
-        await trio.sleep(INTERVAL)
-        await send({"type": "http.response.body", "body": EVENT, "more_body": True})
+        due += every
+        await trio.sleep_until(due)
+        await send({"type": "http.response.body", "body": EVENT % b"token", "more_body": True})
 
 
-if __name__ == "__main__":
+async def main() -> None:
+    """Serve until the end."""
     config = Config()
     config.bind = [f"127.0.0.1:{sys.argv[1]}"]
     config.accesslog = None
-    trio.run(hypercorn.trio.serve, app, config)  # type: ignore[arg-type]
+    config.backlog = 4096
+    config.errorlog = logging.getLogger("quiet")
+    config.errorlog.addHandler(logging.NullHandler())
+    config.errorlog.propagate = False
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(hypercorn.trio.serve, app, config))  # type: ignore[arg-type]
+        print("port", sys.argv[1], flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(main)

@@ -1,146 +1,187 @@
-"""What a request and a token cost the master, in CPU time, beside what the bare stack under it costs.
+"""What a request and a token cost in the middle: this project beside the bare stack, a pipe, and what else is installed.
 
-CPU is that of the serving process alone (user and system), so a busy machine blurs it less than it blurs rates. Both
-systems run one after the other in the same run; compare the ratios. The bare stack has no worker behind it, no routing
-and no limits.
+All systems are up at the same time and get the same load in turn, in several rounds, of which the medians are told; an
+idle one costs nothing. CPU is that of the system's own processes (user and system), without the worker or the backend
+behind it: a busy machine blurs it less than it blurs rates. Every figure has its ratio to the pipe's in the same run,
+which does nothing but take bytes from one socket and put them into another.
 
-    python bench/relay.py [--seconds 5] [--streams 64] [--connections 16]
+- *request*: plain requests on 16 connections that stay open;
+- *open*: a connection, a request on it, and the first token of its stream;
+- *token*: one more of a stream, when so many are open; each gets 50, 20 or 10 tokens in a second;
+- *+ms*: the time to the first token on an idle system, less what the backend takes when it is asked directly;
+- *MB*: resident memory with the most streams.
+
+    python bench/relay.py [--streams 64,256,1000] [--rounds 3] [--seconds 4] [--quick] [--save FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
-from pathlib import Path
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+from typing import Any
 
+import attrs
 import trio
-from cancellation import open_stream, read_lines
-from running import free_port
-
-HERE = Path(__file__).parent
-BODY = json.dumps({"model": "bench", "messages": [{"role": "user", "content": "hello"}]}).encode()
-REQUEST = (
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+from peers import PEERS, installed, try_to_run
+from running import (
+    cost_of_requests,
+    cpu_seconds,
+    crowd,
+    drop,
+    first_token,
+    free_port,
+    group,
+    memory,
+    raise_descriptor_limit,
+    save,
+    start,
+    start_master,
+    start_node,
+    wait_for_model,
+    weather,
 )
 
+#: Seconds between the tokens of a stream, by the number of streams.
+INTERVALS = {64: 0.02, 256: 0.05, 1000: 0.1}
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process, from its CPU clock."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-@asynccontextmanager
-async def cluster() -> AsyncIterator[tuple[int, int]]:
-    """Run a master and a worker; give the port and the master's pid."""
-    async with trio.open_nursery() as nursery:
-        command = [sys.executable, str(HERE / "worker.py")]
-        process = await nursery.start(
-            partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        )
-        send, lines = trio.open_memory_channel[str](1000)
-        nursery.start_soon(read_lines, process.stdout, send)
-        _, port, _, pid = (await lines.receive()).split()
-        nursery.start_soon(drop, lines)
-        yield int(port), int(pid)
-        await process.stdin.aclose()
+PIPE = "a pipe on trio"
+DIRECT = "the backend itself"
 
 
-async def drop(lines: trio.MemoryReceiveChannel[str]) -> None:
-    """Forget what else the worker prints."""
-    async for _ in lines:
-        pass
+@attrs.define
+class System:
+    """Something that is measured."""
+
+    name: str
+    port: int
+    pids: Callable[[], list[int]]
+    figures: dict[str, list[float]] = attrs.field(factory=dict)
+
+    def note(self, name: str, value: float) -> None:
+        """Take down a figure of one round."""
+        self.figures.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float:
+        """Return the figure of all rounds."""
+        values = self.figures.get(name)
+        return statistics.median(values) if values else math.nan
 
 
-@asynccontextmanager
-async def bare_stack() -> AsyncIterator[tuple[int, int]]:
-    """Run hypercorn with a plain application; give the port and its pid."""
-    port = free_port()
-    async with trio.open_nursery() as nursery:
-        command = [sys.executable, str(HERE / "floor.py"), str(port)]
-        process = await nursery.start(
-            partial(trio.run_process, command, stderr=subprocess.DEVNULL, check=False)
-        )
-        with trio.fail_after(20):
-            while True:
-                try:
-                    await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
-                    break
-                except OSError:
-                    await trio.sleep(0.05)
-        yield port, process.pid
-        process.terminate()
+async def start_systems(nursery: trio.Nursery, stack: AsyncExitStack) -> list[System]:
+    """Start all that there is."""
+    backend = await start(nursery, "backend.py")
+    nursery.start_soon(drop, backend.lines)
+    systems = []
+
+    def add(name: str, port: int, *pids: int) -> None:
+        systems.append(System(name, port, lambda: list(pids)))
+
+    port, master = await start_master(nursery)
+    worker = await start(nursery, "worker.py", port)
+    nursery.start_soon(drop, worker.lines)
+    add("trio_cluster: master, a handler on a worker", port, master.pid)
+    port, master = await start_master(nursery)
+    serve = f"openai:http://127.0.0.1:{backend.port}/v1"
+    await start_node(nursery, "worker", "127.0.0.1", str(port), "--serve", serve)
+    await wait_for_model(port)
+    add("trio_cluster: master, the backend behind a worker", port, master.pid)
+    floor = await start(nursery, "floor.py", free_port())
+    add("hypercorn, bare ASGI, its own model", floor.port, floor.pid)
+    pipe = await start(nursery, "pipe.py", backend.port)
+    add(PIPE, pipe.port, pipe.pid)
+    for peer in PEERS:
+        if not installed(peer):
+            print(f"{peer.name} is not installed, and skipped")
+        elif (found := await try_to_run(peer, backend.port, stack)) is None:
+            print(f"{peer.name} does not come up, and is skipped")
+        else:
+            systems.append(System(peer.name, *found))
+    add(DIRECT, backend.port, backend.pid)
+    return systems
 
 
-async def ask(port: int, until: float, done: list[int]) -> None:
-    """Ask for plain answers on one connection, one after the other."""
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    async with stream:
-        while trio.current_time() < until:
-            await stream.send_all(REQUEST)
-            received = b""
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some()
-            head, _, body = received.partition(b"\r\n\r\n")
-            (length,) = [line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
-            left = int(length.split(b":")[1]) - len(body)
-            while left > 0:
-                left -= len(await stream.receive_some())
-            done[0] += 1
+async def measure(system: System, counts: Iterable[int], seconds: float) -> None:
+    """Give one system the whole load once."""
+    pids = system.pids()
+    system.note("request", 1e6 * await cost_of_requests(system.port, seconds, pids))
+    for _ in range(10):
+        system.note("first", 1e3 * await first_token(system.port))
+    for count in counts:
+        opening = cpu_seconds(*pids)
+        async with crowd(system.port, count, 3600.0) as idle:
+            system.note(f"open {count}", 1e6 * (cpu_seconds(*pids) - opening) / count)
+            system.note(f"memory {count}", sum(memory(pid) for pid in pids) / 1e6)
+        async with crowd(system.port, count, INTERVALS.get(count, 0.05)) as busy:
+            if idle.failed or busy.failed:
+                print(f"{system.name}: {idle.failed + busy.failed} of {count} streams did not begin")
+            await trio.sleep(min(1.0, seconds))
+            cost, rate = await busy.cost(seconds, *pids)
+            system.note(f"token {count}", 1e6 * cost)
+            system.note(f"rate {count}", rate)
 
 
-async def count_tokens(stream: trio.SocketStream, done: list[int]) -> None:
-    """Count the tokens that come."""
-    async for data in stream:
-        done[0] += data.count(b"token ")
+def report(systems: list[System], counts: list[int]) -> str:
+    """Return the table."""
+    (pipe,) = [system for system in systems if system.name == PIPE]
+    (direct,) = [system for system in systems if system.name == DIRECT]
+    most = counts[-1]
+    columns = {"request": "us/request", f"open {most}": "us/open"}
+    columns |= {f"token {count}": f"us/token, {count}" for count in counts}
+    lines = [["", *columns.values(), "first token +ms", "MB"]]
+    for system in systems:
+        cells = []
+        for name in columns:
+            value = system.median(name)
+            cells.append(f"{value:.0f} ({value / pipe.median(name):.2f}x)" if value >= 100 else
+                         f"{value:.1f} ({value / pipe.median(name):.2f}x)")  # fmt: skip
+        added = system.median("first") - direct.median("first")
+        megabytes = system.median(f"memory {most}")
+        ratio = megabytes / pipe.median(f"memory {most}")
+        lines.append([system.name, *cells, f"{added:+.2f}", f"{megabytes:.0f} ({ratio:.2f}x)"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
 
 
-async def measure(system: object, seconds: float, streams: int, connections: int) -> tuple[float, float]:
-    """Return microseconds of CPU per plain request and per streamed token."""
-    async with system() as (port, pid):  # type: ignore[operator]
-        done = [0]
-        before = cpu_seconds(pid)
-        async with trio.open_nursery() as nursery:
-            for _ in range(connections):
-                nursery.start_soon(ask, port, trio.current_time() + seconds, done)
-        per_request = (cpu_seconds(pid) - before) / done[0]
-        opened = [await open_stream(port, number) for number in range(streams)]
-        async with trio.open_nursery() as nursery:
-            done = [0]
-            for stream in opened:
-                nursery.start_soon(count_tokens, stream, done)
-            await trio.sleep(0.5)
-            before, done[0] = cpu_seconds(pid), 0
-            await trio.sleep(seconds)
-            per_token = (cpu_seconds(pid) - before) / done[0]
-            nursery.cancel_scope.cancel()
-        for stream in opened:
-            await trio.aclose_forcefully(stream)
-    return 1e6 * per_request, 1e6 * per_token
+async def compare(arguments: Any) -> None:
+    """Measure and print."""
+    before = weather()
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(group())
+        systems = await start_systems(nursery, stack)
+        for system in systems:
+            await cost_of_requests(system.port, 0.3, system.pids())
+        for _ in range(arguments.rounds):
+            for system in systems:
+                await measure(system, arguments.streams, arguments.seconds)
+        print(f"CPU in the middle, {arguments.rounds} rounds ({before}); in brackets the ratio to the pipe:")
+        print(report(systems, arguments.streams), flush=True)
+    save(
+        arguments.save,
+        "relay",
+        [{"name": each.name} | {name: each.median(name) for name in each.figures} for each in systems],
+    )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--streams", type=lambda text: [int(each) for each in text.split(",")], default=[64, 256, 1000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--quick", action="store_true", help="only see whether it works")
+    parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()
-    limits = (arguments.seconds, arguments.streams, arguments.connections)
-    rows = {
-        "master, worker behind it": trio.run(measure, cluster, *limits),
-        "hypercorn, bare ASGI": trio.run(measure, bare_stack, *limits),
-    }
-    floor = rows["hypercorn, bare ASGI"]
-    print(f"{'':26} {'us/request':>11} {'ratio':>6} {'us/token':>9} {'ratio':>6}")
-    for name, (request, token) in rows.items():
-        print(f"{name:26} {request:11.0f} {request / floor[0]:6.2f} {token:9.1f} {token / floor[1]:6.2f}")
+    if arguments.quick:
+        arguments.streams, arguments.rounds, arguments.seconds = [10, 20], 1, 0.2
+    raise_descriptor_limit()
+    trio.run(compare, arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ CPU time is user and system time of a process, from its CPU clock; memory is its
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import resource
@@ -61,16 +63,16 @@ async def drop(lines: trio.MemoryReceiveChannel[str]) -> None:
         pass
 
 
-async def run(nursery: trio.Nursery, command: list[str], env: Mapping[str, str] | None = None) -> trio.Process:
+async def run(
+    nursery: trio.Nursery, command: list[str], env: Mapping[str, str] | None = None, *, quiet: bool = False
+) -> trio.Process:
     """Start a program that ends with the nursery."""
-    environment = {
-        name: value for name, value in (os.environ | (env or {})).items() if not name.startswith("PYTHONW")
-    }
-    process: trio.Process = await nursery.start(
-        partial(
-            trio.run_process, command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False
-        )
-    )
+    environment = {name: value for name, value in (os.environ | (env or {})).items() if name[:7] != "PYTHONW"}
+    out = subprocess.DEVNULL if quiet else subprocess.PIPE
+    options = {"stdin": subprocess.PIPE, "stdout": out, "env": environment, "check": False}
+    if quiet:
+        options["stderr"] = out
+    process: trio.Process = await nursery.start(partial(trio.run_process, command, **options))
     return process
 
 
@@ -101,6 +103,18 @@ async def start_node(nursery: trio.Nursery, *arguments: str) -> trio.Process:
     process = await run(nursery, command)
     nursery.start_soon(_swallow, process.stdout)
     return process
+
+
+async def wait_for_model(port: int, model: str = "bench") -> None:
+    """Wait until a node has a model."""
+    with trio.fail_after(_PATIENCE):
+        while True:
+            async with await trio.open_tcp_stream(HOST, port) as stream:
+                head = f"GET /v1/models/{model} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+                await stream.send_all(head.encode())
+                if (await stream.receive_some()).startswith(b"HTTP/1.1 200"):
+                    return
+            await trio.sleep(0.05)
 
 
 async def _swallow(stream: trio.abc.ReceiveStream) -> None:
@@ -193,10 +207,19 @@ def weather() -> str:
 
 
 @asynccontextmanager
-async def crowd(port: int, streams: int, every: float, models: Iterable[str] = ("bench",)) -> AsyncIterator[Crowd]:
+async def crowd(
+    port: int, streams: int, every: float, models: Iterable[str] = ("bench",)
+) -> AsyncIterator[Crowd]:
     """Open streams, all at once, each with a token every so many seconds; they are left when the block is."""
     async with group() as nursery:
-        command = [sys.executable, str(HERE / "crowd.py"), str(port), str(streams), str(every), ",".join(models)]
+        command = [
+            sys.executable,
+            str(HERE / "crowd.py"),
+            str(port),
+            str(streams),
+            str(every),
+            ",".join(models),
+        ]
         process = await run(nursery, command)
         send, lines = trio.open_memory_channel[str](10)
         nursery.start_soon(read_lines, process.stdout, send)
@@ -229,3 +252,112 @@ class Crowd:
         spent = cpu_seconds(*pids) - spent
         took, count = time.perf_counter() - began, await self.tokens() - before
         return spent / max(1, count), count / took
+
+
+async def ask(port: int, until: float, done: list[int], model: str = "bench") -> None:
+    """Ask for plain answers on one connection, one after the other."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    async with await trio.open_tcp_stream(HOST, port) as stream:
+        while trio.current_time() < until:
+            await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            await read_answer(stream)
+            done[0] += 1
+
+
+async def open_stream(port: int, number: int = 0) -> trio.SocketStream:
+    """Ask for a stream, and return the connection when its first token has come."""
+    message = {"role": "user", "content": str(number)}
+    body = json.dumps({"model": "bench", "stream": True, "messages": [message]}).encode()
+    stream = await trio.open_tcp_stream(HOST, port)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    received = b""
+    while b"begun" not in received:
+        received += await stream.receive_some()
+    return stream
+
+
+async def first_token(port: int) -> float:
+    """Return the seconds from connecting to the first token of a stream."""
+    began = time.perf_counter()
+    stream = await open_stream(port)
+    took = time.perf_counter() - began
+    await trio.aclose_forcefully(stream)
+    return took
+
+
+async def read_answer(stream: trio.SocketStream) -> bytes:
+    """Return the body of an answer that tells its length, or comes in chunks."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        piece = await stream.receive_some()
+        if not piece:
+            raise SystemExit(f"the connection ended after {received!r}")
+        received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    if b" 200 " not in head[:20]:
+        raise SystemExit(f"refused: {received.decode(errors='replace')}")
+    length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.I)
+    pieces, size = [body], len(body)
+    while size < int(length[1]) if length else not pieces[-1].endswith(b"0\r\n\r\n"):
+        piece = await stream.receive_some(1 << 18)
+        if not piece:
+            raise SystemExit("the answer was cut")
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
+
+
+async def cost_of_requests(port: int, seconds: float, pids: Iterable[int], connections: int = 16) -> float:
+    """Return the CPU time of processes for each plain request."""
+    pids, done = list(pids), [0]
+    before = cpu_seconds(*pids)
+    async with trio.open_nursery() as nursery:
+        for _ in range(connections):
+            nursery.start_soon(ask, port, trio.current_time() + seconds, done)
+    return (cpu_seconds(*pids) - before) / done[0]
+
+
+async def cost_of_get(port: int, path: str, pid: int, times: int = 20) -> float:
+    """Return the CPU time of a process for each GET request."""
+    async with await trio.open_tcp_stream(HOST, port) as stream:
+        before = cpu_seconds(pid)
+        for _ in range(times):
+            await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
+            await read_answer(stream)
+        return (cpu_seconds(pid) - before) / times
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, float]]) -> str:
+    """Return rows of figures as text, each figure with its ratio to the first row's, in brackets.
+
+    Args:
+        title: of the first column.
+        columns: for each further one its heading, and the format of its numbers; with a ``!`` in front of that, no
+            ratio is told.
+        rows: by heading; that of the first column is the title.
+    """
+    rows = list(rows)
+    cells = [[title, *columns]]
+    for row in rows:
+        cells.append([f"{row[title]:g}"])
+        for name, form in columns.items():
+            value, first = row.get(name, math.nan), rows[0].get(name, math.nan)
+            text = "-" if math.isnan(value) else f"{value:{form.lstrip('!')}}"
+            if not form.startswith("!") and row is not rows[0] and first and not math.isnan(value / first):
+                text += f" ({value / first:.2f}x)"
+            cells[-1].append(text)
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
+    )
+
+
+def save(path: str | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Keep figures in a JSON file, for ``plot.py``."""
+    if path is not None:
+        file = Path(path)
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        kept[name] = list(rows)
+        file.write_text(json.dumps(kept, indent=1) + "\n")

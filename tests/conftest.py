@@ -8,6 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-ways",
+        action="store_true",
+        help="play the whole law of lifetimes in every way that a token can go, and not just a sample",
+    )
+
+
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
     """Undo what a test does to the configuration of logging."""

@@ -66,7 +66,8 @@ async def far(nursery: trio.Nursery) -> AsyncIterator[Far]:
 
 
 async def failure(call: Call) -> ApiError:
-    end = (await everything(call))[-1]
+    with trio.fail_after(5):
+        end = (await everything(call))[-1]
     assert isinstance(end, Failed)
     return end.error
 

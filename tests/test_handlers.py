@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,9 +16,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_cluster._calls import WINDOW, Call, Data, Done, Failed, Head, Request
 from trio_cluster._errors import ApiError, Overloaded, ShuttingDown
 from trio_cluster._handlers import HandlerBackend
-from trio_cluster._pool import MAX_WAITING, HandlerPool
 from trio_cluster._models import ModelInfo
 from trio_cluster._options import ClusterServerOptions, ServerOptions
+from trio_cluster._pool import MAX_WAITING, HandlerPool
 from trio_cluster._shapes import Provider, ThreadProvider
 from trio_cluster.openai import ChatRequest, OutputChunk
 
@@ -467,6 +468,74 @@ async def test_a_generator_that_never_awaits_does_not_starve_the_others(bench: B
     await released(call)
 
 
+async def test_a_handler_that_never_waits_gives_way_at_every_other_push_at_the_latest(bench: Bench) -> None:
+    pushed = 0
+    seen: list[int] = []
+
+    async def hurries(request: ChatRequest) -> AsyncIterator[str]:
+        nonlocal pushed
+        for _ in range(100):
+            pushed += 1
+            yield "x"
+
+    async def look() -> None:
+        while pushed < 100:
+            seen.append(pushed)
+            await trio.lowlevel.checkpoint()
+
+    call = bench.open(hurries)
+    await look()
+    steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
+    assert max(steps) <= 4
+    assert isinstance((await everything(call))[-1], Done)
+
+
+async def test_a_handler_that_waits_for_each_piece_is_scheduled_once_for_it(bench: Bench) -> None:
+    class Steps(trio.abc.Instrument):
+        taken = 0
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.taken += task is not own
+
+    own = trio.lowlevel.current_task()
+    send, receive = trio.open_memory_channel[str](0)
+
+    async def waits(request: ChatRequest) -> AsyncIterator[str]:
+        async for piece in receive:
+            yield piece
+
+    call = bench.open(waits)
+    await wait_all_tasks_blocked()
+    steps = Steps()
+    trio.lowlevel.add_instrument(steps)
+    for _ in range(50):
+        send.send_nowait("x")
+        await wait_all_tasks_blocked()
+    trio.lowlevel.remove_instrument(steps)
+    assert steps.taken == 50
+    send.close()
+    assert isinstance((await everything(call))[-1], Done)
+
+
+async def test_a_push_notices_a_cancellation_even_if_it_gives_nobody_a_turn(bench: Bench) -> None:
+    go = trio.Event()
+    pushed: list[str] = []
+
+    async def shields(request: ChatRequest, provider: Provider) -> None:
+        with trio.CancelScope(shield=True):
+            await go.wait()
+        pushed.append("first")
+        await provider.push("x")
+        pushed.append("second")
+
+    call = bench.open(shields)
+    await wait_all_tasks_blocked()
+    call.cancel("no more")
+    go.set()
+    await released(call)
+    assert pushed == ["first"]
+
+
 async def test_a_handler_in_a_thread_stops_at_its_next_push(bench: Bench) -> None:
     stopped: list[str] = []
 
@@ -637,3 +706,32 @@ async def test_a_sync_generator_streams_from_its_thread(bench: Bench) -> None:
 
     events = await everything(bench.open(words, stream=False))
     assert json.loads(text(events))["choices"][0]["message"]["content"] == "abc"
+
+
+async def test_others_are_served_while_many_vectors_are_encoded(bench: Bench) -> None:
+    count, turns = 500, 0
+    body = {"model": "m", "input": ["word"] * count}
+    asked = Request("embeddings", "embedding", "m", json.dumps(body).encode())
+    encoding = trio.Event()
+
+    async def vectors(request: Any) -> list[list[float]]:
+        encoding.set()
+        return [[0.123456789] * 1000] * count
+
+    async def others() -> None:
+        nonlocal turns
+        await encoding.wait()
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        call = HandlerBackend(ModelInfo("m", "embedding"), vectors, bench.pool).open(asked)
+        events = await everything(call)
+        nursery.cancel_scope.cancel()
+    data = [event.data for event in events if isinstance(event, Data)]
+    assert len(json.loads(b"".join(data))["data"]) == count
+    # Half a million numbers, eight thousand at a time; and what goes out waits for whoever takes it.
+    assert turns > 60
+    assert max(map(len, data)) <= 66_000

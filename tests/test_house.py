@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("http",),
     ("_node",),
     ("_cluster",),
-    ("_arguments", "_status", "engines", "testing"),
+    ("_arguments", "_process", "_status", "engines", "testing"),
     ("_demo",),
     ("cli",),
     ("__main__",),

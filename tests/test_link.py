@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -535,7 +536,7 @@ async def busy(nursery: trio.Nursery, autojump_clock: MockClock) -> Busy:
     return Busy(nursery, WAIT)
 
 
-async def test_on_an_idle_link_a_token_goes_at_once(busy: Busy) -> None:
+async def test_on_an_idle_link_a_token_goes_at_once(busy: Busy, autojump_clock: MockClock) -> None:
     call, *_ = await busy.begin()
     for _ in range(3):
         await trio.sleep(WAIT)
@@ -545,7 +546,9 @@ async def test_on_an_idle_link_a_token_goes_at_once(busy: Busy) -> None:
         assert busy.heard.pop() == (now, [Data(call, b"token")])
 
 
-async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(busy: Busy) -> None:
+async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(
+    busy: Busy, autojump_clock: MockClock
+) -> None:
     one, two, three = await busy.begin()
     await trio.sleep(0.1)
     busy.send(one, b"a")
@@ -567,7 +570,7 @@ async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(busy: Bus
     assert events == [Data(two, b"e")]
 
 
-async def test_tokens_that_come_along_wake_nobody(busy: Busy) -> None:
+async def test_tokens_that_come_along_wake_nobody(busy: Busy, autojump_clock: MockClock) -> None:
     class Steps(trio.abc.Instrument):
         taken = 0
 
@@ -584,7 +587,7 @@ async def test_tokens_that_come_along_wake_nobody(busy: Busy) -> None:
             busy.send(call, b"x")
             await wait_all_tasks_blocked()
         assert steps.taken == 0
-        await trio.sleep(WAIT)
+        await trio.sleep(2 * WAIT)
         assert steps.taken > 0
     finally:
         trio.lowlevel.remove_instrument(steps)
@@ -607,7 +610,7 @@ WORKER_SAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", WORKER_SAYS)
 async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_does(
-    busy: Busy, what: str
+    busy: Busy, autojump_clock: MockClock, what: str
 ) -> None:
     one, two, _ = await busy.begin()
     fresh = busy.master.open(endpoint="chat.completions", kind="chat", model="m", size=0)
@@ -628,7 +631,7 @@ async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_do
 
 
 @pytest.mark.parametrize("what", WORKER_SAYS)
-async def test_it_does_not_begin_to_wait_either(busy: Busy, what: str) -> None:
+async def test_it_does_not_begin_to_wait_either(busy: Busy, autojump_clock: MockClock, what: str) -> None:
     one, _, _ = await busy.begin()
     fresh = busy.master.open(endpoint="chat.completions", kind="chat", model="m", size=0)
     busy.master.send_body(fresh, b"", last=True)
@@ -640,7 +643,7 @@ async def test_it_does_not_begin_to_wait_either(busy: Busy, what: str) -> None:
     assert [when for when, _ in busy.heard] == [pytest.approx(busy.start + 0.1, abs=EXACT)]
 
 
-async def test_a_cancellation_never_waits(busy: Busy) -> None:
+async def test_a_cancellation_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     uploading = busy.master.open(endpoint="chat.completions", kind="chat", model="m")
     busy.master_link.wake()
@@ -659,11 +662,10 @@ async def test_a_cancellation_never_waits(busy: Busy) -> None:
     assert [type(event) for event in events] == [Cancel, Data]
 
 
-async def test_credit_never_waits(busy: Busy) -> None:
-    one, two, _ = await busy.begin()
-    busy.worker.send(one, bytes(WINDOW))
+async def test_credit_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
+    one, _, _ = await busy.begin()
+    busy.worker.send(one, bytes(WINDOW - len(b"first")))
     busy.worker.send(one, b"more")
-    busy.worker.send(two, b"first")
     busy.worker_link.wake()
     await wait_all_tasks_blocked()
     busy.heard.clear()
@@ -676,7 +678,7 @@ async def test_credit_never_waits(busy: Busy) -> None:
     assert when == pytest.approx(busy.start + WAIT, abs=EXACT)
 
 
-async def test_hanging_up_never_waits(busy: Busy) -> None:
+async def test_hanging_up_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.send(one, b"last words")
     await trio.sleep(0.1)
@@ -687,7 +689,7 @@ async def test_hanging_up_never_waits(busy: Busy) -> None:
     assert trio.current_time() == pytest.approx(busy.start + 0.1, abs=EXACT)
 
 
-async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy) -> None:
+async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.worker.send(one, b"last words")
     busy.worker_link.hang_up("going home")
@@ -696,7 +698,7 @@ async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy) -> None:
     assert trio.current_time() == busy.start
 
 
-async def test_a_link_that_ends_does_not_wait_first(busy: Busy) -> None:
+async def test_a_link_that_ends_does_not_wait_first(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.send(one, b"never heard")
     await wait_all_tasks_blocked()
@@ -725,18 +727,24 @@ async def test_whoever_is_ready_in_the_same_moment_comes_along_without_any_wait(
     busy = Busy(nursery, 0.0)
     calls = await busy.begin()
 
-    async def send(call: int) -> None:
+    async def send(call: int, *, after: int) -> None:
+        for _ in range(after):
+            await trio.lowlevel.checkpoint()
         busy.send(call, b"token")
 
     async with trio.open_nursery() as handlers:
-        for call in calls:
-            handlers.start_soon(send, call)
+        handlers.start_soon(partial(send, calls[0], after=0))
+        # They have one step more to go, and run in any order, as the writer does that was woken by the first.
+        for _ in range(20):
+            handlers.start_soon(partial(send, calls[1], after=1))
     await wait_all_tasks_blocked()
     assert len(busy.heard) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_order_is_kept_and_nothing_waits_longer_than_it_may(busy: Busy, seed: int) -> None:
+async def test_order_is_kept_and_nothing_waits_longer_than_it_may(
+    busy: Busy, autojump_clock: MockClock, seed: int
+) -> None:
     chance = random.Random(seed)
     calls = await busy.begin()
     sent: dict[int, list[tuple[float, bytes]]] = {call: [] for call in calls}

@@ -42,9 +42,10 @@ class Bench:
     pool: HandlerPool
     started: list[str] = attrs.field(factory=list)
 
-    def open(self, request: Request) -> Call:
+    def open(self, request: Request, sleeps: float = 0.0) -> Call:
         async def listen(request: ASRRequest) -> str:
             self.started.append("asr")
+            await trio.sleep(sleeps)
             return str(len(request.audio))
 
         async def chat(request: ChatRequest) -> AsyncIterator[str]:
@@ -66,7 +67,8 @@ async def bench(nursery: trio.Nursery) -> Bench:
 
 
 async def failure(call: Call) -> ApiError:
-    (end,) = await everything(call)
+    with trio.fail_after(1000):
+        (end,) = await everything(call)
     assert isinstance(end, Failed)
     return end.error
 
@@ -112,6 +114,16 @@ async def test_silence_does_not_count_while_the_body_is_coming(
         upload.put(FORM[at : at + 100], last=at + 100 >= len(FORM))
     await trio.sleep(100)
     assert "400" in plain(await everything(call))
+
+
+async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump_clock: MockClock) -> None:
+    upload = Upload()
+    call = bench.open(asr_request(upload), 100)
+    await trio.sleep(100)
+    upload.put(FORM, last=True)
+    began = trio.current_time()
+    assert (await failure(call)).status == 504
+    assert trio.current_time() - began == 20.0
 
 
 async def test_the_budget_counts_while_the_body_is_coming(bench: Bench, autojump_clock: MockClock) -> None:

@@ -13,7 +13,8 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall, _logs
-from trio_cluster.http import _intake
+from trio_cluster.http import Site, _intake
+from trio_cluster.http._gate import Gate
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -121,6 +122,27 @@ async def test_the_next_request_has_its_own(
     assert [line["request_id"] for line in log.lines("an.application")] == [f"request {n}" for n in range(3)]
     logging.getLogger("trio_cluster.test").info("nobody's")
     assert "request_id" not in log.lines()[0]
+
+
+async def test_a_connection_works_for_nobody_between_two_requests(cluster: SimulatedCluster) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(_logs.current_request.get())
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        pass
+
+    site = Site(cluster.master.server.registry, cluster.options)
+    scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/health"}
+    await Gate(app, site)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
+    assert seen == ["the-one"]
+    assert _logs.current_request.get() == ""
 
 
 @pytest.mark.parametrize("model", ["fails", "raw"])

@@ -203,7 +203,7 @@ async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(n
     assert room.is_set()
 
 
-def test_what_comes_after_a_close_vanishes_and_gives_no_credit() -> None:
+async def test_what_comes_after_a_close_vanishes_and_gives_no_credit() -> None:
     credit: list[int] = []
     upload, sink = Upload(on_taken=credit.append), Sink()
     upload.redirect(sink)

@@ -176,6 +176,7 @@ class Call:
 
     __slots__ = (
         "_events",
+        "_held",
         "_on_cancel",
         "_on_release",
         "_on_taken",
@@ -212,6 +213,8 @@ class Call:
         self._waiting_bytes = 0
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
+        # Somebody is parked there.
+        self._held = False
         self._sink: Callable[[Event], None] | None = None
         self.begun = False
         self.end: Done | Failed | None = None
@@ -268,7 +271,8 @@ class Call:
             return
         self.delivered += count
         self._waiting_bytes -= count
-        if self._writers and self._waiting_bytes < self.window:
+        if self._held and self._waiting_bytes < self.window:
+            self._held = False
             self._writers.unpark_all()
         self._on_taken(count)
 
@@ -300,12 +304,16 @@ class Call:
         """
         if self.cancelled is not None:
             return
-        if self.ended:
+        if self.end is not None:
             raise RuntimeError(f"{event!r} after the end of the answer")
         if isinstance(event, Data):
             if not self.begun:
                 raise RuntimeError("Data before Head")
             self._waiting_bytes += len(event.data)
+            if self._sink is not None:
+                # As below, and of all events by far the most frequent one.
+                self._sink(event)
+                return
         elif isinstance(event, Head):
             if self.begun:
                 raise RuntimeError("a second Head")
@@ -321,6 +329,7 @@ class Call:
         """Wait until the consumer has taken enough of what waits, or has given up."""
         await trio.lowlevel.checkpoint()
         while self._waiting_bytes >= self.window and not self.ended:
+            self._held = True
             await self._writers.park()
 
     def release(self) -> None:
@@ -376,8 +385,10 @@ class Call:
             self.request.upload.close()
         self._hand_over(event)
         self._sink = None
-        self._readers.unpark_all()
-        self._writers.unpark_all()
+        if self._readers:
+            self._readers.unpark_all()
+        if self._writers:
+            self._writers.unpark_all()
 
     def _hand_over(self, event: Event) -> None:
         if self._sink is not None:

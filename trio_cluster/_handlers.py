@@ -137,6 +137,7 @@ class _Output(Answer):
         try:
             await self._read_request()
             await self._drive(self.request, self)
+            await self._begin_to_end()
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
@@ -160,14 +161,25 @@ class _Output(Answer):
 
     async def push(self, chunk: object) -> None:
         """See ``Provider``."""
-        if self.call.ended and self.call.cancelled is None:
+        if self.call.end is not None and self.call.cancelled is None:
             raise trio.ClosedResourceError("the output has been ended")
+        if self._encoder.divisible:
+            *most, chunk = self._encoder.divide(chunk)
+            for part in most:
+                self._put(self._encoder.encode(part))
+                await trio.lowlevel.checkpoint()
         self._put(self._encoder.encode(chunk))
-        if self.call.waiting_bytes >= self.call.window:
-            self.stop_time()
-        await self.call.wait_room()
+        await self.give_way()
         if self.call.begun:
             self.give_time()
+
+    async def _begin_to_end(self) -> None:
+        """Put as much of the rest as is better not put in one piece."""
+        if self.call.end is None:
+            for data in self._encoder.early():
+                self._put(data)
+                await self.give_way()
+                self.give_time()
 
     def end(self) -> None:
         """See ``Provider``."""
@@ -182,12 +194,13 @@ class _Output(Answer):
         A stream begins with something to show, since its head is what commits the client to a success. Until then
         nothing that the handler does counts as output.
         """
-        now = trio.current_time()
         if not self.call.begun:
             if self._encoder.streaming and not data:
                 return
             self.call.put(self._encoder.head)
-        elif not data and now < self._next_sign:
-            return
+        if not data:
+            now = trio.current_time()
+            if now < self._next_sign:
+                return
+            self._next_sign = now + _SIGN_OF_LIFE
         self.call.put(Data(data))
-        self._next_sign = now + _SIGN_OF_LIFE

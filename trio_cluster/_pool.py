@@ -86,6 +86,24 @@ class Answer(abc.ABC):
         """Let there be silence, until :meth:`give_time`: it is not the work that is waited for."""
         self._scope.deadline = self._last
 
+    async def give_way(self) -> None:
+        """Wait while the client is slow to take what has been put; its time does not count.
+
+        Looks for a cancellation in any case. Lets others run unless the work has done so itself since the last time:
+        one that waits for each piece of its output need not be scheduled twice for it.
+        """
+        if self.call.waiting_bytes >= self.call.window:
+            self.stop_time()
+            await self.call.wait_room()
+        else:
+            task = trio.lowlevel.current_task()
+            # Trio makes this None whenever it schedules the task.
+            if task.custom_sleep_data is self:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            task.custom_sleep_data = self
+
     def too_slow(self) -> TooSlow:
         """Return what to tell the client when the scope's deadline has passed."""
         if trio.current_time() >= self._last:

@@ -39,7 +39,8 @@ INTERNAL_OFFSET: Final = 1000
 #: Listeners as trio has them; they also have a ``socket``, as those for TCP do.
 Listeners: TypeAlias = Sequence[trio.abc.Listener[Any]]
 
-_BACKLOG: Final = 1024
+#: Clients that may come at once; those that find no place here try again after a second. Systems may allow fewer.
+_BACKLOG: Final = 4096
 _TRIES: Final = 50
 
 

@@ -74,16 +74,16 @@ class RawCall(Answer):
         self._go_on()
 
     async def send(self, data: bytes) -> None:
-        """Give a piece of the answer's body to the client, as it is, waiting while it is slow. A checkpoint.
+        """Give a piece of the answer's body to the client, as it is, waiting while it is slow.
+
+        A checkpoint as ``Provider.push`` is one.
 
         Raises:
             RuntimeError: the answer has not begun.
             trio.Cancelled: nobody wants it any more, or it took too long.
         """
         self.call.put(Data(data))
-        if self.call.waiting_bytes >= self.call.window:
-            self.stop_time()
-        await self.call.wait_room()
+        await self.give_way()
         self._go_on()
 
     async def prepare(self) -> None:

@@ -240,7 +240,7 @@ class Registry:
         served = self._models.get(call.request.model)
         if self.closed_to is not None or served is None:
             return None
-        if not (call.request.repeatable and self._candidates(served, call.request, avoid=call.served_by)):
+        if not (call.request.repeatable and self._least_busy(served, call.request, avoid=call.served_by)):
             return None
         if budget <= 0:
             return None
@@ -274,25 +274,31 @@ class Registry:
             await self._idle.park()
 
     @staticmethod
-    def _candidates(served: _Served, request: Request, avoid: str) -> list[Backend]:
-        return [
-            replica
-            for replica, info in served.replicas.items()
-            if replica.available and replica.name != avoid and info.answers(request.kind, request.endpoint)
-        ]
+    def _least_busy(served: _Served, request: Request, avoid: str) -> Backend | None:
+        """Return who is to answer, if anybody can; of equals, the one used longest ago."""
+        best, least = None, math.inf
+        # There may be hundreds, and this is done for each request: so all are asked for their load only.
+        for replica, info in served.replicas.items():
+            load = replica.load
+            if load >= least or not replica.available or replica.name == avoid:
+                continue
+            if info.answers(request.kind, request.endpoint):
+                best, least = replica, load
+                if not load:
+                    break
+        return best
 
     def _open(self, request: Request, avoid: str = "") -> Call:
         if self.closed_to is not None:
             raise ShuttingDown(self.closed_to)
         self.check(request.model, request.kind, request.endpoint)
         served = self._models[request.model]
-        candidates = self._candidates(served, request, avoid)
-        if not candidates:
+        backend = self._least_busy(served, request, avoid)
+        if backend is None:
             raise Overloaded(
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,
             )
-        backend = min(candidates, key=lambda replica: replica.load)
         call = backend.open(request)
         # Among equals, take turns: the one just used goes to the end.
         served.replicas[backend] = served.replicas.pop(backend)

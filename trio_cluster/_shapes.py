@@ -33,7 +33,9 @@ class Provider(Protocol):
     """Where a handler puts its output; what an ``async`` push-style handler is given as its second argument."""
 
     async def push(self, chunk: object) -> None:
-        """Give a piece of output to the client, waiting while it is slow. A checkpoint.
+        """Give a piece of output to the client, waiting while it is slow.
+
+        A checkpoint; but of a task that waits for something else between its pieces, others do not get a turn here too.
 
         Raises:
             TypeError, ValueError: the piece is not something this kind of model can answer with.

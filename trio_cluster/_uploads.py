@@ -19,6 +19,7 @@ waits here.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from io import BytesIO
@@ -48,6 +49,7 @@ class Upload:
         received: how many bytes have come.
         complete: all of them have.
         closed: nobody wants what is still to come.
+        taken_at: when something of it was taken last, in trio's time.
     """
 
     __slots__ = (
@@ -63,6 +65,7 @@ class Upload:
         "complete",
         "received",
         "size",
+        "taken_at",
     )
 
     def __init__(self, size: int = -1, *, on_taken: Callable[[int], None] = _nothing) -> None:
@@ -70,6 +73,7 @@ class Upload:
         self.received = 0
         self.complete = False
         self.closed = False
+        self.taken_at = -math.inf
         self._on_taken = on_taken
         self._on_close: Callable[[], None] | None = None
         self._on_complete: Callable[[], None] | None = None
@@ -169,6 +173,7 @@ class Upload:
     def taken(self, count: int) -> None:
         """Say that ``count`` bytes given to a sink have gone on. Consumers that receive need not."""
         self._waiting_bytes -= count
+        self.taken_at = trio.current_time()
         if self._producer and self._waiting_bytes < UPLOAD_WINDOW:
             self._producer.unpark_all()
         if not self.closed:

@@ -211,7 +211,10 @@ class _Visit:
     def _handle_all(self, events: Sequence[MasterEvent]) -> None:
         self._last_heard = trio.current_time()
         for event in events:
-            self._handle(event)
+            if self._worker is not None and isinstance(event, Data):
+                self._worker.handle(event)
+            else:
+                self._handle(event)
         if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
             self._judge()
 
@@ -235,9 +238,6 @@ class _Visit:
 
     def _handle(self, event: MasterEvent) -> None:
         worker = self._worker
-        if worker is not None and isinstance(event, Data):
-            worker.handle(event)
-            return
         if isinstance(event, Handshake):
             if not self._probed:
                 self._join(event)

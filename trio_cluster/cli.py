@@ -34,6 +34,7 @@ from ._ask import ask, node_url, printable
 from ._cluster import ClusterServer
 from ._errors import ClusterError, OptionsError
 from ._options import ClusterMode
+from ._process import allow_connections, calm_collector
 from ._status import describe_calls, describe_status
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], en
             specs = [parse_serve(text) for text in engines]
         except ValueError as error:
             raise OptionsError(f"--serve: {error}") from error
+    allow_connections()
     trio.run(_serve_until_stopped, server, run, specs, restrict_keyboard_interrupt_to_checkpoints=True)
     return 0
 
@@ -191,12 +193,13 @@ async def _serve_until_stopped(
 
 @attrs.frozen
 class _Announcer:
-    """Logs that the server is up. It is no nursery's task status: a server may be stopped before it is up."""
+    """Notes and logs that the server is up. No nursery's task status: a server may be stopped before it is up."""
 
     server: ClusterServer
 
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
+        calm_collector(rarely=mode is ClusterMode.MASTER and not models)
         if mode is ClusterMode.WORKER:
             client = self.server.worker_client
             accepted = [name for name in models if client is None or name not in client.rejected_models]

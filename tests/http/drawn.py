@@ -41,6 +41,7 @@ class Sent:
         request_id: what is to be in the answer, if anything.
         leaves_after: so many bytes are sent before the client leaves, if it does.
         reads: so many bytes of the answer are read before the client leaves, if it does.
+        is_impatient: the time that it gives its answer is none, so that one which has begun may be cut off.
         is_raw: it need not be HTTP, and may be none, one or several requests.
     """
 
@@ -51,6 +52,7 @@ class Sent:
     request_id: str | None = None
     leaves_after: int | None = None
     reads: int | None = None
+    is_impatient: bool = False
     is_raw: bool = False
 
     def pieces(self) -> list[bytes]:
@@ -86,6 +88,7 @@ _QUIET: Final = st.sampled_from(
         (b"x-tab", b"a\tb"),
     ]
 )
+_NO_TIME: Final = b"0.0000001"
 _ODD_HEADERS: Final = st.sampled_from(
     [
         (b"x-request-timeout", b"0"),
@@ -93,8 +96,8 @@ _ODD_HEADERS: Final = st.sampled_from(
         (b"x-request-timeout", b"1e9"),
         (b"x-request-timeout", b"inf"),
         (b"x-request-timeout", b"9" * 400),
-        (b"x-request-timeout", b"0.000000001"),
-        (b"x-stainless-read-timeout", b"0.0000001"),
+        (b"x-request-timeout", _NO_TIME),
+        (b"x-stainless-read-timeout", _NO_TIME),
         (b"upgrade", b"websocket"),
         (b"upgrade", b"h2c"),
         (b"connection", b"upgrade"),
@@ -147,7 +150,8 @@ def _framed(
             leaves_after = draw(st.integers(0, len(data) - 1))
         case 1:
             reads = draw(st.integers(0, 1000))
-    return Sent(data, cuts, allowed, method == "HEAD", request_id, leaves_after, reads)
+    is_impatient = any(value == _NO_TIME for _, value in headers)
+    return Sent(data, cuts, allowed, method == "HEAD", request_id, leaves_after, reads, is_impatient)
 
 
 def _chunked(body: bytes, sizes: list[int]) -> bytes:
@@ -422,7 +426,7 @@ def garbled(draw: st.DrawFn) -> Sent:
             ]
         )
     )
-    return Sent(whole, sent.cuts, is_raw=True)
+    return Sent(whole, sent.cuts, is_impatient=sent.is_impatient, is_raw=True)
 
 
 def requests() -> st.SearchStrategy[Sent]:

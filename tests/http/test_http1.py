@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -354,3 +355,29 @@ async def test_a_write_that_the_application_cancels_ends_the_connection() -> Non
         data = await everything(client)
     assert data.count(b"HTTP/1.1 200 OK") == 1
     assert b"the end" not in data
+
+
+async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quietly() -> None:
+    done = trio.Event()
+
+    async def takes_nothing(scope: Any, receive: Any, send: Any) -> None:
+        await done.wait()
+
+    async def push(data: bytes) -> None:
+        with suppress(trio.BrokenResourceError):
+            await far.send_all(data)
+
+    near, far = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
+    async with near, far, trio.open_nursery() as nursery:
+        connection = Http1Connection(near, takes_nothing, {}, "connection", IDLE)
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (4 * UNREAD)
+        nursery.start_soon(push, head + bytes(2 * UNREAD))
+        with trio.fail_after(5):
+            async with trio.open_nursery() as serving:
+                serving.start_soon(connection.serve)
+                while connection._unread <= UNREAD:  # noqa: ASYNC110
+                    await trio.lowlevel.checkpoint()
+                # As the gate does with an answer that nobody may take for a complete one.
+                connection.reset()
+                done.set()
+        nursery.cancel_scope.cancel()

@@ -379,11 +379,20 @@ class Stage:
 
 @asynccontextmanager
 async def open_stage(
-    endpoint: Endpoint, phase: Phase, *, forwarded: bool, threaded: bool, **options: Any
+    endpoint: Endpoint,
+    phase: Phase,
+    *,
+    forwarded: bool,
+    threaded: bool,
+    short_way: bool = True,
+    **options: Any,
 ) -> AsyncIterator[Stage]:
     """Open a cluster that serves the one model, on a worker or on the master itself, with one slot."""
     script = Script(endpoint, phase)
-    async with open_cluster(latency=LATENCY, **options) as cluster, trio.open_nursery() as nursery:
+    async with (
+        open_cluster(latency=LATENCY, short_way=short_way, **options) as cluster,
+        trio.open_nursery() as nursery,
+    ):
         back = worker("w", **options) if forwarded else cluster.master.server
         back.register_chat("endless", endless)
         getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(threaded=threaded))

@@ -73,6 +73,17 @@ HEADERS: Final = {
 
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
+#: The ways that a token can go: written to its client where it comes in, or not; waiting for others on a busy link, or
+#: not. The law is the same on all of them.
+WAYS: Final[dict[str, dict[str, Any]]] = {
+    "short": {},
+    "ordinary": {"short_way": False},
+    "unbatched": {"batch_wait": 0.0},
+    "ordinary_unbatched": {"short_way": False, "batch_wait": 0.0},
+}
+#: What is played on all of them in any case: answers that are sent as they come.
+SAMPLE: Final = ("chat-stream", "speech")
+
 
 def impossible(cause: str, phase: str, endpoint: Endpoint, forwarded: bool) -> str | None:
     """Return why there is no such cell, if there is none."""
@@ -86,7 +97,7 @@ def impossible(cause: str, phase: str, endpoint: Endpoint, forwarded: bool) -> s
     return None
 
 
-def cells() -> Any:
+def cells(*, all_ways: bool) -> Any:
     for cause, row in LAW.items():
         for phase in row:
             for endpoint in ENDPOINTS:
@@ -94,10 +105,27 @@ def cells() -> Any:
                     for how in ("async", "threaded"):
                         why = impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded")
                         marks = [] if why is None else [pytest.mark.skip(reason=why)]
-                        yield pytest.param(
-                            cause, phase, endpoint, place, how,
-                            id=f"{cause}-{phase}-{endpoint}-{place}-{how}", marks=marks,
-                        )  # fmt: skip
+                        cell = f"{cause}-{phase}-{endpoint}-{place}-{how}"
+                        yield pytest.param(cause, phase, endpoint, place, how, "short", id=cell, marks=marks)
+                        if why is None and (all_ways or (endpoint in SAMPLE and how == "async")):
+                            for way in ways(place, all_ways=all_ways):
+                                yield pytest.param(
+                                    cause, phase, endpoint, place, how, way, id=f"{cell}-{way}"
+                                )
+
+
+def ways(place: str, *, all_ways: bool) -> list[str]:
+    """Return in which other ways to play a cell, besides the one that nodes take by themselves."""
+    if place == "local":
+        # There is no link on which a token could wait.
+        return ["ordinary"]
+    return list(WAYS)[1:] if all_ways else ["ordinary", "unbatched"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cause" in metafunc.fixturenames:
+        names = ("cause", "phase", "endpoint", "place", "how", "way")
+        metafunc.parametrize(names, list(cells(all_ways=metafunc.config.getoption("--all-ways"))))
 
 
 class Play:
@@ -357,13 +385,20 @@ CODES: Final = {
 }
 
 
-@pytest.mark.parametrize(("cause", "phase", "endpoint", "place", "how"), list(cells()))
 async def test_the_law_holds(
-    cause: str, phase: str, endpoint: str, place: str, how: str, autojump_clock: trio.testing.MockClock
+    cause: str,
+    phase: str,
+    endpoint: str,
+    place: str,
+    how: str,
+    way: str,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     asked, forwarded = ENDPOINTS[endpoint], place == "forwarded"
     stops = cast(Phase, phase if phase in ("waiting", "streaming", "blocked", "ending") else "waiting")
-    async with open_stage(asked, stops, forwarded=forwarded, threaded=how == "threaded", **OPTIONS) as stage:
+    async with open_stage(
+        asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | WAYS[way])
+    ) as stage:
         play = Play(stage, cause, phase, asked, forwarded)
         await play.reach_the_phase()
         await play.happen()

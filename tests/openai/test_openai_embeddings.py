@@ -162,3 +162,35 @@ def test_an_embedding_answer_is_sent_whole() -> None:
     assert not writer.streaming
     assert writer.encode([0.5]) == b""
     assert writer.head.content_type == "application/json"
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+@pytest.mark.parametrize("count", [3, 400])
+def test_an_answer_in_parts_is_the_same_as_in_one_piece(form: str, count: int) -> None:
+    numbers = np.random.default_rng(7).normal(size=(count, 500)).astype("f4")
+    body = send("embeddings", input=["word"] * count, encoding_format=form)
+    whole, parts = encoder("embeddings", body), encoder("embeddings", body)
+    whole.encode(numbers)
+    divided = parts.divide(numbers)
+    assert [len(each.value) * 500 <= 8192 for each in divided] == [True] * len(divided)
+    for each in divided:
+        parts.encode(each)
+    early = list(parts.early())
+    assert b"".join([*early, parts.finish()]) == whole.finish()
+    large = count == 400
+    assert (len(early) > 10) is large
+    # So large that there is something to each of them, and one vector larger than the room for it at most.
+    assert all(len(each) <= 66_000 for each in early)
+
+
+def test_what_is_no_list_of_vectors_is_not_divided() -> None:
+    embeddings = encoder("embeddings", send("embeddings", input=["word"]))
+    for value in ([0.5, 1.0], {"usage": {"prompt_tokens": 1}}, OutputChunk.usage(3), np.zeros((0, 3))):
+        assert len(embeddings.divide(value)) == 1
+
+
+def test_an_answer_that_lacks_a_vector_gives_nothing_early() -> None:
+    embeddings = encoder("embeddings", send("embeddings", input=["word"] * 1000))
+    embeddings.encode(np.ones((999, 500)))
+    with pytest.raises(ValueError, match="999 embeddings for 1000 inputs"):
+        list(embeddings.early())

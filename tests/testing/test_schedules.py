@@ -15,7 +15,7 @@ from trio.testing import MockClock
 
 from trio_cluster._pool import HandlerPool
 from trio_cluster._registry import Registry
-from trio_cluster.http import _relay
+from trio_cluster.http import KEPT, Kept, _relay
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
 from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._actors import Actors, Run
@@ -63,6 +63,17 @@ def test_another_seed_gives_another_log() -> None:
     assert first != second
 
 
+def test_plans_have_uploads_that_stream() -> None:
+    plans = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(20)]
+    scripts = [errand.script for plan in plans for errand in plan.errands if errand.script.filling > KEPT]
+    assert {script.kind for script in scripts} == {"asr"}
+    assert {script.model_last for script in scripts} == {False, True}
+    for script in scripts[:2]:
+        _, body, _ = script.request("m", stream=False, route="")
+        assert len(body) > KEPT
+        assert (body.index(b'name="model"') > KEPT) is script.model_last
+
+
 def test_a_plan_follows_from_its_seed() -> None:
     assert draw_plan(7, seconds=30, requests=60, faults=16) == draw_plan(
         7, seconds=30, requests=60, faults=16
@@ -100,11 +111,16 @@ def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
 
 
+def forget_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kept, "_fetch", lambda self, data: b"")
+
+
 PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
     forget_to_cancel,
     finish_what_failed,
     keep_models_of_the_dead,
     lose_slots,
+    forget_what_was_kept,
 ]
 
 
@@ -250,7 +266,7 @@ def test_a_handler_that_outlives_its_client_is_seen(plan: Plan) -> None:
         await trio.sleep(10)
 
         class Stage:
-            past = (type("Life", (), {"killed": False}),)
+            life = staticmethod(lambda number: type("Life", (), {"killed": False}))
 
         Laws(plan, Stage(), history, actors).judge_runs([it])  # type: ignore[arg-type]
         return history.violations

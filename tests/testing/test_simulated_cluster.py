@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from trio_cluster import ClusterServer, HandshakeRefused
+from trio_cluster.http._http1 import Http1Connection
 from trio_cluster.testing import (
     FakeModel,
     SimulatedClient,
@@ -154,6 +155,25 @@ async def test_a_master_may_have_models_of_its_own(cluster: SimulatedCluster) ->
     server.register_chat("own", model)
     await cluster.start_master(server)
     assert (await cluster.client().chat("own")).report().text == model.text()
+
+
+@pytest.mark.parametrize("short_way", [True, False])
+async def test_tokens_take_the_short_way_unless_the_test_says_otherwise(
+    short_way: bool, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bytes] = []
+    send = Http1Connection.send_nowait
+
+    def send_nowait(connection: Http1Connection, body: bytes) -> bool:
+        taken.append(body)
+        return send(connection, body)
+
+    monkeypatch.setattr(Http1Connection, "send_nowait", send_nowait)
+    model = FakeModel(tokens=20, interval=1)
+    async with open_cluster(short_way=short_way) as cluster:
+        await start(cluster, model)
+        assert (await cluster.client().chat("m", stream=True)).report().text == model.text()
+    assert bool(taken) is short_way
 
 
 async def test_what_the_test_raises_comes_out_of_a_cluster_as_it_is(

@@ -258,10 +258,12 @@ class UpstreamModels:
         ]
         if self._trouble or new or gone:
             self._trouble = ""
-            fields = {"models_gained": sorted(new), "models_lost": sorted(set(gone) - set(new))}
-            logger.info(
-                "%d models from %s", len(self._registered), self._client.base, extra={"fields": fields}
-            )
+            fields = {
+                "models": len(self._registered),
+                "models_gained": sorted(new),
+                "models_lost": sorted(set(gone) - set(new)),
+            }
+            logger.info("the models of %s are served", self._client.base, extra={"fields": fields})
 
     def _register(self, name: str, model: str, options: ChatModelOptions) -> bool:
         try:

@@ -14,7 +14,10 @@ from typing import Any, Final
 
 from ._reply import Reply
 
-__all__ = ["RequestState", "answer_head", "chunk", "refusal"]
+__all__ = ["RequestState", "answer_head", "chunk", "pieces_to_write", "refusal"]
+
+#: Bytes of a body from which copying them costs more than another write.
+_LARGE: Final = 64 * 1024
 
 _BODILESS: Final = frozenset({204, 304})
 _STATUS_LINES: Final = {
@@ -104,6 +107,26 @@ def answer_head(request: RequestState, size: int, more: bool, closing: bool) -> 
 def chunk(data: bytes) -> bytes:
     """Return ``data``, which must not be empty, as one chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> list[bytes]:
+    """Return what is to be written, in order, for a piece of a body; of a large one no copy is made.
+
+    Args:
+        head: what goes before it.
+        body: may be empty.
+        chunked: the body is framed in chunks.
+        last: the body ends with it.
+    """
+    before, after = head, b""
+    if chunked:
+        if body:
+            before, after = b"%b%x\r\n" % (head, len(body)), b"\r\n"
+        if last:
+            after += b"0\r\n\r\n"
+    if len(body) < _LARGE:
+        return [before + body + after]
+    return [before, body, after]
 
 
 def refusal(reply: Reply, request_id: str) -> bytes:

@@ -193,7 +193,8 @@ class _Passage:
         try:
             reply = await relay(self._site, endpoint, self._exchange)
         except ApiError as error:
-            reply = error_reply(error)
+            # It is also what its call has ended with; with a traceback, both would hold each other.
+            reply = error_reply(error.with_traceback(None))
             # What is still to come of the body need not be waited for by whoever is to answer.
             self._exchange.abandon("the request was refused")
         if not any(name == _PROCESSING for name, _ in reply.headers):

@@ -40,7 +40,7 @@ import trio
 
 from .._errors import ApiError, InvalidRequest
 from ._exchange import Exchange
-from ._framing import RequestState, answer_head, chunk, refusal
+from ._framing import RequestState, answer_head, chunk, pieces_to_write, refusal
 from ._gate import App, Message
 from ._reply import error_reply
 
@@ -95,14 +95,12 @@ class Http1Connection:
         self._serving = trio.CancelScope()
         self._refused: ApiError | None = None
         # No request is taken any more; and none is answered any more, not even one that has come.
-        self._no_more = False
-        self._closing = False
+        self._no_more = self._closing = False
         self._is_socket = isinstance(stream, trio.SocketStream)
         self._write_now = _write_now(stream)
         self._left_over = b""
         # An answer has begun and not ended; a write has.
-        self._begun = False
-        self._torn = False
+        self._begun = self._torn = False
         self.gone = False
 
     # What others do to it
@@ -180,8 +178,7 @@ class Http1Connection:
         finally:
             self.close()
             # Both refer to this: without them it is gone now, and not when the garbage collector comes.
-            del self._parser
-            self._state.clear()
+            del self._parser, self._state
 
     # Reading
 
@@ -236,6 +233,8 @@ class Http1Connection:
         if self._head_size > HEAD_LIMIT:
             limit = f"The head of the request has more than {HEAD_LIMIT} bytes"
             self._refuse(InvalidRequest(limit, status=431))
+        if self._responder:
+            self._responder.unpark_all()
 
     def _refuse(self, error: ApiError) -> None:
         if self._refused is None:
@@ -288,18 +287,15 @@ class Http1Connection:
         self._idle.deadline = math.inf
         self._unread += _REQUEST_WEIGHT
         self._requests.append(request)
-        self._responder.unpark_all()
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
         self._incoming.body.append(body)
         self._unread += len(body)
-        self._responder.unpark_all()
 
     def on_message_complete(self) -> None:
         """See httptools."""
         self._incoming.complete = True
-        self._responder.unpark_all()
 
     # Answering
 
@@ -387,21 +383,15 @@ class Http1Connection:
             request.start = message
         elif kind == "http.response.body":
             body, more = message.get("body", b""), message.get("more_body", False)
-            data = b""
+            head = b""
             if not request.head_sent:
-                data, self._closing = answer_head(request, len(body), more, self._closing)
+                head, self._closing = answer_head(request, len(body), more, self._closing)
                 self._begun = True
             if request.bodiless:
-                pass
-            elif request.chunked:
-                if body:
-                    data += chunk(body)
-                if not more:
-                    data += b"0\r\n\r\n"
-            else:
-                data += body
-            if data or self._left_over:
-                await self._write(data)
+                body = b""
+            for data in pieces_to_write(head, body, chunked=request.chunked, last=not more):
+                if data or self._left_over:
+                    await self._write(data)
             if not more:
                 request.answered = True
                 self._begun = False
@@ -416,17 +406,19 @@ class Http1Connection:
         if self._left_over:
             data, self._left_over = self._left_over + data, b""
         self._torn = True
+        # Of a large piece that is not taken at once, no copies are made.
+        rest: bytes | memoryview = memoryview(data) if self._is_socket else data
         try:
             if self._is_socket and self._write_now is not None:
                 # Nearly always the socket takes it all, and then there is nothing to wait for.
                 try:
-                    data = data[self._write_now(data) :]
+                    rest = rest[self._write_now(rest) :]
                 except BlockingIOError:
                     pass
                 except OSError as error:
                     raise trio.BrokenResourceError from error
-            if data:
-                await self._stream.send_all(data)
+            if rest:
+                await self._stream.send_all(rest)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._lose()
             await trio.lowlevel.checkpoint()
@@ -445,9 +437,9 @@ class Http1Connection:
                 pass
 
 
-def _write_now(stream: Any) -> Callable[[bytes], int] | None:
+def _write_now(stream: Any) -> Callable[[bytes | memoryview], int] | None:
     """Return what writes to the connection without waiting, as ``os.write`` does; ``None`` if nothing can."""
     if isinstance(stream, trio.SocketStream):
         return functools.partial(os.write, stream.socket.fileno())
-    write: Callable[[bytes], int] | None = getattr(stream.socket, "send_nowait", None)
+    write: Callable[[bytes | memoryview], int] | None = getattr(stream.socket, "send_nowait", None)
     return write

@@ -29,7 +29,7 @@ BODY_TIME = 600.0
 #: Bytes of a body that are kept in memory until it is known where it goes.
 KEPT: Final = 1 << 20
 
-#: Bytes that are read from the disk at a time.
+#: Bytes that are taken at a time of what was kept.
 _BLOCK: Final = 256 * 1024
 
 
@@ -163,14 +163,21 @@ class Kept:
             self._size = 0
 
     async def take(self) -> bytes:
-        """Return the next bytes of what was kept; empty if that was all. Nothing can be added any more."""
+        """Return the next bytes of what was kept, not very many; empty if that was all.
+
+        Nothing can be added any more.
+        """
         if self._file is not None:
             data = await self._on_disk(self._fetch, b"")
             if data:
                 return data
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        return data
+        while self._pieces:
+            piece = self._pieces.pop(0)
+            if len(piece) > _BLOCK:
+                self._pieces.insert(0, piece[_BLOCK:])
+            if piece:
+                return piece[:_BLOCK]
+        return b""
 
     def close(self) -> None:
         """Forget it all."""

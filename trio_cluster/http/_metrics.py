@@ -6,11 +6,12 @@ numbers are of one instant and add up, and a request costs nothing for being cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from typing import Final
 
 import attrs
-from prometheus_client import CollectorRegistry
+import trio
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -24,34 +25,40 @@ from .._registry import Durations
 from ._reply import Reply
 from ._site import Site
 
-__all__ = ["metrics_reply", "open_collectors"]
+__all__ = ["metrics_reply"]
 
 _PREFIX = "trio_cluster_"
 _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
 
-
-def open_collectors(site: Site) -> CollectorRegistry:
-    """Return a registry of collectors of its own, so that two nodes in one process do not mix."""
-    collectors = CollectorRegistry(auto_describe=False)
-    collectors.register(_Collector(site))
-    return collectors
+#: Numbers whose text takes so long to write that others would feel it; each worker has nine.
+_MANY: Final = 500
 
 
-def metrics_reply(collectors: CollectorRegistry) -> Reply:
-    """Return the text that a scrape gets."""
-    return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], generate_latest(collectors))
+async def metrics_reply(site: Site) -> Reply:
+    """Return the text that a scrape gets: the numbers of one instant."""
+    numbers = _Numbers(_Reading(site).families())
+    if sum(len(family.samples) for family in numbers.collect()) < _MANY:
+        text = generate_latest(numbers)
+    else:
+        text = await trio.to_thread.run_sync(generate_latest, numbers, abandon_on_cancel=True)
+    return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], text)
 
 
-class _Collector(Collector):
+class _Numbers(Collector):
+    """What has been collected. Nothing of this process that others may register is among it."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+class _Reading:
     def __init__(self, site: Site) -> None:
         self._site = site
 
-    def describe(self) -> list[Metric]:
-        """Say nothing: the names are known only when the numbers are."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every number of this instant."""
+    def families(self) -> Iterator[Metric]:
         registry = self._site.registry
         books = attrs.asdict(registry.books)
         yield CounterMetricFamily(

@@ -52,7 +52,7 @@ def add_operator_routes(app: QuartTrio, site: Site) -> None:
     async def cancel(request_id: str) -> TrioResponse:
         exchange = exchange_of(request.scope)
         _refuse_pages(exchange)
-        reason = _reason(await request.get_data(as_text=False))
+        reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
         found = registry.calls_of(request_id)
         if not found:
             raise ApiError(

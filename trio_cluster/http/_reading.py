@@ -87,6 +87,8 @@ async def _find_model(intake: Intake, content_type: str, first: bytes, kept: Kep
     while True:
         peek.feed(data)
         await kept.add(data, last=peek.model is not None)
+        if peek.model == "":
+            raise InvalidRequest("'model' must not be empty", param="model")
         if peek.model is not None:
             return peek.model
         if intake.complete:
@@ -98,10 +100,15 @@ async def _read_whole(
     site: Site, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    info = site.registry.info(peek_model(body, content_type) or "")
+    small = len(body) < _READ_IN_THREAD
+    if small:
+        name = peek_model(body, content_type)
+    else:
+        name = await trio.to_thread.run_sync(peek_model, body, content_type, abandon_on_cancel=True)
+    info = site.registry.info(name or "")
     if info is not None and info.kind == "any":
         return info, None
-    if len(body) < _READ_IN_THREAD:
+    if small:
         parsed: Any = endpoint.parse(body, content_type, headers)
     else:
         # Reading touches nothing else, so nobody needs to wait for it when the client has left.

@@ -137,23 +137,26 @@ async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limit
         upload.on_close(partial(scope.cancel, reason="nobody wants more of this body"))
         while data := await kept.take():
             upload.put(data)
-            await _room(upload, call, limits)
+            await _room(upload, call, limits, intake)
         while not intake.complete:
             data = await intake.next()
             upload.put(data, last=intake.complete)
-            since = trio.current_time()
-            await _room(upload, call, limits)
-            intake.excuse(trio.current_time() - since)
+            await _room(upload, call, limits, intake)
         if not upload.complete:
             upload.put(b"", last=True)
 
 
-async def _room(upload: Upload, call: Call, limits: _Limits) -> None:
-    """Wait until more of a body is wanted, or give the call up, which has taken nothing since."""
-    with trio.move_on_at(limits.late(trio.current_time())):
-        await upload.wait_room()
-        return
-    raise limits.give_up(call)
+async def _room(upload: Upload, call: Call, limits: _Limits, intake: Intake) -> None:
+    """Wait until more of a body is wanted, or give the call up, which has taken nothing of it for too long."""
+    began = since = trio.current_time()
+    while True:
+        with trio.move_on_at(limits.late(since)):
+            await upload.wait_room()
+            intake.excuse(trio.current_time() - began)
+            return
+        if upload.taken_at <= since:
+            raise limits.give_up(call)
+        since = upload.taken_at
 
 
 @attrs.frozen

@@ -15,7 +15,7 @@ from .._errors import HandlerFailed, ModelNotFound
 from ..openai import ENDPOINTS
 from ._description import description
 from ._gate import MODEL_ROUTES, PREFIXES
-from ._metrics import metrics_reply, open_collectors
+from ._metrics import metrics_reply
 from ._reply import JSON, Reply, json_reply
 from ._site import Site
 
@@ -67,8 +67,6 @@ def _add_models(app: QuartTrio, site: Site) -> None:
 
 
 def _add_node(app: QuartTrio, site: Site) -> None:
-    collectors = open_collectors(site)
-
     async def index() -> TrioResponse:
         return respond(
             json_reply(
@@ -95,7 +93,7 @@ def _add_node(app: QuartTrio, site: Site) -> None:
         return respond(json_reply(state, 503 if draining else 200))
 
     async def metrics() -> TrioResponse:
-        return respond(metrics_reply(collectors))
+        return respond(await metrics_reply(site))
 
     async def status() -> TrioResponse:
         registry = site.registry

@@ -10,6 +10,7 @@ what an error looks like is for the HTTP face to say, which knows whether anythi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final, NoReturn
 
 from trio_cluster._calls import Head
@@ -36,6 +37,8 @@ class Encoder:
     """
 
     kind: ClassVar[Kind]
+    #: Whether what a handler gives may be so much that it is better encoded in parts; see :meth:`divide`.
+    divisible: ClassVar[bool] = False
     #: Whether a list is the same as what is in it, one by one.
     takes_lists: ClassVar[bool] = False
 
@@ -64,6 +67,18 @@ class Encoder:
             self.usage = chunk.value
             return b""
         return self._take(chunk)
+
+    def divide(self, value: Any) -> list[Any]:
+        """Return values that say the same as ``value``, none of which takes long to encode; there is at least one."""
+        return [value]
+
+    def early(self) -> Iterable[bytes]:
+        """Yield what can go out, in parts, before :meth:`finish` is called, when there will be no more values.
+
+        Raises:
+            ValueError: what the handler gave does not make an answer.
+        """
+        return ()
 
     def finish(self) -> bytes:
         """Return the rest of the answer, which is complete with it. To be called once.

@@ -181,7 +181,7 @@ def worker(name: str, **options: Any) -> ClusterServer:
 
 @asynccontextmanager
 async def open_cluster(
-    *, latency: float = 0.0, seed: int | None = None, **options: Any
+    *, latency: float = 0.0, short_way: bool = True, seed: int | None = None, **options: Any
 ) -> AsyncIterator[SimulatedCluster]:
     """Open a cluster with a master that has no models and no workers yet; close it in the end, by force.
 
@@ -190,6 +190,7 @@ async def open_cluster(
 
     Args:
         latency: seconds that everything takes on the network, one way.
+        short_way: let tokens be written to their client where they come in; see :class:`SimulatedNetwork`.
         seed: take the same course each time; see :func:`seeded`.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed. ``batch_wait`` is 0 if
             it is not given.
@@ -199,7 +200,7 @@ async def open_cluster(
         async with trio.open_nursery() as nursery:
             # A name of its own would have the number of this process in it.
             master = _options({"worker_id": "master"} | options)
-            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency), master)
+            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, short_way=short_way), master)
             await cluster.start_master()
             try:
                 yield cluster

@@ -144,14 +144,17 @@ class SimulatedNetwork:
 
     Args:
         latency: seconds that everything takes on a new connection, one way.
+        short_way: whether its connections can be written to without waiting, as plain sockets can. Without that, an
+            answer takes the ordinary way from where it comes in to its client, as it does on any other stream.
 
     Attributes:
         latency: as given; may be changed.
         connections: all there are and were, the oldest first.
     """
 
-    def __init__(self, latency: float = 0.0) -> None:
+    def __init__(self, latency: float = 0.0, *, short_way: bool = True) -> None:
         self.latency = latency
+        self._short_way = short_way
         self.connections: list[Connection] = []
         self._listeners: dict[tuple[str, int], SimulatedListener] = {}
         self._frozen: set[str] = set()
@@ -232,8 +235,8 @@ class SimulatedNetwork:
             client,
             server,
             port,
-            SimulatedStream(there, back, near, far),
-            SimulatedStream(back, there, far, near),
+            SimulatedStream(there, back, near, far, short_way=self._short_way),
+            SimulatedStream(back, there, far, near, short_way=self._short_way),
             (there, back),
         )
         for _ in {client, server} & self._frozen:

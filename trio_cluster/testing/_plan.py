@@ -154,6 +154,7 @@ class Plan:
         seed: what it was drawn from.
         seconds: for how long requests and faults begin.
         latency: of the network.
+        short_way: whether tokens are written to their client where they come in.
         options: of all nodes.
         slots: of each node.
         models: who serves what.
@@ -163,6 +164,7 @@ class Plan:
     seed: int
     seconds: float
     latency: float
+    short_way: bool
     options: dict[str, Any]
     slots: dict[str, int]
     models: tuple[Model, ...]
@@ -201,6 +203,8 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         "queue_timeout": rng.choice([0.0, 1.0, 4.0, 4.0]),
         "drain_timeout": rng.choice([1.0, 4.0, 8.0]),
         "on_conflict": "replicate",
+        # Not drawn, and neither is the short way: a dozen schedules in a row have every way that a token can go.
+        "batch_wait": 0.0 if seed % 4 == 0 else 0.001,
     }
     models = _draw_models(rng, workers)
     drawn = sorted((_draw_errand(rng, number, seconds, models, options) for number in range(1, requests + 1)),
@@ -215,6 +219,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         seed=seed,
         seconds=seconds,
         latency=latency,
+        short_way=seed % 3 != 0,
         options=options,
         slots=slots,
         models=models,

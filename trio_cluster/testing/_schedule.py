@@ -137,7 +137,7 @@ async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
     actors = Actors(history)
     outcomes: list[Outcome] = []
     with trio.CancelScope() as scope:
-        async with open_cluster(latency=plan.latency, **plan.options) as cluster:
+        async with open_cluster(latency=plan.latency, short_way=plan.short_way, **plan.options) as cluster:
             # The master that was opened with the cluster has no models.
             cluster.master.kill()
             await cluster.master.over.wait()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -181,6 +181,8 @@ class Socket:
     """As much of a socket as hypercorn, the HTTP face and the logs look at."""
 
     family = socket.AF_INET
+    #: Writes without waiting; what the HTTP face looks for on streams that are not sockets.
+    send_nowait: Callable[[bytes], int]
 
     def __init__(
         self, stream: SimulatedStream | None, local: tuple[str, int], remote: tuple[str, int]
@@ -201,11 +203,6 @@ class Socket:
         if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
             self._resets = True
 
-    def send_nowait(self, data: bytes) -> int:
-        """Write without waiting; what the HTTP face uses on streams that are not sockets."""
-        assert self._stream is not None
-        return self._stream.send_nowait(data)
-
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close(reset=self._resets)
@@ -214,12 +211,21 @@ class Socket:
 class SimulatedStream(trio.abc.HalfCloseableStream):
     """One end of a simulated connection. Behaves like a ``trio.SocketStream``.
 
+    Args:
+        short_way: let the HTTP face write here without waiting, as it does on plain sockets.
+
     Attributes:
         closed: whether this end was closed here.
     """
 
     def __init__(
-        self, outgoing: Pipe, incoming: Pipe, local: tuple[str, int], remote: tuple[str, int]
+        self,
+        outgoing: Pipe,
+        incoming: Pipe,
+        local: tuple[str, int],
+        remote: tuple[str, int],
+        *,
+        short_way: bool = True,
     ) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
@@ -228,6 +234,8 @@ class SimulatedStream(trio.abc.HalfCloseableStream):
         self._sent_eof = False
         self.closed = False
         self.socket = Socket(self, local, remote)
+        if short_way:
+            self.socket.send_nowait = self.send_nowait
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See trio."""

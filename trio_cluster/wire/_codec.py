@@ -46,7 +46,7 @@ from ._messages import (
     UnregisterModel,
 )
 
-__all__ = ["MAX_MESSAGE", "TAGS", "Packed", "decode", "encode", "freeze", "pack", "write"]
+__all__ = ["MAX_MESSAGE", "TAGS", "Packed", "decode", "encode", "freeze", "pack", "pack_data", "write"]
 
 #: Bytes in one websocket message at most; a larger one breaks the protocol. The largest single message has
 #: about half of it.
@@ -181,6 +181,11 @@ def pack(message: Message) -> list[Any]:
     """Return ``message`` as the ``[tag, body]`` that :func:`write` takes; bytes in it are not copied."""
     cls = type(message)
     return [TAGS[cls], _UNSTRUCTURE[cls](message)]
+
+
+def pack_data(call: int, data: bytes | memoryview, last: bool) -> list[Any]:
+    """Return what :func:`pack` does for such a ``Data``, which has to be a good one."""
+    return [TAGS[Data], {"call": call, "data": data, "last": last}]
 
 
 def freeze(message: Message) -> msgspec.Raw:

@@ -31,9 +31,9 @@ from typing import Final
 import attrs
 import msgspec
 
-from ._codec import Packed, freeze, pack, write
+from ._codec import Packed, freeze, pack_data, write
 from ._errors import ProtocolError
-from ._messages import PIECE, WINDOW, Data, Message
+from ._messages import PIECE, WINDOW, Message
 
 __all__ = ["Batch", "Outbox"]
 
@@ -227,7 +227,7 @@ class Outbox:
             call, stream = self._turns.popitem(last=False)
             piece = stream.take()
             drained = not stream.chunks
-            batch.append(pack(Data(call, piece, drained and stream.complete)))
+            batch.append(pack_data(call, piece, drained and stream.complete))
             size += len(piece) + _OVERHEAD
             if piece:
                 sent[call] = sent.get(call, 0) + len(piece)
@@ -236,7 +236,7 @@ class Outbox:
                 size += len(stream.tail)
             if drained and (stream.complete or stream.tail is not None):
                 del self._streams[call]
-            else:
+            elif not drained:
                 self._schedule(call, stream)
         return Batch(write(batch), tuple(sent.items())) if batch else None
 

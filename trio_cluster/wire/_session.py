@@ -327,7 +327,9 @@ class Session(abc.ABC, Generic[EventT]):
         Raises:
             RuntimeError: more was taken than has come, or the call was never opened.
         """
-        exchange = self._exchange(call)
+        exchange = self._calls.get(call)
+        if exchange is None or self.close_reason is not None:
+            exchange = self._exchange(call)
         if exchange is None:
             return False
         if not 0 <= count <= exchange.unread:

@@ -1,0 +1,235 @@
+"""What a token and a request cost, in counts that do not depend on the machine.
+
+The bounds stand a little above what it takes today. If one of them is passed, something has become more expensive: the
+failure lists which functions were called how often for one token or request, the most frequent ones first. Compare that
+with the list of an earlier revision (set the bound to 0 to see it). If it is worth it, raise the bound, and say why.
+
+What is counted is what the tasks of a node do: how often they are scheduled, how many functions in Python are called in
+them, and which system calls they make. The event loop's own waiting is not counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import pytest
+import trio
+from counting import HOST, Client, Counted, Counting, FarMaster, FarWorker, has_counters, make_writes_visible
+
+from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster._options import ClusterMode
+from trio_cluster.wire import Data, ForwardRequest
+
+pytestmark = pytest.mark.skipif(not has_counters(), reason="nothing is counted here on this system")
+
+STREAMS: Final = 64
+ROUNDS: Final = 20
+#: An event of a stream, of the size that they have.
+EVENT: Final = (
+    b'data: {"id":"chatcmpl-0123456789ab","object":"chat.completion.chunk","created":1700000000,"model":"m",'
+    b'"choices":[{"index":0,"delta":{"content":"token "},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+ANSWER: Final = b'{"object":"chat.completion","choices":[]}'
+BODY: Final = b'{"model":"m","messages":[{"role":"user","content":"hello"}],"stream":true}'
+
+
+def node() -> ClusterServer:
+    """Return a node that does nothing of its own accord while it is looked at."""
+    server = ServerOptions(host=HOST, max_concurrency=10 * STREAMS)
+    return ClusterServer(ClusterServerOptions(server=server, heartbeat_interval=900.0, worker_timeout=1000.0))
+
+
+async def count(times: int, act: Callable[[], Awaitable[object]]) -> Counted:
+    """Count what it takes to do something so many times, when it has been done a few times before."""
+    for _ in range(3):
+        await act()
+    gc.collect()
+    with Counting() as counted:
+        for _ in range(times):
+            await act()
+    return counted
+
+
+def check(what: str, counted: Counted, times: int, *, steps: float, calls: float) -> None:
+    print(f"{what}: {counted.steps / times:.2f} steps, {counted.calls / times:.2f} calls")
+    assert counted.steps / times <= steps, counted.explain(times)
+    assert counted.calls / times <= calls, counted.explain(times)
+
+
+class Relay:
+    """A master, and the far ends of everything that it is connected to."""
+
+    def __init__(self, master: ClusterServer, worker: FarWorker) -> None:
+        assert master.port is not None
+        self.port: int = master.port
+        self.worker = worker
+        self.clients: list[Client] = []
+        self.calls: list[int] = []
+
+    async def next_call(self) -> int:
+        """Return the number of the next call, when all of its request has come."""
+        call = 0
+        while True:
+            for event in await self.worker.hear():
+                call = event.call if isinstance(event, ForwardRequest) else call
+                if isinstance(event, Data) and event.last:
+                    return call
+
+    def connect(self) -> Client:
+        self.clients.append(Client(self.port))
+        return self.clients[-1]
+
+    async def open_stream(self) -> None:
+        client = self.connect()
+        client.ask(stream=True)
+        self.calls.append(await self.next_call())
+        self.worker.session.respond(self.calls[-1], 200, "text/event-stream")
+        self.worker.session.send(self.calls[-1], EVENT)
+        self.worker.say()
+        await client.receive_until(b"token ")
+
+    async def send_tokens(self, streams: int) -> None:
+        """Send a token in each of so many streams, in one message, and wait until their clients have them."""
+        for call in self.calls[:streams]:
+            self.worker.session.send(call, EVENT)
+        self.worker.say()
+        assert self.worker.hear_at_once() == []
+        for client in self.clients[:streams]:
+            assert (await client.receive_until(b"token ")).count(EVENT) == 1
+
+    async def ask(self, client: Client) -> None:
+        client.ask(stream=False)
+        call, session = await self.next_call(), self.worker.session
+        session.respond(call, 200, "application/json")
+        session.send(call, ANSWER)
+        session.done(call)
+        self.worker.say()
+        await client.receive_until(ANSWER)
+
+
+@pytest.fixture
+async def relay(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> AsyncIterator[Relay]:
+    make_writes_visible(monkeypatch)
+    master = node()
+    mode = await nursery.start(master.run_as_master, 0)
+    assert mode is ClusterMode.MASTER
+    assert master.internal_port is not None
+    worker = await FarWorker.connect(master.internal_port)
+    opened = Relay(master, worker)
+    yield opened
+    for end in (*opened.clients, worker):
+        end.close()
+
+
+async def open_streams(relay: Relay) -> None:
+    for _ in range(STREAMS):
+        await relay.open_stream()
+    # The task of each has yet to see that there is nothing left for it to do.
+    await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_token_takes_the_short_way_through_a_master(relay: Relay) -> None:
+    await open_streams(relay)
+
+    # Alone in its message, it pays for that too.
+    alone = await count(ROUNDS, lambda: relay.send_tokens(1))
+    check("a token alone, master", alone, ROUNDS, steps=1, calls=68)
+    assert alone.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS}
+
+    # In company it wakes no task at all: the one that reads the link does everything.
+    company = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
+    check("a token in company, master", company, ROUNDS * STREAMS, steps=1 / STREAMS, calls=22)
+    assert company.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
+
+
+async def test_tokens_leave_nothing_behind_in_a_master(relay: Relay) -> None:
+    await relay.open_stream()
+
+    async def many() -> int:
+        gc.collect()
+        before = sys.getallocatedblocks()
+        for _ in range(1000):
+            await relay.send_tokens(1)
+        gc.collect()
+        return sys.getallocatedblocks() - before
+
+    await many()
+    assert await many() < 100
+
+
+async def test_a_plain_request_through_a_master(relay: Relay) -> None:
+    client = relay.connect()
+    counted = await count(ROUNDS, lambda: relay.ask(client))
+    check("a plain request, master", counted, ROUNDS, steps=8, calls=660)
+    # One message to the worker, one answer to the client; and of each of them one that comes in.
+    assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS)
+
+
+class Model:
+    """A model of which all calls wait for the test, and then give one token each."""
+
+    def __init__(self) -> None:
+        self._next = trio.Event()
+
+    async def answer(self, request: ChatRequest) -> AsyncIterator[str]:
+        yield "begun "
+        while True:
+            await self._next.wait()
+            yield "token "
+
+    def go(self) -> None:
+        now, self._next = self._next, trio.Event()
+        now.set()
+
+
+async def hear_tokens(master: FarMaster, tokens: int, mark: bytes = b"token ") -> None:
+    """Take in so many tokens; they have all to come in one message."""
+    heard: list[Any] = []
+    while sum(event.data.count(mark) for event in heard if isinstance(event, Data)) < tokens:
+        assert not heard or mark != b"token ", "tokens that were made together came in two messages"
+        heard += await master.hear()
+    for event in heard:
+        if isinstance(event, Data):
+            master.session.grant(event.call, len(event.data))
+    master.say()
+
+
+@pytest.mark.parametrize(
+    ("streams", "steps", "calls"),
+    [
+        # Of its handler one step, and three of the writer: woken, having let others come along, and having written.
+        pytest.param(1, 4, 205, id="alone"),
+        # Its handler's waking, and a part of the writer's. Among the calls are those of the handler and of its waiting.
+        pytest.param(STREAMS, 1.1, 60, id="in company"),
+    ],
+)
+async def test_a_token_on_its_way_out_of_a_worker(
+    streams: int, steps: float, calls: float, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    make_writes_visible(monkeypatch)
+    model, worker = Model(), node()
+    worker.register_chat("m", model.answer)
+    with socket.create_server((HOST, 0)) as listener:
+        nursery.start_soon(worker.run_as_worker, HOST, listener.getsockname()[1])
+        master = await FarMaster.accept(listener)
+    for _ in range(streams):
+        call = master.session.open(endpoint="chat.completions", kind="chat", model="m", size=len(BODY))
+        master.session.send_body(call, BODY, last=True)
+    master.say()
+    await hear_tokens(master, streams, b"begun ")
+
+    async def round_of_tokens() -> None:
+        model.go()
+        await hear_tokens(master, streams)
+        # Longer than a token waits for company, so that the next ones are not made to.
+        await trio.sleep(0.005)
+
+    counted = await count(ROUNDS, round_of_tokens)
+    check(f"a token with {streams - 1} others, worker", counted, ROUNDS * streams, steps=steps, calls=calls)
+    assert counted.system_calls == {"write": ROUNDS}
+    nursery.cancel_scope.cancel()
+    master.close()
