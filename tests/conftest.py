@@ -14,6 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="play the whole law of lifetimes in every way that a token can go, and not just a sample",
     )
+    parser.addoption(
+        "--brief",
+        action="store_true",
+        help="play only a sample of the law of lifetimes; for a second Python, on which the rest is no other",
+    )
 
 
 @pytest.fixture
