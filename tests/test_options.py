@@ -229,7 +229,12 @@ def test_the_base_holds_where_nobody_says_anything_and_is_left_alone(tmp_path: P
 )
 def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> None:
     in_server = field in attrs.fields_dict(ServerOptions)
-    texts = {"enable_cluster": "false", "on_conflict": "replicate", "heartbeat_interval": "7", "batch_wait": "0"}
+    texts = {
+        "enable_cluster": "false",
+        "on_conflict": "replicate",
+        "heartbeat_interval": "7",
+        "batch_wait": "0",
+    }
     plain: dict[str, object] = {
         "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0
     }  # fmt: skip
