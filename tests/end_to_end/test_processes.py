@@ -430,7 +430,7 @@ STRANGERS = {
     "a truncated frame": Stranger(
         "the connection broke", frame=b"\x82\xfe\x7f\xff" + MASK + b"abc", hangs_up=True
     ),
-    "an unmasked frame": Stranger("server received unexpected unmasked frame", frame=b"\x82\x05hello"),
+    "an unmasked frame": Stranger("protocol error: a frame that is not masked", frame=b"\x82\x05hello"),
     "reserved bits": Stranger("Reserved bit set unexpectedly", frame=b"\xf2\x85" + MASK + b"hello"),
     "a text message": Stranger(
         "protocol error: a text message; this protocol is binary", frame=b"\x81\x85" + MASK + b"hello"

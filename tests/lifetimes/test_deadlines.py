@@ -185,7 +185,7 @@ async def test_not_even_a_deaf_handler_that_is_always_ahead_of_its_client_outlas
         await trio.sleep(1)
         caller = call(stage, x_request_timeout=7)
         # Slow enough for there always to be something that waits.
-        caller.pace = 0.07
+        caller.pace = 0.1
         await trio.sleep(15)
         assert caller.answer is not None
         report = caller.answer.report()

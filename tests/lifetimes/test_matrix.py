@@ -43,7 +43,7 @@ LINKS: Final = {
 PADDING: Final = 900_000
 
 #: Seconds after each piece that a slow client reads: it needs more than LAST_WORDS for what is on its way.
-PACE: Final = 0.3
+PACE: Final = 0.4
 
 #: Seconds by which computed times may differ.
 EXACT: Final = 1e-6

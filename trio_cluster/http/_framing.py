@@ -17,7 +17,7 @@ from ._reply import Reply
 __all__ = ["RequestState", "answer_head", "chunk", "pieces_to_write", "refusal"]
 
 #: Bytes of a body from which copying them costs more than another write.
-_LARGE: Final = 64 * 1024
+_LARGE: Final = 1024 * 1024
 
 _BODILESS: Final = frozenset({204, 304})
 _STATUS_LINES: Final = {
