@@ -431,7 +431,10 @@ STRANGERS = {
         "the connection broke", frame=b"\x82\xfe\x7f\xff" + MASK + b"abc", hangs_up=True
     ),
     "an unmasked frame": Stranger("protocol error: a frame that is not masked", frame=b"\x82\x05hello"),
-    "reserved bits": Stranger("Reserved bit set unexpectedly", frame=b"\xf2\x85" + MASK + b"hello"),
+    "reserved bits": Stranger(
+        "protocol error: a frame with a reserved bit; there are no extensions here",
+        frame=b"\xf2\x85" + MASK + b"hello",
+    ),
     "a text message": Stranger(
         "protocol error: a text message; this protocol is binary", frame=b"\x81\x85" + MASK + b"hello"
     ),
