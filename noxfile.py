@@ -67,8 +67,10 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    # The law of lifetimes is played whole on one Python; it is two thirds of the time, and knows no Python.
-    brief = [] if session.python == WHOLE_LAW_ON else ["--brief"]
+    # What takes long and knows no Python is played whole on one of them: the law of lifetimes, what the official clients
+    # have to say, and requests that make no sense.
+    whole = session.python == WHOLE_LAW_ON
+    brief = [] if whole else ["--brief", "--ignore=tests/clients", "--ignore=tests/http/test_fuzz.py"]
     # Most of them live in virtual time and want a core; those in real time wait for sockets, not for each other.
     session.run(
         "pytest", "-q", "-n", "2", "--dist", "worksteal", "-m", "not processes", *brief, *session.posargs
@@ -88,7 +90,8 @@ def bench(session: nox.Session) -> None:
 
     The figures are also kept in bench.json, from which ``bench/plot.py`` draws.
     """
-    session.install("-q", ".", "numpy")
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    session.run("pytest", "-q", "tests/test_benchmarks.py", env={"BENCHMARKS": "1"})
     for program in ("relay", "cancellation", "upstream", "bulk", "scale"):
         session.run("python", f"bench/{program}.py", "--save", "bench.json", *session.posargs)
 

@@ -16,8 +16,8 @@ import sys
 import time
 
 INTERVAL = float(os.environ.get("BENCH_INTERVAL", "0.05"))
-_EVERY = re.compile(rb"every ([0-9.]+)")
-_STREAM = re.compile(rb'"stream": ?true')
+EVERY = re.compile(rb"every ([0-9.]+)")
+STREAM = re.compile(rb'"stream": ?true')
 
 #: One token as servers send it.
 EVENT = (
@@ -77,10 +77,10 @@ class Connection(asyncio.Protocol):
         if not head.startswith(b"POST"):
             self._transport.write(LISTING)
             return
-        if not _STREAM.search(body):
+        if not STREAM.search(body):
             self._transport.write(WHOLE)
             return
-        said = _EVERY.search(body)
+        said = EVERY.search(body)
         if said:
             self._interval = float(said[1])
         self._streaming = True

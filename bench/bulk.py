@@ -50,6 +50,7 @@ from trio_cluster import (
     ServerOptions,
     TTSRequest,
 )
+from trio_cluster._process import calm_collector
 
 #: Seconds between the tokens of the stream beside.
 INTERVAL = 0.002
@@ -163,6 +164,8 @@ async def serve(part: str, port: int) -> None:
     }[part]
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
+        # As the command line does for a node that it runs.
+        calm_collector(rarely=part == "master")
         print("port", port, flush=True)
         while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             print(max(turns.cpu), max(turns.real), flush=True)

@@ -1,51 +1,36 @@
 """How long it takes from a client's FIN until the handler on a worker is cancelled, with many live streams.
 
-A master and a worker run as processes of their own. Clients hold streams open; then some of them close their
+Client, master and worker are processes of their own. Clients hold streams open; then some of them close their
 connection, one after the other, and the worker says when its handler was cancelled. Both ends read the same monotonic
-clock, so this is Linux, on one machine.
+clock, so this is Linux, on one machine. For comparison there is a backend without anything in front of it, which says
+when it sees the end of the connection.
 
-    python bench/cancellation.py [--streams 256] [--cancels 200] [--interval 0.05]
+    python bench/cancellation.py [--streams 256] [--cancels 200] [--interval 0.05] [--quick] [--save FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
+import statistics
 import time
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import trio
+from running import (
+    Running,
+    drop,
+    group,
+    open_stream,
+    percentile,
+    raise_descriptor_limit,
+    save,
+    start,
+    start_master,
+    weather,
+)
 
-HERE = Path(__file__).parent
 BUCKETS_MS = (0.5, 1, 2, 5, 10, 20, 50, 100)
-
-
-async def read_lines(stream: trio.abc.ReceiveStream, send: trio.MemorySendChannel[str]) -> None:
-    """Give each line that the worker prints to ``send``."""
-    buffer = b""
-    async with send:
-        async for data in stream:
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                await send.send(line.decode())
-
-
-async def open_stream(port: int, number: int) -> trio.SocketStream:
-    """Ask for a stream, and return the connection when its first token has come."""
-    body = json.dumps(
-        {"model": "bench", "stream": True, "messages": [{"role": "user", "content": str(number)}]}
-    ).encode()
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    received = b""
-    while b"begun" not in received:
-        received += await stream.receive_some()
-    return stream
 
 
 async def swallow(stream: trio.SocketStream) -> None:
@@ -57,64 +42,81 @@ async def swallow(stream: trio.SocketStream) -> None:
         pass
 
 
-async def measure(streams: int, cancels: int, interval: float) -> list[float]:
-    """Return the times in seconds."""
-    environment = {**os.environ, "BENCH_INTERVAL": str(interval)}
-    environment.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, str(HERE / "worker.py")]
+async def leave(port: int, told_by: Running, word: str, streams: int, cancels: int) -> list[float]:
+    """Return the seconds from a client's leaving until a program prints a line that begins with ``word``."""
     times = []
-    async with trio.open_nursery() as nursery:
-        process = await nursery.start(
-            partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        )
-        send, lines = trio.open_memory_channel[str](1000)
-        nursery.start_soon(read_lines, process.stdout, send)
-        port = int((await lines.receive()).split()[1])
+    async with group() as nursery:
         opened = [await open_stream(port, number) for number in range(streams)]
         for stream in opened:
             nursery.start_soon(swallow, stream)
         for number in range(cancels):
-            stream = opened[number % streams]
-            if number >= streams:
-                stream = await open_stream(port, number)
+            stream = (
+                opened[number % streams] if streams and number < streams else await open_stream(port, number)
+            )
+            await trio.sleep(0.01)
             left = time.monotonic_ns()
             stream.socket.close()
             with trio.fail_after(10):
-                while not (line := await lines.receive()).startswith("cancelled "):
+                while not (line := await told_by.lines.receive()).startswith(word):
                     pass
             times.append((int(line.split()[1]) - left) / 1e9)
-        await process.stdin.aclose()
+        for stream in opened:
+            stream.socket.close()
     return times
+
+
+async def measure(streams: int, cancels: int) -> tuple[list[float], list[float]]:
+    """Return the times through a cluster, and those to a backend that is asked directly."""
+    async with group() as nursery:
+        port, _ = await start_master(nursery)
+        worker = await start(nursery, "worker.py", port)
+        through = await leave(port, worker, "cancelled", streams, cancels)
+        nursery.start_soon(drop, worker.lines)
+    async with group() as nursery:
+        backend = await start(nursery, "backend.py")
+        direct = await leave(backend.port, backend, "closed", streams, cancels)
+    return through, direct
 
 
 def report(times: list[float]) -> str:
     """Return the histogram and the percentiles as text."""
-    times = sorted(times)
-
-    def at(share: float) -> float:
-        return 1000 * times[min(len(times) - 1, int(share * len(times)))]
-
-    rows = [f"n={len(times)}  p50 {at(0.5):.2f} ms  p99 {at(0.99):.2f} ms  max {1000 * times[-1]:.2f} ms"]
+    p50, p99 = (1000 * percentile(times, share) for share in (0.5, 0.99))
+    rows = [f"n={len(times)}  p50 {p50:.2f} ms  p99 {p99:.2f} ms  max {1000 * max(times):.2f} ms"]
     below = 0
     for bucket in BUCKETS_MS:
         count = sum(1 for each in times if 1000 * each <= bucket)
-        rows.append(
-            f"<= {bucket:>5} ms  {count - below:>5}  {'#' * round(60 * (count - below) / len(times))}"
-        )
+        bar = "#" * round(60 * (count - below) / len(times))
+        rows.append(f"<= {bucket:>5} ms  {count - below:>5}  {bar}")
         below = count
     return "\n".join(rows)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser: Any = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--cancels", type=int, default=200)
     parser.add_argument("--interval", type=float, default=0.05, help="seconds between a stream's tokens")
+    parser.add_argument("--quick", action="store_true", help="only see whether it works")
+    parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()
-    times = trio.run(measure, arguments.streams, arguments.cancels, arguments.interval)
-    print(f"from FIN to the handler's cancellation, {arguments.streams} live streams:")
-    print(report(times))
+    if arguments.quick:
+        arguments.streams, arguments.cancels = 10, 20
+    raise_descriptor_limit()
+    os.environ["BENCH_INTERVAL"] = str(arguments.interval)
+    before = weather()
+    through, direct = trio.run(measure, arguments.streams, arguments.cancels)
+    print(f"from FIN to the handler's cancellation, {arguments.streams} live streams ({before}):")
+    print(report(through))
+    ratio = statistics.median(through) / statistics.median(direct)
+    print(
+        f"asked directly, a backend of this kind sees it after {1000 * statistics.median(direct):.2f} ms ",
+        end="",
+    )
+    print(f"(median), so the cluster takes {ratio:.1f} times as long")
+    save(
+        arguments.save, "cancellation", [{"streams": arguments.streams, "through": through, "direct": direct}]
+    )
 
 
 if __name__ == "__main__":

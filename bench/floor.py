@@ -8,17 +8,14 @@ It is its own model, so there is no other process behind it. Prints ``port N`` w
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from functools import partial
 from typing import Any
 
 import hypercorn.trio
 import trio
-from backend import EVENT, PLAIN
+from backend import EVENT, EVERY, INTERVAL, PLAIN, STREAM
 from hypercorn.config import Config
-
-_EVERY = re.compile(rb"every ([0-9.]+)")
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -31,16 +28,25 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
-    said = _EVERY.search(body)
-    kind = b"text/event-stream" if said else b"application/json"
+    streams, said = STREAM.search(body), EVERY.search(body)
+    kind = b"text/event-stream" if streams else b"application/json"
     headers = [(b"content-type", kind)]
-    if not said:
+    if not streams:
         headers.append((b"content-length", b"%d" % len(PLAIN)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    if not said:
+    if not streams:
         await send({"type": "http.response.body", "body": PLAIN})
         return
-    due, every = trio.current_time(), float(said[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream, send, float(said[1]) if said else INTERVAL)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        nursery.cancel_scope.cancel()
+
+
+async def stream(send: Any, every: float) -> None:
+    """Stream for ever."""
+    due = trio.current_time()
     await send({"type": "http.response.body", "body": EVENT % b"begun", "more_body": True})
     while True:
         due += every

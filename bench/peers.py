@@ -1,7 +1,7 @@
 """What else one could put in front of a model server, as far as it is installed on this machine.
 
-Each is found on the PATH, configured as little as possible, and stands before the same backend. Configurations are their
-makers' defaults, except for limits that 1000 streams would run into.
+Each is found on the PATH, configured as little as possible, and stands before the same backend. Configurations are
+their makers' defaults, except for limits that 1000 streams would run into.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ async def running(peer: Peer, backend: int) -> AsyncIterator[tuple[int, Callable
         path.write_text(peer.configuration.format(**values))
         command = [word.format(file=path, **values) for word in peer.command]
         async with group() as nursery:
-            process = await run(nursery, command, {**peer.environment, "PATH": os.environ["PATH"]}, quiet=True)
+            process = await run(
+                nursery, command, {**peer.environment, "PATH": os.environ["PATH"]}, quiet=True
+            )
             await wait_for_port(port)
             await _wait_until_it_answers(port)
             yield port, lambda: family(process.pid)

@@ -1,4 +1,4 @@
-"""What a request and a token cost in the middle: this project beside the bare stack, a pipe, and what else is installed.
+"""What a request and a token cost in the middle: this project beside the bare stack, a pipe, and what is installed.
 
 All systems are up at the same time and get the same load in turn, in several rounds, of which the medians are told; an
 idle one costs nothing. CPU is that of the system's own processes (user and system), without the worker or the backend
@@ -172,7 +172,9 @@ async def compare(arguments: Any) -> None:
 def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--streams", type=lambda text: [int(each) for each in text.split(",")], default=[64, 256, 1000])
+    parser.add_argument(
+        "--streams", type=lambda text: [int(each) for each in text.split(",")], default=[64, 256, 1000]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--quick", action="store_true", help="only see whether it works")

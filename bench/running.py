@@ -274,7 +274,10 @@ async def open_stream(port: int, number: int = 0) -> trio.SocketStream:
     await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     received = b""
     while b"begun" not in received:
-        received += await stream.receive_some()
+        piece = await stream.receive_some()
+        if not piece:
+            raise SystemExit(f"no stream: {received.decode(errors='replace')}")
+        received += piece
     return stream
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="the benchmarks are run by `nox -s bench`"),
+]
 
 BENCH = Path(__file__).parent.parent / "bench"
 

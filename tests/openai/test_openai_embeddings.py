@@ -172,7 +172,7 @@ def test_an_answer_in_parts_is_the_same_as_in_one_piece(form: str, count: int) -
     whole, parts = encoder("embeddings", body), encoder("embeddings", body)
     whole.encode(numbers)
     divided = parts.divide(numbers)
-    assert [len(each.value) * 500 <= 8192 for each in divided] == [True] * len(divided)
+    assert [len(each.value) * 500 <= 4096 for each in divided] == [True] * len(divided)
     for each in divided:
         parts.encode(each)
     early = list(parts.early())
