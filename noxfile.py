@@ -67,8 +67,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    # What takes long and knows no Python is played whole on one of them: the law of lifetimes, what the official clients
-    # have to say, and requests that make no sense.
+    # What takes long and knows no Python is played whole on one of them: the law of lifetimes, what the official
+    # clients have to say, and requests that make no sense.
     whole = session.python == WHOLE_LAW_ON
     brief = [] if whole else ["--brief", "--ignore=tests/clients", "--ignore=tests/http/test_fuzz.py"]
     # Most of them live in virtual time and want a core; those in real time wait for sockets, not for each other.
