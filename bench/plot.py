@@ -10,13 +10,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
 WIDTH, HEIGHT = 380, 240
-LEFT, TOP, RIGHT, BOTTOM = 48, 34, 16, 40
+LEFT, TOP, RIGHT, BOTTOM = 48, 46, 16, 40
 COLOURS: Final = ("#2f6f4f", "#b5562b", "#5a6fb0", "#8a6d1f")
+#: The systems of ``relay.py`` that are drawn, by how their names begin there.
+SHOWN: Final = {
+    "a pipe on trio": "a pipe",
+    "trio_cluster": "trio_cluster: master, a handler",
+    "sglang-router": "sglang-router",
+    "nginx": "nginx",
+}
 Points = Sequence[tuple[float, float]]
 
 
@@ -54,6 +61,7 @@ class Panel:
         for x in sorted({x for x, _ in every}):
             parts.append(_text(across(x), HEIGHT - BOTTOM + 16, f"{x:g}", "x"))
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, self.x_label, "x"))
+        keys = []
         for number, (name, points) in enumerate(lines.items()):
             colour = COLOURS[number % len(COLOURS)]
             path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
@@ -61,8 +69,8 @@ class Panel:
             parts += [
                 f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" fill="{colour}"/>' for x, y in points
             ]
-            place = f'x="{WIDTH - RIGHT}" y="{TOP + 4 + 15 * number}" style="fill: {colour}"'
-            parts.append(f'<text class="key" {place}>{name}</text>')
+            keys.append(f'<tspan style="fill: {colour}">{name}</tspan>')
+        parts.append(f'<text class="key" x="{LEFT}" y="32">{"   ".join(keys)}</text>')
         return [*parts, "</g>"]
 
 
@@ -80,19 +88,48 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{text}</text>'
 
 
+def _tokens(row: dict[str, Any]) -> Points:
+    return [(int(name.split()[1]), value) for name, value in row.items() if name.startswith("token ")]
+
+
 def _line(rows: list[dict[str, float]], over: str, name: str) -> Points:
     return [(row[over], row.get(name, math.nan)) for row in rows]
 
 
-def panels(kept: dict[str, list[dict[str, float]]]) -> list[Panel]:
+def panels(kept: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     """Return what can be drawn of the figures."""
     found = []
+    if rows := kept.get("relay"):
+        found.append(
+            Panel(
+                "CPU in the middle for a token, us",
+                "streams, with 20, 50 and 100 ms between tokens",
+                {
+                    name: _tokens(row)
+                    for name, start in SHOWN.items()
+                    for row in rows
+                    if row["name"].startswith(start)
+                },
+            )
+        )
     if rows := kept.get("streams"):
+        crowded = [row for row in rows if row["streams"] > 1]
         found += [
             Panel(
-                "CPU of the master for a token, us",
-                "streams (at most 3200 tokens/s of all together)",
-                {"master": _line(rows, "streams", "token us")},
+                "CPU of this project for a token, us",
+                "streams (3200 tokens/s of all together)",
+                {
+                    "master": _line(crowded, "streams", "token us"),
+                    "worker": _line(crowded, "streams", "worker's us"),
+                },
+            ),
+            Panel(
+                "First token when all are opened at once, ms",
+                "streams",
+                {
+                    "the slowest in a hundred": _line(crowded, "streams", "p99 ms"),
+                    "the median": _line(crowded, "streams", "first token p50 ms"),
+                },
             ),
             Panel(
                 "Memory of a stream in which nothing happens, KB",
@@ -114,8 +151,8 @@ def panels(kept: dict[str, list[dict[str, float]]]) -> list[Panel]:
                 "CPU of the master for a plain request, us",
                 "workers",
                 {
-                    "a model on one of them": _line(rows, "workers", "request us"),
                     "a model on all of them": _line(rows, "workers", "with replicas us"),
+                    "a model on one of them": _line(rows, "workers", "request us"),
                 },
             ),
         ]
@@ -125,12 +162,12 @@ def panels(kept: dict[str, list[dict[str, float]]]) -> list[Panel]:
 STYLE: Final = """<style>
 text { font: 11px system-ui, sans-serif; fill: #555 }
 .title { font-size: 12px; font-weight: 600; fill: #333 } .x { text-anchor: middle } .y { text-anchor: end }
-.key { text-anchor: end; font-weight: 600 } .grid { stroke: #8884; stroke-width: 1 }
+.key { font-weight: 600; white-space: pre } .grid { stroke: #8884; stroke-width: 1 }
 polyline { fill: none; stroke-width: 2 } rect { fill: #fff }
 </style>"""
 
 
-def draw(kept: dict[str, list[dict[str, float]]]) -> str:
+def draw(kept: dict[str, list[dict[str, Any]]]) -> str:
     """Return the picture."""
     found = panels(kept)
     columns = min(2, len(found))
