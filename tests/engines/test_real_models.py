@@ -39,7 +39,8 @@ async def serving(spec: str, nursery: trio.Nursery) -> Any:
     server = ClusterServer()
     await nursery.start(serve_engine, parse_serve(spec), server)
     (backend,) = server._local.values()
-    return backend._drive
+    (drive,) = backend._drivers.values()
+    return drive
 
 
 @pytest.fixture
