@@ -12,6 +12,7 @@ and with ``--replicas`` also ``bench``.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import time
@@ -69,6 +70,8 @@ async def main() -> None:
     parser.add_argument("--models", type=int, default=0)
     parser.add_argument("--replicas", action="store_true")
     arguments = parser.parse_args()
+    # That the master ends before its workers is how every measurement ends.
+    logging.getLogger("trio_cluster").addHandler(logging.NullHandler())
     async with trio.open_nursery() as nursery:
         for number in range(arguments.first, arguments.first + arguments.workers):
             one = worker(number, arguments.models, replicas=arguments.replicas)
