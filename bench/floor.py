@@ -16,6 +16,7 @@ import hypercorn.trio
 import trio
 from backend import EVENT, EVERY, INTERVAL, PLAIN, STREAM
 from hypercorn.config import Config
+from node import end_with_standard_input
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -69,4 +70,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_standard_input()
     trio.run(main)

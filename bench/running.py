@@ -99,7 +99,7 @@ async def start_master(nursery: trio.Nursery, *flags: str) -> tuple[int, trio.Pr
 
 async def start_node(nursery: trio.Nursery, *arguments: str) -> trio.Process:
     """Start a node of a cluster."""
-    command = [sys.executable, "-m", "trio_cluster", *arguments, "--log-level", "error"]
+    command = [sys.executable, str(HERE / "node.py"), *arguments, "--log-level", "error"]
     process = await run(nursery, command)
     nursery.start_soon(_swallow, process.stdout)
     return process

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator
 
 import trio
+from node import end_with_standard_input
 
 from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
 
@@ -80,4 +81,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_standard_input()
     trio.run(main)
