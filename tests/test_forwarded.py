@@ -14,7 +14,7 @@ from trio_cluster._calls import Call, Done, Failed, Request
 from trio_cluster._errors import ApiError
 from trio_cluster._models import ModelInfo
 from trio_cluster._raw import RawBackend, RawCall
-from trio_cluster._uploads import UPLOAD_WINDOW, Upload
+from trio_cluster._uploads import WINDOW, Upload
 
 
 def request(body: bytes = b"", upload: Upload | None = None, **fields: Any) -> Request:
@@ -72,7 +72,7 @@ async def failure(call: Call) -> ApiError:
     return end.error
 
 
-@pytest.mark.parametrize("size", [0, 1, UPLOAD_WINDOW, 3 * UPLOAD_WINDOW + 1])
+@pytest.mark.parametrize("size", [0, 1, WINDOW, 3 * WINDOW + 1])
 async def test_a_body_arrives_whether_it_was_there_or_is_still_coming(size: int, far: Far) -> None:
     far.go_on.set()
     assert text(await everything(far.open(request(bytes(size))))) == str(size)
@@ -94,14 +94,14 @@ async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Fa
 async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:
     upload = Upload()
     call = far.open(request(upload=upload))
-    upload.put(bytes(3 * UPLOAD_WINDOW))
+    upload.put(bytes(3 * WINDOW))
     await wait_all_tasks_blocked()
-    assert far.arrived() == UPLOAD_WINDOW
+    assert far.arrived() == WINDOW
     # What has gone to the worker makes room for the client.
     upload.put(b"", last=True)
     with trio.fail_after(1):
         far.go_on.set()
-        assert text(await everything(call)) == str(3 * UPLOAD_WINDOW)
+        assert text(await everything(call)) == str(3 * WINDOW)
 
 
 async def test_the_end_of_a_call_ends_its_upload_on_both_nodes(far: Far) -> None:
@@ -127,7 +127,7 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
     upload, told = Upload(), trio.Event()
     upload.on_close(told.set)
     call = far.open(Request("/v1/x", "any", "hasty", b"", upload=upload))
-    upload.put(bytes(UPLOAD_WINDOW * 2))
+    upload.put(bytes(WINDOW * 2))
     assert isinstance((await everything(call))[-1], Done)
     assert told.is_set()
     # And what is put now is not sent any more.
@@ -160,7 +160,7 @@ async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(fa
 
 @pytest.mark.parametrize("once", [False, True])
 async def test_what_cannot_be_sent_again_is_not_given_back(once: bool, far: Far) -> None:
-    body = bytes(2 * UPLOAD_WINDOW)
+    body = bytes(2 * WINDOW)
     upload = Upload(len(body))
     call = far.open(request(upload=upload) if once else request(body))
     if once:

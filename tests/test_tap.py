@@ -299,7 +299,7 @@ async def test_a_socket_that_has_nothing_to_read_after_all_is_waited_for(
         return os.read(descriptor, limit)
 
     async with open_tap("accepted", place="sockets") as (tap, _, peer):
-        monkeypatch.setattr("trio_cluster._tap.os", SimpleNamespace(read=read))
+        monkeypatch.setattr("trio_cluster._ports.os", SimpleNamespace(read=read))
         await peer.send(BytesMessage(b"hello"))
         assert await next_message(tap) == b"hello"
     assert calls == 2

@@ -7,7 +7,7 @@ import trio
 from hypothesis import given, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster._uploads import UPLOAD_WINDOW, Upload
+from trio_cluster._uploads import WINDOW, Upload
 
 
 class Sink:
@@ -129,7 +129,7 @@ async def test_a_producer_waits_while_a_window_is_full_and_goes_on_when_some_was
     upload, room = Upload(), trio.Event()
 
     async def produce() -> None:
-        upload.put(bytes(UPLOAD_WINDOW - 1))
+        upload.put(bytes(WINDOW - 1))
         await upload.wait_room()
         upload.put(b"x")
         await upload.wait_room()
@@ -137,7 +137,7 @@ async def test_a_producer_waits_while_a_window_is_full_and_goes_on_when_some_was
 
     nursery.start_soon(produce)
     await wait_all_tasks_blocked()
-    assert upload.received == UPLOAD_WINDOW
+    assert upload.received == WINDOW
     assert not room.is_set()
     await upload.receive()
     await wait_all_tasks_blocked()
@@ -147,7 +147,7 @@ async def test_a_producer_waits_while_a_window_is_full_and_goes_on_when_some_was
 async def test_what_a_sink_was_given_waits_until_it_has_gone_on(nursery: trio.Nursery) -> None:
     upload, room = Upload(), trio.Event()
     upload.redirect(Sink())
-    upload.put(bytes(UPLOAD_WINDOW))
+    upload.put(bytes(WINDOW))
 
     async def produce() -> None:
         await upload.wait_room()
@@ -188,7 +188,7 @@ def test_more_of_a_complete_body_is_an_error() -> None:
 async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(nursery: trio.Nursery) -> None:
     upload, told, room = Upload(), trio.Event(), trio.Event()
     upload.on_close(told.set)
-    upload.put(bytes(UPLOAD_WINDOW))
+    upload.put(bytes(WINDOW))
 
     async def produce() -> None:
         await upload.wait_room()

@@ -29,19 +29,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import attrs
 import trio
 
 from ._errors import ApiError, CallCancelled
 from ._models import Kind
-from ._uploads import Upload
+from ._uploads import WINDOW, Upload
 
 __all__ = ["WINDOW", "Backend", "Call", "Data", "Done", "Event", "Failed", "Head", "Phase", "Request"]
-
-#: Bytes of an answer that may wait for their consumer, on each node that it passes; also the wire's credit window.
-WINDOW: Final = 256 * 1024
 
 
 @attrs.frozen(eq=False)

@@ -142,17 +142,17 @@ class RemoteWorker:
 
         call = Call(request, on_cancel=cancel, on_taken=grant)
         self._calls[call_id] = call
-        if request.upload is None:
-            session.send_body(call_id, request.body, last=True)
-            wake()
-            return call
 
         def send(data: bytes, last: bool) -> None:
             session.send_body(call_id, data, last=last)
             wake()
 
-        request.upload.redirect(send)
-        wake()
+        if request.upload is None:
+            send(request.body, True)
+        else:
+            request.upload.redirect(send)
+            # The head goes in any case, whether or not something of the body has come.
+            wake()
         return call
 
     def sent(self, counts: Sequence[tuple[int, int]]) -> None:

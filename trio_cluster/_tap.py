@@ -15,13 +15,13 @@ last one counts, as the protocol allows; pongs, which nobody asked for, and what
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from typing import Final
 
 import trio
 
+from ._ports import receive_when_ready
 from .wire import MAX_MESSAGE, FrameReader, frame
 
 __all__ = ["Tap"]
@@ -113,21 +113,12 @@ class Tap(trio.abc.Stream):
 
     async def _receive_now(self) -> bytes:
         """Return what has come, waiting for it if need be; empty if there will be nothing more."""
-        if self._socket is None:
-            try:
-                return bytes(await self._stream.receive_some(_RECEIVE))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return b""
-        while True:
-            # First waiting and then reading is one system call, and one turn of the scheduler, less than a stream
-            # needs, which has to try first.
-            try:
-                await trio.lowlevel.wait_readable(self._socket)
-                return os.read(self._socket.fileno(), _RECEIVE)
-            except BlockingIOError:
-                continue
-            except (OSError, trio.ClosedResourceError):
-                return b""
+        try:
+            if self._socket is not None:
+                return await receive_when_ready(self._socket, _RECEIVE)
+            return bytes(await self._stream.receive_some(_RECEIVE))
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
 
     def _pass(self, control: bytes) -> None:
         kind = control[0]

@@ -27,10 +27,11 @@ from typing import Final
 
 import trio
 
-__all__ = ["UPLOAD_WINDOW", "Upload"]
+__all__ = ["WINDOW", "Upload"]
 
-#: Bytes of a body that may wait for their consumer, on each node that it passes; also the wire's credit window.
-UPLOAD_WINDOW: Final = 256 * 1024
+#: Bytes of a body, be it of a request or of an answer, that may wait for their consumer on each node that it passes;
+#: also the wire's credit window.
+WINDOW: Final = 256 * 1024
 
 
 def _nothing(_: int) -> None:
@@ -119,7 +120,7 @@ class Upload:
     async def wait_room(self) -> None:
         """Wait until the consumer has taken enough of what waits, or wants no more."""
         await trio.lowlevel.checkpoint()
-        while self._waiting_bytes >= UPLOAD_WINDOW and not self.closed:
+        while self._waiting_bytes >= WINDOW and not self.closed:
             await self._producer.park()
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -174,7 +175,7 @@ class Upload:
         """Say that ``count`` bytes given to a sink have gone on. Consumers that receive need not."""
         self._waiting_bytes -= count
         self.taken_at = trio.current_time()
-        if self._producer and self._waiting_bytes < UPLOAD_WINDOW:
+        if self._producer and self._waiting_bytes < WINDOW:
             self._producer.unpark_all()
         if not self.closed:
             self._on_taken(count)

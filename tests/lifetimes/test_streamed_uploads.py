@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import ApiError, ASRRequest, ChatRequest, ClusterServer, RawCall
-from trio_cluster._uploads import UPLOAD_WINDOW
+from trio_cluster._uploads import WINDOW
 from trio_cluster.http import _intake
 from trio_cluster.http._relay import GRACE
 from trio_cluster.testing import (
@@ -348,7 +348,7 @@ async def test_two_uploads_at_once_do_not_get_in_each_others_way(
         began = trio.current_time()
         assert (await (await play.upload("asr", first=True)).end()).json()["text"] == essence(sound())
         # It takes as long as it would alone: a quarter of a window for each round trip, at worst.
-        assert trio.current_time() - began < 2 * LATENCY * SIZE / (UPLOAD_WINDOW / 4) + 1
+        assert trio.current_time() - began < 2 * LATENCY * SIZE / (WINDOW / 4) + 1
         assert not stuck.over.is_set()
         let_go.set()
         assert (await stuck.end()).status == 200
@@ -524,16 +524,16 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
                 for node, waits in enumerate(play.waiting()):
                     most[node] = max(most[node], waits)
                 # All that can be anywhere: two windows on each node, and what the kernels hold.
-                assert uploader.sent - read < (2 * len(play.nodes) + 2) * UPLOAD_WINDOW + 2 * _intake.KEPT
+                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * _intake.KEPT
             call.begin(200, "text/plain")
 
         play.raw = read_slowly
         uploader = await play.upload("raw", first=True)
         assert (await uploader.end()).status == 200
         assert uploader.took > 8
-        assert most[0] <= 3 * UPLOAD_WINDOW
+        assert most[0] <= 3 * WINDOW
         if forwarded:
-            assert 0 < most[1] <= UPLOAD_WINDOW
+            assert 0 < most[1] <= WINDOW
 
 
 async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(

@@ -31,6 +31,8 @@ from urllib.parse import urlsplit
 import attrs
 import trio
 
+from trio_cluster._ports import receive_when_ready
+
 from ._http_response import AnswerCut, HttpError, ResponseReader
 
 __all__ = ["Answer", "BaseURL", "Body", "ConnectFailed", "HttpClient", "Question"]
@@ -391,12 +393,7 @@ class _Connection:
             if self._encrypted is not None:
                 data = bytes(await self._encrypted.receive_some(_RECEIVE))
             else:
-                # Tokens come one by one: trying first, as ``receive_some`` does, hardly ever finds one, and costs a
-                # third of what waiting for it does.
-                await trio.lowlevel.wait_readable(self._socket)
-                data = os.read(self._socket.fileno(), _RECEIVE)
-        except BlockingIOError:
-            return
+                data = await receive_when_ready(self._socket, _RECEIVE)
         except (trio.BrokenResourceError, OSError) as error:
             raise AnswerCut("the connection was broken") from error
         if data:

@@ -18,17 +18,12 @@ from multipart import (  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-__all__ = ["FormRewriter", "is_form", "rewrite_form", "rewrite_json"]
+__all__ = ["FormRewriter", "rewrite_form", "rewrite_json"]
 
 _FIELD: Final = "model"
 #: More headers, and longer ones, than any client gives the parts of a form.
 _MOST_HEADERS: Final = 32
 _LONGEST_HEADER: Final = 16 * 1024
-
-
-def is_form(content_type: str) -> bool:
-    """Tell whether a content type is that of a form with parts."""
-    return content_type.partition(";")[0].strip().lower() == "multipart/form-data"
 
 
 def rewrite_json(body: bytes, model: str) -> bytes:

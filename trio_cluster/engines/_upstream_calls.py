@@ -19,11 +19,11 @@ from trio_cluster._calls import Request
 from trio_cluster._errors import InvalidRequest, UpstreamLost
 from trio_cluster._raw import RawCall
 from trio_cluster._version import __version__
-from trio_cluster.openai import ENDPOINTS
+from trio_cluster.openai import ENDPOINTS, is_form
 
 from ._http_client import Answer, Body, ConnectFailed, HttpClient, Question
 from ._http_response import HttpError
-from ._model_field import FormRewriter, is_form, rewrite_form, rewrite_json
+from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 

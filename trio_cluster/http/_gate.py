@@ -254,9 +254,8 @@ class _Passage:
         scheme, _, given = (self._exchange.header(b"authorization") or b"").partition(b" ")
         if not scheme:
             # The clients of the Messages API send it so.
-            scheme, given = b"bearer", self._exchange.header(b"x-api-key") or b""
-            if not given:
-                scheme = b""
+            given = self._exchange.header(b"x-api-key") or b""
+            scheme = b"bearer" if given else b""
         if scheme.lower() != b"bearer":
             message = "This server needs a key: send it as 'Authorization: Bearer KEY'"
         elif not hmac.compare_digest(given.strip(), key.encode()):

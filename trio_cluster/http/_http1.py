@@ -39,6 +39,7 @@ import httptools
 import trio
 
 from .._errors import ApiError, InvalidRequest
+from .._ports import receive_when_ready
 from ._exchange import Exchange
 from ._framing import RequestState, answer_head, chunk, pieces_to_write, refusal
 from ._gate import App, Message
@@ -204,16 +205,9 @@ class Http1Connection:
         self._lose()
 
     async def _receive_some(self) -> bytes:
-        if not self._is_socket:
-            return bytes(await self._stream.receive_some(_RECEIVE))
-        # First waiting and then reading is one system call, and one turn of the scheduler, less than a stream needs,
-        # which has to try first.
-        while True:
-            await trio.lowlevel.wait_readable(self._stream.socket)
-            try:
-                return os.read(self._stream.socket.fileno(), _RECEIVE)
-            except BlockingIOError:
-                continue
+        if self._is_socket:
+            return await receive_when_ready(self._stream.socket, _RECEIVE)
+        return bytes(await self._stream.receive_some(_RECEIVE))
 
     def _feed(self, data: bytes) -> None:
         try:

@@ -74,14 +74,13 @@ class Intake:
         """
         if self._there():
             # Nearly always it has come together with its head.
-            piece, late = await self._next(), False
+            piece = await self._next()
         else:
             piece = b""
             with trio.move_on_at(min(trio.current_time() + BODY_SILENCE, self._last)) as scope:
                 piece = await self._next()
-            late = scope.cancelled_caught
-        if late:
-            raise InvalidRequest("The body of the request did not arrive in time", status=408)
+            if scope.cancelled_caught:
+                raise InvalidRequest("The body of the request did not arrive in time", status=408)
         if self.received > self.limit:
             raise too_large(self.limit)
         if self.left:

@@ -7,10 +7,10 @@ functions of bytes to values and of values to bytes; everything that waits is bu
 from ._chunks import FinishReason, OutputChunk, to_chunk
 from ._encoding import Encoder
 from ._endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
-from ._forms import FormReader
+from ._forms import FormReader, is_form
 from ._json import read_object
 from ._openapi import ERROR, ERRORS, describe_endpoints, error_responses
-from ._peek import FormPeek, is_form, peek_model
+from ._peek import FormPeek, peek_model
 from ._requests import (
     ASRRequest,
     ChatRequest,

@@ -31,6 +31,7 @@ __all__ = [
     "ANY_OBJECT",
     "ANY_STRING",
     "BOOLEAN",
+    "NOT_EMPTY",
     "Check",
     "Custom",
     "Integer",
@@ -40,6 +41,7 @@ __all__ = [
     "OneOf",
     "String",
     "missing",
+    "nothing_in",
     "wrong_type",
     "wrong_value",
 ]
@@ -86,6 +88,13 @@ def wrong_value(name: str, expected: str, value: Any) -> InvalidRequest:
 def missing(name: str) -> InvalidRequest:
     """Return the error for a required field that is not there."""
     return InvalidRequest(f"Missing required field: '{name}'", param=name, code="missing_required_parameter")
+
+
+def nothing_in(name: str, item: str) -> InvalidRequest:
+    """Return the error for an array that is empty, and must have at least one ``item``."""
+    return InvalidRequest(
+        f"Invalid value for '{name}': expected at least 1 {item}, but got 0", param=name, code="empty_array"
+    )
 
 
 class Check:
@@ -340,7 +349,8 @@ class Custom(Check):
         return self.described
 
 
-#: Checks that need no arguments.
+#: Checks that many fields share.
 BOOLEAN: Final = Boolean()
 ANY_STRING: Final = String()
+NOT_EMPTY: Final = String(least=1)
 ANY_OBJECT: Final = ObjectOf()

@@ -17,7 +17,7 @@ from trio_cluster._models import Kind
 
 from ._json import dumps, plain
 
-__all__ = ["FinishReason", "OutputChunk", "is_vector", "to_chunk"]
+__all__ = ["FinishReason", "OutputChunk", "doubles", "is_vector", "to_chunk"]
 
 #: Why a model stopped; the words that the official clients know.
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
@@ -161,16 +161,12 @@ class OutputChunk:
         ``mime_type`` of the first chunk becomes the content type of the answer. Without it, a header that can
         be recognised decides, and otherwise the format that the client asked for.
         """
-        _require("data", data, (bytes, bytearray, memoryview), "bytes")
-        _require("mime_type", mime_type, (str, type(None)), "a str")
-        return cls("audio", bytes(data), None, mime_type)
+        return cls._of_bytes("audio", data, mime_type)
 
     @classmethod
     def image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
         """Return one image: the bytes of its file, which also say what it is if ``mime_type`` does not."""
-        _require("data", data, (bytes, bytearray, memoryview), "bytes")
-        _require("mime_type", mime_type, (str, type(None)), "a str")
-        return cls("image", bytes(data), None, mime_type)
+        return cls._of_bytes("image", data, mime_type)
 
     @classmethod
     def partial_image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
@@ -179,16 +175,18 @@ class OutputChunk:
         How many they want is ``partial_images`` of the request. Those beyond that are dropped, as are all of them where
         the answer is not a stream.
         """
-        _require("data", data, (bytes, bytearray, memoryview), "bytes")
-        _require("mime_type", mime_type, (str, type(None)), "a str")
-        return cls("partial_image", bytes(data), None, mime_type)
+        return cls._of_bytes("partial_image", data, mime_type)
 
     @classmethod
     def data(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
         """Return more of the answer to a route of one's own, byte for byte; ``mime_type`` becomes its content type."""
+        return cls._of_bytes("data", data, mime_type)
+
+    @classmethod
+    def _of_bytes(cls, kind: _ChunkKind, data: bytes, mime_type: str | None) -> OutputChunk:
         _require("data", data, (bytes, bytearray, memoryview), "bytes")
         _require("mime_type", mime_type, (str, type(None)), "a str")
-        return cls("data", bytes(data), None, mime_type)
+        return cls(kind, bytes(data), None, mime_type)
 
     @classmethod
     def json(cls, obj: Mapping[str, Any]) -> OutputChunk:
@@ -247,6 +245,19 @@ def is_vector(value: Any) -> bool:
     return not isinstance(first, bool | str) and (
         isinstance(first, int | float) or (_dimensions(first) == 0 and hasattr(first, "__float__"))
     )
+
+
+def doubles(value: Any, what: str) -> array[float]:
+    """Return the numbers of a list, or of an array of whatever library.
+
+    Raises:
+        TypeError: there is something else in it; ``what`` begins the message.
+    """
+    tolist = getattr(value, "tolist", None)
+    try:
+        return array("d", value if tolist is None else tolist())
+    except TypeError as exc:
+        raise TypeError(f"{what}: {exc}") from None
 
 
 def _rows(value: Any) -> list[Any] | None:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from trio_cluster._errors import InvalidRequest
-
 from ._checks import (
     ANY_OBJECT,
     ANY_STRING,
+    NOT_EMPTY,
     Check,
     Custom,
     ListOf,
     ObjectOf,
     OneOf,
-    String,
     missing,
+    nothing_in,
     wrong_type,
     wrong_value,
 )
@@ -30,13 +29,12 @@ __all__ = ["FUNCTIONS", "MESSAGES", "RESPONSE_FORMAT", "TOOLS", "TOOL_CHOICE"]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 
-_NOT_EMPTY: Final = String(least=1)
 
 #: What the parts that are known must carry.
 _PARTS: Final[dict[str, Check]] = {
     "text": ObjectOf({"text": ANY_STRING}, ("text",)),
     "image_url": ObjectOf(
-        {"image_url": ObjectOf({"url": _NOT_EMPTY, "detail": ANY_STRING}, ("url",))}, ("image_url",)
+        {"image_url": ObjectOf({"url": NOT_EMPTY, "detail": ANY_STRING}, ("url",))}, ("image_url",)
     ),
     "input_audio": ObjectOf(
         {"input_audio": ObjectOf({"data": ANY_STRING, "format": ANY_STRING}, ("data", "format"))},
@@ -46,7 +44,7 @@ _PARTS: Final[dict[str, Check]] = {
     "refusal": ObjectOf({"refusal": ANY_STRING}, ("refusal",)),
 }
 
-_FUNCTION_CALLED: Final = ObjectOf({"name": _NOT_EMPTY, "arguments": ANY_STRING}, ("name", "arguments"))
+_FUNCTION_CALLED: Final = ObjectOf({"name": NOT_EMPTY, "arguments": ANY_STRING}, ("name", "arguments"))
 
 
 def _check_tool_call(value: Any, name: str) -> Any:
@@ -89,9 +87,7 @@ _INSTEAD: Final = ("tool_calls", "function_call", "refusal", "audio")
 
 def _check_parts(parts: list[Any], name: str) -> None:
     if not parts:
-        raise InvalidRequest(
-            f"Invalid value for '{name}': expected at least 1 part, but got 0", param=name, code="empty_array"
-        )
+        raise nothing_in(name, "part")
     for i, part in enumerate(parts):
         if not isinstance(part, dict):
             raise wrong_type(f"{name}[{i}]", "an object", part)
@@ -143,11 +139,7 @@ def _check_messages(value: Any, name: str) -> Any:
     if not isinstance(value, list):
         raise wrong_type(name, "an array", value)
     if not value:
-        raise InvalidRequest(
-            f"Invalid value for '{name}': expected at least 1 message, but got 0",
-            param=name,
-            code="empty_array",
-        )
+        raise nothing_in(name, "message")
     for i, message in enumerate(value):
         _check_message(message, f"{name}[{i}]")
     return value
@@ -166,7 +158,7 @@ def _describe_message() -> Schema:
     some = {
         "tool_calls": _TOOL_CALLS.schema() | {"minItems": 1},
         "function_call": _FUNCTION_CALLED.schema(),
-        "refusal": _NOT_EMPTY.schema(),
+        "refusal": NOT_EMPTY.schema(),
         "audio": ANY_OBJECT.schema() | {"minProperties": 1},
     }
     return any_of(
@@ -179,10 +171,10 @@ def _describe_message() -> Schema:
 
 
 _FUNCTION: Final = ObjectOf(
-    {"name": _NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT}, ("name",)
+    {"name": NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT}, ("name",)
 )
 _TOOL: Final = ObjectOf({"type": ANY_STRING}, ("type",))
-_NAMED: Final = ObjectOf({"name": _NOT_EMPTY}, ("name",))
+_NAMED: Final = ObjectOf({"name": NOT_EMPTY}, ("name",))
 
 
 def _check_tool(value: Any, name: str) -> Any:
@@ -213,7 +205,7 @@ def _check_tool_choice(value: Any, name: str) -> Any:
 
 
 _FORMAT: Final = ObjectOf({"type": OneOf(("text", "json_object", "json_schema"))}, ("type",))
-_SCHEMA: Final = ObjectOf({"name": _NOT_EMPTY, "schema": ANY_OBJECT}, ("name",))
+_SCHEMA: Final = ObjectOf({"name": NOT_EMPTY, "schema": ANY_OBJECT}, ("name",))
 
 
 def _check_response_format(value: Any, name: str) -> Any:

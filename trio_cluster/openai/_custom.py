@@ -22,7 +22,7 @@ from trio_cluster._models import Kind
 from ._checks import missing, wrong_type
 from ._chunks import OutputChunk
 from ._encoding import JSON_HEAD, SSE_HEAD, Encoder
-from ._forms import media_type, read_form
+from ._forms import is_form, read_form
 from ._json import dumps, plain
 from ._readers import read_json
 from ._requests import CustomRequest
@@ -64,7 +64,7 @@ def read_custom(body: bytes, content_type: str, headers: Mapping[str, str], path
         InvalidRequest: it is neither JSON nor a form, or names no model.
     """
     files: dict[str, list[bytes]] = {}
-    if media_type(content_type) == "multipart/form-data":
+    if is_form(content_type):
         form = read_form(body, content_type)
         raw = form.fields
         files = {name: [file.data for file in some] for name, some in form.files.items()}

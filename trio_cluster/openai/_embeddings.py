@@ -20,7 +20,7 @@ from trio_cluster._errors import ApiError
 from trio_cluster._models import Kind
 
 from ._choices import read_output
-from ._chunks import OutputChunk, to_chunk
+from ._chunks import OutputChunk, doubles, to_chunk
 from ._encoding import Encoder
 from ._json import dumps
 from ._requests import EmbeddingRequest
@@ -42,20 +42,6 @@ _SWAPPED: Final = sys.byteorder == "big"
 def _is_finite(vector: array[float]) -> bool:
     # The sum is not finite if an item is not, and almost never otherwise; it is much the faster question.
     return math.isfinite(sum(vector)) or all(map(math.isfinite, vector))
-
-
-def _read_vector(vector: Any) -> array[float]:
-    """Return the numbers of a vector, as the doubles that they are.
-
-    Raises:
-        TypeError: there is something else in it.
-    """
-    tolist = getattr(vector, "tolist", None)
-    numbers = vector if tolist is None else tolist()
-    try:
-        return array("d", numbers)
-    except TypeError as exc:
-        raise TypeError(f"an embedding consists of numbers: {exc}") from None
 
 
 class EmbeddingEncoder(Encoder):
@@ -136,7 +122,7 @@ class EmbeddingEncoder(Encoder):
             memory = vector.astype("<f4")
             if math.isfinite(float(memory.sum())):
                 return b'"' + base64.b64encode(memory.tobytes()) + b'"'
-        numbers = self._fit(_read_vector(vector))
+        numbers = self._fit(doubles(vector, "an embedding consists of numbers"))
         if not self._base64:
             if not _is_finite(numbers):
                 raise ValueError("an embedding contains a number that is not finite")

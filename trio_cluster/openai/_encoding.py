@@ -112,6 +112,11 @@ class Encoder:
         self.usage = OutputChunk.usage(counts[0], counts[1]).value
         self._usage_details = details
 
+    def _counts(self) -> dict[str, Any]:
+        """Return the numbers of tokens in the words of the newer routes."""
+        read, written = self.usage
+        return {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+
     def _usage_object(self) -> dict[str, Any]:
         read, written = self.usage
         return {

@@ -20,10 +20,12 @@ from multipart import (  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-__all__ = ["MOST_PARTS", "File", "Form", "FormReader", "boundary_of", "media_type", "read_form"]
+__all__ = ["File", "Form", "FormReader", "is_form", "malformed", "media_type", "open_parser", "read_form"]
 
 #: More parts than any documented form has, few enough that parsing stays cheap.
 MOST_PARTS: Final = 256
+
+_FORM: Final = "multipart/form-data"
 
 _MEMBER: Final = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 
@@ -47,28 +49,41 @@ class Form:
     files: dict[str, list[File]]
 
 
+def is_form(content_type: str) -> bool:
+    """Tell whether a body of this content type is a form with files in it."""
+    return media_type(content_type) == _FORM
+
+
 def media_type(content_type: str) -> str:
     """Return the bare media type of a ``Content-Type`` header, in lower case; empty if there is none."""
     return content_type.partition(";")[0].strip().lower()
 
 
-def boundary_of(content_type: str) -> str:
-    """Return what stands between the parts of a ``multipart/form-data`` body.
+def open_parser(content_type: str) -> PushMultipartParser:
+    """Return a parser for a form of this content type. What it raises is for :func:`malformed`.
 
     Raises:
-        InvalidRequest: the body is of another type (415), or the type does not say.
+        InvalidRequest: it is of another type (415), or has no boundary.
     """
-    kind = media_type(content_type)
-    if kind != "multipart/form-data":
+    if not is_form(content_type):
         raise InvalidRequest(
-            f"Unsupported content type '{kind}': expected multipart/form-data",
+            f"Unsupported content type '{media_type(content_type)}': expected {_FORM}",
             status=415,
             code="unsupported_media_type",
         )
-    boundary: str = parse_options_header(content_type)[1].get("boundary", "")
+    boundary = parse_options_header(content_type)[1].get("boundary", "")
     if not boundary:
-        raise InvalidRequest("The content type multipart/form-data came without a boundary")
-    return boundary
+        raise InvalidRequest(f"The content type {_FORM} came without a boundary")
+    try:
+        return PushMultipartParser(boundary, max_segment_count=MOST_PARTS)
+    except ValueError as error:
+        # The parser's own errors are ValueErrors, and so is a boundary that cannot be encoded.
+        raise malformed(error) from None
+
+
+def malformed(error: ValueError) -> InvalidRequest:
+    """Return what to tell a client whose form a parser cannot read."""
+    return InvalidRequest(f"The request body is not valid {_FORM}: {error}")
 
 
 def read_form(body: bytes, content_type: str) -> Form:
@@ -93,11 +108,7 @@ class FormReader:
     """
 
     def __init__(self, content_type: str) -> None:
-        boundary = boundary_of(content_type)
-        try:
-            self._parser = PushMultipartParser(boundary, max_segment_count=MOST_PARTS)
-        except ValueError as error:
-            raise _malformed(error) from None
+        self._parser = open_parser(content_type)
         self._form = Form({}, {})
         self._segment: MultipartSegment | None = None
         self._content = BytesIO()
@@ -114,8 +125,7 @@ class FormReader:
             for event in self._parser.parse(data):
                 self._take(event)
         except ValueError as error:
-            # The parser's own errors are ValueErrors, and so is a boundary that cannot be encoded.
-            raise _malformed(error) from None
+            raise malformed(error) from None
 
     def finish(self) -> Form:
         """Return the form, when all of it has come.
@@ -126,7 +136,7 @@ class FormReader:
         try:
             self._parser.close()
         except ValueError as error:
-            raise _malformed(error) from None
+            raise malformed(error) from None
         return self._form
 
     def _take(self, event: MultipartSegment | bytearray | bytes | None) -> None:
@@ -143,10 +153,6 @@ class FormReader:
             self._content.seek(len(event))
         else:
             self._content.write(event)
-
-
-def _malformed(error: ValueError) -> InvalidRequest:
-    return InvalidRequest(f"The request body is not valid multipart/form-data: {error}")
 
 
 def _add(form: Form, segment: MultipartSegment, data: bytes) -> None:

@@ -18,10 +18,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from trio_cluster._errors import InvalidRequest
 from trio_cluster._models import Kind
 
-from ._checks import Check, ListOf, ObjectOf, OneOf, String, wrong_type
+from ._checks import (
+    NOT_EMPTY,
+    Check,
+    ListOf,
+    ObjectOf,
+    OneOf,
+    String,
+    nothing_in,
+    wrong_type,
+)
 from ._chunks import OutputChunk
 from ._encoding import Encoder
 from ._fields import Table
@@ -32,7 +40,6 @@ from ._schemas import Schema, any_of, by_type
 
 __all__ = ["MODERATION", "ModerationEncoder", "read_moderation"]
 
-_NOT_EMPTY: Final = String(least=1)
 _MOST_INPUTS: Final = 2048
 
 
@@ -43,7 +50,7 @@ class _Input(Check):
     _types = OneOf(("text", "image_url"))
     _parts: Mapping[str, ObjectOf] = {
         "text": ObjectOf({"text": String()}, ("text",)),
-        "image_url": ObjectOf({"image_url": ObjectOf({"url": _NOT_EMPTY}, ("url",))}, ("image_url",)),
+        "image_url": ObjectOf({"image_url": ObjectOf({"url": NOT_EMPTY}, ("url",))}, ("image_url",)),
     }
 
     def __call__(self, value: Any, name: str) -> list[Any]:
@@ -52,11 +59,7 @@ class _Input(Check):
         if not isinstance(value, list):
             raise wrong_type(name, "a string or an array", value)
         if not value:
-            raise InvalidRequest(
-                f"Invalid value for '{name}': expected at least 1 input, but got 0",
-                param=name,
-                code="empty_array",
-            )
+            raise nothing_in(name, "input")
         if isinstance(value[0], dict):
             return [[self._part(part, f"{name}[{i}]") for i, part in enumerate(value)]]
         return self._texts(value, name)
@@ -73,7 +76,7 @@ class _Input(Check):
         )
 
 
-MODERATION: Final = Table(("model", "input"), {"model": _NOT_EMPTY, "input": _Input()})
+MODERATION: Final = Table(("model", "input"), {"model": NOT_EMPTY, "input": _Input()})
 
 
 def read_moderation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ModerationRequest:

@@ -8,16 +8,13 @@ from __future__ import annotations
 from typing import Final
 
 import msgspec
-from multipart import (  # type: ignore[import-untyped]
-    MultipartSegment,
-    PushMultipartParser,
-)
+from multipart import MultipartSegment  # type: ignore[import-untyped]
 
 from trio_cluster._errors import InvalidRequest
 
-from ._forms import MOST_PARTS, boundary_of, media_type
+from ._forms import is_form, malformed, open_parser
 
-__all__ = ["FormPeek", "is_form", "peek_model"]
+__all__ = ["FormPeek", "peek_model"]
 
 #: Bytes of a model's name that are looked at; no name is longer.
 _NAME_BYTES: Final = 4 * 512
@@ -28,11 +25,6 @@ class _Named(msgspec.Struct):
 
 
 _json: Final = msgspec.json.Decoder(_Named)
-
-
-def is_form(content_type: str) -> bool:
-    """Tell whether a body of this content type is a form with files in it."""
-    return media_type(content_type) == "multipart/form-data"
 
 
 def peek_model(body: bytes, content_type: str) -> str | None:
@@ -62,10 +54,7 @@ class FormPeek:
 
     def __init__(self, content_type: str) -> None:
         self.model: str | None = None
-        try:
-            self._parser = PushMultipartParser(boundary_of(content_type), max_segment_count=MOST_PARTS)
-        except ValueError as error:
-            raise _malformed(error) from None
+        self._parser = open_parser(content_type)
         self._value: bytearray | None = None
 
     def feed(self, data: bytes) -> None:
@@ -92,8 +81,4 @@ class FormPeek:
                     if len(self._value) > _NAME_BYTES:
                         raise InvalidRequest("'model' is longer than any name of a model", param="model")
         except ValueError as error:
-            raise _malformed(error) from None
-
-
-def _malformed(error: ValueError) -> InvalidRequest:
-    return InvalidRequest(f"The request body is not valid multipart/form-data: {error}")
+            raise malformed(error) from None

@@ -14,6 +14,7 @@ from ._checks import (
     ANY_OBJECT,
     ANY_STRING,
     BOOLEAN,
+    NOT_EMPTY,
     Check,
     Custom,
     Integer,
@@ -21,20 +22,18 @@ from ._checks import (
     Number,
     ObjectOf,
     OneOf,
-    String,
     missing,
     wrong_type,
 )
 from ._fields import OnlyIf, Table
 from ._readers import read_json
 from ._requests import ChatRequest
-from ._response_input import INPUT, of_type, unsupported
+from ._response_input import INPUT, of_type, present, unsupported
 from ._schemas import Schema, any_of
 from ._tables import METADATA
 
 __all__ = ["RESPONSE", "read_response"]
 
-_NOT_EMPTY: Final = String(least=1)
 _TYPED: Final = ObjectOf({"type": ANY_STRING}, ("type",))
 
 #: What to include if the client wants to see how likely the tokens were.
@@ -55,7 +54,7 @@ def _refused(why: str, *, allowed: tuple[Any, ...] = ()) -> Check:
 # Tools
 
 _FUNCTION: Final = ObjectOf(
-    {"name": _NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT, "strict": BOOLEAN}, ("name",)
+    {"name": NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT, "strict": BOOLEAN}, ("name",)
 )
 _CHOICES: Final = OneOf(("none", "auto", "required"))
 _ALLOWED: Final = ObjectOf({"mode": OneOf(("auto", "required"))}, ("mode", "tools"))
@@ -75,15 +74,14 @@ def _require_function(value: Any, name: str) -> None:
 def _read_tool(value: Any, name: str) -> dict[str, Any]:
     _require_function(value, name)
     _FUNCTION(value, name)
-    members = {member: value[member] for member in _FUNCTION.members if value.get(member) is not None}
-    return {"type": "function", "function": members}
+    return {"type": "function", "function": present(value, _FUNCTION.members)}
 
 
 def _read_choice(value: Any, name: str) -> dict[str, Any]:
     _require_function(value, name)
     if value.get("name") is None:
         raise missing(f"{name}.name")
-    return {"type": "function", "function": {"name": _NOT_EMPTY(value["name"], f"{name}.name")}}
+    return {"type": "function", "function": {"name": NOT_EMPTY(value["name"], f"{name}.name")}}
 
 
 def _read_tool_choice(value: Any, name: str) -> str | dict[str, Any]:
@@ -99,7 +97,7 @@ def _read_tool_choice(value: Any, name: str) -> str | dict[str, Any]:
 
 
 _TOOL_SCHEMA: Final = of_type("function", _FUNCTION.schema())
-_CHOICE_SCHEMA: Final = of_type("function", ObjectOf({"name": _NOT_EMPTY}, ("name",)).schema())
+_CHOICE_SCHEMA: Final = of_type("function", ObjectOf({"name": NOT_EMPTY}, ("name",)).schema())
 _ALLOWED_SCHEMA: Final = of_type("allowed_tools", _ALLOWED.schema())
 _ALLOWED_SCHEMA["properties"]["tools"] = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1}
 
@@ -108,7 +106,7 @@ _ALLOWED_SCHEMA["properties"]["tools"] = {"type": "array", "items": _CHOICE_SCHE
 
 _FORMAT: Final = ObjectOf({"type": OneOf(("text", "json_object", "json_schema"))}, ("type",))
 _JSON_SCHEMA: Final = ObjectOf(
-    {"name": _NOT_EMPTY, "schema": ANY_OBJECT, "description": ANY_STRING, "strict": BOOLEAN},
+    {"name": NOT_EMPTY, "schema": ANY_OBJECT, "description": ANY_STRING, "strict": BOOLEAN},
     ("name", "schema"),
 )
 _VERBOSITY: Final = OneOf(("low", "medium", "high"))
@@ -127,10 +125,7 @@ def _read_text(value: Any, name: str) -> dict[str, Any]:
         fields["response_format"] = {"type": kind}
         if kind == "json_schema":
             _JSON_SCHEMA(wanted, name)
-            members = {
-                member: wanted[member] for member in _JSON_SCHEMA.members if wanted.get(member) is not None
-            }
-            fields["response_format"]["json_schema"] = members
+            fields["response_format"]["json_schema"] = present(wanted, _JSON_SCHEMA.members)
     return fields
 
 
@@ -154,7 +149,7 @@ _REASONING: Final = ObjectOf({"effort": ANY_STRING, "summary": ANY_STRING, "gene
 RESPONSE: Final = Table(
     ("model", "input"),
     {
-        "model": _NOT_EMPTY,
+        "model": NOT_EMPTY,
         "input": INPUT,
         "instructions": ANY_STRING,
         "stream": BOOLEAN,

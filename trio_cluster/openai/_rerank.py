@@ -9,15 +9,22 @@ and the documents' return are done here.
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from trio_cluster._models import Kind
 
-from ._checks import BOOLEAN, Check, Integer, ListOf, ObjectOf, String
+from ._checks import (
+    BOOLEAN,
+    NOT_EMPTY,
+    Check,
+    Integer,
+    ListOf,
+    ObjectOf,
+    String,
+)
 from ._choices import read_output
-from ._chunks import OutputChunk
+from ._chunks import OutputChunk, doubles
 from ._encoding import Encoder
 from ._fields import Table
 from ._json import dumps
@@ -26,8 +33,6 @@ from ._requests import RerankRequest
 from ._schemas import Schema, any_of
 
 __all__ = ["RERANK", "RerankEncoder", "read_rerank"]
-
-_NOT_EMPTY: Final = String(least=1)
 
 
 class _Document(Check):
@@ -49,8 +54,8 @@ class _Document(Check):
 RERANK: Final = Table(
     ("model", "query", "documents"),
     {
-        "model": _NOT_EMPTY,
-        "query": _NOT_EMPTY,
+        "model": NOT_EMPTY,
+        "query": NOT_EMPTY,
         "documents": ListOf(_Document(), least=1),
         "top_n": Integer(1),
         "return_documents": BOOLEAN,
@@ -62,14 +67,6 @@ def read_rerank(body: bytes, content_type: str, headers: Mapping[str, str]) -> R
     """Read a request to ``/v1/rerank``."""
     raw = read_json(body, content_type)
     return RerankRequest(raw=raw, headers=headers, **RERANK.read(raw))
-
-
-def _read_scores(scores: Any) -> list[float]:
-    tolist = getattr(scores, "tolist", None)
-    try:
-        return array("d", scores if tolist is None else tolist()).tolist()
-    except TypeError as exc:
-        raise TypeError(f"scores are numbers: {exc}") from None
 
 
 class RerankEncoder(Encoder):
@@ -93,7 +90,7 @@ class RerankEncoder(Encoder):
 
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind == "scores":
-            for score in _read_scores(chunk.value):
+            for score in doubles(chunk.value, "scores are numbers"):
                 self._add(len(self._scores), {"relevance_score": score})
                 self._scores.append(score)
         elif chunk.kind == "json":

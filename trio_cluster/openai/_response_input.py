@@ -11,17 +11,27 @@ are refused, since leaving them out would be answering another conversation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from trio_cluster._errors import InvalidRequest
 
-from ._checks import ANY_STRING, Custom, ListOf, ObjectOf, OneOf, String, missing, wrong_type, wrong_value
+from ._checks import (
+    ANY_STRING,
+    NOT_EMPTY,
+    Custom,
+    ListOf,
+    ObjectOf,
+    OneOf,
+    missing,
+    nothing_in,
+    wrong_type,
+    wrong_value,
+)
 from ._schemas import Schema, any_of, members_of
 
-__all__ = ["INPUT", "of_type", "unsupported"]
+__all__ = ["INPUT", "of_type", "present", "unsupported"]
 
-_NOT_EMPTY: Final = String(least=1)
 _ROLE: Final = OneOf(("user", "assistant", "system", "developer"))
 
 
@@ -30,12 +40,17 @@ def unsupported(message: str, name: str) -> InvalidRequest:
     return InvalidRequest(message, param=name, code="unsupported_value")
 
 
+def present(given: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
+    """Return those members of an object that are there; ``null`` is the same as nothing."""
+    return {member: given[member] for member in members if given.get(member) is not None}
+
+
 # Parts of a message
 
 _PART_TEXT: Final = ObjectOf({"text": ANY_STRING}, ("text",))
 _PART_REFUSAL: Final = ObjectOf({"refusal": ANY_STRING}, ("refusal",))
-_PART_IMAGE: Final = ObjectOf({"image_url": _NOT_EMPTY, "detail": ANY_STRING})
-_PART_FILE: Final = ObjectOf({"file_data": _NOT_EMPTY, "filename": ANY_STRING})
+_PART_IMAGE: Final = ObjectOf({"image_url": NOT_EMPTY, "detail": ANY_STRING})
+_PART_FILE: Final = ObjectOf({"file_data": NOT_EMPTY, "filename": ANY_STRING})
 _PART_AUDIO: Final = ObjectOf(
     {"input_audio": ObjectOf({"data": ANY_STRING, "format": ANY_STRING}, ("data", "format"))},
     ("input_audio",),
@@ -61,8 +76,7 @@ def _read_image(part: dict[str, Any], name: str) -> dict[str, Any]:
 def _read_file(part: dict[str, Any], name: str) -> dict[str, Any]:
     _require_content(part, name, "file_data")
     _PART_FILE(part, name)
-    file = {member: part[member] for member in ("file_data", "filename") if part.get(member) is not None}
-    return {"type": "file", "file": file}
+    return {"type": "file", "file": present(part, ("file_data", "filename"))}
 
 
 def _read_audio(part: dict[str, Any], name: str) -> dict[str, Any]:
@@ -108,9 +122,7 @@ def _read_content(value: Any, name: str, *, joined: bool = False) -> str | list[
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array of parts", value)
     if not value:
-        raise InvalidRequest(
-            f"Invalid value for '{name}': expected at least 1 part, but got 0", param=name, code="empty_array"
-        )
+        raise nothing_in(name, "part")
     parts = []
     for i, part in enumerate(value):
         if not isinstance(part, dict):
@@ -126,9 +138,9 @@ def _read_content(value: Any, name: str, *, joined: bool = False) -> str | list[
 # Items
 
 _CALL: Final = ObjectOf(
-    {"call_id": _NOT_EMPTY, "name": _NOT_EMPTY, "arguments": ANY_STRING}, ("call_id", "name", "arguments")
+    {"call_id": NOT_EMPTY, "name": NOT_EMPTY, "arguments": ANY_STRING}, ("call_id", "name", "arguments")
 )
-_OUTPUT: Final = ObjectOf({"call_id": _NOT_EMPTY}, ("call_id", "output"))
+_OUTPUT: Final = ObjectOf({"call_id": NOT_EMPTY}, ("call_id", "output"))
 _TEXTS: Final = ListOf(_PART_TEXT)
 _REASONING: Final = ObjectOf({"content": _TEXTS, "summary": _TEXTS})
 

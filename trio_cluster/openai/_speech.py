@@ -105,6 +105,4 @@ class StreamedSpeech(_Speech):
         )
 
     def _end(self) -> bytes:
-        read, made = self.usage
-        usage = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
-        return event(dumps({"type": "speech.audio.done", "usage": usage})) + DONE
+        return event(dumps({"type": "speech.audio.done", "usage": self._counts()})) + DONE

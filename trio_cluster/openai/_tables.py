@@ -11,6 +11,7 @@ from ._checks import (
     ANY_OBJECT,
     ANY_STRING,
     BOOLEAN,
+    NOT_EMPTY,
     Check,
     Custom,
     Integer,
@@ -19,6 +20,7 @@ from ._checks import (
     ObjectOf,
     OneOf,
     String,
+    nothing_in,
     wrong_type,
     wrong_value,
 )
@@ -38,7 +40,6 @@ __all__ = [
     "TRANSLATION",
 ]
 
-_NOT_EMPTY: Final = String(least=1)
 _INT64: Final = Integer(-(2**63), 2**63 - 1)
 
 
@@ -50,7 +51,7 @@ _METADATA: Final = String(most=512)
 _MOST_METADATA: Final = 16
 _LONGEST_KEY: Final = 64
 _FUNCTION_WORD: Final = OneOf(("none", "auto"))
-_FUNCTION_NAMED: Final = ObjectOf({"name": _NOT_EMPTY}, ("name",))
+_FUNCTION_NAMED: Final = ObjectOf({"name": NOT_EMPTY}, ("name",))
 
 
 def _check_stop(value: Any, name: str) -> Any:
@@ -92,7 +93,7 @@ METADATA: Final = Custom(
 
 #: What both routes for text have in common.
 _TEXT_FIELDS: Final[dict[str, Check]] = {
-    "model": _NOT_EMPTY,
+    "model": NOT_EMPTY,
     "stream": BOOLEAN,
     "stream_options": ObjectOf({"include_usage": BOOLEAN, "include_obfuscation": BOOLEAN}),
     "temperature": Number(0, 2),
@@ -182,22 +183,18 @@ COMPLETION: Final = Table(
 
 _MOST_INPUTS: Final = 2048
 _TOKENS: Final = ListOf(Integer(0, 2**63 - 1), least=1)
-_TEXTS: Final = ListOf(_NOT_EMPTY, least=1, most=_MOST_INPUTS)
+_TEXTS: Final = ListOf(NOT_EMPTY, least=1, most=_MOST_INPUTS)
 _TOKEN_LISTS: Final = ListOf(_TOKENS, least=1, most=_MOST_INPUTS)
 
 
 def _check_input(value: Any, name: str) -> Any:
     """Return a list of texts or of lists of tokens, whichever of the four documented forms came."""
     if isinstance(value, str):
-        return [_NOT_EMPTY(value, name)]
+        return [NOT_EMPTY(value, name)]
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array", value)
     if not value:
-        raise InvalidRequest(
-            f"Invalid value for '{name}': expected at least 1 input, but got 0",
-            param=name,
-            code="empty_array",
-        )
+        raise nothing_in(name, "input")
     first = value[0]
     if isinstance(first, int):
         return [_TOKENS(value, name)]
@@ -209,10 +206,10 @@ def _check_input(value: Any, name: str) -> Any:
 EMBEDDING: Final = Table(
     ("model", "input"),
     {
-        "model": _NOT_EMPTY,
+        "model": NOT_EMPTY,
         "input": Custom(
             _check_input,
-            any_of(*(each.schema() for each in (_NOT_EMPTY, _TEXTS, _TOKENS, _TOKEN_LISTS))),
+            any_of(*(each.schema() for each in (NOT_EMPTY, _TEXTS, _TOKENS, _TOKEN_LISTS))),
         ),
         "dimensions": Integer(1),
         "encoding_format": OneOf(("float", "base64")),
@@ -241,7 +238,7 @@ class _Chunking(Check):
 
 _FILE: Final = {"file": Uploads()}
 _TRANSLATION_FIELDS: Final[dict[str, Check]] = {
-    "model": _NOT_EMPTY,
+    "model": NOT_EMPTY,
     "prompt": ANY_STRING,
     "response_format": OneOf(("json", "text", "srt", "verbose_json", "vtt")),
     "temperature": Number(0, 1),
@@ -267,7 +264,7 @@ TRANSCRIPTION: Final = Table(
     files=_FILE,
 )
 
-_VOICE: Final = ObjectOf({"id": _NOT_EMPTY}, ("id",))
+_VOICE: Final = ObjectOf({"id": NOT_EMPTY}, ("id",))
 
 
 def _check_voice(value: Any, name: str) -> str:
@@ -275,15 +272,15 @@ def _check_voice(value: Any, name: str) -> str:
     if isinstance(value, dict):
         voice: str = _VOICE(value, name)["id"]
         return voice
-    return _NOT_EMPTY(value, name)
+    return NOT_EMPTY(value, name)
 
 
 SPEECH: Final = Table(
     ("model", "input", "voice"),
     {
-        "model": _NOT_EMPTY,
+        "model": NOT_EMPTY,
         "input": String(1, 4096),
-        "voice": Custom(_check_voice, any_of(_NOT_EMPTY.schema(), _VOICE.schema())),
+        "voice": Custom(_check_voice, any_of(NOT_EMPTY.schema(), _VOICE.schema())),
         "response_format": OneOf(("mp3", "opus", "aac", "flac", "wav", "pcm")),
         "speed": Number(0.25, 4),
         "instructions": ANY_STRING,
@@ -302,7 +299,7 @@ _SIZE: Final = String(
 
 #: What both routes for images have in common.
 _IMAGE_FIELDS: Final[dict[str, Check]] = {
-    "model": _NOT_EMPTY,
+    "model": NOT_EMPTY,
     "prompt": String(1, 32000),
     "n": Integer(1, 10),
     "size": _SIZE,

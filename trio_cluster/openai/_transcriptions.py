@@ -78,9 +78,7 @@ class _Transcription(Encoder):
         """Return the answer's ``usage``: reported numbers of tokens, or what else a handler's dict said."""
         details = self._usage_details
         if self.usage != (0, 0):
-            read, written = self.usage
-            counts = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-            return {"usage": {"type": "tokens"} | counts | details}
+            return {"usage": {"type": "tokens"} | self._counts() | details}
         return {"usage": details} if details else {}
 
 

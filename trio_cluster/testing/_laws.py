@@ -17,7 +17,6 @@ from typing import Any, Final
 import trio
 
 from .._calls import WINDOW
-from .._uploads import UPLOAD_WINDOW
 from ..http import GRACE
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
@@ -84,7 +83,7 @@ class Laws(trio.abc.Instrument):
 
     def _check_memory(self, life: Life) -> None:
         # On a master, what the connection has taken meanwhile comes on top of what waits already.
-        room = (3 if life.name == "master" else 1) * UPLOAD_WINDOW
+        room = (3 if life.name == "master" else 1) * WINDOW
         for call in life.server.registry.live:
             if call.waiting_bytes > WINDOW + _LARGEST:
                 self._say(f"{life.name}: {call.waiting_bytes} bytes wait for one client")
