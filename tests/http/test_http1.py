@@ -12,7 +12,10 @@ import trio
 from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.http._http1 import HEAD_LIMIT, UNREAD, Http1Connection
+from trio_cluster.http._http1 import UNREAD, Http1Connection
+from trio_cluster.http._idle import IdleLimit
+from trio_cluster.http._incoming import HEAD_LIMIT
+from trio_cluster.http._readers import SharedReader, TaskReader
 from trio_cluster.testing import SimulatedNetwork, SimulatedStream
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -57,7 +60,9 @@ async def connected(app: App) -> AsyncIterator[tuple[SimulatedStream, Http1Conne
     client = await network.host("client").connect("server", 80)
     async with trio.open_nursery() as nursery:
         stream = await listener.accept()
-        connection = Http1Connection(stream, app, {}, "connection", IDLE)
+        reader, idle = TaskReader(nursery), IdleLimit(IDLE)
+        nursery.start_soon(idle.run)
+        connection = Http1Connection(stream, app, {}, "connection", reader, idle)
         nursery.start_soon(connection.serve)
         yield client, connection
         nursery.cancel_scope.cancel()
@@ -369,13 +374,15 @@ async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quiet
 
     near, far = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
     async with near, far, trio.open_nursery() as nursery:
-        connection = Http1Connection(near, takes_nothing, {}, "connection", IDLE)
+        reader = SharedReader()
+        nursery.start_soon(reader.run)
+        connection = Http1Connection(near, takes_nothing, {}, "connection", reader, IdleLimit(IDLE))
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (4 * UNREAD)
         nursery.start_soon(push, head + bytes(2 * UNREAD))
         with trio.fail_after(5):
             async with trio.open_nursery() as serving:
                 serving.start_soon(connection.serve)
-                while connection._unread <= UNREAD:  # noqa: ASYNC110
+                while connection._incoming.unread <= UNREAD:  # noqa: ASYNC110
                     await trio.lowlevel.checkpoint()
                 # As the gate does with an answer that nobody may take for a complete one.
                 connection.reset()

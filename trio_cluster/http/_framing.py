@@ -33,6 +33,7 @@ class RequestState:
         "bodiless",
         "body",
         "chunked",
+        "coded",
         "complete",
         "expects_continue",
         "handed_over",
@@ -52,6 +53,8 @@ class RequestState:
         self.headers: list[tuple[bytes, bytes]] = []
         self.keep_alive = True
         self.expects_continue = False
+        # In another way than in chunks.
+        self.coded = False
         self.body: deque[bytes] = deque()
         self.complete = False
         self.handed_over = False

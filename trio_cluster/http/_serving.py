@@ -1,7 +1,7 @@
 """HTTP on sockets: connections come in, are served, and end with the server.
 
 A connection that fails for whatever reason is its own trouble and ends nobody else's. hypercorn brings the
-application's lifespan; the connections are in ``_http1``.
+application's lifespan; the connections are in ``_http1``, and who reads them in ``_readers``.
 
 A client that stops reading while nobody wants to stop is dropped by the kernel, where there is such a limit.
 """
@@ -22,6 +22,8 @@ from hypercorn.trio.lifespan import Lifespan
 from .._ports import Listeners, close_all
 from ._gate import CONNECTION_KEY, App
 from ._http1 import Http1Connection
+from ._idle import IdleLimit
+from ._readers import Reader, SharedReader, TaskReader, has_epoll
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
 
@@ -107,6 +109,8 @@ class _Connections:
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Http1Connection, None] = {}
         self._empty = trio.Event()
+        self._idle = IdleLimit(KEEP_ALIVE)
+        self._reader: Reader
 
     async def serve(
         self,
@@ -118,6 +122,9 @@ class _Connections:
         """Accept until ``shutdown_trigger`` returns, then drain, then close what is left."""
         async with trio.open_nursery() as handlers:
             handlers.start_soon(self._close_when_cancelled)
+            self._reader = _reader(listeners, handlers)
+            handlers.start_soon(self._reader.run)
+            handlers.start_soon(self._idle.run)
             async with trio.open_nursery() as acceptors:
                 for listener in listeners:
                     acceptors.start_soon(self._accept, listener, handlers)
@@ -138,7 +145,9 @@ class _Connections:
 
     async def _serve_one(self, stream: Any) -> None:
         try:
-            connection = Http1Connection(stream, self._app, self._state, CONNECTION_KEY, KEEP_ALIVE)
+            connection = Http1Connection(
+                stream, self._app, self._state, CONNECTION_KEY, self._reader, self._idle
+            )
         except OSError:
             # It was gone before it could be asked who it is.
             await trio.aclose_forcefully(stream)
@@ -161,3 +170,10 @@ class _Connections:
         finally:
             for connection in list(self._open):
                 connection.close()
+
+
+def _reader(listeners: Listeners, nursery: trio.Nursery) -> Reader:
+    """Return who reads the connections that come in there."""
+    if has_epoll() and all(isinstance(listener, trio.SocketListener) for listener in listeners):
+        return SharedReader()
+    return TaskReader(nursery)
