@@ -212,9 +212,11 @@ class _Passage:
             await self._send({"type": "http.response.body", "body": reply.body})
             return
         try:
-            while True:
+            while not reply.body.complete:
                 piece = await reply.body.receive()
-                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                # The last piece and the end are one write.
+                more = not reply.body.complete
+                await self._send({"type": "http.response.body", "body": piece, "more_body": more})
                 reply.body.shorten(self._connection)
         except trio.EndOfChannel:
             if not self._exchange.cut:

@@ -276,6 +276,7 @@ class _Stream:
         self._rest = b""  # of an event that is not complete, and not sent
         self._torn = False  # an event has been sent that is not complete
         self._over = False
+        self.complete = False
 
     async def receive(self) -> bytes:
         """See ``Body``. The exchange has been cut if the end is not a good one."""
@@ -322,6 +323,7 @@ class _Stream:
             if end is None and trio.current_time() >= self._limits.late(math.inf):
                 # It goes on and on, as a handler can that shields itself from its deadline.
                 return self._fail(data, self._limits.give_up(self._call))
+            self.complete = end is not None
             if data:
                 return data
             if end is not None:

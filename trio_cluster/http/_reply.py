@@ -25,7 +25,13 @@ _UNAUTHORIZED: Final = 401
 
 
 class Body(Protocol):
-    """A body that is still coming."""
+    """A body that is still coming.
+
+    Attributes:
+        complete: there is nothing after the piece that was received last, and all is well.
+    """
+
+    complete: bool
 
     async def receive(self) -> bytes:
         """Return the next piece. An empty one says that the connection has something left over to write.

@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -20,6 +21,7 @@ from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 
 from .._ports import Listeners, close_all
+from ._acceptor import accept_all
 from ._gate import CONNECTION_KEY, App
 from ._http1 import Http1Connection
 from ._idle import IdleLimit
@@ -105,7 +107,6 @@ class _Connections:
     def __init__(self, app: App, state: dict[str, Any]) -> None:
         self._app = app
         self._state = state
-        self._ending = False
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Http1Connection, None] = {}
         self._empty = trio.Event()
@@ -126,12 +127,12 @@ class _Connections:
             handlers.start_soon(self._reader.run)
             handlers.start_soon(self._idle.run)
             async with trio.open_nursery() as acceptors:
+                admit = partial(self._admit, handlers)
                 for listener in listeners:
-                    acceptors.start_soon(self._accept, listener, handlers)
+                    acceptors.start_soon(accept_all, listener, admit)
                 task_status.started()
                 await shutdown_trigger()
                 acceptors.cancel_scope.cancel(reason="the server takes no more connections")
-            self._ending = True
             for connection in list(self._open):
                 connection.close_when_idle()
             with trio.move_on_after(grace) if math.isfinite(grace) else trio.CancelScope():
@@ -140,21 +141,19 @@ class _Connections:
                     await self._empty.wait()
             handlers.cancel_scope.cancel(reason="the server has stopped")
 
-    async def _accept(self, listener: trio.abc.Listener[Any], handlers: trio.Nursery) -> None:
-        await trio.serve_listeners(self._serve_one, [listener], handler_nursery=handlers)
-
-    async def _serve_one(self, stream: Any) -> None:
+    def _admit(self, handlers: trio.Nursery, stream: Any) -> None:
         try:
             connection = Http1Connection(
                 stream, self._app, self._state, CONNECTION_KEY, self._reader, self._idle
             )
         except OSError:
             # It was gone before it could be asked who it is.
-            await trio.aclose_forcefully(stream)
+            stream.socket.close()
             return
         self._open[connection] = None
-        if self._ending:
-            connection.close_when_idle()
+        handlers.start_soon(self._serve_one, connection)
+
+    async def _serve_one(self, connection: Http1Connection) -> None:
         try:
             await connection.serve()
         except Exception:

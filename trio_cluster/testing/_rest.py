@@ -21,8 +21,13 @@ __all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
 
 #: What every HTTP request is in from its beginning to its end, whatever serves it: its way through the gate.
 _HTTP_REQUEST: Final = "_Passage.run"
-#: The tasks of all connections, those of workers included.
-_CONNECTION: Final = "trio._highlevel_serve_listeners._run_handler"
+#: The tasks of all connections: those of clients, and those of workers.
+_CONNECTIONS: Final = frozenset(
+    {
+        "trio_cluster.http._serving._Connections._serve_one",
+        "trio._highlevel_serve_listeners._run_handler",
+    }
+)
 
 #: Seconds between two looks, at most.
 _LOOK_EVERY: Final = 1.0
@@ -163,7 +168,7 @@ def _tasks(node: SimulatedNode, connections: int) -> Iterator[str]:
     requests = sum(_is_in_request(task) for task in tasks)
     if requests:
         yield f"{node.name}: {requests} tasks of HTTP requests"
-    serving = sum(task.name == _CONNECTION for task in tasks)
+    serving = sum(task.name in _CONNECTIONS for task in tasks)
     if serving > connections:
         yield f"{node.name}: {serving} tasks of connections, of which {connections} are open"
 
