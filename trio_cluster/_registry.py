@@ -117,6 +117,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._models: dict[str, _Served] = {}
+        # The names of models of the kind "any".
+        self._untouched: set[str] = set()
         self.books = Books()
         self.cancels = Durations()
         self.live: dict[Call, Backend] = {}
@@ -138,6 +140,7 @@ class Registry:
         if served is None:
             served = self._models[info.name] = _Served(info)
             served.note(info, backend)
+            self._note_kind(info)
             return
         who = ", ".join(replica.name for replica in served.replicas)
         if not replicate:
@@ -166,6 +169,7 @@ class Registry:
         if not others:
             served.info = info
         served.note(info, backend)
+        self._note_kind(info)
 
     def remove(self, name: str, backend: Backend) -> bool:
         """Stop routing calls for a model to ``backend``; calls that run go on. Return whether it served it."""
@@ -175,7 +179,19 @@ class Registry:
         served.forget(backend)
         if not served.replicas:
             del self._models[name]
+            self._untouched.discard(name)
         return True
+
+    def _note_kind(self, info: ModelInfo) -> None:
+        if info.kind == "any":
+            self._untouched.add(info.name)
+        else:
+            self._untouched.discard(info.name)
+
+    @property
+    def has_untouched(self) -> bool:
+        """Whether there are models of the kind ``"any"``, which want to see what clients send as it is."""
+        return bool(self._untouched)
 
     def info(self, name: str) -> ModelInfo | None:
         """Return what is known of a model, or ``None`` if nobody serves it."""

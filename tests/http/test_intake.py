@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -141,7 +140,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=50)
 @given(st.lists(st.binary(max_size=15)), st.binary(max_size=15))
 async def test_what_was_kept_is_taken_as_it_came(pieces: list[bytes], end: bytes) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch, closing(Kept()) as kept:
+    with pytest.MonkeyPatch.context() as monkeypatch, Kept() as kept:
         monkeypatch.setattr(_intake, "KEPT", 10)
         monkeypatch.setattr(_intake, "_BLOCK", 4)
         for piece in pieces:
@@ -161,7 +160,7 @@ async def test_little_is_kept_in_memory_and_more_on_the_disk(
     monkeypatch.setattr(
         _intake.tempfile, "TemporaryFile", lambda **options: files.append(make(**options)) or files[-1]
     )
-    with closing(Kept()) as kept:
+    with Kept() as kept:
         await kept.add(b"a" * 10)
         assert files == []
         await kept.add(b"b")
@@ -174,7 +173,7 @@ async def test_little_is_kept_in_memory_and_more_on_the_disk(
 
 async def test_what_comes_last_stays_in_memory(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_intake.tempfile, "TemporaryFile", None)
-    with closing(Kept()) as kept:
+    with Kept() as kept:
         await kept.add(b"aaaabb", last=True)
         assert [await kept.take() for _ in range(3)] == [b"aaaa", b"bb", b""]
 
@@ -191,6 +190,6 @@ class FullDisk:
 
 async def test_a_full_disk_is_503_and_says_so(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_intake.tempfile, "TemporaryFile", lambda **options: FullDisk())
-    with closing(Kept()) as kept, pytest.raises(Overloaded, match="No space left") as caught:
+    with Kept() as kept, pytest.raises(Overloaded, match="No space left") as caught:
         await kept.add(b"a" * 11)
     assert caught.value.status == 503

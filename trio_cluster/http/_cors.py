@@ -36,13 +36,16 @@ def cors_headers(exchange: Exchange, origins: str | None) -> Headers:
     return headers
 
 
-def answer_preflight(exchange: Exchange, method: str, origins: str | None) -> Headers | None:
+def answer_preflight(exchange: Exchange, origins: str | None) -> Headers | None:
     """Return the headers of the answer to a browser that asks whether it may ask; ``None`` if this is no such question.
 
     It comes without a key, and is told nothing but what may be sent.
+
+    Args:
+        exchange: the request, which is one for ``OPTIONS``.
+        origins: as for :func:`cors_headers`.
     """
-    wanted = exchange.header(b"access-control-request-method")
-    if method != "OPTIONS" or wanted is None or origins is None:
+    if origins is None or exchange.header(b"access-control-request-method") is None:
         return None
     headers = cors_headers(exchange, origins)
     if any(name == b"access-control-allow-origin" for name, _ in headers):

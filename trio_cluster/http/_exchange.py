@@ -39,12 +39,14 @@ class Exchange:
             answer for a complete one.
     """
 
-    __slots__ = ("_calls", "began", "client", "cut", "headers", "intake", "request_id")
+    __slots__ = ("_calls", "_first", "began", "client", "cut", "headers", "intake", "request_id")
 
     intake: Intake
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "") -> None:
         self.headers = list(headers)
+        # Of each name the first one, which is put in last.
+        self._first = dict(reversed(self.headers))
         self.client = client
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.began = time.monotonic()
@@ -53,10 +55,7 @@ class Exchange:
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first header of this name (lower case), or ``None``."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        return self._first.get(name)
 
     def declared_length(self) -> int | None:
         """Return the length of the body if it is known; the server has checked that it is a number."""

@@ -124,6 +124,7 @@ class _Passage:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
         self._exchange = Exchange(scope["headers"], _address(scope))
         self._intake = self._exchange.intake = Intake(
             receive, self._site.options.server.max_body_size, partial(_has_arrived, self._connection)
@@ -141,7 +142,7 @@ class _Passage:
     async def run(self) -> None:
         exchange = self._exchange
         try:
-            if await self._answer_preflight():
+            if self._scope["method"] == "OPTIONS" and await self._answer_preflight():
                 return
             path = self._admit()
             endpoint = self._endpoint(path)
@@ -197,7 +198,7 @@ class _Passage:
             reply = error_reply(error.with_traceback(None))
             # What is still to come of the body need not be waited for by whoever is to answer.
             self._exchange.abandon("the request was refused")
-        if not any(name == _PROCESSING for name, _ in reply.headers):
+        if _PROCESSING not in dict(reply.headers):
             took = time.monotonic() - self._exchange.began
             reply.headers.append((_PROCESSING, str(round(took * 1000))))
         if isinstance(reply.body, bytes) and not self._intake.complete:
@@ -271,7 +272,7 @@ class _Passage:
     async def _answer_preflight(self) -> bool:
         """Answer a browser that asks what it may ask; return whether it was one."""
         origins = self._site.options.server.cors_origins
-        headers = answer_preflight(self._exchange, self._scope["method"], origins)
+        headers = answer_preflight(self._exchange, origins)
         if headers is None:
             return False
         await self._intake.read(self._intake.limit)
@@ -318,11 +319,6 @@ class _Passage:
         # What may keep it is a client that does not read, and for that the socket has its own time limit.
         with trio.CancelScope(shield=True):
             await self._send(message)
-
-    @property
-    def _connection(self) -> Connection | None:
-        connection: Connection | None = self._scope.get("state", {}).get(CONNECTION_KEY)
-        return connection
 
     def _is_gone(self) -> bool:
         return self._connection is not None and self._connection.gone

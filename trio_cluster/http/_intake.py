@@ -135,12 +135,19 @@ def too_large(limit: int) -> ApiError:
 
 
 class Kept:
-    """What has come of a body that does not yet know where it goes. To be closed."""
+    """What has come of a body that does not yet know where it goes; forgotten at the end of a ``with`` block."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._size = 0
         self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     async def add(self, data: bytes, *, last: bool = False) -> None:
         """Keep some more.
@@ -177,11 +184,6 @@ class Kept:
             if piece:
                 return piece[:_BLOCK]
         return b""
-
-    def close(self) -> None:
-        """Forget it all."""
-        if self._file is not None:
-            self._file.close()
 
     async def in_thread(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         """Run a function that waits for the disk. Something else takes its place where events are to be repeated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 import trio
@@ -101,13 +102,14 @@ async def _read_whole(
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
     small = len(body) < _READ_IN_THREAD
-    if small:
-        name = peek_model(body, content_type)
-    else:
-        name = await trio.to_thread.run_sync(peek_model, body, content_type, abandon_on_cancel=True)
-    info = site.registry.info(name or "")
-    if info is not None and info.kind == "any":
-        return info, None
+    if site.registry.has_untouched:
+        if small:
+            name = peek_model(body, content_type)
+        else:
+            name = await trio.to_thread.run_sync(peek_model, body, content_type, abandon_on_cancel=True)
+        untouched = site.registry.info(name or "")
+        if untouched is not None and untouched.kind == "any":
+            return untouched, None
     if small:
         parsed: Any = endpoint.parse(body, content_type, headers)
     else:
@@ -128,13 +130,23 @@ def _travelling_headers(exchange: Exchange) -> dict[str, str]:
     """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
     headers: dict[str, str] = {}
     for raw, value in exchange.headers:
-        name = raw.decode("latin-1")
-        if name in ("user-agent", "accept", "accept-language") or (
-            name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)
-        ):
+        name = _travelling_name(raw)
+        if name:
             text = value.decode("latin-1")
             headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
+
+
+# Names come from clients; those that are sent all the time are few.
+@lru_cache(maxsize=256)
+def _travelling_name(raw: bytes) -> str:
+    """Return the name of a header that travels; empty for one that does not."""
+    name = raw.decode("latin-1")
+    if name in ("user-agent", "accept", "accept-language") or (
+        name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)
+    ):
+        return name
+    return ""
 
 
 def _is_secret(name: str) -> bool:
@@ -163,5 +175,7 @@ def _times(site: Site, exchange: Exchange) -> tuple[float, float]:
 
 
 def _seconds(value: bytes | None) -> float | None:
-    text = (value or b"").decode("latin-1").strip()
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
     return (float(text) or None) if _SECONDS.fullmatch(text) else None

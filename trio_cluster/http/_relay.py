@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from contextlib import closing
 from functools import partial
 from typing import Final
 
@@ -101,7 +100,7 @@ async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
     Raises:
         ApiError: what the client is to be told instead.
     """
-    with closing(Kept()) as kept:
+    with Kept() as kept:
         request = await read_request(site, endpoint, exchange, kept)
         limits = _Limits(request.timeout, request.budget, trio.current_time())
         call = site.registry.open(request)

@@ -71,7 +71,7 @@ class Site:
     def end_answer(self, exchange: Exchange) -> None:
         """Note that an exchange is over: its answer has been written, or its client has left. Idempotent."""
         self._answering.discard(exchange)
-        if not self._answering:
+        if not self._answering and self._answered:
             self._answered.unpark_all()
 
     async def wait_answered(self) -> None:
