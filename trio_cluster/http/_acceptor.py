@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
@@ -21,7 +20,7 @@ __all__ = ["accept_all"]
 logger = logging.getLogger("trio_cluster.http")
 
 #: Connections that are accepted before all others have their turn.
-_AT_ONCE: Final = 32
+_AT_ONCE: Final = 16
 #: What says that there is no room for another connection, and that there may be later.
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Seconds until it is tried again then.
@@ -61,7 +60,8 @@ def _second_look(listener: trio.abc.Listener[Any]) -> socket.socket | None:
     """Return the listener's socket once more, without trio around it, which would wait after each connection."""
     if not isinstance(listener, trio.SocketListener):
         return None
-    return socket.socket(fileno=os.dup(listener.socket.fileno()))
+    sock = listener.socket
+    return socket.fromfd(sock.fileno(), sock.family, sock.type)
 
 
 def _accept_waiting(behind: socket.socket | None, admit: Callable[[Any], object]) -> None:

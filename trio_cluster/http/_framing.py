@@ -7,7 +7,6 @@ it comes in one piece; chunks; or, for HTTP/1.0, the end of the connection. HEAD
 from __future__ import annotations
 
 import time
-from collections import deque
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final
@@ -55,7 +54,7 @@ class RequestState:
         self.expects_continue = False
         # In another way than in chunks.
         self.coded = False
-        self.body: deque[bytes] = deque()
+        self.body: list[bytes] = []
         self.complete = False
         self.handed_over = False
         # The answer

@@ -247,7 +247,7 @@ class Http1Connection:
                 self._idle.end(self)
         if self._closing or self.gone or not incoming.requests:
             return None
-        request = incoming.requests.popleft()
+        request = incoming.requests.pop(0)
         if incoming.refused is not None and not request.complete:
             return None
         self._current = request

@@ -7,7 +7,6 @@ a request in HTTP/1.1 is kept as an error, for it is to be told after everything
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 import httptools
@@ -23,6 +22,8 @@ HEAD_LIMIT: Final = 64 * 1024
 #: What a request counts for beside its body, so that a flood of small ones is held back too.
 _REQUEST_WEIGHT: Final = 1024
 _HTTP2: Final = b"PRI * HTTP/2"
+#: In the place of the latest request before the first one has begun.
+_NONE_YET: Final = RequestState()
 
 
 class Incoming:
@@ -39,8 +40,8 @@ class Incoming:
     __slots__ = ("_head_size", "_ignoring", "_parser", "latest", "no_more", "refused", "requests", "unread")
 
     def __init__(self) -> None:
-        self.requests: deque[RequestState] = deque()
-        self.latest = RequestState()
+        self.requests: list[RequestState] = []
+        self.latest = _NONE_YET
         self.refused: ApiError | None = None
         self.no_more = False
         self.unread = 0
