@@ -272,6 +272,23 @@ async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nur
     assert idle.is_set()
 
 
+def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
+    registry, one, two = Registry(), Scripted("w1"), Scripted("w2")
+    untouched = ModelInfo("raw", "any")
+    registry.add(CHAT, one)
+    assert not registry.has_untouched
+    registry.add(untouched, one, replicate=True)
+    registry.add(untouched, two, replicate=True)
+    registry.remove("raw", one)
+    assert registry.has_untouched
+    registry.remove("raw", two)
+    assert not registry.has_untouched
+    registry.update(ModelInfo("m", "any"), one)
+    assert registry.has_untouched
+    registry.update(CHAT, one)
+    assert not registry.has_untouched
+
+
 # What a model answers beside its kind
 
 

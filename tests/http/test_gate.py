@@ -303,6 +303,12 @@ async def test_a_sane_request_id_is_echoed_and_reaches_the_call(house: House, se
     assert (await house.backend.next()).request.request_id == sent
 
 
+async def test_of_several_the_first_one_counts(house: House) -> None:
+    async with house.connect() as wire:
+        await wire.request("POST", CHAT_PATH, BODY, "X-Request-Id: one", "X-Request-Id: two")
+        assert (await wire.answer()).headers["x-request-id"] == "one"
+
+
 @pytest.mark.parametrize("sent", ["", "x" * 129, "\xe9", "a\tb"])
 async def test_another_one_is_replaced(house: House, sent: str) -> None:
     async with house.connect() as wire:

@@ -397,6 +397,19 @@ async def test_a_slow_answer_is_not_idle(autojump_clock: MockClock, connected: W
         assert (await everything(client)).endswith(b"/last|")
 
 
+async def test_a_request_that_came_early_does_not_make_its_connection_idle(
+    autojump_clock: MockClock, connected: Way
+) -> None:
+    async def slow_at_last(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/last":
+            await trio.sleep(10 * IDLE)
+        await echo(scope, receive, send)
+
+    async with connected(slow_at_last) as (client, _):
+        await client.send_all(GET + LAST)
+        assert (await everything(client)).endswith(b"/last|")
+
+
 async def test_a_connection_that_is_to_close_when_idle_finishes_its_answer_and_takes_no_more(
     connected: Way,
 ) -> None:
@@ -433,29 +446,24 @@ async def test_a_write_that_the_application_cancels_ends_the_connection(connecte
     assert b"the end" not in data
 
 
-async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quietly() -> None:
+async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quietly(connected: Way) -> None:
     done = trio.Event()
 
     async def takes_nothing(scope: Any, receive: Any, send: Any) -> None:
         await done.wait()
 
     async def push(data: bytes) -> None:
-        with suppress(trio.BrokenResourceError):
-            await far.send_all(data)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await client.send_all(data)
 
-    near, far = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-    async with near, far, trio.open_nursery() as nursery:
-        reader = SharedReader()
-        nursery.start_soon(reader.run)
-        connection = Http1Connection(near, takes_nothing, {}, "connection", reader, IdleLimit(IDLE))
-        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (4 * UNREAD)
-        nursery.start_soon(push, head + bytes(2 * UNREAD))
+    async with connected(takes_nothing) as (client, connection), trio.open_nursery() as nursery:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (8 * UNREAD)
+        nursery.start_soon(push, head + bytes(4 * UNREAD))
         with trio.fail_after(5):
-            async with trio.open_nursery() as serving:
-                serving.start_soon(connection.serve)
-                while connection._incoming.unread <= UNREAD:  # noqa: ASYNC110
-                    await trio.lowlevel.checkpoint()
-                # As the gate does with an answer that nobody may take for a complete one.
-                connection.reset()
-                done.set()
-        nursery.cancel_scope.cancel()
+            await wait_all_tasks_blocked()
+            assert connection._incoming.unread > UNREAD
+            # As the gate does with an answer that nobody may take for a complete one.
+            connection.reset()
+            done.set()
+            with suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b""

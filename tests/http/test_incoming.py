@@ -47,10 +47,13 @@ def test_what_follows_the_last_request_is_nobodys_and_counts_for_nothing() -> No
 
 def test_whoever_knows_that_the_connection_ends_can_refuse_what_has_not_begun() -> None:
     incoming = fed(POST + POST[:20])
+    unread = incoming.unread
     incoming.no_more = True
-    incoming.feed(POST[20:])
+    incoming.feed(POST[20:-1])
+    incoming.feed(POST[-1:] + b"rubbish\r\n\r\n")
     assert len(incoming.requests) == 1
     assert incoming.refused is None
+    assert incoming.unread == unread
 
 
 def test_the_first_thing_that_is_wrong_is_what_is_told() -> None:

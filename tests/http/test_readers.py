@@ -146,8 +146,8 @@ async def test_a_reading_that_has_ended_does_not_begin_again(
     one.client.send(b"anything")
     one.reading.begin()
     one.reading.resume()
-    one.reading.end()
     await settle()
+    one.reading.end()
     assert one.fed == []
 
 

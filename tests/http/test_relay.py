@@ -250,6 +250,31 @@ async def test_a_stream_that_is_complete_at_once_is_one_response_with_its_length
         assert answer.body.endswith(DONE)
 
 
+async def test_the_last_piece_of_a_stream_and_its_end_are_one_message() -> None:
+    sent: list[Any] = []
+    opened: list[Served] = []
+
+    def begin(served: Served) -> None:
+        opened.append(served.head(EVENTS).event("one"))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": STREAM_BODY}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if b"one" in message.get("body", b""):
+            opened[0].event("two").data(DONE).done()
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": PATH}
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(STREAM_BODY))]
+    async with open_house(begin) as house:
+        await house.app.asgi_app({**scope, "headers": headers}, receive, send)
+    head, first, last = sent
+    assert head["status"] == 200
+    assert (first["body"].count(b"one"), first["more_body"]) == (1, True)
+    assert (last["body"].count(b"two"), last["body"].endswith(DONE), last["more_body"]) == (1, True, False)
+
+
 @pytest.mark.parametrize("when", ["at once", "later"])
 async def test_a_stream_that_fails_ends_with_one_error_event_and_a_cut_connection(
     when: str, caplog: pytest.LogCaptureFixture

@@ -10,8 +10,8 @@ from house import CHAT, PLAIN, House, open_house
 from prometheus_client.parser import text_string_to_metric_families
 
 from trio_cluster._errors import HandlerFailed
-from trio_cluster.http import Measure
-from trio_cluster.openai import ENDPOINTS, Endpoint
+from trio_cluster.http import Measure, _reading
+from trio_cluster.openai import ENDPOINTS, Endpoint, peek_model
 
 PATH = "/v1/chat/completions"
 
@@ -50,6 +50,28 @@ async def test_a_model_for_every_route_does_not_get_what_the_node_answers_itself
             assert (answer.status, "GET" in answer.headers["allow"]) == (405, True), path
         await wire.request("POST", "/v1/tokenize", body)
         assert (await wire.answer()).status == 200
+
+
+async def test_a_body_is_looked_into_beforehand_only_while_a_model_wants_it_untouched(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = 0
+
+    def peek(body: bytes, content_type: str) -> str | None:
+        nonlocal looked_at
+        looked_at += 1
+        return peek_model(body, content_type)
+
+    monkeypatch.setattr(_reading, "peek_model", peek)
+    house.add("other")
+    assert (await house.post()).status_code == 200
+    assert looked_at == 0
+    house.add("raw", kind="any")
+    # Of no kind that is known here, but that is not for us to say.
+    assert (await house.post({"model": "raw", "messages": 7})).status_code == 200
+    assert (await house.post()).status_code == 200
+    assert looked_at == 2
+    assert (await house.post({"model": "m", "messages": 7})).status_code == 400
 
 
 async def test_models_are_listed_with_everything_that_is_known_of_them(house: House) -> None:

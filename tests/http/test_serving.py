@@ -14,6 +14,7 @@ from house import EVENTS, STREAM, House, Served, Wire, listener, listening_socke
 
 from trio_cluster.http import UNREAD_TIME, _serving, serve_http
 from trio_cluster.http._http1 import Http1Connection
+from trio_cluster.http._incoming import Incoming
 
 PATH = "/v1/chat/completions"
 STREAM_BODY = json.dumps(STREAM).encode()
@@ -194,6 +195,30 @@ async def test_a_connection_that_fails_ends_nobody_elses(
         await other.request("GET", "/health")
         assert (await other.answer()).status == 200
     assert [record.message for record in caplog.records] == ["a connection failed"]
+
+
+async def test_what_cannot_be_taken_in_ends_its_own_connection_only(
+    house: House, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = Incoming.feed
+
+    def fail_once(self: Incoming, data: bytes) -> None:
+        monkeypatch.setattr(Incoming, "feed", feed)
+        raise RuntimeError("a bug")
+
+    async with house.connect() as other, house.connect() as wire:
+        for each in (other, wire):
+            await each.request("GET", "/health")
+            assert (await each.answer()).status == 200
+        monkeypatch.setattr(Incoming, "feed", fail_once)
+        await wire.request("GET", "/health")
+        assert await wire.closed()
+        await other.request("GET", "/health")
+        assert (await other.answer()).status == 200
+    (record,) = caplog.records
+    assert record.message == "a connection failed"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "a bug"
 
 
 async def test_the_applications_lifespan_functions_run() -> None:
