@@ -176,7 +176,9 @@ async def test_opening_a_stream_on_a_connection_of_its_own_and_leaving_it(relay:
         relay.clients.pop().close()
         # Its worker hears of it, and says that the work has stopped.
         call = relay.calls.pop()
-        while not any(isinstance(event, Cancel) and event.call == call for event in await relay.worker.hear()):
+        while not any(
+            isinstance(event, Cancel) and event.call == call for event in await relay.worker.hear()
+        ):
             pass
         relay.worker.session.done(call)
         relay.worker.say()

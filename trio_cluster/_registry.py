@@ -329,5 +329,5 @@ class Registry:
         self.books.close(call)
         if call.cancelled is not None:
             self.cancels.add(time.monotonic() - call.cancelled_at)
-        if not self.live:
+        if not self.live and self._idle:
             self._idle.unpark_all()

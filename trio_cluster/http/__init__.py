@@ -1,8 +1,9 @@
 """The HTTP face of a node: the OpenAI API, health and metrics.
 
-A request comes in through ``_serving`` (listeners) and ``_http1`` (one connection) and passes ``_gate`` (key, limits,
-request id). If it is for a model it becomes a call in ``_relay``; if not, the Quart-trio application in ``_app`` has a
-view for it. ``_exchange`` is what gate and relay share: it holds the request's calls and ends them.
+A request comes in through ``_serving`` (listeners) and ``_http1`` (one connection, read by ``_readers``) and passes
+``_gate`` (key, limits, request id). If it is for a model it becomes a call in ``_relay``; if not, the Quart-trio
+application in ``_app`` has a view for it. ``_exchange`` is what gate and relay share: it holds the request's calls and
+ends them.
 """
 
 from ._app import create_app, gate

@@ -1,10 +1,10 @@
 """How long connections may be idle.
 
 Between two requests a connection waits for the next one, and is closed if that does not come in time. To have a
-deadline for each wait, of all connections, would mean to sort it into the event loop's deadlines and out of them again
-for each request, and nearly none of them ever passes. But all waits are equally long, so those that began first end first:
-they are kept in the order in which they began, and one task for all connections sleeps until the first of them would
-be too long. When it wakes, that one is mostly over, and it looks at what has become the first.
+deadline for each of these waits would mean to sort it into the event loop's deadlines and out of them again for each
+request, and nearly none of them ever passes. But all waits are equally long, so those that began first end first: they
+are kept in the order in which they began, and one task for all connections sleeps until the first of them would be too
+long. When it wakes, that one is mostly over, and it looks at what has become the first.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ other tasks have their turn; and the kernel puts those that it has told of at th
 
 *A descriptor that was closed is never read.* Whoever closes a connection has to say :meth:`Reading.end` first, and then
 it is neither in the epoll nor in the table here. Nothing is accepted while the connections of one round are read, so
-a number in that round is still who it was, or in the table no more. The epoll is told in so many words, since it would not
-notice by itself as long as some child process has the connection too.
+a number in that round is still who it was, or in the table no more. The epoll is told in so many words, since it would
+not notice by itself as long as some child process has the connection too.
 
 *An exception is its connection's own.* It is handed to the connection, whose task then raises it.
 
-*Cancellation.* The task that reads can only be cancelled while it waits. Connections that are left then are not read any
-more; they are to be cancelled by the same scope.
+*Cancellation.* The task that reads can only be cancelled while it waits. Connections that are left then are not read
+any more; they are to be cancelled by the same scope.
 
 Where there is no epoll, and for streams that are no sockets, each connection has a task, which does the same.
 """
@@ -48,7 +48,7 @@ _RECEIVE: Final = 64 * 1024
 
 
 class Listener(Protocol):
-    """A connection, as whoever reads it sees it. Both methods are called in the reader's task, and may end the reading."""
+    """A connection, as whoever reads it sees it. Its methods must not wait, and may pause or end the reading."""
 
     def feed(self, data: bytes) -> None:
         """Take what has come; nothing means that there will be no more, and that the reading has ended."""
@@ -63,7 +63,11 @@ class Reading(Protocol):
     """The reading of one connection. None of these methods waits."""
 
     def begin(self) -> None:
-        """Read from now on; perhaps at once."""
+        """Read from now on, and perhaps give the listener something at once. To be called once.
+
+        Raises:
+            OSError: the system can watch no more connections.
+        """
         ...
 
     def pause(self) -> None:
@@ -71,7 +75,7 @@ class Reading(Protocol):
         ...
 
     def resume(self) -> None:
-        """Read again. Harmless if it was not paused, or has ended."""
+        """Read again. Harmless if it was not paused, or has ended; raises as :meth:`begin` does."""
         ...
 
     def end(self) -> None:
@@ -83,7 +87,10 @@ class Reader(Protocol):
     """Reads the connections of a server."""
 
     def reading(self, stream: Any, listener: Listener) -> Reading:
-        """Return what reads ``stream`` for ``listener``, once it has begun; the two refer to each other until the end."""
+        """Return what reads ``stream`` for ``listener``, once that has begun.
+
+        It refers to the listener until the reading ends.
+        """
         ...
 
     async def run(self) -> None:
