@@ -253,6 +253,23 @@ def raw_request(method: str, path: str, body: bytes | None = None, *headers: str
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + (body or b"")
 
 
+class Turns(trio.abc.Instrument):
+    """Counts, within a ``with`` block, how often any task has had its turn."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __enter__(self) -> Turns:
+        trio.lowlevel.add_instrument(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        trio.lowlevel.remove_instrument(self)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.now += 1
+
+
 def listening_socket() -> socket.socket:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))

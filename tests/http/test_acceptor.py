@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
-from house import listener, listening_socket
+from house import Turns, listener, listening_socket
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.http import _acceptor
@@ -26,19 +26,17 @@ async def crowd() -> AsyncIterator[tuple[socket.socket, list[socket.socket]]]:
 
 
 async def accept_crowd(sock: socket.socket) -> list[int]:
-    """Accept five connections, and return in which turn of another task each was accepted."""
-    turns, accepted = 0, []
+    """Accept five connections, and return in which turn each was accepted."""
+    accepted = []
 
     def admit(stream: trio.SocketStream) -> None:
-        accepted.append(turns)
+        accepted.append(turns.now)
         stream.socket.close()
 
-    with trio.fail_after(5):
+    with trio.fail_after(5), Turns() as turns:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept_all, listener(sock), admit)
-            while len(accepted) < 5:
-                turns += 1
-                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
     return accepted
 
@@ -46,7 +44,8 @@ async def accept_crowd(sock: socket.socket) -> list[int]:
 async def test_all_that_wait_are_accepted_at_once(
     crowd: tuple[socket.socket, list[socket.socket]],
 ) -> None:
-    assert len(set(await accept_crowd(crowd[0]))) == 1
+    accepted = await accept_crowd(crowd[0])
+    assert accepted == accepted[:1] * 5
 
 
 async def test_others_have_their_turn_after_some(
@@ -54,7 +53,7 @@ async def test_others_have_their_turn_after_some(
 ) -> None:
     monkeypatch.setattr(_acceptor, "_AT_ONCE", 2)
     accepted = await accept_crowd(crowd[0])
-    assert max(accepted.count(turn) for turn in accepted) == 2
+    assert [accepted.count(turn) for turn in accepted] == [2, 2, 2, 2, 1]
 
 
 async def test_a_cancelled_acceptor_leaves_nobody_listening() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from house import Turns
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.http import _readers
@@ -189,17 +190,15 @@ async def test_all_others_have_their_turn_after_some_connections(
     shared: SharedReader, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_readers, "_AT_ONCE", 3)
-    turns = 0
     seen: list[int] = []
-    connections = [connect(shared, lambda data: seen.append(turns)) for _ in range(9)]
-    for each in connections:
-        each.reading.begin()
-    for each in connections:
-        each.client.send(b"x")
-    while len(seen) < 9:
-        turns += 1
-        await trio.lowlevel.checkpoint()
-    assert max(seen.count(turn) for turn in seen) == 3
+    with Turns() as turns:
+        connections = [connect(shared, lambda data: seen.append(turns.now)) for _ in range(9)]
+        for each in connections:
+            each.reading.begin()
+        for each in connections:
+            each.client.send(b"x")
+        await settle()
+    assert [seen.count(turn) for turn in seen] == [3] * 9
 
 
 async def test_when_nobody_reads_any_more_a_connection_may_still_end(
