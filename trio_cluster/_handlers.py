@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from . import _chance
-from ._calls import Call, Data, Done, Request
+from ._calls import Call, Done, Request
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
 from ._pool import Answer, HandlerPool, is_failure
@@ -203,4 +203,4 @@ class _Output(Answer):
             if now < self._next_sign:
                 return
             self._next_sign = now + _SIGN_OF_LIFE
-        self.call.put(Data(data))
+        self.call.put_data(data)

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from ._calls import Call, Data, Done, Failed, Head, Request
+from ._calls import Call, Done, Failed, Head, Request
 from ._errors import ApiError, ShuttingDown, WorkerLost
 from ._logs import MOST_IDS
 from ._models import ModelInfo
@@ -177,7 +177,7 @@ class RemoteWorker:
         call = self._calls[event.call]
         match event:
             case DataMessage():
-                call.put(Data(event.data))
+                call.put_data(event.data)
             case ForwardResponse():
                 call.put(Head(event.status, event.content_type, event.headers))
             case DoneMessage():

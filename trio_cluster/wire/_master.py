@@ -173,9 +173,13 @@ class MasterSession(Session[MasterEvent]):
         if type(message) is Data and not message.last:
             exchange = self._calls.get(message.call)
             if exchange is not None and exchange.state is State.ANSWERING:
-                self._hear_body(exchange, message)
-                events.append(message)
-                return
+                # As the super class does it, without the way there.
+                size = len(message.data)
+                if size <= exchange.credit:
+                    exchange.credit -= size
+                    exchange.unread += size
+                    events.append(message)
+                    return
         super()._hear(message, events)
 
     def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
