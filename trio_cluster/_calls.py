@@ -6,10 +6,10 @@ Theory of operation
 Everything that can answer is a :class:`Backend`; asking it gives a :class:`Call`. A call has two faces.
 
 *The producer's face* belongs to the backend. :meth:`Call.put` is synchronous: a link's reader can hand over what
-just came in without waiting for anybody. :meth:`Call.put_data` does the same for what nearly everything is that is put,
-a piece of the body, and makes no event of it where none is needed. A producer that can be slowed down (a local handler) awaits
-:meth:`Call.wait_room` between its puts; one that cannot (a link) relies on credit, which it learns to extend
-through ``on_taken``.
+just came in without waiting for anybody. :meth:`Call.put_data` does the same for a piece of the body, which is what
+nearly everything is that is put, and makes no event of it where none is needed. A producer that can be slowed down
+(a local handler) awaits :meth:`Call.wait_room` between its puts; one that cannot (a link) relies on credit, which it
+learns to extend through ``on_taken``.
 
 *The consumer's face* belongs to whoever wants the answer. There are two ways to consume, and a call may change
 from the first to the second: pull, with :meth:`Call.receive` and :meth:`Call.receive_nowait`; or push, with

@@ -81,7 +81,9 @@ def raw(*pairs: Any) -> bytes:
 
 
 def fields_of(message: Message) -> dict[str, Any]:
-    return msgspec.structs.asdict(message) if isinstance(message, Data) else attrs.asdict(message, recurse=False)
+    return (
+        msgspec.structs.asdict(message) if isinstance(message, Data) else attrs.asdict(message, recurse=False)
+    )
 
 
 def evolve(message: Message, name: str, value: Any) -> Message:

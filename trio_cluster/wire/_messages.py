@@ -191,8 +191,8 @@ class ForwardResponse:
     headers: tuple[tuple[str, str], ...] = attrs.field(default=(), validator=bounds.headers)
 
 
-# A struct and no class of attrs, which take three to five times as long to make; of this one there are very many. Nothing
-# that it holds can refer back to it, so the garbage collector need not know of it.
+# A struct and no class of attrs, which take three to five times as long to make; of this one there are very many.
+# Nothing that it holds can refer back to it, so the garbage collector need not know of it.
 class Data(msgspec.Struct, frozen=True, gc=False):
     """Both ways: the next bytes of a body.
 
