@@ -48,7 +48,7 @@ from trio_websocket import (
 
 from ._pulse import PulsedStream, beating, take_lag
 from ._tap import Tap
-from .wire import SUBPROTOCOL, HandshakeError, ProtocolError, Session, frame
+from .wire import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session, frame
 
 __all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
 
@@ -64,6 +64,8 @@ _CLOSE_TIMEOUT: Final = 1.0
 #: A close frame holds at most 123 bytes of reason.
 _CLOSE_REASON: Final = 123
 _NORMAL, _PROTOCOL_ERROR = 1000, 1002
+#: Bytes after which no more messages are joined into one write.
+_BURST: Final = 256 * 1024
 
 EventT = TypeVar("EventT")
 
@@ -321,8 +323,8 @@ class Link:
     async def _write(self, tap: Tap) -> None:
         last = -math.inf
         while True:
-            batch = self._session.next_message()
-            if batch is None:
+            burst = self._next_burst()
+            if not burst:
                 if self._hanging_up is not None and not self._session.unsent:
                     self._end(LinkClosed(self._hanging_up))
                     return
@@ -333,7 +335,7 @@ class Link:
             self._torn = True
             try:
                 with trio.fail_after(self._timeout) as self._writing:
-                    await tap.send(batch.data)
+                    await tap.send(*[batch.data for batch in burst])
             except trio.TooSlowError:
                 self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
                 return
@@ -342,8 +344,23 @@ class Link:
                 return
             self._torn = False
             self._introduced.set()
-            self._on_sent(batch.sent)
+            for batch in burst:
+                self._on_sent(batch.sent)
             last = trio.current_time()
+
+    def _next_burst(self) -> list[Batch]:
+        """Return what to write at once.
+
+        One message, as long as that is all that waits. Those who give it what to send do so once in each turn of the
+        scheduler, all of them, and it writes once in a turn; if that were one message, what many of them give would
+        pile up, and come late.
+        """
+        burst: list[Batch] = []
+        size = 0
+        while size < _BURST and (batch := self._session.next_message()) is not None:
+            burst.append(batch)
+            size += len(batch.data)
+        return burst
 
     async def _collect(self, last: float) -> None:
         """Let others put theirs into the message that is about to be sent.

@@ -92,13 +92,13 @@ class Tap(trio.abc.Stream):
                 self._for_library.append(rest)
             self._library.unpark_all()
 
-    async def send(self, message: bytes) -> None:
-        """Send a message. If it is cancelled, a part of it may have gone, and nothing more can be said.
+    async def send(self, *messages: bytes) -> None:
+        """Send messages, together. If it is cancelled, a part of them may have gone, and nothing more can be said.
 
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
-        data = frame(message, masked=self._dialled)
+        data = b"".join([frame(message, masked=self._dialled) for message in messages])
         try:
             self._sending.acquire_nowait()
         except trio.WouldBlock:
