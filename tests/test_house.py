@@ -20,7 +20,7 @@ PACKAGE = ROOT / "trio_cluster"
 # From the ground up. A room may import rooms of the floors below its own, never of its own floor or above. A
 # package is one room: what its modules do among themselves is its own business.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_chance", "_errors", "_logs", "_models", "_uploads", "_version"),
+    ("_chance", "_endings", "_errors", "_logs", "_models", "_uploads", "_version"),
     ("_ask", "_calls", "_options"),
     ("_ports", "_pulse", "_settings", "openai", "wire"),
     ("_pool", "_shapes", "_tap"),
@@ -43,7 +43,7 @@ PROGRAMS = {"__main__.py", "_demo/_node.py"}
 
 # Who may import what comes from outside.
 FOREIGN = {
-    "trio_websocket": {"_link", "testing"},
+    "trio_websocket": {"_endings", "_link", "testing"},
     "wsproto": {"testing"},
     "quart": {"http", "_cluster"},
     "quart_trio": {"http", "_cluster", "_node"},

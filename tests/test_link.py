@@ -646,12 +646,12 @@ async def test_messages_that_are_ready_together_leave_in_one_write_up_to_a_limit
     calls = await busy.begin()
     written.clear()
     for call in calls:
-        busy.worker.send(call, bytes(2 * PIECE))
+        busy.worker.send(call, bytes(3 * PIECE))
     busy.worker_link.wake()
     await wait_all_tasks_blocked()
-    assert [len(sizes) for sizes in written] == [4, 2]
+    assert [len(sizes) for sizes in written] == [4, 4, 1]
     assert {size // PIECE for sizes in written for size in sizes} == {1}
-    assert sum(len(event.data) for _, events in busy.heard for event in events) == 6 * PIECE
+    assert sum(len(event.data) for _, events in busy.heard for event in events) == 9 * PIECE
 
 
 @pytest.mark.parametrize("what", WORKER_SAYS)

@@ -5,7 +5,7 @@ Theory of operation
 
 trio-websocket is a good implementation of the protocol with sharp edges for somebody who has to survive every way a
 connection can end. This room is the only one that touches it, and it shows its users a single error,
-:class:`LinkClosed`, whatever happened.
+:class:`LinkClosed`, whatever happened; ``_endings`` has the words for it.
 
 - *Its reader task must not explode in our nursery.* A peer's ping that crosses our close, and a refused handshake,
   raise inside it. It is handed a :class:`_Guard` in place of a nursery, which lets it end but not fail.
@@ -21,7 +21,7 @@ connection can end. This room is the only one that touches it, and it shows its 
 A link runs five tasks: one reads, one hears what the library has to say about the end, one writes, one watches the
 clock, and one keeps the pulse, which lets another thread say that this end lives while its event loop is blocked. What
 is to be written comes from the session, which the writer asks for a batch whenever it has been woken and the last write
-is done, so that everything that became ready meanwhile leaves in one message. Each task ends the link by saying why;
+is done, so that everything that became ready meanwhile leaves in one write. Each task ends the link by saying why;
 the first reason counts.
 
 Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
@@ -39,13 +39,13 @@ import attrs
 import trio
 from trio_websocket import (
     ConnectionClosed,
-    ConnectionRejected,
     WebSocketConnection,
     WebSocketRequest,
     wrap_client_stream,
     wrap_server_stream,
 )
 
+from ._endings import LinkClosed, shortened, why_closed, why_not_opened
 from ._pulse import PulsedStream, beating, take_lag
 from ._tap import Tap
 from .wire import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session, frame
@@ -61,33 +61,11 @@ PROBE_PATH: Final = "/probe"
 
 #: Seconds that a polite close may take before force is used.
 _CLOSE_TIMEOUT: Final = 1.0
-#: A close frame holds at most 123 bytes of reason.
-_CLOSE_REASON: Final = 123
 _NORMAL, _PROTOCOL_ERROR = 1000, 1002
-#: Bytes after which no more messages are joined into one write.
-_BURST: Final = 256 * 1024
+#: Messages that are written at once at most.
+_BURST: Final = 4
 
 EventT = TypeVar("EventT")
-
-
-class LinkClosed(Exception):
-    """The link is over.
-
-    Attributes:
-        why: one line for a log.
-        said: whether the other end closed the link and gave this as its reason.
-        status: the HTTP status with which the opening was refused, if it was.
-        strangers: the two ends do not speak the same protocol, and will not do so next time.
-    """
-
-    def __init__(
-        self, why: str, *, said: bool = False, status: int | None = None, strangers: bool = False
-    ) -> None:
-        super().__init__(why)
-        self.why = why
-        self.said = said
-        self.status = status
-        self.strangers = strangers
 
 
 @attrs.frozen
@@ -183,7 +161,7 @@ class Link:
         on_end: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
             comes after that. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
-        timeout: seconds that opening the link, and each single write, may take.
+        timeout: seconds that opening the link, and writing a message, may take.
         company: seconds that bytes of bodies may wait for more of them, while the link is busy.
     """
 
@@ -284,7 +262,7 @@ class Link:
             self._ending = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
             opened = None
         elif opened is None:
-            self._ending = _why_not_opened(guard.error)
+            self._ending = why_not_opened(guard.error)
         return opened
 
     async def _converse(self, websocket: WebSocketConnection, tap: Tap, guard: _Guard) -> None:
@@ -303,14 +281,15 @@ class Link:
             # No message gets here, so this waits until the library knows that the websocket is closed.
             await websocket.get_message()
         except ConnectionClosed as error:
-            self._end(_why_closed(error, guard.error))
+            self._end(why_closed(error, guard.error))
 
     async def _read(self, tap: Tap) -> None:
         try:
             while (data := await tap.receive()) is not None:
-                events = self._session.receive(data, trio.current_time())
+                now = trio.current_time()
+                events = self._session.receive(data, now)
                 if self._session.peer_blocked:
-                    self._writing.deadline = trio.current_time() + self._timeout
+                    self._writing.deadline = max(self._writing.deadline, now + self._timeout)
                 self._on_events(events)
                 if self._session.sendable:
                     self.wake()
@@ -334,7 +313,7 @@ class Link:
                 continue
             self._torn = True
             try:
-                with trio.fail_after(self._timeout) as self._writing:
+                with trio.fail_after(len(burst) * self._timeout) as self._writing:
                     await tap.send(*[batch.data for batch in burst])
             except trio.TooSlowError:
                 self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
@@ -351,15 +330,12 @@ class Link:
     def _next_burst(self) -> list[Batch]:
         """Return what to write at once.
 
-        One message, as long as that is all that waits. Those who give it what to send do so once in each turn of the
-        scheduler, all of them, and it writes once in a turn; if that were one message, what many of them give would
-        pile up, and come late.
+        All who have something to send give it once in each turn of the scheduler, and a write takes a turn. If it
+        were always one message, what many of them give would pile up, and come late.
         """
         burst: list[Batch] = []
-        size = 0
-        while size < _BURST and (batch := self._session.next_message()) is not None:
+        while len(burst) < _BURST and (batch := self._session.next_message()) is not None:
             burst.append(batch)
-            size += len(batch.data)
         return burst
 
     async def _collect(self, last: float) -> None:
@@ -415,7 +391,7 @@ class Link:
             return
         assert self._ending is not None
         with trio.move_on_after(_CLOSE_TIMEOUT):
-            await websocket.aclose(self._code, _short(self._ending.why))
+            await websocket.aclose(self._code, shortened(self._ending.why))
 
     def _end(self, ending: LinkClosed, code: int = _NORMAL) -> None:
         if self._ending is None:
@@ -425,31 +401,3 @@ class Link:
             self._on_end(ending)
             if self._scope is not None:
                 self._scope.cancel(reason=ending.why)
-
-
-def _short(reason: str) -> str:
-    return reason.encode()[:_CLOSE_REASON].decode(errors="ignore")
-
-
-def _why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
-    reason = error.reason
-    if reason is None or reason.code == 1006:
-        if reader is not None:
-            return LinkClosed(f"the websocket failed: {reader or type(reader).__name__}")
-        return LinkClosed("the connection broke")
-    if reason.reason:
-        return LinkClosed(reason.reason, said=True)
-    return LinkClosed(
-        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True
-    )
-
-
-def _why_not_opened(error: Exception | None) -> LinkClosed:
-    if isinstance(error, ConnectionRejected):
-        body = (error.body or b"").decode(errors="replace").strip()
-        return LinkClosed(
-            _short(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code
-        )
-    if error is not None:
-        return LinkClosed(f"no websocket: {error}")
-    return LinkClosed("there was no websocket handshake")
