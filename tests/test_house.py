@@ -45,6 +45,7 @@ PROGRAMS = {"__main__.py", "_demo/_node.py"}
 FOREIGN = {
     "trio_websocket": {"_endings", "_link", "testing"},
     "wsproto": {"testing"},
+    "websockets": {"wire"},
     "quart": {"http", "_cluster"},
     "quart_trio": {"http", "_cluster", "_node"},
     "hypercorn": {"http", "_cluster"},
@@ -152,9 +153,15 @@ def test_libraries_are_known_only_where_they_belong() -> None:
     assert strangers == []
 
 
+def test_only_the_masking_of_websockets_is_used() -> None:
+    used = {name for path in MODULES for name in imported(path) if name.split(".")[0] == "websockets"}
+    assert used == {"websockets.speedups"}
+
+
 @pytest.mark.parametrize("room", ["wire", "openai"])
 def test_rooms_without_io_know_no_trio_and_no_framework(room: str) -> None:
-    io = {"trio", "socket", "threading", "asyncio", *FOREIGN}
+    # Of websockets, a function from bytes to bytes is all that is used.
+    io = {"trio", "socket", "threading", "asyncio", *FOREIGN} - {"websockets"}
     found = [
         told(path, name) for path in MODULES if room_of(path) == room for name in imported_foreign(path) & io
     ]
