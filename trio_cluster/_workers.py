@@ -211,8 +211,8 @@ class _Visit:
     def _handle_all(self, events: Sequence[MasterEvent]) -> None:
         self._last_heard = trio.current_time()
         for event in events:
-            if self._worker is not None and isinstance(event, Data):
-                self._worker.handle(event)
+            if type(event) is Data and self._worker is not None:
+                self._worker.take(event)
             else:
                 self._handle(event)
         if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
