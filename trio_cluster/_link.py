@@ -185,6 +185,8 @@ class Link:
         self._before_tick = before_tick
         self._timeout = timeout
         self._company = company
+        # Half as much as to look for the clock each time.
+        self._now = trio.lowlevel.current_clock().current_time
         self._collecting = False
         self._pending = trio.Event()
         self._introduced = trio.Event()
@@ -286,7 +288,7 @@ class Link:
     async def _read(self, tap: Tap) -> None:
         try:
             while (data := await tap.receive()) is not None:
-                now = trio.current_time()
+                now = self._now()
                 events = self._session.receive(data, now)
                 if self._session.peer_blocked:
                     self._writing.deadline = max(self._writing.deadline, now + self._timeout)
@@ -325,7 +327,7 @@ class Link:
             self._introduced.set()
             for batch in burst:
                 self._on_sent(batch.sent)
-            last = trio.current_time()
+            last = self._now()
 
     def _next_burst(self) -> list[Batch]:
         """Return what to write at once.
@@ -348,7 +350,7 @@ class Link:
         something.
         """
         until = last + self._company
-        if self._session.urgent or self._hanging_up is not None or trio.current_time() >= until:
+        if self._session.urgent or self._hanging_up is not None or self._now() >= until:
             await trio.lowlevel.checkpoint()
             return
         self._pending = trio.Event()

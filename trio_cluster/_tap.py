@@ -75,7 +75,14 @@ class Tap(trio.abc.Stream):
                 return None
             if message is not None:
                 return message
-            data = await self._receive_now()
+            # Whoever asks for a message token by token is resumed through every frame that lies between, so there are few.
+            try:
+                if self._socket is not None:
+                    data = await receive_when_ready(self._socket, _RECEIVE)
+                else:
+                    data = bytes(await self._stream.receive_some(_RECEIVE))
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                return None
             if not data:
                 return None
             self._reader.feed(data)
@@ -110,15 +117,6 @@ class Tap(trio.abc.Stream):
             await self._stream.send_all(data)
         finally:
             self._sending.release()
-
-    async def _receive_now(self) -> bytes:
-        """Return what has come, waiting for it if need be; empty if there will be nothing more."""
-        try:
-            if self._socket is not None:
-                return await receive_when_ready(self._socket, _RECEIVE)
-            return bytes(await self._stream.receive_some(_RECEIVE))
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
 
     def _pass(self, control: bytes) -> None:
         kind = control[0]
