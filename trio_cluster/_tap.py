@@ -75,7 +75,7 @@ class Tap(trio.abc.Stream):
                 return None
             if message is not None:
                 return message
-            # Whoever asks for a message token by token is resumed through every frame that lies between, so there are few.
+            # In place: each function on the way to where it waits would be resumed for each message.
             try:
                 if self._socket is not None:
                     data = await receive_when_ready(self._socket, _RECEIVE)
