@@ -46,7 +46,7 @@ from trio_websocket import (
 )
 
 from ._endings import LinkClosed, shortened, why_closed, why_not_opened
-from ._pulse import PulsedStream, beating, take_lag
+from ._pulse import beating, take_lag
 from ._tap import Tap
 from .wire import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session, frame
 
@@ -105,7 +105,7 @@ def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | N
     headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
 
     async def open_websocket(guard: _Guard) -> _Opened:
-        tap = _tap(stream, dialled=True)
+        tap = Tap(stream, dialled=True)
         websocket = await wrap_client_stream(
             guard,  # type: ignore[arg-type]
             tap,  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
     """
 
     async def open_websocket(guard: _Guard) -> _Opened:
-        tap = _tap(stream, dialled=False)
+        tap = Tap(stream, dialled=False)
         request: WebSocketRequest = await wrap_server_stream(
             guard,  # type: ignore[arg-type]
             tap,
@@ -143,10 +143,6 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
         return await request.accept(subprotocol=SUBPROTOCOL), tap
 
     return open_websocket
-
-
-def _tap(stream: trio.abc.Stream, *, dialled: bool) -> Tap:
-    return Tap(stream, stream.socket if isinstance(stream, PulsedStream) else None, dialled=dialled)
 
 
 class Link:
@@ -315,11 +311,13 @@ class Link:
                 continue
             self._torn = True
             try:
-                with trio.fail_after(len(burst) * self._timeout) as self._writing:
-                    await tap.send(*[batch.data for batch in burst])
-            except trio.TooSlowError:
-                self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
-                return
+                if not tap.send_nowait(*[batch.data for batch in burst]):
+                    self._writing = trio.CancelScope(deadline=self._now() + len(burst) * self._timeout)
+                    with self._writing:
+                        await tap.finish()
+                    if self._writing.cancelled_caught:
+                        self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
+                        return
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 # The reader learns the reason, if there is one to learn.
                 return
@@ -328,12 +326,15 @@ class Link:
             for batch in burst:
                 self._on_sent(batch.sent)
             last = self._now()
+            if self._session.sendable:
+                # Others put something into the next one.
+                await trio.lowlevel.checkpoint()
 
     def _next_burst(self) -> list[Batch]:
         """Return what to write at once.
 
-        All who have something to send give it once in each turn of the scheduler, and a write takes a turn. If it
-        were always one message, what many of them give would pile up, and come late.
+        All who have something to send give it once in each turn of the scheduler, and so does this write. If it were
+        always one message, what many of them give would pile up, and come late.
         """
         burst: list[Batch] = []
         while len(burst) < _BURST and (batch := self._session.next_message()) is not None:
