@@ -1,15 +1,18 @@
 """Many clients of streams in one process, as cheap as Python can have them: one epoll and no tasks.
 
 Opens all streams at once. Prints ``opened`` and for each stream the seconds until its first token, then ``failed N``;
-for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does.
+for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does. With
+``--stamped``, tokens tell when they were made, and for every line it prints ``delays N P50 P99``: how many have come
+since the last one, and the seconds from then to here.
 
-    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS [MODEL,MODEL...]
+    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped]
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -18,6 +21,14 @@ import time
 #: Seconds that the slowest stream may take to begin.
 PATIENCE = 60.0
 MARK = b"data: "
+STAMP = re.compile(rb"token@(\d+)")
+
+
+def spread(delays: list[float]) -> str:
+    """Return what is told about the tokens that have come."""
+    ordered = sorted(delays) or [0.0]
+    p50, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.99))
+    return f"delays {len(delays)} {p50:.6f} {p99:.6f}"
 
 
 def request(model: str, every: str) -> bytes:
@@ -30,8 +41,9 @@ def request(model: str, every: str) -> bytes:
 
 def main() -> None:
     """Be the crowd."""
-    port, streams, every = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    models = (sys.argv[4] if len(sys.argv) > 4 else "bench").split(",")
+    stamped = "--stamped" in sys.argv
+    port, streams, every = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] + " stamped" * stamped
+    models = sys.argv[4].split(",")
     requests = [request(model, every) for model in models]
     poll = select.epoll()
     clients: dict[int, socket.socket] = {}
@@ -51,12 +63,14 @@ def main() -> None:
     waiting = set(clients)
     deadline = time.perf_counter() + PATIENCE
     tokens, told = 0, False
+    delays: list[float] = []
     while True:
         for where, events in poll.poll(0.5):
             if where == 0:
                 if not os.read(0, 100):
                     return
-                print("tokens", tokens, flush=True)
+                print(spread(delays) if stamped else f"tokens {tokens}", flush=True)
+                delays.clear()
             elif events & select.EPOLLOUT:
                 try:
                     clients[where].send(asks[where])
@@ -70,6 +84,9 @@ def main() -> None:
                 except OSError:
                     data = b""
                 tokens += data.count(MARK)
+                if stamped:
+                    now = time.monotonic_ns()
+                    delays += [(now - int(stamp)) / 1e9 for stamp in STAMP.findall(data)]
                 if where in waiting and MARK in data:
                     first[where] = time.perf_counter() - began[where]
                     waiting.discard(where)

@@ -208,7 +208,7 @@ def weather() -> str:
 
 @asynccontextmanager
 async def crowd(
-    port: int, streams: int, every: float, models: Iterable[str] = ("bench",)
+    port: int, streams: int, every: float, models: Iterable[str] = ("bench",), *, stamped: bool = False
 ) -> AsyncIterator[Crowd]:
     """Open streams, all at once, each with a token every so many seconds; they are left when the block is."""
     async with group() as nursery:
@@ -219,6 +219,7 @@ async def crowd(
             str(streams),
             str(every),
             ",".join(models),
+            *(["--stamped"] if stamped else []),
         ]
         process = await run(nursery, command)
         send, lines = trio.open_memory_channel[str](10)
@@ -244,6 +245,12 @@ class Crowd:
         """Return how many tokens have come until now."""
         await self.process.stdin.send_all(b"count\n")
         return int((await self.lines.receive()).split()[1])
+
+    async def delays(self) -> tuple[int, float, float]:
+        """Return what the tokens took that have come since the last time: their number, and p50 and p99 in seconds."""
+        await self.process.stdin.send_all(b"delays\n")
+        _, count, p50, p99 = (await self.lines.receive()).split()
+        return int(count), float(p50), float(p99)
 
     async def cost(self, seconds: float, *pids: int) -> tuple[float, float]:
         """Return the CPU time of processes for each token that comes from now on, and how many come in a second."""

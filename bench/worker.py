@@ -6,7 +6,7 @@ cancelled.
 The first worker of all serves the model ``bench``. Number N serves ``bench-N-0``, ``bench-N-1`` and so on beside it,
 and with ``--replicas`` also ``bench``.
 
-    python bench/worker.py PORT [--workers 1] [--first 0] [--models 1] [--replicas]
+    python bench/worker.py PORT [--workers 1] [--first 0] [--models 1] [--replicas] [--batch-wait 0.001]
 """
 
 from __future__ import annotations
@@ -29,30 +29,35 @@ _EVERY = re.compile(r"every ([0-9.]+)")
 
 
 async def bench(request: ChatRequest) -> AsyncIterator[str]:
-    """Answer at once, or stream for ever; the question may say how many seconds lie between two tokens."""
+    """Answer at once, or stream for ever.
+
+    The question may say how many seconds lie between two tokens, and that each is to tell when it was made.
+    """
     if not request.stream:
         yield "x" * 40
         return
     said = _EVERY.search(request.last_text)
     every = float(said[1]) if said else INTERVAL
+    stamped = "stamped" in request.last_text
     due = trio.current_time()
     try:
         yield "begun "
         while True:
             due += every
             await trio.sleep_until(due)
-            yield "token "
+            yield f"token@{time.monotonic_ns()} " if stamped else "token "
     finally:
         print("cancelled", time.monotonic_ns(), flush=True)
 
 
-def worker(number: int, models: int, *, replicas: bool) -> ClusterServer:
+def worker(number: int, models: int, batch_wait: float, *, replicas: bool) -> ClusterServer:
     """Return a worker with so many models."""
     server = ClusterServer(
         ClusterServerOptions(
             server=ServerOptions(
                 worker_id=f"w{number}", max_concurrency=100_000, default_timeout=86_400.0, queue_timeout=60.0
-            )
+            ),
+            batch_wait=batch_wait,
         )
     )
     if replicas or number == 0:
@@ -70,12 +75,13 @@ async def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--models", type=int, default=0)
     parser.add_argument("--replicas", action="store_true")
+    parser.add_argument("--batch-wait", type=float, default=ClusterServerOptions().batch_wait)
     arguments = parser.parse_args()
     # That the master ends before its workers is how every measurement ends.
     logging.getLogger("trio_cluster").addHandler(logging.NullHandler())
     async with trio.open_nursery() as nursery:
         for number in range(arguments.first, arguments.first + arguments.workers):
-            one = worker(number, arguments.models, replicas=arguments.replicas)
+            one = worker(number, arguments.models, arguments.batch_wait, replicas=arguments.replicas)
             await nursery.start(one.run_as_worker, HOST, arguments.port + 1000)
         print("port", arguments.port, flush=True)
 

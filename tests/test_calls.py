@@ -133,21 +133,35 @@ def test_whoever_cancels_says_whether_the_client_should_come_back(final: bool) -
     assert call.end.error.final is final
 
 
-def test_a_sink_gets_first_what_waited_and_then_everything_as_it_is_put() -> None:
-    call = Call(REQUEST)
+def test_sinks_get_first_what_waited_and_then_everything_as_it_is_put_and_say_what_has_gone_on() -> None:
+    sunk: list[Event | bytes | memoryview] = []
+    taken: list[int] = []
+
+    def take(data: bytes | memoryview) -> bool:
+        sunk.append(data)
+        return gone
+
+    call = Call(REQUEST, on_taken=taken.append)
     call.put(Head())
     call.put(Data(b"1"))
-    sunk: list[Event] = []
-    call.redirect(sunk.append)
-    call.put(Data(b"2"))
+    gone = True
+    call.redirect(sunk.append, take)
+    assert (sunk, taken, call.waiting_bytes) == ([Head(), b"1"], [1], 0)
+    call.put_data(b"22")
+    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2], 0, 3)
+    gone = False
+    call.put(Data(b"333"))
+    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2], 3, 3)
+    call.taken(3)
+    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2, 3], 0, 6)
     call.put(Done())
-    assert sunk == [Head(), Data(b"1"), Data(b"2"), Done()]
+    assert sunk == [Head(), b"1", b"22", b"333", Done()]
 
 
 def test_a_sink_is_told_of_a_cancel() -> None:
     call = Call(REQUEST)
     sunk: list[Event] = []
-    call.redirect(sunk.append)
+    call.redirect(sunk.append, lambda _: False)
     call.cancel("client left")
     assert [type(event) for event in sunk] == [Failed]
 
@@ -178,7 +192,7 @@ async def test_a_producer_waits_while_a_window_of_bytes_is_untaken(
 
 async def test_a_producer_behind_a_sink_waits_until_the_bytes_have_gone_on(nursery: trio.Nursery) -> None:
     call = Call(REQUEST)
-    call.redirect(lambda _: None)
+    call.redirect(lambda _: None, lambda _: False)
     call.put(Head())
     call.put(Data(bytes(WINDOW + 10)))
     went_on = trio.Event()

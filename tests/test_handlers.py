@@ -18,7 +18,7 @@ from trio_cluster._errors import ApiError, Overloaded, ShuttingDown
 from trio_cluster._handlers import HandlerBackend
 from trio_cluster._models import ModelInfo
 from trio_cluster._options import ClusterServerOptions, ServerOptions
-from trio_cluster._pool import MAX_WAITING, HandlerPool
+from trio_cluster._pool import MAX_WAITING, TURN_OUTPUTS, HandlerPool
 from trio_cluster._shapes import Provider, ThreadProvider
 from trio_cluster.openai import ChatRequest, OutputChunk
 
@@ -468,7 +468,7 @@ async def test_a_generator_that_never_awaits_does_not_starve_the_others(bench: B
     await released(call)
 
 
-async def test_a_handler_that_never_waits_gives_way_at_every_other_push_at_the_latest(bench: Bench) -> None:
+async def test_a_handler_that_never_waits_gives_way_after_a_few_pushes(bench: Bench) -> None:
     pushed = 0
     seen: list[int] = []
 
@@ -486,7 +486,8 @@ async def test_a_handler_that_never_waits_gives_way_at_every_other_push_at_the_l
     call = bench.open(hurries)
     await look()
     steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
-    assert max(steps) <= 4
+    # The one that looks may run at the end of one turn and at the beginning of the next one.
+    assert 2 <= max(steps) <= 2 * TURN_OUTPUTS
     assert isinstance((await everything(call))[-1], Done)
 
 

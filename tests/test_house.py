@@ -20,7 +20,7 @@ PACKAGE = ROOT / "trio_cluster"
 # From the ground up. A room may import rooms of the floors below its own, never of its own floor or above. A
 # package is one room: what its modules do among themselves is its own business.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_chance", "_errors", "_logs", "_models", "_uploads", "_version"),
+    ("_chance", "_endings", "_errors", "_logs", "_models", "_uploads", "_version"),
     ("_ask", "_calls", "_options"),
     ("_ports", "_pulse", "_settings", "openai", "wire"),
     ("_pool", "_shapes", "_tap"),
@@ -43,8 +43,9 @@ PROGRAMS = {"__main__.py", "_demo/_node.py"}
 
 # Who may import what comes from outside.
 FOREIGN = {
-    "trio_websocket": {"_link", "testing"},
+    "trio_websocket": {"_endings", "_link", "testing"},
     "wsproto": {"testing"},
+    "websockets": {"wire"},
     "quart": {"http", "_cluster"},
     "quart_trio": {"http", "_cluster", "_node"},
     "hypercorn": {"http", "_cluster"},
@@ -152,9 +153,15 @@ def test_libraries_are_known_only_where_they_belong() -> None:
     assert strangers == []
 
 
+def test_only_the_masking_of_websockets_is_used() -> None:
+    used = {name for path in MODULES for name in imported(path) if name.split(".")[0] == "websockets"}
+    assert used == {"websockets.speedups"}
+
+
 @pytest.mark.parametrize("room", ["wire", "openai"])
 def test_rooms_without_io_know_no_trio_and_no_framework(room: str) -> None:
-    io = {"trio", "socket", "threading", "asyncio", *FOREIGN}
+    # Of websockets, a function from bytes to bytes is all that is used.
+    io = {"trio", "socket", "threading", "asyncio", *FOREIGN} - {"websockets"}
     found = [
         told(path, name) for path in MODULES if room_of(path) == room for name in imported_foreign(path) & io
     ]

@@ -17,9 +17,11 @@ from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, Text
 from trio_cluster._errors import Overloaded
 from trio_cluster._link import PATH, Link, LinkClosed, Refusal, accept, dial
 from trio_cluster._models import ModelInfo
+from trio_cluster._tap import Tap
 from trio_cluster.wire import (
     MAGIC,
     MAX_MESSAGE,
+    PIECE,
     SUBPROTOCOL,
     WINDOW,
     Cancel,
@@ -628,6 +630,28 @@ async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_do
     assert Data(two, b"token") in events
     await trio.sleep(1)
     assert len(busy.heard) == 1
+
+
+async def test_messages_that_are_ready_together_leave_in_one_write_up_to_a_limit(
+    busy: Busy, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[int]] = []
+    send = Tap.send_nowait
+
+    def note(tap: Tap, *messages: bytes) -> bool:
+        written.append([len(message) for message in messages])
+        return send(tap, *messages)
+
+    monkeypatch.setattr(Tap, "send_nowait", note)
+    calls = await busy.begin()
+    written.clear()
+    for call in calls:
+        busy.worker.send(call, bytes(3 * PIECE))
+    busy.worker_link.wake()
+    await wait_all_tasks_blocked()
+    assert [len(sizes) for sizes in written] == [4, 4, 1]
+    assert {size // PIECE for sizes in written for size in sizes} == {1}
+    assert sum(len(event.data) for _, events in busy.heard for event in events) == 9 * PIECE
 
 
 @pytest.mark.parametrize("what", WORKER_SAYS)

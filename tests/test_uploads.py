@@ -39,6 +39,16 @@ async def test_what_has_come_is_received_together_and_the_end_is_empty() -> None
     assert (upload.size, upload.received, upload.complete) == (5, 5, True)
 
 
+async def test_what_has_come_can_be_taken_without_waiting() -> None:
+    taken: list[int] = []
+    upload = Upload(on_taken=taken.append)
+    assert upload.receive_nowait() == b""
+    upload.put(b"one")
+    upload.put(b"two", last=True)
+    assert (upload.receive_nowait(), upload.receive_nowait()) == (b"onetwo", b"")
+    assert taken == [6]
+
+
 async def test_a_consumer_waits_until_something_comes(nursery: trio.Nursery) -> None:
     upload, received = Upload(), []
 

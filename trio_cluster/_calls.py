@@ -6,14 +6,15 @@ Theory of operation
 Everything that can answer is a :class:`Backend`; asking it gives a :class:`Call`. A call has two faces.
 
 *The producer's face* belongs to the backend. :meth:`Call.put` is synchronous: a link's reader can hand over what
-just came in without waiting for anybody. A producer that can be slowed down (a local handler) awaits
-:meth:`Call.wait_room` between its puts; one that cannot (a link) relies on credit, which it learns to extend
-through ``on_taken``.
+just came in without waiting for anybody. :meth:`Call.put_data` does the same for a piece of the body, which is what
+nearly everything is that is put, and makes no event of it where none is needed. A producer that can be slowed down
+(a local handler) awaits :meth:`Call.wait_room` between its puts; one that cannot (a link) relies on credit, which it
+learns to extend through ``on_taken``.
 
 *The consumer's face* belongs to whoever wants the answer. There are two ways to consume, and a call may change
 from the first to the second: pull, with :meth:`Call.receive` and :meth:`Call.receive_nowait`; or push, with
-:meth:`Call.redirect`, after which every event goes straight into a function. Push exists because waking a task
-costs more than everything else that happens to a token.
+:meth:`Call.redirect`, after which every piece of the body and every other event goes straight into a function. Push
+exists because waking a task costs more than everything else that happens to a token.
 
 The grammar of every answer is ``Head Data* (Done | Failed)``, or ``Failed`` alone. Whoever puts an event that does
 not fit has a bug, and gets ``RuntimeError``.
@@ -177,6 +178,7 @@ class Call:
         "_on_cancel",
         "_on_release",
         "_on_taken",
+        "_piece_sink",
         "_readers",
         "_sink",
         "_waiting_bytes",
@@ -213,6 +215,7 @@ class Call:
         # Somebody is parked there.
         self._held = False
         self._sink: Callable[[Event], None] | None = None
+        self._piece_sink: Callable[[bytes | memoryview], bool] | None = None
         self.begun = False
         self.end: Done | Failed | None = None
         self.released = False
@@ -252,18 +255,29 @@ class Call:
             raise trio.EndOfChannel if self.ended else trio.WouldBlock
         return self._pop()
 
-    def redirect(self, sink: Callable[[Event], None]) -> None:
-        """Give all further events to ``sink`` as they are put, and first those that are waiting.
+    def redirect(
+        self, sink: Callable[[Event], None], piece_sink: Callable[[bytes | memoryview], bool]
+    ) -> None:
+        """Give all further events to functions as they are put, and first those that are waiting.
 
-        ``sink`` is called synchronously, in whatever task puts, and must not raise. The bytes it is given count as
-        waiting until :meth:`taken` says that they have gone on.
+        Both are called synchronously, in whatever task puts, and must not raise.
+
+        Args:
+            sink: is given what begins and ends the answer.
+            piece_sink: is given the bytes of each ``Data``. It returns whether they have gone on; if not, they count as
+                waiting until :meth:`taken` says that they have.
         """
         self._sink = sink
+        self._piece_sink = piece_sink
         while self._events:
-            sink(self._events.popleft())
+            event = self._events.popleft()
+            if not isinstance(event, Data):
+                sink(event)
+            elif piece_sink(event.data):
+                self.taken(len(event.data))
 
     def taken(self, count: int) -> None:
-        """Say that ``count`` bytes given to a sink have gone on. Consumers that receive need not."""
+        """Say that ``count`` bytes that wait have gone on. Consumers that receive need not."""
         if self.cancelled is not None:
             return
         self.delivered += count
@@ -299,19 +313,14 @@ class Call:
         Raises:
             RuntimeError: the event does not fit the grammar.
         """
+        if isinstance(event, Data):
+            self.put_data(event.data)
+            return
         if self.cancelled is not None:
             return
         if self.end is not None:
             raise RuntimeError(f"{event!r} after the end of the answer")
-        if isinstance(event, Data):
-            if not self.begun:
-                raise RuntimeError("Data before Head")
-            self._waiting_bytes += len(event.data)
-            if self._sink is not None:
-                # As below, and of all events by far the most frequent one.
-                self._sink(event)
-                return
-        elif isinstance(event, Head):
+        if isinstance(event, Head):
             if self.begun:
                 raise RuntimeError("a second Head")
             self.begun = True
@@ -321,6 +330,22 @@ class Call:
             self._finish(event)
             return
         self._hand_over(event)
+
+    def put_data(self, data: bytes | memoryview) -> None:
+        """Add ``Data(data)`` to the answer, as :meth:`put` does."""
+        if self.cancelled is not None:
+            return
+        if self.end is not None or not self.begun:
+            raise RuntimeError(f"Data {'before Head' if self.end is None else 'after the end of the answer'}")
+        size = len(data)
+        if self._piece_sink is None:
+            self._waiting_bytes += size
+            self._hand_over(Data(data))
+        elif self._piece_sink(data):
+            self.delivered += size
+            self._on_taken(size)
+        else:
+            self._waiting_bytes += size
 
     async def wait_room(self) -> None:
         """Wait until the consumer has taken enough of what waits, or has given up."""
@@ -381,7 +406,7 @@ class Call:
         if self.request.upload is not None:
             self.request.upload.close()
         self._hand_over(event)
-        self._sink = None
+        self._sink = self._piece_sink = None
         if self._readers:
             self._readers.unpark_all()
         if self._writers:

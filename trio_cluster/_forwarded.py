@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ._calls import Call, Data, Done, Event, Failed, Head, Request
+from ._calls import Call, Done, Event, Failed, Head, Request
 from ._errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ShuttingDown
 from ._options import ClusterServerOptions
 from ._registry import Registry
@@ -98,7 +98,7 @@ class ForwardedCalls:
             self._once.add(call_id)
             call.on_release(partial(self._once.discard, call_id))
         call.on_release(partial(self._released, call_id, call))
-        call.redirect(partial(self._send, call_id, call))
+        call.redirect(partial(self._send, call_id, call), partial(self._send_piece, call_id))
 
     def take(self, event: DataMessage) -> None:
         """Take in the next piece of a request's body."""
@@ -122,13 +122,18 @@ class ForwardedCalls:
         limit = self._options.server.max_body_size
         return InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
 
+    def _send_piece(self, call_id: int, data: bytes | memoryview) -> bool:
+        """Be the sink of the pieces of a call's answer; they wait until :meth:`sent` is told that they have gone."""
+        if call_id in self.live:
+            self._session.send(call_id, data)
+            self._wake()
+        return False
+
     def _send(self, call_id: int, call: Call, event: Event) -> None:
-        """Be the sink of a call: its events go to the session as they are put."""
+        """Be the sink of a call: what begins and ends its answer goes to the session as it is put."""
         if call_id not in self.live:
             return
         match event:
-            case Data():
-                self._session.send(call_id, event.data)
             case Head():
                 try:
                     self._session.respond(call_id, event.status, event.content_type, event.headers)

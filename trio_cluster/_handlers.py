@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from . import _chance
-from ._calls import Call, Data, Done, Request
+from ._calls import Call, Done, Request
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
 from ._pool import Answer, HandlerPool, is_failure
@@ -119,7 +119,8 @@ class _Output(Answer):
         parse_form = endpoint_named(request.endpoint).parse_form
         try:
             if parse_form is None:
-                self._body = await upload.read()
+                # A small one has come with its head; waiting for nothing would cost two turns of the scheduler.
+                self._body = upload.receive_nowait() if upload.complete else await upload.read()
             else:
                 # Not when it is there: a large file would be copied, which stops everybody else meanwhile.
                 form = FormReader(request.content_type)
@@ -203,4 +204,4 @@ class _Output(Answer):
             if now < self._next_sign:
                 return
             self._next_sign = now + _SIGN_OF_LIFE
-        self.call.put(Data(data))
+        self.call.put_data(data)

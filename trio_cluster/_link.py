@@ -5,7 +5,7 @@ Theory of operation
 
 trio-websocket is a good implementation of the protocol with sharp edges for somebody who has to survive every way a
 connection can end. This room is the only one that touches it, and it shows its users a single error,
-:class:`LinkClosed`, whatever happened.
+:class:`LinkClosed`, whatever happened; ``_endings`` has the words for it.
 
 - *Its reader task must not explode in our nursery.* A peer's ping that crosses our close, and a refused handshake,
   raise inside it. It is handed a :class:`_Guard` in place of a nursery, which lets it end but not fail.
@@ -21,7 +21,7 @@ connection can end. This room is the only one that touches it, and it shows its 
 A link runs five tasks: one reads, one hears what the library has to say about the end, one writes, one watches the
 clock, and one keeps the pulse, which lets another thread say that this end lives while its event loop is blocked. What
 is to be written comes from the session, which the writer asks for a batch whenever it has been woken and the last write
-is done, so that everything that became ready meanwhile leaves in one message. Each task ends the link by saying why;
+is done, so that everything that became ready meanwhile leaves in one write. Each task ends the link by saying why;
 the first reason counts.
 
 Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
@@ -39,16 +39,16 @@ import attrs
 import trio
 from trio_websocket import (
     ConnectionClosed,
-    ConnectionRejected,
     WebSocketConnection,
     WebSocketRequest,
     wrap_client_stream,
     wrap_server_stream,
 )
 
-from ._pulse import PulsedStream, beating, take_lag
+from ._endings import LinkClosed, shortened, why_closed, why_not_opened
+from ._pulse import beating, take_lag
 from ._tap import Tap
-from .wire import SUBPROTOCOL, HandshakeError, ProtocolError, Session, frame
+from .wire import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session, frame
 
 __all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
 
@@ -61,31 +61,11 @@ PROBE_PATH: Final = "/probe"
 
 #: Seconds that a polite close may take before force is used.
 _CLOSE_TIMEOUT: Final = 1.0
-#: A close frame holds at most 123 bytes of reason.
-_CLOSE_REASON: Final = 123
 _NORMAL, _PROTOCOL_ERROR = 1000, 1002
+#: Messages that are written at once at most.
+_BURST: Final = 4
 
 EventT = TypeVar("EventT")
-
-
-class LinkClosed(Exception):
-    """The link is over.
-
-    Attributes:
-        why: one line for a log.
-        said: whether the other end closed the link and gave this as its reason.
-        status: the HTTP status with which the opening was refused, if it was.
-        strangers: the two ends do not speak the same protocol, and will not do so next time.
-    """
-
-    def __init__(
-        self, why: str, *, said: bool = False, status: int | None = None, strangers: bool = False
-    ) -> None:
-        super().__init__(why)
-        self.why = why
-        self.said = said
-        self.status = status
-        self.strangers = strangers
 
 
 @attrs.frozen
@@ -125,7 +105,7 @@ def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | N
     headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
 
     async def open_websocket(guard: _Guard) -> _Opened:
-        tap = _tap(stream, dialled=True)
+        tap = Tap(stream, dialled=True)
         websocket = await wrap_client_stream(
             guard,  # type: ignore[arg-type]
             tap,  # type: ignore[arg-type]
@@ -148,7 +128,7 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
     """
 
     async def open_websocket(guard: _Guard) -> _Opened:
-        tap = _tap(stream, dialled=False)
+        tap = Tap(stream, dialled=False)
         request: WebSocketRequest = await wrap_server_stream(
             guard,  # type: ignore[arg-type]
             tap,
@@ -165,10 +145,6 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
     return open_websocket
 
 
-def _tap(stream: trio.abc.Stream, *, dialled: bool) -> Tap:
-    return Tap(stream, stream.socket if isinstance(stream, PulsedStream) else None, dialled=dialled)
-
-
 class Link:
     """A session spoken over one stream.
 
@@ -181,7 +157,7 @@ class Link:
         on_end: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
             comes after that. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
-        timeout: seconds that opening the link, and each single write, may take.
+        timeout: seconds that opening the link, and writing a message, may take.
         company: seconds that bytes of bodies may wait for more of them, while the link is busy.
     """
 
@@ -205,6 +181,8 @@ class Link:
         self._before_tick = before_tick
         self._timeout = timeout
         self._company = company
+        # Half as much as to look for the clock each time.
+        self._now = trio.lowlevel.current_clock().current_time
         self._collecting = False
         self._pending = trio.Event()
         self._introduced = trio.Event()
@@ -282,7 +260,7 @@ class Link:
             self._ending = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
             opened = None
         elif opened is None:
-            self._ending = _why_not_opened(guard.error)
+            self._ending = why_not_opened(guard.error)
         return opened
 
     async def _converse(self, websocket: WebSocketConnection, tap: Tap, guard: _Guard) -> None:
@@ -301,14 +279,15 @@ class Link:
             # No message gets here, so this waits until the library knows that the websocket is closed.
             await websocket.get_message()
         except ConnectionClosed as error:
-            self._end(_why_closed(error, guard.error))
+            self._end(why_closed(error, guard.error))
 
     async def _read(self, tap: Tap) -> None:
         try:
             while (data := await tap.receive()) is not None:
-                events = self._session.receive(data, trio.current_time())
+                now = self._now()
+                events = self._session.receive(data, now)
                 if self._session.peer_blocked:
-                    self._writing.deadline = trio.current_time() + self._timeout
+                    self._writing.deadline = max(self._writing.deadline, now + self._timeout)
                 self._on_events(events)
                 if self._session.sendable:
                     self.wake()
@@ -321,8 +300,8 @@ class Link:
     async def _write(self, tap: Tap) -> None:
         last = -math.inf
         while True:
-            batch = self._session.next_message()
-            if batch is None:
+            burst = self._next_burst()
+            if not burst:
                 if self._hanging_up is not None and not self._session.unsent:
                     self._end(LinkClosed(self._hanging_up))
                     return
@@ -332,18 +311,35 @@ class Link:
                 continue
             self._torn = True
             try:
-                with trio.fail_after(self._timeout) as self._writing:
-                    await tap.send(batch.data)
-            except trio.TooSlowError:
-                self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
-                return
+                if not tap.send_nowait(*[batch.data for batch in burst]):
+                    self._writing = trio.CancelScope(deadline=self._now() + len(burst) * self._timeout)
+                    with self._writing:
+                        await tap.finish()
+                    if self._writing.cancelled_caught:
+                        self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
+                        return
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 # The reader learns the reason, if there is one to learn.
                 return
             self._torn = False
             self._introduced.set()
-            self._on_sent(batch.sent)
-            last = trio.current_time()
+            for batch in burst:
+                self._on_sent(batch.sent)
+            last = self._now()
+            if self._session.sendable:
+                # Others put something into the next one.
+                await trio.lowlevel.checkpoint()
+
+    def _next_burst(self) -> list[Batch]:
+        """Return what to write at once.
+
+        All who have something to send give it once in each turn of the scheduler, and so does this write. If it were
+        always one message, what many of them give would pile up, and come late.
+        """
+        burst: list[Batch] = []
+        while len(burst) < _BURST and (batch := self._session.next_message()) is not None:
+            burst.append(batch)
+        return burst
 
     async def _collect(self, last: float) -> None:
         """Let others put theirs into the message that is about to be sent.
@@ -355,7 +351,7 @@ class Link:
         something.
         """
         until = last + self._company
-        if self._session.urgent or self._hanging_up is not None or trio.current_time() >= until:
+        if self._session.urgent or self._hanging_up is not None or self._now() >= until:
             await trio.lowlevel.checkpoint()
             return
         self._pending = trio.Event()
@@ -398,7 +394,7 @@ class Link:
             return
         assert self._ending is not None
         with trio.move_on_after(_CLOSE_TIMEOUT):
-            await websocket.aclose(self._code, _short(self._ending.why))
+            await websocket.aclose(self._code, shortened(self._ending.why))
 
     def _end(self, ending: LinkClosed, code: int = _NORMAL) -> None:
         if self._ending is None:
@@ -408,31 +404,3 @@ class Link:
             self._on_end(ending)
             if self._scope is not None:
                 self._scope.cancel(reason=ending.why)
-
-
-def _short(reason: str) -> str:
-    return reason.encode()[:_CLOSE_REASON].decode(errors="ignore")
-
-
-def _why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
-    reason = error.reason
-    if reason is None or reason.code == 1006:
-        if reader is not None:
-            return LinkClosed(f"the websocket failed: {reader or type(reader).__name__}")
-        return LinkClosed("the connection broke")
-    if reason.reason:
-        return LinkClosed(reason.reason, said=True)
-    return LinkClosed(
-        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True
-    )
-
-
-def _why_not_opened(error: Exception | None) -> LinkClosed:
-    if isinstance(error, ConnectionRejected):
-        body = (error.body or b"").decode(errors="replace").strip()
-        return LinkClosed(
-            _short(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code
-        )
-    if error is not None:
-        return LinkClosed(f"no websocket: {error}")
-    return LinkClosed("there was no websocket handshake")

@@ -84,12 +84,29 @@ class PulsedStream(trio.abc.Stream):
         If it is cancelled, the rest of ``data`` stays on its way, in front of whatever is sent next.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        gone = self.send_nowait(data)
+        while not gone:
+            await self._stream.wait_send_all_might_not_block()
+            gone = self.send_nowait(b"")
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send as much as can be sent without waiting; ``data`` must be whole frames.
+
+        Returns:
+            Whether nothing is left. What is stays on its way, in front of whatever is sent next, be it nothing.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: as ``send_all`` does.
+        """
         with self._lock:
             self._check_open()
-            self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
-        while not self._write_in_turn():
-            await self._stream.wait_send_all_might_not_block()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+            if data:
+                self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
+            try:
+                return self._write()
+            except OSError as error:
+                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
 
     async def wait_send_all_might_not_block(self) -> None:
         """See ``trio.abc.SendStream``."""
@@ -130,14 +147,6 @@ class PulsedStream(trio.abc.Stream):
         finally:
             self._lock.release()
         return True
-
-    def _write_in_turn(self) -> bool:
-        with self._lock:
-            self._check_open()
-            try:
-                return self._write()
-            except OSError as error:
-                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
 
     def _write(self) -> bool:
         """Write what the socket takes. Return whether nothing is left. To be called with the lock held."""

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import trio
 
-from ._calls import Call, Data, Done, Head, Request
+from ._calls import Call, Done, Head, Request
 from ._models import ModelInfo
 from ._options import ClusterServerOptions
 from ._pool import Answer, HandlerPool, is_failure
@@ -82,7 +82,7 @@ class RawCall(Answer):
             RuntimeError: the answer has not begun.
             trio.Cancelled: nobody wants it any more, or it took too long.
         """
-        self.call.put(Data(data))
+        self.call.put_data(data)
         await self.give_way()
         self._go_on()
 

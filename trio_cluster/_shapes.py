@@ -35,7 +35,8 @@ class Provider(Protocol):
     async def push(self, chunk: object) -> None:
         """Give a piece of output to the client, waiting while it is slow.
 
-        A checkpoint; but of a task that waits for something else between its pieces, others do not get a turn here too.
+        A checkpoint as far as cancellation goes. Others get a turn here when the task has put a few pieces without
+        waiting for anything.
 
         Raises:
             TypeError, ValueError: the piece is not something this kind of model can answer with.

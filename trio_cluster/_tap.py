@@ -22,6 +22,7 @@ from typing import Final
 import trio
 
 from ._ports import receive_when_ready
+from ._pulse import PulsedStream
 from .wire import MAX_MESSAGE, FrameReader, frame
 
 __all__ = ["Tap"]
@@ -38,18 +39,18 @@ class Tap(trio.abc.Stream):
     """A stream with a websocket on it.
 
     Args:
-        stream: what it stands on; closed with it.
-        sock: the stream's socket, if it has one; reading is cheaper then.
+        stream: what it stands on; closed with it. Of one with a pulse reading is cheaper, and sending as well.
         dialled: this end has connected, and not the other one.
     """
 
-    def __init__(
-        self, stream: trio.abc.Stream, sock: trio.socket.SocketType | None, *, dialled: bool
-    ) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, dialled: bool) -> None:
         self._stream = stream
-        self._socket = sock
+        self._socket = stream.socket if isinstance(stream, PulsedStream) else None
         self._dialled = dialled
         self._sending = trio.StrictFIFOLock()
+        self._send_nowait = stream.send_nowait if isinstance(stream, PulsedStream) else None
+        # Frames that wait for their turn.
+        self._unsent = b""
         self._reader = FrameReader(masked=not dialled, limit=MAX_MESSAGE, on_control=self._pass)
         self._head = b""
         self._opened = False
@@ -75,7 +76,14 @@ class Tap(trio.abc.Stream):
                 return None
             if message is not None:
                 return message
-            data = await self._receive_now()
+            # In place: each function on the way to where it waits would be resumed for each message.
+            try:
+                if self._socket is not None:
+                    data = await receive_when_ready(self._socket, _RECEIVE)
+                else:
+                    data = bytes(await self._stream.receive_some(_RECEIVE))
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                return None
             if not data:
                 return None
             self._reader.feed(data)
@@ -92,33 +100,37 @@ class Tap(trio.abc.Stream):
                 self._for_library.append(rest)
             self._library.unpark_all()
 
-    async def send(self, message: bytes) -> None:
-        """Send a message. If it is cancelled, a part of it may have gone, and nothing more can be said.
+    def send_nowait(self, *messages: bytes) -> bool:
+        """Send messages, together, as far as that goes without waiting.
+
+        Returns:
+            Whether they have gone. If not, :meth:`finish` has to follow before anything else is sent here.
 
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
-        data = frame(message, masked=self._dialled)
-        try:
-            self._sending.acquire_nowait()
-        except trio.WouldBlock:
-            await self._sending.acquire()
-        try:
-            # Not before it is our turn: the library may just have answered a goodbye.
-            if self._closing:
-                raise trio.BrokenResourceError("the other end has said goodbye")
-            await self._stream.send_all(data)
-        finally:
-            self._sending.release()
+        self._unsent = b"".join([frame(message, masked=self._dialled) for message in messages])
+        if self._send_nowait is None or self._sending.locked():
+            return False
+        self._check_open()
+        data, self._unsent = self._unsent, b""
+        return self._send_nowait(data)
 
-    async def _receive_now(self) -> bytes:
-        """Return what has come, waiting for it if need be; empty if there will be nothing more."""
-        try:
-            if self._socket is not None:
-                return await receive_when_ready(self._socket, _RECEIVE)
-            return bytes(await self._stream.receive_some(_RECEIVE))
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
+    async def finish(self) -> None:
+        """Send what :meth:`send_nowait` could not. If it is cancelled, nothing more can be said.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
+        """
+        async with self._sending:
+            # Not before it is our turn: the library may just have answered a goodbye.
+            self._check_open()
+            data, self._unsent = self._unsent, b""
+            await self._stream.send_all(data)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise trio.BrokenResourceError("the other end has said goodbye")
 
     def _pass(self, control: bytes) -> None:
         kind = control[0]

@@ -145,6 +145,10 @@ class Upload:
         await trio.lowlevel.checkpoint()
         while not self._pieces and not self.complete:
             await self._reader.park()
+        return self.receive_nowait()
+
+    def receive_nowait(self) -> bytes:
+        """Return what has come of the body since the last time; empty also if there is more to come."""
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         if data:

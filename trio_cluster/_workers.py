@@ -163,7 +163,6 @@ class _Visit:
         self._stream = stream = with_pulse(stream)
         self._worker: RemoteWorker | None = None
         self._instance = ""
-        self._last_heard = trio.current_time()
         self._probed = False
         self._over = False
         self.session = MasterSession(
@@ -209,10 +208,9 @@ class _Visit:
         return None
 
     def _handle_all(self, events: Sequence[MasterEvent]) -> None:
-        self._last_heard = trio.current_time()
         for event in events:
-            if self._worker is not None and isinstance(event, Data):
-                self._worker.handle(event)
+            if type(event) is Data and self._worker is not None:
+                self._worker.take(event)
             else:
                 self._handle(event)
         if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
@@ -265,7 +263,7 @@ class _Visit:
         for other in self._manager._visits:
             if other is self or other._worker is None or other._worker.name != name:
                 continue
-            silence = trio.current_time() - other._last_heard
+            silence = other.session.silence(trio.current_time())
             if (
                 other._instance != handshake.instance
                 and silence < _ALIVE_BEATS * self._options.heartbeat_interval

@@ -26,9 +26,10 @@ class Wire:
         self.takes_all = True
         self.sent: list[bytes] = []
 
-    def send_nowait(self, body: bytes) -> bool:
-        assert self.ready
-        self.sent.append(body)
+    def send_nowait(self, body: bytes | memoryview) -> bool:
+        if not self.ready:
+            raise trio.WouldBlock
+        self.sent.append(bytes(body))
         self.ready = self.takes_all
         return self.takes_all
 

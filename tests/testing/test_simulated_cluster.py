@@ -164,9 +164,10 @@ async def test_tokens_take_the_short_way_unless_the_test_says_otherwise(
     taken: list[bytes] = []
     send = Http1Connection.send_nowait
 
-    def send_nowait(connection: Http1Connection, body: bytes) -> bool:
-        taken.append(body)
-        return send(connection, body)
+    def send_nowait(connection: Http1Connection, body: bytes | memoryview) -> bool:
+        gone = send(connection, body)
+        taken.append(bytes(body))
+        return gone
 
     monkeypatch.setattr(Http1Connection, "send_nowait", send_nowait)
     model = FakeModel(tokens=20, interval=1)

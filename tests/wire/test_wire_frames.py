@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from wsproto.frame_protocol import FrameDecoder, FrameProtocol, MessageDecoder, ParseFailed
 
-from trio_cluster.wire import FrameReader, ProtocolError, frame
+from trio_cluster.wire import FrameReader, ProtocolError, _frames, frame
+from trio_cluster.wire._frames import mask_in_python
 
 # Each class of length, at its edges.
 SIZES = [0, 1, 3, 4, 5, 125, 126, 127, 65_535, 65_536, 65_537, 300_000]
@@ -101,6 +102,18 @@ def payload_of(control: bytes, *, masked: bool) -> bytes:
 
 def some_bytes(size: int) -> bytes:
     return (bytes(range(256)) * (size // 256 + 1))[:size]
+
+
+@given(st.binary(max_size=300), st.binary(min_size=4, max_size=4))
+def test_masking_is_the_same_compiled_and_in_python(data: bytes, key: bytes) -> None:
+    assert _frames._mask(data, key) == mask_in_python(data, key)
+    assert mask_in_python(mask_in_python(data, key), key) == data
+
+
+def test_frames_are_masked_also_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_frames, "_mask", mask_in_python)
+    test_what_is_framed_is_a_message_to_others(1000, True)
+    test_a_message_that_others_have_framed_is_read(1000, True)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])

@@ -106,9 +106,9 @@ def answer_head(request: RequestState, size: int, more: bool, closing: bool) -> 
     return b"".join(lines), closing
 
 
-def chunk(data: bytes) -> bytes:
+def chunk(data: bytes | memoryview) -> bytes:
     """Return ``data``, which must not be empty, as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return b"%x\r\n%b\r\n" % (len(data), data)  # type: ignore[str-format]  # it takes both
 
 
 def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> list[bytes]:

@@ -129,7 +129,7 @@ class Http1Connection:
 
     @property
     def ready(self) -> bool:
-        """Whether the next piece of the body that is being sent may be given to :meth:`send_nowait`.
+        """Whether the next piece of the body that is being sent can be given to :meth:`send_nowait`.
 
         Not before the answer has begun, nor while a write is under way or has left something over.
         """
@@ -144,26 +144,31 @@ class Http1Connection:
             or self._write_now is None
         )
 
-    def send_nowait(self, body: bytes) -> bool:
+    def send_nowait(self, body: bytes | memoryview) -> bool:
         """Send a piece of the body, which must not be empty, without waking a task.
-
-        It must be :attr:`ready`.
 
         Returns:
             Whether all of it has gone. If not, the rest is kept here, and the next ordinary ``send`` takes it along;
             until then nothing more can be sent this way.
+
+        Raises:
+            trio.WouldBlock: the connection is not :attr:`ready`.
         """
-        assert self._write_now is not None
+        write = self._write_now
+        if write is None or not self.ready:
+            raise trio.WouldBlock
         data = chunk(body)
         try:
-            sent = self._write_now(data)
+            sent = write(data)
         except BlockingIOError:
             sent = 0
         except OSError:
             self._lose()
             return False
+        if sent == len(data):
+            return True
         self._left_over = data[sent:]
-        return not self._left_over
+        return False
 
     async def serve(self) -> None:
         """Serve the connection until it is over.

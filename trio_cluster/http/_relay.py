@@ -345,7 +345,8 @@ class _Stream:
         """Return whether ``data`` may be sent on its own, as far as events are concerned."""
         if not self._events:
             return True
-        return not (self._rest or self._torn) and bytes(data[-4:]).endswith(_BLANK_LINES)
+        end = data if isinstance(data, bytes) else bytes(data[-4:])
+        return end.endswith(_BLANK_LINES) and not (self._rest or self._torn)
 
     def _whole_events(self, data: bytes) -> bytes:
         """Return what is to be sent when ``data`` has come, and keep the beginning of an event that is not complete."""

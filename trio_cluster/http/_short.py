@@ -43,11 +43,15 @@ class Connection(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`send_nowait` may be called."""
+        """Whether :meth:`send_nowait` would do something."""
         ...
 
-    def send_nowait(self, body: bytes) -> bool:
-        """Send a piece of the body now; return whether all of it has gone."""
+    def send_nowait(self, body: bytes | memoryview) -> bool:
+        """Send a piece of the body now; return whether all of it has gone.
+
+        Raises:
+            trio.WouldBlock: the connection is not ready.
+        """
         ...
 
     def reset(self) -> None:
@@ -78,7 +82,9 @@ class ShortWay:
         self._reader = trio.lowlevel.ParkingLot()
         self.last = -math.inf
         self.left_over = False
-        call.redirect(self._put)
+        # Half as much as to look for the clock each time.
+        self._now = trio.lowlevel.current_clock().current_time
+        call.redirect(self._put, self._put_piece)
 
     async def receive(self) -> Event | None:
         """Return the next event that did not go the short way, or ``None`` if only something is left over."""
@@ -99,18 +105,25 @@ class ShortWay:
             self._call.taken(len(event.data))
         return event
 
-    def _put(self, event: Event) -> None:
-        if isinstance(event, Data):
-            self.last = trio.current_time()
-            if not event.data:
-                return
-            if not self._waiting and self._connection.ready and self._is_whole(event.data):
+    def _put_piece(self, data: bytes | memoryview) -> bool:
+        self.last = self._now()
+        if not data:
+            return False
+        if not self._waiting and self._is_whole(data):
+            try:
                 # An ordinary write, which takes along what was left over, has been done if it is ready again.
-                self.left_over = not self._connection.send_nowait(bytes(event.data))
-                self._call.taken(len(event.data))
+                self.left_over = not self._connection.send_nowait(data)
+            except trio.WouldBlock:
+                pass
+            else:
                 if self.left_over:
                     self._reader.unpark()
-                return
+                return True
+        self._waiting.append(Data(data))
+        self._reader.unpark()
+        return False
+
+    def _put(self, event: Event) -> None:
         self._waiting.append(event)
         self._reader.unpark()
         if self._call.ended:

@@ -11,8 +11,8 @@ becomes a string by being printed. cattrs by itself would accept all of these.
 Two converters. The one that does the work stops at the first mistake and does not say where it was. When it
 has refused something, the other, slower by half, does it again for the sake of the error message.
 
-A struct header with the raw bytes after it would decode ``Data`` a microsecond faster. Next to what a
-websocket costs per message, that is not worth a second format.
+``Data`` is a message like the others and looks like them. But nearly all batches hold nothing else, so each is first
+tried as one of those, which msgspec reads by itself, ten times as fast; it is as strict about types.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import eq
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import attrs
 import cattrs
@@ -161,17 +161,21 @@ def _converter(*, detailed: bool) -> cattrs.Converter:
 
 
 for _class in TAGS:
-    attrs.resolve_types(_class)
+    if attrs.has(_class):
+        attrs.resolve_types(_class)
 
 _plain: Final = _converter(detailed=False)
 _explaining: Final = _converter(detailed=True)
-_UNSTRUCTURE: Final[dict[type[Message], Callable[[Any], dict[str, Any]]]] = {
+_plain.register_structure_hook(Data, partial(msgspec.convert, builtin_types=(bytes,)))
+_plain.register_unstructure_hook(Data, _as_it_is)
+_UNSTRUCTURE: Final[dict[type[Message], Callable[[Any], Any]]] = {
     cls: _plain.get_unstructure_hook(cls) for cls in TAGS
 }
 _STRUCTURE: Final = {tag: (cls, _plain.get_structure_hook(cls)) for cls, tag in TAGS.items()}
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Any]).decode
+_decode_bodies: Final = msgspec.msgpack.Decoder(list[tuple[Literal[8], Data]]).decode
 
 #: A message in the form in which :func:`write` takes it.
 Packed = msgspec.Raw | list[Any]
@@ -219,6 +223,8 @@ def decode(data: bytes) -> list[Message]:
     """
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"a batch of {len(data)} bytes; at most {MAX_MESSAGE} are allowed")
+    if bodies := _only_data(data):
+        return bodies
     try:
         batch = _decode(data)
     except Exception as exc:
@@ -236,9 +242,6 @@ def decode(data: bytes) -> list[Message]:
         if tag not in _STRUCTURE:
             raise ProtocolError(f"an unknown message, tag {tag}")
         cls, structure = _STRUCTURE[tag]
-        if cls is Data and type(body) is dict and (piece := _data(body)) is not None:
-            messages.append(piece)
-            continue
         try:
             messages.append(structure(body, cls))
         except Exception as exc:
@@ -246,14 +249,11 @@ def decode(data: bytes) -> list[Message]:
     return messages
 
 
-def _data(body: dict[str, Any]) -> Data | None:
-    """Return the commonest message of all, past the converter; ``None`` if there is anything uncommon about it."""
-    call, data, last = body.get("call"), body.get("data"), body.get("last")
-    if type(call) is not int or type(data) is not bytes or type(last) is not bool:
-        return None
+def _only_data(data: bytes) -> list[Message] | None:
+    """Return the messages of a batch if all of them are good ``Data``."""
     try:
-        return Data(call, data, last)
-    except ValueError:
+        return [piece for _, piece in _decode_bodies(data)]
+    except Exception:
         return None
 
 
@@ -261,8 +261,8 @@ def _explain(exc: Exception, body: Any, cls: type[Message]) -> str:
     """Say in one line what is wrong with ``body``."""
     if type(body) is not dict:
         return f"the body is no map but {type(body).__name__}"
-    if type(exc) is ValueError:
-        # One of our own bounds; it names the field.
+    if type(exc) is ValueError or cls is Data:
+        # One of our own bounds, or msgspec's opinion; both name the field.
         return str(exc)
     try:
         _explaining.structure(body, cls)

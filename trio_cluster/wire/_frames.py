@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ._errors import ProtocolError
@@ -47,11 +48,18 @@ def _head(first: int, size: int, *, masked: bool) -> bytes:
     return b"%c%c%b" % (first, bit | 127, size.to_bytes(8, "big"))
 
 
-def _mask(data: bytes, key: bytes) -> bytes:
+def mask_in_python(data: bytes, key: bytes) -> bytes:
     """Return ``data`` masked, or unmasked, with a key: as two large numbers, which is as fast as Python gets."""
     size = len(data)
     keys = (key * (size // _KEY_SIZE + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(keys, "little")).to_bytes(size, "little")
+
+
+_mask: Callable[[bytes, bytes], bytes] = mask_in_python
+# Compiled, it takes a thirtieth of the time or less; without that it is two fifths of the cost of a large answer. That
+# library does not have a compiled part everywhere.
+with suppress(ImportError):
+    from websockets.speedups import apply_mask as _mask
 
 
 class FrameReader:

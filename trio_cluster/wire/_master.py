@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 from trio_cluster._errors import InvalidRequest, Overloaded, WorkerLost
@@ -168,15 +168,18 @@ class MasterSession(Session[MasterEvent]):
         """
         self._post(Leave(clip(reason)))
 
-    def _hear(self, message: Message, events: list[Any]) -> None:
-        # What a master hears more often than everything else together, in the state in which it changes nothing.
-        if type(message) is Data and not message.last:
-            exchange = self._calls.get(message.call)
-            if exchange is not None and exchange.state is State.ANSWERING:
-                self._hear_body(exchange, message)
-                events.append(message)
-                return
-        super()._hear(message, events)
+    def _hear_all(self, messages: Iterable[Message], events: list[Any]) -> None:
+        for message in messages:
+            # What a master hears more often than everything else together, in the state in which it changes nothing; a
+            # call for each of them would cost as much as the rest of this.
+            if type(message) is Data and not message.last:
+                exchange, size = self._calls.get(message.call), len(message.data)
+                if exchange is not None and exchange.state is State.ANSWERING and size <= exchange.credit:
+                    exchange.credit -= size
+                    exchange.unread += size
+                    events.append(message)
+                    continue
+            self._hear(message, events)
 
     def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
         call = message.call

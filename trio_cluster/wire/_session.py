@@ -157,8 +157,7 @@ class Session(abc.ABC, Generic[EventT]):
         try:
             if self._outbox.backlog > MAX_BACKLOG:
                 raise ProtocolError("the peer sends, but does not read what it is sent")
-            for message in decode(data):
-                self._hear(message, events)
+            self._hear_all(decode(data), events)
         except ProtocolError as exc:
             for event in events:
                 if isinstance(event, ForwardRequest):
@@ -375,6 +374,10 @@ class Session(abc.ABC, Generic[EventT]):
             raise RuntimeError(
                 f"{word.__name__} cannot be said of call {call}, which is {state.value}"
             ) from None
+
+    def _hear_all(self, messages: Iterable[Message], events: list[Any]) -> None:
+        for message in messages:
+            self._hear(message, events)
 
     def _hear(self, message: Message, events: list[Any]) -> None:
         if self.peer is None:

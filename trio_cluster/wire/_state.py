@@ -70,7 +70,8 @@ class Role(enum.Enum):
     WORKER = "worker"
 
 
-class State(enum.Enum):
+# Of strings, which are hashed in C: the tables are asked for every message.
+class State(enum.StrEnum):
     """What has become of a call, seen from one end. See the top of this module."""
 
     IDLE = "IDLE"

@@ -1,0 +1,125 @@
+"""What it costs and what it saves that tokens on a busy link wait for company.
+
+Two clusters are up at the same time, one whose worker sends each token as soon as it can, and one with the default wait
+(``batch_wait``). They get the same load in turn, in several rounds. Told are the time that a token takes from the
+handler's ``yield`` to its client, and the CPU time that it costs each end; both ends read the same monotonic clock, so
+this is Linux, on one machine.
+
+    python bench/company.py [--streams 16,64,256,1000] [--rounds 3] [--seconds 4] [--wait 0.001] [--quick] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import trio
+from running import (
+    cpu_seconds,
+    crowd,
+    drop,
+    group,
+    raise_descriptor_limit,
+    save,
+    start,
+    start_master,
+    weather,
+)
+
+#: Seconds between the tokens of a stream, by the number of streams.
+INTERVALS = {16: 0.02, 64: 0.02, 256: 0.05, 1000: 0.1}
+
+
+@attrs.frozen
+class Cluster:
+    """A master with one worker."""
+
+    wait: float
+    port: int
+    master: int
+    worker: int
+    figures: dict[tuple[str, int], list[float]] = attrs.field(factory=dict)
+
+    def median(self, name: str, streams: int) -> float:
+        """Return a figure of all rounds."""
+        return statistics.median(self.figures[name, streams])
+
+    @contextmanager
+    def cost(self, streams: int) -> Iterator[list[int]]:
+        """Take down what the tokens cost whose number the block puts into the list."""
+        before = cpu_seconds(self.master), cpu_seconds(self.worker)
+        tokens: list[int] = []
+        yield tokens
+        for name, pid, spent in zip(("master", "worker"), (self.master, self.worker), before, strict=True):
+            self.figures.setdefault((name, streams), []).append(1e6 * (cpu_seconds(pid) - spent) / tokens[0])
+
+
+async def start_cluster(nursery: trio.Nursery, wait: float) -> Cluster:
+    """Start one."""
+    port, master = await start_master(nursery)
+    worker = await start(nursery, "worker.py", port, "--batch-wait", wait)
+    nursery.start_soon(drop, worker.lines)
+    return Cluster(wait, port, master.pid, worker.pid)
+
+
+async def measure(waits: list[float], counts: list[int], rounds: int, seconds: float) -> list[Cluster]:
+    """Return the clusters with what they have shown."""
+    async with group() as nursery:
+        clusters = [await start_cluster(nursery, wait) for wait in waits]
+        for _ in range(rounds):
+            for streams in counts:
+                for cluster in clusters:
+                    every = INTERVALS.get(streams, 0.05)
+                    async with crowd(cluster.port, streams, every, stamped=True) as busy:
+                        await trio.sleep(min(1.0, seconds))
+                        await busy.delays()
+                        with cluster.cost(streams) as tokens:
+                            await trio.sleep(seconds)
+                            count, p50, p99 = await busy.delays()
+                            tokens.append(count)
+                        for name, delay in (("p50", p50), ("p99", p99)):
+                            cluster.figures.setdefault((name, streams), []).append(1e3 * delay)
+        return clusters
+
+
+def main() -> None:
+    """Measure and print."""
+    parser: Any = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", default="16,64,256,1000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--wait", type=float, default=0.001, help="seconds that the second one waits")
+    parser.add_argument("--quick", action="store_true", help="only see whether it works")
+    parser.add_argument("--save", help="a JSON file for the figures")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.streams, arguments.rounds, arguments.seconds = "16", 1, 0.5
+    raise_descriptor_limit()
+    before = weather()
+    counts = [int(each) for each in arguments.streams.split(",")]
+    clusters = trio.run(measure, [0.0, arguments.wait], counts, arguments.rounds, arguments.seconds)
+    print(f"tokens that wait for company, or not ({before}):")
+    rows = []
+    for streams in counts:
+        for cluster in clusters:
+            row = {name: cluster.median(name, streams) for name in ("p50", "p99", "master", "worker")}
+            rows.append({"streams": streams, "wait ms": 1e3 * cluster.wait, **row})
+            print(
+                f"{streams:5} streams, {1e3 * cluster.wait:g} ms of waiting: to the client p50 {row['p50']:.2f} ms, "
+                f"p99 {row['p99']:.2f} ms; master {row['master']:.1f} us a token, worker {row['worker']:.1f}"
+            )
+        alone, together = rows[-2:]
+        print(
+            f"{'':14}it adds {together['p50'] - alone['p50']:+.2f} ms in the median, and the master takes "
+            f"{together['master'] / alone['master']:.2f} of the time, the worker "
+            f"{together['worker'] / alone['worker']:.2f}"
+        )
+    save(arguments.save, "company", rows)
+
+
+if __name__ == "__main__":
+    main()
