@@ -91,6 +91,8 @@ class Http1Connection:
         self._is_socket = isinstance(stream, trio.SocketStream)
         self._write_now = _write_now(stream)
         self._left_over = b""
+        # The same while a piece of a body may be written past the task: between two writes of one that is in chunks.
+        self._short_way: Callable[[bytes | memoryview], int] | None = None
         # An answer has begun and not ended; a write has.
         self._begun = self._torn = False
         self.gone = False
@@ -133,16 +135,7 @@ class Http1Connection:
 
         Not before the answer has begun, nor while a write is under way or has left something over.
         """
-        request = self._current
-        return not (
-            request is None
-            or request.answered
-            or not request.chunked
-            or self._torn
-            or self._left_over
-            or self.gone
-            or self._write_now is None
-        )
+        return self._short_way is not None
 
     def send_nowait(self, body: bytes | memoryview) -> bool:
         """Send a piece of the body, which must not be empty, without waking a task.
@@ -154,8 +147,8 @@ class Http1Connection:
         Raises:
             trio.WouldBlock: the connection is not :attr:`ready`.
         """
-        write = self._write_now
-        if write is None or not self.ready:
+        write = self._short_way
+        if write is None:
             raise trio.WouldBlock
         data = chunk(body)
         try:
@@ -168,6 +161,7 @@ class Http1Connection:
         if sent == len(data):
             return True
         self._left_over = data[sent:]
+        self._short_way = None
         return False
 
     async def serve(self) -> None:
@@ -226,6 +220,7 @@ class Http1Connection:
         if self.gone:
             return
         self.gone = True
+        self._short_way = None
         self._reading.end()
         if self._current is None:
             # There is only the task that waits for a request.
@@ -319,6 +314,8 @@ class Http1Connection:
             for data in pieces_to_write(head, body, chunked=request.chunked, last=not more):
                 if data or self._left_over:
                     await self._write(data)
+            if more and request.chunked and not (self._torn or self.gone):
+                self._short_way = self._write_now
             if not more:
                 request.answered = True
                 self._begun = False
@@ -326,6 +323,7 @@ class Http1Connection:
                     self._responder.unpark_all()
 
     async def _write(self, data: bytes) -> None:
+        self._short_way = None
         if self._torn:
             # The last write was cut off, so nothing that is written now would be read as what it is.
             self._lose()
