@@ -52,16 +52,18 @@ activate_pyenv_versions()
 INSTALLED = [python for python in PYTHONS if shutil.which(f"python{python}")]
 WHOLE_ON = INSTALLED[0] if INSTALLED else PYTHONS[0]
 
-# What takes long and knows no Python is tested on one of them: what the official clients have to say, signals, and
-# what is drawn at random. ``--brief`` takes a sample of the law of lifetimes.
+# What takes long and knows no Python is tested on one of them: what the official clients have to say, signals, what is
+# drawn at random, and the rooms without trio and frameworks, each for itself. All other tests go through those rooms
+# on every Python. ``--brief`` takes a sample of the law of lifetimes.
 BRIEF = [
     "--brief",
-    "-m",
-    "not processes",
     "--ignore=tests/clients",
     "--ignore=tests/http/test_fuzz.py",
-    "--ignore=tests/openai/test_openai_openapi.py",
+    "--ignore=tests/openai",
     "--ignore=tests/testing/test_schedules.py",
+    "--ignore=tests/wire",
+    "-m",
+    "not processes",
 ]
 
 
@@ -89,7 +91,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    part = [] if session.python == WHOLE_ON else BRIEF
+    # What somebody asks for is not left out on any Python.
+    part = [] if session.python == WHOLE_ON or session.posargs else BRIEF
     # One more than there are cores: the one that gets the real processes waits for them, most of the time.
     workers = min(os.cpu_count() or 1, 4) + 1
     session.run("pytest", "-q", "-n", str(workers), "--dist", "worksteal", *part, *session.posargs)

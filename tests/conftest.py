@@ -1,4 +1,4 @@
-"""Fixtures that more than one room's tests need."""
+"""What the tests of more than one room need: fixtures, options, and the order in which they are run."""
 
 from __future__ import annotations
 
@@ -23,27 +23,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what waits most, and refuse what would wait by mistake."""
-    # Whoever shares the tests out (pytest-xdist, worksteal) gives each worker a run of neighbours. So one of them gets
-    # all the real processes, which never have more than one such test beside them, and waits for them while the others
-    # compute; and nothing that takes long is begun when there is nothing else left to do.
+    """Put the tests with real processes first.
+
+    Whoever shares the tests out (pytest-xdist, worksteal) gives each worker a run of neighbours. So one of them gets
+    all of these, and never has more than one at a time; it waits for them while the others compute.
+    """
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
-    for item in items:
-        # pytest-trio runs a test by a virtual clock only if the test itself is given it. One that has it through a
-        # fixture passes as well, in real seconds.
-        if "autojump_clock" in getattr(item, "fixturenames", ()):
-            assert isinstance(item, pytest.Function)
-            if "autojump_clock" not in inspect.signature(item.obj).parameters:
-                raise pytest.UsageError(
-                    f"{item.nodeid}: its fixtures have virtual time, but not the test itself"
-                )
 
 
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from going through thousands of tests again and again: a tenth of the time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a test that would wait in real seconds where virtual ones are meant.
+
+    pytest-trio runs a test by a virtual clock if the test itself is given it. One that has it only through a fixture
+    passes as well, in its own time.
+    """
+    if not isinstance(item, pytest.Function) or "autojump_clock" not in item.fixturenames:
+        return
+    if "autojump_clock" not in inspect.signature(item.obj).parameters:
+        pytest.fail("its fixtures ask for autojump_clock, and the test itself does not", pytrace=False)
 
 
 @pytest.fixture
