@@ -1,7 +1,9 @@
-"""Fixtures that more than one room's tests need."""
+"""What the tests of more than one room need: fixtures, options, and the order in which they are run."""
 
 from __future__ import annotations
 
+import gc
+import inspect
 import logging
 from collections.abc import Iterator
 
@@ -19,6 +21,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="play only a sample of the law of lifetimes; for a second Python, on which the rest is no other",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests with real processes first.
+
+    Whoever shares the tests out (pytest-xdist, worksteal) gives each worker a run of neighbours. So one of them gets
+    all of these, and never has more than one at a time; it waits for them while the others compute.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through thousands of tests again and again: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a test that would wait in real seconds where virtual ones are meant.
+
+    pytest-trio runs a test by a virtual clock if the test itself is given it. One that has it only through a fixture
+    passes as well, in its own time.
+    """
+    if not isinstance(item, pytest.Function) or "autojump_clock" not in item.fixturenames:
+        return
+    if "autojump_clock" not in inspect.signature(item.obj).parameters:
+        pytest.fail("its fixtures ask for autojump_clock, and the test itself does not", pytrace=False)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ async def ask(cluster: SimulatedCluster, path: str, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("path", ["/v1/tokenize", "/tokenize", "/v1/tokenize/"])
 async def test_a_route_answers_beside_the_chat_of_its_model(
-    cluster: SimulatedCluster, node: ClusterServer, path: str
+    cluster: SimulatedCluster, node: ClusterServer, path: str, autojump_clock: MockClock
 ) -> None:
     node.register_chat("m", echo)
     node.route("/v1/tokenize", "m", tokenize)
@@ -69,7 +69,7 @@ async def test_a_route_answers_beside_the_chat_of_its_model(
 
 
 async def test_a_model_may_have_nothing_but_routes_of_its_own(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     @node.route("/v1/tokenize", "m")
     async def count(request: CustomRequest) -> dict[str, Any]:
@@ -92,7 +92,7 @@ async def test_a_model_may_have_nothing_but_routes_of_its_own(
 
 
 async def test_a_model_that_does_not_answer_a_route_is_refused_on_it(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     node.register_chat("other", echo)
     node.route("/v1/tokenize", "m", tokenize)
@@ -110,7 +110,9 @@ async def test_a_model_that_does_not_answer_a_route_is_refused_on_it(
     assert (answer.status, answer.error["param"]) == (400, "model")
 
 
-async def test_an_unknown_path_stays_one(cluster: SimulatedCluster, node: ClusterServer) -> None:
+async def test_an_unknown_path_stays_one(
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
+) -> None:
     node.route("/v1/tokenize", "m", tokenize)
     await settle(cluster)
     for path in ("/v1/tokenizer", "/v1/tokenize/more", "/v1", "/v2/tokenize"):
@@ -119,7 +121,7 @@ async def test_an_unknown_path_stays_one(cluster: SimulatedCluster, node: Cluste
 
 
 async def test_another_method_is_told_which_one_is_right(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     node.route("/v1/tokenize", "m", tokenize)
     await settle(cluster)
@@ -129,7 +131,9 @@ async def test_another_method_is_told_which_one_is_right(
         assert answer.error["message"] == f"{path} does not take GET"
 
 
-async def test_a_route_is_gone_with_its_model(cluster: SimulatedCluster, node: ClusterServer) -> None:
+async def test_a_route_is_gone_with_its_model(
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
+) -> None:
     node.route("/v1/tokenize", "m", tokenize)
     await settle(cluster)
     assert node.unregister_model("m")
@@ -138,7 +142,7 @@ async def test_a_route_is_gone_with_its_model(cluster: SimulatedCluster, node: C
 
 
 async def test_a_handler_of_a_route_may_have_any_shape(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     async def async_yields(request: CustomRequest) -> AsyncIterator[Any]:
         yield {"a": 1}
@@ -177,7 +181,7 @@ async def test_a_handler_of_a_route_may_have_any_shape(
 
 
 async def test_a_form_gets_to_the_handler_with_its_files(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     def sizes(request: CustomRequest) -> dict[str, Any]:
         return {"sizes": [len(data) for data in request.files["file"]], "n": request.raw["n"]}
@@ -196,7 +200,7 @@ async def test_a_form_gets_to_the_handler_with_its_files(
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_an_event(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     async def breaks(request: CustomRequest) -> AsyncIterator[Any]:
         for i in range(request.raw["after"]):
@@ -216,7 +220,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event(
 
 
 async def test_bytes_have_the_type_that_the_handler_gives_them(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     async def draw(request: CustomRequest) -> AsyncIterator[Any]:
         yield OutputChunk.data(b"<svg>", "image/svg+xml")
@@ -239,7 +243,12 @@ async def test_bytes_have_the_type_that_the_handler_gives_them(
     ],
 )
 async def test_an_answer_is_what_it_is_whatever_comes_before_it(
-    cluster: SimulatedCluster, node: ClusterServer, value: Any, content_type: str, body: bytes
+    cluster: SimulatedCluster,
+    node: ClusterServer,
+    value: Any,
+    content_type: str,
+    body: bytes,
+    autojump_clock: MockClock,
 ) -> None:
     async def slow(request: CustomRequest) -> AsyncIterator[Any]:
         yield OutputChunk.usage(3)
@@ -253,7 +262,7 @@ async def test_an_answer_is_what_it_is_whatever_comes_before_it(
 
 
 async def test_a_route_is_cancelled_like_everything_else(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     model = FakeModel(stall_at=0)
     node.route("/v1/slow", "m", model)
@@ -282,7 +291,9 @@ def test_a_route_that_cannot_be_is_refused_where_it_is_registered() -> None:
     assert server.list_models() == ["m"]
 
 
-async def test_one_model_may_make_and_change_images(cluster: SimulatedCluster, node: ClusterServer) -> None:
+async def test_one_model_may_make_and_change_images(
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
+) -> None:
     model = FakeModel()
     node.register_image_generation("m", model)
     node.register_image_edit("m", model)
@@ -306,7 +317,7 @@ async def test_one_model_may_make_and_change_images(cluster: SimulatedCluster, n
 
 
 async def test_a_moderation_model_gets_images_if_it_can_see(
-    cluster: SimulatedCluster, node: ClusterServer
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     model = FakeModel()
     node.moderation("sees", supports_vision=True)(model)

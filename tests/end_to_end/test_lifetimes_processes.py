@@ -29,17 +29,17 @@ class Wire:
 
     def __init__(self, port: int) -> None:
         self.port = port
+        # Of the latest connection, and of one that has fallen silent; the next one is not, and may come before its end.
         self._ends: list[trio.SocketStream] = []
-        self._silent = False
+        self._silent: list[trio.SocketStream] | None = None
 
     async def join(self, near: trio.SocketStream, master: int) -> None:
         """Join a connection with one to the master's port, until either end is closed."""
         async with near, await trio.open_tcp_stream("127.0.0.1", master) as far:
-            self._ends = [near, far]
-            self._silent = False
+            self._ends = ends = [near, far]
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, near, far)
-                nursery.start_soon(self._pump, far, near)
+                nursery.start_soon(self._pump, near, far, ends)
+                nursery.start_soon(self._pump, far, near, ends)
 
     def end(self) -> None:
         """Close both connections."""
@@ -54,18 +54,21 @@ class Wire:
 
     def fall_silent(self) -> None:
         """Swallow everything from now on, and keep the connections open."""
-        self._silent = True
+        self._silent = self._ends
 
-    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    async def _pump(
+        self, source: trio.SocketStream, sink: trio.SocketStream, ends: list[trio.SocketStream]
+    ) -> None:
         try:
             while data := await source.receive_some():
-                if not self._silent:
+                if ends is not self._silent:
                     await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         # Whoever is silent does not pass an end on either; the other one has to find out by himself.
-        if not self._silent:
-            self.end()
+        if ends is not self._silent:
+            for stream in ends:
+                stream.socket.close()
 
 
 @asynccontextmanager

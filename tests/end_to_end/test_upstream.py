@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -550,7 +549,9 @@ async def test_a_server_that_is_killed_fails_its_streams_and_is_back_when_it_is_
             return await status_of_a_request() == 200
 
         await until(answers, 5)
-        assert json.dumps(worker.entries).count("no models from") == 1
+        # Said once, and not each time it was asked: first perhaps that it broke off, and then that nobody listens.
+        said = [entry["message"] for entry in worker.logged("no models from")]
+        assert 1 <= len(said) == len(set(said)) <= 2, said
     finally:
         with trio.CancelScope(shield=True):
             await upstream.end()

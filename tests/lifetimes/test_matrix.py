@@ -105,11 +105,12 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                     for how in ("async", "threaded"):
                         if brief and not (endpoint in SAMPLE and how == "async"):
                             continue
-                        why = impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded")
-                        marks = [] if why is None else [pytest.mark.skip(reason=why)]
+                        # Not skipped: what has to be skipped somewhere would be lost among a thousand of these.
+                        if impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded"):
+                            continue
                         cell = f"{cause}-{phase}-{endpoint}-{place}-{how}"
-                        yield pytest.param(cause, phase, endpoint, place, how, "short", id=cell, marks=marks)
-                        if why is None and (all_ways or (endpoint in SAMPLE and how == "async")):
+                        yield pytest.param(cause, phase, endpoint, place, how, "short", id=cell)
+                        if all_ways or (endpoint in SAMPLE and how == "async"):
                             for way in ways(place, all_ways=all_ways):
                                 yield pytest.param(
                                     cause, phase, endpoint, place, how, way, id=f"{cell}-{way}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -49,6 +50,7 @@ orders = pytest.mark.parametrize("first", [True, False], ids=["model first", "mo
 kinds = pytest.mark.parametrize("model", ["asr", "raw"])
 
 
+@functools.cache  # making it takes longer than what most tests do with it
 def sound(size: int = SIZE) -> bytes:
     """Return a file in which every piece is another one."""
     return b"".join(b"%07d," % number for number in range(size // 8 + 1))[:size]
