@@ -656,13 +656,49 @@ async def test_a_name_that_nobody_has_is_an_error_with_its_reason() -> None:
     assert "nobody" not in str(caught.value)
 
 
-async def test_connecting_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+async def test_a_server_is_found_by_its_name_and_by_its_address(host: str) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+    try:
+        listeners = await trio.open_tcp_listeners(0, host="::1" if host == "::1" else "127.0.0.1")
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        client = HttpClient(BaseURL("http", host, listeners[0].socket.getsockname()[1], ""))
+        with trio.fail_after(5):
+            assert await client.fetch(Question("GET", "/"), 10) == (200, b"hello")
+        client.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_connecting_to_a_name_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(*_: object) -> None:
         await trio.sleep_forever()
 
     monkeypatch.setattr(trio, "open_tcp_stream", never)
     with pytest.raises(ConnectFailed, match=r"no connection within 0.05 s"):
+        await ask(HttpClient(BaseURL.parse("http://localhost:1/v1"), connect_timeout=0.05))
+
+
+async def test_connecting_to_an_address_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never:
+        closed = False
+
+        async def connect(self, address: tuple[str, int]) -> None:
+            await trio.sleep_forever()
+
+        def close(self) -> None:
+            self.closed = True
+
+    never = Never()
+    monkeypatch.setattr(trio.socket, "socket", lambda family: never)
+    with pytest.raises(ConnectFailed, match=r"no connection within 0.05 s"):
         await ask(HttpClient(BaseURL.parse("http://127.0.0.1:1/v1"), connect_timeout=0.05))
+    assert never.closed
 
 
 async def test_an_answer_that_is_too_large_to_be_fetched_is_an_error() -> None:

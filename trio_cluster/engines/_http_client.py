@@ -21,8 +21,10 @@ There is no limit on how long an answer may take: that is for the caller's deadl
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import select
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
@@ -142,6 +144,7 @@ class HttpClient:
         self._idle_time = idle_time
         self._idle: list[_Connection] = []
         self._tls = ssl.create_default_context() if base.scheme == "https" else None
+        self._family = _family(base.host)
 
     async def exchange(self, question: Question, answer: Callable[[Answer], Awaitable[None]]) -> None:
         """Ask, and have ``answer`` deal with what comes back; it may be called only once.
@@ -216,7 +219,7 @@ class HttpClient:
         connected = False
         try:
             with trio.fail_after(self._connect_timeout):
-                raw = await trio.open_tcp_stream(self.base.host, self.base.port)
+                raw = await self._open_stream()
                 stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = raw
                 if self._tls is not None:
                     stream = trio.SSLStream(
@@ -232,6 +235,19 @@ class HttpClient:
         finally:
             if raw is not None and not connected:
                 raw.socket.close()
+
+    async def _open_stream(self) -> trio.SocketStream:
+        if self._family is None:
+            return await trio.open_tcp_stream(self.base.host, self.base.port)
+        # A numeric address is the only one, so that nothing has to be found out, and no two attempts can race each
+        # other; getting ready for that costs as much as the connection.
+        sock = trio.socket.socket(self._family)
+        try:
+            await sock.connect((self.base.host, self.base.port))
+            return trio.SocketStream(sock)
+        except BaseException:
+            sock.close()
+            raise
 
     # One exchange
 
@@ -413,3 +429,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def _family(host: str) -> socket.AddressFamily | None:
+    """Return of which family a numeric address is; ``None`` for a name."""
+    try:
+        return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        return None
