@@ -5,6 +5,10 @@ Two clusters are up at the same time, one whose worker sends each token as soon 
 handler's ``yield`` to its client, and the CPU time that it costs each end; both ends read the same monotonic clock, so
 this is Linux, on one machine.
 
+There are two sorts of load. Tokens that are made *together* wait for the event loop's timers, which come in whole
+milliseconds, as those of one decoding step come together. Those that are made *by chance* are told to the loop by a
+thread, each at a moment of its own, as if each came from another machine.
+
     python bench/company.py [--streams 16,64,256,1000] [--rounds 3] [--seconds 4] [--wait 0.001] [--quick] [--save FILE]
 """
 
@@ -14,6 +18,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import attrs
@@ -30,6 +35,9 @@ from running import (
     weather,
 )
 
+#: How tokens are made, and what the crowd is told of it.
+MADE: dict[str, tuple[str, ...]] = {"together": (), "by chance": ("--by-chance",)}
+
 #: Seconds between the tokens of a stream, by the number of streams.
 INTERVALS = {16: 0.02, 64: 0.02, 256: 0.05, 1000: 0.1}
 
@@ -42,20 +50,21 @@ class Cluster:
     port: int
     master: int
     worker: int
-    figures: dict[tuple[str, int], list[float]] = attrs.field(factory=dict)
+    figures: dict[tuple[str, str, int], list[float]] = attrs.field(factory=dict)
 
-    def median(self, name: str, streams: int) -> float:
+    def median(self, name: str, made: str, streams: int) -> float:
         """Return a figure of all rounds."""
-        return statistics.median(self.figures[name, streams])
+        return statistics.median(self.figures[name, made, streams])
 
     @contextmanager
-    def cost(self, streams: int) -> Iterator[list[int]]:
+    def cost(self, made: str, streams: int) -> Iterator[list[int]]:
         """Take down what the tokens cost whose number the block puts into the list."""
         before = cpu_seconds(self.master), cpu_seconds(self.worker)
         tokens: list[int] = []
         yield tokens
         for name, pid, spent in zip(("master", "worker"), (self.master, self.worker), before, strict=True):
-            self.figures.setdefault((name, streams), []).append(1e6 * (cpu_seconds(pid) - spent) / tokens[0])
+            figure = 1e6 * (cpu_seconds(pid) - spent) / tokens[0]
+            self.figures.setdefault((name, made, streams), []).append(figure)
 
 
 async def start_cluster(nursery: trio.Nursery, wait: float) -> Cluster:
@@ -71,18 +80,17 @@ async def measure(waits: list[float], counts: list[int], rounds: int, seconds: f
     async with group() as nursery:
         clusters = [await start_cluster(nursery, wait) for wait in waits]
         for _ in range(rounds):
-            for streams in counts:
-                for cluster in clusters:
-                    every = INTERVALS.get(streams, 0.05)
-                    async with crowd(cluster.port, streams, every, stamped=True) as busy:
-                        await trio.sleep(min(1.0, seconds))
-                        await busy.delays()
-                        with cluster.cost(streams) as tokens:
-                            await trio.sleep(seconds)
-                            count, p50, p99 = await busy.delays()
-                            tokens.append(count)
-                        for name, delay in (("p50", p50), ("p99", p99)):
-                            cluster.figures.setdefault((name, streams), []).append(1e3 * delay)
+            for streams, made, cluster in product(counts, MADE, clusters):
+                every = INTERVALS.get(streams, 0.05)
+                async with crowd(cluster.port, streams, every, ("bench",), "--stamped", *MADE[made]) as busy:
+                    await trio.sleep(min(1.0, seconds))
+                    await busy.delays()
+                    with cluster.cost(made, streams) as tokens:
+                        await trio.sleep(seconds)
+                        count, p50, p99 = await busy.delays()
+                        tokens.append(count)
+                    for name, delay in (("p50", p50), ("p99", p99)):
+                        cluster.figures.setdefault((name, made, streams), []).append(1e3 * delay)
         return clusters
 
 
@@ -104,19 +112,20 @@ def main() -> None:
     clusters = trio.run(measure, [0.0, arguments.wait], counts, arguments.rounds, arguments.seconds)
     print(f"tokens that wait for company, or not ({before}):")
     rows = []
-    for streams in counts:
+    for streams, made in product(counts, MADE):
         for cluster in clusters:
-            row = {name: cluster.median(name, streams) for name in ("p50", "p99", "master", "worker")}
-            rows.append({"streams": streams, "wait ms": 1e3 * cluster.wait, **row})
+            row = {name: cluster.median(name, made, streams) for name in ("p50", "p99", "master", "worker")}
+            rows.append({"streams": streams, "made": made, "wait ms": 1e3 * cluster.wait, **row})
             print(
-                f"{streams:5} streams, {1e3 * cluster.wait:g} ms of waiting: to the client p50 {row['p50']:.2f} ms, "
-                f"p99 {row['p99']:.2f} ms; master {row['master']:.1f} us a token, worker {row['worker']:.1f}"
+                f"{streams:5} streams, made {made}, {1e3 * cluster.wait:g} ms of waiting: to the client p50 "
+                f"{row['p50']:.2f} ms, p99 {row['p99']:.2f} ms; master {row['master']:.1f} us a token, worker "
+                f"{row['worker']:.1f}"
             )
-        alone, together = rows[-2:]
+        without, waiting = rows[-2:]
         print(
-            f"{'':14}it adds {together['p50'] - alone['p50']:+.2f} ms in the median, and the master takes "
-            f"{together['master'] / alone['master']:.2f} of the time, the worker "
-            f"{together['worker'] / alone['worker']:.2f}"
+            f"{'':14}it adds {waiting['p50'] - without['p50']:+.2f} ms in the median, and the master takes "
+            f"{waiting['master'] / without['master']:.2f} of the time, the worker "
+            f"{waiting['worker'] / without['worker']:.2f}"
         )
     save(arguments.save, "company", rows)
 

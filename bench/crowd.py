@@ -3,9 +3,9 @@
 Opens all streams at once. Prints ``opened`` and for each stream the seconds until its first token, then ``failed N``;
 for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does. With
 ``--stamped``, tokens tell when they were made, and for every line it prints ``delays N P50 P99``: how many have come
-since the last one, and the seconds from then to here.
+since the last one, and the seconds from then to here. With ``--by-chance``, they are made at any moment.
 
-    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped]
+    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped] [--by-chance]
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def request(model: str, every: str) -> bytes:
 def main() -> None:
     """Be the crowd."""
     stamped = "--stamped" in sys.argv
-    port, streams, every = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] + " stamped" * stamped
+    how = " stamped" * stamped + " by chance" * ("--by-chance" in sys.argv)
+    port, streams, every = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] + how
     models = sys.argv[4].split(",")
     requests = [request(model, every) for model in models]
     poll = select.epoll()

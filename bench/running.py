@@ -208,7 +208,7 @@ def weather() -> str:
 
 @asynccontextmanager
 async def crowd(
-    port: int, streams: int, every: float, models: Iterable[str] = ("bench",), *, stamped: bool = False
+    port: int, streams: int, every: float, models: Iterable[str] = ("bench",), *flags: str
 ) -> AsyncIterator[Crowd]:
     """Open streams, all at once, each with a token every so many seconds; they are left when the block is."""
     async with group() as nursery:
@@ -219,7 +219,7 @@ async def crowd(
             str(streams),
             str(every),
             ",".join(models),
-            *(["--stamped"] if stamped else []),
+            *flags,
         ]
         process = await run(nursery, command)
         send, lines = trio.open_memory_channel[str](10)

@@ -12,11 +12,15 @@ and with ``--replicas`` also ``bench``.
 from __future__ import annotations
 
 import argparse
+import heapq
 import logging
 import os
+import random
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
+from typing import ClassVar
 
 import trio
 from node import end_with_standard_input
@@ -31,7 +35,9 @@ _EVERY = re.compile(r"every ([0-9.]+)")
 async def bench(request: ChatRequest) -> AsyncIterator[str]:
     """Answer at once, or stream for ever.
 
-    The question may say how many seconds lie between two tokens, and that each is to tell when it was made.
+    The question may say how many seconds lie between two tokens, that each is to tell when it was made, and that they
+    are made by chance at any moment. Otherwise a stream's token is made when a timer of the event loop says so, in which
+    whole milliseconds count, and so together with those of others.
     """
     if not request.stream:
         yield "x" * 40
@@ -40,14 +46,60 @@ async def bench(request: ChatRequest) -> AsyncIterator[str]:
     every = float(said[1]) if said else INTERVAL
     stamped = "stamped" in request.last_text
     due = trio.current_time()
+    chance = Chance(every) if "by chance" in request.last_text else None
     try:
         yield "begun "
         while True:
             due += every
-            await trio.sleep_until(due)
+            await (trio.sleep_until(due) if chance is None else chance.wait())
             yield f"token@{time.monotonic_ns()} " if stamped else "token "
     finally:
+        if chance is not None:
+            chance.end()
         print("cancelled", time.monotonic_ns(), flush=True)
+
+
+class Chance:
+    """Lets a task run at regular moments that begin anywhere, as if something came in from somebody else.
+
+    Args:
+        every: seconds between them.
+    """
+
+    _due: ClassVar[list[tuple[float, int, Chance]]] = []
+    _lock: ClassVar = threading.Lock()
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._waiting = trio.Semaphore(0)
+        self._token = trio.lowlevel.current_trio_token()
+        self._ended = False
+        with self._lock:
+            heapq.heappush(self._due, (time.monotonic() + every * random.random(), id(self), self))
+            first = len(self._due) == 1
+        if first:
+            threading.Thread(target=self._run, daemon=True).start()
+
+    async def wait(self) -> None:
+        """Wait for the next one."""
+        await self._waiting.acquire()
+
+    def end(self) -> None:
+        """Have no more of them."""
+        self._ended = True
+
+    @classmethod
+    def _run(cls) -> None:
+        while True:
+            with cls._lock:
+                if not cls._due:
+                    return
+                due, number, chance = heapq.heappop(cls._due)
+                if chance._ended:
+                    continue
+                heapq.heappush(cls._due, (due + chance._every, number, chance))
+            time.sleep(max(0.0, due - time.monotonic()))
+            chance._token.run_sync_soon(chance._waiting.release)
 
 
 def worker(number: int, models: int, batch_wait: float, *, replicas: bool) -> ClusterServer:
