@@ -36,8 +36,8 @@ async def bench(request: ChatRequest) -> AsyncIterator[str]:
     """Answer at once, or stream for ever.
 
     The question may say how many seconds lie between two tokens, that each is to tell when it was made, and that they
-    are made by chance at any moment. Otherwise a stream's token is made when a timer of the event loop says so, in which
-    whole milliseconds count, and so together with those of others.
+    are made by chance at any moment. Otherwise a stream's token is made when a timer of the event loop says so, which
+    knows whole milliseconds only, and so together with those of others.
     """
     if not request.stream:
         yield "x" * 40
