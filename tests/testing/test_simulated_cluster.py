@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 import trio
 
-from trio_cluster import ClusterServer, HandshakeRefused
+from trio_cluster import ClusterServer, CustomRequest, HandshakeRefused
 from trio_cluster.http._http1 import Http1Connection
 from trio_cluster.testing import (
     FakeModel,
@@ -236,3 +238,20 @@ async def test_a_connection_that_is_lost_before_there_is_an_answer_is_an_error(n
     with pytest.raises(ConnectionResetError):
         await SimulatedClient(network.host("client"), "server", 80).get("/")
     await listener.aclose()
+
+
+async def test_the_streams_of_a_route_of_ones_own_are_not_held_to_the_grammar_of_the_api(
+    cluster: SimulatedCluster,
+) -> None:
+    async def count(request: CustomRequest) -> AsyncIterator[dict[str, int]]:
+        for number in range(3):
+            yield {"number": number}
+
+    server = worker("w1")
+    server.register_chat("m", FakeModel())
+    server.route("/v1/count", "m", count)
+    await cluster.start_worker(server)
+    answer = await cluster.client().post("/v1/count/", {"model": "m", "stream": True})
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert b'{"number":2}' in answer.body
+    check_streams(cluster.answers)

@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import h11
 import trio
 
+from ..openai import ENDPOINTS
 from ._grammar import StreamGrammarError, StreamReport, read_stream
 from ._network import Host
 from ._streams import SimulatedStream
 
 __all__ = ["Answer", "SimulatedClient", "StreamingAnswer", "check_streams"]
+
+#: Of the routes whose streams have a grammar that is known.
+_PATHS: Final = frozenset(endpoint.path for endpoint in ENDPOINTS.values())
 
 
 @attrs.frozen
@@ -66,9 +70,13 @@ class StreamingAnswer:
         received: the bytes of the body so far.
         over: nothing more can come.
         complete: the answer ended as HTTP says an answer ends.
+        path: what was asked for; empty if that is not known.
     """
 
-    def __init__(self, stream: SimulatedStream, connection: h11.Connection, head: h11.Response) -> None:
+    def __init__(
+        self, stream: SimulatedStream, connection: h11.Connection, head: h11.Response, path: str = ""
+    ) -> None:
+        self.path = path
         self.status: int = head.status_code
         self.headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
         self.received = b""
@@ -126,14 +134,16 @@ class StreamingAnswer:
 def check_streams(answers: Iterable[StreamingAnswer]) -> None:
     """Check everything that was received of streams of events: the grammar, and that HTTP agrees about the end.
 
-    A stream that its client has left is checked as far as it came.
+    A stream that its client has left is checked as far as it came. What a route of the user's own streams has a grammar
+    of its own, and is not checked.
 
     Raises:
         StreamGrammarError: one of them breaks the grammar, or is complete without having finished, or has finished
             without being complete.
     """
     for answer in answers:
-        if answer.headers.get("content-type", "").startswith("text/event-stream"):
+        is_known = not answer.path or answer.path.removeprefix("/v1").rstrip("/") in _PATHS
+        if is_known and answer.headers.get("content-type", "").startswith("text/event-stream"):
             if answer.over:
                 answer.so_far().report()
             else:
@@ -230,7 +240,7 @@ class SimulatedClient:
             event = await _next_event(stream, connection)
         if not isinstance(event, h11.Response):
             raise ConnectionResetError(104, "Connection reset by peer")
-        answer = StreamingAnswer(stream, connection, event)
+        answer = StreamingAnswer(stream, connection, event, path)
         self._on_answer(answer)
         return answer
 
