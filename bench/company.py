@@ -28,6 +28,7 @@ from running import (
     crowd,
     drop,
     group,
+    interval,
     raise_descriptor_limit,
     save,
     start,
@@ -37,9 +38,6 @@ from running import (
 
 #: How tokens are made, and what the crowd is told of it.
 MADE: dict[str, tuple[str, ...]] = {"together": (), "by chance": ("--by-chance",)}
-
-#: Seconds between the tokens of a stream, by the number of streams.
-INTERVALS = {16: 0.02, 64: 0.02, 256: 0.05, 1000: 0.1}
 
 
 @attrs.frozen
@@ -52,6 +50,10 @@ class Cluster:
     worker: int
     figures: dict[tuple[str, str, int], list[float]] = attrs.field(factory=dict)
 
+    def note(self, name: str, made: str, streams: int, value: float) -> None:
+        """Take down a figure of one round."""
+        self.figures.setdefault((name, made, streams), []).append(value)
+
     def median(self, name: str, made: str, streams: int) -> float:
         """Return a figure of all rounds."""
         return statistics.median(self.figures[name, made, streams])
@@ -63,8 +65,7 @@ class Cluster:
         tokens: list[int] = []
         yield tokens
         for name, pid, spent in zip(("master", "worker"), (self.master, self.worker), before, strict=True):
-            figure = 1e6 * (cpu_seconds(pid) - spent) / tokens[0]
-            self.figures.setdefault((name, made, streams), []).append(figure)
+            self.note(name, made, streams, 1e6 * (cpu_seconds(pid) - spent) / tokens[0])
 
 
 async def start_cluster(nursery: trio.Nursery, wait: float) -> Cluster:
@@ -81,7 +82,7 @@ async def measure(waits: list[float], counts: list[int], rounds: int, seconds: f
         clusters = [await start_cluster(nursery, wait) for wait in waits]
         for _ in range(rounds):
             for streams, made, cluster in product(counts, MADE, clusters):
-                every = INTERVALS.get(streams, 0.05)
+                every = interval(streams)
                 async with crowd(cluster.port, streams, every, ("bench",), "--stamped", *MADE[made]) as busy:
                     await trio.sleep(min(1.0, seconds))
                     await busy.delays()
@@ -89,8 +90,8 @@ async def measure(waits: list[float], counts: list[int], rounds: int, seconds: f
                         await trio.sleep(seconds)
                         count, p50, p99 = await busy.delays()
                         tokens.append(count)
-                    for name, delay in (("p50", p50), ("p99", p99)):
-                        cluster.figures.setdefault((name, made, streams), []).append(1e3 * delay)
+                    cluster.note("p50", made, streams, 1e3 * p50)
+                    cluster.note("p99", made, streams, 1e3 * p99)
         return clusters
 
 

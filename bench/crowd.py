@@ -2,8 +2,8 @@
 
 Opens all streams at once. Prints ``opened`` and for each stream the seconds until its first token, then ``failed N``;
 for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does. With
-``--stamped``, tokens tell when they were made, and for every line it prints ``delays N P50 P99``: how many have come
-since the last one, and the seconds from then to here. With ``--by-chance``, they are made at any moment.
+``--stamped``, tokens tell when they were made, and for every line it prints ``delays`` and, for each token that has
+come since the last one, the seconds from then to here. With ``--by-chance``, they are made at any moment.
 
     python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped] [--by-chance]
 """
@@ -22,13 +22,6 @@ import time
 PATIENCE = 60.0
 MARK = b"data: "
 STAMP = re.compile(rb"token@(\d+)")
-
-
-def spread(delays: list[float]) -> str:
-    """Return what is told about the tokens that have come."""
-    ordered = sorted(delays) or [0.0]
-    p50, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.99))
-    return f"delays {len(delays)} {p50:.6f} {p99:.6f}"
 
 
 def request(model: str, every: str) -> bytes:
@@ -70,8 +63,11 @@ def main() -> None:
             if where == 0:
                 if not os.read(0, 100):
                     return
-                print(spread(delays) if stamped else f"tokens {tokens}", flush=True)
-                delays.clear()
+                if stamped:
+                    print("delays", *(f"{each:.6f}" for each in delays), flush=True)
+                    delays.clear()
+                else:
+                    print("tokens", tokens, flush=True)
             elif events & select.EPOLLOUT:
                 try:
                     clients[where].send(asks[where])

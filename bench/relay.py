@@ -34,6 +34,7 @@ from running import (
     first_token,
     free_port,
     group,
+    interval,
     memory,
     raise_descriptor_limit,
     save,
@@ -43,9 +44,6 @@ from running import (
     wait_for_model,
     weather,
 )
-
-#: Seconds between the tokens of a stream, by the number of streams.
-INTERVALS = {64: 0.02, 256: 0.05, 1000: 0.1}
 
 PIPE = "a pipe on trio"
 DIRECT = "the backend itself"
@@ -114,7 +112,7 @@ async def measure(system: System, counts: Iterable[int], seconds: float) -> None
         async with crowd(system.port, count, 3600.0) as idle:
             system.note(f"open {count}", 1e6 * (cpu_seconds(*pids) - opening) / count)
             system.note(f"memory {count}", sum(memory(pid) for pid in pids) / 1e6)
-        async with crowd(system.port, count, INTERVALS.get(count, 0.05)) as busy:
+        async with crowd(system.port, count, interval(count)) as busy:
             if idle.failed or busy.failed:
                 print(f"{system.name}: {idle.failed + busy.failed} of {count} streams did not begin")
             await trio.sleep(min(1.0, seconds))

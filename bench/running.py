@@ -206,6 +206,11 @@ def weather() -> str:
     return f"{os.cpu_count()} cores, load {busy:.1f} before, Python {sys.version.split()[0]}"
 
 
+def interval(streams: int) -> float:
+    """Return the seconds between the tokens of a stream, when there are so many: more of them, and each slower."""
+    return {16: 0.02, 64: 0.02, 256: 0.05, 1000: 0.1}.get(streams, 0.05)
+
+
 @asynccontextmanager
 async def crowd(
     port: int, streams: int, every: float, models: Iterable[str] = ("bench",), *flags: str
@@ -249,8 +254,9 @@ class Crowd:
     async def delays(self) -> tuple[int, float, float]:
         """Return what the tokens took that have come since the last time: their number, and p50 and p99 in seconds."""
         await self.process.stdin.send_all(b"delays\n")
-        _, count, p50, p99 = (await self.lines.receive()).split()
-        return int(count), float(p50), float(p99)
+        _, *delays = (await self.lines.receive()).split()
+        p50, p99 = (percentile(map(float, delays or ["nan"]), share) for share in (0.5, 0.99))
+        return len(delays), p50, p99
 
     async def cost(self, seconds: float, *pids: int) -> tuple[float, float]:
         """Return the CPU time of processes for each token that comes from now on, and how many come in a second."""
@@ -279,13 +285,19 @@ async def open_stream(port: int, number: int = 0) -> trio.SocketStream:
     stream = await trio.open_tcp_stream(HOST, port)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
     await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    await receive_until(stream, b"begun")
+    return stream
+
+
+async def receive_until(stream: trio.SocketStream, mark: bytes) -> bytes:
+    """Return what comes until ``mark`` has come."""
     received = b""
-    while b"begun" not in received:
+    while mark not in received:
         piece = await stream.receive_some()
         if not piece:
-            raise SystemExit(f"no stream: {received.decode(errors='replace')}")
+            raise SystemExit(f"the connection ended after {received!r}")
         received += piece
-    return stream
+    return received
 
 
 async def first_token(port: int) -> float:
@@ -299,12 +311,7 @@ async def first_token(port: int) -> float:
 
 async def read_answer(stream: trio.SocketStream) -> bytes:
     """Return the body of an answer that tells its length, or comes in chunks."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        piece = await stream.receive_some()
-        if not piece:
-            raise SystemExit(f"the connection ended after {received!r}")
-        received += piece
+    received = await receive_until(stream, b"\r\n\r\n")
     head, _, body = received.partition(b"\r\n\r\n")
     if b" 200 " not in head[:20]:
         raise SystemExit(f"refused: {received.decode(errors='replace')}")

@@ -32,7 +32,7 @@ from .wire import (
 
 __all__ = ["STATES", "CallEvent", "RemoteWorker"]
 
-CallEvent: TypeAlias = ForwardResponse | DataMessage | DoneMessage | FailedMessage
+CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
 
 #: What a worker may be: well; with all slots taken; alive, and unable to do anything; about to stop. Whichever is worst
 #: is told. One that is gone is no worker any more.
@@ -173,15 +173,13 @@ class RemoteWorker:
                 call.reported = max(0, count)
 
     def take(self, piece: DataMessage) -> None:
-        """Pass a piece of the answer of one of the calls on to it; as :meth:`handle` does, and cheaper."""
+        """Pass a piece of the answer of one of the calls on to it."""
         self._calls[piece.call].put_data(piece.data)
 
     def handle(self, event: CallEvent) -> None:
-        """Pass an event of one of the calls on to it."""
+        """Pass what begins or ends the answer of one of the calls on to it."""
         call = self._calls[event.call]
         match event:
-            case DataMessage():
-                self.take(event)
             case ForwardResponse():
                 call.put(Head(event.status, event.content_type, event.headers))
             case DoneMessage():

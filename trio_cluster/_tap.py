@@ -109,11 +109,11 @@ class Tap(trio.abc.Stream):
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
-        self._unsent = b"".join([frame(message, masked=self._dialled) for message in messages])
+        data = b"".join([frame(message, masked=self._dialled) for message in messages])
         if self._send_nowait is None or self._sending.locked():
+            self._unsent = data
             return False
         self._check_open()
-        data, self._unsent = self._unsent, b""
         return self._send_nowait(data)
 
     async def finish(self) -> None:

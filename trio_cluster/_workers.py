@@ -29,7 +29,10 @@ from ._remote import RemoteWorker
 from ._version import __version__
 from .wire import (
     Data,
+    Done,
     Drain,
+    Failed,
+    ForwardResponse,
     Handshake,
     Heartbeat,
     MasterEvent,
@@ -209,10 +212,10 @@ class _Visit:
 
     def _handle_all(self, events: Sequence[MasterEvent]) -> None:
         for event in events:
-            if type(event) is Data and self._worker is not None:
-                self._worker.take(event)
-            else:
+            if not isinstance(event, Data):
                 self._handle(event)
+            elif self._worker is not None:
+                self._worker.take(event)
         if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
             self._judge()
 
@@ -255,7 +258,7 @@ class _Visit:
             case Drain():
                 worker.draining = True
                 self._log(f"worker drains: {event.reason}", worker)
-            case _:
+            case ForwardResponse() | Done() | Failed():
                 worker.handle(event)
 
     def _join(self, handshake: Handshake) -> None:

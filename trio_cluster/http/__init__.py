@@ -7,7 +7,7 @@ ends them.
 """
 
 from ._app import create_app, gate
-from ._gate import App
+from ._gate import MODEL_ROUTES, App
 from ._intake import KEPT, Kept
 from ._relay import GRACE, PING_EVERY
 from ._serving import KEEP_ALIVE, UNREAD_TIME, prepare_socket, serve_http
@@ -17,6 +17,7 @@ __all__ = [
     "GRACE",
     "KEEP_ALIVE",
     "KEPT",
+    "MODEL_ROUTES",
     "PING_EVERY",
     "UNREAD_TIME",
     "App",

@@ -236,12 +236,18 @@ class Http1Connection:
             if not (request.answered and request.complete) or self._torn:
                 break
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do before something comes in, or this is ended."""
+        incoming = self._incoming
+        return not (incoming.requests or incoming.refused or self._closing or self.gone)
+
     async def _next_request(self) -> RequestState | None:
         incoming = self._incoming
-        if not (incoming.requests or incoming.refused or self._closing or self.gone):
+        if self._is_idle:
             self._idle.begin(self)
             try:
-                while not (incoming.requests or incoming.refused or self._closing or self.gone):
+                while self._is_idle:
                     await self._responder.park()
             finally:
                 self._idle.end(self)

@@ -175,13 +175,7 @@ class _Shared:
             return
         except OSError:
             data = b""
-        if not data:
-            self.end()
-        try:
-            listener.feed(data)
-        except Exception as error:
-            self.end()
-            listener.fail(error)
+        _hand_over(data, listener, self)
 
 
 class TaskReader:
@@ -235,12 +229,17 @@ class _Own:
                     data = bytes(await self._stream.receive_some(_RECEIVE))
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     data = b""
-                if not data:
-                    self.end()
-                try:
-                    listener.feed(data)
-                except Exception as error:
-                    self.end()
-                    listener.fail(error)
+                _hand_over(data, listener, self)
                 while self._paused:
                     await self._resumed.park()
+
+
+def _hand_over(data: bytes, listener: Listener, reading: Reading) -> None:
+    """Give a connection what has come. That there is nothing ends its reading, and so does an error."""
+    if not data:
+        reading.end()
+    try:
+        listener.feed(data)
+    except Exception as error:
+        reading.end()
+        listener.fail(error)

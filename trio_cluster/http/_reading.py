@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -101,22 +102,11 @@ async def _read_whole(
     site: Site, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    small = len(body) < _READ_IN_THREAD
     if site.registry.has_untouched:
-        if small:
-            name = peek_model(body, content_type)
-        else:
-            name = await trio.to_thread.run_sync(peek_model, body, content_type, abandon_on_cancel=True)
-        untouched = site.registry.info(name or "")
+        untouched = site.registry.info(await _look(peek_model, body, content_type) or "")
         if untouched is not None and untouched.kind == "any":
             return untouched, None
-    if small:
-        parsed: Any = endpoint.parse(body, content_type, headers)
-    else:
-        # Reading touches nothing else, so nobody needs to wait for it when the client has left.
-        parsed = await trio.to_thread.run_sync(
-            endpoint.parse, body, content_type, headers, abandon_on_cancel=True
-        )
+    parsed = await _look(endpoint.parse, body, content_type, headers)
     info = site.registry.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
@@ -124,6 +114,14 @@ async def _read_whole(
             f"The model '{info.name}' does not take images", param=where, code="vision_not_supported"
         )
     return info, parsed
+
+
+async def _look(look: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    """Return what a function makes of a body; at a large one it looks in a thread."""
+    if len(body) < _READ_IN_THREAD:
+        return look(body, *more)
+    # Looking touches nothing else, so nobody needs to wait for it when the client has left.
+    return await trio.to_thread.run_sync(look, body, *more, abandon_on_cancel=True)
 
 
 def _travelling_headers(exchange: Exchange) -> dict[str, str]:

@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import h11
 import trio
 
-from ..openai import ENDPOINTS
+from ..http import MODEL_ROUTES
 from ._grammar import StreamGrammarError, StreamReport, read_stream
 from ._network import Host
 from ._streams import SimulatedStream
 
 __all__ = ["Answer", "SimulatedClient", "StreamingAnswer", "check_streams"]
-
-#: Of the routes whose streams have a grammar that is known.
-_PATHS: Final = frozenset(endpoint.path for endpoint in ENDPOINTS.values())
 
 
 @attrs.frozen
@@ -142,7 +139,8 @@ def check_streams(answers: Iterable[StreamingAnswer]) -> None:
             without being complete.
     """
     for answer in answers:
-        is_known = not answer.path or answer.path.removeprefix("/v1").rstrip("/") in _PATHS
+        path = answer.path.partition("?")[0].rstrip("/")
+        is_known = not path or path in MODEL_ROUTES
         if is_known and answer.headers.get("content-type", "").startswith("text/event-stream"):
             if answer.over:
                 answer.so_far().report()
