@@ -58,10 +58,10 @@ WHOLE_ON = INSTALLED[0] if INSTALLED else PYTHONS[0]
 BRIEF = [
     "--brief",
     "--ignore=tests/clients",
-    "--ignore=tests/http/test_fuzz.py",
+    "--ignore=tests/gateway/test_fuzz.py",
     "--ignore=tests/openai",
     "--ignore=tests/testing/test_schedules.py",
-    "--ignore=tests/wire",
+    "--ignore=tests/protocol",
     "-m",
     "not processes",
 ]
@@ -135,7 +135,7 @@ def soak(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Send the HTTP API what nobody should send it; what follows ``--``: how many times as much as in the tests."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "fuzz"))
-    tests = ("tests/http/test_fuzz.py", "tests/http/test_schemathesis.py")
+    tests = ("tests/gateway/test_fuzz.py", "tests/gateway/test_schemathesis.py")
     # Here a test may take long without being stuck; in virtual time, one that is stuck is found in its own ways.
     session.run(
         "pytest",

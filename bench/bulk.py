@@ -51,7 +51,7 @@ from trio_cluster import (
     ServerOptions,
     TTSRequest,
 )
-from trio_cluster._process import calm_collector
+from trio_cluster.cli.process import calm_collector
 
 #: Seconds between the tokens of the stream beside.
 INTERVAL = 0.002

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 
-from trio_cluster.cli import main
+from trio_cluster.cli.commands import main
 
 
 def end_with_standard_input() -> None:

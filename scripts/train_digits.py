@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the tiny diffusion model behind the ``digits`` engine and write ``trio_cluster/engines/digits.npz``.
+"""Train the tiny diffusion model behind the ``digits`` engine and write ``trio_cluster/demo/digits.npz``.
 
 The model is a denoising diffusion model (Ho, Jain and Abbeel 2020) with a cosine noise schedule (Nichol and
 Dhariwal 2021), trained for classifier-free guidance (Ho and Salimans 2022): for one sample in ten the class
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from trio_cluster.engines import _diffusion as diffusion
+from trio_cluster.demo import diffusion as diffusion
 
 Array = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def gradients(
 ) -> tuple[float, dict[str, Array]]:
     """Return the mean squared error of the predicted noise, and its gradient for every weight.
 
-    The forward pass is that of :func:`trio_cluster.engines._diffusion.predict_noise`, keeping what the way
+    The forward pass is that of :func:`trio_cluster.demo.diffusion.predict_noise`, keeping what the way
     back needs.
     """
     features = diffusion.time_features(times)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from http_node import HttpNode, open_http_node
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,3 +61,11 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(root_level)
     package.setLevel(package_level)
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[HttpNode]:
+    """A node over real sockets: much of what the gateway is about happens between it and the server."""
+    async with open_http_node() as opened:
+        yield opened
+    assert not opened.registry.live, "a call has outlived its request"

@@ -22,9 +22,10 @@ import trio
 import wsproto
 from wsproto.events import AcceptConnection, Request
 
-from trio_cluster._link import PATH
-from trio_cluster._models import ModelInfo
-from trio_cluster.wire import SUBPROTOCOL, FrameReader, MasterSession, WorkerSession, frame
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.link.frames import FrameReader, frame
+from trio_cluster.link.link import PATH
+from trio_cluster.protocol import SUBPROTOCOL, MasterSession, WorkerSession
 
 __all__ = ["Client", "Counted", "Counting", "FarMaster", "FarWorker", "has_counters", "make_writes_visible"]
 

@@ -9,14 +9,14 @@ from typing import Any
 import trio
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
-from trio_cluster._calls import Call, Data, Done, Event, Failed, Request
-from trio_cluster._client import WorkerClient
-from trio_cluster._handlers import HandlerBackend, HandlerPool
-from trio_cluster._models import ModelInfo
-from trio_cluster._options import ClusterServerOptions, ServerOptions
-from trio_cluster._registry import Registry
-from trio_cluster._workers import WorkerManager
+from trio_cluster.cluster.master import WorkerManager
+from trio_cluster.cluster.worker import WorkerClient
+from trio_cluster.core.call import Call, Data, Done, Event, Failed, Request
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.local.handler import HandlerBackend, HandlerPool
 from trio_cluster.openai import ChatRequest
+from trio_cluster.options import ClusterServerOptions, ServerOptions
+from trio_cluster.routing.router import Registry
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:

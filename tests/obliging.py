@@ -24,7 +24,7 @@ from trio_cluster import (
     ServerOptions,
     TTSRequest,
 )
-from trio_cluster._models import Kind
+from trio_cluster.core.model import Kind
 
 __all__ = [
     "LONGEST_VECTOR",

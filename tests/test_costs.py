@@ -21,8 +21,8 @@ import trio
 from counting import HOST, Client, Counted, Counting, FarMaster, FarWorker, has_counters, make_writes_visible
 
 from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
-from trio_cluster._options import ClusterMode
-from trio_cluster.wire import Cancel, Data, ForwardRequest
+from trio_cluster.options import ClusterMode
+from trio_cluster.protocol import Cancel, Data, ForwardRequest
 
 pytestmark = pytest.mark.skipif(not has_counters(), reason="nothing is counted here on this system")
 

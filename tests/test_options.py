@@ -9,9 +9,9 @@ from typing import Any
 import attrs
 import pytest
 
-from trio_cluster._errors import OptionsError
-from trio_cluster._options import ClusterMode, ClusterServerOptions, ServerOptions
-from trio_cluster._settings import load_options
+from trio_cluster.cli.settings import load_options
+from trio_cluster.errors import OptionsError
+from trio_cluster.options import ClusterMode, ClusterServerOptions, ServerOptions
 
 
 def load(

@@ -18,11 +18,11 @@ import pytest
 import trio
 
 import trio_cluster
-from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, _errors, engines, testing
-from trio_cluster._arguments import _parser, parse_arguments
+from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, engines, errors, testing
+from trio_cluster.cli.arguments import _parser, parse_arguments
 from trio_cluster.openai import ENDPOINTS
-from trio_cluster.wire import HEARS, SAYS, Role, markdown
-from trio_cluster.wire._codec import TAGS
+from trio_cluster.protocol import HEARS, SAYS, Role, markdown
+from trio_cluster.protocol.codec import TAGS
 
 pytest_plugins = ["pytester"]
 
@@ -250,22 +250,22 @@ def test_every_error_of_our_own_is_documented() -> None:
         for code in re.findall(r"`(\w+)`", row[1])
     }
     ours = [
-        _errors.ModelNotFound("m", []),
-        _errors.WrongKind("m", "tts", "chat"),
-        _errors.Overloaded(""),
-        _errors.ShuttingDown(),
-        _errors.WorkerLost("w", ""),
-        _errors.UpstreamLost("m", ""),
-        _errors.TooSlow(""),
-        _errors.HandlerFailed(),
-        _errors.CallCancelled(""),
+        errors.ModelNotFound("m", []),
+        errors.WrongKind("m", "tts", "chat"),
+        errors.Overloaded(""),
+        errors.ShuttingDown(),
+        errors.WorkerLost("w", ""),
+        errors.UpstreamLost("m", ""),
+        errors.TooSlow(""),
+        errors.HandlerFailed(),
+        errors.CallCancelled(""),
     ]
     assert {type(error) for error in ours} == {
         value
-        for value in vars(_errors).values()
+        for value in vars(errors).values()
         if isinstance(value, type)
-        and issubclass(value, _errors.ApiError)
-        and value not in (_errors.ApiError, _errors.InvalidRequest)
+        and issubclass(value, errors.ApiError)
+        and value not in (errors.ApiError, errors.InvalidRequest)
     }
     assert {(error.status, error.code) for error in ours} <= documented
 

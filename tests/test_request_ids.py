@@ -12,9 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall, _logs
-from trio_cluster.http import Site, _intake
-from trio_cluster.http._gate import Gate
+from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall
+from trio_cluster.core import logs
+from trio_cluster.gateway import body as request_body
+from trio_cluster.gateway.node_context import Site
+from trio_cluster.gateway.pipeline import Gate
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -27,7 +29,7 @@ class Log:
 
     def __init__(self) -> None:
         self._stream = io.StringIO()
-        _logs.configure("info", "json", self._stream)
+        logs.configure("info", "json", self._stream)
 
     def lines(self, *loggers: str) -> list[dict[str, Any]]:
         """Return the lines so far, or those of some loggers, and forget them all."""
@@ -128,7 +130,7 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(_logs.current_request.get())
+        seen.append(logs.current_request.get())
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
@@ -142,7 +144,7 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/health"}
     await Gate(app, site)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
     assert seen == ["the-one"]
-    assert _logs.current_request.get() == ""
+    assert logs.current_request.get() == ""
 
 
 @pytest.mark.parametrize("model", ["fails", "raw"])
@@ -244,7 +246,7 @@ async def test_a_disk_that_is_full_is_logged_with_the_id(
     def full(**options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_intake.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(request_body.tempfile, "TemporaryFile", full)
     part = '--B\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
     body = (
         part % ("file", '; filename="a.wav"', "x" * 3_000_000) + part % ("model", "", "hears") + "--B--\r\n"

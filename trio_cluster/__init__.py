@@ -5,14 +5,12 @@ forwarded to them. A model is a function you write. No work outlives the request
 looks finished when it is not.
 """
 
-from ._cluster import ClusterServer
-from ._errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
-from ._models import ChatModelOptions
-from ._options import ClusterMode, ClusterServerOptions, ServerOptions
-from ._probe import check_is_cluster_server
-from ._raw import RawCall
-from ._shapes import Provider
 from ._version import __version__
+from .cluster.probe import check_is_cluster_server
+from .core.model import ChatModelOptions
+from .errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
+from .local.adapters import Provider
+from .local.passthrough import RawCall
 from .openai import (
     ASRRequest,
     ChatRequest,
@@ -25,6 +23,8 @@ from .openai import (
     RerankRequest,
     TTSRequest,
 )
+from .options import ClusterMode, ClusterServerOptions, ServerOptions
+from .server import ClusterServer
 
 __all__ = [
     "ASRRequest",

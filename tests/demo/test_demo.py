@@ -18,8 +18,8 @@ import trio
 
 pytest.importorskip("numpy")
 
-from trio_cluster._demo import _cluster, _questions, run_demo
-from trio_cluster._errors import ClusterError, ClusterPortError
+from trio_cluster.demo import cluster, questions as asked, run_demo
+from trio_cluster.errors import ClusterError, ClusterPortError
 
 FAR = 60.0
 
@@ -27,10 +27,10 @@ FAR = 60.0
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it a demo of digits only."""
-    questions = tuple(each for each in _questions.QUESTIONS if each.model == "digits")
-    monkeypatch.setattr(_cluster, "QUESTIONS", questions)
-    monkeypatch.setattr(_cluster, "WEIGHTS", {})
-    monkeypatch.setattr(_cluster, "_WORKERS", {"worker-1": ("digits",)})
+    questions = tuple(each for each in asked.QUESTIONS if each.model == "digits")
+    monkeypatch.setattr(cluster, "QUESTIONS", questions)
+    monkeypatch.setattr(cluster, "WEIGHTS", {})
+    monkeypatch.setattr(cluster, "_WORKERS", {"worker-1": ("digits",)})
 
 
 def nodes() -> set[int]:
@@ -38,7 +38,7 @@ def nodes() -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            is_node = b"trio_cluster._demo._node" in (path / "cmdline").read_bytes()
+            is_node = b"trio_cluster.demo.node" in (path / "cmdline").read_bytes()
             parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
         except (OSError, IndexError):
             continue
@@ -77,10 +77,10 @@ async def test_check_asks_shows_question_and_answer_and_stops_everything(small: 
 async def test_a_wrong_answer_is_shown_and_makes_it_fail(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = _questions.Question(
+    wrong = asked.Question(
         "image_generation", "digits", "draw a cat", lambda api, heard: _ask_for_a_cat(api)
     )
-    monkeypatch.setattr(_cluster, "QUESTIONS", (wrong,))
+    monkeypatch.setattr(cluster, "QUESTIONS", (wrong,))
     out = io.StringIO()
     with trio.fail_after(FAR):
         assert await run_demo(0, check=True, out=out) == 1
@@ -88,7 +88,7 @@ async def test_a_wrong_answer_is_shown_and_makes_it_fail(
     assert "This model draws single digits" in out.getvalue()
 
 
-def _ask_for_a_cat(api: _questions.Api) -> str:
+def _ask_for_a_cat(api: asked.Api) -> str:
     return api.post("/images/generations", {"model": "digits", "prompt": "a cat"}).decode()
 
 
@@ -104,7 +104,7 @@ async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small
             nursery.cancel_scope.cancel()
     assert nodes() == set()
     # They were asked to stop, and did; they were not killed.
-    assert trio.current_time() - began < _cluster._GRACE
+    assert trio.current_time() - began < cluster._GRACE
     said = out.getvalue()
     for route in (
         "chat/completions",
@@ -120,8 +120,8 @@ async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small
 async def test_a_node_that_dies_is_reported_with_its_last_words(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cluster, "_WORKERS", {"worker-1": ("digits",), "worker-2": ("digits,name=",)})
-    monkeypatch.setattr(_cluster, "parse_serve", lambda spec: None)
+    monkeypatch.setattr(cluster, "_WORKERS", {"worker-1": ("digits",), "worker-2": ("digits,name=",)})
+    monkeypatch.setattr(cluster, "parse_serve", lambda spec: None)
     out = io.StringIO()
     with trio.fail_after(FAR), pytest.raises(ClusterError, match="worker-2 has ended with exit code 2"):
         await run_demo(0, check=False, out=out)
@@ -151,7 +151,7 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A master as the demo starts it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "trio_cluster._demo._node", "master", str(port), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "trio_cluster.demo.node", "master", str(port), "--host", "127.0.0.1"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
     assert process.stderr is not None
     # Its first line says that it serves.

@@ -11,8 +11,9 @@ from heard import Heard
 
 np = pytest.importorskip("numpy")
 
-from trio_cluster._errors import ApiError  # noqa: E402
-from trio_cluster.engines import _diffusion, digits, parse_serve  # noqa: E402
+from trio_cluster.demo import diffusion, digits  # noqa: E402
+from trio_cluster.engines import parse_serve  # noqa: E402
+from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.openai import ImageGenRequest  # noqa: E402
 
 
@@ -84,34 +85,34 @@ async def test_what_cannot_be_drawn_is_refused_by_field(
 
 
 def test_different_digits_look_different_and_guidance_makes_them_alike() -> None:
-    weights = _diffusion.load(digits._WEIGHTS)
+    weights = diffusion.load(digits._WEIGHTS)
     classes = np.repeat(np.arange(10), 10)
-    pictures = _diffusion.sample(weights, classes, seed=1, steps=12, guidance=3.0)
+    pictures = diffusion.sample(weights, classes, seed=1, steps=12, guidance=3.0)
     assert pictures is not None
     means = pictures.reshape(10, 10, 64).mean(axis=1)
     # Each picture is nearer to the mean of its own class than to that of any other, nearly always.
     distance = ((pictures.reshape(100, 1, 64) - means) ** 2).sum(axis=2)
     assert (distance.argmin(axis=1) == classes).mean() > 0.95
-    free = _diffusion.sample(weights, classes, seed=1, steps=12, guidance=1.0)
+    free = diffusion.sample(weights, classes, seed=1, steps=12, guidance=1.0)
     assert free is not None
     assert free.reshape(10, 10, 64).std(axis=1).mean() > pictures.reshape(10, 10, 64).std(axis=1).mean()
 
 
 def test_sampling_can_be_ended_at_every_step() -> None:
-    weights = _diffusion.load(digits._WEIGHTS)
+    weights = diffusion.load(digits._WEIGHTS)
     seen: list[int] = []
 
     def go_on(step: int) -> bool:
         seen.append(step)
         return step < 4
 
-    assert _diffusion.sample(weights, np.array([3]), steps=30, go_on=go_on) is None
+    assert diffusion.sample(weights, np.array([3]), steps=30, go_on=go_on) is None
     assert seen == [0, 1, 2, 3, 4]
 
 
 async def test_a_cancelled_request_stops_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     model = digits.Digits.load(parse_serve("digits,steps=1000").options)
-    steps, predict = 0, _diffusion.predict_noise
+    steps, predict = 0, diffusion.predict_noise
     begun = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -122,7 +123,7 @@ async def test_a_cancelled_request_stops_in_the_middle(monkeypatch: pytest.Monke
             token.run_sync_soon(begun.set)
         return predict(*arguments)
 
-    monkeypatch.setattr(_diffusion, "predict_noise", counted)
+    monkeypatch.setattr(diffusion, "predict_noise", counted)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: draw(model, n=10))
         await begun.wait()

@@ -12,8 +12,8 @@ from heard import Heard
 
 np = pytest.importorskip("numpy")
 
-from trio_cluster._errors import ApiError  # noqa: E402
 from trio_cluster.engines.hibari import Speaker  # noqa: E402
+from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.openai import TTSRequest  # noqa: E402
 
 

@@ -18,10 +18,10 @@ import trio
 import trio.testing
 from heard import Heard
 
-from trio_cluster._cluster import ClusterServer
-from trio_cluster._errors import ApiError, ClusterError
 from trio_cluster.engines import llama, parse_serve, serve_engine
+from trio_cluster.errors import ApiError, ClusterError
 from trio_cluster.openai import ChatRequest
+from trio_cluster.server import ClusterServer
 
 Hear = Callable[[Any], bool]
 

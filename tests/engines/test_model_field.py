@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from trio_cluster import ApiError
 from trio_cluster.engines._model_field import FormRewriter, rewrite_form, rewrite_json
 from trio_cluster.openai import is_form
-from trio_cluster.openai._forms import read_form
+from trio_cluster.openai.requests.forms import read_form
 
 TYPE = "multipart/form-data; boundary=abc"
 

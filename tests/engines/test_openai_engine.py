@@ -16,9 +16,9 @@ from test_model_field import form
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster import ApiError, ClusterServer, OptionsError
-from trio_cluster._calls import Call, Data, Done, Failed, Head, Request
-from trio_cluster._models import ModelInfo
-from trio_cluster._uploads import Upload
+from trio_cluster.core.call import Call, Data, Done, Failed, Head, Request
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.upload import Upload
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
 from trio_cluster.engines._upstream_models import Naming, read_list
 

@@ -9,12 +9,12 @@ import pytest
 
 np = pytest.importorskip("numpy")
 
-from trio_cluster.engines import _png  # noqa: E402
+from trio_cluster.demo import png  # noqa: E402
 
 
 def test_a_picture_can_be_read_back_by_the_rules_of_the_format() -> None:
     pixels = np.arange(35, dtype=np.uint8).reshape(5, 7)
-    data = _png.encode_grey(pixels)
+    data = png.encode_grey(pixels)
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     position, chunks = 8, {}
     while position < len(data):
@@ -32,13 +32,13 @@ def test_a_picture_can_be_read_back_by_the_rules_of_the_format() -> None:
 
 
 def test_scaling_keeps_an_even_picture_even_and_a_slope_a_slope() -> None:
-    assert np.allclose(_png.scale(np.full((8, 8), 0.3), 100, 37), 0.3, atol=1e-6)
+    assert np.allclose(png.scale(np.full((8, 8), 0.3), 100, 37), 0.3, atol=1e-6)
     slope = np.tile(np.arange(8.0), (8, 1))
-    wide = _png.scale(slope, 8, 80)
+    wide = png.scale(slope, 8, 80)
     assert wide.shape == (8, 80)
     assert np.allclose(np.diff(wide[:, 20:60], axis=1), 0.1, atol=1e-5)
 
 
 def test_scaling_to_the_same_size_changes_nothing() -> None:
     picture = np.random.default_rng(1).random((8, 8))
-    assert np.allclose(_png.scale(picture, 8, 8), picture, atol=1e-6)
+    assert np.allclose(png.scale(picture, 8, 8), picture, atol=1e-6)

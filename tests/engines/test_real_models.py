@@ -12,11 +12,11 @@ import trio
 import trio.testing
 from heard import Heard
 
-from trio_cluster._cluster import ClusterServer
-from trio_cluster._errors import ApiError
 from trio_cluster.engines import llama, parse_serve, serve_engine
 from trio_cluster.engines._weights import WEIGHTS, _flaw, cache_folder
+from trio_cluster.errors import ApiError
 from trio_cluster.openai import ASRRequest, ChatRequest, EmbeddingRequest, TTSRequest
+from trio_cluster.server import ClusterServer
 
 pytestmark = pytest.mark.engines
 

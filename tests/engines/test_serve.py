@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from trio_cluster._cluster import ClusterServer
-from trio_cluster._errors import ClusterError, OptionsError
-from trio_cluster._models import ChatModelOptions
+from trio_cluster.core.model import ChatModelOptions
 from trio_cluster.engines import (
     GROUP,
     LoadingEngine,
@@ -29,6 +27,8 @@ from trio_cluster.engines import (
     text,
     whole_number,
 )
+from trio_cluster.errors import ClusterError, OptionsError
+from trio_cluster.server import ClusterServer
 
 
 class Toy(LoadingEngine):

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 np = pytest.importorskip("numpy")
 
-from trio_cluster.engines import _wav  # noqa: E402
+from trio_cluster.engines.audio import wav as audio  # noqa: E402
 
 TONE = np.sin(2 * np.pi * 440 * np.arange(800) / 8000).astype(np.float32) * 0.5
 
@@ -37,7 +37,7 @@ def encoded(samples: np.ndarray, bits: int) -> bytes:
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (16, 1e-4), (24, 1e-6), (32, 1e-6)])
 def test_whole_number_samples_of_every_width_are_read(bits: int, error: float) -> None:
-    samples, rate = _wav.read(wav(encoded(TONE, bits), bits=bits), max_seconds=1)
+    samples, rate = audio.read(wav(encoded(TONE, bits), bits=bits), max_seconds=1)
     assert rate == 8000
     assert np.abs(samples - TONE).max() < error
 
@@ -45,7 +45,7 @@ def test_whole_number_samples_of_every_width_are_read(bits: int, error: float) -
 @pytest.mark.parametrize("bits", [32, 64])
 def test_floating_point_samples_are_read_and_tamed(bits: int) -> None:
     wild = np.array([0.25, -0.5, np.nan, np.inf, -7.0], f"<f{bits // 8}")
-    samples, _ = _wav.read(wav(wild.tobytes(), encoding=3, bits=bits), max_seconds=1)
+    samples, _ = audio.read(wav(wild.tobytes(), encoding=3, bits=bits), max_seconds=1)
     assert samples.tolist() == [0.25, -0.5, 0.0, 1.0, -1.0]
 
 
@@ -62,31 +62,31 @@ def test_an_extensible_header_is_understood() -> None:
         + struct.pack("<I", len(data))
         + data
     )
-    samples, _ = _wav.read(file, max_seconds=1)
+    samples, _ = audio.read(file, max_seconds=1)
     assert np.abs(samples - TONE).max() < 1e-6
 
 
 def test_channels_are_mixed_down() -> None:
     both = np.stack([TONE, -TONE], axis=1).ravel()
-    samples, _ = _wav.read(wav(encoded(both, 16), channels=2), max_seconds=1)
+    samples, _ = audio.read(wav(encoded(both, 16), channels=2), max_seconds=1)
     assert len(samples) == len(TONE)
     assert np.abs(samples).max() < 1e-4
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 2 * len(TONE) + 100])
 def test_a_length_beyond_the_end_means_up_to_the_end(size: int) -> None:
-    samples, _ = _wav.read(wav(encoded(TONE, 16), size=size, riff=0xFFFFFFFF), max_seconds=1)
+    samples, _ = audio.read(wav(encoded(TONE, 16), size=size, riff=0xFFFFFFFF), max_seconds=1)
     assert len(samples) == len(TONE)
 
 
 def test_our_own_streamed_header_is_read_by_the_standard_library_and_by_us() -> None:
-    data = _wav.to_pcm16(TONE)
+    data = audio.to_pcm16(TONE)
     for length in (len(data), None):
-        file = _wav.header(8000, length=length) + data
+        file = audio.header(8000, length=length) + data
         with wave.open(io.BytesIO(file)) as opened:
             assert (opened.getnchannels(), opened.getsampwidth(), opened.getframerate()) == (1, 2, 8000)
             assert opened.readframes(opened.getnframes()) == data
-        assert len(_wav.read(file, max_seconds=1)[0]) == len(TONE)
+        assert len(audio.read(file, max_seconds=1)[0]) == len(TONE)
 
 
 @pytest.mark.parametrize(
@@ -110,20 +110,20 @@ def test_our_own_streamed_header_is_read_by_the_standard_library_and_by_us() -> 
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(data: bytes, message: str) -> None:
-    with pytest.raises(_wav.WavError, match=message):
-        _wav.read(data, max_seconds=1)
+    with pytest.raises(audio.WavError, match=message):
+        audio.read(data, max_seconds=1)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=80).map(lambda tail: wav(b"")[:36] + tail))
 def test_no_bytes_do_anything_worse_than_being_refused(data: bytes) -> None:
-    with suppress(_wav.WavError):
-        _wav.read(data, max_seconds=1)
+    with suppress(audio.WavError):
+        audio.read(data, max_seconds=1)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 24000, 44100, 48000, 96000])
 def test_a_tone_keeps_its_pitch_and_strength_at_another_rate(rate: int) -> None:
     tone = np.sin(2 * np.pi * 1000 * np.arange(rate) / rate).astype(np.float32)
-    result = _wav.resample(tone, rate, 16_000)
+    result = audio.resample(tone, rate, 16_000)
     assert abs(len(result) - 16_000) <= 1
     expected = np.sin(2 * np.pi * 1000 * np.arange(len(result)) / 16_000)
     middle = slice(500, -500)
@@ -132,4 +132,4 @@ def test_a_tone_keeps_its_pitch_and_strength_at_another_rate(rate: int) -> None:
 
 def test_what_the_lower_rate_cannot_carry_is_filtered_out() -> None:
     tone = np.sin(2 * np.pi * 12_000 * np.arange(48_000) / 48_000).astype(np.float32)
-    assert np.abs(_wav.resample(tone, 48_000, 16_000)[500:-500]).max() < 0.02
+    assert np.abs(audio.resample(tone, 48_000, 16_000)[500:-500]).max() < 0.02

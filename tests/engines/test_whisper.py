@@ -12,9 +12,10 @@ from heard import Heard
 
 np = pytest.importorskip("numpy")
 
-from trio_cluster._errors import ApiError  # noqa: E402
-from trio_cluster.engines import _mel, _wav, whisper  # noqa: E402
+from trio_cluster.engines import whisper  # noqa: E402
+from trio_cluster.engines.audio import mel, wav  # noqa: E402
 from trio_cluster.engines.whisper import Segment, split_segments  # noqa: E402
+from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.openai import ASRRequest  # noqa: E402
 
 END, NO_TIMES = 90, 99
@@ -115,8 +116,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def audio(seconds: float) -> bytes:
-    data = _wav.to_pcm16(np.full(int(seconds * 16_000), 0.1, np.float32))
-    return _wav.header(16_000, length=len(data)) + data
+    data = wav.to_pcm16(np.full(int(seconds * 16_000), 0.1, np.float32))
+    return wav.header(16_000, length=len(data)) + data
 
 
 async def hear(model: whisper.Whisper, seconds: float = 5, **fields: Any) -> dict[str, Any]:
@@ -211,4 +212,4 @@ async def test_a_request_that_is_given_up_stops_after_its_window(
 
 
 def test_the_window_is_whispers() -> None:
-    assert _mel.WINDOW_SAMPLES == whisper._WINDOW * _mel.RATE
+    assert mel.WINDOW_SAMPLES == whisper._WINDOW * mel.RATE

@@ -14,7 +14,7 @@ import h11
 import trio
 
 from trio_cluster import ClusterServer
-from trio_cluster._calls import Call
+from trio_cluster.core.call import Call
 from trio_cluster.testing import Answer, SimulatedCluster, StreamingAnswer, open_cluster, worker
 
 __all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Script", "Stage", "open_stage"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
 
-from trio_cluster._registry import Books
+from trio_cluster.routing.router import Books
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "lifetimes.md").read_text(encoding="utf-8")

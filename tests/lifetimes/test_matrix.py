@@ -11,9 +11,9 @@ import trio.testing
 from law import LAW, Cell, Impossible
 from stage import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Stage, open_stage
 
-from trio_cluster.http._gate import DRAIN_TIME
-from trio_cluster.http._intake import BODY_SILENCE
-from trio_cluster.http._relay import GRACE
+from trio_cluster.gateway.body import BODY_SILENCE
+from trio_cluster.gateway.pipeline import DRAIN_TIME
+from trio_cluster.gateway.relay import GRACE
 from trio_cluster.testing import settle
 
 #: The options of every node, each limit different from all others.

@@ -11,7 +11,7 @@ import trio
 from stage import ENDPOINTS, LATENCY, MODEL, Caller
 from trio.testing import MockClock
 
-from trio_cluster.http._relay import GRACE
+from trio_cluster.gateway.relay import GRACE
 from trio_cluster.testing import Answer, SimulatedCluster, SimulatedNode, open_cluster, settle, worker
 
 OPTIONS: Final[dict[str, Any]] = {

@@ -14,9 +14,9 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import ApiError, ASRRequest, ChatRequest, ClusterServer, RawCall
-from trio_cluster._uploads import WINDOW
-from trio_cluster.http import _intake
-from trio_cluster.http._relay import GRACE
+from trio_cluster.core.upload import WINDOW
+from trio_cluster.gateway import body
+from trio_cluster.gateway.relay import GRACE
 from trio_cluster.testing import (
     Answer,
     SimulatedCluster,
@@ -262,13 +262,13 @@ class Stage:
 def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Give all files that were opened for bodies."""
     opened: list[Any] = []
-    make = _intake.tempfile.TemporaryFile
+    make = body.tempfile.TemporaryFile
 
     def remember(**options: Any) -> Any:
         opened.append(make(**options))
         return opened[-1]
 
-    monkeypatch.setattr(_intake.tempfile, "TemporaryFile", remember)
+    monkeypatch.setattr(body.tempfile, "TemporaryFile", remember)
     return opened
 
 
@@ -416,7 +416,7 @@ async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
         answer = await uploader.end()
         assert answer.status == 408
         assert answer.headers["connection"] == "close"
-        assert uploader.took == pytest.approx(_intake.BODY_SILENCE + 2, abs=1)
+        assert uploader.took == pytest.approx(body.BODY_SILENCE + 2, abs=1)
         assert play.books() == ({"cancelled": 1} if first else {})
         assert "asr" not in play.started
 
@@ -430,7 +430,7 @@ async def test_a_client_that_is_too_slow_altogether_gets_408(
         uploader = await play.upload("raw", first=first, pace=10.0)
         answer = await uploader.end()
         assert answer.status == 408
-        assert uploader.took == pytest.approx(_intake.BODY_TIME + 2, abs=1)
+        assert uploader.took == pytest.approx(body.BODY_TIME + 2, abs=1)
         assert play.books() == ({"cancelled": 1} if first else {})
 
 
@@ -526,7 +526,7 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
                 for node, waits in enumerate(play.waiting()):
                     most[node] = max(most[node], waits)
                 # All that can be anywhere: two windows on each node, and what the kernels hold.
-                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * _intake.KEPT
+                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * body.KEPT
             call.begin(200, "text/plain")
 
         play.raw = read_slowly
@@ -554,7 +554,7 @@ async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
         play.raw = read_slowly
         uploader = await play.upload("raw", first=True, pace=0.5)
         assert (await uploader.end()).status == 200
-        assert uploader.took > _intake.BODY_TIME
+        assert uploader.took > body.BODY_TIME
 
 
 # The handler
@@ -831,7 +831,7 @@ async def test_a_disk_that_is_full_is_503_and_the_connection_stays_usable(
     def full(**options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_intake.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(body.tempfile, "TemporaryFile", full)
     async with stage(files, forwarded=True) as play:
         uploader = await play.upload("asr", first=False)
         answer = await uploader.end()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import ENDPOINTS, Encoder, ModelRequest
 
 BOUNDARY = "----tc"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trio_cluster._models import KINDS, Kind
+from trio_cluster.core.model import KINDS, Kind
 from trio_cluster.openai import OutputChunk, to_chunk
 
 MEANINGS: dict[Kind, list[tuple[Any, str]]] = {

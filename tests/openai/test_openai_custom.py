@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from openai_answers import FORM, form
 
-from trio_cluster._errors import ApiError, InvalidRequest
+from trio_cluster.errors import ApiError, InvalidRequest
 from trio_cluster.openai import ENDPOINTS, CustomRequest, OutputChunk, custom_path, endpoint_named
 
 PATH = "/v1/tokenize"

@@ -13,7 +13,7 @@ import pytest
 from openai.types import CreateEmbeddingResponse
 from openai_answers import answer_json, encoder, send
 
-from trio_cluster._errors import ApiError
+from trio_cluster.errors import ApiError
 from trio_cluster.openai import OutputChunk
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from openai_answers import BOUNDARY, FORM, form, upload
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import ENDPOINTS
 
 ROUTES = ["audio.transcriptions", "audio.translations"]

@@ -16,7 +16,7 @@ from openai.types import (
 )
 from openai_answers import FORM, answer, answer_json, encoder, form, refused, send
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import ENDPOINTS, ImageEditRequest, OutputChunk
 from trio_cluster.testing import read_stream
 

@@ -10,12 +10,12 @@ from described import fits, fitting, nearly_fitting
 from hypothesis import HealthCheck, given, settings, strategies as st
 from openai_answers import FORM, form
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import ENDPOINTS, ERROR, Endpoint, describe_endpoints
-from trio_cluster.openai._checks import Check, Custom, ListOf, ObjectOf, OneOf
-from trio_cluster.openai._fields import OnlyIf, Table, Uploads
-from trio_cluster.openai._openapi import _describe
-from trio_cluster.openai._schemas import by_type, members_of, or_null
+from trio_cluster.openai.openapi import _describe
+from trio_cluster.openai.requests.checks import Check, Custom, ListOf, ObjectOf, OneOf
+from trio_cluster.openai.requests.fields import OnlyIf, Table, Uploads
+from trio_cluster.openai.requests.schemas import by_type, members_of, or_null
 
 PATHS = describe_endpoints()
 # Reading a request costs little, and drawing one a lot; what is drawn first is as good as what comes later.

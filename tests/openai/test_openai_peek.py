@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from openai_answers import FORM, form
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import FormPeek, FormReader, is_form, peek_model
-from trio_cluster.openai._forms import MOST_PARTS, read_form
+from trio_cluster.openai.requests.forms import MOST_PARTS, read_form
 
 FILE = ("file", "a.wav", b"RIFF\r\n--\r\n--b\r--\n" * 3)
 FIELDS = [("model", "m"), ("language", "de"), ("temperature", "0")]

@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai_answers import answer, answer_json, encoder, send
 from pydantic import TypeAdapter
 
-from trio_cluster._errors import ApiError
+from trio_cluster.errors import ApiError
 from trio_cluster.openai import OutputChunk
 from trio_cluster.testing import StreamReport, read_stream
 

@@ -9,10 +9,10 @@ import sys
 import attrs
 import pytest
 
-from trio_cluster._errors import ApiError
-from trio_cluster._models import KINDS
+from trio_cluster.core.model import KINDS
+from trio_cluster.errors import ApiError
 from trio_cluster.openai import DONE, ENDPOINTS, PING, error_body, error_event, event
-from trio_cluster.openai._sse import named_event
+from trio_cluster.openai.sse import named_event
 from trio_cluster.testing import read_stream
 
 

@@ -11,7 +11,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai_answers import answer, answer_json, encoder, send
 
-from trio_cluster._errors import ApiError
+from trio_cluster.errors import ApiError
 from trio_cluster.openai import ChatRequest, OutputChunk
 from trio_cluster.testing import StreamReport, read_stream
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from openai_answers import LEAST, refused, send
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 from trio_cluster.openai import ENDPOINTS
 
 NOT_STRINGS: list[Any] = [1, True, ["x"], {}]

@@ -13,9 +13,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster._pool import HandlerPool
-from trio_cluster._registry import Registry
-from trio_cluster.http import KEPT, Kept, _relay
+from trio_cluster.gateway import relay
+from trio_cluster.gateway.body import KEPT, Kept
+from trio_cluster.local.pool import HandlerPool
+from trio_cluster.protocol import MasterSession
+from trio_cluster.routing.router import Registry
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
 from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._actors import Actors, Run
@@ -26,7 +28,6 @@ from trio_cluster.testing._laws import Laws
 from trio_cluster.testing._plan import Errand, Plan, draw_plan
 from trio_cluster.testing._scripts import Script, ScriptedFailure, read_script
 from trio_cluster.testing._soak import soak
-from trio_cluster.wire import MasterSession
 
 SMALL: dict[str, Any] = {"seconds": 12, "requests": 20, "faults": 8}
 SEEDS = range(1, 21)
@@ -91,7 +92,7 @@ def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finish_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_relay, "error_event", lambda error: b"data: [DONE]\n\n")
+    monkeypatch.setattr(relay, "error_event", lambda error: b"data: [DONE]\n\n")
 
 
 def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio._core import _run
 
-from trio_cluster import _chance
+from trio_cluster.core import randomness
 from trio_cluster.testing import open_cluster, seeded
 
 
@@ -34,7 +34,7 @@ def test_the_same_seed_is_the_same_course_to_the_byte_in_every_process() -> None
 
 def test_seeding_reaches_everything_that_draws() -> None:
     def draws() -> list[object]:
-        return [random.random(), _chance.token(8), _chance.uniform(0, 1), _run._r.random()]
+        return [random.random(), randomness.token(8), randomness.uniform(0, 1), _run._r.random()]
 
     with seeded(3) as mine:
         first, own = draws(), mine.random()
@@ -46,18 +46,18 @@ def test_seeding_reaches_everything_that_draws() -> None:
 
 def test_afterwards_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
-    before = random.getstate(), _chance.generator.getstate(), _run._r.getstate()
+    before = random.getstate(), randomness.generator.getstate(), _run._r.getstate()
     with pytest.raises(ZeroDivisionError), seeded(3):
-        _ = random.random() + len(_chance.token(3)) / 0
-    assert (random.getstate(), _chance.generator.getstate(), _run._r.getstate()) == before
+        _ = random.random() + len(randomness.token(3)) / 0
+    assert (random.getstate(), randomness.generator.getstate(), _run._r.getstate()) == before
     assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
 
 
 def test_a_program_that_seeds_random_does_not_make_ids_that_others_have() -> None:
     random.seed(0)
-    one = _chance.token(16)
+    one = randomness.token(16)
     random.seed(0)
-    assert _chance.token(16) != one
+    assert randomness.token(16) != one
 
 
 def test_a_trio_that_cannot_be_seeded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

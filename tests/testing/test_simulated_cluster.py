@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from trio_cluster import ClusterServer, CustomRequest, HandshakeRefused
-from trio_cluster.http._http1 import Http1Connection
+from trio_cluster.http1.connection import Http1Connection
 from trio_cluster.testing import (
     FakeModel,
     SimulatedClient,

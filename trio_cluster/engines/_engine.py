@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Final, Protocol
 import attrs
 import trio
 
-from trio_cluster._errors import ClusterError, OptionsError
-from trio_cluster._models import ChatModelOptions, Kind
+from trio_cluster.core.model import ChatModelOptions, Kind
+from trio_cluster.errors import ClusterError, OptionsError
 
 __all__ = [
     "GROUP",
@@ -49,8 +49,12 @@ GROUP: Final = "trio_cluster.engines"
 # Our own, so that they are there in a source tree that was never installed, and nobody else's package can
 # take their names.
 _OWN: Final = {
-    name: EntryPoint(name, f"{__package__}.{name}:engine", GROUP)
-    for name in ("digits", "hibari", "llama", "minilm", "openai", "whisper")
+    name: EntryPoint(name, f"trio_cluster.{folder}.{name}:engine", GROUP)
+    for folder, names in (
+        ("engines", ("hibari", "llama", "minilm", "openai", "whisper")),
+        ("demo", ("digits",)),
+    )
+    for name in names
 }
 
 # A comma separates options only if a key and an equals sign follow, so that paths and values may have commas

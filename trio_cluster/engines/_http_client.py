@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 import attrs
 import trio
 
-from trio_cluster._ports import receive_when_ready
+from trio_cluster.net.sockets import receive_when_ready
 
 from ._http_response import AnswerCut, HttpError, ResponseReader
 

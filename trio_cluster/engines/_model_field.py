@@ -16,7 +16,7 @@ from multipart import (  # type: ignore[import-untyped]
     parse_options_header,
 )
 
-from trio_cluster._errors import InvalidRequest
+from trio_cluster.errors import InvalidRequest
 
 __all__ = ["FormRewriter", "rewrite_form", "rewrite_json"]
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
 
-from trio_cluster._calls import Request
-from trio_cluster._errors import InvalidRequest, UpstreamLost
-from trio_cluster._raw import RawCall
 from trio_cluster._version import __version__
+from trio_cluster.core.call import Request
+from trio_cluster.errors import InvalidRequest, UpstreamLost
+from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form
 
 from ._http_client import Answer, Body, ConnectFailed, HttpClient, Question

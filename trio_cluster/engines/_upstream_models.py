@@ -21,7 +21,7 @@ import attrs
 import msgspec
 import trio
 
-from trio_cluster._models import ChatModelOptions
+from trio_cluster.core.model import ChatModelOptions
 
 from ._engine import ModelServer
 from ._http_client import HttpClient, Question

@@ -28,7 +28,7 @@ from typing import IO, Final, TextIO
 import attrs
 import trio
 
-from trio_cluster._errors import ClusterError
+from trio_cluster.errors import ClusterError
 
 __all__ = ["WEIGHTS", "PinnedFile", "Weights", "WeightsError", "Wheel", "cache_folder", "ensure_weights"]
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Final
 import attrs
 import trio
 
-from trio_cluster._errors import ClusterError, InvalidRequest
-from trio_cluster._shapes import Provider
+from trio_cluster.errors import ClusterError, InvalidRequest
+from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import OutputChunk, TTSRequest
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -79,7 +79,7 @@ class Speaker:
 
     async def speak(self, request: TTSRequest, provider: Provider) -> None:
         """Answer a request; the handler that is registered."""
-        from . import _wav
+        from .audio import wav
 
         # The documented default is a format that we do not have. Who did not choose it does not insist on it.
         chosen = request.response_format if "response_format" in request.raw else "wav"
@@ -94,13 +94,13 @@ class Speaker:
             begun = False
             async for audio, is_whole in sentences:
                 if chosen == "wav" and not begun:
-                    audio = _wav.header(rate, length=len(audio) if is_whole else None) + audio
+                    audio = wav.header(rate, length=len(audio) if is_whole else None) + audio
                 begun = True
                 await provider.push(OutputChunk.audio(audio, f"audio/{chosen}"))
 
     def _speaking(self, request: TTSRequest) -> Callable[[Outlet[tuple[bytes, bool]]], None]:
         """Return the work of one request: the samples of each sentence, and whether that is all there is."""
-        from . import _wav
+        from .audio import wav
 
         def work(outlet: Outlet[tuple[bytes, bool]]) -> None:
             sentences = self._voice.phonemize(request.input)
@@ -110,7 +110,7 @@ class Speaker:
                 if outlet.closed():
                     return
                 samples = self._voice.from_phonemes(sentence, speed=request.speed, seed=0)
-                if not outlet.put((_wav.to_pcm16(samples), len(sentences) == 1)):
+                if not outlet.put((wav.to_pcm16(samples), len(sentences) == 1)):
                     return
 
         return work

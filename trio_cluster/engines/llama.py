@@ -27,9 +27,9 @@ from typing import Any, ClassVar, Final
 import attrs
 import trio
 
-from trio_cluster._errors import ApiError, ClusterError, HandlerFailed, InvalidRequest
-from trio_cluster._models import ChatModelOptions
-from trio_cluster._shapes import Provider
+from trio_cluster.core.model import ChatModelOptions
+from trio_cluster.errors import ApiError, ClusterError, HandlerFailed, InvalidRequest
+from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import ChatRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Final
 import attrs
 import trio
 
-from trio_cluster._errors import ClusterError, InvalidRequest
-from trio_cluster._shapes import Provider
+from trio_cluster.errors import ClusterError, InvalidRequest
+from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import EmbeddingRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, boolean, text, whole_number

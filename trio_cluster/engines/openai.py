@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from trio_cluster._models import ModelInfo
+from trio_cluster.core.model import ModelInfo
 
 from ._engine import Engine, ModelServer, Option, fraction, text, whole_number
 from ._http_client import BaseURL, HttpClient

@@ -8,7 +8,7 @@ A window is one blocking call that cannot be interrupted, of about a second with
 is given up stops after it. Calls for several requests run one after the other unless ``parallel`` says
 otherwise.
 
-Reads WAV files (see ``_wav``); other formats are refused with a message that names them.
+Reads WAV files (see ``engines/audio/wav.py``); other formats are refused with a message that names them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Final
 import attrs
 import trio
 
-from trio_cluster._errors import ClusterError, InvalidRequest
-from trio_cluster._shapes import Provider
+from trio_cluster.errors import ClusterError, InvalidRequest
+from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import ASRRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -159,36 +159,36 @@ class Whisper:
 
     def _hearing(self, request: ASRRequest, language: str | None) -> Callable[[Outlet[dict[str, Any]]], None]:
         """Return the work of one request: what is understood, window by window, as parts of the answer."""
-        from . import _mel, _wav
+        from .audio import mel, wav
 
         def work(outlet: Outlet[dict[str, Any]]) -> None:
             try:
-                samples, rate = _wav.read(request.audio, max_seconds=self._max_seconds)
-            except _wav.WavError as error:
+                samples, rate = wav.read(request.audio, max_seconds=self._max_seconds)
+            except wav.WavError as error:
                 raise InvalidRequest(str(error), param="file", code="unsupported_audio") from error
-            samples = _wav.resample(samples, rate, _mel.RATE)
-            duration = len(samples) / _mel.RATE
+            samples = wav.resample(samples, rate, mel.RATE)
+            duration = len(samples) / mel.RATE
             spoken = language
             position = 0
             earlier: tuple[int, ...] = tuple(
                 self._ids(" " + request.prompt.strip()) if request.prompt else ()
             )
             # The rest of less than a hundredth of a second is not a window.
-            while position + _mel.RATE // 100 < len(samples):
-                window = samples[position : position + _mel.WINDOW_SAMPLES]
-                features = _mel.log_mel(window, self._model.n_mels)
+            while position + mel.RATE // 100 < len(samples):
+                window = samples[position : position + mel.WINDOW_SAMPLES]
+                features = mel.log_mel(window, self._model.n_mels)
                 if outlet.closed():
                     return
                 if spoken is None:
                     spoken = self._detect(features)
-                segments, heard = self._decode(features, spoken, earlier, request, len(window) / _mel.RATE)
+                segments, heard = self._decode(features, spoken, earlier, request, len(window) / mel.RATE)
                 piece = {"language": spoken, "duration": duration, "segments": []}
-                piece["segments"] = shown = self._shown(segments, position / _mel.RATE)
+                piece["segments"] = shown = self._shown(segments, position / mel.RATE)
                 piece["text"] = "".join(segment["text"] for segment in shown)
                 if not outlet.put(piece):
                     return
                 earlier = (*earlier, *(token for segment in segments for token in segment.tokens))
-                position += max(round(heard * _mel.RATE), _mel.RATE)
+                position += max(round(heard * mel.RATE), mel.RATE)
             outlet.put({"language": spoken or language or "", "duration": duration})
 
         return work

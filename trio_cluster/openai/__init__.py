@@ -4,14 +4,12 @@ This floor knows neither sockets nor tasks nor any web framework. Reading a requ
 functions of bytes to values and of values to bytes; everything that waits is built on top of them.
 """
 
-from ._chunks import FinishReason, OutputChunk, to_chunk
-from ._encoding import Encoder
-from ._endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
-from ._forms import FormReader, is_form
-from ._json import read_object
-from ._openapi import ERROR, ERRORS, describe_endpoints, error_responses
-from ._peek import FormPeek, peek_model
-from ._requests import (
+from .endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
+from .json_values import read_object
+from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
+from .requests.forms import FormReader, is_form
+from .requests.peek import FormPeek, peek_model
+from .requests.types import (
     ASRRequest,
     ChatRequest,
     CustomRequest,
@@ -23,7 +21,9 @@ from ._requests import (
     RerankRequest,
     TTSRequest,
 )
-from ._sse import DONE, PING, error_body, error_event, event
+from .responses.chunks import FinishReason, OutputChunk, to_chunk
+from .responses.encoder import Encoder
+from .sse import DONE, PING, error_body, error_event, event
 
 __all__ = [
     "DONE",

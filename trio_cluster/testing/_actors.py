@@ -14,8 +14,8 @@ from typing import Any
 import attrs
 import trio
 
-from .._errors import ApiError
-from .._shapes import Provider
+from ..errors import ApiError
+from ..local.adapters import Provider
 from ._history import History
 from ._plan import Model
 from ._scripts import Script, ScriptedFailure, read_script

@@ -14,8 +14,8 @@ from typing import Any
 
 import trio
 
-from .._cluster import ClusterServer
-from .._options import ClusterServerOptions, ServerOptions
+from ..options import ClusterServerOptions, ServerOptions
+from ..server import ClusterServer
 from ._client import SimulatedClient, StreamingAnswer
 from ._clock import threads_hold_clock
 from ._network import Connection, SimulatedNetwork

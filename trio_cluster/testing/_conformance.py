@@ -21,13 +21,13 @@ from typing import Any, Final
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from .._calls import Call, Data, Done, Event, Failed, Head, Request
-from .._handlers import HandlerBackend
-from .._models import Kind, ModelInfo
-from .._options import ClusterServerOptions, ServerOptions
-from .._pool import HandlerPool
-from .._shapes import Handler
+from ..core.call import Call, Data, Done, Event, Failed, Head, Request
+from ..core.model import Kind, ModelInfo
+from ..local.adapters import Handler
+from ..local.handler import HandlerBackend
+from ..local.pool import HandlerPool
 from ..openai import endpoint_named
+from ..options import ClusterServerOptions, ServerOptions
 from ._clock import threads_hold_clock
 from ._promises import (
     BrokenPromise,

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import trio
 
-from .._calls import WINDOW
-from ..http import GRACE
+from ..core.call import WINDOW
+from ..gateway.relay import GRACE
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
 from ._errands import Outcome

@@ -17,8 +17,8 @@ from typing import Any, Final, TypeAlias
 import attrs
 import trio
 
-from .._errors import ApiError
-from .._shapes import Provider, ThreadProvider
+from ..errors import ApiError
+from ..local.adapters import Provider, ThreadProvider
 from ..openai import (
     ASRRequest,
     ChatRequest,

@@ -17,8 +17,8 @@ from typing import Final
 import attrs
 import trio
 
-from .._errors import ClusterPortError
-from .._ports import Listeners
+from ..errors import ClusterPortError
+from ..net.sockets import Listeners
 from ._streams import Pipe, SimulatedStream, Socket
 
 __all__ = ["Connection", "Host", "SimulatedListener", "SimulatedNetwork"]

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from .._models import Kind
+from ..core.model import Kind
 from ._scripts import Failure, Script
 
 __all__ = ["Errand", "Fault", "FaultKind", "Model", "Plan", "draw_plan"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from .._models import Kind
+from ..core.model import Kind
 
 __all__ = [
     "BrokenPromise",

@@ -13,8 +13,8 @@ from typing import Final
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from .._registry import Books, Registry
-from ..wire import MasterSession, WorkerSession
+from ..protocol import MasterSession, WorkerSession
+from ..routing.router import Books, Registry
 from ._cluster import SimulatedCluster, SimulatedNode
 
 __all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
@@ -24,7 +24,7 @@ _HTTP_REQUEST: Final = "_Passage.run"
 #: The tasks of all connections: those of clients, and those of workers.
 _CONNECTIONS: Final = frozenset(
     {
-        "trio_cluster.http._serving._Connections._serve_one",
+        "trio_cluster.http1.server._Connections._serve_one",
         "trio._highlevel_serve_listeners._run_handler",
     }
 )

@@ -8,7 +8,7 @@ import wave
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .._models import Kind
+from ..core.model import Kind
 from ._grammar import read_stream
 
 __all__ = ["ENDPOINT_OF", "encode", "essence", "sample", "streams"]

@@ -22,7 +22,7 @@ import attrs
 import trio
 import trio.testing
 
-from ..http import Kept
+from ..gateway.body import Kept
 from ._actors import Actors
 from ._cluster import PORT, open_cluster
 from ._errands import Outcome, run_errand

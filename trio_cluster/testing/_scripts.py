@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from .._models import Kind
+from ..core.model import Kind
 
 __all__ = ["MARGIN", "Failure", "Script", "ScriptedFailure", "read_script"]
 

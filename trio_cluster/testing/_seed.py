@@ -18,7 +18,7 @@ from typing import Any
 
 from trio._core import _run
 
-from .. import _chance
+from ..core import randomness
 
 __all__ = ["seeded"]
 
@@ -44,7 +44,7 @@ def seeded(seed: int) -> Iterator[random.Random]:
     scheduler = getattr(_run, "_r", None)
     if not isinstance(scheduler, random.Random) or not hasattr(_run, _SORTS):
         raise RuntimeError("the scheduler of this version of trio cannot be seeded")
-    generators: list[Any] = [scheduler, random, _chance.generator]
+    generators: list[Any] = [scheduler, random, randomness.generator]
     states = [each.getstate() for each in generators]
     sorts = getattr(_run, _SORTS)
     # A batch of tasks that are ready is in no order that could be repeated, unless it is sorted before it is shuffled.

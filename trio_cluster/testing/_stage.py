@@ -15,7 +15,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from .._cluster import ClusterServer
+from ..server import ClusterServer
 from ._actors import Actors
 from ._cluster import SimulatedCluster, SimulatedNode, worker
 from ._history import History, Trouble

@@ -1,0 +1,179 @@
+"""Calls that come over a link: their bodies, their limits, and what can be given back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+from memory_cluster import MemoryCluster, Worker, everything, text
+from trio.testing import wait_all_tasks_blocked
+
+from trio_cluster.core.call import Call, Done, Failed, Request
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.upload import WINDOW, Upload
+from trio_cluster.errors import ApiError
+from trio_cluster.local.passthrough import RawBackend, RawCall
+
+
+def request(body: bytes = b"", upload: Upload | None = None, **fields: Any) -> Request:
+    return Request("/v1/x", "any", "raw", body, "text/plain", upload=upload, **fields)
+
+
+class Far:
+    """A raw model on a worker, which reads when it is told to."""
+
+    def __init__(self, cluster: MemoryCluster) -> None:
+        self.cluster = cluster
+        self.go_on = trio.Event()
+        self.calls: list[RawCall] = []
+        self.worker: Worker
+
+    async def start(self) -> None:
+        self.worker = await self.cluster.start("w1")
+        backend = RawBackend(ModelInfo("raw", "any"), self.answer, self.worker.pool)
+        self.worker.registry.add(backend.info, backend)
+        self.worker.client.announce(backend.info)
+        await wait_all_tasks_blocked()
+
+    async def answer(self, call: RawCall) -> None:
+        self.calls.append(call)
+        await self.go_on.wait()
+        size = 0
+        while piece := await call.receive():
+            size += len(piece)
+        call.begin(200, "text/plain")
+        await call.send(b"%d" % size)
+
+    def open(self, asked: Request) -> Call:
+        return self.cluster.registry.open(asked)
+
+    def arrived(self) -> int:
+        upload = self.calls[-1].request.upload
+        assert upload is not None
+        return upload.received
+
+
+@pytest.fixture
+async def far(nursery: trio.Nursery) -> AsyncIterator[Far]:
+    made = Far(MemoryCluster(nursery))
+    await made.start()
+    yield made
+    assert made.worker.client.in_flight == 0
+    session = made.worker.client.session
+    assert session is None or session.quiet
+
+
+async def failure(call: Call) -> ApiError:
+    with trio.fail_after(5):
+        end = (await everything(call))[-1]
+    assert isinstance(end, Failed)
+    return end.error
+
+
+@pytest.mark.parametrize("size", [0, 1, WINDOW, 3 * WINDOW + 1])
+async def test_a_body_arrives_whether_it_was_there_or_is_still_coming(size: int, far: Far) -> None:
+    far.go_on.set()
+    assert text(await everything(far.open(request(bytes(size))))) == str(size)
+    upload = Upload(size)
+    call = far.open(request(upload=upload))
+    upload.put(bytes(size), last=True)
+    assert text(await everything(call)) == str(size)
+
+
+async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Far) -> None:
+    far.go_on.set()
+    for upload in (Upload(7), Upload()):
+        call = far.open(request(upload=upload))
+        upload.put(b"x" * 7, last=True)
+        await everything(call)
+    assert [call.request.size for call in far.calls] == [7, -1]
+
+
+async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:
+    upload = Upload()
+    call = far.open(request(upload=upload))
+    upload.put(bytes(3 * WINDOW))
+    await wait_all_tasks_blocked()
+    assert far.arrived() == WINDOW
+    # What has gone to the worker makes room for the client.
+    upload.put(b"", last=True)
+    with trio.fail_after(1):
+        far.go_on.set()
+        assert text(await everything(call)) == str(3 * WINDOW)
+
+
+async def test_the_end_of_a_call_ends_its_upload_on_both_nodes(far: Far) -> None:
+    upload = Upload()
+    call = far.open(request(upload=upload))
+    upload.put(b"x" * 10)
+    await wait_all_tasks_blocked()
+    call.cancel("the client left")
+    await wait_all_tasks_blocked()
+    theirs = far.calls[0].request.upload
+    assert theirs is not None
+    assert (upload.closed, theirs.closed, call.released) == (True, True, True)
+
+
+async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: Far) -> None:
+    async def hasty(call: RawCall) -> None:
+        call.begin(413, "text/plain")
+
+    backend = RawBackend(ModelInfo("hasty", "any"), hasty, far.worker.pool)
+    far.worker.registry.add(backend.info, backend)
+    far.worker.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    upload, told = Upload(), trio.Event()
+    upload.on_close(told.set)
+    call = far.open(Request("/v1/x", "any", "hasty", b"", upload=upload))
+    upload.put(bytes(WINDOW * 2))
+    assert isinstance((await everything(call))[-1], Done)
+    assert told.is_set()
+    # And what is put now is not sent any more.
+    upload.put(b"x")
+    await wait_all_tasks_blocked()
+
+
+async def test_a_body_that_is_declared_too_large_for_the_worker_is_413_at_once(far: Far) -> None:
+    far.worker.options.server.max_body_size = 100
+    upload = Upload(101)
+    assert (await failure(far.open(request(upload=upload)))).status == 413
+    assert (far.calls, upload.closed) == ([], True)
+
+
+async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(far: Far) -> None:
+    far.worker.options.server.max_body_size = 100
+    upload = Upload()
+    call = far.open(request(upload=upload))
+    upload.put(b"x" * 100)
+    await wait_all_tasks_blocked()
+    assert not call.ended
+    upload.put(b"x")
+    assert (await failure(call)).status == 413
+    await wait_all_tasks_blocked()
+    assert far.worker.registry.live == {}
+
+
+# Giving back
+
+
+@pytest.mark.parametrize("once", [False, True])
+async def test_what_cannot_be_sent_again_is_not_given_back(once: bool, far: Far) -> None:
+    body = bytes(2 * WINDOW)
+    upload = Upload(len(body))
+    call = far.open(request(upload=upload) if once else request(body))
+    if once:
+        upload.put(body[:-1])
+    await wait_all_tasks_blocked()
+    far.worker.client.drain("the worker is being stopped")
+    await wait_all_tasks_blocked()
+    assert call.ended is not once
+    if once:
+        upload.put(b"x", last=True)
+        far.go_on.set()
+        assert text(await everything(call)) == str(len(body))
+    else:
+        assert (await failure(call)).code == "shutting_down"
+    far.worker.client.leave("stopped")
+    await far.worker.over.wait()

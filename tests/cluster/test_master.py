@@ -1,0 +1,668 @@
+"""What a master does with workers that come, serve, fall silent and go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever, text
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_cluster.core.call import WINDOW, Data, Done, Failed, Head, Request
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.errors import ApiError, WorkerLost
+from trio_cluster.local.handler import HandlerBackend
+from trio_cluster.openai import ChatRequest, OutputChunk
+from trio_cluster.protocol import Heartbeat
+
+
+@pytest.fixture
+def cluster(nursery: trio.Nursery) -> MemoryCluster:
+    return MemoryCluster(nursery)
+
+
+async def test_a_worker_that_joins_has_its_models_served(cluster: MemoryCluster) -> None:
+    await cluster.start("w1", echo)
+    assert cluster.registry.names() == ["echo"]
+    assert cluster.registry.served_by("echo") == ["w1"]
+    events = await everything(cluster.registry.open(chat_request("echo")))
+    assert isinstance(events[0], Head)
+    assert isinstance(events[-1], Done)
+    assert text(events).endswith("data: [DONE]\n\n")
+    await cluster.registry.wait_idle()
+
+
+async def test_a_forwarded_answer_is_the_local_one_byte_for_byte(cluster: MemoryCluster) -> None:
+    worker = await cluster.start("w1", echo)
+    for stream in (False, True):
+        request = chat_request("echo", stream=stream)
+        far = text(await everything(cluster.registry.open(request)))
+        near = text(await everything(worker.registry.open(request)))
+        assert _without_ids(far) == _without_ids(near)
+
+
+def _without_ids(body: str) -> list[str]:
+    return [part for part in body.replace('"', "\n").split("\n") if "chatcmpl-" not in part]
+
+
+async def test_models_come_and_go_while_a_worker_is_connected(cluster: MemoryCluster) -> None:
+    worker = await cluster.start("w1", echo)
+    worker.serve("later", echo)
+    info = worker.registry.info("later")
+    assert info is not None
+    worker.client.announce(info)
+    await wait_all_tasks_blocked()
+    assert cluster.registry.names() == ["echo", "later"]
+    worker.client.withdraw("echo")
+    await wait_all_tasks_blocked()
+    assert cluster.registry.names() == ["later"]
+
+
+async def test_a_model_keeps_its_creation_time_across_reconnections(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", echo)
+    before = cluster.registry.info("echo")
+    worker.cut()
+    await wait_all_tasks_blocked()
+    assert cluster.registry.info("echo") is None
+    await trio.sleep(60)
+    assert cluster.registry.info("echo") == before
+
+
+async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    start = trio.current_time()
+    worker.cut()
+    last = (await everything(call))[-1]
+    assert trio.current_time() == start
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, WorkerLost)
+    assert last.error.status == 502
+    assert cluster.registry.names() == []
+    assert call.released
+    assert not cluster.registry.live
+
+
+async def test_a_silent_worker_is_given_up_after_the_timeout(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    start = trio.current_time()
+    worker.black_hole()
+    with caplog.at_level(logging.WARNING, "trio_cluster"):
+        last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert 25 <= trio.current_time() - start <= 36
+    assert cluster.registry.names() == []
+    assert "worker left" in caplog.text
+
+
+async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: MemoryCluster) -> None:
+    stopped = trio.Event()
+
+    async def waits(request: ChatRequest) -> AsyncIterator[str]:
+        try:
+            yield "begun"
+            await trio.sleep_forever()
+        finally:
+            stopped.set()
+
+    worker = await cluster.start("w1", waits)
+    call = cluster.registry.open(chat_request("waits"))
+    assert isinstance(await call.receive(), Head)
+    await wait_all_tasks_blocked()
+    call.cancel("client left")
+    await stopped.wait()
+    await cluster.registry.wait_idle()
+    assert worker.pool.running == 0
+    assert not worker.registry.live
+    assert cluster.registry.books.cancelled == 1
+
+
+async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    async def lingers(request: ChatRequest) -> AsyncIterator[str]:
+        try:
+            yield "begun"
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(9)
+
+    await cluster.start("w1", lingers)
+    call = cluster.registry.open(chat_request("lingers"))
+    assert isinstance(await call.receive(), Head)
+    await wait_all_tasks_blocked()
+    call.cancel("client left")
+    start = trio.current_time()
+    await wait_all_tasks_blocked()
+    assert not call.released
+    await cluster.registry.wait_idle()
+    assert trio.current_time() - start == pytest.approx(9)
+
+
+async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_elses(
+    cluster: MemoryCluster,
+) -> None:
+    produced = 0
+
+    async def torrent(request: ChatRequest) -> AsyncIterator[str]:
+        nonlocal produced
+        while True:
+            produced += 1
+            yield "x" * 1000
+
+    worker = await cluster.start("w1", torrent, echo)
+    unread = cluster.registry.open(chat_request("torrent"))
+    await wait_all_tasks_blocked()
+    stalled_at = produced
+    # One window here, one in the worker, and what an event weighs beside its text.
+    assert stalled_at * 1000 <= 3 * WINDOW
+    assert unread.waiting_bytes <= WINDOW
+    for _ in range(3):
+        assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+    assert produced == stalled_at
+    assert isinstance(await unread.receive(), Head)
+    taken = 0
+    while taken < 2 * WINDOW:
+        event = await unread.receive()
+        assert isinstance(event, Data)
+        taken += len(event.data)
+    assert produced > stalled_at
+    unread.cancel("client left")
+    await cluster.registry.wait_idle()
+    assert worker.pool.running == 0
+
+
+async def test_a_large_body_arrives_whole(cluster: MemoryCluster) -> None:
+    lengths: list[int] = []
+
+    async def measures(request: ChatRequest) -> str:
+        lengths.append(len(request.last_text))
+        return "ok"
+
+    await cluster.start("w1", measures)
+    events = await everything(cluster.registry.open(chat_request("measures", content="x" * 5_000_000)))
+    assert isinstance(events[-1], Done)
+    assert lengths == [5_000_000]
+
+
+async def test_a_body_that_is_too_large_for_the_worker_is_refused_with_413(cluster: MemoryCluster) -> None:
+    worker = await cluster.start("w1", echo)
+    worker.options.server.max_body_size = 100_000
+    last = (await everything(cluster.registry.open(chat_request("echo", content="x" * 1_000_000))))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.status == 413
+    assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+
+
+async def test_an_error_crosses_the_wire_as_it_was_raised(cluster: MemoryCluster) -> None:
+    async def refuses(request: ChatRequest) -> str:
+        raise ApiError(429, "slow down", code="quota", type="rate_limit_error", param="n", retry_after=3.0)
+
+    await cluster.start("w1", refuses)
+    last = (await everything(cluster.registry.open(chat_request("refuses"))))[-1]
+    assert isinstance(last, Failed)
+    error = last.error
+    assert (error.status, error.message, error.code, error.type, error.param, error.retry_after) == (
+        429,
+        "slow down",
+        "quota",
+        "rate_limit_error",
+        "n",
+        3.0,
+    )
+
+
+async def test_an_answer_that_http_cannot_carry_fails_and_stops_its_handler(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def speech(request: Any) -> AsyncIterator[OutputChunk]:
+        yield OutputChunk.audio(b"x", "audio/x\r\nset-cookie: y")
+        await trio.sleep_forever()
+
+    worker = await cluster.start("w1")
+    backend = HandlerBackend(ModelInfo("speech", "tts"), speech, worker.pool)
+    worker.registry.add(backend.info, backend)
+    worker.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    body = b'{"model":"speech","input":"x","voice":"y"}'
+    call = cluster.registry.open(Request(endpoint="audio.speech", kind="tts", model="speech", body=body))
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.status == 500
+    await cluster.registry.wait_idle()
+    await worker.registry.wait_idle()
+    assert worker.client.connected
+
+
+async def test_the_time_that_is_left_travels(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
+    seen: list[float] = []
+
+    async def looks(request: ChatRequest) -> str:
+        seen.append(trio.current_effective_deadline() - trio.current_time())
+        return "x"
+
+    await cluster.start("w1", looks)
+    await everything(cluster.registry.open(chat_request("looks", timeout=7.0)))
+    await everything(cluster.registry.open(chat_request("looks", timeout=7.0, budget=3.0)))
+    assert seen == [pytest.approx(7.0), pytest.approx(3.0)]
+
+
+# Names
+
+
+async def test_a_taken_model_is_refused_and_its_worker_stays(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    await cluster.start("w1", echo)
+    second = await cluster.start("w2", echo, forever)
+    assert second.client.connected
+    assert list(second.client.rejected_models) == ["echo"]
+    assert "w1" in second.client.rejected_models["echo"]
+    assert cluster.registry.served_by("echo") == ["w1"]
+    assert cluster.registry.served_by("forever") == ["w2"]
+    assert "refused" in caplog.text
+
+
+async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    assert cluster.registry.served_by("echo") == ["w1", "w2"]
+    first.scope.cancel()
+    await first.over.wait()
+    await wait_all_tasks_blocked()
+    assert cluster.registry.served_by("echo") == ["w2"]
+    assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+
+
+async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    first.cut()
+    for _ in range(30):
+        # One at a time, through every step that the master takes to notice.
+        cluster.registry.open(chat_request("echo"))
+        await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked()
+    # Opening never failed: at every instant, who was on the books could be asked.
+    assert cluster.registry.books.admitted == 30
+    assert cluster.registry.served_by("echo") == ["w2"]
+
+
+async def test_a_silent_workers_calls_fail_before_the_goodbye(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    await trio.sleep(0.5)
+    worker.black_hole()
+    await trio.sleep(29)
+    assert not call.ended
+    await trio.sleep(1)
+    assert call.ended
+
+
+async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_replica(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+
+    async def shared(request: ChatRequest) -> AsyncIterator[str]:
+        await trio.sleep_forever()
+        yield "x"
+
+    async def serves(request: ChatRequest) -> str:
+        return "x"
+
+    first = await cluster.start("w1", shared)
+    call = cluster.registry.open(chat_request("shared"))
+    serves.__name__ = "shared"
+    await cluster.start("w2", serves)
+    first.cut()
+    await everything(call)
+    again = cluster.registry.reopen(call)
+    assert again is not None
+    assert again.served_by == "w2"
+    assert isinstance((await everything(again))[-1], Done)
+
+
+async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_another_replica(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    call = cluster.registry.open(chat_request("echo"))
+    assert call.served_by == "w1"
+    first.registry.remove("echo", next(iter(first.registry._models["echo"].replicas)))
+    first.client.withdraw("echo")
+    assert isinstance(last := (await everything(call))[-1], Failed)
+    assert last.error.status == 404
+    again = cluster.registry.reopen(call)
+    assert again is not None
+    assert again.served_by == "w2"
+    assert isinstance((await everything(again))[-1], Done)
+
+
+async def test_a_handler_that_says_the_model_does_not_exist_is_not_asked_again_elsewhere(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+
+    async def picky(request: ChatRequest) -> str:
+        raise ApiError(404, "not here", code="model_not_found")
+
+    await cluster.start("w1", picky)
+    await cluster.start("w2", picky)
+    call = cluster.registry.open(chat_request("picky"))
+    assert isinstance((await everything(call))[-1], Failed)
+    assert cluster.registry.reopen(call) is None
+
+
+async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: MemoryCluster) -> None:
+    first = await cluster.start("w1", echo)
+    thief = _worker(cluster, "w1", forever)
+    cluster.nursery.start_soon(thief.run)
+    await wait_all_tasks_blocked()
+    assert not thief.client.connected
+    assert first.client.connected
+    assert cluster.registry.names() == ["echo"]
+    thief.scope.cancel()
+
+
+async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_itself(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    ours, _theirs = worker.streams
+    # The worker loses its connection; the master is not told, and goes on waiting.
+    ours.receive_stream.close()
+    ours.send_stream.send_all_hook = trio.sleep_forever
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert "replaced" in last.error.message or "broke" in last.error.message
+    await trio.sleep(60)
+    assert worker.client.connected
+    assert cluster.registry.served_by("forever") == ["w1"]
+    assert len(cluster.manager.workers) == 1
+
+
+async def test_the_end_of_an_old_link_leaves_the_new_one_alone(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", echo)
+    for _ in range(5):
+        worker.cut()
+        await trio.sleep(60)
+        assert cluster.registry.names() == ["echo"]
+        assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+    assert len(cluster.manager.workers) == 1
+
+
+def _worker(cluster: MemoryCluster, name: str, *handlers: Any, **options: Any) -> Worker:
+    worker = Worker(cluster, name, **options)
+    for handler in handlers:
+        worker.serve(handler.__name__, handler)
+    return worker
+
+
+async def test_a_worker_that_drains_gets_no_new_calls_and_finishes_its_own(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    go = trio.Event()
+
+    async def waits(request: ChatRequest) -> str:
+        await go.wait()
+        return "x"
+
+    first = await cluster.start("w1", waits)
+    call = cluster.registry.open(chat_request("waits"))
+    await wait_all_tasks_blocked()
+    await cluster.start("w2", waits)
+    first.client.drain("going home")
+    await wait_all_tasks_blocked()
+    assert cluster.manager.workers["w1"].state == "draining"
+    later = [cluster.registry.open(chat_request("waits")) for _ in range(3)]
+    assert {other.served_by for other in later} == {"w2"}
+    go.set()
+    assert isinstance((await everything(call))[-1], Done)
+
+
+async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears_of_it(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", echo)
+    await cluster.start("w2", echo)
+    with caplog.at_level(logging.INFO, "trio_cluster"):
+        status = cluster.manager.drain_worker("w1", "an upgrade")
+        # At once, and not only when it has been heard.
+        assert {cluster.registry.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
+    assert status is not None
+    assert (status["id"], status["state"], status["draining"]) == ("w1", "draining", True)
+    assert status["instance"] == first.client._instance
+    assert "worker is asked to stop: an upgrade" in caplog.text
+    assert first.asked_to_leave == []
+    await wait_all_tasks_blocked()
+    assert first.asked_to_leave == ["an upgrade"]
+    assert cluster.manager.drain_worker("nobody", "an upgrade") is None
+
+
+async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_given_back(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+
+    async def shared(request: ChatRequest) -> AsyncIterator[str]:
+        if request.last_text == "begin":
+            yield "begun"
+        await trio.sleep_forever()
+
+    first = await cluster.start("w1", shared)
+    silent = cluster.registry.open(chat_request("shared"))
+    begun = cluster.registry.open(chat_request("shared", content="begin"))
+    assert isinstance(await begun.receive(), Head)
+    await cluster.start("w2", shared)
+    first.registry.closed_to = "going home"
+    first.registry.cancel_all("the worker is being stopped")
+    last = (await everything(silent))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code == "shutting_down"
+    again = cluster.registry.reopen(silent)
+    assert again is not None
+    assert again.served_by == "w2"
+    last = (await everything(begun))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code == "cancelled"
+    assert cluster.registry.reopen(begun) is None
+
+
+async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.options.server.max_concurrency = 3
+    worker.options.server.queue_timeout = 100
+    for _ in range(5):
+        cluster.registry.open(chat_request("forever"))
+    await trio.sleep(6)
+    (status,) = cluster.manager.status()
+    assert (status["running"], status["waiting"], status["capacity"]) == (3, 2, 3)
+    assert status["in_flight"] == 5
+    assert status["models"] == ["forever"]
+
+
+# Busy is not dead
+
+
+def _say(worker: Worker, beat: Heartbeat) -> None:
+    """Let a worker send a heartbeat that its loop would not."""
+    service = worker.client._service
+    assert service is not None
+    service.session._outbox.post(beat)
+    service.link.wake()
+
+
+_BLOCKED = Heartbeat(1, 0, 10, 7.5, "handler of 'forever' (app.py:12 in compute)")
+
+
+async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
+    worker = await cluster.start("w1", forever)
+    remote = cluster.manager.workers["w1"]
+    worker.options.server.max_concurrency = 2
+    first = cluster.registry.open(chat_request("forever"))
+    await trio.sleep(6)
+    assert (remote.state, remote.capacity) == ("ok", 2)
+    cluster.registry.open(chat_request("forever"))
+    assert remote.state == "busy"
+    first.cancel("enough")
+    await wait_all_tasks_blocked()
+    await trio.sleep(6)
+    assert remote.state == "ok"
+    # Its own clients count as well.
+    for _ in range(2):
+        worker.registry.open(chat_request("forever"))
+    await trio.sleep(6)
+    assert (remote.state, remote.in_flight) == ("busy", 1)
+    assert remote.available
+
+
+async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_ones(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    worker = await cluster.start("w1", forever)
+    remote = cluster.manager.workers["w1"]
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    (status,) = cluster.manager.status()
+    assert status["state"] == "stalled"
+    assert status["stalled"] == "handler of 'forever' (app.py:12 in compute)"
+    assert status["lag"] == 7.5
+    with pytest.raises(ApiError) as refused:
+        cluster.registry.open(chat_request("forever"))
+    assert (refused.value.status, refused.value.code) == (503, "over_capacity")
+    assert refused.value.retry_after is not None
+    assert "Every node that serves 'forever' is busy" in refused.value.message
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    assert not call.ended
+    # Its loop runs again: the next heartbeat is its own.
+    await trio.sleep(6)
+    assert remote.state == "ok"
+    cluster.registry.open(chat_request("forever"))
+    assert not call.ended
+    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.workers"]
+    assert [message for message in told if "stalled" in message or "again" in message] == [
+        "worker stalled: handler of 'forever' (app.py:12 in compute)",
+        "worker runs again",
+    ]
+
+
+async def test_new_calls_go_to_the_replica_that_is_not_blocked(nursery: trio.Nursery) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first = await cluster.start("w1", forever)
+    await cluster.start("w2", forever)
+    _say(first, _BLOCKED)
+    await wait_all_tasks_blocked()
+    calls = [cluster.registry.open(chat_request("forever")) for _ in range(4)]
+    assert {call.served_by for call in calls} == {"w2"}
+
+
+async def test_a_worker_that_says_it_is_blocked_and_nothing_after_that_is_given_up(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call = cluster.registry.open(chat_request("forever"))
+    assert isinstance(await call.receive(), Head)
+    _say(worker, _BLOCKED)
+    await wait_all_tasks_blocked()
+    start = trio.current_time()
+    worker.black_hole()
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, WorkerLost)
+    assert trio.current_time() - start <= 31
+
+
+async def test_a_worker_that_is_silent_gets_nothing_new_before_it_is_given_up(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.black_hole()
+    remote = cluster.manager.workers["w1"]
+    await trio.sleep(14)
+    assert remote.available
+    await trio.sleep(8)
+    assert remote.state == "stalled"
+    assert remote.stalled.startswith("silent for ")
+    assert not remote.available
+    assert "worker stalled: silent for" in caplog.text
+    await trio.sleep(15)
+    assert cluster.manager.workers.get("w1") is not remote
+
+
+async def test_how_far_a_call_is_on_its_worker_is_known(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.options.server.max_concurrency = 1
+    worker.options.server.queue_timeout = 100
+    running = cluster.registry.open(chat_request("forever"))
+    await wait_all_tasks_blocked()
+    queued = cluster.registry.open(chat_request("forever"))
+    assert queued.phase == "waiting"
+    await trio.sleep(6)
+    assert (running.phase, queued.phase) == ("streaming", "queued")
+    assert running.produced == running.waiting_bytes > 0
+    assert queued.produced == 0
+    running.cancel("enough")
+    await trio.sleep(6)
+    assert queued.phase == "streaming"
+
+
+async def test_a_worker_notes_that_its_master_is_blocked(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    await cluster.start("w1", forever)
+    (visit,) = cluster.manager._visits
+    for beat in (_BLOCKED, _BLOCKED, Heartbeat(), Heartbeat()):
+        visit.session._outbox.post(beat)
+    visit.link.wake()
+    await wait_all_tasks_blocked()
+    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.client"]
+    assert [message for message in told if "blocked" in message or "again" in message] == [
+        f"the master is blocked: {_BLOCKED.blocked}",
+        "the master runs again",
+    ]
+
+
+async def test_a_wrong_token_is_refused_and_said_on_both_sides(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, cluster_token="right")
+    worker = _worker(cluster, "w1", echo, cluster_token="wrong")
+    nursery.start_soon(worker.run)
+    await worker.over.wait()
+    assert "wrong or missing cluster token" in str(worker.error)
+    assert "wrong or missing cluster token" in caplog.text
+    assert cluster.registry.names() == []
+    right = await cluster.start("w2", echo, cluster_token="right")
+    assert right.client.connected

@@ -1,0 +1,216 @@
+"""Browsers: which pages may ask, and what they get to see; and the other headers that every answer has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from http_node import CHAT, EVENTS, STREAM, HttpNode, Served, open_http_node
+
+from trio_cluster.errors import Overloaded
+
+PAGE = "https://page.example"
+OTHER = "https://other.example"
+EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after"}
+ASKS = {
+    "origin": PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type, x-stainless-lang",
+}
+
+
+def names(value: str) -> set[str]:
+    return {name.strip().lower() for name in value.split(",")}
+
+
+def is_allowed(answer: httpx.Response, origin: str) -> bool:
+    """Return whether a browser lets a page of this origin see an answer."""
+    return answer.headers.get("access-control-allow-origin") in ("*", origin)
+
+
+# Asking whether one may ask
+
+
+@pytest.mark.parametrize("origins", ["*", PAGE, f"{OTHER}, {PAGE}", f"{PAGE}/"])
+async def test_a_page_that_is_listed_may_ask_and_needs_no_key_for_asking_that(origins: str) -> None:
+    async with open_http_node(cors_origins=origins, api_key="secret") as node, node.client() as client:
+        answer = await client.options("/v1/chat/completions", headers=ASKS)
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert is_allowed(answer, PAGE)
+        assert names(answer.headers["access-control-allow-methods"]) == {"get", "post", "options"}
+        assert names(answer.headers["access-control-allow-headers"]) == names(
+            ASKS["access-control-request-headers"]
+        )
+        assert int(answer.headers["access-control-max-age"]) > 0
+        assert "x-request-id" in answer.headers
+
+
+async def test_a_page_that_is_not_listed_is_not_told_that_it_may() -> None:
+    async with open_http_node(cors_origins=OTHER) as node, node.client() as client:
+        answer = await client.options("/v1/chat/completions", headers=ASKS)
+        assert answer.status_code == 204
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert answer.headers["vary"] == "origin"
+
+
+async def test_without_the_option_nobody_is_told_anything() -> None:
+    async with open_http_node() as node, node.client() as client:
+        asked = await client.options("/v1/chat/completions", headers=ASKS)
+        answered = await client.post("/v1/chat/completions", json=CHAT, headers={"origin": PAGE})
+        for answer in (asked, answered):
+            assert not [
+                name for name in answer.headers if name.startswith("access-control-") or name == "vary"
+            ]
+        assert answered.status_code == 200
+
+
+async def test_an_ordinary_question_for_the_options_of_a_route_needs_a_key_as_before() -> None:
+    async with open_http_node(cors_origins="*", api_key="secret") as node, node.client() as client:
+        answer = await client.options("/v1/chat/completions", headers={"origin": PAGE})
+        assert answer.status_code == 401
+
+
+async def test_the_connection_goes_on_after_it() -> None:
+    async with open_http_node(cors_origins="*") as node, node.connect() as wire:
+        for _ in range(3):
+            await wire.request(
+                "OPTIONS", "/v1/models", b"{}", f"Origin: {PAGE}", "Access-Control-Request-Method: GET"
+            )
+            status, headers = await wire.head()
+            assert (status, "transfer-encoding" in headers) == (204, False)
+        await wire.request("GET", "/health")
+        assert (await wire.answer()).status == 200
+
+
+# Answers
+
+
+async def check(node: HttpNode, path: str, status: int, **request: Any) -> httpx.Response:
+    async with node.client() as client:
+        headers = {"origin": PAGE, **request.pop("headers", {})}
+        answer = await client.request(request.pop("method", "POST"), path, headers=headers, **request)
+    assert answer.status_code == status
+    assert is_allowed(answer, PAGE)
+    assert names(answer.headers["access-control-expose-headers"]) == EXPOSED
+    return answer
+
+
+async def test_a_page_sees_answers_errors_and_refusals() -> None:
+    async with open_http_node(cors_origins=PAGE, api_key="secret", max_body_size=10_000) as node:
+        key = {"authorization": "Bearer secret"}
+        answers = [
+            await check(node, "/v1/chat/completions", 200, json=CHAT, headers=key),
+            await check(node, "/v1/models", 200, method="GET", headers=key),
+            await check(node, "/v1/chat/completions", 401, json=CHAT),
+            await check(node, "/v1/chat/completions", 400, content=b"nonsense", headers=key),
+            await check(node, "/v1/chat/completions", 404, json=CHAT | {"model": "nobody"}, headers=key),
+            await check(node, "/v1/chat/completions", 413, content=bytes(20_000), headers=key),
+            await check(node, "/nowhere", 404, method="GET", headers=key),
+            await check(node, "/v1/models", 405, headers=key),
+        ]
+        for answer in answers:
+            assert answer.headers["vary"] == "origin"
+            assert answer.headers.get_list("access-control-allow-origin") == [PAGE]
+
+
+async def test_a_page_sees_a_stream_and_its_failure() -> None:
+    def fail(served: Served) -> None:
+        served.head(EVENTS).event("some").fail(Overloaded("full"))
+
+    async with (
+        open_http_node(fail, cors_origins="*") as node,
+        node.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=STREAM, headers={"origin": PAGE}) as answer,
+    ):
+        assert is_allowed(answer, PAGE)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await answer.aread()
+
+
+async def test_a_page_that_is_not_listed_gets_an_answer_that_its_browser_hides() -> None:
+    async with open_http_node(cors_origins=OTHER) as node:
+        answer = await node.post(headers={"origin": PAGE})
+        assert (answer.status_code, is_allowed(answer, PAGE), answer.headers["vary"]) == (
+            200,
+            False,
+            "origin",
+        )
+
+
+async def test_what_is_no_browser_is_told_nothing() -> None:
+    async with open_http_node(cors_origins="*") as node:
+        answer = await node.post()
+        assert not [name for name in answer.headers if name.startswith("access-control-") or name == "vary"]
+
+
+async def test_the_option_acts_at_once() -> None:
+    async with open_http_node() as node:
+        assert not is_allowed(await node.post(headers={"origin": PAGE}), PAGE)
+        node.site.options.server.cors_origins = PAGE
+        assert is_allowed(await node.post(headers={"origin": PAGE}), PAGE)
+
+
+# What every answer of a model says
+
+
+async def test_the_time_until_an_answer_began_is_told_for_successes_and_errors() -> None:
+    async def later(served: Served) -> None:
+        await trio.sleep(0.05)
+        served.head().data(b"{}").done()
+
+    async with open_http_node(None) as node, trio.open_nursery() as nursery:
+        answers: list[httpx.Response] = []
+
+        async def ask() -> None:
+            answers.append(await node.post())
+
+        nursery.start_soon(ask)
+        await later(await node.backend.next())
+        for body in (b"nonsense", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}'):
+            async with node.client() as client:
+                answers.append(await client.post("/v1/chat/completions", content=body))
+    took = {answer.status_code: int(answer.headers["openai-processing-ms"]) for answer in answers}
+    assert took.keys() == {200, 400, 404}
+    assert took[200] >= 50
+
+
+async def test_a_stream_is_told_to_pass_unbuffered_and_uncached_and_nothing_else_is() -> None:
+    def script(served: Served) -> None:
+        if b'"stream": true' in served.request.body or b'"stream":true' in served.request.body:
+            served.head(EVENTS).event("some").data(b"data: [DONE]\n\n").done()
+        else:
+            served.head().data(b"{}").done()
+
+    async with open_http_node(script) as node:
+        stream, plain = await node.post(STREAM), await node.post(CHAT)
+        assert (stream.headers["x-accel-buffering"], stream.headers["cache-control"]) == ("no", "no-cache")
+        assert "openai-processing-ms" in stream.headers
+        assert "x-accel-buffering" not in plain.headers
+        assert "cache-control" not in plain.headers
+
+
+# The other way to show a key
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x-api-key": "secret"}, 200),
+        ({"x-api-key": "wrong"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"authorization": "Bearer wrong", "x-api-key": "secret"}, 401),
+        ({"authorization": "Bearer secret", "x-api-key": "wrong"}, 200),
+        ({"authorization": "Basic secret", "x-api-key": "secret"}, 401),
+    ],
+)
+async def test_a_key_may_come_as_x_api_key_where_there_is_no_authorization(
+    headers: dict[str, str], status: int
+) -> None:
+    async with open_http_node(api_key="secret") as node:
+        answer = await node.post(headers=headers)
+        assert answer.status_code == status
+        if status == 200:
+            # It is nobody's business but the gate's.
+            assert "x-api-key" not in (await node.backend.next()).request.headers

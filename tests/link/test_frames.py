@@ -1,0 +1,336 @@
+"""Whole messages as frames and back, with another implementation as the judge."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings, strategies as st
+from wsproto.frame_protocol import FrameDecoder, FrameProtocol, MessageDecoder, ParseFailed
+
+from trio_cluster.link import frames
+from trio_cluster.link.frames import FrameReader, frame, mask_in_python
+from trio_cluster.protocol import ProtocolError
+
+# Each class of length, at its edges.
+SIZES = [0, 1, 3, 4, 5, 125, 126, 127, 65_535, 65_536, 65_537, 300_000]
+NO_LIMIT = (1 << 63) - 1
+
+
+@attrs.define
+class Heard:
+    """What a reader has found: messages and control frames, in order, and what it did not like."""
+
+    messages: list[bytes] = attrs.field(factory=list)
+    controls: list[bytes] = attrs.field(factory=list)
+    error: str | None = None
+
+
+class Ours:
+    """The reader under test."""
+
+    def __init__(self, *, masked: bool, limit: int = NO_LIMIT) -> None:
+        self.heard = Heard()
+        self.reader = FrameReader(masked=masked, limit=limit, on_control=self.heard.controls.append)
+
+    def feed(self, data: bytes) -> Heard:
+        if data:
+            self.reader.feed(data)
+        try:
+            while (message := self.reader.next_message()) is not None:
+                self.heard.messages.append(message)
+        except ProtocolError as error:
+            self.heard.error = error.reason
+        return self.heard
+
+
+class Oracle:
+    """The same on another implementation, which is kinder: it takes text."""
+
+    def __init__(self, *, masked: bool) -> None:
+        self.heard = Heard()
+        self._frames = FrameDecoder(client=not masked)
+        self._messages = MessageDecoder()
+        self._message = b""
+        self._control = b""
+
+    def feed(self, data: bytes) -> Heard:
+        self._frames.receive_bytes(data)
+        try:
+            while (piece := self._frames.process_buffer()) is not None:
+                self._take(piece)
+        except ParseFailed as error:
+            self.heard.error = str(error)
+        return self.heard
+
+    def _take(self, piece: Any) -> None:
+        if piece.opcode.iscontrol():
+            self._control += piece.payload
+            if piece.frame_finished:
+                self.heard.controls.append(self._control)
+                self._control = b""
+            return
+        whole = self._messages.process_frame(piece)
+        self._message += whole.payload.encode() if isinstance(whole.payload, str) else whole.payload
+        if whole.message_finished:
+            self.heard.messages.append(self._message)
+            self._message = b""
+
+
+def raw(
+    first: int, payload: bytes = b"", *, masked: bool = False, key: bytes = b"\1\2\3\4", width: int = 0
+) -> bytes:
+    """Return a frame that begins with ``first``; ``width`` bytes for its size, if not as few as possible."""
+    size = len(payload)
+    width = width or (1 if size < 126 else 2 if size < 1 << 16 else 8)
+    short = {1: size, 2: 126, 8: 127}[width]
+    head = bytes((first, short | (0x80 if masked else 0))) + (
+        size.to_bytes(width, "big") if width > 1 else b""
+    )
+    if not masked:
+        return head + payload
+    return head + key + bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
+
+
+def payload_of(control: bytes, *, masked: bool) -> bytes:
+    oracle = Oracle(masked=masked)
+    (payload,) = oracle.feed(control).controls
+    return payload
+
+
+def some_bytes(size: int) -> bytes:
+    return (bytes(range(256)) * (size // 256 + 1))[:size]
+
+
+@given(st.binary(max_size=300), st.binary(min_size=4, max_size=4))
+def test_masking_is_the_same_compiled_and_in_python(data: bytes, key: bytes) -> None:
+    assert frames._mask(data, key) == mask_in_python(data, key)
+    assert mask_in_python(mask_in_python(data, key), key) == data
+
+
+def test_frames_are_masked_also_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "_mask", mask_in_python)
+    test_what_is_framed_is_a_message_to_others(1000, True)
+    test_a_message_that_others_have_framed_is_read(1000, True)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_framed_is_a_message_to_others(size: int, masked: bool) -> None:
+    oracle = Oracle(masked=masked)
+    oracle.feed(frame(some_bytes(size), masked=masked))
+    assert oracle.heard == Heard([some_bytes(size)])
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_message_that_others_have_framed_is_read(size: int, masked: bool) -> None:
+    ours = Ours(masked=masked, limit=size)
+    ours.feed(bytes(FrameProtocol(client=masked, extensions=[]).send_data(some_bytes(size))))
+    assert ours.heard == Heard([some_bytes(size)])
+
+
+@pytest.mark.parametrize(
+    ("size", "head"),
+    [
+        (0, b"\x82\x00"),
+        (125, b"\x82\x7d"),
+        (126, b"\x82\x7e\x00\x7e"),
+        (65_535, b"\x82\x7e\xff\xff"),
+        (65_536, b"\x82\x7f\0\0\0\0\0\1\0\0"),
+    ],
+)
+def test_a_frame_begins_as_the_standard_says(size: int, head: bytes) -> None:
+    assert frame(bytes(size), masked=False) == head + bytes(size)
+    masked = frame(bytes(size), masked=True)
+    assert masked[: len(head)] == head[:1] + bytes((head[1] | 0x80,)) + head[2:]
+    # What is all zeros shows the key.
+    key = masked[len(head) : len(head) + 4]
+    assert masked[len(head) + 4 :] == (key * (size // 4 + 1))[:size]
+
+
+def test_each_frame_has_a_key_of_its_own() -> None:
+    assert len({frame(b"the same", masked=True) for _ in range(20)}) == 20
+
+
+# A conversation, cut anywhere
+
+Conversation = list[tuple[list[bytes], list[bytes]]]
+
+CONTROLS = st.sampled_from([b"", b"hello", bytes(125)])
+PIECES = st.one_of(
+    st.binary(max_size=20),
+    st.sampled_from([some_bytes(size) for size in (125, 126, 127, 300)]),
+)
+#: Messages, each in one or more pieces; and after each piece a ping, or nothing.
+CONVERSATIONS: st.SearchStrategy[Conversation] = st.lists(
+    st.tuples(st.lists(PIECES, min_size=1, max_size=4), st.lists(CONTROLS, max_size=3)), max_size=5
+)
+
+
+def spoken(conversation: Conversation, *, masked: bool) -> bytes:
+    """Return what another implementation sends."""
+    protocol = FrameProtocol(client=masked, extensions=[])
+    said = b""
+    for pieces, pings in conversation:
+        for index, piece in enumerate(pieces):
+            said += protocol.send_data(piece, fin=index == len(pieces) - 1)
+            if index < len(pings):
+                said += protocol.ping(pings[index])
+    return said
+
+
+def meant(conversation: Conversation) -> Heard:
+    heard = Heard()
+    for pieces, pings in conversation:
+        heard.messages.append(b"".join(pieces))
+        heard.controls += pings[: len(pieces)]
+    return heard
+
+
+def cut_up(data: bytes, cuts: list[int]) -> Iterator[bytes]:
+    for cut in cuts:
+        yield data[:cut]
+        data = data[cut:]
+    yield data
+
+
+@given(CONVERSATIONS, st.booleans(), st.lists(st.integers(1, 40), max_size=40))
+@settings(deadline=None)
+def test_messages_in_pieces_with_pings_between_arrive_however_they_are_cut(
+    conversation: Conversation, masked: bool, cuts: list[int]
+) -> None:
+    ours = Ours(masked=masked)
+    for piece in cut_up(spoken(conversation, masked=masked), cuts):
+        ours.feed(piece)
+    ours.heard.controls[:] = [payload_of(each, masked=masked) for each in ours.heard.controls]
+    assert ours.heard == meant(conversation)
+
+
+@given(CONVERSATIONS, st.booleans(), st.integers(0, 2000))
+@settings(deadline=None)
+def test_somebody_else_can_go_on_from_anywhere(conversation: Conversation, masked: bool, cut: int) -> None:
+    said = spoken(conversation, masked=masked)
+    cut = min(cut, len(said))
+    ours, oracle = Ours(masked=masked), Oracle(masked=masked)
+    ours.feed(said[:cut])
+    oracle.feed(ours.reader.take_rest())
+    oracle.feed(said[cut:])
+    assert oracle.heard.error is None
+    assert ours.heard.messages + oracle.heard.messages == meant(conversation).messages
+    assert len(ours.heard.controls + oracle.heard.controls) == len(meant(conversation).controls)
+    # And nothing of it is left behind.
+    assert ours.reader.take_rest() == b""
+    assert ours.feed(raw(0x82, b"anew", masked=masked)).messages[-1] == b"anew"
+
+
+@given(
+    CONVERSATIONS, st.booleans(), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3)
+)
+@settings(deadline=None, max_examples=400)
+def test_whatever_others_refuse_is_refused_and_the_rest_is_heard_alike(
+    conversation: Conversation, masked: bool, damage: list[tuple[int, int]]
+) -> None:
+    said = bytearray(spoken(conversation, masked=masked))
+    for where, value in damage:
+        if where < len(said):
+            said[where] = value
+    ours, oracle = Ours(masked=masked), Oracle(masked=masked)
+    ours.feed(bytes(said))
+    oracle.feed(bytes(said))
+    if oracle.heard.error is not None and ours.heard.error is None:
+        # The other one does not wait for the end of a head that has begun badly.
+        ours.feed(bytes(14))
+        assert ours.heard.error is not None
+    error = ours.heard.error or ""
+    if "text" in error or "maximum message size" in error:
+        # That is for us to say. The other one has gone on.
+        del oracle.heard.messages[len(ours.heard.messages) :]
+    else:
+        assert (ours.heard.error is None) == (oracle.heard.error is None)
+    assert ours.heard.messages == oracle.heard.messages
+
+
+# What nobody may send
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ([(0xC2, b"x")], "reserved bit"),
+        ([(0xA2, b"x")], "reserved bit"),
+        ([(0x92, b"x")], "reserved bit"),
+        ([(0x81, b"x")], "a text message; this protocol is binary"),
+        ([(0x01, b"x")], "a text message; this protocol is binary"),
+        *[([(0x80 | opcode, b"x")], "of a kind that there is not") for opcode in (3, 4, 5, 6, 7)],
+        *[([(0x80 | opcode, b"x")], "of a kind that there is not") for opcode in (11, 12, 13, 14, 15)],
+        ([(0x80, b"x")], "the rest of none"),
+        ([(0x00, b"x")], "the rest of none"),
+        ([(0x02, b"x"), (0x82, b"x")], "in the middle of another one"),
+        ([(0x02, b""), (0x02, b"x")], "in the middle of another one"),
+        ([(0x02, b"x"), (0x80, b"x"), (0x80, b"x")], "the rest of none"),
+        ([(0x09, b"x")], "too large, or in pieces"),
+        ([(0x08, b"x")], "too large, or in pieces"),
+        ([(0x89, bytes(126))], "too large, or in pieces"),
+        ([(0x8A, bytes(126))], "too large, or in pieces"),
+    ],
+)
+def test_what_nobody_may_send_is_refused_with_a_reason(
+    said: list[tuple[int, bytes]], complaint: str, masked: bool
+) -> None:
+    ours, oracle = Ours(masked=masked), Oracle(masked=masked)
+    for first, payload in said:
+        ours.feed(raw(first, payload, masked=masked))
+        oracle.feed(raw(first, payload, masked=masked))
+    assert complaint in (ours.heard.error or "")
+    assert (oracle.heard.error is None) == ("text" in complaint)
+
+
+@pytest.mark.parametrize(("masked", "complaint"), [(True, "not masked"), (False, "that is masked")])
+@pytest.mark.parametrize("first", [0x82, 0x89, 0x88])
+def test_who_connects_has_to_mask_and_nobody_else_may(first: int, masked: bool, complaint: str) -> None:
+    ours, oracle = Ours(masked=masked), Oracle(masked=masked)
+    said = raw(first, b"hello", masked=not masked)
+    assert complaint in (ours.feed(said).error or "")
+    assert oracle.feed(said).error is not None
+
+
+@pytest.mark.parametrize(("size", "width"), [(5, 2), (125, 2), (5, 8), (126, 8), (65_535, 8)])
+def test_a_size_in_more_bytes_than_it_needs_is_refused(size: int, width: int) -> None:
+    said = raw(0x82, bytes(size), width=width)
+    assert "more bytes than that needs" in (Ours(masked=False).feed(said).error or "")
+    assert Oracle(masked=False).feed(said).error is not None
+
+
+def test_a_message_beyond_the_limit_is_refused_before_it_has_come() -> None:
+    assert Ours(masked=False, limit=1000).feed(raw(0x82, bytes(1000))).messages == [bytes(1000)]
+    head = raw(0x82, bytes(1001))[:4]
+    assert Ours(masked=False, limit=1000).feed(head).error == (
+        "a message beyond the maximum message size of 1000 bytes"
+    )
+    boast = b"\x82\x7f" + b"\xff" * 8
+    assert "maximum message size" in (Ours(masked=False, limit=1000).feed(boast).error or "")
+
+
+def test_the_pieces_of_a_message_count_together() -> None:
+    ours = Ours(masked=False, limit=1000)
+    ours.feed(raw(0x02, bytes(600)) + raw(0x00, bytes(400)))
+    assert ours.heard.error is None
+    assert ours.feed(raw(0x80, b"x")[:2]).error is not None
+
+
+def test_pieces_without_bytes_take_no_room() -> None:
+    ours = Ours(masked=False, limit=1000)
+    ours.feed(raw(0x02))
+    tracemalloc.start()
+    try:
+        ours.feed(raw(0x00) * 10_000)
+        ours.feed(raw(0x00))
+        assert tracemalloc.get_traced_memory()[0] < 10_000
+    finally:
+        tracemalloc.stop()
+    assert ours.feed(raw(0x80, b"x")).messages == [b"x"]

@@ -1,0 +1,220 @@
+"""Who reads connections: that each gets what is its own, and nobody is disturbed by another one's trouble."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import trio
+from http_node import Turns
+from trio.testing import wait_all_tasks_blocked
+
+from trio_cluster.net import readers
+from trio_cluster.net.readers import Reader, Reading, SharedReader, TaskReader, has_epoll
+
+pytestmark = pytest.mark.skipif(not has_epoll(), reason="the system has no epoll")
+
+
+class Connection:
+    """A connection that is read, and its client."""
+
+    def __init__(self, reader: Reader, on_feed: Callable[[bytes], None] = lambda data: None) -> None:
+        ours, self.client = socket.socketpair()
+        self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self.on_feed = on_feed
+        self.fed: list[bytes] = []
+        self.failed: list[Exception] = []
+        self.reading: Reading = reader.reading(self.stream, self)
+
+    def feed(self, data: bytes) -> None:
+        self.fed.append(data)
+        self.on_feed(data)
+
+    def fail(self, error: Exception) -> None:
+        self.failed.append(error)
+
+    def close(self) -> None:
+        self.reading.end()
+        self.stream.socket.close()
+        self.client.close()
+
+
+@pytest.fixture(params=["one task for all", "a task for each"])
+async def reader(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Reader:
+    reader: Reader = SharedReader() if request.param == "one task for all" else TaskReader(nursery)
+    nursery.start_soon(reader.run)
+    return reader
+
+
+@pytest.fixture
+async def shared(nursery: trio.Nursery) -> SharedReader:
+    reader = SharedReader()
+    nursery.start_soon(reader.run)
+    return reader
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Connection]]:
+    made: list[Connection] = []
+
+    def connect(*args: Any) -> Connection:
+        made.append(Connection(*args))
+        return made[-1]
+
+    yield connect
+    for each in made:
+        each.close()
+
+
+async def settle() -> None:
+    with trio.fail_after(5):
+        await wait_all_tasks_blocked()
+
+
+async def test_each_is_given_what_came_on_it_and_its_end_once(
+    reader: Reader, connect: Callable[..., Connection]
+) -> None:
+    one, two = connect(reader), connect(reader)
+    one.client.send(b"before")
+    for each in (one, two):
+        each.reading.begin()
+    await settle()
+    two.client.send(b"after")
+    await settle()
+    one.client.close()
+    await settle()
+    assert one.fed == [b"before", b""]
+    assert two.fed == [b"after"]
+
+
+async def test_a_connection_that_breaks_is_one_that_ends(
+    reader: Reader, connect: Callable[..., Connection]
+) -> None:
+    one = connect(reader)
+    one.reading.begin()
+    # What the client has not read when it leaves is a reset.
+    await one.stream.send_all(b"unread")
+    one.client.close()
+    await settle()
+    assert one.fed == [b""]
+    assert one.failed == []
+
+
+async def test_what_one_raises_is_its_own(reader: Reader, connect: Callable[..., Connection]) -> None:
+    def bug(data: bytes) -> None:
+        raise ZeroDivisionError
+
+    one, two = connect(reader, bug), connect(reader)
+    for each in (one, two):
+        each.reading.begin()
+        each.client.send(b"first")
+    await settle()
+    for each in (one, two):
+        each.client.send(b"second")
+    await settle()
+    assert one.fed == [b"first"]
+    assert [type(error) for error in one.failed] == [ZeroDivisionError]
+    assert b"".join(two.fed) == b"firstsecond"
+    assert two.failed == []
+
+
+async def test_nothing_is_read_during_a_pause_and_nobody_is_busy_with_it(
+    reader: Reader, connect: Callable[..., Connection]
+) -> None:
+    one = connect(reader)
+    one.on_feed = lambda data: one.reading.pause()
+    one.reading.begin()
+    one.client.send(b"first")
+    await settle()
+    one.client.send(b"second")
+    one.client.close()
+    # This would not come back if anybody was told again and again that there is something.
+    await settle()
+    assert one.fed == [b"first"]
+    one.reading.resume()
+    await settle()
+    assert one.fed[:2] == [b"first", b"second"]
+
+
+async def test_a_reading_that_has_ended_does_not_begin_again(
+    reader: Reader, connect: Callable[..., Connection]
+) -> None:
+    one = connect(reader)
+    one.reading.end()
+    one.client.send(b"anything")
+    one.reading.begin()
+    one.reading.resume()
+    await settle()
+    one.reading.end()
+    assert one.fed == []
+
+
+async def test_one_that_another_one_closes_is_not_read_any_more(
+    shared: SharedReader, connect: Callable[..., Connection]
+) -> None:
+    one, two = connect(shared), connect(shared)
+    for each, other in ((one, two), (two, one)):
+        each.on_feed = lambda data, other=other: other.close()
+        each.reading.begin()
+        each.client.send(b"both at once")
+    await settle()
+    assert sorted(one.fed + two.fed) == [b"both at once"]
+
+
+async def test_a_connection_that_somebody_else_has_too_is_forgotten(
+    shared: SharedReader, connect: Callable[..., Connection]
+) -> None:
+    old = connect(shared)
+    old.reading.begin()
+    number = old.stream.socket.fileno()
+    # As a child process has it.
+    held = os.dup(number)
+    try:
+        old.reading.end()
+        old.stream.socket.close()
+        new = connect(shared)
+        if new.stream.socket.fileno() != number:
+            os.dup2(new.stream.socket.fileno(), number)
+        new.reading.begin()
+        old.client.send(b"for nobody")
+        await settle()
+        assert new.fed == []
+    finally:
+        os.close(held)
+
+
+async def test_all_others_have_their_turn_after_some_connections(
+    shared: SharedReader, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_AT_ONCE", 3)
+    seen: list[int] = []
+    with Turns() as turns:
+        connections = [connect(shared, lambda data: seen.append(turns.now)) for _ in range(9)]
+        for each in connections:
+            each.reading.begin()
+        for each in connections:
+            each.client.send(b"x")
+        await settle()
+    assert [seen.count(turn) for turn in seen] == [3] * 9
+
+
+async def test_when_nobody_reads_any_more_a_connection_may_still_end(
+    connect: Callable[..., Connection],
+) -> None:
+    reader = SharedReader()
+    one, two = connect(reader), connect(reader)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader.run)
+        one.reading.begin()
+        await settle()
+        nursery.cancel_scope.cancel()
+    one.client.send(b"late")
+    one.reading.pause()
+    one.reading.resume()
+    one.reading.end()
+    two.reading.begin()
+    two.reading.end()
+    assert one.fed == []

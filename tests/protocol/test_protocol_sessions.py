@@ -1,0 +1,729 @@
+"""What a session does at its edges: handshake, time, credit, order, bounds, and the end."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from typing import Any
+
+import pytest
+from protocol_link import Link, shaken
+
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.errors import ApiError, InvalidRequest, Overloaded, WorkerLost
+from trio_cluster.protocol import (
+    MAGIC,
+    MAX_BACKLOG,
+    MAX_CALLS,
+    PIECE,
+    PROTOCOL_MAX,
+    WINDOW,
+    Cancel,
+    Data,
+    Done,
+    Drain,
+    Failed,
+    ForwardRequest,
+    ForwardResponse,
+    Grant,
+    Handshake,
+    HandshakeError,
+    Heartbeat,
+    Leave,
+    MasterSession,
+    Message,
+    ModelRegistered,
+    ModelRejected,
+    PeerSilent,
+    ProtocolError,
+    RegisterModel,
+    State,
+    UnregisterModel,
+    WorkerSession,
+    decode,
+    encode,
+)
+
+GREETING = Handshake(MAGIC, 1, 1, "peer", "9.9")
+
+
+def written(session: MasterSession | WorkerSession, limit: int = PIECE) -> list[Message]:
+    batch = session.next_message(limit)
+    return [] if batch is None else decode(batch.data)
+
+
+def request(call: int, *, size: int = -1) -> ForwardRequest:
+    return ForwardRequest(call, "e", "chat", "m", "", {}, "", None, None, size)
+
+
+def answering(link: Link, body: bytes | None = b"") -> int:
+    """Return a call on ``link`` whose answer has begun."""
+    call = link.open(body)
+    link.settle()
+    link.worker.respond(call, 200, "text/plain")
+    link.settle()
+    return call
+
+
+# The handshake
+
+
+def test_an_instance_tells_two_processes_of_one_name_apart() -> None:
+    link = Link()
+    link.worker = WorkerSession("w", "1.0", 0.0, instance="a1b2")
+    link.settle()
+    assert link.master.peer == Handshake(MAGIC, 1, 1, "w", "1.0", "a1b2")
+
+
+def test_both_ends_introduce_themselves_first_and_know_each_other_afterwards() -> None:
+    link = Link()
+    link.worker.register(ModelInfo("echo", "chat"))
+    told = link.settle()
+    assert [type(event) for event in told[0]] == [Handshake, RegisterModel]
+    assert link.master.peer == Handshake(MAGIC, 1, 1, "w", "1.0")
+    assert link.worker.peer == Handshake(MAGIC, 1, 1, "m", "1.0")
+    assert (link.master.protocol, link.worker.protocol) == (1, 1)
+    assert link.master.quiet
+    assert link.worker.quiet
+
+
+@pytest.mark.parametrize("session", [MasterSession("m", "1", 0.0), WorkerSession("w", "1", 0.0)])
+def test_a_wrong_magic_number_is_final(session: MasterSession | WorkerSession) -> None:
+    with pytest.raises(HandshakeError, match="not a trio_cluster node"):
+        session.receive(encode([Handshake(MAGIC + 1, 1, 1, "x", "1")]), 0.0)
+    assert session.peer is None
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(PROTOCOL_MAX + 1, PROTOCOL_MAX + 3), (0, 0), (1, 0)])
+def test_having_no_version_in_common_is_final_and_names_both_ranges(lowest: int, highest: int) -> None:
+    session = MasterSession("m", "1", 0.0)
+    with pytest.raises(HandshakeError, match=f"'x' .* speaks {lowest} to {highest}, this node 1 to 1"):
+        session.receive(encode([Handshake(MAGIC, lowest, highest, "x", "7")]), 0.0)
+
+
+def test_the_highest_version_in_common_is_spoken() -> None:
+    session = MasterSession("m", "1", 0.0)
+    session.receive(encode([Handshake(MAGIC, 0, 99, "x", "7")]), 0.0)
+    assert session.protocol == PROTOCOL_MAX
+
+
+def test_anything_before_the_handshake_is_refused_but_a_retry_may_help() -> None:
+    with pytest.raises(ProtocolError, match="first message must be Handshake, not Heartbeat") as caught:
+        MasterSession("m", "1", 0.0).receive(encode([Heartbeat()]), 0.0)
+    assert not isinstance(caught.value, HandshakeError)
+
+
+def test_a_second_handshake_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="a second Handshake"):
+        MasterSession("m", "1", 0.0).receive(encode([GREETING, GREETING]), 0.0)
+
+
+def test_no_call_can_be_opened_before_the_handshake() -> None:
+    with pytest.raises(RuntimeError, match="before the handshake"):
+        Link().open()
+
+
+@pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Leave("go")])
+def test_a_master_is_not_told_what_only_masters_say(message: Message) -> None:
+    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Leave)"):
+        shaken().master.receive(encode([message]), 0.0)
+
+
+@pytest.mark.parametrize("message", [RegisterModel("m", "chat", "o", 0), UnregisterModel("m")])
+def test_a_worker_is_not_told_what_only_workers_say(message: Message) -> None:
+    with pytest.raises(ProtocolError, match=r"a misdirected .*Model"):
+        shaken().worker.receive(encode([message]), 0.0)
+
+
+def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
+    link = shaken()
+    info = ModelInfo("echo", "chat", "me", 7)
+    link.worker.register(info)
+    link.worker.unregister("old")
+    link.worker.drain("restart")
+    link.master.model_registered("echo")
+    link.master.model_rejected("other", "x" * 10_000)
+    link.master.drain("upgrade")
+    link.master.leave("y" * 10_000)
+    to_master, to_worker = link.settle()
+    assert to_master == [RegisterModel.of(info), UnregisterModel("old"), Drain("restart")]
+    assert to_master[0].info() == info
+    assert to_worker == [
+        ModelRegistered("echo"),
+        ModelRejected("other", "x" * 8191 + "…"),
+        Drain("upgrade"),
+        Leave("y" * 8191 + "…"),
+    ]
+
+
+# Time
+
+
+def test_heartbeats_carry_the_load_and_come_at_their_interval() -> None:
+    link = shaken()
+    link.worker.load = (1, 0, 4)
+    assert link.worker.deadline() == 5.0
+    link.worker.tick(4.9)
+    assert written(link.worker) == []
+    link.worker.tick(5.0)
+    link.worker.load = (2, 1, 4)
+    assert written(link.worker) == [Heartbeat(2, 1, 4)]
+    assert link.worker.deadline() == 10.0
+    link.master.tick(5.0)
+    assert written(link.master) == [Heartbeat(0, 0, 0)]
+
+
+def test_a_beat_is_a_heartbeat_before_its_time() -> None:
+    link = shaken()
+    link.worker.load = (1, 2, 3)
+    link.worker.beat()
+    assert not link.worker.quiet
+    assert link.settle()[0] == [Heartbeat(1, 2, 3)]
+    assert link.worker.deadline() == 5.0
+
+
+def test_heartbeats_that_cannot_be_written_do_not_pile_up() -> None:
+    link = shaken()
+    for now in range(5, 30, 5):
+        link.worker.tick(float(now))
+    assert written(link.worker) == [Heartbeat()]
+    assert written(link.worker) == []
+
+
+def test_a_load_below_zero_is_refused_where_it_is_set() -> None:
+    worker = shaken().worker
+    with pytest.raises(ValueError, match="waiting"):
+        worker.load = (0, -1, 4)
+    assert worker.load == (0, 0, 0)
+
+
+def test_heartbeats_carry_the_lag_and_how_far_each_call_is() -> None:
+    link = shaken()
+    link.worker.load = (1, 1, 4)
+    link.worker.lag = 2.5
+    link.worker.tell_progress([(1, 700), (2, -1)])
+    link.worker.beat()
+    assert link.settle()[0] == [Heartbeat(1, 1, 4, 2.5, progress=((1, 700), (2, -1)))]
+    link.worker.load = (2, 0, 4)
+    link.worker.beat()
+    assert link.settle()[0] == [Heartbeat(2, 0, 4, 2.5, progress=((1, 700), (2, -1)))]
+
+
+def test_of_very_many_calls_only_some_are_told_about() -> None:
+    link = shaken()
+    link.worker.tell_progress((call, 0) for call in range(1, 2000))
+    link.worker.beat()
+    (beat,) = link.settle()[0]
+    assert [call for call, _ in beat.progress] == list(range(1, 1025))
+
+
+def test_a_heartbeat_for_a_blocked_end_is_made_without_touching_what_waits() -> None:
+    link = shaken()
+    link.worker.load = (1, 0, 4)
+    link.worker.drain("later")
+    data = link.worker.heartbeat_while_blocked(7.5, "x" * 600)
+    assert decode(data) == [Heartbeat(1, 0, 4, 7.5, "x" * 511 + "…")]
+    assert written(link.worker) == [Drain("later")]
+    assert written(link.worker) == []
+
+
+def test_what_blocks_the_peer_is_known_until_it_says_otherwise() -> None:
+    link = shaken()
+    assert link.master.peer_blocked == ""
+    link.master.receive(link.worker.heartbeat_while_blocked(7.5, "handler of 'm'"), 1.0)
+    assert link.master.peer_blocked == "handler of 'm'"
+    link.master.receive(encode([Drain("later")]), 1.0)
+    assert link.master.peer_blocked == "handler of 'm'"
+    link.master.receive(encode([Heartbeat()]), 2.0)
+    assert link.master.peer_blocked == ""
+
+
+def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> None:
+    session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
+    session.receive(encode([GREETING]), 10.0)
+    assert session.silence(25.0) == 15.0
+    session.excuse(60.0, 85.0)
+    assert session.silence(85.0) == 15.0
+    session.tick(99.9)
+    with pytest.raises(PeerSilent):
+        session.tick(100.0)
+
+
+def test_no_excuse_lets_a_peer_be_heard_in_the_future() -> None:
+    session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
+    session.receive(encode([GREETING]), 80.0)
+    session.excuse(60.0, 80.0)
+    assert session.silence(81.0) == 1.0
+
+
+def test_silence_ends_the_session_and_any_message_is_a_sign_of_life() -> None:
+    session = MasterSession("m", "1", 100.0, heartbeat_interval=50.0, silence_timeout=30.0)
+    assert session.deadline() == 130.0
+    session.receive(encode([GREETING]), 120.0)
+    assert session.deadline() == 150.0
+    session.tick(149.9)
+    session.receive(encode([Drain("later")]), 149.9)
+    session.tick(179.8)
+    with pytest.raises(PeerSilent, match=r"30\.1 s"):
+        session.tick(180.0)
+    assert session.close_reason == "nothing was heard from the peer for 30.1 s"
+    session.tick(999.0)
+    assert session.deadline() == math.inf
+
+
+# Bodies and credit
+
+
+def test_a_sender_stops_at_the_window_and_goes_on_when_a_quarter_of_it_has_been_taken() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(2 * WINDOW))
+    received = link.settle()[0]
+    assert [len(event.data) for event in received] == [PIECE] * 4
+    assert link.worker.queued(call) == WINDOW
+    assert not link.master.grant(call, WINDOW // 4 - 1)
+    assert written(link.master) == []
+    assert link.master.grant(call, 1)
+    assert [len(event.data) for event in link.settle()[0]] == [PIECE]
+    assert link.worker_spy.outstanding[call] == WINDOW
+    assert link.worker.queued(call) == WINDOW - PIECE
+
+
+def test_small_grants_are_put_together() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(PIECE))
+    link.settle()
+    for _ in range(64):
+        link.master.grant(call, 1024)
+    assert written(link.master) == [Grant(call, PIECE)]
+
+
+def test_a_chunk_is_split_only_if_it_is_longer_than_a_piece() -> None:
+    link = shaken()
+    call = answering(link)
+    chunk = bytes(60_000)
+    for _ in range(6):
+        link.worker.send(call, chunk)
+    # Four have 240 000 bytes; the fifth waits although there is credit for a part of it.
+    assert [len(event.data) for event in link.settle()[0]] == [60_000] * 4
+    link.master.grant(call, 120_000)
+    assert [len(event.data) for event in link.settle()[0]] == [60_000] * 2
+
+
+def test_chunks_that_wait_together_are_sent_together() -> None:
+    link = shaken()
+    call = answering(link)
+    for word in (b"a", memoryview(b"xbx")[1:2], b"", b"c"):
+        link.worker.send(call, word)
+    assert written(link.worker) == [Data(call, b"abc")]
+
+
+def test_what_remains_of_a_long_chunk_is_sent_with_its_neighbours() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(PIECE + 1))
+    link.worker.send(call, b"end")
+    assert written(link.worker) == [Data(call, bytes(PIECE))]
+    assert written(link.worker) == [Data(call, b"\x00end")]
+
+
+def test_an_empty_piece_of_an_answer_is_a_sign_of_life_that_needs_no_credit() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, b"")
+    assert link.settle()[0] == [Data(call, b"")]
+    link.worker.send(call, bytes(WINDOW))
+    link.settle()
+    link.worker.send(call, b"")
+    assert link.settle()[0] == [Data(call, b"")]
+    link.worker.send(call, b"x")
+    link.worker.send(call, b"")
+    link.worker.done(call)
+    link.master.grant(call, WINDOW)
+    assert link.settle()[0] == [Data(call, b"x"), Done(call)]
+    assert link.worker.quiet
+
+
+def test_signs_of_life_do_not_pile_up_behind_bytes_that_wait_for_credit() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(WINDOW + 1))
+    link.settle()
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            link.worker.send(call, b"")
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_batches_say_whose_bytes_they_took() -> None:
+    link = shaken()
+    one, two = answering(link), answering(link)
+    link.worker.send(one, b"abc")
+    link.worker.send(two, b"de")
+    link.worker.done(two)
+    batch = link.worker.next_message()
+    assert batch is not None
+    assert batch.sent == ((one, 3), (two, 2))
+    assert decode(batch.data) == [Data(one, b"abc"), Data(two, b"de"), Done(two)]
+
+
+def test_data_beyond_the_credit_ends_the_session() -> None:
+    link = shaken()
+    call = answering(link)
+    for _ in range(3):
+        link.master.receive(encode([Data(call, bytes(PIECE))]), 0.0)
+    link.master.receive(encode([Data(call, bytes(PIECE - 1))]), 0.0)
+    with pytest.raises(ProtocolError, match=f"call {call}: 2 bytes of data, with credit for 1"):
+        link.master.receive(encode([Data(call, b"xx")]), 0.0)
+
+
+def test_credit_beyond_the_window_ends_the_session() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, b"abc")
+    link.worker_writes()
+    with pytest.raises(ProtocolError, match=f"call {call}: credit beyond the window"):
+        link.worker.receive(encode([Grant(call, 4)]), 0.0)
+
+
+def test_more_cannot_be_taken_than_has_come() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, b"abc")
+    link.settle()
+    for count in (4, -1):
+        with pytest.raises(RuntimeError, match=f"{count} bytes taken of 3"):
+            link.master.grant(call, count)
+    link.master.grant(call, 3)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[Data(1, b"1234")], [Data(1, b"12", True)], [Data(1, b"12"), Data(1, b"", True)]]
+)
+def test_a_body_of_another_size_than_announced_ends_the_session(pieces: list[Message]) -> None:
+    worker = shaken().worker
+    with pytest.raises(ProtocolError, match="not the size that was announced"):
+        worker.receive(encode([request(1, size=3), *pieces]), 0.0)
+
+
+def test_a_body_of_another_size_than_announced_is_not_even_sent() -> None:
+    link = shaken()
+    call = link.master.open(endpoint="e", kind="chat", model="m", size=3)
+    link.master.send_body(call, b"12")
+    for data, last in ((b"34", False), (b"", True), (b"34", True)):
+        with pytest.raises(RuntimeError, match="not the size that was announced"):
+            link.master.send_body(call, data, last=last)
+    link.master.send_body(call, b"3", last=True)
+    assert link.settle()[1][1:] == [Data(call, b"123", True)]
+
+
+def test_an_empty_body_is_one_last_piece() -> None:
+    link = shaken()
+    call = link.master.open(endpoint="e", kind="chat", model="m", size=0)
+    link.master.send_body(call, b"")
+    assert [type(event) for event in link.settle()[1]] == [ForwardRequest]
+    link.master.send_body(call, b"", last=True)
+    assert link.settle()[1] == [Data(call, b"", True)]
+    assert link.worker.state(call) is State.WAITING
+
+
+# Order
+
+
+def test_each_call_gets_turns_however_much_the_others_send() -> None:
+    link = shaken()
+    greedy = answering(link)
+    modest = [answering(link) for _ in range(4)]
+    link.worker.send(greedy, bytes(WINDOW))
+    for call in modest:
+        link.worker.send(call, b"token")
+    first = link.worker.next_message()
+    second = link.worker.next_message()
+    assert first is not None
+    assert second is not None
+    assert dict(first.sent) == {greedy: PIECE}
+    assert dict(second.sent) == dict.fromkeys(modest, 5) | {greedy: PIECE}
+    # Turns are kept from one batch to the next.
+    for call in modest:
+        link.worker.send(call, bytes(PIECE))
+    order = []
+    while (batch := link.worker.next_message()) is not None:
+        order += [call for call, _ in batch.sent]
+    assert order[: len(modest) + 1] in ([greedy, *modest], [*modest, greedy])
+
+
+def test_a_cancel_overtakes_all_bodies() -> None:
+    link = shaken()
+    doomed = link.master.open(endpoint="e", kind="chat", model="m")
+    other = link.master.open(endpoint="e", kind="chat", model="m")
+    for call in (doomed, other):
+        link.master.send_body(call, bytes(10 * WINDOW), last=True)
+    link.master_writes()
+    link.master.cancel(doomed, "client left")
+    before = len(link.master_spy.messages)
+    link.master_writes()
+    assert link.master_spy.messages[before] == Cancel(doomed, "client left")
+    link.settle()
+    bodies = [message.call for message in link.master_spy.messages[before:] if isinstance(message, Data)]
+    assert bodies
+    assert set(bodies) == {other}
+
+
+def test_a_head_precedes_its_data_and_its_end_follows_them() -> None:
+    link = shaken()
+    call = link.open()
+    link.settle()
+    link.worker.respond(call, 200, "text/plain", [("x-a", "1")])
+    link.worker.send(call, b"abc")
+    link.worker.done(call)
+    assert link.worker.queued(call) == 3
+    told = link.settle()[0]
+    assert told == [ForwardResponse(call, 200, "text/plain", (("x-a", "1"),)), Data(call, b"abc"), Done(call)]
+    assert link.master.quiet
+    assert link.worker.quiet
+
+
+def test_a_failure_comes_after_what_was_produced_before_it() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(WINDOW + 10))
+    link.worker.fail(call, ApiError(500, "broke"))
+    assert link.worker.open_calls == ()
+    assert link.worker.state(call) is State.ENDED
+    assert sum(len(event.data) for event in link.settle()[0]) == WINDOW
+    assert not link.worker.quiet
+    link.master.grant(call, WINDOW)
+    data, failed = link.settle()[0]
+    assert (data, failed) == (Data(call, bytes(10)), Failed.of(call, ApiError(500, "broke")))
+    assert link.worker.quiet
+
+
+def test_a_cancel_lets_an_end_that_waits_for_credit_out_at_once() -> None:
+    link = shaken()
+    call = answering(link)
+    link.worker.send(call, bytes(2 * WINDOW))
+    link.worker.done(call)
+    link.settle()
+    link.master.cancel(call, "client left")
+    to_master, to_worker = link.settle()
+    assert to_worker == []
+    assert to_master == [Done(call)]
+    assert link.master.quiet
+    assert link.worker.quiet
+
+
+def test_of_a_cancelled_call_only_the_end_is_told_and_nothing_is_owed_for_its_data() -> None:
+    link = shaken()
+    call = answering(link, None)
+    link.worker.send(call, b"on its way")
+    link.worker_writes()
+    link.worker.send(call, b"never sent")
+    link.master.cancel(call, "client left")
+    link.master.cancel(call, "twice")
+    link.master_writes()
+    assert link.worker_reads() == [Cancel(call, "client left")]
+    assert link.worker.queued(call) == 0
+    assert link.settle() == ([], [])
+    assert link.master.open_calls == (call,)
+    link.worker.send(call, b"dropped")
+    assert link.worker.queued(call) == 0
+    assert written(link.worker) == []
+    link.worker.done(call)
+    assert link.settle()[0] == [Done(call)]
+    assert link.master.quiet
+    assert link.worker.quiet
+    link.master.cancel(call, "too late")
+    assert link.master.quiet
+
+
+def test_a_body_is_given_up_when_the_answer_ends_before_it() -> None:
+    link = shaken()
+    call = link.open(bytes(3 * WINDOW))
+    link.settle()
+    assert link.master.queued(call) == 2 * WINDOW
+    link.worker.fail(call, ApiError(413, "too large"))
+    assert [type(event) for event in link.settle()[0]] == [Failed]
+    assert link.master.queued(call) == 0
+    link.master.send_body(call, b"more", last=True)
+    assert link.master.quiet
+    assert link.worker.quiet
+
+
+# Bounds
+
+
+def test_what_is_too_large_to_forward_is_the_clients_fault_and_opens_nothing() -> None:
+    master = shaken().master
+    for field, value in (("headers", {"a": "x" * 40_000}), ("request_id", "\ud800"), ("content_type", "a\n")):
+        extra: Any = {field: value}
+        with pytest.raises(InvalidRequest, match="cannot be forwarded"):
+            master.open(endpoint="e", kind="chat", model="m", **extra)
+    assert master.quiet
+    assert master.open(endpoint="e", kind="chat", model="m") == 1
+
+
+def test_times_are_forwarded_and_endless_ones_left_out() -> None:
+    link = shaken()
+    link.master.open(endpoint="e", kind="chat", model="m", timeout=2.5, budget=-0.1)
+    link.master.open(endpoint="e", kind="chat", model="m")
+    one, two = link.settle()[1]
+    assert (one.timeout, one.budget) == (2.5, 0.0)
+    assert (two.timeout, two.budget) == (None, None)
+
+
+def test_an_answer_that_cannot_be_sent_can_still_fail() -> None:
+    link = shaken()
+    call = link.open()
+    link.settle()
+    with pytest.raises(ValueError, match="headers"):
+        link.worker.respond(call, 200, "text/plain", [("x", "a\r\nb: c")])
+    assert link.worker.state(call) is State.WAITING
+    link.worker.fail(call, ApiError(500, "sorry"))
+    assert [type(event) for event in link.settle()[0]] == [Failed]
+
+
+def test_a_link_bears_a_bounded_number_of_calls() -> None:
+    link = shaken()
+    for _ in range(MAX_CALLS):
+        link.open()
+    with pytest.raises(Overloaded):
+        link.open()
+    link.settle()
+    assert len(link.worker.open_calls) == MAX_CALLS
+    with pytest.raises(ProtocolError, match=f"more than {MAX_CALLS} open calls"):
+        link.worker.receive(encode([request(MAX_CALLS + 1)]), 0.0)
+
+
+def test_calls_that_wait_only_for_credit_count_as_open() -> None:
+    link = shaken()
+    for _ in range(10):
+        call = answering(link)
+        link.worker.send(call, bytes(WINDOW + 1))
+        link.worker.done(call)
+    link.settle()
+    assert link.worker.open_calls == ()
+    for call in range(11, MAX_CALLS + 1):
+        link.worker.receive(encode([request(call)]), 0.0)
+    with pytest.raises(ProtocolError, match="open calls"):
+        link.worker.receive(encode([request(MAX_CALLS + 1)]), 0.0)
+
+
+def test_a_peer_that_only_sends_and_never_reads_is_cut_off() -> None:
+    link = shaken()
+    register = encode([RegisterModel("m", "chat", "o", 0)])
+    for _ in range(MAX_BACKLOG // 8100):
+        link.master.model_rejected("m", "x" * 8000)
+    link.master.receive(register, 0.0)
+    for _ in range(100):
+        link.master.model_rejected("m", "x" * 8000)
+    with pytest.raises(ProtocolError, match="does not read"):
+        link.master.receive(register, 0.0)
+
+
+def test_a_link_that_is_not_written_to_takes_no_more_calls() -> None:
+    link = shaken()
+    headers = {"a": "x" * 30_000}
+    for _ in range(MAX_BACKLOG // 4 // 30_000 + 1):
+        link.master.open(endpoint="e", kind="chat", model="m", headers=headers)
+    with pytest.raises(Overloaded):
+        link.open()
+    link.settle()
+    assert link.open()
+
+
+def test_numbers_only_grow() -> None:
+    link = shaken()
+    for _ in range(3):
+        call = answering(link)
+        link.worker.done(call)
+        link.settle()
+    assert call == 3
+    with pytest.raises(ProtocolError, match="ForwardRequest for call 2, which is ENDED"):
+        link.worker.receive(encode([request(2)]), 0.0)
+
+
+def test_ended_calls_need_no_memory() -> None:
+    link = shaken()
+    for _ in range(100):
+        call = answering(link)
+        link.worker.send(call, b"x")
+        link.worker.done(call)
+        link.settle()
+    assert link.master.quiet
+    assert link.worker.quiet
+    assert link.master.open_calls == link.worker.open_calls == ()
+
+
+def test_a_limit_of_nothing_still_sends_something() -> None:
+    assert [type(message) for message in written(MasterSession("m", "1", 0.0), 0)] == [Handshake]
+
+
+def test_a_batch_holds_control_messages_up_to_its_limit() -> None:
+    link = shaken()
+    for _ in range(20):
+        link.master.model_rejected("m", "x" * 1000)
+    assert len(written(link.master, 2500)) == 3
+    assert len(written(link.master, 10**9)) == 17
+
+
+# The end
+
+
+def test_after_an_error_the_open_calls_are_those_whose_end_nobody_was_told_at_the_master() -> None:
+    link = shaken()
+    ended, going, told = answering(link), answering(link), answering(link)
+    link.master.receive(encode([Done(told)]), 0.0)
+    with pytest.raises(ProtocolError, match="call 99"):
+        link.master.receive(encode([Done(ended), Data(going, b"x"), Done(99)]), 0.0)
+    assert sorted(link.master.open_calls) == [ended, going]
+
+
+def test_after_an_error_the_open_calls_are_those_that_the_user_was_told_of_at_the_worker() -> None:
+    link = shaken()
+    call = answering(link)
+    with pytest.raises(ProtocolError, match="call 99"):
+        link.worker.receive(encode([request(call + 1), Cancel(99, "")]), 0.0)
+    assert link.worker.open_calls == (call,)
+
+
+def test_a_batch_with_a_malformed_message_has_no_effect() -> None:
+    link = shaken()
+    call = answering(link)
+    with pytest.raises(ProtocolError):
+        link.master.receive(encode([Done(call)])[:-1], 0.0)
+    assert link.master.open_calls == (call,)
+
+
+def test_a_closed_session_says_nothing_hears_nothing_and_swallows_what_its_users_still_say() -> None:
+    link = shaken()
+    call, other = answering(link, None), answering(link, None)
+    link.worker.send(call, bytes(2 * WINDOW))
+    for session in (link.master, link.worker):
+        session.close("cut off")
+        session.close("later")
+        assert session.close_reason == "cut off"
+        session.drain("x")
+        session.grant(call, 5)
+        assert session.next_message() is None
+        assert session.queued(call) == 0
+        assert sorted(session.open_calls) == [call, other]
+        with pytest.raises(ProtocolError, match="cut off"):
+            session.receive(encode([Heartbeat()]), 1.0)
+    link.master.send_body(call, b"x", last=True)
+    link.master.cancel(call, "x")
+    link.master.model_registered("m")
+    link.master.leave("x")
+    with pytest.raises(WorkerLost, match=r"'w' .* cut off"):
+        link.open()
+    link.worker.respond(call, 200, "text/plain")
+    link.worker.send(call, b"x")
+    link.worker.done(call)
+    link.worker.fail(other, ApiError(500, "x"))
+    link.worker.register(ModelInfo("m", "chat"))
+    assert link.worker.open_calls == ()
+    assert link.master.next_message() is None
+    assert link.worker.next_message() is None

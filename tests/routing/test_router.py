@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import math
+import time
+
+import attrs
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_cluster.core.call import Call, Done, Failed, Head, Request
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.upload import Upload
+from trio_cluster.errors import (
+    ApiError,
+    ModelNotFound,
+    Overloaded,
+    ShuttingDown,
+    TooSlow,
+    WorkerLost,
+    WrongKind,
+)
+from trio_cluster.routing.router import NameTaken, Registry
+
+
+@attrs.define(eq=False)
+class Scripted:
+    """A backend whose calls are ended by the test."""
+
+    name: str
+    load: float = 0.0
+    available: bool = True
+    calls: list[Call] = attrs.field(factory=list)
+
+    def open(self, request: Request) -> Call:
+        call = Call(request)
+        self.calls.append(call)
+        return call
+
+
+def request(model: str = "m", kind: str = "chat") -> Request:
+    return Request(endpoint="chat.completions", kind=kind, model=model, body=b"{}")  # type: ignore[arg-type]
+
+
+CHAT = ModelInfo("m", "chat")
+
+
+def test_a_model_that_is_added_can_be_asked() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    call = registry.open(request())
+    assert backend.calls == [call]
+    assert call.served_by == "w1"
+    assert registry.names() == ["m"]
+    assert registry.info("m") is CHAT
+    assert registry.served_by("m") == ["w1"]
+
+
+def test_a_model_that_nobody_serves_is_not_found_and_the_message_lists_those_that_are() -> None:
+    registry = Registry()
+    registry.add(ModelInfo("b", "chat"), Scripted("w1"))
+    registry.add(ModelInfo("a", "chat"), Scripted("w1"))
+    with pytest.raises(ModelNotFound, match="a, b") as caught:
+        registry.open(request("missing"))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_a_model_of_another_kind_is_a_bad_request() -> None:
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    with pytest.raises(WrongKind) as caught:
+        registry.open(request(kind="embedding"))
+    assert caught.value.status == 400
+
+
+def test_a_name_that_is_taken_is_refused_unless_replicas_are_wanted() -> None:
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    with pytest.raises(NameTaken, match="w1"):
+        registry.add(CHAT, Scripted("w2"))
+    registry.add(CHAT, Scripted("w2"), replicate=True)
+    assert registry.served_by("m") == ["w1", "w2"]
+
+
+def test_a_replica_must_be_of_the_same_kind_and_from_another_node() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    with pytest.raises(NameTaken, match="as chat, not embedding"):
+        registry.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
+    with pytest.raises(NameTaken, match="already serves"):
+        registry.add(CHAT, Scripted("w1"), replicate=True)
+
+
+def test_the_least_busy_replica_serves() -> None:
+    registry, busy, idle = Registry(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
+    registry.add(CHAT, busy)
+    registry.add(CHAT, idle, replicate=True)
+    for _ in range(3):
+        registry.open(request())
+    assert (len(busy.calls), len(idle.calls)) == (0, 3)
+
+
+def test_equally_busy_replicas_take_turns() -> None:
+    registry = Registry()
+    backends = [Scripted(f"w{number}") for number in range(3)]
+    for backend in backends:
+        registry.add(CHAT, backend, replicate=True)
+    for _ in range(9):
+        registry.open(request())
+    assert [len(backend.calls) for backend in backends] == [3, 3, 3]
+
+
+def test_a_replica_that_drains_gets_nothing_new() -> None:
+    registry, draining, staying = Registry(), Scripted("w1", available=False), Scripted("w2", load=1)
+    registry.add(CHAT, draining)
+    registry.add(CHAT, staying, replicate=True)
+    registry.open(request())
+    assert len(staying.calls) == 1
+    staying.available = False
+    with pytest.raises(Overloaded):
+        registry.open(request())
+
+
+def test_a_model_is_gone_when_its_last_replica_is() -> None:
+    registry, first, second = Registry(), Scripted("w1"), Scripted("w2")
+    registry.add(CHAT, first)
+    registry.add(CHAT, second, replicate=True)
+    assert registry.remove("m", first)
+    assert registry.names() == ["m"]
+    assert registry.remove("m", second)
+    assert registry.names() == []
+    assert not registry.remove("m", second)
+
+
+def test_a_closed_registry_refuses_with_503() -> None:
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    registry.closed_to = "closing"
+    with pytest.raises(ShuttingDown, match="closing"):
+        registry.open(request())
+
+
+@pytest.mark.parametrize(
+    ("end", "entry"),
+    [
+        (Done(), "completed"),
+        (Failed(ApiError(500, "x")), "failed"),
+        (Failed(ApiError(429, "x")), "failed"),
+        (Failed(TooSlow("x")), "timed_out"),
+        (Failed(ApiError(504, "from a worker")), "timed_out"),
+        (Failed(WorkerLost("w1", "killed")), "worker_lost"),
+        (None, "cancelled"),
+    ],
+)
+def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | None, entry: str) -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    call = registry.open(request())
+    books = registry.books
+    assert (books.admitted, len(registry.live)) == (1, 1)
+    if end is None:
+        call.cancel("client left")
+    else:
+        call.put(Head())
+        call.put(end)
+    assert len(registry.live) == 1
+    call.release()
+    call.release()
+    assert len(registry.live) == 0
+    outcomes = {name: value for name, value in attrs.asdict(books).items() if value}
+    assert outcomes == {"admitted": 1, entry: 1}
+
+
+@pytest.mark.parametrize("error", [WorkerLost("w1", "killed"), ShuttingDown()])
+def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error: ApiError) -> None:
+    registry, first, second = Registry(), Scripted("w1"), Scripted("w2", load=1)
+    registry.add(CHAT, first)
+    registry.add(CHAT, second, replicate=True)
+    call = registry.open(request())
+    registry.remove("m", first)
+    call.put(Failed(error))
+    call.release()
+    again = registry.reopen(call)
+    assert again is not None
+    assert again.served_by == "w2"
+    assert registry.books.retried == 1
+
+
+def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
+    registry, only = Registry(), Scripted("w1")
+    registry.add(CHAT, only)
+    call = registry.open(request())
+    call.put(Failed(WorkerLost("w1", "killed")))
+    assert registry.reopen(call) is None
+
+
+def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothing_is() -> None:
+    registry = Registry()
+    for name in ("w1", "w2"):
+        registry.add(CHAT, Scripted(name), replicate=True)
+    call = registry.open(attrs.evolve(request(), budget=10.0))
+    call.put(Failed(WorkerLost("w1", "killed")))
+    assert registry.reopen(call, 0.0) is None
+    assert registry.books.retried == 0
+    again = registry.reopen(call, 2.5)
+    assert again is not None
+    assert again.request.budget == 2.5
+    assert call.request.budget == 10.0
+
+
+def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    calls = [registry.open(request()) for _ in range(4)]
+    calls[0].put(Head())
+    calls[0].put(Done())
+    calls[0].release()
+    for call, seconds in zip(calls[1:], (0.004, 0.006, 60.0), strict=True):
+        now = 100.0
+        call.cancel("enough")
+        now += seconds
+        call.release()
+    classes = dict(zip((*registry.cancels.BOUNDS, math.inf), registry.cancels.counts, strict=True))
+    assert {bound: count for bound, count in classes.items() if count} == {0.005: 1, 0.01: 1, math.inf: 1}
+    assert registry.cancels.total == pytest.approx(60.01)
+
+
+@pytest.mark.parametrize("error", [ApiError(500, "x"), TooSlow("x"), Overloaded("x")])
+def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiError) -> None:
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    registry.add(CHAT, Scripted("w2"), replicate=True)
+    call = registry.open(request())
+    call.put(Failed(error))
+    assert registry.reopen(call) is None
+
+
+def test_the_live_calls_of_a_request_are_found_by_its_id() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    twin, other, again = (
+        registry.open(attrs.evolve(request(), request_id=each)) for each in ("twin", "other", "twin")
+    )
+    assert registry.calls_of("twin") == [twin, again]
+    assert registry.calls_of("nobody") == []
+    twin.cancel("enough")
+    assert registry.calls_of("twin") == [twin, again]
+    twin.release()
+    assert registry.calls_of("twin") == [again]
+    assert registry.calls_of("other") == [other]
+
+
+async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nursery) -> None:
+    registry = Registry()
+    registry.add(CHAT, Scripted("w1"))
+    calls = [registry.open(request()) for _ in range(2)]
+    idle = trio.Event()
+
+    async def watch() -> None:
+        await registry.wait_idle()
+        idle.set()
+
+    nursery.start_soon(watch)
+    registry.cancel_all("stop")
+    calls[0].release()
+    await wait_all_tasks_blocked()
+    assert not idle.is_set()
+    calls[1].release()
+    await wait_all_tasks_blocked()
+    assert idle.is_set()
+
+
+def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
+    registry, one, two = Registry(), Scripted("w1"), Scripted("w2")
+    untouched = ModelInfo("raw", "any")
+    registry.add(CHAT, one)
+    assert not registry.has_untouched
+    registry.add(untouched, one, replicate=True)
+    registry.add(untouched, two, replicate=True)
+    registry.remove("raw", one)
+    assert registry.has_untouched
+    registry.remove("raw", two)
+    assert not registry.has_untouched
+    registry.update(ModelInfo("m", "any"), one)
+    assert registry.has_untouched
+    registry.update(CHAT, one)
+    assert not registry.has_untouched
+
+
+# What a model answers beside its kind
+
+
+def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
+    registry, backend = Registry(), Scripted("w1")
+    registry.add(CHAT, backend)
+    assert not registry.answers("/v1/x")
+    registry.update(attrs.evolve(CHAT, also=("/v1/x",), owner="me"), backend)
+    assert registry.answers("/v1/x")
+    assert (registry.infos()[0].owner, registry.infos()[0].also) == ("me", ("/v1/x",))
+    assert registry.check("m", "custom", "/v1/x").name == "m"
+    with pytest.raises(WrongKind):
+        registry.check("m", "custom", "/v1/y")
+
+
+def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_asked() -> None:
+    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2", load=0.9)
+    registry.add(CHAT, plain, replicate=True)
+    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    route = Request("/v1/x", "custom", "m", b"{}")
+    assert {registry.open(route).served_by for _ in range(3)} == {"w2"}
+    assert registry.open(request()).served_by == "w1"
+    more.available = False
+    with pytest.raises(Overloaded):
+        registry.open(route)
+    assert registry.remove("m", more)
+    with pytest.raises(WrongKind):
+        registry.open(route)
+
+
+def test_a_replica_that_does_not_answer_a_route_is_not_asked_when_another_one_is_lost() -> None:
+    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2")
+    registry.add(CHAT, plain, replicate=True)
+    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    call = registry.open(Request("/v1/x", "custom", "m", b"{}"))
+    call.put(Failed(WorkerLost("w2", "gone")))
+    assert registry.reopen(call, math.inf) is None
+
+
+def test_an_update_may_not_part_replicas() -> None:
+    registry, first, second = Registry(), Scripted("w1"), Scripted("w2")
+    registry.add(CHAT, first, replicate=True)
+    registry.add(CHAT, second, replicate=True)
+    with pytest.raises(NameTaken, match="as chat, not tts"):
+        registry.update(attrs.evolve(CHAT, kind="tts"), second)
+    registry.remove("m", first)
+    registry.update(attrs.evolve(CHAT, kind="tts"), second)
+    assert registry.infos()[0].kind == "tts"
+
+
+def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
+    registry = Registry()
+    for name in ("w1", "w2"):
+        registry.add(CHAT, Scripted(name), replicate=True)
+    call = registry.open(attrs.evolve(request(), upload=Upload()))
+    call.put(Failed(WorkerLost(call.served_by, "gone")))
+    assert registry.reopen(call, math.inf) is None

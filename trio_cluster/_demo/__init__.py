@@ -1,5 +1,0 @@
-"""The demo: a master, two workers and five real models on one machine."""
-
-from ._cluster import run_demo
-
-__all__ = ["run_demo"]

@@ -1,0 +1,1 @@
+"""The admin application: models, health, metrics, the description of the API, and the routes for operators."""

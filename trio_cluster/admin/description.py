@@ -1,0 +1,202 @@
+"""The description of the node's HTTP API, as ``GET /openapi.json`` gives it: OpenAPI 3.1.
+
+The routes of models describe themselves (see ``openai/openapi.py``); here are those of the node. It shows no model, no
+worker and nothing else of what the node has, so nobody needs a key to read it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+from .._version import __version__
+from ..core.model import KINDS
+from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
+
+__all__ = ["description"]
+
+_ABOUT: Final = """\
+The OpenAI API, served by a cluster of machines. Every route under `/v1` also answers without it. Fields that are not
+described here are passed on to the model as they are.
+"""
+
+_OBJECT: Final = {"type": "object"}
+_MODEL: Final = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"type": "string", "enum": ["model"]},
+        "created": {"type": "integer", "description": "Seconds since the epoch."},
+        "owned_by": {"type": "string"},
+        "kind": {"type": "string", "enum": list(KINDS)},
+        "capabilities": {
+            "type": "object",
+            "properties": {"vision": {"type": "boolean"}},
+            "required": ["vision"],
+        },
+        "context_window": {"type": "integer"},
+    },
+    "required": ["id", "object", "created", "owned_by", "kind", "capabilities"],
+}
+_MODELS: Final = {
+    "type": "object",
+    "properties": {
+        "object": {"type": "string", "enum": ["list"]},
+        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+    },
+    "required": ["object", "data"],
+}
+_HEALTH: Final = {
+    "type": "object",
+    "properties": {"status": {"type": "string", "enum": ["ok", "draining"]}, "mode": {"type": "string"}},
+    "required": ["status", "mode"],
+}
+_REASON: Final = {
+    "type": "object",
+    "properties": {
+        "reason": {
+            "type": ["string", "null"],
+            "minLength": 1,
+            "maxLength": 500,
+            "pattern": "^[ -~]*$",
+            "description": "One line, for the client and the log.",
+        }
+    },
+}
+
+#: Headers of errors by status, beside those that every answer has.
+_HEADERS: Final = {
+    401: ("www-authenticate",),
+    405: ("allow",),
+    429: ("retry-after",),
+    503: ("retry-after", "x-should-retry"),
+}
+
+
+@cache
+def description(needs_key: bool) -> bytes:
+    """Return the whole of it as JSON.
+
+    Args:
+        needs_key: requests need a key here.
+    """
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "trio_cluster", "version": __version__, "description": _ABOUT},
+            "servers": [{"url": "/"}],
+            "security": [{"key": []}] if needs_key else [{}, {"key": []}],
+            "paths": describe_endpoints() | _node_paths(),
+            "components": {
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+                "schemas": {"Error": ERROR, "Model": _MODEL},
+                "headers": _headers(),
+                "responses": _error_responses(),
+            },
+        }
+    )
+
+
+def _node_paths() -> dict[str, Any]:
+    model = _parameter("model", "The name of a model; it may have slashes in it.")
+    call = _parameter("request_id", "What `x-request-id` said.")
+    worker = _parameter("name", "The name of a worker.")
+    cancel = _operation("cancel", "Cancel all calls of a request", _OBJECT, 400, 401, 403, 404, 413)
+    cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
+    drain = _operation("drain", "Have a worker finish its requests and stop", _OBJECT, 401, 403, 404)
+    drain["responses"]["202"] = drain["responses"].pop("200")
+    health = _open("health", "Tell whether the node takes requests", _HEALTH)
+    health["responses"]["503"] = _answer(_HEALTH, about="It is being stopped.")
+    metrics = _open("metrics", "Numbers for Prometheus", _OBJECT)
+    metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
+    model_ref = {"$ref": "#/components/schemas/Model"}
+    return {
+        "/v1/models": {"get": _operation("models", "List all models", _MODELS, 401)},
+        "/v1/models/{model}": {
+            "parameters": [model],
+            "get": _operation("model", "Look up one model", model_ref, 401, 404),
+        },
+        "/": {"get": _open("index", "Say what this is", _OBJECT)},
+        "/health": {"get": health},
+        "/metrics": {"get": metrics},
+        "/openapi.json": {"get": _open("openapi", "This description", _OBJECT)},
+        "/cluster/status": {"get": _operation("status", "The state of the node", _OBJECT, 401)},
+        "/cluster/calls": {"get": _operation("calls", "The calls that are under way", _OBJECT, 401)},
+        "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
+        "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
+    }
+
+
+def _operation(name: str, summary: str, schema: dict[str, Any], *errors: int) -> dict[str, Any]:
+    return {
+        "operationId": name,
+        "tags": ["node"],
+        "summary": summary,
+        "responses": {"200": _answer(schema), **error_responses(errors)},
+    }
+
+
+def _open(name: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Describe a route that needs no key."""
+    return _operation(name, summary, schema) | {"security": [{}]}
+
+
+def _answer(
+    schema: dict[str, Any], kind: str = "application/json", about: str = "As it is now."
+) -> dict[str, Any]:
+    return {
+        "description": about,
+        "headers": _refer(["x-request-id"]),
+        "content": {kind: {"schema": schema}},
+    }
+
+
+def _parameter(name: str, about: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": about,
+        "schema": {"type": "string", "minLength": 1},
+    }
+
+
+def _refer(names: list[str]) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _headers() -> dict[str, Any]:
+    text = {"type": "string"}
+    return {
+        "x-request-id": {
+            "description": "The id that the client gave the request, or one that was made up.",
+            "required": True,
+            "schema": text,
+        },
+        "retry-after": {
+            "description": "Seconds after which trying again makes sense.",
+            "schema": {"type": "integer", "minimum": 1},
+        },
+        "x-should-retry": {
+            "description": "Whether a client that repeats failed requests should.",
+            "schema": {"type": "string", "enum": ["false"]},
+        },
+        "www-authenticate": {"description": "How to send a key.", "required": True, "schema": text},
+        "allow": {"description": "The methods that the route takes.", "required": True, "schema": text},
+    }
+
+
+def _error_responses() -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+
+    def response(about: str, *headers: str) -> dict[str, Any]:
+        return {
+            "description": about,
+            "headers": _refer(["x-request-id", *headers]),
+            "content": content,
+        }
+
+    named = {str(status): response(about, *_HEADERS.get(status, ())) for status, about in ERRORS.items()}
+    return named | {"error": response("Any other error, for instance one that a handler has chosen.")}

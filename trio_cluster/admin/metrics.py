@@ -1,0 +1,112 @@
+"""The numbers of a node, as Prometheus wants them.
+
+Nothing is counted here: the registry keeps the books, and a collector reads them when it is asked. So the
+numbers are of one instant and add up, and a request costs nothing for being counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Final
+
+import attrs
+import trio
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from ..gateway.node_context import Site
+from ..gateway.response import Reply
+from ..routing.router import Durations
+
+__all__ = ["metrics_reply"]
+
+_PREFIX = "trio_cluster_"
+_OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
+
+#: Numbers whose text takes so long to write that others would feel it; each worker has nine.
+_MANY: Final = 500
+
+
+async def metrics_reply(site: Site) -> Reply:
+    """Return the text that a scrape gets: the numbers of one instant."""
+    numbers = _Numbers(_Reading(site).families())
+    if sum(len(family.samples) for family in numbers.collect()) < _MANY:
+        text = generate_latest(numbers)
+    else:
+        text = await trio.to_thread.run_sync(generate_latest, numbers, abandon_on_cancel=True)
+    return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], text)
+
+
+class _Numbers(Collector):
+    """What has been collected. Nothing of this process that others may register is among it."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+class _Reading:
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def families(self) -> Iterator[Metric]:
+        registry = self._site.registry
+        books = attrs.asdict(registry.books)
+        yield CounterMetricFamily(
+            _PREFIX + "calls_admitted", "Calls that were opened.", value=books["admitted"]
+        )
+        ended = CounterMetricFamily(
+            _PREFIX + "calls_ended", "Calls whose work has stopped, by how they ended.", labels=["outcome"]
+        )
+        for outcome in _OUTCOMES:
+            ended.add_metric([outcome], books[outcome])
+        yield ended
+        yield CounterMetricFamily(
+            _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=books["retried"]
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(registry.live)
+        )
+        yield _histogram(
+            "cancel_seconds",
+            "From giving a call up until its work had really stopped.",
+            registry.cancels,
+        )
+        models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
+        kinds = [info.kind for info in registry.infos()]
+        for kind in sorted(set(kinds)):
+            models.add_metric([kind], kinds.count(kind))
+        yield models
+        yield GaugeMetricFamily(
+            _PREFIX + "draining", "1 while new calls are refused.", value=registry.closed_to is not None
+        )
+        yield GaugeMetricFamily(
+            _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._site.uptime
+        )
+        yield from self._measures()
+
+    def _measures(self) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for measure in self._site.measures():
+            family = families.get(measure.name)
+            if family is None:
+                family = families[measure.name] = GaugeMetricFamily(
+                    _PREFIX + measure.name, measure.help, labels=list(measure.labels)
+                )
+            family.add_metric(list(measure.labels.values()), measure.value)
+        yield from families.values()
+
+
+def _histogram(name: str, about: str, durations: Durations) -> HistogramMetricFamily:
+    bounds = [*map(str, durations.BOUNDS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
+    return HistogramMetricFamily(_PREFIX + name, about, buckets=buckets, sum_value=durations.total)

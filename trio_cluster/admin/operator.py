@@ -1,0 +1,114 @@
+"""What an operator may do from outside: see every call, cancel some, and let a worker go.
+
+These routes need the key, as all others do. Where there is none, whoever reaches the node may use them, but a page
+of the web may not: a browser would post here on behalf of any page that is open in it, without being asked, and
+tells where the request comes from. Nothing here is for browsers, so such a request is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from quart import request
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+from werkzeug.routing import BaseConverter
+
+from ..core.call import Call
+from ..errors import ApiError, InvalidRequest
+from ..gateway.context import Exchange, exchange_of
+from ..gateway.node_context import Site
+from ..gateway.response import json_reply
+from ..openai import read_object
+from .routes import respond
+
+__all__ = ["add_operator_routes"]
+
+logger = logging.getLogger("trio_cluster.http")
+
+#: Characters of the reason for a cancellation. It is for a person, who reads it in an error or in a log.
+_REASON_MAX: Final = 500
+_NO_REASON: Final = "an operator asked for it"
+
+
+class _Anything(BaseConverter):
+    """A part of a path that may hold whatever anybody may take for an id or a name, slashes included."""
+
+    regex = "(?s:.+?)"
+    part_isolating = False
+
+
+def add_operator_routes(app: QuartTrio, site: Site) -> None:
+    """Add the routes under ``/cluster`` that are for operators to ``app``."""
+    registry = site.registry
+
+    async def calls() -> TrioResponse:
+        now = time.monotonic()
+        return respond(json_reply({"calls": [_account(call, now) for call in registry.live]}))
+
+    async def cancel(request_id: str) -> TrioResponse:
+        exchange = exchange_of(request.scope)
+        _refuse_pages(exchange)
+        reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
+        found = registry.calls_of(request_id)
+        if not found:
+            raise ApiError(
+                404, f"There is no call of a request '{request_id}', or it has ended", code="call_not_found"
+            )
+        wanted = [call for call in found if not call.ended]
+        for call in wanted:
+            call.cancel(reason, final=True)
+        fields = {"request_id": request_id, "calls": len(wanted)}
+        logger.info("cancelled by an operator: %s", reason, extra={"fields": fields})
+        return respond(json_reply({"request_id": request_id, "cancelled": len(wanted)}))
+
+    async def drain(name: str) -> TrioResponse:
+        _refuse_pages(exchange_of(request.scope))
+        worker = site.drain_worker(name)
+        if worker is None:
+            raise ApiError(404, f"There is no worker '{name}' here", code="worker_not_found")
+        return respond(json_reply(worker, 202))
+
+    app.url_map.converters["anything"] = _Anything
+    add = app.add_url_rule
+    add("/cluster/calls", "calls", calls, methods=["GET"])
+    add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
+    add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
+
+
+def _account(call: Call, now: float) -> Mapping[str, Any]:
+    asked = call.request
+    return {
+        "request_id": asked.request_id,
+        "model": asked.model,
+        "kind": asked.kind,
+        "endpoint": asked.endpoint,
+        "node": call.served_by,
+        "phase": call.phase,
+        "age": round(now - call.opened_at, 3),
+        "produced": call.produced,
+        "delivered": call.delivered,
+        "client": asked.client or None,
+    }
+
+
+def _refuse_pages(exchange: Exchange) -> None:
+    if exchange.header(b"origin") is not None:
+        raise ApiError(403, "Pages of the web may not do this", code="foreign_origin")
+
+
+def _reason(body: bytes) -> str:
+    """Return the reason that the body of a request gives, if it has one."""
+    reason = read_object(body).get("reason") if body.strip() else None
+    if reason is None:
+        return _NO_REASON
+    if not isinstance(reason, str) or not 0 < len(reason) <= _REASON_MAX or not reason.isprintable():
+        raise InvalidRequest(
+            f"reason: expected one line of 1 to {_REASON_MAX} characters",
+            param="reason",
+            code="invalid_value",
+        )
+    return reason

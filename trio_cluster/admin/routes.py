@@ -1,0 +1,119 @@
+"""The routes of the OpenAI API and of the node itself, as views of a Quart-trio application.
+
+The routes for models come from the table of endpoints, and the gate answers them; a new endpoint needs nothing here.
+What a view returns is a :class:`~trio_cluster.gateway.response.Reply`, and :func:`respond` turns that into a response of
+the framework.
+"""
+
+from __future__ import annotations
+
+import attrs
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+
+from ..errors import HandlerFailed, ModelNotFound
+from ..gateway.node_context import Site
+from ..gateway.pipeline import MODEL_ROUTES, PREFIXES
+from ..gateway.response import JSON, Reply, json_reply
+from ..openai import ENDPOINTS
+from .description import description
+from .metrics import metrics_reply
+
+__all__ = ["add_routes", "respond"]
+
+
+def add_routes(app: QuartTrio, site: Site) -> None:
+    """Add all routes to ``app``."""
+    _add_model_routes(app)
+    _add_models(app, site)
+    _add_node(app, site)
+
+
+def respond(reply: Reply) -> TrioResponse:
+    """Return ``reply``, whose body is complete, as a response of the framework."""
+    assert isinstance(reply.body, bytes)
+    response = TrioResponse(reply.body, reply.status)
+    # Not passed to the constructor, which would add a charset of its own.
+    del response.headers["content-type"]
+    for name, value in reply.headers:
+        response.headers.add(name, value)
+    return response
+
+
+def _add_model_routes(app: QuartTrio) -> None:
+    """Let the framework know the routes that the gate answers, to tell a wrong method from an unknown path."""
+
+    async def answered_by_the_gate() -> TrioResponse:
+        raise HandlerFailed
+
+    for path in MODEL_ROUTES:
+        app.add_url_rule(path, f"POST {path}", answered_by_the_gate, methods=["POST"])
+
+
+def _add_models(app: QuartTrio, site: Site) -> None:
+    async def list_models() -> TrioResponse:
+        entries = [info.entry() for info in site.registry.infos()]
+        return respond(json_reply({"object": "list", "data": entries}))
+
+    async def retrieve_model(name: str) -> TrioResponse:
+        info = site.registry.info(name)
+        if info is None:
+            raise ModelNotFound(name, site.registry.names())
+        return respond(json_reply(info.entry()))
+
+    for prefix in PREFIXES:
+        app.add_url_rule(f"{prefix}/models", f"{prefix}models", list_models, methods=["GET"])
+        app.add_url_rule(f"{prefix}/models/<path:name>", f"{prefix}model", retrieve_model, methods=["GET"])
+
+
+def _add_node(app: QuartTrio, site: Site) -> None:
+    async def index() -> TrioResponse:
+        return respond(
+            json_reply(
+                {
+                    "name": "trio_cluster",
+                    "about": "an OpenAI-compatible API",
+                    "routes": ["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
+                    "description": "/openapi.json",
+                    "health": "/health",
+                    "metrics": "/metrics",
+                    "status": "/cluster/status",
+                }
+            )
+        )
+
+    async def described() -> TrioResponse:
+        needs_key = site.options.server.api_key is not None
+        return respond(Reply(200, [JSON], description(needs_key)))
+
+    async def health() -> TrioResponse:
+        # Who balances load over several nodes must see a node that drains as one not to be used.
+        draining = site.registry.closed_to is not None
+        state = {"status": "draining" if draining else "ok", "mode": site.mode}
+        return respond(json_reply(state, 503 if draining else 200))
+
+    async def metrics() -> TrioResponse:
+        return respond(await metrics_reply(site))
+
+    async def status() -> TrioResponse:
+        registry = site.registry
+        models = [info.entry() | {"nodes": registry.served_by(info.name)} for info in registry.infos()]
+        return respond(
+            json_reply(
+                {
+                    "node_id": site.node_id,
+                    "mode": site.mode,
+                    "uptime": round(site.uptime, 3),
+                    "draining": registry.closed_to is not None,
+                    "models": models,
+                    "calls": attrs.asdict(registry.books) | {"in_flight": len(registry.live)},
+                }
+                | dict(site.status())
+            )
+        )
+
+    app.add_url_rule("/", "index", index, methods=["GET"])
+    app.add_url_rule("/openapi.json", "openapi", described, methods=["GET"])
+    app.add_url_rule("/health", "health", health, methods=["GET"])
+    app.add_url_rule("/metrics", "metrics", metrics, methods=["GET"])
+    app.add_url_rule("/cluster/status", "status", status, methods=["GET"])

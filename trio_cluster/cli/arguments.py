@@ -1,0 +1,255 @@
+"""What can be typed after ``trio-cluster``, and how it becomes options.
+
+A flag that sets an option has no default of its own, or it would always win over the file and the
+environment; the default that its help shows is the option's. Whatever is wrong is an
+:class:`~trio_cluster.errors.OptionsError` of one line, so that no complaint looks different from the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, cast
+
+import attrs
+
+from .._version import __version__
+from ..core import logs
+from ..errors import OptionsError
+from ..options import ClusterServerOptions, ServerOptions
+from .settings import load_options
+
+__all__ = ["log_settings", "master_host", "options_from", "parse_arguments"]
+
+_FIELDS: Final = {
+    field.name: field for options in (ServerOptions, ClusterServerOptions) for field in attrs.fields(options)
+}
+
+_HOST_NAME: Final = re.compile(r"[\w.-]+")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``argv`` (``sys.argv[1:]`` if ``None``). The command's name is ``command`` of the answer.
+
+    Raises:
+        OptionsError: it cannot be understood.
+        SystemExit: it asks for help or for the version, which has been printed.
+    """
+    return _parser().parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in the one line that every error of the command is; accepts no abbreviations."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionsError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="trio-cluster", description="Several machines, one OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"trio-cluster {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.set_defaults(command=name)
+        subparser.add_argument("--log-level", choices=logs.LEVELS, help="default: info")
+        subparser.add_argument("--log-format", choices=logs.FORMATS, help="default: text")
+        return subparser
+
+    demo = command("demo", "Start a master and two workers with real embedded models.")
+    demo.add_argument("port", nargs="?", type=int, default=8080, metavar="PORT", help="default: %(default)s")
+    demo.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    demo.add_argument("--check", action="store_true", help="ask every model one question, tell, and stop")
+
+    run = command(
+        "run", "Be the master if the port is free, and a worker of the master that holds it if not."
+    )
+    _add_port(run)
+    _add_serving_flags(run, master=True, worker=True)
+
+    master = command("master", "Serve the OpenAI API, and take in workers.")
+    _add_port(master)
+    _add_serving_flags(master, master=True, worker=False)
+
+    worker = command("worker", "Serve models to a master.")
+    worker.add_argument(
+        "master_host", nargs="?", default="127.0.0.1", metavar="HOST", help="default: %(default)s"
+    )
+    _add_port(worker, whose="the master's external port")
+    _add_serving_flags(worker, master=False, worker=True)
+
+    status = command("status", "Show the workers, models and load of a running node.")
+    _add_url(status)
+    status.add_argument("--json", action="store_true", help="print the answer as it came")
+    _add_asking_flags(status)
+
+    calls = command("calls", "Show the calls of a running node.")
+    _add_url(calls)
+    calls.add_argument("--json", action="store_true", help="print the answer as it came")
+    _add_asking_flags(calls)
+
+    cancel = command("cancel", "Cancel the calls of a request.")
+    cancel.add_argument("request_id", metavar="REQUEST_ID", help="as calls shows it, and x-request-id said")
+    _add_url(cancel)
+    cancel.add_argument("--reason", metavar="TEXT", help="what its client is told")
+    _add_asking_flags(cancel)
+
+    drain = command("drain", "Ask a worker to finish its requests and stop, and wait until it has left.")
+    drain.add_argument("worker", metavar="WORKER", help="its name, as status shows it")
+    _add_url(drain, whose="its master")
+    drain.add_argument("--no-wait", action="store_true", help="only ask")
+    _add_asking_flags(drain)
+    return parser
+
+
+def _add_url(parser: argparse.ArgumentParser, whose: str = "the node") -> None:
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help=f"the API of {whose} (default: http://127.0.0.1:8080)"
+    )
+
+
+def _add_asking_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
+    _add_option(parser, "--api-key", "api_key", str, "KEY", "what the node wants to be shown")
+
+
+def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the OpenAI API") -> None:
+    parser.add_argument("port", nargs="?", type=int, metavar="PORT", help=f"{whose} (default: 8080)")
+
+
+def _add_option(
+    parser: argparse.ArgumentParser, flag: str, field: str, kind: type, metavar: str, text: str
+) -> None:
+    """Add a flag that sets an option; the default shown is the option's own."""
+    default = _FIELDS[field].default
+    shown = f"{default:g}" if isinstance(default, float) else default
+    if shown is not None:
+        text += f" (default: {shown})"
+    parser.add_argument(*flag.split("/"), dest=field, type=kind, metavar=metavar, help=text)
+
+
+def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker: bool) -> None:
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "-a", "--app", metavar="MODULE:ATTRIBUTE", help="a ClusterServer with registered models"
+    )
+    models.add_argument(
+        "--serve", action="append", default=[], metavar="SPEC", help="an engine to serve; may be given again"
+    )
+
+    options = parser.add_argument_group("configuration")
+    options.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
+    add = partial(_add_option, cast("argparse.ArgumentParser", options))
+    if master:
+        add("--host", "host", str, "ADDR", "the address of the OpenAI API")
+    add("--max-concurrency", "max_concurrency", int, "N", "requests that run here at once")
+    add("--queue-timeout", "queue_timeout", float, "SECONDS", "how long a request waits for its turn")
+    add("--timeout", "default_timeout", float, "SECONDS", "the longest silence of a model; inf for no limit")
+    add("--max-body-size", "max_body_size", int, "BYTES", "the largest request body")
+    add("--max-json-size", "max_json_size", int, "BYTES", "the largest request body that is not a form")
+    add(
+        "--cors-origins",
+        "cors_origins",
+        str,
+        "ORIGINS",
+        "whose web pages may use the API: * or a list with commas",
+    )
+    add("--owner", "owner", str, "NAME", "what /v1/models gives as owned_by")
+    add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token may wait for others on a busy link")
+    add("--drain-timeout", "drain_timeout", float, "SECONDS", "how long a stop lets requests finish")
+    add("--api-key", "api_key", str, "KEY", "what clients must show; better kept in TRIO_CLUSTER_API_KEY")
+    add(
+        "--cluster-token",
+        "cluster_token",
+        str,
+        "TOKEN",
+        "what workers must show; or TRIO_CLUSTER_CLUSTER_TOKEN",
+    )
+    if master:
+        add("--internal-host", "internal_host", str, "ADDR", "the address for workers, if not that of --host")
+    add("--internal-port", "internal_port", int, "PORT", "the master's port for workers, if not PORT + 1000")
+    add("--worker-timeout", "worker_timeout", float, "SECONDS", "silence after which a link is given up")
+    add("--heartbeat-interval", "heartbeat_interval", float, "SECONDS", "how often to give a sign of life")
+    if master:
+        add("--on-conflict", "on_conflict", str, "RULE", "reject or replicate a model name that is served")
+    if worker:
+        add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
+        options.add_argument(
+            "-l",
+            "--listen",
+            type=_listen_address,
+            metavar="ADDR:PORT",
+            help="serve this worker's own API here too",
+        )
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not host or not (port.isascii() and port.isdigit()) or (":" in host and not bracketed):
+        raise argparse.ArgumentTypeError(
+            f"expected ADDR:PORT, with an IPv6 address in brackets, got {text!r}"
+        )
+    if int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"a port lies between 0 and 65535, got {port}")
+    return host, int(port)
+
+
+def master_host(text: str) -> str:
+    """Return the host that was typed for the master's machine, an IPv6 address without its brackets.
+
+    Raises:
+        OptionsError: it is a URL, a host with a port, a port alone, or nothing like a host.
+    """
+    host = text.removeprefix("[").removesuffix("]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST_NAME.fullmatch(host) or host.isdigit():
+            raise OptionsError(
+                f"HOST: expected the master's name or address, and PORT after it, got {text!r}"
+            ) from None
+    return host
+
+
+def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the level and the format of the log: a flag's, else a variable's, else the default.
+
+    Raises:
+        OptionsError: a variable holds neither.
+    """
+    return (
+        _log_setting("LOG_LEVEL", arguments.log_level, logs.LEVELS, "info"),
+        _log_setting("LOG_FORMAT", arguments.log_format, logs.FORMATS, "text"),
+    )
+
+
+def _log_setting(name: str, given: str | None, choices: Sequence[str], default: str) -> str:
+    variable = f"TRIO_CLUSTER_{name}"
+    value = given or os.environ.get(variable) or default
+    if value not in choices:
+        raise OptionsError(f"{variable}: must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def options_from(
+    arguments: argparse.Namespace, base: ClusterServerOptions | None = None
+) -> ClusterServerOptions:
+    """Lay what was typed over the environment, the file that is named in either, and ``base``.
+
+    Raises:
+        OptionsError: see :func:`~trio_cluster.cli.settings.load_options`.
+    """
+    config = arguments.config or os.environ.get("TRIO_CLUSTER_CONFIG")
+    flags = {name: value for name, value in vars(arguments).items() if name in _FIELDS}
+    return load_options(config=Path(config) if config else None, environ=os.environ, flags=flags, base=base)

@@ -1,0 +1,239 @@
+"""Where the values of the options come from: a file, the environment, the command line; later ones win.
+
+Theory
+======
+
+The base, the file, the environment and the flags become one tree of plain values, each leaf with a note of
+where it came from, and that tree is structured once, leaf by leaf through the validators of ``options.py``. So
+every source is held to the same rules as code is, every complaint says where to look, and all of them come at
+once. The names of the two classes of options do not overlap, which is why environment variables need no
+nesting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
+
+import attrs
+import cattrs
+from cattrs.gen import make_dict_structure_fn, override
+
+from ..errors import OptionsError
+from ..options import ClusterServerOptions, ServerOptions
+
+__all__ = ["load_options"]
+
+_Field: TypeAlias = "attrs.Attribute[Any]"
+
+_PREFIX: Final = "TRIO_CLUSTER_"
+
+# Variables of ours that are not options: read by the command line and by the engines.
+_OTHER_VARIABLES: Final = frozenset({"CACHE", "CONFIG", "LOG_FORMAT", "LOG_LEVEL"})
+
+# Kubernetes puts the address of every service into every container. A service called "trio-cluster" gives us
+# TRIO_CLUSTER_SERVICE_HOST, TRIO_CLUSTER_PORT=tcp://10.0.0.1:8080 and more, which nobody wrote and which set
+# nothing.
+_SERVICE_LINK: Final = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_SERVICE_PORT: Final = re.compile(r"(tcp|udp|sctp)://")
+
+_Path: TypeAlias = tuple[str, ...]
+
+
+def _paths() -> dict[str, tuple[_Path, Any]]:
+    """Return each option's name with its path in the tree and its type."""
+    paths: dict[str, tuple[_Path, Any]] = {}
+    for field, kind in typing.get_type_hints(ServerOptions).items():
+        paths[field] = (("server", field), kind)
+    for field, kind in typing.get_type_hints(ClusterServerOptions).items():
+        if field != "server":
+            paths[field] = ((field,), kind)
+    return paths
+
+
+_PATHS: Final = _paths()
+
+
+def load_options(
+    *,
+    config: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+    base: ClusterServerOptions | None = None,
+) -> ClusterServerOptions:
+    """Lay a file, the environment and flags over ``base``, later ones winning.
+
+    Args:
+        config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table
+            ``[server]`` those of :class:`ServerOptions`. ``None``: there is none.
+        environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets
+            that field.
+        flags: values by the name of the field, as the command line has them; ``None`` stands for "not given".
+        base: what holds where nobody says anything; the defaults if ``None``. It is not changed.
+
+    Returns:
+        New options; nothing in them is shared with ``base``.
+
+    Raises:
+        OptionsError: the file cannot be read, a key or a variable is unknown, or a value is wrong. The
+            message names the place and the key, and where several are wrong, all of them.
+    """
+    tree = attrs.asdict(base if base is not None else ClusterServerOptions())
+    labels: dict[_Path, str] = {}
+    problems: list[str] = []
+    for settings in (_read_file(config), _read_environment(environ), _read_flags(flags)):
+        for path, label, value in settings:
+            if isinstance(value, _Problem):
+                problems.append(f"{label}: {value.text}")
+                continue
+            table = tree[path[0]] if len(path) == 2 else tree
+            table[path[-1]] = value
+            labels[path] = label
+    if not problems:
+        try:
+            return _structure(tree)
+        except cattrs.BaseValidationError as error:
+            problems = list(_explain(error, labels))
+    raise OptionsError("; ".join(dict.fromkeys(problems)))
+
+
+@attrs.frozen
+class _Problem:
+    """A setting that cannot be used, in the place of its value."""
+
+    text: str
+
+
+_Setting: TypeAlias = tuple[_Path, str, object]
+
+
+def _read_file(config: Path | None) -> Iterator[_Setting]:
+    if config is None:
+        return
+    try:
+        content = tomllib.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionsError(f"{config}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionsError(f"{config}: is not UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionsError(f"{config}: is not TOML: {error}") from error
+
+    known = {".".join(path) for path, _ in _PATHS.values()}
+    server = content.pop("server", {})
+    if not isinstance(server, dict):
+        yield ("server",), f"{config}: server", _Problem("must be a table, [server]")
+        server = {}
+    for path, value in [
+        *(((key,), value) for key, value in content.items()),
+        *((("server", key), value) for key, value in server.items()),
+    ]:
+        dotted = ".".join(path)
+        if dotted in known:
+            yield path, f"{config}: {dotted}", value
+        else:
+            problem = _Problem(f"unknown key{_hint(dotted, known)}")
+            yield path, f"{config}: {dotted}", problem
+
+
+def _read_environment(environ: Mapping[str, str]) -> Iterator[_Setting]:
+    for variable, text in environ.items():
+        if not variable.startswith(_PREFIX):
+            continue
+        name = variable.removeprefix(_PREFIX)
+        if name in _OTHER_VARIABLES or _SERVICE_LINK.fullmatch(name):
+            continue
+        if name.endswith("PORT") and _SERVICE_PORT.match(text):
+            continue
+        if name != name.upper() or name.lower() not in _PATHS:
+            known = {_PREFIX + option.upper() for option in _PATHS}
+            yield (variable,), variable, _Problem(f"unknown variable{_hint(variable, known)}")
+            continue
+        path, kind = _PATHS[name.lower()]
+        yield path, variable, _parse(text, kind)
+
+
+def _read_flags(flags: Mapping[str, object]) -> Iterator[_Setting]:
+    for name, value in flags.items():
+        if value is not None:
+            yield _PATHS[name][0], _FLAG_NAMES.get(name, "--" + name.replace("_", "-")), value
+
+
+# Flags that are not called like their option.
+_FLAG_NAMES: Final = {"default_timeout": "--timeout", "worker_id": "--name", "port": "PORT"}
+
+
+def _hint(wrong: str, known: set[str]) -> str:
+    """Suggest the known name that ``wrong`` most resembles, whatever table either stands in."""
+    last = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.75)
+    return f"; did you mean {last[close[0]]}?" if close else ""
+
+
+_WORDS: Final = {"true": True, "yes": True, "on": True, "1": True} | {
+    "false": False, "no": False, "off": False, "0": False
+}  # fmt: skip
+
+
+def _parse(text: str, kind: Any) -> object:
+    """Read what a variable says as ``kind``. What cannot be read so stays text, for the validator to name."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
+    if kind is bool:
+        return _WORDS.get(text.strip().lower(), text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _structuring() -> cattrs.Converter:
+    """Make the converter that holds every leaf of the tree to the validator of its field."""
+    converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
+
+    def checked(field: _Field) -> Any:
+        def structure(value: Any, _: Any) -> Any:
+            if field.converter is not None:
+                value = cast("Callable[[Any], Any]", field.converter)(value)
+            assert field.validator is not None
+            field.validator(None, field, value)
+            return value
+
+        return override(struct_hook=structure)
+
+    for options in (ServerOptions, ClusterServerOptions):
+        hooks = {field.name: checked(field) for field in attrs.fields(options) if field.name != "server"}
+        converter.register_structure_hook(options, make_dict_structure_fn(options, converter, **hooks))
+    return converter
+
+
+_converter: Final = _structuring()
+
+
+def _structure(tree: Mapping[str, object]) -> ClusterServerOptions:
+    return _converter.structure(tree, ClusterServerOptions)
+
+
+def _explain(
+    error: cattrs.BaseValidationError, labels: Mapping[_Path, str], above: _Path = ()
+) -> Iterator[str]:
+    """Turn what cattrs found into sentences that begin with where the value came from."""
+    assert isinstance(error, cattrs.ClassValidationError)
+    with_notes, without = error.group_exceptions()
+    for problem, note in with_notes:
+        path = (*above, note.name)
+        if isinstance(problem, cattrs.BaseValidationError):
+            yield from _explain(problem, labels, path)
+        else:
+            # The validators begin with the field's name; here the label names it, and the source besides.
+            yield f"{labels.get(path, '.'.join(path))}: {str(problem).removeprefix(note.name + ': ')}"
+    for problem in without:
+        yield str(problem)

@@ -1,0 +1,127 @@
+"""What ``trio-cluster status`` and ``trio-cluster calls`` make of a node's answers: tables.
+
+The answers were written by another machine, so nothing in them is trusted to be there, to be of the right type, or
+to be fit for a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .admin_client import printable
+
+__all__ = ["describe_calls", "describe_status"]
+
+
+def describe_status(status: Mapping[str, Any]) -> str:
+    """Return tables for a person, without a line break at the end."""
+    workers, models = _rows(status, "workers"), _rows(status, "models")
+    head = ["trio_cluster"]
+    if "version" in status:
+        head[0] += f" {_clean(status['version'])}"
+    head.append(_clean(status.get("mode")))
+    if "node_id" in status:
+        head.append(f"node {_clean(status['node_id'])}")
+    if "uptime" in status:
+        head.append(f"up {_duration(status['uptime'])}")
+    if status.get("draining"):
+        head.append("draining")
+    if status.get("connected") is False:
+        head.append("without a master")
+    lines = [", ".join(head)]
+    for title in ("slots", "calls"):
+        counts = status.get(title)
+        if isinstance(counts, Mapping) and counts:
+            told = (f"{_clean(count)} {_clean(name).replace('_', ' ')}" for name, count in counts.items())
+            lines.append(f"{title}: {', '.join(told)}")
+    sections = ["\n".join(lines)]
+    if status.get("mode") == "master" or workers:
+        sections.append(_worker_table(workers) if workers else "no workers")
+    stalled = [(_clean(w.get("id")), _clean(w.get("stalled"))) for w in workers if w.get("stalled")]
+    if stalled:
+        sections.append(_table(("STALLED", "WHY"), stalled))
+    sections.append(_model_table(models) if models else "no models")
+    rejected = status.get("rejected_models")
+    if isinstance(rejected, Mapping) and rejected:
+        sections.append(_table(("REJECTED", "REASON"), [(_clean(k), _clean(v)) for k, v in rejected.items()]))
+    return "\n\n".join(sections)
+
+
+def describe_calls(answer: Mapping[str, Any]) -> str:
+    """Return a table for a person, without a line break at the end."""
+    calls = _rows(answer, "calls")
+    if not calls:
+        return "no calls"
+    return _table(
+        ("REQUEST", "MODEL", "ENDPOINT", "NODE", "PHASE", "AGE", "BYTES", "CLIENT"),
+        [
+            (
+                *(_clean(call.get(key)) for key in ("request_id", "model", "endpoint", "node", "phase")),
+                _duration(call.get("age")),
+                *(_clean(call.get(key)) for key in ("delivered", "client")),
+            )
+            for call in calls
+        ],
+    )
+
+
+def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:
+    return _table(
+        ("WORKER", "ADDRESS", "STATE", "RUNNING", "WAITING", "CONNECTED", "MODELS"),
+        [
+            (
+                _clean(worker.get("id")),
+                _clean(worker.get("address")),
+                _clean(worker.get("state")),
+                f"{_clean(worker.get('running'))}/{_clean(worker.get('capacity'))}",
+                _clean(worker.get("waiting")),
+                _duration(worker.get("connected_for")),
+                _clean(worker.get("models")),
+            )
+            for worker in workers
+        ],
+    )
+
+
+def _model_table(models: Iterable[Mapping[str, Any]]) -> str:
+    return _table(
+        ("MODEL", "KIND", "OWNER", "SERVED BY"),
+        [tuple(_clean(model.get(key)) for key in ("id", "kind", "owned_by", "nodes")) for model in models],
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (titles, *rows)
+    )
+    return "\n".join(lines)
+
+
+def _rows(status: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    rows = status.get(key)
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+
+def _clean(value: object) -> str:
+    """Return ``value`` as text that fills one cell of a table and does nothing else to a terminal."""
+    if value is None or value in ("", []):
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(_clean(item) for item in value)
+    return printable(value)
+
+
+def _duration(seconds: object) -> str:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
+        return "-"
+    minutes, hours, days = int(seconds) // 60, int(seconds) // 3600, int(seconds) // 86400
+    if minutes == 0:
+        return f"{int(seconds)} s"
+    if hours == 0:
+        return f"{minutes} min {int(seconds) % 60} s"
+    if days == 0:
+        return f"{hours} h {minutes % 60} min"
+    return f"{days} d {hours % 24} h"

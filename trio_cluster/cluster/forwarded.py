@@ -1,0 +1,179 @@
+"""The calls that come over a worker's link: opened here, answered by this node's models.
+
+An answer flows without a task of its own: the call hands its events to the session (``Call.redirect``), and the
+link's writer, having sent a batch, tells each call how many of its bytes have gone. That is what lets a handler go
+on when its answer moves, and holds it back when it does not. A request's body flows the other way likewise: pieces
+go into the call's upload as they come in, and the master may send more when whoever answers has taken them.
+
+A cancelled call is reported to the master when its work has really stopped. Only then is its slot free, and only
+then may the master believe it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ..core.call import Call, Done, Event, Failed, Head, Request
+from ..core.upload import Upload
+from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ShuttingDown
+from ..options import ClusterServerOptions
+from ..protocol import Data as DataMessage, ForwardRequest, WorkerSession
+from ..routing.router import Registry
+
+__all__ = ["ForwardedCalls"]
+
+logger = logging.getLogger("trio_cluster.client")
+
+
+class ForwardedCalls:
+    """The calls of one link.
+
+    Args:
+        session: the worker's half of the protocol.
+        wake: called when the session has something to send.
+        registry: this node's models.
+        options: read at the time of use.
+
+    Attributes:
+        live: those whose end has not been said, by their numbers.
+    """
+
+    def __init__(
+        self,
+        session: WorkerSession,
+        wake: Callable[[], None],
+        registry: Registry,
+        options: ClusterServerOptions,
+    ) -> None:
+        self.live: dict[int, Call] = {}
+        # Those whose body cannot be had again.
+        self._once: set[int] = set()
+        self._session = session
+        self._wake = wake
+        self._registry = registry
+        self._options = options
+
+    def abandon(self) -> None:
+        """Cancel them all: the link is over, and nobody is left to answer."""
+        for call in list(self.live.values()):
+            call.cancel("the link to the master is lost")
+
+    def give_back(self) -> None:
+        """Let those be answered elsewhere whose body is still under way: they have not begun."""
+        for call_id, call in list(self.live.items()):
+            if call.phase == "uploading" and call_id not in self._once:
+                del self.live[call_id]
+                self._session.fail(call_id, ShuttingDown())
+                call.cancel("the worker is being stopped")
+
+    def open(self, opened: ForwardRequest) -> None:
+        """Open a call; its body follows."""
+        call_id = opened.call
+        try:
+            if opened.size > self._options.server.max_body_size:
+                raise self._too_large()
+            call = self._registry.open(
+                Request(
+                    endpoint=opened.endpoint,
+                    kind=opened.kind,  # type: ignore[arg-type]  # an unknown kind matches no model
+                    model=opened.model,
+                    body=b"",
+                    content_type=opened.content_type,
+                    headers=opened.headers,
+                    request_id=opened.request_id,
+                    timeout=math.inf if opened.timeout is None else opened.timeout,
+                    budget=math.inf if opened.budget is None else opened.budget,
+                    upload=Upload(opened.size, on_taken=partial(self._taken, call_id)),
+                )
+            )
+        except ApiError as error:
+            self._session.fail(call_id, error)
+            self._wake()
+            return
+        self.live[call_id] = call
+        if opened.once:
+            self._once.add(call_id)
+            call.on_release(partial(self._once.discard, call_id))
+        call.on_release(partial(self._released, call_id, call))
+        call.redirect(partial(self._send, call_id, call), partial(self._send_piece, call_id))
+
+    def take(self, event: DataMessage) -> None:
+        """Take in the next piece of a request's body."""
+        call = self.live.get(event.call)
+        if call is None or call.request.upload is None:
+            return
+        upload = call.request.upload
+        upload.put(bytes(event.data), last=event.last)
+        if upload.received > self._options.server.max_body_size:
+            del self.live[event.call]
+            self._session.fail(event.call, self._too_large())
+            call.cancel("its body is too large")
+            self._wake()
+
+    def _taken(self, call_id: int, count: int) -> None:
+        """Let the master send more of a body: so much has gone to whoever answers."""
+        if self._session.grant(call_id, count):
+            self._wake()
+
+    def _too_large(self) -> ApiError:
+        limit = self._options.server.max_body_size
+        return InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
+
+    def _send_piece(self, call_id: int, data: bytes | memoryview) -> bool:
+        """Be the sink of the pieces of a call's answer; they wait until :meth:`sent` is told that they have gone."""
+        if call_id in self.live:
+            self._session.send(call_id, data)
+            self._wake()
+        return False
+
+    def _send(self, call_id: int, call: Call, event: Event) -> None:
+        """Be the sink of a call: what begins and ends its answer goes to the session as it is put."""
+        if call_id not in self.live:
+            return
+        match event:
+            case Head():
+                try:
+                    self._session.respond(call_id, event.status, event.content_type, event.headers)
+                except ValueError as error:
+                    fields = {"model": call.request.model, "request_id": call.request.request_id}
+                    logger.error("an answer that HTTP cannot carry: %s", error, extra={"fields": fields})
+                    del self.live[call_id]
+                    self._session.fail(call_id, HandlerFailed())
+                    call.cancel("its head cannot be sent")
+            case Done():
+                self._session.done(call_id)
+                del self.live[call_id]
+            case Failed():
+                if call.cancelled is not None:
+                    # The answer is over, the work is not: the end is reported when it is released.
+                    return
+                self._session.fail(call_id, event.error)
+                del self.live[call_id]
+        self._wake()
+
+    def _released(self, call_id: int, call: Call) -> None:
+        if self.live.pop(call_id, None) is None:
+            return
+        closed_to = self._registry.closed_to
+        if closed_to is not None and not call.begun:
+            # Not finished within the time for that, nor begun: given back, so that another replica may have it.
+            self._session.fail(call_id, ShuttingDown(closed_to))
+        else:
+            self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
+        self._wake()
+
+    def sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Take down, for each call, how many bytes of its answer have gone to the master."""
+        for call_id, count in counts:
+            call = self.live.get(call_id)
+            if call is not None:
+                call.taken(count)
+
+    def cancel(self, call_id: int, reason: str) -> None:
+        """Give a call up, if it is not over; its end is said when its work has stopped."""
+        call = self.live.get(call_id)
+        if call is not None:
+            call.cancel(reason)

@@ -1,0 +1,211 @@
+"""The master's end of a link to one worker, as a backend.
+
+To the registry a far worker is what a local handler is: something that opens calls. What differs is only where the
+events come from. Opening and cancelling queue a message and wake the link's writer; neither waits for anything, so
+no cancellation can fall between asking for work and remembering that it was asked for.
+
+Credit: a call's body bytes are granted back to the worker when the call's consumer has taken them, never when they
+arrive. A client that stops reading therefore stops its own handler, and nobody else's. The other way, what is still
+coming of a request's body counts as taken when it has been sent, and that is when the worker has asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Final, TypeAlias
+
+import trio
+
+from ..core.call import Call, Done, Failed, Head, Request
+from ..core.logs import MOST_IDS
+from ..core.model import ModelInfo
+from ..errors import ApiError, ShuttingDown, WorkerLost
+from ..protocol import (
+    Data as DataMessage,
+    Done as DoneMessage,
+    Failed as FailedMessage,
+    ForwardResponse,
+    Heartbeat,
+    MasterSession,
+)
+
+__all__ = ["STATES", "CallEvent", "RemoteWorker"]
+
+CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
+
+#: What a worker may be: well; with all slots taken; alive, and unable to do anything; about to stop. Whichever is worst
+#: is told. One that is gone is no worker any more.
+STATES: Final = ("ok", "busy", "stalled", "draining")
+
+#: Codes with which a worker gives a call back unanswered, so that it may be tried elsewhere.
+_GIVEN_BACK: Final = ShuttingDown().code
+
+
+class RemoteWorker:
+    """One worker that is connected.
+
+    Args:
+        session: the master's half of the protocol, past its handshake.
+        wake: called when the session has something to send.
+        address: where the worker connected from, for people.
+
+    Attributes:
+        models: what it serves, by name.
+        connected_at: the trio time at which it joined.
+        running, waiting, capacity, lag: its own account of itself, from its last heartbeat; the lag in seconds.
+        stalled: why it can do nothing at the moment, although it is not lost; empty if it can.
+    """
+
+    def __init__(self, name: str, session: MasterSession, wake: Callable[[], None], address: str) -> None:
+        self.name = name
+        self.address = address
+        self.models: dict[str, ModelInfo] = {}
+        self.connected_at = trio.current_time()
+        self.running = 0
+        self.waiting = 0
+        self.capacity = 1
+        self.lag = 0.0
+        self.stalled = ""
+        self.draining = False
+        self._lost: str | None = None
+        self._session = session
+        self._wake = wake
+        self._calls: dict[int, Call] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls this master has there whose work has not stopped."""
+        return len(self._calls)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The ids of those calls, for the log: the first few, if there are many."""
+        return [call.request.request_id for call in islice(self._calls.values(), MOST_IDS)]
+
+    @property
+    def load(self) -> float:
+        """See ``Backend``."""
+        return self.in_flight / self.capacity
+
+    @property
+    def available(self) -> bool:
+        """See ``Backend``."""
+        return not (self.draining or self.stalled) and self._lost is None
+
+    @property
+    def state(self) -> str:
+        """One of :data:`STATES`."""
+        if self.stalled:
+            return "stalled"
+        if self.draining:
+            return "draining"
+        return "busy" if max(self.in_flight, self.running) >= self.capacity else "ok"
+
+    @property
+    def instance(self) -> str:
+        """Tells the worker's process from another one of its name; empty if it did not say."""
+        peer = self._session.peer
+        return "" if peer is None else peer.instance
+
+    def leave(self, reason: str) -> None:
+        """Give it no more calls, and ask it to finish those that it has, and then to stop."""
+        self.draining = True
+        self._session.leave(reason)
+        self._wake()
+
+    def open(self, request: Request) -> Call:
+        """See ``Backend``."""
+        if self._lost is not None:
+            raise WorkerLost(self.name, self._lost)
+        session, wake = self._session, self._wake
+        call_id = session.open(
+            endpoint=request.endpoint,
+            kind=request.kind,
+            model=request.model,
+            content_type=request.content_type,
+            headers=request.headers,
+            request_id=request.request_id,
+            timeout=request.timeout,
+            budget=request.budget,
+            size=request.size,
+            once=not request.repeatable,
+        )
+
+        def cancel(reason: str) -> None:
+            session.cancel(call_id, reason)
+            wake()
+
+        def grant(count: int) -> None:
+            if session.grant(call_id, count):
+                wake()
+
+        call = Call(request, on_cancel=cancel, on_taken=grant)
+        self._calls[call_id] = call
+
+        def send(data: bytes, last: bool) -> None:
+            session.send_body(call_id, data, last=last)
+            wake()
+
+        if request.upload is None:
+            send(request.body, True)
+        else:
+            request.upload.redirect(send)
+            # The head goes in any case, whether or not something of the body has come.
+            wake()
+        return call
+
+    def sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Take down, for each call, how many bytes of its request's body have gone to the worker."""
+        for call_id, count in counts:
+            call = self._calls.get(call_id)
+            if call is not None and call.request.upload is not None:
+                call.request.upload.taken(count)
+
+    def note(self, beat: Heartbeat) -> None:
+        """Take down what the worker says of itself and of its calls."""
+        self.running, self.waiting, self.capacity = beat.running, beat.waiting, max(1, beat.capacity)
+        self.lag = beat.lag
+        for call_id, count in beat.progress:
+            call = self._calls.get(call_id)
+            if call is not None:
+                call.queued = count < 0
+                call.reported = max(0, count)
+
+    def take(self, piece: DataMessage) -> None:
+        """Pass a piece of the answer of one of the calls on to it."""
+        self._calls[piece.call].put_data(piece.data)
+
+    def handle(self, event: CallEvent) -> None:
+        """Pass what begins or ends the answer of one of the calls on to it."""
+        call = self._calls[event.call]
+        match event:
+            case ForwardResponse():
+                call.put(Head(event.status, event.content_type, event.headers))
+            case DoneMessage():
+                if not call.ended:
+                    call.put(Done())
+                self._release(event.call)
+            case FailedMessage():
+                if not call.ended:
+                    call.put(Failed(_error(event)))
+                self._release(event.call)
+
+    def lose(self, why: str) -> None:
+        """Fail every call at once: the link is over, and nothing more will come."""
+        self._lost = why
+        for call_id, call in list(self._calls.items()):
+            if not call.ended:
+                # Of a worker that was about to stop, what it has not begun is given back, even if it could not say so.
+                given_back = self.draining and not call.begun
+                call.put(Failed(ShuttingDown() if given_back else WorkerLost(self.name, why)))
+            self._release(call_id)
+
+    def _release(self, call_id: int) -> None:
+        self._calls.pop(call_id).release()
+
+
+def _error(event: FailedMessage) -> ApiError:
+    if event.code == _GIVEN_BACK:
+        return ShuttingDown(event.message)
+    return event.error()

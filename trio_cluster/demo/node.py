@@ -1,0 +1,34 @@
+"""One node of the demo: the command line, in a process that ends when the demo does, however that ends.
+
+The process's standard input is a pipe whose other end only the demo holds. When the demo is gone, even by
+SIGKILL, the pipe is at its end; the node then stops as it would by SIGTERM, and a few seconds later in any
+case. This needs nothing that is special to one operating system.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Final
+
+from trio_cluster.cli.commands import main
+
+__all__: list[str] = []
+
+#: Seconds that an orphan has for stopping by itself.
+_GRACE: Final = 5.0
+
+
+def _stop_with_the_demo() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(_GRACE)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_the_demo, daemon=True).start()
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Browsers: which web pages may use the API, as the Fetch standard lets a server say it."""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from .context import Exchange
+
+__all__ = ["answer_preflight", "cors_headers"]
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+#: What a page may see of an answer beside its content type.
+_EXPOSED: Final = b"x-request-id, openai-processing-ms, retry-after"
+#: Seconds for which a browser need not ask again.
+_MAX_AGE: Final = b"600"
+
+
+def cors_headers(exchange: Exchange, origins: str | None) -> Headers:
+    """Return what an answer has to say to a browser; nothing if it was none that asked, or its page is not allowed.
+
+    Args:
+        exchange: the request.
+        origins: ``"*"``, or origins with commas between them; ``None``: nobody's.
+    """
+    origin = exchange.header(b"origin")
+    if origin is None or origins is None:
+        return []
+    if origins.strip() == "*":
+        return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", _EXPOSED)]
+    allowed = {each.strip().rstrip("/").encode() for each in origins.split(",")}
+    # The answer depends on who asks, which caches have to know, also where that one may not.
+    headers = [(b"vary", b"origin")]
+    if origin in allowed:
+        headers += [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", _EXPOSED)]
+    return headers
+
+
+def answer_preflight(exchange: Exchange, origins: str | None) -> Headers | None:
+    """Return the headers of the answer to a browser that asks whether it may ask; ``None`` if this is no such question.
+
+    It comes without a key, and is told nothing but what may be sent.
+
+    Args:
+        exchange: the request, which is one for ``OPTIONS``.
+        origins: as for :func:`cors_headers`.
+    """
+    if origins is None or exchange.header(b"access-control-request-method") is None:
+        return None
+    headers = cors_headers(exchange, origins)
+    if any(name == b"access-control-allow-origin" for name, _ in headers):
+        asked = exchange.header(b"access-control-request-headers")
+        headers += [
+            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-headers", asked or b"authorization, content-type"),
+            (b"access-control-max-age", _MAX_AGE),
+        ]
+    return headers

@@ -1,0 +1,179 @@
+"""What a client asks, made into a request: its body, the headers that matter, and how long it waits.
+
+Reading and checking happen once, here, and so before anybody's slot is taken. What is only passed through (a large
+upload, a body for another server) is looked at no further than to find its model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+import trio
+
+from ..core.call import Request
+from ..core.model import ModelInfo
+from ..core.upload import Upload
+from ..errors import InvalidRequest
+from ..openai import Endpoint, FormPeek, is_form, peek_model
+from .body import KEPT, Intake, Kept, too_large
+from .context import Exchange
+from .node_context import Site
+
+__all__ = ["read_request"]
+
+#: Bytes of a request from which reading it in the event loop would be felt by the others.
+_READ_IN_THREAD: Final = 1 << 20
+
+#: Seconds as they may stand in a header.
+_SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+
+
+async def read_request(site: Site, endpoint: Endpoint, exchange: Exchange, kept: Kept) -> Request:
+    """Return what the client asks, ready to be opened.
+
+    A body that has come whole is checked, unless it is for a model that wants to see it untouched. Of a form that is
+    larger than that, only the model is found out; what has come until then is put into ``kept``, and the rest has
+    still to be passed on.
+
+    Raises:
+        ApiError: it cannot be served.
+        ClientLeft: the client has left in the middle of it.
+    """
+    intake = exchange.intake
+    headers = _travelling_headers(exchange)
+    content_type = (exchange.header(b"content-type") or b"").decode("latin-1")
+    timeout, budget = _times(site, exchange)
+    body, parsed, upload = b"", None, None
+    first = await intake.read(KEPT)
+    if not intake.complete and is_form(content_type):
+        model = await _find_model(intake, content_type, first, kept)
+        info = site.registry.check(model, endpoint.kind, endpoint.name)
+        size = exchange.declared_length()
+        upload = Upload(-1 if size is None else size)
+    else:
+        body = await _rest_of(intake, first, site)
+        info, parsed = await _read_whole(site, endpoint, body, content_type, headers)
+    return Request(
+        endpoint=endpoint.name,
+        kind=endpoint.kind,
+        model=info.name,
+        body=body,
+        content_type=content_type,
+        headers=headers,
+        request_id=exchange.request_id,
+        timeout=timeout,
+        budget=budget,
+        parsed=parsed,
+        client=exchange.client,
+        upload=upload,
+    )
+
+
+async def _rest_of(intake: Intake, first: bytes, site: Site) -> bytes:
+    """Return a body that is kept in memory, of which ``first`` has come."""
+    if intake.complete:
+        return first
+    intake.limit = min(intake.limit, site.options.server.max_json_size)
+    if intake.received > intake.limit:
+        raise too_large(intake.limit)
+    return await intake.read(intake.limit, first)
+
+
+async def _find_model(intake: Intake, content_type: str, first: bytes, kept: Kept) -> str:
+    peek = FormPeek(content_type)
+    data = first
+    while True:
+        peek.feed(data)
+        await kept.add(data, last=peek.model is not None)
+        if peek.model == "":
+            raise InvalidRequest("'model' must not be empty", param="model")
+        if peek.model is not None:
+            return peek.model
+        if intake.complete:
+            raise InvalidRequest("Missing required field: 'model'", param="model")
+        data = await intake.next()
+
+
+async def _read_whole(
+    site: Site, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
+) -> tuple[ModelInfo, Any]:
+    """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
+    if site.registry.has_untouched:
+        untouched = site.registry.info(await _look(peek_model, body, content_type) or "")
+        if untouched is not None and untouched.kind == "any":
+            return untouched, None
+    parsed = await _look(endpoint.parse, body, content_type, headers)
+    info = site.registry.check(parsed.model, endpoint.kind, endpoint.name)
+    if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
+        where = "messages" if "messages" in parsed.raw else "input"
+        raise InvalidRequest(
+            f"The model '{info.name}' does not take images", param=where, code="vision_not_supported"
+        )
+    return info, parsed
+
+
+async def _look(look: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    """Return what a function makes of a body; at a large one it looks in a thread."""
+    if len(body) < _READ_IN_THREAD:
+        return look(body, *more)
+    # Looking touches nothing else, so nobody needs to wait for it when the client has left.
+    return await trio.to_thread.run_sync(look, body, *more, abandon_on_cancel=True)
+
+
+def _travelling_headers(exchange: Exchange) -> dict[str, str]:
+    """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
+    headers: dict[str, str] = {}
+    for raw, value in exchange.headers:
+        name = _travelling_name(raw)
+        if name:
+            text = value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
+
+
+# Names come from clients; those that are sent all the time are few.
+@lru_cache(maxsize=256)
+def _travelling_name(raw: bytes) -> str:
+    """Return the name of a header that travels; empty for one that does not."""
+    name = raw.decode("latin-1")
+    if name in ("user-agent", "accept", "accept-language") or (
+        name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)
+    ):
+        return name
+    return ""
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith(("api-key", "token", "authorization", "cookie", "secret"))
+
+
+def _times(site: Site, exchange: Exchange) -> tuple[float, float]:
+    """Return how long the answer may be silent, and how long it may take altogether."""
+    timeout, budget = site.options.server.default_timeout, math.inf
+    # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
+    # for it.
+    listens = _seconds(exchange.header(b"x-stainless-read-timeout"))
+    if listens is not None:
+        timeout = min(timeout, listens)
+    asked = exchange.header(b"x-request-timeout")
+    if asked is not None:
+        seconds = _seconds(asked)
+        if seconds is None:
+            raise InvalidRequest(
+                f"x-request-timeout: expected seconds, more than 0; got {asked.decode('latin-1')!r}",
+                param="x-request-timeout",
+            )
+        budget = seconds
+        timeout = min(timeout, seconds)
+    return timeout, budget
+
+
+def _seconds(value: bytes | None) -> float | None:
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
+    return (float(text) or None) if _SECONDS.fullmatch(text) else None

@@ -1,0 +1,370 @@
+"""A call made into a reply: the way of every request for a model, free of any web framework.
+
+The request is read once and checked, opened, and held by its exchange. From then on the only question is when
+to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
+
+- an event stream begins with its first event; a failure after that is one error event. So events are sent whole:
+  one that fails half-way would otherwise have its error in the middle of it;
+- audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
+- everything else is sent when it is complete. Only an answer that is larger than :data:`COLLECT` is begun
+  earlier, so that memory stays bounded.
+
+Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all
+else that is done to a token. A failed one cuts the exchange, and the gate then ends the connection in a way
+that no client takes for the end of the answer.
+
+The node that runs the handler keeps the time, and its message is the better one. The deadlines here are what
+is left when that node fails to; they come :data:`GRACE` later. All of them are counted from the opening of the
+call, also where that call was lost and is opened once more elsewhere: the client has not begun to wait anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from functools import partial
+from typing import Final
+
+import attrs
+import trio
+
+from ..core.call import Call, Data, Done, Event, Failed, Head
+from ..core.upload import Upload
+from ..errors import ApiError, HandlerFailed, TooSlow
+from ..openai import PING, Endpoint, error_event
+from .body import Intake, Kept
+from .context import Exchange
+from .direct import Connection, ShortWay
+from .node_context import Site
+from .parse import read_request
+from .response import Reply
+
+__all__ = ["COLLECT", "GRACE", "PING_EVERY", "relay"]
+
+logger = logging.getLogger("trio_cluster.http")
+
+#: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
+COLLECT: Final = 1 << 20
+
+#: Seconds that an answer may be later than its node should have allowed. Nodes give signs of life once a
+#: second.
+GRACE: Final = 2.0
+
+#: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
+#: client, and to find out whether the client is still there.
+PING_EVERY: Final = 10.0
+
+#: Bytes of one event that are kept until it is complete. A larger one is sent as it comes, and if its answer fails
+#: before it is complete, there is no error event.
+EVENT: Final = 1 << 20
+
+#: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
+#: Latin-1.
+_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: What ends an event; servers elsewhere write their lines in either way.
+_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+#: So that nothing between here and the client keeps a stream back.
+_FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+
+#: What describes the connection or the framing of the answer, or is set here.
+_NOT_FROM_HANDLERS: Final = frozenset(
+    {
+        "connection",
+        "content-length",
+        "content-type",
+        "date",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    }
+)
+
+
+async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
+    """Answer the request of ``exchange`` with a model.
+
+    Whatever happens, the calls that this opens are held by the exchange; a cancelled ``relay`` leaves them to
+    it.
+
+    Returns:
+        A reply whose body is complete, or still comes.
+
+    Raises:
+        ApiError: what the client is to be told instead.
+    """
+    with Kept() as kept:
+        request = await read_request(site, endpoint, exchange, kept)
+        limits = _Limits(request.timeout, request.budget, trio.current_time())
+        call = site.registry.open(request)
+        exchange.hold(call)
+        site.begin_answer(exchange)
+        if request.upload is not None:
+            await _pass_on(exchange.intake, kept, call, request.upload, limits)
+    event = await _next(call, limits, trio.current_time())
+    if isinstance(event, Failed):
+        again = site.registry.reopen(call, limits.budget_left)
+        if again is None:
+            raise event.error
+        call = again
+        exchange.hold(call)
+        event = await _next(call, limits, limits.began)
+        if isinstance(event, Failed):
+            raise event.error
+    if not isinstance(event, Head):  # the grammar of calls forbids it
+        raise HandlerFailed
+    return await _reply(call, event, exchange, limits)
+
+
+async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limits: _Limits) -> None:
+    """Send a body on as it comes in, until it is complete or nobody wants more of it.
+
+    An answer that begins meanwhile waits for that: it is an error, most of the time, and then nobody wants more.
+
+    Raises:
+        ApiError: it is too large, does not come in time, or is not taken in time.
+        ClientLeft: there will be no more of it.
+    """
+    with trio.CancelScope() as scope:
+        upload.on_close(partial(scope.cancel, reason="nobody wants more of this body"))
+        while data := await kept.take():
+            upload.put(data)
+            await _room(upload, call, limits, intake)
+        while not intake.complete:
+            data = await intake.next()
+            upload.put(data, last=intake.complete)
+            await _room(upload, call, limits, intake)
+        if not upload.complete:
+            upload.put(b"", last=True)
+
+
+async def _room(upload: Upload, call: Call, limits: _Limits, intake: Intake) -> None:
+    """Wait until more of a body is wanted, or give the call up, which has taken nothing of it for too long."""
+    began = since = trio.current_time()
+    while True:
+        with trio.move_on_at(limits.late(since)):
+            await upload.wait_room()
+            intake.excuse(trio.current_time() - began)
+            return
+        if upload.taken_at <= since:
+            raise limits.give_up(call)
+        since = upload.taken_at
+
+
+@attrs.frozen
+class _Limits:
+    """How long the client of one request waits."""
+
+    timeout: float
+    """The longest silence."""
+    budget: float
+    """The time for the whole answer."""
+    began: float
+    """When the request was opened; before that, it was the client who took his time."""
+
+    @property
+    def budget_left(self) -> float:
+        return self.began + self.budget - trio.current_time()
+
+    def late(self, since: float) -> float:
+        """Return when to give up an answer that is silent since then."""
+        return min(since + self.timeout, self.began + self.budget) + GRACE
+
+    def give_up(self, call: Call) -> TooSlow:
+        """Cancel a call, and return what to tell the client.
+
+        The node should have said so earlier, and did not; what counts for the client is what it was promised.
+        """
+        if self.budget_left <= 0:
+            reason = f"not complete within {self.budget:g} s"
+            error = TooSlow(f"The answer was not complete within {self.budget:g} s")
+        else:
+            reason = f"silent for {self.timeout:g} s"
+            error = TooSlow(f"The model gave nothing for {self.timeout:g} s")
+        fields = {
+            "model": call.request.model,
+            "node": call.served_by,
+            "request_id": call.request.request_id,
+        }
+        logger.warning("given up: %s", reason, extra={"fields": fields})
+        call.cancel(reason)
+        return error
+
+
+async def _next(call: Call, limits: _Limits, since: float) -> Event:
+    """Return the call's next event, or give the call up, which is silent since then."""
+    with trio.move_on_at(limits.late(since)):
+        return await call.receive()
+    raise limits.give_up(call)
+
+
+def _take(call: Call | ShortWay, into: list[bytes | memoryview]) -> None:
+    """Take all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
+    try:
+        while True:
+            event = call.receive_nowait()
+            if isinstance(event, Data) and event.data:
+                into.append(event.data)
+    except (trio.WouldBlock, trio.EndOfChannel):
+        pass
+
+
+async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) -> Reply:
+    """Decide how the answer that ``head`` begins is sent."""
+    headers = _headers(head)
+    media_type = head.content_type.partition(";")[0].strip().lower()
+    # What is compressed cannot be looked into for where an event ends.
+    events = media_type == "text/event-stream" and not any(
+        name.lower() == "content-encoding" for name, _ in head.headers
+    )
+    as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
+    if events:
+        named = {name for name, _ in headers}
+        headers += [header for header in _FOR_STREAMS if header[0] not in named]
+    pieces: list[bytes | memoryview] = []
+    _take(call, pieces)
+    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= COLLECT:
+        event = await _next(call, limits, trio.current_time())
+        if isinstance(event, Data) and event.data:
+            pieces.append(event.data)
+        _take(call, pieces)
+    if isinstance(call.end, Failed) and not (events and pieces):
+        raise call.end.error
+    data = b"".join(pieces)
+    if isinstance(call.end, Done):
+        return Reply(head.status, headers, data)
+    return Reply(head.status, headers, _Stream(call, exchange, data, events, limits))
+
+
+def _after_last(data: bytes, mark: bytes) -> int:
+    """Return where what follows the last ``mark`` begins; 0 if there is none."""
+    found = data.rfind(mark)
+    return 0 if found < 0 else found + len(mark)
+
+
+def _headers(head: Head) -> list[tuple[str, str]]:
+    if not 200 <= head.status <= 599 or not _HEADER_VALUE.fullmatch(head.content_type):
+        raise HandlerFailed
+    headers = [("content-type", head.content_type)]
+    for name, value in head.headers:
+        if _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value):
+            name = name.lower()
+            if name not in _NOT_FROM_HANDLERS:
+                headers.append((name, value))
+    return headers
+
+
+class _Stream:
+    """The body of an answer that has begun and is not complete."""
+
+    def __init__(self, call: Call, exchange: Exchange, first: bytes, events: bool, limits: _Limits) -> None:
+        self._call = call
+        self._exchange = exchange
+        self._first = first
+        self._events = events
+        self._limits = limits
+        self._silent_since: float | None = None
+        self._source: Call | ShortWay = call
+        self._rest = b""  # of an event that is not complete, and not sent
+        self._torn = False  # an event has been sent that is not complete
+        self._over = False
+        self.complete = False
+
+    async def receive(self) -> bytes:
+        """See ``Body``. The exchange has been cut if the end is not a good one."""
+        if self._over:
+            raise trio.EndOfChannel
+        while True:
+            pieces: list[bytes | memoryview] = []
+            if self._first:
+                pieces.append(self._first)
+                self._first = b""
+            _take(self._source, pieces)
+            while not pieces and self._call.end is None:
+                # Only waiting counts as silence. While the client is slow, it is not the model that is late.
+                if self._silent_since is None:
+                    self._silent_since = trio.current_time()
+                late = self._limits.late(self._silent_since)
+                pings = self._events and not self._torn
+                until = min(late, trio.current_time() + PING_EVERY) if pings else late
+                event: Event | None = None
+                with trio.move_on_at(until):
+                    event = await self._source.receive()
+                if event is None and isinstance(self._source, ShortWay):
+                    if self._source.left_over:
+                        self._source.left_over = False
+                        return b""
+                    if self._source.last > self._silent_since:
+                        self._silent_since = self._source.last
+                        continue
+                if event is None and until < late:
+                    return PING
+                if event is None:
+                    return self._fail(b"", self._limits.give_up(self._call))
+                self._silent_since = None
+                if isinstance(event, Data) and event.data:
+                    pieces.append(event.data)
+                _take(self._source, pieces)
+            self._silent_since = None
+            data = b"".join(pieces)
+            if self._events and data:
+                data = self._whole_events(data)
+            end = self._call.end
+            if isinstance(end, Failed):
+                return self._fail(data, end.error)
+            if end is None and trio.current_time() >= self._limits.late(math.inf):
+                # It goes on and on, as a handler can that shields itself from its deadline.
+                return self._fail(data, self._limits.give_up(self._call))
+            self.complete = end is not None
+            if data:
+                return data
+            if end is not None:
+                raise trio.EndOfChannel
+
+    def shorten(self, connection: Connection | None) -> None:
+        """Let what comes from now on be written where it comes in, as long as the client keeps up.
+
+        To be called between two pieces, any number of times; without effect where there is no short way.
+        """
+        if (
+            self._source is self._call
+            and connection is not None
+            and connection.ready
+            and not self._call.ended
+        ):
+            self._source = ShortWay(self._call, connection, self._is_whole)
+
+    def _is_whole(self, data: bytes | memoryview) -> bool:
+        """Return whether ``data`` may be sent on its own, as far as events are concerned."""
+        if not self._events:
+            return True
+        end = data if isinstance(data, bytes) else bytes(data[-4:])
+        return end.endswith(_BLANK_LINES) and not (self._rest or self._torn)
+
+    def _whole_events(self, data: bytes) -> bytes:
+        """Return what is to be sent when ``data`` has come, and keep the beginning of an event that is not complete."""
+        data = self._rest + data
+        size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
+        if size:
+            self._torn = False
+        if self._torn or len(data) - size > EVENT:
+            self._torn = size < len(data)
+            size = len(data)
+        self._rest = data[size:]
+        return data[:size]
+
+    def _fail(self, data: bytes, error: ApiError) -> bytes:
+        self._over = True
+        self._exchange.cut = True
+        if self._events and not self._torn:
+            data += error_event(error)
+        if data:
+            return data
+        raise trio.EndOfChannel

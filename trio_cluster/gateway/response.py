@@ -1,0 +1,73 @@
+"""What is sent back: a status, headers, and a body that is there or still coming.
+
+No web framework is known here. A failure becomes a reply in one place, so that a refusal by the gate, an
+unknown path and a model that failed all look the same to a client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import attrs
+import msgspec
+
+from ..errors import ApiError, CallCancelled
+from ..openai import error_body
+from .direct import Connection
+
+__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply"]
+
+#: The header that says so.
+JSON: Final = ("content-type", "application/json")
+_UNAUTHORIZED: Final = 401
+
+
+class Body(Protocol):
+    """A body that is still coming.
+
+    Attributes:
+        complete: there is nothing after the piece that was received last, and all is well.
+    """
+
+    complete: bool
+
+    async def receive(self) -> bytes:
+        """Return the next piece. An empty one says that the connection has something left over to write.
+
+        Raises:
+            trio.EndOfChannel: there are no more.
+        """
+        ...
+
+    def shorten(self, connection: Connection | None) -> None:
+        """Send the pieces that come from now on past :meth:`receive`, if that can be done on ``connection``."""
+        ...
+
+
+@attrs.frozen
+class Reply:
+    """An answer to one HTTP request. Header names are in lower case; the content type is one of them."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes | Body
+
+
+def json_reply(value: Mapping[str, Any], status: int = 200) -> Reply:
+    """Return a reply that carries ``value`` as JSON."""
+    return Reply(status, [JSON], msgspec.json.encode(value))
+
+
+def error_reply(error: ApiError) -> Reply:
+    """Return the reply that an error is, with the headers that clients act on."""
+    headers = [JSON]
+    if error.retry_after is not None:
+        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
+    if error.status == _UNAUTHORIZED:
+        headers.append(("www-authenticate", "Bearer"))
+    if isinstance(error, CallCancelled) and error.final:
+        # The status alone would make the official clients send the request again.
+        headers.append(("x-should-retry", "false"))
+    return Reply(error.status, headers, error_body(error))

@@ -1,0 +1,377 @@
+"""One HTTP/1.1 connection, served to an ASGI application.
+
+Theory of operation
+===================
+
+A connection has one task, which takes one request after the other and runs the application for it. What comes in is
+put in from outside (``net/readers.py``): it goes through the parser (``parser.py``), and the task is woken. So the connection
+is always being read while an answer is under way, which is how it is known at once that a client has left, whatever the
+application is doing; it is told, and it is cancelled.
+
+Reading stops only while more than :data:`UNREAD` bytes wait for the application, be they a body that it does not take
+or requests that came too early. That is the backpressure on uploads.
+
+Writing. The head of an answer is kept until there is a body to go with it, since one write costs as much as two
+halves. Writes are ordinary trio: they wait for a slow client, and can be cancelled. A connection whose write was
+cancelled or failed is never written to again.
+
+How an answer is framed is decided in ``framing.py``. An answer that the application does not end is not
+ended here either: the connection is closed, and a client that knows HTTP sees that something is missing.
+
+Why not hypercorn's own connection, under the same roof? It awaits in the middle of its state changes, shields its
+writes, spawns tasks for each request and writes a head and a body as two segments: 550 microseconds for a request
+that needs 150, and half of the cures in the gate. ``docs/design.md`` has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import unquote
+
+import trio
+
+from ..errors import ApiError
+from ..gateway.context import Exchange
+from ..gateway.pipeline import App, Message
+from ..gateway.response import error_reply
+from ..net.idle import IdleLimit
+from ..net.readers import Reader
+from .framing import RequestState, answer_head, chunk, pieces_to_write, refusal
+from .parser import Incoming
+
+__all__ = ["UNREAD", "Http1Connection"]
+
+#: Bytes that may wait for the application before the connection is read no further.
+UNREAD: Final = 256 * 1024
+
+#: Bytes of what nobody wants that are taken at a time.
+_RECEIVE: Final = 64 * 1024
+#: Seconds that a client has to read a refusal before the connection is closed.
+_LINGER_TIME: Final = 2.0
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
+
+
+class Http1Connection:
+    """One connection.
+
+    Args:
+        stream: the accepted connection; closed when it is over.
+        app: the ASGI application.
+        state: the application's lifespan state, given to each request with this connection in it.
+        state_key: under which key.
+        reader: reads it; must run for as long.
+        idle: bounds the time between requests, and for the head of one; likewise.
+    """
+
+    def __init__(
+        self, stream: Any, app: App, state: dict[str, Any], state_key: str, reader: Reader, idle: IdleLimit
+    ) -> None:
+        self._stream = stream
+        self._app = app
+        self._state = {**state, state_key: self}
+        # Of an IPv6 address only the first two parts.
+        self._client = tuple(stream.socket.getpeername()[:2])
+        self._server = tuple(stream.socket.getsockname()[:2])
+        self._incoming = Incoming()
+        self._reading = reader.reading(stream, self)
+        self._idle = idle
+        self._current: RequestState | None = None
+        self._responder = trio.lowlevel.ParkingLot()
+        self._serving = trio.CancelScope()
+        # No request is answered any more, not even one that has come.
+        self._closing = False
+        self._error: Exception | None = None
+        self._is_socket = isinstance(stream, trio.SocketStream)
+        self._write_now = _write_now(stream)
+        self._left_over = b""
+        # The same while a piece of a body may be written past the task: between two writes of one that is in chunks.
+        self._short_way: Callable[[bytes | memoryview], int] | None = None
+        # An answer has begun and not ended; a write has.
+        self._begun = self._torn = False
+        self.gone = False
+
+    # What others do to it
+
+    def close_when_idle(self) -> None:
+        """Take no more requests: close now if none is being answered, otherwise after it."""
+        self._incoming.no_more = self._closing = True
+        if self._current is None and not self._incoming.requests:
+            self.close()
+
+    def close(self) -> None:
+        """Close it now. What has been written is still delivered; whoever waits for it gets an error."""
+        # Its descriptor may soon be another connection's.
+        self._write_now = None
+        self._lose()
+        self._stream.socket.close()
+
+    def reset(self) -> None:
+        """Break it, so that the peer sees an error and not an end."""
+        self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.close()
+
+    def expire(self) -> None:
+        """Give it up: it has been idle for too long."""
+        self._lose()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether something of the body of the request that is being answered waits to be received, or all has come."""
+        request = self._current
+        return request is not None and (bool(request.body) or request.complete)
+
+    # The short way for the pieces of a body, past tasks and ASGI
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next piece of the body that is being sent can be given to :meth:`send_nowait`.
+
+        Not before the answer has begun, nor while a write is under way or has left something over.
+        """
+        return self._short_way is not None
+
+    def send_nowait(self, body: bytes | memoryview) -> bool:
+        """Send a piece of the body, which must not be empty, without waking a task.
+
+        Returns:
+            Whether all of it has gone. If not, the rest is kept here, and the next ordinary ``send`` takes it along;
+            until then nothing more can be sent this way.
+
+        Raises:
+            trio.WouldBlock: the connection is not :attr:`ready`.
+        """
+        write = self._short_way
+        if write is None:
+            raise trio.WouldBlock
+        data = chunk(body)
+        try:
+            sent = write(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._lose()
+            return False
+        if sent == len(data):
+            return True
+        self._left_over = data[sent:]
+        self._short_way = None
+        return False
+
+    async def serve(self) -> None:
+        """Serve the connection until it is over.
+
+        Raises:
+            Exception: what came in could not be handled, which is a bug.
+        """
+        try:
+            self._reading.begin()
+            with self._serving:
+                await self._respond()
+            if self._error is not None:
+                raise self._error
+            refused = self._incoming.refused
+            if refused is not None and not (self._begun or self._torn or self.gone):
+                await self._send_refusal(refused)
+        finally:
+            self.close()
+            # What refers to itself would be there until the garbage collector comes.
+            self._incoming.close()
+            self._state, self._error = {}, None
+
+    # Reading
+
+    def feed(self, data: bytes) -> None:
+        """See ``Listener``."""
+        if not data:
+            self._lose()
+            return
+        incoming = self._incoming
+        # What follows the last request is nobody's; reading it shows when the client leaves.
+        incoming.feed(data)
+        if incoming.refused is not None:
+            # The task answers what came before, says what is wrong, and ends the connection.
+            self._reading.end()
+            if incoming.latest is self._current:
+                # It is the body of the request that is being answered that makes no sense; there will be no more.
+                self._serving.cancel(reason="the request is malformed")
+        elif incoming.unread > UNREAD:
+            self._reading.pause()
+        if self._responder:
+            self._responder.unpark_all()
+
+    def _read_on(self) -> None:
+        if self._incoming.unread <= UNREAD:
+            self._reading.resume()
+
+    def fail(self, error: Exception) -> None:
+        """See ``Listener``."""
+        self._error = error
+        self._lose()
+
+    def _lose(self) -> None:
+        """Tell whoever works for the client that it has left."""
+        if self.gone:
+            return
+        self.gone = True
+        self._short_way = None
+        self._reading.end()
+        if self._current is None:
+            # There is only the task that waits for a request.
+            self._responder.unpark_all()
+        else:
+            self._serving.cancel(reason="client left")
+
+    # Answering
+
+    async def _respond(self) -> None:
+        while (request := await self._next_request()) is not None:
+            await self._answer(request)
+            if not (request.answered and request.complete) or self._torn:
+                break
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do before something comes in, or this is ended."""
+        incoming = self._incoming
+        return not (incoming.requests or incoming.refused or self._closing or self.gone)
+
+    async def _next_request(self) -> RequestState | None:
+        incoming = self._incoming
+        if self._is_idle:
+            self._idle.begin(self)
+            try:
+                while self._is_idle:
+                    await self._responder.park()
+            finally:
+                self._idle.end(self)
+        if self._closing or self.gone or not incoming.requests:
+            return None
+        request = incoming.requests.pop(0)
+        if incoming.refused is not None and not request.complete:
+            return None
+        self._current = request
+        return request
+
+    async def _answer(self, request: RequestState) -> None:
+        receive, send = functools.partial(self._receive, request), functools.partial(self._send, request)
+        try:
+            await self._app(self._scope(request), receive, send)
+        finally:
+            self._current = None
+            self._incoming.forget(request)
+            self._read_on()
+
+    def _scope(self, request: RequestState) -> dict[str, Any]:
+        target, _, query = request.target.partition(b"?")
+        path = target.decode("latin-1")
+        return {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": request.version,
+            "method": request.method,
+            "scheme": "http",
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": target,
+            "query_string": query,
+            "root_path": "",
+            "headers": request.headers,
+            "client": self._client,
+            "server": self._server,
+            "state": self._state,
+            "extensions": {},
+        }
+
+    async def _receive(self, request: RequestState) -> Message:
+        if request.expects_continue and not (request.complete or request.body or request.head_sent):
+            request.expects_continue = False
+            await self._write(_CONTINUE)
+        while not self.gone and not request.answered:
+            if request.body or (request.complete and not request.handed_over):
+                body = self._incoming.take_body(request)
+                self._read_on()
+                request.handed_over = request.complete
+                return {"type": "http.request", "body": body, "more_body": not request.complete}
+            await self._responder.park()
+        await trio.lowlevel.checkpoint()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, request: RequestState, message: Message) -> None:
+        kind = message["type"]
+        if self.gone:
+            # The application is cancelled; it must not run on because it never waits for anything but us.
+            await trio.lowlevel.checkpoint()
+        elif kind == "http.response.start":
+            request.start = message
+        elif kind == "http.response.body":
+            body, more = message.get("body", b""), message.get("more_body", False)
+            head = b""
+            if not request.head_sent:
+                head, self._closing = answer_head(request, len(body), more, self._closing)
+                self._begun = True
+            if request.bodiless:
+                body = b""
+            for data in pieces_to_write(head, body, chunked=request.chunked, last=not more):
+                if data or self._left_over:
+                    await self._write(data)
+            if more and request.chunked and not (self._torn or self.gone):
+                self._short_way = self._write_now
+            if not more:
+                request.answered = True
+                self._begun = False
+                if self._responder:
+                    self._responder.unpark_all()
+
+    async def _write(self, data: bytes) -> None:
+        self._short_way = None
+        if self._torn:
+            # The last write was cut off, so nothing that is written now would be read as what it is.
+            self._lose()
+            await trio.lowlevel.checkpoint()
+            return
+        if self._left_over:
+            data, self._left_over = self._left_over + data, b""
+        self._torn = True
+        # Of a large piece that is not taken at once, no copies are made.
+        rest: bytes | memoryview = memoryview(data) if self._is_socket else data
+        try:
+            if self._is_socket and self._write_now is not None:
+                # Nearly always the socket takes it all, and then there is nothing to wait for.
+                try:
+                    rest = rest[self._write_now(rest) :]
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    raise trio.BrokenResourceError from error
+            if rest:
+                await self._stream.send_all(rest)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lose()
+            await trio.lowlevel.checkpoint()
+            return
+        self._torn = False
+
+    async def _send_refusal(self, error: ApiError) -> None:
+        """Say what is wrong with what came, and see to it that the client can read that before the end."""
+        await self._write(refusal(error_reply(error), Exchange(()).request_id))
+        with trio.move_on_after(_LINGER_TIME):
+            try:
+                await self._stream.send_eof()
+                while await self._stream.receive_some(_RECEIVE):
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+
+def _write_now(stream: Any) -> Callable[[bytes | memoryview], int] | None:
+    """Return what writes to the connection without waiting, as ``os.write`` does; ``None`` if nothing can."""
+    if isinstance(stream, trio.SocketStream):
+        return functools.partial(os.write, stream.socket.fileno())
+    write: Callable[[bytes | memoryview], int] | None = getattr(stream.socket, "send_nowait", None)
+    return write

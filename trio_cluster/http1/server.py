@@ -1,0 +1,178 @@
+"""HTTP on sockets: connections come in, are served, and end with the server.
+
+A connection that fails for whatever reason is its own trouble and ends nobody else's. hypercorn brings the
+application's lifespan; the connections are in ``connection.py``, and who reads them in ``net/readers.py``.
+
+A client that stops reading while nobody wants to stop is dropped by the kernel, where there is such a limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+
+from ..gateway.pipeline import CONNECTION_KEY, App
+from ..net.acceptor import accept_all
+from ..net.idle import IdleLimit
+from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
+from ..net.sockets import Listeners, close_all
+from .connection import Http1Connection
+
+__all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
+
+logger = logging.getLogger("trio_cluster.http")
+
+#: Seconds that a connection may be idle between requests; longer than the usual load balancer's 60, which
+#: then is the one that closes, and never in the instant in which it sends. Also bounds how long a request's
+#: head may take.
+KEEP_ALIVE: Final = 75.0
+
+#: Seconds that bytes may stay unread by the client before the connection is dropped.
+UNREAD_TIME = 30.0
+
+
+def prepare_socket(sock: Any) -> None:
+    """Set on a listening socket what the connections that it accepts are to inherit."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIME * 1000))
+
+
+async def serve_http(
+    app: App,
+    listeners: Listeners,
+    *,
+    shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
+    grace: float = 3.0,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an ASGI application until ``shutdown_trigger`` returns, and then until its connections have
+    ended.
+
+    From then on no new connection is taken, idle ones are closed, and requests that run have ``grace``
+    seconds to finish. What is left after that is cancelled, and its connections are closed. Cancelling this
+    function does the same without grace; the application's ``after_serving`` functions are then not run.
+
+    Args:
+        app: what to serve.
+        listeners: where connections come in; they are closed in any case.
+        shutdown_trigger: returns when it is time to stop.
+        grace: seconds that requests have to finish; may be infinite.
+        task_status: started when connections are served.
+
+    Raises:
+        hypercorn.utils.LifespanFailureError: one of the application's ``before_serving`` functions failed.
+    """
+    config = _config()
+    wrapped = ASGIWrapper(app)  # type: ignore[arg-type]
+    state: dict[str, Any] = {}
+    try:
+        async with trio.open_nursery() as nursery:
+            lifespan = Lifespan(wrapped, config, state)
+            await nursery.start(lifespan.handle_lifespan)
+            await lifespan.wait_for_startup()
+            if lifespan.supported and lifespan.shutdown.is_set():
+                # It has failed, and its error is on the way to this nursery.
+                await trio.sleep_forever()
+            for listener in listeners:
+                prepare_socket(listener.socket)  # type: ignore[attr-defined]
+            connections = _Connections(app, state)
+            await connections.serve(listeners, shutdown_trigger, grace, task_status)
+            await lifespan.wait_for_shutdown()
+            nursery.cancel_scope.cancel(reason="the server has stopped")
+    finally:
+        close_all(listeners)
+
+
+def _config() -> Config:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = logger
+    return config
+
+
+class _Connections:
+    """All connections of one server."""
+
+    def __init__(self, app: App, state: dict[str, Any]) -> None:
+        self._app = app
+        self._state = state
+        # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
+        self._open: dict[Http1Connection, None] = {}
+        self._empty = trio.Event()
+        self._idle = IdleLimit(KEEP_ALIVE)
+        self._reader: Reader
+
+    async def serve(
+        self,
+        listeners: Listeners,
+        shutdown_trigger: Callable[[], Awaitable[object]],
+        grace: float,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        """Accept until ``shutdown_trigger`` returns, then drain, then close what is left."""
+        async with trio.open_nursery() as handlers:
+            handlers.start_soon(self._close_when_cancelled)
+            self._reader = _reader(listeners, handlers)
+            handlers.start_soon(self._reader.run)
+            handlers.start_soon(self._idle.run)
+            async with trio.open_nursery() as acceptors:
+                admit = partial(self._admit, handlers)
+                for listener in listeners:
+                    acceptors.start_soon(accept_all, listener, admit)
+                task_status.started()
+                await shutdown_trigger()
+                acceptors.cancel_scope.cancel(reason="the server takes no more connections")
+            for connection in list(self._open):
+                connection.close_when_idle()
+            with trio.move_on_after(grace) if math.isfinite(grace) else trio.CancelScope():
+                while self._open:
+                    self._empty = trio.Event()
+                    await self._empty.wait()
+            handlers.cancel_scope.cancel(reason="the server has stopped")
+
+    def _admit(self, handlers: trio.Nursery, stream: Any) -> None:
+        try:
+            connection = Http1Connection(
+                stream, self._app, self._state, CONNECTION_KEY, self._reader, self._idle
+            )
+        except OSError:
+            # It was gone before it could be asked who it is.
+            stream.socket.close()
+            return
+        self._open[connection] = None
+        handlers.start_soon(self._serve_one, connection)
+
+    async def _serve_one(self, connection: Http1Connection) -> None:
+        try:
+            await connection.serve()
+        except Exception:
+            logger.exception("a connection failed")
+        finally:
+            del self._open[connection]
+            if not self._open:
+                self._empty.set()
+
+    async def _close_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            for connection in list(self._open):
+                connection.close()
+
+
+def _reader(listeners: Listeners, nursery: trio.Nursery) -> Reader:
+    """Return who reads the connections that come in there."""
+    if has_epoll() and all(isinstance(listener, trio.SocketListener) for listener in listeners):
+        return SharedReader()
+    return TaskReader(nursery)

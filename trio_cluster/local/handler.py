@@ -1,0 +1,207 @@
+"""A user's function made into a backend: errors, time, and the encoding of what it gives.
+
+A handler's output is encoded where the model runs, piece by piece, so that whoever relays the answer need not look
+inside it.
+
+A plain answer goes out in one piece at its end. So that nobody mistakes a long one for a dead one, its head is put
+with the first output, and output that has nothing to show yet becomes an empty ``Data``, once a second at most: a
+sign of life that costs the relay nothing and commits it to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Final
+
+import attrs
+import trio
+
+from ..core import randomness
+from ..core.call import Call, Done, Request
+from ..core.model import ModelInfo
+from ..openai import Encoder, FormReader, endpoint_named
+from ..options import ClusterServerOptions
+from .adapters import Driver, Handler, driver_for
+from .pool import Answer, HandlerPool, is_failure
+
+__all__ = ["HandlerBackend"]
+
+#: Seconds between the signs of life of a plain answer.
+_SIGN_OF_LIFE: Final = 1.0
+
+#: Bytes of a request body from which parsing it in the event loop would be felt by the other calls.
+_PARSE_IN_THREAD: Final = 1 << 20
+
+
+class HandlerBackend:
+    """One model that functions of this process answer for.
+
+    Args:
+        info: what the model is.
+        handler: the function.
+        pool: where its calls run.
+        ability: what the function answers: the endpoints of a kind, or the path of a route of its own. Without it,
+            those of the model's kind.
+
+    Raises:
+        TypeError: the function has none of the shapes that a handler may have.
+    """
+
+    name = "local"
+
+    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, ability: str = "") -> None:
+        self.info = info
+        self._drivers: dict[str, Driver] = {ability or info.kind: driver_for(handler)}
+        self._pool = pool
+
+    def extend(self, ability: str, handler: Handler) -> None:
+        """Let another function answer more: another kind's endpoints, or a route of its own; ``info`` says so too.
+
+        Raises:
+            TypeError: the function has none of the shapes that a handler may have.
+            ValueError: the model does that already.
+        """
+        if ability in self._drivers:
+            raise ValueError(f"the model '{self.info.name}' answers {ability} already")
+        self._drivers[ability] = driver_for(handler)
+        self.info = attrs.evolve(self.info, also=(*self.info.also, ability))
+
+    @property
+    def load(self) -> float:
+        """See ``Backend``."""
+        return (self._pool.running + self._pool.waiting) / self._pool.capacity
+
+    @property
+    def available(self) -> bool:
+        """See ``Backend``."""
+        return True
+
+    def open(self, request: Request) -> Call:
+        """See ``Backend``."""
+        drive = self._drivers.get(request.kind) or self._drivers[request.endpoint]
+
+        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> Answer:
+            return _Output(call, scope, options, drive, self._pool.slots)
+
+        return self._pool.start(request, answer)
+
+
+class _Output(Answer):
+    """The provider of one call: encodes what the handler gives, and keeps the time."""
+
+    request: Any
+    _encoder: Encoder
+
+    def __init__(
+        self,
+        call: Call,
+        scope: trio.CancelScope,
+        options: ClusterServerOptions,
+        drive: Driver,
+        slots: trio.CapacityLimiter,
+    ) -> None:
+        super().__init__(call, scope, options)
+        self.slots = slots
+        self._drive = drive
+        self._body = call.request.body
+        self._parsed = call.request.parsed
+        self._next_sign = -math.inf
+
+    async def prepare(self) -> None:
+        """Wait for the body of the request: nobody works on it yet, so it needs no slot."""
+        upload = self.call.request.upload
+        if upload is None:
+            return
+        if not upload.complete:
+            self.stop_time()
+        request = self.call.request
+        parse_form = endpoint_named(request.endpoint).parse_form
+        try:
+            if parse_form is None:
+                # A small one has come with its head; waiting for nothing would cost two turns of the scheduler.
+                self._body = upload.receive_nowait() if upload.complete else await upload.read()
+            else:
+                # Not when it is there: a large file would be copied, which stops everybody else meanwhile.
+                form = FormReader(request.content_type)
+                while piece := await upload.receive():
+                    form.feed(piece)
+                self._parsed = parse_form(form.finish(), request.headers)
+        except Exception as error:
+            self.fail(self.told(error))
+        self.give_time()
+
+    async def work(self) -> None:
+        """Run the handler once."""
+        # Read by whoever wants to know what the event loop is busy with; see `blamed_code`.
+        __traceback_info__ = f"handler of '{self.call.request.model}'"
+        try:
+            await self._read_request()
+            await self._drive(self.request, self)
+            await self._begin_to_end()
+            self.end()
+        except (Exception, BaseExceptionGroup, SystemExit) as error:
+            if not is_failure(error):
+                raise
+            self.fail(self.told(error))
+
+    async def _read_request(self) -> None:
+        """Read the request, unless that has been done, and get ready to encode its answer."""
+        request = self.call.request
+        endpoint = endpoint_named(request.endpoint)
+        parsed = self._parsed
+        if parsed is None:
+            arguments = (self._body, request.content_type, request.headers)
+            if len(self._body) < _PARSE_IN_THREAD:
+                parsed = endpoint.parse(*arguments)
+            else:
+                parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)
+        self._body, self._parsed = b"", None
+        self.request = parsed
+        self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
+
+    async def push(self, chunk: object) -> None:
+        """See ``Provider``."""
+        if self.call.end is not None and self.call.cancelled is None:
+            raise trio.ClosedResourceError("the output has been ended")
+        if self._encoder.divisible:
+            *most, chunk = self._encoder.divide(chunk)
+            for part in most:
+                self._put(self._encoder.encode(part))
+                await trio.lowlevel.checkpoint()
+        self._put(self._encoder.encode(chunk))
+        await self.give_way()
+        if self.call.begun:
+            self.give_time()
+
+    async def _begin_to_end(self) -> None:
+        """Put as much of the rest as is better not put in one piece."""
+        if self.call.end is None:
+            for data in self._encoder.early():
+                self._put(data)
+                await self.give_way()
+                self.give_time()
+
+    def end(self) -> None:
+        """See ``Provider``."""
+        if self.call.ended:
+            return
+        self._put(self._encoder.finish())
+        self.call.put(Done())
+
+    def _put(self, data: bytes) -> None:
+        """Put what the encoder made of a piece of output; of nothing, a sign of life.
+
+        A stream begins with something to show, since its head is what commits the client to a success. Until then
+        nothing that the handler does counts as output.
+        """
+        if not self.call.begun:
+            if self._encoder.streaming and not data:
+                return
+            self.call.put(self._encoder.head)
+        if not data:
+            now = trio.current_time()
+            if now < self._next_sign:
+                return
+            self._next_sign = now + _SIGN_OF_LIFE
+        self.call.put_data(data)

@@ -1,0 +1,396 @@
+"""Signs of life from a process whose event loop is blocked.
+
+Theory of operation
+===================
+
+Everything in a node happens in one event loop, its heartbeats too. A handler that computes, or sleeps, without
+awaiting stops all of it; and at the other end of a link that looks just like a process that has died. So there is a
+thread that writes the heartbeats which the loop misses, and says in them what blocks it. A process that is frozen,
+or a machine that is gone, has no thread that runs either: it falls silent, and is given up.
+
+*When is a loop blocked?* Trio calls an instrument before and after it waits for IO. Between the two it *turns*: it
+runs every task that is ready, once. The length of a turn is exactly how late everybody else is, be it one task that
+blocks or a thousand that each take a little. A task of ours that sleeps and looks at the clock would be less exact,
+and wake an idle loop. A turn that lasts longer than the interval between two heartbeats is a block.
+
+*How can a thread write into somebody else's stream?* Between two frames. :class:`PulsedStream` keeps what is on its
+way in one buffer, which both sides write from, under a lock and without ever waiting: the loop when it runs, the
+thread when the loop does not. So the thread completes a frame that the loop had begun before it writes its own, and
+the loop completes one that the thread could not. A frame is never torn, and the lock is never held for longer than a
+system call that does not block.
+
+*Why the thread may not outlive the link.* A descriptor that is closed is soon somebody else's. Closing takes the
+lock; after it, and after the pulse has been taken away, the stream takes nothing from the thread.
+
+There is one thread for each event loop, which serves all links of it, and only while there are any. What it cannot
+help against is code that does not let other threads run, such as an extension that computes without releasing
+Python's interpreter lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Final, TypeAlias
+
+import attrs
+import trio
+
+__all__ = ["PulsedStream", "beating", "blamed_code", "take_lag", "with_pulse"]
+
+logger = logging.getLogger("trio_cluster.pulse")
+
+#: Makes the frame that is written when the loop misses a beat: of the seconds that its turn has lasted so far, and of
+#: what blocks it ("" for a turn that is not long enough to be called a block). Called in the thread.
+Frame: TypeAlias = Callable[[float, str], bytes]
+
+#: How often the thread looks, in an interval between two heartbeats.
+_LOOKS: Final = 10
+
+
+class PulsedStream(trio.abc.Stream):
+    """A socket's stream into which another thread may write whole frames.
+
+    Args:
+        stream: is closed with this one, and must not be used, or closed, in any other way.
+
+    Attributes:
+        last_frame: when the socket last took the end of a frame, on the monotonic clock.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.last_frame = time.monotonic()
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._unsent = memoryview(b"")
+        self._closed = False
+        self._open_to_frames = False
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The socket under it, to be read from by whoever does not read from this."""
+        return self._stream.socket
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See ``trio.abc.SendStream``. What it is given must be whole frames.
+
+        If it is cancelled, the rest of ``data`` stays on its way, in front of whatever is sent next.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        gone = self.send_nowait(data)
+        while not gone:
+            await self._stream.wait_send_all_might_not_block()
+            gone = self.send_nowait(b"")
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send as much as can be sent without waiting; ``data`` must be whole frames.
+
+        Returns:
+            Whether nothing is left. What is stays on its way, in front of whatever is sent next, be it nothing.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: as ``send_all`` does.
+        """
+        with self._lock:
+            self._check_open()
+            if data:
+                self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
+            try:
+                return self._write()
+            except OSError as error:
+                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See ``trio.abc.SendStream``."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """See ``trio.abc.ReceiveStream``."""
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        """See ``trio.abc.AsyncResource``."""
+        with self._lock:
+            self._closed = True
+        await self._stream.aclose()
+
+    def let_frames_in(self, let: bool) -> None:
+        """Say whether :meth:`slip_in` may write from now on; at first it may not."""
+        with self._lock:
+            self._open_to_frames = let
+
+    def slip_in(self, frame: bytes) -> bool:
+        """Write a frame from another thread. Never waits, never raises.
+
+        Returns:
+            Whether it is on its way. It is not if frames are not let in, if the stream is closed or broken, if it is
+            being written to right now, or if the other end does not take what is on its way already.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._closed or not self._open_to_frames or not self._write():
+                return False
+            self._unsent = memoryview(frame)
+            self._write()
+        except OSError:
+            # The loop will find out for itself.
+            return False
+        finally:
+            self._lock.release()
+        return True
+
+    def _write(self) -> bool:
+        """Write what the socket takes. Return whether nothing is left. To be called with the lock held."""
+        while self._unsent:
+            try:
+                written = os.write(self._stream.socket.fileno(), self._unsent)
+            except BlockingIOError:
+                return False
+            self._unsent = self._unsent[written:]
+            if not self._unsent:
+                self.last_frame = time.monotonic()
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream has been closed")
+
+
+def with_pulse(stream: trio.abc.Stream) -> trio.abc.Stream:
+    """Return ``stream`` in a form that :func:`beating` can write to, if there is one: it must be a real socket."""
+    return PulsedStream(stream) if isinstance(stream, trio.SocketStream) else stream
+
+
+@contextmanager
+def beating(
+    stream: trio.abc.Stream, every: float, frame: Frame, on_revival: Callable[[], None]
+) -> Iterator[None]:
+    """Give signs of life on ``stream`` for as long as the block lasts, whenever the event loop does not.
+
+    To be entered and left in a task. When the block is left, nothing more of it will be written.
+
+    Args:
+        stream: without effect if it does not come from :func:`with_pulse`.
+        every: seconds in which something should be written to it.
+        frame: makes what is written.
+        on_revival: called in the loop, after each frame which said that the loop is blocked, as soon as it runs again.
+    """
+    if not isinstance(stream, PulsedStream):
+        yield
+        return
+    try:
+        heart = _heart.get()
+    except LookupError:
+        heart = _Heart()
+        _heart.set(heart)
+    pulse = _Pulse(stream, every, frame, on_revival)
+    heart.add(pulse)
+    try:
+        yield
+    finally:
+        heart.remove(pulse)
+
+
+def take_lag() -> float:
+    """Return the length in seconds of this event loop's longest turn since the last time that this was called.
+
+    It is measured while there is any stream with a pulse, and 0 otherwise.
+    """
+    try:
+        return _heart.get().take_lag()
+    except LookupError:
+        return 0.0
+
+
+@attrs.define(eq=False)
+class _Pulse:
+    """What the thread does for one stream."""
+
+    stream: PulsedStream
+    every: float
+    frame: Frame
+    on_revival: Callable[[], None]
+    told: float | None = None
+    """The beginning of the turn that has been called a block."""
+
+    def beat(self, now: float, since: float, blame: str) -> bool:
+        """Write a frame if it is time for one, or if the turn that began at ``since`` has just become a block.
+
+        Returns:
+            Whether the other end has been told of a block.
+        """
+        is_news = bool(blame) and self.told != since
+        is_due = now - self.stream.last_frame >= self.every
+        if not (is_news or is_due) or not self.stream.slip_in(self.frame(now - since, blame)):
+            return False
+        if blame:
+            self.told = since
+        return bool(blame)
+
+
+class _Heart(trio.abc.Instrument):
+    """Watches one event loop, and beats for its links while that is blocked."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._loop = threading.get_ident()
+        self._pulses: set[_Pulse] = set()
+        # For the set of pulses, and never held while anything is done with one of them.
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        # Read by the thread as they are: a float or None, replaced at once.
+        self._since: float | None = None
+        self._longest = 0.0
+        # The beginnings of the turns of which the log has been told that they are blocks, and that they are over.
+        self._blocked: float | None = None
+        self._revived: float | None = None
+
+    # The loop's side
+
+    def before_io_wait(self, timeout: float) -> None:
+        """End a turn."""
+        if self._since is not None:
+            self._longest = max(self._longest, time.monotonic() - self._since)
+        self._since = None
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Begin a turn."""
+        self._since = time.monotonic()
+
+    def add(self, pulse: _Pulse) -> None:
+        pulse.stream.let_frames_in(True)
+        with self._lock:
+            first = not self._pulses
+            self._pulses.add(pulse)
+        if first:
+            self._since = time.monotonic()
+            self._longest = 0.0
+            trio.lowlevel.add_instrument(self)
+            # Its own event to stop by, so that one which is still on its way out is not called back.
+            self._stop = threading.Event()
+            try:
+                threading.Thread(
+                    target=self._run, args=(self._stop,), name="trio_cluster pulse", daemon=True
+                ).start()
+            except RuntimeError as error:
+                logger.warning("no signs of life while the event loop is blocked: %s", error)
+
+    def remove(self, pulse: _Pulse) -> None:
+        pulse.stream.let_frames_in(False)
+        with self._lock:
+            self._pulses.remove(pulse)
+            last = not self._pulses
+        if last:
+            trio.lowlevel.remove_instrument(self)
+            self._since = None
+            self._stop.set()
+
+    def take_lag(self) -> float:
+        longest, self._longest = self._longest, 0.0
+        return longest if self._since is None else max(longest, time.monotonic() - self._since)
+
+    def _revive(self, since: float) -> None:
+        for pulse in self._pulses:
+            pulse.on_revival()
+        if self._revived == since:
+            return
+        self._revived = since
+        fields = {"blocked_for": round(time.monotonic() - since, 3)}
+        logger.warning("the event loop runs again", extra={"fields": fields})
+
+    # The thread's side
+
+    def _run(self, stop: threading.Event) -> None:
+        pulses = self._snapshot()
+        while not stop.wait(min((pulse.every for pulse in pulses), default=1.0) / _LOOKS):
+            pulses = self._snapshot()
+            since = self._since
+            if since is not None:
+                self._look(pulses, since, time.monotonic())
+
+    def _snapshot(self) -> tuple[_Pulse, ...]:
+        with self._lock:
+            return tuple(self._pulses)
+
+    def _look(self, pulses: tuple[_Pulse, ...], since: float, now: float) -> None:
+        blame, told = "", False
+        for pulse in pulses:
+            if now - since >= pulse.every:
+                blame = blame or blamed_code(self._loop)
+                told |= pulse.beat(now, since, blame)
+            elif now - since >= pulse.every / _LOOKS:
+                pulse.beat(now, since, "")
+        is_news = bool(blame) and self._blocked != since
+        if told or is_news:
+            # Each time anew: in whatever order a frame of ours meets with what the loop itself is saying at the same
+            # moment, the last word will be that the loop runs.
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._revive, since)
+        # Last of all: the log may block as well.
+        if is_news:
+            self._blocked = since
+            fields = {"blocked_for": round(now - since, 3)}
+            logger.warning("the event loop is blocked: %s", blame, extra={"fields": fields})
+
+
+_heart: Final[trio.lowlevel.RunVar[_Heart]] = trio.lowlevel.RunVar("heart")
+
+
+_PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_LIBRARIES: Final = tuple(
+    path + os.sep for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")
+)
+# Under the frames of a task lies the loop's own. That its name is an internal matter of trio does no harm: under
+# another name, the worst that could happen is that the line which started the loop gets the blame.
+_LOOP: Final = "unrolled_run"
+
+
+def blamed_code(thread: int) -> str:
+    """Say for people what the event loop that runs in ``thread`` is doing at this moment.
+
+    Names the innermost place that is not in a library. Frames may introduce themselves by a local variable
+    ``__traceback_info__``, as some tracebacks show it; the innermost such text comes first.
+
+    Args:
+        thread: its identifier; another thread than the one that asks.
+
+    Returns:
+        For instance ``"handler of 'm' (app.py:12 in compute)"``.
+    """
+    frame = innermost = sys._current_frames().get(thread)
+    users: FrameType | None = None
+    outermost: FrameType | None = None
+    owner = ""
+    while frame is not None and frame.f_code.co_name != _LOOP:
+        code = frame.f_code
+        if "__traceback_info__" in code.co_varnames:
+            owner = str(frame.f_locals.get("__traceback_info__", ""))
+            break
+        if users is None and _is_users(code.co_filename):
+            users = frame
+        elif not code.co_filename.startswith(_PACKAGE):
+            outermost = frame
+        frame = frame.f_back
+    # A handler may be installed like a library; then its own function says more than what that has called.
+    place = users or (outermost if owner else None) or innermost
+    where = "unknown code" if place is None else _place(place)
+    text = f"{owner} ({where})" if owner else where
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _is_users(path: str) -> bool:
+    return not path.startswith((_PACKAGE, *_LIBRARIES, "<frozen"))
+
+
+def _place(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"

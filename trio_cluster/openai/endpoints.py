@@ -1,0 +1,260 @@
+"""The table of routes: what each is called, which kind of model answers it, how it is read and how it is
+written.
+
+One row is all that a route needs; whatever relays requests or runs handlers goes by this table and knows no
+route by name. Rows are found by name, because the name is what travels over the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+import attrs
+
+from trio_cluster.core.model import Kind
+
+from .custom import CustomEncoder, checked_path, read_custom
+from .moderations import MODERATION, ModerationEncoder, read_moderation
+from .requests.fields import Table
+from .requests.forms import Form
+from .requests.readers import (
+    image_edit_of,
+    read_chat,
+    read_completion,
+    read_embedding,
+    read_image_edit,
+    read_image_generation,
+    read_speech,
+    read_transcription,
+    read_translation,
+    transcription_of,
+    translation_of,
+)
+from .requests.responses_api import RESPONSE, read_response
+from .requests.tables import (
+    CHAT,
+    COMPLETION,
+    EMBEDDING,
+    IMAGE_EDIT,
+    IMAGE_GENERATION,
+    SPEECH,
+    TRANSCRIPTION,
+    TRANSLATION,
+)
+from .requests.types import (
+    ASRRequest,
+    ChatRequest,
+    CustomRequest,
+    EmbeddingRequest,
+    ImageEditRequest,
+    ImageGenRequest,
+    ModelRequest,
+    ModerationRequest,
+    RerankRequest,
+    TTSRequest,
+)
+from .rerank import RERANK, RerankEncoder, read_rerank
+from .responses.embeddings import EmbeddingEncoder
+from .responses.encoder import Encoder
+from .responses.images import PlainEdit, PlainImages, StreamedEdit, StreamedImage
+from .responses.responses_api import PlainResponse, StreamedResponse
+from .responses.speech import PlainSpeech, StreamedSpeech
+from .responses.text import ChatShape, CompletionShape, PlainText, StreamedText, TextShape
+from .responses.transcriptions import PlainTranscription, StreamedTranscription
+
+__all__ = ["ENDPOINTS", "Endpoint", "custom_path", "endpoint_named"]
+
+
+_JSON: Final = ("application/json",)
+_JSON_OR_EVENTS: Final = (*_JSON, "text/event-stream")
+
+
+class _Parse(Protocol):
+    def __call__(self, body: bytes, content_type: str, headers: Mapping[str, str]) -> ModelRequest: ...
+
+
+class _ParseForm(Protocol):
+    def __call__(self, form: Form, headers: Mapping[str, str]) -> ModelRequest: ...
+
+
+class _MakeEncoder(Protocol):
+    def __call__(self, request: Any, *, response_id: str, created: int) -> Encoder: ...
+
+
+@attrs.frozen
+class Endpoint:
+    """One route of the API."""
+
+    name: str
+    path: str
+    """Without the ``/v1`` in front."""
+    kind: Kind
+    parse: _Parse
+    """``parse(body, content_type, headers)`` returns what was sent, or raises ``InvalidRequest``."""
+    encoder: _MakeEncoder
+    """``encoder(request, response_id=..., created=...)`` returns the encoder for one answer. ``response_id``
+    is a unique token, to which the route adds its prefix; ``created`` is in seconds since the epoch."""
+    table: Table | None = None
+    """The documented fields, for the description of the route; without it, anything may be sent."""
+    answers: tuple[str, ...] = _JSON
+    """The media types, or ranges of them, in which it may be answered."""
+    parse_form: _ParseForm | None = None
+    """Where only a form will do: ``parse_form(form, headers)`` does the same as ``parse`` with one that is read."""
+
+
+def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
+    encoder = StreamedText if request.stream else PlainText
+    return encoder(shape, request, answer_id, created)
+
+
+def _chat(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    return _text(ChatShape(request), request, f"chatcmpl-{response_id}", created)
+
+
+def _completion(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    return _text(CompletionShape(request), request, f"cmpl-{response_id}", created)
+
+
+def _response(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    encoder = StreamedResponse if request.stream else PlainResponse
+    return encoder(request, response_id, created)
+
+
+def _embedding(request: EmbeddingRequest, *, response_id: str, created: int) -> Encoder:
+    return EmbeddingEncoder(request)
+
+
+def _transcription(request: ASRRequest, *, response_id: str, created: int) -> Encoder:
+    return StreamedTranscription(request) if request.stream else PlainTranscription(request)
+
+
+def _speech(request: TTSRequest, *, response_id: str, created: int) -> Encoder:
+    return StreamedSpeech(request) if request.stream_format == "sse" else PlainSpeech(request)
+
+
+def _image(request: ImageGenRequest, *, response_id: str, created: int) -> Encoder:
+    return StreamedImage(request, created) if request.stream else PlainImages(request, created)
+
+
+def _edit(request: ImageEditRequest, *, response_id: str, created: int) -> Encoder:
+    return StreamedEdit(request, created) if request.stream else PlainEdit(request, created)
+
+
+def _rerank(request: RerankRequest, *, response_id: str, created: int) -> Encoder:
+    return RerankEncoder(request, f"rerank-{response_id}")
+
+
+def _moderation(request: ModerationRequest, *, response_id: str, created: int) -> Encoder:
+    return ModerationEncoder(request, f"modr-{response_id}")
+
+
+#: Every route that asks a model something, by name.
+ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Endpoint(
+                "chat.completions", "/chat/completions", "chat", read_chat, _chat, CHAT, _JSON_OR_EVENTS
+            ),
+            Endpoint(
+                "completions",
+                "/completions",
+                "chat",
+                read_completion,
+                _completion,
+                COMPLETION,
+                _JSON_OR_EVENTS,
+            ),
+            Endpoint("responses", "/responses", "chat", read_response, _response, RESPONSE, _JSON_OR_EVENTS),
+            Endpoint("embeddings", "/embeddings", "embedding", read_embedding, _embedding, EMBEDDING),
+            Endpoint(
+                "audio.transcriptions",
+                "/audio/transcriptions",
+                "asr",
+                read_transcription,
+                _transcription,
+                TRANSCRIPTION,
+                (*_JSON_OR_EVENTS, "text/plain", "text/vtt"),
+                transcription_of,
+            ),
+            Endpoint(
+                "audio.translations",
+                "/audio/translations",
+                "asr",
+                read_translation,
+                _transcription,
+                TRANSLATION,
+                (*_JSON, "text/plain", "text/vtt"),
+                translation_of,
+            ),
+            Endpoint(
+                "audio.speech",
+                "/audio/speech",
+                "tts",
+                read_speech,
+                _speech,
+                SPEECH,
+                ("audio/*", "text/event-stream"),
+            ),
+            Endpoint(
+                "images.generations",
+                "/images/generations",
+                "image_generation",
+                read_image_generation,
+                _image,
+                IMAGE_GENERATION,
+                _JSON_OR_EVENTS,
+            ),
+            Endpoint(
+                "images.edits",
+                "/images/edits",
+                "image_edit",
+                read_image_edit,
+                _edit,
+                IMAGE_EDIT,
+                _JSON_OR_EVENTS,
+                image_edit_of,
+            ),
+            Endpoint("rerank", "/rerank", "rerank", read_rerank, _rerank, RERANK),
+            Endpoint("moderations", "/moderations", "moderation", read_moderation, _moderation, MODERATION),
+        )
+    }
+)
+
+
+#: Paths that cannot become routes of their own.
+_TAKEN: Final = {"/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())}
+
+
+def custom_path(path: str) -> str:
+    """Return the path of a route that the API does not have in the form in which it is known everywhere.
+
+    Raises:
+        ValueError: it is not a path, or the API has it.
+    """
+    path = checked_path(path)
+    if path in _TAKEN or path.startswith("/v1/models/"):
+        raise ValueError(f"{path} is a route of the API already")
+    return path
+
+
+def endpoint_named(name: str) -> Endpoint:
+    """Return the endpoint of a name, which is a path where the table has no such route.
+
+    Raises:
+        KeyError: it is neither.
+    """
+    return _custom_endpoint(name) if name.startswith("/") else ENDPOINTS[name]
+
+
+def _custom(request: CustomRequest, *, response_id: str, created: int) -> Encoder:
+    return CustomEncoder(request)
+
+
+# Names come from clients; those that make sense are few.
+@lru_cache(maxsize=256)
+def _custom_endpoint(path: str) -> Endpoint:
+    return Endpoint(path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom)

@@ -1,0 +1,80 @@
+"""JSON with the door shut on both sides: what a client may send, and what a handler may give.
+
+Reading refuses everything that RFC 8259 does not know (NaN, Infinity, bytes that are not UTF-8) and turns
+every way in which a text can be hostile, nesting included, into :class:`InvalidRequest`. Writing refuses
+numbers that JSON has no word for: the encoder underneath would put ``null`` in their place, and a client
+would take that for an answer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import msgspec
+
+from trio_cluster.errors import InvalidRequest
+
+__all__ = ["dumps", "plain", "read_object"]
+
+_decoder: Final = msgspec.json.Decoder()
+
+
+def _foreign(value: Any) -> Any:
+    """Turn an array or a number of an array library into what JSON knows."""
+    tolist = getattr(value, "tolist", None)
+    if tolist is None:
+        raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
+    return tolist()
+
+
+#: Encode JSON types to compact JSON text in UTF-8. Floats must be finite, or the text says ``null`` in their
+#: place: what comes from a handler goes through :func:`plain` first.
+dumps: Final = msgspec.json.Encoder().encode
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that ``body`` is.
+
+    Raises:
+        InvalidRequest: it is not JSON, or not an object.
+    """
+    try:
+        value = _decoder.decode(body)
+    except RecursionError:
+        raise InvalidRequest("The request body is nested too deeply", code="invalid_json") from None
+    except (msgspec.MsgspecError, ValueError) as exc:
+        # ValueError covers text that is not UTF-8 and integers too long to convert.
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request body must be a JSON object", code="invalid_json")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Return a deep copy of a handler's value that consists of JSON types only.
+
+    Arrays and numbers of array libraries become lists and numbers, tuples become lists, bytes become base64.
+
+    Raises:
+        TypeError: something in it has no JSON form.
+        ValueError: a number in it is not finite, or it is nested too deeply.
+    """
+    try:
+        copy = msgspec.to_builtins(value, enc_hook=_foreign, str_keys=True)
+        _require_finite(copy)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply to be written as JSON") from None
+    return copy
+
+
+def _require_finite(value: Any) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be written as JSON")
+    elif isinstance(value, dict):
+        for item in value.values():
+            _require_finite(item)
+    elif isinstance(value, list):
+        for item in value:
+            _require_finite(item)

@@ -1,0 +1,206 @@
+"""Moderation: texts and images in, and out come the categories of harm that they belong to.
+
+A handler judges each input, and says of it what it knows: scores, or categories, or just whether it is to be flagged.
+The rest of the official form is filled in here:
+
+- ``categories`` that are not given are those whose score is above one half, and none if the handler says
+  ``"flagged": False``;
+- ``category_scores`` that are not given are 1 for a category that applies, and 0 for one that does not;
+- ``flagged``, if it is not given, is whether any category applies;
+- the official categories that the handler does not mention are false, with a score of 0. Nothing was looked at to find
+  that out, and ``category_applied_input_types`` says so with an empty list.
+
+Categories that the official API does not have are sent as they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from trio_cluster.core.model import Kind
+
+from .json_values import dumps, plain
+from .requests.checks import NOT_EMPTY, Check, ListOf, ObjectOf, OneOf, String, nothing_in, wrong_type
+from .requests.fields import Table
+from .requests.readers import read_json
+from .requests.schemas import Schema, any_of, by_type
+from .requests.types import ModerationRequest
+from .responses.chunks import OutputChunk
+from .responses.encoder import Encoder
+
+__all__ = ["MODERATION", "ModerationEncoder", "read_moderation"]
+
+_MOST_INPUTS: Final = 2048
+
+
+class _Input(Check):
+    """A text, several, or the parts of one input; always given on as a list of inputs."""
+
+    _texts = ListOf(String(), least=1, most=_MOST_INPUTS)
+    _types = OneOf(("text", "image_url"))
+    _parts: Mapping[str, ObjectOf] = {
+        "text": ObjectOf({"text": String()}, ("text",)),
+        "image_url": ObjectOf({"image_url": ObjectOf({"url": NOT_EMPTY}, ("url",))}, ("image_url",)),
+    }
+
+    def __call__(self, value: Any, name: str) -> list[Any]:
+        if isinstance(value, str):
+            return [value]
+        if not isinstance(value, list):
+            raise wrong_type(name, "a string or an array", value)
+        if not value:
+            raise nothing_in(name, "input")
+        if isinstance(value[0], dict):
+            return [[self._part(part, f"{name}[{i}]") for i, part in enumerate(value)]]
+        return self._texts(value, name)
+
+    def _part(self, part: Any, name: str) -> dict[str, Any]:
+        if not isinstance(part, dict):
+            raise wrong_type(name, "an object", part)
+        return self._parts[self._types(part.get("type"), f"{name}.type")](part, name)
+
+    def schema(self) -> Schema:
+        parts = by_type({word: check.schema() for word, check in self._parts.items()}, closed=True)
+        return any_of(
+            String().schema(), self._texts.schema(), {"type": "array", "items": parts, "minItems": 1}
+        )
+
+
+MODERATION: Final = Table(("model", "input"), {"model": NOT_EMPTY, "input": _Input()})
+
+
+def read_moderation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ModerationRequest:
+    """Read a request to ``/v1/moderations``."""
+    raw = read_json(body, content_type)
+    known = MODERATION.read(raw)
+    return ModerationRequest(model=known["model"], inputs=known["input"], raw=raw, headers=headers)
+
+
+_FOR_TEXT: Final = ("text",)
+_FOR_BOTH: Final = ("text", "image")
+
+#: The official categories, and the sorts of input that they can apply to.
+_CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
+    "harassment": _FOR_TEXT,
+    "harassment/threatening": _FOR_TEXT,
+    "hate": _FOR_TEXT,
+    "hate/threatening": _FOR_TEXT,
+    "illicit": _FOR_TEXT,
+    "illicit/violent": _FOR_TEXT,
+    "self-harm": _FOR_BOTH,
+    "self-harm/instructions": _FOR_BOTH,
+    "self-harm/intent": _FOR_BOTH,
+    "sexual": _FOR_BOTH,
+    "sexual/minors": _FOR_TEXT,
+    "violence": _FOR_BOTH,
+    "violence/graphic": _FOR_BOTH,
+}
+
+#: A category applies if its score is above this, and nobody says otherwise.
+_THRESHOLD: Final = 0.5
+
+_TYPES: Final = "category_applied_input_types"
+_OF_VERDICT: Final = frozenset({"flagged", "categories", "category_scores", _TYPES})
+
+
+def _sorts_of(given: str | list[dict[str, Any]]) -> set[str]:
+    """Return what an input consists of."""
+    return {"text"} if isinstance(given, str) else {part["type"].removesuffix("_url") for part in given}
+
+
+def _read_scores(given: Any) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise TypeError("'category_scores' must be an object of numbers")
+    for name, score in given.items():
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise TypeError(f"the score of '{name}' must be a number")
+        if not 0 <= score <= 1:
+            raise ValueError(f"the score of '{name}' must be between 0 and 1, not {score}")
+    return {name: float(score) for name, score in given.items()}
+
+
+def _read_categories(given: Any) -> dict[str, bool]:
+    if not isinstance(given, dict) or not all(isinstance(each, bool) for each in given.values()):
+        raise TypeError("'categories' must be an object of booleans")
+    return given
+
+
+def _complete(given: dict[str, Any], sorts: set[str]) -> dict[str, Any]:
+    """Return a handler's verdict on an input in the official form."""
+    flagged = given.pop("flagged", None)
+    if flagged is not None and not isinstance(flagged, bool):
+        raise TypeError("'flagged' must be a boolean")
+    scores = _read_scores(given.pop("category_scores", None) or {})
+    categories = given.pop("categories", None)
+    if categories is None:
+        categories = {name: flagged is not False and score > _THRESHOLD for name, score in scores.items()}
+    else:
+        categories = _read_categories(categories)
+    judged = [*categories, *(name for name in scores if name not in categories)]
+    types = given.pop(_TYPES, None)
+    if types is None:
+        types = {
+            name: [each for each in _CATEGORIES.get(name, _FOR_BOTH) if each in sorts] for name in judged
+        }
+    elif not isinstance(types, dict) or not all(isinstance(each, list) for each in types.values()):
+        raise TypeError(f"'{_TYPES}' must be an object of lists")
+    names = [*_CATEGORIES, *(name for name in judged if name not in _CATEGORIES)]
+    return {
+        "flagged": any(categories.values()) if flagged is None else flagged,
+        "categories": {name: categories.get(name, False) for name in names},
+        "category_scores": {name: scores.get(name, float(categories.get(name, False))) for name in names},
+        _TYPES: {name: [] for name in names} | types,
+    } | given
+
+
+class ModerationEncoder(Encoder):
+    """The answer to a moderation request: one verdict for each input, in their order.
+
+    A handler gives them one by one or as lists. A verdict is a dict in the official form, as far as the handler has it;
+    or one of categories to scores, or of categories to whether they apply. A dict with ``results`` has a list of
+    verdicts in it, and what is beside them becomes a member of the answer.
+    """
+
+    kind: ClassVar[Kind] = "moderation"
+    takes_lists = True
+
+    def __init__(self, request: ModerationRequest, answer_id: str) -> None:
+        super().__init__()
+        self._request = request
+        self._id = answer_id
+        self._verdicts: list[dict[str, Any]] = []
+        self._extras: dict[str, Any] = {}
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        if chunk.kind != "json":
+            self._refuse(chunk)
+        obj = plain(chunk.value)
+        self._take_usage(obj.pop("usage", None))
+        if "results" in obj:
+            results = obj.pop("results")
+            if not isinstance(results, list) or not all(isinstance(each, dict) for each in results):
+                raise TypeError("'results' must be a list of objects")
+            for each in results:
+                self._judge(each)
+            self._extras |= {name: value for name, value in obj.items() if name not in ("id", "model")}
+        elif obj or not chunk.value:
+            self._judge(obj)
+        return b""
+
+    def _judge(self, given: dict[str, Any]) -> None:
+        inputs = self._request.inputs
+        if len(self._verdicts) == len(inputs):
+            raise ValueError(f"more verdicts than the {len(inputs)} inputs")
+        if not _OF_VERDICT & given.keys():
+            is_said = bool(given) and all(isinstance(each, bool) for each in given.values())
+            given = {"categories" if is_said else "category_scores": given}
+        self._verdicts.append(_complete(given, _sorts_of(inputs[len(self._verdicts)])))
+
+    def finish(self) -> bytes:
+        if len(self._verdicts) != len(self._request.inputs):
+            raise ValueError(f"{len(self._verdicts)} verdicts for {len(self._request.inputs)} inputs")
+        answer: dict[str, Any] = {"id": self._id, "model": self._request.model, "results": self._verdicts}
+        if self.usage != (0, 0):
+            answer["usage"] = self._usage_object()
+        return dumps(answer | self._extras)

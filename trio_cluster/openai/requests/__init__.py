@@ -1,0 +1,1 @@
+"""What clients send: reading and checking the requests of the OpenAI API."""

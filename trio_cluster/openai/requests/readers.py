@@ -1,0 +1,159 @@
+"""From what a client sent to a request: one reader for each route.
+
+A reader takes the body as it came, its content type and the headers worth keeping, and returns a request or
+raises :class:`InvalidRequest` with ``param`` naming what is wrong. Whatever cannot be served is refused here,
+before it takes anybody's slot. What may be in a request is said by the route's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from trio_cluster.errors import InvalidRequest
+
+from ..json_values import read_object
+from .fields import Table
+from .forms import Form, media_type, read_form
+from .tables import (
+    CHAT,
+    COMPLETION,
+    EMBEDDING,
+    IMAGE_EDIT,
+    IMAGE_GENERATION,
+    SPEECH,
+    TRANSCRIPTION,
+    TRANSLATION,
+)
+from .types import ASRRequest, ChatRequest, EmbeddingRequest, ImageEditRequest, ImageGenRequest, TTSRequest
+
+__all__ = [
+    "image_edit_of",
+    "read_chat",
+    "read_completion",
+    "read_embedding",
+    "read_image_edit",
+    "read_image_generation",
+    "read_json",
+    "read_speech",
+    "read_transcription",
+    "read_translation",
+    "transcription_of",
+    "translation_of",
+]
+
+#: How many tokens a completion has if the client does not say; the OpenAI reference's own default.
+_COMPLETION_TOKENS: Final = 16
+
+
+def read_json(body: bytes, content_type: str) -> dict[str, Any]:
+    """Return the JSON object in ``body``; a missing content type is forgiven, a wrong one is not."""
+    kind = media_type(content_type)
+    if kind not in ("application/json", "") and not kind.endswith("+json"):
+        raise InvalidRequest(
+            f"Unsupported content type '{kind}': expected application/json",
+            status=415,
+            code="unsupported_media_type",
+        )
+    return read_object(body)
+
+
+def _raw(form: Form) -> dict[str, Any]:
+    """Return what is in a form beside its documented files."""
+    return form.fields | {name: [file.data for file in files] for name, files in form.files.items()}
+
+
+def read_chat(body: bytes, content_type: str, headers: Mapping[str, str]) -> ChatRequest:
+    """Read a request to ``/v1/chat/completions``."""
+    raw = read_json(body, content_type)
+    return ChatRequest(raw=raw, headers=headers, **CHAT.read(raw))
+
+
+def read_completion(body: bytes, content_type: str, headers: Mapping[str, str]) -> ChatRequest:
+    """Read a request to ``/v1/completions``: a chat of one message, for any chat model to answer.
+
+    ``echo``, ``suffix`` and ``best_of`` are checked and stay in ``raw``; a number of ``logprobs`` becomes
+    ``top_logprobs``.
+    """
+    raw = read_json(body, content_type)
+    known = COMPLETION.read(raw)
+    for name in ("best_of", "echo", "suffix"):
+        known.pop(name, None)
+    logprobs = known.pop("logprobs", None)
+    if logprobs is not None:
+        known |= {"logprobs": True, "top_logprobs": logprobs}
+    known.setdefault("max_tokens", _COMPLETION_TOKENS)
+    messages = [{"role": "user", "content": known["prompt"]}]
+    return ChatRequest(messages=messages, raw=raw, headers=headers, **known)
+
+
+def read_embedding(body: bytes, content_type: str, headers: Mapping[str, str]) -> EmbeddingRequest:
+    """Read a request to ``/v1/embeddings``."""
+    raw = read_json(body, content_type)
+    known = EMBEDDING.read(raw)
+    return EmbeddingRequest(inputs=known.pop("input"), raw=raw, headers=headers, **known)
+
+
+def _audio(table: Table, form: Form, headers: Mapping[str, str], translate: bool) -> ASRRequest:
+    known = table.read_form(form.fields)
+    (file,) = table.read_files(form)["file"]
+    return ASRRequest(
+        audio=file.data,
+        filename=file.name,
+        mime_type=file.mime_type,
+        translate=translate,
+        raw=_raw(form),
+        headers=headers,
+        **known,
+    )
+
+
+def read_transcription(body: bytes, content_type: str, headers: Mapping[str, str]) -> ASRRequest:
+    """Read a request to ``/v1/audio/transcriptions``."""
+    return transcription_of(read_form(body, content_type), headers)
+
+
+def transcription_of(form: Form, headers: Mapping[str, str]) -> ASRRequest:
+    """Return the request to ``/v1/audio/transcriptions`` that is in a form."""
+    return _audio(TRANSCRIPTION, form, headers, False)
+
+
+def read_translation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ASRRequest:
+    """Read a request to ``/v1/audio/translations``."""
+    return translation_of(read_form(body, content_type), headers)
+
+
+def translation_of(form: Form, headers: Mapping[str, str]) -> ASRRequest:
+    """Return the request to ``/v1/audio/translations`` that is in a form."""
+    return _audio(TRANSLATION, form, headers, True)
+
+
+def read_speech(body: bytes, content_type: str, headers: Mapping[str, str]) -> TTSRequest:
+    """Read a request to ``/v1/audio/speech``."""
+    raw = read_json(body, content_type)
+    return TTSRequest(raw=raw, headers=headers, **SPEECH.read(raw))
+
+
+def read_image_generation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ImageGenRequest:
+    """Read a request to ``/v1/images/generations``."""
+    raw = read_json(body, content_type)
+    return ImageGenRequest(raw=raw, headers=headers, **IMAGE_GENERATION.read(raw))
+
+
+def read_image_edit(body: bytes, content_type: str, headers: Mapping[str, str]) -> ImageEditRequest:
+    """Read a request to ``/v1/images/edits``."""
+    return image_edit_of(read_form(body, content_type), headers)
+
+
+def image_edit_of(form: Form, headers: Mapping[str, str]) -> ImageEditRequest:
+    """Return the request to ``/v1/images/edits`` that is in a form."""
+    known = IMAGE_EDIT.read_form(form.fields)
+    files = IMAGE_EDIT.read_files(form)
+    return ImageEditRequest(
+        images=[file.data for file in files["image"]],
+        image_types=[file.mime_type for file in files["image"]],
+        mask=next((file.data for file in files["mask"]), None),
+        raw=_raw(form),
+        headers=headers,
+        **known,
+    )

@@ -1,0 +1,221 @@
+"""From a request to ``/v1/responses`` to a chat request.
+
+Whatever can be said in both forms is translated, so that a chat handler need not know by which route it was asked.
+What needs a server with a memory, or with tools of its own, is refused by name. What only asks for something to be
+kept or told, and changes nothing about the answer, is taken and not followed: ``store``, most of ``include``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .checks import (
+    ANY_OBJECT,
+    ANY_STRING,
+    BOOLEAN,
+    NOT_EMPTY,
+    Check,
+    Custom,
+    Integer,
+    ListOf,
+    Number,
+    ObjectOf,
+    OneOf,
+    missing,
+    wrong_type,
+)
+from .fields import OnlyIf, Table
+from .readers import read_json
+from .responses_api_input import INPUT, of_type, present, unsupported
+from .schemas import Schema, any_of
+from .tables import METADATA
+from .types import ChatRequest
+
+__all__ = ["RESPONSE", "read_response"]
+
+_TYPED: Final = ObjectOf({"type": ANY_STRING}, ("type",))
+
+#: What to include if the client wants to see how likely the tokens were.
+_LOGPROBS: Final = "message.output_text.logprobs"
+
+
+def _refused(why: str, *, allowed: tuple[Any, ...] = ()) -> Check:
+    """Return the check of a field that cannot be served, unless it says what is the case anyway."""
+
+    def check(value: Any, name: str) -> Any:
+        if any(value is each for each in allowed):
+            return value
+        raise unsupported(f"'{name}' is not supported: {why}", name)
+
+    return Custom(check, {"enum": [*allowed] or [None]})
+
+
+# Tools
+
+_FUNCTION: Final = ObjectOf(
+    {"name": NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT, "strict": BOOLEAN}, ("name",)
+)
+_CHOICES: Final = OneOf(("none", "auto", "required"))
+_ALLOWED: Final = ObjectOf({"mode": OneOf(("auto", "required"))}, ("mode", "tools"))
+
+
+def _require_function(value: Any, name: str) -> None:
+    """Refuse a tool, or a choice of one, that is not a function of the client's."""
+    kind = _TYPED(value, name)["type"]
+    if kind != "function":
+        raise unsupported(
+            f"'{name}' is a tool of type '{kind[:60]}', and the server has no tools of its own: "
+            "only tools of type 'function' are supported",
+            f"{name}.type",
+        )
+
+
+def _read_tool(value: Any, name: str) -> dict[str, Any]:
+    _require_function(value, name)
+    _FUNCTION(value, name)
+    return {"type": "function", "function": present(value, _FUNCTION.members)}
+
+
+def _read_choice(value: Any, name: str) -> dict[str, Any]:
+    _require_function(value, name)
+    if value.get("name") is None:
+        raise missing(f"{name}.name")
+    return {"type": "function", "function": {"name": NOT_EMPTY(value["name"], f"{name}.name")}}
+
+
+def _read_tool_choice(value: Any, name: str) -> str | dict[str, Any]:
+    if isinstance(value, str):
+        return _CHOICES(value, name)
+    if not isinstance(value, dict):
+        raise wrong_type(name, "a string or an object", value)
+    if value.get("type") == "allowed_tools":
+        _ALLOWED(value, name)
+        tools = ListOf(Custom(_read_choice), least=1)(value["tools"], f"{name}.tools")
+        return {"type": "allowed_tools", "allowed_tools": {"mode": value["mode"], "tools": tools}}
+    return _read_choice(value, name)
+
+
+_TOOL_SCHEMA: Final = of_type("function", _FUNCTION.schema())
+_CHOICE_SCHEMA: Final = of_type("function", ObjectOf({"name": NOT_EMPTY}, ("name",)).schema())
+_ALLOWED_SCHEMA: Final = of_type("allowed_tools", _ALLOWED.schema())
+_ALLOWED_SCHEMA["properties"]["tools"] = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1}
+
+
+# Text
+
+_FORMAT: Final = ObjectOf({"type": OneOf(("text", "json_object", "json_schema"))}, ("type",))
+_JSON_SCHEMA: Final = ObjectOf(
+    {"name": NOT_EMPTY, "schema": ANY_OBJECT, "description": ANY_STRING, "strict": BOOLEAN},
+    ("name", "schema"),
+)
+_VERBOSITY: Final = OneOf(("low", "medium", "high"))
+
+
+def _read_text(value: Any, name: str) -> dict[str, Any]:
+    """Return the fields of a chat that say the same."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object", value)
+    fields: dict[str, Any] = {}
+    if (verbosity := value.get("verbosity")) is not None:
+        fields["verbosity"] = _VERBOSITY(verbosity, f"{name}.verbosity")
+    if (wanted := value.get("format")) is not None:
+        name = f"{name}.format"
+        kind = _FORMAT(wanted, name)["type"]
+        fields["response_format"] = {"type": kind}
+        if kind == "json_schema":
+            _JSON_SCHEMA(wanted, name)
+            fields["response_format"]["json_schema"] = present(wanted, _JSON_SCHEMA.members)
+    return fields
+
+
+_TEXT_SCHEMA: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "format": any_of(
+            of_type("text", {"type": "object"}),
+            of_type("json_object", {"type": "object"}),
+            of_type("json_schema", _JSON_SCHEMA.schema()),
+            {"type": "null"},
+        ),
+        "verbosity": any_of(_VERBOSITY.schema(), {"type": "null"}),
+    },
+}
+
+
+_REASONING: Final = ObjectOf({"effort": ANY_STRING, "summary": ANY_STRING, "generate_summary": ANY_STRING})
+
+#: The documented fields of this route.
+RESPONSE: Final = Table(
+    ("model", "input"),
+    {
+        "model": NOT_EMPTY,
+        "input": INPUT,
+        "instructions": ANY_STRING,
+        "stream": BOOLEAN,
+        "stream_options": ObjectOf({"include_obfuscation": BOOLEAN}),
+        "temperature": Number(0, 2),
+        "top_p": Number(0, 1),
+        "max_output_tokens": Integer(1),
+        "max_tool_calls": Integer(1),
+        "top_logprobs": Integer(0, 20),
+        "tools": ListOf(Custom(_read_tool, _TOOL_SCHEMA), most=128),
+        "tool_choice": Custom(_read_tool_choice, any_of(_CHOICES.schema(), _CHOICE_SCHEMA, _ALLOWED_SCHEMA)),
+        "parallel_tool_calls": BOOLEAN,
+        "text": Custom(_read_text, _TEXT_SCHEMA),
+        "reasoning": _REASONING,
+        "include": ListOf(ANY_STRING),
+        "truncation": OneOf(("auto", "disabled")),
+        "metadata": METADATA,
+        "store": BOOLEAN,
+        "service_tier": ANY_STRING,
+        "prompt_cache_key": ANY_STRING,
+        "safety_identifier": ANY_STRING,
+        "user": ANY_STRING,
+        "previous_response_id": _refused("responses are not stored, send the whole conversation as 'input'"),
+        "conversation": _refused("conversations are not stored, send the whole of it as 'input'"),
+        "prompt": _refused("templates are not stored, send 'instructions' and 'input'"),
+        "background": _refused("a response ends with the request that asked for it", allowed=(False,)),
+    },
+    rules=(OnlyIf("stream_options", "stream", (True,)),),
+)
+
+#: Fields of a chat that have the same name and the same meaning here.
+_SAME: Final = (
+    "model",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "metadata",
+    "store",
+    "service_tier",
+    "prompt_cache_key",
+    "safety_identifier",
+    "user",
+)
+
+
+def read_response(body: bytes, content_type: str, headers: Mapping[str, str]) -> ChatRequest:
+    """Read a request to ``/v1/responses``: a chat, for any chat model to answer.
+
+    ``max_output_tokens`` becomes ``max_tokens``, ``text`` and ``reasoning`` become ``response_format``,
+    ``verbosity`` and ``reasoning_effort``; ``instructions`` are the first message.
+    """
+    raw = read_json(body, content_type)
+    known = RESPONSE.read(raw)
+    messages = known["input"]
+    if known.get("instructions"):
+        messages = [{"role": "system", "content": known["instructions"]}, *messages]
+    fields = {name: known[name] for name in _SAME if name in known} | known.get("text", {})
+    if "max_output_tokens" in known:
+        fields["max_tokens"] = known["max_output_tokens"]
+    if (effort := known.get("reasoning", {}).get("effort")) is not None:
+        fields["reasoning_effort"] = effort
+    if "top_logprobs" in known or _LOGPROBS in known.get("include", ()):
+        fields["logprobs"] = True
+    return ChatRequest(messages=messages, raw=raw, headers=headers, **fields)

@@ -1,0 +1,296 @@
+"""The input of a response, made into the messages of a chat.
+
+A handler sees one form of conversation, whichever route it came by. Here is what the two forms have in common, and
+where they differ. A chat's assistant says everything in one message: reasoning, text, tool calls. In a response each of
+these is an item. So neighbouring items of the assistant become one message, as long as a chat could have had them in
+one; what one answer of a model was split into is put together again when the client sends it back.
+
+Items of other types belong to tools that the server would have to run, or to state that it would have to keep. They
+are refused, since leaving them out would be answering another conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from trio_cluster.errors import InvalidRequest
+
+from .checks import (
+    ANY_STRING,
+    NOT_EMPTY,
+    Custom,
+    ListOf,
+    ObjectOf,
+    OneOf,
+    missing,
+    nothing_in,
+    wrong_type,
+    wrong_value,
+)
+from .schemas import Schema, any_of, members_of
+
+__all__ = ["INPUT", "of_type", "present", "unsupported"]
+
+_ROLE: Final = OneOf(("user", "assistant", "system", "developer"))
+
+
+def unsupported(message: str, name: str) -> InvalidRequest:
+    """Return the error for what the API has and this server has not."""
+    return InvalidRequest(message, param=name, code="unsupported_value")
+
+
+def present(given: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
+    """Return those members of an object that are there; ``null`` is the same as nothing."""
+    return {member: given[member] for member in members if given.get(member) is not None}
+
+
+# Parts of a message
+
+_PART_TEXT: Final = ObjectOf({"text": ANY_STRING}, ("text",))
+_PART_REFUSAL: Final = ObjectOf({"refusal": ANY_STRING}, ("refusal",))
+_PART_IMAGE: Final = ObjectOf({"image_url": NOT_EMPTY, "detail": ANY_STRING})
+_PART_FILE: Final = ObjectOf({"file_data": NOT_EMPTY, "filename": ANY_STRING})
+_PART_AUDIO: Final = ObjectOf(
+    {"input_audio": ObjectOf({"data": ANY_STRING, "format": ANY_STRING}, ("data", "format"))},
+    ("input_audio",),
+)
+
+
+def _read_text(part: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"type": "text", "text": _PART_TEXT(part, name)["text"]}
+
+
+def _read_refusal(part: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"type": "refusal", "refusal": _PART_REFUSAL(part, name)["refusal"]}
+
+
+def _read_image(part: dict[str, Any], name: str) -> dict[str, Any]:
+    _require_content(part, name, "image_url")
+    image = {"url": _PART_IMAGE(part, name)["image_url"]}
+    if part.get("detail") is not None:
+        image["detail"] = part["detail"]
+    return {"type": "image_url", "image_url": image}
+
+
+def _read_file(part: dict[str, Any], name: str) -> dict[str, Any]:
+    _require_content(part, name, "file_data")
+    _PART_FILE(part, name)
+    return {"type": "file", "file": present(part, ("file_data", "filename"))}
+
+
+def _read_audio(part: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": _PART_AUDIO(part, name)["input_audio"]}
+
+
+def _require_content(part: dict[str, Any], name: str, member: str) -> None:
+    """Refuse a part that says where its content is to be found, instead of having it."""
+    for elsewhere in ("file_id", "file_url"):
+        if part.get(elsewhere) is not None:
+            raise unsupported(
+                f"'{name}.{elsewhere}' is not supported: files are neither kept nor fetched here, "
+                f"send the content itself as '{member}'",
+                f"{name}.{elsewhere}",
+            )
+    if part.get(member) is None:
+        raise missing(f"{name}.{member}")
+
+
+_PARTS: Final[dict[str, Callable[[dict[str, Any], str], dict[str, Any]]]] = {
+    "input_text": _read_text,
+    "output_text": _read_text,
+    "refusal": _read_refusal,
+    "input_image": _read_image,
+    "input_file": _read_file,
+    "input_audio": _read_audio,
+}
+_PART_TYPE: Final = OneOf(tuple(_PARTS))
+
+
+def _read_content(value: Any, name: str, *, joined: bool = False) -> str | list[dict[str, Any]]:
+    """Return the content of a message: text where it can be said in one, or else the parts of a chat's message.
+
+    Args:
+        value: a string, or a list of parts.
+        name: what to call it in errors.
+        joined: several parts that are text are one text.
+    """
+    if value is None:
+        raise missing(name)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong_type(name, "a string or an array of parts", value)
+    if not value:
+        raise nothing_in(name, "part")
+    parts = []
+    for i, part in enumerate(value):
+        if not isinstance(part, dict):
+            raise wrong_type(f"{name}[{i}]", "an object", part)
+        if part.get("type") is None:
+            raise missing(f"{name}[{i}].type")
+        parts.append(_PARTS[_PART_TYPE(part["type"], f"{name}[{i}].type")](part, f"{name}[{i}]"))
+    if (joined or len(parts) == 1) and all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+# Items
+
+_CALL: Final = ObjectOf(
+    {"call_id": NOT_EMPTY, "name": NOT_EMPTY, "arguments": ANY_STRING}, ("call_id", "name", "arguments")
+)
+_OUTPUT: Final = ObjectOf({"call_id": NOT_EMPTY}, ("call_id", "output"))
+_TEXTS: Final = ListOf(_PART_TEXT)
+_REASONING: Final = ObjectOf({"content": _TEXTS, "summary": _TEXTS})
+
+
+class _Conversation:
+    """The messages so far, and the assistant's one that may still grow."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._answer: dict[str, Any] | None = None
+        self._reasoning = ""
+
+    def add_message(self, item: dict[str, Any], name: str) -> None:
+        if item.get("role") is None:
+            raise missing(f"{name}.role")
+        role = _ROLE(item["role"], f"{name}.role")
+        content = _read_content(item.get("content"), f"{name}.content", joined=role == "assistant")
+        if role != "assistant":
+            self.end_answer()
+            self.messages.append({"role": role, "content": content})
+            return
+        answer = self._answer
+        if answer is not None and "tool_calls" in answer and isinstance(content, str):
+            earlier = answer["content"]
+            if earlier is None or isinstance(earlier, str):
+                # Text after a call, and no result of the call yet: a chat has the same in one message.
+                self._open_answer()["content"] = (earlier or "") + content
+                return
+        if answer is not None:
+            self._answer = None
+        self._open_answer()["content"] = content
+
+    def add_call(self, item: dict[str, Any], name: str) -> None:
+        _CALL(item, name)
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        self._open_answer().setdefault("tool_calls", []).append(call)
+
+    def add_output(self, item: dict[str, Any], name: str) -> None:
+        _OUTPUT(item, name)
+        self.end_answer()
+        content = _read_content(item["output"], f"{name}.output")
+        self.messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+
+    def add_reasoning(self, item: dict[str, Any], name: str) -> None:
+        _REASONING(item, name)
+        self._reasoning += "".join(part["text"] for part in item.get("content") or item.get("summary") or ())
+
+    def end_answer(self) -> None:
+        """Let whatever comes next from the assistant be a message of its own."""
+        if self._reasoning:
+            # It led to nothing that was said: the model was cut short while it was thinking.
+            self._answer = None
+            self._open_answer()["content"] = ""
+        self._answer = None
+
+    def _open_answer(self) -> dict[str, Any]:
+        """Return the assistant's message that is being put together; reasoning from before belongs to it."""
+        answer = self._answer
+        if answer is None:
+            answer = self._answer = {"role": "assistant", "content": None}
+            self.messages.append(answer)
+        if self._reasoning:
+            answer["reasoning_content"] = answer.get("reasoning_content", "") + self._reasoning
+            self._reasoning = ""
+        return answer
+
+
+_ITEMS: Final[dict[str, Callable[[_Conversation, dict[str, Any], str], None]]] = {
+    "message": _Conversation.add_message,
+    "function_call": _Conversation.add_call,
+    "function_call_output": _Conversation.add_output,
+    "reasoning": _Conversation.add_reasoning,
+}
+
+
+def _read_item(conversation: _Conversation, item: Any, name: str) -> None:
+    if not isinstance(item, dict):
+        raise wrong_type(name, "an object", item)
+    kind = item.get("type")
+    if kind is None:
+        # A bare id is a reference. So says the API, where it may leave out its type.
+        kind = "item_reference" if "role" not in item and "id" in item else "message"
+    elif not isinstance(kind, str):
+        raise wrong_type(f"{name}.type", "a string", kind)
+    read = _ITEMS.get(kind)
+    if read is not None:
+        read(conversation, item, name)
+    elif kind == "item_reference":
+        raise unsupported(
+            f"'{name}' refers to an item, and nothing is stored here: send the item itself", f"{name}.id"
+        )
+    else:
+        known = ", ".join(f"'{each}'" for each in _ITEMS)
+        raise unsupported(
+            f"'{name}' is an item of a type that is not supported: expected one of {known}, but got '{kind[:60]}'",
+            f"{name}.type",
+        )
+
+
+def _read_input(value: Any, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise wrong_type(name, "a string or an array of items", value)
+    if not value:
+        raise wrong_value(name, "at least 1 item", value)
+    conversation = _Conversation()
+    for i, item in enumerate(value):
+        _read_item(conversation, item, f"{name}[{i}]")
+    conversation.end_answer()
+    return conversation.messages
+
+
+# Descriptions
+
+
+def of_type(kind: str, schema: Schema, members: Schema | None = None) -> Schema:
+    """Return the schema of an object that says its type, and has ``members`` besides."""
+    properties = {"type": {"type": "string", "enum": [kind]}} | schema.get("properties", {}) | (members or {})
+    return schema | {"properties": properties, "required": ["type", *schema.get("required", ())]}
+
+
+def _content_schema() -> Schema:
+    nowhere_else: Schema = {"file_id": {"type": "null"}, "file_url": {"type": "null"}}
+    part = any_of(
+        of_type("input_text", _PART_TEXT.schema()),
+        of_type("output_text", _PART_TEXT.schema()),
+        of_type("refusal", _PART_REFUSAL.schema()),
+        of_type("input_image", ObjectOf(_PART_IMAGE.members, ("image_url",)).schema(), nowhere_else),
+        of_type("input_file", ObjectOf(_PART_FILE.members, ("file_data",)).schema(), nowhere_else),
+        of_type("input_audio", _PART_AUDIO.schema()),
+    )
+    return any_of({"type": "string"}, {"type": "array", "items": part, "minItems": 1})
+
+
+def _input_schema() -> Schema:
+    content = _content_schema()
+    message = members_of(
+        {"type": {"type": "string", "enum": ["message"]}, "role": _ROLE.schema(), "content": content},
+        ("role", "content"),
+    )
+    item = any_of(
+        message,
+        of_type("function_call", _CALL.schema()),
+        of_type("function_call_output", _OUTPUT.schema(), {"output": content}),
+        of_type("reasoning", _REASONING.schema()),
+    )
+    return any_of({"type": "string"}, {"type": "array", "items": item, "minItems": 1})
+
+
+#: The field ``input``; checked, it is a list of a chat's messages.
+INPUT: Final = Custom(_read_input, _input_schema())

@@ -1,0 +1,126 @@
+"""What every encoder is, and what all of them do alike.
+
+An encoder turns the output of one handler into the bytes of one HTTP answer, on the node where the handler
+runs. It is fed with whatever the handler gives and says after every piece which bytes may go out. Nothing
+here waits, and nothing here knows a socket.
+
+The contract of an answer: ``encode`` any number of times, then ``finish`` once. An error ends it instead;
+what an error looks like is for the HTTP face to say, which knows whether anything has been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Final, NoReturn
+
+from trio_cluster.core.call import Head
+from trio_cluster.core.model import Kind
+from trio_cluster.errors import ApiError
+
+from .chunks import OutputChunk, to_chunk
+
+__all__ = ["JSON_HEAD", "SSE_HEAD", "Encoder"]
+
+JSON_HEAD: Final = Head(200, "application/json")
+
+#: Proxies on the way must neither keep a stream nor wait for more of it.
+SSE_HEAD: Final = Head(200, "text/event-stream", (("cache-control", "no-cache"), ("x-accel-buffering", "no")))
+
+
+class Encoder:
+    """The encoding of one answer. Subclasses say how in :meth:`_take` and :meth:`finish`.
+
+    Attributes:
+        streaming: bytes go out while the handler works; a plain answer comes whole from :meth:`finish`.
+        head: the head of the answer: a plain one's from the start, a streamed one's from its first bytes on.
+        usage: tokens read and tokens written, as the handler reported them; 0 without a report.
+    """
+
+    kind: ClassVar[Kind]
+    #: Whether what a handler gives may be so much that it is better encoded in parts; see :meth:`divide`.
+    divisible: ClassVar[bool] = False
+    #: Whether a list is the same as what is in it, one by one.
+    takes_lists: ClassVar[bool] = False
+
+    streaming: bool = False
+    head: Head = JSON_HEAD
+
+    def __init__(self) -> None:
+        self.usage: tuple[int, int] = (0, 0)
+        self._usage_details: dict[str, Any] = {}
+
+    def encode(self, value: Any) -> bytes:
+        """Return what can be sent once the handler has given ``value``; empty if it is kept for later.
+
+        Raises:
+            ApiError: the handler gave an error.
+            TypeError: ``value`` is nothing that a handler for this route can give.
+            ValueError: it is of the right type, but cannot be part of this answer.
+        """
+        if self.takes_lists and isinstance(value, list | tuple):
+            return b"".join([self.encode(each) for each in value])
+        chunk = to_chunk(self.kind, value)
+        if chunk.kind == "error":
+            status, message, code = chunk.value
+            raise ApiError(status, message, code=code)
+        if chunk.kind == "usage":
+            self.usage = chunk.value
+            return b""
+        return self._take(chunk)
+
+    def divide(self, value: Any) -> list[Any]:
+        """Return values that say the same as ``value``, none of which takes long to encode; there is at least one."""
+        return [value]
+
+    def early(self) -> Iterable[bytes]:
+        """Yield what can go out, in parts, before :meth:`finish` is called, when there will be no more values.
+
+        Raises:
+            ValueError: what the handler gave does not make an answer.
+        """
+        return ()
+
+    def finish(self) -> bytes:
+        """Return the rest of the answer, which is complete with it. To be called once.
+
+        Raises:
+            ValueError: what the handler gave does not make an answer.
+        """
+        raise NotImplementedError
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        raise NotImplementedError
+
+    def _refuse(self, chunk: OutputChunk) -> NoReturn:
+        raise TypeError(f"a handler of kind {self.kind} cannot give OutputChunk.{chunk.kind}")
+
+    def _take_usage(self, usage: Any) -> None:
+        """Take a usage object of the API's own form, as a handler's JSON object may have one."""
+        if usage is None:
+            return
+        if not isinstance(usage, dict):
+            raise TypeError("'usage' must be an object with numbers of tokens")
+        details = dict(usage)
+        counts = [0, 0]
+        for i, names in enumerate(
+            (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+        ):
+            for name in names:
+                counts[i] = details.pop(name, counts[i])
+        details.pop("total_tokens", None)
+        # The constructor refuses what is no count.
+        self.usage = OutputChunk.usage(counts[0], counts[1]).value
+        self._usage_details = details
+
+    def _counts(self) -> dict[str, Any]:
+        """Return the numbers of tokens in the words of the newer routes."""
+        read, written = self.usage
+        return {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+
+    def _usage_object(self) -> dict[str, Any]:
+        read, written = self.usage
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        } | self._usage_details

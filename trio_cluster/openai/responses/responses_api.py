@@ -1,0 +1,323 @@
+"""Answers to ``/v1/responses``, streamed and plain.
+
+What a handler gives is the same as for a chat, and means the same; here it becomes items. Both answers are made by
+telling what happens: a plain one listens to nothing of it and writes the response at its end, a streamed one writes
+an event each time, and the same response in the last one.
+
+There is no ``[DONE]``. A stream is complete with ``response.completed`` or ``response.incomplete``, and this is what
+tells it from one that was cut. A stream that fails ends with an error event in the form of all others, as long as
+the official clients raise for nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+import attrs
+
+from trio_cluster.core.model import Kind
+
+from ..json_values import dumps
+from ..requests.types import ChatRequest
+from ..sse import named_event
+from .choices import Choice, Delta, read_output
+from .chunks import OutputChunk
+from .encoder import SSE_HEAD, Encoder
+from .responses_api_items import REASONING, REFUSAL, TEXT, Form, Item, Items
+
+__all__ = ["PlainResponse", "StreamedResponse"]
+
+#: Reasons for ending that leave a response incomplete, in the words of this route.
+_INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+#: Members of a response that repeat what the client asked for, and what they are if it did not.
+_REPEATED: Final[dict[str, Any]] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "temperature": 1.0,
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+#: What a tool of the client has if it did not say so.
+_TOOL: Final[dict[str, Any]] = {"description": None, "parameters": None, "strict": None}
+
+
+class _Response(Encoder):
+    """What both encoders share: all that a handler gives, made into items."""
+
+    kind: ClassVar[Kind] = "chat"
+
+    def __init__(self, request: ChatRequest, token: str, created: int) -> None:
+        super().__init__()
+        self._request = request
+        self._id = f"resp_{token}"
+        self._created = created
+        self._choice = Choice(0, token)
+        self._items = Items(token, self._tell)
+        self._extras: dict[str, Any] = {}
+        self._begun = False
+
+    def _tell(self, kind: str, members: dict[str, Any]) -> None:
+        """Be told of an event."""
+
+    def _grow(self, item: Item, text: str, logprobs: list[dict[str, Any]] | None = None) -> None:
+        """Add to an item."""
+        item.pieces.append(text)
+        if logprobs:
+            item.logprobs.extend(logprobs)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            response = self._response("in_progress", None)
+            self._tell("response.created", {"response": response})
+            self._tell("response.in_progress", {"response": response})
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        if chunk.kind == "json":
+            self._take_object(chunk.value)
+            return b""
+        self._require_only(chunk.index or 0)
+        choice = self._choice
+        if chunk.kind == "finish":
+            choice.require_open()
+            choice.reason = chunk.value
+            return b""
+        self._begin()
+        if chunk.kind == "text_delta":
+            choice.add_text(chunk.value)
+            self._add(TEXT, chunk.value)
+        elif chunk.kind == "reasoning":
+            choice.add_reasoning(chunk.value)
+            self._add(REASONING, chunk.value)
+        elif chunk.kind == "final_text":
+            self._take_final(chunk.value)
+        elif chunk.kind == "tool_call":
+            self._take_calls(choice.add_call(chunk.value))
+        else:
+            self._refuse(chunk)
+        return b""
+
+    def _require_only(self, index: int) -> None:
+        if index:
+            raise ValueError(f"there is no choice {index}: a response has only one")
+
+    def _add(self, form: Form, text: str) -> None:
+        if text:
+            self._grow(self._items.text(form), text)
+
+    def _take_final(self, text: str) -> None:
+        self._add(TEXT, self._choice.take_final(text))
+
+    def _take_object(self, obj: dict[str, Any]) -> None:
+        output = read_output(obj)
+        self._take_usage(output.usage)
+        self._extras |= output.extras
+        if output.extras:
+            self._begin()
+        for delta in output.deltas:
+            self._require_only(delta.index)
+            self._take_delta(delta)
+
+    def _take_delta(self, delta: Delta) -> None:
+        content = delta.members.get("content")
+        if isinstance(content, list):
+            # A message whose content has parts; what can be part of a response is their text.
+            delta = attrs.evolve(delta, text=delta.text + "".join(map(_text_of, content)))
+        if not delta.is_empty:
+            self._begin()
+        sendable = self._choice.add(delta)
+        members = sendable.members
+        # Some servers are changing the name, and give both in the meantime.
+        reasoning = members.get("reasoning_content") or members.get("reasoning")
+        if isinstance(reasoning, str):
+            self._add(REASONING, reasoning)
+        logprobs = _logprobs(delta.logprobs)
+        if delta.text or logprobs:
+            self._grow(self._items.text(TEXT), delta.text, logprobs)
+        if isinstance(refusal := members.get("refusal"), str):
+            self._add(REFUSAL, refusal)
+        self._take_calls(sendable)
+
+    def _take_calls(self, sendable: Delta) -> None:
+        for piece in sendable.members.get("tool_calls", ()):
+            index: int = piece["index"]
+            whole = self._choice.tool_calls[index]
+            function, arguments = whole.get("function"), piece.get("function", {}).get("arguments") or ""
+            if function is None or not isinstance(arguments, str):
+                raise TypeError("a tool call in a response must be one of a function, its arguments text")
+            item = self._items.call(index, whole["id"], function.get("name") or "")
+            if arguments:
+                self._grow(item, arguments)
+            if index in self._choice.whole_calls:
+                self._items.end(item)
+
+    def finish(self) -> bytes:
+        self._begin()
+        if not self._items.all:
+            # A handler that gave nothing has answered with an empty text.
+            self._items.text(TEXT)
+        why = _INCOMPLETE.get(self._choice.finish_reason)
+        status = "completed" if why is None else "incomplete"
+        self._items.end_all(status)
+        response = self._response(status, why)
+        self._tell(f"response.{status}", {"response": response})
+        return self._last(response)
+
+    def _last(self, response: dict[str, Any]) -> bytes:
+        raise NotImplementedError
+
+    def _response(self, status: str, why: str | None) -> dict[str, Any]:
+        asked = self._request.raw
+        own = {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None if why is None else {"reason": why},
+            "model": self._request.model,
+            "output": [item.whole() for item in self._items.all],
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None} | (asked.get("reasoning") or {}),
+            "service_tier": "default",
+            "store": False,
+            "text": {"format": {"type": "text"}} | _given(asked.get("text")),
+            "tools": [_TOOL | tool for tool in asked.get("tools") or ()],
+            "usage": None if status == "in_progress" else self._usage_object(),
+        }
+        for name, default in _REPEATED.items():
+            value = asked.get(name)
+            own[name] = default if value is None else value
+        return self._extras | own
+
+    def _usage_object(self) -> dict[str, Any]:
+        read, written = self.usage
+        details = dict(self._usage_details)
+        of_input = _given(details.pop("prompt_tokens_details", None)) | _given(
+            details.pop("input_tokens_details", None)
+        )
+        of_output = _given(details.pop("completion_tokens_details", None)) | _given(
+            details.pop("output_tokens_details", None)
+        )
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0} | of_input,
+            "output_tokens": written,
+            "output_tokens_details": {"reasoning_tokens": 0} | of_output,
+            "total_tokens": read + written,
+        } | details
+
+
+def _given(value: Any) -> dict[str, Any]:
+    """Return the members of an object that are not ``null``."""
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else {}
+
+
+def _text_of(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def _logprobs(logprobs: Any) -> list[dict[str, Any]]:
+    """Return the tokens of a chat's ``logprobs`` in the form of this route, where ``bytes`` must be there."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return [
+        token
+        | {
+            "bytes": token.get("bytes") or [],
+            "top_logprobs": [
+                each | {"bytes": each.get("bytes") or []} for each in token.get("top_logprobs") or ()
+            ],
+        }
+        for token in tokens or ()
+    ]
+
+
+class PlainResponse(_Response):
+    """A response that is sent when it is complete."""
+
+    def _take_final(self, text: str) -> None:
+        revises = not text.startswith("".join(self._choice.pieces))
+        super()._take_final(text)
+        if revises:
+            self._items.replace_text(text)
+
+    def _last(self, response: dict[str, Any]) -> bytes:
+        return dumps(response)
+
+
+class StreamedResponse(_Response):
+    """A response that is sent as it comes, event by event."""
+
+    streaming = True
+    head = SSE_HEAD
+
+    def __init__(self, request: ChatRequest, token: str, created: int) -> None:
+        super().__init__(request, token, created)
+        self._sequence = 0
+        self._sent: list[bytes] = []
+        # The bytes around a piece of the item that grows, made once for it; the last have a place for a number.
+        self._around: dict[Item, tuple[bytes, bytes]] = {}
+        # While a text grows and nothing speaks against it, plain text for it takes a short cut through these.
+        self._short_cut: Item | None = None
+        self._before, self._after = b"", b""
+
+    def encode(self, value: Any) -> bytes:
+        item = self._short_cut
+        if item is not None and type(value) is str and value:
+            self._choice.pieces.append(value)
+            item.pieces.append(value)
+            number = self._sequence
+            self._sequence = number + 1
+            return self._before + dumps(value) + self._after % number
+        self._short_cut = None
+        super().encode(value)
+        choice, item = self._choice, self._items.growing
+        if item is not None and item.form is TEXT and choice.reason is None and choice.final is None:
+            self._short_cut = item
+            self._before, self._after = self._around_pieces(item)
+        return self._collect()
+
+    def _tell(self, kind: str, members: dict[str, Any]) -> None:
+        data = {"type": kind, "sequence_number": self._sequence} | members
+        self._sequence += 1
+        self._sent.append(named_event(kind, dumps(data)))
+
+    def _grow(self, item: Item, text: str, logprobs: list[dict[str, Any]] | None = None) -> None:
+        super()._grow(item, text, logprobs)
+        if logprobs:
+            self._tell(f"{item.form.events}.delta", item.place | {"delta": text, "logprobs": logprobs})
+            return
+        before, after = self._around_pieces(item)
+        self._sent.append(before + dumps(text) + after % self._sequence)
+        self._sequence += 1
+
+    def _around_pieces(self, item: Item) -> tuple[bytes, bytes]:
+        around = self._around.get(item)
+        if around is None:
+            kind = f"{item.form.events}.delta"
+            same = dumps({"type": kind} | item.place | item.extras)
+            before, after = same.removesuffix(b"}") + b',"delta":', b',"sequence_number":%d}'
+            first, last = named_event(kind, b"{}").split(b"{}")
+            around = self._around[item] = (first + before, after + last)
+        return around
+
+    def _last(self, response: dict[str, Any]) -> bytes:
+        self._short_cut = None
+        return self._collect()
+
+    def _collect(self) -> bytes:
+        sent = b"".join(self._sent)
+        self._sent.clear()
+        return sent

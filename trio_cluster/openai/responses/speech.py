@@ -1,0 +1,108 @@
+"""Speech: audio that is sent as it is made, as bytes or in events."""
+
+from __future__ import annotations
+
+import base64
+from typing import ClassVar, Final
+
+from trio_cluster.core.call import Head
+from trio_cluster.core.model import Kind
+
+from ..json_values import dumps
+from ..requests.types import TTSRequest
+from ..sse import DONE, event
+from .chunks import OutputChunk
+from .encoder import SSE_HEAD, Encoder
+
+__all__ = ["PlainSpeech", "StreamedSpeech"]
+
+_TYPES: Final = {
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+}
+
+#: Bytes of audio in one event: what makes no padding in base64, and no event that anybody would have to collect.
+_PIECE: Final = 48 * 1024
+
+#: File headers that cannot be taken for anything else, samples included.
+_MAGIC: Final = ((b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"), (b"ID3", "audio/mpeg"))
+
+
+def _recognise(data: bytes) -> str | None:
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return "audio/wav"
+    for magic, mime_type in _MAGIC:
+        if data.startswith(magic):
+            return mime_type
+    return None
+
+
+class _Speech(Encoder):
+    kind: ClassVar[Kind] = "tts"
+    streaming = True
+
+    def __init__(self, request: TTSRequest) -> None:
+        super().__init__()
+        self._begun = False
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        if chunk.kind != "audio":
+            self._refuse(chunk)
+        if not chunk.value:
+            return b""
+        if not self._begun:
+            self._begun = True
+            self._begin(chunk)
+        return self._send(chunk.value)
+
+    def _begin(self, chunk: OutputChunk) -> None:
+        """Look at the first audio that there is."""
+
+    def _send(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def finish(self) -> bytes:
+        if not self._begun:
+            raise ValueError("the handler gave no audio")
+        return self._end()
+
+    def _end(self) -> bytes:
+        return b""
+
+
+class PlainSpeech(_Speech):
+    """The handler's bytes, as they are.
+
+    The content type is what the first chunk says it is; else what its header says; else what was asked for.
+    """
+
+    def __init__(self, request: TTSRequest) -> None:
+        super().__init__(request)
+        self._asked = _TYPES[request.response_format]
+        self.head = Head(200, self._asked)
+
+    def _begin(self, chunk: OutputChunk) -> None:
+        self.head = Head(200, chunk.mime_type or _recognise(chunk.value) or self._asked)
+
+    def _send(self, data: bytes) -> bytes:
+        return data
+
+
+class StreamedSpeech(_Speech):
+    """The handler's bytes in events, and how much was used in the last one."""
+
+    head = SSE_HEAD
+
+    def _send(self, data: bytes) -> bytes:
+        return b"".join(
+            # Base64 needs no escapes in JSON.
+            event(b'{"type":"speech.audio.delta","audio":"' + base64.b64encode(data[i : i + _PIECE]) + b'"}')
+            for i in range(0, len(data), _PIECE)
+        )
+
+    def _end(self) -> bytes:
+        return event(dumps({"type": "speech.audio.done", "usage": self._counts()})) + DONE

@@ -1,0 +1,354 @@
+"""Answers that are text: chat completions and completions, streamed and plain.
+
+The two routes differ in the shape of their objects only, and a stream differs from a plain answer in when its
+parts are sent. So there are two shapes and two encoders, and every pair of them works.
+
+In a stream most events differ from the one before in nothing but a few characters. The bytes around these are
+made once; a token then costs the encoding of one string and one concatenation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from trio_cluster.core.model import Kind
+
+from ..json_values import dumps
+from ..requests.types import ChatRequest
+from ..sse import DONE, event
+from .choices import Choice, Delta, read_output
+from .chunks import OutputChunk
+from .encoder import SSE_HEAD, Encoder
+
+__all__ = ["ChatShape", "CompletionShape", "PlainText", "StreamedText", "TextShape"]
+
+
+class TextShape(Protocol):
+    """The shape of a route's objects."""
+
+    whole_object: str
+    part_object: str
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """Return a choice of a plain answer."""
+        ...
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return the choice that comes before any text of it, if there is such a thing."""
+        ...
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """Return a choice of a chunk; a delta with a reason is the last of its choice."""
+        ...
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        """Return the JSON text of a choice of a chunk, as it is before and after the text that it adds."""
+        ...
+
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        """Return the same for a chunk that adds to the reasoning."""
+        ...
+
+
+class ChatShape:
+    """Objects of ``/v1/chat/completions``."""
+
+    whole_object = "chat.completion"
+    part_object = "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest) -> None:
+        pass
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        text = choice.text
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None} | choice.members
+        if choice.tool_calls:
+            message["tool_calls"] = choice.all_calls
+        if not text and (choice.tool_calls or "function_call" in message):
+            message["content"] = None
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self._choice(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text else {}
+        return self._choice(delta.index, content | delta.members, delta.logprobs, delta.reason)
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            b'{"index":%d,"delta":{"content":' % index,
+            b'},"logprobs":null,"finish_reason":null}',
+        )
+
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            b'{"index":%d,"delta":{"reasoning_content":' % index,
+            b'},"logprobs":null,"finish_reason":null}',
+        )
+
+    def _choice(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+class CompletionShape:
+    """Objects of ``/v1/completions``, where a choice is its text; ``echo`` puts the prompt before it.
+
+    This route has no places of its own for reasoning and tool calls. They become members of the choice, under the
+    names that they have in a chat, so that nothing is lost and nobody who does not look for them is disturbed.
+    """
+
+    whole_object = "text_completion"
+    part_object = "text_completion"
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._echo = (request.prompt or "") if request.raw.get("echo") else ""
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        members = choice.members
+        if choice.tool_calls:
+            members["tool_calls"] = choice.all_calls
+        last = Delta(choice.index, self._echo + choice.text, members, choice.logprobs, choice.finish_reason)
+        return self.part(last)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self.part(Delta(index, self._echo)) if self._echo else None
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        reason = delta.reason
+        if reason in ("tool_calls", "function_call"):
+            # These are words of the other route; here the model has simply stopped.
+            reason = "stop"
+        return delta.members | {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": delta.logprobs,
+            "finish_reason": reason,
+        }
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        return b'{"index":%d,"text":' % index, b',"logprobs":null,"finish_reason":null}'
+
+    def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            b'{"index":%d,"text":"","reasoning_content":' % index,
+            b',"logprobs":null,"finish_reason":null}',
+        )
+
+
+class _Text(Encoder):
+    """What both encoders of text share."""
+
+    kind: ClassVar[Kind] = "chat"
+
+    def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self._id = answer_id
+        self._created = created
+        self._model = request.model
+        self._wanted = request.n
+        self._choices: dict[int, Choice] = {}
+
+    def _choice(self, index: int) -> Choice:
+        choice = self._choices.get(index)
+        if choice is None:
+            if not 0 <= index < self._wanted:
+                raise ValueError(f"there is no choice {index}: the client asked for {self._wanted}")
+            choice = self._choices[index] = Choice(index, self._id.rpartition("-")[2])
+        return choice
+
+    def _all_choices(self) -> list[Choice]:
+        # A handler that gave nothing has answered with an empty text.
+        if not self._choices:
+            self._choice(0)
+        return [choice for _, choice in sorted(self._choices.items())]
+
+    def _answer(self, kind: str, choices: list[dict[str, Any]], extras: dict[str, Any]) -> dict[str, Any]:
+        own = {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+        return own | extras
+
+
+class PlainText(_Text):
+    """A text that is sent when it is complete."""
+
+    def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
+        super().__init__(shape, request, answer_id, created)
+        self._extras: dict[str, Any] = {}
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        if chunk.kind == "json":
+            output = read_output(chunk.value)
+            self._take_usage(output.usage)
+            for delta in output.deltas:
+                self._choice(delta.index).add(delta)
+            self._extras |= output.extras
+            return b""
+        choice = self._choice(chunk.index or 0)
+        if chunk.kind == "text_delta":
+            choice.add_text(chunk.value)
+        elif chunk.kind == "final_text":
+            choice.take_final(chunk.value)
+        elif chunk.kind == "reasoning":
+            choice.add_reasoning(chunk.value)
+        elif chunk.kind == "tool_call":
+            choice.add_call(chunk.value)
+        elif chunk.kind == "finish":
+            choice.require_open()
+            choice.reason = chunk.value
+        else:
+            self._refuse(chunk)
+        return b""
+
+    def finish(self) -> bytes:
+        choices = [self._shape.whole(choice) for choice in self._all_choices()]
+        answer = self._answer(self._shape.whole_object, choices, self._extras)
+        answer["usage"] = self._usage_object()
+        return dumps(answer)
+
+
+class StreamedText(_Text):
+    """A text that is sent as it comes.
+
+    Reasons for ending are kept until the handler has really finished: a client that stops reading at one has
+    then seen a complete answer. A handler that fails after giving a reason ends in an error like any other.
+    """
+
+    streaming = True
+    head = SSE_HEAD
+
+    def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
+        super().__init__(shape, request, answer_id, created)
+        options = request.stream_options or {}
+        self._tells_usage = bool(options.get("include_usage"))
+        # While choice 0 is open, plain text for it takes a short cut through these.
+        self._short_cut: Choice | None = None
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        self._around_reasoning: dict[int, tuple[bytes, bytes]] = {}
+        self._before, self._after = b"", b""
+
+    def encode(self, value: Any) -> bytes:
+        choice = self._short_cut
+        if choice is not None and type(value) is str and value:
+            choice.pieces.append(value)
+            return self._before + dumps(value) + self._after
+        return super().encode(value)
+
+    def _take(self, chunk: OutputChunk) -> bytes:
+        if chunk.kind == "json":
+            return self._take_object(chunk.value)
+        index = chunk.index or 0
+        if chunk.kind == "text_delta":
+            return self._text(index, chunk.value)
+        if chunk.kind == "final_text":
+            opening = self._open(index)
+            rest = self._choice(index).take_final(chunk.value)
+            if index == 0:
+                self._short_cut = None
+            return opening + self._between(self._around[index], rest)
+        if chunk.kind == "reasoning":
+            return self._reasoning(index, chunk.value)
+        if chunk.kind == "tool_call":
+            opening = self._open(index)
+            sendable = self._choice(index).add_call(chunk.value)
+            return opening + self._event([self._shape.part(sendable)], {})
+        if chunk.kind != "finish":
+            self._refuse(chunk)
+        choice = self._choice(index)
+        choice.require_open()
+        self._end(choice, chunk.value)
+        return b""
+
+    def _text(self, index: int, text: str) -> bytes:
+        opening = self._open(index)
+        self._choice(index).add_text(text)
+        return opening + self._between(self._around[index], text)
+
+    def _reasoning(self, index: int, text: str) -> bytes:
+        opening = self._open(index)
+        self._choice(index).add_reasoning(text)
+        return opening + self._between(self._around_reasoning[index], text)
+
+    def _between(self, around: tuple[bytes, bytes], text: str) -> bytes:
+        return around[0] + dumps(text) + around[1] if text else b""
+
+    def _take_object(self, obj: dict[str, Any]) -> bytes:
+        output = read_output(obj)
+        self._take_usage(output.usage)
+        sent = b""
+        parts = []
+        for delta in output.deltas:
+            sent += self._open(delta.index)
+            choice = self._choice(delta.index)
+            sendable = choice.add(delta)
+            if delta.reason is not None:
+                self._end(choice, delta.reason)
+            if not sendable.is_empty:
+                parts.append(
+                    self._shape.part(Delta(delta.index, sendable.text, sendable.members, delta.logprobs))
+                )
+        if output.extras and not parts:
+            # Clients look into the first choice of every chunk; an empty delta does no harm there.
+            sent += self._open(0)
+            parts.append(self._shape.part(Delta(0)))
+        if parts:
+            sent += self._event(parts, output.extras)
+        return sent
+
+    def _open(self, index: int) -> bytes:
+        """Return what comes before the first text of a choice, once."""
+        if index in self._around:
+            return b""
+        choice = self._choice(index)
+        # The text between two constant pieces is where the JSON of an event with one choice would have it.
+        mark = b'"choices":['
+        frame = self._event([], {})
+        cut = frame.index(mark) + len(mark)
+        for around, (before, after) in (
+            (self._around, self._shape.around_text(index)),
+            (self._around_reasoning, self._shape.around_reasoning(index)),
+        ):
+            around[index] = (frame[:cut] + before, after + frame[cut:])
+        if index == 0:
+            self._before, self._after = self._around[0]
+            self._short_cut = choice
+        opening = self._shape.opening(index)
+        return b"" if opening is None else self._event([opening], {})
+
+    def _end(self, choice: Choice, reason: str) -> None:
+        choice.reason = reason
+        if choice.index == 0:
+            self._short_cut = None
+
+    def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any]) -> bytes:
+        answer = self._answer(self._shape.part_object, choices, extras)
+        if self._tells_usage:
+            answer["usage"] = None
+        return event(dumps(answer))
+
+    def finish(self) -> bytes:
+        self._short_cut = None
+        sent = []
+        for choice in self._all_choices():
+            sent.append(self._open(choice.index))
+            last = self._shape.part(Delta(choice.index, reason=choice.finish_reason))
+            sent.append(self._event([last], {}))
+        if self._tells_usage:
+            answer = self._answer(self._shape.part_object, [], {})
+            answer["usage"] = self._usage_object()
+            sent.append(event(dumps(answer)))
+        sent.append(DONE)
+        return b"".join(sent)

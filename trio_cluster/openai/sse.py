@@ -1,0 +1,47 @@
+"""Server-sent events, as far as the OpenAI API uses them: ``data`` lines, comments, and names on some routes.
+
+There are no ``id`` lines: the official clients choke on an id next to a comment. A stream that is complete ends
+with :data:`DONE`, or, where events have names, with one whose name says so. A stream that failed ends with one error
+event and without that; the difference is all a client has to tell the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from trio_cluster.errors import ApiError
+
+from .json_values import dumps
+
+__all__ = ["DONE", "PING", "error_body", "error_event", "event", "named_event"]
+
+#: Ends a stream that is complete.
+DONE: Final = b"data: [DONE]\n\n"
+
+#: A comment; clients ignore it, but writing it finds out whether they are still there.
+PING: Final = b": ping\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """Return one event that carries ``data``, which must not contain line breaks; compact JSON does not."""
+    return b"data: " + data + b"\n\n"
+
+
+def named_event(name: str, data: bytes) -> bytes:
+    """Return one event with a name; for routes on which clients go by it."""
+    return b"event: " + name.encode("ascii") + b"\n" + event(data)
+
+
+def error_body(error: ApiError) -> bytes:
+    """Return the JSON text of an error's envelope. Never fails, whatever a handler put into the error."""
+    envelope = error.envelope()
+    try:
+        return dumps(envelope)
+    except (TypeError, ValueError):
+        return json.dumps(envelope, default=str, skipkeys=True).encode("ascii")
+
+
+def error_event(error: ApiError) -> bytes:
+    """Return the event that ends a stream which has begun and cannot be completed."""
+    return event(error_body(error))

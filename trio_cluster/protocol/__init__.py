@@ -1,0 +1,86 @@
+"""The cluster protocol without IO: messages, their encoding, and the two ends of a link's conversation.
+
+No module here knows a socket, a task or a clock. Start reading at ``state.py`` for what may be said when,
+and at ``session.py`` for how a session is used.
+"""
+
+from __future__ import annotations
+
+from .bounds import NAME_MAX, TEXT_MAX
+from .codec import MAX_MESSAGE, decode, encode
+from .errors import HandshakeError, PeerSilent, ProtocolError
+from .master import MasterEvent, MasterSession
+from .messages import (
+    MAGIC,
+    PIECE,
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    SUBPROTOCOL,
+    WINDOW,
+    Cancel,
+    Data,
+    Done,
+    Drain,
+    Failed,
+    ForwardRequest,
+    ForwardResponse,
+    Grant,
+    Handshake,
+    Heartbeat,
+    Leave,
+    Message,
+    ModelRegistered,
+    ModelRejected,
+    RegisterModel,
+    UnregisterModel,
+)
+from .outbox import Batch
+from .session import MAX_BACKLOG, MAX_CALLS, Session
+from .state import HEARS, SAYS, Role, State, markdown
+from .worker import WorkerEvent, WorkerSession
+
+__all__ = [
+    "HEARS",
+    "MAGIC",
+    "MAX_BACKLOG",
+    "MAX_CALLS",
+    "MAX_MESSAGE",
+    "NAME_MAX",
+    "PIECE",
+    "PROTOCOL_MAX",
+    "PROTOCOL_MIN",
+    "SAYS",
+    "SUBPROTOCOL",
+    "TEXT_MAX",
+    "WINDOW",
+    "Batch",
+    "Cancel",
+    "Data",
+    "Done",
+    "Drain",
+    "Failed",
+    "ForwardRequest",
+    "ForwardResponse",
+    "Grant",
+    "Handshake",
+    "HandshakeError",
+    "Heartbeat",
+    "Leave",
+    "MasterEvent",
+    "MasterSession",
+    "Message",
+    "ModelRegistered",
+    "ModelRejected",
+    "PeerSilent",
+    "ProtocolError",
+    "RegisterModel",
+    "Role",
+    "Session",
+    "State",
+    "UnregisterModel",
+    "WorkerEvent",
+    "WorkerSession",
+    "decode",
+    "encode",
+    "markdown",
+]

@@ -1,0 +1,311 @@
+"""The words of the cluster protocol: frozen values, one class for each message.
+
+Most of them are also what a session tells its user: where an event says no more than the message did, it is
+the message. Fields have bounds, which are checked whenever a message is made; see ``bounds.py``.
+
+A later version of this package may add fields with defaults without a new protocol version; fields that a
+node does not know are ignored. Messages cannot be added that way: an unknown one ends the session.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, TypeAlias
+
+import attrs
+import msgspec
+
+from trio_cluster.core.model import ChatModelOptions, ModelInfo
+from trio_cluster.errors import ApiError
+
+from . import bounds as bounds
+
+__all__ = [
+    "MAGIC",
+    "PIECE",
+    "PROTOCOL_MAX",
+    "PROTOCOL_MIN",
+    "SUBPROTOCOL",
+    "WINDOW",
+    "Cancel",
+    "Data",
+    "Done",
+    "Drain",
+    "Failed",
+    "ForwardRequest",
+    "ForwardResponse",
+    "Grant",
+    "Handshake",
+    "Heartbeat",
+    "Leave",
+    "Message",
+    "ModelRegistered",
+    "ModelRejected",
+    "RegisterModel",
+    "UnregisterModel",
+]
+
+#: The first thing that either end says, so that neither takes another websocket service for a trio_cluster
+#: node.
+MAGIC: Final = int.from_bytes(b"trioclus", "big")
+#: The versions of the protocol that this package speaks.
+PROTOCOL_MIN: Final = 1
+PROTOCOL_MAX: Final = 1
+#: The websocket subprotocol that goes with them.
+SUBPROTOCOL: Final = "trio-cluster.1"
+
+#: Bytes of a body that may be under way and not yet taken by their consumer: for each call, in each
+#: direction.
+WINDOW: Final = 256 * 1024
+#: Bytes of a body in one ``Data`` at most. Larger pieces are slower to send, and stall everybody else
+#: meanwhile.
+PIECE: Final = 64 * 1024
+
+_CALL: Final = bounds.integer(1, (1 << 63) - 1)
+_COUNT: Final = bounds.integer(0, (1 << 31) - 1)
+
+
+@attrs.frozen
+class Handshake:
+    """Both ways, first of all: who I am and which versions of the protocol I speak."""
+
+    magic: int
+    protocol_min: int = attrs.field(validator=_COUNT)
+    protocol_max: int = attrs.field(validator=_COUNT)
+    node_id: str = attrs.field(validator=bounds.name)
+    version: str = attrs.field(validator=bounds.name)
+    """The version of the package, for people; nothing is decided by it."""
+    instance: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    """Drawn by each process at its start: tells one that comes back from another that uses its name."""
+
+
+@attrs.frozen
+class RegisterModel:
+    """Worker to master: I serve this model. Answered by ``ModelRegistered`` or ``ModelRejected``."""
+
+    name: str = attrs.field(validator=bounds.name)
+    kind: str = attrs.field(validator=bounds.name)
+    owner: str = attrs.field(validator=bounds.name)
+    created: int = attrs.field(validator=bounds.integer(0, (1 << 53) - 1))
+    """Seconds since the epoch."""
+    options: dict[str, Any] = attrs.field(factory=dict, validator=bounds.json_object)
+    """The fields of ``ChatModelOptions``."""
+    also: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
+    """What it answers beside the routes of its kind."""
+
+    @classmethod
+    def of(cls, info: ModelInfo) -> RegisterModel:
+        """Return the message that announces ``info``.
+
+        Raises:
+            ValueError: a field, for instance an extra one, is nothing that can be sent; the message names it.
+        """
+        options = attrs.asdict(info.options, recurse=False)
+        return cls(info.name, info.kind, info.owner, info.created, options, info.also)
+
+    def info(self) -> ModelInfo:
+        """Return what is announced. Options that this version does not know are left out.
+
+        Raises:
+            ValueError: an option has a value of the wrong type, or the name is not one for a model; good for a
+                ``ModelRejected``. The kind is left for the caller to judge.
+        """
+        known = {field.name for field in attrs.fields(ChatModelOptions)}
+        try:
+            options = ChatModelOptions(**{key: self.options[key] for key in known & self.options.keys()})
+        except TypeError as exc:
+            # Only the first argument of attrs' error is for people.
+            raise ValueError(f"options: {exc.args[0]}") from exc
+        return ModelInfo(self.name, self.kind, self.owner, self.created, options, self.also)  # type: ignore[arg-type]
+
+
+@attrs.frozen
+class ModelRegistered:
+    """Master to worker: from now on, requests for this model may come to you."""
+
+    name: str = attrs.field(validator=bounds.name)
+
+
+@attrs.frozen
+class ModelRejected:
+    """Master to worker: I will not offer this model, at least not yours."""
+
+    name: str = attrs.field(validator=bounds.name)
+    reason: str = attrs.field(validator=bounds.text())
+
+
+@attrs.frozen
+class UnregisterModel:
+    """Worker to master: no new requests for this model, please. Calls that are open go on."""
+
+    name: str = attrs.field(validator=bounds.name)
+
+
+@attrs.frozen
+class Heartbeat:
+    """Both ways: I am here. A worker says how busy it is; a master says zeros."""
+
+    running: int = attrs.field(default=0, validator=_COUNT)
+    waiting: int = attrs.field(default=0, validator=_COUNT)
+    capacity: int = attrs.field(default=0, validator=_COUNT)
+    lag: float = attrs.field(default=0.0, validator=bounds.seconds)
+    """The longest time in seconds for which the sender did nothing but one thing since its last heartbeat."""
+    blocked: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    """What the sender is doing that keeps it from everything else: it lives, and neither reads nor answers."""
+    progress: tuple[tuple[int, int], ...] = attrs.field(default=(), validator=bounds.progress)
+    """Of each call: how many bytes of its answer there are by now, sent or not; -1 while it waits for a slot.
+
+    When there are very many calls, some are left out.
+    """
+
+
+@attrs.frozen
+class ForwardRequest:
+    """Master to worker: a new call. Its body follows in ``Data``, the last of them marked."""
+
+    call: int = attrs.field(validator=_CALL)
+    """Chosen by the master; each is greater than all before it on this link."""
+    endpoint: str = attrs.field(validator=bounds.name)
+    kind: str = attrs.field(validator=bounds.name)
+    model: str = attrs.field(validator=bounds.name)
+    content_type: str = attrs.field(validator=bounds.content_type)
+    headers: dict[str, str] = attrs.field(validator=bounds.headers)
+    request_id: str = attrs.field(validator=bounds.text(bounds.NAME_MAX))
+    timeout: float | None = attrs.field(validator=bounds.seconds)
+    """The longest silence in seconds; ``None``: as long as you like."""
+    budget: float | None = attrs.field(validator=bounds.seconds)
+    """Seconds from now until the whole answer must be there; ``None``: no end."""
+    size: int = attrs.field(validator=bounds.integer(-1, (1 << 63) - 1))
+    """Bytes of body that will follow; -1: not known yet."""
+    once: bool = False
+    """The body passes through the master and cannot be had again: the call had better not be given back."""
+
+
+@attrs.frozen
+class ForwardResponse:
+    """Worker to master: the head of the answer."""
+
+    call: int = attrs.field(validator=_CALL)
+    status: int = attrs.field(validator=bounds.integer(200, 599))
+    content_type: str = attrs.field(validator=bounds.content_type)
+    headers: tuple[tuple[str, str], ...] = attrs.field(default=(), validator=bounds.headers)
+
+
+# A struct and no class of attrs, which take three to five times as long to make; of this one there are very many.
+# Nothing that it holds can refer back to it, so the garbage collector need not know of it.
+class Data(msgspec.Struct, frozen=True, gc=False):
+    """Both ways: the next bytes of a body.
+
+    ``last`` ends the body of a request, and is never set in an answer: that ends with ``Done`` or ``Failed``.
+    """
+
+    call: int
+    data: bytes
+    """At most ``PIECE`` bytes. Empty, it is a sign of life of that call's answer."""
+    last: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.call < 1 << 63:
+            raise ValueError(f"call: lies outside 1 to {(1 << 63) - 1}")
+        if len(self.data) > PIECE:
+            raise ValueError(f"data: longer than {PIECE} bytes")
+
+
+@attrs.frozen
+class Done:
+    """Worker to master: the answer is complete, and the work for it has stopped."""
+
+    call: int = attrs.field(validator=_CALL)
+
+
+@attrs.frozen
+class Failed:
+    """Worker to master: the answer will not be completed, and the work for it has stopped."""
+
+    call: int = attrs.field(validator=_CALL)
+    status: int = attrs.field(validator=bounds.integer(400, 599))
+    message: str = attrs.field(validator=bounds.text())
+    type: str = attrs.field(validator=bounds.text(bounds.NAME_MAX))
+    code: str | None = attrs.field(validator=bounds.optional_text(bounds.NAME_MAX))
+    param: str | None = attrs.field(validator=bounds.optional_text(bounds.NAME_MAX))
+    retry_after: float | None = attrs.field(validator=bounds.seconds)
+
+    @classmethod
+    def of(cls, call: int, error: ApiError) -> Failed:
+        """Return the message that carries ``error``.
+
+        It never raises. Errors come from handlers, and a call whose error cannot be sent would never end; so
+        what does not fit is cut, and what makes no sense is left out.
+        """
+        after = error.retry_after
+        if not isinstance(after, int | float) or not 0.0 <= after < math.inf:
+            after = None
+        return cls(
+            call,
+            error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500,
+            bounds.clip(error.message),
+            bounds.clip(error.type, bounds.NAME_MAX),
+            None if error.code is None else bounds.clip(error.code, bounds.NAME_MAX),
+            None if error.param is None else bounds.clip(error.param, bounds.NAME_MAX),
+            None if after is None else float(after),
+        )
+
+    def error(self) -> ApiError:
+        """Return the error as it was raised on the worker."""
+        return ApiError(
+            self.status,
+            self.message,
+            code=self.code,
+            type=self.type,
+            param=self.param,
+            retry_after=self.retry_after,
+        )
+
+
+@attrs.frozen
+class Cancel:
+    """Master to worker: nobody wants this answer any more. A ``Done`` or ``Failed`` is still owed."""
+
+    call: int = attrs.field(validator=_CALL)
+    reason: str = attrs.field(validator=bounds.text())
+
+
+@attrs.frozen
+class Grant:
+    """Both ways: my consumer has taken so many bytes of this call's body; as many more may be sent."""
+
+    call: int = attrs.field(validator=_CALL)
+    credit: int = attrs.field(validator=bounds.integer(1, WINDOW))
+
+
+@attrs.frozen
+class Drain:
+    """Both ways: I am about to stop. Open calls go on; there should be, or will be, no new ones."""
+
+    reason: str = attrs.field(validator=bounds.text())
+
+
+@attrs.frozen
+class Leave:
+    """Master to worker: please stop. Finish what you have, say goodbye, and do not come back."""
+
+    reason: str = attrs.field(validator=bounds.text())
+
+
+Message: TypeAlias = (
+    Handshake
+    | RegisterModel
+    | ModelRegistered
+    | ModelRejected
+    | UnregisterModel
+    | Heartbeat
+    | ForwardRequest
+    | ForwardResponse
+    | Data
+    | Done
+    | Failed
+    | Cancel
+    | Grant
+    | Drain
+    | Leave
+)
