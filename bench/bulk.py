@@ -230,7 +230,7 @@ def question(path: str, *, answer: int = 0, **fields: object) -> Body:
     return Body(path, "application/json", json.dumps(fields).encode(), answer=answer)
 
 
-async def exchange(port: int, body: Body) -> int:
+async def context(port: int, body: Body) -> int:
     """Send it, and return how many bytes are answered."""
     async with await trio.open_tcp_stream(HOST, port) as stream:
         head = (
@@ -330,7 +330,7 @@ async def measure(port: int, nodes: Iterable[Node], body: Body | None) -> dict[s
         if body is None:
             await trio.sleep(1)
         else:
-            size = max(body.length, await exchange(port, body))
+            size = max(body.length, await context(port, body))
         seconds = time.perf_counter() - began
         found = [await each.end() for each in nodes]
         nursery.cancel_scope.cancel()
@@ -393,7 +393,7 @@ async def compare(arguments: Any) -> None:
         async with cluster(local) as (port, nodes):
             for body in cases(0.2, 2).values():
                 if body is not None:
-                    await exchange(port, body)
+                    await context(port, body)
             for name, body in cases(arguments.megabytes, arguments.vectors).items():
                 rounds = [await measure(port, nodes, body) for _ in range(arguments.rounds)]
                 # The one in the middle by what it held up, so that its figures belong together.

@@ -42,14 +42,14 @@ async def swallow(stream: trio.SocketStream) -> None:
         pass
 
 
-async def leave(port: int, told_by: Running, word: str, streams: int, cancels: int) -> list[float]:
+async def leave(port: int, told_by: Running, word: str, streams: int, cancel_durations: int) -> list[float]:
     """Return the seconds from a client's leaving until a program prints a line that begins with ``word``."""
     times = []
     async with group() as nursery:
         opened = [await open_stream(port, number) for number in range(streams)]
         for stream in opened:
             nursery.start_soon(swallow, stream)
-        for number in range(cancels):
+        for number in range(cancel_durations):
             stream = (
                 opened[number % streams] if streams and number < streams else await open_stream(port, number)
             )
@@ -65,16 +65,16 @@ async def leave(port: int, told_by: Running, word: str, streams: int, cancels: i
     return times
 
 
-async def measure(streams: int, cancels: int) -> tuple[list[float], list[float]]:
+async def measure(streams: int, cancel_durations: int) -> tuple[list[float], list[float]]:
     """Return the times through a cluster, and those to a backend that is asked directly."""
     async with group() as nursery:
         port, _ = await start_master(nursery)
         worker = await start(nursery, "worker.py", port)
-        through = await leave(port, worker, "cancelled", streams, cancels)
+        through = await leave(port, worker, "cancelled", streams, cancel_durations)
         nursery.start_soon(drop, worker.lines)
     async with group() as nursery:
         backend = await start(nursery, "backend.py")
-        direct = await leave(backend.port, backend, "closed", streams, cancels)
+        direct = await leave(backend.port, backend, "closed", streams, cancel_durations)
     return through, direct
 
 
@@ -101,11 +101,11 @@ def main() -> None:
     parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.streams, arguments.cancels = 10, 20
+        arguments.streams, arguments.cancel_durations = 10, 20
     raise_descriptor_limit()
     os.environ["BENCH_INTERVAL"] = str(arguments.interval)
     before = weather()
-    through, direct = trio.run(measure, arguments.streams, arguments.cancels)
+    through, direct = trio.run(measure, arguments.streams, arguments.cancel_durations)
     print(f"from FIN to the handler's cancellation, {arguments.streams} live streams ({before}):")
     print(report(through))
     ratio = statistics.median(through) / statistics.median(direct)

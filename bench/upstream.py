@@ -102,7 +102,7 @@ async def measure(arguments: Any) -> None:
         await drain(running.backend.lines)
         leaving = {}
         for name, port in ways.items():
-            times = await leave(port, running.backend, "closed", streams, arguments.cancels)
+            times = await leave(port, running.backend, "closed", streams, arguments.cancel_durations)
             leaving[name] = [1e3 * each for each in times]
             await drain(running.backend.lines)
         print(f"from a client's leaving to the end of the backend's connection, {streams} streams beside it:")
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.streams, arguments.seconds, arguments.questions, arguments.cancels = 5, 0.3, 3, 5
+        arguments.streams, arguments.seconds, arguments.questions, arguments.cancel_durations = 5, 0.3, 3, 5
     raise_descriptor_limit()
     trio.run(measure, arguments)
 

@@ -34,7 +34,7 @@ def stubborn_model(request: ChatRequest) -> str:
 @pytest.mark.trio
 async def test_my_model_keeps_its_promises() -> None:
     report = await check_handler(my_model, bound=1.0)
-    assert report.repeatable
+    assert report.replayable
 
 
 @pytest.mark.trio

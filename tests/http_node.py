@@ -17,7 +17,7 @@ from trio_cluster.admin.app import create_app, gate
 from trio_cluster.core.call import Call, Data, Done, Failed, Head, Request
 from trio_cluster.core.model import ChatModelOptions, Kind, ModelInfo
 from trio_cluster.errors import ApiError
-from trio_cluster.gateway.node_context import Site
+from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.http1.server import serve_http
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.router import Registry
@@ -105,7 +105,7 @@ def plain(served: Served) -> None:
 class HttpNode:
     """The node under test."""
 
-    site: Site
+    node_context: NodeContext
     port: int
     backend: Backend
     app: Any
@@ -116,7 +116,7 @@ class HttpNode:
 
     @property
     def registry(self) -> Registry:
-        return self.site.registry
+        return self.node_context.registry
 
     def add(self, name: str, kind: Kind = "chat", backend: Backend | None = None, **options: Any) -> None:
         info = ModelInfo(name, kind, options=ChatModelOptions(**options))
@@ -288,10 +288,12 @@ async def open_http_node(
     script: Callable[[Served], None] | None = plain, **server: Any
 ) -> AsyncIterator[HttpNode]:
     """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
-    site = Site(Registry(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone")
-    app = gate(create_app(site), site)
+    node_context = NodeContext(
+        Registry(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
+    )
+    app = gate(create_app(node_context), node_context)
     sock = listening_socket()
-    node = HttpNode(site, sock.getsockname()[1], Backend(script), app)
+    node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_http, app, [listener(sock)])

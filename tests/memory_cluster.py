@@ -46,7 +46,7 @@ class Worker:
         self.pool = HandlerPool(self.options)
         self.asked_to_leave: list[str] = []
         self.client = WorkerClient(
-            self.registry, self.pool, self.options, name, on_leave=self.asked_to_leave.append
+            self.registry, self.pool, self.options, name, on_shutdown_request=self.asked_to_leave.append
         )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()

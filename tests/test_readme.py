@@ -21,7 +21,7 @@ import trio_cluster
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, engines, errors, testing
 from trio_cluster.cli.arguments import _parser, parse_arguments
 from trio_cluster.openai import ENDPOINTS
-from trio_cluster.protocol import HEARS, SAYS, Role, markdown
+from trio_cluster.protocol import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, markdown
 from trio_cluster.protocol.codec import TAGS
 
 pytest_plugins = ["pytester"]
@@ -226,9 +226,9 @@ def test_every_exported_name_is_in_the_reference(package: Any) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("tables", [SAYS, HEARS], ids=["says", "hears"])
+@pytest.mark.parametrize("tables", [SEND_TRANSITIONS, RECEIVE_TRANSITIONS], ids=["says", "hears"])
 def test_the_state_tables_are_those_that_the_code_runs_on(tables: Any, role: Role) -> None:
-    verb = "says" if tables is SAYS else "hears"
+    verb = "says" if tables is SEND_TRANSITIONS else "hears"
     after = page("wire.md").split(f"What a {role.value} {verb}:\n\n", 1)[1]
     assert after.split("\n\n", 1)[0] + "\n" == markdown(tables[role])
 

@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall
 from trio_cluster.core import logs
 from trio_cluster.gateway import body as request_body
-from trio_cluster.gateway.node_context import Site
+from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.pipeline import Gate
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
@@ -140,9 +140,9 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
     async def send(message: Any) -> None:
         pass
 
-    site = Site(cluster.master.server.registry, cluster.options)
+    node_context = NodeContext(cluster.master.server.registry, cluster.options)
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/health"}
-    await Gate(app, site)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
+    await Gate(app, node_context)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
     assert seen == ["the-one"]
     assert logs.current_request.get() == ""
 

@@ -28,7 +28,7 @@ from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.logs import MOST_IDS
 from .errors import ClusterPortError, HandshakeRefused
-from .gateway.node_context import Measure, Site
+from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.pipeline import App
 from .http1.server import serve_http
 from .local.pool import HandlerPool
@@ -44,7 +44,7 @@ __all__ = ["Node"]
 logger = logging.getLogger("trio_cluster.node")
 
 #: Seconds that cancelled requests get to tell their clients so, and connections to say goodbye.
-_LAST_WORDS: Final = 2.0
+_CLOSE_TIMEOUT: Final = 2.0
 
 
 class Node:
@@ -90,14 +90,14 @@ class Node:
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or _new_id()
-        registry.closed_to = None
-        self._site = Site(
+        registry.draining_reason = None
+        self._node_context = NodeContext(
             registry=registry,
             options=options,
             node_id=self._id,
             mode=str(mode),
             status=self._status,
-            measures=self._measures,
+            gauges=self._gauges,
             drain_worker=self._drain_worker,
         )
 
@@ -122,7 +122,7 @@ class Node:
             await self._start_api(nursery, listeners)
             started()
             await self._asked_to_stop.wait()
-            await self._drain("the server is being stopped", self._site.wait_answered)
+            await self._drain("the server is being stopped", self._node_context.wait_answered)
             await self._end_api(nursery)
 
     async def serve_as_master(
@@ -142,8 +142,8 @@ class Node:
             started()
             await self._asked_to_stop.wait()
             manager.drain("the master is being stopped")
-            await self._drain("the server is being stopped", self._site.wait_answered)
-            await manager.hang_up("the master was stopped")
+            await self._drain("the server is being stopped", self._node_context.wait_answered)
+            await manager.close_all("the master was stopped")
             await self._end_api(nursery)
 
     async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
@@ -157,7 +157,7 @@ class Node:
             HandshakeRefused: there is no master that would have this worker.
             ClusterPortError: the worker's own listen address cannot be had.
         """
-        client = WorkerClient(self._registry, self._pool, self._options, self._id, self._asked_to_leave)
+        client = WorkerClient(self._registry, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
@@ -175,7 +175,7 @@ class Node:
         if refused is not None:
             raise refused
 
-    def _asked_to_leave(self, reason: str) -> None:
+    def _on_shutdown_request(self, reason: str) -> None:
         logger.info("the master asks this worker to stop: %s", reason)
         self.stop()
 
@@ -185,8 +185,8 @@ class Node:
         client.drain("the worker is being stopped")
         await self._drain("the worker is being stopped", client.wait_sent)
         if client.connected:
-            client.leave(reason)
-            await trio.sleep(_LAST_WORDS)
+            client.close(reason)
+            await trio.sleep(_CLOSE_TIMEOUT)
         visit.cancel(reason=reason)
 
     async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
@@ -195,7 +195,7 @@ class Node:
         A call has finished for whoever asked when its answer has left this node; its work may have ended long before
         a slow client has taken all of that.
         """
-        self._registry.closed_to = "The server is shutting down; try again shortly"
+        self._registry.draining_reason = "The server is shutting down; try again shortly"
         with trio.move_on_after(self._options.drain_timeout):
             await self._registry.wait_idle()
             await wait_delivered()
@@ -205,12 +205,12 @@ class Node:
         logger.warning("cancelling what did not finish in time", extra={"fields": fields})
         self._registry.cancel_all(reason)
         # Their clients are still to be told, and the work to stop; who ignores that is left behind.
-        with trio.move_on_after(_LAST_WORDS):
+        with trio.move_on_after(_CLOSE_TIMEOUT):
             await self._registry.wait_idle()
             await wait_delivered()
 
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
-        self.app = create_app(self._site)
+        self.app = create_app(self._node_context)
         self._set_address(self._options.server.host, listeners)
         await nursery.start(self._serve_api, self._gated(self.app), listeners)
 
@@ -219,18 +219,18 @@ class Node:
             app,
             listeners,
             shutdown_trigger=self._api_may_end.wait,
-            grace=_LAST_WORDS,
+            grace=_CLOSE_TIMEOUT,
             task_status=task_status,
         )
         self._api_ended.set()
 
     def _gated(self, app: QuartTrio) -> App:
         # Quart's own description of ASGI is narrower than the one that a gate and a server need.
-        return cast("App", gate(app, self._site))
+        return cast("App", gate(app, self._node_context))
 
     async def _end_api(self, nursery: trio.Nursery) -> None:
         self._api_may_end.set()
-        with trio.move_on_after(2 * _LAST_WORDS):
+        with trio.move_on_after(2 * _CLOSE_TIMEOUT):
             await self._api_ended.wait()
         nursery.cancel_scope.cancel(reason="the server was stopped")
 
@@ -247,10 +247,14 @@ class Node:
             self._listen_changed = trio.Event()
             async with trio.open_nursery() as nursery:
                 if listeners:
-                    app = self._gated(create_app(self._site))
+                    app = self._gated(create_app(self._node_context))
                     await nursery.start(
                         functools.partial(
-                            serve_http, app, listeners, shutdown_trigger=trio.sleep_forever, grace=_LAST_WORDS
+                            serve_http,
+                            app,
+                            listeners,
+                            shutdown_trigger=trio.sleep_forever,
+                            grace=_CLOSE_TIMEOUT,
                         )
                     )
                     logger.info("this worker's own API", extra={"fields": {"url": self.url}})
@@ -283,26 +287,34 @@ class Node:
             status["rejected_models"] = dict(client.rejected_models)
         return status
 
-    def _measures(self) -> list[Measure]:
+    def _gauges(self) -> list[GaugeSample]:
         pool, manager = self._pool, self.worker_manager
-        measures = [
-            Measure("slots_running", "Handlers of this process that run.", pool.running),
-            Measure("slots_waiting", "Calls that wait for a slot of this process.", pool.waiting),
-            Measure("slots_capacity", "Handlers of this process that may run at once.", pool.capacity),
+        gauges = [
+            GaugeSample("slots_running", "Handlers of this process that run.", pool.running),
+            GaugeSample("slots_waiting", "Calls that wait for a slot of this process.", pool.waiting),
+            GaugeSample("slots_capacity", "Handlers of this process that may run at once.", pool.capacity),
         ]
         if manager is not None:
-            measures.append(Measure("workers", "Workers that are connected.", len(manager.workers)))
+            gauges.append(GaugeSample("workers", "Workers that are connected.", len(manager.workers)))
             for worker in manager.workers.values():
                 labels = {"worker": worker.name}
-                measures += [
-                    Measure("worker_in_flight", "Calls forwarded to a worker.", worker.in_flight, labels),
-                    Measure("worker_running", "Handlers that a worker says it runs.", worker.running, labels),
-                    Measure("worker_waiting", "Calls that a worker says wait there.", worker.waiting, labels),
-                    Measure("worker_capacity", "Handlers a worker runs at once.", worker.capacity, labels),
-                    Measure("worker_lag_seconds", "How late a worker's event loop was.", worker.lag, labels),
+                gauges += [
+                    GaugeSample("worker_in_flight", "Calls forwarded to a worker.", worker.in_flight, labels),
+                    GaugeSample(
+                        "worker_running", "Handlers that a worker says it runs.", worker.running, labels
+                    ),
+                    GaugeSample(
+                        "worker_waiting", "Calls that a worker says wait there.", worker.waiting, labels
+                    ),
+                    GaugeSample(
+                        "worker_capacity", "Handlers a worker runs at once.", worker.capacity, labels
+                    ),
+                    GaugeSample(
+                        "worker_lag_seconds", "How late a worker's event loop was.", worker.lag, labels
+                    ),
                 ]
-                measures += [
-                    Measure(
+                gauges += [
+                    GaugeSample(
                         "worker_state",
                         "1 for the state in which a worker is.",
                         worker.state == state,
@@ -310,7 +322,7 @@ class Node:
                     )
                     for state in STATES
                 ]
-        return measures
+        return gauges
 
 
 def _new_id() -> str:

@@ -181,10 +181,10 @@ class ModelCatalog(abc.ABC):
         path = custom_path(path)
         backend = self._local.get(model)
         if backend is None:
-            info = attrs.evolve(self._info("custom", model, None), also=(path,))
+            info = attrs.evolve(self._info("custom", model, None), extra_endpoints=(path,))
             self._add(HandlerBackend(info, handler, self._pool, path))
         else:
-            self._extend(backend, path, handler)
+            self._add_endpoint(backend, path, handler)
         return handler
 
     def unregister_model(self, name: str) -> bool:
@@ -216,7 +216,7 @@ class ModelCatalog(abc.ABC):
     def _register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
         backend = self._local.get(name)
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
-            self._extend(backend, kind, handler)
+            self._add_endpoint(backend, kind, handler)
         else:
             self._add(HandlerBackend(self._info(kind, name, options), handler, self._pool))
 
@@ -230,9 +230,9 @@ class ModelCatalog(abc.ABC):
         self._local[info.name] = backend
         self._announce(info)
 
-    def _extend(self, backend: HandlerBackend | RawBackend, ability: str, handler: Handler) -> None:
+    def _add_endpoint(self, backend: HandlerBackend | RawBackend, capability: str, handler: Handler) -> None:
         """Let a model of this process answer more: another kind's routes, or a route of its own."""
-        backend.extend(ability, handler)
+        backend.add_endpoint(capability, handler)
         self._registry.update(backend.info, backend)
         self._announce(backend.info)
 

@@ -9,7 +9,7 @@ import pytest
 
 from trio_cluster import ClusterServerOptions
 from trio_cluster.admin import metrics
-from trio_cluster.gateway.node_context import Measure, Site
+from trio_cluster.gateway.node_context import GaugeSample, NodeContext
 from trio_cluster.routing.router import Registry
 
 
@@ -26,10 +26,12 @@ async def test_many_numbers_are_written_in_a_thread_and_a_few_are_not(
 
     monkeypatch.setattr(metrics, "generate_latest", generate_latest)
 
-    def measures() -> list[Measure]:
-        return [Measure("lag", "How late.", number, {"worker": f"w{number}"}) for number in range(workers)]
+    def gauges() -> list[GaugeSample]:
+        return [
+            GaugeSample("lag", "How late.", number, {"worker": f"w{number}"}) for number in range(workers)
+        ]
 
-    reply = await metrics.metrics_reply(Site(Registry(), ClusterServerOptions(), measures=measures))
+    reply = await metrics.metrics_reply(NodeContext(Registry(), ClusterServerOptions(), gauges=gauges))
     assert isinstance(reply.body, bytes)
     lines = reply.body.decode().splitlines()
     assert [line for line in lines if line.startswith("trio_cluster_lag{")] == [

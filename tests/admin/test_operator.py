@@ -193,7 +193,7 @@ async def test_a_worker_is_drained_whatever_its_name(node: HttpNode, name: str) 
         asked.append(worker)
         return {"id": worker, "state": "draining"}
 
-    node.site.drain_worker = drain
+    node.node_context.drain_worker = drain
     async with node.connect() as wire:
         await wire.request("POST", f"/cluster/workers/{urllib.parse.quote(name, safe='')}/drain", b"")
         answer = await wire.answer()
@@ -203,7 +203,7 @@ async def test_a_worker_is_drained_whatever_its_name(node: HttpNode, name: str) 
 
 async def test_operators_need_the_key() -> None:
     async with open_http_node(api_key="secret") as node, node.client() as client:
-        node.site.drain_worker = lambda name: pytest.fail("drained without a key")
+        node.node_context.drain_worker = lambda name: pytest.fail("drained without a key")
         for method, path in (
             ("GET", "/cluster/calls"),
             ("POST", "/cluster/calls/r1/cancel"),
@@ -213,7 +213,7 @@ async def test_operators_need_the_key() -> None:
 
 
 async def test_pages_of_the_web_may_not_act(node: HttpNode, nursery: trio.Nursery) -> None:
-    node.site.drain_worker = lambda name: pytest.fail("drained by a page")
+    node.node_context.drain_worker = lambda name: pytest.fail("drained by a page")
     served: Served = await nursery.start(Asking(node, "r1").run)
     answer = await cancel(node, "r1", Origin="https://example.com")
     assert (answer.status, answer.error["code"]) == (403, "foreign_origin")
@@ -253,4 +253,4 @@ async def test_the_official_client_does_not_send_a_cancelled_request_again(
         await node.backend.next()
         await cancel(node, "r1")
     assert [error.code for error in errors] == ["cancelled"]
-    assert node.registry.books.admitted == 1
+    assert node.registry.stats.admitted == 1

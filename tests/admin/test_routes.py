@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from trio_cluster.errors import HandlerFailed
 from trio_cluster.gateway import parse
-from trio_cluster.gateway.node_context import Measure
+from trio_cluster.gateway.node_context import GaugeSample
 from trio_cluster.openai import ENDPOINTS, Endpoint, peek_model
 
 PATH = "/v1/chat/completions"
@@ -152,14 +152,14 @@ async def test_health_tells_whether_the_node_takes_requests(node: HttpNode) -> N
     async with node.client() as client:
         response = await client.get("/health")
         assert (response.status_code, response.json()) == (200, {"status": "ok", "mode": "standalone"})
-        node.registry.closed_to = "closing"
+        node.registry.draining_reason = "closing"
         response = await client.get("/health")
         assert (response.status_code, response.json()["status"]) == (503, "draining")
 
 
 async def test_the_status_shows_models_calls_and_what_the_node_adds() -> None:
     async with open_http_node(api_key="secret") as node, node.client() as client:
-        node.site.status = lambda: {"workers": [{"id": "w1"}]}
+        node.node_context.status = lambda: {"workers": [{"id": "w1"}]}
         key = {"Authorization": "Bearer secret"}
         assert (await client.get("/cluster/status")).status_code == 401
         await client.post(PATH, json=CHAT, headers=key)
@@ -179,7 +179,7 @@ async def test_a_status_that_fails_is_a_500_and_nothing_more(
     def broken() -> dict[str, object]:
         raise ValueError("a bug")
 
-    node.site.status = broken
+    node.node_context.status = broken
     async with node.client() as client:
         assert (await client.get("/cluster/status")).status_code == 500
         assert (await client.get("/health")).status_code == 200
@@ -234,10 +234,10 @@ async def test_the_metrics_are_the_books(node: HttpNode) -> None:
 
 
 async def test_the_metrics_show_what_the_node_adds(node: HttpNode) -> None:
-    node.site.measures = lambda: [
-        Measure("worker_load", "How busy a worker is.", 0.5, {"worker": "w1"}),
-        Measure("worker_load", "How busy a worker is.", 0.25, {"worker": 'w"2\n'}),
-        Measure("workers", "Workers that are connected.", 2),
+    node.node_context.gauges = lambda: [
+        GaugeSample("worker_load", "How busy a worker is.", 0.5, {"worker": "w1"}),
+        GaugeSample("worker_load", "How busy a worker is.", 0.25, {"worker": 'w"2\n'}),
+        GaugeSample("workers", "Workers that are connected.", 2),
     ]
     numbers = await scrape(node)
     assert numbers["trio_cluster_worker_load{worker=w1}"] == 0.5

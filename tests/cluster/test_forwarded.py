@@ -62,7 +62,7 @@ async def far(nursery: trio.Nursery) -> AsyncIterator[Far]:
     yield made
     assert made.worker.client.in_flight == 0
     session = made.worker.client.session
-    assert session is None or session.quiet
+    assert session is None or session.idle
 
 
 async def failure(call: Call) -> ApiError:
@@ -175,5 +175,5 @@ async def test_what_cannot_be_sent_again_is_not_given_back(once: bool, far: Far)
         assert text(await everything(call)) == str(len(body))
     else:
         assert (await failure(call)).code == "shutting_down"
-    far.worker.client.leave("stopped")
+    far.worker.client.close("stopped")
     await far.worker.over.wait()

@@ -126,7 +126,7 @@ async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: Memo
     await cluster.registry.wait_idle()
     assert worker.pool.running == 0
     assert not worker.registry.live
-    assert cluster.registry.books.cancelled == 1
+    assert cluster.registry.stats.cancelled == 1
 
 
 async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
@@ -299,7 +299,7 @@ async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: tri
         await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
     # Opening never failed: at every instant, who was on the books could be asked.
-    assert cluster.registry.books.admitted == 30
+    assert cluster.registry.stats.admitted == 30
     assert cluster.registry.served_by("echo") == ["w2"]
 
 
@@ -479,7 +479,7 @@ async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_give
     begun = cluster.registry.open(chat_request("shared", content="begin"))
     assert isinstance(await begun.receive(), Head)
     await cluster.start("w2", shared)
-    first.registry.closed_to = "going home"
+    first.registry.draining_reason = "going home"
     first.registry.cancel_all("the worker is being stopped")
     last = (await everything(silent))[-1]
     assert isinstance(last, Failed)
@@ -511,10 +511,10 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
 
 def _say(worker: Worker, beat: Heartbeat) -> None:
     """Let a worker send a heartbeat that its loop would not."""
-    service = worker.client._service
-    assert service is not None
-    service.session._outbox.post(beat)
-    service.link.wake()
+    connection = worker.client._connection
+    assert connection is not None
+    connection.session._outbox.post(beat)
+    connection.link.wake()
 
 
 _BLOCKED = Heartbeat(1, 0, 10, 7.5, "handler of 'forever' (app.py:12 in compute)")
@@ -642,7 +642,7 @@ async def test_a_worker_notes_that_its_master_is_blocked(
 ) -> None:
     caplog.set_level(logging.INFO, "trio_cluster")
     await cluster.start("w1", forever)
-    (visit,) = cluster.manager._visits
+    (visit,) = cluster.manager._connections
     for beat in (_BLOCKED, _BLOCKED, Heartbeat(), Heartbeat()):
         visit.session._outbox.post(beat)
     visit.link.wake()

@@ -98,7 +98,7 @@ async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
 async def test_leaving_sends_what_is_queued_and_returns(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     worker.client.drain("going home")
-    worker.client.leave("going home")
+    worker.client.close("going home")
     await worker.over.wait()
     assert worker.error is None
     await wait_all_tasks_blocked()
@@ -118,7 +118,7 @@ async def test_a_worker_that_drains_does_not_come_back_when_its_link_breaks(
     assert worker.dials == 1
     assert not worker.over.is_set()
     assert "lost the master while draining" in caplog.text
-    worker.client.leave("going home")
+    worker.client.close("going home")
     await worker.over.wait()
     assert worker.error is None
 
@@ -137,7 +137,7 @@ async def test_a_worker_that_drains_without_a_link_does_not_dial_again(
     await trio.sleep(100)
     assert worker.dials == dials
     assert cluster.manager.workers == {}
-    worker.client.leave("going home")
+    worker.client.close("going home")
     await worker.over.wait()
 
 
@@ -155,7 +155,7 @@ async def test_a_worker_that_drains_while_it_dials_brings_no_models(
     assert cluster.registry.names() == []
     assert cluster.manager.workers == {}
     assert not worker.registered.is_set()
-    worker.client.leave("going home")
+    worker.client.close("going home")
     await worker.over.wait()
 
 

@@ -77,9 +77,7 @@ async def test_check_asks_shows_question_and_answer_and_stops_everything(small: 
 async def test_a_wrong_answer_is_shown_and_makes_it_fail(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = asked.Question(
-        "image_generation", "digits", "draw a cat", lambda api, heard: _ask_for_a_cat(api)
-    )
+    wrong = asked.Question("image_generation", "digits", "draw a cat", lambda api, heard: _ask_for_a_cat(api))
     monkeypatch.setattr(cluster, "QUESTIONS", (wrong,))
     out = io.StringIO()
     with trio.fail_after(FAR):

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from trio_cluster.errors import InvalidRequest, Overloaded
 from trio_cluster.gateway import body
-from trio_cluster.gateway.body import BODY_SILENCE, BODY_TIME, ClientLeft, Intake, Kept
+from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT, BODY_TIMEOUT, ClientLeft, RequestBody, SpooledBody
 
 
 class Client:
@@ -34,9 +34,9 @@ class Client:
         return self._messages.pop(0)
 
 
-async def refusal(intake: Intake) -> InvalidRequest:
+async def refusal(request_body: RequestBody) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        await intake.read(1 << 30)
+        await request_body.read(1 << 30)
     return caught.value
 
 
@@ -45,35 +45,35 @@ async def refusal(intake: Intake) -> InvalidRequest:
 
 @given(st.lists(st.binary(max_size=4), min_size=1), st.integers(0, 12))
 async def test_reading_ends_with_the_body_or_when_it_is_enough(pieces: list[bytes], most: int) -> None:
-    intake, whole = Intake(Client(*pieces), 100_000), b"".join(pieces)
-    first = await intake.read(most)
+    request_body, whole = RequestBody(Client(*pieces), 100_000), b"".join(pieces)
+    first = await request_body.read(most)
     assert whole.startswith(first)
-    assert intake.received == len(first)
-    assert intake.complete or len(first) > most
-    assert await intake.read(100_000, first) == whole
-    assert intake.complete
+    assert request_body.received == len(first)
+    assert request_body.complete or len(first) > most
+    assert await request_body.read(100_000, first) == whole
+    assert request_body.complete
 
 
 async def test_no_more_is_asked_for_than_it_takes() -> None:
     client = Client(b"ab", b"c", b"d")
-    intake = Intake(client, 100)
-    assert await intake.read(1) == b"ab"
+    request_body = RequestBody(client, 100)
+    assert await request_body.read(1) == b"ab"
     assert client.asked == 1
-    assert await intake.read(1, b"ab") == b"ab"
+    assert await request_body.read(1, b"ab") == b"ab"
     assert client.asked == 1
 
 
 async def test_a_body_of_exactly_its_limit_is_taken_and_one_byte_more_is_413() -> None:
-    assert await Intake(Client(b"ab", b"c"), 3).read(100) == b"abc"
-    error = await refusal(Intake(Client(b"ab", b"cd"), 3))
+    assert await RequestBody(Client(b"ab", b"c"), 3).read(100) == b"abc"
+    error = await refusal(RequestBody(Client(b"ab", b"cd"), 3))
     assert (error.status, "3 bytes" in error.message) == (413, True)
 
 
 async def test_a_client_that_leaves_is_told_from_one_that_is_done() -> None:
-    intake = Intake(Client(b"a", complete=False), 100)
+    request_body = RequestBody(Client(b"a", complete=False), 100)
     with pytest.raises(ClientLeft):
-        await intake.read(100)
-    assert (intake.left, intake.complete) == (True, False)
+        await request_body.read(100)
+    assert (request_body.left, request_body.complete) == (True, False)
 
 
 # Time
@@ -81,32 +81,32 @@ async def test_a_client_that_leaves_is_told_from_one_that_is_done() -> None:
 
 async def test_each_piece_has_its_time_and_silence_for_longer_is_408(autojump_clock: MockClock) -> None:
     began = trio.current_time()
-    slow = Intake(Client(b"a", b"b", b"c", pause=BODY_SILENCE - 1), 100)
+    slow = RequestBody(Client(b"a", b"b", b"c", pause=BODY_IDLE_TIMEOUT - 1), 100)
     assert await slow.read(100) == b"abc"
-    assert trio.current_time() - began > 2 * BODY_SILENCE
-    assert (await refusal(Intake(Client(b"a", b"b", pause=BODY_SILENCE + 1), 100))).status == 408
+    assert trio.current_time() - began > 2 * BODY_IDLE_TIMEOUT
+    assert (await refusal(RequestBody(Client(b"a", b"b", pause=BODY_IDLE_TIMEOUT + 1), 100))).status == 408
 
 
 async def test_the_whole_body_has_its_time(autojump_clock: MockClock) -> None:
     began = trio.current_time()
-    assert (await refusal(Intake(Client(*[b"a"] * 100, pause=10), 1000))).status == 408
-    assert trio.current_time() - began == pytest.approx(BODY_TIME)
+    assert (await refusal(RequestBody(Client(*[b"a"] * 100, pause=10), 1000))).status == 408
+    assert trio.current_time() - began == pytest.approx(BODY_TIMEOUT)
 
 
 async def test_time_in_which_nobody_listened_is_not_the_clients(autojump_clock: MockClock) -> None:
-    intake = Intake(Client(*[b"a"] * 50, pause=10), 1000)
+    request_body = RequestBody(Client(*[b"a"] * 50, pause=10), 1000)
     await trio.sleep(500)
-    intake.excuse(500)
-    assert len(await intake.read(1000)) == 50
+    request_body.extend_deadline(500)
+    assert len(await request_body.read(1000)) == 50
 
 
 # Dropping
 
 
 async def test_what_is_dropped_is_read_to_the_end() -> None:
-    intake = Intake(Client(b"a" * 10, b"b" * 10), 5)
-    await intake.drop(100, 1)
-    assert intake.complete
+    request_body = RequestBody(Client(b"a" * 10, b"b" * 10), 5)
+    await request_body.drop(100, 1)
+    assert request_body.complete
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ async def test_dropping_ends_when_it_is_enough(
     pieces: int, pause: float, seconds: float, autojump_clock: MockClock
 ) -> None:
     client = Client(*[b"a" * 10] * pieces, pause=pause)
-    intake = Intake(client, 5)
-    await intake.drop(50, seconds)
-    assert not intake.complete
-    assert intake.received <= 60
+    request_body = RequestBody(client, 5)
+    await request_body.drop(50, seconds)
+    assert not request_body.complete
+    assert request_body.received <= 60
 
 
 async def test_dropping_ends_when_the_client_leaves() -> None:
-    intake = Intake(Client(b"a", complete=False), 5)
-    await intake.drop(100, 1)
-    assert intake.left
+    request_body = RequestBody(Client(b"a", complete=False), 5)
+    await request_body.drop(100, 1)
+    assert request_body.left
 
 
 # What is kept
@@ -133,15 +133,15 @@ async def test_dropping_ends_when_the_client_leaves() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "KEPT", 10)
+    monkeypatch.setattr(body, "SPOOL_THRESHOLD", 10)
     monkeypatch.setattr(body, "_BLOCK", 4)
 
 
 @settings(max_examples=50)
 @given(st.lists(st.binary(max_size=15)), st.binary(max_size=15))
 async def test_what_was_kept_is_taken_as_it_came(pieces: list[bytes], end: bytes) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch, Kept() as kept:
-        monkeypatch.setattr(body, "KEPT", 10)
+    with pytest.MonkeyPatch.context() as monkeypatch, SpooledBody() as kept:
+        monkeypatch.setattr(body, "SPOOL_THRESHOLD", 10)
         monkeypatch.setattr(body, "_BLOCK", 4)
         for piece in pieces:
             await kept.add(piece)
@@ -160,7 +160,7 @@ async def test_little_is_kept_in_memory_and_more_on_the_disk(
     monkeypatch.setattr(
         body.tempfile, "TemporaryFile", lambda **options: files.append(make(**options)) or files[-1]
     )
-    with Kept() as kept:
+    with SpooledBody() as kept:
         await kept.add(b"a" * 10)
         assert files == []
         await kept.add(b"b")
@@ -173,7 +173,7 @@ async def test_little_is_kept_in_memory_and_more_on_the_disk(
 
 async def test_what_comes_last_stays_in_memory(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body.tempfile, "TemporaryFile", None)
-    with Kept() as kept:
+    with SpooledBody() as kept:
         await kept.add(b"aaaabb", last=True)
         assert [await kept.take() for _ in range(3)] == [b"aaaa", b"bb", b""]
 
@@ -190,6 +190,6 @@ class FullDisk:
 
 async def test_a_full_disk_is_503_and_says_so(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body.tempfile, "TemporaryFile", lambda **options: FullDisk())
-    with Kept() as kept, pytest.raises(Overloaded, match="No space left") as caught:
+    with SpooledBody() as kept, pytest.raises(Overloaded, match="No space left") as caught:
         await kept.add(b"a" * 11)
     assert caught.value.status == 503

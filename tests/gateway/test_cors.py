@@ -148,7 +148,7 @@ async def test_what_is_no_browser_is_told_nothing() -> None:
 async def test_the_option_acts_at_once() -> None:
     async with open_http_node() as node:
         assert not is_allowed(await node.post(headers={"origin": PAGE}), PAGE)
-        node.site.options.server.cors_origins = PAGE
+        node.node_context.options.server.cors_origins = PAGE
         assert is_allowed(await node.post(headers={"origin": PAGE}), PAGE)
 
 

@@ -10,7 +10,7 @@ from http_node import EVENTS, STREAM, open_http_node
 from trio.testing import MockClock
 
 from trio_cluster.core.call import WINDOW, Call, Data, Done, Failed, Head, Request
-from trio_cluster.gateway.direct import ShortWay
+from trio_cluster.gateway.direct import DirectWriter
 
 PATH = "/v1/chat/completions"
 STREAM_BODY = json.dumps(STREAM).encode()
@@ -50,7 +50,7 @@ async def test_pieces_go_at_once_and_count_as_taken() -> None:
     call.put(Head())
     call.receive_nowait()
     wire = Wire()
-    ShortWay(call, wire, lambda data: True)
+    DirectWriter(call, wire, lambda data: True)
     call.put(Data(b"one"))
     call.put(Data(b"three"))
     assert wire.sent == [b"one", b"three"]
@@ -60,7 +60,7 @@ async def test_pieces_go_at_once_and_count_as_taken() -> None:
 
 async def test_what_cannot_go_waits_and_holds_back_everything_after_it() -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: True)
+    short = DirectWriter(call, wire, lambda data: True)
     wire.ready = False
     call.put(Data(b"one"))
     wire.ready = True
@@ -77,7 +77,7 @@ async def test_what_cannot_go_waits_and_holds_back_everything_after_it() -> None
 
 async def test_what_is_not_whole_goes_the_ordinary_way() -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: bytes(data).endswith(b"."))
+    short = DirectWriter(call, wire, lambda data: bytes(data).endswith(b"."))
     call.put(Data(b"half"))
     call.put(Data(b"whole."))
     assert wire.sent == []
@@ -86,10 +86,10 @@ async def test_what_is_not_whole_goes_the_ordinary_way() -> None:
 
 async def test_a_piece_that_went_in_part_asks_for_an_ordinary_write() -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: True)
+    short = DirectWriter(call, wire, lambda data: True)
     wire.takes_all = False
     call.put(Data(b"one"))
-    assert short.left_over
+    assert short.has_unsent
     assert await short.receive() is None
     call.put(Data(b"two"))
     assert wire.sent == [b"one"]
@@ -98,7 +98,7 @@ async def test_a_piece_that_went_in_part_asks_for_an_ordinary_write() -> None:
 
 async def test_the_end_always_goes_the_ordinary_way() -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: True)
+    short = DirectWriter(call, wire, lambda data: True)
     call.put(Data(b"one"))
     call.put(Done())
     assert short.receive_nowait() == Done()
@@ -108,7 +108,7 @@ async def test_the_end_always_goes_the_ordinary_way() -> None:
 
 async def test_a_cancelled_call_sends_nothing_more() -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: True)
+    short = DirectWriter(call, wire, lambda data: True)
     call.cancel("client left")
     call.put(Data(b"late"))
     assert wire.sent == []
@@ -117,7 +117,7 @@ async def test_a_cancelled_call_sends_nothing_more() -> None:
 
 async def test_a_sign_of_life_is_heard_and_not_sent(autojump_clock: MockClock) -> None:
     call, wire = begun(), Wire()
-    short = ShortWay(call, wire, lambda data: True)
+    short = DirectWriter(call, wire, lambda data: True)
     await trio.sleep(5)
     call.put(Data(b""))
     assert wire.sent == []

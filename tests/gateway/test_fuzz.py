@@ -63,7 +63,7 @@ CLIENTS_FAULT: Final = frozenset({400, 404, 405, 413, 415})
 @pytest.fixture(autouse=True)
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (parse, body):
-        monkeypatch.setattr(room, "KEPT", PEEKED)
+        monkeypatch.setattr(room, "SPOOL_THRESHOLD", PEEKED)
 
 
 class _Patient(Wire):
@@ -236,7 +236,7 @@ def test_the_same_holds_on_real_sockets(
     placement: Placement, course: list[Sent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Some say that there is more to come of their body than there is, and here that takes time.
-    monkeypatch.setattr(body, "BODY_SILENCE", 0.1)
+    monkeypatch.setattr(body, "BODY_IDLE_TIMEOUT", 0.1)
 
     async def main() -> None:
         async with open_obliging(placement, max_body_size=LARGEST) as front:

@@ -60,7 +60,7 @@ async def test_a_key_that_is_set_while_the_node_runs_acts_at_once(node: HttpNode
     async with node.connect() as wire:
         await wire.request("GET", "/v1/models")
         assert (await wire.answer()).status == 200
-        node.site.options.server.api_key = "secret"
+        node.node_context.options.server.api_key = "secret"
         await wire.request("GET", "/v1/models")
         assert (await wire.answer()).status == 401
 
@@ -141,7 +141,7 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
 ) -> None:
     for name in ("DRAIN_BYTES", "LINGER_BYTES"):
         monkeypatch.setattr(pipeline, name, 0)
-    node.site.options.server.max_body_size = 1
+    node.node_context.options.server.max_body_size = 1
     # As the server does it: the body and the news that all is over go through one queue, and the end of the
     # answer is over when that news is in the queue.
     to_gate, receive = trio.open_memory_channel[Any](0)
@@ -162,13 +162,13 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(feed)
-        await pipeline.Gate(_nothing, node.site)(scope, receive.receive, send)
+        await pipeline.Gate(_nothing, node.node_context)(scope, receive.receive, send)
         nursery.cancel_scope.cancel()
     assert [message.get("status") for message in sent] == [413, None, None]
 
 
 async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_SILENCE", 0.05)
+    monkeypatch.setattr(body, "BODY_IDLE_TIMEOUT", 0.05)
     for name in ("DRAIN_TIME", "LINGER_TIME"):
         monkeypatch.setattr(pipeline, name, 0.05)
     async with open_http_node() as node, node.connect() as wire:
@@ -179,7 +179,7 @@ async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_body_that_drips_has_a_time_limit_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_TIME", 0.1)
+    monkeypatch.setattr(body, "BODY_TIMEOUT", 0.1)
     monkeypatch.setattr(pipeline, "DRAIN_TIME", 0.05)
     async with open_http_node() as node, node.connect() as wire, trio.open_nursery() as nursery:
         await wire.request("POST", CHAT_PATH, None, "Content-Length: 100000")
@@ -355,7 +355,7 @@ async def test_a_thousand_requests_on_one_connection_leave_nothing_behind(node: 
         for _ in range(1000):
             await wire.send(request)
             assert (await wire.answer()).body == PLAIN
-    assert node.registry.books.completed == 1000
+    assert node.registry.stats.completed == 1000
     assert not node.registry.live
 
 
@@ -480,8 +480,8 @@ async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_a
         left = trio.Event()
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            exchange = _gate_exchange(scope)
-            exchange.hold(node.backend.open(_request()))
+            context = _gate_exchange(scope)
+            context.add_call(node.backend.open(_request()))
             left.set()
             await receive()
             assert (await receive())["type"] == "http.disconnect"
@@ -492,7 +492,7 @@ async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_a
                 "type": "http", "http_version": "1.1", "method": "POST", "path": "/x", "headers": [],
             }  # fmt: skip
             send.send_nowait({"type": "http.request", "body": b""})
-            gate = pipeline.Gate(app, node.site)
+            gate = pipeline.Gate(app, node.node_context)
             nursery.start_soon(functools.partial(gate, scope, receive.receive, _nothing))
             await left.wait()
             served = await node.backend.next()
@@ -501,9 +501,9 @@ async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_a
 
 
 def _gate_exchange(scope: Any) -> Any:
-    from trio_cluster.gateway.context import exchange_of
+    from trio_cluster.gateway.context import request_context
 
-    return exchange_of(scope)
+    return request_context(scope)
 
 
 def _request() -> Any:

@@ -115,7 +115,7 @@ async def test_a_large_plain_answer_that_fails_after_it_began_is_cut() -> None:
     async with open_http_node(None) as node, node.connect() as wire:
         await wire.request("POST", PATH, BODY)
         served = await node.backend.next()
-        served.head().data(b"x" * (relay.COLLECT + 1))
+        served.head().data(b"x" * (relay.BUFFER_LIMIT + 1))
         await wire.head()
         served.fail(HandlerFailed())
         while chunk := await wire.chunk():
@@ -230,8 +230,8 @@ async def test_a_stream_that_fails_in_the_middle_of_an_event_ends_with_whole_eve
 async def test_an_event_that_is_too_large_to_be_kept_is_sent_as_it_comes_and_cut_without_a_word_when_it_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay, "EVENT", 4)
-    monkeypatch.setattr(relay, "PING_EVERY", 0.01)
+    monkeypatch.setattr(relay, "EVENT_LIMIT", 4)
+    monkeypatch.setattr(relay, "PING_INTERVAL", 0.01)
     async with open_http_node(None) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         served = await node.backend.next()
@@ -328,7 +328,7 @@ async def test_a_stream_that_fails_before_its_first_event_is_a_real_status() -> 
 
 
 async def test_a_silent_stream_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "PING_EVERY", 0.02)
+    monkeypatch.setattr(relay, "PING_INTERVAL", 0.02)
     async with open_http_node(None) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         served = await node.backend.next()
@@ -457,7 +457,7 @@ async def test_a_bad_request_is_refused_before_anything_is_opened(
         if param is not None:
             assert answer.error["param"] == param
         assert (await ask(wire)).status == 200
-    assert node.registry.books.admitted == 1
+    assert node.registry.stats.admitted == 1
 
 
 async def test_another_media_type_is_415(node: HttpNode) -> None:
@@ -488,7 +488,7 @@ async def test_images_need_a_model_that_sees(node: HttpNode) -> None:
 
 
 async def test_a_node_that_drains_takes_no_calls(node: HttpNode) -> None:
-    node.registry.closed_to = "closing"
+    node.registry.draining_reason = "closing"
     response = await node.post()
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 
@@ -547,11 +547,11 @@ async def test_a_malformed_time_limit_is_refused(node: HttpNode, value: str) -> 
     response = await node.post(headers={"X-Request-Timeout": value})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "x-request-timeout"
-    assert node.registry.books.admitted == 0
+    assert node.registry.stats.admitted == 0
 
 
 async def test_the_limit_that_is_set_while_the_node_runs_acts_at_once(node: HttpNode) -> None:
-    node.site.options.server.default_timeout = 9.0
+    node.node_context.options.server.default_timeout = 9.0
     await node.post()
     assert (await node.backend.next()).request.timeout == 9.0
 
@@ -579,14 +579,14 @@ async def test_a_call_whose_worker_is_lost_before_it_answers_is_made_once_more_e
     two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone")), lambda s: s.head().data(PLAIN).done())
     response = await node.post()
     assert (response.status_code, response.content) == (200, PLAIN)
-    assert node.registry.books.retried == 1
+    assert node.registry.stats.retried == 1
 
 
 async def test_it_is_made_only_once_more(node: HttpNode) -> None:
     lost = WorkerLost("w", "gone")
     two_nodes(node, lambda s: s.fail(lost), lambda s: s.fail(lost))
     assert (await node.post()).status_code == 502
-    assert node.registry.books.admitted == 2
+    assert node.registry.stats.admitted == 2
 
 
 async def test_the_second_call_is_cancelled_when_the_client_leaves(node: HttpNode) -> None:
@@ -636,7 +636,7 @@ async def test_a_stream_that_goes_silent_gets_an_error_event_and_is_cut(
 async def test_comments_do_not_make_a_silent_stream_live_longer(
     impatient: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "PING_EVERY", 0.01)
+    monkeypatch.setattr(relay, "PING_INTERVAL", 0.01)
     async with (
         open_http_node(lambda served: served.head(EVENTS).event("one"), **impatient) as node,
         node.connect() as wire,
@@ -718,7 +718,7 @@ async def test_a_client_that_sent_a_stray_byte_is_found_gone_by_the_comments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The byte looks like the beginning of a second request, and the server does not read until its turn.
-    monkeypatch.setattr(relay, "PING_EVERY", 0.02)
+    monkeypatch.setattr(relay, "PING_INTERVAL", 0.02)
     async with open_http_node(None) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         await wire.send(b"\r\n")
@@ -752,6 +752,6 @@ async def test_the_books_add_up_whatever_clients_do() -> None:
                     await wire.head()
             if not number % 2:
                 await served.wait_cancelled()
-        books = node.registry.books
-        assert (books.admitted, books.completed, books.cancelled) == (20, 10, 10)
+        stats = node.registry.stats
+        assert (stats.admitted, stats.completed, stats.cancelled) == (20, 10, 10)
         assert not node.registry.live

@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.http1.connection import UNREAD, Http1Connection
 from trio_cluster.http1.parser import HEAD_LIMIT
-from trio_cluster.net.idle import IdleLimit
+from trio_cluster.net.idle import IdleTimeout
 from trio_cluster.net.readers import Reader, SharedReader, TaskReader, has_epoll
 from trio_cluster.testing import SimulatedNetwork
 
@@ -105,7 +105,7 @@ class Way:
         """Give the client's end of a connection that is being served."""
         client, stream = await self.ends()
         async with trio.open_nursery() as nursery:
-            reader, idle = self.reader(nursery), IdleLimit(IDLE)
+            reader, idle = self.reader(nursery), IdleTimeout(IDLE)
             nursery.start_soon(reader.run)
             nursery.start_soon(idle.run)
             connection = Http1Connection(stream, app, {}, "connection", reader, idle)
@@ -461,7 +461,7 @@ async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quiet
         nursery.start_soon(push, head + bytes(4 * UNREAD))
         with trio.fail_after(5):
             await wait_all_tasks_blocked()
-            assert connection._incoming.unread > UNREAD
+            assert connection._parser.unread > UNREAD
             # As the gate does with an answer that nobody may take for a complete one.
             connection.reset()
             done.set()

@@ -24,7 +24,7 @@ from http_node import (
 
 from trio_cluster.http1 import server
 from trio_cluster.http1.connection import Http1Connection
-from trio_cluster.http1.parser import Incoming
+from trio_cluster.http1.parser import RequestParser
 from trio_cluster.http1.server import UNREAD_TIME, serve_http
 
 PATH = "/v1/chat/completions"
@@ -211,17 +211,17 @@ async def test_a_connection_that_fails_ends_nobody_elses(
 async def test_what_cannot_be_taken_in_ends_its_own_connection_only(
     node: HttpNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = Incoming.feed
+    feed = RequestParser.feed
 
-    def fail_once(self: Incoming, data: bytes) -> None:
-        monkeypatch.setattr(Incoming, "feed", feed)
+    def fail_once(self: RequestParser, data: bytes) -> None:
+        monkeypatch.setattr(RequestParser, "feed", feed)
         raise RuntimeError("a bug")
 
     async with node.connect() as other, node.connect() as wire:
         for each in (other, wire):
             await each.request("GET", "/health")
             assert (await each.answer()).status == 200
-        monkeypatch.setattr(Incoming, "feed", fail_once)
+        monkeypatch.setattr(RequestParser, "feed", fail_once)
         await wire.request("GET", "/health")
         assert await wire.closed()
         await other.request("GET", "/health")

@@ -270,10 +270,10 @@ def markdown() -> Iterator[str]:
             if isinstance(entry, Impossible):
                 yield f"| {PHASES[phase]} | *not possible: {entry.why}* | | | |"
                 continue
-            books = "none" if not (entry.master or entry.worker) else _books(entry)
+            stats = "none" if not (entry.master or entry.worker) else _books(entry)
             yield (
                 f"| {PHASES[phase]} | {CLIENTS[entry.client]} | {HANDLERS[entry.handler]} "
-                f"| {BOUNDS[entry.bound]} | {books} |"
+                f"| {BOUNDS[entry.bound]} | {stats} |"
             )
         yield ""
 

@@ -273,7 +273,7 @@ class Caller:
         self._stream = await self._cluster.network.host("client").connect("master", 8080)
         self.asked_at = trio.current_time()
         try:
-            self.answer = await self._exchange()
+            self.answer = await self._context()
         finally:
             self.ended_at = trio.current_time()
             self._stream.close()
@@ -283,7 +283,7 @@ class Caller:
         self.left = True
         self._stream.close(reset=reset)
 
-    async def _exchange(self) -> Answer | None:
+    async def _context(self) -> Answer | None:
         body, content_type = self._endpoint.request(self._padding)
         headers = {
             "host": "master",

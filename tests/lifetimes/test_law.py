@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
 
-from trio_cluster.routing.router import Books
+from trio_cluster.routing.router import CallStats
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "lifetimes.md").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def test_nothing_is_defined_that_no_cell_uses() -> None:
 
 
 def test_books_have_an_account_for_every_end() -> None:
-    accounts = {field.name for field in attrs.fields(Books)}
+    accounts = {field.name for field in attrs.fields(CallStats)}
     cells = [entry for row in LAW.values() for entry in row.values() if isinstance(entry, Cell)]
     assert {book for cell in cells for book in (cell.master, cell.worker) if book} <= accounts
 

@@ -11,7 +11,7 @@ import trio.testing
 from law import LAW, Cell, Impossible
 from stage import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Stage, open_stage
 
-from trio_cluster.gateway.body import BODY_SILENCE
+from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
 from trio_cluster.gateway.pipeline import DRAIN_TIME
 from trio_cluster.gateway.relay import GRACE
 from trio_cluster.testing import settle
@@ -58,7 +58,7 @@ BOUNDS: Final = {
     "B+G": BUDGET + GRACE,
     "W": OPTIONS["worker_timeout"],
     "D": OPTIONS["drain_timeout"],
-    "U": BODY_SILENCE + DRAIN_TIME,
+    "U": BODY_IDLE_TIMEOUT + DRAIN_TIME,
     "V": LAST_WORDS,
     "h": HANGS,
 }
@@ -372,12 +372,12 @@ class Play:
         stage, cell = self.stage, self.cell
         neighbours = 1 if self.phase == "queued" else 0
         if cell.master and self.cause != "master_killed":
-            books = attrs.asdict(stage.master.registry.books)
-            assert books[cell.master] >= 1, books
-            assert books["admitted"] == 1 + neighbours
+            stats = attrs.asdict(stage.master.registry.stats)
+            assert stats[cell.master] >= 1, stats
+            assert stats["admitted"] == 1 + neighbours
         if self.forwarded and cell.worker:
-            books = attrs.asdict(stage.back.registry.books)
-            assert books[cell.worker] >= 1, books
+            stats = attrs.asdict(stage.back.registry.stats)
+            assert stats[cell.worker] >= 1, stats
 
 
 CODES: Final = {

@@ -79,7 +79,7 @@ class Replicas:
 
     @property
     def retried(self) -> int:
-        return self.cluster.master.server.registry.books.retried
+        return self.cluster.master.server.registry.stats.retried
 
 
 @asynccontextmanager

@@ -244,11 +244,11 @@ class Stage:
         await self.nursery.start(uploader.run)
         return uploader
 
-    def books(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int]:
         """Return how the calls of the master have ended, without what has not happened."""
-        books = self.master.registry.books
+        stats = self.master.registry.stats
         names = ("completed", "cancelled", "timed_out", "worker_lost", "failed", "retried")
-        return {name: count for name in names if (count := getattr(books, name))}
+        return {name: count for name in names if (count := getattr(stats, name))}
 
     def waiting(self) -> list[int]:
         """Return how many bytes of bodies wait on each node."""
@@ -307,7 +307,7 @@ async def test_a_large_file_arrives_as_it_was_sent(
         answer = await uploader.end()
         assert (answer.status, answer.json()["text"]) == (200, essence(sound()))
         assert await uploader.ask_again() == 200
-        assert play.books() == {"completed": 1}
+        assert play.stats() == {"completed": 1}
         # What goes on at once need not be written down first.
         assert len(files) == (0 if first else 1)
 
@@ -401,7 +401,7 @@ async def test_a_client_that_leaves_in_the_middle_frees_everything_at_once(
         assert_no_orphans(play.cluster)
         assert uploader.answer is None
         # Of a form whose model is not known yet, there is no call.
-        assert play.books() == ({"cancelled": 1} if first else {})
+        assert play.stats() == ({"cancelled": 1} if first else {})
         assert play.started == play.cancelled == (["raw"] if (model, first) == ("raw", True) else [])
 
 
@@ -416,8 +416,8 @@ async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
         answer = await uploader.end()
         assert answer.status == 408
         assert answer.headers["connection"] == "close"
-        assert uploader.took == pytest.approx(body.BODY_SILENCE + 2, abs=1)
-        assert play.books() == ({"cancelled": 1} if first else {})
+        assert uploader.took == pytest.approx(body.BODY_IDLE_TIMEOUT + 2, abs=1)
+        assert play.stats() == ({"cancelled": 1} if first else {})
         assert "asr" not in play.started
 
 
@@ -430,8 +430,8 @@ async def test_a_client_that_is_too_slow_altogether_gets_408(
         uploader = await play.upload("raw", first=first, pace=10.0)
         answer = await uploader.end()
         assert answer.status == 408
-        assert uploader.took == pytest.approx(body.BODY_TIME + 2, abs=1)
-        assert play.books() == ({"cancelled": 1} if first else {})
+        assert uploader.took == pytest.approx(body.BODY_TIMEOUT + 2, abs=1)
+        assert play.stats() == ({"cancelled": 1} if first else {})
 
 
 @places
@@ -446,7 +446,7 @@ async def test_a_body_that_passes_the_limit_in_its_middle_gets_413_and_the_conne
         assert answer.status == 413
         assert "connection" not in answer.headers
         assert await uploader.ask_again() == 200
-        assert play.books() == ({"cancelled": 1} if first else {})
+        assert play.stats() == ({"cancelled": 1} if first else {})
         assert "asr" not in play.started
 
 
@@ -459,7 +459,7 @@ async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clo
         grown = await play.upload("asr", first=True, chunked=True)
         assert (await grown.end()).status == 413
         assert await grown.ask_again() == 200
-        assert play.books() == {"failed": 2}
+        assert play.stats() == {"failed": 2}
         assert play.started == []
 
 
@@ -477,7 +477,7 @@ async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
         assert (answer.status, answer.error["code"]) == (504, "timeout")
         # Then what is still to come is waited for, and dropped, for a moment.
         assert uploader.took == pytest.approx(8 + 2, abs=1)
-        assert play.books() == {"timed_out": 1}
+        assert play.stats() == {"timed_out": 1}
 
 
 @places
@@ -490,7 +490,7 @@ async def test_silence_does_not_count_while_the_client_uploads(
         uploader = await play.upload(model, first=first, pace=1.5)
         assert (await uploader.end()).status == 200
         assert uploader.took > 100
-        assert play.books() == {"completed": 1}
+        assert play.stats() == {"completed": 1}
 
 
 @places
@@ -526,7 +526,7 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
                 for node, waits in enumerate(play.waiting()):
                     most[node] = max(most[node], waits)
                 # All that can be anywhere: two windows on each node, and what the kernels hold.
-                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * body.KEPT
+                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * body.SPOOL_THRESHOLD
             call.begin(200, "text/plain")
 
         play.raw = read_slowly
@@ -554,7 +554,7 @@ async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
         play.raw = read_slowly
         uploader = await play.upload("raw", first=True, pace=0.5)
         assert (await uploader.end()).status == 200
-        assert uploader.took > body.BODY_TIME
+        assert uploader.took > body.BODY_TIMEOUT
 
 
 # The handler
@@ -573,7 +573,7 @@ async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connec
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
         assert await uploader.ask_again() == 200
-        assert play.books() == {}
+        assert play.stats() == {}
 
 
 @places
@@ -610,7 +610,7 @@ async def test_a_form_without_a_model_or_with_an_empty_one_is_refused_as_a_small
             answer = await uploader.end()
             assert (answer.status, answer.error["param"]) == (400, "model")
             assert await uploader.ask_again() == 200
-        assert play.books() == {}
+        assert play.stats() == {}
 
 
 @places
@@ -636,7 +636,7 @@ async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connecti
         assert await uploader.ask_again() == 200
         let_go.set()
         assert (await busy.end()).status == 200
-        assert play.books() == {"completed": 1, "failed": 1}
+        assert play.stats() == {"completed": 1, "failed": 1}
 
 
 @places
@@ -667,7 +667,7 @@ async def test_a_raw_model_may_answer_before_it_has_read_anything(
         assert (answer.status, answer.json()) == (status, {"early": True})
         assert uploader.took < 3
         assert await uploader.ask_again() == 200
-        assert play.books() == {"completed": 1}
+        assert play.stats() == {"completed": 1}
 
 
 @places
@@ -685,7 +685,7 @@ async def test_a_raw_model_may_refuse_in_the_middle(
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (415, "unsupported")
         assert await uploader.ask_again() == 200
-        assert play.books() == {"failed": 1}
+        assert play.stats() == {"failed": 1}
 
 
 @places
@@ -739,11 +739,11 @@ async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_a
         if first:
             # What has passed through is gone; nobody can be asked again.
             assert (answer.status, answer.error["code"]) == (502, "worker_lost")
-            assert play.books() == {"worker_lost": 1}
+            assert play.stats() == {"worker_lost": 1}
         else:
             # Nobody had been asked yet.
             assert answer.status == 200
-            assert play.books() == {"completed": 1}
+            assert play.stats() == {"completed": 1}
         if cause not in ("silent", "frozen"):
             # It sent the rest soon enough.
             assert await uploader.ask_again() == 200
@@ -763,9 +763,9 @@ async def test_a_worker_that_drains_in_the_middle_finishes_what_cannot_be_given_
         uploader.go_on.set()
         answer = await uploader.end()
         if first:
-            assert (answer.status, play.books()) == (200, {"completed": 1})
+            assert (answer.status, play.stats()) == (200, {"completed": 1})
         else:
-            assert (answer.status, play.books()) == (404, {})
+            assert (answer.status, play.stats()) == (404, {})
         await play.cluster.workers["w"].over.wait()
 
 
@@ -779,7 +779,7 @@ async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "shutting_down")
         assert uploader.took == pytest.approx(OPTIONS["drain_timeout"] + 2, abs=3)
-        assert play.books() == {"failed": 1}
+        assert play.stats() == {"failed": 1}
         await play.cluster.workers["w"].over.wait()
 
 
@@ -798,7 +798,7 @@ async def test_a_master_that_drains_in_the_middle_finishes_what_it_has_begun(
         answer = uploader.answer
         if first:
             assert answer is not None
-            assert (answer.status, play.books()) == (200, {"completed": 1})
+            assert (answer.status, play.stats()) == (200, {"completed": 1})
         elif answer is not None:
             assert (answer.status, answer.error["code"]) == (503, "shutting_down")
         await play.cluster.master.over.wait()
@@ -819,7 +819,7 @@ async def test_an_operator_can_cancel_an_upload(
         assert (await operator.post("/cluster/calls/the-one/cancel", {})).status == 200
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "cancelled")
-        assert play.books() == {"cancelled": 1}
+        assert play.stats() == {"cancelled": 1}
 
 
 # The disk

@@ -27,9 +27,9 @@ from wsproto.events import (
     Request,
 )
 
-from trio_cluster.link.demux import Tap
-from trio_cluster.link.link import PATH, LinkClosed, _Guard, accept, dial
-from trio_cluster.net.watchdog import with_pulse
+from trio_cluster.link.demux import FrameDemux
+from trio_cluster.link.link import PATH, LinkClosed, _NurseryShim, accept, dial
+from trio_cluster.net.watchdog import injectable
 from trio_cluster.protocol import SUBPROTOCOL, ProtocolError
 
 PLACES = ["memory", "sockets"]
@@ -63,12 +63,12 @@ class Dribble(trio.abc.Stream):
 class Peer:
     """The other end of the stream: speaks the protocol by itself, and sends what and when the test says."""
 
-    def __init__(self, stream: trio.abc.Stream, *, dialled: bool) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, is_client: bool) -> None:
         self.stream = stream
         self.protocol = wsproto.WSConnection(
-            wsproto.ConnectionType.SERVER if dialled else wsproto.ConnectionType.CLIENT
+            wsproto.ConnectionType.SERVER if is_client else wsproto.ConnectionType.CLIENT
         )
-        self.said: list[Any] = []
+        self.by_peer: list[Any] = []
 
     def opening(self) -> bytes:
         """Return this end's half of the opening; of the two, only the one who is dialled has to be asked first."""
@@ -98,15 +98,15 @@ class Peer:
         """Take in what has come, and return all that it means so far."""
         data = await self.stream.receive_some(1 << 20)
         self.protocol.receive_data(bytes(data) or None)
-        self.said += self.protocol.events()
-        return self.said
+        self.by_peer += self.protocol.events()
+        return self.by_peer
 
     async def hear_of(self, kind: type) -> list[Any]:
         """Go on until something of this kind has come; return all of it."""
         with trio.fail_after(5):
-            while not any(isinstance(each, kind) for each in self.said):
+            while not any(isinstance(each, kind) for each in self.by_peer):
                 await self.hear()
-        return [each for each in self.said if isinstance(each, kind)]
+        return [each for each in self.by_peer if isinstance(each, kind)]
 
 
 def joined(place: str) -> tuple[trio.abc.Stream, trio.abc.Stream]:
@@ -114,16 +114,16 @@ def joined(place: str) -> tuple[trio.abc.Stream, trio.abc.Stream]:
     if place == "memory":
         return memory_stream_pair()
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-    return with_pulse(ours), theirs
+    return injectable(ours), theirs
 
 
 @attrs.define(eq=False)
 class Opening:
     """An attempt to open a websocket on a tap."""
 
-    guard: _Guard
+    guard: _NurseryShim
     peer: Peer
-    opened: tuple[WebSocketConnection, Tap] | None = None
+    opened: tuple[WebSocketConnection, FrameDemux] | None = None
     error: Exception | None = None
     over: trio.Event = attrs.field(factory=trio.Event)
 
@@ -143,7 +143,7 @@ async def opening(
     """Begin to open a websocket; the peer has not said anything yet."""
     ours, theirs = (stream, peer_stream) if stream is not None else joined(place)
     async with ours, theirs, trio.open_nursery() as nursery:
-        attempt = Opening(_Guard(nursery), Peer(theirs, dialled=side == "dialled"))
+        attempt = Opening(_NurseryShim(nursery), Peer(theirs, is_client=side == "dialled"))
         opener = dial(ours, "m") if side == "dialled" else accept(ours, lambda path, headers: None)
         nursery.start_soon(attempt.run, opener)
         if side == "dialled":
@@ -153,7 +153,9 @@ async def opening(
 
 
 @asynccontextmanager
-async def open_tap(side: str, **arguments: Any) -> AsyncIterator[tuple[Tap, WebSocketConnection, Peer]]:
+async def open_tap(
+    side: str, **arguments: Any
+) -> AsyncIterator[tuple[FrameDemux, WebSocketConnection, Peer]]:
     async with opening(side, **arguments) as attempt:
         await attempt.peer.stream.send_all(attempt.peer.opening())
         if side == "accepted":
@@ -161,19 +163,19 @@ async def open_tap(side: str, **arguments: Any) -> AsyncIterator[tuple[Tap, WebS
         with trio.fail_after(5):
             await attempt.over.wait()
         assert attempt.opened is not None, attempt.error
-        attempt.peer.said.clear()
-        websocket, tap = attempt.opened
-        yield tap, websocket, attempt.peer
+        attempt.peer.by_peer.clear()
+        websocket, demux = attempt.opened
+        yield demux, websocket, attempt.peer
 
 
-async def send_message(tap: Tap, message: bytes) -> None:
-    if not tap.send_nowait(message):
-        await tap.finish()
+async def send_message(demux: FrameDemux, message: bytes) -> None:
+    if not demux.send_nowait(message):
+        await demux.flush()
 
 
-async def next_message(tap: Tap) -> bytes | None:
+async def next_message(demux: FrameDemux) -> bytes | None:
     with trio.fail_after(5):
-        return await tap.receive()
+        return await demux.receive()
 
 
 # The opening
@@ -185,18 +187,18 @@ async def test_the_opening_may_come_in_any_two_pieces_with_messages_behind_it(si
     while True:
         async with opening(side) as attempt:
             peer = attempt.peer
-            said = peer.opening()
-            end = len(said)
-            said += peer.frames(BytesMessage(b"one"), Ping(b"?"), BytesMessage(b"two"))
+            by_peer = peer.opening()
+            end = len(by_peer)
+            by_peer += peer.frames(BytesMessage(b"one"), Ping(b"?"), BytesMessage(b"two"))
             if cut > end + 3:
                 break
-            await peer.stream.send_all(said[:cut])
+            await peer.stream.send_all(by_peer[:cut])
             await wait_all_tasks_blocked()
-            await peer.stream.send_all(said[cut:])
+            await peer.stream.send_all(by_peer[cut:])
             await wait_all_tasks_blocked()
             assert attempt.opened is not None, f"cut at {cut}"
-            _, tap = attempt.opened
-            assert [await next_message(tap), await next_message(tap)] == [b"one", b"two"]
+            _, demux = attempt.opened
+            assert [await next_message(demux), await next_message(demux)] == [b"one", b"two"]
             await wait_all_tasks_blocked()
             # The library has heard of the ping from us, and of nothing else.
             assert len(await peer.hear_of(Pong)) == 1
@@ -208,9 +210,9 @@ async def test_the_opening_may_come_in_any_two_pieces_with_messages_behind_it(si
 @pytest.mark.parametrize("place", PLACES)
 async def test_the_opening_and_what_follows_may_come_byte_by_byte(side: str, place: str) -> None:
     async with opening(side, place=place) as attempt:
-        said = attempt.peer.opening() + attempt.peer.frames(Ping(b"?"), BytesMessage(b"hello"))
-        for index in range(len(said)):
-            await attempt.peer.stream.send_all(said[index : index + 1])
+        by_peer = attempt.peer.opening() + attempt.peer.frames(Ping(b"?"), BytesMessage(b"hello"))
+        for index in range(len(by_peer)):
+            await attempt.peer.stream.send_all(by_peer[index : index + 1])
         with trio.fail_after(5):
             await attempt.over.wait()
         assert attempt.opened is not None
@@ -221,8 +223,8 @@ async def test_the_opening_and_what_follows_may_come_byte_by_byte(side: str, pla
 
 async def test_lines_of_the_opening_may_end_in_bare_newlines() -> None:
     async with opening("accepted") as attempt:
-        said = attempt.peer.opening().replace(b"\r\n", b"\n")
-        await attempt.peer.stream.send_all(said + attempt.peer.frames(BytesMessage(b"hello")))
+        by_peer = attempt.peer.opening().replace(b"\r\n", b"\n")
+        await attempt.peer.stream.send_all(by_peer + attempt.peer.frames(BytesMessage(b"hello")))
         await wait_all_tasks_blocked()
         assert attempt.opened is not None
         assert await next_message(attempt.opened[1]) == b"hello"
@@ -246,15 +248,15 @@ async def test_what_is_said_with_a_refusal_reaches_the_library() -> None:
 async def test_an_opening_without_end_is_refused(side: str, autojump_clock: MockClock) -> None:
     async with opening(side) as attempt:
         first = b"GET / HTTP/1.1\r\n" if side == "accepted" else b"HTTP/1.1 101 Come in\r\n"
-        said, sent = first, 0
+        by_peer, sent = first, 0
         with trio.move_on_after(5):
             while not attempt.guard.ended.is_set():
                 try:
-                    await attempt.peer.stream.send_all(said)
+                    await attempt.peer.stream.send_all(by_peer)
                 except trio.BrokenResourceError:
                     break
-                sent += len(said)
-                said = b"x-more: " + b"y" * 1000 + b"\r\n"
+                sent += len(by_peer)
+                by_peer = b"x-more: " + b"y" * 1000 + b"\r\n"
                 await wait_all_tasks_blocked()
                 assert sent < 1 << 18
         await attempt.guard.ended.wait()
@@ -267,19 +269,19 @@ async def test_an_opening_without_end_is_refused(side: str, autojump_clock: Mock
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("place", PLACES)
 async def test_messages_go_both_ways(side: str, place: str) -> None:
-    async with open_tap(side, place=place) as (tap, _, peer):
+    async with open_tap(side, place=place) as (demux, _, peer):
         sizes = [0, 1, 125, 126, 70_000, 250_000]
 
         async def talk() -> None:
             for size in sizes:
-                await send_message(tap, b"a" * size)
+                await send_message(demux, b"a" * size)
 
         async def listen() -> None:
             for size in sizes:
-                assert await next_message(tap) == b"b" * size
+                assert await next_message(demux) == b"b" * size
 
         async def be_the_peer() -> None:
-            while sum(event.message_finished for event in peer.said) < len(sizes):
+            while sum(event.message_finished for event in peer.by_peer) < len(sizes):
                 await peer.hear()
 
         with trio.fail_after(10):
@@ -288,7 +290,7 @@ async def test_messages_go_both_ways(side: str, place: str) -> None:
                 nursery.start_soon(listen)
                 nursery.start_soon(be_the_peer)
                 await peer.send(*[BytesMessage(b"b" * size) for size in sizes])
-        assert b"".join(bytes(event.data) for event in peer.said) == b"a" * sum(sizes)
+        assert b"".join(bytes(event.data) for event in peer.by_peer) == b"a" * sum(sizes)
 
 
 async def test_a_socket_that_has_nothing_to_read_after_all_is_waited_for(
@@ -303,33 +305,33 @@ async def test_a_socket_that_has_nothing_to_read_after_all_is_waited_for(
             raise BlockingIOError
         return os.read(descriptor, limit)
 
-    async with open_tap("accepted", place="sockets") as (tap, _, peer):
+    async with open_tap("accepted", place="sockets") as (demux, _, peer):
         monkeypatch.setattr("trio_cluster.net.sockets.os", SimpleNamespace(read=read))
         await peer.send(BytesMessage(b"hello"))
-        assert await next_message(tap) == b"hello"
+        assert await next_message(demux) == b"hello"
     assert calls == 2
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("place", PLACES)
 async def test_a_ping_is_answered_and_a_pong_ignored(side: str, place: str) -> None:
-    async with open_tap(side, place=place) as (tap, _, peer):
+    async with open_tap(side, place=place) as (demux, _, peer):
         await peer.send(
             Ping(b"there?"),
             BytesMessage(b"in ", message_finished=False),
             Pong(b"nobody asked"),
             BytesMessage(b"pieces"),
         )
-        assert await next_message(tap) == b"in pieces"
+        assert await next_message(demux) == b"in pieces"
         (pong,) = await peer.hear_of(Pong)
         assert pong.payload == b"there?"
 
 
 async def test_pings_that_nobody_could_answer_yet_do_not_pile_up() -> None:
-    async with open_tap("accepted") as (tap, _, peer):
+    async with open_tap("accepted") as (demux, _, peer):
         pings = [Ping(b"%d" % number) for number in range(1000)]
         await peer.send(*pings, *[Pong(b"x") for _ in pings], BytesMessage(b"hello"))
-        assert await next_message(tap) == b"hello"
+        assert await next_message(demux) == b"hello"
         await wait_all_tasks_blocked()
         pongs = await peer.hear_of(Pong)
         assert len(pongs) < 10
@@ -340,16 +342,16 @@ async def test_pings_that_nobody_could_answer_yet_do_not_pile_up() -> None:
 async def test_what_the_library_and_the_link_send_at_the_same_time_is_never_mixed(side: str) -> None:
     ours, theirs = memory_stream_pair()
     slow = Dribble(ours)
-    async with open_tap(side, stream=slow, peer_stream=theirs) as (tap, _, peer):
+    async with open_tap(side, stream=slow, peer_stream=theirs) as (demux, _, peer):
         slow.slow = True
 
         async def receive() -> None:
-            while await tap.receive() is not None:
+            while await demux.receive() is not None:
                 pass
 
         async def send() -> None:
             for number in range(20):
-                await send_message(tap, b"message %d" % number)
+                await send_message(demux, b"message %d" % number)
                 await trio.testing.wait_all_tasks_blocked()
 
         async with trio.open_nursery() as nursery:
@@ -362,10 +364,10 @@ async def test_what_the_library_and_the_link_send_at_the_same_time_is_never_mixe
                         await trio.lowlevel.checkpoint()
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
-        said = await peer.hear()
-        messages = [bytes(each.data) for each in said if isinstance(each, BytesMessage)]
+        by_peer = await peer.hear()
+        messages = [bytes(each.data) for each in by_peer if isinstance(each, BytesMessage)]
         assert b"".join(messages) == b"".join(b"message %d" % number for number in range(20))
-        assert [each for each in said if isinstance(each, Pong)][-1].payload == b"19"
+        assert [each for each in by_peer if isinstance(each, Pong)][-1].payload == b"19"
 
 
 # The end
@@ -386,7 +388,7 @@ async def why(websocket: WebSocketConnection) -> tuple[int, str | None]:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("place", PLACES)
 async def test_a_goodbye_is_answered_and_ends_the_messages(side: str, place: str) -> None:
-    async with open_tap(side, place=place) as (tap, websocket, peer):
+    async with open_tap(side, place=place) as (demux, websocket, peer):
         await peer.send(
             BytesMessage(b"before"),
             BytesMessage(b"half of", message_finished=False),
@@ -394,9 +396,9 @@ async def test_a_goodbye_is_answered_and_ends_the_messages(side: str, place: str
             BytesMessage(b" a message"),
             BytesMessage(b"after"),
         )
-        assert await next_message(tap) == b"before"
-        assert await next_message(tap) is None
-        tap.give_back()
+        assert await next_message(demux) == b"before"
+        assert await next_message(demux) is None
+        demux.return_to_library()
         assert await why(websocket) == (1000, "that is all")
         await peer.hear_of(CloseConnection)
 
@@ -405,13 +407,13 @@ async def test_a_goodbye_is_answered_and_ends_the_messages(side: str, place: str
 async def test_after_a_goodbye_nothing_more_is_sent(side: str) -> None:
     ours, theirs = memory_stream_pair()
     slow = Dribble(ours)
-    async with open_tap(side, stream=slow, peer_stream=theirs) as (tap, websocket, peer):
+    async with open_tap(side, stream=slow, peer_stream=theirs) as (demux, websocket, peer):
         slow.slow = True
         refused: list[str] = []
 
         async def send(message: bytes) -> None:
             try:
-                await send_message(tap, message)
+                await send_message(demux, message)
             except trio.BrokenResourceError as error:
                 refused.append(str(error))
 
@@ -419,11 +421,11 @@ async def test_after_a_goodbye_nothing_more_is_sent(side: str) -> None:
             nursery.start_soon(send, b"on its way")
             await trio.lowlevel.checkpoint()
             await peer.send(goodbye())
-            assert await next_message(tap) is None
+            assert await next_message(demux) is None
             # Both wait for their turn: the answer to the goodbye, and a message behind it.
             await trio.lowlevel.checkpoint()
             nursery.start_soon(send, b"too late")
-            tap.give_back()
+            demux.return_to_library()
             assert await why(websocket) == (1000, "that is all")
         await send(b"much too late")
         assert refused == ["the other end has said goodbye"] * 2
@@ -440,13 +442,13 @@ async def test_after_a_goodbye_nothing_more_is_sent(side: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("left", [1, 5, 100])
 async def test_an_end_in_the_middle_of_a_message_is_no_message(side: str, place: str, left: int) -> None:
-    async with open_tap(side, place=place) as (tap, websocket, peer):
-        said = peer.frames(BytesMessage(b"whole"), BytesMessage(bytes(1000)))
-        await peer.stream.send_all(said[:-left])
-        assert await next_message(tap) == b"whole"
+    async with open_tap(side, place=place) as (demux, websocket, peer):
+        by_peer = peer.frames(BytesMessage(b"whole"), BytesMessage(bytes(1000)))
+        await peer.stream.send_all(by_peer[:-left])
+        assert await next_message(demux) == b"whole"
         await trio.aclose_forcefully(peer.stream)
-        assert await next_message(tap) is None
-        tap.give_back()
+        assert await next_message(demux) is None
+        demux.return_to_library()
         assert (await why(websocket))[0] == 1006
 
 
@@ -455,29 +457,29 @@ async def test_a_connection_that_is_reset_is_the_end(side: str) -> None:
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     theirs = await trio.open_tcp_stream("127.0.0.1", port)
-    ours = with_pulse(await listeners[0].accept())
+    ours = injectable(await listeners[0].accept())
     await listeners[0].aclose()
-    async with open_tap(side, stream=ours, peer_stream=theirs) as (tap, websocket, _):
+    async with open_tap(side, stream=ours, peer_stream=theirs) as (demux, websocket, _):
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await trio.aclose_forcefully(theirs)
-        assert await next_message(tap) is None
-        tap.give_back()
+        assert await next_message(demux) is None
+        demux.return_to_library()
         assert (await why(websocket))[0] == 1006
         with pytest.raises((trio.BrokenResourceError, trio.ClosedResourceError)):
-            await send_message(tap, b"hello?")
+            await send_message(demux, b"hello?")
 
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_a_stream_that_fails_is_the_end(side: str) -> None:
-    async with open_tap(side) as (tap, websocket, peer):
+    async with open_tap(side) as (demux, websocket, peer):
 
         async def break_it() -> None:
             raise trio.BrokenResourceError
 
-        tap._stream.receive_stream.receive_some_hook = break_it  # type: ignore[attr-defined]
+        demux._stream.receive_stream.receive_some_hook = break_it  # type: ignore[attr-defined]
         await peer.send(BytesMessage(b"never heard"))
-        assert await next_message(tap) is None
-        tap.give_back()
+        assert await next_message(demux) is None
+        demux.return_to_library()
         assert (await why(websocket))[0] == 1006
 
 
@@ -488,35 +490,35 @@ async def test_a_stream_that_fails_is_the_end(side: str) -> None:
 async def test_who_stops_receiving_still_hears_the_goodbye(
     side: str, place: str, pieces: int, cut: int
 ) -> None:
-    async with open_tap(side, place=place) as (tap, websocket, peer):
+    async with open_tap(side, place=place) as (demux, websocket, peer):
         if pieces == 1:
-            said = peer.frames(BytesMessage(bytes(1500)))
+            by_peer = peer.frames(BytesMessage(bytes(1500)))
         else:
-            said = peer.frames(BytesMessage(bytes(600), message_finished=False), BytesMessage(bytes(900)))
-        await peer.stream.send_all(said[:cut])
+            by_peer = peer.frames(BytesMessage(bytes(600), message_finished=False), BytesMessage(bytes(900)))
+        await peer.stream.send_all(by_peer[:cut])
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(tap.receive)
+                nursery.start_soon(demux.receive)
                 await wait_all_tasks_blocked()
                 scope.cancel()
-        tap.give_back()
-        tap.give_back()
+        demux.return_to_library()
+        demux.return_to_library()
         async with trio.open_nursery() as nursery:
             with trio.fail_after(5):
                 nursery.start_soon(websocket.aclose, 1000, "enough")
                 (close,) = await peer.hear_of(CloseConnection)
                 assert close.reason == "enough"
-                await peer.stream.send_all(said[cut:] + peer.frames(CloseConnection(1000, "you too")))
+                await peer.stream.send_all(by_peer[cut:] + peer.frames(CloseConnection(1000, "you too")))
         # It was heard, and not just the end of the connection.
         assert websocket.closed is not None
         assert (websocket.closed.code, websocket.closed.reason) == (1000, "you too")
 
 
 async def test_what_nobody_may_send_is_an_error_and_the_library_is_not_left_waiting() -> None:
-    async with open_tap("accepted") as (tap, websocket, peer):
+    async with open_tap("accepted") as (demux, websocket, peer):
         await peer.stream.send_all(b"\xff" * 20)
         with pytest.raises(ProtocolError):
-            await next_message(tap)
-        tap.give_back()
+            await next_message(demux)
+        demux.return_to_library()
         with trio.fail_after(5), pytest.raises(ConnectionClosed):
             await websocket.get_message()

@@ -174,13 +174,13 @@ CONVERSATIONS: st.SearchStrategy[Conversation] = st.lists(
 def spoken(conversation: Conversation, *, masked: bool) -> bytes:
     """Return what another implementation sends."""
     protocol = FrameProtocol(client=masked, extensions=[])
-    said = b""
+    sent = b""
     for pieces, pings in conversation:
         for index, piece in enumerate(pieces):
-            said += protocol.send_data(piece, fin=index == len(pieces) - 1)
+            sent += protocol.send_data(piece, fin=index == len(pieces) - 1)
             if index < len(pings):
-                said += protocol.ping(pings[index])
-    return said
+                sent += protocol.ping(pings[index])
+    return sent
 
 
 def meant(conversation: Conversation) -> Heard:
@@ -213,17 +213,17 @@ def test_messages_in_pieces_with_pings_between_arrive_however_they_are_cut(
 @given(CONVERSATIONS, st.booleans(), st.integers(0, 2000))
 @settings(deadline=None)
 def test_somebody_else_can_go_on_from_anywhere(conversation: Conversation, masked: bool, cut: int) -> None:
-    said = spoken(conversation, masked=masked)
-    cut = min(cut, len(said))
+    sent = spoken(conversation, masked=masked)
+    cut = min(cut, len(sent))
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
-    ours.feed(said[:cut])
-    oracle.feed(ours.reader.take_rest())
-    oracle.feed(said[cut:])
+    ours.feed(sent[:cut])
+    oracle.feed(ours.reader.take_remainder())
+    oracle.feed(sent[cut:])
     assert oracle.heard.error is None
     assert ours.heard.messages + oracle.heard.messages == meant(conversation).messages
     assert len(ours.heard.controls + oracle.heard.controls) == len(meant(conversation).controls)
     # And nothing of it is left behind.
-    assert ours.reader.take_rest() == b""
+    assert ours.reader.take_remainder() == b""
     assert ours.feed(raw(0x82, b"anew", masked=masked)).messages[-1] == b"anew"
 
 
@@ -234,13 +234,13 @@ def test_somebody_else_can_go_on_from_anywhere(conversation: Conversation, maske
 def test_whatever_others_refuse_is_refused_and_the_rest_is_heard_alike(
     conversation: Conversation, masked: bool, damage: list[tuple[int, int]]
 ) -> None:
-    said = bytearray(spoken(conversation, masked=masked))
+    sent = bytearray(spoken(conversation, masked=masked))
     for where, value in damage:
-        if where < len(said):
-            said[where] = value
+        if where < len(sent):
+            sent[where] = value
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
-    ours.feed(bytes(said))
-    oracle.feed(bytes(said))
+    ours.feed(bytes(sent))
+    oracle.feed(bytes(sent))
     if oracle.heard.error is not None and ours.heard.error is None:
         # The other one does not wait for the end of a head that has begun badly.
         ours.feed(bytes(14))
@@ -259,7 +259,7 @@ def test_whatever_others_refuse_is_refused_and_the_rest_is_heard_alike(
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize(
-    ("said", "complaint"),
+    ("sent", "complaint"),
     [
         ([(0xC2, b"x")], "reserved bit"),
         ([(0xA2, b"x")], "reserved bit"),
@@ -280,10 +280,10 @@ def test_whatever_others_refuse_is_refused_and_the_rest_is_heard_alike(
     ],
 )
 def test_what_nobody_may_send_is_refused_with_a_reason(
-    said: list[tuple[int, bytes]], complaint: str, masked: bool
+    sent: list[tuple[int, bytes]], complaint: str, masked: bool
 ) -> None:
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
-    for first, payload in said:
+    for first, payload in sent:
         ours.feed(raw(first, payload, masked=masked))
         oracle.feed(raw(first, payload, masked=masked))
     assert complaint in (ours.heard.error or "")
@@ -294,16 +294,16 @@ def test_what_nobody_may_send_is_refused_with_a_reason(
 @pytest.mark.parametrize("first", [0x82, 0x89, 0x88])
 def test_who_connects_has_to_mask_and_nobody_else_may(first: int, masked: bool, complaint: str) -> None:
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
-    said = raw(first, b"hello", masked=not masked)
-    assert complaint in (ours.feed(said).error or "")
-    assert oracle.feed(said).error is not None
+    sent = raw(first, b"hello", masked=not masked)
+    assert complaint in (ours.feed(sent).error or "")
+    assert oracle.feed(sent).error is not None
 
 
 @pytest.mark.parametrize(("size", "width"), [(5, 2), (125, 2), (5, 8), (126, 8), (65_535, 8)])
 def test_a_size_in_more_bytes_than_it_needs_is_refused(size: int, width: int) -> None:
-    said = raw(0x82, bytes(size), width=width)
-    assert "more bytes than that needs" in (Ours(masked=False).feed(said).error or "")
-    assert Oracle(masked=False).feed(said).error is not None
+    sent = raw(0x82, bytes(size), width=width)
+    assert "more bytes than that needs" in (Ours(masked=False).feed(sent).error or "")
+    assert Oracle(masked=False).feed(sent).error is not None
 
 
 def test_a_message_beyond_the_limit_is_refused_before_it_has_come() -> None:

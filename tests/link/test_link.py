@@ -16,7 +16,7 @@ from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, Text
 
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import Overloaded
-from trio_cluster.link.demux import Tap
+from trio_cluster.link.demux import FrameDemux
 from trio_cluster.link.link import PATH, Link, LinkClosed, Refusal, accept, dial
 from trio_cluster.protocol import (
     MAGIC,
@@ -128,10 +128,10 @@ async def test_what_a_session_queues_arrives_after_a_wake(ends: tuple[End, End])
 async def test_hanging_up_sends_what_is_queued_and_tells_the_other_end_why(ends: tuple[End, End]) -> None:
     master, worker = ends
     worker.session.drain("tired")
-    worker.link.hang_up("going home")
+    worker.link.close_when_flushed("going home")
     assert await master.why() == "going home"
     assert master.closed is not None
-    assert master.closed.said
+    assert master.closed.by_peer
     assert Drain("tired") in master.heard
     assert await worker.why() == "going home"
 
@@ -148,7 +148,7 @@ async def test_hanging_up_waits_for_what_the_other_end_has_not_given_credit_for(
     worker.session.send(call, bytes(WINDOW + 1))
     worker.session.send(call, b"more")
     worker.session.done(call)
-    worker.link.hang_up("going home")
+    worker.link.close_when_flushed("going home")
     await wait_all_tasks_blocked()
     assert not worker.over.is_set()
     master.session.grant(call, WINDOW)
@@ -363,15 +363,15 @@ async def test_a_plain_http_request_is_no_link(nursery: trio.Nursery, autojump_c
     assert trio.current_time() - start < 5
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /cluster HTTP/1.1\r\n", b"\x16\x03\x01"])
+@pytest.mark.parametrize("sent", [b"", b"GET /cluster HTTP/1.1\r\n", b"\x16\x03\x01"])
 async def test_who_does_not_finish_the_handshake_is_given_up(
-    nursery: trio.Nursery, autojump_clock: MockClock, said: bytes
+    nursery: trio.Nursery, autojump_clock: MockClock, sent: bytes
 ) -> None:
     ours, theirs = memory_stream_pair()
     master = master_end(ours)
     nursery.start_soon(master.run)
-    if said:
-        await theirs.send_all(said)
+    if sent:
+        await theirs.send_all(sent)
     assert await master.why()
     assert trio.current_time() < 40
 
@@ -454,7 +454,7 @@ async def test_a_message_that_makes_no_sense_ends_the_link_at_once_and_politely(
     await worker.over.wait()
     assert trio.current_time() - start < 0.01
     assert worker.closed is not None
-    assert worker.closed.said
+    assert worker.closed.by_peer
 
 
 # The wait for company
@@ -475,7 +475,7 @@ class Busy:
         closed: why the links have ended.
     """
 
-    def __init__(self, nursery: trio.Nursery, company: float) -> None:
+    def __init__(self, nursery: trio.Nursery, linger: float) -> None:
         ours, theirs = memory_stream_pair()
         self.heard: list[tuple[float, list[Any]]] = []
         self.told: list[tuple[float, list[Any]]] = []
@@ -488,7 +488,7 @@ class Busy:
                 session,
                 on_events=lambda events, into=into: into.append((trio.current_time(), list(events))),
                 timeout=30,
-                company=company,
+                linger=linger,
             )
             for stream, session, into in (
                 (ours, self.master, self.heard),
@@ -600,7 +600,7 @@ WORKER_SAYS: dict[str, Any] = {
     "the head of an answer": lambda busy, call, fresh: busy.worker.respond(fresh, 200, "text/plain"),
     "the end of an answer": lambda busy, call, fresh: busy.worker.done(call),
     "a failure": lambda busy, call, fresh: busy.worker.fail(fresh, Overloaded("full")),
-    "a heartbeat": lambda busy, call, fresh: busy.worker.beat(),
+    "a heartbeat": lambda busy, call, fresh: busy.worker.queue_heartbeat(),
     "a farewell": lambda busy, call, fresh: busy.worker.drain("tired"),
     "a model": lambda busy, call, fresh: busy.worker.register(ModelInfo("n", "chat")),
     "many bytes": lambda busy, call, fresh: busy.worker.send(call, bytes(8 * 1024)),
@@ -636,13 +636,13 @@ async def test_messages_that_are_ready_together_leave_in_one_write_up_to_a_limit
     busy: Busy, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[int]] = []
-    send = Tap.send_nowait
+    send = FrameDemux.send_nowait
 
-    def note(tap: Tap, *messages: bytes) -> bool:
+    def note(demux: FrameDemux, *messages: bytes) -> bool:
         written.append([len(message) for message in messages])
-        return send(tap, *messages)
+        return send(demux, *messages)
 
-    monkeypatch.setattr(Tap, "send_nowait", note)
+    monkeypatch.setattr(FrameDemux, "send_nowait", note)
     calls = await busy.begin()
     written.clear()
     for call in calls:
@@ -706,7 +706,7 @@ async def test_hanging_up_never_waits(busy: Busy, autojump_clock: MockClock) -> 
     one, _, _ = await busy.begin()
     busy.send(one, b"last words")
     await trio.sleep(0.1)
-    busy.worker_link.hang_up("going home")
+    busy.worker_link.close_when_flushed("going home")
     await wait_all_tasks_blocked()
     assert busy.heard == [(pytest.approx(busy.start + 0.1, abs=EXACT), [Data(one, b"last words")])]
     assert busy.closed == ["going home", "going home"]
@@ -716,7 +716,7 @@ async def test_hanging_up_never_waits(busy: Busy, autojump_clock: MockClock) -> 
 async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.worker.send(one, b"last words")
-    busy.worker_link.hang_up("going home")
+    busy.worker_link.close_when_flushed("going home")
     await wait_all_tasks_blocked()
     assert busy.heard == [(busy.start, [Data(one, b"last words")])]
     assert trio.current_time() == busy.start

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from trio_cluster.local.adapters import Provider, ThreadProvider, driver_for
+from trio_cluster.local.adapters import Provider, ThreadProvider, adapt
 
 
 class Collector:
@@ -91,14 +91,14 @@ SHAPES = [
 @pytest.mark.parametrize(("handler", "values"), SHAPES)
 async def test_every_shape_pushes_what_it_gives(handler: Any, values: list[str]) -> None:
     collector = Collector()
-    await driver_for(handler)("a b", collector)
+    await adapt(handler)("a b", collector)
     assert collector.values == values
 
 
 @pytest.mark.parametrize("handler", [async_push, push])
 async def test_a_push_handler_can_end_its_output(handler: Any) -> None:
     collector = Collector()
-    await driver_for(handler)("a b", collector)
+    await adapt(handler)("a b", collector)
     assert collector.ended
 
 
@@ -117,7 +117,7 @@ async def test_plain_functions_run_in_a_thread() -> None:
         threads.append(threading.get_ident())
 
     for handler in (notes_generator, notes_function, notes_push):
-        await driver_for(handler)("a", Collector())
+        await adapt(handler)("a", Collector())
     assert len(threads) == 3
     assert threading.get_ident() not in threads
 
@@ -151,7 +151,7 @@ async def yields_and_pushes(request: str, provider: Provider) -> AsyncIterator[s
 )
 def test_other_shapes_are_refused_when_they_are_registered(handler: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        driver_for(handler)
+        adapt(handler)
 
 
 async def test_a_cancelled_generator_in_a_thread_is_closed(autojump_clock: trio.testing.MockClock) -> None:
@@ -169,7 +169,7 @@ async def test_a_cancelled_generator_in_a_thread_is_closed(autojump_clock: trio.
             await trio.sleep_forever()
 
     with trio.move_on_after(1) as scope:
-        await driver_for(endless)("a", Slow())
+        await adapt(endless)("a", Slow())
     assert scope.cancelled_caught
     assert closed.is_set()
 
@@ -183,7 +183,7 @@ async def test_a_thread_learns_of_a_cancellation_where_it_asks() -> None:
             trio.from_thread.check_cancelled()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(driver_for(asks), "a", Collector())
+        nursery.start_soon(adapt(asks), "a", Collector())
         await trio.to_thread.run_sync(started.wait)
         nursery.cancel_scope.cancel()
 
@@ -203,5 +203,5 @@ async def test_leaving_an_async_generator_runs_its_cleanup() -> None:
             raise trio.ClosedResourceError
 
     with pytest.raises(trio.ClosedResourceError):
-        await driver_for(handler)("a", Refusing())
+        await adapt(handler)("a", Refusing())
     assert cleaned == ["done"]

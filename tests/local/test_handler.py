@@ -18,7 +18,7 @@ from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ApiError, Overloaded, ShuttingDown
 from trio_cluster.local.adapters import Provider, ThreadProvider
 from trio_cluster.local.handler import HandlerBackend
-from trio_cluster.local.pool import MAX_WAITING, TURN_OUTPUTS, HandlerPool
+from trio_cluster.local.pool import MAX_OUTPUTS_PER_TURN, MAX_WAITING, HandlerPool
 from trio_cluster.openai import ChatRequest, OutputChunk
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 
@@ -487,7 +487,7 @@ async def test_a_handler_that_never_waits_gives_way_after_a_few_pushes(bench: Be
     await look()
     steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     # The one that looks may run at the end of one turn and at the beginning of the next one.
-    assert 2 <= max(steps) <= 2 * TURN_OUTPUTS
+    assert 2 <= max(steps) <= 2 * MAX_OUTPUTS_PER_TURN
     assert isinstance((await everything(call))[-1], Done)
 
 

@@ -392,4 +392,4 @@ def test_it_answers_everything_and_cannot_be_given_more() -> None:
     assert backend.info.answers("chat", "chat.completions")
     assert backend.info.answers("custom", "/v1/whatever")
     with pytest.raises(ValueError, match="every route"):
-        backend.extend("/v1/x", echo)
+        backend.add_endpoint("/v1/x", echo)

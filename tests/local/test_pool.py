@@ -178,7 +178,9 @@ async def test_a_route_of_its_own_gets_the_form_and_its_bytes(bench: Bench) -> N
         return f"{len(request.body)} {len(request.files['file'][0])}"
 
     upload = Upload()
-    backend = HandlerBackend(ModelInfo("m", "custom", also=("/v1/x",)), handler, bench.pool, "/v1/x")
+    backend = HandlerBackend(
+        ModelInfo("m", "custom", extra_endpoints=("/v1/x",)), handler, bench.pool, "/v1/x"
+    )
     call = backend.open(Request("/v1/x", "custom", "m", b"", TYPE, upload=upload))
     upload.put(FORM[:100])
     upload.put(FORM[100:], last=True)
@@ -196,8 +198,8 @@ async def test_a_handler_for_more_answers_that_and_the_first_one_what_it_did(ben
         return "own"
 
     backend = HandlerBackend(ModelInfo("m", "chat"), chat, bench.pool)
-    backend.extend("/v1/x", own)
-    assert backend.info.also == ("/v1/x",)
+    backend.add_endpoint("/v1/x", own)
+    assert backend.info.extra_endpoints == ("/v1/x",)
     assert backend.info.answers("custom", "/v1/x")
     assert not backend.info.answers("custom", "/v1/y")
     body = b'{"model": "m", "messages": [{"role": "user", "content": "a"}]}'
@@ -211,10 +213,10 @@ def test_what_a_model_does_already_it_does_not_get_a_second_time() -> None:
 
     backend = HandlerBackend(ModelInfo("m", "chat"), handler, HandlerPool(ClusterServerOptions()))
     with pytest.raises(ValueError, match="answers chat already"):
-        backend.extend("chat", handler)
-    backend.extend("/v1/x", handler)
+        backend.add_endpoint("chat", handler)
+    backend.add_endpoint("/v1/x", handler)
     with pytest.raises(ValueError, match="answers /v1/x already"):
-        backend.extend("/v1/x", handler)
+        backend.add_endpoint("/v1/x", handler)
     with pytest.raises(TypeError):
-        backend.extend("/v1/y", "no function")  # type: ignore[arg-type]
-    assert backend.info.also == ("/v1/x",)
+        backend.add_endpoint("/v1/y", "no function")  # type: ignore[arg-type]
+    assert backend.info.extra_endpoints == ("/v1/x",)

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster.net.idle import IdleLimit
+from trio_cluster.net.idle import IdleTimeout
 
 
 class One:
@@ -18,13 +18,13 @@ class One:
 
 
 @pytest.fixture
-async def limit(nursery: trio.Nursery) -> IdleLimit:
-    limit = IdleLimit(10)
+async def limit(nursery: trio.Nursery) -> IdleTimeout:
+    limit = IdleTimeout(10)
     nursery.start_soon(limit.run)
     return limit
 
 
-async def test_each_is_told_once_at_its_own_time(limit: IdleLimit, autojump_clock: MockClock) -> None:
+async def test_each_is_told_once_at_its_own_time(limit: IdleTimeout, autojump_clock: MockClock) -> None:
     start = trio.current_time()
     ones = [One() for _ in range(3)]
     for one in ones:
@@ -34,7 +34,7 @@ async def test_each_is_told_once_at_its_own_time(limit: IdleLimit, autojump_cloc
     assert [one.expired for one in ones] == [[pytest.approx(start + since + 10)] for since in (0, 4, 8)]
 
 
-async def test_who_is_not_idle_any_more_is_not_told(limit: IdleLimit, autojump_clock: MockClock) -> None:
+async def test_who_is_not_idle_any_more_is_not_told(limit: IdleTimeout, autojump_clock: MockClock) -> None:
     busy, idle = One(), One()
     limit.begin(busy)
     limit.begin(idle)
@@ -45,7 +45,7 @@ async def test_who_is_not_idle_any_more_is_not_told(limit: IdleLimit, autojump_c
     assert (busy.expired, len(idle.expired)) == ([], 1)
 
 
-async def test_time_counts_from_the_last_beginning(limit: IdleLimit, autojump_clock: MockClock) -> None:
+async def test_time_counts_from_the_last_beginning(limit: IdleTimeout, autojump_clock: MockClock) -> None:
     start = trio.current_time()
     one, other = One(), One()
     limit.begin(one)
@@ -59,7 +59,7 @@ async def test_time_counts_from_the_last_beginning(limit: IdleLimit, autojump_cl
     assert one.expired == [pytest.approx(start + 17)]
 
 
-async def test_one_may_be_idle_again_after_nobody_was(limit: IdleLimit, autojump_clock: MockClock) -> None:
+async def test_one_may_be_idle_again_after_nobody_was(limit: IdleTimeout, autojump_clock: MockClock) -> None:
     one = One()
     limit.begin(one)
     await trio.sleep(50)

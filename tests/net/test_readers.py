@@ -29,11 +29,11 @@ class Connection:
         self.failed: list[Exception] = []
         self.reading: Reading = reader.reading(self.stream, self)
 
-    def feed(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         self.fed.append(data)
         self.on_feed(data)
 
-    def fail(self, error: Exception) -> None:
+    def read_failed(self, error: Exception) -> None:
         self.failed.append(error)
 
     def close(self) -> None:

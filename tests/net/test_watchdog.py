@@ -20,7 +20,13 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Request
 
 from trio_cluster.link.link import Link, LinkClosed, accept, dial
-from trio_cluster.net.watchdog import PulsedStream, beating, blamed_code, take_lag, with_pulse
+from trio_cluster.net.watchdog import (
+    InjectableStream,
+    blocking_frame,
+    heartbeats_while_blocked,
+    injectable,
+    take_max_lag,
+)
 from trio_cluster.protocol import Handshake, Heartbeat, MasterSession, WorkerSession, decode
 
 EVERY = 0.05
@@ -34,8 +40,8 @@ class Pair:
         # As small as the system allows, so that it is soon full.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        stream = with_pulse(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
-        assert isinstance(stream, PulsedStream)
+        stream = injectable(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        assert isinstance(stream, InjectableStream)
         self.stream = stream
         self._received = b""
 
@@ -114,7 +120,7 @@ def nothing() -> None:
 
 
 async def test_frames_are_written_while_the_loop_is_blocked_and_say_by_what(pair: Pair) -> None:
-    with beating(pair.stream, EVERY, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         block_until(lambda: len(lags(pair.received())) >= 5)
     told = lags(pair.received())
     assert told == sorted(told)
@@ -125,7 +131,7 @@ async def test_frames_are_written_while_the_loop_is_blocked_and_say_by_what(pair
 
 async def test_nothing_is_written_while_the_loop_runs_be_it_idle_or_busy(pair: Pair) -> None:
     # Long enough for a process that does not get its time at once.
-    with beating(pair.stream, 1.0, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, 1.0, frame, nothing):
         await trio.sleep(1.1)
         end = time.monotonic() + 1.1
         while time.monotonic() < end:
@@ -136,7 +142,7 @@ async def test_nothing_is_written_while_the_loop_runs_be_it_idle_or_busy(pair: P
 async def test_a_turn_shorter_than_the_interval_is_no_block_but_an_overdue_beat_is_made_up_for(
     pair: Pair,
 ) -> None:
-    with beating(pair.stream, 1.0, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, 1.0, frame, nothing):
         await trio.sleep(0.8)
         block(0.6)
     assert pair.received().endswith(b" >")
@@ -144,7 +150,7 @@ async def test_a_turn_shorter_than_the_interval_is_no_block_but_an_overdue_beat_
 
 
 async def test_what_the_loop_has_just_written_needs_no_second_sign_of_life(pair: Pair) -> None:
-    with beating(pair.stream, 1.0, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, 1.0, frame, nothing):
         await trio.sleep(0.6)
         await pair.stream.send_all(b"x")
         block(0.6)
@@ -155,19 +161,19 @@ async def test_nothing_is_written_before_the_block_is_entered_nor_after_it_was_l
     block(3 * EVERY)
     # So that nothing is overdue in the block, however slow this machine is.
     await pair.stream.send_all(b"x")
-    with beating(pair.stream, EVERY, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         await trio.lowlevel.checkpoint()
     block(3 * EVERY)
     assert pair.received() == b"x"
-    assert not pair.stream.slip_in(b"late")
+    assert not pair.stream.inject_frame(b"late")
 
 
 async def test_every_stream_gets_its_own_frames_from_one_thread(pair: Pair) -> None:
     other = Pair()
     with other.far:
         with (
-            beating(pair.stream, EVERY, frame, nothing),
-            beating(other.stream, EVERY, lambda lag, blame: b"o", nothing),
+            heartbeats_while_blocked(pair.stream, EVERY, frame, nothing),
+            heartbeats_while_blocked(other.stream, EVERY, lambda lag, blame: b"o", nothing),
         ):
             assert len(pulse_threads()) == 1
             block_until(lambda: len(lags(pair.received())) >= 2 and other.received().count(b"o") >= 2)
@@ -177,7 +183,7 @@ async def test_every_stream_gets_its_own_frames_from_one_thread(pair: Pair) -> N
 async def test_the_thread_ends_with_the_last_stream_and_begins_anew_with_the_next(pair: Pair) -> None:
     assert pulse_threads() == []
     for _ in range(2):
-        with beating(pair.stream, EVERY, frame, nothing):
+        with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
             (thread,) = pulse_threads()
             assert thread.daemon
             before = len(pair.received())
@@ -188,8 +194,8 @@ async def test_the_thread_ends_with_the_last_stream_and_begins_anew_with_the_nex
 
 async def test_a_memory_stream_has_no_pulse() -> None:
     ours, _theirs = memory_stream_pair()
-    assert with_pulse(ours) is ours
-    with beating(ours, EVERY, frame, nothing):
+    assert injectable(ours) is ours
+    with heartbeats_while_blocked(ours, EVERY, frame, nothing):
         assert pulse_threads() == []
 
 
@@ -200,7 +206,7 @@ async def test_without_a_thread_to_be_had_the_stream_works_as_before(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with beating(pair.stream, EVERY, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         await pair.stream.send_all(b"x")
     assert pair.received() == b"x"
     assert "can't start new thread" in caplog.text
@@ -211,7 +217,7 @@ async def test_the_end_of_a_block_is_told_in_the_loop_and_both_are_logged_once(
 ) -> None:
     revivals: list[int] = []
     loop = threading.get_ident()
-    with beating(pair.stream, EVERY, frame, lambda: revivals.append(threading.get_ident())):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, lambda: revivals.append(threading.get_ident())):
         block_until(lambda: len(lags(pair.received())) >= 3 and caplog.records)
         assert revivals == []
         await wait_all_tasks_blocked()
@@ -237,7 +243,7 @@ async def test_the_thread_completes_what_the_loop_had_begun_to_write(
     nursery.start_soon(pair.stream.send_all, large)
     await wait_all_tasks_blocked()
     assert pair.stream._unsent, "the buffers are too large for this test"
-    with beating(pair.stream, EVERY, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         result = pair.read_in_thread()
         # Not one turn of the loop passes here.
         block_until(lambda: not pair.stream._unsent)
@@ -250,12 +256,12 @@ async def test_the_thread_completes_what_the_loop_had_begun_to_write(
 
 
 async def test_the_loop_completes_what_the_thread_could_not(pair: Pair) -> None:
-    pair.stream.let_frames_in(True)
+    pair.stream.allow_injection(True)
     large = bytes(range(256)) * 8000
     before = pair.stream.last_frame
-    assert pair.stream.slip_in(large)
+    assert pair.stream.inject_frame(large)
     assert pair.stream.last_frame == before, "it is not there before its end is"
-    assert not pair.stream.slip_in(b"more"), "there is no room for more, so nothing may pile up"
+    assert not pair.stream.inject_frame(b"more"), "there is no room for more, so nothing may pile up"
     result = pair.read_in_thread()
     await pair.stream.send_all(b"after")
     await pair.stream.aclose()
@@ -282,10 +288,10 @@ async def test_a_send_that_is_cancelled_before_it_begins_writes_nothing(pair: Pa
 
 
 async def test_the_thread_does_not_wait_for_a_stream_that_is_being_written_to(pair: Pair) -> None:
-    pair.stream.let_frames_in(True)
+    pair.stream.allow_injection(True)
     with pair.stream._lock:
         began = time.monotonic()
-        assert not await trio.to_thread.run_sync(pair.stream.slip_in, b"x")
+        assert not await trio.to_thread.run_sync(pair.stream.inject_frame, b"x")
         assert time.monotonic() - began < 1
     assert pair.received() == b""
 
@@ -293,13 +299,13 @@ async def test_the_thread_does_not_wait_for_a_stream_that_is_being_written_to(pa
 async def test_nothing_is_written_after_the_stream_was_closed_even_if_its_descriptor_is_used_again(
     pair: Pair,
 ) -> None:
-    pair.stream.let_frames_in(True)
+    pair.stream.allow_injection(True)
     number = pair.stream._stream.socket.fileno()
     close = pair.stream._stream.aclose
 
     async def look_before_closing() -> None:
         # The last moment at which the descriptor is still there.
-        assert not await trio.to_thread.run_sync(pair.stream.slip_in, b"x")
+        assert not await trio.to_thread.run_sync(pair.stream.inject_frame, b"x")
         await close()
 
     pair.stream._stream.aclose = look_before_closing  # type: ignore[method-assign]
@@ -308,7 +314,7 @@ async def test_nothing_is_written_after_the_stream_was_closed_even_if_its_descri
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert number in (ours.fileno(), theirs.fileno())
-        assert not pair.stream.slip_in(b"x")
+        assert not pair.stream.inject_frame(b"x")
         for each in (ours, theirs):
             with pytest.raises(BlockingIOError):
                 each.recv(1, socket.MSG_DONTWAIT)
@@ -318,7 +324,7 @@ async def test_nothing_is_written_after_the_stream_was_closed_even_if_its_descri
 
 async def test_a_stream_whose_other_end_is_gone_is_left_to_the_loop(pair: Pair) -> None:
     pair.far.close()
-    with beating(pair.stream, EVERY, frame, nothing):
+    with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         block(3 * EVERY)
         with pytest.raises(trio.BrokenResourceError):
             await pair.stream.send_all(b"x")
@@ -348,7 +354,7 @@ def blame_during(function: Callable[[threading.Event], object]) -> str:
             if held is not None and held.f_code is threading.Condition.wait.__code__:
                 break
             time.sleep(0.001)
-        return blamed_code(thread.ident)
+        return blocking_frame(thread.ident)
     finally:
         over.set()
         thread.join()
@@ -394,7 +400,7 @@ def test_whatever_a_model_or_a_file_is_called_the_blame_can_be_printed() -> None
 
 
 def test_a_thread_that_is_gone_has_done_nothing() -> None:
-    assert blamed_code(-1) == "unknown code"
+    assert blocking_frame(-1) == "unknown code"
 
 
 def test_the_line_that_started_the_loop_is_not_to_blame_for_what_a_library_does() -> None:
@@ -403,7 +409,7 @@ def test_the_line_that_started_the_loop_is_not_to_blame_for_what_a_library_does(
 
     def look(loop: int) -> None:
         time.sleep(0.1)
-        blames.append(blamed_code(loop))
+        blames.append(blocking_frame(loop))
         seen.set()
 
     async def main() -> None:
@@ -422,17 +428,17 @@ def test_the_line_that_started_the_loop_is_not_to_blame_for_what_a_library_does(
 
 
 async def test_the_lag_is_the_longest_turn_since_it_was_last_asked_for(pair: Pair) -> None:
-    assert take_lag() == 0.0
-    with beating(pair.stream, 10.0, frame, nothing):
+    assert take_max_lag() == 0.0
+    with heartbeats_while_blocked(pair.stream, 10.0, frame, nothing):
         block(0.3)
         await trio.sleep(0.01)
         block(0.02)
         await trio.lowlevel.checkpoint()
-        assert 0.3 <= take_lag() < 3
+        assert 0.3 <= take_max_lag() < 3
         await trio.sleep(0.05)
-        assert take_lag() < 0.3
+        assert take_max_lag() < 0.3
         block(0.3)
-        assert 0.3 <= take_lag() < 3, "the turn that has not ended counts as well"
+        assert 0.3 <= take_max_lag() < 3, "the turn that has not ended counts as well"
 
 
 # Over a link
@@ -446,7 +452,7 @@ class Peer:
     def __init__(self, kind: wsproto.ConnectionType) -> None:
         ours, theirs = socket.socketpair()
         self.socket = theirs
-        self.near = with_pulse(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        self.near = injectable(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
         self.protocol = wsproto.WSConnection(kind)
 
     def say(self, event: Any) -> None:

@@ -20,7 +20,9 @@ from trio_cluster.openai.requests.schemas import by_type, members_of, or_null
 PATHS = describe_endpoints()
 # Reading a request costs little, and drawing one a lot; what is drawn first is as good as what comes later.
 EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

@@ -30,12 +30,12 @@ from trio_cluster.protocol import (
     Grant,
     Handshake,
     Heartbeat,
-    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
     ProtocolError,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
     decode,
     encode,
@@ -71,7 +71,7 @@ EXAMPLES: list[Message] = [
     Cancel(7, "client left"),
     Grant(7, WINDOW),
     Drain("restart"),
-    Leave("upgrade"),
+    Shutdown("upgrade"),
 ]
 
 
@@ -119,7 +119,7 @@ def test_the_numbers_on_the_wire_are_those_of_protocol_1() -> None:
         "Cancel",
         "Grant",
         "Drain",
-        "Leave",
+        "Shutdown",
     ]
 
 
@@ -317,7 +317,7 @@ OUTSIDE: list[tuple[type[Message], str, Any]] = [
     (Grant, "credit", -5),
     (Grant, "credit", WINDOW + 1),
     (Drain, "reason", "x" * 8193),
-    (Leave, "reason", "x" * 8193),
+    (Shutdown, "reason", "x" * 8193),
 ]
 
 

@@ -23,13 +23,13 @@ from trio_cluster.protocol import (
     ForwardResponse,
     Grant,
     Heartbeat,
-    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
     ProtocolError,
     RegisterModel,
     Role,
+    Shutdown,
     UnregisterModel,
     encode,
 )
@@ -121,7 +121,7 @@ class Conversation(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 5.0]))
     def time_passes(self, seconds: float) -> None:
         for session in (self.link.master, self.link.worker):
-            session._last_heard = self.link.now  # silence has tests of its own
+            session._last_received = self.link.now  # silence has tests of its own
         self.link.now += seconds
         self.link.master.tick(self.link.now)
         self.link.worker.tick(self.link.now)
@@ -279,7 +279,7 @@ class Conversation(RuleBasedStateMachine):
         self.both_ends_agree_on_what_is_open()
         for call in link.worker.open_calls:
             link.worker.fail(call, ApiError(500, "cut"))
-        assert link.worker.quiet
+        assert link.worker.idle
         self.connect()
 
     def finish_quietly(self) -> None:
@@ -303,10 +303,10 @@ class Conversation(RuleBasedStateMachine):
                 self.tell_worker(event)
             for event in to_master:
                 self.tell_master(event)
-            if not to_master and not to_worker and link.master.quiet and link.worker.quiet:
+            if not to_master and not to_worker and link.master.idle and link.worker.idle:
                 break
-        assert link.master.quiet
-        assert link.worker.quiet
+        assert link.master.idle
+        assert link.worker.idle
         for told in self.calls.values():
             assert len(told.ends) == 1
             assert told.ends[0] == told.end
@@ -342,7 +342,7 @@ ANY_MESSAGE: st.SearchStrategy[Message] = st.one_of(
             UnregisterModel("m"),
             ModelRegistered("m"),
             ModelRejected("m", "no"),
-            Leave("now"),
+            Shutdown("now"),
         ]
     ),
 )

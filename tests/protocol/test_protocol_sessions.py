@@ -29,7 +29,6 @@ from trio_cluster.protocol import (
     Handshake,
     HandshakeError,
     Heartbeat,
-    Leave,
     MasterSession,
     Message,
     ModelRegistered,
@@ -37,6 +36,7 @@ from trio_cluster.protocol import (
     PeerSilent,
     ProtocolError,
     RegisterModel,
+    Shutdown,
     State,
     UnregisterModel,
     WorkerSession,
@@ -83,8 +83,8 @@ def test_both_ends_introduce_themselves_first_and_know_each_other_afterwards() -
     assert link.master.peer == Handshake(MAGIC, 1, 1, "w", "1.0")
     assert link.worker.peer == Handshake(MAGIC, 1, 1, "m", "1.0")
     assert (link.master.protocol, link.worker.protocol) == (1, 1)
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
 
 
 @pytest.mark.parametrize("session", [MasterSession("m", "1", 0.0), WorkerSession("w", "1", 0.0)])
@@ -123,9 +123,9 @@ def test_no_call_can_be_opened_before_the_handshake() -> None:
         Link().open()
 
 
-@pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Leave("go")])
+@pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Shutdown("go")])
 def test_a_master_is_not_told_what_only_masters_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Leave)"):
+    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Shutdown)"):
         shaken().master.receive(encode([message]), 0.0)
 
 
@@ -144,7 +144,7 @@ def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
     link.master.model_registered("echo")
     link.master.model_rejected("other", "x" * 10_000)
     link.master.drain("upgrade")
-    link.master.leave("y" * 10_000)
+    link.master.shut_down("y" * 10_000)
     to_master, to_worker = link.settle()
     assert to_master == [RegisterModel.of(info), UnregisterModel("old"), Drain("restart")]
     assert to_master[0].info() == info
@@ -152,7 +152,7 @@ def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
         ModelRegistered("echo"),
         ModelRejected("other", "x" * 8191 + "…"),
         Drain("upgrade"),
-        Leave("y" * 8191 + "…"),
+        Shutdown("y" * 8191 + "…"),
     ]
 
 
@@ -176,8 +176,8 @@ def test_heartbeats_carry_the_load_and_come_at_their_interval() -> None:
 def test_a_beat_is_a_heartbeat_before_its_time() -> None:
     link = shaken()
     link.worker.load = (1, 2, 3)
-    link.worker.beat()
-    assert not link.worker.quiet
+    link.worker.queue_heartbeat()
+    assert not link.worker.idle
     assert link.settle()[0] == [Heartbeat(1, 2, 3)]
     assert link.worker.deadline() == 5.0
 
@@ -201,18 +201,18 @@ def test_heartbeats_carry_the_lag_and_how_far_each_call_is() -> None:
     link = shaken()
     link.worker.load = (1, 1, 4)
     link.worker.lag = 2.5
-    link.worker.tell_progress([(1, 700), (2, -1)])
-    link.worker.beat()
+    link.worker.report_progress([(1, 700), (2, -1)])
+    link.worker.queue_heartbeat()
     assert link.settle()[0] == [Heartbeat(1, 1, 4, 2.5, progress=((1, 700), (2, -1)))]
     link.worker.load = (2, 0, 4)
-    link.worker.beat()
+    link.worker.queue_heartbeat()
     assert link.settle()[0] == [Heartbeat(2, 0, 4, 2.5, progress=((1, 700), (2, -1)))]
 
 
 def test_of_very_many_calls_only_some_are_told_about() -> None:
     link = shaken()
-    link.worker.tell_progress((call, 0) for call in range(1, 2000))
-    link.worker.beat()
+    link.worker.report_progress((call, 0) for call in range(1, 2000))
+    link.worker.queue_heartbeat()
     (beat,) = link.settle()[0]
     assert [call for call, _ in beat.progress] == list(range(1, 1025))
 
@@ -242,7 +242,7 @@ def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> No
     session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
     session.receive(encode([GREETING]), 10.0)
     assert session.silence(25.0) == 15.0
-    session.excuse(60.0, 85.0)
+    session.extend_silence_deadline(60.0, 85.0)
     assert session.silence(85.0) == 15.0
     session.tick(99.9)
     with pytest.raises(PeerSilent):
@@ -252,7 +252,7 @@ def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> No
 def test_no_excuse_lets_a_peer_be_heard_in_the_future() -> None:
     session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
     session.receive(encode([GREETING]), 80.0)
-    session.excuse(60.0, 80.0)
+    session.extend_silence_deadline(60.0, 80.0)
     assert session.silence(81.0) == 1.0
 
 
@@ -342,7 +342,7 @@ def test_an_empty_piece_of_an_answer_is_a_sign_of_life_that_needs_no_credit() ->
     link.worker.done(call)
     link.master.grant(call, WINDOW)
     assert link.settle()[0] == [Data(call, b"x"), Done(call)]
-    assert link.worker.quiet
+    assert link.worker.idle
 
 
 def test_signs_of_life_do_not_pile_up_behind_bytes_that_wait_for_credit() -> None:
@@ -483,8 +483,8 @@ def test_a_head_precedes_its_data_and_its_end_follows_them() -> None:
     assert link.worker.queued(call) == 3
     told = link.settle()[0]
     assert told == [ForwardResponse(call, 200, "text/plain", (("x-a", "1"),)), Data(call, b"abc"), Done(call)]
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
 
 
 def test_a_failure_comes_after_what_was_produced_before_it() -> None:
@@ -495,11 +495,11 @@ def test_a_failure_comes_after_what_was_produced_before_it() -> None:
     assert link.worker.open_calls == ()
     assert link.worker.state(call) is State.ENDED
     assert sum(len(event.data) for event in link.settle()[0]) == WINDOW
-    assert not link.worker.quiet
+    assert not link.worker.idle
     link.master.grant(call, WINDOW)
     data, failed = link.settle()[0]
     assert (data, failed) == (Data(call, bytes(10)), Failed.of(call, ApiError(500, "broke")))
-    assert link.worker.quiet
+    assert link.worker.idle
 
 
 def test_a_cancel_lets_an_end_that_waits_for_credit_out_at_once() -> None:
@@ -512,8 +512,8 @@ def test_a_cancel_lets_an_end_that_waits_for_credit_out_at_once() -> None:
     to_master, to_worker = link.settle()
     assert to_worker == []
     assert to_master == [Done(call)]
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
 
 
 def test_of_a_cancelled_call_only_the_end_is_told_and_nothing_is_owed_for_its_data() -> None:
@@ -534,10 +534,10 @@ def test_of_a_cancelled_call_only_the_end_is_told_and_nothing_is_owed_for_its_da
     assert written(link.worker) == []
     link.worker.done(call)
     assert link.settle()[0] == [Done(call)]
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
     link.master.cancel(call, "too late")
-    assert link.master.quiet
+    assert link.master.idle
 
 
 def test_a_body_is_given_up_when_the_answer_ends_before_it() -> None:
@@ -549,8 +549,8 @@ def test_a_body_is_given_up_when_the_answer_ends_before_it() -> None:
     assert [type(event) for event in link.settle()[0]] == [Failed]
     assert link.master.queued(call) == 0
     link.master.send_body(call, b"more", last=True)
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
 
 
 # Bounds
@@ -562,7 +562,7 @@ def test_what_is_too_large_to_forward_is_the_clients_fault_and_opens_nothing() -
         extra: Any = {field: value}
         with pytest.raises(InvalidRequest, match="cannot be forwarded"):
             master.open(endpoint="e", kind="chat", model="m", **extra)
-    assert master.quiet
+    assert master.idle
     assert master.open(endpoint="e", kind="chat", model="m") == 1
 
 
@@ -653,8 +653,8 @@ def test_ended_calls_need_no_memory() -> None:
         link.worker.send(call, b"x")
         link.worker.done(call)
         link.settle()
-    assert link.master.quiet
-    assert link.worker.quiet
+    assert link.master.idle
+    assert link.worker.idle
     assert link.master.open_calls == link.worker.open_calls == ()
 
 
@@ -716,7 +716,7 @@ def test_a_closed_session_says_nothing_hears_nothing_and_swallows_what_its_users
     link.master.send_body(call, b"x", last=True)
     link.master.cancel(call, "x")
     link.master.model_registered("m")
-    link.master.leave("x")
+    link.master.shut_down("x")
     with pytest.raises(WorkerLost, match=r"'w' .* cut off"):
         link.open()
     link.worker.respond(call, 200, "text/plain")

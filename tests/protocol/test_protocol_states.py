@@ -9,8 +9,8 @@ from protocol_link import Link, shaken
 
 from trio_cluster.errors import ApiError
 from trio_cluster.protocol import (
-    HEARS,
-    SAYS,
+    RECEIVE_TRANSITIONS,
+    SEND_TRANSITIONS,
     Cancel,
     Data,
     Done,
@@ -84,7 +84,9 @@ def cells(rendered: str) -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
-@pytest.mark.parametrize(("verb", "tables"), [("says", SAYS), ("hears", HEARS)], ids=["says", "hears"])
+@pytest.mark.parametrize(
+    ("verb", "tables"), [("says", SEND_TRANSITIONS), ("hears", RECEIVE_TRANSITIONS)], ids=["says", "hears"]
+)
 def test_the_tables_are_those_of_protocol_1(role: Role, verb: str, tables: Any) -> None:
     rendered = markdown(tables[role])
     assert cells(rendered) == cells(TABLES[f"{role.value} {verb}"])
@@ -94,7 +96,7 @@ def test_the_tables_are_those_of_protocol_1(role: Role, verb: str, tables: Any) 
 
 
 def test_a_rendered_table_is_markdown_with_its_rows_in_the_order_of_a_calls_life() -> None:
-    assert markdown(SAYS[Role.MASTER]) == TABLES["master says"].lstrip()
+    assert markdown(SEND_TRANSITIONS[Role.MASTER]) == TABLES["master says"].lstrip()
 
 
 def in_state(role: Role, state: State) -> tuple[Link, int]:

@@ -135,7 +135,7 @@ def test_a_model_is_gone_when_its_last_replica_is() -> None:
 def test_a_closed_registry_refuses_with_503() -> None:
     registry = Registry()
     registry.add(CHAT, Scripted("w1"))
-    registry.closed_to = "closing"
+    registry.draining_reason = "closing"
     with pytest.raises(ShuttingDown, match="closing"):
         registry.open(request())
 
@@ -156,8 +156,8 @@ def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | 
     registry, backend = Registry(), Scripted("w1")
     registry.add(CHAT, backend)
     call = registry.open(request())
-    books = registry.books
-    assert (books.admitted, len(registry.live)) == (1, 1)
+    stats = registry.stats
+    assert (stats.admitted, len(registry.live)) == (1, 1)
     if end is None:
         call.cancel("client left")
     else:
@@ -167,7 +167,7 @@ def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | 
     call.release()
     call.release()
     assert len(registry.live) == 0
-    outcomes = {name: value for name, value in attrs.asdict(books).items() if value}
+    outcomes = {name: value for name, value in attrs.asdict(stats).items() if value}
     assert outcomes == {"admitted": 1, entry: 1}
 
 
@@ -183,7 +183,7 @@ def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error:
     again = registry.reopen(call)
     assert again is not None
     assert again.served_by == "w2"
-    assert registry.books.retried == 1
+    assert registry.stats.retried == 1
 
 
 def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
@@ -201,7 +201,7 @@ def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothi
     call = registry.open(attrs.evolve(request(), budget=10.0))
     call.put(Failed(WorkerLost("w1", "killed")))
     assert registry.reopen(call, 0.0) is None
-    assert registry.books.retried == 0
+    assert registry.stats.retried == 0
     again = registry.reopen(call, 2.5)
     assert again is not None
     assert again.request.budget == 2.5
@@ -222,9 +222,11 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
         call.cancel("enough")
         now += seconds
         call.release()
-    classes = dict(zip((*registry.cancels.BOUNDS, math.inf), registry.cancels.counts, strict=True))
+    classes = dict(
+        zip((*registry.cancel_durations.BOUNDS, math.inf), registry.cancel_durations.counts, strict=True)
+    )
     assert {bound: count for bound, count in classes.items() if count} == {0.005: 1, 0.01: 1, math.inf: 1}
-    assert registry.cancels.total == pytest.approx(60.01)
+    assert registry.cancel_durations.total == pytest.approx(60.01)
 
 
 @pytest.mark.parametrize("error", [ApiError(500, "x"), TooSlow("x"), Overloaded("x")])
@@ -276,17 +278,17 @@ def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
     registry, one, two = Registry(), Scripted("w1"), Scripted("w2")
     untouched = ModelInfo("raw", "any")
     registry.add(CHAT, one)
-    assert not registry.has_untouched
+    assert not registry.has_passthrough
     registry.add(untouched, one, replicate=True)
     registry.add(untouched, two, replicate=True)
     registry.remove("raw", one)
-    assert registry.has_untouched
+    assert registry.has_passthrough
     registry.remove("raw", two)
-    assert not registry.has_untouched
+    assert not registry.has_passthrough
     registry.update(ModelInfo("m", "any"), one)
-    assert registry.has_untouched
+    assert registry.has_passthrough
     registry.update(CHAT, one)
-    assert not registry.has_untouched
+    assert not registry.has_passthrough
 
 
 # What a model answers beside its kind
@@ -296,9 +298,9 @@ def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
     registry, backend = Registry(), Scripted("w1")
     registry.add(CHAT, backend)
     assert not registry.answers("/v1/x")
-    registry.update(attrs.evolve(CHAT, also=("/v1/x",), owner="me"), backend)
+    registry.update(attrs.evolve(CHAT, extra_endpoints=("/v1/x",), owner="me"), backend)
     assert registry.answers("/v1/x")
-    assert (registry.infos()[0].owner, registry.infos()[0].also) == ("me", ("/v1/x",))
+    assert (registry.infos()[0].owner, registry.infos()[0].extra_endpoints) == ("me", ("/v1/x",))
     assert registry.check("m", "custom", "/v1/x").name == "m"
     with pytest.raises(WrongKind):
         registry.check("m", "custom", "/v1/y")
@@ -307,7 +309,7 @@ def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
 def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_asked() -> None:
     registry, plain, more = Registry(), Scripted("w1"), Scripted("w2", load=0.9)
     registry.add(CHAT, plain, replicate=True)
-    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    registry.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
     route = Request("/v1/x", "custom", "m", b"{}")
     assert {registry.open(route).served_by for _ in range(3)} == {"w2"}
     assert registry.open(request()).served_by == "w1"
@@ -322,7 +324,7 @@ def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_ask
 def test_a_replica_that_does_not_answer_a_route_is_not_asked_when_another_one_is_lost() -> None:
     registry, plain, more = Registry(), Scripted("w1"), Scripted("w2")
     registry.add(CHAT, plain, replicate=True)
-    registry.add(attrs.evolve(CHAT, also=("/v1/x",)), more, replicate=True)
+    registry.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
     call = registry.open(Request("/v1/x", "custom", "m", b"{}"))
     call.put(Failed(WorkerLost("w2", "gone")))
     assert registry.reopen(call, math.inf) is None

@@ -78,7 +78,7 @@ def test_a_route_is_a_model_or_joins_one() -> None:
         return ""
 
     assert decorated.__name__ == "decorated"
-    kinds = {info.name: (info.kind, info.also) for info in server.registry.infos()}
+    kinds = {info.name: (info.kind, info.extra_endpoints) for info in server.registry.infos()}
     assert kinds == {"alone": ("custom", ("/v1/x",)), "m": ("chat", ("/v1/x",))}
     with pytest.raises(ValueError, match="already"):
         server.route("/v1/x", "m", own)
@@ -92,14 +92,14 @@ def test_what_a_model_answers_beside_its_kind_goes_with_it() -> None:
     server.unregister_model("m")
     assert not server.registry.answers("/v1/x")
     server.register_chat("m", chat)
-    assert server.registry.infos()[0].also == ()
+    assert server.registry.infos()[0].extra_endpoints == ()
 
 
 def test_making_and_changing_images_may_be_one_model_and_nothing_else_may() -> None:
     server = ClusterServer()
     server.register_image_edit("m", chat)
     server.register_image_generation("m", chat)
-    assert server.registry.infos()[0].also == ("image_generation",)
+    assert server.registry.infos()[0].extra_endpoints == ("image_generation",)
     with pytest.raises(ValueError, match="already served"):
         server.register_chat("m", chat)
     with pytest.raises(ValueError, match="already served"):
@@ -123,7 +123,7 @@ async def test_what_a_running_worker_answers_more_its_master_knows_at_once(
     entry = (await cluster.client().get("/v1/models/m")).json()
     assert (entry["kind"], entry["owned_by"]) == ("chat", "trio-cluster")
     (replica,) = cluster.master.server.worker_manager.workers.values()  # type: ignore[union-attr]
-    assert replica.models["m"].also == ("/v1/x",)
+    assert replica.models["m"].extra_endpoints == ("/v1/x",)
 
 
 async def test_it_knows_it_after_the_link_was_lost_too(

@@ -38,7 +38,7 @@ async def test_a_good_model_of_any_kind_keeps_all_promises(
 ) -> None:
     model = fake(first_after=2, interval=1, marked=True)
     report = await check_handler(model, kind=kind)
-    assert (report.kind, report.repeatable, report.first_output) == (kind, True, 2)
+    assert (report.kind, report.replayable, report.first_output) == (kind, True, 2)
     reached = PHASES if kind in ("chat", "asr", "tts") else PHASES[:1]
     assert report.stopped == dict.fromkeys(reached, 0)
     assert report.not_reached == tuple(PHASES[len(reached) :])
@@ -72,7 +72,7 @@ async def test_all_shapes_are_taken(autojump_clock: MockClock) -> None:
 
     for handler in (yields, returns, thread):
         report = await check_handler(handler)
-        assert report.repeatable
+        assert report.replayable
         # However quick they are, they can be met in the middle of what they give.
         assert set(report.stopped) >= set(PHASES[1:])
     with pytest.raises(TypeError):
@@ -236,7 +236,7 @@ async def test_a_model_that_never_says_the_same_twice_cannot_be_told_apart(autoj
         count += 1
         return OutputChunk.text_delta(str(count))
 
-    assert not (await check_handler(handler)).repeatable
+    assert not (await check_handler(handler)).replayable
 
 
 BOOM = {"messages": [{"role": "user", "content": "boom"}]}

@@ -153,8 +153,8 @@ async def test_a_connection_ends_with_its_client_and_not_an_idle_time_later(
 async def test_books_that_do_not_balance_are_seen(quick: SimulatedCluster, autojump_clock: MockClock) -> None:
     await start(quick, FakeModel())
     await quick.client().chat("m")
-    quick.master.server.registry.books.completed += 1
-    with pytest.raises(OrphansLeft, match=r"master: Books\(admitted=1, completed=2"):
+    quick.master.server.registry.stats.completed += 1
+    with pytest.raises(OrphansLeft, match=r"master: CallStats\(admitted=1, completed=2"):
         assert_books_balance(quick)
     with pytest.raises(OrphansLeft, match="do not balance"):
         assert_no_orphans(quick)

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster.gateway import relay
-from trio_cluster.gateway.body import KEPT, Kept
+from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.protocol import MasterSession
 from trio_cluster.routing.router import Registry
@@ -66,13 +66,15 @@ def test_another_seed_gives_another_log() -> None:
 
 def test_plans_have_uploads_that_stream() -> None:
     plans = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(20)]
-    scripts = [errand.script for plan in plans for errand in plan.errands if errand.script.filling > KEPT]
+    scripts = [
+        errand.script for plan in plans for errand in plan.errands if errand.script.filling > SPOOL_THRESHOLD
+    ]
     assert {script.kind for script in scripts} == {"asr"}
     assert {script.model_last for script in scripts} == {False, True}
     for script in scripts[:2]:
         _, body, _ = script.request("m", stream=False, route="")
-        assert len(body) > KEPT
-        assert (body.index(b'name="model"') > KEPT) is script.model_last
+        assert len(body) > SPOOL_THRESHOLD
+        assert (body.index(b'name="model"') > SPOOL_THRESHOLD) is script.model_last
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -113,7 +115,7 @@ def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Kept, "_fetch", lambda self, data: b"")
+    monkeypatch.setattr(SpooledBody, "_fetch", lambda self, data: b"")
 
 
 PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [

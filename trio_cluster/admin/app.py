@@ -18,8 +18,8 @@ from werkzeug.exceptions import BadHost, HTTPException, MethodNotAllowed
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..errors import ApiError, HandlerFailed, InvalidRequest
-from ..gateway.context import exchange_of
-from ..gateway.node_context import Site
+from ..gateway.context import request_context
+from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import App, Gate, own_route
 from ..gateway.response import error_reply
 from .operator import add_operator_routes
@@ -40,7 +40,7 @@ class _App(QuartTrio):
             return respond(error_reply(InvalidRequest("The Host header is not the name of a host")))
 
 
-def create_app(site: Site) -> QuartTrio:
+def create_app(node_context: NodeContext) -> QuartTrio:
     """Return the node's web application; it needs the :func:`gate` in front of it.
 
     More routes may be added to it. They are behind the gate as well: they need the key, their bodies are read
@@ -54,14 +54,14 @@ def create_app(site: Site) -> QuartTrio:
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.register_error_handler(ApiError, _on_api_error)
-    app.register_error_handler(HTTPException, partial(_on_http_exception, site))
+    app.register_error_handler(HTTPException, partial(_on_http_exception, node_context))
     app.register_error_handler(Exception, _on_exception)
-    add_routes(app, site)
-    add_operator_routes(app, site)
+    add_routes(app, node_context)
+    add_operator_routes(app, node_context)
     return app
 
 
-def gate(app: QuartTrio, site: Site) -> QuartTrio:
+def gate(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
     """Put the gate in front of an application, and return the application.
 
     In front of the application itself, and not around it: whoever gets hold of the application, a test client
@@ -72,7 +72,7 @@ def gate(app: QuartTrio, site: Site) -> QuartTrio:
     def has_route(path: str) -> bool:
         return bool(paths.allowed_methods(path or "/"))
 
-    app.asgi_app = Gate(cast(App, app.asgi_app), site, has_route)  # type: ignore[method-assign, assignment]
+    app.asgi_app = Gate(cast(App, app.asgi_app), node_context, has_route)  # type: ignore[method-assign, assignment]
     return app
 
 
@@ -80,9 +80,9 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
     return respond(error_reply(error))
 
 
-async def _on_http_exception(site: Site, error: HTTPException) -> TrioResponse:
+async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
     """Answer what the framework has to say: unknown path, wrong method, or a route that aborts."""
-    if error.code == 404 and site.registry.answers(own_route(request.path)):
+    if error.code == 404 and node_context.registry.answers(own_route(request.path)):
         # A route that the framework does not know, since models come and go.
         error = MethodNotAllowed(["POST"])
     status = error.code or 500
@@ -102,6 +102,6 @@ async def _on_http_exception(site: Site, error: HTTPException) -> TrioResponse:
 async def _on_exception(error: Exception) -> TrioResponse:
     logger.error(
         "the route of %s %s failed", request.method, request.path, exc_info=error,
-        extra={"fields": {"request_id": exchange_of(request.scope).request_id}},
+        extra={"fields": {"request_id": request_context(request.scope).request_id}},
     )  # fmt: skip
     return respond(error_reply(HandlerFailed("The server failed to answer this request")))

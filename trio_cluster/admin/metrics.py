@@ -21,9 +21,9 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from ..gateway.node_context import Site
+from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
-from ..routing.router import Durations
+from ..routing.router import Histogram
 
 __all__ = ["metrics_reply"]
 
@@ -34,9 +34,9 @@ _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
 _MANY: Final = 500
 
 
-async def metrics_reply(site: Site) -> Reply:
+async def metrics_reply(node_context: NodeContext) -> Reply:
     """Return the text that a scrape gets: the numbers of one instant."""
-    numbers = _Numbers(_Reading(site).families())
+    numbers = _Numbers(_Reading(node_context).families())
     if sum(len(family.samples) for family in numbers.collect()) < _MANY:
         text = generate_latest(numbers)
     else:
@@ -55,23 +55,23 @@ class _Numbers(Collector):
 
 
 class _Reading:
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, node_context: NodeContext) -> None:
+        self._node_context = node_context
 
     def families(self) -> Iterator[Metric]:
-        registry = self._site.registry
-        books = attrs.asdict(registry.books)
+        registry = self._node_context.registry
+        stats = attrs.asdict(registry.stats)
         yield CounterMetricFamily(
-            _PREFIX + "calls_admitted", "Calls that were opened.", value=books["admitted"]
+            _PREFIX + "calls_admitted", "Calls that were opened.", value=stats["admitted"]
         )
         ended = CounterMetricFamily(
             _PREFIX + "calls_ended", "Calls whose work has stopped, by how they ended.", labels=["outcome"]
         )
         for outcome in _OUTCOMES:
-            ended.add_metric([outcome], books[outcome])
+            ended.add_metric([outcome], stats[outcome])
         yield ended
         yield CounterMetricFamily(
-            _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=books["retried"]
+            _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=stats["retried"]
         )
         yield GaugeMetricFamily(
             _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(registry.live)
@@ -79,7 +79,7 @@ class _Reading:
         yield _histogram(
             "cancel_seconds",
             "From giving a call up until its work had really stopped.",
-            registry.cancels,
+            registry.cancel_durations,
         )
         models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
         kinds = [info.kind for info in registry.infos()]
@@ -87,26 +87,26 @@ class _Reading:
             models.add_metric([kind], kinds.count(kind))
         yield models
         yield GaugeMetricFamily(
-            _PREFIX + "draining", "1 while new calls are refused.", value=registry.closed_to is not None
+            _PREFIX + "draining", "1 while new calls are refused.", value=registry.draining_reason is not None
         )
         yield GaugeMetricFamily(
-            _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._site.uptime
+            _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._node_context.uptime
         )
-        yield from self._measures()
+        yield from self._gauges()
 
-    def _measures(self) -> Iterator[Metric]:
+    def _gauges(self) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}
-        for measure in self._site.measures():
-            family = families.get(measure.name)
+        for sample in self._node_context.gauges():
+            family = families.get(sample.name)
             if family is None:
-                family = families[measure.name] = GaugeMetricFamily(
-                    _PREFIX + measure.name, measure.help, labels=list(measure.labels)
+                family = families[sample.name] = GaugeMetricFamily(
+                    _PREFIX + sample.name, sample.help, labels=list(sample.labels)
                 )
-            family.add_metric(list(measure.labels.values()), measure.value)
+            family.add_metric(list(sample.labels.values()), sample.value)
         yield from families.values()
 
 
-def _histogram(name: str, about: str, durations: Durations) -> HistogramMetricFamily:
+def _histogram(name: str, about: str, durations: Histogram) -> HistogramMetricFamily:
     bounds = [*map(str, durations.BOUNDS), "+Inf"]
     buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
     return HistogramMetricFamily(_PREFIX + name, about, buckets=buckets, sum_value=durations.total)

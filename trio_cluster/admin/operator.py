@@ -19,8 +19,8 @@ from werkzeug.routing import BaseConverter
 
 from ..core.call import Call
 from ..errors import ApiError, InvalidRequest
-from ..gateway.context import Exchange, exchange_of
-from ..gateway.node_context import Site
+from ..gateway.context import RequestContext, request_context
+from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
 from ..openai import read_object
 from .routes import respond
@@ -41,17 +41,17 @@ class _Anything(BaseConverter):
     part_isolating = False
 
 
-def add_operator_routes(app: QuartTrio, site: Site) -> None:
+def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     """Add the routes under ``/cluster`` that are for operators to ``app``."""
-    registry = site.registry
+    registry = node_context.registry
 
     async def calls() -> TrioResponse:
         now = time.monotonic()
         return respond(json_reply({"calls": [_account(call, now) for call in registry.live]}))
 
     async def cancel(request_id: str) -> TrioResponse:
-        exchange = exchange_of(request.scope)
-        _refuse_pages(exchange)
+        context = request_context(request.scope)
+        _refuse_pages(context)
         reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
         found = registry.calls_of(request_id)
         if not found:
@@ -66,8 +66,8 @@ def add_operator_routes(app: QuartTrio, site: Site) -> None:
         return respond(json_reply({"request_id": request_id, "cancelled": len(wanted)}))
 
     async def drain(name: str) -> TrioResponse:
-        _refuse_pages(exchange_of(request.scope))
-        worker = site.drain_worker(name)
+        _refuse_pages(request_context(request.scope))
+        worker = node_context.drain_worker(name)
         if worker is None:
             raise ApiError(404, f"There is no worker '{name}' here", code="worker_not_found")
         return respond(json_reply(worker, 202))
@@ -95,8 +95,8 @@ def _account(call: Call, now: float) -> Mapping[str, Any]:
     }
 
 
-def _refuse_pages(exchange: Exchange) -> None:
-    if exchange.header(b"origin") is not None:
+def _refuse_pages(context: RequestContext) -> None:
+    if context.header(b"origin") is not None:
         raise ApiError(403, "Pages of the web may not do this", code="foreign_origin")
 
 

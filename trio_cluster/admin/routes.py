@@ -12,7 +12,7 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from ..errors import HandlerFailed, ModelNotFound
-from ..gateway.node_context import Site
+from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import MODEL_ROUTES, PREFIXES
 from ..gateway.response import JSON, Reply, json_reply
 from ..openai import ENDPOINTS
@@ -22,11 +22,11 @@ from .metrics import metrics_reply
 __all__ = ["add_routes", "respond"]
 
 
-def add_routes(app: QuartTrio, site: Site) -> None:
+def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
     """Add all routes to ``app``."""
     _add_model_routes(app)
-    _add_models(app, site)
-    _add_node(app, site)
+    _add_models(app, node_context)
+    _add_node(app, node_context)
 
 
 def respond(reply: Reply) -> TrioResponse:
@@ -50,15 +50,15 @@ def _add_model_routes(app: QuartTrio) -> None:
         app.add_url_rule(path, f"POST {path}", answered_by_the_gate, methods=["POST"])
 
 
-def _add_models(app: QuartTrio, site: Site) -> None:
+def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        entries = [info.entry() for info in site.registry.infos()]
+        entries = [info.entry() for info in node_context.registry.infos()]
         return respond(json_reply({"object": "list", "data": entries}))
 
     async def retrieve_model(name: str) -> TrioResponse:
-        info = site.registry.info(name)
+        info = node_context.registry.info(name)
         if info is None:
-            raise ModelNotFound(name, site.registry.names())
+            raise ModelNotFound(name, node_context.registry.names())
         return respond(json_reply(info.entry()))
 
     for prefix in PREFIXES:
@@ -66,7 +66,7 @@ def _add_models(app: QuartTrio, site: Site) -> None:
         app.add_url_rule(f"{prefix}/models/<path:name>", f"{prefix}model", retrieve_model, methods=["GET"])
 
 
-def _add_node(app: QuartTrio, site: Site) -> None:
+def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
     async def index() -> TrioResponse:
         return respond(
             json_reply(
@@ -83,32 +83,32 @@ def _add_node(app: QuartTrio, site: Site) -> None:
         )
 
     async def described() -> TrioResponse:
-        needs_key = site.options.server.api_key is not None
+        needs_key = node_context.options.server.api_key is not None
         return respond(Reply(200, [JSON], description(needs_key)))
 
     async def health() -> TrioResponse:
         # Who balances load over several nodes must see a node that drains as one not to be used.
-        draining = site.registry.closed_to is not None
-        state = {"status": "draining" if draining else "ok", "mode": site.mode}
+        draining = node_context.registry.draining_reason is not None
+        state = {"status": "draining" if draining else "ok", "mode": node_context.mode}
         return respond(json_reply(state, 503 if draining else 200))
 
     async def metrics() -> TrioResponse:
-        return respond(await metrics_reply(site))
+        return respond(await metrics_reply(node_context))
 
     async def status() -> TrioResponse:
-        registry = site.registry
+        registry = node_context.registry
         models = [info.entry() | {"nodes": registry.served_by(info.name)} for info in registry.infos()]
         return respond(
             json_reply(
                 {
-                    "node_id": site.node_id,
-                    "mode": site.mode,
-                    "uptime": round(site.uptime, 3),
-                    "draining": registry.closed_to is not None,
+                    "node_id": node_context.node_id,
+                    "mode": node_context.mode,
+                    "uptime": round(node_context.uptime, 3),
+                    "draining": registry.draining_reason is not None,
                     "models": models,
-                    "calls": attrs.asdict(registry.books) | {"in_flight": len(registry.live)},
+                    "calls": attrs.asdict(registry.stats) | {"in_flight": len(registry.live)},
                 }
-                | dict(site.status())
+                | dict(node_context.status())
             )
         )
 

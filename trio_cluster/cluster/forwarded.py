@@ -50,21 +50,21 @@ class ForwardedCalls:
     ) -> None:
         self.live: dict[int, Call] = {}
         # Those whose body cannot be had again.
-        self._once: set[int] = set()
+        self._non_replayable: set[int] = set()
         self._session = session
         self._wake = wake
         self._registry = registry
         self._options = options
 
-    def abandon(self) -> None:
+    def cancel_all(self) -> None:
         """Cancel them all: the link is over, and nobody is left to answer."""
         for call in list(self.live.values()):
             call.cancel("the link to the master is lost")
 
-    def give_back(self) -> None:
+    def requeue_uploading(self) -> None:
         """Let those be answered elsewhere whose body is still under way: they have not begun."""
         for call_id, call in list(self.live.items()):
-            if call.phase == "uploading" and call_id not in self._once:
+            if call.phase == "uploading" and call_id not in self._non_replayable:
                 del self.live[call_id]
                 self._session.fail(call_id, ShuttingDown())
                 call.cancel("the worker is being stopped")
@@ -95,12 +95,12 @@ class ForwardedCalls:
             return
         self.live[call_id] = call
         if opened.once:
-            self._once.add(call_id)
-            call.on_release(partial(self._once.discard, call_id))
+            self._non_replayable.add(call_id)
+            call.on_release(partial(self._non_replayable.discard, call_id))
         call.on_release(partial(self._released, call_id, call))
         call.redirect(partial(self._send, call_id, call), partial(self._send_piece, call_id))
 
-    def take(self, event: DataMessage) -> None:
+    def on_data(self, event: DataMessage) -> None:
         """Take in the next piece of a request's body."""
         call = self.live.get(event.call)
         if call is None or call.request.upload is None:
@@ -123,7 +123,7 @@ class ForwardedCalls:
         return InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
 
     def _send_piece(self, call_id: int, data: bytes | memoryview) -> bool:
-        """Be the sink of the pieces of a call's answer; they wait until :meth:`sent` is told that they have gone."""
+        """Be the sink of the pieces of a call's answer; they wait until :meth:`on_sent` is told that they have gone."""
         if call_id in self.live:
             self._session.send(call_id, data)
             self._wake()
@@ -157,15 +157,15 @@ class ForwardedCalls:
     def _released(self, call_id: int, call: Call) -> None:
         if self.live.pop(call_id, None) is None:
             return
-        closed_to = self._registry.closed_to
-        if closed_to is not None and not call.begun:
+        draining_reason = self._registry.draining_reason
+        if draining_reason is not None and not call.begun:
             # Not finished within the time for that, nor begun: given back, so that another replica may have it.
-            self._session.fail(call_id, ShuttingDown(closed_to))
+            self._session.fail(call_id, ShuttingDown(draining_reason))
         else:
             self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
         self._wake()
 
-    def sent(self, counts: Sequence[tuple[int, int]]) -> None:
+    def on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
         """Take down, for each call, how many bytes of its answer have gone to the master."""
         for call_id, count in counts:
             call = self.live.get(call_id)

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..core.model import KINDS
 from ..link.link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
 from ..net.sockets import Listeners, shown_address
-from ..net.watchdog import with_pulse
+from ..net.watchdog import injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
     Data,
@@ -48,11 +48,11 @@ logger = logging.getLogger("trio_cluster.workers")
 #: The end of a connection that only asked whether this is a master.
 _PROBED = "probed"
 #: Seconds that saying goodbye to the workers may take.
-_GOODBYE = 2.0
+_CLOSE_TIMEOUT = 2.0
 #: A worker that was heard from within this many heartbeats is alive, and keeps its name.
-_ALIVE_BEATS = 2.5
+_ALIVE_HEARTBEATS = 2.5
 #: The part of the timeout after which a worker that is silent gets nothing new to do.
-_DOUBTFUL = 0.5
+_SUSPECT_AFTER = 0.5
 
 
 class WorkerManager:
@@ -73,13 +73,13 @@ class WorkerManager:
         self._options = options
         self._node_id = node_id
         # A dict and not a set, for the order: what is done to all of them is done in the order in which they came.
-        self._visits: dict[_Visit, None] = {}
+        self._connections: dict[WorkerConnection, None] = {}
         self._empty = trio.lowlevel.ParkingLot()
 
     @property
     def sessions(self) -> list[MasterSession]:
         """The conversations on all connections, oldest first, including those that are not (or no more) a worker's."""
-        return [visit.session for visit in self._visits]
+        return [connection.session for connection in self._connections]
 
     async def serve(
         self,
@@ -92,23 +92,23 @@ class WorkerManager:
 
     async def serve_stream(self, stream: trio.abc.Stream) -> None:
         """Talk with one worker until the link is over. Whatever it sends, nothing but cancellation comes out."""
-        visit = _Visit(self, stream)
-        self._visits[visit] = None
+        connection = WorkerConnection(self, stream)
+        self._connections[connection] = None
         try:
-            await visit.run()
+            await connection.run()
         except Exception:
             # A bug of ours, and still no reason for the other workers to lose their master.
             logger.exception("a worker's connection failed")
         finally:
-            self._visits.pop(visit, None)
-            if not self._visits:
+            self._connections.pop(connection, None)
+            if not self._connections:
                 self._empty.unpark_all()
 
     def drain(self, reason: str) -> None:
         """Tell all workers that this master is about to stop."""
-        for visit in self._visits:
-            visit.session.drain(reason)
-            visit.link.wake()
+        for connection in self._connections:
+            connection.session.drain(reason)
+            connection.link.wake()
 
     def drain_worker(self, name: str, reason: str) -> dict[str, Any] | None:
         """Ask one worker to finish its calls and to stop; it gets no more of them.
@@ -119,17 +119,17 @@ class WorkerManager:
         worker = self.workers.get(name)
         if worker is None:
             return None
-        worker.leave(reason)
+        worker.request_shutdown(reason)
         fields = {"worker": name, "in_flight": worker.in_flight}
         logger.info("worker is asked to stop: %s", reason, extra={"fields": fields})
         return next(each for each in self.status() if each["id"] == name)
 
-    async def hang_up(self, reason: str) -> None:
+    async def close_all(self, reason: str) -> None:
         """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
-        for visit in self._visits:
-            visit.link.hang_up(reason)
-        with trio.move_on_after(_GOODBYE):
-            while self._visits:
+        for connection in self._connections:
+            connection.link.close_when_flushed(reason)
+        with trio.move_on_after(_CLOSE_TIMEOUT):
+            while self._connections:
                 await self._empty.park()
 
     def status(self) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ class WorkerManager:
         ]
 
 
-class _Visit:
+class WorkerConnection:
     """One connection to the workers' port, from its handshake to its end."""
 
     def __init__(self, manager: WorkerManager, stream: trio.abc.Stream) -> None:
@@ -163,7 +163,7 @@ class _Visit:
         self._registry = manager._registry
         self._options = manager._options
         self._address = _peer(stream)
-        self._stream = stream = with_pulse(stream)
+        self._stream = stream = injectable(stream)
         self._worker: RemoteWorker | None = None
         self._instance = ""
         self._probed = False
@@ -178,12 +178,12 @@ class _Visit:
         self.link = Link(
             stream,
             self.session,
-            on_events=self._handle_all,
-            on_sent=self._sent,
-            on_end=self._end,
-            before_tick=self._judge,
+            on_events=self._on_events,
+            on_sent=self._on_sent,
+            on_closed=self._on_link_closed,
+            before_tick=self._update_health,
             timeout=self._options.worker_timeout,
-            company=self._options.batch_wait,
+            linger=self._options.batch_wait,
         )
 
     async def run(self) -> None:
@@ -191,15 +191,15 @@ class _Visit:
             await self.link.run(accept(self._stream, self._admit))
         except LinkClosed as closed:
             # Only if it was never opened; otherwise that has been done.
-            self._end(closed)
+            self._on_link_closed(closed)
         finally:
             # Cancelled: this master is being stopped.
-            self._leave("the master was stopped")
+            self._deregister("the master was stopped")
 
     def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
         if path == PROBE_PATH:
             self._probed = True
-            self.link.hang_up(_PROBED)
+            self.link.close_when_flushed(_PROBED)
             return None
         if path != PATH:
             return Refusal(404, f"workers connect to {PATH}")
@@ -210,26 +210,26 @@ class _Visit:
                 return Refusal(401, "wrong or missing cluster token")
         return None
 
-    def _handle_all(self, events: Sequence[MasterEvent]) -> None:
+    def _on_events(self, events: Sequence[MasterEvent]) -> None:
         for event in events:
             if not isinstance(event, Data):
-                self._handle(event)
+                self._on_event(event)
             elif self._worker is not None:
-                self._worker.take(event)
+                self._worker.on_data(event)
         if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
-            self._judge()
+            self._update_health()
 
-    def _sent(self, counts: Sequence[tuple[int, int]]) -> None:
+    def _on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
         if self._worker is not None:
-            self._worker.sent(counts)
+            self._worker.on_sent(counts)
 
-    def _judge(self) -> None:
+    def _update_health(self) -> None:
         """Find out whether the worker can do anything."""
         worker = self._worker
         if worker is None:
             return
         stalled, silence = self.session.peer_blocked, self.session.silence(trio.current_time())
-        if silence > _DOUBTFUL * self._options.worker_timeout:
+        if silence > _SUSPECT_AFTER * self._options.worker_timeout:
             stalled = f"silent for {silence:.1f} s"
         was, worker.stalled = worker.stalled, stalled
         if stalled and not was:
@@ -237,18 +237,18 @@ class _Visit:
         elif was and not stalled:
             self._log("worker runs again", worker)
 
-    def _handle(self, event: MasterEvent) -> None:
+    def _on_event(self, event: MasterEvent) -> None:
         worker = self._worker
         if isinstance(event, Handshake):
             if not self._probed:
-                self._join(event)
+                self._on_handshake(event)
             return
         if worker is None:
             # Only probed, or refused in _join; what else the newcomer has already sent is not for us.
             return
         match event:
             case Heartbeat():
-                worker.note(event)
+                worker.on_heartbeat(event)
             case RegisterModel():
                 self._register(worker, event)
             case UnregisterModel():
@@ -259,24 +259,24 @@ class _Visit:
                 worker.draining = True
                 self._log(f"worker drains: {event.reason}", worker)
             case ForwardResponse() | Done() | Failed():
-                worker.handle(event)
+                worker.on_event(event)
 
-    def _join(self, handshake: Handshake) -> None:
+    def _on_handshake(self, handshake: Handshake) -> None:
         name = handshake.node_id
-        for other in self._manager._visits:
+        for other in self._manager._connections:
             if other is self or other._worker is None or other._worker.name != name:
                 continue
             silence = other.session.silence(trio.current_time())
             if (
                 other._instance != handshake.instance
-                and silence < _ALIVE_BEATS * self._options.heartbeat_interval
+                and silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
             ):
                 self.link.end(f"another worker named '{name}' is connected, from {other._address}")
                 return
             why = "replaced by a new connection of the same worker"
             self._log_left(why, other._worker)
             other.link.end(why)
-            other._leave(why)
+            other._deregister(why)
         self._instance = handshake.instance
         self._worker = RemoteWorker(name, self.session, self.link.wake, self._address)
         self._manager.workers[name] = self._worker
@@ -299,13 +299,13 @@ class _Visit:
         self.session.model_registered(info.name)
         self._log("model registered", worker, model=info.name, kind=info.kind)
 
-    def _end(self, closed: LinkClosed) -> None:
+    def _on_link_closed(self, closed: LinkClosed) -> None:
         if not self._over:
             self._over = True
             self._log_end(closed)
-            self._leave(closed.why)
+            self._deregister(closed.why)
 
-    def _leave(self, why: str) -> None:
+    def _deregister(self, why: str) -> None:
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -313,7 +313,7 @@ class _Visit:
             self._registry.remove(name, worker)
         if self._manager.workers.get(worker.name) is worker:
             del self._manager.workers[worker.name]
-        worker.lose(why)
+        worker.connection_lost(why)
 
     def _log_end(self, closed: LinkClosed) -> None:
         if self._worker is not None:

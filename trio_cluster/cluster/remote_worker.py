@@ -108,10 +108,10 @@ class RemoteWorker:
         peer = self._session.peer
         return "" if peer is None else peer.instance
 
-    def leave(self, reason: str) -> None:
+    def request_shutdown(self, reason: str) -> None:
         """Give it no more calls, and ask it to finish those that it has, and then to stop."""
         self.draining = True
-        self._session.leave(reason)
+        self._session.shut_down(reason)
         self._wake()
 
     def open(self, request: Request) -> Call:
@@ -129,7 +129,7 @@ class RemoteWorker:
             timeout=request.timeout,
             budget=request.budget,
             size=request.size,
-            once=not request.repeatable,
+            once=not request.replayable,
         )
 
         def cancel(reason: str) -> None:
@@ -155,14 +155,14 @@ class RemoteWorker:
             wake()
         return call
 
-    def sent(self, counts: Sequence[tuple[int, int]]) -> None:
+    def on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
         """Take down, for each call, how many bytes of its request's body have gone to the worker."""
         for call_id, count in counts:
             call = self._calls.get(call_id)
             if call is not None and call.request.upload is not None:
                 call.request.upload.taken(count)
 
-    def note(self, beat: Heartbeat) -> None:
+    def on_heartbeat(self, beat: Heartbeat) -> None:
         """Take down what the worker says of itself and of its calls."""
         self.running, self.waiting, self.capacity = beat.running, beat.waiting, max(1, beat.capacity)
         self.lag = beat.lag
@@ -172,11 +172,11 @@ class RemoteWorker:
                 call.queued = count < 0
                 call.reported = max(0, count)
 
-    def take(self, piece: DataMessage) -> None:
+    def on_data(self, piece: DataMessage) -> None:
         """Pass a piece of the answer of one of the calls on to it."""
         self._calls[piece.call].put_data(piece.data)
 
-    def handle(self, event: CallEvent) -> None:
+    def on_event(self, event: CallEvent) -> None:
         """Pass what begins or ends the answer of one of the calls on to it."""
         call = self._calls[event.call]
         match event:
@@ -191,7 +191,7 @@ class RemoteWorker:
                     call.put(Failed(_error(event)))
                 self._release(event.call)
 
-    def lose(self, why: str) -> None:
+    def connection_lost(self, why: str) -> None:
         """Fail every call at once: the link is over, and nothing more will come."""
         self._lost = why
         for call_id, call in list(self._calls.items()):

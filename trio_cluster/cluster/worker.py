@@ -1,6 +1,6 @@
 """The worker's end: dials the master, registers this node's models, serves what is forwarded, and comes back.
 
-Each link to the master is one :class:`_Service`. When the link ends, every call that came over it is cancelled at
+Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled at
 once, since there is nobody left to answer; then the worker waits and dials again. The wait is exponential with full
 jitter (uniform between nothing and a bound that doubles), so that a hundred workers whose master was restarted do
 not come back as one.
@@ -24,7 +24,7 @@ from ..errors import HandshakeRefused
 from ..link.link import Link, LinkClosed, dial
 from ..local.pool import HandlerPool
 from ..net.sockets import why_not_connected
-from ..net.watchdog import with_pulse
+from ..net.watchdog import injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
     Cancel,
@@ -33,9 +33,9 @@ from ..protocol import (
     ForwardRequest,
     Handshake,
     Heartbeat,
-    Leave,
     ModelRegistered,
     ModelRejected,
+    Shutdown,
     WorkerEvent,
     WorkerSession,
 )
@@ -61,8 +61,8 @@ class WorkerClient:
         pool: where their handlers run; its load is told to the master.
         options: read at the time of use.
         node_id: this worker's name.
-        on_leave: called with the reason when the master asks this worker to stop. It is to see to :meth:`drain` and
-            :meth:`leave`; nothing is done about it here.
+        on_shutdown_request: called with the reason when the master asks this worker to stop. It is to see to :meth:`drain` and
+            :meth:`close`; nothing is done about it here.
 
     Attributes:
         rejected_models: the models that the master would not take, with its reasons.
@@ -75,7 +75,7 @@ class WorkerClient:
         pool: HandlerPool,
         options: ClusterServerOptions,
         node_id: str,
-        on_leave: Callable[[str], None] = lambda _: None,
+        on_shutdown_request: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.rejected_models: dict[str, str] = {}
         self.connected = False
@@ -83,13 +83,13 @@ class WorkerClient:
         self._pool = pool
         self._options = options
         self._node_id = node_id
-        self._on_leave = on_leave
+        self._on_shutdown_request = on_shutdown_request
         # Tells this process from another one that uses the same name; see ``master.py``.
         self._instance = randomness.token(8)
-        self._service: _Service | None = None
+        self._connection: MasterConnection | None = None
         self._draining = trio.Event()
         self._progress = trio.lowlevel.ParkingLot()
-        self._left = trio.Event()
+        self._closing = trio.Event()
 
     async def run(
         self,
@@ -105,7 +105,7 @@ class WorkerClient:
             on_registered: called when all models are registered for the first time.
 
         Returns:
-            After :meth:`leave`, when everything that was queued has been sent, or at once if there is no link.
+            After :meth:`close`, when everything that was queued has been sent, or at once if there is no link.
 
         Raises:
             HandshakeRefused: the master will not have this worker, or there is no master there.
@@ -126,7 +126,7 @@ class WorkerClient:
             finally:
                 was_connected, self.connected = self.connected, False
             if self._draining.is_set():
-                if not self._left.is_set():
+                if not self._closing.is_set():
                     logger.warning(
                         "lost the master while draining: %s", why, extra={"fields": {"master": host}}
                     )
@@ -137,76 +137,76 @@ class WorkerClient:
             text = "lost the master: %s" if was_connected else "no link to the master: %s"
             logger.warning(text, why, extra={"fields": fields})
             await trio.sleep(delay)
-        await self._left.wait()
+        await self._closing.wait()
 
     @property
     def session(self) -> WorkerSession | None:
         """The conversation on the link to the master; ``None`` while there is no link."""
-        return None if self._service is None else self._service.session
+        return None if self._connection is None else self._connection.session
 
     @property
     def in_flight(self) -> int:
         """How many calls have come over the link and are not over, those whose body is still under way included."""
-        return 0 if self._service is None else self._service.in_flight
+        return 0 if self._connection is None else self._connection.in_flight
 
     def announce(self, info: ModelInfo) -> None:
         """Tell the master of a new model, if there is a link; otherwise it is told with the others."""
-        if self._service is not None:
-            self._service.announce(info)
+        if self._connection is not None:
+            self._connection.announce(info)
 
     def withdraw(self, name: str) -> None:
         """Tell the master that a model is gone. Calls for it that run go on."""
         self.rejected_models.pop(name, None)
-        if self._service is not None:
-            self._service.withdraw(name)
+        if self._connection is not None:
+            self._connection.withdraw(name)
 
     def drain(self, reason: str) -> None:
-        """Ask the master for no more calls; those that run go on. To be followed by :meth:`leave`.
+        """Ask the master for no more calls; those that run go on. To be followed by :meth:`close`.
 
         Those whose body is still under way are given back: they have not begun, and may begin elsewhere.
         """
         self._draining.set()
-        if self._service is not None:
-            self._service.drain(reason)
+        if self._connection is not None:
+            self._connection.drain(reason)
 
     async def wait_sent(self) -> None:
         """Wait until nothing waits to be sent to the master, for instance because a client is slow. A checkpoint."""
         await trio.lowlevel.checkpoint()
-        while self._service is not None and self._service.session.unsent:
+        while self._connection is not None and self._connection.session.unsent:
             await self._progress.park()
 
-    def leave(self, reason: str) -> None:
+    def close(self, reason: str) -> None:
         """Make :meth:`run` return, after everything that is queued has been sent."""
         self._draining.set()
-        self._left.set()
-        if self._service is not None:
-            self._service.link.hang_up(reason)
+        self._closing.set()
+        if self._connection is not None:
+            self._connection.link.close_when_flushed(reason)
 
     async def _serve_once(
         self, connect: Callable[[], Awaitable[trio.abc.Stream]], host: str, on_registered: Callable[[], None]
     ) -> str:
         try:
             with trio.fail_after(self._options.worker_timeout):
-                stream = with_pulse(await connect())
+                stream = injectable(await connect())
         except (OSError, trio.TooSlowError) as error:
             return why_not_connected(error)
-        service = _Service(self, stream, on_registered)
-        self._service = service
+        connection = MasterConnection(self, stream, on_registered)
+        self._connection = connection
         try:
-            await service.link.run(dial(stream, host, token=self._options.cluster_token))
+            await connection.link.run(dial(stream, host, token=self._options.cluster_token))
         except LinkClosed as closed:
             if closed.status in _FINAL:
                 raise HandshakeRefused(_refusal(host, closed)) from None
-            if closed.strangers:
+            if closed.incompatible:
                 raise HandshakeRefused(f"{host}: {closed.why}") from None
             return closed.why
         finally:
-            self._service = None
+            self._connection = None
             self._progress.unpark_all()
-            service.abandon()
+            connection.cancel_all()
 
 
-class _Service:
+class MasterConnection:
     """One link to the master, from dialling to its end."""
 
     def __init__(
@@ -215,7 +215,7 @@ class _Service:
         self.client = client
         self._registry = client._registry
         self._on_registered = on_registered
-        self._unanswered: set[str] | None = None
+        self._unconfirmed: set[str] | None = None
         self._master_blocked = False
         self.session = WorkerSession(
             client._node_id,
@@ -228,12 +228,12 @@ class _Service:
         self.link = Link(
             stream,
             self.session,
-            on_events=self._handle_all,
-            on_sent=self._sent,
-            on_end=lambda _: self.abandon(),
-            before_tick=self._tell_load,
+            on_events=self._on_events,
+            on_sent=self._on_sent,
+            on_closed=lambda _: self.cancel_all(),
+            before_tick=self._report_load,
             timeout=client._options.worker_timeout,
-            company=client._options.batch_wait,
+            linger=client._options.batch_wait,
         )
         self._calls = ForwardedCalls(self.session, self.link.wake, self._registry, client._options)
 
@@ -242,100 +242,100 @@ class _Service:
         return len(self._calls.live)
 
     def announce(self, info: ModelInfo) -> None:
-        if self._unanswered is None:
+        if self._unconfirmed is None:
             # The handshake is still to come, and all models are announced after it.
             return
         try:
             self.session.register(info)
         except ValueError as error:
-            self._rejected(info.name, str(error))
+            self._on_model_rejected(info.name, str(error))
             return
-        self._unanswered.add(info.name)
+        self._unconfirmed.add(info.name)
         self.link.wake()
 
     def withdraw(self, name: str) -> None:
-        if self._unanswered is None:
+        if self._unconfirmed is None:
             return
-        self._answered(name)
+        self._on_model_answer(name)
         self.session.unregister(name)
         self.link.wake()
 
     def drain(self, reason: str) -> None:
-        if self._unanswered is not None:
+        if self._unconfirmed is not None:
             self.session.drain(reason)
-            self._calls.give_back()
+            self._calls.requeue_uploading()
             self.link.wake()
 
-    def abandon(self) -> None:
+    def cancel_all(self) -> None:
         """Cancel everything that came over the link: it is over, and nobody is left to answer."""
-        self._calls.abandon()
+        self._calls.cancel_all()
 
-    def _tell_load(self) -> None:
+    def _report_load(self) -> None:
         pool = self.client._pool
         self.session.load = (pool.running, pool.waiting, pool.capacity)
-        self.session.tell_progress(
+        self.session.report_progress(
             (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.live.items()
         )
 
-    def _handle_all(self, events: Sequence[WorkerEvent]) -> None:
+    def _on_events(self, events: Sequence[WorkerEvent]) -> None:
         for event in events:
-            self._handle(event)
+            self._on_event(event)
 
-    def _handle(self, event: WorkerEvent) -> None:
+    def _on_event(self, event: WorkerEvent) -> None:
         match event:
             case ForwardRequest():
                 self._calls.open(event)
             case DataMessage():
-                self._calls.take(event)
+                self._calls.on_data(event)
             case Cancel():
                 self._calls.cancel(event.call, event.reason)
             case Handshake():
-                self._welcome(event)
+                self._on_handshake(event)
             case ModelRegistered():
                 self.client.rejected_models.pop(event.name, None)
-                self._answered(event.name)
+                self._on_model_answer(event.name)
             case ModelRejected():
-                self._rejected(event.name, event.reason)
-                self._answered(event.name)
+                self._on_model_rejected(event.name, event.reason)
+                self._on_model_answer(event.name)
             case Heartbeat():
-                self._note_master(event.blocked)
+                self._on_master_heartbeat(event.blocked)
             case Drain():
                 logger.info("the master is about to stop: %s", event.reason)
-            case Leave():
-                self.client._on_leave(event.reason)
+            case Shutdown():
+                self.client._on_shutdown_request(event.reason)
 
-    def _welcome(self, handshake: Handshake) -> None:
+    def _on_handshake(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
         logger.info("connected to the master", extra={"fields": fields})
-        self._tell_load()
-        self.session.beat()
-        self._unanswered = set()
+        self._report_load()
+        self.session.queue_heartbeat()
+        self._unconfirmed = set()
         if self.client._draining.is_set():
-            self.link.hang_up("the worker is being stopped")
+            self.link.close_when_flushed("the worker is being stopped")
             return
         for info in self._registry.infos():
             self.announce(info)
-        self._answered("")
+        self._on_model_answer("")
 
-    def _note_master(self, blocked: str) -> None:
+    def _on_master_heartbeat(self, blocked: str) -> None:
         if blocked and not self._master_blocked:
             logger.warning("the master is blocked: %s", blocked)
         elif self._master_blocked and not blocked:
             logger.info("the master runs again")
         self._master_blocked = bool(blocked)
 
-    def _rejected(self, name: str, reason: str) -> None:
+    def _on_model_rejected(self, name: str, reason: str) -> None:
         self.client.rejected_models[name] = reason
         logger.warning("the master refused a model: %s", reason, extra={"fields": {"model": name}})
 
-    def _answered(self, name: str) -> None:
-        assert self._unanswered is not None
-        self._unanswered.discard(name)
-        if not self._unanswered and not self.client.connected:
+    def _on_model_answer(self, name: str) -> None:
+        assert self._unconfirmed is not None
+        self._unconfirmed.discard(name)
+        if not self._unconfirmed and not self.client.connected:
             self._on_registered()
 
-    def _sent(self, counts: Sequence[tuple[int, int]]) -> None:
-        self._calls.sent(counts)
+    def _on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
+        self._calls.on_sent(counts)
         self.client._progress.unpark_all()
 
 

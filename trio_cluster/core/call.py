@@ -78,7 +78,7 @@ class Request:
         return len(self.body) if self.upload is None else self.upload.size
 
     @property
-    def repeatable(self) -> bool:
+    def replayable(self) -> bool:
         """Whether it can be asked once more; a body that has passed through is gone."""
         return self.upload is None
 

@@ -72,13 +72,16 @@ class ModelInfo:
     created: int = attrs.field(factory=lambda: int(time.time()))
     """Seconds since the epoch; given once, when the model is first registered, and carried along from then on."""
     options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
-    also: tuple[str, ...] = ()
+    extra_endpoints: tuple[str, ...] = ()
     """What it answers beside the routes of its kind: other kinds, and paths of routes of its own."""
 
     def answers(self, kind: str, endpoint: str) -> bool:
         """Tell whether it answers an endpoint, which is one for models of ``kind``."""
         return (
-            self.kind == "any" or self.kind == kind != "custom" or kind in self.also or endpoint in self.also
+            self.kind == "any"
+            or self.kind == kind != "custom"
+            or kind in self.extra_endpoints
+            or endpoint in self.extra_endpoints
         )
 
     def entry(self) -> dict[str, Any]:

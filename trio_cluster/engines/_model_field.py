@@ -85,7 +85,7 @@ class FormRewriter:
         out: list[bytes] = []
         try:
             for event in self._parser.parse(data):
-                self._pass_on(event, out)
+                self._forward_upload(event, out)
         except MultipartError as error:
             raise _malformed(error) from None
         return b"".join(out)
@@ -102,7 +102,7 @@ class FormRewriter:
             raise _malformed(error) from None
         return b"--%b--\r\n" % self._boundary
 
-    def _pass_on(self, event: Any, out: list[bytes]) -> None:
+    def _forward_upload(self, event: Any, out: list[bytes]) -> None:
         if event is None:
             out.append(b"\r\n")
         elif isinstance(event, MultipartSegment):

@@ -52,7 +52,7 @@ class Outlet(Generic[T]):
 
     def __init__(self, bound: int, wake: Callable[[], None]) -> None:
         self._lock = threading.Lock()
-        self._room = threading.Semaphore(bound)
+        self._wait_for_upload_room = threading.Semaphore(bound)
         self._values: deque[T] = deque()
         self._wake = wake
         self._closed = False
@@ -68,10 +68,10 @@ class Outlet(Generic[T]):
         Returns:
             Whether to go on; ``False`` means the same as :attr:`closed`, and the value was dropped.
         """
-        self._room.acquire()
+        self._wait_for_upload_room.acquire()
         if self._closed:
             # For the next put, which must not wait either.
-            self._room.release()
+            self._wait_for_upload_room.release()
             return False
         self._values.append(value)
         self._wake()
@@ -92,13 +92,13 @@ class Outlet(Generic[T]):
         with self._lock:
             self._closed = True
             interrupt = self._interrupt
-        self._room.release()
+        self._wait_for_upload_room.release()
         if interrupt is not None:
             interrupt()
 
     def _take(self) -> T:
         value = self._values.popleft()
-        self._room.release()
+        self._wait_for_upload_room.release()
         return value
 
 

@@ -110,7 +110,7 @@ class UpstreamCalls:
         question = Question("POST", _path(request.endpoint), self._headers(request), body, size)
 
         async def pass_on(answer: Answer) -> None:
-            await self._pass_on(answer, call)
+            await self._forward_upload(answer, call)
 
         try:
             await self._client.exchange(question, pass_on)
@@ -139,7 +139,7 @@ class UpstreamCalls:
                 headers.append(("x-api-key", self._key))
         return headers
 
-    async def _pass_on(self, answer: Answer, call: RawCall) -> None:
+    async def _forward_upload(self, answer: Answer, call: RawCall) -> None:
         self.heard += 1
         if 300 <= answer.status < 400:
             raise HttpError(f"it answered with a redirection ({answer.status}), which is not followed")

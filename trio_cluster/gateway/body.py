@@ -2,7 +2,7 @@
 
 A small body is read before anybody works on the request. A form with a large file in it is read as far as it takes to
 know its model, and what has come until then is kept; where the file comes first, as many clients have it, that may be
-all of it, so what is kept goes to the disk beyond :data:`KEPT`. From then on the body streams to whoever answers, and a
+all of it, so what is kept goes to the disk beyond :data:`SPOOL_THRESHOLD`. From then on the body streams to whoever answers, and a
 slow one slows the client.
 """
 
@@ -18,16 +18,24 @@ import trio
 
 from ..errors import ApiError, InvalidRequest, Overloaded
 
-__all__ = ["BODY_SILENCE", "BODY_TIME", "KEPT", "ClientLeft", "Intake", "Kept", "too_large"]
+__all__ = [
+    "BODY_IDLE_TIMEOUT",
+    "BODY_TIMEOUT",
+    "SPOOL_THRESHOLD",
+    "ClientLeft",
+    "RequestBody",
+    "SpooledBody",
+    "too_large",
+]
 
 logger = logging.getLogger("trio_cluster.http")
 
 #: Seconds that a client may be silent in the middle of its body, and that the whole body may take.
-BODY_SILENCE = 30.0
-BODY_TIME = 600.0
+BODY_IDLE_TIMEOUT = 30.0
+BODY_TIMEOUT = 600.0
 
 #: Bytes of a body that are kept in memory until it is known where it goes.
-KEPT: Final = 1 << 20
+SPOOL_THRESHOLD: Final = 1 << 20
 
 #: Bytes that are taken at a time of what was kept.
 _BLOCK: Final = 256 * 1024
@@ -37,7 +45,7 @@ class ClientLeft(Exception):
     """The client has left in the middle of its request; there is nobody to answer."""
 
 
-class Intake:
+class RequestBody:
     """The body of one request.
 
     Args:
@@ -63,7 +71,7 @@ class Intake:
         self.left = False
         self._receive = receive
         self._there = there
-        self._last = trio.current_time() + BODY_TIME
+        self._last = trio.current_time() + BODY_TIMEOUT
 
     async def next(self) -> bytes:
         """Return the next piece of it, perhaps an empty one.
@@ -77,7 +85,7 @@ class Intake:
             piece = await self._next()
         else:
             piece = b""
-            with trio.move_on_at(min(trio.current_time() + BODY_SILENCE, self._last)) as scope:
+            with trio.move_on_at(min(trio.current_time() + BODY_IDLE_TIMEOUT, self._last)) as scope:
                 piece = await self._next()
             if scope.cancelled_caught:
                 raise InvalidRequest("The body of the request did not arrive in time", status=408)
@@ -105,7 +113,7 @@ class Intake:
             whole.write(await self.next())
         return whole.getvalue()
 
-    def excuse(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Take so much off the time that the whole body may take: nobody would have taken more of it."""
         self._last += seconds
 
@@ -134,7 +142,7 @@ def too_large(limit: int) -> ApiError:
     )
 
 
-class Kept:
+class SpooledBody:
     """What has come of a body that does not yet know where it goes; forgotten at the end of a ``with`` block."""
 
     def __init__(self) -> None:
@@ -142,7 +150,7 @@ class Kept:
         self._size = 0
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SpooledBody:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,7 +169,7 @@ class Kept:
         """
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > KEPT and not last:
+        if self._size > SPOOL_THRESHOLD and not last:
             # Not by the event loop, which others wait for; a write that is under way when the client leaves is waited
             # for, since the file must not be closed under it.
             await self._on_disk(self._spill, b"".join(self._pieces))

@@ -15,15 +15,15 @@ from typing import Any, Final, cast
 
 from ..core import randomness
 from ..core.call import Call
-from .body import Intake
+from .body import RequestBody
 
-__all__ = ["Exchange", "exchange_of"]
+__all__ = ["RequestContext", "request_context"]
 
 _KEY: Final = "trio_cluster.exchange"
 _MAX_REQUEST_ID: Final = 128
 
 
-class Exchange:
+class RequestContext:
     """One request and its answer.
 
     Args:
@@ -33,15 +33,15 @@ class Exchange:
     Attributes:
         headers, client: as given.
         request_id: the client's own if it sent a sane one, otherwise a new one.
-        intake: the body of the request; the gate's to set.
+        request_body: the body of the request; the gate's to set.
         began: when it came, on the monotonic clock.
         cut: the answer has failed after it began; the connection must be ended so that nobody takes the
             answer for a complete one.
     """
 
-    __slots__ = ("_calls", "_first", "began", "client", "cut", "headers", "intake", "request_id")
+    __slots__ = ("_calls", "_first", "aborted", "began", "client", "headers", "request_body", "request_id")
 
-    intake: Intake
+    request_body: RequestBody
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "") -> None:
         self.headers = list(headers)
@@ -50,7 +50,7 @@ class Exchange:
         self.client = client
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.began = time.monotonic()
-        self.cut = False
+        self.aborted = False
         self._calls: list[Call] = []
 
     def header(self, name: bytes) -> bytes | None:
@@ -64,27 +64,27 @@ class Exchange:
             return int(length)
         return None if self.header(b"transfer-encoding") else 0
 
-    def enter(self, scope: MutableMapping[str, Any]) -> None:
+    def attach_to(self, scope: MutableMapping[str, Any]) -> None:
         """Make the exchange findable from an ASGI scope."""
         scope[_KEY] = self
 
-    def hold(self, call: Call) -> None:
+    def add_call(self, call: Call) -> None:
         """Cancel ``call`` when the exchange ends, unless it has ended by then."""
         self._calls.append(call)
 
-    def abandon(self, reason: str) -> None:
+    def cancel_calls(self, reason: str) -> None:
         """Cancel everything that is held. Idempotent, and harmless for what has ended."""
         for call in self._calls:
             call.cancel(reason)
 
 
-def exchange_of(scope: Mapping[str, Any]) -> Exchange:
+def request_context(scope: Mapping[str, Any]) -> RequestContext:
     """Return the exchange that an ASGI scope belongs to.
 
     Raises:
         KeyError: the request did not come through the gate.
     """
-    return cast(Exchange, scope[_KEY])
+    return cast(RequestContext, scope[_KEY])
 
 
 def _request_id(offered: bytes | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
-from .context import Exchange
+from .context import RequestContext
 
 __all__ = ["answer_preflight", "cors_headers"]
 
@@ -16,14 +16,14 @@ _EXPOSED: Final = b"x-request-id, openai-processing-ms, retry-after"
 _MAX_AGE: Final = b"600"
 
 
-def cors_headers(exchange: Exchange, origins: str | None) -> Headers:
+def cors_headers(context: RequestContext, origins: str | None) -> Headers:
     """Return what an answer has to say to a browser; nothing if it was none that asked, or its page is not allowed.
 
     Args:
-        exchange: the request.
+        context: the request.
         origins: ``"*"``, or origins with commas between them; ``None``: nobody's.
     """
-    origin = exchange.header(b"origin")
+    origin = context.header(b"origin")
     if origin is None or origins is None:
         return []
     if origins.strip() == "*":
@@ -36,20 +36,20 @@ def cors_headers(exchange: Exchange, origins: str | None) -> Headers:
     return headers
 
 
-def answer_preflight(exchange: Exchange, origins: str | None) -> Headers | None:
+def answer_preflight(context: RequestContext, origins: str | None) -> Headers | None:
     """Return the headers of the answer to a browser that asks whether it may ask; ``None`` if this is no such question.
 
     It comes without a key, and is told nothing but what may be sent.
 
     Args:
-        exchange: the request, which is one for ``OPTIONS``.
+        context: the request, which is one for ``OPTIONS``.
         origins: as for :func:`cors_headers`.
     """
-    if origins is None or exchange.header(b"access-control-request-method") is None:
+    if origins is None or context.header(b"access-control-request-method") is None:
         return None
-    headers = cors_headers(exchange, origins)
+    headers = cors_headers(context, origins)
     if any(name == b"access-control-allow-origin" for name, _ in headers):
-        asked = exchange.header(b"access-control-request-headers")
+        asked = context.header(b"access-control-request-headers")
         headers += [
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"access-control-allow-headers", asked or b"authorization, content-type"),

@@ -25,7 +25,7 @@ import trio
 
 from ..core.call import Call, Data, Event
 
-__all__ = ["Connection", "ShortWay"]
+__all__ = ["Connection", "DirectWriter"]
 
 
 class Connection(Protocol):
@@ -59,7 +59,7 @@ class Connection(Protocol):
         ...
 
 
-class ShortWay:
+class DirectWriter:
     """The consumer of a call whose pieces go straight to a connection; receives what does not, as a call does.
 
     Args:
@@ -69,7 +69,7 @@ class ShortWay:
 
     Attributes:
         last: when something was last heard of the call, in trio's time.
-        left_over: the connection has taken a part of a piece, and needs an ordinary write for the rest.
+        has_unsent: the connection has taken a part of a piece, and needs an ordinary write for the rest.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class ShortWay:
         self._waiting: deque[Event] = deque()
         self._reader = trio.lowlevel.ParkingLot()
         self.last = -math.inf
-        self.left_over = False
+        self.has_unsent = False
         # Half as much as to look for the clock each time.
         self._now = trio.lowlevel.current_clock().current_time
         call.redirect(self._put, self._put_piece)
 
     async def receive(self) -> Event | None:
         """Return the next event that did not go the short way, or ``None`` if only something is left over."""
-        if self._waiting or self.left_over:
+        if self._waiting or self.has_unsent:
             await trio.lowlevel.checkpoint()
         while not self._waiting:
-            if self.left_over:
+            if self.has_unsent:
                 return None
             await self._reader.park()
         return self.receive_nowait()
@@ -112,11 +112,11 @@ class ShortWay:
         if not self._waiting and self._is_whole(data):
             try:
                 # An ordinary write, which takes along what was left over, has been done if it is ready again.
-                self.left_over = not self._connection.send_nowait(data)
+                self.has_unsent = not self._connection.send_nowait(data)
             except trio.WouldBlock:
                 pass
             else:
-                if self.left_over:
+                if self.has_unsent:
                     self._reader.unpark()
                 return True
         self._waiting.append(Data(data))

@@ -15,13 +15,13 @@ import trio
 
 from ..options import ClusterServerOptions
 from ..routing.router import Registry
-from .context import Exchange
+from .context import RequestContext
 
-__all__ = ["Measure", "Site"]
+__all__ = ["GaugeSample", "NodeContext"]
 
 
 @attrs.frozen
-class Measure:
+class GaugeSample:
     """One value of a gauge that ``/metrics`` shows besides the face's own numbers.
 
     Measures of the same name are values of one gauge, told apart by their labels; all have the same label
@@ -41,11 +41,11 @@ def _nobody(_: str) -> None:
 
 
 @attrs.define(eq=False)
-class Site:
+class NodeContext:
     """The node that the face belongs to.
 
     ``status`` gives what ``GET /cluster/status`` adds to the face's own account of models and calls; it must
-    be JSON. ``measures`` gives what ``GET /metrics`` adds. Both are called on each such request, must not
+    be JSON. ``gauges`` gives what ``GET /metrics`` adds. Both are called on each such request, must not
     block, and an exception from them is a 500 for that request only.
 
     ``drain_worker`` asks the worker of a name to finish its calls and stop, and gives what is to be told about it,
@@ -57,20 +57,20 @@ class Site:
     node_id: str = ""
     mode: str = ""
     status: Callable[[], Mapping[str, Any]] = dict
-    measures: Callable[[], Iterable[Measure]] = tuple
+    gauges: Callable[[], Iterable[GaugeSample]] = tuple
     drain_worker: Callable[[str], Mapping[str, Any] | None] = _nobody
     started: float = attrs.field(factory=time.monotonic)
     """When the node began, on the monotonic clock."""
-    _answering: set[Exchange] = attrs.field(factory=set, init=False)
+    _answering: set[RequestContext] = attrs.field(factory=set, init=False)
     _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
 
-    def begin_answer(self, exchange: Exchange) -> None:
+    def begin_answer(self, context: RequestContext) -> None:
         """Note that a call has been opened for an exchange."""
-        self._answering.add(exchange)
+        self._answering.add(context)
 
-    def end_answer(self, exchange: Exchange) -> None:
+    def end_answer(self, context: RequestContext) -> None:
         """Note that an exchange is over: its answer has been written, or its client has left. Idempotent."""
-        self._answering.discard(exchange)
+        self._answering.discard(context)
         if not self._answering and self._answered:
             self._answered.unpark_all()
 

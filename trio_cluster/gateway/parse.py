@@ -19,9 +19,9 @@ from ..core.model import ModelInfo
 from ..core.upload import Upload
 from ..errors import InvalidRequest
 from ..openai import Endpoint, FormPeek, is_form, peek_model
-from .body import KEPT, Intake, Kept, too_large
-from .context import Exchange
-from .node_context import Site
+from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
+from .context import RequestContext
+from .node_context import NodeContext
 
 __all__ = ["read_request"]
 
@@ -32,31 +32,33 @@ _READ_IN_THREAD: Final = 1 << 20
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 
 
-async def read_request(site: Site, endpoint: Endpoint, exchange: Exchange, kept: Kept) -> Request:
+async def read_request(
+    node_context: NodeContext, endpoint: Endpoint, context: RequestContext, spool: SpooledBody
+) -> Request:
     """Return what the client asks, ready to be opened.
 
     A body that has come whole is checked, unless it is for a model that wants to see it untouched. Of a form that is
-    larger than that, only the model is found out; what has come until then is put into ``kept``, and the rest has
+    larger than that, only the model is found out; what has come until then is put into ``spool``, and the rest has
     still to be passed on.
 
     Raises:
         ApiError: it cannot be served.
         ClientLeft: the client has left in the middle of it.
     """
-    intake = exchange.intake
-    headers = _travelling_headers(exchange)
-    content_type = (exchange.header(b"content-type") or b"").decode("latin-1")
-    timeout, budget = _times(site, exchange)
+    request_body = context.request_body
+    headers = _travelling_headers(context)
+    content_type = (context.header(b"content-type") or b"").decode("latin-1")
+    timeout, budget = _times(node_context, context)
     body, parsed, upload = b"", None, None
-    first = await intake.read(KEPT)
-    if not intake.complete and is_form(content_type):
-        model = await _find_model(intake, content_type, first, kept)
-        info = site.registry.check(model, endpoint.kind, endpoint.name)
-        size = exchange.declared_length()
+    first = await request_body.read(SPOOL_THRESHOLD)
+    if not request_body.complete and is_form(content_type):
+        model = await _find_model(request_body, content_type, first, spool)
+        info = node_context.registry.check(model, endpoint.kind, endpoint.name)
+        size = context.declared_length()
         upload = Upload(-1 if size is None else size)
     else:
-        body = await _rest_of(intake, first, site)
-        info, parsed = await _read_whole(site, endpoint, body, content_type, headers)
+        body = await _rest_of(request_body, first, node_context)
+        info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
     return Request(
         endpoint=endpoint.name,
         kind=endpoint.kind,
@@ -64,50 +66,50 @@ async def read_request(site: Site, endpoint: Endpoint, exchange: Exchange, kept:
         body=body,
         content_type=content_type,
         headers=headers,
-        request_id=exchange.request_id,
+        request_id=context.request_id,
         timeout=timeout,
         budget=budget,
         parsed=parsed,
-        client=exchange.client,
+        client=context.client,
         upload=upload,
     )
 
 
-async def _rest_of(intake: Intake, first: bytes, site: Site) -> bytes:
+async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
     """Return a body that is kept in memory, of which ``first`` has come."""
-    if intake.complete:
+    if request_body.complete:
         return first
-    intake.limit = min(intake.limit, site.options.server.max_json_size)
-    if intake.received > intake.limit:
-        raise too_large(intake.limit)
-    return await intake.read(intake.limit, first)
+    request_body.limit = min(request_body.limit, node_context.options.server.max_json_size)
+    if request_body.received > request_body.limit:
+        raise too_large(request_body.limit)
+    return await request_body.read(request_body.limit, first)
 
 
-async def _find_model(intake: Intake, content_type: str, first: bytes, kept: Kept) -> str:
+async def _find_model(request_body: RequestBody, content_type: str, first: bytes, spool: SpooledBody) -> str:
     peek = FormPeek(content_type)
     data = first
     while True:
         peek.feed(data)
-        await kept.add(data, last=peek.model is not None)
+        await spool.add(data, last=peek.model is not None)
         if peek.model == "":
             raise InvalidRequest("'model' must not be empty", param="model")
         if peek.model is not None:
             return peek.model
-        if intake.complete:
+        if request_body.complete:
             raise InvalidRequest("Missing required field: 'model'", param="model")
-        data = await intake.next()
+        data = await request_body.next()
 
 
 async def _read_whole(
-    site: Site, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
+    node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    if site.registry.has_untouched:
-        untouched = site.registry.info(await _look(peek_model, body, content_type) or "")
+    if node_context.registry.has_passthrough:
+        untouched = node_context.registry.info(await _look(peek_model, body, content_type) or "")
         if untouched is not None and untouched.kind == "any":
             return untouched, None
     parsed = await _look(endpoint.parse, body, content_type, headers)
-    info = site.registry.check(parsed.model, endpoint.kind, endpoint.name)
+    info = node_context.registry.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(
@@ -124,10 +126,10 @@ async def _look(look: Callable[..., Any], body: bytes, *more: Any) -> Any:
     return await trio.to_thread.run_sync(look, body, *more, abandon_on_cancel=True)
 
 
-def _travelling_headers(exchange: Exchange) -> dict[str, str]:
+def _travelling_headers(context: RequestContext) -> dict[str, str]:
     """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
     headers: dict[str, str] = {}
-    for raw, value in exchange.headers:
+    for raw, value in context.headers:
         name = _travelling_name(raw)
         if name:
             text = value.decode("latin-1")
@@ -151,15 +153,15 @@ def _is_secret(name: str) -> bool:
     return name.endswith(("api-key", "token", "authorization", "cookie", "secret"))
 
 
-def _times(site: Site, exchange: Exchange) -> tuple[float, float]:
+def _times(node_context: NodeContext, context: RequestContext) -> tuple[float, float]:
     """Return how long the answer may be silent, and how long it may take altogether."""
-    timeout, budget = site.options.server.default_timeout, math.inf
+    timeout, budget = node_context.options.server.default_timeout, math.inf
     # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
     # for it.
-    listens = _seconds(exchange.header(b"x-stainless-read-timeout"))
+    listens = _seconds(context.header(b"x-stainless-read-timeout"))
     if listens is not None:
         timeout = min(timeout, listens)
-    asked = exchange.header(b"x-request-timeout")
+    asked = context.header(b"x-request-timeout")
     if asked is not None:
         seconds = _seconds(asked)
         if seconds is None:

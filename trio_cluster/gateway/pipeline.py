@@ -31,11 +31,11 @@ from ..core.logs import current_request
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..net.sockets import shown_address
 from ..openai import ENDPOINTS, Endpoint, endpoint_named
-from .body import ClientLeft, Intake, too_large
-from .context import Exchange
+from .body import ClientLeft, RequestBody, too_large
+from .context import RequestContext
 from .cors import answer_preflight, cors_headers
 from .direct import Connection
-from .node_context import Site
+from .node_context import NodeContext
 from .relay import relay
 from .response import Reply, error_reply
 
@@ -89,13 +89,15 @@ class Gate:
 
     Args:
         app: the ASGI application behind the gate.
-        site: the node; its options are read on each request.
+        node_context: the node; its options are read on each request.
         has_route: tells whether the application has a path, whatever the method.
     """
 
-    def __init__(self, app: App, site: Site, has_route: Callable[[str], bool] = lambda path: True) -> None:
+    def __init__(
+        self, app: App, node_context: NodeContext, has_route: Callable[[str], bool] = lambda path: True
+    ) -> None:
         self._app = app
-        self._site = site
+        self._node_context = node_context
         self._has_route = has_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,15 +121,15 @@ class _Passage:
 
     def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
         self._app = gate._app
-        self._site = gate._site
+        self._node_context = gate._node_context
         self._has_route = gate._has_route
         self._scope = scope
         self._receive = receive
         self._send = send
         self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
-        self._exchange = Exchange(scope["headers"], _address(scope))
-        self._intake = self._exchange.intake = Intake(
-            receive, self._site.options.server.max_body_size, partial(_has_arrived, self._connection)
+        self._context = RequestContext(scope["headers"], _address(scope))
+        self._request_body = self._context.request_body = RequestBody(
+            receive, self._node_context.options.server.max_body_size, partial(_has_arrived, self._connection)
         )
         self._body = b""  # for the application
         self._handed_on = False  # ... which has been given it
@@ -137,18 +139,20 @@ class _Passage:
 
     @property
     def request_id(self) -> str:
-        return self._exchange.request_id
+        return self._context.request_id
 
     async def run(self) -> None:
-        exchange = self._exchange
+        context = self._context
         try:
             if self._scope["method"] == "OPTIONS" and await self._answer_preflight():
                 return
             path = self._admit()
             endpoint = self._endpoint(path)
             if endpoint is None:
-                self._intake.limit = min(self._intake.limit, self._site.options.server.max_json_size)
-                self._body = await self._intake.read(self._intake.limit)
+                self._request_body.limit = min(
+                    self._request_body.limit, self._node_context.options.server.max_json_size
+                )
+                self._body = await self._request_body.read(self._request_body.limit)
         except ApiError as error:
             await self._refuse(error_reply(error))
             return
@@ -159,22 +163,22 @@ class _Passage:
                 await self._relay(endpoint)
             else:
                 scope = {**self._scope, "path": path}
-                exchange.enter(scope)
+                context.attach_to(scope)
                 await self._app(scope, self._receive_for_app, self._send_for_app)
         except* ClientLeft:
             self._left = True
         except* Exception as group:
             logger.error(
                 "the application failed on %s %s", self._scope["method"], path, exc_info=group,
-                extra={"fields": {"request_id": exchange.request_id}},
+                extra={"fields": {"request_id": context.request_id}},
             )  # fmt: skip
         finally:
             self._left = self._left or self._is_gone()
-            exchange.abandon("client left" if self._left else "the exchange has ended")
-            self._site.end_answer(exchange)
+            context.cancel_calls("client left" if self._left else "the exchange has ended")
+            self._node_context.end_answer(context)
         if not (self._started or self._left):
             await self._refuse(error_reply(HandlerFailed("The server failed to answer this request")))
-        elif exchange.cut and self._scope["http_version"] == "1.0":
+        elif context.aborted and self._scope["http_version"] == "1.0":
             # Without chunks, the end of the connection is the end of the answer.
             self._reset()
 
@@ -187,26 +191,26 @@ class _Passage:
         if endpoint is not None or self._has_route(path):
             return endpoint
         name = own_route(path)
-        return endpoint_named(name) if self._site.registry.answers(name) else None
+        return endpoint_named(name) if self._node_context.registry.answers(name) else None
 
     async def _relay(self, endpoint: Endpoint) -> None:
         """Answer a request for a model, without the framework: it would take as long as all the rest."""
         try:
-            reply = await relay(self._site, endpoint, self._exchange)
+            reply = await relay(self._node_context, endpoint, self._context)
         except ApiError as error:
             # It is also what its call has ended with; with a traceback, both would hold each other.
             reply = error_reply(error.with_traceback(None))
             # What is still to come of the body need not be waited for by whoever is to answer.
-            self._exchange.abandon("the request was refused")
+            self._context.cancel_calls("the request was refused")
         if _PROCESSING not in dict(reply.headers):
-            took = time.monotonic() - self._exchange.began
+            took = time.monotonic() - self._context.began
             reply.headers.append((_PROCESSING, str(round(took * 1000))))
-        if isinstance(reply.body, bytes) and not self._intake.complete:
+        if isinstance(reply.body, bytes) and not self._request_body.complete:
             await self._refuse(reply)
             return
         self._started = True
         head = self._start(reply)
-        if not self._intake.complete:
+        if not self._request_body.complete:
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
         if isinstance(reply.body, bytes):
@@ -218,9 +222,9 @@ class _Passage:
                 # The last piece and the end are one write.
                 more = not reply.body.complete
                 await self._send({"type": "http.response.body", "body": piece, "more_body": more})
-                reply.body.shorten(self._connection)
+                reply.body.enable_direct_write(self._connection)
         except trio.EndOfChannel:
-            if not self._exchange.cut:
+            if not self._context.aborted:
                 await self._send({"type": "http.response.body", "body": b""})
 
     # Judging the head
@@ -234,7 +238,7 @@ class _Passage:
         version = self._scope["http_version"]
         if version not in _VERSIONS:
             raise InvalidRequest(f"HTTP/{version} is not spoken here; use HTTP/1.1", status=505)
-        if (self._exchange.header(b"upgrade") or b"").lower() == b"websocket":
+        if (self._context.header(b"upgrade") or b"").lower() == b"websocket":
             raise InvalidRequest("There are no websockets here", status=404)
         path: str = self._scope["path"]
         if "://" in path and not path.startswith("/"):
@@ -245,19 +249,19 @@ class _Passage:
         path = "/" + path.lstrip("/")
         if (path.rstrip("/") or "/") not in OPEN_PATHS:
             self._check_key()
-        length, limit = self._exchange.declared_length(), self._site.options.server.max_body_size
+        length, limit = self._context.declared_length(), self._node_context.options.server.max_body_size
         if length is not None and length > limit:
             raise too_large(limit)
         return path
 
     def _check_key(self) -> None:
-        key = self._site.options.server.api_key
+        key = self._node_context.options.server.api_key
         if key is None:
             return
-        scheme, _, given = (self._exchange.header(b"authorization") or b"").partition(b" ")
+        scheme, _, given = (self._context.header(b"authorization") or b"").partition(b" ")
         if not scheme:
             # The clients of the Messages API send it so.
-            given = self._exchange.header(b"x-api-key") or b""
+            given = self._context.header(b"x-api-key") or b""
             scheme = b"bearer" if given else b""
         if scheme.lower() != b"bearer":
             message = "This server needs a key: send it as 'Authorization: Bearer KEY'"
@@ -271,37 +275,37 @@ class _Passage:
 
     async def _answer_preflight(self) -> bool:
         """Answer a browser that asks what it may ask; return whether it was one."""
-        origins = self._site.options.server.cors_origins
-        headers = answer_preflight(self._exchange, origins)
+        origins = self._node_context.options.server.cors_origins
+        headers = answer_preflight(self._context, origins)
         if headers is None:
             return False
-        await self._intake.read(self._intake.limit)
-        headers.append((b"x-request-id", self._exchange.request_id.encode("ascii")))
+        await self._request_body.read(self._request_body.limit)
+        headers.append((b"x-request-id", self._context.request_id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": 204, "headers": headers})
         await self._send({"type": "http.response.body", "body": b""})
         return True
 
     def _start(self, reply: Reply) -> Message:
-        head = _start(reply, self._exchange.request_id)
-        head["headers"] += cors_headers(self._exchange, self._site.options.server.cors_origins)
+        head = _start(reply, self._context.request_id)
+        head["headers"] += cors_headers(self._context, self._node_context.options.server.cors_origins)
         return head
 
     async def _refuse(self, reply: Reply) -> None:
         """Answer with ``reply``, whatever is still to come of the request's body."""
-        intake, length = self._intake, self._exchange.declared_length()
+        request_body, length = self._request_body, self._context.declared_length()
         self._started = True
-        if length is None or length - intake.received <= DRAIN_BYTES:
-            await intake.drop(DRAIN_BYTES, DRAIN_TIME)
-        if intake.left:
+        if length is None or length - request_body.received <= DRAIN_BYTES:
+            await request_body.drop(DRAIN_BYTES, DRAIN_TIME)
+        if request_body.left:
             return
         head = self._start(reply)
-        if not intake.complete and self._scope["http_version"] in _VERSIONS:
+        if not request_body.complete and self._scope["http_version"] in _VERSIONS:
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
         await self._send({"type": "http.response.body", "body": reply.body, "more_body": True})
-        await intake.drop(LINGER_BYTES, LINGER_TIME)
+        await request_body.drop(LINGER_BYTES, LINGER_TIME)
         end = {"type": "http.response.body", "body": b"", "more_body": False}
-        if intake.complete or intake.left:
+        if request_body.complete or request_body.left:
             await self._send_last(end)
             return
         # The server's reader may be waiting for room to hand over more of the body, and would wait for ever.
@@ -336,7 +340,7 @@ class _Passage:
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self._finished:
             self._left = True
-            self._exchange.abandon("client left")
+            self._context.cancel_calls("client left")
         return message
 
     async def _send_for_app(self, message: Message) -> None:
@@ -344,12 +348,12 @@ class _Passage:
             self._started = True
             headers = list(message.get("headers", ()))
             if not any(name.lower() == b"x-request-id" for name, _ in headers):
-                headers.append((b"x-request-id", self._exchange.request_id.encode("ascii")))
-            headers += cors_headers(self._exchange, self._site.options.server.cors_origins)
+                headers.append((b"x-request-id", self._context.request_id.encode("ascii")))
+            headers += cors_headers(self._context, self._node_context.options.server.cors_origins)
             await self._send({**message, "headers": headers})
         elif message["type"] != "http.response.body" or message.get("more_body", False):
             await self._send(message)
-        elif not self._exchange.cut:
+        elif not self._context.aborted:
             await self._send_last(message)
 
 
@@ -378,7 +382,7 @@ async def _refuse_websocket(scope: Scope, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1000})
         return
     reply = error_reply(InvalidRequest("There are no websockets here", status=404))
-    head = _start(reply, Exchange(scope["headers"]).request_id)
+    head = _start(reply, RequestContext(scope["headers"]).request_id)
     head["headers"].append((b"connection", b"close"))
     await send({**head, "type": "websocket.http.response.start"})
     await send({"type": "websocket.http.response.body", "body": reply.body, "more_body": False})

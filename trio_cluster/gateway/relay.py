@@ -6,7 +6,7 @@ to choose the status. As late as possible, since until then a failure is a real 
 - an event stream begins with its first event; a failure after that is one error event. So events are sent whole:
   one that fails half-way would otherwise have its error in the middle of it;
 - audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
-- everything else is sent when it is complete. Only an answer that is larger than :data:`COLLECT` is begun
+- everything else is sent when it is complete. Only an answer that is larger than :data:`BUFFER_LIMIT` is begun
   earlier, so that memory stays bounded.
 
 Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all
@@ -33,19 +33,19 @@ from ..core.call import Call, Data, Done, Event, Failed, Head
 from ..core.upload import Upload
 from ..errors import ApiError, HandlerFailed, TooSlow
 from ..openai import PING, Endpoint, error_event
-from .body import Intake, Kept
-from .context import Exchange
-from .direct import Connection, ShortWay
-from .node_context import Site
+from .body import RequestBody, SpooledBody
+from .context import RequestContext
+from .direct import Connection, DirectWriter
+from .node_context import NodeContext
 from .parse import read_request
 from .response import Reply
 
-__all__ = ["COLLECT", "GRACE", "PING_EVERY", "relay"]
+__all__ = ["BUFFER_LIMIT", "GRACE", "PING_INTERVAL", "relay"]
 
 logger = logging.getLogger("trio_cluster.http")
 
 #: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
-COLLECT: Final = 1 << 20
+BUFFER_LIMIT: Final = 1 << 20
 
 #: Seconds that an answer may be later than its node should have allowed. Nodes give signs of life once a
 #: second.
@@ -53,11 +53,11 @@ GRACE: Final = 2.0
 
 #: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
 #: client, and to find out whether the client is still there.
-PING_EVERY: Final = 10.0
+PING_INTERVAL: Final = 10.0
 
 #: Bytes of one event that are kept until it is complete. A larger one is sent as it comes, and if its answer fails
 #: before it is complete, there is no error event.
-EVENT: Final = 1 << 20
+EVENT_LIMIT: Final = 1 << 20
 
 #: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
 #: Latin-1.
@@ -68,10 +68,10 @@ _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 #: So that nothing between here and the client keeps a stream back.
-_FOR_STREAMS: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+_NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 #: What describes the connection or the framing of the answer, or is set here.
-_NOT_FROM_HANDLERS: Final = frozenset(
+_RESERVED_HEADERS: Final = frozenset(
     {
         "connection",
         "content-length",
@@ -88,8 +88,8 @@ _NOT_FROM_HANDLERS: Final = frozenset(
 )
 
 
-async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
-    """Answer the request of ``exchange`` with a model.
+async def relay(node_context: NodeContext, endpoint: Endpoint, context: RequestContext) -> Reply:
+    """Answer the request of ``context`` with a model.
 
     Whatever happens, the calls that this opens are held by the exchange; a cancelled ``relay`` leaves them to
     it.
@@ -100,30 +100,32 @@ async def relay(site: Site, endpoint: Endpoint, exchange: Exchange) -> Reply:
     Raises:
         ApiError: what the client is to be told instead.
     """
-    with Kept() as kept:
-        request = await read_request(site, endpoint, exchange, kept)
-        limits = _Limits(request.timeout, request.budget, trio.current_time())
-        call = site.registry.open(request)
-        exchange.hold(call)
-        site.begin_answer(exchange)
+    with SpooledBody() as spool:
+        request = await read_request(node_context, endpoint, context, spool)
+        deadlines = ResponseDeadlines(request.timeout, request.budget, trio.current_time())
+        call = node_context.registry.open(request)
+        context.add_call(call)
+        node_context.begin_answer(context)
         if request.upload is not None:
-            await _pass_on(exchange.intake, kept, call, request.upload, limits)
-    event = await _next(call, limits, trio.current_time())
+            await _forward_upload(context.request_body, spool, call, request.upload, deadlines)
+    event = await _next(call, deadlines, trio.current_time())
     if isinstance(event, Failed):
-        again = site.registry.reopen(call, limits.budget_left)
+        again = node_context.registry.reopen(call, deadlines.budget_left)
         if again is None:
             raise event.error
         call = again
-        exchange.hold(call)
-        event = await _next(call, limits, limits.began)
+        context.add_call(call)
+        event = await _next(call, deadlines, deadlines.began)
         if isinstance(event, Failed):
             raise event.error
     if not isinstance(event, Head):  # the grammar of calls forbids it
         raise HandlerFailed
-    return await _reply(call, event, exchange, limits)
+    return await _reply(call, event, context, deadlines)
 
 
-async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limits: _Limits) -> None:
+async def _forward_upload(
+    request_body: RequestBody, spool: SpooledBody, call: Call, upload: Upload, deadlines: ResponseDeadlines
+) -> None:
     """Send a body on as it comes in, until it is complete or nobody wants more of it.
 
     An answer that begins meanwhile waits for that: it is an error, most of the time, and then nobody wants more.
@@ -134,32 +136,34 @@ async def _pass_on(intake: Intake, kept: Kept, call: Call, upload: Upload, limit
     """
     with trio.CancelScope() as scope:
         upload.on_close(partial(scope.cancel, reason="nobody wants more of this body"))
-        while data := await kept.take():
+        while data := await spool.take():
             upload.put(data)
-            await _room(upload, call, limits, intake)
-        while not intake.complete:
-            data = await intake.next()
-            upload.put(data, last=intake.complete)
-            await _room(upload, call, limits, intake)
+            await _wait_for_upload_room(upload, call, deadlines, request_body)
+        while not request_body.complete:
+            data = await request_body.next()
+            upload.put(data, last=request_body.complete)
+            await _wait_for_upload_room(upload, call, deadlines, request_body)
         if not upload.complete:
             upload.put(b"", last=True)
 
 
-async def _room(upload: Upload, call: Call, limits: _Limits, intake: Intake) -> None:
+async def _wait_for_upload_room(
+    upload: Upload, call: Call, deadlines: ResponseDeadlines, request_body: RequestBody
+) -> None:
     """Wait until more of a body is wanted, or give the call up, which has taken nothing of it for too long."""
     began = since = trio.current_time()
     while True:
-        with trio.move_on_at(limits.late(since)):
+        with trio.move_on_at(deadlines.expires_at(since)):
             await upload.wait_room()
-            intake.excuse(trio.current_time() - began)
+            request_body.extend_deadline(trio.current_time() - began)
             return
         if upload.taken_at <= since:
-            raise limits.give_up(call)
+            raise deadlines.time_out(call)
         since = upload.taken_at
 
 
 @attrs.frozen
-class _Limits:
+class ResponseDeadlines:
     """How long the client of one request waits."""
 
     timeout: float
@@ -173,11 +177,11 @@ class _Limits:
     def budget_left(self) -> float:
         return self.began + self.budget - trio.current_time()
 
-    def late(self, since: float) -> float:
+    def expires_at(self, since: float) -> float:
         """Return when to give up an answer that is silent since then."""
         return min(since + self.timeout, self.began + self.budget) + GRACE
 
-    def give_up(self, call: Call) -> TooSlow:
+    def time_out(self, call: Call) -> TooSlow:
         """Cancel a call, and return what to tell the client.
 
         The node should have said so earlier, and did not; what counts for the client is what it was promised.
@@ -198,14 +202,14 @@ class _Limits:
         return error
 
 
-async def _next(call: Call, limits: _Limits, since: float) -> Event:
+async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:
     """Return the call's next event, or give the call up, which is silent since then."""
-    with trio.move_on_at(limits.late(since)):
+    with trio.move_on_at(deadlines.expires_at(since)):
         return await call.receive()
-    raise limits.give_up(call)
+    raise deadlines.time_out(call)
 
 
-def _take(call: Call | ShortWay, into: list[bytes | memoryview]) -> None:
+def _take(call: Call | DirectWriter, into: list[bytes | memoryview]) -> None:
     """Take all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
     try:
         while True:
@@ -216,7 +220,7 @@ def _take(call: Call | ShortWay, into: list[bytes | memoryview]) -> None:
         pass
 
 
-async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) -> Reply:
+async def _reply(call: Call, head: Head, context: RequestContext, deadlines: ResponseDeadlines) -> Reply:
     """Decide how the answer that ``head`` begins is sent."""
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
@@ -227,11 +231,11 @@ async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) ->
     as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
-        headers += [header for header in _FOR_STREAMS if header[0] not in named]
+        headers += [header for header in _NO_PROXY_BUFFERING if header[0] not in named]
     pieces: list[bytes | memoryview] = []
     _take(call, pieces)
-    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= COLLECT:
-        event = await _next(call, limits, trio.current_time())
+    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= BUFFER_LIMIT:
+        event = await _next(call, deadlines, trio.current_time())
         if isinstance(event, Data) and event.data:
             pieces.append(event.data)
         _take(call, pieces)
@@ -240,7 +244,7 @@ async def _reply(call: Call, head: Head, exchange: Exchange, limits: _Limits) ->
     data = b"".join(pieces)
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, _Stream(call, exchange, data, events, limits))
+    return Reply(head.status, headers, StreamingBody(call, context, data, events, deadlines))
 
 
 def _after_last(data: bytes, mark: bytes) -> int:
@@ -256,22 +260,24 @@ def _headers(head: Head) -> list[tuple[str, str]]:
     for name, value in head.headers:
         if _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value):
             name = name.lower()
-            if name not in _NOT_FROM_HANDLERS:
+            if name not in _RESERVED_HEADERS:
                 headers.append((name, value))
     return headers
 
 
-class _Stream:
+class StreamingBody:
     """The body of an answer that has begun and is not complete."""
 
-    def __init__(self, call: Call, exchange: Exchange, first: bytes, events: bool, limits: _Limits) -> None:
+    def __init__(
+        self, call: Call, context: RequestContext, first: bytes, events: bool, deadlines: ResponseDeadlines
+    ) -> None:
         self._call = call
-        self._exchange = exchange
+        self._context = context
         self._first = first
         self._events = events
-        self._limits = limits
+        self._deadlines = deadlines
         self._silent_since: float | None = None
-        self._source: Call | ShortWay = call
+        self._source: Call | DirectWriter = call
         self._rest = b""  # of an event that is not complete, and not sent
         self._torn = False  # an event has been sent that is not complete
         self._over = False
@@ -291,15 +297,15 @@ class _Stream:
                 # Only waiting counts as silence. While the client is slow, it is not the model that is late.
                 if self._silent_since is None:
                     self._silent_since = trio.current_time()
-                late = self._limits.late(self._silent_since)
+                late = self._deadlines.expires_at(self._silent_since)
                 pings = self._events and not self._torn
-                until = min(late, trio.current_time() + PING_EVERY) if pings else late
+                until = min(late, trio.current_time() + PING_INTERVAL) if pings else late
                 event: Event | None = None
                 with trio.move_on_at(until):
                     event = await self._source.receive()
-                if event is None and isinstance(self._source, ShortWay):
-                    if self._source.left_over:
-                        self._source.left_over = False
+                if event is None and isinstance(self._source, DirectWriter):
+                    if self._source.has_unsent:
+                        self._source.has_unsent = False
                         return b""
                     if self._source.last > self._silent_since:
                         self._silent_since = self._source.last
@@ -307,7 +313,7 @@ class _Stream:
                 if event is None and until < late:
                     return PING
                 if event is None:
-                    return self._fail(b"", self._limits.give_up(self._call))
+                    return self._fail(b"", self._deadlines.time_out(self._call))
                 self._silent_since = None
                 if isinstance(event, Data) and event.data:
                     pieces.append(event.data)
@@ -319,16 +325,16 @@ class _Stream:
             end = self._call.end
             if isinstance(end, Failed):
                 return self._fail(data, end.error)
-            if end is None and trio.current_time() >= self._limits.late(math.inf):
+            if end is None and trio.current_time() >= self._deadlines.expires_at(math.inf):
                 # It goes on and on, as a handler can that shields itself from its deadline.
-                return self._fail(data, self._limits.give_up(self._call))
+                return self._fail(data, self._deadlines.time_out(self._call))
             self.complete = end is not None
             if data:
                 return data
             if end is not None:
                 raise trio.EndOfChannel
 
-    def shorten(self, connection: Connection | None) -> None:
+    def enable_direct_write(self, connection: Connection | None) -> None:
         """Let what comes from now on be written where it comes in, as long as the client keeps up.
 
         To be called between two pieces, any number of times; without effect where there is no short way.
@@ -339,7 +345,7 @@ class _Stream:
             and connection.ready
             and not self._call.ended
         ):
-            self._source = ShortWay(self._call, connection, self._is_whole)
+            self._source = DirectWriter(self._call, connection, self._is_whole)
 
     def _is_whole(self, data: bytes | memoryview) -> bool:
         """Return whether ``data`` may be sent on its own, as far as events are concerned."""
@@ -354,7 +360,7 @@ class _Stream:
         size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
         if size:
             self._torn = False
-        if self._torn or len(data) - size > EVENT:
+        if self._torn or len(data) - size > EVENT_LIMIT:
             self._torn = size < len(data)
             size = len(data)
         self._rest = data[size:]
@@ -362,7 +368,7 @@ class _Stream:
 
     def _fail(self, data: bytes, error: ApiError) -> bytes:
         self._over = True
-        self._exchange.cut = True
+        self._context.aborted = True
         if self._events and not self._torn:
             data += error_event(error)
         if data:

@@ -41,7 +41,7 @@ class Body(Protocol):
         """
         ...
 
-    def shorten(self, connection: Connection | None) -> None:
+    def enable_direct_write(self, connection: Connection | None) -> None:
         """Send the pieces that come from now on past :meth:`receive`, if that can be done on ``connection``."""
         ...
 

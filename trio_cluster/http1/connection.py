@@ -36,13 +36,13 @@ from urllib.parse import unquote
 import trio
 
 from ..errors import ApiError
-from ..gateway.context import Exchange
+from ..gateway.context import RequestContext
 from ..gateway.pipeline import App, Message
 from ..gateway.response import error_reply
-from ..net.idle import IdleLimit
+from ..net.idle import IdleTimeout
 from ..net.readers import Reader
-from .framing import RequestState, answer_head, chunk, pieces_to_write, refusal
-from .parser import Incoming
+from .framing import RequestState, chunk, pieces_to_write, refusal, response_head
+from .parser import RequestParser
 
 __all__ = ["UNREAD", "Http1Connection"]
 
@@ -71,7 +71,7 @@ class Http1Connection:
     """
 
     def __init__(
-        self, stream: Any, app: App, state: dict[str, Any], state_key: str, reader: Reader, idle: IdleLimit
+        self, stream: Any, app: App, state: dict[str, Any], state_key: str, reader: Reader, idle: IdleTimeout
     ) -> None:
         self._stream = stream
         self._app = app
@@ -79,7 +79,7 @@ class Http1Connection:
         # Of an IPv6 address only the first two parts.
         self._client = tuple(stream.socket.getpeername()[:2])
         self._server = tuple(stream.socket.getsockname()[:2])
-        self._incoming = Incoming()
+        self._parser = RequestParser()
         self._reading = reader.reading(stream, self)
         self._idle = idle
         self._current: RequestState | None = None
@@ -89,10 +89,10 @@ class Http1Connection:
         self._closing = False
         self._error: Exception | None = None
         self._is_socket = isinstance(stream, trio.SocketStream)
-        self._write_now = _write_now(stream)
+        self._try_write = _try_write(stream)
         self._left_over = b""
         # The same while a piece of a body may be written past the task: between two writes of one that is in chunks.
-        self._short_way: Callable[[bytes | memoryview], int] | None = None
+        self._direct_write: Callable[[bytes | memoryview], int] | None = None
         # An answer has begun and not ended; a write has.
         self._begun = self._torn = False
         self.gone = False
@@ -101,15 +101,15 @@ class Http1Connection:
 
     def close_when_idle(self) -> None:
         """Take no more requests: close now if none is being answered, otherwise after it."""
-        self._incoming.no_more = self._closing = True
-        if self._current is None and not self._incoming.requests:
+        self._parser.no_more = self._closing = True
+        if self._current is None and not self._parser.requests:
             self.close()
 
     def close(self) -> None:
         """Close it now. What has been written is still delivered; whoever waits for it gets an error."""
         # Its descriptor may soon be another connection's.
-        self._write_now = None
-        self._lose()
+        self._try_write = None
+        self._connection_lost()
         self._stream.socket.close()
 
     def reset(self) -> None:
@@ -119,7 +119,7 @@ class Http1Connection:
 
     def expire(self) -> None:
         """Give it up: it has been idle for too long."""
-        self._lose()
+        self._connection_lost()
 
     @property
     def arrived(self) -> bool:
@@ -135,7 +135,7 @@ class Http1Connection:
 
         Not before the answer has begun, nor while a write is under way or has left something over.
         """
-        return self._short_way is not None
+        return self._direct_write is not None
 
     def send_nowait(self, body: bytes | memoryview) -> bool:
         """Send a piece of the body, which must not be empty, without waking a task.
@@ -147,7 +147,7 @@ class Http1Connection:
         Raises:
             trio.WouldBlock: the connection is not :attr:`ready`.
         """
-        write = self._short_way
+        write = self._direct_write
         if write is None:
             raise trio.WouldBlock
         data = chunk(body)
@@ -156,12 +156,12 @@ class Http1Connection:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._lose()
+            self._connection_lost()
             return False
         if sent == len(data):
             return True
         self._left_over = data[sent:]
-        self._short_way = None
+        self._direct_write = None
         return False
 
     async def serve(self) -> None:
@@ -176,51 +176,51 @@ class Http1Connection:
                 await self._respond()
             if self._error is not None:
                 raise self._error
-            refused = self._incoming.refused
+            refused = self._parser.refused
             if refused is not None and not (self._begun or self._torn or self.gone):
                 await self._send_refusal(refused)
         finally:
             self.close()
             # What refers to itself would be there until the garbage collector comes.
-            self._incoming.close()
+            self._parser.close()
             self._state, self._error = {}, None
 
     # Reading
 
-    def feed(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         """See ``Listener``."""
         if not data:
-            self._lose()
+            self._connection_lost()
             return
-        incoming = self._incoming
+        parser = self._parser
         # What follows the last request is nobody's; reading it shows when the client leaves.
-        incoming.feed(data)
-        if incoming.refused is not None:
+        parser.feed(data)
+        if parser.refused is not None:
             # The task answers what came before, says what is wrong, and ends the connection.
             self._reading.end()
-            if incoming.latest is self._current:
+            if parser.latest is self._current:
                 # It is the body of the request that is being answered that makes no sense; there will be no more.
                 self._serving.cancel(reason="the request is malformed")
-        elif incoming.unread > UNREAD:
+        elif parser.unread > UNREAD:
             self._reading.pause()
         if self._responder:
             self._responder.unpark_all()
 
     def _read_on(self) -> None:
-        if self._incoming.unread <= UNREAD:
+        if self._parser.unread <= UNREAD:
             self._reading.resume()
 
-    def fail(self, error: Exception) -> None:
+    def read_failed(self, error: Exception) -> None:
         """See ``Listener``."""
         self._error = error
-        self._lose()
+        self._connection_lost()
 
-    def _lose(self) -> None:
+    def _connection_lost(self) -> None:
         """Tell whoever works for the client that it has left."""
         if self.gone:
             return
         self.gone = True
-        self._short_way = None
+        self._direct_write = None
         self._reading.end()
         if self._current is None:
             # There is only the task that waits for a request.
@@ -232,18 +232,18 @@ class Http1Connection:
 
     async def _respond(self) -> None:
         while (request := await self._next_request()) is not None:
-            await self._answer(request)
+            await self._run_app(request)
             if not (request.answered and request.complete) or self._torn:
                 break
 
     @property
     def _is_idle(self) -> bool:
         """Whether there is nothing to do before something comes in, or this is ended."""
-        incoming = self._incoming
-        return not (incoming.requests or incoming.refused or self._closing or self.gone)
+        parser = self._parser
+        return not (parser.requests or parser.refused or self._closing or self.gone)
 
     async def _next_request(self) -> RequestState | None:
-        incoming = self._incoming
+        parser = self._parser
         if self._is_idle:
             self._idle.begin(self)
             try:
@@ -251,21 +251,21 @@ class Http1Connection:
                     await self._responder.park()
             finally:
                 self._idle.end(self)
-        if self._closing or self.gone or not incoming.requests:
+        if self._closing or self.gone or not parser.requests:
             return None
-        request = incoming.requests.pop(0)
-        if incoming.refused is not None and not request.complete:
+        request = parser.requests.pop(0)
+        if parser.refused is not None and not request.complete:
             return None
         self._current = request
         return request
 
-    async def _answer(self, request: RequestState) -> None:
+    async def _run_app(self, request: RequestState) -> None:
         receive, send = functools.partial(self._receive, request), functools.partial(self._send, request)
         try:
             await self._app(self._scope(request), receive, send)
         finally:
             self._current = None
-            self._incoming.forget(request)
+            self._parser.discard(request)
             self._read_on()
 
     def _scope(self, request: RequestState) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class Http1Connection:
             await self._write(_CONTINUE)
         while not self.gone and not request.answered:
             if request.body or (request.complete and not request.handed_over):
-                body = self._incoming.take_body(request)
+                body = self._parser.take_body(request)
                 self._read_on()
                 request.handed_over = request.complete
                 return {"type": "http.request", "body": body, "more_body": not request.complete}
@@ -313,7 +313,7 @@ class Http1Connection:
             body, more = message.get("body", b""), message.get("more_body", False)
             head = b""
             if not request.head_sent:
-                head, self._closing = answer_head(request, len(body), more, self._closing)
+                head, self._closing = response_head(request, len(body), more, self._closing)
                 self._begun = True
             if request.bodiless:
                 body = b""
@@ -321,7 +321,7 @@ class Http1Connection:
                 if data or self._left_over:
                     await self._write(data)
             if more and request.chunked and not (self._torn or self.gone):
-                self._short_way = self._write_now
+                self._direct_write = self._try_write
             if not more:
                 request.answered = True
                 self._begun = False
@@ -329,10 +329,10 @@ class Http1Connection:
                     self._responder.unpark_all()
 
     async def _write(self, data: bytes) -> None:
-        self._short_way = None
+        self._direct_write = None
         if self._torn:
             # The last write was cut off, so nothing that is written now would be read as what it is.
-            self._lose()
+            self._connection_lost()
             await trio.lowlevel.checkpoint()
             return
         if self._left_over:
@@ -341,10 +341,10 @@ class Http1Connection:
         # Of a large piece that is not taken at once, no copies are made.
         rest: bytes | memoryview = memoryview(data) if self._is_socket else data
         try:
-            if self._is_socket and self._write_now is not None:
+            if self._is_socket and self._try_write is not None:
                 # Nearly always the socket takes it all, and then there is nothing to wait for.
                 try:
-                    rest = rest[self._write_now(rest) :]
+                    rest = rest[self._try_write(rest) :]
                 except BlockingIOError:
                     pass
                 except OSError as error:
@@ -352,14 +352,14 @@ class Http1Connection:
             if rest:
                 await self._stream.send_all(rest)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._lose()
+            self._connection_lost()
             await trio.lowlevel.checkpoint()
             return
         self._torn = False
 
     async def _send_refusal(self, error: ApiError) -> None:
         """Say what is wrong with what came, and see to it that the client can read that before the end."""
-        await self._write(refusal(error_reply(error), Exchange(()).request_id))
+        await self._write(refusal(error_reply(error), RequestContext(()).request_id))
         with trio.move_on_after(_LINGER_TIME):
             try:
                 await self._stream.send_eof()
@@ -369,7 +369,7 @@ class Http1Connection:
                 pass
 
 
-def _write_now(stream: Any) -> Callable[[bytes | memoryview], int] | None:
+def _try_write(stream: Any) -> Callable[[bytes | memoryview], int] | None:
     """Return what writes to the connection without waiting, as ``os.write`` does; ``None`` if nothing can."""
     if isinstance(stream, trio.SocketStream):
         return functools.partial(os.write, stream.socket.fileno())

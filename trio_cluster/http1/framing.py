@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ..gateway.response import Reply
 
-__all__ = ["RequestState", "answer_head", "chunk", "pieces_to_write", "refusal"]
+__all__ = ["RequestState", "chunk", "pieces_to_write", "refusal", "response_head"]
 
 #: Bytes of a body from which copying them costs more than another write.
 _LARGE: Final = 1024 * 1024
@@ -65,7 +65,7 @@ class RequestState:
         self.answered = False
 
 
-def answer_head(request: RequestState, size: int, more: bool, closing: bool) -> tuple[bytes, bool]:
+def response_head(request: RequestState, size: int, more: bool, closing: bool) -> tuple[bytes, bool]:
     """Return the head of the answer, now that it is known how its body begins, and decide the framing.
 
     Args:

@@ -14,7 +14,7 @@ import httptools
 from ..errors import ApiError, InvalidRequest
 from .framing import RequestState
 
-__all__ = ["HEAD_LIMIT", "Incoming"]
+__all__ = ["HEAD_LIMIT", "RequestParser"]
 
 #: Bytes that the head of a request may have.
 HEAD_LIMIT: Final = 64 * 1024
@@ -26,7 +26,7 @@ _HTTP2: Final = b"PRI * HTTP/2"
 _NONE_YET: Final = RequestState()
 
 
-class Incoming:
+class RequestParser:
     """The requests of one connection.
 
     Attributes:
@@ -79,7 +79,7 @@ class Incoming:
         self.unread -= len(body)
         return body
 
-    def forget(self, request: RequestState) -> None:
+    def discard(self, request: RequestState) -> None:
         """Take out what is left of a request, which has been answered."""
         self.unread -= _REQUEST_WEIGHT
         if request.body:

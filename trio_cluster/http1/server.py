@@ -22,7 +22,7 @@ from hypercorn.trio.lifespan import Lifespan
 
 from ..gateway.pipeline import CONNECTION_KEY, App
 from ..net.acceptor import accept_all
-from ..net.idle import IdleLimit
+from ..net.idle import IdleTimeout
 from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
 from ..net.sockets import Listeners, close_all
 from .connection import Http1Connection
@@ -110,7 +110,7 @@ class _Connections:
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Http1Connection, None] = {}
         self._empty = trio.Event()
-        self._idle = IdleLimit(KEEP_ALIVE)
+        self._idle = IdleTimeout(KEEP_ALIVE)
         self._reader: Reader
 
     async def serve(

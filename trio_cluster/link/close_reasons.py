@@ -10,7 +10,7 @@ from typing import Final
 
 from trio_websocket import ConnectionClosed, ConnectionRejected
 
-__all__ = ["LinkClosed", "shortened", "why_closed", "why_not_opened"]
+__all__ = ["LinkClosed", "close_reason", "handshake_failure", "truncate_reason"]
 
 #: Bytes of reason that a close frame holds.
 CLOSE_REASON: Final = 123
@@ -21,27 +21,27 @@ class LinkClosed(Exception):
 
     Attributes:
         why: one line for a log.
-        said: whether the other end closed the link and gave this as its reason.
+        by_peer: whether the other end closed the link and gave this as its reason.
         status: the HTTP status with which the opening was refused, if it was.
-        strangers: the two ends do not speak the same protocol, and will not do so next time.
+        incompatible: the two ends do not speak the same protocol, and will not do so next time.
     """
 
     def __init__(
-        self, why: str, *, said: bool = False, status: int | None = None, strangers: bool = False
+        self, why: str, *, by_peer: bool = False, status: int | None = None, incompatible: bool = False
     ) -> None:
         super().__init__(why)
         self.why = why
-        self.said = said
+        self.by_peer = by_peer
         self.status = status
-        self.strangers = strangers
+        self.incompatible = incompatible
 
 
-def shortened(reason: str) -> str:
+def truncate_reason(reason: str) -> str:
     """Return as much of a reason as a close frame holds."""
     return reason.encode()[:CLOSE_REASON].decode(errors="ignore")
 
 
-def why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
+def close_reason(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
     """Say why a websocket ended, given what the library raises and what its reader has met with, if anything."""
     reason = error.reason
     if reason is None or reason.code == 1006:
@@ -49,18 +49,20 @@ def why_closed(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
             return LinkClosed(f"the websocket failed: {reader or type(reader).__name__}")
         return LinkClosed("the connection broke")
     if reason.reason:
-        return LinkClosed(reason.reason, said=True)
+        return LinkClosed(reason.reason, by_peer=True)
     return LinkClosed(
-        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", said=True
+        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", by_peer=True
     )
 
 
-def why_not_opened(error: Exception | None) -> LinkClosed:
+def handshake_failure(error: Exception | None) -> LinkClosed:
     """Say why there is no websocket, given what the library's reader has met with, if anything."""
     if isinstance(error, ConnectionRejected):
         body = (error.body or b"").decode(errors="replace").strip()
         return LinkClosed(
-            shortened(body) or f"HTTP status {error.status_code}", said=True, status=error.status_code
+            truncate_reason(body) or f"HTTP status {error.status_code}",
+            by_peer=True,
+            status=error.status_code,
         )
     if error is not None:
         return LinkClosed(f"no websocket: {error}")

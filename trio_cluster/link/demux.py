@@ -22,11 +22,11 @@ from typing import Final
 import trio
 
 from ..net.sockets import receive_when_ready
-from ..net.watchdog import PulsedStream
+from ..net.watchdog import InjectableStream
 from ..protocol import MAX_MESSAGE
 from .frames import FrameReader, frame
 
-__all__ = ["Tap"]
+__all__ = ["FrameDemux"]
 
 #: As the library's parser sees it, which is content with bare newlines. It has three bytes at most.
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
@@ -36,26 +36,26 @@ _SWITCHED: Final = b"101"
 _GOODBYE, _PING = 0x88, 0x89
 
 
-class Tap(trio.abc.Stream):
+class FrameDemux(trio.abc.Stream):
     """A stream with a websocket on it.
 
     Args:
         stream: what it stands on; closed with it. Of one with a pulse reading is cheaper, and sending as well.
-        dialled: this end has connected, and not the other one.
+        is_client: this end has connected, and not the other one.
     """
 
-    def __init__(self, stream: trio.abc.Stream, *, dialled: bool) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, is_client: bool) -> None:
         self._stream = stream
-        self._socket = stream.socket if isinstance(stream, PulsedStream) else None
-        self._dialled = dialled
+        self._socket = stream.socket if isinstance(stream, InjectableStream) else None
+        self._is_client = is_client
         self._sending = trio.StrictFIFOLock()
-        self._send_nowait = stream.send_nowait if isinstance(stream, PulsedStream) else None
+        self._send_nowait = stream.send_nowait if isinstance(stream, InjectableStream) else None
         # Frames that wait for their turn.
         self._unsent = b""
-        self._reader = FrameReader(masked=not dialled, limit=MAX_MESSAGE, on_control=self._pass)
+        self._reader = FrameReader(masked=not is_client, limit=MAX_MESSAGE, on_control=self._on_control_frame)
         self._head = b""
         self._opened = False
-        self._given_back = False
+        self._returned = False
         self._closing = False
         self._for_library: deque[bytes] = deque()
         self._library = trio.lowlevel.ParkingLot()
@@ -65,7 +65,7 @@ class Tap(trio.abc.Stream):
     async def receive(self) -> bytes | None:
         """Return the next message; ``None`` if there will be none, of which the library knows the reason.
 
-        Whoever does not go on with it has to call :meth:`give_back`.
+        Whoever does not go on with it has to call :meth:`return_to_library`.
 
         Raises:
             ProtocolError: what came is not a message that a peer of ours may send.
@@ -89,14 +89,14 @@ class Tap(trio.abc.Stream):
                 return None
             self._reader.feed(data)
 
-    def give_back(self) -> None:
+    def return_to_library(self) -> None:
         """Receive no more messages, and let the library hear the rest: the other end's goodbye, or that there is none.
 
         Idempotent.
         """
-        if not self._given_back:
-            self._given_back = True
-            rest = self._reader.take_rest()
+        if not self._returned:
+            self._returned = True
+            rest = self._reader.take_remainder()
             if rest and not self._closing:
                 self._for_library.append(rest)
             self._library.unpark_all()
@@ -105,19 +105,19 @@ class Tap(trio.abc.Stream):
         """Send messages, together, as far as that goes without waiting.
 
         Returns:
-            Whether they have gone. If not, :meth:`finish` has to follow before anything else is sent here.
+            Whether they have gone. If not, :meth:`flush` has to follow before anything else is sent here.
 
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
-        data = b"".join([frame(message, masked=self._dialled) for message in messages])
+        data = b"".join([frame(message, masked=self._is_client) for message in messages])
         if self._send_nowait is None or self._sending.locked():
             self._unsent = data
             return False
         self._check_open()
         return self._send_nowait(data)
 
-    async def finish(self) -> None:
+    async def flush(self) -> None:
         """Send what :meth:`send_nowait` could not. If it is cancelled, nothing more can be said.
 
         Raises:
@@ -133,7 +133,7 @@ class Tap(trio.abc.Stream):
         if self._closing:
             raise trio.BrokenResourceError("the other end has said goodbye")
 
-    def _pass(self, control: bytes) -> None:
+    def _on_control_frame(self, control: bytes) -> None:
         kind = control[0]
         if self._closing or kind not in (_GOODBYE, _PING):
             return
@@ -153,7 +153,7 @@ class Tap(trio.abc.Stream):
         while True:
             if self._for_library:
                 return self._for_library.popleft()
-            if self._given_back:
+            if self._returned:
                 return await self._stream.receive_some(max_bytes)
             await self._library.park()
 
@@ -181,9 +181,9 @@ class Tap(trio.abc.Stream):
             # One that goes on and on is refused by the library.
             return data
         self._opened = True
-        if self._dialled and self._head.split(b" ", 2)[1:2] != [_SWITCHED]:
+        if self._is_client and self._head.split(b" ", 2)[1:2] != [_SWITCHED]:
             # No websocket but an answer in HTTP, whose body is the library's.
-            self._given_back = True
+            self._returned = True
             return data
         size = end.end() - before
         self._reader.feed(data[size:])

@@ -85,7 +85,7 @@ class FrameReader:
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0
 
-    def take_rest(self) -> bytes:
+    def take_remainder(self) -> bytes:
         """Return what has come and is no message yet, for somebody else to go on with."""
         rest, self._data = self._data[self._at :], b""
         self._at = 0

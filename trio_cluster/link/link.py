@@ -8,7 +8,7 @@ connection can end. This room is the only one that touches it, and it shows its 
 :class:`LinkClosed`, whatever happened; ``close_reasons.py`` has the words for it.
 
 - *Its reader task must not explode in our nursery.* A peer's ping that crosses our close, and a refused handshake,
-  raise inside it. It is handed a :class:`_Guard` in place of a nursery, which lets it end but not fail.
+  raise inside it. It is handed a :class:`_NurseryShim` in place of a nursery, which lets it end but not fail.
 - *Its opening handshake waits for ever* if the peer goes away before it is done. The guard knows when the reader
   has ended, and every opening has a deadline.
 - *A cancelled send leaves half a frame on the wire* while the connection looks open. Only one task ever sends
@@ -45,10 +45,10 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
-from ..net.watchdog import beating, take_lag
+from ..net.watchdog import heartbeats_while_blocked, take_max_lag
 from ..protocol import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session
-from .close_reasons import LinkClosed, shortened, why_closed, why_not_opened
-from .demux import Tap
+from .close_reasons import LinkClosed, close_reason, handshake_failure, truncate_reason
+from .demux import FrameDemux
 from .frames import frame
 
 __all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
@@ -77,11 +77,11 @@ class Refusal:
     reason: str
 
 
-_Opened: TypeAlias = tuple[WebSocketConnection, Tap]
-Opener: TypeAlias = Callable[["_Guard"], Awaitable[_Opened]]
+_Opened: TypeAlias = tuple[WebSocketConnection, FrameDemux]
+Opener: TypeAlias = Callable[["_NurseryShim"], Awaitable[_Opened]]
 
 
-class _Guard:
+class _NurseryShim:
     """Stands in for a nursery when trio-websocket starts its reader: the reader may end, but never explode."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -105,17 +105,17 @@ def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | N
     """Return what opens a link as the one who connects."""
     headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
 
-    async def open_websocket(guard: _Guard) -> _Opened:
-        tap = Tap(stream, dialled=True)
+    async def open_websocket(shim: _NurseryShim) -> _Opened:
+        demux = FrameDemux(stream, is_client=True)
         websocket = await wrap_client_stream(
-            guard,  # type: ignore[arg-type]
-            tap,  # type: ignore[arg-type]
+            shim,  # type: ignore[arg-type]
+            demux,  # type: ignore[arg-type]
             host,
             path,
             subprotocols=[SUBPROTOCOL],
             extra_headers=headers,
         )
-        return websocket, tap
+        return websocket, demux
 
     return open_websocket
 
@@ -128,11 +128,11 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
         admit: given the path and the headers (names in lower case), says whether to refuse.
     """
 
-    async def open_websocket(guard: _Guard) -> _Opened:
-        tap = Tap(stream, dialled=False)
+    async def open_websocket(shim: _NurseryShim) -> _Opened:
+        demux = FrameDemux(stream, is_client=False)
         request: WebSocketRequest = await wrap_server_stream(
-            guard,  # type: ignore[arg-type]
-            tap,
+            shim,  # type: ignore[arg-type]
+            demux,
         )
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
         refusal = admit(request.path, headers)
@@ -141,7 +141,7 @@ def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refus
         if refusal is not None:
             await request.reject(refusal.status, body=refusal.reason.encode())
             raise LinkClosed(refusal.reason, status=refusal.status)
-        return await request.accept(subprotocol=SUBPROTOCOL), tap
+        return await request.accept(subprotocol=SUBPROTOCOL), demux
 
     return open_websocket
 
@@ -150,16 +150,16 @@ class Link:
     """A session spoken over one stream.
 
     Args:
-        stream: a connected stream; it is the link's from now on, and closed with it. See ``with_pulse``.
+        stream: a connected stream; it is the link's from now on, and closed with it. See ``injectable``.
         session: one half of the protocol.
         on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
             raise.
         on_sent: called after each write with the body bytes per call that it carried.
-        on_end: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
+        on_closed: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
             comes after that. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
         timeout: seconds that opening the link, and writing a message, may take.
-        company: seconds that bytes of bodies may wait for more of them, while the link is busy.
+        linger: seconds that bytes of bodies may wait for more of them, while the link is busy.
     """
 
     def __init__(
@@ -169,47 +169,47 @@ class Link:
         *,
         on_events: Callable[[Sequence[EventT]], None],
         on_sent: Callable[[Sequence[tuple[int, int]]], None] = lambda _: None,
-        on_end: Callable[[LinkClosed], None] = lambda _: None,
+        on_closed: Callable[[LinkClosed], None] = lambda _: None,
         before_tick: Callable[[], None] = lambda: None,
         timeout: float,
-        company: float = 0.0,
+        linger: float = 0.0,
     ) -> None:
         self._stream = stream
         self._session: Session[Any] = session
         self._on_events = on_events
         self._on_sent = on_sent
-        self._on_end = on_end
+        self._on_closed = on_closed
         self._before_tick = before_tick
         self._timeout = timeout
-        self._company = company
+        self._linger = linger
         # Half as much as to look for the clock each time.
         self._now = trio.lowlevel.current_clock().current_time
-        self._collecting = False
+        self._lingering = False
         self._pending = trio.Event()
-        self._introduced = trio.Event()
+        self._handshake_sent = trio.Event()
         self._writing = trio.CancelScope()
         self._scope: trio.CancelScope | None = None
-        self._ending: LinkClosed | None = None
+        self._closed: LinkClosed | None = None
         self._code = _NORMAL
-        self._torn = False
-        self._hanging_up: str | None = None
+        self._write_incomplete = False
+        self._close_when_flushed: str | None = None
 
     def wake(self) -> None:
         """Say that the session has something to send."""
-        if not self._collecting or self._session.urgent:
+        if not self._lingering or self._session.urgent:
             self._pending.set()
 
     def end(self, why: str, *, code: int = _NORMAL) -> None:
         """End the link now, whatever is still to be sent; the other end is told why if that is possible."""
         self._end(LinkClosed(why), code)
 
-    def hang_up(self, why: str) -> None:
+    def close_when_flushed(self, why: str) -> None:
         """End the link as soon as everything that is queued has been sent.
 
         What is queued may have to wait until the other end has given credit for it; who cannot wait for that calls
         :meth:`end`, or cancels :meth:`run`.
         """
-        self._hanging_up = why
+        self._close_when_flushed = why
         self._pending.set()
 
     async def run(self, opener: Opener) -> NoReturn:
@@ -220,11 +220,11 @@ class Link:
         """
         try:
             async with trio.open_nursery() as outer:
-                guard = _Guard(outer)
+                shim = _NurseryShim(outer)
                 try:
-                    opened = await self._open(opener, guard)
+                    opened = await self._open(opener, shim)
                     if opened is not None:
-                        await self._converse(*opened, guard)
+                        await self._run_tasks(*opened, shim)
                         await self._close(opened[0])
                 finally:
                     self._session.close("the link is over")
@@ -232,21 +232,21 @@ class Link:
                     outer.cancel_scope.cancel(reason="the link is over")
         except trio.Cancelled:
             raise
-        assert self._ending is not None
-        raise self._ending
+        assert self._closed is not None
+        raise self._closed
 
-    async def _open(self, opener: Opener, guard: _Guard) -> _Opened | None:
-        async def give_up_when_the_reader_ends() -> None:
-            await guard.ended.wait()
+    async def _open(self, opener: Opener, shim: _NurseryShim) -> _Opened | None:
+        async def cancel_when_reader_ends() -> None:
+            await shim.ended.wait()
             nursery.cancel_scope.cancel(reason="the websocket's reader ended")
 
         opened: _Opened | None = None
         refused: LinkClosed | None = None
         with trio.move_on_after(self._timeout) as opening:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(give_up_when_the_reader_ends)
+                nursery.start_soon(cancel_when_reader_ends)
                 try:
-                    opened = await opener(guard)
+                    opened = await opener(shim)
                 except (
                     LinkClosed,
                     ConnectionClosed,
@@ -256,35 +256,35 @@ class Link:
                     refused = error if isinstance(error, LinkClosed) else None
                 nursery.cancel_scope.cancel(reason="opened")
         if refused is not None:
-            self._ending = refused
+            self._closed = refused
         elif opening.cancelled_caught:
-            self._ending = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
+            self._closed = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
             opened = None
         elif opened is None:
-            self._ending = why_not_opened(guard.error)
+            self._closed = handshake_failure(shim.error)
         return opened
 
-    async def _converse(self, websocket: WebSocketConnection, tap: Tap, guard: _Guard) -> None:
+    async def _run_tasks(self, websocket: WebSocketConnection, demux: FrameDemux, shim: _NurseryShim) -> None:
         async with trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
-            if self._ending is not None:
-                self._scope.cancel(reason=self._ending.why)
-            nursery.start_soon(self._read, tap)
-            nursery.start_soon(self._hear_goodbye, websocket, guard)
-            nursery.start_soon(self._write, tap)
-            nursery.start_soon(self._watch)
-            nursery.start_soon(self._keep_pulse, websocket)
+            if self._closed is not None:
+                self._scope.cancel(reason=self._closed.why)
+            nursery.start_soon(self._read, demux)
+            nursery.start_soon(self._watch_close, websocket, shim)
+            nursery.start_soon(self._write, demux)
+            nursery.start_soon(self._keep_time)
+            nursery.start_soon(self._send_heartbeats_while_blocked, websocket)
 
-    async def _hear_goodbye(self, websocket: WebSocketConnection, guard: _Guard) -> None:
+    async def _watch_close(self, websocket: WebSocketConnection, shim: _NurseryShim) -> None:
         try:
             # No message gets here, so this waits until the library knows that the websocket is closed.
             await websocket.get_message()
         except ConnectionClosed as error:
-            self._end(why_closed(error, guard.error))
+            self._end(close_reason(error, shim.error))
 
-    async def _read(self, tap: Tap) -> None:
+    async def _read(self, demux: FrameDemux) -> None:
         try:
-            while (data := await tap.receive()) is not None:
+            while (data := await demux.receive()) is not None:
                 now = self._now()
                 events = self._session.receive(data, now)
                 if self._session.peer_blocked:
@@ -293,37 +293,37 @@ class Link:
                 if self._session.sendable:
                     self.wake()
         except ProtocolError as error:
-            strangers = isinstance(error, HandshakeError)
-            self._end(LinkClosed(f"protocol error: {error}", strangers=strangers), _PROTOCOL_ERROR)
+            incompatible = isinstance(error, HandshakeError)
+            self._end(LinkClosed(f"protocol error: {error}", incompatible=incompatible), _PROTOCOL_ERROR)
         finally:
-            tap.give_back()
+            demux.return_to_library()
 
-    async def _write(self, tap: Tap) -> None:
+    async def _write(self, demux: FrameDemux) -> None:
         last = -math.inf
         while True:
             burst = self._next_burst()
             if not burst:
-                if self._hanging_up is not None and not self._session.unsent:
-                    self._end(LinkClosed(self._hanging_up))
+                if self._close_when_flushed is not None and not self._session.unsent:
+                    self._end(LinkClosed(self._close_when_flushed))
                     return
                 self._pending = trio.Event()
                 await self._pending.wait()
-                await self._collect(last)
+                await self._wait_for_more(last)
                 continue
-            self._torn = True
+            self._write_incomplete = True
             try:
-                if not tap.send_nowait(*[batch.data for batch in burst]):
+                if not demux.send_nowait(*[batch.data for batch in burst]):
                     self._writing = trio.CancelScope(deadline=self._now() + len(burst) * self._timeout)
                     with self._writing:
-                        await tap.finish()
+                        await demux.flush()
                     if self._writing.cancelled_caught:
                         self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
                         return
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 # The reader learns the reason, if there is one to learn.
                 return
-            self._torn = False
-            self._introduced.set()
+            self._write_incomplete = False
+            self._handshake_sent.set()
             for batch in burst:
                 self._on_sent(batch.sent)
             last = self._now()
@@ -342,46 +342,48 @@ class Link:
             burst.append(batch)
         return burst
 
-    async def _collect(self, last: float) -> None:
+    async def _wait_for_more(self, last: float) -> None:
         """Let others put theirs into the message that is about to be sent.
 
         Whoever woke us is rarely alone, so everybody who is ready now comes along in any case. On a link that is busy,
         the next tokens get a moment more: a message costs each end more than the tokens in it. So few bytes of bodies
-        alone are not sent sooner than ``company`` after what was sent ``last``; those that come meanwhile wake nobody.
+        alone are not sent sooner than ``linger`` after what was sent ``last``; those that come meanwhile wake nobody.
         On a link that has been idle for so long nothing waits, and neither do many bytes, nor what begins or ends
         something.
         """
-        until = last + self._company
-        if self._session.urgent or self._hanging_up is not None or self._now() >= until:
+        until = last + self._linger
+        if self._session.urgent or self._close_when_flushed is not None or self._now() >= until:
             await trio.lowlevel.checkpoint()
             return
         self._pending = trio.Event()
-        self._collecting = True
+        self._lingering = True
         try:
             with trio.move_on_at(until):
                 await self._pending.wait()
         finally:
-            self._collecting = False
+            self._lingering = False
 
-    async def _keep_pulse(self, websocket: WebSocketConnection) -> None:
+    async def _send_heartbeats_while_blocked(self, websocket: WebSocketConnection) -> None:
         def beat(lag: float, blocked: str) -> bytes:
             return frame(self._session.heartbeat_while_blocked(lag, blocked), masked=websocket.is_client)
 
-        def tell_that_it_is_over() -> None:
-            self._session.beat()
+        def queue_recovery_heartbeat() -> None:
+            self._session.queue_heartbeat()
             self._pending.set()
 
-        await self._introduced.wait()
-        with beating(self._stream, self._session.heartbeat_interval, beat, tell_that_it_is_over):
+        await self._handshake_sent.wait()
+        with heartbeats_while_blocked(
+            self._stream, self._session.heartbeat_interval, beat, queue_recovery_heartbeat
+        ):
             await trio.sleep_forever()
 
-    async def _watch(self) -> None:
+    async def _keep_time(self) -> None:
         while True:
             due = self._session.deadline()
             await trio.sleep_until(due)
             now = trio.current_time()
-            self._session.excuse(now - due, now)
-            self._session.lag = take_lag()
+            self._session.extend_silence_deadline(now - due, now)
+            self._session.lag = take_max_lag()
             self._before_tick()
             try:
                 self._session.tick(trio.current_time())
@@ -391,17 +393,17 @@ class Link:
             self._pending.set()
 
     async def _close(self, websocket: WebSocketConnection) -> None:
-        if self._torn:
+        if self._write_incomplete:
             return
-        assert self._ending is not None
+        assert self._closed is not None
         with trio.move_on_after(_CLOSE_TIMEOUT):
-            await websocket.aclose(self._code, shortened(self._ending.why))
+            await websocket.aclose(self._code, truncate_reason(self._closed.why))
 
-    def _end(self, ending: LinkClosed, code: int = _NORMAL) -> None:
-        if self._ending is None:
-            self._ending = ending
+    def _end(self, closed: LinkClosed, code: int = _NORMAL) -> None:
+        if self._closed is None:
+            self._closed = closed
             self._code = code
-            self._session.close(ending.why)
-            self._on_end(ending)
+            self._session.close(closed.why)
+            self._on_closed(closed)
             if self._scope is not None:
-                self._scope.cancel(reason=ending.why)
+                self._scope.cancel(reason=closed.why)

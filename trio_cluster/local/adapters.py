@@ -1,7 +1,7 @@
 """The shapes a user's handler may have, each turned into the same thing: a coroutine that pushes.
 
 A handler is a function a user wrote. It may yield pieces of output, return the whole of it, or push pieces into a
-provider; and it may be ``async`` or plain, in which case it runs in a thread. :func:`driver_for` looks at the
+provider; and it may be ``async`` or plain, in which case it runs in a thread. :func:`adapt` looks at the
 function once, when it is registered, and returns a *driver* ``async (request, provider)``, so that everything above
 knows one shape only.
 
@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeAlias
 
 import trio
 
-__all__ = ["Driver", "Handler", "Provider", "ThreadProvider", "driver_for"]
+__all__ = ["Adapter", "Handler", "Provider", "ThreadProvider", "adapt"]
 
 Handler: TypeAlias = Callable[..., Any]
 
@@ -65,14 +65,14 @@ class ThreadProvider:
         trio.from_thread.run_sync(self._provider.end)
 
 
-Driver: TypeAlias = Callable[[Any, Provider], Awaitable[None]]
+Adapter: TypeAlias = Callable[[Any, Provider], Awaitable[None]]
 
 # Handlers in threads are bounded by the slots they hold, not by trio's default limit of 40 threads, which would let
 # a handler that waits for a thread look as if it ran.
 _UNLIMITED = math.inf
 
 
-def driver_for(handler: Handler) -> Driver:
+def adapt(handler: Handler) -> Adapter:
     """Return a coroutine function that runs ``handler`` and pushes what it gives.
 
     Args:

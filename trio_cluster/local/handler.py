@@ -22,8 +22,8 @@ from ..core.call import Call, Done, Request
 from ..core.model import ModelInfo
 from ..openai import Encoder, FormReader, endpoint_named
 from ..options import ClusterServerOptions
-from .adapters import Driver, Handler, driver_for
-from .pool import Answer, HandlerPool, is_failure
+from .adapters import Adapter, Handler, adapt
+from .pool import CallTask, HandlerPool, is_failure
 
 __all__ = ["HandlerBackend"]
 
@@ -41,7 +41,7 @@ class HandlerBackend:
         info: what the model is.
         handler: the function.
         pool: where its calls run.
-        ability: what the function answers: the endpoints of a kind, or the path of a route of its own. Without it,
+        capability: what the function answers: the endpoints of a kind, or the path of a route of its own. Without it,
             those of the model's kind.
 
     Raises:
@@ -50,22 +50,22 @@ class HandlerBackend:
 
     name = "local"
 
-    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, ability: str = "") -> None:
+    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, capability: str = "") -> None:
         self.info = info
-        self._drivers: dict[str, Driver] = {ability or info.kind: driver_for(handler)}
+        self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self._pool = pool
 
-    def extend(self, ability: str, handler: Handler) -> None:
+    def add_endpoint(self, capability: str, handler: Handler) -> None:
         """Let another function answer more: another kind's endpoints, or a route of its own; ``info`` says so too.
 
         Raises:
             TypeError: the function has none of the shapes that a handler may have.
             ValueError: the model does that already.
         """
-        if ability in self._drivers:
-            raise ValueError(f"the model '{self.info.name}' answers {ability} already")
-        self._drivers[ability] = driver_for(handler)
-        self.info = attrs.evolve(self.info, also=(*self.info.also, ability))
+        if capability in self._adapters:
+            raise ValueError(f"the model '{self.info.name}' answers {capability} already")
+        self._adapters[capability] = adapt(handler)
+        self.info = attrs.evolve(self.info, extra_endpoints=(*self.info.extra_endpoints, capability))
 
     @property
     def load(self) -> float:
@@ -79,15 +79,15 @@ class HandlerBackend:
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
-        drive = self._drivers.get(request.kind) or self._drivers[request.endpoint]
+        adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
-        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> Answer:
-            return _Output(call, scope, options, drive, self._pool.slots)
+        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
+            return HandlerTask(call, scope, options, adapter, self._pool.slots)
 
         return self._pool.start(request, answer)
 
 
-class _Output(Answer):
+class HandlerTask(CallTask):
     """The provider of one call: encodes what the handler gives, and keeps the time."""
 
     request: Any
@@ -98,12 +98,12 @@ class _Output(Answer):
         call: Call,
         scope: trio.CancelScope,
         options: ClusterServerOptions,
-        drive: Driver,
+        adapter: Adapter,
         slots: trio.CapacityLimiter,
     ) -> None:
         super().__init__(call, scope, options)
         self.slots = slots
-        self._drive = drive
+        self._adapter = adapter
         self._body = call.request.body
         self._parsed = call.request.parsed
         self._next_sign = -math.inf
@@ -114,7 +114,7 @@ class _Output(Answer):
         if upload is None:
             return
         if not upload.complete:
-            self.stop_time()
+            self.pause_idle_timer()
         request = self.call.request
         parse_form = endpoint_named(request.endpoint).parse_form
         try:
@@ -128,22 +128,22 @@ class _Output(Answer):
                     form.feed(piece)
                 self._parsed = parse_form(form.finish(), request.headers)
         except Exception as error:
-            self.fail(self.told(error))
-        self.give_time()
+            self.fail(self.to_api_error(error))
+        self.restart_idle_timer()
 
     async def work(self) -> None:
         """Run the handler once."""
-        # Read by whoever wants to know what the event loop is busy with; see `blamed_code`.
+        # Read by whoever wants to know what the event loop is busy with; see `blocking_frame`.
         __traceback_info__ = f"handler of '{self.call.request.model}'"
         try:
             await self._read_request()
-            await self._drive(self.request, self)
+            await self._adapter(self.request, self)
             await self._begin_to_end()
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
-            self.fail(self.told(error))
+            self.fail(self.to_api_error(error))
 
     async def _read_request(self) -> None:
         """Read the request, unless that has been done, and get ready to encode its answer."""
@@ -170,17 +170,17 @@ class _Output(Answer):
                 self._put(self._encoder.encode(part))
                 await trio.lowlevel.checkpoint()
         self._put(self._encoder.encode(chunk))
-        await self.give_way()
+        await self.apply_backpressure()
         if self.call.begun:
-            self.give_time()
+            self.restart_idle_timer()
 
     async def _begin_to_end(self) -> None:
         """Put as much of the rest as is better not put in one piece."""
         if self.call.end is None:
             for data in self._encoder.early():
                 self._put(data)
-                await self.give_way()
-                self.give_time()
+                await self.apply_backpressure()
+                self.restart_idle_timer()
 
     def end(self) -> None:
         """See ``Provider``."""

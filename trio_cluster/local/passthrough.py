@@ -16,12 +16,12 @@ import trio
 from ..core.call import Call, Done, Head, Request
 from ..core.model import ModelInfo
 from ..options import ClusterServerOptions
-from .pool import Answer, HandlerPool, is_failure
+from .pool import CallTask, HandlerPool, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
 
 
-class RawCall(Answer):
+class RawCall(CallTask):
     """One request and its answer, as a raw handler sees them."""
 
     def __init__(
@@ -37,8 +37,8 @@ class RawCall(Answer):
         self._handler = handler
         self._body = call.request.body
         if call.request.upload is not None:
-            self._go_on()
-            call.request.upload.on_complete(self.give_time)
+            self._update_idle_timer()
+            call.request.upload.on_complete(self.restart_idle_timer)
 
     @property
     def request(self) -> Request:
@@ -56,7 +56,7 @@ class RawCall(Answer):
             await trio.lowlevel.checkpoint()
             return data
         data = await upload.receive()
-        self._go_on()
+        self._update_idle_timer()
         return data
 
     def begin(self, status: int, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
@@ -71,7 +71,7 @@ class RawCall(Answer):
             RuntimeError: it has begun already.
         """
         self.call.put(Head(status, content_type, headers))
-        self._go_on()
+        self._update_idle_timer()
 
     async def send(self, data: bytes) -> None:
         """Give a piece of the answer's body to the client, as it is, waiting while it is slow.
@@ -83,14 +83,14 @@ class RawCall(Answer):
             trio.Cancelled: nobody wants it any more, or it took too long.
         """
         self.call.put_data(data)
-        await self.give_way()
-        self._go_on()
+        await self.apply_backpressure()
+        self._update_idle_timer()
 
     async def prepare(self) -> None:
-        """See ``Answer``."""
+        """See ``CallTask``."""
 
     async def work(self) -> None:
-        """See ``Answer``."""
+        """See ``CallTask``."""
         try:
             await self._handler(self)
             if not self.call.ended:
@@ -98,15 +98,15 @@ class RawCall(Answer):
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
-            self.fail(self.told(error))
+            self.fail(self.to_api_error(error))
 
-    def _go_on(self) -> None:
+    def _update_idle_timer(self) -> None:
         """Let the silence begin now, if it is the handler that is waited for."""
         upload = self.call.request.upload
         if upload is None or upload.complete:
-            self.give_time()
+            self.restart_idle_timer()
         else:
-            self.stop_time()
+            self.pause_idle_timer()
 
 
 RawHandler: TypeAlias = Callable[[RawCall], Awaitable[None]]
@@ -143,7 +143,7 @@ class RawBackend:
         self._slots = None if max_concurrency is None else trio.CapacityLimiter(max_concurrency)
         self._open = 0
 
-    def extend(self, ability: str, handler: object) -> None:
+    def add_endpoint(self, capability: str, handler: object) -> None:
         """Refuse: whatever it is asked, the raw handler answers."""
         raise ValueError(f"the model '{self.info.name}' answers every route already")
 
@@ -161,7 +161,7 @@ class RawBackend:
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
 
-        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> Answer:
+        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return RawCall(call, scope, options, self._handler, self._slots)
 
         call = self._pool.start(request, answer)

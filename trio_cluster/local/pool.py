@@ -2,7 +2,7 @@
 
 Every call has one task, in the pool's nursery, from the moment it is opened until its work has really stopped. The
 task waits until the request's body is there, then for a slot, and does the work inside the call's cancel scope. What
-the work is, an :class:`Answer` knows: a user's handler, or a relay to another server.
+the work is, an :class:`CallTask` knows: a user's handler, or a relay to another server.
 
 Time. The scope's deadline is the request's real deadline: the earlier of "nothing may be silent for longer than
 this" and "the whole answer must be there by then". Each piece of output moves the first one on. While the body is
@@ -27,7 +27,7 @@ from ..core.logs import current_request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ..options import ClusterServerOptions
 
-__all__ = ["MAX_WAITING", "TURN_OUTPUTS", "Answer", "HandlerPool", "is_failure"]
+__all__ = ["MAX_OUTPUTS_PER_TURN", "MAX_WAITING", "CallTask", "HandlerPool", "is_failure"]
 
 logger = logging.getLogger("trio_cluster.handlers")
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("trio_cluster.handlers")
 MAX_WAITING: Final = 1024
 
 #: How many pieces of output a call may put, and for how many seconds, before the other tasks of its node run.
-TURN_OUTPUTS: Final = 4
+MAX_OUTPUTS_PER_TURN: Final = 4
 TURN: Final = 0.0002
 
 
@@ -50,14 +50,14 @@ def is_failure(error: BaseException) -> bool:
     return error.subgroup(KeyboardInterrupt) is None and error.split(trio.Cancelled)[1] is not None
 
 
-def _meant_for_client(error: BaseException) -> ApiError | None:
+def _api_error_in(error: BaseException) -> ApiError | None:
     """Find the one ``ApiError`` in what a handler's own nursery raised, if that is all there is in it."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error if isinstance(error, ApiError) else None
 
 
-class Answer(abc.ABC):
+class CallTask(abc.ABC):
     """One call's answer in the making: its time, and the work that makes it.
 
     Attributes:
@@ -70,13 +70,13 @@ class Answer(abc.ABC):
     def __init__(self, call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> None:
         self.call = call
         self._scope = scope
-        self._silence = min(call.request.timeout, options.server.default_timeout)
+        self._idle_timeout = min(call.request.timeout, options.server.default_timeout)
         # Half as much as to look for the clock each time.
         self._now = trio.lowlevel.current_clock().current_time
-        self._last = self._now() + call.request.budget
+        self._deadline = self._now() + call.request.budget
         self._turn_ends = -math.inf
         self._left_in_turn = 0
-        self.give_time()
+        self.restart_idle_timer()
 
     @abc.abstractmethod
     async def prepare(self) -> None:
@@ -86,15 +86,15 @@ class Answer(abc.ABC):
     async def work(self) -> None:
         """Answer the call, in the slot that the caller holds. Raises nothing but ``trio.Cancelled``."""
 
-    def give_time(self) -> None:
+    def restart_idle_timer(self) -> None:
         """Let the silence begin now: the work is late if nothing comes of it from now on."""
-        self._scope.deadline = min(self._now() + self._silence, self._last)
+        self._scope.deadline = min(self._now() + self._idle_timeout, self._deadline)
 
-    def stop_time(self) -> None:
-        """Let there be silence, until :meth:`give_time`: it is not the work that is waited for."""
-        self._scope.deadline = self._last
+    def pause_idle_timer(self) -> None:
+        """Let there be silence, until :meth:`restart_idle_timer`: it is not the work that is waited for."""
+        self._scope.deadline = self._deadline
 
-    async def give_way(self) -> None:
+    async def apply_backpressure(self) -> None:
         """Wait while the client is slow to take what has been put; its time does not count.
 
         Looks for a cancellation in any case. Lets others run when the work has not done so itself for a while: one that
@@ -102,14 +102,14 @@ class Answer(abc.ABC):
         leave together, which costs everybody on their way a fraction of what each alone would.
         """
         if self.call.waiting_bytes >= self.call.window:
-            self.stop_time()
+            self.pause_idle_timer()
             await self.call.wait_room()
             return
         task = trio.lowlevel.current_task()
         # Trio makes this None whenever it schedules the task.
         if task.custom_sleep_data is not self:
             task.custom_sleep_data = self
-            self._left_in_turn = TURN_OUTPUTS
+            self._left_in_turn = MAX_OUTPUTS_PER_TURN
             self._turn_ends = self._now() + TURN
         elif self._left_in_turn == 1 or self._now() >= self._turn_ends:
             await trio.lowlevel.checkpoint()
@@ -117,27 +117,27 @@ class Answer(abc.ABC):
         self._left_in_turn -= 1
         await trio.lowlevel.checkpoint_if_cancelled()
 
-    def too_slow(self) -> TooSlow:
+    def timeout_error(self) -> TooSlow:
         """Return what to tell the client when the scope's deadline has passed."""
-        if trio.current_time() >= self._last:
+        if trio.current_time() >= self._deadline:
             # Not the number: of what the client has given, other nodes may have used up a part.
             return TooSlow("The answer was not complete within the time that its client gives it")
-        return TooSlow(f"The model gave nothing for {self._silence:g} s")
+        return TooSlow(f"The model gave nothing for {self._idle_timeout:g} s")
 
     def fail(self, error: ApiError) -> None:
         """End the answer with an error; after its end, there is nobody to tell."""
         if not self.call.ended:
             self.call.put(Failed(error))
 
-    def told(self, error: BaseException) -> ApiError:
+    def to_api_error(self, error: BaseException) -> ApiError:
         """Return what the client is told of something that a handler raised; the rest is for the log."""
-        answer = _meant_for_client(error)
-        if answer is None:
+        call_task = _api_error_in(error)
+        if call_task is None:
             logger.error(
                 "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
             )
             return HandlerFailed()
-        return answer
+        return call_task
 
     def log_fields(self) -> dict[str, Any]:
         """Return what a log line about the call should carry."""
@@ -145,7 +145,7 @@ class Answer(abc.ABC):
         return {"fields": {"model": request.model, "request_id": request.request_id}}
 
 
-MakeAnswer: TypeAlias = Callable[[Call, trio.CancelScope, ClusterServerOptions], Answer]
+MakeTask: TypeAlias = Callable[[Call, trio.CancelScope, ClusterServerOptions], CallTask]
 
 
 class HandlerPool:
@@ -194,7 +194,7 @@ class HandlerPool:
             finally:
                 self._nursery = None
 
-    def start(self, request: Request, make_answer: MakeAnswer) -> Call:
+    def start(self, request: Request, make_task: MakeTask) -> Call:
         """Begin to answer ``request``.
 
         Raises:
@@ -209,40 +209,40 @@ class HandlerPool:
             raise Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
         scope = trio.CancelScope()
         call = Call(request, on_cancel=lambda reason: scope.cancel(reason=reason))
-        answer = make_answer(call, scope, self.options)
-        self._nursery.start_soon(self._answer, answer, scope, name=f"answer {request.model}")
+        call_task = make_task(call, scope, self.options)
+        self._nursery.start_soon(self._run, call_task, scope, name=f"answer {request.model}")
         return call
 
-    async def _answer(self, answer: Answer, scope: trio.CancelScope) -> None:
+    async def _run(self, call_task: CallTask, scope: trio.CancelScope) -> None:
         """Be the task of one call. Whatever happens inside, the call is ended and released, and nothing leaks out."""
-        current_request.set(answer.call.request.request_id)
+        current_request.set(call_task.call.request.request_id)
         # The scope's deadline cannot tell a handler that it is late once it shields itself; the relay's own deadline
         # answers the client then, and the slot stays taken until the handler is really done.
         try:
             with scope:
-                await answer.prepare()
-                await self._in_slot(answer)
+                await call_task.prepare()
+                await self._in_slot(call_task)
             if scope.cancelled_caught:
-                error = answer.too_slow()
-                if not answer.call.ended:
-                    logger.warning("no answer in time: %s", error.message, extra=answer.log_fields())
-                answer.fail(error)
+                error = call_task.timeout_error()
+                if not call_task.call.ended:
+                    logger.warning("no answer in time: %s", error.message, extra=call_task.log_fields())
+                call_task.fail(error)
         except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise
             # A scope that the handler opened around a `yield` expired, or was left, while the handler was parked
             # there: its Cancelled belongs to nobody any more. Only this call is wrong.
-            logger.exception("a cancel scope of the handler leaked", extra=answer.log_fields())
-            answer.fail(HandlerFailed())
+            logger.exception("a cancel scope of the handler leaked", extra=call_task.log_fields())
+            call_task.fail(HandlerFailed())
         finally:
-            answer.call.release()
+            call_task.call.release()
 
-    async def _in_slot(self, answer: Answer) -> None:
-        call, slots = answer.call, answer.slots
+    async def _in_slot(self, call_task: CallTask) -> None:
+        call, slots = call_task.call, call_task.slots
         if call.ended:
             return
         if slots is None:
-            await answer.work()
+            await call_task.work()
             return
         try:
             slots.acquire_on_behalf_of_nowait(call)
@@ -256,10 +256,10 @@ class HandlerPool:
                 self.waiting -= 1
                 call.queued = False
             if wait.cancelled_caught:
-                answer.fail(self._over_capacity(slots))
+                call_task.fail(self._over_capacity(slots))
                 return
         try:
-            await answer.work()
+            await call_task.work()
         finally:
             slots.release_on_behalf_of(call)
 

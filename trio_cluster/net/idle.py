@@ -13,7 +13,7 @@ from typing import Protocol
 
 import trio
 
-__all__ = ["Idle", "IdleLimit"]
+__all__ = ["Idle", "IdleTimeout"]
 
 
 class Idle(Protocol):
@@ -24,7 +24,7 @@ class Idle(Protocol):
         ...
 
 
-class IdleLimit:
+class IdleTimeout:
     """A bound on the time that each of many is idle without a break.
 
     Args:

@@ -39,7 +39,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-__all__ = ["Listener", "Reader", "Reading", "SharedReader", "TaskReader", "has_epoll"]
+__all__ = ["Reader", "Reading", "Receiver", "SharedReader", "TaskReader", "has_epoll"]
 
 #: Connections that are read in one turn.
 _AT_ONCE: Final = 64
@@ -47,15 +47,15 @@ _AT_ONCE: Final = 64
 _RECEIVE: Final = 64 * 1024
 
 
-class Listener(Protocol):
+class Receiver(Protocol):
     """A connection, as whoever reads it sees it. Its methods must not wait, and may pause or end the reading."""
 
-    def feed(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         """Take what has come; nothing means that there will be no more, and that the reading has ended."""
         ...
 
-    def fail(self, error: Exception) -> None:
-        """Take note of what :meth:`feed` has raised; the reading has ended."""
+    def read_failed(self, error: Exception) -> None:
+        """Take note of what :meth:`data_received` has raised; the reading has ended."""
         ...
 
 
@@ -86,8 +86,8 @@ class Reading(Protocol):
 class Reader(Protocol):
     """Reads the connections of a server."""
 
-    def reading(self, stream: Any, listener: Listener) -> Reading:
-        """Return what reads ``stream`` for ``listener``, once that has begun.
+    def reading(self, stream: Any, receiver: Receiver) -> Reading:
+        """Return what reads ``stream`` for ``receiver``, once that has begun.
 
         It refers to the listener until the reading ends.
         """
@@ -110,9 +110,9 @@ class SharedReader:
         self._epoll = select.epoll()
         self._read: dict[int, _Shared] = {}
 
-    def reading(self, stream: trio.SocketStream, listener: Listener) -> Reading:
+    def reading(self, stream: trio.SocketStream, receiver: Receiver) -> Reading:
         """See ``Reader``."""
-        return _Shared(stream.socket.fileno(), listener, self._epoll, self._read)
+        return _Shared(stream.socket.fileno(), receiver, self._epoll, self._read)
 
     async def run(self) -> None:
         """See ``Reader``."""
@@ -122,7 +122,7 @@ class SharedReader:
                 for descriptor, _ in self._epoll.poll(0, _AT_ONCE):
                     reading = self._read.get(descriptor)
                     if reading is not None:
-                        reading.hear()
+                        reading.read_once()
         finally:
             self._read.clear()
             self._epoll.close()
@@ -131,13 +131,13 @@ class SharedReader:
 class _Shared:
     """One connection of a :class:`SharedReader`."""
 
-    __slots__ = ("_descriptor", "_epoll", "_listener", "_paused", "_read")
+    __slots__ = ("_descriptor", "_epoll", "_paused", "_read", "_receiver")
 
     def __init__(
-        self, descriptor: int, listener: Listener, epoll: select.epoll, read: dict[int, _Shared]
+        self, descriptor: int, receiver: Receiver, epoll: select.epoll, read: dict[int, _Shared]
     ) -> None:
         self._descriptor = descriptor
-        self._listener: Listener | None = listener
+        self._receiver: Receiver | None = receiver
         self._epoll = epoll
         self._read = read
         self._paused = True
@@ -145,10 +145,10 @@ class _Shared:
     def begin(self) -> None:
         self.resume()
         # Mostly a client asks as soon as it is connected.
-        self.hear()
+        self.read_once()
 
     def resume(self) -> None:
-        if self._paused and self._listener is not None and not self._epoll.closed:
+        if self._paused and self._receiver is not None and not self._epoll.closed:
             self._epoll.register(self._descriptor, select.EPOLLIN)
             self._read[self._descriptor] = self
             self._paused = False
@@ -163,11 +163,11 @@ class _Shared:
 
     def end(self) -> None:
         self.pause()
-        self._listener = None
+        self._receiver = None
 
-    def hear(self) -> None:
-        listener = self._listener
-        if listener is None:
+    def read_once(self) -> None:
+        receiver = self._receiver
+        if receiver is None:
             return
         try:
             data = os.read(self._descriptor, _RECEIVE)
@@ -175,7 +175,7 @@ class _Shared:
             return
         except OSError:
             data = b""
-        _hand_over(data, listener, self)
+        _hand_over(data, receiver, self)
 
 
 class TaskReader:
@@ -188,9 +188,9 @@ class TaskReader:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
 
-    def reading(self, stream: trio.abc.ReceiveStream, listener: Listener) -> Reading:
+    def reading(self, stream: trio.abc.ReceiveStream, receiver: Receiver) -> Reading:
         """See ``Reader``."""
-        return _Own(stream, listener, self._nursery)
+        return _Own(stream, receiver, self._nursery)
 
     async def run(self) -> None:
         """See ``Reader``."""
@@ -200,9 +200,9 @@ class TaskReader:
 class _Own:
     """One connection of a :class:`TaskReader`."""
 
-    def __init__(self, stream: trio.abc.ReceiveStream, listener: Listener, nursery: trio.Nursery) -> None:
+    def __init__(self, stream: trio.abc.ReceiveStream, receiver: Receiver, nursery: trio.Nursery) -> None:
         self._stream = stream
-        self._listener: Listener | None = listener
+        self._receiver: Receiver | None = receiver
         self._nursery = nursery
         self._scope = trio.CancelScope()
         self._paused = False
@@ -219,27 +219,27 @@ class _Own:
         self._resumed.unpark_all()
 
     def end(self) -> None:
-        self._listener = None
+        self._receiver = None
         self._scope.cancel(reason="the connection is not read any more")
 
     async def _run(self) -> None:
         with self._scope:
-            while (listener := self._listener) is not None:
+            while (receiver := self._receiver) is not None:
                 try:
                     data = bytes(await self._stream.receive_some(_RECEIVE))
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     data = b""
-                _hand_over(data, listener, self)
+                _hand_over(data, receiver, self)
                 while self._paused:
                     await self._resumed.park()
 
 
-def _hand_over(data: bytes, listener: Listener, reading: Reading) -> None:
+def _hand_over(data: bytes, receiver: Receiver, reading: Reading) -> None:
     """Give a connection what has come. That there is nothing ends its reading, and so does an error."""
     if not data:
         reading.end()
     try:
-        listener.feed(data)
+        receiver.data_received(data)
     except Exception as error:
         reading.end()
-        listener.fail(error)
+        receiver.read_failed(error)

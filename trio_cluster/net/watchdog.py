@@ -13,7 +13,7 @@ runs every task that is ready, once. The length of a turn is exactly how late ev
 blocks or a thousand that each take a little. A task of ours that sleeps and looks at the clock would be less exact,
 and wake an idle loop. A turn that lasts longer than the interval between two heartbeats is a block.
 
-*How can a thread write into somebody else's stream?* Between two frames. :class:`PulsedStream` keeps what is on its
+*How can a thread write into somebody else's stream?* Between two frames. :class:`InjectableStream` keeps what is on its
 way in one buffer, which both sides write from, under a lock and without ever waiting: the loop when it runs, the
 thread when the loop does not. So the thread completes a frame that the loop had begun before it writes its own, and
 the loop completes one that the thread could not. A frame is never torn, and the lock is never held for longer than a
@@ -43,7 +43,7 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
-__all__ = ["PulsedStream", "beating", "blamed_code", "take_lag", "with_pulse"]
+__all__ = ["InjectableStream", "blocking_frame", "heartbeats_while_blocked", "injectable", "take_max_lag"]
 
 logger = logging.getLogger("trio_cluster.pulse")
 
@@ -55,7 +55,7 @@ Frame: TypeAlias = Callable[[float, str], bytes]
 _LOOKS: Final = 10
 
 
-class PulsedStream(trio.abc.Stream):
+class InjectableStream(trio.abc.Stream):
     """A socket's stream into which another thread may write whole frames.
 
     Args:
@@ -71,7 +71,7 @@ class PulsedStream(trio.abc.Stream):
         self._lock = threading.Lock()
         self._unsent = memoryview(b"")
         self._closed = False
-        self._open_to_frames = False
+        self._injection_allowed = False
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -122,12 +122,12 @@ class PulsedStream(trio.abc.Stream):
             self._closed = True
         await self._stream.aclose()
 
-    def let_frames_in(self, let: bool) -> None:
-        """Say whether :meth:`slip_in` may write from now on; at first it may not."""
+    def allow_injection(self, let: bool) -> None:
+        """Say whether :meth:`inject_frame` may write from now on; at first it may not."""
         with self._lock:
-            self._open_to_frames = let
+            self._injection_allowed = let
 
-    def slip_in(self, frame: bytes) -> bool:
+    def inject_frame(self, frame: bytes) -> bool:
         """Write a frame from another thread. Never waits, never raises.
 
         Returns:
@@ -137,7 +137,7 @@ class PulsedStream(trio.abc.Stream):
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            if self._closed or not self._open_to_frames or not self._write():
+            if self._closed or not self._injection_allowed or not self._write():
                 return False
             self._unsent = memoryview(frame)
             self._write()
@@ -165,85 +165,85 @@ class PulsedStream(trio.abc.Stream):
             raise trio.ClosedResourceError("this stream has been closed")
 
 
-def with_pulse(stream: trio.abc.Stream) -> trio.abc.Stream:
-    """Return ``stream`` in a form that :func:`beating` can write to, if there is one: it must be a real socket."""
-    return PulsedStream(stream) if isinstance(stream, trio.SocketStream) else stream
+def injectable(stream: trio.abc.Stream) -> trio.abc.Stream:
+    """Return ``stream`` in a form that :func:`heartbeats_while_blocked` can write to, if there is one: it must be a real socket."""
+    return InjectableStream(stream) if isinstance(stream, trio.SocketStream) else stream
 
 
 @contextmanager
-def beating(
-    stream: trio.abc.Stream, every: float, frame: Frame, on_revival: Callable[[], None]
+def heartbeats_while_blocked(
+    stream: trio.abc.Stream, every: float, frame: Frame, on_recovered: Callable[[], None]
 ) -> Iterator[None]:
     """Give signs of life on ``stream`` for as long as the block lasts, whenever the event loop does not.
 
     To be entered and left in a task. When the block is left, nothing more of it will be written.
 
     Args:
-        stream: without effect if it does not come from :func:`with_pulse`.
+        stream: without effect if it does not come from :func:`injectable`.
         every: seconds in which something should be written to it.
         frame: makes what is written.
-        on_revival: called in the loop, after each frame which said that the loop is blocked, as soon as it runs again.
+        on_recovered: called in the loop, after each frame which said that the loop is blocked, as soon as it runs again.
     """
-    if not isinstance(stream, PulsedStream):
+    if not isinstance(stream, InjectableStream):
         yield
         return
     try:
-        heart = _heart.get()
+        watchdog = _watchdog.get()
     except LookupError:
-        heart = _Heart()
-        _heart.set(heart)
-    pulse = _Pulse(stream, every, frame, on_revival)
-    heart.add(pulse)
+        watchdog = _Watchdog()
+        _watchdog.set(watchdog)
+    watched = _WatchedStream(stream, every, frame, on_recovered)
+    watchdog.add(watched)
     try:
         yield
     finally:
-        heart.remove(pulse)
+        watchdog.remove(watched)
 
 
-def take_lag() -> float:
+def take_max_lag() -> float:
     """Return the length in seconds of this event loop's longest turn since the last time that this was called.
 
     It is measured while there is any stream with a pulse, and 0 otherwise.
     """
     try:
-        return _heart.get().take_lag()
+        return _watchdog.get().take_max_lag()
     except LookupError:
         return 0.0
 
 
 @attrs.define(eq=False)
-class _Pulse:
+class _WatchedStream:
     """What the thread does for one stream."""
 
-    stream: PulsedStream
+    stream: InjectableStream
     every: float
     frame: Frame
-    on_revival: Callable[[], None]
+    on_recovered: Callable[[], None]
     told: float | None = None
     """The beginning of the turn that has been called a block."""
 
-    def beat(self, now: float, since: float, blame: str) -> bool:
+    def write_if_due(self, now: float, since: float, blocked_by: str) -> bool:
         """Write a frame if it is time for one, or if the turn that began at ``since`` has just become a block.
 
         Returns:
             Whether the other end has been told of a block.
         """
-        is_news = bool(blame) and self.told != since
+        is_news = bool(blocked_by) and self.told != since
         is_due = now - self.stream.last_frame >= self.every
-        if not (is_news or is_due) or not self.stream.slip_in(self.frame(now - since, blame)):
+        if not (is_news or is_due) or not self.stream.inject_frame(self.frame(now - since, blocked_by)):
             return False
-        if blame:
+        if blocked_by:
             self.told = since
-        return bool(blame)
+        return bool(blocked_by)
 
 
-class _Heart(trio.abc.Instrument):
+class _Watchdog(trio.abc.Instrument):
     """Watches one event loop, and beats for its links while that is blocked."""
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._loop = threading.get_ident()
-        self._pulses: set[_Pulse] = set()
+        self._watched: set[_WatchedStream] = set()
         # For the set of pulses, and never held while anything is done with one of them.
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -252,7 +252,7 @@ class _Heart(trio.abc.Instrument):
         self._longest = 0.0
         # The beginnings of the turns of which the log has been told that they are blocks, and that they are over.
         self._blocked: float | None = None
-        self._revived: float | None = None
+        self._recovered: float | None = None
 
     # The loop's side
 
@@ -266,11 +266,11 @@ class _Heart(trio.abc.Instrument):
         """Begin a turn."""
         self._since = time.monotonic()
 
-    def add(self, pulse: _Pulse) -> None:
-        pulse.stream.let_frames_in(True)
+    def add(self, watched: _WatchedStream) -> None:
+        watched.stream.allow_injection(True)
         with self._lock:
-            first = not self._pulses
-            self._pulses.add(pulse)
+            first = not self._watched
+            self._watched.add(watched)
         if first:
             self._since = time.monotonic()
             self._longest = 0.0
@@ -284,65 +284,65 @@ class _Heart(trio.abc.Instrument):
             except RuntimeError as error:
                 logger.warning("no signs of life while the event loop is blocked: %s", error)
 
-    def remove(self, pulse: _Pulse) -> None:
-        pulse.stream.let_frames_in(False)
+    def remove(self, watched: _WatchedStream) -> None:
+        watched.stream.allow_injection(False)
         with self._lock:
-            self._pulses.remove(pulse)
-            last = not self._pulses
+            self._watched.remove(watched)
+            last = not self._watched
         if last:
             trio.lowlevel.remove_instrument(self)
             self._since = None
             self._stop.set()
 
-    def take_lag(self) -> float:
+    def take_max_lag(self) -> float:
         longest, self._longest = self._longest, 0.0
         return longest if self._since is None else max(longest, time.monotonic() - self._since)
 
-    def _revive(self, since: float) -> None:
-        for pulse in self._pulses:
-            pulse.on_revival()
-        if self._revived == since:
+    def _on_recovered(self, since: float) -> None:
+        for watched in self._watched:
+            watched.on_recovered()
+        if self._recovered == since:
             return
-        self._revived = since
+        self._recovered = since
         fields = {"blocked_for": round(time.monotonic() - since, 3)}
         logger.warning("the event loop runs again", extra={"fields": fields})
 
     # The thread's side
 
     def _run(self, stop: threading.Event) -> None:
-        pulses = self._snapshot()
-        while not stop.wait(min((pulse.every for pulse in pulses), default=1.0) / _LOOKS):
-            pulses = self._snapshot()
+        streams = self._snapshot()
+        while not stop.wait(min((watched.every for watched in streams), default=1.0) / _LOOKS):
+            streams = self._snapshot()
             since = self._since
             if since is not None:
-                self._look(pulses, since, time.monotonic())
+                self._look(streams, since, time.monotonic())
 
-    def _snapshot(self) -> tuple[_Pulse, ...]:
+    def _snapshot(self) -> tuple[_WatchedStream, ...]:
         with self._lock:
-            return tuple(self._pulses)
+            return tuple(self._watched)
 
-    def _look(self, pulses: tuple[_Pulse, ...], since: float, now: float) -> None:
-        blame, told = "", False
-        for pulse in pulses:
-            if now - since >= pulse.every:
-                blame = blame or blamed_code(self._loop)
-                told |= pulse.beat(now, since, blame)
-            elif now - since >= pulse.every / _LOOKS:
-                pulse.beat(now, since, "")
-        is_news = bool(blame) and self._blocked != since
+    def _look(self, streams: tuple[_WatchedStream, ...], since: float, now: float) -> None:
+        blocked_by, told = "", False
+        for watched in streams:
+            if now - since >= watched.every:
+                blocked_by = blocked_by or blocking_frame(self._loop)
+                told |= watched.write_if_due(now, since, blocked_by)
+            elif now - since >= watched.every / _LOOKS:
+                watched.write_if_due(now, since, "")
+        is_news = bool(blocked_by) and self._blocked != since
         if told or is_news:
             # Each time anew: in whatever order a frame of ours meets with what the loop itself is saying at the same
             # moment, the last word will be that the loop runs.
             with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._revive, since)
+                self._token.run_sync_soon(self._on_recovered, since)
         # Last of all: the log may block as well.
         if is_news:
             self._blocked = since
             fields = {"blocked_for": round(now - since, 3)}
-            logger.warning("the event loop is blocked: %s", blame, extra={"fields": fields})
+            logger.warning("the event loop is blocked: %s", blocked_by, extra={"fields": fields})
 
 
-_heart: Final[trio.lowlevel.RunVar[_Heart]] = trio.lowlevel.RunVar("heart")
+_watchdog: Final[trio.lowlevel.RunVar[_Watchdog]] = trio.lowlevel.RunVar("heart")
 
 
 _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -354,7 +354,7 @@ _LIBRARIES: Final = tuple(
 _LOOP: Final = "unrolled_run"
 
 
-def blamed_code(thread: int) -> str:
+def blocking_frame(thread: int) -> str:
     """Say for people what the event loop that runs in ``thread`` is doing at this moment.
 
     Names the innermost place that is not in a library. Frames may introduce themselves by a local variable

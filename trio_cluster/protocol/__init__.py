@@ -27,20 +27,19 @@ from .messages import (
     Grant,
     Handshake,
     Heartbeat,
-    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
 )
 from .outbox import Batch
 from .session import MAX_BACKLOG, MAX_CALLS, Session
-from .state import HEARS, SAYS, Role, State, markdown
+from .state import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, State, markdown
 from .worker import WorkerEvent, WorkerSession
 
 __all__ = [
-    "HEARS",
     "MAGIC",
     "MAX_BACKLOG",
     "MAX_CALLS",
@@ -49,7 +48,8 @@ __all__ = [
     "PIECE",
     "PROTOCOL_MAX",
     "PROTOCOL_MIN",
-    "SAYS",
+    "RECEIVE_TRANSITIONS",
+    "SEND_TRANSITIONS",
     "SUBPROTOCOL",
     "TEXT_MAX",
     "WINDOW",
@@ -65,7 +65,6 @@ __all__ = [
     "Handshake",
     "HandshakeError",
     "Heartbeat",
-    "Leave",
     "MasterEvent",
     "MasterSession",
     "Message",
@@ -76,6 +75,7 @@ __all__ = [
     "RegisterModel",
     "Role",
     "Session",
+    "Shutdown",
     "State",
     "UnregisterModel",
     "WorkerEvent",

@@ -38,11 +38,11 @@ from .messages import (
     Grant,
     Handshake,
     Heartbeat,
-    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
 )
 
@@ -69,7 +69,7 @@ TAGS: Final[dict[type[Message], int]] = {
     Cancel: 11,
     Grant: 12,
     Drain: 13,
-    Leave: 14,
+    Shutdown: 14,
 }
 
 

@@ -20,14 +20,14 @@ from .messages import (
     Grant,
     Handshake,
     Heartbeat,
-    Leave,
     Message,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
 )
-from .session import MAX_BACKLOG, MAX_CALLS, CallMessage, Exchange, Session
+from .session import MAX_BACKLOG, MAX_CALLS, CallMessage, CallRecord, Session
 from .state import LastData, Role, State
 
 __all__ = ["MasterEvent", "MasterSession"]
@@ -107,7 +107,7 @@ class MasterSession(Session[MasterEvent]):
         except ValueError as exc:
             raise InvalidRequest(f"The request cannot be forwarded: {exc}") from exc
         self._highest = call
-        self._calls[call] = Exchange(State.UPLOADING, missing=size)
+        self._calls[call] = CallRecord(State.UPLOADING, missing=size)
         self._outbox.open(call)
         return call
 
@@ -126,15 +126,15 @@ class MasterSession(Session[MasterEvent]):
             RuntimeError: the body was complete, has another size than was announced, or the call was never
                 opened.
         """
-        exchange = self._exchange(call)
-        if exchange is None or exchange.state is State.CANCELLING or not (data or last):
+        record = self._record(call)
+        if record is None or record.state is State.CANCELLING or not (data or last):
             return
-        following = self._next_said(call, LastData if last else Data)
-        if not exchange.fits(len(data), last=last):
+        following = self._state_after_sending(call, LastData if last else Data)
+        if not record.fits(len(data), last=last):
             raise RuntimeError(f"call {call}: the body has not the size that was announced")
-        if exchange.missing > 0:
-            exchange.missing -= len(data)
-        exchange.state = following
+        if record.missing > 0:
+            record.missing -= len(data)
+        record.state = following
         self._outbox.push(call, data, last=last)
 
     def cancel(self, call: int, reason: str) -> None:
@@ -146,10 +146,10 @@ class MasterSession(Session[MasterEvent]):
         Raises:
             RuntimeError: the call was never opened.
         """
-        exchange = self._exchange(call)
-        if exchange is None or exchange.state is State.CANCELLING:
+        record = self._record(call)
+        if record is None or record.state is State.CANCELLING:
             return
-        exchange.state = self._next_said(call, Cancel)
+        record.state = self._state_after_sending(call, Cancel)
         self._outbox.drop(call)
         self._outbox.post(Cancel(call, clip(reason)))
 
@@ -161,30 +161,30 @@ class MasterSession(Session[MasterEvent]):
         """Tell the worker that its model is not offered, and why; a reason that is too long is cut."""
         self._post(ModelRejected(name, clip(reason)))
 
-    def leave(self, reason: str) -> None:
+    def shut_down(self, reason: str) -> None:
         """Ask the worker to stop: to finish its calls, say goodbye and not come back. Open calls are not touched.
 
         It answers with a ``Drain`` event, and later with the end of the link.
         """
-        self._post(Leave(clip(reason)))
+        self._post(Shutdown(clip(reason)))
 
-    def _hear_all(self, messages: Iterable[Message], events: list[Any]) -> None:
+    def _receive_all(self, messages: Iterable[Message], events: list[Any]) -> None:
         for message in messages:
             # What a master hears more often than everything else together, in the state in which it changes nothing; a
             # call for each of them would cost as much as the rest of this.
             if type(message) is Data and not message.last:
-                exchange, size = self._calls.get(message.call), len(message.data)
-                if exchange is not None and exchange.state is State.ANSWERING and size <= exchange.credit:
-                    exchange.credit -= size
-                    exchange.unread += size
+                record, size = self._calls.get(message.call), len(message.data)
+                if record is not None and record.state is State.ANSWERING and size <= record.credit:
+                    record.credit -= size
+                    record.unread += size
                     events.append(message)
                     continue
-            self._hear(message, events)
+            self._receive_message(message, events)
 
-    def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
+    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
         call = message.call
-        exchange = self._calls[call]
-        exchange.state = following
+        record = self._calls[call]
+        record.state = following
         wanted = following is not State.CANCELLING
         if isinstance(message, Done | Failed):
             del self._calls[call]
@@ -193,6 +193,6 @@ class MasterSession(Session[MasterEvent]):
             self._outbox.credit(call, message.credit)
             wanted = False
         elif isinstance(message, Data):
-            self._hear_body(exchange, message)
+            self._receive_body(record, message)
         if wanted:
             events.append(message)

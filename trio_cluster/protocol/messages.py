@@ -37,11 +37,11 @@ __all__ = [
     "Grant",
     "Handshake",
     "Heartbeat",
-    "Leave",
     "Message",
     "ModelRegistered",
     "ModelRejected",
     "RegisterModel",
+    "Shutdown",
     "UnregisterModel",
 ]
 
@@ -101,7 +101,7 @@ class RegisterModel:
             ValueError: a field, for instance an extra one, is nothing that can be sent; the message names it.
         """
         options = attrs.asdict(info.options, recurse=False)
-        return cls(info.name, info.kind, info.owner, info.created, options, info.also)
+        return cls(info.name, info.kind, info.owner, info.created, options, info.extra_endpoints)
 
     def info(self) -> ModelInfo:
         """Return what is announced. Options that this version does not know are left out.
@@ -286,7 +286,7 @@ class Drain:
 
 
 @attrs.frozen
-class Leave:
+class Shutdown:
     """Master to worker: please stop. Finish what you have, say goodbye, and do not come back."""
 
     reason: str = attrs.field(validator=bounds.text())
@@ -307,5 +307,5 @@ Message: TypeAlias = (
     | Cancel
     | Grant
     | Drain
-    | Leave
+    | Shutdown
 )

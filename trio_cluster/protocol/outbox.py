@@ -197,7 +197,7 @@ class Outbox:
         return bool(self._control or self._turns)
 
     @property
-    def pressing(self) -> bool:
+    def urgent(self) -> bool:
         """Whether what may be sent now is more than a few bytes of bodies."""
         return self._plenty or self._control_size > 0
 

@@ -55,7 +55,15 @@ from .messages import (
     Message,
 )
 from .outbox import Batch, Outbox
-from .state import HEARS, LINK_HEARS, SAYS, Role, Said, State, said
+from .state import (
+    LINK_MESSAGES,
+    RECEIVE_TRANSITIONS,
+    SEND_TRANSITIONS,
+    MessageKind,
+    Role,
+    State,
+    message_kind,
+)
 
 __all__ = ["MAX_BACKLOG", "MAX_CALLS", "Session"]
 
@@ -74,7 +82,7 @@ EventT = TypeVar("EventT")
 
 
 @attrs.define(eq=False)
-class Exchange:
+class CallRecord:
     """What a session remembers of an open call: its state, and the account of the body that it hears."""
 
     state: State
@@ -129,13 +137,13 @@ class Session(abc.ABC, Generic[EventT]):
         self.peer_blocked = ""
         self.lag = 0.0
         self.close_reason: str | None = None
-        self._load = Heartbeat()
+        self._own_heartbeat = Heartbeat()
         self._heartbeat_interval = heartbeat_interval
         self._silence_timeout = silence_timeout
-        self._last_heard = now
+        self._last_received = now
         self._last_heartbeat = now
         self._heartbeat_due = False
-        self._calls: dict[int, Exchange] = {}
+        self._calls: dict[int, CallRecord] = {}
         self._highest = 0
         self._outbox = Outbox()
         self._outbox.post(Handshake(MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance))
@@ -152,18 +160,18 @@ class Session(abc.ABC, Generic[EventT]):
         """
         if self.close_reason is not None:
             raise ProtocolError(self.close_reason)
-        self._last_heard = now
+        self._last_received = now
         events: list[Any] = []
         try:
             if self._outbox.backlog > MAX_BACKLOG:
                 raise ProtocolError("the peer sends, but does not read what it is sent")
-            self._hear_all(decode(data), events)
+            self._receive_all(decode(data), events)
         except ProtocolError as exc:
             for event in events:
                 if isinstance(event, ForwardRequest):
                     self._calls.pop(event.call, None)
                 elif isinstance(event, Done | Failed):
-                    self._calls[event.call] = Exchange(State.ENDED)
+                    self._calls[event.call] = CallRecord(State.ENDED)
             self.close(exc.reason)
             raise
         return events
@@ -180,7 +188,7 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is not None:
             return None
         if self._heartbeat_due:
-            self._outbox.post(attrs.evolve(self._load, lag=self.lag))
+            self._outbox.post(attrs.evolve(self._own_heartbeat, lag=self.lag))
             self._heartbeat_due = False
         # What is added last may be the largest message that there is, which has half of MAX_MESSAGE.
         return self._outbox.next_batch(max(1, min(limit, MAX_MESSAGE // 4)))
@@ -189,7 +197,9 @@ class Session(abc.ABC, Generic[EventT]):
         """Return the time at which :meth:`tick` must be called next; endless once the session is closed."""
         if self.close_reason is not None:
             return math.inf
-        return min(self._last_heartbeat + self._heartbeat_interval, self._last_heard + self._silence_timeout)
+        return min(
+            self._last_heartbeat + self._heartbeat_interval, self._last_received + self._silence_timeout
+        )
 
     def tick(self, now: float) -> None:
         """Do what time demands: queue a heartbeat, or notice that the peer has gone.
@@ -201,7 +211,7 @@ class Session(abc.ABC, Generic[EventT]):
         """
         if self.close_reason is not None:
             return
-        if now >= self._last_heard + self._silence_timeout:
+        if now >= self._last_received + self._silence_timeout:
             silent = PeerSilent(f"nothing was heard from the peer for {self.silence(now):.1f} s")
             self.close(silent.reason)
             raise silent
@@ -210,7 +220,7 @@ class Session(abc.ABC, Generic[EventT]):
             # A mark and not a message: one that cannot be written now is not joined by others.
             self._heartbeat_due = True
 
-    def beat(self) -> None:
+    def queue_heartbeat(self) -> None:
         """Give a sign of life with the next message, without waiting for the time to come."""
         self._heartbeat_due = self.close_reason is None
 
@@ -224,15 +234,15 @@ class Session(abc.ABC, Generic[EventT]):
             lag: seconds for which this end has been doing nothing but one thing.
             blocked: what that is, for people; cut if it is too long.
         """
-        return encode([attrs.evolve(self._load, lag=lag, blocked=clip(blocked, NAME_MAX))])
+        return encode([attrs.evolve(self._own_heartbeat, lag=lag, blocked=clip(blocked, NAME_MAX))])
 
     def silence(self, now: float) -> float:
         """Return for how many seconds nothing has been heard from the peer."""
-        return now - self._last_heard
+        return now - self._last_received
 
-    def excuse(self, seconds: float, now: float) -> None:
+    def extend_silence_deadline(self, seconds: float, now: float) -> None:
         """Take so much off the peer's silence: for so long it was this end that did not listen."""
-        self._last_heard = min(now, self._last_heard + seconds)
+        self._last_received = min(now, self._last_received + seconds)
 
     def close(self, reason: str) -> None:
         """End the session: the link is gone, or is about to be. Idempotent; the first reason stays.
@@ -258,21 +268,23 @@ class Session(abc.ABC, Generic[EventT]):
 
         Setting it to numbers that are negative raises ``ValueError``.
         """
-        return (self._load.running, self._load.waiting, self._load.capacity)
+        return (self._own_heartbeat.running, self._own_heartbeat.waiting, self._own_heartbeat.capacity)
 
     @load.setter
     def load(self, load: tuple[int, int, int]) -> None:
         running, waiting, capacity = load
-        self._load = attrs.evolve(self._load, running=running, waiting=waiting, capacity=capacity)
+        self._own_heartbeat = attrs.evolve(
+            self._own_heartbeat, running=running, waiting=waiting, capacity=capacity
+        )
 
-    def tell_progress(self, calls: Iterable[tuple[int, int]]) -> None:
+    def report_progress(self, calls: Iterable[tuple[int, int]]) -> None:
         """Let the next heartbeats say how far calls are.
 
         Args:
             calls: for each its number and the bytes of its answer, or -1 while it waits for a slot. If there are
                 very many, only the first ones are told of.
         """
-        self._load = attrs.evolve(self._load, progress=tuple(islice(calls, PROGRESS_MAX)))
+        self._own_heartbeat = attrs.evolve(self._own_heartbeat, progress=tuple(islice(calls, PROGRESS_MAX)))
 
     @property
     def open_calls(self) -> tuple[int, ...]:
@@ -280,7 +292,7 @@ class Session(abc.ABC, Generic[EventT]):
         return tuple(self._calls)
 
     @property
-    def quiet(self) -> bool:
+    def idle(self) -> bool:
         """Whether no call is open and nothing waits to be sent."""
         return not (self._calls or self._outbox or self._heartbeat_due)
 
@@ -292,7 +304,7 @@ class Session(abc.ABC, Generic[EventT]):
     @property
     def urgent(self) -> bool:
         """Whether some of it is more than a few bytes of a body, and should not wait for company."""
-        return self._heartbeat_due or self._outbox.pressing
+        return self._heartbeat_due or self._outbox.urgent
 
     @property
     def unsent(self) -> bool:
@@ -301,9 +313,9 @@ class Session(abc.ABC, Generic[EventT]):
 
     def state(self, call: int) -> State:
         """Return the state of a call; see ``state.py``."""
-        exchange = self._calls.get(call)
-        if exchange is not None:
-            return exchange.state
+        record = self._calls.get(call)
+        if record is not None:
+            return record.state
         return State.ENDED if 0 < call <= self._highest else State.IDLE
 
     def queued(self, call: int) -> int:
@@ -326,20 +338,20 @@ class Session(abc.ABC, Generic[EventT]):
         Raises:
             RuntimeError: more was taken than has come, or the call was never opened.
         """
-        exchange = self._calls.get(call)
-        if exchange is None or self.close_reason is not None:
-            exchange = self._exchange(call)
-        if exchange is None:
+        record = self._calls.get(call)
+        if record is None or self.close_reason is not None:
+            record = self._record(call)
+        if record is None:
             return False
-        if not 0 <= count <= exchange.unread:
-            raise RuntimeError(f"call {call}: {count} bytes taken of {exchange.unread} that had come")
-        exchange.unread -= count
-        exchange.taken += count
-        if exchange.taken < _GRANT_AT or (exchange.state, Grant) not in SAYS[self._role]:
+        if not 0 <= count <= record.unread:
+            raise RuntimeError(f"call {call}: {count} bytes taken of {record.unread} that had come")
+        record.unread -= count
+        record.taken += count
+        if record.taken < _GRANT_AT or (record.state, Grant) not in SEND_TRANSITIONS[self._role]:
             return False
-        self._post(Grant(call, exchange.taken))
-        exchange.credit += exchange.taken
-        exchange.taken = 0
+        self._post(Grant(call, record.taken))
+        record.credit += record.taken
+        record.taken = 0
         return True
 
     # For the two ends
@@ -348,7 +360,7 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is None:
             self._outbox.post(message)
 
-    def _exchange(self, call: int) -> Exchange | None:
+    def _record(self, call: int) -> CallRecord | None:
         """Return what is remembered of ``call``; ``None`` if it has ended, or the session has.
 
         Raises:
@@ -356,12 +368,12 @@ class Session(abc.ABC, Generic[EventT]):
         """
         if self.close_reason is not None:
             return None
-        exchange = self._calls.get(call)
-        if exchange is None and self.state(call) is State.IDLE:
+        record = self._calls.get(call)
+        if record is None and self.state(call) is State.IDLE:
             raise RuntimeError(f"call {call} was never opened")
-        return exchange
+        return record
 
-    def _next_said(self, call: int, word: Said) -> State:
+    def _state_after_sending(self, call: int, word: MessageKind) -> State:
         """Return the state that saying ``word`` leads to.
 
         Raises:
@@ -369,30 +381,30 @@ class Session(abc.ABC, Generic[EventT]):
         """
         state = self.state(call)
         try:
-            return SAYS[self._role][state, word]
+            return SEND_TRANSITIONS[self._role][state, word]
         except KeyError:
             raise RuntimeError(
                 f"{word.__name__} cannot be said of call {call}, which is {state.value}"
             ) from None
 
-    def _hear_all(self, messages: Iterable[Message], events: list[Any]) -> None:
+    def _receive_all(self, messages: Iterable[Message], events: list[Any]) -> None:
         for message in messages:
-            self._hear(message, events)
+            self._receive_message(message, events)
 
-    def _hear(self, message: Message, events: list[Any]) -> None:
+    def _receive_message(self, message: Message, events: list[Any]) -> None:
         if self.peer is None:
             if not isinstance(message, Handshake):
                 raise ProtocolError(f"the first message must be Handshake, not {type(message).__name__}")
-            self._shake(message)
+            self._on_handshake(message)
             events.append(message)
         elif isinstance(message, _CALL_MESSAGES):
             state = self.state(message.call)
-            word = said(message)
-            following = HEARS[self._role].get((state, word))
+            word = message_kind(message)
+            following = RECEIVE_TRANSITIONS[self._role].get((state, word))
             if following is None:
                 raise ProtocolError(f"{word.__name__} for call {message.call}, which is {state.value}")
-            self._hear_of_call(message, following, events)
-        elif type(message) in LINK_HEARS[self._role]:
+            self._receive_for_call(message, following, events)
+        elif type(message) in LINK_MESSAGES[self._role]:
             if isinstance(message, Heartbeat):
                 self.peer_blocked = message.blocked
             events.append(message)
@@ -400,7 +412,7 @@ class Session(abc.ABC, Generic[EventT]):
             again = "a second" if isinstance(message, Handshake) else "a misdirected"
             raise ProtocolError(f"{again} {type(message).__name__}")
 
-    def _shake(self, peer: Handshake) -> None:
+    def _on_handshake(self, peer: Handshake) -> None:
         if peer.magic != MAGIC:
             raise HandshakeError("the peer is not a trio_cluster node: its magic number is another")
         version = min(PROTOCOL_MAX, peer.protocol_max)
@@ -412,14 +424,14 @@ class Session(abc.ABC, Generic[EventT]):
         self.peer = peer
         self.protocol = version
 
-    def _hear_body(self, exchange: Exchange, piece: Data) -> None:
+    def _receive_body(self, record: CallRecord, piece: Data) -> None:
         """Put a piece that came in on the account of its call."""
         size = len(piece.data)
-        if size > exchange.credit:
-            raise ProtocolError(f"call {piece.call}: {size} bytes of data, with credit for {exchange.credit}")
-        exchange.credit -= size
-        exchange.unread += size
+        if size > record.credit:
+            raise ProtocolError(f"call {piece.call}: {size} bytes of data, with credit for {record.credit}")
+        record.credit -= size
+        record.unread += size
 
     @abc.abstractmethod
-    def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
+    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
         """Take in a message that the table allows, and which leads to the state ``following``."""

@@ -53,14 +53,25 @@ from .messages import (
     ForwardResponse,
     Grant,
     Heartbeat,
-    Leave,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
 )
 
-__all__ = ["HEARS", "LINK_HEARS", "SAYS", "LastData", "Role", "Said", "State", "Table", "markdown", "said"]
+__all__ = [
+    "LINK_MESSAGES",
+    "RECEIVE_TRANSITIONS",
+    "SEND_TRANSITIONS",
+    "LastData",
+    "MessageKind",
+    "Role",
+    "State",
+    "Table",
+    "markdown",
+    "message_kind",
+]
 
 
 class Role(enum.Enum):
@@ -88,12 +99,14 @@ class LastData:
 
 
 #: What may stand in a table's column.
-Said: TypeAlias = type[ForwardRequest | ForwardResponse | Data | LastData | Done | Failed | Cancel | Grant]
-Table: TypeAlias = Mapping[tuple[State, Said], State]
+MessageKind: TypeAlias = type[
+    ForwardRequest | ForwardResponse | Data | LastData | Done | Failed | Cancel | Grant
+]
+Table: TypeAlias = Mapping[tuple[State, MessageKind], State]
 
 _IDLE, _UPLOADING, _WAITING, _EARLY, _ANSWERING, _CANCELLING, _ENDED = State
 
-_MASTER_SAYS: Final[Table] = {
+_MASTER_SENDS: Final[Table] = {
     (_IDLE, ForwardRequest): _UPLOADING,
     (_UPLOADING, Data): _UPLOADING,
     (_UPLOADING, LastData): _WAITING,
@@ -107,7 +120,7 @@ _MASTER_SAYS: Final[Table] = {
     (_ANSWERING, Grant): _ANSWERING,
 }
 
-_MASTER_HEARS: Final[Table] = {
+_MASTER_RECEIVES: Final[Table] = {
     (_UPLOADING, ForwardResponse): _EARLY,
     (_UPLOADING, Failed): _ENDED,
     (_UPLOADING, Grant): _UPLOADING,
@@ -129,7 +142,7 @@ _MASTER_HEARS: Final[Table] = {
     (_CANCELLING, Grant): _CANCELLING,
 }
 
-_WORKER_SAYS: Final[Table] = {
+_WORKER_SENDS: Final[Table] = {
     (_UPLOADING, ForwardResponse): _EARLY,
     (_UPLOADING, Failed): _ENDED,
     (_UPLOADING, Grant): _UPLOADING,
@@ -146,7 +159,7 @@ _WORKER_SAYS: Final[Table] = {
     (_CANCELLING, Failed): _ENDED,
 }
 
-_WORKER_HEARS: Final[Table] = {
+_WORKER_RECEIVES: Final[Table] = {
     (_IDLE, ForwardRequest): _UPLOADING,
     (_UPLOADING, Data): _UPLOADING,
     (_UPLOADING, LastData): _WAITING,
@@ -164,16 +177,19 @@ _WORKER_HEARS: Final[Table] = {
     (_ENDED, Grant): _ENDED,
 }
 
-SAYS: Final[Mapping[Role, Table]] = {Role.MASTER: _MASTER_SAYS, Role.WORKER: _WORKER_SAYS}
-HEARS: Final[Mapping[Role, Table]] = {Role.MASTER: _MASTER_HEARS, Role.WORKER: _WORKER_HEARS}
-
-#: What each role may hear about the link itself, once the handshake is over and in any order.
-LINK_HEARS: Final[Mapping[Role, frozenset[type]]] = {
-    Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, Drain}),
-    Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Leave}),
+SEND_TRANSITIONS: Final[Mapping[Role, Table]] = {Role.MASTER: _MASTER_SENDS, Role.WORKER: _WORKER_SENDS}
+RECEIVE_TRANSITIONS: Final[Mapping[Role, Table]] = {
+    Role.MASTER: _MASTER_RECEIVES,
+    Role.WORKER: _WORKER_RECEIVES,
 }
 
-_COLUMNS: Final[tuple[Said, ...]] = (
+#: What each role may hear about the link itself, once the handshake is over and in any order.
+LINK_MESSAGES: Final[Mapping[Role, frozenset[type]]] = {
+    Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, Drain}),
+    Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Shutdown}),
+}
+
+_COLUMNS: Final[tuple[MessageKind, ...]] = (
     ForwardRequest,
     ForwardResponse,
     Data,
@@ -185,9 +201,9 @@ _COLUMNS: Final[tuple[Said, ...]] = (
 )
 
 
-def said(
+def message_kind(
     message: ForwardRequest | ForwardResponse | Data | Done | Failed | Cancel | Grant,
-) -> Said:
+) -> MessageKind:
     """Return the column of the tables in which ``message`` stands."""
     return LastData if type(message) is Data and message.last else type(message)
 

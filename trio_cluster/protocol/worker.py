@@ -20,20 +20,28 @@ from .messages import (
     Grant,
     Handshake,
     Heartbeat,
-    Leave,
     ModelRegistered,
     ModelRejected,
     RegisterModel,
+    Shutdown,
     UnregisterModel,
 )
-from .session import MAX_CALLS, CallMessage, Exchange, Session
+from .session import MAX_CALLS, CallMessage, CallRecord, Session
 from .state import Role, State
 
 __all__ = ["WorkerEvent", "WorkerSession"]
 
 #: What :meth:`WorkerSession.receive` tells.
 WorkerEvent: TypeAlias = (
-    Handshake | ModelRegistered | ModelRejected | Heartbeat | Drain | Leave | ForwardRequest | Data | Cancel
+    Handshake
+    | ModelRegistered
+    | ModelRejected
+    | Heartbeat
+    | Drain
+    | Shutdown
+    | ForwardRequest
+    | Data
+    | Cancel
 )
 
 
@@ -74,7 +82,7 @@ class WorkerSession(Session[WorkerEvent]):
         """
         if self._unwanted(call):
             return
-        following = self._next_said(call, ForwardResponse)
+        following = self._state_after_sending(call, ForwardResponse)
         self._outbox.post(ForwardResponse(call, status, content_type, tuple(headers)))
         self._calls[call].state = following
 
@@ -92,12 +100,12 @@ class WorkerSession(Session[WorkerEvent]):
         Raises:
             RuntimeError: the answer has not begun, or has ended.
         """
-        exchange = self._calls.get(call)
+        record = self._calls.get(call)
         # In this state, which it does not change, it is said more often than everything else together.
-        if exchange is None or exchange.state is not State.ANSWERING or self.close_reason is not None:
+        if record is None or record.state is not State.ANSWERING or self.close_reason is not None:
             if self._unwanted(call):
                 return
-            self._calls[call].state = self._next_said(call, Data)
+            self._calls[call].state = self._state_after_sending(call, Data)
         self._outbox.push(call, data)
 
     def done(self, call: int) -> None:
@@ -123,7 +131,7 @@ class WorkerSession(Session[WorkerEvent]):
         if self.close_reason is not None:
             self._calls.pop(call, None)
             return
-        self._next_said(call, type(message))
+        self._state_after_sending(call, type(message))
         del self._calls[call]
         self._outbox.finish(call, message)
 
@@ -131,7 +139,7 @@ class WorkerSession(Session[WorkerEvent]):
         """Whether nobody would hear what is said of ``call``."""
         return self.close_reason is not None or self.state(call) is State.CANCELLING
 
-    def _hear_of_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
+    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
         call = message.call
         if isinstance(message, ForwardRequest):
             # Counted in streams: a call that has ended here is still the master's until all of it has been
@@ -139,7 +147,7 @@ class WorkerSession(Session[WorkerEvent]):
             if self._outbox.streams >= MAX_CALLS:
                 raise ProtocolError(f"more than {MAX_CALLS} open calls")
             self._highest = call
-            self._calls[call] = Exchange(following, missing=message.size)
+            self._calls[call] = CallRecord(following, missing=message.size)
             self._outbox.open(call)
             events.append(message)
         elif isinstance(message, Grant):
@@ -148,14 +156,14 @@ class WorkerSession(Session[WorkerEvent]):
             if isinstance(message, Cancel):
                 self._outbox.cut(call)
         else:
-            exchange = self._calls[call]
+            record = self._calls[call]
             if isinstance(message, Data):
-                self._hear_body(exchange, message)
-                if not exchange.fits(len(message.data), last=message.last):
+                self._receive_body(record, message)
+                if not record.fits(len(message.data), last=message.last):
                     raise ProtocolError(f"call {call}: the body has not the size that was announced")
-                if exchange.missing > 0:
-                    exchange.missing -= len(message.data)
+                if record.missing > 0:
+                    record.missing -= len(message.data)
             elif isinstance(message, Cancel):
                 self._outbox.cut(call)
-            exchange.state = following
+            record.state = following
             events.append(message)

@@ -26,7 +26,7 @@ from ..core.call import Backend, Call, Done, Request
 from ..core.model import Kind, ModelInfo
 from ..errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, UpstreamLost, WorkerLost, WrongKind
 
-__all__ = ["Books", "Durations", "NameTaken", "Registry"]
+__all__ = ["CallStats", "Histogram", "NameTaken", "Registry"]
 
 
 class NameTaken(ValueError):
@@ -34,7 +34,7 @@ class NameTaken(ValueError):
 
 
 @attrs.define
-class Books:
+class CallStats:
     """How many calls there have been, and what became of them."""
 
     admitted: int = 0
@@ -46,7 +46,7 @@ class Books:
     retried: int = 0
     """Calls that were opened a second time elsewhere; both openings are counted as admitted."""
 
-    def close(self, call: Call) -> None:
+    def record(self, call: Call) -> None:
         """Enter how ``call`` ended."""
         if call.cancelled is not None:
             self.cancelled += 1
@@ -67,13 +67,13 @@ _UPSTREAM_LOST: Final = UpstreamLost("", "").code
 
 
 @attrs.define
-class Durations:
+class Histogram:
     """How long something took, by classes: enough to tell whether a promise about time is kept."""
 
     BOUNDS: ClassVar = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
     """The most seconds that belong into each class; what took longer has a class of its own."""
 
-    counts: list[int] = attrs.field(factory=lambda: [0] * (len(Durations.BOUNDS) + 1))
+    counts: list[int] = attrs.field(factory=lambda: [0] * (len(Histogram.BOUNDS) + 1))
     total: float = 0.0
     """The sum of all, in seconds."""
 
@@ -100,30 +100,32 @@ class _Served:
         self._sum_up()
 
     def _sum_up(self) -> None:
-        also = dict.fromkeys(each for info in self.replicas.values() for each in info.also)
-        if tuple(also) != self.info.also:
-            self.info = attrs.evolve(self.info, also=tuple(also))
+        extra_endpoints = dict.fromkeys(
+            each for info in self.replicas.values() for each in info.extra_endpoints
+        )
+        if tuple(extra_endpoints) != self.info.extra_endpoints:
+            self.info = attrs.evolve(self.info, extra_endpoints=tuple(extra_endpoints))
 
 
 class Registry:
     """The models of a node and their calls.
 
     Attributes:
-        books: what became of every call.
-        cancels: how long it took from giving a call up until its work had really stopped, wherever it ran.
+        stats: what became of every call.
+        cancel_durations: how long it took from giving a call up until its work had really stopped, wherever it ran.
         live: the calls whose work has not stopped yet, each with the backend that does it.
-        closed_to: why new calls are refused (the node drains); ``None`` while they are not.
+        draining_reason: why new calls are refused (the node drains); ``None`` while they are not.
     """
 
     def __init__(self) -> None:
         self._models: dict[str, _Served] = {}
         # The names of models of the kind "any".
-        self._untouched: set[str] = set()
-        self.books = Books()
-        self.cancels = Durations()
+        self._passthrough: set[str] = set()
+        self.stats = CallStats()
+        self.cancel_durations = Histogram()
         self.live: dict[Call, Backend] = {}
         self._idle = trio.lowlevel.ParkingLot()
-        self.closed_to: str | None = None
+        self.draining_reason: str | None = None
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Serve a model, from now on.
@@ -179,19 +181,19 @@ class Registry:
         served.forget(backend)
         if not served.replicas:
             del self._models[name]
-            self._untouched.discard(name)
+            self._passthrough.discard(name)
         return True
 
     def _note_kind(self, info: ModelInfo) -> None:
         if info.kind == "any":
-            self._untouched.add(info.name)
+            self._passthrough.add(info.name)
         else:
-            self._untouched.discard(info.name)
+            self._passthrough.discard(info.name)
 
     @property
-    def has_untouched(self) -> bool:
+    def has_passthrough(self) -> bool:
         """Whether there are models of the kind ``"any"``, which want to see what clients send as it is."""
-        return bool(self._untouched)
+        return bool(self._passthrough)
 
     def info(self, name: str) -> ModelInfo | None:
         """Return what is known of a model, or ``None`` if nobody serves it."""
@@ -254,14 +256,14 @@ class Registry:
         if not self._was_given_back(call):
             return None
         served = self._models.get(call.request.model)
-        if self.closed_to is not None or served is None:
+        if self.draining_reason is not None or served is None:
             return None
-        if not (call.request.repeatable and self._least_busy(served, call.request, avoid=call.served_by)):
+        if not (call.request.replayable and self._least_busy(served, call.request, avoid=call.served_by)):
             return None
         if budget <= 0:
             return None
         again = self._open(attrs.evolve(call.request, budget=budget), avoid=call.served_by)
-        self.books.retried += 1
+        self.stats.retried += 1
         return again
 
     def _was_given_back(self, call: Call) -> bool:
@@ -305,8 +307,8 @@ class Registry:
         return best
 
     def _open(self, request: Request, avoid: str = "") -> Call:
-        if self.closed_to is not None:
-            raise ShuttingDown(self.closed_to)
+        if self.draining_reason is not None:
+            raise ShuttingDown(self.draining_reason)
         self.check(request.model, request.kind, request.endpoint)
         served = self._models[request.model]
         backend = self._least_busy(served, request, avoid)
@@ -319,15 +321,15 @@ class Registry:
         # Among equals, take turns: the one just used goes to the end.
         served.replicas[backend] = served.replicas.pop(backend)
         call.served_by = backend.name
-        self.books.admitted += 1
+        self.stats.admitted += 1
         self.live[call] = backend
         call.on_release(lambda: self._released(call))
         return call
 
     def _released(self, call: Call) -> None:
         del self.live[call]
-        self.books.close(call)
+        self.stats.record(call)
         if call.cancelled is not None:
-            self.cancels.add(time.monotonic() - call.cancelled_at)
+            self.cancel_durations.add(time.monotonic() - call.cancelled_at)
         if not self.live and self._idle:
             self._idle.unpark_all()

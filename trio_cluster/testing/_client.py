@@ -215,11 +215,11 @@ class SimulatedClient:
         """Send a request, and give the answer as it comes. Leaving the block leaves the answer."""
         stream = await self._host.connect(self._server, self._port)
         try:
-            yield await self._exchange(stream, method, path, value, headers or {})
+            yield await self._context(stream, method, path, value, headers or {})
         finally:
             stream.close()
 
-    async def _exchange(
+    async def _context(
         self, stream: SimulatedStream, method: str, path: str, value: Any, headers: Mapping[str, str]
     ) -> StreamingAnswer:
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()

@@ -178,11 +178,11 @@ class _Suite:
         await self._stops_mid_stream()
         await self._stops_with_a_slow_client()
         await self._minds_its_deadline()
-        repeatable = await self._keeps_apart(answer)
+        replayable = await self._keeps_apart(answer)
         if failing is not None:
             await self._fails(failing)
         return HandlerReport(
-            self._kind, answer, first, duration, self._stopped, tuple(self._not_reached), repeatable
+            self._kind, answer, first, duration, self._stopped, tuple(self._not_reached), replayable
         )
 
     # One call

@@ -68,10 +68,10 @@ class Laws(trio.abc.Instrument):
 
     def _check_books(self, life: Life) -> None:
         registry = life.server.registry
-        books = registry.books
-        ended = books.completed + books.cancelled + books.timed_out + books.worker_lost + books.failed
-        if books.admitted != ended + len(registry.live):
-            self._say(f"{life.name}: {books.admitted} calls were admitted, {ended} have ended, "
+        stats = registry.stats
+        ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
+        if stats.admitted != ended + len(registry.live):
+            self._say(f"{life.name}: {stats.admitted} calls were admitted, {ended} have ended, "
                       f"{len(registry.live)} are in flight")  # fmt: skip
 
     def _check_slots(self, life: Life) -> None:

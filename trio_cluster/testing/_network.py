@@ -64,7 +64,7 @@ class Connection:
         if not self._partitioned:
             self._partitioned = True
             for pipe in self._pipes:
-                pipe.hold()
+                pipe.add_call()
 
     def heal(self) -> None:
         """End a partition; what was sent meanwhile arrives."""
@@ -176,7 +176,7 @@ class SimulatedNetwork:
             self._frozen.add(host)
             for connection in self.connections_of(host):
                 for pipe in connection._pipes:
-                    pipe.hold()
+                    pipe.add_call()
 
     def thaw(self, host: str) -> None:
         """Let the machine go on; what was sent to it and by it meanwhile arrives."""
@@ -240,8 +240,8 @@ class SimulatedNetwork:
             (there, back),
         )
         for _ in {client, server} & self._frozen:
-            there.hold()
-            back.hold()
+            there.add_call()
+            back.add_call()
         self.connections.append(connection)
         listener._send.send_nowait(connection.server_stream)
         return connection.client_stream

@@ -64,5 +64,5 @@ class HandlerReport:
     not_reached: tuple[str, ...]
     """At what else it could not be cancelled, because it had finished before, or because its answers come in one
     piece."""
-    repeatable: bool
+    replayable: bool
     """It gave the same answer to the same request. Whether two calls at once are mixed up can only be seen then."""

@@ -14,7 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ..protocol import MasterSession, WorkerSession
-from ..routing.router import Books, Registry
+from ..routing.router import CallStats, Registry
 from ._cluster import SimulatedCluster, SimulatedNode
 
 __all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
@@ -157,7 +157,7 @@ def _links(node: SimulatedNode) -> Iterator[str]:
     for peer, session in sessions:
         if session.open_calls:
             yield f"{node.name}: calls {session.open_calls} open on the link with {peer}"
-        elif not session.quiet:
+        elif not session.idle:
             yield f"{node.name}: something to be sent on the link with {peer}"
 
 
@@ -186,11 +186,11 @@ def _is_in_request(task: trio.lowlevel.Task) -> bool:
 
 def _wrong_books(node: SimulatedNode) -> Iterator[str]:
     registry = node.server.registry
-    if registry.books.admitted != _accounted_for(registry):
-        yield f"{node.name}: {registry.books} and {len(registry.live)} in flight do not balance"
+    if registry.stats.admitted != _accounted_for(registry):
+        yield f"{node.name}: {registry.stats} and {len(registry.live)} in flight do not balance"
 
 
 def _accounted_for(registry: Registry) -> int:
-    books: Books = registry.books
-    ended = books.completed + books.cancelled + books.timed_out + books.worker_lost + books.failed
+    stats: CallStats = registry.stats
+    ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
     return ended + len(registry.live)

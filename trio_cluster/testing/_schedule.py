@@ -22,7 +22,7 @@ import attrs
 import trio
 import trio.testing
 
-from ..gateway.body import Kept
+from ..gateway.body import SpooledBody
 from ._actors import Actors
 from ._cluster import PORT, open_cluster
 from ._errands import Outcome, run_errand
@@ -241,16 +241,16 @@ async def _probe(plan: Plan, stage: Stage, history: History, laws: Laws, actors:
 def _without_threads() -> Iterator[None]:
     """Let nobody wait for the disk in a thread, whose end is in no order that could be repeated."""
 
-    async def at_once(self: Kept, work: Callable[[bytes], bytes], data: bytes) -> bytes:
+    async def at_once(self: SpooledBody, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         await trio.lowlevel.checkpoint()
         return work(data)
 
-    in_thread = Kept.in_thread
-    Kept.in_thread = at_once  # type: ignore[method-assign]
+    in_thread = SpooledBody.in_thread
+    SpooledBody.in_thread = at_once  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Kept.in_thread = in_thread  # type: ignore[method-assign]
+        SpooledBody.in_thread = in_thread  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

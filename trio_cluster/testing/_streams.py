@@ -128,7 +128,7 @@ class Pipe:
         """Let whoever writes know that nobody reads."""
         self._refuse_after(self.latency)
 
-    def hold(self) -> None:
+    def add_call(self) -> None:
         self.holds += 1
 
     def let_go(self) -> None:
