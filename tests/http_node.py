@@ -14,8 +14,10 @@ import openai
 import trio
 
 from trio_cluster.admin.app import create_app, gate
-from trio_cluster.core.call import Call, Data, Done, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.call import Call
 from trio_cluster.core.model import ChatModelOptions, Kind, ModelInfo
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.http1.server import serve_http
@@ -31,11 +33,11 @@ STREAM = CHAT | {"stream": True}
 class Served:
     """A call as its backend sees it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, name: str = "local") -> None:
         self.request = request
         self.cancelled = trio.Event()
         self.taken = 0
-        self.call = Call(request, on_cancel=self._on_cancel, on_taken=self._on_taken)
+        self.call = Call(request, served_by=name, on_cancel=self._on_cancel, on_consumed=self._on_taken)
         self.reason: str | None = None
 
     def _on_cancel(self, reason: str) -> None:
@@ -61,8 +63,8 @@ class Served:
         self.call.put(Done())
         self.call.release()
 
-    def fail(self, error: ApiError) -> None:
-        self.call.put(Failed(error))
+    def fail(self, error: ApiError, *, retryable: bool = False) -> None:
+        self.call.put(Failed(error, retryable))
         self.call.release()
 
     async def wait_cancelled(self) -> str | None:
@@ -82,7 +84,7 @@ class Backend:
         self._send, self._receive = trio.open_memory_channel[Served](10_000)
 
     def open(self, request: Request) -> Call:
-        served = Served(request)
+        served = Served(request, self.name)
         self._send.send_nowait(served)
         if self.script is not None:
             self.script(served)

@@ -11,8 +11,10 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from trio_cluster.cluster.master import WorkerManager
 from trio_cluster.cluster.worker import WorkerClient
-from trio_cluster.core.call import Call, Data, Done, Event, Failed, Request
+from trio_cluster.core.answer import Data, Done, Event, Failed
+from trio_cluster.core.call import Call
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.request import Request
 from trio_cluster.local.handler import HandlerBackend, HandlerPool
 from trio_cluster.openai import ChatRequest
 from trio_cluster.options import ClusterServerOptions, ServerOptions

@@ -10,14 +10,17 @@ import trio
 from memory_cluster import MemoryCluster, Worker, everything, text
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.core.call import Call, Done, Failed, Request
+from trio_cluster.core.answer import Done, Failed
+from trio_cluster.core.call import Call
+from trio_cluster.core.channel import ByteChannel
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.upload import WINDOW, Upload
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.passthrough import RawBackend, RawCall
 
 
-def request(body: bytes = b"", upload: Upload | None = None, **fields: Any) -> Request:
+def request(body: bytes = b"", upload: ByteChannel | None = None, **fields: Any) -> Request:
     return Request("/v1/x", "any", "raw", body, "text/plain", upload=upload, **fields)
 
 
@@ -76,7 +79,7 @@ async def failure(call: Call) -> ApiError:
 async def test_a_body_arrives_whether_it_was_there_or_is_still_coming(size: int, far: Far) -> None:
     far.go_on.set()
     assert text(await everything(far.open(request(bytes(size))))) == str(size)
-    upload = Upload(size)
+    upload = ByteChannel(size)
     call = far.open(request(upload=upload))
     upload.put(bytes(size), last=True)
     assert text(await everything(call)) == str(size)
@@ -84,7 +87,7 @@ async def test_a_body_arrives_whether_it_was_there_or_is_still_coming(size: int,
 
 async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Far) -> None:
     far.go_on.set()
-    for upload in (Upload(7), Upload()):
+    for upload in (ByteChannel(7), ByteChannel()):
         call = far.open(request(upload=upload))
         upload.put(b"x" * 7, last=True)
         await everything(call)
@@ -92,7 +95,7 @@ async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Fa
 
 
 async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = far.open(request(upload=upload))
     upload.put(bytes(3 * WINDOW))
     await wait_all_tasks_blocked()
@@ -105,7 +108,7 @@ async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) 
 
 
 async def test_the_end_of_a_call_ends_its_upload_on_both_nodes(far: Far) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = far.open(request(upload=upload))
     upload.put(b"x" * 10)
     await wait_all_tasks_blocked()
@@ -124,7 +127,7 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
     far.worker.registry.add(backend.info, backend)
     far.worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
-    upload, told = Upload(), trio.Event()
+    upload, told = ByteChannel(), trio.Event()
     upload.on_close(told.set)
     call = far.open(Request("/v1/x", "any", "hasty", b"", upload=upload))
     upload.put(bytes(WINDOW * 2))
@@ -137,14 +140,14 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
 
 async def test_a_body_that_is_declared_too_large_for_the_worker_is_413_at_once(far: Far) -> None:
     far.worker.options.server.max_body_size = 100
-    upload = Upload(101)
+    upload = ByteChannel(101)
     assert (await failure(far.open(request(upload=upload)))).status == 413
     assert (far.calls, upload.closed) == ([], True)
 
 
 async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(far: Far) -> None:
     far.worker.options.server.max_body_size = 100
-    upload = Upload()
+    upload = ByteChannel()
     call = far.open(request(upload=upload))
     upload.put(b"x" * 100)
     await wait_all_tasks_blocked()
@@ -161,7 +164,7 @@ async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(fa
 @pytest.mark.parametrize("once", [False, True])
 async def test_what_cannot_be_sent_again_is_not_given_back(once: bool, far: Far) -> None:
     body = bytes(2 * WINDOW)
-    upload = Upload(len(body))
+    upload = ByteChannel(len(body))
     call = far.open(request(upload=upload) if once else request(body))
     if once:
         upload.put(body[:-1])

@@ -11,8 +11,10 @@ import trio
 from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.call import WINDOW, Data, Done, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, WorkerLost
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.openai import ChatRequest, OutputChunk
@@ -169,7 +171,7 @@ async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_else
     stalled_at = produced
     # One window here, one in the worker, and what an event weighs beside its text.
     assert stalled_at * 1000 <= 3 * WINDOW
-    assert unread.waiting_bytes <= WINDOW
+    assert unread.body.waiting_bytes <= WINDOW
     for _ in range(3):
         assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
     assert produced == stalled_at
@@ -255,8 +257,8 @@ async def test_the_time_that_is_left_travels(cluster: MemoryCluster, autojump_cl
         return "x"
 
     await cluster.start("w1", looks)
-    await everything(cluster.registry.open(chat_request("looks", timeout=7.0)))
-    await everything(cluster.registry.open(chat_request("looks", timeout=7.0, budget=3.0)))
+    await everything(cluster.registry.open(chat_request("looks", idle_timeout=7.0)))
+    await everything(cluster.registry.open(chat_request("looks", idle_timeout=7.0, total_timeout=3.0)))
     assert seen == [pytest.approx(7.0), pytest.approx(3.0)]
 
 
@@ -630,7 +632,7 @@ async def test_how_far_a_call_is_on_its_worker_is_known(
     assert queued.phase == "waiting"
     await trio.sleep(6)
     assert (running.phase, queued.phase) == ("streaming", "queued")
-    assert running.produced == running.waiting_bytes > 0
+    assert running.produced == running.body.waiting_bytes > 0
     assert queued.produced == 0
     running.cancel("enough")
     await trio.sleep(6)

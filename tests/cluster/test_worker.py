@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster import check_is_cluster_server
 from trio_cluster.core import randomness
-from trio_cluster.core.call import Done, Head
+from trio_cluster.core.answer import Done, Head
 from trio_cluster.openai import ChatRequest
 
 

@@ -4,7 +4,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.core.call import WINDOW, Call, Data, Done, Event, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Event, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.limits import WINDOW
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, CallCancelled
 from trio_cluster.protocol import WINDOW as WIRE_WINDOW
 
@@ -88,7 +91,7 @@ def test_a_cancel_ends_the_answer_at_once_and_asks_the_producer_once() -> None:
     assert asked == ["client left"]
     assert call.ended
     assert not call.released
-    assert call.waiting_bytes == 0
+    assert call.body.waiting_bytes == 0
 
 
 def test_what_is_put_after_a_cancel_vanishes() -> None:
@@ -137,23 +140,23 @@ def test_sinks_get_first_what_waited_and_then_everything_as_it_is_put_and_say_wh
     sunk: list[Event | bytes | memoryview] = []
     taken: list[int] = []
 
-    def take(data: bytes | memoryview) -> bool:
+    def take(data: bytes | memoryview, last: bool) -> bool:
         sunk.append(data)
         return gone
 
-    call = Call(REQUEST, on_taken=taken.append)
+    call = Call(REQUEST, on_consumed=taken.append)
     call.put(Head())
     call.put(Data(b"1"))
     gone = True
     call.redirect(sunk.append, take)
-    assert (sunk, taken, call.waiting_bytes) == ([Head(), b"1"], [1], 0)
-    call.put_data(b"22")
-    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2], 0, 3)
+    assert (sunk, taken, call.body.waiting_bytes) == ([Head(), b"1"], [1], 0)
+    call.body.put(b"22")
+    assert (taken, call.body.waiting_bytes, call.body.delivered) == ([1, 2], 0, 3)
     gone = False
     call.put(Data(b"333"))
-    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2], 3, 3)
-    call.taken(3)
-    assert (taken, call.waiting_bytes, call.delivered) == ([1, 2, 3], 0, 6)
+    assert (taken, call.body.waiting_bytes, call.body.delivered) == ([1, 2], 3, 3)
+    call.body.consumed(3)
+    assert (taken, call.body.waiting_bytes, call.body.delivered) == ([1, 2, 3], 0, 6)
     call.put(Done())
     assert sunk == [Head(), b"1", b"22", b"333", Done()]
 
@@ -161,7 +164,7 @@ def test_sinks_get_first_what_waited_and_then_everything_as_it_is_put_and_say_wh
 def test_a_sink_is_told_of_a_cancel() -> None:
     call = Call(REQUEST)
     sunk: list[Event] = []
-    call.redirect(sunk.append, lambda _: False)
+    call.redirect(sunk.append, lambda data, last: False)
     call.cancel("client left")
     assert [type(event) for event in sunk] == [Failed]
 
@@ -171,14 +174,14 @@ async def test_a_producer_waits_while_a_window_of_bytes_is_untaken(
     window: int, nursery: trio.Nursery
 ) -> None:
     call = Call(REQUEST)
-    assert call.window == WINDOW
-    call.window = window
+    assert call.body.window == WINDOW
+    call.body.window = window
     call.put(Head())
     call.put(Data(bytes(window)))
     went_on = trio.Event()
 
     async def produce() -> None:
-        await call.wait_room()
+        await call.body.wait_room()
         went_on.set()
 
     nursery.start_soon(produce)
@@ -192,20 +195,20 @@ async def test_a_producer_waits_while_a_window_of_bytes_is_untaken(
 
 async def test_a_producer_behind_a_sink_waits_until_the_bytes_have_gone_on(nursery: trio.Nursery) -> None:
     call = Call(REQUEST)
-    call.redirect(lambda _: None, lambda _: False)
+    call.redirect(lambda _: None, lambda data, last: False)
     call.put(Head())
     call.put(Data(bytes(WINDOW + 10)))
     went_on = trio.Event()
 
     async def produce() -> None:
-        await call.wait_room()
+        await call.body.wait_room()
         went_on.set()
 
     nursery.start_soon(produce)
-    call.taken(10)
+    call.body.consumed(10)
     await wait_all_tasks_blocked()
     assert not went_on.is_set()
-    call.taken(1)
+    call.body.consumed(1)
     await wait_all_tasks_blocked()
     assert went_on.is_set()
 
@@ -214,21 +217,21 @@ async def test_a_cancel_frees_a_producer_that_waits_for_room(nursery: trio.Nurse
     call = Call(REQUEST)
     call.put(Head())
     call.put(Data(bytes(WINDOW)))
-    nursery.start_soon(call.wait_room)
+    nursery.start_soon(call.body.wait_room)
     await wait_all_tasks_blocked()
     call.cancel("client left")
 
 
 def test_the_producer_is_told_of_bytes_when_they_are_taken_and_not_when_they_are_put() -> None:
     taken: list[int] = []
-    call = Call(REQUEST, on_taken=taken.append)
+    call = Call(REQUEST, on_consumed=taken.append)
     call.put(Head())
     call.put(Data(b"12345"))
     assert taken == []
     call.receive_nowait()
     call.receive_nowait()
     assert taken == [5]
-    assert call.delivered == 5
+    assert call.body.delivered == 5
 
 
 def test_release_tells_everybody_once_that_the_work_has_stopped() -> None:

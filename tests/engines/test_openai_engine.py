@@ -16,9 +16,11 @@ from test_model_field import form
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster import ApiError, ClusterServer, OptionsError
-from trio_cluster.core.call import Call, Data, Done, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.upload import Upload
+from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
 from trio_cluster.engines._upstream_models import Naming, read_list
 
@@ -549,7 +551,7 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
         visit.unread(received)
         await mirror(visit)
 
-    upload = Upload(size)
+    upload = ByteChannel(size)
     name = "gpu/m" if renamed else "m"
     async with engine_before(script, ",prefix=gpu/" if renamed else "") as (server, raw, _):
         asked = request(
@@ -568,7 +570,7 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
 
 
 async def test_json_that_is_still_coming_waits_for_its_end_if_the_model_has_another_name() -> None:
-    upload = Upload(-1)
+    upload = ByteChannel(-1)
     async with engine_before(mirror, ",prefix=gpu/") as (server, _, _):
         call = server._registry.open(request(b"", model="gpu/m", upload=upload))
         upload.put(b'{"model":"gpu/m","x":')
@@ -582,7 +584,7 @@ async def test_a_server_that_refuses_an_upload_early_is_heard() -> None:
         await visit.send(reply(b"too large", "413 Content Too Large"))
         await visit.closed()
 
-    upload = Upload(10_000_000)
+    upload = ByteChannel(10_000_000)
     async with engine_before(script) as (server, _, _):
         call = server._registry.open(request(b"", upload=upload))
         upload.put(b"x" * 1000)
@@ -787,7 +789,7 @@ async def test_a_server_that_says_nothing_is_given_up_at_the_deadline() -> None:
         closed.set()
 
     async with engine_before(script) as (server, _, _):
-        outcome = await ask(server, request(timeout=0.1))
+        outcome = await ask(server, request(idle_timeout=0.1))
         assert outcome.error is not None
         assert outcome.error.status == 504
         with trio.fail_after(0.5):
@@ -811,7 +813,7 @@ async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_st
         with trio.fail_after(5):
             await wait_all_tasks_blocked(0.2)
         assert 0 < sent < 50_000_000
-        assert call.waiting_bytes <= call.window + 65536
+        assert call.body.waiting_bytes <= call.body.window + 65536
         call.cancel("enough")
 
 

@@ -127,4 +127,4 @@ async def test_the_clients_own_patience_shortens_the_silence() -> None:
     async with open_http_node(lambda served: served.head().data(ANSWER).done()) as node:
         async with node.openai() as client:
             await client.with_options(timeout=7.0).chat.completions.create(**CHAT)
-        assert (await node.backend.next()).request.timeout == 7.0
+        assert (await node.backend.next()).request.idle_timeout == 7.0

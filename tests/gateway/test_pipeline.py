@@ -507,7 +507,7 @@ def _gate_exchange(scope: Any) -> Any:
 
 
 def _request() -> Any:
-    from trio_cluster.core.call import Request
+    from trio_cluster.core.request import Request
 
     return Request("chat.completions", "chat", "m", b"")
 

@@ -26,9 +26,10 @@ from http_node import (
     raw_request,
 )
 
-from trio_cluster.core.call import WINDOW, Head
+from trio_cluster.core.answer import Head
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow, WorkerLost
-from trio_cluster.gateway import relay
+from trio_cluster.gateway import relay, sse_buffer
 from trio_cluster.openai import DONE, PING
 from trio_cluster.testing import read_stream
 
@@ -230,7 +231,7 @@ async def test_a_stream_that_fails_in_the_middle_of_an_event_ends_with_whole_eve
 async def test_an_event_that_is_too_large_to_be_kept_is_sent_as_it_comes_and_cut_without_a_word_when_it_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay, "EVENT_LIMIT", 4)
+    monkeypatch.setattr(sse_buffer, "EVENT_LIMIT", 4)
     monkeypatch.setattr(relay, "PING_INTERVAL", 0.01)
     async with open_http_node(None) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
@@ -513,7 +514,7 @@ async def test_the_request_reaches_the_backend_as_it_was_sent(node: HttpNode) ->
         "user-agent": "ua", "accept": "a/b", "x-mine": "1", "openai-organization": "org",
     }  # fmt: skip
     assert request.parsed.raw["mine"] == [1]
-    assert (request.timeout, request.budget) == (60.0, math.inf)
+    assert (request.idle_timeout, request.total_timeout) == (60.0, math.inf)
 
 
 async def test_headers_of_the_same_name_are_joined(node: HttpNode) -> None:
@@ -539,7 +540,7 @@ async def test_clients_can_shorten_the_silence_and_limit_the_whole(
 ) -> None:
     assert (await node.post(headers=headers)).status_code == 200
     request = (await node.backend.next()).request
-    assert (request.timeout, request.budget) == (silence, budget)
+    assert (request.idle_timeout, request.total_timeout) == (silence, budget)
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "0.0", "nan", "inf", "1e3", "1_0", "9" * 400])
@@ -553,7 +554,7 @@ async def test_a_malformed_time_limit_is_refused(node: HttpNode, value: str) -> 
 async def test_the_limit_that_is_set_while_the_node_runs_acts_at_once(node: HttpNode) -> None:
     node.node_context.options.server.default_timeout = 9.0
     await node.post()
-    assert (await node.backend.next()).request.timeout == 9.0
+    assert (await node.backend.next()).request.idle_timeout == 9.0
 
 
 async def test_a_large_body_is_read_as_well(node: HttpNode) -> None:
@@ -576,7 +577,11 @@ def two_nodes(node: HttpNode, first: Callable[[Served], Any], second: Callable[[
 async def test_a_call_whose_worker_is_lost_before_it_answers_is_made_once_more_elsewhere(
     node: HttpNode,
 ) -> None:
-    two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone")), lambda s: s.head().data(PLAIN).done())
+    two_nodes(
+        node,
+        lambda s: s.fail(WorkerLost("local", "gone"), retryable=True),
+        lambda s: s.head().data(PLAIN).done(),
+    )
     response = await node.post()
     assert (response.status_code, response.content) == (200, PLAIN)
     assert node.registry.stats.retried == 1
@@ -584,13 +589,13 @@ async def test_a_call_whose_worker_is_lost_before_it_answers_is_made_once_more_e
 
 async def test_it_is_made_only_once_more(node: HttpNode) -> None:
     lost = WorkerLost("w", "gone")
-    two_nodes(node, lambda s: s.fail(lost), lambda s: s.fail(lost))
+    two_nodes(node, lambda s: s.fail(lost, retryable=True), lambda s: s.fail(lost, retryable=True))
     assert (await node.post()).status_code == 502
     assert node.registry.stats.admitted == 2
 
 
 async def test_the_second_call_is_cancelled_when_the_client_leaves(node: HttpNode) -> None:
-    two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone")), lambda s: None)
+    two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone"), retryable=True), lambda s: None)
     second = list(node.registry._models["m"].replicas)[1]
     assert isinstance(second, Backend)
     async with node.connect() as wire:
@@ -688,7 +693,7 @@ async def test_a_client_that_leaves_while_a_write_to_it_is_stuck_cancels_the_cal
         served.head(EVENTS)
         with trio.fail_after(5):
             # Full means: a window's worth waits, since nobody takes any more.
-            while served.call.waiting_bytes < WINDOW:
+            while served.call.body.waiting_bytes < WINDOW:
                 served.data(b"x" * 65536 + b"\n\n")
                 for _ in range(20):
                     await trio.lowlevel.checkpoint()
@@ -705,7 +710,7 @@ async def test_a_client_that_leaves_a_busy_stream_cancels_the_call() -> None:
         async def produce() -> None:
             while not served.cancelled.is_set():
                 served.event("x")
-                await served.call.wait_room()
+                await served.call.body.wait_room()
 
         nursery.start_soon(produce)
         await wire.head()

@@ -37,7 +37,7 @@ async def fill(wire: Wire, node: HttpNode) -> Served:
     served = await node.backend.next()
     served.head(EVENTS)
     with trio.fail_after(5):
-        while served.call.waiting_bytes < 1 << 18:
+        while served.call.body.waiting_bytes < 1 << 18:
             served.data(b"x" * 65536 + b"\n\n")
             for _ in range(20):
                 await trio.lowlevel.checkpoint()

@@ -11,6 +11,7 @@ import trio
 from stage import ENDPOINTS, LATENCY, MODEL, Caller
 from trio.testing import MockClock
 
+from trio_cluster import ApiError
 from trio_cluster.gateway.relay import GRACE
 from trio_cluster.testing import Answer, SimulatedCluster, SimulatedNode, open_cluster, settle, worker
 
@@ -322,3 +323,52 @@ async def test_a_client_that_leaves_stops_the_second_handler_like_the_first(
         caller.leave()
         await trio.sleep(2 * LATENCY + 1e-6)
         assert cluster.cancelled == cluster.names
+
+
+#: Codes of our own errors about nodes, which a handler may as well use for its own.
+CODES: Final = (
+    "shutting_down",
+    "worker_lost",
+    "upstream_lost",
+    "model_not_found",
+    "over_capacity",
+    "cancelled",
+)
+
+
+@pytest.mark.parametrize("code", CODES)
+async def test_a_handler_s_error_is_the_client_s_answer_whatever_its_code(
+    code: str, autojump_clock: MockClock
+) -> None:
+    runs: list[str] = []
+    async with open_cluster(**OPTIONS) as cluster:
+        for name in ("w1", "w2"):
+            server = worker(name, **OPTIONS)
+
+            async def handler(request: Any, name: str = name) -> str:
+                runs.append(name)
+                raise ApiError(429, "the quota of this user is used up", code=code)
+
+            server.register_chat(MODEL, handler)
+            await cluster.start_worker(server)
+        for _ in range(2):
+            answer = await cluster.client().chat(MODEL, stream=False)
+            assert (answer.status, answer.error["code"]) == (429, code)
+            assert answer.error["message"] == "the quota of this user is used up"
+        assert cluster.master.server.registry.stats.retried == 0
+    # Each request ran once, the two on different replicas.
+    assert sorted(runs) == ["w1", "w2"]
+
+
+async def test_a_handler_s_504_is_not_counted_as_a_deadline_of_ours(autojump_clock: MockClock) -> None:
+    async with open_cluster(**OPTIONS) as cluster:
+        server = worker("w1", **OPTIONS)
+
+        @server.chat(MODEL)
+        async def handler(request: Any) -> str:
+            raise ApiError(504, "the database is slow")
+
+        await cluster.start_worker(server)
+        assert (await cluster.client().chat(MODEL, stream=False)).status == 504
+        stats = cluster.master.server.registry.stats
+        assert (stats.failed, stats.timed_out) == (1, 0)

@@ -13,8 +13,11 @@ import trio
 from memory_cluster import everything, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.call import WINDOW, Call, Data, Done, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, Overloaded, ShuttingDown
 from trio_cluster.local.adapters import Provider, ThreadProvider
 from trio_cluster.local.handler import HandlerBackend
@@ -23,15 +26,17 @@ from trio_cluster.openai import ChatRequest, OutputChunk
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 
 
-def request(*, stream: bool = True, timeout: float = math.inf, budget: float = math.inf) -> Request:
+def request(
+    *, stream: bool = True, idle_timeout: float = math.inf, total_timeout: float = math.inf
+) -> Request:
     body = {"model": "m", "messages": [{"role": "user", "content": "a b c"}], "stream": stream}
     return Request(
         endpoint="chat.completions",
         kind="chat",
         model="m",
         body=json.dumps(body).encode(),
-        timeout=timeout,
-        budget=budget,
+        idle_timeout=idle_timeout,
+        total_timeout=total_timeout,
     )
 
 
@@ -258,7 +263,7 @@ async def test_silence_before_the_first_output_is_504(bench: Bench, autojump_clo
         return "x"
 
     start = trio.current_time()
-    call = bench.open(silent, timeout=3)
+    call = bench.open(silent, idle_timeout=3)
     error = await failure(call)
     assert trio.current_time() - start == pytest.approx(3)
     assert error.status == 504
@@ -275,7 +280,7 @@ async def test_each_output_moves_the_deadline_on(bench: Bench, autojump_clock: M
         yield "late"
 
     start = trio.current_time()
-    error = await failure(bench.open(steady, timeout=3))
+    error = await failure(bench.open(steady, idle_timeout=3))
     assert error.status == 504
     assert trio.current_time() - start == pytest.approx(23)
 
@@ -290,7 +295,7 @@ async def test_the_shorter_of_the_requests_and_the_nodes_patience_counts(
         return "x"
 
     start = trio.current_time()
-    await failure(bench.open(silent, timeout=30))
+    await failure(bench.open(silent, idle_timeout=30))
     assert trio.current_time() - start == pytest.approx(2)
 
 
@@ -301,7 +306,7 @@ async def test_a_budget_ends_even_a_busy_answer(bench: Bench, autojump_clock: Mo
             yield "x"
 
     start = trio.current_time()
-    call = bench.open(endless, budget=10.5)
+    call = bench.open(endless, total_timeout=10.5)
     error = await failure(call)
     assert (error.status, error.code) == (504, "timeout")
     assert "within the time that its client gives it" in error.message
@@ -342,7 +347,7 @@ async def test_a_budget_that_is_spent_in_the_queue_never_reaches_the_handler(
     for _ in range(2):
         bench.open(waits)
     await wait_all_tasks_blocked()
-    error = await failure(bench.open(waits, budget=2))
+    error = await failure(bench.open(waits, total_timeout=2))
     assert error.status == 504
     assert len(reached) == 2
 
@@ -356,7 +361,7 @@ async def test_the_deadline_of_a_handler_is_the_real_one(bench: Bench, autojump_
         yield "x"
         seen.append(trio.current_effective_deadline() - trio.current_time())
 
-    await everything(bench.open(looks, timeout=5, budget=6))
+    await everything(bench.open(looks, idle_timeout=5, total_timeout=6))
     assert seen == [pytest.approx(5), pytest.approx(4)]
 
 
@@ -365,7 +370,7 @@ async def test_a_slow_client_is_not_a_slow_model(bench: Bench, autojump_clock: M
         for _ in range(3):
             yield "x" * WINDOW
 
-    call = bench.open(torrent, timeout=2)
+    call = bench.open(torrent, idle_timeout=2)
     assert isinstance(await call.receive(), Head)
     await wait_all_tasks_blocked()
     await trio.sleep(60)
@@ -379,7 +384,7 @@ async def test_a_long_plain_answer_gives_signs_of_life(bench: Bench, autojump_cl
             await trio.sleep(0.1)
             yield "x"
 
-    call = bench.open(long, stream=False, timeout=3)
+    call = bench.open(long, stream=False, idle_timeout=3)
     events = await everything(call)
     signs = [event for event in events if isinstance(event, Data) and not event.data]
     assert 8 <= len(signs) <= 11
@@ -395,7 +400,7 @@ async def test_output_with_nothing_to_show_keeps_a_stream_alive_once_it_has_begu
             await trio.sleep(2)
             yield ""
 
-    events = await everything(bench.open(mute, timeout=3))
+    events = await everything(bench.open(mute, idle_timeout=3))
     assert isinstance(events[-1], Done)
     assert len([event for event in events if isinstance(event, Data) and not event.data]) == 20
 
@@ -409,7 +414,7 @@ async def test_output_with_nothing_to_show_does_not_begin_a_stream(
             yield OutputChunk.usage(1, 1)
 
     start = trio.current_time()
-    call = bench.open(mute, timeout=3)
+    call = bench.open(mute, idle_timeout=3)
     assert (await failure(call)).status == 504
     assert trio.current_time() - start == pytest.approx(3)
     assert not call.begun
@@ -450,7 +455,7 @@ async def test_a_generator_that_is_parked_in_yield_is_closed(bench: Bench) -> No
 
     call = bench.open(torrent)
     await wait_all_tasks_blocked()
-    assert call.waiting_bytes >= WINDOW
+    assert call.body.waiting_bytes >= WINDOW
     call.cancel("client left")
     await released(call)
     assert seen == [GeneratorExit]

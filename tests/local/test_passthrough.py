@@ -11,16 +11,19 @@ import trio
 from memory_cluster import everything, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.call import WINDOW, Call, Data, Done, Failed, Head, Request
+from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.channel import ByteChannel
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.upload import Upload
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.passthrough import RawBackend, RawCall
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 
 
-def request(body: bytes = b"body", upload: Upload | None = None, **fields: Any) -> Request:
+def request(body: bytes = b"body", upload: ByteChannel | None = None, **fields: Any) -> Request:
     return Request(
         "/v1/anything", "custom", "m", body, "text/plain", upload=upload, request_id="r1", **fields
     )
@@ -72,7 +75,7 @@ async def test_bytes_go_in_and_come_out_as_they_are(bench: Bench) -> None:
 
 
 async def test_a_body_that_is_still_coming_is_received_piece_by_piece(bench: Bench) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(echo, request(b"", upload))
     assert isinstance(await call.receive(), Head)
     for piece in (b"a", b"b"):
@@ -244,7 +247,7 @@ async def test_each_piece_of_the_answer_moves_the_deadline_on(
 async def test_silence_does_not_count_while_the_body_is_coming(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(echo, request(b"", upload))
     for _ in range(5):
         await trio.sleep(19)
@@ -258,7 +261,7 @@ async def test_silence_does_not_count_while_the_body_is_coming(
 async def test_silence_counts_when_the_body_is_there_be_it_read_or_not(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(sleep_on, request(b"", upload))
     await trio.sleep(100)
     assert not call.ended
@@ -275,7 +278,7 @@ async def test_taking_the_body_is_no_silence(bench: Bench, autojump_clock: MockC
         await trio.sleep(15)
         call.begin(200, "text/plain")
 
-    upload = Upload()
+    upload = ByteChannel()
     upload.put(b"x", last=True)
     assert isinstance((await everything(bench.open(slow, request(b"", upload))))[-1], Done)
 
@@ -288,7 +291,7 @@ async def test_a_budget_ends_even_a_busy_answer(bench: Bench, autojump_clock: Mo
             await trio.sleep(1)
 
     began = trio.current_time()
-    assert (await failure(bench.open(busy, request(budget=7.5)))).status == 504
+    assert (await failure(bench.open(busy, request(total_timeout=7.5)))).status == 504
     assert trio.current_time() - began == 7.5
 
 

@@ -11,9 +11,11 @@ import trio
 from memory_cluster import everything, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.call import Call, Done, Event, Failed, Head, Request
+from trio_cluster.core.answer import Done, Event, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.upload import Upload
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.local.pool import HandlerPool
@@ -26,11 +28,11 @@ FORM = PART % (b"model", b"", b"m") + PART % (b"file", b'; filename="a.wav"', b"
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "a b"}]}'
 
 
-def asr_request(upload: Upload, **fields: Any) -> Request:
+def asr_request(upload: ByteChannel, **fields: Any) -> Request:
     return Request("audio.transcriptions", "asr", "m", b"", TYPE, upload=upload, **fields)
 
 
-def chat_request(upload: Upload, **fields: Any) -> Request:
+def chat_request(upload: ByteChannel, **fields: Any) -> Request:
     return Request("chat.completions", "chat", "m", b"", upload=upload, **fields)
 
 
@@ -83,7 +85,7 @@ def plain(events: list[Event]) -> str:
 async def test_a_handler_begins_when_the_body_is_there(
     make: Any, body: bytes, said: str, bench: Bench
 ) -> None:
-    upload = Upload(len(body))
+    upload = ByteChannel(len(body))
     call = bench.open(make(upload))
     for at in range(len(body) - 1):
         upload.put(body[at : at + 1])
@@ -94,9 +96,9 @@ async def test_a_handler_begins_when_the_body_is_there(
 
 
 async def test_a_body_that_is_still_coming_takes_no_slot(bench: Bench) -> None:
-    stuck = bench.open(asr_request(Upload()))
+    stuck = bench.open(asr_request(ByteChannel()))
     await wait_all_tasks_blocked()
-    upload = Upload()
+    upload = ByteChannel()
     upload.put(FORM, last=True)
     assert "400" in plain(await everything(bench.open(asr_request(upload))))
     stuck.cancel("enough")
@@ -107,7 +109,7 @@ async def test_a_body_that_is_still_coming_takes_no_slot(bench: Bench) -> None:
 async def test_silence_does_not_count_while_the_body_is_coming(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(asr_request(upload))
     for at in range(0, len(FORM), 100):
         await trio.sleep(19)
@@ -117,7 +119,7 @@ async def test_silence_does_not_count_while_the_body_is_coming(
 
 
 async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump_clock: MockClock) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(asr_request(upload), 100)
     await trio.sleep(100)
     upload.put(FORM, last=True)
@@ -129,15 +131,15 @@ async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump
 async def test_the_budget_counts_while_the_body_is_coming(bench: Bench, autojump_clock: MockClock) -> None:
     began = trio.current_time()
     closed: list[float] = []
-    upload = Upload()
+    upload = ByteChannel()
     upload.on_close(lambda: closed.append(trio.current_time() - began))
-    error = await failure(bench.open(asr_request(upload, budget=7.0)))
+    error = await failure(bench.open(asr_request(upload, total_timeout=7.0)))
     assert (error.status, closed) == (504, [7.0])
     assert bench.started == []
 
 
 async def test_a_form_that_makes_no_sense_is_refused_before_the_rest_of_it_has_come(bench: Bench) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(asr_request(upload))
     upload.put(FORM[:-10] + b"\r\n--Bnonsense")
     error = await failure(call)
@@ -145,7 +147,7 @@ async def test_a_form_that_makes_no_sense_is_refused_before_the_rest_of_it_has_c
 
 
 async def test_a_body_of_another_type_is_refused_before_it_has_come(bench: Bench) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     request = attrs.evolve(asr_request(upload), content_type="application/json")
     assert (await failure(bench.open(request))).status == 415
     assert upload.closed
@@ -153,7 +155,7 @@ async def test_a_body_of_another_type_is_refused_before_it_has_come(bench: Bench
 
 @pytest.mark.parametrize("body", [FORM[:-10], FORM.replace(b'"file"', b'"fill"')], ids=["cut", "no file"])
 async def test_a_form_with_something_missing_is_refused_at_its_end(body: bytes, bench: Bench) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(asr_request(upload))
     upload.put(body, last=True)
     assert (await failure(call)).status == 400
@@ -161,7 +163,7 @@ async def test_a_form_with_something_missing_is_refused_at_its_end(body: bytes, 
 
 
 async def test_a_call_that_is_cancelled_while_its_body_is_coming_is_released_at_once(bench: Bench) -> None:
-    upload = Upload()
+    upload = ByteChannel()
     call = bench.open(asr_request(upload))
     upload.put(FORM[:50])
     await wait_all_tasks_blocked()
@@ -177,7 +179,7 @@ async def test_a_route_of_its_own_gets_the_form_and_its_bytes(bench: Bench) -> N
     async def handler(request: CustomRequest) -> str:
         return f"{len(request.body)} {len(request.files['file'][0])}"
 
-    upload = Upload()
+    upload = ByteChannel()
     backend = HandlerBackend(
         ModelInfo("m", "custom", extra_endpoints=("/v1/x",)), handler, bench.pool, "/v1/x"
     )

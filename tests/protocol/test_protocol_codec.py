@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from trio_cluster.core import call
+from trio_cluster.core import channel
 from trio_cluster.core.model import ChatModelOptions, ModelInfo
 from trio_cluster.errors import ApiError, Overloaded
 from trio_cluster.protocol import (
@@ -146,7 +146,7 @@ def test_a_whole_number_of_seconds_is_a_float() -> None:
 
 
 def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
-    assert WINDOW == call.WINDOW
+    assert WINDOW == channel.WINDOW
 
 
 # What is refused
@@ -201,6 +201,7 @@ WRONG: dict[str, list[Any]] = {
     "bool": [0, 1, "true", None],
     "bytes": ["text", 7, None, [1, 2]],
     "dict[str, str]": [[], [["a", "b"]], "a", None, {"a": 1}, {1: "a"}, {"a": None}],
+    "dict[str, int]": [[], "a", 1, None, {1: 1}, {"a": "1"}, {"a": 1.0}, {"a": True}, {"a": None}],
     "dict[str, Any]": [[], "a", 1, None, {1: "a"}],
     "tuple[str, ...]": [{}, "ab", 7, None, [7], [["a"]], [b"a"], [None]],
     "tuple[tuple[int, int], ...]": [

@@ -8,9 +8,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.core.call import Call, Done, Failed, Head, Request
+from trio_cluster.core.answer import Done, Failed, Head
+from trio_cluster.core.call import Call
+from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.upload import Upload
+from trio_cluster.core.request import Request
 from trio_cluster.errors import (
     ApiError,
     ModelNotFound,
@@ -33,7 +35,7 @@ class Scripted:
     calls: list[Call] = attrs.field(factory=list)
 
     def open(self, request: Request) -> Call:
-        call = Call(request)
+        call = Call(request, served_by=self.name)
         self.calls.append(call)
         return call
 
@@ -146,8 +148,8 @@ def test_a_closed_registry_refuses_with_503() -> None:
         (Done(), "completed"),
         (Failed(ApiError(500, "x")), "failed"),
         (Failed(ApiError(429, "x")), "failed"),
-        (Failed(TooSlow("x")), "timed_out"),
-        (Failed(ApiError(504, "from a worker")), "timed_out"),
+        (Failed(TooSlow("x"), timed_out=True), "timed_out"),
+        (Failed(ApiError(504, "a handler's own"), timed_out=False), "failed"),
         (Failed(WorkerLost("w1", "killed")), "worker_lost"),
         (None, "cancelled"),
     ],
@@ -178,7 +180,7 @@ def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error:
     registry.add(CHAT, second, replicate=True)
     call = registry.open(request())
     registry.remove("m", first)
-    call.put(Failed(error))
+    call.put(Failed(error, retryable=True))
     call.release()
     again = registry.reopen(call)
     assert again is not None
@@ -190,7 +192,7 @@ def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
     registry, only = Registry(), Scripted("w1")
     registry.add(CHAT, only)
     call = registry.open(request())
-    call.put(Failed(WorkerLost("w1", "killed")))
+    call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
     assert registry.reopen(call) is None
 
 
@@ -198,14 +200,14 @@ def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothi
     registry = Registry()
     for name in ("w1", "w2"):
         registry.add(CHAT, Scripted(name), replicate=True)
-    call = registry.open(attrs.evolve(request(), budget=10.0))
-    call.put(Failed(WorkerLost("w1", "killed")))
+    call = registry.open(attrs.evolve(request(), total_timeout=10.0))
+    call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
     assert registry.reopen(call, 0.0) is None
     assert registry.stats.retried == 0
     again = registry.reopen(call, 2.5)
     assert again is not None
-    assert again.request.budget == 2.5
-    assert call.request.budget == 10.0
+    assert again.request.total_timeout == 2.5
+    assert call.request.total_timeout == 10.0
 
 
 def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +231,19 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
     assert registry.cancel_durations.total == pytest.approx(60.01)
 
 
-@pytest.mark.parametrize("error", [ApiError(500, "x"), TooSlow("x"), Overloaded("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ApiError(500, "x"),
+        TooSlow("x"),
+        Overloaded("x"),
+        # What a handler may raise for reasons of its own.
+        ApiError(429, "this user's quota is used up", code="shutting_down"),
+        ApiError(502, "x", code="upstream_lost"),
+        ApiError(404, "x", code="model_not_found"),
+        WorkerLost("w1", "x"),
+    ],
+)
 def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiError) -> None:
     registry = Registry()
     registry.add(CHAT, Scripted("w1"))
@@ -345,6 +359,6 @@ def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
     registry = Registry()
     for name in ("w1", "w2"):
         registry.add(CHAT, Scripted(name), replicate=True)
-    call = registry.open(attrs.evolve(request(), upload=Upload()))
-    call.put(Failed(WorkerLost(call.served_by, "gone")))
+    call = registry.open(attrs.evolve(request(), upload=ByteChannel()))
+    call.put(Failed(WorkerLost(call.served_by, "gone"), retryable=True))
     assert registry.reopen(call, math.inf) is None

@@ -90,7 +90,7 @@ def _account(call: Call, now: float) -> Mapping[str, Any]:
         "phase": call.phase,
         "age": round(now - call.opened_at, 3),
         "produced": call.produced,
-        "delivered": call.delivered,
+        "delivered": call.body.delivered,
         "client": asked.client or None,
     }
 

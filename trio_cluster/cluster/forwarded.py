@@ -16,9 +16,12 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ..core.call import Call, Done, Event, Failed, Head, Request
-from ..core.upload import Upload
-from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ShuttingDown
+from ..core.answer import Done, Event, Failed, Head
+from ..core.call import Call
+from ..core.channel import ByteChannel
+from ..core.principal import Principal
+from ..core.request import Request
+from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ModelNotFound, ShuttingDown
 from ..options import ClusterServerOptions
 from ..protocol import Data as DataMessage, ForwardRequest, WorkerSession
 from ..routing.router import Registry
@@ -66,7 +69,7 @@ class ForwardedCalls:
         for call_id, call in list(self.live.items()):
             if call.phase == "uploading" and call_id not in self._non_replayable:
                 del self.live[call_id]
-                self._session.fail(call_id, ShuttingDown())
+                self._session.fail(call_id, ShuttingDown(), retryable=True)
                 call.cancel("the worker is being stopped")
 
     def open(self, opened: ForwardRequest) -> None:
@@ -84,13 +87,16 @@ class ForwardedCalls:
                     content_type=opened.content_type,
                     headers=opened.headers,
                     request_id=opened.request_id,
-                    timeout=math.inf if opened.timeout is None else opened.timeout,
-                    budget=math.inf if opened.budget is None else opened.budget,
-                    upload=Upload(opened.size, on_taken=partial(self._taken, call_id)),
+                    idle_timeout=math.inf if opened.timeout is None else opened.timeout,
+                    principal=Principal(opened.principal),
+                    total_timeout=math.inf if opened.budget is None else opened.budget,
+                    upload=ByteChannel(opened.size, on_consumed=partial(self._taken, call_id)),
                 )
             )
         except ApiError as error:
-            self._session.fail(call_id, error)
+            # Nothing was started here. Of these two reasons another replica knows nothing.
+            retryable = isinstance(error, ShuttingDown | ModelNotFound)
+            self._session.fail(call_id, error, retryable=retryable)
             self._wake()
             return
         self.live[call_id] = call
@@ -122,7 +128,7 @@ class ForwardedCalls:
         limit = self._options.server.max_body_size
         return InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
 
-    def _send_piece(self, call_id: int, data: bytes | memoryview) -> bool:
+    def _send_piece(self, call_id: int, data: bytes | memoryview, last: bool) -> bool:
         """Be the sink of the pieces of a call's answer; they wait until :meth:`on_sent` is told that they have gone."""
         if call_id in self.live:
             self._session.send(call_id, data)
@@ -144,13 +150,13 @@ class ForwardedCalls:
                     self._session.fail(call_id, HandlerFailed())
                     call.cancel("its head cannot be sent")
             case Done():
-                self._session.done(call_id)
+                self._session.done(call_id, event.usage)
                 del self.live[call_id]
             case Failed():
                 if call.cancelled is not None:
                     # The answer is over, the work is not: the end is reported when it is released.
                     return
-                self._session.fail(call_id, event.error)
+                self._session.fail(call_id, event.error, retryable=event.retryable, timed_out=event.timed_out)
                 del self.live[call_id]
         self._wake()
 
@@ -160,7 +166,7 @@ class ForwardedCalls:
         draining_reason = self._registry.draining_reason
         if draining_reason is not None and not call.begun:
             # Not finished within the time for that, nor begun: given back, so that another replica may have it.
-            self._session.fail(call_id, ShuttingDown(draining_reason))
+            self._session.fail(call_id, ShuttingDown(draining_reason), retryable=True)
         else:
             self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
         self._wake()
@@ -170,7 +176,7 @@ class ForwardedCalls:
         for call_id, count in counts:
             call = self.live.get(call_id)
             if call is not None:
-                call.taken(count)
+                call.body.consumed(count)
 
     def cancel(self, call_id: int, reason: str) -> None:
         """Give a call up, if it is not over; its end is said when its work has stopped."""

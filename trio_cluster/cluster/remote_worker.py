@@ -17,10 +17,12 @@ from typing import Final, TypeAlias
 
 import trio
 
-from ..core.call import Call, Done, Failed, Head, Request
+from ..core.answer import Done, Failed, Head
+from ..core.call import Call
 from ..core.logs import MOST_IDS
 from ..core.model import ModelInfo
-from ..errors import ApiError, ShuttingDown, WorkerLost
+from ..core.request import Request
+from ..errors import ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
     Done as DoneMessage,
@@ -37,9 +39,6 @@ CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
 #: What a worker may be: well; with all slots taken; alive, and unable to do anything; about to stop. Whichever is worst
 #: is told. One that is gone is no worker any more.
 STATES: Final = ("ok", "busy", "stalled", "draining")
-
-#: Codes with which a worker gives a call back unanswered, so that it may be tried elsewhere.
-_GIVEN_BACK: Final = ShuttingDown().code
 
 
 class RemoteWorker:
@@ -126,10 +125,11 @@ class RemoteWorker:
             content_type=request.content_type,
             headers=request.headers,
             request_id=request.request_id,
-            timeout=request.timeout,
-            budget=request.budget,
+            timeout=request.idle_timeout,
+            budget=request.total_timeout,
             size=request.size,
             once=not request.replayable,
+            principal=request.principal.name,
         )
 
         def cancel(reason: str) -> None:
@@ -140,12 +140,14 @@ class RemoteWorker:
             if session.grant(call_id, count):
                 wake()
 
-        call = Call(request, on_cancel=cancel, on_taken=grant)
+        call = Call(request, served_by=self.name, on_cancel=cancel, on_consumed=grant)
         self._calls[call_id] = call
 
-        def send(data: bytes, last: bool) -> None:
+        def send(data: bytes | memoryview, last: bool) -> bool:
             session.send_body(call_id, data, last=last)
             wake()
+            # Not before it was written; see `on_sent`.
+            return False
 
         if request.upload is None:
             send(request.body, True)
@@ -160,7 +162,7 @@ class RemoteWorker:
         for call_id, count in counts:
             call = self._calls.get(call_id)
             if call is not None and call.request.upload is not None:
-                call.request.upload.taken(count)
+                call.request.upload.consumed(count)
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
         """Take down what the worker says of itself and of its calls."""
@@ -169,12 +171,11 @@ class RemoteWorker:
         for call_id, count in beat.progress:
             call = self._calls.get(call_id)
             if call is not None:
-                call.queued = count < 0
-                call.reported = max(0, count)
+                call.report(queued=count < 0, produced=max(0, count))
 
     def on_data(self, piece: DataMessage) -> None:
         """Pass a piece of the answer of one of the calls on to it."""
-        self._calls[piece.call].put_data(piece.data)
+        self._calls[piece.call].body.put(piece.data)
 
     def on_event(self, event: CallEvent) -> None:
         """Pass what begins or ends the answer of one of the calls on to it."""
@@ -184,11 +185,11 @@ class RemoteWorker:
                 call.put(Head(event.status, event.content_type, event.headers))
             case DoneMessage():
                 if not call.ended:
-                    call.put(Done())
+                    call.put(Done(event.tokens()))
                 self._release(event.call)
             case FailedMessage():
                 if not call.ended:
-                    call.put(Failed(_error(event)))
+                    call.put(Failed(event.error(), event.retryable, event.timed_out))
                 self._release(event.call)
 
     def connection_lost(self, why: str) -> None:
@@ -196,16 +197,11 @@ class RemoteWorker:
         self._lost = why
         for call_id, call in list(self._calls.items()):
             if not call.ended:
-                # Of a worker that was about to stop, what it has not begun is given back, even if it could not say so.
+                # A draining worker gives back what it has not begun, even if it could not say so any more.
                 given_back = self.draining and not call.begun
-                call.put(Failed(ShuttingDown() if given_back else WorkerLost(self.name, why)))
+                error = ShuttingDown() if given_back else WorkerLost(self.name, why)
+                call.put(Failed(error, retryable=True))
             self._release(call_id)
 
     def _release(self, call_id: int) -> None:
         self._calls.pop(call_id).release()
-
-
-def _error(event: FailedMessage) -> ApiError:
-    if event.code == _GIVEN_BACK:
-        return ShuttingDown(event.message)
-    return event.error()

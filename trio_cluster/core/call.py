@@ -1,117 +1,42 @@
-"""What flows through a node: a request, the events of its answer, and the call that joins the two.
+"""A call: one answer in the making, between the backend that makes it and whoever wants it.
 
 Theory of operation
 ===================
 
-Everything that can answer is a :class:`Backend`; asking it gives a :class:`Call`. A call has two faces.
+Everything that can answer is a :class:`Backend`; asking it gives a :class:`Call`. A call has two sides.
 
-*The producer's face* belongs to the backend. :meth:`Call.put` is synchronous: a link's reader can hand over what
-just came in without waiting for anybody. :meth:`Call.put_data` does the same for a piece of the body, which is what
-nearly everything is that is put, and makes no event of it where none is needed. A producer that can be slowed down
-(a local handler) awaits :meth:`Call.wait_room` between its puts; one that cannot (a link) relies on credit, which it
-learns to extend through ``on_taken``.
+*The producer's side* belongs to the backend. It puts a ``Head``, then the pieces of the body into :attr:`Call.body`, then
+``Done`` or ``Failed``. All of that is synchronous; backpressure is the channel's (see ``channel.py``).
 
-*The consumer's face* belongs to whoever wants the answer. There are two ways to consume, and a call may change
-from the first to the second: pull, with :meth:`Call.receive` and :meth:`Call.receive_nowait`; or push, with
-:meth:`Call.redirect`, after which every piece of the body and every other event goes straight into a function. Push
-exists because waking a task costs more than everything else that happens to a token.
+*The consumer's side* belongs to whoever wants the answer. It pulls events with :meth:`Call.receive` and
+:meth:`Call.receive_nowait`, or has everything pushed into functions with :meth:`Call.redirect`. A call may change from the
+first to the second. A worker's link pushes, because waking a task costs more than everything else that happens to a token.
 
-The grammar of every answer is ``Head Data* (Done | Failed)``, or ``Failed`` alone. Whoever puts an event that does
-not fit has a bug, and gets ``RuntimeError``.
+The grammar of every answer is ``Head Data* (Done | Failed)``, or ``Failed`` alone. A producer that puts an event which
+does not fit has a bug, and gets ``RuntimeError``.
 
 Opening and cancelling have no await in them, so there is no instant at which a cancellation can lose a call.
-:meth:`Call.cancel` ends the *answer* at once (the consumer sees ``Failed``) and asks the producer to stop. The
-*work* ends later, when the producer says so with :meth:`Call.release`; slots are freed by that, never by the asking.
+:meth:`Call.cancel` ends the *answer* at once (the consumer sees ``Failed``) and asks the producer to stop. The *work* ends
+later, when the producer says so with :meth:`Call.release`; a slot is freed by that, never by the cancellation.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
-import attrs
 import trio
 
-from ..errors import ApiError, CallCancelled
-from .model import Kind
-from .upload import WINDOW, Upload
+from ..errors import CallCancelled
+from .answer import Data, Done, Event, Failed, Head
+from .channel import ByteChannel
+from .request import Request
 
-__all__ = ["WINDOW", "Backend", "Call", "Data", "Done", "Event", "Failed", "Head", "Phase", "Request"]
+__all__ = ["LOCAL", "Backend", "Call", "Phase"]
 
-
-@attrs.frozen(eq=False)
-class Request:
-    """One request for one model, ready to be answered here or anywhere else.
-
-    ``body`` is what the client sent, byte for byte, and ``content_type`` says how to read it; nothing between the
-    client and the handler rewrites them. A body that is still coming is ``upload``, and ``body`` is empty then.
-    ``parsed`` is a cache of the reading, which does not travel.
-    """
-
-    endpoint: str
-    """The name of the route in the table of endpoints, for instance ``chat.completions``; of a route that is not in
-    the table, its path."""
-    kind: Kind
-    """The kind of model that can answer."""
-    model: str
-    body: bytes
-    content_type: str = "application/json"
-    headers: Mapping[str, str] = attrs.field(factory=dict)
-    """The client's headers that a handler may want, names in lower case."""
-    request_id: str = ""
-    timeout: float = math.inf
-    """The longest silence in seconds: to the first output, and between outputs."""
-    budget: float = math.inf
-    """Seconds from opening until the whole answer must be there."""
-    parsed: Any = None
-    client: str = ""
-    """The address it came from, for people; it does not travel."""
-    upload: Upload | None = None
-    """The body, if it was not complete when the request was made."""
-
-    @property
-    def size(self) -> int:
-        """How many bytes the body has or will have; -1 if that is not known."""
-        return len(self.body) if self.upload is None else self.upload.size
-
-    @property
-    def replayable(self) -> bool:
-        """Whether it can be asked once more; a body that has passed through is gone."""
-        return self.upload is None
-
-
-@attrs.frozen
-class Head:
-    """The beginning of an answer: everything is well so far, and this is what it will be."""
-
-    status: int = 200
-    content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-@attrs.frozen
-class Data:
-    """A piece of the answer's body, ready to be sent to the client as it is."""
-
-    data: bytes | memoryview
-
-
-@attrs.frozen
-class Done:
-    """The answer is complete."""
-
-
-@attrs.frozen
-class Failed:
-    """There will be no more, and the answer is not complete."""
-
-    error: ApiError
-
-
-Event: TypeAlias = Head | Data | Done | Failed
+#: The name of every backend in this process.
+LOCAL: Final = "local"
 
 #: For the body; for a slot; for the first output; the answer has begun; it is over, and the work is not.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
@@ -122,7 +47,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The node that does the work: a worker's id, or ``"local"``."""
+        """The node that does the work: a worker's id, or :data:`LOCAL`."""
         ...
 
     @property
@@ -153,96 +78,84 @@ class Call:
 
     Args:
         request: what is being answered.
-        on_cancel: called once with the reason when the consumer gives the call up before it ended.
-        on_taken: called with the number of body bytes that the consumer has taken since the last time.
+        served_by: the name of the backend that answers.
+        on_cancel: called once with the reason when the consumer cancels the call before it ended.
+        on_consumed: called with the number of body bytes that the consumer has taken since the last time.
 
     Attributes:
-        request: as given.
-        begun: the head has been put; an error can no longer become a status.
+        request, served_by: as given.
+        body: the pieces of the answer's body. ``body.delivered`` tells how much of the answer the consumer has taken.
+        begun: the head was put; an error can no longer become a status.
         end: the event that ended the answer, ``None`` before.
-        served_by: the name of the backend that answers; set by the registry.
-        delivered: how many body bytes the consumer has taken. A call may be opened again elsewhere while it has
-            not taken any and not seen the head.
+        released: the work has stopped.
         cancelled: the reason it was cancelled with, or ``None``.
         cancelled_at: when that was, on the monotonic clock. For people, as ``opened_at``.
         opened_at: when it was opened, on the monotonic clock. For people: nothing is decided by it.
-        queued: it waits for a slot; set by a backend that has slots.
-        window: bytes that may wait before the producer is held up. Somebody who wants to see it held up, such as a
-            test, makes it smaller when the call has just been opened.
-        reported: how many bytes of its answer there are on the node that makes it, as that has told last.
+        queued: it waits for a slot, as far as this node knows.
     """
 
     __slots__ = (
-        "_events",
-        "_held",
+        "_head",
         "_on_cancel",
         "_on_release",
-        "_on_taken",
-        "_piece_sink",
-        "_readers",
+        "_reported",
         "_sink",
-        "_waiting_bytes",
-        "_writers",
+        "_told_end",
         "begun",
+        "body",
         "cancelled",
         "cancelled_at",
-        "delivered",
         "end",
         "opened_at",
         "queued",
         "released",
-        "reported",
         "request",
         "served_by",
-        "window",
     )
 
     def __init__(
         self,
         request: Request,
         *,
+        served_by: str = "",
         on_cancel: Callable[[str], None] = _nothing,
-        on_taken: Callable[[int], None] = _nothing,
+        on_consumed: Callable[[int], None] = _nothing,
     ) -> None:
         self.request = request
+        self.served_by = served_by
+        self.body = ByteChannel(on_consumed=on_consumed, is_open=False, signs_of_life=True)
         self._on_cancel = on_cancel
-        self._on_taken = on_taken
         self._on_release: list[Callable[[], None]] = []
-        self._events: deque[Event] = deque()
-        self._waiting_bytes = 0
-        self._readers = trio.lowlevel.ParkingLot()
-        self._writers = trio.lowlevel.ParkingLot()
-        # Somebody is parked there.
-        self._held = False
+        # Put, and not received.
+        self._head: Head | None = None
+        self._told_end = False
         self._sink: Callable[[Event], None] | None = None
-        self._piece_sink: Callable[[bytes | memoryview], bool] | None = None
+        self._reported = 0
         self.begun = False
         self.end: Done | Failed | None = None
         self.released = False
-        self.served_by = ""
-        self.delivered = 0
         self.cancelled: str | None = None
         self.cancelled_at = 0.0
         self.opened_at = time.monotonic()
         self.queued = False
-        self.window = WINDOW
-        self.reported = 0
 
-    # The consumer's face
+    # The consumer's side
 
     async def receive(self) -> Event:
-        """Return the next event, waiting for it if need be.
+        """Return the next event, waiting for it if need be. A checkpoint.
 
-        After ``Done`` or ``Failed`` there is nothing more to wait for; asking again raises ``trio.EndOfChannel``.
         A cancelled ``receive`` loses nothing. It does not cancel the call: that is for the caller to decide.
+
+        Raises:
+            trio.EndOfChannel: ``Done`` or ``Failed`` was received before.
         """
-        if self._events or self.ended:
+        if self._head is not None or self.body.readable or self.end is not None:
             await trio.lowlevel.checkpoint()
-        while not self._events:
-            if self.ended:
+        while (event := self._next()) is None:
+            if self._told_end:
                 raise trio.EndOfChannel
-            await self._readers.park()
-        return self._pop()
+            await self.body.wait_readable()
+        return event
 
     def receive_nowait(self) -> Event:
         """Return the next event if there is one.
@@ -251,70 +164,58 @@ class Call:
             trio.WouldBlock: there is none yet.
             trio.EndOfChannel: there will be none.
         """
-        if not self._events:
-            raise trio.EndOfChannel if self.ended else trio.WouldBlock
-        return self._pop()
+        event = self._next()
+        if event is None:
+            raise trio.EndOfChannel if self._told_end else trio.WouldBlock
+        return event
 
     def redirect(
-        self, sink: Callable[[Event], None], piece_sink: Callable[[bytes | memoryview], bool]
+        self, sink: Callable[[Event], None], piece_sink: Callable[[bytes | memoryview, bool], bool]
     ) -> None:
-        """Give all further events to functions as they are put, and first those that are waiting.
+        """Give all further events to functions as they are put, and first those that wait.
 
-        Both are called synchronously, in whatever task puts, and must not raise.
+        Both are called synchronously, in the task that puts, and must not raise.
 
         Args:
             sink: is given what begins and ends the answer.
-            piece_sink: is given the bytes of each ``Data``. It returns whether they have gone on; if not, they count as
-                waiting until :meth:`taken` says that they have.
+            piece_sink: is given the pieces of the body; see :meth:`ByteChannel.redirect`.
         """
         self._sink = sink
-        self._piece_sink = piece_sink
-        while self._events:
-            event = self._events.popleft()
-            if not isinstance(event, Data):
-                sink(event)
-            elif piece_sink(event.data):
-                self.taken(len(event.data))
-
-    def taken(self, count: int) -> None:
-        """Say that ``count`` bytes that wait have gone on. Consumers that receive need not."""
-        if self.cancelled is not None:
-            return
-        self.delivered += count
-        self._waiting_bytes -= count
-        if self._held and self._waiting_bytes < self.window:
-            self._held = False
-            self._writers.unpark_all()
-        self._on_taken(count)
+        if self._head is not None:
+            head, self._head = self._head, None
+            sink(head)
+        self.body.redirect(piece_sink)
+        if self.end is not None and not self._told_end:
+            self._tell_end(self.end)
 
     def cancel(self, reason: str, *, final: bool = False) -> None:
-        """Give the call up. Idempotent; harmless after the end; safe in ``finally``.
+        """Cancel the call. Synchronous, idempotent, harmless after the end, safe in ``finally``.
 
-        What was waiting is dropped, the next event is ``Failed``, and the producer is asked to stop.
+        What waits is dropped, the next event is ``Failed``, and the producer is asked to stop.
 
         Args:
-            reason: who gave it up and why, for logs and for the client if that is still there.
+            reason: who cancelled it and why, for logs and for the client if that is still there.
             final: the client should not try again.
         """
         if self.ended:
             return
         self.cancelled = reason
         self.cancelled_at = time.monotonic()
-        self._waiting_bytes = 0
-        self._events.clear()
+        self._head = None
+        self.body.close()
         self._finish(Failed(CallCancelled(reason, final=final)))
         self._on_cancel(reason)
 
-    # The producer's face
+    # The producer's side
 
     def put(self, event: Event) -> None:
-        """Add an event to the answer. Events after a cancel vanish: the consumer has already seen the end.
+        """Add an event to the answer. Events after a cancellation are dropped: the consumer has seen the end.
 
         Raises:
             RuntimeError: the event does not fit the grammar.
         """
         if isinstance(event, Data):
-            self.put_data(event.data)
+            self.body.put(event.data)
             return
         if self.cancelled is not None:
             return
@@ -324,35 +225,23 @@ class Call:
             if self.begun:
                 raise RuntimeError("a second Head")
             self.begun = True
+            self.body.open()
+            if self._sink is not None:
+                self._sink(event)
+            else:
+                self._head = event
+                self.body.wake_reader()
         else:
             if isinstance(event, Done) and not self.begun:
                 raise RuntimeError("Done before Head")
             self._finish(event)
-            return
-        self._hand_over(event)
 
-    def put_data(self, data: bytes | memoryview) -> None:
-        """Add ``Data(data)`` to the answer, as :meth:`put` does."""
-        if self.cancelled is not None:
-            return
-        if self.end is not None or not self.begun:
-            raise RuntimeError(f"Data {'before Head' if self.end is None else 'after the end of the answer'}")
-        size = len(data)
-        if self._piece_sink is None:
-            self._waiting_bytes += size
-            self._hand_over(Data(data))
-        elif self._piece_sink(data):
-            self.delivered += size
-            self._on_taken(size)
-        else:
-            self._waiting_bytes += size
-
-    async def wait_room(self) -> None:
-        """Wait until the consumer has taken enough of what waits, or has given up."""
-        await trio.lowlevel.checkpoint()
-        while self._waiting_bytes >= self.window and not self.ended:
-            self._held = True
-            await self._writers.park()
+    def report(self, *, queued: bool, produced: int) -> None:
+        """Take note of what the node that does the work says of the call: whether it waits for a slot, and how many
+        bytes of the answer there are.
+        """
+        self.queued = queued
+        self._reported = produced
 
     def release(self) -> None:
         """Say that the work has really stopped and holds nothing any more. Idempotent.
@@ -393,35 +282,32 @@ class Call:
 
     @property
     def produced(self) -> int:
-        """How many body bytes there are by now, for people: on the node that makes them, as far as it is known here."""
-        return max(self.reported, self.delivered + self._waiting_bytes)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """How many body bytes have been put and not been taken."""
-        return self._waiting_bytes
+        """How many bytes of the answer there are on the node that makes it, as far as that is known here. For people."""
+        return max(self._reported, self.body.delivered + self.body.waiting_bytes)
 
     def _finish(self, event: Done | Failed) -> None:
         self.end = event
         if self.request.upload is not None:
             self.request.upload.close()
-        self._hand_over(event)
-        self._sink = self._piece_sink = None
-        if self._readers:
-            self._readers.unpark_all()
-        if self._writers:
-            self._writers.unpark_all()
-
-    def _hand_over(self, event: Event) -> None:
+        self.body.finish()
         if self._sink is not None:
-            self._sink(event)
-            return
-        self._events.append(event)
-        if self._readers:
-            self._readers.unpark()
+            self._tell_end(event)
 
-    def _pop(self) -> Event:
-        event = self._events.popleft()
-        if isinstance(event, Data):
-            self.taken(len(event.data))
-        return event
+    def _tell_end(self, event: Done | Failed) -> None:
+        self._told_end = True
+        sink, self._sink = self._sink, None
+        assert sink is not None
+        sink(event)
+
+    def _next(self) -> Event | None:
+        """Take out the next event, if there is one."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            return head
+        piece = self.body.next_piece()
+        if piece is not None:
+            return Data(piece)
+        if self.end is None or self._told_end:
+            return None
+        self._told_end = True
+        return self.end

@@ -16,7 +16,7 @@ from typing import Final
 from urllib.parse import quote
 
 from trio_cluster._version import __version__
-from trio_cluster.core.call import Request
+from trio_cluster.core.request import Request
 from trio_cluster.errors import InvalidRequest, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form

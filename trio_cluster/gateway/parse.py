@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import trio
 
-from ..core.call import Request
+from ..core.channel import ByteChannel
 from ..core.model import ModelInfo
-from ..core.upload import Upload
+from ..core.request import Request
 from ..errors import InvalidRequest
 from ..openai import Endpoint, FormPeek, is_form, peek_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
@@ -48,14 +48,14 @@ async def read_request(
     request_body = context.request_body
     headers = _travelling_headers(context)
     content_type = (context.header(b"content-type") or b"").decode("latin-1")
-    timeout, budget = _times(node_context, context)
+    idle_timeout, total_timeout = _timeouts(node_context, context)
     body, parsed, upload = b"", None, None
     first = await request_body.read(SPOOL_THRESHOLD)
     if not request_body.complete and is_form(content_type):
         model = await _find_model(request_body, content_type, first, spool)
         info = node_context.registry.check(model, endpoint.kind, endpoint.name)
         size = context.declared_length()
-        upload = Upload(-1 if size is None else size)
+        upload = ByteChannel(-1 if size is None else size)
     else:
         body = await _rest_of(request_body, first, node_context)
         info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
@@ -67,8 +67,8 @@ async def read_request(
         content_type=content_type,
         headers=headers,
         request_id=context.request_id,
-        timeout=timeout,
-        budget=budget,
+        idle_timeout=idle_timeout,
+        total_timeout=total_timeout,
         parsed=parsed,
         client=context.client,
         upload=upload,
@@ -153,14 +153,14 @@ def _is_secret(name: str) -> bool:
     return name.endswith(("api-key", "token", "authorization", "cookie", "secret"))
 
 
-def _times(node_context: NodeContext, context: RequestContext) -> tuple[float, float]:
+def _timeouts(node_context: NodeContext, context: RequestContext) -> tuple[float, float]:
     """Return how long the answer may be silent, and how long it may take altogether."""
-    timeout, budget = node_context.options.server.default_timeout, math.inf
+    idle_timeout, total_timeout = node_context.options.server.default_timeout, math.inf
     # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
     # for it.
     listens = _seconds(context.header(b"x-stainless-read-timeout"))
     if listens is not None:
-        timeout = min(timeout, listens)
+        idle_timeout = min(idle_timeout, listens)
     asked = context.header(b"x-request-timeout")
     if asked is not None:
         seconds = _seconds(asked)
@@ -169,9 +169,9 @@ def _times(node_context: NodeContext, context: RequestContext) -> tuple[float, f
                 f"x-request-timeout: expected seconds, more than 0; got {asked.decode('latin-1')!r}",
                 param="x-request-timeout",
             )
-        budget = seconds
-        timeout = min(timeout, seconds)
-    return timeout, budget
+        total_timeout = seconds
+        idle_timeout = min(idle_timeout, seconds)
+    return idle_timeout, total_timeout
 
 
 def _seconds(value: bytes | None) -> float | None:

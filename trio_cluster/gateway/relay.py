@@ -29,8 +29,9 @@ from typing import Final
 import attrs
 import trio
 
-from ..core.call import Call, Data, Done, Event, Failed, Head
-from ..core.upload import Upload
+from ..core.answer import Data, Done, Event, Failed, Head
+from ..core.call import Call
+from ..core.channel import ByteChannel
 from ..errors import ApiError, HandlerFailed, TooSlow
 from ..openai import PING, Endpoint, error_event
 from .body import RequestBody, SpooledBody
@@ -39,6 +40,7 @@ from .direct import Connection, DirectWriter
 from .node_context import NodeContext
 from .parse import read_request
 from .response import Reply
+from .sse_buffer import EventBuffer
 
 __all__ = ["BUFFER_LIMIT", "GRACE", "PING_INTERVAL", "relay"]
 
@@ -55,17 +57,10 @@ GRACE: Final = 2.0
 #: client, and to find out whether the client is still there.
 PING_INTERVAL: Final = 10.0
 
-#: Bytes of one event that are kept until it is complete. A larger one is sent as it comes, and if its answer fails
-#: before it is complete, there is no error event.
-EVENT_LIMIT: Final = 1 << 20
-
 #: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
 #: Latin-1.
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-#: What ends an event; servers elsewhere write their lines in either way.
-_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 #: So that nothing between here and the client keeps a stream back.
 _NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
@@ -102,7 +97,7 @@ async def relay(node_context: NodeContext, endpoint: Endpoint, context: RequestC
     """
     with SpooledBody() as spool:
         request = await read_request(node_context, endpoint, context, spool)
-        deadlines = ResponseDeadlines(request.timeout, request.budget, trio.current_time())
+        deadlines = ResponseDeadlines(request.idle_timeout, request.total_timeout, trio.current_time())
         call = node_context.registry.open(request)
         context.add_call(call)
         node_context.begin_answer(context)
@@ -110,7 +105,7 @@ async def relay(node_context: NodeContext, endpoint: Endpoint, context: RequestC
             await _forward_upload(context.request_body, spool, call, request.upload, deadlines)
     event = await _next(call, deadlines, trio.current_time())
     if isinstance(event, Failed):
-        again = node_context.registry.reopen(call, deadlines.budget_left)
+        again = node_context.registry.reopen(call, deadlines.time_left)
         if again is None:
             raise event.error
         call = again
@@ -124,7 +119,11 @@ async def relay(node_context: NodeContext, endpoint: Endpoint, context: RequestC
 
 
 async def _forward_upload(
-    request_body: RequestBody, spool: SpooledBody, call: Call, upload: Upload, deadlines: ResponseDeadlines
+    request_body: RequestBody,
+    spool: SpooledBody,
+    call: Call,
+    upload: ByteChannel,
+    deadlines: ResponseDeadlines,
 ) -> None:
     """Send a body on as it comes in, until it is complete or nobody wants more of it.
 
@@ -148,50 +147,57 @@ async def _forward_upload(
 
 
 async def _wait_for_upload_room(
-    upload: Upload, call: Call, deadlines: ResponseDeadlines, request_body: RequestBody
+    upload: ByteChannel, call: Call, deadlines: ResponseDeadlines, request_body: RequestBody
 ) -> None:
-    """Wait until more of a body is wanted, or give the call up, which has taken nothing of it for too long."""
-    began = since = trio.current_time()
+    """Wait until more of a body is wanted, or cancel the call if it has taken nothing of the body for too long."""
+    began = since = last_consumed = trio.current_time()
+
+    def on_consumed(_: int) -> None:
+        nonlocal last_consumed
+        last_consumed = trio.current_time()
+
+    upload.on_consumed(on_consumed)
     while True:
         with trio.move_on_at(deadlines.expires_at(since)):
             await upload.wait_room()
             request_body.extend_deadline(trio.current_time() - began)
             return
-        if upload.taken_at <= since:
+        if last_consumed <= since:
             raise deadlines.time_out(call)
-        since = upload.taken_at
+        since = last_consumed
 
 
 @attrs.frozen
 class ResponseDeadlines:
     """How long the client of one request waits."""
 
-    timeout: float
-    """The longest silence."""
-    budget: float
-    """The time for the whole answer."""
+    idle_timeout: float
+    """Seconds that may pass without output."""
+    total_timeout: float
+    """Seconds for the whole answer."""
     began: float
-    """When the request was opened; before that, it was the client who took his time."""
+    """When the call was opened, in trio's time; what the client needed to send its request does not count."""
 
     @property
-    def budget_left(self) -> float:
-        return self.began + self.budget - trio.current_time()
+    def time_left(self) -> float:
+        """Seconds that are left for the whole answer."""
+        return self.began + self.total_timeout - trio.current_time()
 
     def expires_at(self, since: float) -> float:
         """Return when to give up an answer that is silent since then."""
-        return min(since + self.timeout, self.began + self.budget) + GRACE
+        return min(since + self.idle_timeout, self.began + self.total_timeout) + GRACE
 
     def time_out(self, call: Call) -> TooSlow:
         """Cancel a call, and return what to tell the client.
 
         The node should have said so earlier, and did not; what counts for the client is what it was promised.
         """
-        if self.budget_left <= 0:
-            reason = f"not complete within {self.budget:g} s"
-            error = TooSlow(f"The answer was not complete within {self.budget:g} s")
+        if self.time_left <= 0:
+            reason = f"not complete within {self.total_timeout:g} s"
+            error = TooSlow(f"The answer was not complete within {self.total_timeout:g} s")
         else:
-            reason = f"silent for {self.timeout:g} s"
-            error = TooSlow(f"The model gave nothing for {self.timeout:g} s")
+            reason = f"silent for {self.idle_timeout:g} s"
+            error = TooSlow(f"The model gave nothing for {self.idle_timeout:g} s")
         fields = {
             "model": call.request.model,
             "node": call.served_by,
@@ -209,17 +215,6 @@ async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event
     raise deadlines.time_out(call)
 
 
-def _take(call: Call | DirectWriter, into: list[bytes | memoryview]) -> None:
-    """Take all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
-    try:
-        while True:
-            event = call.receive_nowait()
-            if isinstance(event, Data) and event.data:
-                into.append(event.data)
-    except (trio.WouldBlock, trio.EndOfChannel):
-        pass
-
-
 async def _reply(call: Call, head: Head, context: RequestContext, deadlines: ResponseDeadlines) -> Reply:
     """Decide how the answer that ``head`` begins is sent."""
     headers = _headers(head)
@@ -232,25 +227,17 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in _NO_PROXY_BUFFERING if header[0] not in named]
-    pieces: list[bytes | memoryview] = []
-    _take(call, pieces)
+    pieces = [call.body.receive_nowait()]
     while call.end is None and not as_it_comes and sum(map(len, pieces)) <= BUFFER_LIMIT:
         event = await _next(call, deadlines, trio.current_time())
-        if isinstance(event, Data) and event.data:
-            pieces.append(event.data)
-        _take(call, pieces)
-    if isinstance(call.end, Failed) and not (events and pieces):
-        raise call.end.error
+        if isinstance(event, Data):
+            pieces += [bytes(event.data), call.body.receive_nowait()]
     data = b"".join(pieces)
+    if isinstance(call.end, Failed) and not (events and data):
+        raise call.end.error
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
     return Reply(head.status, headers, StreamingBody(call, context, data, events, deadlines))
-
-
-def _after_last(data: bytes, mark: bytes) -> int:
-    """Return where what follows the last ``mark`` begins; 0 if there is none."""
-    found = data.rfind(mark)
-    return 0 if found < 0 else found + len(mark)
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -266,7 +253,15 @@ def _headers(head: Head) -> list[tuple[str, str]]:
 
 
 class StreamingBody:
-    """The body of an answer that has begun and is not complete."""
+    """The body of an answer that has begun and is not complete. See ``Body``.
+
+    Args:
+        call: its head has been received.
+        context: is aborted if the answer fails.
+        first: what was received of the body already.
+        events: the body is a stream of server-sent events.
+        deadlines: how long the client waits.
+    """
 
     def __init__(
         self, call: Call, context: RequestContext, first: bytes, events: bool, deadlines: ResponseDeadlines
@@ -274,59 +269,32 @@ class StreamingBody:
         self._call = call
         self._context = context
         self._first = first
-        self._events = events
+        self._events = EventBuffer() if events else None
         self._deadlines = deadlines
-        self._silent_since: float | None = None
-        self._source: Call | DirectWriter = call
-        self._rest = b""  # of an event that is not complete, and not sent
-        self._torn = False  # an event has been sent that is not complete
+        self._waiting_since: float | None = None
+        self._writer: DirectWriter | None = None
         self._over = False
         self.complete = False
 
     async def receive(self) -> bytes:
-        """See ``Body``. The exchange has been cut if the end is not a good one."""
+        """See ``Body``. The context was aborted if the end is not a good one."""
         if self._over:
             raise trio.EndOfChannel
         while True:
-            pieces: list[bytes | memoryview] = []
-            if self._first:
-                pieces.append(self._first)
-                self._first = b""
-            _take(self._source, pieces)
-            while not pieces and self._call.end is None:
-                # Only waiting counts as silence. While the client is slow, it is not the model that is late.
-                if self._silent_since is None:
-                    self._silent_since = trio.current_time()
-                late = self._deadlines.expires_at(self._silent_since)
-                pings = self._events and not self._torn
-                until = min(late, trio.current_time() + PING_INTERVAL) if pings else late
-                event: Event | None = None
-                with trio.move_on_at(until):
-                    event = await self._source.receive()
-                if event is None and isinstance(self._source, DirectWriter):
-                    if self._source.has_unsent:
-                        self._source.has_unsent = False
-                        return b""
-                    if self._source.last > self._silent_since:
-                        self._silent_since = self._source.last
-                        continue
-                if event is None and until < late:
-                    return PING
-                if event is None:
-                    return self._fail(b"", self._deadlines.time_out(self._call))
-                self._silent_since = None
-                if isinstance(event, Data) and event.data:
-                    pieces.append(event.data)
-                _take(self._source, pieces)
-            self._silent_since = None
-            data = b"".join(pieces)
-            if self._events and data:
-                data = self._whole_events(data)
+            data = self._take()
             end = self._call.end
+            if not data and end is None:
+                instead = await self._wait()
+                if instead is not None:
+                    return instead
+                continue
+            self._waiting_since = None
+            if self._events is not None and data:
+                data = self._events.add(data)
             if isinstance(end, Failed):
                 return self._fail(data, end.error)
             if end is None and trio.current_time() >= self._deadlines.expires_at(math.inf):
-                # It goes on and on, as a handler can that shields itself from its deadline.
+                # A handler that shields itself from its deadline can go on after it.
                 return self._fail(data, self._deadlines.time_out(self._call))
             self.complete = end is not None
             if data:
@@ -335,41 +303,52 @@ class StreamingBody:
                 raise trio.EndOfChannel
 
     def enable_direct_write(self, connection: Connection | None) -> None:
-        """Let what comes from now on be written where it comes in, as long as the client keeps up.
+        """See ``Body``."""
+        if self._writer is None and connection is not None and connection.ready and not self._call.ended:
+            self._writer = DirectWriter(self._call.body, connection, self._events)
 
-        To be called between two pieces, any number of times; without effect where there is no short way.
+    def _take(self) -> bytes:
+        """Return all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
+        body = self._call.body
+        if body.readable:
+            # Even an empty piece is a sign of life.
+            self._waiting_since = None
+        data = body.receive_nowait()
+        if self._first:
+            data, self._first = self._first + data, b""
+        return data
+
+    async def _wait(self) -> bytes | None:
+        """Wait until there is something to take; return what to send if that is not so.
+
+        Only waiting counts as silence: while the client is slow, the model is not late.
         """
-        if (
-            self._source is self._call
-            and connection is not None
-            and connection.ready
-            and not self._call.ended
-        ):
-            self._source = DirectWriter(self._call, connection, self._is_whole)
-
-    def _is_whole(self, data: bytes | memoryview) -> bool:
-        """Return whether ``data`` may be sent on its own, as far as events are concerned."""
-        if not self._events:
-            return True
-        end = data if isinstance(data, bytes) else bytes(data[-4:])
-        return end.endswith(_BLANK_LINES) and not (self._rest or self._torn)
-
-    def _whole_events(self, data: bytes) -> bytes:
-        """Return what is to be sent when ``data`` has come, and keep the beginning of an event that is not complete."""
-        data = self._rest + data
-        size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
-        if size:
-            self._torn = False
-        if self._torn or len(data) - size > EVENT_LIMIT:
-            self._torn = size < len(data)
-            size = len(data)
-        self._rest = data[size:]
-        return data[:size]
+        writer = self._writer
+        if writer is not None and writer.has_unsent:
+            writer.has_unsent = False
+            await trio.lowlevel.checkpoint()
+            return b""
+        now = trio.current_time()
+        since = now if self._waiting_since is None else self._waiting_since
+        if writer is not None:
+            since = max(since, writer.last_activity)
+        self._waiting_since = since
+        expires = self._deadlines.expires_at(since)
+        if now >= expires:
+            return self._fail(b"", self._deadlines.time_out(self._call))
+        pings = self._events is not None and not self._events.torn
+        until = min(expires, now + PING_INTERVAL) if pings else expires
+        with trio.move_on_at(until):
+            await self._call.body.wait_readable()
+            return None
+        if writer is not None and writer.last_activity > since:
+            return None
+        return PING if until < expires else None
 
     def _fail(self, data: bytes, error: ApiError) -> bytes:
         self._over = True
         self._context.aborted = True
-        if self._events and not self._torn:
+        if self._events is not None and not self._events.torn:
             data += error_event(error)
         if data:
             return data

@@ -18,8 +18,10 @@ import attrs
 import trio
 
 from ..core import randomness
-from ..core.call import Call, Done, Request
+from ..core.answer import Done
+from ..core.call import LOCAL, Call
 from ..core.model import ModelInfo
+from ..core.request import Request
 from ..openai import Encoder, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from .adapters import Adapter, Handler, adapt
@@ -48,7 +50,7 @@ class HandlerBackend:
         TypeError: the function has none of the shapes that a handler may have.
     """
 
-    name = "local"
+    name = LOCAL
 
     def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, capability: str = "") -> None:
         self.info = info
@@ -204,4 +206,4 @@ class HandlerTask(CallTask):
             if now < self._next_sign:
                 return
             self._next_sign = now + _SIGN_OF_LIFE
-        self.call.put_data(data)
+        self.call.body.put(data)

@@ -13,8 +13,11 @@ from typing import TypeAlias
 
 import trio
 
-from ..core.call import Call, Done, Head, Request
+from ..core.answer import Done, Head
+from ..core.call import LOCAL, Call
 from ..core.model import ModelInfo
+from ..core.request import Request
+from ..errors import UpstreamLost
 from ..options import ClusterServerOptions
 from .pool import CallTask, HandlerPool, is_failure
 
@@ -82,7 +85,7 @@ class RawCall(CallTask):
             RuntimeError: the answer has not begun.
             trio.Cancelled: nobody wants it any more, or it took too long.
         """
-        self.call.put_data(data)
+        self.call.body.put(data)
         await self.apply_backpressure()
         self._update_idle_timer()
 
@@ -98,7 +101,9 @@ class RawCall(CallTask):
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
-            self.fail(self.to_api_error(error))
+            answer = self.to_api_error(error)
+            # The class and not the code: only who knows that the server behind is gone raises this one.
+            self.fail(answer, retryable=isinstance(answer, UpstreamLost))
 
     def _update_idle_timer(self) -> None:
         """Let the silence begin now, if it is the handler that is waited for."""
@@ -126,7 +131,7 @@ class RawBackend:
         ValueError: a concurrency of less than 1.
     """
 
-    name = "local"
+    name = LOCAL
 
     def __init__(
         self, info: ModelInfo, handler: RawHandler, pool: HandlerPool, max_concurrency: int | None = None

@@ -22,8 +22,10 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from ..core.call import Call, Failed, Request
+from ..core.answer import Failed
+from ..core.call import LOCAL, Call
 from ..core.logs import current_request
+from ..core.request import Request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ..options import ClusterServerOptions
 
@@ -70,10 +72,10 @@ class CallTask(abc.ABC):
     def __init__(self, call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> None:
         self.call = call
         self._scope = scope
-        self._idle_timeout = min(call.request.timeout, options.server.default_timeout)
+        self._idle_timeout = min(call.request.idle_timeout, options.server.default_timeout)
         # Half as much as to look for the clock each time.
         self._now = trio.lowlevel.current_clock().current_time
-        self._deadline = self._now() + call.request.budget
+        self._deadline = self._now() + call.request.total_timeout
         self._turn_ends = -math.inf
         self._left_in_turn = 0
         self.restart_idle_timer()
@@ -101,9 +103,9 @@ class CallTask(abc.ABC):
         waits for each piece of its output need not be scheduled twice for it, and of one that never waits a few pieces
         leave together, which costs everybody on their way a fraction of what each alone would.
         """
-        if self.call.waiting_bytes >= self.call.window:
+        if self.call.body.waiting_bytes >= self.call.body.window:
             self.pause_idle_timer()
-            await self.call.wait_room()
+            await self.call.body.wait_room()
             return
         task = trio.lowlevel.current_task()
         # Trio makes this None whenever it schedules the task.
@@ -124,10 +126,10 @@ class CallTask(abc.ABC):
             return TooSlow("The answer was not complete within the time that its client gives it")
         return TooSlow(f"The model gave nothing for {self._idle_timeout:g} s")
 
-    def fail(self, error: ApiError) -> None:
-        """End the answer with an error; after its end, there is nobody to tell."""
+    def fail(self, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
+        """End the answer with an error; without effect after its end. The flags are those of ``Failed``."""
         if not self.call.ended:
-            self.call.put(Failed(error))
+            self.call.put(Failed(error, retryable, timed_out))
 
     def to_api_error(self, error: BaseException) -> ApiError:
         """Return what the client is told of something that a handler raised; the rest is for the log."""
@@ -208,7 +210,7 @@ class HandlerPool:
         if self.waiting >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
         scope = trio.CancelScope()
-        call = Call(request, on_cancel=lambda reason: scope.cancel(reason=reason))
+        call = Call(request, served_by=LOCAL, on_cancel=lambda reason: scope.cancel(reason=reason))
         call_task = make_task(call, scope, self.options)
         self._nursery.start_soon(self._run, call_task, scope, name=f"answer {request.model}")
         return call
@@ -226,7 +228,7 @@ class HandlerPool:
                 error = call_task.timeout_error()
                 if not call_task.call.ended:
                     logger.warning("no answer in time: %s", error.message, extra=call_task.log_fields())
-                call_task.fail(error)
+                call_task.fail(error, timed_out=True)
         except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
-from trio_cluster.core.call import Head
+from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
 from trio_cluster.errors import InvalidRequest
 

@@ -54,6 +54,10 @@ _JSON_DEPTH_MAX: Final = 16
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
+#: Numbers in a report of usage, and characters in the name of one.
+_USAGE_MAX: Final = 16
+_USAGE_NAME_MAX: Final = 64
+
 Validator = Callable[[Any, Any, Any], None]
 
 
@@ -132,6 +136,14 @@ def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None
         raise ValueError(f"{attribute.name}: more than {PROGRESS_MAX} calls")
     if not all(0 < call < 1 << 63 and -1 <= count < 1 << 63 for call, count in value):
         raise ValueError(f"{attribute.name}: a number is out of bounds")
+
+
+def usage(_: Any, attribute: Any, value: dict[str, int]) -> None:
+    """Numbers of tokens by name."""
+    if len(value) > _USAGE_MAX:
+        raise ValueError(f"{attribute.name}: more than {_USAGE_MAX} numbers")
+    if not all(0 <= count < 1 << 53 and len(key) <= _USAGE_NAME_MAX for key, count in value.items()):
+        raise ValueError(f"{attribute.name}: a number or a name is out of bounds")
 
 
 def content_type(_: Any, attribute: Any, value: str) -> None:

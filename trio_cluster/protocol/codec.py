@@ -110,6 +110,15 @@ def _structure_texts(value: Any, _: Any) -> dict[str, str]:
     return value
 
 
+def _structure_numbers(value: Any, _: Any) -> dict[str, int]:
+    if type(value) is not dict:
+        raise _WrongType("map", value)
+    for key, number in value.items():
+        if type(key) is not str or type(number) is not int:
+            raise _WrongType("map of str to int", key if type(key) is not str else number)
+    return value
+
+
 def _structure_names(value: Any, _: Any) -> tuple[str, ...]:
     if type(value) is not list or not all(type(text) is str for text in value):
         raise _WrongType("array of str", value)
@@ -142,6 +151,7 @@ _SHAPES: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
     (bytes | memoryview, _exactly(bytes)),
     (dict[str, Any], _exactly(dict)),
     (dict[str, str], _structure_texts),
+    (dict[str, int], _structure_numbers),
     (tuple[str, ...], _structure_names),
     (tuple[tuple[str, str], ...], _structure_pairs),
     (tuple[tuple[int, int], ...], _structure_counts),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from trio_cluster.errors import InvalidRequest, Overloaded, WorkerLost
 
-from .bounds import clip
+from . import bounds
 from .messages import (
     Cancel,
     Data,
@@ -62,6 +62,7 @@ class MasterSession(Session[MasterEvent]):
         budget: float = math.inf,
         size: int = -1,
         once: bool = False,
+        principal: str = "",
     ) -> int:
         """Open a call and return its number. The body is to follow with :meth:`send_body`, even if it is
         empty.
@@ -71,7 +72,8 @@ class MasterSession(Session[MasterEvent]):
             timeout: the longest silence in seconds.
             budget: seconds until the whole answer must be there; less than nothing counts as nothing.
             size: bytes that the body will have; -1 if that is not known.
-            once: it cannot be sent a second time, to another worker.
+            once: the body cannot be sent a second time, to another worker.
+            principal: the name of the key that the client showed; empty where none is required.
 
         Raises:
             InvalidRequest: something about the request is too large for the wire, or has no place on it.
@@ -102,6 +104,7 @@ class MasterSession(Session[MasterEvent]):
                     None if budget == math.inf else max(0.0, budget),
                     size,
                     once,
+                    bounds.clip(principal, bounds.NAME_MAX),
                 )
             )
         except ValueError as exc:
@@ -151,7 +154,7 @@ class MasterSession(Session[MasterEvent]):
             return
         record.state = self._state_after_sending(call, Cancel)
         self._outbox.drop(call)
-        self._outbox.post(Cancel(call, clip(reason)))
+        self._outbox.post(Cancel(call, bounds.clip(reason)))
 
     def model_registered(self, name: str) -> None:
         """Tell the worker that its model is now offered."""
@@ -159,14 +162,14 @@ class MasterSession(Session[MasterEvent]):
 
     def model_rejected(self, name: str, reason: str) -> None:
         """Tell the worker that its model is not offered, and why; a reason that is too long is cut."""
-        self._post(ModelRejected(name, clip(reason)))
+        self._post(ModelRejected(name, bounds.clip(reason)))
 
     def shut_down(self, reason: str) -> None:
         """Ask the worker to stop: to finish its calls, say goodbye and not come back. Open calls are not touched.
 
         It answers with a ``Drain`` event, and later with the end of the link.
         """
-        self._post(Shutdown(clip(reason)))
+        self._post(Shutdown(bounds.clip(reason)))
 
     def _receive_all(self, messages: Iterable[Message], events: list[Any]) -> None:
         for message in messages:

@@ -15,6 +15,8 @@ from typing import Any, Final, TypeAlias
 import attrs
 import msgspec
 
+from trio_cluster.core.answer import Usage
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ChatModelOptions, ModelInfo
 from trio_cluster.errors import ApiError
 
@@ -54,14 +56,12 @@ PROTOCOL_MAX: Final = 1
 #: The websocket subprotocol that goes with them.
 SUBPROTOCOL: Final = "trio-cluster.1"
 
-#: Bytes of a body that may be under way and not yet taken by their consumer: for each call, in each
-#: direction.
-WINDOW: Final = 256 * 1024
 #: Bytes of a body in one ``Data`` at most. Larger pieces are slower to send, and stall everybody else
 #: meanwhile.
 PIECE: Final = 64 * 1024
 
 _CALL: Final = bounds.integer(1, (1 << 63) - 1)
+_USAGE_FIELDS: Final = frozenset(field.name for field in attrs.fields(Usage))
 _COUNT: Final = bounds.integer(0, (1 << 31) - 1)
 
 
@@ -178,7 +178,9 @@ class ForwardRequest:
     size: int = attrs.field(validator=bounds.integer(-1, (1 << 63) - 1))
     """Bytes of body that will follow; -1: not known yet."""
     once: bool = False
-    """The body passes through the master and cannot be had again: the call had better not be given back."""
+    """The body is streamed through the master and cannot be replayed: the worker must not give the call back."""
+    principal: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    """The name of the key that the client showed; empty where none is required."""
 
 
 @attrs.frozen
@@ -216,6 +218,20 @@ class Done:
     """Worker to master: the answer is complete, and the work for it has stopped."""
 
     call: int = attrs.field(validator=_CALL)
+    usage: dict[str, int] = attrs.field(factory=dict, validator=bounds.usage)
+    """The tokens of the answer, by the names of the fields of ``Usage``; empty if nothing was reported. Names that the
+    master does not know are ignored."""
+
+    @classmethod
+    def of(cls, call: int, usage: Usage | None) -> Done:
+        """Return the message that ends a call with this usage."""
+        return cls(call) if usage is None else cls(call, attrs.asdict(usage))
+
+    def tokens(self) -> Usage | None:
+        """Return the reported usage."""
+        if not self.usage:
+            return None
+        return Usage(**{name: self.usage[name] for name in _USAGE_FIELDS & self.usage.keys()})
 
 
 @attrs.frozen
@@ -229,9 +245,14 @@ class Failed:
     code: str | None = attrs.field(validator=bounds.optional_text(bounds.NAME_MAX))
     param: str | None = attrs.field(validator=bounds.optional_text(bounds.NAME_MAX))
     retry_after: float | None = attrs.field(validator=bounds.seconds)
+    retryable: bool = False
+    """The worker is at fault, and not the request: another one may be asked. Never derived from the code or the
+    status, which a handler chooses freely."""
+    timed_out: bool = False
+    """A deadline of the request passed."""
 
     @classmethod
-    def of(cls, call: int, error: ApiError) -> Failed:
+    def of(cls, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> Failed:
         """Return the message that carries ``error``.
 
         It never raises. Errors come from handlers, and a call whose error cannot be sent would never end; so
@@ -248,6 +269,8 @@ class Failed:
             None if error.code is None else bounds.clip(error.code, bounds.NAME_MAX),
             None if error.param is None else bounds.clip(error.param, bounds.NAME_MAX),
             None if after is None else float(after),
+            retryable,
+            timed_out,
         )
 
     def error(self) -> ApiError:

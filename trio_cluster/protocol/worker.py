@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeAlias
 
+from trio_cluster.core.answer import Usage
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ApiError
 
@@ -108,24 +109,31 @@ class WorkerSession(Session[WorkerEvent]):
             self._calls[call].state = self._state_after_sending(call, Data)
         self._outbox.push(call, data)
 
-    def done(self, call: int) -> None:
-        """End the answer: it is complete, and the work for it has stopped. What is queued goes out before
-        that.
+    def done(self, call: int, usage: Usage | None = None) -> None:
+        """End the answer: it is complete, and the work for it has stopped. What is queued is sent before that.
+
+        Args:
+            call: as in the ``ForwardRequest``.
+            usage: the tokens of the answer; ``None`` if nothing was reported.
 
         Raises:
             RuntimeError: the answer has not begun (and the call is not being cancelled), or it has ended.
         """
-        self._end(call, Done(call))
+        self._end(call, Done.of(call, usage))
 
-    def fail(self, call: int, error: ApiError) -> None:
-        """End the answer with an error; the work has stopped. What is queued goes out before that.
+    def fail(self, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
+        """End the answer with an error; the work has stopped. What is queued is sent before that.
 
-        Whatever ``error`` holds, it can be sent: what is too long is cut.
+        Args:
+            call: as in the ``ForwardRequest``.
+            error: can always be sent: what is too long is truncated.
+            retryable: this node is at fault, and not the request: the master may ask another replica.
+            timed_out: a deadline of the request passed.
 
         Raises:
             RuntimeError: the answer has ended.
         """
-        self._end(call, Failed.of(call, error))
+        self._end(call, Failed.of(call, error, retryable=retryable, timed_out=timed_out))
 
     def _end(self, call: int, message: Done | Failed) -> None:
         if self.close_reason is not None:

@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import attrs
 import trio
 
-from ..core.call import Backend, Call, Done, Request
+from ..core.answer import Done, Failed
+from ..core.call import Backend, Call
 from ..core.model import Kind, ModelInfo
-from ..errors import ModelNotFound, Overloaded, ShuttingDown, TooSlow, UpstreamLost, WorkerLost, WrongKind
+from ..core.request import Request
+from ..errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost, WrongKind
 
 __all__ = ["CallStats", "Histogram", "NameTaken", "Registry"]
 
@@ -54,16 +56,10 @@ class CallStats:
             self.completed += 1
         elif call.end is not None and isinstance(call.end.error, WorkerLost):
             self.worker_lost += 1
-        elif call.end is not None and call.end.error.status == _TIMED_OUT:
+        elif call.end is not None and call.end.timed_out:
             self.timed_out += 1
         else:
             self.failed += 1
-
-
-# A worker's failures arrive as plain errors: the status tells, not the class.
-_TIMED_OUT: Final = TooSlow("").status
-_NOT_FOUND: Final = ModelNotFound("", []).code
-_UPSTREAM_LOST: Final = UpstreamLost("", "").code
 
 
 @attrs.define
@@ -239,42 +235,32 @@ class Registry:
         """
         return self._open(request)
 
-    def reopen(self, call: Call, budget: float = math.inf) -> Call | None:
+    def reopen(self, call: Call, time_left: float = math.inf) -> Call | None:
         """Open once more, elsewhere, a call whose worker was lost or went away before anything came of it.
 
         The caller vouches that nothing of the answer has been sent to the client, and that this is the first time.
 
         Args:
             call: the one that failed.
-            budget: seconds that are left of the time for the whole answer: the request's own began to run when it was
+            time_left: seconds that are left of the time for the whole answer: the request's own began to run when it was
                 opened first.
 
         Returns:
             The new call, or ``None`` if this one may not be repeated: it ended for another reason, its time is used
             up, or nobody else serves the model.
         """
-        if not self._was_given_back(call):
+        if not (isinstance(call.end, Failed) and call.end.retryable):
             return None
         served = self._models.get(call.request.model)
         if self.draining_reason is not None or served is None:
             return None
         if not (call.request.replayable and self._least_busy(served, call.request, avoid=call.served_by)):
             return None
-        if budget <= 0:
+        if time_left <= 0:
             return None
-        again = self._open(attrs.evolve(call.request, budget=budget), avoid=call.served_by)
+        again = self._open(attrs.evolve(call.request, total_timeout=time_left), avoid=call.served_by)
         self.stats.retried += 1
         return again
-
-    def _was_given_back(self, call: Call) -> bool:
-        """Return whether a call failed because of the node that had it, and not because of what was asked."""
-        end = call.end
-        if end is None or isinstance(end, Done):
-            return False
-        if isinstance(end.error, WorkerLost | ShuttingDown) or end.error.code == _UPSTREAM_LOST:
-            return True
-        # Its worker took the model back while the call was on its way there; others may go on serving it.
-        return end.error.code == _NOT_FOUND and call.served_by not in self.served_by(call.request.model)
 
     def calls_of(self, request_id: str) -> list[Call]:
         """Return the live calls of all requests that have this id, oldest first."""
@@ -320,7 +306,6 @@ class Registry:
         call = backend.open(request)
         # Among equals, take turns: the one just used goes to the end.
         served.replicas[backend] = served.replicas.pop(backend)
-        call.served_by = backend.name
         self.stats.admitted += 1
         self.live[call] = backend
         call.on_release(lambda: self._released(call))

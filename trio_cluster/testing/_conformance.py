@@ -21,8 +21,10 @@ from typing import Any, Final
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ..core.call import Call, Data, Done, Event, Failed, Head, Request
+from ..core.answer import Data, Done, Event, Failed, Head
+from ..core.call import Call
 from ..core.model import Kind, ModelInfo
+from ..core.request import Request
 from ..local.adapters import Handler
 from ..local.handler import HandlerBackend
 from ..local.pool import HandlerPool
@@ -161,8 +163,8 @@ class _Suite:
             "model",
             body,
             content_type,
-            timeout=self._patience,
-            budget=budget,
+            idle_timeout=self._patience,
+            total_timeout=budget,
             parsed=parsed,
         )
 
@@ -191,7 +193,7 @@ class _Suite:
     async def _call(self, request: Request, *, held_up: bool = False) -> AsyncIterator[Call]:
         call = self._backend.open(request)
         if held_up:
-            call.window = 1
+            call.body.window = 1
         try:
             yield call
         finally:
@@ -267,7 +269,7 @@ class _Suite:
                 if not isinstance(event, Head):
                     output.set()
 
-            def notice_piece(data: bytes | memoryview) -> bool:
+            def notice_piece(data: bytes | memoryview, last: bool) -> bool:
                 if data:
                     output.set()
                 return False
@@ -277,7 +279,7 @@ class _Suite:
             with trio.move_on_after(self._long_enough):
                 await output.wait()
             await self._blocked()
-            await self._stops(call, _SLOW_CLIENT, reached=call.waiting_bytes > 0)
+            await self._stops(call, _SLOW_CLIENT, reached=call.body.waiting_bytes > 0)
 
     async def _stops(self, call: Call, phase: str, *, reached: bool) -> None:
         reached = reached and not call.ended

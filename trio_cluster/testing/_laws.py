@@ -16,7 +16,8 @@ from typing import Any, Final
 
 import trio
 
-from ..core.call import WINDOW
+from ..core.call import LOCAL
+from ..core.limits import WINDOW
 from ..gateway.relay import GRACE
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
@@ -85,8 +86,8 @@ class Laws(trio.abc.Instrument):
         # On a master, what the connection has taken meanwhile comes on top of what waits already.
         room = (3 if life.name == "master" else 1) * WINDOW
         for call in life.server.registry.live:
-            if call.waiting_bytes > WINDOW + _LARGEST:
-                self._say(f"{life.name}: {call.waiting_bytes} bytes wait for one client")
+            if call.body.waiting_bytes > WINDOW + _LARGEST:
+                self._say(f"{life.name}: {call.body.waiting_bytes} bytes wait for one client")
             upload = call.request.upload
             if upload is not None and upload.waiting_bytes > room:
                 self._say(f"{life.name}: {upload.waiting_bytes} bytes of one upload wait")
@@ -335,9 +336,7 @@ class Laws(trio.abc.Instrument):
         missing = [f"{name} is not connected" for name in self._plan.workers if name not in joined]
         missing += [f"{name} should not be there" for name in joined if name not in self._plan.workers]
         for model in self._plan.models:
-            served = [
-                ("master" if name == "local" else name) for name in master.registry.served_by(model.name)
-            ]
+            served = [("master" if name == LOCAL else name) for name in master.registry.served_by(model.name)]
             if sorted(served) != sorted(model.hosts):
                 missing.append(f"{model.name} is served by {served}, not by {list(model.hosts)}")
         return missing

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ..core.call import LOCAL
 from ..protocol import MasterSession, WorkerSession
 from ..routing.router import CallStats, Registry
 from ._cluster import SimulatedCluster, SimulatedNode
@@ -125,10 +126,10 @@ def _calls(node: SimulatedNode) -> Iterator[str]:
     registry, pool = node.server.registry, node.server.pool
     for call, backend in registry.live.items():
         request = call.request
-        where = "here" if backend.name == "local" else f"on {backend.name}"
+        where = "here" if backend.name == LOCAL else f"on {backend.name}"
         yield (
             f"{node.name}: call {request.request_id} of '{request.model}' {where}, {call.phase}, "
-            f"{call.waiting_bytes} bytes waiting"
+            f"{call.body.waiting_bytes} bytes waiting"
         )
     for number, what in (
         (pool.running, "slots taken"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Final, NoReturn
 
-from trio_cluster.core.call import Head
+from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 

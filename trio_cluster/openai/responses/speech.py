@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import ClassVar, Final
 
-from trio_cluster.core.call import Head
+from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
 
 from ..json_values import dumps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
-from trio_cluster.core.call import Head
+from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 

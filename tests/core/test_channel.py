@@ -7,7 +7,8 @@ import trio
 from hypothesis import given, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.core.upload import WINDOW, Upload
+from trio_cluster.core.channel import ByteChannel
+from trio_cluster.core.limits import WINDOW
 
 
 class Sink:
@@ -16,8 +17,9 @@ class Sink:
     def __init__(self) -> None:
         self.pieces: list[tuple[bytes, bool]] = []
 
-    def __call__(self, data: bytes, last: bool) -> None:
-        self.pieces.append((data, last))
+    def __call__(self, data: bytes | memoryview, last: bool) -> bool:
+        self.pieces.append((bytes(data), last))
+        return False
 
     @property
     def data(self) -> bytes:
@@ -28,7 +30,7 @@ class Sink:
 
 
 async def test_what_has_come_is_received_together_and_the_end_is_empty() -> None:
-    upload = Upload(5)
+    upload = ByteChannel(5)
     upload.put(b"ab")
     upload.put(b"cd")
     assert await upload.receive() == b"abcd"
@@ -41,7 +43,7 @@ async def test_what_has_come_is_received_together_and_the_end_is_empty() -> None
 
 async def test_what_has_come_can_be_taken_without_waiting() -> None:
     taken: list[int] = []
-    upload = Upload(on_taken=taken.append)
+    upload = ByteChannel(on_consumed=taken.append)
     assert upload.receive_nowait() == b""
     upload.put(b"one")
     upload.put(b"two", last=True)
@@ -50,7 +52,7 @@ async def test_what_has_come_can_be_taken_without_waiting() -> None:
 
 
 async def test_a_consumer_waits_until_something_comes(nursery: trio.Nursery) -> None:
-    upload, received = Upload(), []
+    upload, received = ByteChannel(), []
 
     async def consume() -> None:
         while data := await upload.receive():
@@ -69,7 +71,7 @@ async def test_a_consumer_waits_until_something_comes(nursery: trio.Nursery) -> 
 
 
 async def test_a_cancelled_receive_loses_nothing() -> None:
-    upload = Upload()
+    upload = ByteChannel()
     with trio.CancelScope() as scope:
         scope.cancel()
         upload.put(b"a", last=True)
@@ -80,7 +82,7 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
 
 @given(st.lists(st.binary(max_size=5)), st.booleans())
 async def test_the_whole_body_is_what_was_put(pieces: list[bytes], late: bool) -> None:
-    upload = Upload()
+    upload = ByteChannel()
 
     async def produce() -> None:
         for piece in pieces:
@@ -95,7 +97,7 @@ async def test_the_whole_body_is_what_was_put(pieces: list[bytes], late: bool) -
 
 
 def test_a_sink_gets_what_waits_and_then_what_comes() -> None:
-    upload, sink = Upload(), Sink()
+    upload, sink = ByteChannel(), Sink()
     upload.put(b"a")
     upload.put(b"b")
     upload.redirect(sink)
@@ -105,14 +107,14 @@ def test_a_sink_gets_what_waits_and_then_what_comes() -> None:
 
 
 def test_a_sink_is_told_of_an_end_that_was_there_before_it() -> None:
-    upload, sink = Upload(), Sink()
+    upload, sink = ByteChannel(), Sink()
     upload.put(b"", last=True)
     upload.redirect(sink)
     assert sink.pieces == [(b"", True)]
 
 
 def test_a_sink_is_told_nothing_while_there_is_nothing() -> None:
-    upload, sink = Upload(), Sink()
+    upload, sink = ByteChannel(), Sink()
     upload.redirect(sink)
     upload.put(b"")
     assert sink.pieces == []
@@ -120,7 +122,7 @@ def test_a_sink_is_told_nothing_while_there_is_nothing() -> None:
 
 def test_who_wants_to_know_that_it_is_complete_is_told_once_it_is() -> None:
     told: list[int] = []
-    upload = Upload()
+    upload = ByteChannel()
     upload.on_complete(lambda: told.append(upload.received))
     upload.put(b"ab")
     assert told == []
@@ -136,7 +138,7 @@ def test_who_wants_to_know_that_it_is_complete_is_told_once_it_is() -> None:
 async def test_a_producer_waits_while_a_window_is_full_and_goes_on_when_some_was_received(
     nursery: trio.Nursery,
 ) -> None:
-    upload, room = Upload(), trio.Event()
+    upload, room = ByteChannel(), trio.Event()
 
     async def produce() -> None:
         upload.put(bytes(WINDOW - 1))
@@ -155,7 +157,7 @@ async def test_a_producer_waits_while_a_window_is_full_and_goes_on_when_some_was
 
 
 async def test_what_a_sink_was_given_waits_until_it_has_gone_on(nursery: trio.Nursery) -> None:
-    upload, room = Upload(), trio.Event()
+    upload, room = ByteChannel(), trio.Event()
     upload.redirect(Sink())
     upload.put(bytes(WINDOW))
 
@@ -166,14 +168,14 @@ async def test_what_a_sink_was_given_waits_until_it_has_gone_on(nursery: trio.Nu
     nursery.start_soon(produce)
     await wait_all_tasks_blocked()
     assert not room.is_set()
-    upload.taken(1)
+    upload.consumed(1)
     await wait_all_tasks_blocked()
     assert room.is_set()
 
 
 async def test_credit_is_given_for_what_was_taken_and_for_nothing_else() -> None:
     credit: list[int] = []
-    upload = Upload(on_taken=credit.append)
+    upload = ByteChannel(on_consumed=credit.append)
     upload.put(b"abc")
     assert credit == []
     assert await upload.receive() == b"abc"
@@ -181,14 +183,14 @@ async def test_credit_is_given_for_what_was_taken_and_for_nothing_else() -> None
     upload.redirect(Sink())
     upload.put(b"de")
     assert credit == [3]
-    upload.taken(2)
+    upload.consumed(2)
     assert credit == [3, 2]
 
 
 def test_more_of_a_complete_body_is_an_error() -> None:
-    upload = Upload()
+    upload = ByteChannel()
     upload.put(b"a", last=True)
-    with pytest.raises(RuntimeError, match="complete"):
+    with pytest.raises(RuntimeError, match="after the end"):
         upload.put(b"b")
 
 
@@ -196,7 +198,7 @@ def test_more_of_a_complete_body_is_an_error() -> None:
 
 
 async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(nursery: trio.Nursery) -> None:
-    upload, told, room = Upload(), trio.Event(), trio.Event()
+    upload, told, room = ByteChannel(), trio.Event(), trio.Event()
     upload.on_close(told.set)
     upload.put(bytes(WINDOW))
 
@@ -215,18 +217,18 @@ async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(n
 
 async def test_what_comes_after_a_close_vanishes_and_gives_no_credit() -> None:
     credit: list[int] = []
-    upload, sink = Upload(on_taken=credit.append), Sink()
+    upload, sink = ByteChannel(on_consumed=credit.append), Sink()
     upload.redirect(sink)
     upload.put(b"a")
     upload.close()
     upload.put(b"b")
-    upload.taken(1)
+    upload.consumed(1)
     assert (sink.data, credit, upload.received) == (b"a", [], 2)
 
 
 def test_closing_again_tells_nobody_again() -> None:
     told: list[str] = []
-    upload = Upload()
+    upload = ByteChannel()
     upload.on_close(lambda: told.append("first"))
     upload.close()
     upload.close()
@@ -237,7 +239,7 @@ def test_closing_again_tells_nobody_again() -> None:
 
 def test_the_end_of_a_call_whose_body_is_there_interrupts_nobody() -> None:
     told: list[str] = []
-    upload = Upload()
+    upload = ByteChannel()
     upload.on_close(lambda: told.append("closed"))
     upload.put(b"a", last=True)
     upload.close()
