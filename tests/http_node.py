@@ -22,7 +22,8 @@ from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.http1.server import serve_http
 from trio_cluster.options import ClusterServerOptions, ServerOptions
-from trio_cluster.routing.router import Registry
+from trio_cluster.routing.health import Health
+from trio_cluster.routing.router import Router
 
 EVENTS = "text/event-stream"
 PLAIN = b'{"object": "chat.completion", "choices": []}'
@@ -80,7 +81,7 @@ class Backend:
         self.script = script
         self.name = name
         self.load = 0.0
-        self.available = True
+        self.health = Health()
         self._send, self._receive = trio.open_memory_channel[Served](10_000)
 
     def open(self, request: Request) -> Call:
@@ -117,12 +118,12 @@ class HttpNode:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> Router:
         return self.node_context.registry
 
     def add(self, name: str, kind: Kind = "chat", backend: Backend | None = None, **options: Any) -> None:
         info = ModelInfo(name, kind, options=ChatModelOptions(**options))
-        self.registry.add(info, backend or self.backend, replicate=True)
+        self.registry.catalog.add(info, backend or self.backend, replicate=True)
 
     def client(self, **options: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, timeout=5, trust_env=False, **options)
@@ -291,7 +292,7 @@ async def open_http_node(
 ) -> AsyncIterator[HttpNode]:
     """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
     node_context = NodeContext(
-        Registry(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
+        Router(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
     )
     app = gate(create_app(node_context), node_context)
     sock = listening_socket()

@@ -18,7 +18,7 @@ from trio_cluster.core.request import Request
 from trio_cluster.local.handler import HandlerBackend, HandlerPool
 from trio_cluster.openai import ChatRequest
 from trio_cluster.options import ClusterServerOptions, ServerOptions
-from trio_cluster.routing.router import Registry
+from trio_cluster.routing.router import Router
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:
@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, cluster: MemoryCluster, name: str, **options: Any) -> None:
         self.cluster = cluster
         self.options = ClusterServerOptions(server=ServerOptions(worker_id=name), **options)
-        self.registry = Registry()
+        self.registry = Router()
         self.pool = HandlerPool(self.options)
         self.asked_to_leave: list[str] = []
         self.client = WorkerClient(
@@ -59,7 +59,7 @@ class Worker:
 
     def serve(self, name: str, handler: Any) -> None:
         backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
-        self.registry.add(backend.info, backend)
+        self.registry.catalog.add(backend.info, backend)
 
     async def run(self) -> None:
         """Be the process: handlers and the client."""
@@ -110,7 +110,7 @@ class MemoryCluster:
 
     def restart(self) -> None:
         """Be a new master, which knows nothing of what was before."""
-        self.registry = Registry()
+        self.registry = Router()
         self.manager = WorkerManager(self.registry, self.options, "master")
         self.life = Life()
         self.refusing = False

@@ -34,7 +34,7 @@ from .http1.server import serve_http
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, local_address, port_of, shown_address
 from .options import ClusterMode, ClusterServerOptions
-from .routing.router import Registry
+from .routing.router import Router
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -69,7 +69,7 @@ class Node:
         self,
         mode: ClusterMode,
         options: ClusterServerOptions,
-        registry: Registry,
+        registry: Router,
         pool: HandlerPool,
         network: Network,
     ) -> None:
@@ -90,7 +90,7 @@ class Node:
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or _new_id()
-        registry.draining_reason = None
+        registry.accept()
         self._node_context = NodeContext(
             registry=registry,
             options=options,
@@ -195,7 +195,7 @@ class Node:
         A call has finished for whoever asked when its answer has left this node; its work may have ended long before
         a slow client has taken all of that.
         """
-        self._registry.draining_reason = "The server is shutting down; try again shortly"
+        self._registry.drain("The server is shutting down; try again shortly")
         with trio.move_on_after(self._options.drain_timeout):
             await self._registry.wait_idle()
             await wait_delivered()

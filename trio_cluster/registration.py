@@ -20,7 +20,7 @@ from .local.passthrough import RawBackend, RawHandler
 from .local.pool import HandlerPool
 from .openai import custom_path
 from .options import ClusterServerOptions
-from .routing.router import Registry
+from .routing.router import Router
 
 __all__ = ["ModelCatalog"]
 
@@ -35,7 +35,7 @@ class ModelCatalog(abc.ABC):
 
     def __init__(self, options: ClusterServerOptions) -> None:
         self._options = options
-        self._registry = Registry()
+        self._registry = Router()
         self._pool = HandlerPool(options)
         self._local: dict[str, HandlerBackend | RawBackend] = {}
 
@@ -46,7 +46,7 @@ class ModelCatalog(abc.ABC):
         # Models say whose they are from the moment they are registered, and here that has changed.
         for backend in self._local.values():
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
-            self._registry.update(backend.info, backend)
+            self._registry.catalog.update(backend.info, backend)
 
     def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
         """Serve a chat model from now on; it answers ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``.
@@ -192,17 +192,17 @@ class ModelCatalog(abc.ABC):
         backend = self._local.pop(name, None)
         if backend is None:
             return False
-        self._registry.remove(name, backend)
+        self._registry.catalog.remove(name, backend)
         self._withdraw(name)
         return True
 
     def list_models(self) -> list[str]:
         """Return the names of all models, sorted: a master's own and its workers' together, a worker's own."""
-        return self._registry.names()
+        return self._registry.catalog.names()
 
     def has_model(self, name: str) -> bool:
         """Tell whether a model of this name can be asked here."""
-        return self._registry.info(name) is not None
+        return self._registry.catalog.info(name) is not None
 
     def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
         model_options = ChatModelOptions(**options)
@@ -226,14 +226,14 @@ class ModelCatalog(abc.ABC):
 
     def _add(self, backend: HandlerBackend | RawBackend) -> None:
         info = backend.info
-        self._registry.add(info, backend, replicate=self._options.on_conflict == "replicate")
+        self._registry.catalog.add(info, backend, replicate=self._options.on_conflict == "replicate")
         self._local[info.name] = backend
         self._announce(info)
 
     def _add_endpoint(self, backend: HandlerBackend | RawBackend, capability: str, handler: Handler) -> None:
         """Let a model of this process answer more: another kind's routes, or a route of its own."""
         backend.add_endpoint(capability, handler)
-        self._registry.update(backend.info, backend)
+        self._registry.catalog.update(backend.info, backend)
         self._announce(backend.info)
 
     @abc.abstractmethod

@@ -22,7 +22,7 @@ from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .registration import ModelCatalog
-from .routing.router import Registry
+from .routing.router import Router
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -134,7 +134,7 @@ class ClusterServer(ModelCatalog):
         return None if self._node is None else self._node.app
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> Router:
         """What can be asked here, the calls that are live, and the books about those that are over."""
         return self._registry
 

@@ -10,7 +10,7 @@ import pytest
 from trio_cluster import ClusterServerOptions
 from trio_cluster.admin import metrics
 from trio_cluster.gateway.node_context import GaugeSample, NodeContext
-from trio_cluster.routing.router import Registry
+from trio_cluster.routing.router import Router
 
 
 @pytest.mark.parametrize(("workers", "elsewhere"), [(3, False), (600, True)])
@@ -31,7 +31,7 @@ async def test_many_numbers_are_written_in_a_thread_and_a_few_are_not(
             GaugeSample("lag", "How late.", number, {"worker": f"w{number}"}) for number in range(workers)
         ]
 
-    reply = await metrics.metrics_reply(NodeContext(Registry(), ClusterServerOptions(), gauges=gauges))
+    reply = await metrics.metrics_reply(NodeContext(Router(), ClusterServerOptions(), gauges=gauges))
     assert isinstance(reply.body, bytes)
     lines = reply.body.decode().splitlines()
     assert [line for line in lines if line.startswith("trio_cluster_lag{")] == [

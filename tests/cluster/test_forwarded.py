@@ -36,7 +36,7 @@ class Far:
     async def start(self) -> None:
         self.worker = await self.cluster.start("w1")
         backend = RawBackend(ModelInfo("raw", "any"), self.answer, self.worker.pool)
-        self.worker.registry.add(backend.info, backend)
+        self.worker.registry.catalog.add(backend.info, backend)
         self.worker.client.announce(backend.info)
         await wait_all_tasks_blocked()
 
@@ -124,7 +124,7 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
         call.begin(413, "text/plain")
 
     backend = RawBackend(ModelInfo("hasty", "any"), hasty, far.worker.pool)
-    far.worker.registry.add(backend.info, backend)
+    far.worker.registry.catalog.add(backend.info, backend)
     far.worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     upload, told = ByteChannel(), trio.Event()

@@ -28,8 +28,8 @@ def cluster(nursery: trio.Nursery) -> MemoryCluster:
 
 async def test_a_worker_that_joins_has_its_models_served(cluster: MemoryCluster) -> None:
     await cluster.start("w1", echo)
-    assert cluster.registry.names() == ["echo"]
-    assert cluster.registry.served_by("echo") == ["w1"]
+    assert cluster.registry.catalog.names() == ["echo"]
+    assert cluster.registry.catalog.served_by("echo") == ["w1"]
     events = await everything(cluster.registry.open(chat_request("echo")))
     assert isinstance(events[0], Head)
     assert isinstance(events[-1], Done)
@@ -53,26 +53,26 @@ def _without_ids(body: str) -> list[str]:
 async def test_models_come_and_go_while_a_worker_is_connected(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     worker.serve("later", echo)
-    info = worker.registry.info("later")
+    info = worker.registry.catalog.info("later")
     assert info is not None
     worker.client.announce(info)
     await wait_all_tasks_blocked()
-    assert cluster.registry.names() == ["echo", "later"]
+    assert cluster.registry.catalog.names() == ["echo", "later"]
     worker.client.withdraw("echo")
     await wait_all_tasks_blocked()
-    assert cluster.registry.names() == ["later"]
+    assert cluster.registry.catalog.names() == ["later"]
 
 
 async def test_a_model_keeps_its_creation_time_across_reconnections(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", echo)
-    before = cluster.registry.info("echo")
+    before = cluster.registry.catalog.info("echo")
     worker.cut()
     await wait_all_tasks_blocked()
-    assert cluster.registry.info("echo") is None
+    assert cluster.registry.catalog.info("echo") is None
     await trio.sleep(60)
-    assert cluster.registry.info("echo") == before
+    assert cluster.registry.catalog.info("echo") == before
 
 
 async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
@@ -88,7 +88,7 @@ async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
     assert last.error.status == 502
-    assert cluster.registry.names() == []
+    assert cluster.registry.catalog.names() == []
     assert call.released
     assert not cluster.registry.live
 
@@ -105,7 +105,7 @@ async def test_a_silent_worker_is_given_up_after_the_timeout(
         last = (await everything(call))[-1]
     assert isinstance(last, Failed)
     assert 25 <= trio.current_time() - start <= 36
-    assert cluster.registry.names() == []
+    assert cluster.registry.catalog.names() == []
     assert "worker left" in caplog.text
 
 
@@ -236,7 +236,7 @@ async def test_an_answer_that_http_cannot_carry_fails_and_stops_its_handler(
 
     worker = await cluster.start("w1")
     backend = HandlerBackend(ModelInfo("speech", "tts"), speech, worker.pool)
-    worker.registry.add(backend.info, backend)
+    worker.registry.catalog.add(backend.info, backend)
     worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     body = b'{"model":"speech","input":"x","voice":"y"}'
@@ -273,8 +273,8 @@ async def test_a_taken_model_is_refused_and_its_worker_stays(
     assert second.client.connected
     assert list(second.client.rejected_models) == ["echo"]
     assert "w1" in second.client.rejected_models["echo"]
-    assert cluster.registry.served_by("echo") == ["w1"]
-    assert cluster.registry.served_by("forever") == ["w2"]
+    assert cluster.registry.catalog.served_by("echo") == ["w1"]
+    assert cluster.registry.catalog.served_by("forever") == ["w2"]
     assert "refused" in caplog.text
 
 
@@ -282,11 +282,11 @@ async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) ->
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)
     await cluster.start("w2", echo)
-    assert cluster.registry.served_by("echo") == ["w1", "w2"]
+    assert cluster.registry.catalog.served_by("echo") == ["w1", "w2"]
     first.scope.cancel()
     await first.over.wait()
     await wait_all_tasks_blocked()
-    assert cluster.registry.served_by("echo") == ["w2"]
+    assert cluster.registry.catalog.served_by("echo") == ["w2"]
     assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
 
 
@@ -302,7 +302,7 @@ async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: tri
     await wait_all_tasks_blocked()
     # Opening never failed: at every instant, who was on the books could be asked.
     assert cluster.registry.stats.admitted == 30
-    assert cluster.registry.served_by("echo") == ["w2"]
+    assert cluster.registry.catalog.served_by("echo") == ["w2"]
 
 
 async def test_a_silent_workers_calls_fail_before_the_goodbye(
@@ -351,7 +351,7 @@ async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_a
     await cluster.start("w2", echo)
     call = cluster.registry.open(chat_request("echo"))
     assert call.served_by == "w1"
-    first.registry.remove("echo", next(iter(first.registry._models["echo"].replicas)))
+    first.registry.catalog.remove("echo", first.registry.catalog.replicas("echo")[0])
     first.client.withdraw("echo")
     assert isinstance(last := (await everything(call))[-1], Failed)
     assert last.error.status == 404
@@ -383,7 +383,7 @@ async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: Me
     await wait_all_tasks_blocked()
     assert not thief.client.connected
     assert first.client.connected
-    assert cluster.registry.names() == ["echo"]
+    assert cluster.registry.catalog.names() == ["echo"]
     thief.scope.cancel()
 
 
@@ -402,7 +402,7 @@ async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_its
     assert "replaced" in last.error.message or "broke" in last.error.message
     await trio.sleep(60)
     assert worker.client.connected
-    assert cluster.registry.served_by("forever") == ["w1"]
+    assert cluster.registry.catalog.served_by("forever") == ["w1"]
     assert len(cluster.manager.workers) == 1
 
 
@@ -413,7 +413,7 @@ async def test_the_end_of_an_old_link_leaves_the_new_one_alone(
     for _ in range(5):
         worker.cut()
         await trio.sleep(60)
-        assert cluster.registry.names() == ["echo"]
+        assert cluster.registry.catalog.names() == ["echo"]
         assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
     assert len(cluster.manager.workers) == 1
 
@@ -481,7 +481,7 @@ async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_give
     begun = cluster.registry.open(chat_request("shared", content="begin"))
     assert isinstance(await begun.receive(), Head)
     await cluster.start("w2", shared)
-    first.registry.draining_reason = "going home"
+    first.registry.drain("going home")
     first.registry.cancel_all("the worker is being stopped")
     last = (await everything(silent))[-1]
     assert isinstance(last, Failed)
@@ -540,7 +540,7 @@ async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autoj
         worker.registry.open(chat_request("forever"))
     await trio.sleep(6)
     assert (remote.state, remote.in_flight) == ("busy", 1)
-    assert remote.available
+    assert remote.health.available
 
 
 async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_ones(
@@ -610,11 +610,11 @@ async def test_a_worker_that_is_silent_gets_nothing_new_before_it_is_given_up(
     worker.black_hole()
     remote = cluster.manager.workers["w1"]
     await trio.sleep(14)
-    assert remote.available
+    assert remote.health.available
     await trio.sleep(8)
     assert remote.state == "stalled"
-    assert remote.stalled.startswith("silent for ")
-    assert not remote.available
+    assert remote.health.stalled.startswith("silent for ")
+    assert not remote.health.available
     assert "worker stalled: silent for" in caplog.text
     await trio.sleep(15)
     assert cluster.manager.workers.get("w1") is not remote
@@ -665,6 +665,6 @@ async def test_a_wrong_token_is_refused_and_said_on_both_sides(
     await worker.over.wait()
     assert "wrong or missing cluster token" in str(worker.error)
     assert "wrong or missing cluster token" in caplog.text
-    assert cluster.registry.names() == []
+    assert cluster.registry.catalog.names() == []
     right = await cluster.start("w2", echo, cluster_token="right")
     assert right.client.connected

@@ -68,7 +68,7 @@ async def test_a_worker_waits_for_a_master_that_is_not_there_yet(
     assert not worker.registered.is_set()
     cluster.refusing = False
     await worker.registered.wait()
-    assert cluster.registry.names() == ["echo"]
+    assert cluster.registry.catalog.names() == ["echo"]
 
 
 async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
@@ -152,7 +152,7 @@ async def test_a_worker_that_drains_while_it_dials_brings_no_models(
     worker.client.drain("going home")
     await trio.sleep(100)
     assert worker.dials == 1
-    assert cluster.registry.names() == []
+    assert cluster.registry.catalog.names() == []
     assert cluster.manager.workers == {}
     assert not worker.registered.is_set()
     worker.client.close("going home")
@@ -169,13 +169,13 @@ async def test_a_silent_master_is_given_up_and_dialled_again(
     await trio.sleep(120)
     assert worker.dials > 1
     assert worker.client.connected
-    assert cluster.registry.served_by("forever") == ["w1"]
+    assert cluster.registry.catalog.served_by("forever") == ["w1"]
 
 
 async def test_a_call_for_a_model_that_has_just_gone_gets_its_404(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
-    backend = next(iter(worker.registry._models["echo"].replicas))
-    worker.registry.remove("echo", backend)
+    backend = worker.registry.catalog.replicas("echo")[0]
+    worker.registry.catalog.remove("echo", backend)
     call = cluster.registry.open(chat_request("echo"))
     last = (await everything(call))[-1]
     assert not isinstance(last, Done)

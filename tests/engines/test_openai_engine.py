@@ -272,7 +272,7 @@ async def test_models_are_there_once_the_engine_has_started_and_gone_with_it() -
     async with open_raw_server(upstream.script) as raw:
         async with serving(server, f"openai:{raw.url},key=secret"):
             assert server.list_models() == ["a", "b"]
-            info = server._registry.info("a")
+            info = server._registry.catalog.info("a")
             assert isinstance(info, ModelInfo)
             assert (info.kind, info.options.context_window) == ("any", 7)
         assert server.list_models() == []
@@ -287,7 +287,7 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
         upstream.list = listing({"id": "m", "max_model_len": 5}, "n")
         await upstream.asked_again()
         assert server.list_models() == ["m", "n"]
-        info = server._registry.info("m")
+        info = server._registry.catalog.info("m")
         assert info is not None
         assert info.options.context_window == 5
         upstream.list = listing("n")
@@ -427,7 +427,7 @@ async def test_a_name_that_is_taken_is_told_once_and_tried_again(caplog: pytest.
         assert len([record for record in caplog.records if "is left out" in record.message]) == 2
         server.unregister_model("m")
         await upstream.asked_again()
-        info = server._registry.info("m")
+        info = server._registry.catalog.info("m")
         assert info is not None
         assert info.kind == "any"
 

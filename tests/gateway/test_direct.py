@@ -105,7 +105,7 @@ async def test_a_reader_that_waits_is_woken_for_the_rest_of_a_piece(nursery: tri
     woken = trio.Event()
 
     async def read() -> None:
-        await call.body.wait_readable()
+        await call.body.reader.park()
         woken.set()
 
     nursery.start_soon(read)

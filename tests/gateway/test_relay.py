@@ -489,7 +489,7 @@ async def test_images_need_a_model_that_sees(node: HttpNode) -> None:
 
 
 async def test_a_node_that_drains_takes_no_calls(node: HttpNode) -> None:
-    node.registry.draining_reason = "closing"
+    node.registry.drain("closing")
     response = await node.post()
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 
@@ -596,7 +596,7 @@ async def test_it_is_made_only_once_more(node: HttpNode) -> None:
 
 async def test_the_second_call_is_cancelled_when_the_client_leaves(node: HttpNode) -> None:
     two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone"), retryable=True), lambda s: None)
-    second = list(node.registry._models["m"].replicas)[1]
+    second = node.registry.catalog.replicas("m")[1]
     assert isinstance(second, Backend)
     async with node.connect() as wire:
         await wire.request("POST", PATH, BODY)

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
 
-from trio_cluster.routing.router import CallStats
+from trio_cluster.core.stats import CallStats
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "lifetimes.md").read_text(encoding="utf-8")

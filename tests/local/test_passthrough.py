@@ -381,7 +381,7 @@ def test_an_object_that_is_called_like_one_will_do() -> None:
         async def __call__(self, call: RawCall) -> None:
             call.begin(200, "")
 
-    assert RawBackend(ModelInfo("m", "any"), Relay(), HandlerPool(ClusterServerOptions())).available
+    assert RawBackend(ModelInfo("m", "any"), Relay(), HandlerPool(ClusterServerOptions())).health.available
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -22,7 +22,9 @@ from trio_cluster.errors import (
     WorkerLost,
     WrongKind,
 )
-from trio_cluster.routing.router import NameTaken, Registry
+from trio_cluster.routing.catalog import NameTaken
+from trio_cluster.routing.health import Health
+from trio_cluster.routing.router import Router
 
 
 @attrs.define(eq=False)
@@ -31,7 +33,7 @@ class Scripted:
 
     name: str
     load: float = 0.0
-    available: bool = True
+    health: Health = attrs.field(factory=Health)
     calls: list[Call] = attrs.field(factory=list)
 
     def open(self, request: Request) -> Call:
@@ -48,96 +50,97 @@ CHAT = ModelInfo("m", "chat")
 
 
 def test_a_model_that_is_added_can_be_asked() -> None:
-    registry, backend = Registry(), Scripted("w1")
-    registry.add(CHAT, backend)
+    registry, backend = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, backend)
     call = registry.open(request())
     assert backend.calls == [call]
     assert call.served_by == "w1"
-    assert registry.names() == ["m"]
-    assert registry.info("m") is CHAT
-    assert registry.served_by("m") == ["w1"]
+    assert registry.catalog.names() == ["m"]
+    assert registry.catalog.info("m") is CHAT
+    assert registry.catalog.served_by("m") == ["w1"]
 
 
 def test_a_model_that_nobody_serves_is_not_found_and_the_message_lists_those_that_are() -> None:
-    registry = Registry()
-    registry.add(ModelInfo("b", "chat"), Scripted("w1"))
-    registry.add(ModelInfo("a", "chat"), Scripted("w1"))
+    registry = Router()
+    registry.catalog.add(ModelInfo("b", "chat"), Scripted("w1"))
+    registry.catalog.add(ModelInfo("a", "chat"), Scripted("w1"))
     with pytest.raises(ModelNotFound, match="a, b") as caught:
         registry.open(request("missing"))
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
 def test_a_model_of_another_kind_is_a_bad_request() -> None:
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
     with pytest.raises(WrongKind) as caught:
         registry.open(request(kind="embedding"))
     assert caught.value.status == 400
 
 
 def test_a_name_that_is_taken_is_refused_unless_replicas_are_wanted() -> None:
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
     with pytest.raises(NameTaken, match="w1"):
-        registry.add(CHAT, Scripted("w2"))
-    registry.add(CHAT, Scripted("w2"), replicate=True)
-    assert registry.served_by("m") == ["w1", "w2"]
+        registry.catalog.add(CHAT, Scripted("w2"))
+    registry.catalog.add(CHAT, Scripted("w2"), replicate=True)
+    assert registry.catalog.served_by("m") == ["w1", "w2"]
 
 
 def test_a_replica_must_be_of_the_same_kind_and_from_another_node() -> None:
-    registry, backend = Registry(), Scripted("w1")
-    registry.add(CHAT, backend)
+    registry, backend = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, backend)
     with pytest.raises(NameTaken, match="as chat, not embedding"):
-        registry.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
+        registry.catalog.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
     with pytest.raises(NameTaken, match="already serves"):
-        registry.add(CHAT, Scripted("w1"), replicate=True)
+        registry.catalog.add(CHAT, Scripted("w1"), replicate=True)
 
 
 def test_the_least_busy_replica_serves() -> None:
-    registry, busy, idle = Registry(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
-    registry.add(CHAT, busy)
-    registry.add(CHAT, idle, replicate=True)
+    registry, busy, idle = Router(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
+    registry.catalog.add(CHAT, busy)
+    registry.catalog.add(CHAT, idle, replicate=True)
     for _ in range(3):
         registry.open(request())
     assert (len(busy.calls), len(idle.calls)) == (0, 3)
 
 
 def test_equally_busy_replicas_take_turns() -> None:
-    registry = Registry()
+    registry = Router()
     backends = [Scripted(f"w{number}") for number in range(3)]
     for backend in backends:
-        registry.add(CHAT, backend, replicate=True)
+        registry.catalog.add(CHAT, backend, replicate=True)
     for _ in range(9):
         registry.open(request())
     assert [len(backend.calls) for backend in backends] == [3, 3, 3]
 
 
 def test_a_replica_that_drains_gets_nothing_new() -> None:
-    registry, draining, staying = Registry(), Scripted("w1", available=False), Scripted("w2", load=1)
-    registry.add(CHAT, draining)
-    registry.add(CHAT, staying, replicate=True)
+    registry, draining, staying = Router(), Scripted("w1"), Scripted("w2", load=1)
+    draining.health.drain()
+    registry.catalog.add(CHAT, draining)
+    registry.catalog.add(CHAT, staying, replicate=True)
     registry.open(request())
     assert len(staying.calls) == 1
-    staying.available = False
+    staying.health.stall("blocked")
     with pytest.raises(Overloaded):
         registry.open(request())
 
 
 def test_a_model_is_gone_when_its_last_replica_is() -> None:
-    registry, first, second = Registry(), Scripted("w1"), Scripted("w2")
-    registry.add(CHAT, first)
-    registry.add(CHAT, second, replicate=True)
-    assert registry.remove("m", first)
-    assert registry.names() == ["m"]
-    assert registry.remove("m", second)
-    assert registry.names() == []
-    assert not registry.remove("m", second)
+    registry, first, second = Router(), Scripted("w1"), Scripted("w2")
+    registry.catalog.add(CHAT, first)
+    registry.catalog.add(CHAT, second, replicate=True)
+    assert registry.catalog.remove("m", first)
+    assert registry.catalog.names() == ["m"]
+    assert registry.catalog.remove("m", second)
+    assert registry.catalog.names() == []
+    assert not registry.catalog.remove("m", second)
 
 
 def test_a_closed_registry_refuses_with_503() -> None:
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
-    registry.draining_reason = "closing"
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
+    registry.drain("closing")
     with pytest.raises(ShuttingDown, match="closing"):
         registry.open(request())
 
@@ -155,8 +158,8 @@ def test_a_closed_registry_refuses_with_503() -> None:
     ],
 )
 def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | None, entry: str) -> None:
-    registry, backend = Registry(), Scripted("w1")
-    registry.add(CHAT, backend)
+    registry, backend = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, backend)
     call = registry.open(request())
     stats = registry.stats
     assert (stats.admitted, len(registry.live)) == (1, 1)
@@ -169,17 +172,17 @@ def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | 
     call.release()
     call.release()
     assert len(registry.live) == 0
-    outcomes = {name: value for name, value in attrs.asdict(stats).items() if value}
+    outcomes = {name: value for name, value in stats.counters().items() if value}
     assert outcomes == {"admitted": 1, entry: 1}
 
 
 @pytest.mark.parametrize("error", [WorkerLost("w1", "killed"), ShuttingDown()])
 def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error: ApiError) -> None:
-    registry, first, second = Registry(), Scripted("w1"), Scripted("w2", load=1)
-    registry.add(CHAT, first)
-    registry.add(CHAT, second, replicate=True)
+    registry, first, second = Router(), Scripted("w1"), Scripted("w2", load=1)
+    registry.catalog.add(CHAT, first)
+    registry.catalog.add(CHAT, second, replicate=True)
     call = registry.open(request())
-    registry.remove("m", first)
+    registry.catalog.remove("m", first)
     call.put(Failed(error, retryable=True))
     call.release()
     again = registry.reopen(call)
@@ -189,17 +192,17 @@ def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error:
 
 
 def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
-    registry, only = Registry(), Scripted("w1")
-    registry.add(CHAT, only)
+    registry, only = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, only)
     call = registry.open(request())
     call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
     assert registry.reopen(call) is None
 
 
 def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothing_is() -> None:
-    registry = Registry()
+    registry = Router()
     for name in ("w1", "w2"):
-        registry.add(CHAT, Scripted(name), replicate=True)
+        registry.catalog.add(CHAT, Scripted(name), replicate=True)
     call = registry.open(attrs.evolve(request(), total_timeout=10.0))
     call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
     assert registry.reopen(call, 0.0) is None
@@ -213,8 +216,8 @@ def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothi
 def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
     calls = [registry.open(request()) for _ in range(4)]
     calls[0].put(Head())
     calls[0].put(Done())
@@ -225,10 +228,14 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
         now += seconds
         call.release()
     classes = dict(
-        zip((*registry.cancel_durations.BOUNDS, math.inf), registry.cancel_durations.counts, strict=True)
+        zip(
+            (*registry.stats.cancel_durations.BOUNDS, math.inf),
+            registry.stats.cancel_durations.counts,
+            strict=True,
+        )
     )
     assert {bound: count for bound, count in classes.items() if count} == {0.005: 1, 0.01: 1, math.inf: 1}
-    assert registry.cancel_durations.total == pytest.approx(60.01)
+    assert registry.stats.cancel_durations.total == pytest.approx(60.01)
 
 
 @pytest.mark.parametrize(
@@ -245,17 +252,17 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
     ],
 )
 def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiError) -> None:
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
-    registry.add(CHAT, Scripted("w2"), replicate=True)
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
+    registry.catalog.add(CHAT, Scripted("w2"), replicate=True)
     call = registry.open(request())
     call.put(Failed(error))
     assert registry.reopen(call) is None
 
 
 def test_the_live_calls_of_a_request_are_found_by_its_id() -> None:
-    registry, backend = Registry(), Scripted("w1")
-    registry.add(CHAT, backend)
+    registry, backend = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, backend)
     twin, other, again = (
         registry.open(attrs.evolve(request(), request_id=each)) for each in ("twin", "other", "twin")
     )
@@ -269,8 +276,8 @@ def test_the_live_calls_of_a_request_are_found_by_its_id() -> None:
 
 
 async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nursery) -> None:
-    registry = Registry()
-    registry.add(CHAT, Scripted("w1"))
+    registry = Router()
+    registry.catalog.add(CHAT, Scripted("w1"))
     calls = [registry.open(request()) for _ in range(2)]
     idle = trio.Event()
 
@@ -289,76 +296,79 @@ async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nur
 
 
 def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
-    registry, one, two = Registry(), Scripted("w1"), Scripted("w2")
+    registry, one, two = Router(), Scripted("w1"), Scripted("w2")
     untouched = ModelInfo("raw", "any")
-    registry.add(CHAT, one)
-    assert not registry.has_passthrough
-    registry.add(untouched, one, replicate=True)
-    registry.add(untouched, two, replicate=True)
-    registry.remove("raw", one)
-    assert registry.has_passthrough
-    registry.remove("raw", two)
-    assert not registry.has_passthrough
-    registry.update(ModelInfo("m", "any"), one)
-    assert registry.has_passthrough
-    registry.update(CHAT, one)
-    assert not registry.has_passthrough
+    registry.catalog.add(CHAT, one)
+    assert not registry.catalog.has_passthrough
+    registry.catalog.add(untouched, one, replicate=True)
+    registry.catalog.add(untouched, two, replicate=True)
+    registry.catalog.remove("raw", one)
+    assert registry.catalog.has_passthrough
+    registry.catalog.remove("raw", two)
+    assert not registry.catalog.has_passthrough
+    registry.catalog.update(ModelInfo("m", "any"), one)
+    assert registry.catalog.has_passthrough
+    registry.catalog.update(CHAT, one)
+    assert not registry.catalog.has_passthrough
 
 
 # What a model answers beside its kind
 
 
 def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
-    registry, backend = Registry(), Scripted("w1")
-    registry.add(CHAT, backend)
-    assert not registry.answers("/v1/x")
-    registry.update(attrs.evolve(CHAT, extra_endpoints=("/v1/x",), owner="me"), backend)
-    assert registry.answers("/v1/x")
-    assert (registry.infos()[0].owner, registry.infos()[0].extra_endpoints) == ("me", ("/v1/x",))
-    assert registry.check("m", "custom", "/v1/x").name == "m"
+    registry, backend = Router(), Scripted("w1")
+    registry.catalog.add(CHAT, backend)
+    assert not registry.catalog.answers("/v1/x")
+    registry.catalog.update(attrs.evolve(CHAT, extra_endpoints=("/v1/x",), owner="me"), backend)
+    assert registry.catalog.answers("/v1/x")
+    assert (registry.catalog.infos()[0].owner, registry.catalog.infos()[0].extra_endpoints) == (
+        "me",
+        ("/v1/x",),
+    )
+    assert registry.catalog.check("m", "custom", "/v1/x").name == "m"
     with pytest.raises(WrongKind):
-        registry.check("m", "custom", "/v1/y")
+        registry.catalog.check("m", "custom", "/v1/y")
 
 
 def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_asked() -> None:
-    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2", load=0.9)
-    registry.add(CHAT, plain, replicate=True)
-    registry.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
+    registry, plain, more = Router(), Scripted("w1"), Scripted("w2", load=0.9)
+    registry.catalog.add(CHAT, plain, replicate=True)
+    registry.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
     route = Request("/v1/x", "custom", "m", b"{}")
     assert {registry.open(route).served_by for _ in range(3)} == {"w2"}
     assert registry.open(request()).served_by == "w1"
-    more.available = False
+    more.health.stall("blocked")
     with pytest.raises(Overloaded):
         registry.open(route)
-    assert registry.remove("m", more)
+    assert registry.catalog.remove("m", more)
     with pytest.raises(WrongKind):
         registry.open(route)
 
 
 def test_a_replica_that_does_not_answer_a_route_is_not_asked_when_another_one_is_lost() -> None:
-    registry, plain, more = Registry(), Scripted("w1"), Scripted("w2")
-    registry.add(CHAT, plain, replicate=True)
-    registry.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
+    registry, plain, more = Router(), Scripted("w1"), Scripted("w2")
+    registry.catalog.add(CHAT, plain, replicate=True)
+    registry.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
     call = registry.open(Request("/v1/x", "custom", "m", b"{}"))
     call.put(Failed(WorkerLost("w2", "gone")))
     assert registry.reopen(call, math.inf) is None
 
 
 def test_an_update_may_not_part_replicas() -> None:
-    registry, first, second = Registry(), Scripted("w1"), Scripted("w2")
-    registry.add(CHAT, first, replicate=True)
-    registry.add(CHAT, second, replicate=True)
+    registry, first, second = Router(), Scripted("w1"), Scripted("w2")
+    registry.catalog.add(CHAT, first, replicate=True)
+    registry.catalog.add(CHAT, second, replicate=True)
     with pytest.raises(NameTaken, match="as chat, not tts"):
-        registry.update(attrs.evolve(CHAT, kind="tts"), second)
-    registry.remove("m", first)
-    registry.update(attrs.evolve(CHAT, kind="tts"), second)
-    assert registry.infos()[0].kind == "tts"
+        registry.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
+    registry.catalog.remove("m", first)
+    registry.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
+    assert registry.catalog.infos()[0].kind == "tts"
 
 
 def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
-    registry = Registry()
+    registry = Router()
     for name in ("w1", "w2"):
-        registry.add(CHAT, Scripted(name), replicate=True)
+        registry.catalog.add(CHAT, Scripted(name), replicate=True)
     call = registry.open(attrs.evolve(request(), upload=ByteChannel()))
     call.put(Failed(WorkerLost(call.served_by, "gone"), retryable=True))
     assert registry.reopen(call, math.inf) is None

@@ -17,7 +17,7 @@ from trio_cluster.gateway import relay
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.protocol import MasterSession
-from trio_cluster.routing.router import Registry
+from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
 from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._actors import Actors, Run
@@ -98,7 +98,7 @@ def finish_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Registry, "remove", lambda self, name, backend: True)
+    monkeypatch.setattr(Catalog, "remove", lambda self, name, backend: True)
 
 
 def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:

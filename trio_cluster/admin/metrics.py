@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-import attrs
 import trio
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import (
@@ -21,9 +20,9 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from ..core.stats import Histogram
 from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
-from ..routing.router import Histogram
 
 __all__ = ["metrics_reply"]
 
@@ -60,7 +59,7 @@ class _Reading:
 
     def families(self) -> Iterator[Metric]:
         registry = self._node_context.registry
-        stats = attrs.asdict(registry.stats)
+        stats = registry.stats.counters()
         yield CounterMetricFamily(
             _PREFIX + "calls_admitted", "Calls that were opened.", value=stats["admitted"]
         )
@@ -79,10 +78,10 @@ class _Reading:
         yield _histogram(
             "cancel_seconds",
             "From giving a call up until its work had really stopped.",
-            registry.cancel_durations,
+            registry.stats.cancel_durations,
         )
         models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
-        kinds = [info.kind for info in registry.infos()]
+        kinds = [info.kind for info in registry.catalog.infos()]
         for kind in sorted(set(kinds)):
             models.add_metric([kind], kinds.count(kind))
         yield models

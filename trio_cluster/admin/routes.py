@@ -7,7 +7,6 @@ the framework.
 
 from __future__ import annotations
 
-import attrs
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
@@ -52,13 +51,13 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        entries = [info.entry() for info in node_context.registry.infos()]
+        entries = [info.entry() for info in node_context.registry.catalog.infos()]
         return respond(json_reply({"object": "list", "data": entries}))
 
     async def retrieve_model(name: str) -> TrioResponse:
-        info = node_context.registry.info(name)
+        info = node_context.registry.catalog.info(name)
         if info is None:
-            raise ModelNotFound(name, node_context.registry.names())
+            raise ModelNotFound(name, node_context.registry.catalog.names())
         return respond(json_reply(info.entry()))
 
     for prefix in PREFIXES:
@@ -97,7 +96,10 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def status() -> TrioResponse:
         registry = node_context.registry
-        models = [info.entry() | {"nodes": registry.served_by(info.name)} for info in registry.infos()]
+        models = [
+            info.entry() | {"nodes": registry.catalog.served_by(info.name)}
+            for info in registry.catalog.infos()
+        ]
         return respond(
             json_reply(
                 {
@@ -106,7 +108,7 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
                     "uptime": round(node_context.uptime, 3),
                     "draining": registry.draining_reason is not None,
                     "models": models,
-                    "calls": attrs.asdict(registry.stats) | {"in_flight": len(registry.live)},
+                    "calls": registry.stats.counters() | {"in_flight": len(registry.live)},
                 }
                 | dict(node_context.status())
             )

@@ -24,7 +24,7 @@ from ..core.request import Request
 from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ModelNotFound, ShuttingDown
 from ..options import ClusterServerOptions
 from ..protocol import Data as DataMessage, ForwardRequest, WorkerSession
-from ..routing.router import Registry
+from ..routing.router import Router
 
 __all__ = ["ForwardedCalls"]
 
@@ -48,7 +48,7 @@ class ForwardedCalls:
         self,
         session: WorkerSession,
         wake: Callable[[], None],
-        registry: Registry,
+        registry: Router,
         options: ClusterServerOptions,
     ) -> None:
         self.live: dict[int, Call] = {}

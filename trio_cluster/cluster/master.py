@@ -38,7 +38,7 @@ from ..protocol import (
     RegisterModel,
     UnregisterModel,
 )
-from ..routing.router import Registry
+from ..routing.router import Router
 from .remote_worker import RemoteWorker
 
 __all__ = ["WorkerManager"]
@@ -67,7 +67,7 @@ class WorkerManager:
         workers: those that are connected, by name.
     """
 
-    def __init__(self, registry: Registry, options: ClusterServerOptions, node_id: str) -> None:
+    def __init__(self, registry: Router, options: ClusterServerOptions, node_id: str) -> None:
         self.workers: dict[str, RemoteWorker] = {}
         self._registry = registry
         self._options = options
@@ -141,8 +141,8 @@ class WorkerManager:
                 "instance": worker.instance,
                 "address": worker.address,
                 "state": worker.state,
-                "draining": worker.draining,
-                "stalled": worker.stalled,
+                "draining": worker.health.draining,
+                "stalled": worker.health.stalled,
                 "models": sorted(worker.models),
                 "running": worker.running,
                 "waiting": worker.waiting,
@@ -216,7 +216,7 @@ class WorkerConnection:
                 self._on_event(event)
             elif self._worker is not None:
                 self._worker.on_data(event)
-        if self.session.peer_blocked or (self._worker is not None and self._worker.stalled):
+        if self.session.peer_blocked or (self._worker is not None and self._worker.health.stalled):
             self._update_health()
 
     def _on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
@@ -231,7 +231,8 @@ class WorkerConnection:
         stalled, silence = self.session.peer_blocked, self.session.silence(trio.current_time())
         if silence > _SUSPECT_AFTER * self._options.worker_timeout:
             stalled = f"silent for {silence:.1f} s"
-        was, worker.stalled = worker.stalled, stalled
+        was = worker.health.stalled
+        worker.health.stall(stalled)
         if stalled and not was:
             self._log(f"worker stalled: {stalled}", worker, level=logging.WARNING, in_flight=worker.in_flight)
         elif was and not stalled:
@@ -253,10 +254,10 @@ class WorkerConnection:
                 self._register(worker, event)
             case UnregisterModel():
                 if worker.models.pop(event.name, None) is not None:
-                    self._registry.remove(event.name, worker)
+                    self._registry.catalog.remove(event.name, worker)
                     self._log("model left", worker, model=event.name)
             case Drain():
-                worker.draining = True
+                worker.health.drain()
                 self._log(f"worker drains: {event.reason}", worker)
             case ForwardResponse() | Done() | Failed():
                 worker.on_event(event)
@@ -288,9 +289,9 @@ class WorkerConnection:
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
             if info.name in worker.models:
-                self._registry.update(info, worker)
+                self._registry.catalog.update(info, worker)
             else:
-                self._registry.add(info, worker, replicate=self._options.on_conflict == "replicate")
+                self._registry.catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
             self.session.model_rejected(message.name, str(refusal))
             self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)
@@ -310,14 +311,14 @@ class WorkerConnection:
         if worker is None:
             return
         for name in worker.models:
-            self._registry.remove(name, worker)
+            self._registry.catalog.remove(name, worker)
         if self._manager.workers.get(worker.name) is worker:
             del self._manager.workers[worker.name]
         worker.connection_lost(why)
 
     def _log_end(self, closed: LinkClosed) -> None:
         if self._worker is not None:
-            in_order = self._worker.draining and not self._worker.in_flight
+            in_order = self._worker.health.draining and not self._worker.in_flight
             self._log_left(closed.why, self._worker, logging.INFO if in_order else logging.WARNING)
         elif not (self._probed or self._instance):
             fields = {"address": self._address}

@@ -31,6 +31,7 @@ from ..protocol import (
     Heartbeat,
     MasterSession,
 )
+from ..routing.health import Health
 
 __all__ = ["STATES", "CallEvent", "RemoteWorker"]
 
@@ -53,7 +54,7 @@ class RemoteWorker:
         models: what it serves, by name.
         connected_at: the trio time at which it joined.
         running, waiting, capacity, lag: its own account of itself, from its last heartbeat; the lag in seconds.
-        stalled: why it can do nothing at the moment, although it is not lost; empty if it can.
+        health: whether it may be given calls; kept by the connection that watches it.
     """
 
     def __init__(self, name: str, session: MasterSession, wake: Callable[[], None], address: str) -> None:
@@ -65,9 +66,7 @@ class RemoteWorker:
         self.waiting = 0
         self.capacity = 1
         self.lag = 0.0
-        self.stalled = ""
-        self.draining = False
-        self._lost: str | None = None
+        self.health = Health()
         self._session = session
         self._wake = wake
         self._calls: dict[int, Call] = {}
@@ -88,16 +87,11 @@ class RemoteWorker:
         return self.in_flight / self.capacity
 
     @property
-    def available(self) -> bool:
-        """See ``Backend``."""
-        return not (self.draining or self.stalled) and self._lost is None
-
-    @property
     def state(self) -> str:
         """One of :data:`STATES`."""
-        if self.stalled:
+        if self.health.stalled:
             return "stalled"
-        if self.draining:
+        if self.health.draining:
             return "draining"
         return "busy" if max(self.in_flight, self.running) >= self.capacity else "ok"
 
@@ -109,14 +103,14 @@ class RemoteWorker:
 
     def request_shutdown(self, reason: str) -> None:
         """Give it no more calls, and ask it to finish those that it has, and then to stop."""
-        self.draining = True
+        self.health.drain()
         self._session.shut_down(reason)
         self._wake()
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
-        if self._lost is not None:
-            raise WorkerLost(self.name, self._lost)
+        if self.health.lost is not None:
+            raise WorkerLost(self.name, self.health.lost)
         session, wake = self._session, self._wake
         call_id = session.open(
             endpoint=request.endpoint,
@@ -140,7 +134,7 @@ class RemoteWorker:
             if session.grant(call_id, count):
                 wake()
 
-        call = Call(request, served_by=self.name, on_cancel=cancel, on_consumed=grant)
+        call = Call(request, served_by=self.name, forwarded=True, on_cancel=cancel, on_consumed=grant)
         self._calls[call_id] = call
 
         def send(data: bytes | memoryview, last: bool) -> bool:
@@ -194,11 +188,11 @@ class RemoteWorker:
 
     def connection_lost(self, why: str) -> None:
         """Fail every call at once: the link is over, and nothing more will come."""
-        self._lost = why
+        self.health.lose(why)
         for call_id, call in list(self._calls.items()):
             if not call.ended:
                 # A draining worker gives back what it has not begun, even if it could not say so any more.
-                given_back = self.draining and not call.begun
+                given_back = self.health.draining and not call.begun
                 error = ShuttingDown() if given_back else WorkerLost(self.name, why)
                 call.put(Failed(error, retryable=True))
             self._release(call_id)

@@ -39,7 +39,7 @@ from ..protocol import (
     WorkerEvent,
     WorkerSession,
 )
-from ..routing.router import Registry
+from ..routing.router import Router
 from .forwarded import ForwardedCalls
 
 __all__ = ["WorkerClient"]
@@ -71,7 +71,7 @@ class WorkerClient:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: Router,
         pool: HandlerPool,
         options: ClusterServerOptions,
         node_id: str,
@@ -313,7 +313,7 @@ class MasterConnection:
         if self.client._draining.is_set():
             self.link.close_when_flushed("the worker is being stopped")
             return
-        for info in self._registry.infos():
+        for info in self._registry.catalog.infos():
             self.announce(info)
         self._on_model_answer("")
 

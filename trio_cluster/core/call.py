@@ -3,7 +3,8 @@
 Theory of operation
 ===================
 
-Everything that can answer is a :class:`Backend`; asking it gives a :class:`Call`. A call has two sides.
+Everything that can answer is a backend (``routing/backend.py``); opening a request there gives a :class:`Call`. A call has
+two sides.
 
 *The producer's side* belongs to the backend. It puts a ``Head``, then the pieces of the body into :attr:`Call.body`, then
 ``Done`` or ``Failed``. All of that is synchronous; backpressure is the channel's (see ``channel.py``).
@@ -24,49 +25,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import trio
 
 from ..errors import CallCancelled
 from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
+from .observer import Observers
 from .request import Request
 
-__all__ = ["LOCAL", "Backend", "Call", "Phase"]
-
-#: The name of every backend in this process.
-LOCAL: Final = "local"
+__all__ = ["Call", "Phase"]
 
 #: For the body; for a slot; for the first output; the answer has begun; it is over, and the work is not.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
-
-
-class Backend(Protocol):
-    """Whatever can answer requests: a handler in this process, or a worker far away."""
-
-    @property
-    def name(self) -> str:
-        """The node that does the work: a worker's id, or :data:`LOCAL`."""
-        ...
-
-    @property
-    def load(self) -> float:
-        """How busy it is: calls it has, as a share of those it can run at once. May exceed 1."""
-        ...
-
-    @property
-    def available(self) -> bool:
-        """Whether it takes new calls; one that drains does not."""
-        ...
-
-    def open(self, request: Request) -> Call:
-        """Begin to answer ``request``. Synchronous: on return the call exists and can be cancelled.
-
-        Raises:
-            ApiError: it cannot be begun here; nothing was started.
-        """
-        ...
 
 
 def _nothing(_: Any) -> None:
@@ -79,11 +51,13 @@ class Call:
     Args:
         request: what is being answered.
         served_by: the name of the backend that answers.
+        forwarded: the backend is on another node, and the request was handed to the link to it.
         on_cancel: called once with the reason when the consumer cancels the call before it ended.
         on_consumed: called with the number of body bytes that the consumer has taken since the last time.
 
     Attributes:
-        request, served_by: as given.
+        request, served_by, forwarded: as given.
+        observers: are told of the steps of the call; set by the router when the call is open.
         body: the pieces of the answer's body. ``body.delivered`` tells how much of the answer the consumer has taken.
         begun: the head was put; an error can no longer become a status.
         end: the event that ended the answer, ``None`` before.
@@ -106,6 +80,8 @@ class Call:
         "cancelled",
         "cancelled_at",
         "end",
+        "forwarded",
+        "observers",
         "opened_at",
         "queued",
         "released",
@@ -118,11 +94,14 @@ class Call:
         request: Request,
         *,
         served_by: str = "",
+        forwarded: bool = False,
         on_cancel: Callable[[str], None] = _nothing,
         on_consumed: Callable[[int], None] = _nothing,
     ) -> None:
         self.request = request
         self.served_by = served_by
+        self.forwarded = forwarded
+        self.observers: Observers | None = None
         self.body = ByteChannel(on_consumed=on_consumed, is_open=False, signs_of_life=True)
         self._on_cancel = on_cancel
         self._on_release: list[Callable[[], None]] = []
@@ -149,12 +128,12 @@ class Call:
         Raises:
             trio.EndOfChannel: ``Done`` or ``Failed`` was received before.
         """
-        if self._head is not None or self.body.readable or self.end is not None:
+        if self._head is not None or self.body.pieces or self.end is not None:
             await trio.lowlevel.checkpoint()
         while (event := self._next()) is None:
             if self._told_end:
                 raise trio.EndOfChannel
-            await self.body.wait_readable()
+            await self.body.reader.park()
         return event
 
     def receive_nowait(self) -> Event:
@@ -231,6 +210,9 @@ class Call:
             else:
                 self._head = event
                 self.body.wake_reader()
+            if self.observers is not None:
+                for listener in self.observers.first_byte:
+                    listener(self)
         else:
             if isinstance(event, Done) and not self.begun:
                 raise RuntimeError("Done before Head")
@@ -240,8 +222,16 @@ class Call:
         """Take note of what the node that does the work says of the call: whether it waits for a slot, and how many
         bytes of the answer there are.
         """
-        self.queued = queued
         self._reported = produced
+        if queued is not self.queued:
+            self.set_queued(queued)
+
+    def set_queued(self, queued: bool) -> None:
+        """Take note that the call waits for a slot, or waits no longer."""
+        self.queued = queued
+        if queued and self.observers is not None:
+            for listener in self.observers.queued:
+                listener(self)
 
     def release(self) -> None:
         """Say that the work has really stopped and holds nothing any more. Idempotent.
@@ -304,9 +294,8 @@ class Call:
         if self._head is not None:
             head, self._head = self._head, None
             return head
-        piece = self.body.next_piece()
-        if piece is not None:
-            return Data(piece)
+        if self.body.pieces:
+            return Data(self.body.next_piece())
         if self.end is None or self._told_end:
             return None
         self._told_end = True

@@ -61,6 +61,8 @@ class ByteChannel:
         waiting_bytes: bytes that were put and not taken; those that a sink keeps are among them.
         complete: all bytes were put.
         closed: the consumer wants no more.
+        pieces: those that wait, oldest first. To be looked at; :meth:`next_piece` and its like take them out.
+        reader: where a consumer parks until something is put, the body ends, or it is woken for another reason.
     """
 
     __slots__ = (
@@ -70,14 +72,14 @@ class ByteChannel:
         "_on_complete",
         "_on_consumed",
         "_open",
-        "_pieces",
         "_producer",
-        "_reader",
         "_signs_of_life",
         "_sink",
         "closed",
         "complete",
         "delivered",
+        "pieces",
+        "reader",
         "received",
         "size",
         "waiting_bytes",
@@ -104,8 +106,8 @@ class ByteChannel:
         self._on_consumed = on_consumed
         self._on_close: Callable[[], None] | None = None
         self._on_complete: Callable[[], None] | None = None
-        self._pieces: deque[bytes | memoryview] = deque()
-        self._reader = trio.lowlevel.ParkingLot()
+        self.pieces: deque[bytes | memoryview] = deque()
+        self.reader = trio.lowlevel.ParkingLot()
         self._producer = trio.lowlevel.ParkingLot()
         # A producer is parked.
         self._held = False
@@ -144,13 +146,13 @@ class ByteChannel:
         sink = self._sink
         if sink is None:
             fast_path = self._fast_path
-            if fast_path is None or self._pieces or not fast_path(data):
+            if fast_path is None or self.pieces or not fast_path(data):
                 self.waiting_bytes += size
                 # One empty piece wakes the consumer as well as several.
-                if size or not self._pieces:
-                    self._pieces.append(data)
-                if self._reader:
-                    self._reader.unpark()
+                if size or not self.pieces:
+                    self.pieces.append(data)
+                if self.reader:
+                    self.reader.unpark()
                 return
         elif not sink(data, last):
             self.waiting_bytes += size
@@ -196,11 +198,6 @@ class ByteChannel:
         if self.complete:
             callback()
 
-    @property
-    def readable(self) -> bool:
-        """Whether a piece waits to be received."""
-        return bool(self._pieces)
-
     async def receive(self) -> bytes:
         """Return what was put since the last time, waiting for it if need be; empty at the end of the body.
 
@@ -208,23 +205,21 @@ class ByteChannel:
         """
         await trio.lowlevel.checkpoint()
         while not (self.waiting_bytes or self.complete):
-            await self._reader.park()
+            await self.reader.park()
         return self.receive_nowait()
 
     def receive_nowait(self) -> bytes:
         """Return what was put since the last time; empty also if there is more to come."""
-        pieces = self._pieces
+        pieces = self.pieces
         data = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         if data:
             self.consumed(len(data))
         return data
 
-    def next_piece(self) -> bytes | memoryview | None:
-        """Return the next piece as it was put, perhaps an empty one; ``None`` if none waits."""
-        if not self._pieces:
-            return None
-        data = self._pieces.popleft()
+    def next_piece(self) -> bytes | memoryview:
+        """Return the next piece as it was put, perhaps an empty one; there must be one in :attr:`pieces`."""
+        data = self.pieces.popleft()
         self.consumed(len(data))
         return data
 
@@ -243,8 +238,8 @@ class ByteChannel:
         bytes have gone on; if not, they count as waiting until :meth:`consumed` is called for them.
         """
         self._sink = sink
-        data, complete = b"".join(self._pieces), self.complete
-        self._pieces.clear()
+        data, complete = b"".join(self.pieces), self.complete
+        self.pieces.clear()
         if (data or complete) and sink(data, complete):
             self.consumed(len(data))
 
@@ -265,14 +260,10 @@ class ByteChannel:
             self._release_producer()
         self._on_consumed(count)
 
-    async def wait_readable(self) -> None:
-        """Wait until something was put, or the reader was woken for another reason."""
-        await self._reader.park()
-
     def wake_reader(self) -> None:
         """Let whoever waits for something to read look again."""
-        if self._reader:
-            self._reader.unpark_all()
+        if self.reader:
+            self.reader.unpark_all()
 
     def close(self) -> None:
         """Want no more, and drop what waits. Idempotent."""
@@ -280,7 +271,7 @@ class ByteChannel:
             return
         self.closed = True
         self.waiting_bytes = 0
-        self._pieces.clear()
+        self.pieces.clear()
         self._fast_path = None
         self._release_producer()
         if self._on_close is not None and not self.complete:

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from ..options import ClusterServerOptions
-from ..routing.router import Registry
+from ..routing.router import Router
 from .context import RequestContext
 
 __all__ = ["GaugeSample", "NodeContext"]
@@ -52,7 +52,7 @@ class NodeContext:
     or ``None`` if there is no such worker here.
     """
 
-    registry: Registry
+    registry: Router
     options: ClusterServerOptions
     node_id: str = ""
     mode: str = ""

@@ -191,7 +191,7 @@ class _Passage:
         if endpoint is not None or self._has_route(path):
             return endpoint
         name = own_route(path)
-        return endpoint_named(name) if self._node_context.registry.answers(name) else None
+        return endpoint_named(name) if self._node_context.registry.catalog.answers(name) else None
 
     async def _relay(self, endpoint: Endpoint) -> None:
         """Answer a request for a model, without the framework: it would take as long as all the rest."""

@@ -310,7 +310,7 @@ class StreamingBody:
     def _take(self) -> bytes:
         """Return all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
         body = self._call.body
-        if body.readable:
+        if body.pieces:
             # Even an empty piece is a sign of life.
             self._waiting_since = None
         data = body.receive_nowait()
@@ -339,7 +339,7 @@ class StreamingBody:
         pings = self._events is not None and not self._events.torn
         until = min(expires, now + PING_INTERVAL) if pings else expires
         with trio.move_on_at(until):
-            await self._call.body.wait_readable()
+            await self._call.body.reader.park()
             return None
         if writer is not None and writer.last_activity > since:
             return None

@@ -19,11 +19,13 @@ import trio
 
 from ..core import randomness
 from ..core.answer import Done
-from ..core.call import LOCAL, Call
+from ..core.call import Call
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..openai import Encoder, FormReader, endpoint_named
 from ..options import ClusterServerOptions
+from ..routing.backend import LOCAL
+from ..routing.health import Health
 from .adapters import Adapter, Handler, adapt
 from .pool import CallTask, HandlerPool, is_failure
 
@@ -55,6 +57,7 @@ class HandlerBackend:
     def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, capability: str = "") -> None:
         self.info = info
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
+        self.health = Health()
         self._pool = pool
 
     def add_endpoint(self, capability: str, handler: Handler) -> None:
@@ -73,11 +76,6 @@ class HandlerBackend:
     def load(self) -> float:
         """See ``Backend``."""
         return (self._pool.running + self._pool.waiting) / self._pool.capacity
-
-    @property
-    def available(self) -> bool:
-        """See ``Backend``."""
-        return True
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""

@@ -14,11 +14,13 @@ from typing import TypeAlias
 import trio
 
 from ..core.answer import Done, Head
-from ..core.call import LOCAL, Call
+from ..core.call import Call
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..errors import UpstreamLost
 from ..options import ClusterServerOptions
+from ..routing.backend import LOCAL
+from ..routing.health import Health
 from .pool import CallTask, HandlerPool, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
@@ -144,6 +146,7 @@ class RawBackend:
             raise ValueError(f"max_concurrency must be at least 1, not {max_concurrency}")
         self.info = info
         self._handler = handler
+        self.health = Health()
         self._pool = pool
         self._slots = None if max_concurrency is None else trio.CapacityLimiter(max_concurrency)
         self._open = 0
@@ -157,11 +160,6 @@ class RawBackend:
         """See ``Backend``."""
         # Without a limit nobody knows what is much; it is compared with others by the number of its calls.
         return self._open / (100 if self._slots is None else self._slots.total_tokens)
-
-    @property
-    def available(self) -> bool:
-        """See ``Backend``."""
-        return True
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""

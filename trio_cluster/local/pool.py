@@ -23,11 +23,12 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from ..core.answer import Failed
-from ..core.call import LOCAL, Call
+from ..core.call import Call
 from ..core.logs import current_request
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ..options import ClusterServerOptions
+from ..routing.backend import LOCAL
 
 __all__ = ["MAX_OUTPUTS_PER_TURN", "MAX_WAITING", "CallTask", "HandlerPool", "is_failure"]
 
@@ -250,13 +251,13 @@ class HandlerPool:
             slots.acquire_on_behalf_of_nowait(call)
         except trio.WouldBlock:
             self.waiting += 1
-            call.queued = True
+            call.set_queued(True)
             try:
                 with trio.move_on_after(self.options.server.queue_timeout) as wait:
                     await slots.acquire_on_behalf_of(call)
             finally:
                 self.waiting -= 1
-                call.queued = False
+                call.set_queued(False)
             if wait.cancelled_caught:
                 call_task.fail(self._over_capacity(slots))
                 return

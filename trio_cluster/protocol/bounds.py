@@ -113,6 +113,12 @@ def text(limit: int = TEXT_MAX) -> Validator:
     return check
 
 
+def optional_name(instance: Any, attribute: Any, value: str) -> None:
+    """What :func:`name` takes, or an empty text."""
+    if value:
+        name(instance, attribute, value)
+
+
 def optional_text(limit: int) -> Validator:
     """As :func:`text`, or ``None``."""
     bounded = text(limit)

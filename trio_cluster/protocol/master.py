@@ -104,7 +104,7 @@ class MasterSession(Session[MasterEvent]):
                     None if budget == math.inf else max(0.0, budget),
                     size,
                     once,
-                    bounds.clip(principal, bounds.NAME_MAX),
+                    principal,
                 )
             )
         except ValueError as exc:

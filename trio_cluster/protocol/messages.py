@@ -179,7 +179,7 @@ class ForwardRequest:
     """Bytes of body that will follow; -1: not known yet."""
     once: bool = False
     """The body is streamed through the master and cannot be replayed: the worker must not give the call back."""
-    principal: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
+    principal: str = attrs.field(default="", validator=bounds.optional_name)
     """The name of the key that the client showed; empty where none is required."""
 
 

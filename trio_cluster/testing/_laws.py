@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import trio
 
-from ..core.call import LOCAL
 from ..core.limits import WINDOW
 from ..gateway.relay import GRACE
+from ..routing.backend import LOCAL
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes
 from ._errands import Outcome
@@ -336,7 +336,10 @@ class Laws(trio.abc.Instrument):
         missing = [f"{name} is not connected" for name in self._plan.workers if name not in joined]
         missing += [f"{name} should not be there" for name in joined if name not in self._plan.workers]
         for model in self._plan.models:
-            served = [("master" if name == LOCAL else name) for name in master.registry.served_by(model.name)]
+            served = [
+                ("master" if name == LOCAL else name)
+                for name in master.registry.catalog.served_by(model.name)
+            ]
             if sorted(served) != sorted(model.hosts):
                 missing.append(f"{model.name} is served by {served}, not by {list(model.hosts)}")
         return missing

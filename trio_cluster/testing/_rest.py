@@ -13,9 +13,10 @@ from typing import Final
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ..core.call import LOCAL
+from ..core.stats import CallStats
 from ..protocol import MasterSession, WorkerSession
-from ..routing.router import CallStats, Registry
+from ..routing.backend import LOCAL
+from ..routing.router import Router
 from ._cluster import SimulatedCluster, SimulatedNode
 
 __all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
@@ -188,10 +189,11 @@ def _is_in_request(task: trio.lowlevel.Task) -> bool:
 def _wrong_books(node: SimulatedNode) -> Iterator[str]:
     registry = node.server.registry
     if registry.stats.admitted != _accounted_for(registry):
-        yield f"{node.name}: {registry.stats} and {len(registry.live)} in flight do not balance"
+        counters = ", ".join(f"{name}={count}" for name, count in registry.stats.counters().items())
+        yield f"{node.name}: CallStats({counters}) and {len(registry.live)} in flight do not balance"
 
 
-def _accounted_for(registry: Registry) -> int:
+def _accounted_for(registry: Router) -> int:
     stats: CallStats = registry.stats
     ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
     return ended + len(registry.live)
