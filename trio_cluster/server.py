@@ -6,22 +6,25 @@ which their handlers run) and makes a :class:`~trio_cluster.node.Node` for each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
 
 from .cluster.master import WorkerManager
 from .cluster.probe import is_master
 from .cluster.worker import WorkerClient
-from .core.model import ModelInfo
+from .core.model import ChatModelOptions, Kind, ModelInfo
 from .errors import ClusterPortError
+from .local.adapters import Handler
+from .local.models import LocalModels
+from .local.passthrough import RawHandler
 from .local.pool import HandlerPool
 from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
-from .registration import ModelCatalog
 from .routing.router import Router
 
 if TYPE_CHECKING:
@@ -31,17 +34,20 @@ __all__ = ["ClusterServer"]
 
 Started = trio.TaskStatus[ClusterMode]
 
+H = TypeVar("H", bound=Handler)
+
 #: A process that has just taken the port may not have its second one yet: ask again a few times.
 _PROBE_TRIES: Final = 5
 _PROBE_PAUSE: Final = 0.1
 _PROBE_TIMEOUT: Final = 2.0
 
 
-class ClusterServer(ModelCatalog):
+class ClusterServer:
     """A master, a worker or a standalone server, and the models that this process serves.
 
     Args:
         options: all of them, or only the port of the API. They are the server's from now on.
+        network: where it listens and connects; sockets if ``None``. Tests give it a simulated one.
 
     Raises:
         TypeError: ``options`` is neither.
@@ -52,16 +58,23 @@ class ClusterServer(ModelCatalog):
     that runs it is always a valid way to stop it; afterwards it can run again, but not twice at a time.
     """
 
-    def __init__(self, options: int | ClusterServerOptions | None = None) -> None:
+    def __init__(
+        self, options: int | ClusterServerOptions | None = None, *, network: Network | None = None
+    ) -> None:
         if options is None:
             options = ClusterServerOptions()
         elif isinstance(options, int) and not isinstance(options, bool):
             options = ClusterServerOptions(server=ServerOptions(port=options))
         elif not isinstance(options, ClusterServerOptions):
             raise TypeError(f"expected a port or ClusterServerOptions, got {options!r}")
-        super().__init__(options)
+        self._options = options
+        self._router = Router()
+        self._pool = HandlerPool(options)
+        self._models = LocalModels(
+            options, self._router, self._pool, on_changed=self._announce, on_removed=self._withdraw
+        )
         self._listen_address: tuple[str, int] | None = None
-        self._network: Network = Sockets()
+        self.network: Network = Sockets() if network is None else network
         self._node: Node | None = None
 
     # Configuration
@@ -75,7 +88,10 @@ class ClusterServer(ModelCatalog):
     def options(self, options: ClusterServerOptions) -> None:
         if self._node is not None:
             raise RuntimeError("the options as a whole cannot be replaced while the server runs")
-        self._replace_options(options)
+        self._options = options
+        self._pool.options = options
+        self._pool.resize()
+        self._models.replace_options(options)
 
     def set_max_concurrency(self, n: int) -> None:
         """Let this process's handlers run ``n`` requests at once, from now on."""
@@ -87,7 +103,7 @@ class ClusterServer(ModelCatalog):
         self._options.server.default_timeout = seconds
 
     def set_api_key(self, key: str | None) -> None:
-        """Want to be shown this key from now on; ``None``: no key."""
+        """Require this API key from now on; ``None``: require none."""
         self._options.server.api_key = key
 
     def set_worker_listen_address(self, host: str | None, port: int = 0) -> None:
@@ -100,6 +116,158 @@ class ClusterServer(ModelCatalog):
         self._listen_address = None if host is None else (host, port)
         if self._node is not None:
             self._node.listen_on(self._listen_address)
+
+    # Models
+
+    def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+        """Serve a chat model from now on; it answers ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``.
+
+        Args:
+            name: what clients call it.
+            handler: a function of one of the documented shapes, which gets a :class:`ChatRequest`.
+            options: what ``/v1/models`` tells about it.
+
+        Raises:
+            ValueError: the name is taken, or is not a name.
+            TypeError: the handler has none of the shapes.
+        """
+        self._models.register("chat", name, handler, options)
+
+    def register_embedding(
+        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+    ) -> None:
+        """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`."""
+        self._models.register("embedding", name, handler, options)
+
+    def register_asr(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+        """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`."""
+        self._models.register("asr", name, handler, options)
+
+    def register_tts(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+        """Serve a text-to-speech model, see :meth:`register_chat`; the handler gets a :class:`TTSRequest`."""
+        self._models.register("tts", name, handler, options)
+
+    def register_image_generation(
+        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+    ) -> None:
+        """Serve an image model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
+        self._models.register("image_generation", name, handler, options)
+
+    def register_image_edit(
+        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+    ) -> None:
+        """Serve a model that changes images, see :meth:`register_chat`; the handler gets an :class:`ImageEditRequest`.
+
+        One model may both make and change images: an image model of this process that has the name answers this, too,
+        and the other way round. What is told about it then stays as it is.
+        """
+        self._models.register("image_edit", name, handler, options)
+
+    def register_rerank(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+        """Serve a model that ranks documents, see :meth:`register_chat`; the handler gets a :class:`RerankRequest`."""
+        self._models.register("rerank", name, handler, options)
+
+    def register_moderation(
+        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+    ) -> None:
+        """Serve a moderation model, see :meth:`register_chat`; the handler gets a :class:`ModerationRequest`.
+
+        It is asked about images only if its options say that it supports vision.
+        """
+        self._models.register("moderation", name, handler, options)
+
+    def chat(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`."""
+        return self._decorator("chat", name, options)
+
+    def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate an embedding handler; see :meth:`register_embedding`."""
+        return self._decorator("embedding", name, options)
+
+    def asr(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a speech-to-text handler; see :meth:`register_asr`."""
+        return self._decorator("asr", name, options)
+
+    def tts(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a text-to-speech handler; see :meth:`register_tts`."""
+        return self._decorator("tts", name, options)
+
+    def image_generation(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate an image handler; see :meth:`register_image_generation`."""
+        return self._decorator("image_generation", name, options)
+
+    def image_edit(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a handler that changes images; see :meth:`register_image_edit`."""
+        return self._decorator("image_edit", name, options)
+
+    def rerank(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a handler that ranks documents; see :meth:`register_rerank`."""
+        return self._decorator("rerank", name, options)
+
+    def moderation(self, name: str, **options: Any) -> Callable[[H], H]:
+        """Decorate a moderation handler; see :meth:`register_moderation`."""
+        return self._decorator("moderation", name, options)
+
+    def register_raw(
+        self,
+        name: str,
+        handler: RawHandler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
+        """Serve a model that answers every route itself, bytes in and bytes out; for what relays to another server.
+
+        Args:
+            name: what clients call it.
+            handler: a coroutine function that gets a :class:`~trio_cluster.RawCall` for each request. What the client
+                sent has not been looked at, except for the name of the model.
+            options: what ``/v1/models`` tells about it.
+            max_concurrency: how many calls run at once; the slots of this process are not used. ``None``: any number.
+
+        Raises:
+            ValueError: the name is taken, or is not a name.
+            TypeError: the handler is no coroutine function.
+        """
+        self._models.register_raw(name, handler, options, max_concurrency)
+
+    def route(self, path: str, model: str, handler: H | None = None) -> Any:
+        """Let a model answer a route that the OpenAI API does not have; a decorator if ``handler`` is left out.
+
+        Args:
+            path: begins with ``/v1/``. Requests to it are POST, and have a field ``model``.
+            model: a model that this process serves, or a new one.
+            handler: a function of one of the documented shapes, which gets a :class:`CustomRequest`.
+
+        Raises:
+            ValueError: the path is not one, belongs to the API, or is answered by this model already.
+            TypeError: the handler has none of the shapes.
+        """
+        if handler is None:
+            return partial(self.route, path, model)
+        self._models.register_route(path, model, handler)
+        return handler
+
+    def unregister_model(self, name: str) -> bool:
+        """Stop serving a model of this process; requests that run go on. Return whether there was one."""
+        return self._models.unregister(name)
+
+    def list_models(self) -> list[str]:
+        """Return the names of all models, sorted: a master's own and its workers' together, a worker's own."""
+        return self._router.catalog.names()
+
+    def has_model(self, name: str) -> bool:
+        """Tell whether a model of this name can be asked here."""
+        return self._router.catalog.info(name) is not None
+
+    def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+        model_options = ChatModelOptions(**options)
+
+        def register(handler: H) -> H:
+            self._models.register(kind, name, handler, model_options)
+            return handler
+
+        return register
 
     # State
 
@@ -134,9 +302,14 @@ class ClusterServer(ModelCatalog):
         return None if self._node is None else self._node.app
 
     @property
+    def router(self) -> Router:
+        """The models that can be asked here, the calls that are live, and the counters of those that are over."""
+        return self._router
+
+    @property
     def registry(self) -> Router:
-        """What can be asked here, the calls that are live, and the books about those that are over."""
-        return self._registry
+        """See :attr:`router`."""
+        return self._router
 
     @property
     def pool(self) -> HandlerPool:
@@ -204,7 +377,7 @@ class ClusterServer(ModelCatalog):
                 return await self._run_as_master(external, internal, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
-            if await is_master(self._network, host, internal_port, _PROBE_TIMEOUT):
+            if await is_master(self.network, host, internal_port, _PROBE_TIMEOUT):
                 return await self.run_as_worker(host, internal_port, task_status=task_status)
             if tries_left:
                 await trio.sleep(_PROBE_PAUSE)
@@ -273,7 +446,7 @@ class ClusterServer(ModelCatalog):
         """
         with self._node_for(ClusterMode.STANDALONE) as node:
             host = self._options.server.host
-            listeners = await self._network.listen(host, self._options.server.port if port is None else port)
+            listeners = await self.network.listen(host, self._options.server.port if port is None else port)
             try:
                 await node.serve_as_standalone(listeners, lambda: task_status.started(node.mode))
             finally:
@@ -293,13 +466,13 @@ class ClusterServer(ModelCatalog):
     async def _open_pair(self, port: int) -> tuple[Listeners, Listeners]:
         options = self._options
         internal_host = options.internal_host or options.server.host
-        return await open_pair(self._network, options.server.host, port, internal_host, options.internal_port)
+        return await open_pair(self.network, options.server.host, port, internal_host, options.internal_port)
 
     @contextmanager
     def _node_for(self, mode: ClusterMode) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
-        self._node = Node(mode, self._options, self._registry, self._pool, self._network)
+        self._node = Node(mode, self._options, self._router, self._pool, self.network)
         self._node.listen_on(self._listen_address)
         try:
             yield self._node

@@ -124,7 +124,7 @@ class SimulatedCluster:
         """
         if server is None:
             server = ClusterServer(self.options)
-        server._network = self.network.host("master")
+        server.network = self.network.host("master")
         if hasattr(self, "master"):
             self.past.append(self.master)
         self.master = SimulatedNode(self, "master", server)
@@ -144,7 +144,7 @@ class SimulatedCluster:
         name = server.options.server.worker_id
         if name is None:
             raise ValueError("a simulated worker needs a worker_id")
-        server._network = self.network.host(name)
+        server.network = self.network.host(name)
         node = SimulatedNode(self, name, server)
         if name in self.workers:
             self.past.append(self.workers[name])

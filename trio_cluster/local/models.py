@@ -1,0 +1,112 @@
+"""The models of this process: functions registered under names, and taken back.
+
+A model that is registered while the server runs is served at once, and on a worker it is announced to the master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+
+from ..core.model import ChatModelOptions, Kind, ModelInfo
+from ..openai import custom_path
+from ..options import ClusterServerOptions
+from ..routing.router import Router
+from .adapters import Handler
+from .handler import HandlerBackend
+from .passthrough import RawBackend, RawHandler
+from .pool import HandlerPool
+
+__all__ = ["LocalModels"]
+
+#: The kinds that one model may be at the same time, each with a handler of its own.
+_IMAGE_KINDS: Final = {"image_generation", "image_edit"}
+
+
+class LocalModels:
+    """The models of this process.
+
+    Args:
+        options: read at the time of use.
+        router: where requests for the models come from.
+        pool: where their handlers run.
+        on_changed: called with a model that is new, or is something else from now on.
+        on_removed: called with the name of a model that is gone.
+    """
+
+    def __init__(
+        self,
+        options: ClusterServerOptions,
+        router: Router,
+        pool: HandlerPool,
+        *,
+        on_changed: Callable[[ModelInfo], None],
+        on_removed: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._router = router
+        self._pool = pool
+        self._on_changed = on_changed
+        self._on_removed = on_removed
+        self._backends: dict[str, HandlerBackend | RawBackend] = {}
+
+    def replace_options(self, options: ClusterServerOptions) -> None:
+        """Use other options from now on. Models say who owns them, and that may have changed."""
+        self._options = options
+        for backend in self._backends.values():
+            backend.info = attrs.evolve(backend.info, owner=options.server.owner)
+            self._router.catalog.update(backend.info, backend)
+
+    def register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
+        """Serve a model of a kind of the OpenAI API from now on; see ``ClusterServer.register_chat``.
+
+        An image model that has the name already answers the other image route too.
+        """
+        backend = self._backends.get(name)
+        if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
+            self._add_endpoint(backend, kind, handler)
+        else:
+            self._add(HandlerBackend(self._info(kind, name, options), handler, self._pool))
+
+    def register_raw(
+        self, name: str, handler: RawHandler, options: ChatModelOptions | None, max_concurrency: int | None
+    ) -> None:
+        """Serve a passthrough model from now on; see ``ClusterServer.register_raw``."""
+        info = self._info("any", name, options)
+        self._add(RawBackend(info, handler, self._pool, max_concurrency))
+
+    def register_route(self, path: str, model: str, handler: Handler) -> None:
+        """Let a model, which may be a new one, answer one more route; see ``ClusterServer.route``."""
+        path = custom_path(path)
+        backend = self._backends.get(model)
+        if backend is None:
+            info = attrs.evolve(self._info("custom", model, None), extra_endpoints=(path,))
+            self._add(HandlerBackend(info, handler, self._pool, path))
+        else:
+            self._add_endpoint(backend, path, handler)
+
+    def unregister(self, name: str) -> bool:
+        """Stop serving a model; calls that run go on. Return whether there was one."""
+        backend = self._backends.pop(name, None)
+        if backend is None:
+            return False
+        self._router.catalog.remove(name, backend)
+        self._on_removed(name)
+        return True
+
+    def _info(self, kind: Kind, name: str, options: ChatModelOptions | None) -> ModelInfo:
+        owner = self._options.server.owner
+        return ModelInfo(name=name, kind=kind, owner=owner, options=options or ChatModelOptions())
+
+    def _add(self, backend: HandlerBackend | RawBackend) -> None:
+        info = backend.info
+        self._router.catalog.add(info, backend, replicate=self._options.on_conflict == "replicate")
+        self._backends[info.name] = backend
+        self._on_changed(info)
+
+    def _add_endpoint(self, backend: HandlerBackend | RawBackend, capability: str, handler: Handler) -> None:
+        backend.add_endpoint(capability, handler)
+        self._router.catalog.update(backend.info, backend)
+        self._on_changed(backend.info)
