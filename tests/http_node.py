@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -20,6 +21,7 @@ from trio_cluster.core.model import ChatModelOptions, Kind, ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
+from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.server import serve_http
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.health import Health
@@ -299,6 +301,6 @@ async def open_http_node(
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_http, app, [listener(sock)])
+        await nursery.start(partial(serve_http, app, [listener(sock)], render_refusal=render_refusal))
         yield node
         nursery.cancel_scope.cancel()

@@ -29,7 +29,8 @@ from .core import randomness
 from .core.logs import MOST_IDS
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
-from .gateway.pipeline import App
+from .gateway.response import render_refusal
+from .http1.asgi import App
 from .http1.server import serve_http
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, local_address, port_of, shown_address
@@ -218,6 +219,7 @@ class Node:
         await serve_http(
             app,
             listeners,
+            render_refusal=render_refusal,
             shutdown_trigger=self._api_may_end.wait,
             grace=_CLOSE_TIMEOUT,
             task_status=task_status,
@@ -253,6 +255,7 @@ class Node:
                             serve_http,
                             app,
                             listeners,
+                            render_refusal=render_refusal,
                             shutdown_trigger=trio.sleep_forever,
                             grace=_CLOSE_TIMEOUT,
                         )

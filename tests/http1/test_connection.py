@@ -14,6 +14,7 @@ import trio
 from hypothesis import HealthCheck, given, settings, strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.connection import UNREAD, Http1Connection
 from trio_cluster.http1.parser import HEAD_LIMIT
 from trio_cluster.net.idle import IdleTimeout
@@ -108,7 +109,7 @@ class Way:
             reader, idle = self.reader(nursery), IdleTimeout(IDLE)
             nursery.start_soon(reader.run)
             nursery.start_soon(idle.run)
-            connection = Http1Connection(stream, app, {}, "connection", reader, idle)
+            connection = Http1Connection(stream, app, {}, reader, idle, render_refusal)
             nursery.start_soon(connection.serve)
             yield client, connection
             nursery.cancel_scope.cancel()

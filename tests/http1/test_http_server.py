@@ -7,7 +7,6 @@ import json
 import socket
 from typing import Any
 
-import hypercorn.utils
 import pytest
 import trio
 from http_node import (
@@ -24,6 +23,7 @@ from http_node import (
 
 from trio_cluster.http1 import server
 from trio_cluster.http1.connection import Http1Connection
+from trio_cluster.http1.lifespan import LifespanError
 from trio_cluster.http1.parser import RequestParser
 from trio_cluster.http1.server import UNREAD_TIME, serve_http
 
@@ -261,14 +261,31 @@ async def test_an_application_that_cannot_begin_is_an_error_and_closes_the_socke
             raise RuntimeError("no disk")
 
         sock, served = listening_socket(), False
-        with pytest.RaisesGroup(
-            pytest.RaisesExc(hypercorn.utils.LifespanFailureError, match="no disk"), flatten_subgroups=True
-        ):
+        with pytest.RaisesGroup(pytest.RaisesExc(LifespanError, match="no disk"), flatten_subgroups=True):
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_http, node.app, [listener(sock)])
                 served = True
         assert sock.fileno() == -1
         assert not served
+
+
+async def test_what_is_not_a_request_is_refused_in_plain_text_unless_the_application_has_a_form_for_it() -> (
+    None
+):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise NotImplementedError
+
+    sock = listening_socket()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_http, app, [listener(sock)])
+        async with connect(sock) as wire:
+            await wire.send(b"BREW / HTTP/1.1\r\n\r\n")
+            answer = await wire.answer()
+            assert (answer.status, answer.headers["connection"]) == (501, "close")
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+            assert answer.body == b"The method of this request is not known here\n"
+            assert await wire.closed()
+        nursery.cancel_scope.cancel()
 
 
 async def test_every_socket_is_served_and_all_are_closed_in_the_end() -> None:

@@ -20,8 +20,9 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
-from ..gateway.pipeline import App, Gate, own_route
+from ..gateway.pipeline import Gate, own_route
 from ..gateway.response import error_reply
+from ..http1.asgi import App
 from .operator import add_operator_routes
 from .routes import add_routes, respond
 

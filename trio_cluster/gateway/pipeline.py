@@ -21,14 +21,15 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import trio
 
 from ..core.logs import current_request
 from ..errors import ApiError, HandlerFailed, InvalidRequest
+from ..http1.asgi import CONNECTION_KEY, App, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
 from ..openai import ENDPOINTS, Endpoint, endpoint_named
 from .body import ClientLeft, RequestBody, too_large
@@ -39,15 +40,9 @@ from .node_context import NodeContext
 from .relay import relay
 from .response import Reply, error_reply
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "App", "Gate", "Receive", "Scope", "Send", "own_route"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "Gate", "own_route"]
 
 logger = logging.getLogger("trio_cluster.http")
-
-Message: TypeAlias = MutableMapping[str, Any]
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Paths that need no key. What they show are states and numbers; names and contents they do not.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
@@ -60,9 +55,6 @@ DRAIN_TIME = 2.0
 #: How much more is read after a refusal that ends the connection, so that the client gets to see it.
 LINGER_BYTES = 1 << 27
 LINGER_TIME = 10.0
-
-#: Where the server leaves the connection of a request, for those who may have to break it.
-CONNECTION_KEY: Final = "trio_cluster.connection"
 
 #: Every route of the OpenAI API is served under each of these.
 PREFIXES: Final = ("/v1", "")

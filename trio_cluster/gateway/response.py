@@ -13,11 +13,13 @@ from typing import Any, Final, Protocol
 import attrs
 import msgspec
 
-from ..errors import ApiError, CallCancelled
+from ..errors import ApiError, CallCancelled, InvalidRequest
+from ..http1.refusal import HttpRefusal
 from ..openai import error_body
+from .context import RequestContext
 from .direct import Connection
 
-__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply"]
+__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal"]
 
 #: The header that says so.
 JSON: Final = ("content-type", "application/json")
@@ -71,3 +73,13 @@ def error_reply(error: ApiError) -> Reply:
         # The status alone would make the official clients send the request again.
         headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))
+
+
+def render_refusal(refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the headers and the body of the answer to what was not a request: an error like every other.
+
+    It has a request id of its own, since there is no request that could have brought one.
+    """
+    reply = error_reply(InvalidRequest(refusal.message, status=refusal.status))
+    assert isinstance(reply.body, bytes)
+    return [*reply.headers, ("x-request-id", RequestContext(()).request_id)], reply.body

@@ -4,9 +4,9 @@ Theory of operation
 ===================
 
 A connection has one task, which takes one request after the other and runs the application for it. What comes in is
-put in from outside (``net/readers.py``): it goes through the parser (``parser.py``), and the task is woken. So the connection
-is always being read while an answer is under way, which is how it is known at once that a client has left, whatever the
-application is doing; it is told, and it is cancelled.
+put in from outside (``net/readers.py``): it goes through the parser (``parser.py``), and the task is woken. So the
+connection is always being read while an answer is under way, which is how it is known at once that a client has left,
+whatever the application is doing; the application is then cancelled.
 
 Reading stops only while more than :data:`UNREAD` bytes wait for the application, be they a body that it does not take
 or requests that came too early. That is the backpressure on uploads.
@@ -35,14 +35,12 @@ from urllib.parse import unquote
 
 import trio
 
-from ..errors import ApiError
-from ..gateway.context import RequestContext
-from ..gateway.pipeline import App, Message
-from ..gateway.response import error_reply
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader
-from .framing import RequestState, chunk, pieces_to_write, refusal, response_head
+from .asgi import CONNECTION_KEY, App, Message
+from .framing import RequestState, chunk, pieces_to_write, refusal_response, response_head
 from .parser import RequestParser
+from .refusal import HttpRefusal, RenderRefusal, render_as_text
 
 __all__ = ["UNREAD", "Http1Connection"]
 
@@ -64,18 +62,25 @@ class Http1Connection:
     Args:
         stream: the accepted connection; closed when it is over.
         app: the ASGI application.
-        state: the application's lifespan state, given to each request with this connection in it.
-        state_key: under which key.
+        state: the application's lifespan state, given to each request, with this connection under ``CONNECTION_KEY``.
         reader: reads it; must run for as long.
         idle: bounds the time between requests, and for the head of one; likewise.
+        render_refusal: makes the answer to what is not a request.
     """
 
     def __init__(
-        self, stream: Any, app: App, state: dict[str, Any], state_key: str, reader: Reader, idle: IdleTimeout
+        self,
+        stream: Any,
+        app: App,
+        state: dict[str, Any],
+        reader: Reader,
+        idle: IdleTimeout,
+        render_refusal: RenderRefusal = render_as_text,
     ) -> None:
         self._stream = stream
         self._app = app
-        self._state = {**state, state_key: self}
+        self._state = {**state, CONNECTION_KEY: self}
+        self._render_refusal = render_refusal
         # Of an IPv6 address only the first two parts.
         self._client = tuple(stream.socket.getpeername()[:2])
         self._server = tuple(stream.socket.getsockname()[:2])
@@ -357,9 +362,10 @@ class Http1Connection:
             return
         self._torn = False
 
-    async def _send_refusal(self, error: ApiError) -> None:
+    async def _send_refusal(self, refusal: HttpRefusal) -> None:
         """Say what is wrong with what came, and see to it that the client can read that before the end."""
-        await self._write(refusal(error_reply(error), RequestContext(()).request_id))
+        headers, body = self._render_refusal(refusal)
+        await self._write(refusal_response(refusal.status, headers, body))
         with trio.move_on_after(_LINGER_TIME):
             try:
                 await self._stream.send_eof()

@@ -7,13 +7,12 @@ it comes in one piece; chunks; or, for HTTP/1.0, the end of the connection. HEAD
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final
 
-from ..gateway.response import Reply
-
-__all__ = ["RequestState", "chunk", "pieces_to_write", "refusal", "response_head"]
+__all__ = ["RequestState", "chunk", "pieces_to_write", "refusal_response", "response_head"]
 
 #: Bytes of a body from which copying them costs more than another write.
 _LARGE: Final = 1024 * 1024
@@ -131,13 +130,11 @@ def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> l
     return [before, body, after]
 
 
-def refusal(reply: Reply, request_id: str) -> bytes:
+def refusal_response(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
     """Return a whole answer to something that never became a request; it ends the connection."""
-    assert isinstance(reply.body, bytes)
-    named = [*reply.headers, ("x-request-id", request_id), ("connection", "close")]
-    lines = [_STATUS_LINES[reply.status], b"content-length: %d\r\n" % len(reply.body)]
-    lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in named]
-    return b"".join([*lines, _date_line(), b"\r\n", reply.body])
+    lines = [_STATUS_LINES[status], b"content-length: %d\r\n" % len(body)]
+    lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in (*headers, ("connection", "close"))]
+    return b"".join([*lines, _date_line(), b"\r\n", body])
 
 
 class _Date:

@@ -11,8 +11,8 @@ from typing import Final
 
 import httptools
 
-from ..errors import ApiError, InvalidRequest
 from .framing import RequestState
+from .refusal import HttpRefusal
 
 __all__ = ["HEAD_LIMIT", "RequestParser"]
 
@@ -42,7 +42,7 @@ class RequestParser:
     def __init__(self) -> None:
         self.requests: list[RequestState] = []
         self.latest = _NONE_YET
-        self.refused: ApiError | None = None
+        self.refused: HttpRefusal | None = None
         self.no_more = False
         self.unread = 0
         self._head_size = 0
@@ -61,16 +61,16 @@ class RequestParser:
             self.no_more = True
             self.latest.keep_alive = False
         except httptools.HttpParserInvalidMethodError:
-            self._refuse(InvalidRequest("The method of this request is not known here", status=501))
+            self._refuse(HttpRefusal(501, "The method of this request is not known here"))
         except httptools.HttpParserError as error:
             if data.startswith(_HTTP2):
-                self._refuse(InvalidRequest("HTTP/2 is not spoken here; use HTTP/1.1", status=505))
+                self._refuse(HttpRefusal(505, "HTTP/2 is not spoken here; use HTTP/1.1"))
             elif not self._over:
-                self._refuse(InvalidRequest(f"This is not a request in HTTP/1.1: {error}"))
+                self._refuse(HttpRefusal(400, f"This is not a request in HTTP/1.1: {error}"))
         # A head that was read in one piece is done with, whatever its size; this ends one that goes on and on.
         if self._head_size > HEAD_LIMIT:
             limit = f"The head of the request has more than {HEAD_LIMIT} bytes"
-            self._refuse(InvalidRequest(limit, status=431))
+            self._refuse(HttpRefusal(431, limit))
 
     def take_body(self, request: RequestState) -> bytes:
         """Take out what has come of a request's body."""
@@ -94,9 +94,9 @@ class RequestParser:
         """Whether what comes is nobody's."""
         return self._ignoring or (self.no_more and self.latest.complete)
 
-    def _refuse(self, error: ApiError) -> None:
+    def _refuse(self, refusal: HttpRefusal) -> None:
         if self.refused is None:
-            self.refused = error
+            self.refused = refusal
 
     # The parser's callbacks
 
@@ -133,7 +133,7 @@ class RequestParser:
             return
         if request.coded:
             # The parser would take everything up to the end of the connection for the body.
-            self._refuse(InvalidRequest("The only transfer encoding known here is 'chunked'", status=501))
+            self._refuse(HttpRefusal(501, "The only transfer encoding known here is 'chunked'"))
             return
         self.no_more = not request.keep_alive
         self.unread += _REQUEST_WEIGHT

@@ -1,7 +1,7 @@
 """HTTP on sockets: connections come in, are served, and end with the server.
 
-A connection that fails for whatever reason is its own trouble and ends nobody else's. hypercorn brings the
-application's lifespan; the connections are in ``connection.py``, and who reads them in ``net/readers.py``.
+A connection that fails for whatever reason is its own trouble and ends nobody else's. The application's lifespan is in
+``lifespan.py``, the connections are in ``connection.py``, and who reads them in ``net/readers.py``.
 
 A client that stops reading while nobody wants to stop is dropped by the kernel, where there is such a limit.
 """
@@ -16,16 +16,15 @@ from functools import partial
 from typing import Any, Final
 
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.lifespan import Lifespan
 
-from ..gateway.pipeline import CONNECTION_KEY, App
 from ..net.acceptor import accept_all
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
 from ..net.sockets import Listeners, close_all
+from .asgi import App
 from .connection import Http1Connection
+from .lifespan import open_lifespan
+from .refusal import RenderRefusal, render_as_text
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
 
@@ -54,6 +53,7 @@ async def serve_http(
     *,
     shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
     grace: float = 3.0,
+    render_refusal: RenderRefusal = render_as_text,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an ASGI application until ``shutdown_trigger`` returns, and then until its connections have
@@ -68,45 +68,30 @@ async def serve_http(
         listeners: where connections come in; they are closed in any case.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds that requests have to finish; may be infinite.
+        render_refusal: makes the answer to what is not a request.
         task_status: started when connections are served.
 
     Raises:
-        hypercorn.utils.LifespanFailureError: one of the application's ``before_serving`` functions failed.
+        LifespanError: the application could not start, or could not shut down; in an exception group.
     """
-    config = _config()
-    wrapped = ASGIWrapper(app)  # type: ignore[arg-type]
     state: dict[str, Any] = {}
     try:
-        async with trio.open_nursery() as nursery:
-            lifespan = Lifespan(wrapped, config, state)
-            await nursery.start(lifespan.handle_lifespan)
-            await lifespan.wait_for_startup()
-            if lifespan.supported and lifespan.shutdown.is_set():
-                # It has failed, and its error is on the way to this nursery.
-                await trio.sleep_forever()
+        async with open_lifespan(app, state):
             for listener in listeners:
                 prepare_socket(listener.socket)  # type: ignore[attr-defined]
-            connections = _Connections(app, state)
+            connections = _Connections(app, state, render_refusal)
             await connections.serve(listeners, shutdown_trigger, grace, task_status)
-            await lifespan.wait_for_shutdown()
-            nursery.cancel_scope.cancel(reason="the server has stopped")
     finally:
         close_all(listeners)
-
-
-def _config() -> Config:
-    config = Config()
-    config.accesslog = None
-    config.errorlog = logger
-    return config
 
 
 class _Connections:
     """All connections of one server."""
 
-    def __init__(self, app: App, state: dict[str, Any]) -> None:
+    def __init__(self, app: App, state: dict[str, Any], render_refusal: RenderRefusal) -> None:
         self._app = app
         self._state = state
+        self._render_refusal = render_refusal
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Http1Connection, None] = {}
         self._empty = trio.Event()
@@ -144,7 +129,7 @@ class _Connections:
     def _admit(self, handlers: trio.Nursery, stream: Any) -> None:
         try:
             connection = Http1Connection(
-                stream, self._app, self._state, CONNECTION_KEY, self._reader, self._idle
+                stream, self._app, self._state, self._reader, self._idle, self._render_refusal
             )
         except OSError:
             # It was gone before it could be asked who it is.
