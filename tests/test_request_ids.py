@@ -16,7 +16,7 @@ from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall
 from trio_cluster.core import logs
 from trio_cluster.gateway import body as request_body
 from trio_cluster.gateway.node_context import NodeContext
-from trio_cluster.gateway.pipeline import Gate
+from trio_cluster.gateway.pipeline import Gateway
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")

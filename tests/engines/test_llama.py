@@ -399,7 +399,7 @@ class TestWithLlamaCpp:
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_engine, parse_serve(f"llama:{tiny},ctx=512,parallel=1"), server)
             assert server.list_models() == ["tiny"]
-            info = server._registry.catalog.info("tiny")
+            info = server.router.catalog.info("tiny")
             assert info is not None
             assert info.entry()["context_window"] == 512
             nursery.cancel_scope.cancel()

@@ -139,7 +139,7 @@ async def outcome_of(call: Call, into: Outcome | None = None) -> Outcome:
 
 
 async def ask(server: ClusterServer, asked: Request) -> Outcome:
-    return await outcome_of(server._registry.open(asked))
+    return await outcome_of(server.router.open(asked))
 
 
 async def released(call: Call) -> None:
@@ -272,7 +272,7 @@ async def test_models_are_there_once_the_engine_has_started_and_gone_with_it() -
     async with open_raw_server(upstream.script) as raw:
         async with serving(server, f"openai:{raw.url},key=secret"):
             assert server.list_models() == ["a", "b"]
-            info = server._registry.catalog.info("a")
+            info = server.router.catalog.info("a")
             assert isinstance(info, ModelInfo)
             assert (info.kind, info.options.context_window) == ("any", 7)
         assert server.list_models() == []
@@ -287,7 +287,7 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
         upstream.list = listing({"id": "m", "max_model_len": 5}, "n")
         await upstream.asked_again()
         assert server.list_models() == ["m", "n"]
-        info = server._registry.catalog.info("m")
+        info = server.router.catalog.info("m")
         assert info is not None
         assert info.options.context_window == 5
         upstream.list = listing("n")
@@ -398,7 +398,7 @@ async def test_a_server_that_is_too_busy_to_be_asked_but_answers_calls_keeps_its
             await trio.sleep(0.03)
 
     async with engine_before(script, ",poll=0.1") as (server, _, upstream):
-        call = server._registry.open(request())
+        call = server.router.open(request())
         upstream.list = None
         await upstream.asked_again(5)
         assert server.list_models() == ["m"]
@@ -427,7 +427,7 @@ async def test_a_name_that_is_taken_is_told_once_and_tried_again(caplog: pytest.
         assert len([record for record in caplog.records if "is left out" in record.message]) == 2
         server.unregister_model("m")
         await upstream.asked_again()
-        info = server._registry.catalog.info("m")
+        info = server.router.catalog.info("m")
         assert info is not None
         assert info.kind == "any"
 
@@ -557,7 +557,7 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
         asked = request(
             b"", "audio.transcriptions", name, content_type="multipart/form-data; boundary=abc", upload=upload
         )
-        call = server._registry.open(asked)
+        call = server.router.open(asked)
         upload.put(FORM[:60_000])
         with trio.fail_after(2):
             await arrived.wait()
@@ -572,7 +572,7 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
 async def test_json_that_is_still_coming_waits_for_its_end_if_the_model_has_another_name() -> None:
     upload = ByteChannel(-1)
     async with engine_before(mirror, ",prefix=gpu/") as (server, _, _):
-        call = server._registry.open(request(b"", model="gpu/m", upload=upload))
+        call = server.router.open(request(b"", model="gpu/m", upload=upload))
         upload.put(b'{"model":"gpu/m","x":')
         upload.put(b"1}", last=True)
         assert (await outcome_of(call)).body == b'{"model":"m","x":1}'
@@ -586,7 +586,7 @@ async def test_a_server_that_refuses_an_upload_early_is_heard() -> None:
 
     upload = ByteChannel(10_000_000)
     async with engine_before(script) as (server, _, _):
-        call = server._registry.open(request(b"", upload=upload))
+        call = server.router.open(request(b"", upload=upload))
         upload.put(b"x" * 1000)
         outcome = await outcome_of(call)
         assert outcome.head is not None
@@ -646,7 +646,7 @@ async def test_a_stream_comes_as_it_is_event_by_event() -> None:
         await visit.send(b"0\r\n\r\n")
 
     async with engine_before(script) as (server, _, _):
-        call = server._registry.open(request())
+        call = server.router.open(request())
         with trio.fail_after(5):
             assert await call.receive() == Head(200, "text/event-stream")
             for event, known in zip(events, taken, strict=True):
@@ -771,7 +771,7 @@ async def test_a_call_that_is_given_up_closes_the_servers_connection_at_once(
         closed.set()
 
     async with engine_before(script) as (server, _, _):
-        call = server._registry.open(request(body))
+        call = server.router.open(request(body))
         with trio.fail_after(2):
             await begun.wait()
         call.cancel("client left")
@@ -808,7 +808,7 @@ async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_st
             sent += 65536
 
     async with engine_before(script) as (server, _, _):
-        call = server._registry.open(request())
+        call = server.router.open(request())
         # Still once the kernel has taken what it takes.
         with trio.fail_after(5):
             await wait_all_tasks_blocked(0.2)

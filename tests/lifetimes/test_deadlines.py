@@ -12,7 +12,7 @@ import trio
 from stage import ENDPOINTS, LARGE, LATENCY, MODEL, Caller, Phase, Stage, open_stage
 from trio.testing import MockClock
 
-from trio_cluster.gateway.relay import GRACE
+from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import settle
 
 CHAT: Final = ENDPOINTS["chat-stream"]

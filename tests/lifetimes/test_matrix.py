@@ -11,8 +11,8 @@ from law import LAW, Cell, Impossible
 from stage import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Stage, open_stage
 
 from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
-from trio_cluster.gateway.pipeline import DRAIN_TIME
-from trio_cluster.gateway.relay import GRACE
+from trio_cluster.gateway.cycle import DRAIN_TIME
+from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import settle
 
 #: The options of every node, each limit different from all others.

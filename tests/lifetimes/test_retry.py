@@ -12,7 +12,7 @@ from stage import ENDPOINTS, LATENCY, MODEL, Caller
 from trio.testing import MockClock
 
 from trio_cluster import ApiError
-from trio_cluster.gateway.relay import GRACE
+from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import Answer, SimulatedCluster, SimulatedNode, open_cluster, settle, worker
 
 OPTIONS: Final[dict[str, Any]] = {

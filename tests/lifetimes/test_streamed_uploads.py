@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from trio_cluster import ApiError, ASRRequest, ChatRequest, ClusterServer, RawCall
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway import body
-from trio_cluster.gateway.relay import GRACE
+from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import (
     Answer,
     SimulatedCluster,

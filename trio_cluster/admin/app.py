@@ -20,7 +20,8 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
-from ..gateway.pipeline import Gate, own_route
+from ..gateway.pipeline import Gateway
+from ..gateway.routes import own_route
 from ..gateway.response import error_reply
 from ..http1.asgi import App
 from .operator import add_operator_routes
@@ -73,7 +74,7 @@ def gate(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
     def has_route(path: str) -> bool:
         return bool(paths.allowed_methods(path or "/"))
 
-    app.asgi_app = Gate(cast(App, app.asgi_app), node_context, has_route)  # type: ignore[method-assign, assignment]
+    app.asgi_app = Gateway(cast(App, app.asgi_app), node_context, has_route)  # type: ignore[method-assign, assignment]
     return app
 
 

@@ -12,8 +12,8 @@ from quart_trio.wrappers import TrioResponse
 
 from ..errors import HandlerFailed, ModelNotFound
 from ..gateway.node_context import NodeContext
-from ..gateway.pipeline import MODEL_ROUTES, PREFIXES
 from ..gateway.response import JSON, Reply, json_reply
+from ..gateway.routes import MODEL_ROUTES, PREFIXES
 from ..openai import ENDPOINTS
 from .description import description
 from .metrics import metrics_reply

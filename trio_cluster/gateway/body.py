@@ -154,6 +154,10 @@ class SpooledBody:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is kept. Synchronous, idempotent."""
         if self._file is not None:
             self._file.close()
 

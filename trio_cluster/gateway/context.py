@@ -1,10 +1,9 @@
-"""One request and its answer, from the gate's point of view.
+"""The context of one request: what the stages of the gateway find out about it, and the calls that it opened.
 
-The gate makes an exchange for every request and puts it into the ASGI scope, where routes find it. Whatever a
-route starts on behalf of the request is held here, and ends with the exchange at the latest: the gate sees to
-that in a ``finally``, which no way of leaving can pass by. That includes a client that leaves between the
-moment a route has returned and the moment its body is first asked for, when no code of the route runs any
-more.
+The gateway makes a context for every request, hands it from stage to stage, and puts it into the ASGI scope, where the
+views of the admin application find it. Calls that are opened for the request belong to the context and are cancelled when
+it ends, in a ``finally`` of the gateway. That includes a client that leaves after a view has returned and before the first
+byte of its answer is asked for, when no code of the view runs any more.
 """
 
 from __future__ import annotations
@@ -15,11 +14,15 @@ from typing import Any, Final, cast
 
 from ..core import randomness
 from ..core.call import Call
-from .body import RequestBody
+from ..core.principal import ANONYMOUS
+from ..core.request import Request
+from ..openai import Endpoint
+from .body import RequestBody, SpooledBody
+from .deadlines import ResponseDeadlines
 
 __all__ = ["RequestContext", "request_context"]
 
-_KEY: Final = "trio_cluster.exchange"
+_KEY: Final = "trio_cluster.request_context"
 _MAX_REQUEST_ID: Final = 128
 
 
@@ -28,26 +31,58 @@ class RequestContext:
 
     Args:
         headers: the request's headers as they came, names in lower case.
-        client: the address it came from, if that is known.
+        client: the address that the request came from, if that is known.
+        path: what is asked for, normalized: it begins with one slash.
 
     Attributes:
-        headers, client: as given.
-        request_id: the client's own if it sent a sane one, otherwise a new one.
-        request_body: the body of the request; the gate's to set.
-        began: when it came, on the monotonic clock.
-        cut: the answer has failed after it began; the connection must be ended so that nobody takes the
-            answer for a complete one.
+        headers, client, path: as given.
+        request_id: the client's own if it sent a usable one, otherwise a new one.
+        request_body: the body of the request; set by the gateway.
+        principal: who asks; set by the authenticate stage.
+        endpoint: what a model is asked for; set by the gateway, ``None`` for what the admin application answers.
+        spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
+        request: the request as models see it; set by the parse stage.
+        deadlines: how long the client waits; set by the route stage.
+        call: the call that answers the request; set by the route stage, and replaced by a retry.
+        began: when the request arrived, on the monotonic clock.
+        aborted: the answer failed after it began; the connection must be broken off, so that the client does not take
+            the answer for a complete one.
     """
 
-    __slots__ = ("_calls", "_first", "aborted", "began", "client", "headers", "request_body", "request_id")
+    __slots__ = (
+        "_calls",
+        "_first",
+        "aborted",
+        "began",
+        "call",
+        "client",
+        "deadlines",
+        "endpoint",
+        "headers",
+        "path",
+        "principal",
+        "request",
+        "request_body",
+        "request_id",
+        "spool",
+    )
 
     request_body: RequestBody
+    request: Request
+    deadlines: ResponseDeadlines
+    call: Call
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "") -> None:
+    def __init__(
+        self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = ""
+    ) -> None:
         self.headers = list(headers)
-        # Of each name the first one, which is put in last.
+        # The first of several headers of one name wins: it is put in last.
         self._first = dict(reversed(self.headers))
         self.client = client
+        self.path = path
+        self.principal = ANONYMOUS
+        self.endpoint: Endpoint | None = None
+        self.spool: SpooledBody | None = None
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.began = time.monotonic()
         self.aborted = False
@@ -65,24 +100,25 @@ class RequestContext:
         return None if self.header(b"transfer-encoding") else 0
 
     def attach_to(self, scope: MutableMapping[str, Any]) -> None:
-        """Make the exchange findable from an ASGI scope."""
+        """Make the context findable from an ASGI scope."""
         scope[_KEY] = self
 
     def add_call(self, call: Call) -> None:
-        """Cancel ``call`` when the exchange ends, unless it has ended by then."""
+        """Make ``call`` the one that answers the request; it is cancelled when the context ends, if it has not ended."""
+        self.call = call
         self._calls.append(call)
 
     def cancel_calls(self, reason: str) -> None:
-        """Cancel everything that is held. Idempotent, and harmless for what has ended."""
+        """Cancel all calls that have not ended. Synchronous, idempotent."""
         for call in self._calls:
             call.cancel(reason)
 
 
 def request_context(scope: Mapping[str, Any]) -> RequestContext:
-    """Return the exchange that an ASGI scope belongs to.
+    """Return the context of the request that an ASGI scope belongs to.
 
     Raises:
-        KeyError: the request did not come through the gate.
+        KeyError: the request did not come through the gateway.
     """
     return cast(RequestContext, scope[_KEY])
 

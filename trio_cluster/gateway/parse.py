@@ -23,7 +23,7 @@ from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
 
-__all__ = ["read_request"]
+__all__ = ["Parse"]
 
 #: Bytes of a request from which reading it in the event loop would be felt by the others.
 _READ_IN_THREAD: Final = 1 << 20
@@ -32,53 +32,62 @@ _READ_IN_THREAD: Final = 1 << 20
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 
 
-async def read_request(
-    node_context: NodeContext, endpoint: Endpoint, context: RequestContext, spool: SpooledBody
-) -> Request:
-    """Return what the client asks, ready to be opened.
+class Parse:
+    """Makes a request of what a client sent. See ``Stage``.
 
-    A body that has come whole is checked, unless it is for a model that wants to see it untouched. Of a form that is
-    larger than that, only the model is found out; what has come until then is put into ``spool``, and the rest has
-    still to be passed on.
+    A body that arrived whole is checked, unless it is for a passthrough model. Of a form that is larger than that, only
+    the model is found out; what has arrived until then is put into the context's spool, and the rest has still to be
+    forwarded.
 
-    Raises:
-        ApiError: it cannot be served.
-        ClientLeft: the client has left in the middle of it.
+    Args:
+        node_context: the node; its models and its options count.
     """
-    request_body = context.request_body
-    headers = _travelling_headers(context)
-    content_type = (context.header(b"content-type") or b"").decode("latin-1")
-    idle_timeout, total_timeout = _timeouts(node_context, context)
-    body, parsed, upload = b"", None, None
-    first = await request_body.read(SPOOL_THRESHOLD)
-    if not request_body.complete and is_form(content_type):
-        model = await _find_model(request_body, content_type, first, spool)
-        info = node_context.registry.catalog.check(model, endpoint.kind, endpoint.name)
-        size = context.declared_length()
-        upload = ByteChannel(-1 if size is None else size)
-    else:
-        body = await _rest_of(request_body, first, node_context)
-        info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
-    return Request(
-        endpoint=endpoint.name,
-        kind=endpoint.kind,
-        model=info.name,
-        body=body,
-        content_type=content_type,
-        headers=headers,
-        request_id=context.request_id,
-        idle_timeout=idle_timeout,
-        total_timeout=total_timeout,
-        parsed=parsed,
-        client=context.client,
-        upload=upload,
-    )
+
+    def __init__(self, node_context: NodeContext) -> None:
+        self._node_context = node_context
+
+    async def admit(self, context: RequestContext) -> None:
+        """See ``Stage``.
+
+        Raises:
+            ApiError: the request cannot be served.
+            ClientLeft: the client left in the middle of it.
+        """
+        node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
+        assert endpoint is not None
+        headers = _travelling_headers(context)
+        content_type = (context.header(b"content-type") or b"").decode("latin-1")
+        idle_timeout, total_timeout = _timeouts(node_context, context)
+        body, parsed, upload = b"", None, None
+        first = await request_body.read(SPOOL_THRESHOLD)
+        if not request_body.complete and is_form(content_type):
+            context.spool = SpooledBody()
+            model = await _find_model(request_body, content_type, first, context.spool)
+            info = node_context.registry.catalog.check(model, endpoint.kind, endpoint.name)
+            size = context.declared_length()
+            upload = ByteChannel(-1 if size is None else size)
+        else:
+            body = first if request_body.complete else await _rest_of(request_body, first, node_context)
+            info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        context.request = Request(
+            endpoint=endpoint.name,
+            kind=endpoint.kind,
+            model=info.name,
+            body=body,
+            content_type=content_type,
+            headers=headers,
+            request_id=context.request_id,
+            idle_timeout=idle_timeout,
+            total_timeout=total_timeout,
+            parsed=parsed,
+            client=context.client,
+            upload=upload,
+            principal=context.principal,
+        )
 
 
 async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
-    """Return a body that is kept in memory, of which ``first`` has come."""
-    if request_body.complete:
-        return first
+    """Return a body that is kept in memory, of which ``first`` has come and more is to come."""
     request_body.limit = min(request_body.limit, node_context.options.server.max_json_size)
     if request_body.received > request_body.limit:
         raise too_large(request_body.limit)

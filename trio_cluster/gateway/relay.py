@@ -1,57 +1,41 @@
-"""A call made into a reply: the way of every request for a model, free of any web framework.
+"""The relay: makes a reply of the call that answers a request. It knows no web framework.
 
-The request is read once and checked, opened, and held by its exchange. From then on the only question is when
-to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
+The only question is when to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
 
-- an event stream begins with its first event; a failure after that is one error event. So events are sent whole:
-  one that fails half-way would otherwise have its error in the middle of it;
+- an event stream begins with its first event; a failure after that is one error event. So events are sent whole: an error
+  in the middle of one would be a part of it (see ``sse_buffer.py``);
 - audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
-- everything else is sent when it is complete. Only an answer that is larger than :data:`BUFFER_LIMIT` is begun
-  earlier, so that memory stays bounded.
+- everything else is sent when it is complete. Only an answer that is larger than :data:`BUFFER_LIMIT` is begun earlier, so
+  that memory stays bounded.
 
-Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all
-else that is done to a token. A failed one cuts the exchange, and the gate then ends the connection in a way
-that no client takes for the end of the answer.
-
-The node that runs the handler keeps the time, and its message is the better one. The deadlines here are what
-is left when that node fails to; they come :data:`GRACE` later. All of them are counted from the opening of the
-call, also where that call was lost and is opened once more elsewhere: the client has not begun to wait anew.
+Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all else that is
+done to a token. An answer that failed aborts the context, and the gateway then ends the connection in a way that no client
+takes for the end of the answer.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from functools import partial
 from typing import Final
 
-import attrs
 import trio
 
 from ..core.answer import Data, Done, Event, Failed, Head
 from ..core.call import Call
-from ..core.channel import ByteChannel
-from ..errors import ApiError, HandlerFailed, TooSlow
-from ..openai import PING, Endpoint, error_event
-from .body import RequestBody, SpooledBody
+from ..errors import ApiError, HandlerFailed
+from ..openai import PING, error_event
 from .context import RequestContext
+from .deadlines import ResponseDeadlines
 from .direct import Connection, DirectWriter
 from .node_context import NodeContext
-from .parse import read_request
 from .response import Reply
 from .sse_buffer import EventBuffer
 
-__all__ = ["BUFFER_LIMIT", "GRACE", "PING_INTERVAL", "relay"]
-
-logger = logging.getLogger("trio_cluster.http")
+__all__ = ["BUFFER_LIMIT", "PING_INTERVAL", "relay"]
 
 #: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
 BUFFER_LIMIT: Final = 1 << 20
-
-#: Seconds that an answer may be later than its node should have allowed. Nodes give signs of life once a
-#: second.
-GRACE: Final = 2.0
 
 #: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
 #: client, and to find out whether the client is still there.
@@ -83,129 +67,31 @@ _RESERVED_HEADERS: Final = frozenset(
 )
 
 
-async def relay(node_context: NodeContext, endpoint: Endpoint, context: RequestContext) -> Reply:
-    """Answer the request of ``context`` with a model.
+async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
+    """Make a reply of the call that was opened for a request; retry it once elsewhere if its node failed.
 
-    Whatever happens, the calls that this opens are held by the exchange; a cancelled ``relay`` leaves them to
-    it.
+    Calls that this opens belong to the context, also if it is cancelled.
 
     Returns:
-        A reply whose body is complete, or still comes.
+        A reply whose body is complete, or still arrives.
 
     Raises:
-        ApiError: what the client is to be told instead.
+        ApiError: what the client gets instead.
     """
-    with SpooledBody() as spool:
-        request = await read_request(node_context, endpoint, context, spool)
-        deadlines = ResponseDeadlines(request.idle_timeout, request.total_timeout, trio.current_time())
-        call = node_context.registry.open(request)
-        context.add_call(call)
-        node_context.begin_answer(context)
-        if request.upload is not None:
-            await _forward_upload(context.request_body, spool, call, request.upload, deadlines)
+    call, deadlines = context.call, context.deadlines
     event = await _next(call, deadlines, trio.current_time())
     if isinstance(event, Failed):
         again = node_context.registry.reopen(call, deadlines.time_left)
         if again is None:
             raise event.error
+        context.add_call(again)
         call = again
-        context.add_call(call)
         event = await _next(call, deadlines, deadlines.began)
         if isinstance(event, Failed):
             raise event.error
     if not isinstance(event, Head):  # the grammar of calls forbids it
         raise HandlerFailed
     return await _reply(call, event, context, deadlines)
-
-
-async def _forward_upload(
-    request_body: RequestBody,
-    spool: SpooledBody,
-    call: Call,
-    upload: ByteChannel,
-    deadlines: ResponseDeadlines,
-) -> None:
-    """Send a body on as it comes in, until it is complete or nobody wants more of it.
-
-    An answer that begins meanwhile waits for that: it is an error, most of the time, and then nobody wants more.
-
-    Raises:
-        ApiError: it is too large, does not come in time, or is not taken in time.
-        ClientLeft: there will be no more of it.
-    """
-    with trio.CancelScope() as scope:
-        upload.on_close(partial(scope.cancel, reason="nobody wants more of this body"))
-        while data := await spool.take():
-            upload.put(data)
-            await _wait_for_upload_room(upload, call, deadlines, request_body)
-        while not request_body.complete:
-            data = await request_body.next()
-            upload.put(data, last=request_body.complete)
-            await _wait_for_upload_room(upload, call, deadlines, request_body)
-        if not upload.complete:
-            upload.put(b"", last=True)
-
-
-async def _wait_for_upload_room(
-    upload: ByteChannel, call: Call, deadlines: ResponseDeadlines, request_body: RequestBody
-) -> None:
-    """Wait until more of a body is wanted, or cancel the call if it has taken nothing of the body for too long."""
-    began = since = last_consumed = trio.current_time()
-
-    def on_consumed(_: int) -> None:
-        nonlocal last_consumed
-        last_consumed = trio.current_time()
-
-    upload.on_consumed(on_consumed)
-    while True:
-        with trio.move_on_at(deadlines.expires_at(since)):
-            await upload.wait_room()
-            request_body.extend_deadline(trio.current_time() - began)
-            return
-        if last_consumed <= since:
-            raise deadlines.time_out(call)
-        since = last_consumed
-
-
-@attrs.frozen
-class ResponseDeadlines:
-    """How long the client of one request waits."""
-
-    idle_timeout: float
-    """Seconds that may pass without output."""
-    total_timeout: float
-    """Seconds for the whole answer."""
-    began: float
-    """When the call was opened, in trio's time; what the client needed to send its request does not count."""
-
-    @property
-    def time_left(self) -> float:
-        """Seconds that are left for the whole answer."""
-        return self.began + self.total_timeout - trio.current_time()
-
-    def expires_at(self, since: float) -> float:
-        """Return when to give up an answer that is silent since then."""
-        return min(since + self.idle_timeout, self.began + self.total_timeout) + GRACE
-
-    def time_out(self, call: Call) -> TooSlow:
-        """Cancel a call, and return what to tell the client.
-
-        The node should have said so earlier, and did not; what counts for the client is what it was promised.
-        """
-        if self.time_left <= 0:
-            reason = f"not complete within {self.total_timeout:g} s"
-            error = TooSlow(f"The answer was not complete within {self.total_timeout:g} s")
-        else:
-            reason = f"silent for {self.idle_timeout:g} s"
-            error = TooSlow(f"The model gave nothing for {self.idle_timeout:g} s")
-        fields = {
-            "model": call.request.model,
-            "node": call.served_by,
-            "request_id": call.request.request_id,
-        }
-        logger.warning("given up: %s", reason, extra={"fields": fields})
-        call.cancel(reason)
-        return error
 
 
 async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:

@@ -14,12 +14,13 @@ import attrs
 import msgspec
 
 from ..errors import ApiError, CallCancelled, InvalidRequest
+from ..http1.asgi import Message
 from ..http1.refusal import HttpRefusal
 from ..openai import error_body
 from .context import RequestContext
 from .direct import Connection
 
-__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal"]
+__all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal", "reply_head"]
 
 #: The header that says so.
 JSON: Final = ("content-type", "application/json")
@@ -73,6 +74,15 @@ def error_reply(error: ApiError) -> Reply:
         # The status alone would make the official clients send the request again.
         headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))
+
+
+def reply_head(reply: Reply, request_id: str) -> Message:
+    """Return the ASGI message that begins the answer which ``reply`` is."""
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
+    if isinstance(reply.body, bytes):
+        headers.append((b"content-length", b"%d" % len(reply.body)))
+    headers.append((b"x-request-id", request_id.encode("ascii")))
+    return {"type": "http.response.start", "status": reply.status, "headers": headers}
 
 
 def render_refusal(refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:

@@ -15,7 +15,7 @@ import attrs
 import h11
 import trio
 
-from ..gateway.pipeline import MODEL_ROUTES
+from ..gateway.routes import MODEL_ROUTES
 from ._grammar import StreamGrammarError, StreamReport, read_stream
 from ._network import Host
 from ._streams import SimulatedStream

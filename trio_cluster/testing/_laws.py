@@ -17,7 +17,7 @@ from typing import Any, Final
 import trio
 
 from ..core.limits import WINDOW
-from ..gateway.relay import GRACE
+from ..gateway.deadlines import GRACE
 from ..routing.backend import LOCAL
 from ._actors import Actors, Run
 from ._causes import LOSSES, STOPS, Causes

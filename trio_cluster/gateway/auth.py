@@ -1,0 +1,81 @@
+"""The authenticate stage: finds out who sends a request."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final, Protocol
+
+from ..core.log_context import current_principal
+from ..core.principal import ANONYMOUS, Principal
+from ..errors import ApiError
+from ..options import ClusterServerOptions
+from .context import RequestContext
+
+__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey"]
+
+#: Paths that require no key. They show states and numbers, and neither names nor contents.
+OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+
+#: Whoever shows the one API key of a node.
+_KEY_HOLDER: Final = Principal("default", "admin")
+
+
+class Authenticator(Protocol):
+    """Finds out who sends a request."""
+
+    async def authenticate(self, context: RequestContext) -> Principal:
+        """Return who sends the request. May wait.
+
+        Raises:
+            ApiError: 401: no key was shown, or one that is not valid.
+        """
+        ...
+
+
+class Authenticate:
+    """Puts the principal into the context, on every path that requires a key. See ``Stage``."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def admit(self, context: RequestContext) -> None:
+        """See ``Stage``."""
+        if (context.path.rstrip("/") or "/") not in OPEN_PATHS:
+            context.principal = principal = await self._authenticator.authenticate(context)
+            if principal.name:
+                current_principal.set(principal.name)
+
+
+class SingleKey:
+    """Requires the key in the options, if there is one. See ``Authenticator``.
+
+    Args:
+        options: read for each request, so that a key that is set acts at once.
+    """
+
+    def __init__(self, options: ClusterServerOptions) -> None:
+        self._options = options
+
+    async def authenticate(self, context: RequestContext) -> Principal:
+        """See ``Authenticator``."""
+        key = self._options.server.api_key
+        if key is None:
+            return ANONYMOUS
+        given = shown_key(context)
+        if given is None:
+            raise ApiError(
+                401,
+                "This server requires an API key: send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+            )
+        if not hmac.compare_digest(given, key.encode()):
+            raise ApiError(401, "The API key is not valid", code="invalid_api_key")
+        return _KEY_HOLDER
+
+
+def shown_key(context: RequestContext) -> bytes | None:
+    """Return the key that a request shows, as a bearer token or, as clients of the Messages API do, in ``x-api-key``."""
+    scheme, _, given = (context.header(b"authorization") or b"").partition(b" ")
+    if not scheme:
+        return context.header(b"x-api-key") or None
+    return given.strip() if scheme.lower() == b"bearer" else None

@@ -1,0 +1,84 @@
+"""The route stage: opens the call that answers a request, and forwards a body that is still arriving."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import trio
+
+from ..core.channel import ByteChannel
+from .context import RequestContext
+from .deadlines import ResponseDeadlines
+from .node_context import NodeContext
+
+__all__ = ["Route"]
+
+
+class Route:
+    """Opens the call, and sends what is still to come of a large form to whoever answers. See ``Stage``.
+
+    Args:
+        node_context: the node whose router is asked.
+    """
+
+    def __init__(self, node_context: NodeContext) -> None:
+        self._node_context = node_context
+
+    async def admit(self, context: RequestContext) -> None:
+        """See ``Stage``. The calls that this opens belong to the context, also if it is cancelled.
+
+        Raises:
+            ApiError: no replica can answer; or the body is too large, does not arrive in time, or is not taken in time.
+            ClientLeft: the client left in the middle of its body.
+        """
+        request, router = context.request, self._node_context.registry
+        for listener in router.observers.admitted:
+            listener(request)
+        context.deadlines = ResponseDeadlines(
+            request.idle_timeout, request.total_timeout, trio.current_time()
+        )
+        context.add_call(router.open(request))
+        self._node_context.begin_answer(context)
+        if request.upload is not None:
+            await _forward_upload(context, request.upload)
+            assert context.spool is not None
+            context.spool.close()
+
+
+async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
+    """Send a body on as it arrives, until it is complete or the backend wants no more of it.
+
+    An answer that begins meanwhile waits for that: most of the time it is an error, and then no more is wanted.
+    """
+    body, spool = context.request_body, context.spool
+    assert spool is not None
+    with trio.CancelScope() as scope:
+        upload.on_close(partial(scope.cancel, reason="the backend wants no more of this body"))
+        while data := await spool.take():
+            upload.put(data)
+            await _wait_for_room(context, upload)
+        while not body.complete:
+            data = await body.next()
+            upload.put(data, last=body.complete)
+            await _wait_for_room(context, upload)
+        if not upload.complete:
+            upload.put(b"", last=True)
+
+
+async def _wait_for_room(context: RequestContext, upload: ByteChannel) -> None:
+    """Wait until more of a body is wanted, or time the call out if it has taken nothing of the body for too long."""
+    began = since = last_consumed = trio.current_time()
+
+    def on_consumed(_: int) -> None:
+        nonlocal last_consumed
+        last_consumed = trio.current_time()
+
+    upload.on_consumed(on_consumed)
+    while True:
+        with trio.move_on_at(context.deadlines.expires_at(since)):
+            await upload.wait_room()
+            context.request_body.extend_deadline(trio.current_time() - began)
+            return
+        if last_consumed <= since:
+            raise context.deadlines.time_out(context.call)
+        since = last_consumed
