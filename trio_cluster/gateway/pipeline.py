@@ -27,7 +27,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from ..core.logs import current_request
+from ..core.log_context import current_request
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..net.sockets import shown_address
 from ..openai import ENDPOINTS, Endpoint, endpoint_named

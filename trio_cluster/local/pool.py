@@ -24,7 +24,7 @@ import trio
 
 from ..core.answer import Failed
 from ..core.call import LOCAL, Call
-from ..core.logs import current_request
+from ..core.log_context import current_request
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ..options import ClusterServerOptions
