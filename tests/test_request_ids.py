@@ -13,10 +13,10 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import ASRRequest, ChatRequest, ClusterServer, RawCall
-from trio_cluster.core import logs
+from trio_cluster.cli import logs
+from trio_cluster.core.log_context import current_request
 from trio_cluster.gateway import body as request_body
 from trio_cluster.gateway.node_context import NodeContext
-from trio_cluster.gateway.pipeline import Gateway
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -130,7 +130,7 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(logs.current_request.get())
+        seen.append(current_request.get())
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
@@ -142,9 +142,9 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
 
     node_context = NodeContext(cluster.master.server.registry, cluster.options)
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/health"}
-    await Gate(app, node_context)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
+    await Gateway(app, node_context)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
     assert seen == ["the-one"]
-    assert logs.current_request.get() == ""
+    assert current_request.get() == ""
 
 
 @pytest.mark.parametrize("model", ["fails", "raw"])

@@ -26,7 +26,7 @@ from .cluster.master import WorkerManager
 from .cluster.remote_worker import STATES
 from .cluster.worker import WorkerClient
 from .core import randomness
-from .core.logs import MOST_IDS
+from .core.log_context import MOST_IDS
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal

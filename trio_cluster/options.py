@@ -12,13 +12,13 @@ from __future__ import annotations
 import enum
 import math
 import typing
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
 from .errors import OptionsError
 
-__all__ = ["ClusterMode", "ClusterServerOptions", "ConflictRule", "ServerOptions"]
+__all__ = ["ClusterMode", "ClusterServerOptions", "ConflictRule", "ServerOptions", "parse_boolean"]
 
 #: What happens to a model name that somebody already serves.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
@@ -30,6 +30,27 @@ class ClusterMode(enum.StrEnum):
     MASTER = "master"
     WORKER = "worker"
     STANDALONE = "standalone"
+
+
+_BOOLEANS: Final = {"yes": True, "true": True, "on": True, "1": True} | {
+    "no": False, "false": False, "off": False, "0": False
+}  # fmt: skip
+
+
+def parse_boolean(text: str) -> bool:
+    """Convert the text of a boolean option: an environment variable's, or an engine's.
+
+    Args:
+        text: ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in any case, with or without spaces
+            around it.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        return _BOOLEANS[text.strip().lower()]
+    except KeyError:
+        raise ValueError(f"expected yes or no, got '{text}'") from None
 
 
 # Validators. All but the last judge a value by itself; what loads settings asks them without an instance.

@@ -16,51 +16,54 @@ from hypothesis import given, strategies as st
 from raw_server import RawServer, Visit, open_raw_server, reply
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.engines._http_client import Answer, BaseURL, Body, ConnectFailed, HttpClient, Question
+from trio_cluster.engines._base_url import BaseURL
+from trio_cluster.engines._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
 from trio_cluster.engines._http_response import (
     FRAMING_LIMIT,
-    AnswerCut,
     HttpError,
-    MalformedAnswer,
+    IncompleteResponse,
+    MalformedResponse,
     ResponseReader,
 )
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n"
+CLOSE_DELIMITED = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
 # The reader, without any socket
 
 
-def read(*pieces: bytes, end: bool = False) -> tuple[ResponseReader, bytes]:
+def read(*pieces: bytes, eof: bool = False) -> tuple[ResponseReader, bytes]:
     reader = ResponseReader()
     body = b""
     for piece in pieces:
         reader.feed(piece)
         body += reader.take()
-    if end:
-        reader.end()
+    if eof:
+        reader.feed_eof()
     return reader, body
 
 
 @pytest.mark.parametrize(
-    ("raw", "body", "framed"),
+    ("raw", "body", "close_delimited"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc", True),
-        (CHUNKED + b"2\r\nab\r\n1;x=y\r\nc\r\n0\r\nTrailer: t\r\n\r\n", b"abc", True),
-        (b"HTTP/1.1 204 No Content\r\n\r\n", b"", True),
-        (b"HTTP/1.1 200\r\nContent-Length: 0\r\nX: \r\n\r\n", b"", True),
-        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na", b"a", True),
-        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + CHUNKED + b"0\r\n\r\n", b"", True),
-        (ENDLESS + b"abc", b"abc", False),
-        (b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nabc", b"abc", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc", False),
+        (CHUNKED + b"2\r\nab\r\n1;x=y\r\nc\r\n0\r\nTrailer: t\r\n\r\n", b"abc", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b"", False),
+        (b"HTTP/1.1 200\r\nContent-Length: 0\r\nX: \r\n\r\n", b"", False),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na", b"a", False),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + CHUNKED + b"0\r\n\r\n", b"", False),
+        (CLOSE_DELIMITED + b"abc", b"abc", True),
+        (b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nabc", b"abc", True),
     ],
 )
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_an_answer_is_read_however_it_comes(raw: bytes, body: bytes, framed: bool, size: int) -> None:
+def test_a_response_is_parsed_in_pieces_of_any_size(
+    raw: bytes, body: bytes, close_delimited: bool, size: int
+) -> None:
     pieces = [raw[start : start + size] for start in range(0, len(raw), size)]
-    reader, read_body = read(*pieces, end=not framed)
-    assert (reader.complete, reader.framed, read_body) == (True, framed, body)
+    reader, read_body = read(*pieces, eof=close_delimited)
+    assert (reader.complete, reader.close_delimited, read_body) == (True, close_delimited, body)
     assert reader.status in (200, 204)
     assert "link" not in dict(reader.headers)
 
@@ -86,8 +89,8 @@ def test_an_answer_that_is_cut_anywhere_is_not_complete(cut: int) -> None:
     raw = CHUNKED + b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n"
     reader, _ = read(raw[: min(cut, len(raw) - 1)])
     assert not reader.complete
-    with pytest.raises(AnswerCut):
-        reader.end()
+    with pytest.raises(IncompleteResponse):
+        reader.feed_eof()
 
 
 def test_a_head_is_kept_as_it_came() -> None:
@@ -122,14 +125,14 @@ def test_what_follows_an_answer_is_no_part_of_it_and_ends_the_connection(
     ],
 )
 def test_what_is_not_http_is_refused(raw: bytes) -> None:
-    with pytest.raises(MalformedAnswer) as caught:
+    with pytest.raises(MalformedResponse) as caught:
         read(raw)
     assert "callback" not in str(caught.value)
 
 
 def test_framing_without_a_body_has_a_bound() -> None:
     reader, _ = read(CHUNKED, b"1;", *[b"a" * 1000] * 50)
-    with pytest.raises(MalformedAnswer):
+    with pytest.raises(MalformedResponse):
         reader.feed(b"a" * 20_000)
 
 
@@ -182,20 +185,20 @@ def test_other_addresses_are_refused(url: str) -> None:
 # Exchanges over real sockets
 
 
-async def ask(client: HttpClient, body: Body = b"", **fields: object) -> tuple[Answer, bytes]:
-    """Ask, and take the whole answer."""
-    answers: list[Answer] = []
+async def send(client: HttpClient, body: Body = b"", **fields: object) -> tuple[HttpResponse, bytes]:
+    """Send a request, and receive the whole response."""
+    responses: list[HttpResponse] = []
     pieces: list[bytes] = []
 
-    async def take(answer: Answer) -> None:
-        answers.append(answer)
-        while piece := await answer.receive():
+    async def take(response: HttpResponse) -> None:
+        responses.append(response)
+        while piece := await response.receive():
             pieces.append(piece)
 
-    question = Question("POST", "/x", body=body, **fields)  # type: ignore[arg-type]
+    request = HttpRequest("POST", "/x", body=body, **fields)  # type: ignore[arg-type]
     with trio.fail_after(5):
-        await client.exchange(question, take)
-    return answers[0], b"".join(pieces)
+        await client.send(request, take)
+    return responses[0], b"".join(pieces)
 
 
 def client_of(server: RawServer, **options: float) -> HttpClient:
@@ -224,8 +227,10 @@ def pieces_of(*pieces: bytes) -> Callable[[], Awaitable[bytes]]:
 async def test_a_request_is_sent_as_it_is() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
-        question = Question("POST", "/chat%2Fx", [("x-a", "1"), ("content-type", "text/plain")], b"\x00body")
-        assert await client.fetch(question, 100) == (200, b"\x00body")
+        request = HttpRequest(
+            "POST", "/chat%2Fx", [("x-a", "1"), ("content-type", "text/plain")], b"\x00body"
+        )
+        assert await client.fetch(request, 100) == (200, b"\x00body")
         client.close()
     (received,) = server.received
     assert received.raw_head == (
@@ -238,7 +243,7 @@ async def test_a_header_cannot_smuggle_in_another_one() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         with pytest.raises(ValueError, match="line break"):
-            await ask(client, headers=[("x-a", "1\r\nx-b: 2")])
+            await send(client, headers=[("x-a", "1\r\nx-b: 2")])
     assert server.received == []
 
 
@@ -248,8 +253,8 @@ async def test_bodies_of_any_size_pass_both_ways(size: int) -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         for _ in range(2):
-            _, answered = await ask(client, body)
-            assert answered == body
+            _, echoed = await send(client, body)
+            assert echoed == body
         client.close()
     assert len(server.visits) == 1
 
@@ -258,8 +263,8 @@ async def test_bodies_of_any_size_pass_both_ways(size: int) -> None:
 async def test_a_body_that_comes_in_pieces_is_sent_in_pieces(size: int) -> None:
     pieces = [b"a" * 100_000, b"b" * 50_000, b"c" * 150_000]
     async with open_raw_server(echo) as server:
-        _, answered = await ask(client_of(server), pieces_of(*pieces), size=size)
-        assert answered == b"".join(pieces)
+        _, echoed = await send(client_of(server), pieces_of(*pieces), size=size)
+        assert echoed == b"".join(pieces)
     (received,) = server.received
     assert received.headers.get("content-length") == (None if size < 0 else "300000")
     assert received.headers.get("transfer-encoding") == ("chunked" if size < 0 else None)
@@ -269,7 +274,7 @@ async def test_a_body_that_comes_in_pieces_is_sent_in_pieces(size: int) -> None:
 async def test_a_body_of_another_size_than_announced_is_never_completed(size: int, message: str) -> None:
     async with open_raw_server(echo) as server:
         with pytest.raises(HttpError, match=message):
-            await ask(client_of(server), pieces_of(b"ab"), size=size)
+            await send(client_of(server), pieces_of(b"ab"), size=size)
         await server.visits[0].closed()
     assert server.received[0].body == b""
 
@@ -281,7 +286,7 @@ async def test_a_body_that_fails_ends_the_exchange_with_its_own_error() -> None:
 
     async with open_raw_server(echo) as server:
         with pytest.raises(KeyError, match="no more"):
-            await ask(client_of(server), failing)
+            await send(client_of(server), failing)
         await server.visits[0].closed()
 
 
@@ -296,14 +301,14 @@ async def test_pieces_of_the_answer_are_given_out_as_they_come() -> None:
 
     pieces = []
 
-    async def take(answer: Answer) -> None:
-        while piece := await answer.receive():
+    async def take(response: HttpResponse) -> None:
+        while piece := await response.receive():
             pieces.append(piece)
             taken.set()
 
     async with open_raw_server(script) as server:
         with trio.fail_after(5):
-            await client_of(server).exchange(Question("POST", "/x"), take)
+            await client_of(server).send(HttpRequest("POST", "/x"), take)
     assert pieces == [b"first", b"secondthird"]
 
 
@@ -314,7 +319,7 @@ async def test_a_connection_is_used_again() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         for number in range(3):
-            assert (await ask(client, b"%d" % number))[1] == b"%d" % number
+            assert (await send(client, b"%d" % number))[1] == b"%d" % number
         client.close()
         await server.visits[0].closed()
     assert len(server.visits) == 1
@@ -323,21 +328,21 @@ async def test_a_connection_is_used_again() -> None:
 async def test_a_body_that_can_be_had_once_gets_a_connection_of_its_own() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
-        await ask(client, b"a")
-        await ask(client, pieces_of(b"b"))
+        await send(client, b"a")
+        await send(client, pieces_of(b"b"))
         assert len(server.visits) == 2
 
 
 async def test_only_so_many_connections_are_kept_and_only_so_long() -> None:
     async with open_raw_server(echo) as server:
-        client = client_of(server, max_idle=2, idle_time=0.05)
+        client = client_of(server, max_keepalive=2, keepalive_expiry=0.05)
         async with trio.open_nursery() as nursery:
             for _ in range(4):
-                nursery.start_soon(ask, client, b"a" * 100_000)
+                nursery.start_soon(send, client, b"a" * 100_000)
         assert len(server.visits) == 4
         assert len(client._idle) == 2
         await trio.sleep(0.06)
-        await ask(client, b"a")
+        await send(client, b"a")
         assert len(server.visits) == 5
         assert len(client._idle) == 1
 
@@ -358,8 +363,8 @@ async def test_a_connection_that_cannot_be_used_again_is_closed(answer: bytes) -
 
     async with open_raw_server(script) as server:
         client = client_of(server)
-        assert (await ask(client))[1] == b"a"
-        assert (await ask(client))[1] == b"a"
+        assert (await send(client))[1] == b"a"
+        assert (await send(client))[1] == b"a"
         assert len(server.visits) == 2
 
 
@@ -370,9 +375,9 @@ async def test_a_kept_connection_that_has_died_is_not_used() -> None:
 
     async with open_raw_server(script) as server:
         client = client_of(server)
-        await ask(client)
+        await send(client)
         await wait_all_tasks_blocked(0.01)
-        await ask(client)
+        await send(client)
     assert len(server.received) == 2
 
 
@@ -385,10 +390,10 @@ async def test_what_a_server_says_on_a_kept_connection_is_no_answer_to_the_next_
 
     async with open_raw_server(script) as server:
         client = client_of(server)
-        await ask(client, b"a")
+        await send(client, b"a")
         await wait_all_tasks_blocked(0.01)
-        answer, body = await ask(client, b"b")
-        assert (answer.status, body) == (200, b"b")
+        response, body = await send(client, b"b")
+        assert (response.status, body) == (200, b"b")
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
@@ -400,8 +405,8 @@ async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once(size
 
     async with open_raw_server(script) as server:
         client = client_of(server)
-        await ask(client, b"a")
-        assert (await ask(client, b"b" * size))[1] == b"b" * size
+        await send(client, b"a")
+        assert (await send(client, b"b" * size))[1] == b"b" * size
     assert len(server.visits) == 2
 
 
@@ -410,8 +415,8 @@ async def test_a_fresh_connection_that_dies_is_not_replaced() -> None:
         await visit.request()
 
     async with open_raw_server(script) as server:
-        with pytest.raises(AnswerCut, match="before there was an answer"):
-            await ask(client_of(server))
+        with pytest.raises(IncompleteResponse, match="before the response began"):
+            await send(client_of(server))
         assert len(server.visits) == 1
 
 
@@ -424,9 +429,9 @@ async def test_a_request_is_not_repeated_once_something_of_its_answer_has_come()
 
     async with open_raw_server(script) as server:
         client = client_of(server)
-        await ask(client)
-        with pytest.raises(AnswerCut):
-            await ask(client)
+        await send(client)
+        with pytest.raises(IncompleteResponse):
+            await send(client)
         assert len(server.visits) == 1
 
 
@@ -457,34 +462,34 @@ async def test_an_answer_that_is_cut_is_an_error_after_what_has_come_of_it(
 
     pieces = []
 
-    async def take(answer: Answer) -> None:
-        while piece := await answer.receive():
+    async def take(response: HttpResponse) -> None:
+        while piece := await response.receive():
             pieces.append(piece)
             came.set()
 
     async with open_raw_server(script) as server:
-        with trio.fail_after(5), pytest.raises(AnswerCut):
-            await client_of(server).exchange(Question("POST", "/x"), take)
+        with trio.fail_after(5), pytest.raises(IncompleteResponse):
+            await client_of(server).send(HttpRequest("POST", "/x"), take)
     assert b"".join(pieces) in (b"hello", b"hel")
 
 
 async def test_an_answer_without_an_end_of_its_own_ends_with_its_connection_and_says_so() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
-        await visit.send(ENDLESS + b"hello", b" world")
+        await visit.send(CLOSE_DELIMITED + b"hello", b" world")
 
     async with open_raw_server(script) as server:
-        answer, body = await ask(client_of(server))
-        assert (answer.framed, body) == (False, b"hello world")
+        response, body = await send(client_of(server))
+        assert (response.close_delimited, body) == (True, b"hello world")
 
 
-async def wait_for_answer(client: HttpClient, asked: trio.Event) -> None:
-    async def take(answer: Answer) -> None:
+async def wait_for_response(client: HttpClient, asked: trio.Event) -> None:
+    async def take(response: HttpResponse) -> None:
         asked.set()
-        while await answer.receive():
+        while await response.receive():
             pass
 
-    await client.exchange(Question("POST", "/x", body=b"a"), take)
+    await client.send(HttpRequest("POST", "/x", body=b"a"), take)
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -503,7 +508,7 @@ async def test_a_cancelled_exchange_closes_its_connection_at_once(begun: bool) -
     async with open_raw_server(script) as server:
         client = client_of(server)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_for_answer, client, asked)
+            nursery.start_soon(wait_for_response, client, asked)
             await asked.wait()
             nursery.cancel_scope.cancel()
         with trio.fail_after(0.5):
@@ -518,8 +523,8 @@ async def test_an_error_of_whoever_takes_the_answer_comes_out_and_closes_the_con
         await visit.closed()
         done.set()
 
-    async def fail(answer: Answer) -> None:
-        await answer.receive()
+    async def fail(response: HttpResponse) -> None:
+        await response.receive()
         raise KeyError("enough")
 
     done = trio.Event()
@@ -527,7 +532,7 @@ async def test_an_error_of_whoever_takes_the_answer_comes_out_and_closes_the_con
         for body in (b"a", b"a" * 100_000):
             done = trio.Event()
             with pytest.raises(KeyError, match="enough"):
-                await client_of(server).exchange(Question("POST", "/x", body=body), fail)
+                await client_of(server).send(HttpRequest("POST", "/x", body=body), fail)
             with trio.fail_after(2):
                 await done.wait()
 
@@ -553,8 +558,8 @@ async def test_a_server_that_refuses_an_upload_is_heard_and_gets_no_more(whole: 
     body: Body = b"a" * 50_000_000 if whole else endless
     async with open_raw_server(script) as server:
         client = client_of(server)
-        answer, text = await ask(client, body)
-        assert (answer.status, text) == (413, b"too large")
+        response, text = await send(client, body)
+        assert (response.status, text) == (413, b"too large")
         assert client._idle == []
     assert given_out < 50_000_000
 
@@ -572,7 +577,7 @@ async def test_a_server_that_has_refused_an_upload_gets_no_more_of_it_even_if_it
         await visit.send(b"too large")
 
     async with open_raw_server(script) as server:
-        _, text = await ask(client_of(server), endless)
+        _, text = await send(client_of(server), endless)
         assert text == b"too large"
 
 
@@ -593,8 +598,8 @@ async def test_a_server_that_answers_and_takes_no_more_is_heard(monkeypatch: pyt
 
     monkeypatch.setattr(trio.SocketStream, "send_all", send_too_late)
     async with open_raw_server(script) as server:
-        answer, text = await ask(client_of(server), b"a")
-        assert (answer.status, text) == (401, b"no")
+        response, text = await send(client_of(server), b"a")
+        assert (response.status, text) == (401, b"no")
 
 
 async def test_a_server_that_refuses_and_closes_is_heard() -> None:
@@ -603,8 +608,8 @@ async def test_a_server_that_refuses_and_closes_is_heard() -> None:
         await visit.send(reply(b"no", "401 Unauthorized"))
 
     async with open_raw_server(script) as server:
-        answer, text = await ask(client_of(server), b"a" * 20_000_000)
-        assert (answer.status, text) == (401, b"no")
+        response, text = await send(client_of(server), b"a" * 20_000_000)
+        assert (response.status, text) == (401, b"no")
 
 
 async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
@@ -626,14 +631,14 @@ async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
 
     pieces = []
 
-    async def take(answer: Answer) -> None:
-        while piece := await answer.receive():
+    async def take(response: HttpResponse) -> None:
+        while piece := await response.receive():
             pieces.append(piece)
             heard.set()
 
     async with open_raw_server(script) as server:
         with trio.fail_after(5):
-            await client_of(server).exchange(Question("POST", "/x", body=slowly), take)
+            await client_of(server).send(HttpRequest("POST", "/x", body=slowly), take)
         assert b"the rest" in server.visits[0].rest
     assert pieces == [b"early", b"late"]
 
@@ -645,14 +650,14 @@ async def test_a_server_that_refuses_connections_is_named_by_nothing_but_the_rea
     async with open_raw_server(echo) as server:
         pass
     with pytest.raises(ConnectFailed) as caught:
-        await ask(client_of(server))
+        await send(client_of(server))
     assert str(caught.value) == "Connection refused"
 
 
 async def test_a_name_that_nobody_has_is_an_error_with_its_reason() -> None:
     client = HttpClient(BaseURL.parse("http://nobody.invalid/v1"))
     with pytest.raises(ConnectFailed, match=r".") as caught:
-        await ask(client)
+        await send(client)
     assert "nobody" not in str(caught.value)
 
 
@@ -670,7 +675,7 @@ async def test_a_server_is_found_by_its_name_and_by_its_address(host: str) -> No
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         client = HttpClient(BaseURL("http", host, listeners[0].socket.getsockname()[1], ""))
         with trio.fail_after(5):
-            assert await client.fetch(Question("GET", "/"), 10) == (200, b"hello")
+            assert await client.fetch(HttpRequest("GET", "/"), 10) == (200, b"hello")
         client.close()
         nursery.cancel_scope.cancel()
 
@@ -681,7 +686,7 @@ async def test_connecting_to_a_name_has_a_time_limit(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(trio, "open_tcp_stream", never)
     with pytest.raises(ConnectFailed, match=r"no connection within 0.05 s"):
-        await ask(HttpClient(BaseURL.parse("http://localhost:1/v1"), connect_timeout=0.05))
+        await send(HttpClient(BaseURL.parse("http://localhost:1/v1"), connect_timeout=0.05))
 
 
 async def test_connecting_to_an_address_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -697,14 +702,14 @@ async def test_connecting_to_an_address_has_a_time_limit(monkeypatch: pytest.Mon
     never = Never()
     monkeypatch.setattr(trio.socket, "socket", lambda family: never)
     with pytest.raises(ConnectFailed, match=r"no connection within 0.05 s"):
-        await ask(HttpClient(BaseURL.parse("http://127.0.0.1:1/v1"), connect_timeout=0.05))
+        await send(HttpClient(BaseURL.parse("http://127.0.0.1:1/v1"), connect_timeout=0.05))
     assert never.closed
 
 
 async def test_an_answer_that_is_too_large_to_be_fetched_is_an_error() -> None:
     async with open_raw_server(echo) as server:
         with pytest.raises(HttpError, match="more than 10 bytes"):
-            await client_of(server).fetch(Question("POST", "/x", body=b"a" * 11), 10)
+            await client_of(server).fetch(HttpRequest("POST", "/x", body=b"a" * 11), 10)
 
 
 # Encrypted
@@ -772,11 +777,11 @@ async def test_https_is_spoken_and_ends_as_fast(
     port = await nursery.start(partial(serve_encrypted, *certificate, closed))
     client = HttpClient(BaseURL.parse(f"https://127.0.0.1:{port}/v1"))
     body = b"a" * 1_000_000
-    assert (await ask(client, body))[1] == body
+    assert (await send(client, body))[1] == body
     assert len(client._idle) == 1
     asked = trio.Event()
     async with trio.open_nursery() as asking:
-        asking.start_soon(wait_for_answer, client, asked)
+        asking.start_soon(wait_for_response, client, asked)
         await asked.wait()
         asking.cancel_scope.cancel()
     with trio.fail_after(2):
@@ -788,4 +793,4 @@ async def test_a_certificate_that_nobody_vouches_for_is_an_error_with_its_reason
 ) -> None:
     port = await nursery.start(partial(serve_encrypted, *certificate, trio.Event()))
     with pytest.raises(ConnectFailed, match="TLS: self-signed certificate"):
-        await ask(HttpClient(BaseURL.parse(f"https://127.0.0.1:{port}/v1")))
+        await send(HttpClient(BaseURL.parse(f"https://127.0.0.1:{port}/v1")))

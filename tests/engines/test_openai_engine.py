@@ -22,7 +22,7 @@ from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
-from trio_cluster.engines._upstream_models import Naming, read_list
+from trio_cluster.engines._upstream_models import Naming, parse_model_list
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -159,7 +159,7 @@ async def released(call: Call) -> None:
         ("openai", "say where the server is: openai:http://127.0.0.1:8000/v1"),
         ("openai:", "say where the server is"),
         ("openai:127.0.0.1:8000", "expected a URL such as"),
-        ("openai:http://u:p@host/v1", "a user"),
+        ("openai:http://u:p@host/v1", "leave the user, the query and the fragment out"),
         ("openai:http://host/v1,key=", "some text"),
         ("openai:http://host/v1,key=two words", "no spaces"),
         ("openai:http://host/v1,key_env=NOT_THERE", "no environment variable 'NOT_THERE'"),
@@ -225,7 +225,7 @@ def test_names_are_chosen_prefixed_and_replaced() -> None:
     ],
 )
 def test_the_context_is_found_where_servers_tell_it(entry: dict[str, Any], context: int | None) -> None:
-    options = read_list(json.dumps({"data": [{"id": "m", **entry}]}).encode())["m"]
+    options = parse_model_list(json.dumps({"data": [{"id": "m", **entry}]}).encode())["m"]
     assert options.context_window == context
 
 
@@ -237,16 +237,16 @@ def test_entries_keep_what_is_harmless() -> None:
         "id": "m", "object": "model", "created": 5, "owned_by": "vllm", "root": "/models/m", "permission": [{}],
         "max_model_len": 10, "tags": ["a", {"b": 1.5}], "deep": deep, "huge": 1 << 70, "null": None,
     }  # fmt: skip
-    options = read_list(json.dumps({"data": [entry]}).encode())["m"]
+    options = parse_model_list(json.dumps({"data": [entry]}).encode())["m"]
     assert options.extra_fields == {"max_model_len": 10, "tags": ["a", {"b": 1.5}], "null": None}
     assert not options.supports_vision
-    long = read_list(json.dumps({"data": [{"id": "m", "a": "x" * 5000, "b": 1}]}).encode())["m"]
+    long = parse_model_list(json.dumps({"data": [{"id": "m", "a": "x" * 5000, "b": 1}]}).encode())["m"]
     assert long.extra_fields == {}
 
 
 @pytest.mark.parametrize("says", [{"vision": True}, ["completion", "vision"]])
 def test_a_model_that_is_said_to_see_is_shown_as_one(says: Any) -> None:
-    assert read_list(json.dumps([{"id": "m", "capabilities": says}]).encode())["m"].supports_vision
+    assert parse_model_list(json.dumps([{"id": "m", "capabilities": says}]).encode())["m"].supports_vision
 
 
 @pytest.mark.parametrize(
@@ -254,16 +254,16 @@ def test_a_model_that_is_said_to_see_is_shown_as_one(says: Any) -> None:
 )
 def test_what_is_no_list_of_models_says_so(body: bytes) -> None:
     with pytest.raises(ValueError, match="its list of models"):
-        read_list(body)
+        parse_model_list(body)
 
 
 def test_strange_entries_are_passed_over() -> None:
-    assert list(read_list(b'{"data":[1,{},{"id":7},{"id":""},{"id":"m"},{"id":"m","x":1}]}')) == ["m"]
+    assert list(parse_model_list(b'{"data":[1,{},{"id":7},{"id":""},{"id":"m"},{"id":"m","x":1}]}')) == ["m"]
 
 
 def test_a_list_that_never_ends_is_cut() -> None:
     entries = [{"id": f"m{number}"} for number in range(2000)]
-    assert len(read_list(json.dumps(entries).encode())) == 1000
+    assert len(parse_model_list(json.dumps(entries).encode())) == 1000
 
 
 async def test_models_are_there_once_the_engine_has_started_and_gone_with_it() -> None:
@@ -302,13 +302,13 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (reply(b"", "500 Internal Server Error"), "with 500"),
-        (reply(b"loading", "503 Service Unavailable"), "with 503"),
-        (reply(b"", "302 Found"), "with 302"),
+        (reply(b"", "500 Internal Server Error"), "with the status 500"),
+        (reply(b"loading", "503 Service Unavailable"), "with the status 503"),
+        (reply(b"", "302 Found"), "with the status 302"),
         (reply(b"<html>"), "not JSON"),
         (reply(b"{}"), "no 'data'"),
-        (reply(b"", "401 Unauthorized"), "wants a key: give key="),
-        (reply(b"", "403 Forbidden"), "wants a key: give key="),
+        (reply(b"", "401 Unauthorized"), "requires an API key: set key="),
+        (reply(b"", "403 Forbidden"), "requires an API key: set key="),
         (reply(b"", "404 Not Found"), "URL ends in /v1"),
         (b"SSH-2.0\r\n", "not HTTP"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", "in the middle"),
@@ -317,7 +317,7 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
 async def test_a_server_that_fails_has_no_models_until_it_is_well_again(
     answer: bytes, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_upstream_models, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(_upstream_models, "MAX_BACKOFF", 0.1)
     upstream, server = Upstream(), ClusterServer()
 
     async def script(visit: Visit) -> None:
@@ -346,7 +346,7 @@ async def test_a_key_that_is_refused_is_told_from_one_that_is_missing(
     upstream, server = Upstream(), ClusterServer()
     upstream.list = reply(b"", "401 Unauthorized")
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},key=secret"):
-        assert "does not accept the key" in caplog.text
+        assert "does not accept the API key: check key" in caplog.text
         assert "secret" not in caplog.text
 
 
@@ -356,7 +356,7 @@ async def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptur
         pass
     async with serving(server, f"openai:{raw.url},poll=0.1"):
         assert server.list_models() == []
-        assert "it cannot be asked: Connection refused" in caplog.text
+        assert "its models cannot be listed: Connection refused" in caplog.text
         async with trio.open_nursery() as nursery:
             await nursery.start(raw.serve)
             await upstream.asked_again()
@@ -367,7 +367,7 @@ async def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptur
 async def test_a_server_that_only_does_not_answer_is_given_a_second_chance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_upstream_models, "PATIENCE", 0.1)
+    monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
     upstream, server = Upstream(), ClusterServer()
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
         for _ in range(2):
@@ -388,7 +388,7 @@ async def test_a_server_that_only_does_not_answer_is_given_a_second_chance(
 async def test_a_server_that_is_too_busy_to_be_asked_but_answers_calls_keeps_its_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_upstream_models, "PATIENCE", 0.1)
+    monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
 
     async def script(visit: Visit) -> None:
         await visit.request()

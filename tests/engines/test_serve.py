@@ -114,7 +114,7 @@ def test_a_spec_is_read(toy: Toy, spec: str, argument: str, expected: dict[str, 
             "there is no engine 'lama'; there are: digits, hibari, llama, minilm, openai, torn, toy, whisper",
         ),
         ("toy,sise=4", "'toy' has no option 'sise'; it has: name, size, max_heat, loud"),
-        ("toy,size=4,size=5", "'size' is given twice"),
+        ("toy,size=4,size=5", "'size' is given twice; give it once"),
         ("toy,size=ten", "size: expected a whole number from 1 to 9, got 'ten'"),
         ("toy,size=10", "size: expected a whole number from 1 to 9, got '10'"),
         ("toy,size=4.0", "size: expected a whole number"),
@@ -124,7 +124,7 @@ def test_a_spec_is_read(toy: Toy, spec: str, argument: str, expected: dict[str, 
         ("toy,loud=maybe", "loud: expected yes or no, got 'maybe'"),
         ("toy,name=", "name: expected some text"),
         ("toy:broken", "there is no file 'broken'"),
-        ("digits:8", "'digits' takes no argument, but got '8'"),
+        ("digits:8", "'digits' takes no argument; leave out ':8'"),
         ("llama", "say which model: a path of a .gguf file, or smollm2"),
         ("llama:/nowhere/x.gguf", "there is no file '/nowhere/x.gguf'"),
         ("whisper:/nowhere", "lacks config.json, model.bin, tokenizer.json"),
@@ -142,7 +142,9 @@ def test_a_wrong_spec_is_refused_with_what_would_be_right(
 
 def test_missing_libraries_are_named_with_what_to_install(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Toy, "requires", ("json", "libtoy", "libplay"))
-    with pytest.raises(ClusterError, match=r"needs libtoy and libplay.* pip install 'toys\[all\]'") as caught:
+    with pytest.raises(
+        ClusterError, match=r"needs libtoy and libplay.* install them with: pip install 'toys\[all\]'"
+    ) as caught:
         parse_serve("toy")
     assert not isinstance(caught.value, OptionsError)
 
@@ -173,8 +175,8 @@ def test_an_installed_package_can_bring_an_engine(tmp_path: Path, monkeypatch: p
 def test_our_engines_are_entry_points_and_have_extras() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     declared = project["entry-points"][GROUP]
-    assert declared == {name: point.value for name, point in _engine._OWN.items()}
-    for name, point in _engine._OWN.items():
+    assert declared == {name: point.value for name, point in _engine.BUILT_IN.items()}
+    for name, point in _engine.BUILT_IN.items():
         engine = point.load()
         assert engine.summary
         if engine.requires:

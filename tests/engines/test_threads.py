@@ -167,7 +167,7 @@ async def test_an_interruption_that_is_set_too_late_happens_at_once() -> None:
 async def test_a_library_that_does_not_listen_keeps_its_slot_until_it_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_threads, "PATIENCE", 0.05)
+    monkeypatch.setattr(_threads, "STOP_TIMEOUT", 0.05)
     limiter = trio.CapacityLimiter(1)
     deaf = threading.Event()
     async with ThreadStream(lambda outlet: deaf.wait(), limiter, name="deaf"):

@@ -15,7 +15,7 @@ import trio
 from http_node import CHAT, PLAIN, HttpNode, open_http_node, raw_request
 
 from trio_cluster.errors import ApiError
-from trio_cluster.gateway import body, pipeline
+from trio_cluster.gateway import body, cycle, pipeline
 from trio_cluster.http1 import server
 
 BODY = json.dumps(CHAT).encode()
@@ -127,8 +127,8 @@ async def test_a_much_too_large_body_is_refused_at_once_and_the_connection_close
 async def test_a_client_that_never_stops_sending_is_let_go_in_the_end(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "DRAIN_BYTES", 10 * size)
-    monkeypatch.setattr(pipeline, "LINGER_BYTES", 10 * size)
+    monkeypatch.setattr(cycle, "DRAIN_BYTES", 10 * size)
+    monkeypatch.setattr(cycle, "LINGER_BYTES", 10 * size)
     async with open_http_node(max_body_size=1) as node, node.connect() as wire:
         await wire.request("POST", CHAT_PATH, None, "Transfer-Encoding: chunked")
         chunk = b"%x\r\n%b\r\n" % (size, bytes(size))
@@ -140,7 +140,7 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
     node: HttpNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("DRAIN_BYTES", "LINGER_BYTES"):
-        monkeypatch.setattr(pipeline, name, 0)
+        monkeypatch.setattr(cycle, name, 0)
     node.node_context.options.server.max_body_size = 1
     # As the server does it: the body and the news that all is over go through one queue, and the end of the
     # answer is over when that news is in the queue.
@@ -162,7 +162,7 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(feed)
-        await pipeline.Gate(_nothing, node.node_context)(scope, receive.receive, send)
+        await pipeline.Gateway(_nothing, node.node_context)(scope, receive.receive, send)
         nursery.cancel_scope.cancel()
     assert [message.get("status") for message in sent] == [413, None, None]
 
@@ -170,7 +170,7 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
 async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_IDLE_TIMEOUT", 0.05)
     for name in ("DRAIN_TIME", "LINGER_TIME"):
-        monkeypatch.setattr(pipeline, name, 0.05)
+        monkeypatch.setattr(cycle, name, 0.05)
     async with open_http_node() as node, node.connect() as wire:
         await wire.send(raw_request("POST", CHAT_PATH, BODY)[:-1])
         answer = await wire.answer()
@@ -180,7 +180,7 @@ async def test_a_body_that_stops_coming_gets_408(monkeypatch: pytest.MonkeyPatch
 
 async def test_a_body_that_drips_has_a_time_limit_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT", 0.1)
-    monkeypatch.setattr(pipeline, "DRAIN_TIME", 0.05)
+    monkeypatch.setattr(cycle, "DRAIN_TIME", 0.05)
     async with open_http_node() as node, node.connect() as wire, trio.open_nursery() as nursery:
         await wire.request("POST", CHAT_PATH, None, "Content-Length: 100000")
 
@@ -492,7 +492,7 @@ async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_a
                 "type": "http", "http_version": "1.1", "method": "POST", "path": "/x", "headers": [],
             }  # fmt: skip
             send.send_nowait({"type": "http.request", "body": b""})
-            gate = pipeline.Gate(app, node.node_context)
+            gate = pipeline.Gateway(app, node.node_context)
             nursery.start_soon(functools.partial(gate, scope, receive.receive, _nothing))
             await left.wait()
             served = await node.backend.next()

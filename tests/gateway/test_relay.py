@@ -29,7 +29,7 @@ from http_node import (
 from trio_cluster.core.answer import Head
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow, WorkerLost
-from trio_cluster.gateway import relay, sse_buffer
+from trio_cluster.gateway import deadlines, relay, sse_buffer
 from trio_cluster.openai import DONE, PING
 from trio_cluster.testing import read_stream
 
@@ -42,7 +42,7 @@ SPEECH = json.dumps({"model": "voice", "input": "hi", "voice": "v"}).encode()
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Make the face give up after 0.1 s of silence."""
-    monkeypatch.setattr(relay, "GRACE", 0.05)
+    monkeypatch.setattr(deadlines, "GRACE", 0.05)
     return {"default_timeout": 0.05}
 
 

@@ -21,8 +21,8 @@ from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
-from ..gateway.routes import own_route
 from ..gateway.response import error_reply
+from ..gateway.routes import own_route
 from ..http1.asgi import App
 from .operator import add_operator_routes
 from .routes import add_routes, respond

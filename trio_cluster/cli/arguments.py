@@ -19,9 +19,9 @@ from typing import Any, Final, NoReturn, cast
 import attrs
 
 from .._version import __version__
-from ..core import logs
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
+from . import logs
 from .settings import load_options
 
 __all__ = ["log_settings", "master_host", "options_from", "parse_arguments"]

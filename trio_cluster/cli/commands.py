@@ -28,10 +28,10 @@ from urllib.parse import quote
 import attrs
 import trio
 
-from ..core import logs
 from ..errors import ClusterError, OptionsError
 from ..options import ClusterMode
 from ..server import ClusterServer
+from . import logs
 from .admin_client import ask, node_url, printable
 from .arguments import log_settings, master_host, options_from, parse_arguments
 from .process import allow_connections, calm_collector

@@ -26,7 +26,7 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn, override
 
 from ..errors import OptionsError
-from ..options import ClusterServerOptions, ServerOptions
+from ..options import ClusterServerOptions, ServerOptions, parse_boolean
 
 __all__ = ["load_options"]
 
@@ -176,23 +176,17 @@ def _hint(wrong: str, known: set[str]) -> str:
     return f"; did you mean {last[close[0]]}?" if close else ""
 
 
-_WORDS: Final = {"true": True, "yes": True, "on": True, "1": True} | {
-    "false": False, "no": False, "off": False, "0": False
-}  # fmt: skip
+_CONVERTERS: Final[Mapping[Any, Callable[[str], object]]] = {bool: parse_boolean, int: int, float: float}
 
 
 def _parse(text: str, kind: Any) -> object:
-    """Read what a variable says as ``kind``. What cannot be read so stays text, for the validator to name."""
+    """Convert the text of a variable to ``kind``. What cannot be converted stays text, for the validator to refuse."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
-    if kind is bool:
-        return _WORDS.get(text.strip().lower(), text)
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            return text
-    return text
+    try:
+        return _CONVERTERS.get(kind, str)(text)
+    except ValueError:
+        return text
 
 
 def _structuring() -> cattrs.Converter:

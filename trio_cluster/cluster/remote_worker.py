@@ -19,7 +19,7 @@ import trio
 
 from ..core.answer import Done, Failed, Head
 from ..core.call import Call
-from ..core.logs import MOST_IDS
+from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..errors import ShuttingDown, WorkerLost

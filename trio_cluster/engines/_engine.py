@@ -1,14 +1,16 @@
-"""What an engine is, and how one is found by its name.
+"""The contract of engines, how an engine is found by its name, and how ``--serve`` is parsed.
 
-An *engine* turns a model on this machine into handlers on a :class:`~trio_cluster.ClusterServer`. It is found
-through the entry-point group ``trio_cluster.engines``, so that any installed package can bring more of them;
-an entry point is an object with the attributes of :class:`Engine`, most easily an instance of a subclass.
+Theory of operation
+===================
 
-``--serve`` names an engine in one word of text: ``ENGINE[:ARGUMENT][,KEY=VALUE]...``. :func:`parse_serve`
-reads it and checks everything that can be checked without loading a model, so that a typing error is not
-found out minutes later. :func:`serve_engine` then runs the engine as a task next to the server; the engine
-registers its models on the server, may add and remove some while it runs, and takes them back when it is
-cancelled.
+An *engine* turns a model on this machine into handlers on a :class:`~trio_cluster.ClusterServer`. It is looked up in
+the entry-point group ``trio_cluster.engines``, so that any installed package can bring more of them. An entry point is
+an object with the attributes of :class:`Engine`, most easily an instance of a subclass.
+
+``--serve`` describes an engine with its argument and options: ``ENGINE[:ARGUMENT][,KEY=VALUE]...``. :func:`parse_serve`
+parses that and checks everything that can be checked without loading a model, so that a typing error is reported before
+minutes of loading. :func:`serve_engine` then runs the engine as a task beside the server. The engine registers its
+models on the server, may add and remove some while it runs, and unregisters them when it is cancelled.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import trio
 
 from trio_cluster.core.model import ChatModelOptions, Kind
 from trio_cluster.errors import ClusterError, OptionsError
+from trio_cluster.options import parse_boolean
 
 __all__ = [
     "GROUP",
@@ -46,9 +49,9 @@ __all__ = [
 #: The entry-point group in which engines are looked up.
 GROUP: Final = "trio_cluster.engines"
 
-# Our own, so that they are there in a source tree that was never installed, and nobody else's package can
-# take their names.
-_OWN: Final = {
+# The engines of this package. Listed here, they are also found in a source tree that is not installed, and no other
+# package can take their names.
+BUILT_IN: Final = {
     name: EntryPoint(name, f"trio_cluster.{folder}.{name}:engine", GROUP)
     for folder, names in (
         ("engines", ("hibari", "llama", "minilm", "openai", "whisper")),
@@ -57,32 +60,34 @@ _OWN: Final = {
     for name in names
 }
 
-# A comma separates options only if a key and an equals sign follow, so that paths and values may have commas
-# in them.
+# A comma separates options only if a key and an equals sign follow, so that paths and values may contain commas.
 _SEPARATOR: Final = re.compile(r",(?=\s*[A-Za-z_][\w-]*\s*=)")
 
 
 class ModelServer(Protocol):
-    """The part of :class:`~trio_cluster.ClusterServer` that engines use."""
+    """The part of :class:`~trio_cluster.ClusterServer` that engines use.
+
+    The ``register_...`` methods raise ``ValueError`` if the name is taken. All methods are synchronous.
+    """
 
     def register_chat(self, name: str, handler: Any, options: ChatModelOptions | None = None) -> Any:
-        """Serve a chat model."""
+        """Register a chat model."""
         ...
 
     def register_embedding(self, name: str, handler: Any) -> Any:
-        """Serve an embedding model."""
+        """Register an embedding model."""
         ...
 
     def register_asr(self, name: str, handler: Any) -> Any:
-        """Serve a speech-recognition model."""
+        """Register a speech-to-text model."""
         ...
 
     def register_tts(self, name: str, handler: Any) -> Any:
-        """Serve a text-to-speech model."""
+        """Register a text-to-speech model."""
         ...
 
     def register_image_generation(self, name: str, handler: Any) -> Any:
-        """Serve an image model."""
+        """Register an image model."""
         ...
 
     def register_raw(
@@ -93,7 +98,7 @@ class ModelServer(Protocol):
         *,
         max_concurrency: int | None = None,
     ) -> Any:
-        """Serve a model that answers every route itself."""
+        """Register a passthrough model, whose handler answers every route itself."""
         ...
 
     def unregister_model(self, name: str) -> Any:
@@ -105,8 +110,11 @@ class ModelServer(Protocol):
 class Option:
     """One ``KEY=VALUE`` that an engine understands.
 
-    ``read`` turns the text into the value and raises ``ValueError`` with a message that says what was
-    expected.
+    Attributes:
+        read: converts the text of the value, without spaces around it. Raises ``ValueError`` with a message that says
+            what was expected.
+        default: the value if the option is not given; not converted.
+        help: one line about what it does.
     """
 
     read: Callable[[str], Any]
@@ -116,12 +124,17 @@ class Option:
 
 @attrs.frozen
 class ServeSpec:
-    """One ``--serve``, read and checked."""
+    """One ``--serve``, parsed and checked.
+
+    Attributes:
+        engine: the engine's name.
+        argument: what was given after the colon; may be empty.
+        options: a value for every option of the engine, given or default.
+    """
 
     engine: str
     argument: str = ""
     options: Mapping[str, Any] = attrs.field(factory=dict)
-    """A value for every option of the engine, given or default."""
 
 
 class Engine:
@@ -129,10 +142,10 @@ class Engine:
 
     Attributes:
         summary: one line for a list of engines.
-        argument: what stands after the colon, for messages and help; empty if nothing may stand there.
+        argument: what the text after the colon means, for messages and help; empty if there must not be any.
         requires: the importable modules that the engine needs.
-        extra: which extra of which distribution brings them, as pip would be told.
-        options: what may follow, by key.
+        extra: the requirement that installs them, as ``pip install`` takes it: ``my-package[my-extra]``.
+        options: the engine's options by key.
     """
 
     summary: ClassVar[str] = ""
@@ -142,10 +155,14 @@ class Engine:
     options: ClassVar[Mapping[str, Option]] = {}
 
     def check(self, argument: str, options: Mapping[str, Any]) -> None:
-        """Look at what was asked for without loading anything.
+        """Check what can be checked without loading anything. Synchronous; does nothing by default.
+
+        Args:
+            argument: the text after the colon; may be empty.
+            options: a value for every option.
 
         Raises:
-            ValueError: it cannot be right; the message says why.
+            ValueError: the engine cannot serve this; the message says why, and what would be right.
         """
 
     async def serve(
@@ -156,20 +173,33 @@ class Engine:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve models on ``server`` until cancelled; ``task_status.started()`` says they are registered.
+        """Serve models on ``server`` until cancelled.
 
-        Cancellation takes the models back from the server. What they hold is freed when the last request that
-        uses it has ended.
+        Cancellation unregisters the models. The memory that they use is freed when the last request that uses it has
+        ended.
+
+        Args:
+            argument: the text after the colon; may be empty.
+            options: a value for every option.
+            server: where the models are registered; it may be running or not.
+            task_status: ``started()`` is called when the models are registered.
 
         Raises:
-            ClusterError: it cannot be done; the message is one clear line.
+            ClusterError: the engine cannot serve; the message is one line.
         """
         raise NotImplementedError
 
 
 @attrs.frozen
 class ServedModel:
-    """A model that an engine has loaded. ``options`` is for chat models only."""
+    """A model that an engine has loaded.
+
+    Attributes:
+        name: the model's name in the cluster.
+        kind: what it answers; a kind for which :class:`ModelServer` has a ``register_...`` method.
+        handler: a handler in any of the documented shapes.
+        options: for chat models only.
+    """
 
     name: str
     kind: Kind
@@ -177,7 +207,11 @@ class ServedModel:
     options: ChatModelOptions | None = None
 
     def register(self, server: ModelServer) -> None:
-        """Register the model on ``server``; a name that is taken raises ``ValueError``."""
+        """Register the model on ``server``. Synchronous.
+
+        Raises:
+            ValueError: the name is taken.
+        """
         register = getattr(server, f"register_{self.kind}")
         if self.kind == "chat":
             register(self.name, self.handler, self.options)
@@ -186,21 +220,33 @@ class ServedModel:
 
 
 class LoadingEngine(Engine):
-    """An engine that loads one model once and serves it for as long as it runs.
+    """An engine that loads one model and serves it for as long as it runs.
 
-    Subclasses write :meth:`open`; :meth:`prepare` is for what has to be fetched first.
+    Subclasses implement :meth:`open`, and :meth:`prepare` if something has to be downloaded first.
     """
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
-        """Return the argument to load from, with a name such as that of the demo weights made a path."""
+        """Return the argument for :meth:`open`, for instance a path in the place of a name. A checkpoint.
+
+        Args:
+            argument: the text after the colon; may be empty.
+            options: a value for every option.
+
+        Raises:
+            ClusterError: what the engine needs cannot be had; the message is one line.
+        """
         await trio.lowlevel.checkpoint()
         return argument
 
     def open(self, argument: str, options: Mapping[str, Any]) -> AbstractContextManager[ServedModel]:
-        """Load the model; leaving the context frees it. Entered and left in a worker thread.
+        """Load the model; leaving the context frees it. The context is entered and left in a worker thread.
+
+        Args:
+            argument: what :meth:`prepare` has returned.
+            options: a value for every option.
 
         Raises:
-            ClusterError: it cannot be loaded; the message is one clear line.
+            ClusterError: the model cannot be loaded; the message is one line.
         """
         raise NotImplementedError
 
@@ -214,8 +260,8 @@ class LoadingEngine(Engine):
     ) -> None:
         """See :meth:`Engine.serve`."""
         opened = self.open(await self.prepare(argument, options), options)
-        # Loading cannot be interrupted; a cancellation meanwhile is seen when it is done, with nothing left
-        # behind.
+        # Loading cannot be interrupted. A cancellation that arrives meanwhile takes effect after it, and the model is
+        # freed.
         with trio.CancelScope(shield=True):
             model = await trio.to_thread.run_sync(opened.__enter__)
         try:
@@ -241,21 +287,26 @@ def _registered(model: ServedModel, server: ModelServer) -> Iterator[None]:
 
 
 def parse_serve(spec: str) -> ServeSpec:
-    """Read ``ENGINE[:ARGUMENT][,KEY=VALUE]...`` and check it.
+    """Parse ``ENGINE[:ARGUMENT][,KEY=VALUE]...`` and check it. Synchronous.
 
-    A comma begins an option only where ``KEY=`` follows it; all others belong to the argument or the value.
+    A comma begins an option only where ``KEY=`` follows it; every other comma belongs to the argument or the value.
+    Spaces around the parts are removed, and ``-`` in a key means ``_``.
+
+    Args:
+        spec: the text of one ``--serve``.
 
     Raises:
-        OptionsError: there is no such engine, or it does not understand an option or value; the message lists
-            what there is.
-        ClusterError: the engine's libraries are not installed; the message says what to install.
+        OptionsError: there is no such engine, or it does not accept the argument, an option or a value. The message
+            lists what there is.
+        ClusterError: the engine cannot be imported, or its libraries are not installed; the message says what to
+            install.
     """
     head, *pairs = _SEPARATOR.split(spec)
     name, _, argument = head.partition(":")
     name, argument = name.strip(), argument.strip()
     engine = _find(name, spec)
     if argument and not engine.argument:
-        raise OptionsError(f"{spec}: the engine '{name}' takes no argument, but got '{argument}'")
+        raise OptionsError(f"{spec}: the engine '{name}' takes no argument; leave out ':{argument}'")
     options = {key: option.default for key, option in engine.options.items()}
     given: set[str] = set()
     for pair in pairs:
@@ -265,7 +316,7 @@ def parse_serve(spec: str) -> ServeSpec:
             known = ", ".join(engine.options) or "none"
             raise OptionsError(f"{spec}: the engine '{name}' has no option '{key}'; it has: {known}")
         if key in given:
-            raise OptionsError(f"{spec}: '{key}' is given twice")
+            raise OptionsError(f"{spec}: '{key}' is given twice; give it once")
         given.add(key)
         try:
             options[key] = engine.options[key].read(value.strip())
@@ -275,7 +326,7 @@ def parse_serve(spec: str) -> ServeSpec:
     if missing:
         raise ClusterError(
             f"the engine '{name}' needs {' and '.join(missing)}, not installed here;"
-            f" try: pip install '{engine.extra}'"
+            f" install them with: pip install '{engine.extra}'"
         )
     try:
         engine.check(argument, options)
@@ -290,61 +341,67 @@ async def serve_engine(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run the engine that ``spec`` names until cancelled.
+    """Run the engine that ``spec`` names until cancelled. Cancellation unregisters its models.
 
-    ``task_status.started()`` comes when its models are loaded and registered on ``server``, which may be
-    running or not. Cancellation takes them back.
+    Args:
+        spec: the engine with its argument and options, from :func:`parse_serve`.
+        server: where the models are registered; it may be running or not.
+        task_status: ``started()`` is called when the models are loaded and registered.
 
     Raises:
-        ClusterError: the engine cannot serve; the message is one clear line.
+        ClusterError: the engine cannot serve; the message is one line.
     """
     await _find(spec.engine, spec.engine).serve(spec.argument, spec.options, server, task_status=task_status)
 
 
 def _find(name: str, spec: str) -> Engine:
-    installed = {point.name: point for point in entry_points(group=GROUP)} | _OWN
+    installed = {point.name: point for point in entry_points(group=GROUP)} | BUILT_IN
     if name not in installed:
         known = ", ".join(sorted(installed)) or "none"
         raise OptionsError(f"{spec}: there is no engine '{name}'; there are: {known}")
     try:
         engine: Engine = installed[name].load()
     except Exception as error:
-        # Someone else's package, so anything can go wrong in it; whoever starts the node has to know which.
+        # The code of another package, which may raise anything; the message names it.
         raise ClusterError(
             f"the engine '{name}' ({installed[name].value}) cannot be imported: {error}"
         ) from error
     return engine
 
 
-# Readers for options
+# Converters for options
 
 
 def text(value: str) -> str:
-    """Read a text that is not empty."""
+    """Return a text that must not be empty.
+
+    Raises:
+        ValueError: it is empty.
+    """
     if not value:
         raise ValueError("expected some text, got nothing")
     return value
 
 
 def boolean(value: str) -> bool:
-    """Read yes or no."""
-    words = {
-        "yes": True,
-        "true": True,
-        "on": True,
-        "1": True,
-        "no": False,
-        "false": False,
-        "off": False,
-        "0": False,
-    }
-    if value.lower() not in words:
-        raise ValueError(f"expected yes or no, got '{value}'")
-    return words[value.lower()]
+    """Convert ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in any case.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    return parse_boolean(value)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a reader for whole numbers from ``low`` to ``high``."""
+    """Return a converter for whole numbers.
+
+    Args:
+        low: the smallest that is accepted.
+        high: the largest that is accepted.
+
+    Returns:
+        A function that raises ``ValueError`` for everything else.
+    """
 
     def read(value: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,12}", value) or not low <= int(value) <= high:
@@ -355,7 +412,15 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def fraction(low: float, high: float) -> Callable[[str], float]:
-    """Return a reader for numbers from ``low`` to ``high``."""
+    """Return a converter for numbers that need not be whole.
+
+    Args:
+        low: the smallest that is accepted.
+        high: the largest that is accepted.
+
+    Returns:
+        A function that raises ``ValueError`` for everything else.
+    """
 
     def read(value: str) -> float:
         try:

@@ -1,22 +1,25 @@
-"""A client for one HTTP/1.1 server, made for relays: what it sends and what it gives out are bytes as they are.
+"""An HTTP/1.1 client for one server, made for relays: bodies pass in both directions as they are.
 
 Theory of operation
 ===================
 
-An exchange is one request and its answer, and belongs to the task that makes it. However it ends, by an error, a
-cancellation, or with an answer that nobody wanted to the end, its socket is closed there and then, without waiting for
-anything; that is how the server learns that nobody needs its work any more. Only a connection whose request has gone
-out whole, and whose answer has come whole, is kept for the next one.
+*Lifetimes.* A request and its response belong to the task that calls :meth:`HttpClient.send`. However that call ends,
+by an error, by cancellation, or because the caller did not read the whole response, the connection is closed at once
+and synchronously. This is how the server learns that its work is not needed any more. A connection is kept alive for
+the next request only if the whole request was sent and the whole response was received.
 
-A kept connection may have died meanwhile. Those that show it are dropped before use. One that dies when the request is
-already on its way, without a byte of an answer, is replaced by a fresh one, once, and only if the body is at hand to be
-sent again; a body that can be had only once always gets a fresh one. Connections are kept for less time than the usual
-servers keep theirs, so that this hardly ever matters.
+*Stale connections.* An idle connection may have been closed by the server meanwhile. One that is readable (an EOF, or
+bytes without a request) is dropped before use. One that fails after the request was sent, but before any byte of a
+response, is replaced by a new connection, once, and only if the body is in memory and can be sent again; a streamed
+body always gets a new connection. The keep-alive expiry is shorter than that of the usual servers, so that this hardly
+ever happens.
 
-A large body is sent by a task beside the one that reads, so that a server which refuses it early is heard; what is left
-of the body is not sent then. A small one fits into what the kernel buffers, and needs no task.
+*Early responses.* A large or streamed body is sent by a second task while the response is awaited, so that an early
+refusal by the server is seen and the rest of the body is not sent. A small body fits into the kernel's buffer and needs
+no task.
 
-There is no limit on how long an answer may take: that is for the caller's deadlines. Redirections are not followed.
+*No response timeout.* Only connecting has a time limit; the caller's deadlines bound the rest. Redirects are not
+followed.
 """
 
 from __future__ import annotations
@@ -28,189 +31,180 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeAlias
-from urllib.parse import urlsplit
 
 import attrs
 import trio
 
 from trio_cluster.net.sockets import receive_when_ready
 
-from ._http_response import AnswerCut, HttpError, ResponseReader
+from ._base_url import BaseURL
+from ._http_response import HttpError, IncompleteResponse, ResponseReader
 
-__all__ = ["Answer", "BaseURL", "Body", "ConnectFailed", "HttpClient", "Question"]
+__all__ = ["Body", "ConnectFailed", "HttpClient", "HttpRequest", "HttpResponse"]
 
-#: A body that is at hand, or the function that gives its next piece, and nothing at its end.
+#: A body in memory, or a function that returns the next piece of a streamed one, and ``b""`` at its end.
 Body: TypeAlias = bytes | Callable[[], Awaitable[bytes]]
 
-_RECEIVE: Final = 64 * 1024
-#: Bytes that are sent without listening for an answer meanwhile.
-_AT_ONCE: Final = 64 * 1024
+#: Bytes per read from the socket, at most.
+_READ_SIZE: Final = 64 * 1024
+#: Bytes of a body in memory that are sent before the response is awaited, without a task of their own.
+_INLINE_BODY: Final = 64 * 1024
 
 
 class ConnectFailed(HttpError):
-    """There is no connection to be had; the server has not been asked anything."""
+    """No connection could be made; nothing of the request was sent."""
 
 
 @attrs.frozen
-class BaseURL:
-    """Where a server's API is: ``http://host:port/some/prefix``."""
+class HttpRequest:
+    """A request.
 
-    scheme: str
-    host: str
-    port: int
-    path: str
-    """Percent-encoded as it was given, without a slash at its end."""
-
-    @classmethod
-    def parse(cls, url: str) -> BaseURL:
-        """Read a URL.
-
-        Raises:
-            ValueError: it is not one that could be the base of an API; the message says why.
-        """
-        if not url.isascii() or not url.isprintable() or " " in url:
-            raise ValueError(f"a URL has no spaces and only ASCII characters: {url!r}")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"expected a URL such as http://127.0.0.1:8000/v1, got '{url}'")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError(f"a user, a query or a fragment has no place in this URL: '{url}'")
-        try:
-            port = parts.port
-        except ValueError:
-            port = 0
-        if port == 0:
-            raise ValueError(f"the port is not one: '{url}'")
-        default = 443 if parts.scheme == "https" else 80
-        return cls(parts.scheme, parts.hostname, port or default, parts.path.rstrip("/"))
-
-    @property
-    def authority(self) -> str:
-        """The host as the header of this name wants it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.path}"
-
-
-@attrs.frozen
-class Question:
-    """A request."""
+    Attributes:
+        method: in capitals.
+        path: what follows the base URL's path, percent-encoded.
+        headers: (name, value) pairs. The client adds ``Host``, ``Accept-Encoding`` and the framing headers.
+        body: in memory, or streamed.
+        size: the length of a streamed body in bytes; -1 if it is not known. Ignored for a body in memory.
+    """
 
     method: str
     path: str
-    """What follows the base's path, percent-encoded."""
     headers: Sequence[tuple[str, str]] = ()
-    """Those that describe the connection and the framing are added."""
     body: Body = b""
     size: int = -1
-    """How many bytes a body will have that is not at hand; -1 if nobody knows."""
 
 
 @attrs.frozen
-class Answer:
-    """The head of an answer, and the way to its body."""
+class HttpResponse:
+    """The head of a response, and access to its body.
+
+    Attributes:
+        status: 200 to 999.
+        headers: (name, value) pairs in the order received; names in lower case.
+        close_delimited: the body ends with the connection, so that a truncated body looks complete.
+        receive: returns the next piece of the body, and ``b""`` at its end. A checkpoint. Raises :class:`HttpError` if
+            the connection ends too early.
+    """
 
     status: int
     headers: Sequence[tuple[str, str]]
-    """Names in lower case."""
-    framed: bool
-    """Whether the answer itself says where it ends. If not, it looks complete even where it was cut off."""
+    close_delimited: bool
     receive: Callable[[], Awaitable[bytes]]
-    """Gives the next piece of the body, and nothing at its end; raises ``HttpError`` where it was cut off."""
 
     def header(self, name: str) -> str:
-        """Return the first header of this name (lower case), or nothing."""
+        """Return the value of the first header called ``name`` (in lower case); empty if there is none."""
         return next((value for key, value in self.headers if key == name), "")
 
 
+#: Handles a response. The connection is released when it returns.
+ResponseHandler: TypeAlias = Callable[[HttpResponse], Awaitable[None]]
+
+
 class HttpClient:
-    """See the top of this module.
+    """Sends requests to one server, and keeps its idle connections. See the top of this module.
 
     Args:
-        base: which server.
-        connect_timeout: seconds for a connection, its encryption included.
-        max_idle: connections that are kept at most.
-        idle_time: seconds for which one is kept. It is given up when the client is next used.
+        base: the server's base URL.
+        connect_timeout: seconds for making a connection, including the TLS handshake.
+        max_keepalive: idle connections that are kept, at most.
+        keepalive_expiry: seconds after which an idle connection is dropped, the next time that the client is used.
+
+    Attributes:
+        base: as given.
     """
 
     def __init__(
-        self, base: BaseURL, *, connect_timeout: float = 5.0, max_idle: int = 64, idle_time: float = 4.0
+        self,
+        base: BaseURL,
+        *,
+        connect_timeout: float = 5.0,
+        max_keepalive: int = 64,
+        keepalive_expiry: float = 4.0,
     ) -> None:
         self.base = base
         self._connect_timeout = connect_timeout
-        self._max_idle = max_idle
-        self._idle_time = idle_time
+        self._max_keepalive = max_keepalive
+        self._keepalive_expiry = keepalive_expiry
+        # From the one that has been idle longest.
         self._idle: list[_Connection] = []
         self._tls = ssl.create_default_context() if base.scheme == "https" else None
         self._family = _family(base.host)
 
-    async def exchange(self, question: Question, answer: Callable[[Answer], Awaitable[None]]) -> None:
-        """Ask, and have ``answer`` deal with what comes back; it may be called only once.
+    async def send(self, request: HttpRequest, handle_response: ResponseHandler) -> None:
+        """Send a request, and call ``handle_response`` with the response, at most once.
 
-        Cancellation closes the connection at once, and so does any error, those of ``answer`` included.
+        A checkpoint. Cancellation closes the connection at once, and so does any error, those of ``handle_response``
+        and of a streamed body included. So does a ``handle_response`` that returns before the end of the body.
+
+        Args:
+            request: what to send.
+            handle_response: awaited with the response when its head has been received.
 
         Raises:
-            ConnectFailed: the server cannot be reached; ``answer`` was not called.
-            AnswerCut: the connection was lost before the answer was complete.
-            MalformedAnswer: what came is not HTTP.
+            ConnectFailed: no connection could be made; ``handle_response`` was not called.
+            IncompleteResponse: the connection ended before the response was complete.
+            MalformedResponse: the server does not answer with HTTP/1.1.
+            ValueError: a header of the request has a line break in it.
         """
-        if isinstance(question.body, bytes) and (kept := self._kept()) is not None:
+        if isinstance(request.body, bytes) and (connection := self._take_idle()) is not None:
             try:
-                await self._ask(kept, question, answer)
+                await self._send_on(connection, request, handle_response)
                 return
-            except AnswerCut:
-                if kept.reader.heard:
+            except IncompleteResponse:
+                if connection.reader.started:
                     raise
-        await self._ask(await self._connect(), question, answer)
+        await self._send_on(await self._connect(), request, handle_response)
 
-    async def fetch(self, question: Question, limit: int) -> tuple[int, bytes]:
-        """Return the status and the whole body of an answer.
+    async def fetch(self, request: HttpRequest, limit: int) -> tuple[int, bytes]:
+        """Send a request, and return the status and the whole body of its response.
+
+        Args:
+            request: what to send.
+            limit: the largest body that is accepted, in bytes.
 
         Raises:
-            HttpError: see :meth:`exchange`; also if the body has more than ``limit`` bytes.
+            HttpError: see :meth:`send`; also if the body is larger than ``limit``.
         """
         status, body = 0, bytearray()
 
-        async def collect(answer: Answer) -> None:
+        async def collect(response: HttpResponse) -> None:
             nonlocal status
-            status = answer.status
-            while piece := await answer.receive():
+            status = response.status
+            while piece := await response.receive():
                 body.extend(piece)
                 if len(body) > limit:
-                    raise HttpError(f"the answer has more than {limit} bytes")
+                    raise HttpError(f"the response has more than {limit} bytes")
 
-        await self.exchange(question, collect)
+        await self.send(request, collect)
         return status, bytes(body)
 
     def close(self) -> None:
-        """Close the connections that are kept; exchanges that are under way are not touched."""
+        """Close the idle connections. Requests that are under way are not affected. Synchronous."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()
 
     # Connections
 
-    def _kept(self) -> _Connection | None:
-        self._drop_old()
+    def _take_idle(self) -> _Connection | None:
+        self._drop_expired()
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_quiet():
+            if not connection.is_readable():
                 return connection
             connection.close()
         return None
 
     def _keep(self, connection: _Connection) -> None:
-        self._drop_old()
-        if len(self._idle) < self._max_idle:
+        self._drop_expired()
+        if len(self._idle) < self._max_keepalive:
             connection.idle_since = trio.current_time()
             self._idle.append(connection)
         else:
             connection.close()
 
-    def _drop_old(self) -> None:
-        oldest = trio.current_time() - self._idle_time
+    def _drop_expired(self) -> None:
+        oldest = trio.current_time() - self._keepalive_expiry
         while self._idle and self._idle[0].idle_since < oldest:
             self._idle.pop(0).close()
 
@@ -239,8 +233,8 @@ class HttpClient:
     async def _open_stream(self) -> trio.SocketStream:
         if self._family is None:
             return await trio.open_tcp_stream(self.base.host, self.base.port)
-        # A numeric address is the only one, so that nothing has to be found out, and no two attempts can race each
-        # other; getting ready for that costs as much as the connection.
+        # A numeric address needs no name resolution and no racing attempts ("happy eyeballs"), whose setup costs as
+        # much as the connection.
         sock = trio.socket.socket(self._family)
         try:
             await sock.connect((self.base.host, self.base.port))
@@ -249,151 +243,163 @@ class HttpClient:
             sock.close()
             raise
 
-    # One exchange
+    # One request
 
-    async def _ask(
-        self, connection: _Connection, question: Question, answer: Callable[[Answer], Awaitable[None]]
+    async def _send_on(
+        self, connection: _Connection, request: HttpRequest, handle_response: ResponseHandler
     ) -> None:
-        body = question.body
+        body = request.body
         reader = connection.reader
-        reader.begin()
-        connection.sent = False
+        reader.start_next()
+        connection.request_sent = False
         try:
-            if isinstance(body, bytes) and len(body) <= _AT_ONCE:
-                await connection.send(self._head(question) + body)
-                connection.sent = True
-                await answer(await connection.receive_head())
+            if isinstance(body, bytes) and len(body) <= _INLINE_BODY:
+                await connection.send(self._head(request) + body)
+                connection.request_sent = True
+                await handle_response(await connection.receive_head())
             else:
-                await self._ask_both_ways(connection, question, answer)
+                await self._send_full_duplex(connection, request, handle_response)
         finally:
-            if connection.sent and reader.complete and reader.keep_alive and not connection.broken:
+            if (
+                connection.request_sent
+                and reader.complete
+                and reader.keep_alive
+                and not connection.write_failed
+            ):
                 self._keep(connection)
             else:
                 connection.close()
 
-    async def _ask_both_ways(
-        self, connection: _Connection, question: Question, answer: Callable[[Answer], Awaitable[None]]
+    async def _send_full_duplex(
+        self, connection: _Connection, request: HttpRequest, handle_response: ResponseHandler
     ) -> None:
-        """Send and listen at the same time."""
+        """Send the request and receive the response at the same time."""
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            uploading = trio.CancelScope()
+            upload_scope = trio.CancelScope()
 
             async def upload() -> None:
                 nonlocal failure
                 try:
-                    with uploading:
-                        await self._upload(connection, question)
+                    with upload_scope:
+                        await self._upload(connection, request)
                 except Exception as error:
-                    # The body's own: there will be no more of it, and so there is nothing to wait for.
+                    # The source of the body has failed. The server will wait for the rest, so there is no response to
+                    # wait for.
                     failure = error
                     nursery.cancel_scope.cancel(reason="the body of the request has failed")
 
             nursery.start_soon(upload)
             try:
-                head = await connection.receive_head()
-                if head.status >= 300:
-                    # It does not want the rest, which would be lost on it.
-                    uploading.cancel(reason="the server has refused the request")
-                await answer(head)
+                response = await connection.receive_head()
+                if response.status >= 300:
+                    # The server does not want the body; the rest would be wasted.
+                    upload_scope.cancel(reason="the server has refused the request")
+                await handle_response(response)
             except Exception as error:
                 failure = error
-            nursery.cancel_scope.cancel(reason="the exchange is over")
-        # Raised here, where it is nobody's group.
+            nursery.cancel_scope.cancel(reason="the request is over")
+        # Raised outside of the nursery, which would wrap it in an ExceptionGroup.
         if failure is not None:
             raise failure
 
-    async def _upload(self, connection: _Connection, question: Question) -> None:
-        await connection.send(self._head(question))
-        if isinstance(question.body, bytes):
-            await connection.send(question.body)
+    async def _upload(self, connection: _Connection, request: HttpRequest) -> None:
+        await connection.send(self._head(request))
+        if isinstance(request.body, bytes):
+            await connection.send(request.body)
         else:
-            left = question.size
-            while piece := await question.body():
+            left = request.size
+            while piece := await request.body():
                 if left < 0:
                     piece = b"%x\r\n%b\r\n" % (len(piece), piece)
                 elif len(piece) > left:
-                    raise HttpError("the body of the request has more bytes than were announced")
+                    raise HttpError("the body of the request has more bytes than its size says")
                 else:
                     left -= len(piece)
                 await connection.send(piece)
             if left < 0:
                 await connection.send(b"0\r\n\r\n")
             elif left:
-                raise HttpError("the body of the request has fewer bytes than were announced")
-        connection.sent = True
+                raise HttpError("the body of the request has fewer bytes than its size says")
+        connection.request_sent = True
 
-    def _head(self, question: Question) -> bytes:
-        size = len(question.body) if isinstance(question.body, bytes) else question.size
+    def _head(self, request: HttpRequest) -> bytes:
+        size = len(request.body) if isinstance(request.body, bytes) else request.size
         lines = [
-            f"{question.method} {self.base.path}{question.path} HTTP/1.1",
+            f"{request.method} {self.base.path}{request.path} HTTP/1.1",
             f"host: {self.base.authority}",
             "accept-encoding: identity",
         ]
-        for name, value in question.headers:
+        for name, value in request.headers:
             if "\n" in value or "\r" in value:
                 raise ValueError(f"a line break in the header {name}")
             lines.append(f"{name}: {value}")
         if size < 0:
             lines.append("transfer-encoding: chunked")
-        elif question.method != "GET":
+        elif request.method != "GET":
             lines.append(f"content-length: {size}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 class _Connection:
-    """One connection, and what is being read on it.
+    """One connection, with the parser of its responses.
 
     Attributes:
-        sent: the request has gone out whole.
-        broken: it cannot be written to any more.
-        idle_since: when it was last used.
+        reader: the parser.
+        request_sent: the whole request has been sent.
+        write_failed: a write failed or was cancelled; nothing more can be sent.
+        idle_since: when the last response was complete, by trio's clock.
     """
 
-    __slots__ = ("_encrypted", "_send_all", "_socket", "broken", "idle_since", "reader", "sent")
+    __slots__ = ("_send_all", "_socket", "_tls", "idle_since", "reader", "request_sent", "write_failed")
 
     def __init__(
         self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], raw: trio.SocketStream
     ) -> None:
         self._socket = raw.socket
         self._send_all = stream.send_all
-        self._encrypted = stream if isinstance(stream, trio.SSLStream) else None
+        self._tls = stream if isinstance(stream, trio.SSLStream) else None
         self.reader = ResponseReader()
-        self.sent = False
-        self.broken = False
+        self.request_sent = False
+        self.write_failed = False
         self.idle_since = 0.0
 
-    def is_quiet(self) -> bool:
-        """Tell whether nothing has come since the last answer; an end would be something, too."""
+    def is_readable(self) -> bool:
+        """Tell whether bytes or an EOF wait to be read; on an idle connection, either means that it is unusable."""
         poll = select.poll()
         poll.register(self._socket.fileno(), select.POLLIN)
-        return not poll.poll(0)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Close it now, whoever uses it. Encryption's own farewell is left out: nobody could wait for it."""
+        """Close the socket at once, also while a task uses it. TLS's close_notify is not sent: it would block."""
         self._socket.close()
 
     async def send(self, data: bytes) -> None:
-        """Send something, unless the server does not take any more: its answer may say why."""
-        if self.broken or not data:
+        """Send bytes. A checkpoint.
+
+        A failed write is not an error: the server may have sent a response that says why it reads no more. Only
+        :attr:`write_failed` is set, and later calls send nothing.
+        """
+        if self.write_failed or not data:
             await trio.lowlevel.checkpoint()
             return
-        self.broken = True
+        # Stays set if the write is cancelled, which may leave half of the data on the wire.
+        self.write_failed = True
         try:
             await self._send_all(data)
         except trio.BrokenResourceError:
             return
-        self.broken = False
+        self.write_failed = False
 
-    async def receive_head(self) -> Answer:
-        """Wait for the head of the answer."""
+    async def receive_head(self) -> HttpResponse:
+        """Wait for the head of the response. Raises :class:`HttpError` if there is none."""
         reader = self.reader
         while not reader.status:
             await self._read()
-        return Answer(reader.status, reader.headers, reader.framed, self.receive)
+        return HttpResponse(reader.status, reader.headers, reader.close_delimited, self.receive)
 
     async def receive(self) -> bytes:
-        """See :attr:`Answer.receive`."""
+        """See :attr:`HttpResponse.receive`."""
         reader = self.reader
         while True:
             if piece := reader.take():
@@ -404,22 +410,22 @@ class _Connection:
             await self._read()
 
     async def _read(self) -> None:
-        """Wait for something to come, and read it; sometimes it is nothing."""
+        """Wait for bytes and feed them to the parser, which may need more of them to make progress."""
         try:
-            if self._encrypted is not None:
-                data = bytes(await self._encrypted.receive_some(_RECEIVE))
+            if self._tls is not None:
+                data = bytes(await self._tls.receive_some(_READ_SIZE))
             else:
-                data = await receive_when_ready(self._socket, _RECEIVE)
+                data = await receive_when_ready(self._socket, _READ_SIZE)
         except (trio.BrokenResourceError, OSError) as error:
-            raise AnswerCut("the connection was broken") from error
+            raise IncompleteResponse("the connection was lost") from error
         if data:
             self.reader.feed(data)
         else:
-            self.reader.end()
+            self.reader.feed_eof()
 
 
 def _reason(error: BaseException) -> str:
-    """Return why there is no connection, without the address, which clients need not see."""
+    """Return why there is no connection, without the server's address, which clients need not know."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, BaseExceptionGroup):
@@ -432,7 +438,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _family(host: str) -> socket.AddressFamily | None:
-    """Return of which family a numeric address is; ``None`` for a name."""
+    """Return the address family of a numeric address; ``None`` for a name."""
     try:
         return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     except ValueError:

@@ -1,15 +1,16 @@
-"""The answer on an HTTP/1.1 connection, as it comes in: no sockets, no waiting.
+"""The parser for the responses on one HTTP/1.1 client connection. No I/O: bytes go in, the state is read off.
 
 Theory of operation
 ===================
 
-A :class:`ResponseReader` belongs to one connection and reads its answers one after the other. It is fed what comes off
-the socket, takes the framing away and leaves the rest alone: the bytes of the body are kept as they are, whatever they
-are encoded in. All that one feeding brings is given out in one piece, since each piece costs whoever takes it a write.
+A :class:`ResponseReader` belongs to one connection and parses its responses one after the other. It is fed what comes
+off the socket, removes the framing (chunked coding or ``Content-Length``), and leaves the body as it is, whatever its
+content coding. All body bytes of one ``feed`` come out as one piece, because each piece costs the consumer a write.
 
-What matters most here is to tell an answer that is complete from one that was cut off. A length or chunks say where
-the body ends; an answer with neither ends with its connection, and then nobody can tell the two apart.
-:attr:`ResponseReader.framed` says which it is, so that those who know more about the content can look for its end.
+What matters most is to tell a complete response from one that was cut off. A ``Content-Length`` or the last chunk
+says where the body ends. A response with neither is *close-delimited* (RFC 9112, section 6.3): its body ends with the
+connection, and a complete body looks the same as a truncated one. :attr:`ResponseReader.close_delimited` tells the
+caller so, which may know from the content whether the body is complete.
 """
 
 from __future__ import annotations
@@ -18,78 +19,81 @@ from typing import Final
 
 import httptools
 
-__all__ = ["FRAMING_LIMIT", "AnswerCut", "HttpError", "MalformedAnswer", "ResponseReader"]
+__all__ = ["FRAMING_LIMIT", "HttpError", "IncompleteResponse", "MalformedResponse", "ResponseReader"]
 
-#: Bytes that may come in a row without being part of a body: a head, or trailers, or what stands between chunks.
+#: Bytes that may come in a row without being part of a body: a head, trailers, or chunk headers with extensions.
 FRAMING_LIMIT: Final = 64 * 1024
 
-_BODILESS: Final = frozenset({204, 304})
+_BODILESS_STATUSES: Final = frozenset({204, 304})
 
 
 class HttpError(Exception):
-    """An exchange with a server has failed. The message says why, and does not name the server."""
+    """A request to a server has failed. The message gives the reason and does not name the server."""
 
 
-class AnswerCut(HttpError):
-    """The connection ended before the answer was complete."""
+class IncompleteResponse(HttpError):
+    """The connection ended before the response was complete."""
 
 
-class MalformedAnswer(HttpError):
-    """What came back is not HTTP/1.1."""
+class MalformedResponse(HttpError):
+    """The bytes received are not an HTTP/1.1 response, or one that uses a feature not supported here."""
 
 
 class ResponseReader:
-    """Reads the answers on one connection.
+    """Parses the responses on one connection. Everything here is synchronous.
 
     Attributes:
-        status: of the answer; 0 until its head is there.
-        headers: names in lower case, in the order in which they came.
-        heard: something of the answer has come.
-        complete: the answer is complete, or has ended with its connection, see :attr:`framed`.
-        framed: the answer itself says where it ends.
-        keep_alive: the connection may be used again once the answer is complete.
+        status: the status code; 0 until the head is complete. Interim (1xx) responses are skipped.
+        headers: (name, value) pairs in the order received; names in lower case.
+        started: at least one byte of this response has been received.
+        complete: the whole response has been received; if :attr:`close_delimited`, the connection has ended.
+        close_delimited: the response has neither a length nor chunks, so that its body ends with the connection.
+            Meaningful once :attr:`status` is set.
+        keep_alive: the connection can be used for another request once the response is complete.
     """
 
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self.begin()
+        self.start_next()
 
-    def begin(self) -> None:
-        """Get ready for the answer to the next request."""
+    def start_next(self) -> None:
+        """Reset the state for the response to the next request."""
         self.status = 0
         self.headers: list[tuple[str, str]] = []
-        self.heard = False
+        self.started = False
         self.complete = False
-        self.framed = False
+        self.close_delimited = False
         self.keep_alive = False
         self._body: list[bytes] = []
-        self._framing = 0
-        self._head: list[tuple[str, str]] = []
-        self._foreign = False
+        self._framing_bytes = 0
+        self._fields: list[tuple[str, str]] = []
+        self._unsupported_coding = False
 
     def feed(self, data: bytes) -> None:
-        """Take what has come off the socket.
+        """Parse bytes from the socket.
 
         Raises:
-            MalformedAnswer: it makes no sense. What came before it can still be taken.
+            MalformedResponse: they are not a response that can be parsed. Body bytes before that can still be taken.
         """
-        self.heard = True
-        self._framing += len(data)
+        self.started = True
+        self._framing_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            raise MalformedAnswer("the server speaks another protocol from here on") from None
+            raise MalformedResponse("the server switched to another protocol") from None
         except httptools.HttpParserError as error:
-            # What follows the end is nobody's; `on_message_begin` has seen that the connection is not used again.
+            # Garbage after a complete response does not spoil it; `on_message_begin` has cleared `keep_alive`.
             if not self.complete:
-                raise MalformedAnswer(f"the answer is not HTTP/1.1: {error}") from None
-        if self._foreign:
-            raise MalformedAnswer("the only transfer encoding known here is 'chunked'")
-        if self._framing > FRAMING_LIMIT and not self.complete:
-            raise MalformedAnswer(f"the head of the answer has more than {FRAMING_LIMIT} bytes")
+                raise MalformedResponse(f"the response is not HTTP/1.1: {error}") from None
+        if self._unsupported_coding:
+            raise MalformedResponse("the response has a transfer coding other than 'chunked'")
+        if self._framing_bytes > FRAMING_LIMIT and not self.complete:
+            raise MalformedResponse(
+                f"the head or the chunk framing of the response exceeds {FRAMING_LIMIT} bytes"
+            )
 
     def take(self) -> bytes:
-        """Return what has come of the body and was not taken yet."""
+        """Return the body bytes received since the last call; empty if there are none."""
         body = self._body
         if not body:
             return b""
@@ -97,59 +101,60 @@ class ResponseReader:
         body.clear()
         return data
 
-    def end(self) -> None:
-        """Take note that the connection has ended.
+    def feed_eof(self) -> None:
+        """Process the end of the connection.
 
         Raises:
-            AnswerCut: the answer is not complete.
+            IncompleteResponse: the response is not complete.
         """
         self.keep_alive = False
         if self.complete:
             return
         if not self.status:
-            raise AnswerCut("the connection ended before there was an answer")
-        if self.framed:
-            raise AnswerCut("the connection ended in the middle of the answer")
+            raise IncompleteResponse("the connection was closed before the response began")
+        if not self.close_delimited:
+            raise IncompleteResponse("the connection was closed in the middle of the response")
         self.complete = True
 
-    # The parser's callbacks
+    # Callbacks of httptools
 
     def on_message_begin(self) -> None:
         """See httptools."""
-        # An answer to a question that nobody has asked.
+        # A second response, without a request for it: the connection is out of step and cannot be used again.
         if self.complete:
             self.keep_alive = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
-        # Trailers get here, too, and nobody looks at them.
-        self._head.append((name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")))
+        """See httptools. Called for trailers too, which are dropped."""
+        self._fields.append((name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")))
 
     def on_headers_complete(self) -> None:
         """See httptools."""
         status = self._parser.get_status_code()
         if self.complete:
             return
-        head, self._head = self._head, []
+        fields, self._fields = self._fields, []
         if status < 200:
-            # Only says that there will be an answer.
+            # An interim response; the final one follows.
             return
         self.status = status
-        self.headers = head
-        codings = [value.strip().lower() for name, value in head if name == "transfer-encoding"]
-        self.framed = (
-            bool(codings) or status in _BODILESS or any(name == "content-length" for name, _ in head)
+        self.headers = fields
+        codings = [value.strip().lower() for name, value in fields if name == "transfer-encoding"]
+        self.close_delimited = (
+            not codings
+            and status not in _BODILESS_STATUSES
+            and all(name != "content-length" for name, _ in fields)
         )
-        # An error that a callback raises would not come out of the parser as itself.
-        self._foreign = bool(codings) and codings != ["chunked"]
+        # `feed` raises for this: httptools would wrap an exception of a callback.
+        self._unsupported_coding = bool(codings) and codings != ["chunked"]
         self.keep_alive = self._parser.should_keep_alive()
-        self._framing = 0
+        self._framing_bytes = 0
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
         if not self.complete:
             self._body.append(body)
-            self._framing = 0
+            self._framing_bytes = 0
 
     def on_message_complete(self) -> None:
         """See httptools."""

@@ -1,7 +1,7 @@
-"""The name of the model in the body of a request, replaced; everything else stays as it was, byte by byte.
+"""Replacement of the model's name in the body of a request; everything else stays as it was, byte for byte.
 
-JSON is read no deeper than its outermost object, and the values in it are copied as they are. A form is framed anew
-as it passes, with the contents of its parts untouched, so that a large file never needs to be in memory.
+JSON is decoded no deeper than its outermost object, and the values in it are copied as they are. A form is framed anew
+while it passes, with the contents of its parts untouched, so that a large file is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from trio_cluster.errors import InvalidRequest
 __all__ = ["FormRewriter", "rewrite_form", "rewrite_json"]
 
 _FIELD: Final = "model"
-#: More headers, and longer ones, than any client gives the parts of a form.
-_MOST_HEADERS: Final = 32
-_LONGEST_HEADER: Final = 16 * 1024
+#: Headers of one part of a form, and bytes of one header: more than any client sends.
+_MAX_HEADERS: Final = 32
+_MAX_HEADER_SIZE: Final = 16 * 1024
 
 
 def rewrite_json(body: bytes, model: str) -> bytes:
-    """Return a JSON object with ``model`` as its model.
+    """Return a JSON object with ``model`` as the value of its field ``model``. Synchronous.
+
+    Args:
+        body: the JSON object.
+        model: the new name.
 
     Raises:
         InvalidRequest: the body is not a JSON object.
@@ -41,51 +45,63 @@ def rewrite_json(body: bytes, model: str) -> bytes:
 
 
 def rewrite_form(body: bytes, content_type: str, model: str) -> bytes:
-    """Return a form with ``model`` as its model.
+    """Return a form with ``model`` as the content of its part ``model``. Synchronous.
+
+    Args:
+        body: the form.
+        content_type: the request's content type, which names the boundary.
+        model: the new name.
 
     Raises:
-        InvalidRequest: the body is no such form.
+        InvalidRequest: the body is not a form, or the content type has no boundary.
     """
     rewriter = FormRewriter(content_type, model)
     return rewriter.feed(body) + rewriter.end()
 
 
 class FormRewriter:
-    """Takes a form in pieces and gives it out in pieces, with ``model`` as the content of its part of this name.
+    """Rewrites a form piece by piece, with ``model`` as the content of its part ``model``.
+
+    Args:
+        content_type: the request's content type, which names the boundary.
+        model: the new name.
 
     Raises:
-        InvalidRequest: the content type does not say where parts begin.
+        InvalidRequest: the content type has no boundary, or none that is valid.
     """
 
     def __init__(self, content_type: str, model: str) -> None:
         boundary = parse_options_header(content_type)[1].get("boundary", "")
         try:
-            # Latin-1 maps every byte to a character and back, whatever the client's encoding is.
+            # Latin-1 maps every byte to a character and back, so that headers in any encoding stay as they are.
             self._boundary = boundary.encode("latin-1")
             self._parser = PushMultipartParser(
                 self._boundary,
-                max_header_size=_LONGEST_HEADER,
-                max_header_count=_MOST_HEADERS,
+                max_header_size=_MAX_HEADER_SIZE,
+                max_header_count=_MAX_HEADERS,
                 header_charset="latin-1",
             )
         except ValueError as error:
-            raise InvalidRequest(f"The boundary of the form makes no sense: {error}") from None
+            raise InvalidRequest(f"The content type of the form has no valid boundary: {error}") from None
         self._model = model.encode()
         self._inside_model = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next piece of the form, and return what can be sent on; perhaps nothing yet.
+        """Rewrite the next piece of the form.
+
+        Returns:
+            What can be sent on; may be empty.
 
         Raises:
-            InvalidRequest: it is no form.
+            InvalidRequest: the body is not a form.
         """
         if self._parser.closed:
-            # What follows the end of a form means nothing.
+            # Bytes after the end of a form have no meaning, and are dropped.
             return b""
         out: list[bytes] = []
         try:
             for event in self._parser.parse(data):
-                self._forward_upload(event, out)
+                self._rewrite(event, out)
         except MultipartError as error:
             raise _malformed(error) from None
         return b"".join(out)
@@ -94,7 +110,7 @@ class FormRewriter:
         """Return the end of the form.
 
         Raises:
-            InvalidRequest: parts of it have not come.
+            InvalidRequest: the form is incomplete.
         """
         try:
             self._parser.close()
@@ -102,7 +118,7 @@ class FormRewriter:
             raise _malformed(error) from None
         return b"--%b--\r\n" % self._boundary
 
-    def _forward_upload(self, event: Any, out: list[bytes]) -> None:
+    def _rewrite(self, event: Any, out: list[bytes]) -> None:
         if event is None:
             out.append(b"\r\n")
         elif isinstance(event, MultipartSegment):

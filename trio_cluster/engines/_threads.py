@@ -1,25 +1,25 @@
-"""Work in a thread as a stream of values; here engines keep the promise that no work outlives its request.
+"""Blocking work in a thread as an async iterator of its results. With this, no work of an engine outlives its request.
 
 Theory of operation
 ===================
 
-The libraries that run models block. Each request's blocking part therefore runs in a thread of its own and
-hands its results over through a bounded queue. Three rules hold the two sides together:
+The libraries that run models block. The blocking part of each request therefore runs in a thread of its own, and hands
+its results over through a bounded queue. Three rules hold:
 
-*The thread is never abandoned.* Leaving the ``async with`` block, by whatever way, raises a flag and then
-waits, shielded from cancellation, until the thread has ended. What makes the wait short is the work's part:
-it looks at the flag between any two steps (:attr:`Outlet.closed`, or the answer of :meth:`Outlet.put`), and
-where a library can be interrupted from outside, :meth:`Outlet.interrupt_with` says how.
+*The thread is never abandoned.* Leaving the ``async with`` block, in whatever way, closes the queue and then waits,
+shielded from cancellation, until the thread has ended. The work is responsible for keeping that wait short: it checks
+between any two steps whether the queue is closed (:meth:`Outlet.closed`, or the result of :meth:`Outlet.put`). If a
+library can be interrupted from another thread, the work registers how with :meth:`Outlet.interrupt_with`.
 
-*A slot is held by the thread, not by the request.* It is taken before the thread starts and given back when
-the thread has ended, even in the case that the wait runs into its deadline because a library does not listen.
+*The slot belongs to the thread, not to the request.* It is acquired before the thread starts and released when the
+thread has ended, even if the wait for the thread times out because a library does not react.
 
-*The queue is bounded, in the thread's direction.* A reader that is slow, because its client is, stops the
-work at its next value.
+*Backpressure.* The queue is bounded: a consumer that is slow, because its client is, blocks the work at its next
+result.
 
-There is no nursery and no cancel scope between two values, so an async generator may ``yield`` from inside
-the ``async with`` block. Waking the event loop is coalesced: values that come faster than they are taken cost
-one wake.
+No nursery and no cancel scope is open between two results, so an async generator may ``yield`` from inside the ``async
+with`` block. Wake-ups of the event loop are coalesced: results that arrive faster than they are consumed cost one
+wake-up.
 """
 
 from __future__ import annotations
@@ -41,46 +41,54 @@ T = TypeVar("T")
 
 logger = logging.getLogger("trio_cluster.engines")
 
-#: Seconds to wait for a cancelled thread. Then its library does not listen; we say so and go on without it.
-PATIENCE: Final = 30.0
+#: Seconds to wait for the thread after its queue was closed. If its library does not react until then, an error is
+#: logged and the wait ends.
+STOP_TIMEOUT: Final = 30.0
 
+#: Results that may wait in the queue by default.
 _BOUND: Final = 64
 
 
 class Outlet(Generic[T]):
-    """The thread's end of a :class:`ThreadStream`. Everything here is called from the thread."""
+    """The thread's end of a :class:`ThreadStream`, which creates it. All methods are called from the thread."""
 
     def __init__(self, bound: int, wake: Callable[[], None]) -> None:
+        # Protects `_closed` together with `_interrupt`; the deque and the semaphore are safe by themselves.
         self._lock = threading.Lock()
-        self._wait_for_upload_room = threading.Semaphore(bound)
+        self._room = threading.Semaphore(bound)
         self._values: deque[T] = deque()
         self._wake = wake
         self._closed = False
         self._interrupt: Callable[[], None] | None = None
 
     def closed(self) -> bool:
-        """Tell whether nobody wants the result any more: then stop as soon as possible."""
+        """Tell whether the result is not needed any more, so that the work should stop as soon as possible."""
         return self._closed
 
     def put(self, value: T) -> bool:
-        """Hand over a value, waiting while the queue is full.
+        """Put a result into the queue. Blocks while the queue is full.
+
+        Args:
+            value: the result.
 
         Returns:
-            Whether to go on; ``False`` means the same as :attr:`closed`, and the value was dropped.
+            Whether the work should go on. ``False`` means that the stream is :meth:`closed`; the value was dropped.
         """
-        self._wait_for_upload_room.acquire()
+        self._room.acquire()
         if self._closed:
-            # For the next put, which must not wait either.
-            self._wait_for_upload_room.release()
+            # Passed on to the next put, which must not block either.
+            self._room.release()
             return False
         self._values.append(value)
         self._wake()
         return True
 
     def interrupt_with(self, interrupt: Callable[[], None] | None) -> None:
-        """Say what to call, from the event loop's thread, to make a blocking step return early.
+        """Register a function that makes a blocking step of the work return early.
 
-        If it is too late for that already, ``interrupt`` is called here and now. ``None`` takes it back.
+        Args:
+            interrupt: called once, from the event loop's thread, when the stream is closed; called right here if it is
+                closed already. Must not block. ``None`` removes the function that was registered before.
         """
         with self._lock:
             self._interrupt = interrupt
@@ -88,32 +96,46 @@ class Outlet(Generic[T]):
         if late and interrupt is not None:
             interrupt()
 
-    def _close(self) -> None:
+
+class _Queue(Outlet[T]):
+    """The whole queue: the thread's end, and the end of the event loop. The methods here are called from the latter."""
+
+    def close(self) -> None:
+        """Tell the work to stop: unblock a ``put`` that waits, and interrupt the current step if that is possible."""
         with self._lock:
             self._closed = True
             interrupt = self._interrupt
-        self._wait_for_upload_room.release()
+        self._room.release()
         if interrupt is not None:
             interrupt()
 
-    def _take(self) -> T:
+    def empty(self) -> bool:
+        """Tell whether there is nothing to take."""
+        return not self._values
+
+    def take(self) -> T:
+        """Return the oldest result. Raises ``IndexError`` if there is none."""
         value = self._values.popleft()
-        self._wait_for_upload_room.release()
+        self._room.release()
         return value
 
 
 class ThreadStream(Generic[T]):
-    """The values that ``work`` produces in a thread, as an async iterator.
+    """The results that ``work`` produces in a thread, as an async iterator.
 
-    Use it as an async context manager; iterate inside. Entering waits for a slot of ``limiter`` and starts
-    the thread. Leaving stops the work and waits for the thread to end, for at most :data:`PATIENCE` seconds.
+    Use it as an async context manager, once, and iterate inside; every iteration is a checkpoint. Entering waits for a
+    slot of ``limiter``, which can be cancelled, and starts the thread. Leaving closes the stream and waits, shielded
+    from cancellation, until the thread has ended, for at most 30 seconds.
 
     Args:
-        work: called in a thread with an :class:`Outlet`. Its exceptions come out of the iteration, after the
-            values that were put before.
-        limiter: bounds how many threads there are; one slot is held for as long as the thread really runs.
-        name: of the thread, for whoever looks at a list of them.
-        bound: how many values may wait to be taken.
+        work: called in a thread with an :class:`Outlet`. An exception that it raises is raised by the iteration, after
+            the results that were put before.
+        limiter: bounds the number of threads. A slot is held until the thread has ended.
+        name: the name of the thread, for debuggers and lists of threads.
+        bound: how many results may wait in the queue.
+
+    Raises:
+        RuntimeError: on entering, if it was entered before.
     """
 
     def __init__(
@@ -133,27 +155,27 @@ class ThreadStream(Generic[T]):
         self._parked = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> ThreadStream[T]:
-        # What the work holds on to, a whole model perhaps, is to be let go of with the thread, not by some later
-        # collection of garbage in the event loop.
+        # The work may hold a whole model. Dropping the reference here frees it when the thread ends, not in a garbage
+        # collection of the event loop some time later.
         work, self._work = self._work, None
         if work is None:
-            raise RuntimeError("a ThreadStream is entered once")
+            raise RuntimeError("a ThreadStream can be entered only once")
         await self._limiter.acquire_on_behalf_of(self)
         token = trio.lowlevel.current_trio_token()
 
-        # Only a thread that outlasted our patience can find the run finished, and nobody waits for it then.
+        # The run can be finished only if the thread has outlasted the stop timeout. No task waits for it then.
         def wake() -> None:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(self._parked.unpark_all, idempotent=True)
 
         def run() -> None:
-            work(self._outlet)
+            work(self._queue)
 
         def deliver(result: Outcome[None]) -> None:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(self._end, result.error if isinstance(result, Error) else None)
 
-        self._outlet: Outlet[T] = Outlet(self._bound, wake)
+        self._queue: _Queue[T] = _Queue(self._bound, wake)
         try:
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
         except BaseException:
@@ -166,13 +188,13 @@ class ThreadStream(Generic[T]):
 
     async def __anext__(self) -> T:
         await trio.lowlevel.checkpoint()
-        while not self._outlet._values:
+        while self._queue.empty():
             if self._ended:
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
             await self._parked.park()
-        return self._outlet._take()
+        return self._queue.take()
 
     async def __aexit__(
         self,
@@ -180,15 +202,15 @@ class ThreadStream(Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._outlet._close()
-        with trio.move_on_after(PATIENCE, shield=True):
+        self._queue.close()
+        with trio.move_on_after(STOP_TIMEOUT, shield=True):
             while not self._ended:
                 await self._parked.park()
         if not self._ended:
             logger.error(
-                "the thread %r has not stopped %g s after it was asked to; its slot stays taken so long",
+                "the thread %r has not stopped within %g s; its slot stays taken until it does",
                 self._name,
-                PATIENCE,
+                STOP_TIMEOUT,
             )
 
     def _end(self, error: BaseException | None) -> None:

@@ -1,11 +1,12 @@
-"""Calls that another server answers: what goes up to it, and what of its answer comes down.
+"""Forwarding of calls to an upstream server: what of a request is sent to it, and what of its response comes back.
 
-Bodies pass as they are, in both directions and in the pieces in which they come. The one thing that may be changed is
-the name of the model in a request, where the cluster calls it by another one. Headers pass if they are about the
-content or about the API. Those about the connection do not, for it ends here, and keys and cookies do not: the
-client's are not meant for that server, and that server's are not meant for the client.
+Bodies are forwarded as they are, in both directions and in the pieces in which they arrive. Only the name of the model
+in a request is replaced, where the cluster calls the model by another name. Headers are forwarded if they are about the
+content or about the API. Connection headers are not, because the connection ends here. Keys and cookies are not either:
+the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
-Whatever status the server answers with is the answer. It was *lost* only if there is no answer, or half of one.
+Every response is the call's answer, whatever its status. The call fails, with ``UpstreamLost``, only if there is no
+complete response.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from trio_cluster.errors import InvalidRequest, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form
 
-from ._http_client import Answer, Body, ConnectFailed, HttpClient, Question
+from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 
-_TO_SERVER: Final = frozenset({"accept", "accept-language", "user-agent"})
-_TO_CLIENT: Final = frozenset(
+_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "user-agent"})
+_RESPONSE_HEADERS: Final = frozenset(
     {
         "cache-control",
         "content-disposition",
@@ -41,10 +42,11 @@ _TO_CLIENT: Final = frozenset(
         "warning",
     }
 )
-#: Families that belong to the API, in both directions.
-_API: Final = ("x-", "openai-", "anthropic-")
-# Some frameworks let these change which route is meant, or how.
-_NEVER: Final = frozenset(
+#: Prefixes of headers that belong to the API, in both directions.
+_API_PREFIXES: Final = ("x-", "openai-", "anthropic-")
+#: Headers with such a prefix that are never forwarded: some frameworks and proxies obey them, and change the method or
+#: the route.
+_BLOCKED_HEADERS: Final = frozenset(
     {
         "x-accel-buffering",
         "x-accel-redirect",
@@ -56,64 +58,71 @@ _NEVER: Final = frozenset(
         "x-rewrite-url",
     }
 )
-_SECRET: Final = re.compile(r"api-?key|access-?key|token$|auth|cookie|secret|password")
+_SECRET_HEADER: Final = re.compile(r"api-?key|access-?key|token$|auth|cookie|secret|password")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-#: Headers of an answer that are passed on, and the characters that they may have together; a link bounds them, too.
-_MOST_HEADERS: Final = 64
-_HEADER_ROOM: Final = 16 * 1024
-_LONGEST_TYPE: Final = 512
+#: Limits of the response headers that are forwarded: their number, and characters of all names and values together. The
+#: link between worker and master has limits, too.
+_MAX_HEADERS: Final = 64
+_MAX_HEADER_SIZE: Final = 16 * 1024
+#: Characters of a content type; a longer one is dropped.
+_MAX_CONTENT_TYPE: Final = 512
 
-#: Bytes of a body that are waited for; it can be sent again then, on a connection that is kept. Others are passed on as
-#: they come.
-_WHOLE: Final = 256 * 1024
+#: Request bodies up to this size (bytes) are collected before they are sent, so that they can be sent again and may use
+#: an idle connection. Larger ones are streamed.
+_BUFFERED_BODY: Final = 256 * 1024
 
-#: Endpoints whose streams say that they are complete.
-_SAY_DONE: Final = frozenset({"chat.completions", "completions"})
+#: Endpoints whose event streams end with ``[DONE]``.
+_ENDPOINTS_WITH_DONE: Final = frozenset({"chat.completions", "completions"})
 _DONE: Final = b"[DONE]"
-#: Bytes at the end of such a stream in which that is looked for; comments may follow it.
-_TAIL: Final = 256
+#: Bytes at the end of such a stream in which ``[DONE]`` is searched; comments may follow it.
+_DONE_WINDOW: Final = 256
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
 
 class UpstreamCalls:
-    """Answers calls by asking the server of ``client``.
+    """Forwards calls to the upstream server of ``client``.
 
     Args:
-        client: asks it.
-        key: what the server wants for one; ``None``: nothing.
-        on_lost: called when the server could not be reached, or broke off.
+        client: sends the requests.
+        key: the API key to send; ``None`` if the server requires none.
+        on_lost: called, synchronously, when a call fails because the server cannot be reached or its response is
+            incomplete.
 
     Attributes:
-        heard: how often something has come from the server; it is alive if that changes.
+        activity: counts what is received from the server, heads and pieces of bodies. A change shows that it is alive.
     """
 
     def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[], None]) -> None:
         self._client = client
         self._key = key
         self._on_lost = on_lost
-        self.heard = 0
+        self.activity = 0
 
-    async def answer(self, model: str, call: RawCall) -> None:
-        """Answer one call; with the first argument bound, a raw handler.
+    async def forward(self, model: str, call: RawCall) -> None:
+        """Forward one call; with the first argument bound, a raw handler.
+
+        Cancellation closes the connection to the server, which thereby learns that the call is over.
 
         Args:
-            model: what the server calls the model.
-            call: its request names the model as the cluster calls it.
+            model: the model's name on the server.
+            call: its request has the model's name in the cluster.
 
         Raises:
-            UpstreamLost: the server could not be reached, or broke off.
-            ApiError: the request makes no sense.
+            UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
         request = call.request
-        body, size = await _body(model, call)
-        question = Question("POST", _path(request.endpoint), self._headers(request), body, size)
+        body, size = await _request_body(model, call)
+        http_request = HttpRequest(
+            "POST", _path(request.endpoint), self._request_headers(request), body, size
+        )
 
-        async def pass_on(answer: Answer) -> None:
-            await self._forward_upload(answer, call)
+        async def handle_response(response: HttpResponse) -> None:
+            await self._forward_response(response, call)
 
         try:
-            await self._client.exchange(question, pass_on)
+            await self._client.send(http_request, handle_response)
         except HttpError as error:
             self._on_lost()
             why = str(error)
@@ -121,11 +130,13 @@ class UpstreamCalls:
                 why = f"it cannot be reached ({why})"
             raise UpstreamLost(request.model, why) from error
 
-    def _headers(self, request: Request) -> list[tuple[str, str]]:
+    def _request_headers(self, request: Request) -> list[tuple[str, str]]:
         headers = [
             (name, value)
             for name, value in request.headers.items()
-            if _may_pass(name, _TO_SERVER) and name != "x-request-id" and _HEADER_VALUE.fullmatch(value)
+            if _is_forwarded(name, _REQUEST_HEADERS)
+            and name != "x-request-id"
+            and _HEADER_VALUE.fullmatch(value)
         ]
         if request.content_type and _HEADER_VALUE.fullmatch(request.content_type):
             headers.append(("content-type", request.content_type))
@@ -139,44 +150,44 @@ class UpstreamCalls:
                 headers.append(("x-api-key", self._key))
         return headers
 
-    async def _forward_upload(self, answer: Answer, call: RawCall) -> None:
-        self.heard += 1
-        if 300 <= answer.status < 400:
-            raise HttpError(f"it answered with a redirection ({answer.status}), which is not followed")
-        if answer.status > 599:
-            raise HttpError(f"it answered with the status {answer.status}, which is not one")
-        content_type = answer.header("content-type")
-        if len(content_type) > _LONGEST_TYPE or not _HEADER_VALUE.fullmatch(content_type):
+    async def _forward_response(self, response: HttpResponse, call: RawCall) -> None:
+        self.activity += 1
+        if 300 <= response.status < 400:
+            raise HttpError(f"it answered with a redirect ({response.status}), which is not followed")
+        if response.status > 599:
+            raise HttpError(f"it answered with the invalid status {response.status}")
+        content_type = response.header("content-type")
+        if len(content_type) > _MAX_CONTENT_TYPE or not _HEADER_VALUE.fullmatch(content_type):
             content_type = ""
-        call.begin(answer.status, content_type, _headers_down(answer))
-        receive, send = answer.receive, call.send
-        # Where neither a length nor chunks tell a whole answer from half of one, the content may.
-        unsure = (
-            not answer.framed
-            and call.request.endpoint in _SAY_DONE
+        call.begin(response.status, content_type, _response_headers(response))
+        receive, send = response.receive, call.send
+        # The framing does not show whether such a body is complete, but the content does.
+        needs_done = (
+            response.close_delimited
+            and call.request.endpoint in _ENDPOINTS_WITH_DONE
             and content_type.lower().startswith("text/event-stream")
         )
         tail = b""
         while piece := await receive():
-            self.heard += 1
-            if unsure:
-                tail = (tail + piece)[-_TAIL:]
+            self.activity += 1
+            if needs_done:
+                tail = (tail + piece)[-_DONE_WINDOW:]
             await send(piece)
-        if unsure and _DONE not in tail:
-            raise HttpError("the connection ended before the stream was complete")
+        if needs_done and _DONE not in tail:
+            raise HttpError("the connection was closed before the stream was complete")
 
 
 def authorization(key: str) -> list[tuple[str, str]]:
-    """Return the header that shows a key."""
+    """Return the header that carries an API key."""
     return [("authorization", f"Bearer {key}")]
 
 
-async def _body(model: str, call: RawCall) -> tuple[Body, int]:
-    """Return the body to send and its size; with the server's name of the model in it."""
+async def _request_body(model: str, call: RawCall) -> tuple[Body, int]:
+    """Return the body to send, with the server's name of the model in it, and its size; -1 if that is not known."""
     request = call.request
     renamed, form = model != request.model, is_form(request.content_type)
-    if 0 <= request.size <= _WHOLE or (renamed and not form):
-        body = await _read(call)
+    if 0 <= request.size <= _BUFFERED_BODY or (renamed and not form):
+        body = await _read_body(call)
         if renamed:
             body = rewrite_form(body, request.content_type, model) if form else rewrite_json(body, model)
         return body, len(body)
@@ -194,11 +205,11 @@ async def _body(model: str, call: RawCall) -> tuple[Body, int]:
                 return piece
         return b""
 
-    # How long it will be depends on how the client writes headers.
+    # The rewriter formats the headers of the parts anew, so that the size is not known in advance.
     return receive, -1
 
 
-async def _read(call: RawCall) -> bytes:
+async def _read_body(call: RawCall) -> bytes:
     pieces: list[bytes] = []
     while piece := await call.receive():
         pieces.append(piece)
@@ -206,10 +217,10 @@ async def _read(call: RawCall) -> bytes:
 
 
 def _path(endpoint: str) -> str:
-    """Return where an endpoint is below the server's base.
+    """Return the path of an endpoint below the server's base URL.
 
     Raises:
-        InvalidRequest: it would be somewhere else.
+        InvalidRequest: the path would be outside of the API.
     """
     known = ENDPOINTS.get(endpoint)
     if known is not None:
@@ -220,19 +231,23 @@ def _path(endpoint: str) -> str:
     return quote(path, safe=_SAFE_IN_PATH)
 
 
-def _may_pass(name: str, named: frozenset[str]) -> bool:
-    return name in named or (name.startswith(_API) and name not in _NEVER and _SECRET.search(name) is None)
+def _is_forwarded(name: str, listed: frozenset[str]) -> bool:
+    return name in listed or (
+        name.startswith(_API_PREFIXES)
+        and name not in _BLOCKED_HEADERS
+        and _SECRET_HEADER.search(name) is None
+    )
 
 
-def _headers_down(answer: Answer) -> tuple[tuple[str, str], ...]:
+def _response_headers(response: HttpResponse) -> tuple[tuple[str, str], ...]:
     headers: list[tuple[str, str]] = []
-    room = _HEADER_ROOM
-    for name, value in answer.headers:
-        if not _may_pass(name, _TO_CLIENT) or not _HEADER_VALUE.fullmatch(value):
+    room = _MAX_HEADER_SIZE
+    for name, value in response.headers:
+        if not _is_forwarded(name, _RESPONSE_HEADERS) or not _HEADER_VALUE.fullmatch(value):
             continue
         room -= len(name) + len(value)
-        if room < 0 or len(headers) == _MOST_HEADERS:
+        if room < 0 or len(headers) == _MAX_HEADERS:
             break
-        # The client knows its request by the name that it has here.
+        # `x-request-id` is the id of the request in this cluster; the server's own id gets another name.
         headers.append(("x-upstream-request-id" if name == "x-request-id" else name, value))
     return tuple(headers)

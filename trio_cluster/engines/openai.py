@@ -14,8 +14,9 @@ import trio
 
 from trio_cluster.core.model import ModelInfo
 
+from ._base_url import BaseURL
 from ._engine import Engine, ModelServer, Option, fraction, text, whole_number
-from ._http_client import BaseURL, HttpClient
+from ._http_client import HttpClient
 from ._upstream_models import Naming, UpstreamModels
 
 __all__ = ["engine"]
@@ -95,11 +96,11 @@ class _OpenAI(Engine):
             _key(options),
             server,
             naming,
-            pause=options["poll"],
+            poll_interval=options["poll"],
             max_concurrency=options["max_concurrency"],
         )
         try:
-            await models.follow(task_status=task_status)
+            await models.run(task_status=task_status)
         finally:
             client.close()
 

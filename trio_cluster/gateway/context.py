@@ -72,9 +72,7 @@ class RequestContext:
     deadlines: ResponseDeadlines
     call: Call
 
-    def __init__(
-        self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = ""
-    ) -> None:
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = "") -> None:
         self.headers = list(headers)
         # The first of several headers of one name wins: it is put in last.
         self._first = dict(reversed(self.headers))

@@ -24,7 +24,7 @@ import trio
 
 from ..core.answer import Failed
 from ..core.call import Call
-from ..core.logs import current_request
+from ..core.log_context import current_principal, current_request
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
 from ..options import ClusterServerOptions
@@ -218,7 +218,9 @@ class HandlerPool:
 
     async def _run(self, call_task: CallTask, scope: trio.CancelScope) -> None:
         """Be the task of one call. Whatever happens inside, the call is ended and released, and nothing leaks out."""
-        current_request.set(call_task.call.request.request_id)
+        request = call_task.call.request
+        current_request.set(request.request_id)
+        current_principal.set(request.principal.name)
         # The scope's deadline cannot tell a handler that it is late once it shields itself; the relay's own deadline
         # answers the client then, and the slot stays taken until the handler is really done.
         try:

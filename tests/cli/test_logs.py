@@ -1,15 +1,18 @@
-"""The log: what a line looks like for a person and for a machine, and that none can forge another."""
+"""The log: lines for people and for machines, none of which can forge another."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
+import trio
 
-from trio_cluster.core import logs
+from trio_cluster.cli import logs
+from trio_cluster.core.log_context import current_principal, current_request
 
 logger = logging.getLogger("trio_cluster.test")
 
@@ -190,13 +193,34 @@ def test_a_level_or_format_that_is_none_is_refused(level: str, format: str) -> N
         logs.configure(level, format, io.StringIO())
 
 
-def test_the_id_of_the_current_request_is_in_each_line_that_has_no_other() -> None:
-    assert "request_id" not in json_line("x")
-    token = logs.current_request.set("the-one")
+@pytest.mark.parametrize(
+    ("variable", "field"),
+    [
+        pytest.param(current_request, "request_id", id="request"),
+        pytest.param(current_principal, "principal", id="principal"),
+    ],
+)
+def test_the_current_request_and_its_principal_are_fields_of_each_line_that_has_no_others(
+    variable: ContextVar[str], field: str
+) -> None:
+    assert field not in json_line("x")
+    token = variable.set("the-one")
     try:
-        assert json_line("x")["request_id"] == "the-one"
-        assert json_line("x", request_id="another")["request_id"] == "another"
-        assert text_line("x").endswith("x request_id=the-one\n")
+        assert json_line("x")[field] == "the-one"
+        assert json_line("x", **{field: "another"})[field] == "another"
+        assert text_line("x").endswith(f"x {field}=the-one\n")
+        variable.set("")
+        assert field not in json_line("x")
     finally:
-        logs.current_request.reset(token)
-    assert "request_id" not in json_line("x")
+        variable.reset(token)
+    assert field not in json_line("x")
+
+
+async def test_the_current_request_and_its_principal_go_with_tasks_and_into_their_threads() -> None:
+    stream = io.StringIO()
+    logs.configure("info", "text", stream)
+    current_request.set("the-one")
+    current_principal.set("ann")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, logger.info, "in a thread")
+    assert stream.getvalue().endswith("in a thread request_id=the-one principal=ann\n")

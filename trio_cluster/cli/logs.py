@@ -1,23 +1,18 @@
-"""What a node tells about itself: lines for a person at a terminal, or JSON objects for a machine.
+"""The log of a node's process: lines of text for a person at a terminal, or JSON objects for a machine.
 
-Theory
-======
+Theory of operation
+===================
 
-Rooms log to ``logging.getLogger(__name__)`` and know nothing about formats. What happened is the message, a
-constant sentence; whom it happened to goes into structured fields::
+As a library, the package configures no logging. :func:`configure` is for the program that owns the process, which is
+the command line. It puts one handler on the root logger, so that the application's own records and the warnings of the
+libraries underneath have the same format, and it sets the requested level for this package's loggers only.
 
-    logger.info("worker joined", extra={"fields": {"worker": worker_id, "models": names}})
+Every record that is made while a request is being worked on gets the request's id and the name of its principal as
+fields, from the context variables of ``core/log_context.py``. That includes the records of a user's own handler, also
+from a thread, and those of the libraries below it.
 
-As a library the package configures nothing. :func:`configure` is for the program that owns the process, which
-is the command line: it puts one handler on the root logger, so that the application's own log and the
-warnings of the libraries underneath come out in the same format, and lets only this package's loggers speak
-at the level asked for.
-
-Whatever is logged while a request is being worked on has its id, too: :data:`current_request` goes with tasks and
-into their threads. So the lines of a user's own handler have it, and those of libraries underneath.
-
-Much of what is logged was first said by somebody else: the name of a model, the id of a worker. Neither
-format lets such text begin a line of its own or reach the terminal as a control sequence.
+Much of what is logged comes from outside: the name of a model, the id of a worker. Neither format lets such text start
+a line of its own or reach the terminal as a control sequence.
 """
 
 from __future__ import annotations
@@ -29,20 +24,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any, Final, TextIO
 
-__all__ = ["FORMATS", "LEVELS", "MOST_IDS", "configure", "current_request"]
+from ..core.log_context import current_principal, current_request
+
+__all__ = ["FORMATS", "LEVELS", "configure"]
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 FORMATS: Final = ("text", "json")
-
-#: Ids of requests that one line names, if it is about many.
-MOST_IDS: Final = 20
-
-#: The id of the request that the current task works for; empty if it works for none.
-current_request: Final[ContextVar[str]] = ContextVar("current_request", default="")
 
 _PACKAGE: Final = "trio_cluster"
 
@@ -52,18 +42,18 @@ _COLOURS: Final = {"debug": _DIM, "warning": "\x1b[33m", "error": "\x1b[31m", "c
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """A type of our own, so that configuring again finds and replaces what the last time put in place."""
+    """A type of its own, by which :func:`configure` recognizes the handler that an earlier call has installed."""
 
 
 def configure(level: str = "info", format: str = "text", stream: TextIO | None = None) -> None:
-    """Send the log of this process to ``stream``. Calling it again replaces what the last call did.
+    """Send the log of this process to ``stream``, in place of whatever an earlier call has configured.
 
     Args:
-        level: how much this package tells: one of :data:`LEVELS`. Other loggers tell their warnings and
-            errors, unless they have been given a level of their own.
-        format: ``"text"`` for a person, in colours if ``stream`` is a terminal that wants them; ``"json"``
-            for one object a line, with ``ts`` (UTC), ``level``, ``logger``, ``message``, the record's fields,
-            and ``traceback`` where there is one.
+        level: the lowest level that this package's loggers emit, one of :data:`LEVELS`. All other loggers emit warnings
+            and errors, unless they have a level of their own.
+        format: ``"text"`` for a person, with colours if ``stream`` is a terminal and neither ``NO_COLOR`` nor
+            ``TERM=dumb`` is set; ``"json"`` for one object per line, with ``ts`` (UTC), ``level``, ``logger``,
+            ``message``, the record's fields, and ``traceback`` where there is one.
         stream: standard error if ``None``.
 
     Raises:
@@ -98,14 +88,16 @@ def _wants_colours(stream: TextIO) -> bool:
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     given = getattr(record, "fields", None)
     fields = dict(given) if isinstance(given, Mapping) else {}
-    # A record is formatted where it is made.
+    # The handler formats a record in the task or thread that makes it, so the context is the one of its request.
     if request_id := current_request.get():
         fields.setdefault("request_id", request_id)
+    if principal := current_principal.get():
+        fields.setdefault("principal", principal)
     return fields
 
 
-def _harmless(text: str) -> str:
-    """Escape what would move a terminal's cursor; what follows a line break is indented."""
+def _escape(text: str) -> str:
+    """Escape control characters, and indent every line but the first, so that none can pass for a record."""
     if text.isprintable():
         return text
     return "".join(
@@ -114,8 +106,8 @@ def _harmless(text: str) -> str:
     )
 
 
-def _quoted(value: object) -> str:
-    """Write a field's value so that one can see where it ends."""
+def _quote(value: object) -> str:
+    """Return a field's value as text, quoted where its end would not be clear otherwise."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
@@ -130,7 +122,7 @@ def _quoted(value: object) -> str:
 
 
 class _TextFormatter(logging.Formatter):
-    """``12:30:01 info     worker joined worker=w1``, in the time of the place where it is read."""
+    """``12:30:01 info     worker joined worker=w1``, in local time."""
 
     def __init__(self, *, colours: bool) -> None:
         super().__init__()
@@ -139,8 +131,8 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = record.levelname.lower()
-        message = _harmless(record.getMessage())
-        fields = "".join(f" {name}={_quoted(value)}" for name, value in _fields(record).items())
+        message = _escape(record.getMessage())
+        fields = "".join(f" {name}={_quote(value)}" for name, value in _fields(record).items())
         if self._colours:
             colour = _COLOURS.get(level, "")
             clock, fields = f"{_DIM}{clock}{_RESET}", f"{_DIM}{fields}{_RESET}" if fields else ""
@@ -148,14 +140,14 @@ class _TextFormatter(logging.Formatter):
         else:
             line = f"{clock} {level:<8} {message}{fields}"
         if record.exc_info:
-            line += _harmless("\n" + self.formatException(record.exc_info))
+            line += _escape("\n" + self.formatException(record.exc_info))
         if record.stack_info:
-            line += _harmless("\n" + self.formatStack(record.stack_info))
+            line += _escape("\n" + self.formatStack(record.stack_info))
         return line
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line. A field cannot replace what every line has."""
+    """One JSON object per line. A field cannot replace one of the keys that every line has."""
 
     def format(self, record: logging.LogRecord) -> str:
         created = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -175,7 +167,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _plain(value: object) -> object:
-    """Return what JSON has a notation for; the rest as text."""
+    """Return ``value`` in types that JSON has; values of all other types as text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, (str, int)):

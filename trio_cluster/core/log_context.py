@@ -1,0 +1,27 @@
+"""What log records say about the request being worked on: context variables, set where work for a request begins.
+
+Modules log to ``logging.getLogger(__name__)`` and know nothing about formats. The message is a constant sentence that
+says what happened; the objects it happened to go into structured fields::
+
+    logger.info("worker joined", extra={"fields": {"worker": worker_id, "models": names}})
+
+The two context variables here follow a request through its tasks and into their threads. A formatter can therefore add
+them to every record, including those of a user's own handler and of the libraries below it. The command line's
+formatters, in ``cli/logs.py``, do so.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Final
+
+__all__ = ["MOST_IDS", "current_principal", "current_request"]
+
+#: How many request ids one record lists, at most, if it is about many requests.
+MOST_IDS: Final = 20
+
+#: The id of the request that the current task works for; empty outside of a request.
+current_request: Final[ContextVar[str]] = ContextVar("current_request", default="")
+
+#: The name of the principal that sent the request; empty outside of a request, and where no API key is required.
+current_principal: Final[ContextVar[str]] = ContextVar("current_principal", default="")
