@@ -17,6 +17,7 @@ from trio_cluster.cli import logs
 from trio_cluster.core.log_context import current_request
 from trio_cluster.gateway import body as request_body
 from trio_cluster.gateway.node_context import NodeContext
+from trio_cluster.gateway.pipeline import Gateway
 from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")

@@ -197,5 +197,5 @@ async def test_a_raw_model_does_not_take_the_place_of_another_kind(
 async def test_options_that_change_change_whose_the_models_are() -> None:
     server = ClusterServer()
     server.register_raw("m", raw)
-    server._replace_options(worker("w", owner="somebody else").options)
+    server.options = worker("w", owner="somebody else").options
     assert server.registry.catalog.infos()[0].owner == "somebody else"

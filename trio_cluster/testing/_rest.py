@@ -14,6 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ..core.stats import CallStats
+from ..gateway.cycle import RequestCycle
 from ..protocol import MasterSession, WorkerSession
 from ..routing.backend import LOCAL
 from ..routing.router import Router
@@ -22,7 +23,7 @@ from ._cluster import SimulatedCluster, SimulatedNode
 __all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
 
 #: What every HTTP request is in from its beginning to its end, whatever serves it: its way through the gate.
-_HTTP_REQUEST: Final = "_Passage.run"
+_HTTP_REQUEST: Final = RequestCycle.run.__qualname__
 #: The tasks of all connections: those of clients, and those of workers.
 _CONNECTIONS: Final = frozenset(
     {
