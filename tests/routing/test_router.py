@@ -299,17 +299,17 @@ def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
     registry, one, two = Router(), Scripted("w1"), Scripted("w2")
     untouched = ModelInfo("raw", "any")
     registry.catalog.add(CHAT, one)
-    assert not registry.catalog.has_passthrough
+    assert not registry.catalog.passthrough
     registry.catalog.add(untouched, one, replicate=True)
     registry.catalog.add(untouched, two, replicate=True)
     registry.catalog.remove("raw", one)
-    assert registry.catalog.has_passthrough
+    assert registry.catalog.passthrough
     registry.catalog.remove("raw", two)
-    assert not registry.catalog.has_passthrough
+    assert not registry.catalog.passthrough
     registry.catalog.update(ModelInfo("m", "any"), one)
-    assert registry.catalog.has_passthrough
+    assert registry.catalog.passthrough
     registry.catalog.update(CHAT, one)
-    assert not registry.catalog.has_passthrough
+    assert not registry.catalog.passthrough
 
 
 # What a model answers beside its kind

@@ -111,7 +111,7 @@ class RemoteWorker:
         """See ``Backend``."""
         if self.health.lost is not None:
             raise WorkerLost(self.name, self.health.lost)
-        session, wake = self._session, self._wake
+        session, wake, upload = self._session, self._wake, request.upload
         call_id = session.open(
             endpoint=request.endpoint,
             kind=request.kind,
@@ -121,8 +121,8 @@ class RemoteWorker:
             request_id=request.request_id,
             timeout=request.idle_timeout,
             budget=request.total_timeout,
-            size=request.size,
-            once=not request.replayable,
+            size=len(request.body) if upload is None else upload.size,
+            once=upload is not None,
             principal=request.principal.name,
         )
 
@@ -143,10 +143,10 @@ class RemoteWorker:
             # Not before it was written; see `on_sent`.
             return False
 
-        if request.upload is None:
+        if upload is None:
             send(request.body, True)
         else:
-            request.upload.redirect(send)
+            upload.redirect(send)
             # The head goes in any case, whether or not something of the body has come.
             wake()
         return call

@@ -9,7 +9,7 @@ byte of its answer is asked for, when no code of the view runs any more.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, cast
 
 from ..core import randomness
@@ -36,6 +36,7 @@ class RequestContext:
 
     Attributes:
         headers, client, path: as given.
+        header: a function that returns the first header of a name (lower case), or ``None``.
         request_id: the client's own if it sent a usable one, otherwise a new one.
         request_body: the body of the request; set by the gateway.
         principal: who asks; set by the authenticate stage.
@@ -51,13 +52,13 @@ class RequestContext:
 
     __slots__ = (
         "_calls",
-        "_first",
         "aborted",
         "began",
         "call",
         "client",
         "deadlines",
         "endpoint",
+        "header",
         "headers",
         "path",
         "principal",
@@ -74,8 +75,9 @@ class RequestContext:
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = "") -> None:
         self.headers = list(headers)
-        # The first of several headers of one name wins: it is put in last.
-        self._first = dict(reversed(self.headers))
+        # The first of several headers of one name wins: it is put in last. The method of the dictionary serves as ours,
+        # since it is called many times for each request.
+        self.header: Callable[[bytes], bytes | None] = dict(reversed(self.headers)).get
         self.client = client
         self.path = path
         self.principal = ANONYMOUS
@@ -85,10 +87,6 @@ class RequestContext:
         self.began = time.monotonic()
         self.aborted = False
         self._calls: list[Call] = []
-
-    def header(self, name: bytes) -> bytes | None:
-        """Return the first header of this name (lower case), or ``None``."""
-        return self._first.get(name)
 
     def declared_length(self) -> int | None:
         """Return the length of the body if it is known; the server has checked that it is a number."""

@@ -61,6 +61,9 @@ class RequestCycle:
     Args:
         gateway: whose stages the request passes.
         scope, receive, send: what ASGI gives for the request.
+
+    Attributes:
+        context: what is known of the request.
     """
 
     def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,10 +74,10 @@ class RequestCycle:
         self._send = send
         self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
         client = scope.get("client")
-        self._context = RequestContext(
+        self.context = RequestContext(
             scope["headers"], shown_address(*client[:2]) if client else "", scope["path"]
         )
-        self._request_body = self._context.request_body = RequestBody(
+        self._request_body = self.context.request_body = RequestBody(
             receive, self._node_context.options.server.max_body_size, partial(_has_arrived, self._connection)
         )
         self._body = b""  # for the application
@@ -83,14 +86,9 @@ class RequestCycle:
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
 
-    @property
-    def request_id(self) -> str:
-        """The id of the request."""
-        return self._context.request_id
-
     async def run(self) -> None:
         """Admit the request and answer it. The calls that were opened for it have been cancelled when this returns."""
-        context = self._context
+        context = self.context
         try:
             if self._scope["method"] == "OPTIONS" and await self._answer_preflight():
                 return
@@ -139,7 +137,7 @@ class RequestCycle:
         Raises:
             ApiError: the request is refused for its request line alone, or wants a websocket.
         """
-        context, version = self._context, self._scope["http_version"]
+        context, version = self.context, self._scope["http_version"]
         if version not in _VERSIONS:
             raise InvalidRequest(f"HTTP/{version} is not spoken here; use HTTP/1.1", status=505)
         if (context.header(b"upgrade") or b"").lower() == b"websocket":
@@ -165,7 +163,7 @@ class RequestCycle:
 
     async def _answer_with_model(self) -> None:
         """Answer without the web framework, which would take as long as all the rest."""
-        context, body = self._context, self._request_body
+        context, body = self.context, self._request_body
         try:
             for stage in self._gateway.dispatch:
                 await stage.admit(context)
@@ -205,23 +203,23 @@ class RequestCycle:
     async def _answer_preflight(self) -> bool:
         """Answer a browser that asks what it may ask; return whether it was one."""
         origins = self._node_context.options.server.cors_origins
-        headers = answer_preflight(self._context, origins)
+        headers = answer_preflight(self.context, origins)
         if headers is None:
             return False
         await self._request_body.read(self._request_body.limit)
-        headers.append((b"x-request-id", self._context.request_id.encode("ascii")))
+        headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": 204, "headers": headers})
         await self._send({"type": "http.response.body", "body": b""})
         return True
 
     def _start(self, reply: Reply) -> Message:
-        head = reply_head(reply, self._context.request_id)
-        head["headers"] += cors_headers(self._context, self._node_context.options.server.cors_origins)
+        head = reply_head(reply, self.context.request_id)
+        head["headers"] += cors_headers(self.context, self._node_context.options.server.cors_origins)
         return head
 
     async def _refuse(self, reply: Reply) -> None:
         """Answer with ``reply``, whatever is still to come of the request's body."""
-        request_body, length = self._request_body, self._context.declared_length()
+        request_body, length = self._request_body, self.context.declared_length()
         self._started = True
         if length is None or length - request_body.received <= DRAIN_BYTES:
             await request_body.drop(DRAIN_BYTES, DRAIN_TIME)
@@ -269,7 +267,7 @@ class RequestCycle:
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self._finished:
             self._left = True
-            self._context.cancel_calls("client left")
+            self.context.cancel_calls("client left")
         return message
 
     async def _send_for_app(self, message: Message) -> None:
@@ -277,12 +275,12 @@ class RequestCycle:
             self._started = True
             headers = list(message.get("headers", ()))
             if not any(name.lower() == b"x-request-id" for name, _ in headers):
-                headers.append((b"x-request-id", self._context.request_id.encode("ascii")))
-            headers += cors_headers(self._context, self._node_context.options.server.cors_origins)
+                headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
+            headers += cors_headers(self.context, self._node_context.options.server.cors_origins)
             await self._send({**message, "headers": headers})
         elif message["type"] != "http.response.body" or message.get("more_body", False):
             await self._send(message)
-        elif not self._context.aborted:
+        elif not self.context.aborted:
             await self._send_last(message)
 
 

@@ -28,6 +28,12 @@ __all__ = ["Parse"]
 #: Bytes of a request from which reading it in the event loop would be felt by the others.
 _READ_IN_THREAD: Final = 1 << 20
 
+#: Headers that travel to the handler: what clients say of themselves, and the trace context (W3C Trace Context and
+#: Baggage). Others do if they begin with one of the prefixes below.
+_TRAVELLING: Final = frozenset(
+    {"accept", "accept-language", "baggage", "traceparent", "tracestate", "user-agent"}
+)
+
 #: Seconds as they may stand in a header.
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 
@@ -113,7 +119,7 @@ async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    if node_context.registry.catalog.has_passthrough:
+    if node_context.registry.catalog.passthrough:
         untouched = node_context.registry.catalog.info(await _look(peek_model, body, content_type) or "")
         if untouched is not None and untouched.kind == "any":
             return untouched, None
@@ -146,14 +152,12 @@ def _travelling_headers(context: RequestContext) -> dict[str, str]:
     return headers
 
 
-# Names come from clients; those that are sent all the time are few.
+# Clients choose the names; those that are sent all the time are few.
 @lru_cache(maxsize=256)
 def _travelling_name(raw: bytes) -> str:
     """Return the name of a header that travels; empty for one that does not."""
     name = raw.decode("latin-1")
-    if name in ("user-agent", "accept", "accept-language") or (
-        name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)
-    ):
+    if name in _TRAVELLING or (name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)):
         return name
     return ""
 

@@ -67,7 +67,7 @@ class Gateway:
         if scope["type"] == "http":
             cycle = RequestCycle(self, scope, receive, send)
             # A connection's task serves one request after the other.
-            token = current_request.set(cycle.request_id)
+            token = current_request.set(cycle.context.request_id)
             try:
                 await cycle.run()
             finally:

@@ -43,12 +43,15 @@ class _Model:
 
 
 class Catalog:
-    """The models of a node: its own and, on a master, those of its workers."""
+    """The models of a node: its own and, on a master, those of its workers.
+
+    Attributes:
+        passthrough: the names of the models of kind ``"any"``, which are to get requests as clients send them.
+    """
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
-        # The names of passthrough models (kind "any").
-        self._passthrough: set[str] = set()
+        self.passthrough: set[str] = set()
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Serve a model from now on.
@@ -104,18 +107,13 @@ class Catalog:
         model.discard(backend)
         if not model.replicas:
             del self._models[name]
-            self._passthrough.discard(name)
+            self.passthrough.discard(name)
         return True
 
     def used(self, name: str, backend: Backend) -> None:
         """Take note that ``backend`` was just chosen: of equals, the others come first next time."""
         replicas = self._models[name].replicas
         replicas[backend] = replicas.pop(backend)
-
-    @property
-    def has_passthrough(self) -> bool:
-        """Whether there are models of the kind ``"any"``, which are to get requests as clients send them."""
-        return bool(self._passthrough)
 
     def info(self, name: str) -> ModelInfo | None:
         """Return what is known of a model, or ``None`` if no backend serves it."""
@@ -181,6 +179,6 @@ class Catalog:
 
     def _note_kind(self, info: ModelInfo) -> None:
         if info.kind == "any":
-            self._passthrough.add(info.name)
+            self.passthrough.add(info.name)
         else:
-            self._passthrough.discard(info.name)
+            self.passthrough.discard(info.name)
