@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import attrs
 import pytest
@@ -12,6 +13,8 @@ from trio_cluster.core.answer import Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.observer import Observer
+from trio_cluster.core.outcome import Outcome
 from trio_cluster.core.request import Request
 from trio_cluster.errors import (
     ApiError,
@@ -22,6 +25,7 @@ from trio_cluster.errors import (
     WorkerLost,
     WrongKind,
 )
+from trio_cluster.routing.backend import Backend
 from trio_cluster.routing.catalog import NameTaken
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
@@ -372,3 +376,72 @@ def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
     call = registry.open(attrs.evolve(request(), upload=ByteChannel()))
     call.put(Failed(WorkerLost(call.served_by, "gone"), retryable=True))
     assert registry.reopen(call, math.inf) is None
+
+
+class LastOne:
+    """A policy of its own: the replica that was added last."""
+
+    why = "it came last"
+
+    def pick(self, replicas: Sequence[Backend], request: Request) -> Backend | None:
+        return replicas[-1] if replicas else None
+
+
+class Steps(Observer):
+    """Writes down every step that it is told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, ...]] = []
+
+    def on_routed(self, call: Call, why: str) -> None:
+        self.steps.append(("routed", call.served_by, why))
+
+    def on_first_byte(self, call: Call) -> None:
+        self.steps.append(("first byte", call.served_by))
+
+    def on_retried(self, lost: Call, again: Call) -> None:
+        self.steps.append(("retried", lost.served_by, again.served_by))
+
+    def on_ended(self, call: Call, outcome: Outcome) -> None:
+        self.steps.append(("ended", call.served_by, outcome))
+
+
+def test_another_policy_chooses_among_healthy_replicas_only_and_observers_learn_its_reason() -> None:
+    registry, steps = Router(LastOne()), Steps()
+    registry.observers.add(steps)
+    replicas = [Scripted(name) for name in ("w1", "w2", "w3")]
+    for replica in replicas:
+        registry.catalog.add(CHAT, replica, replicate=True)
+    replicas[2].health.drain()
+    call = registry.open(request())
+    call.put(Failed(WorkerLost("w2", "killed"), retryable=True))
+    call.release()
+    again = registry.reopen(call)
+    assert again is not None
+    again.put(Head())
+    again.put(Done())
+    again.release()
+    assert steps.steps == [
+        ("routed", "w2", "it came last"),
+        ("ended", "w2", "worker_lost"),
+        ("routed", "w1", "it came last"),
+        ("retried", "w2", "w1"),
+        ("first byte", "w1"),
+        ("ended", "w1", "completed"),
+    ]
+    assert replicas[1].health.failures == 1
+    assert replicas[0].health.failures == 0
+
+
+def test_an_answer_that_begins_while_the_call_is_opened_is_observed_behind_the_choice() -> None:
+    class AtOnce(Scripted):
+        def open(self, request: Request) -> Call:
+            call = super().open(request)
+            call.put(Head())
+            return call
+
+    registry, steps = Router(), Steps()
+    registry.observers.add(steps)
+    registry.catalog.add(CHAT, AtOnce("w1"))
+    registry.open(request())
+    assert steps.steps == [("routed", "w1", "least busy"), ("first byte", "w1")]
