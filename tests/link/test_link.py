@@ -17,7 +17,8 @@ from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, Text
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import Overloaded
 from trio_cluster.link.demux import FrameDemux
-from trio_cluster.link.link import PATH, Link, LinkClosed, Refusal, accept, dial
+from trio_cluster.link.link import Link, LinkClosed
+from trio_cluster.link.websocket import PATH, Refusal, accept, dial
 from trio_cluster.protocol import (
     MAGIC,
     MAX_MESSAGE,
