@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import attrs
@@ -12,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from wsproto.frame_protocol import FrameDecoder, FrameProtocol, MessageDecoder, ParseFailed
 
 from trio_cluster.link import frames
-from trio_cluster.link.frames import FrameReader, frame, mask_in_python
+from trio_cluster.link.frames import FrameReader, choose_mask, frame, mask_in_python
 from trio_cluster.protocol import ProtocolError
 
 # Each class of length, at its edges.
@@ -105,10 +107,87 @@ def some_bytes(size: int) -> bytes:
     return (bytes(range(256)) * (size // 256 + 1))[:size]
 
 
-@given(st.binary(max_size=300), st.binary(min_size=4, max_size=4))
-def test_masking_is_the_same_compiled_and_in_python(data: bytes, key: bytes) -> None:
-    assert frames._mask(data, key) == mask_in_python(data, key)
-    assert mask_in_python(mask_in_python(data, key), key) == data
+def mask_by_the_standard(data: bytes, key: bytes) -> bytes:
+    """Return ``data`` as RFC 6455, section 5.3, masks it."""
+    return bytes(byte ^ key[index % 4] for index, byte in enumerate(data))
+
+
+KEYS = st.binary(min_size=4, max_size=4)
+
+
+@given(st.binary(max_size=300), KEYS)
+def test_masking_is_that_of_the_standard_compiled_and_in_python(data: bytes, key: bytes) -> None:
+    masked = mask_by_the_standard(data, key)
+    assert mask_in_python(data, key) == masked
+    assert frames._mask(data, key) == masked
+    assert mask_in_python(masked, key) == data
+
+
+@given(st.sampled_from(SIZES), KEYS)
+@settings(deadline=None)
+def test_masking_in_python_is_the_same_as_compiled_at_every_size(size: int, key: bytes) -> None:
+    assert mask_in_python(some_bytes(size), key) == frames._mask(some_bytes(size), key)
+
+
+def test_the_compiled_function_is_used_where_there_is_one() -> None:
+    speedups = pytest.importorskip("websockets.speedups")
+    assert choose_mask() is speedups.apply_mask
+    assert frames._mask is speedups.apply_mask
+
+
+def answers_wrongly(data: bytes, key: bytes) -> bytes:
+    return data
+
+
+def answers_wrongly_where_it_is_long(data: bytes, key: bytes) -> bytes:
+    return mask_in_python(data[:16], key) + data[16:]
+
+
+def answers_with_another_type(data: bytes, key: bytes) -> bytearray:
+    return bytearray(mask_in_python(data, key))
+
+
+def takes_other_types(data: memoryview, key: int) -> bytes:
+    raise TypeError("an integer is required")
+
+
+def takes_another_number_of_arguments(data: bytes, key: bytes, start: int) -> bytes:
+    return mask_in_python(data, key)
+
+
+def fails(data: bytes, key: bytes) -> bytes:
+    raise SystemError("bad internal call")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        answers_wrongly,
+        answers_wrongly_where_it_is_long,
+        answers_with_another_type,
+        takes_other_types,
+        takes_another_number_of_arguments,
+        fails,
+        None,
+    ],
+)
+def test_a_compiled_function_that_cannot_be_used_is_replaced_with_a_warning(
+    function: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    speedups: Any = ModuleType("websockets.speedups")
+    speedups.apply_mask = function
+    monkeypatch.setitem(sys.modules, "websockets.speedups", speedups)
+    assert choose_mask() is mask_in_python
+    assert "masking in Python" in caplog.text
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["no such function", "no such module"])
+def test_without_a_compiled_function_masking_in_python_takes_its_place(
+    there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "websockets.speedups", ModuleType("empty") if there else None)
+    assert choose_mask() is mask_in_python
+    assert caplog.text == ""
 
 
 def test_frames_are_masked_also_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
