@@ -24,7 +24,7 @@ from wsproto.events import AcceptConnection, Request
 
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.link.frames import FrameReader, frame
-from trio_cluster.link.link import PATH
+from trio_cluster.link.websocket import PATH
 from trio_cluster.protocol import SUBPROTOCOL, MasterSession, WorkerSession
 
 __all__ = ["Client", "Counted", "Counting", "FarMaster", "FarWorker", "has_counters", "make_writes_visible"]

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import trio
+import wsproto
 from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever, text
 from trio.testing import MockClock, wait_all_tasks_blocked
+from wsproto.events import BytesMessage, Request as WebSocketRequest
 
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, WorkerLost
+from trio_cluster.link.websocket import PATH
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.openai import ChatRequest, OutputChunk
-from trio_cluster.protocol import Heartbeat
+from trio_cluster.protocol import MAGIC, SUBPROTOCOL, Handshake, Heartbeat, RegisterModel, encode
 
 
 @pytest.fixture
@@ -107,6 +110,51 @@ async def test_a_silent_worker_is_given_up_after_the_timeout(
     assert 25 <= trio.current_time() - start <= 36
     assert cluster.registry.catalog.names() == []
     assert "worker left" in caplog.text
+
+
+class RawWorker:
+    """A websocket and nothing else: it takes all that it is sent, and sends only what the test says."""
+
+    def __init__(self, cluster: MemoryCluster) -> None:
+        self._stream, _ = cluster.connect()
+        self._protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
+
+    async def join(self, name: str, model: str) -> None:
+        """Connect, and register one model."""
+        request = WebSocketRequest(host="master", target=PATH, subprotocols=[SUBPROTOCOL])
+        await self._stream.send_all(self._protocol.send(request))
+        self._protocol.receive_data(bytes(await self._stream.receive_some()))
+        hello = [Handshake(MAGIC, 1, 1, name, "1"), RegisterModel.of(ModelInfo(model, "chat"))]
+        await self._stream.send_all(self._protocol.send(BytesMessage(encode(hello))))
+
+    async def take_everything(self) -> None:
+        """Read until the connection is closed."""
+        async for _ in self._stream:
+            pass
+
+
+async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exactly_the_timeout(
+    nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, worker_timeout=30, heartbeat_interval=5)
+    worker = RawWorker(cluster)
+    await worker.join("w1", "m")
+    joined = trio.current_time()
+    nursery.start_soon(worker.take_everything)
+    await wait_all_tasks_blocked()
+    assert cluster.registry.served_by("m") == ["w1"]
+    # Writes that succeed are no sign of life of the worker.
+    call = cluster.registry.open(chat_request("m"))
+    await trio.sleep(10)
+    cluster.registry.open(chat_request("m"))
+    last = (await everything(call))[-1]
+    assert trio.current_time() - joined == pytest.approx(30)
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, WorkerLost)
+    assert "nothing was heard from the peer for 30.0 s" in last.error.message
+    assert cluster.registry.names() == []
+    assert cluster.manager.workers == {}
+    assert "worker left: nothing was heard from the peer for 30.0 s" in caplog.text
 
 
 async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: MemoryCluster) -> None:

@@ -430,13 +430,13 @@ STRANGERS = {
     "a truncated frame": Stranger(
         "the connection broke", frame=b"\x82\xfe\x7f\xff" + MASK + b"abc", hangs_up=True
     ),
-    "an unmasked frame": Stranger("protocol error: a frame that is not masked", frame=b"\x82\x05hello"),
+    "an unmasked frame": Stranger("protocol error: unmasked frame from the client", frame=b"\x82\x05hello"),
     "reserved bits": Stranger(
-        "protocol error: a frame with a reserved bit; there are no extensions here",
+        "protocol error: reserved bit set, but no extension was negotiated",
         frame=b"\xf2\x85" + MASK + b"hello",
     ),
     "a text message": Stranger(
-        "protocol error: a text message; this protocol is binary", frame=b"\x81\x85" + MASK + b"hello"
+        "protocol error: text message; this protocol is binary", frame=b"\x81\x85" + MASK + b"hello"
     ),
     "no protocol": Stranger("protocol error: not a msgpack array", frame=b"\x82\x85" + MASK + b"hello"),
 }

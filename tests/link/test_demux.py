@@ -28,7 +28,7 @@ from wsproto.events import (
 )
 
 from trio_cluster.link.demux import FrameDemux
-from trio_cluster.link.link import PATH, LinkClosed, _NurseryShim, accept, dial
+from trio_cluster.link.websocket import PATH, LinkClosed, NurseryShim, accept, dial
 from trio_cluster.net.watchdog import injectable
 from trio_cluster.protocol import SUBPROTOCOL, ProtocolError
 
@@ -121,7 +121,7 @@ def joined(place: str) -> tuple[trio.abc.Stream, trio.abc.Stream]:
 class Opening:
     """An attempt to open a websocket on a tap."""
 
-    guard: _NurseryShim
+    guard: NurseryShim
     peer: Peer
     opened: tuple[WebSocketConnection, FrameDemux] | None = None
     error: Exception | None = None
@@ -143,7 +143,7 @@ async def opening(
     """Begin to open a websocket; the peer has not said anything yet."""
     ours, theirs = (stream, peer_stream) if stream is not None else joined(place)
     async with ours, theirs, trio.open_nursery() as nursery:
-        attempt = Opening(_NurseryShim(nursery), Peer(theirs, is_client=side == "dialled"))
+        attempt = Opening(NurseryShim(nursery), Peer(theirs, is_client=side == "dialled"))
         opener = dial(ours, "m") if side == "dialled" else accept(ours, lambda path, headers: None)
         nursery.start_soon(attempt.run, opener)
         if side == "dialled":

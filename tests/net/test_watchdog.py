@@ -19,7 +19,8 @@ import wsproto
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Request
 
-from trio_cluster.link.link import Link, LinkClosed, accept, dial
+from trio_cluster.link.link import Link, LinkClosed
+from trio_cluster.link.websocket import accept, dial
 from trio_cluster.net.watchdog import (
     InjectableStream,
     blocking_frame,

@@ -21,7 +21,8 @@ import trio
 
 from .._version import __version__
 from ..core.model import KINDS
-from ..link.link import PATH, PROBE_PATH, Link, LinkClosed, Refusal, accept
+from ..link.link import Link, LinkClosed
+from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.sockets import Listeners, shown_address
 from ..net.watchdog import injectable
 from ..options import ClusterServerOptions

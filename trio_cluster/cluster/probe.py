@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import trio
 
 from .._version import __version__
-from ..link.link import PROBE_PATH, Link, LinkClosed, dial
+from ..link.link import Link, LinkClosed
+from ..link.websocket import PROBE_PATH, dial
 from ..net.sockets import Network, Sockets
 from ..protocol import Handshake, WorkerEvent, WorkerSession
 

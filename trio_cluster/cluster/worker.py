@@ -1,7 +1,7 @@
 """The worker's end: dials the master, registers this node's models, serves what is forwarded, and comes back.
 
-Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled at
-once, since there is nobody left to answer; then the worker waits and dials again. The wait is exponential with full
+Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled
+at once, since there is nobody left to answer; then the worker waits and dials again. The wait is exponential with full
 jitter (uniform between nothing and a bound that doubles), so that a hundred workers whose master was restarted do
 not come back as one.
 
@@ -21,7 +21,8 @@ from .._version import __version__
 from ..core import randomness
 from ..core.model import ModelInfo
 from ..errors import HandshakeRefused
-from ..link.link import Link, LinkClosed, dial
+from ..link.link import Link, LinkClosed
+from ..link.websocket import dial
 from ..local.pool import HandlerPool
 from ..net.sockets import why_not_connected
 from ..net.watchdog import injectable
@@ -61,8 +62,8 @@ class WorkerClient:
         pool: where their handlers run; its load is told to the master.
         options: read at the time of use.
         node_id: this worker's name.
-        on_shutdown_request: called with the reason when the master asks this worker to stop. It is to see to :meth:`drain` and
-            :meth:`close`; nothing is done about it here.
+        on_shutdown_request: called with the reason when the master asks this worker to stop. It is to see to
+            :meth:`drain` and :meth:`close`; nothing is done about it here.
 
     Attributes:
         rejected_models: the models that the master would not take, with its reasons.

@@ -1,27 +1,34 @@
-"""The frames in which a websocket carries messages, as far as this protocol needs them (RFC 6455, section 5).
+"""Websocket frames (RFC 6455, section 5), as far as this protocol needs them.
 
-The library that opens and closes the websocket can do all of this. But a token costs less than the way through a
-general implementation: a message would be taken apart into events, put together again, and handed from one task to
-another. So whole messages are framed and unframed here, and everything that is not a binary message, which is rare,
-is left to the library: pings, pongs, and the frame that says goodbye.
+The library that performs the opening and the closing handshake could do all of this. But a token costs less than its
+way through a general implementation, in which a message is split into events, joined again, and passed from one task
+to another. So whole binary messages are framed and unframed here. Control frames, which are rare, are left to the
+library.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 from ..protocol.errors import ProtocolError
 
-__all__ = ["FrameReader", "frame"]
+__all__ = ["FrameReader", "choose_mask", "frame", "mask_in_python"]
 
-_CONTINUATION, _TEXT, _BINARY, _CONTROL = 0, 1, 2, 8
+logger = logging.getLogger("trio_cluster.link")
+
+# Opcodes. Those of control frames have the highest of the four bits set, and the last one that is defined is pong.
+_CONTINUATION, _TEXT, _BINARY, _CONTROL, _LAST_CONTROL = 0x0, 0x1, 0x2, 0x8, 0xA
+# Bits of the first byte of a frame, and of the second.
 _FIN: Final = 0x80
-_RESERVED: Final = 0x70
-_MASKED: Final = 0x80
+_RESERVED_BITS: Final = 0x70
+_MASK_BIT: Final = 0x80
 _KEY_SIZE: Final = 4
+_CONTROL_PAYLOAD_MAX: Final = 125
+# Bytes to check a masking function with.
+_SAMPLE: Final = bytes(range(251))
 
 
 def frame(payload: bytes, *, masked: bool) -> bytes:
@@ -29,8 +36,8 @@ def frame(payload: bytes, *, masked: bool) -> bytes:
 
     Args:
         payload: the message.
-        masked: as the one who connected has to send it. The key is drawn anew for each frame, so that no one who
-            has a say in what is sent can choose the bytes that are seen on the way.
+        masked: whether to mask it, as a client must. Each frame has a new, random key, so that a third party that has
+            a say in what is sent cannot choose the bytes that intermediaries see (RFC 6455, section 10.3).
     """
     head = _head(_FIN | _BINARY, len(payload), masked=masked)
     if not masked:
@@ -40,7 +47,7 @@ def frame(payload: bytes, *, masked: bool) -> bytes:
 
 
 def _head(first: int, size: int, *, masked: bool) -> bytes:
-    bit = _MASKED if masked else 0
+    bit = _MASK_BIT if masked else 0
     if size < 126:
         return b"%c%c" % (first, bit | size)
     if size < 1 << 16:
@@ -49,26 +56,46 @@ def _head(first: int, size: int, *, masked: bool) -> bytes:
 
 
 def mask_in_python(data: bytes, key: bytes) -> bytes:
-    """Return ``data`` masked, or unmasked, with a key: as two large numbers, which is as fast as Python gets."""
+    """Return ``data`` masked, or unmasked, with a key of 4 bytes, by one XOR of two large integers."""
     size = len(data)
     keys = (key * (size // _KEY_SIZE + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(keys, "little")).to_bytes(size, "little")
 
 
-_mask: Callable[[bytes, bytes], bytes] = mask_in_python
-# Compiled, it takes a thirtieth of the time or less; without that it is two fifths of the cost of a large answer. That
-# library does not have a compiled part everywhere.
-with suppress(ImportError):
-    from websockets.speedups import apply_mask as _mask
+def choose_mask() -> Callable[[bytes, bytes], bytes]:
+    """Return the fastest function that masks correctly: the compiled one of ``websockets``, or :func:`mask_in_python`.
+
+    The compiled one takes 1.3 µs for 64 KiB, the other 120 to 180 µs, which is two fifths of what a large answer costs
+    its worker. But it is not public API and not compiled everywhere, so it is used only if it gives the right answers
+    for the arguments that it is called with here. That is checked once, and not left to each frame.
+    """
+    try:
+        from websockets.speedups import apply_mask
+    except ImportError:
+        return mask_in_python
+    try:
+        # The example in RFC 6455, section 5.7; and a length at which vector instructions and a remainder are used.
+        answers = [apply_mask(b"Hello", b"\x37\xfa\x21\x3d"), apply_mask(_SAMPLE, b"\x01\x02\x03\x04")]
+        expected = [b"\x7f\x9f\x4d\x51\x58", mask_in_python(_SAMPLE, b"\x01\x02\x03\x04")]
+        if answers == expected and {type(answer) for answer in answers} == {bytes}:
+            return apply_mask
+        problem = "wrong answer"
+    except Exception as error:
+        problem = repr(error)
+    logger.warning("websockets.speedups.apply_mask cannot be used, masking in Python: %s", problem)
+    return mask_in_python
+
+
+_mask = choose_mask()
 
 
 class FrameReader:
-    """Finds the binary messages in what comes in.
+    """Extracts binary messages from a byte stream.
 
     Args:
-        masked: whether the peer has to mask what it sends, as the one who connected has to.
+        masked: whether the peer is the client, which has to mask its frames.
         limit: bytes that a message may have.
-        on_control: given each control frame, whole and as it came.
+        on_control: called with each control frame, complete and still masked.
     """
 
     def __init__(self, *, masked: bool, limit: int, on_control: Callable[[bytes], None]) -> None:
@@ -76,91 +103,100 @@ class FrameReader:
         self._limit = limit
         self._on_control = on_control
         self._data = b""
-        self._at = 0
-        # Of a message in several frames, those that have come.
-        self._begun: bytearray | None = None
+        self._position = 0
+        # The fragments of a message that have come in so far, joined; None between two messages.
+        self._fragments: bytearray | None = None
 
     def feed(self, data: bytes) -> None:
-        """Take in what has come."""
-        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
-        self._at = 0
+        """Add bytes that have come in."""
+        self._data = self._data[self._position :] + data if self._position < len(self._data) else data
+        self._position = 0
 
     def take_remainder(self) -> bytes:
-        """Return what has come and is no message yet, for somebody else to go on with."""
-        rest, self._data = self._data[self._at :], b""
-        self._at = 0
-        if self._begun is not None:
-            # With a key of zeros, bytes are masked as they are.
+        """Return what has come in and has not been returned as a message, so that another reader can go on from there.
+
+        The fragments of an incomplete message are returned as one frame.
+        """
+        rest, self._data = self._data[self._position :], b""
+        self._position = 0
+        if self._fragments is not None:
+            # A key of zeros leaves the bytes as they are.
             key = bytes(_KEY_SIZE) if self._masked else b""
-            rest = _head(_BINARY, len(self._begun), masked=self._masked) + key + self._begun + rest
-            self._begun = None
+            rest = _head(_BINARY, len(self._fragments), masked=self._masked) + key + self._fragments + rest
+            self._fragments = None
         return rest
 
     def next_message(self) -> bytes | None:
-        """Return the next message, or ``None`` if more has to come first.
+        """Return the next message, or ``None`` if it is not complete yet.
 
         Raises:
-            ProtocolError: this is nothing that a peer of ours may send.
+            ProtocolError: a frame violates RFC 6455, or is one that this protocol does not use.
         """
         while True:
-            data, at = self._data, self._at
-            there = len(data) - at
-            if there < 2:
+            data, position = self._data, self._position
+            available = len(data) - position
+            if available < 2:
                 return None
-            first, second = data[at], data[at + 1]
+            first, second = data[position], data[position + 1]
             size = second & 0x7F
-            begin = at + 2
+            start = position + 2
             if size >= 126:
                 width = 2 if size == 126 else 8
-                if there < 2 + width:
+                if available < 2 + width:
                     return None
-                size = int.from_bytes(data[begin : begin + width], "big")
-                begin += width
+                size = int.from_bytes(data[start : start + width], "big")
+                start += width
                 if size < (126 if width == 2 else 1 << 16):
-                    raise ProtocolError("a frame that tells its size in more bytes than that needs")
+                    raise ProtocolError("payload length not encoded in the minimal number of bytes")
             self._check(first, second, size)
             if self._masked:
-                begin += _KEY_SIZE
-            end = begin + size
+                start += _KEY_SIZE
+            end = start + size
             if len(data) < end:
                 return None
-            self._at = end
+            self._position = end
             if first >= _FIN | _CONTROL:
-                self._on_control(data[at:end])
+                self._on_control(data[position:end])
                 continue
-            payload = data[begin:end]
+            payload = data[start:end]
             if self._masked:
-                payload = _mask(payload, data[begin - _KEY_SIZE : begin])
+                payload = _mask(payload, data[start - _KEY_SIZE : start])
             if first == _FIN | _BINARY:
                 return payload
-            if self._begun is None:
-                self._begun = bytearray()
-            self._begun += payload
+            if self._fragments is None:
+                self._fragments = bytearray()
+            self._fragments += payload
             if first & _FIN:
-                whole = bytes(self._begun)
-                self._begun = None
+                whole = bytes(self._fragments)
+                self._fragments = None
                 return whole
 
     def _check(self, first: int, second: int, size: int) -> None:
-        """Look at the head of a frame.
+        """Check the header of a frame: its first two bytes and its payload length.
 
         Raises:
-            ProtocolError: it cannot be that of one.
+            ProtocolError: as :meth:`next_message`.
         """
         opcode = first & 0x0F
-        if first & _RESERVED:
-            raise ProtocolError("a frame with a reserved bit; there are no extensions here")
-        if bool(second & _MASKED) is not self._masked:
-            raise ProtocolError("a frame that is not masked" if self._masked else "a frame that is masked")
+        if first & _RESERVED_BITS:
+            raise ProtocolError("reserved bit set, but no extension was negotiated")
+        if bool(second & _MASK_BIT) is not self._masked:
+            raise ProtocolError(
+                "unmasked frame from the client" if self._masked else "masked frame from the server"
+            )
         if opcode == _TEXT:
-            raise ProtocolError("a text message; this protocol is binary")
-        if opcode > _CONTROL + 2 or _BINARY < opcode < _CONTROL:
-            raise ProtocolError("a frame of a kind that there is not")
+            raise ProtocolError("text message; this protocol is binary")
+        if opcode > _LAST_CONTROL or _BINARY < opcode < _CONTROL:
+            raise ProtocolError(f"reserved opcode {opcode:#x}")
         if opcode >= _CONTROL:
-            if size >= 126 or not first & _FIN:
-                raise ProtocolError("a control frame that is too large, or in pieces")
+            if not first & _FIN:
+                raise ProtocolError("fragmented control frame")
+            if size > _CONTROL_PAYLOAD_MAX:
+                raise ProtocolError(f"control frame payload longer than {_CONTROL_PAYLOAD_MAX} bytes")
             return
-        if (opcode == _CONTINUATION) is (self._begun is None):
-            raise ProtocolError("a message in the middle of another one, or the rest of none")
-        if size + len(self._begun or b"") > self._limit:
-            raise ProtocolError(f"a message beyond the maximum message size of {self._limit} bytes")
+        if opcode == _CONTINUATION and self._fragments is None:
+            raise ProtocolError("unexpected continuation frame")
+        if opcode != _CONTINUATION and self._fragments is not None:
+            raise ProtocolError("expected a continuation frame, not the start of another message")
+        if size + len(self._fragments or b"") > self._limit:
+            raise ProtocolError(f"message longer than {self._limit} bytes")

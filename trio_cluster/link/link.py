@@ -1,64 +1,44 @@
-"""One websocket made safe, and a session spoken over it.
+"""A session run over one websocket, by five tasks.
 
 Theory of operation
 ===================
 
-trio-websocket is a good implementation of the protocol with sharp edges for somebody who has to survive every way a
-connection can end. This room is the only one that touches it, and it shows its users a single error,
-:class:`LinkClosed`, whatever happened; ``close_reasons.py`` has the words for it.
+A :class:`Link` joins a session (``protocol/``), which has no IO, and a websocket (``websocket.py``). It ends with a
+single exception, :class:`LinkClosed`, whatever happened.
 
-- *Its reader task must not explode in our nursery.* A peer's ping that crosses our close, and a refused handshake,
-  raise inside it. It is handed a :class:`_NurseryShim` in place of a nursery, which lets it end but not fail.
-- *Its opening handshake waits for ever* if the peer goes away before it is done. The guard knows when the reader
-  has ended, and every opening has a deadline.
-- *A cancelled send leaves half a frame on the wire* while the connection looks open. Only one task ever sends
-  messages; if it is stopped in the middle of one, the stream is closed by force and nothing more is said on it.
-- *Its way of a message is long*: messages pass it by, see :class:`~trio_cluster.link.demux.Tap`.
-- *Its close waits for the peer without limit.* Ours has a deadline, and then uses force.
-- *Nobody may wait for a consumer while reading.* The reader here hands what came in to a function that returns at
-  once; all queues are behind it, and they are bounded by credit.
+- *The reader never waits for a consumer.* It passes what came in to a function that returns at once; all queues are
+  behind that function, and they are bounded by credit.
+- *Only one task sends messages.* A cancelled send leaves half a frame in the stream while the connection looks open, so
+  if the writer is stopped in the middle of a message, the stream is closed by force and nothing more is sent on it.
+- *Every wait has a deadline*: the opening handshake, each write, and the closing handshake, after which the stream is
+  closed by force.
 
-A link runs five tasks: one reads, one hears what the library has to say about the end, one writes, one watches the
-clock, and one keeps the pulse, which lets another thread say that this end lives while its event loop is blocked. What
-is to be written comes from the session, which the writer asks for a batch whenever it has been woken and the last write
-is done, so that everything that became ready meanwhile leaves in one write. Each task ends the link by saying why;
-the first reason counts.
+The five tasks: one reads; one waits for the library to report the end of the websocket; one writes; one keeps the
+session's time; and one lets another thread send heartbeats while the event loop of this process is blocked (see
+``net/watchdog.py``). What is to be written comes from the session: whenever the writer has been woken and the last
+write is done, it asks for a batch, so that everything that became ready meanwhile leaves in one write. Each task ends
+the link by giving the reason; the first reason counts.
 
-Nobody is given up for time that was not theirs. What this end slept through does not count as the other's silence:
-its signs of life are still to be read. And an other end that says it is blocked need not take what it is sent.
+A peer is not dropped for time that was not its own. Time during which this end was blocked does not count as silence of
+the peer, whose messages are still waiting to be read; and a peer that reports that it is blocked need not take what it
+is sent.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn, TypeVar
 
-import attrs
 import trio
-from trio_websocket import (
-    ConnectionClosed,
-    WebSocketConnection,
-    WebSocketRequest,
-    wrap_client_stream,
-    wrap_server_stream,
-)
 
 from ..net.watchdog import heartbeats_while_blocked, take_max_lag
-from ..protocol import SUBPROTOCOL, Batch, HandshakeError, ProtocolError, Session
-from .close_reasons import LinkClosed, close_reason, handshake_failure, truncate_reason
+from ..protocol import Batch, HandshakeError, ProtocolError, Session
 from .demux import FrameDemux
 from .frames import frame
+from .websocket import LinkClosed, Opener, WebSocket, open_websocket
 
-__all__ = ["PATH", "PROBE_PATH", "Link", "LinkClosed", "Refusal", "accept", "dial"]
-
-logger = logging.getLogger("trio_cluster.link")
-
-#: Where workers connect.
-PATH: Final = "/cluster"
-#: Where somebody connects who only wants to know whether this is a master: it says its handshake and hangs up.
-PROBE_PATH: Final = "/probe"
+__all__ = ["Link", "LinkClosed"]
 
 #: Seconds that a polite close may take before force is used.
 _CLOSE_TIMEOUT: Final = 1.0
@@ -67,83 +47,6 @@ _NORMAL, _PROTOCOL_ERROR = 1000, 1002
 _BURST: Final = 4
 
 EventT = TypeVar("EventT")
-
-
-@attrs.frozen
-class Refusal:
-    """Why a connection is not accepted, in HTTP's terms."""
-
-    status: int
-    reason: str
-
-
-_Opened: TypeAlias = tuple[WebSocketConnection, FrameDemux]
-Opener: TypeAlias = Callable[["_NurseryShim"], Awaitable[_Opened]]
-
-
-class _NurseryShim:
-    """Stands in for a nursery when trio-websocket starts its reader: the reader may end, but never explode."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self.ended = trio.Event()
-        self.error: Exception | None = None
-
-    def start_soon(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
-        self._nursery.start_soon(self._run, function, args, name="websocket reader")
-
-    async def _run(self, function: Callable[..., Awaitable[None]], args: tuple[Any, ...]) -> None:
-        try:
-            await function(*args)
-        except Exception as error:
-            self.error = error
-        finally:
-            self.ended.set()
-
-
-def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
-    """Return what opens a link as the one who connects."""
-    headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
-
-    async def open_websocket(shim: _NurseryShim) -> _Opened:
-        demux = FrameDemux(stream, is_client=True)
-        websocket = await wrap_client_stream(
-            shim,  # type: ignore[arg-type]
-            demux,  # type: ignore[arg-type]
-            host,
-            path,
-            subprotocols=[SUBPROTOCOL],
-            extra_headers=headers,
-        )
-        return websocket, demux
-
-    return open_websocket
-
-
-def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refusal | None]) -> Opener:
-    """Return what opens a link as the one who is connected to.
-
-    Args:
-        stream: the new connection.
-        admit: given the path and the headers (names in lower case), says whether to refuse.
-    """
-
-    async def open_websocket(shim: _NurseryShim) -> _Opened:
-        demux = FrameDemux(stream, is_client=False)
-        request: WebSocketRequest = await wrap_server_stream(
-            shim,  # type: ignore[arg-type]
-            demux,
-        )
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
-        refusal = admit(request.path, headers)
-        if refusal is None and SUBPROTOCOL not in request.proposed_subprotocols:
-            refusal = Refusal(400, f"this end speaks {SUBPROTOCOL} only")
-        if refusal is not None:
-            await request.reject(refusal.status, body=refusal.reason.encode())
-            raise LinkClosed(refusal.reason, status=refusal.status)
-        return await request.accept(subprotocol=SUBPROTOCOL), demux
-
-    return open_websocket
 
 
 class Link:
@@ -155,8 +58,8 @@ class Link:
         on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
             raise.
         on_sent: called after each write with the body bytes per call that it carried.
-        on_closed: called once with the reason, at the instant in which it is clear that the link is over; saying goodbye
-            comes after that. Not called for a link that is cancelled.
+        on_closed: called once with the reason, at the moment at which the link is known to be over, before the closing
+            handshake. Not called for a link that is cancelled.
         before_tick: called before the session is told the time, so that its heartbeat says what is true now.
         timeout: seconds that opening the link, and writing a message, may take.
         linger: seconds that bytes of bodies may wait for more of them, while the link is busy.
@@ -218,69 +121,35 @@ class Link:
         Raises:
             LinkClosed: always, if not cancelled. The stream is closed then.
         """
-        try:
-            async with trio.open_nursery() as outer:
-                shim = _NurseryShim(outer)
+        async with trio.open_nursery() as outer:
+            try:
                 try:
-                    opened = await self._open(opener, shim)
-                    if opened is not None:
-                        await self._run_tasks(*opened, shim)
-                        await self._close(opened[0])
-                finally:
-                    self._session.close("the link is over")
-                    await trio.aclose_forcefully(self._stream)
-                    outer.cancel_scope.cancel(reason="the link is over")
-        except trio.Cancelled:
-            raise
+                    websocket = await open_websocket(opener, outer, self._timeout)
+                except LinkClosed as closed:
+                    self._closed = closed
+                else:
+                    await self._run_tasks(websocket)
+                    await self._close(websocket)
+            finally:
+                self._session.close("the link is over")
+                await trio.aclose_forcefully(self._stream)
+                outer.cancel_scope.cancel(reason="the link is over")
         assert self._closed is not None
         raise self._closed
 
-    async def _open(self, opener: Opener, shim: _NurseryShim) -> _Opened | None:
-        async def cancel_when_reader_ends() -> None:
-            await shim.ended.wait()
-            nursery.cancel_scope.cancel(reason="the websocket's reader ended")
-
-        opened: _Opened | None = None
-        refused: LinkClosed | None = None
-        with trio.move_on_after(self._timeout) as opening:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(cancel_when_reader_ends)
-                try:
-                    opened = await opener(shim)
-                except (
-                    LinkClosed,
-                    ConnectionClosed,
-                    trio.BrokenResourceError,
-                    trio.ClosedResourceError,
-                ) as error:
-                    refused = error if isinstance(error, LinkClosed) else None
-                nursery.cancel_scope.cancel(reason="opened")
-        if refused is not None:
-            self._closed = refused
-        elif opening.cancelled_caught:
-            self._closed = LinkClosed(f"no websocket handshake within {self._timeout:g} s")
-            opened = None
-        elif opened is None:
-            self._closed = handshake_failure(shim.error)
-        return opened
-
-    async def _run_tasks(self, websocket: WebSocketConnection, demux: FrameDemux, shim: _NurseryShim) -> None:
+    async def _run_tasks(self, websocket: WebSocket) -> None:
         async with trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
             if self._closed is not None:
                 self._scope.cancel(reason=self._closed.why)
-            nursery.start_soon(self._read, demux)
-            nursery.start_soon(self._watch_close, websocket, shim)
-            nursery.start_soon(self._write, demux)
+            nursery.start_soon(self._read, websocket.demux)
+            nursery.start_soon(self._watch_close, websocket)
+            nursery.start_soon(self._write, websocket.demux)
             nursery.start_soon(self._keep_time)
             nursery.start_soon(self._send_heartbeats_while_blocked, websocket)
 
-    async def _watch_close(self, websocket: WebSocketConnection, shim: _NurseryShim) -> None:
-        try:
-            # No message gets here, so this waits until the library knows that the websocket is closed.
-            await websocket.get_message()
-        except ConnectionClosed as error:
-            self._end(close_reason(error, shim.error))
+    async def _watch_close(self, websocket: WebSocket) -> None:
+        self._end(await websocket.wait_closed())
 
     async def _read(self, demux: FrameDemux) -> None:
         try:
@@ -363,7 +232,7 @@ class Link:
         finally:
             self._lingering = False
 
-    async def _send_heartbeats_while_blocked(self, websocket: WebSocketConnection) -> None:
+    async def _send_heartbeats_while_blocked(self, websocket: WebSocket) -> None:
         def beat(lag: float, blocked: str) -> bytes:
             return frame(self._session.heartbeat_while_blocked(lag, blocked), masked=websocket.is_client)
 
@@ -392,12 +261,12 @@ class Link:
                 return
             self._pending.set()
 
-    async def _close(self, websocket: WebSocketConnection) -> None:
+    async def _close(self, websocket: WebSocket) -> None:
         if self._write_incomplete:
             return
         assert self._closed is not None
         with trio.move_on_after(_CLOSE_TIMEOUT):
-            await websocket.aclose(self._code, truncate_reason(self._closed.why))
+            await websocket.aclose(self._code, self._closed.why)
 
     def _end(self, closed: LinkClosed, code: int = _NORMAL) -> None:
         if self._closed is None:
