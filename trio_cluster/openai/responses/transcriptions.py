@@ -13,7 +13,7 @@ from ..requests.types import ASRRequest
 from ..sse import DONE, event
 from .chunks import OutputChunk
 from .encoder import JSON_HEAD, SSE_HEAD, Encoder
-from .segments import Transcript, write_srt, write_vtt
+from .transcript import Transcript, write_srt, write_vtt
 
 __all__ = ["PlainTranscription", "StreamedTranscription"]
 
