@@ -125,7 +125,7 @@ class ModerationEncoder(Encoder):
         if chunk.kind != "json":
             self._refuse(chunk)
         obj = plain(chunk.value)
-        self._take_usage(obj.pop("usage", None))
+        self._usage.take_object(obj.pop("usage", None))
         if "results" in obj:
             results = obj.pop("results")
             if not isinstance(results, list) or not all(isinstance(each, dict) for each in results):
@@ -150,6 +150,6 @@ class ModerationEncoder(Encoder):
         if len(self._verdicts) != len(self._request.inputs):
             raise ValueError(f"{len(self._verdicts)} verdicts for {len(self._request.inputs)} inputs")
         answer: dict[str, Any] = {"id": self._id, "model": self._request.model, "results": self._verdicts}
-        if self.usage != (0, 0):
-            answer["usage"] = self._usage_object()
+        if self._usage.total_tokens:
+            answer["usage"] = self._usage.for_chat()
         return dumps(answer | self._extras)

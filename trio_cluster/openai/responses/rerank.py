@@ -54,7 +54,7 @@ class RerankEncoder(Encoder):
     def _take_object(self, obj: dict[str, Any]) -> None:
         output = read_output(obj)
         results = output.extras.pop("results", None)
-        self._take_usage(output.usage)
+        self._usage.take_object(output.usage)
         self._extras |= output.extras
         if results is None:
             return
@@ -87,7 +87,7 @@ class RerankEncoder(Encoder):
         if not self._is_chosen and len(self._scores) != len(request.documents):
             raise ValueError(f"{len(self._scores)} scores for {len(request.documents)} documents")
         best = sorted(self._results, key=lambda index: (-self._results[index]["relevance_score"], index))
-        usage = self._usage_object()
+        usage = self._usage.for_chat()
         usage.pop("completion_tokens")
         answer = {
             "id": self._id,
