@@ -13,7 +13,7 @@ from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything
 from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, Request as WebSocketRequest
 
-from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.answer import Data, Done, Failed, Head, Usage
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
@@ -47,6 +47,24 @@ async def test_a_forwarded_answer_is_the_local_one_byte_for_byte(cluster: Memory
         far = text(await everything(cluster.registry.open(request)))
         near = text(await everything(worker.registry.open(request)))
         assert _without_ids(far) == _without_ids(near)
+
+
+async def test_the_usage_that_a_far_handler_reports_reaches_the_master(cluster: MemoryCluster) -> None:
+    async def counts(request: ChatRequest) -> AsyncIterator[Any]:
+        yield "x"
+        usage = {
+            "prompt_tokens": 5,
+            "completion_tokens": 4,
+            "completion_tokens_details": {"reasoning_tokens": 3},
+        }
+        yield {"usage": usage | {"prompt_tokens_details": {"cached_tokens": 2}}}
+
+    await cluster.start("w1", counts, echo)
+    for model, usage in (("counts", Usage(5, 4, 2, 3)), ("echo", None)):
+        call = cluster.registry.open(chat_request(model))
+        await everything(call)
+        assert call.end == Done(usage)
+        assert call.end.usage == usage
 
 
 def _without_ids(body: str) -> list[str]:

@@ -13,7 +13,7 @@ import trio
 from memory_cluster import everything, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.answer import Data, Done, Failed, Head
+from trio_cluster.core.answer import Data, Done, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
@@ -96,6 +96,18 @@ async def test_a_handler_answers_with_head_data_and_done(bench: Bench) -> None:
 async def test_a_plain_answer_is_one_json_object(bench: Bench) -> None:
     events = await everything(bench.open(echo, stream=False))
     assert json.loads(text(events))["choices"][0]["message"]["content"] == "abc"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_an_answer_carries_the_usage_that_its_handler_reported(
+    bench: Bench, stream: bool
+) -> None:
+    async def counts(request: ChatRequest) -> AsyncIterator[Any]:
+        yield "x"
+        yield {"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}}
+
+    for handler, usage in ((echo, None), (counts, Usage(prompt_tokens=3, cached_tokens=2))):
+        assert (await everything(bench.open(handler, stream=stream)))[-1] == Done(usage)
 
 
 async def test_a_pool_that_is_not_served_opens_nothing() -> None:

@@ -150,13 +150,6 @@ def test_a_dict_adds_members_to_the_answer() -> None:
     assert result["took"] == 3
 
 
-def test_usage_is_what_was_reported() -> None:
-    writer = encoder("embeddings", send("embeddings"))
-    assert writer.usage == (0, 0)
-    writer.encode(OutputChunk.usage(5))
-    assert writer.usage == (5, 0)
-
-
 def test_an_embedding_answer_is_sent_whole() -> None:
     writer = encoder("embeddings", send("embeddings"))
     assert not writer.streaming

@@ -244,12 +244,6 @@ def test_usage_is_not_sent_in_a_stream_otherwise(options: Any) -> None:
     assert all("usage" not in each for each in report.events)
 
 
-def test_usage_that_nobody_reports_is_nought() -> None:
-    writer = encoder("chat.completions", send("chat.completions"))
-    writer.encode("word " * 100)
-    assert writer.usage == (0, 0)
-
-
 def test_usage_may_come_in_a_dict_with_its_details() -> None:
     usage = {
         "prompt_tokens": 3,

@@ -187,7 +187,7 @@ class HandlerTask(CallTask):
         if self.call.ended:
             return
         self._put(self._encoder.finish())
-        self.call.put(Done())
+        self.call.put(Done(self._encoder.reported_usage))
 
     def _put(self, data: bytes) -> None:
         """Put what the encoder made of a piece of output; of nothing, a sign of life.

@@ -16,10 +16,10 @@ import attrs
 
 from trio_cluster.core.model import Kind
 
-from .custom import CustomEncoder, checked_path, read_custom
-from .moderations import MODERATION, ModerationEncoder, read_moderation
+from .requests.custom import checked_path, read_custom
 from .requests.fields import Table
 from .requests.forms import Form
+from .requests.moderations import MODERATION, read_moderation
 from .requests.readers import (
     image_edit_of,
     read_chat,
@@ -33,6 +33,7 @@ from .requests.readers import (
     transcription_of,
     translation_of,
 )
+from .requests.rerank import RERANK, read_rerank
 from .requests.responses_api import RESPONSE, read_response
 from .requests.tables import (
     CHAT,
@@ -56,10 +57,12 @@ from .requests.types import (
     RerankRequest,
     TTSRequest,
 )
-from .rerank import RERANK, RerankEncoder, read_rerank
+from .responses.custom import CustomEncoder
 from .responses.embeddings import EmbeddingEncoder
 from .responses.encoder import Encoder
 from .responses.images import PlainEdit, PlainImages, StreamedEdit, StreamedImage
+from .responses.moderations import ModerationEncoder
+from .responses.rerank import RerankEncoder
 from .responses.responses_api import PlainResponse, StreamedResponse
 from .responses.speech import PlainSpeech, StreamedSpeech
 from .responses.text import ChatShape, CompletionShape, PlainText, StreamedText, TextShape

@@ -10,8 +10,8 @@ came. The same check reads the field from a form, where everything is text, with
 Checks are strict: a boolean is no integer, ``"7"`` is not ``7``; an integer will do for a number. ``null`` is
 the same as an absent field.
 
-A check also says what it takes as a JSON Schema, for the description that clients read (see ``openai/openapi.py``). Checks
-do not run on schemas: a call each is why reading a request takes a few microseconds.
+A check also says what it takes as a JSON Schema, for the description that clients read (see ``openai/openapi.py``).
+Checks do not run on schemas: they are one call each, which is why reading a request takes a few microseconds.
 """
 
 from __future__ import annotations

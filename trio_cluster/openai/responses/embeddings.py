@@ -94,7 +94,7 @@ class EmbeddingEncoder(Encoder):
                 "embeddings are given as vectors or OutputChunk.embeddings, not as 'data' of a dict"
             )
         output = read_output(obj)
-        self._take_usage(output.usage)
+        self._usage.take_object(output.usage)
         self._extras |= output.extras
 
     def _add(self, vector: Any, index: int | None) -> None:
@@ -175,7 +175,7 @@ class EmbeddingEncoder(Encoder):
 
     def finish(self) -> bytes:
         data = b"" if self._begun else _BEGINNING + b",".join(self._all_items())
-        usage = self._usage_object()
+        usage = self._usage.for_chat()
         usage.pop("completion_tokens")
         rest = dumps({"model": self._model, "usage": usage} | self._extras)
         return data + b"]," + rest[1:]

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Final, NoReturn
 
-from trio_cluster.core.answer import Head
+from trio_cluster.core.answer import Head, Usage
 from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 
 from .chunks import OutputChunk, to_chunk
+from .usage import UsageReport
 
 __all__ = ["JSON_HEAD", "SSE_HEAD", "Encoder"]
 
@@ -33,7 +34,6 @@ class Encoder:
     Attributes:
         streaming: bytes go out while the handler works; a plain answer comes whole from :meth:`finish`.
         head: the head of the answer: a plain one's from the start, a streamed one's from its first bytes on.
-        usage: tokens read and tokens written, as the handler reported them; 0 without a report.
     """
 
     kind: ClassVar[Kind]
@@ -46,8 +46,12 @@ class Encoder:
     head: Head = JSON_HEAD
 
     def __init__(self) -> None:
-        self.usage: tuple[int, int] = (0, 0)
-        self._usage_details: dict[str, Any] = {}
+        self._usage = UsageReport()
+
+    @property
+    def reported_usage(self) -> Usage | None:
+        """The tokens of the answer, as far as the handler has reported them; ``None`` without a report."""
+        return self._usage.usage
 
     def encode(self, value: Any) -> bytes:
         """Return what can be sent once the handler has given ``value``; empty if it is kept for later.
@@ -64,7 +68,7 @@ class Encoder:
             status, message, code = chunk.value
             raise ApiError(status, message, code=code)
         if chunk.kind == "usage":
-            self.usage = chunk.value
+            self._usage.take_counts(*chunk.value)
             return b""
         return self._take(chunk)
 
@@ -93,34 +97,3 @@ class Encoder:
 
     def _refuse(self, chunk: OutputChunk) -> NoReturn:
         raise TypeError(f"a handler of kind {self.kind} cannot give OutputChunk.{chunk.kind}")
-
-    def _take_usage(self, usage: Any) -> None:
-        """Take a usage object of the API's own form, as a handler's JSON object may have one."""
-        if usage is None:
-            return
-        if not isinstance(usage, dict):
-            raise TypeError("'usage' must be an object with numbers of tokens")
-        details = dict(usage)
-        counts = [0, 0]
-        for i, names in enumerate(
-            (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
-        ):
-            for name in names:
-                counts[i] = details.pop(name, counts[i])
-        details.pop("total_tokens", None)
-        # The constructor refuses what is no count.
-        self.usage = OutputChunk.usage(counts[0], counts[1]).value
-        self._usage_details = details
-
-    def _counts(self) -> dict[str, Any]:
-        """Return the numbers of tokens in the words of the newer routes."""
-        read, written = self.usage
-        return {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-
-    def _usage_object(self) -> dict[str, Any]:
-        read, written = self.usage
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        } | self._usage_details

@@ -73,7 +73,7 @@ class _Images(Encoder):
             if "data" in chunk.value or "b64_json" in chunk.value:
                 raise TypeError("images are given as bytes or OutputChunk.image, not in a dict")
             output = read_output(chunk.value)
-            self._take_usage(output.usage)
+            self._usage.take_object(output.usage)
             self._extras |= output.extras
             return b""
         if chunk.kind not in ("image", "partial_image"):
@@ -95,14 +95,14 @@ class _Images(Encoder):
         raise NotImplementedError
 
     def _image_usage(self) -> dict[str, Any]:
-        read, made = self.usage
+        usage = self._usage
         return {
-            "input_tokens": read,
+            "input_tokens": usage.prompt_tokens,
             # A prompt is text. A handler that was given images, too, says so with a usage object of its own.
-            "input_tokens_details": {"text_tokens": read, "image_tokens": 0},
-            "output_tokens": made,
-            "total_tokens": read + made,
-        } | self._usage_details
+            "input_tokens_details": {"text_tokens": usage.prompt_tokens, "image_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+        } | usage.details
 
 
 class PlainImages(_Images):
@@ -127,7 +127,7 @@ class PlainImages(_Images):
         rest: dict[str, Any] = {}
         if len(self._formats) == 1 and (written := self._formats.pop()):
             rest["output_format"] = written
-        if self.usage != (0, 0):
+        if self._usage.total_tokens:
             rest["usage"] = self._image_usage()
         rest |= self._extras
         tail = b"," + dumps(rest)[1:] if rest else b"}"

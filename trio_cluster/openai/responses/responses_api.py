@@ -120,7 +120,7 @@ class _Response(Encoder):
 
     def _take_object(self, obj: dict[str, Any]) -> None:
         output = read_output(obj)
-        self._take_usage(output.usage)
+        self._usage.take_object(output.usage)
         self._extras |= output.extras
         if output.extras:
             self._begin()
@@ -202,8 +202,8 @@ class _Response(Encoder):
         return self._extras | own
 
     def _usage_object(self) -> dict[str, Any]:
-        read, written = self.usage
-        details = dict(self._usage_details)
+        usage = self._usage
+        details = dict(usage.details)
         of_input = _given(details.pop("prompt_tokens_details", None)) | _given(
             details.pop("input_tokens_details", None)
         )
@@ -211,11 +211,11 @@ class _Response(Encoder):
             details.pop("output_tokens_details", None)
         )
         return {
-            "input_tokens": read,
+            "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0} | of_input,
-            "output_tokens": written,
+            "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0} | of_output,
-            "total_tokens": read + written,
+            "total_tokens": usage.total_tokens,
         } | details
 
 

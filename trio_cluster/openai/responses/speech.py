@@ -105,4 +105,4 @@ class StreamedSpeech(_Speech):
         )
 
     def _end(self) -> bytes:
-        return event(dumps({"type": "speech.audio.done", "usage": self._counts()})) + DONE
+        return event(dumps({"type": "speech.audio.done", "usage": self._usage.counts()})) + DONE

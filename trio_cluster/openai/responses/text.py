@@ -192,7 +192,7 @@ class PlainText(_Text):
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind == "json":
             output = read_output(chunk.value)
-            self._take_usage(output.usage)
+            self._usage.take_object(output.usage)
             for delta in output.deltas:
                 self._choice(delta.index).add(delta)
             self._extras |= output.extras
@@ -216,7 +216,7 @@ class PlainText(_Text):
     def finish(self) -> bytes:
         choices = [self._shape.whole(choice) for choice in self._all_choices()]
         answer = self._answer(self._shape.whole_object, choices, self._extras)
-        answer["usage"] = self._usage_object()
+        answer["usage"] = self._usage.for_chat()
         return dumps(answer)
 
 
@@ -287,7 +287,7 @@ class StreamedText(_Text):
 
     def _take_object(self, obj: dict[str, Any]) -> bytes:
         output = read_output(obj)
-        self._take_usage(output.usage)
+        self._usage.take_object(output.usage)
         sent = b""
         parts = []
         for delta in output.deltas:
@@ -348,7 +348,7 @@ class StreamedText(_Text):
             sent.append(self._event([last], {}))
         if self._tells_usage:
             answer = self._answer(self._shape.part_object, [], {})
-            answer["usage"] = self._usage_object()
+            answer["usage"] = self._usage.for_chat()
             sent.append(event(dumps(answer)))
         sent.append(DONE)
         return b"".join(sent)

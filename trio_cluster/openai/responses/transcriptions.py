@@ -13,7 +13,7 @@ from ..requests.types import ASRRequest
 from ..sse import DONE, event
 from .chunks import OutputChunk
 from .encoder import JSON_HEAD, SSE_HEAD, Encoder
-from .segments import Transcript, write_srt, write_vtt
+from .transcript import Transcript, write_srt, write_vtt
 
 __all__ = ["PlainTranscription", "StreamedTranscription"]
 
@@ -40,7 +40,7 @@ class _Transcription(Encoder):
             return transcript.set_text(chunk.value)
         if chunk.kind == "json":
             obj = dict(chunk.value)
-            self._take_usage(obj.pop("usage", None))
+            self._usage.take_object(obj.pop("usage", None))
             return transcript.add_object(obj)
         if chunk.kind != "finish":
             self._refuse(chunk)
@@ -76,9 +76,9 @@ class _Transcription(Encoder):
 
     def _usage_member(self) -> dict[str, Any]:
         """Return the answer's ``usage``: reported numbers of tokens, or what else a handler's dict said."""
-        details = self._usage_details
-        if self.usage != (0, 0):
-            return {"usage": {"type": "tokens"} | self._counts() | details}
+        details = self._usage.details
+        if self._usage.total_tokens:
+            return {"usage": {"type": "tokens"} | self._usage.counts() | details}
         return {"usage": details} if details else {}
 
 
@@ -133,9 +133,9 @@ class PlainTranscription(_Transcription):
             answer["segments"] = transcript.full_segments()
         if "word" in wanted:
             answer["words"] = transcript.words
-        if self._usage_details.get("type") == "duration":
+        if self._usage.details.get("type") == "duration":
             # In this format the API knows no other usage.
-            answer["usage"] = self._usage_details
+            answer["usage"] = self._usage.details
         return answer | {name: value for name, value in transcript.members.items() if name not in answer}
 
 

@@ -1,6 +1,6 @@
-"""Moderation: texts and images in, and out come the categories of harm that they belong to.
+"""Answers to moderation requests: for each input, the categories of harm that it belongs to.
 
-A handler judges each input, and says of it what it knows: scores, or categories, or just whether it is to be flagged.
+A handler judges each input and gives what it knows: scores, or categories, or just whether the input is to be flagged.
 The rest of the official form is filled in here:
 
 - ``categories`` that are not given are those whose score is above one half, and none if the handler says
@@ -15,67 +15,16 @@ Categories that the official API does not have are sent as they are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from trio_cluster.core.model import Kind
 
-from .json_values import dumps, plain
-from .requests.checks import NOT_EMPTY, Check, ListOf, ObjectOf, OneOf, String, nothing_in, wrong_type
-from .requests.fields import Table
-from .requests.readers import read_json
-from .requests.schemas import Schema, any_of, by_type
-from .requests.types import ModerationRequest
-from .responses.chunks import OutputChunk
-from .responses.encoder import Encoder
+from ..json_values import dumps, plain
+from ..requests.types import ModerationRequest
+from .chunks import OutputChunk
+from .encoder import Encoder
 
-__all__ = ["MODERATION", "ModerationEncoder", "read_moderation"]
-
-_MOST_INPUTS: Final = 2048
-
-
-class _Input(Check):
-    """A text, several, or the parts of one input; always given on as a list of inputs."""
-
-    _texts = ListOf(String(), least=1, most=_MOST_INPUTS)
-    _types = OneOf(("text", "image_url"))
-    _parts: Mapping[str, ObjectOf] = {
-        "text": ObjectOf({"text": String()}, ("text",)),
-        "image_url": ObjectOf({"image_url": ObjectOf({"url": NOT_EMPTY}, ("url",))}, ("image_url",)),
-    }
-
-    def __call__(self, value: Any, name: str) -> list[Any]:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list):
-            raise wrong_type(name, "a string or an array", value)
-        if not value:
-            raise nothing_in(name, "input")
-        if isinstance(value[0], dict):
-            return [[self._part(part, f"{name}[{i}]") for i, part in enumerate(value)]]
-        return self._texts(value, name)
-
-    def _part(self, part: Any, name: str) -> dict[str, Any]:
-        if not isinstance(part, dict):
-            raise wrong_type(name, "an object", part)
-        return self._parts[self._types(part.get("type"), f"{name}.type")](part, name)
-
-    def schema(self) -> Schema:
-        parts = by_type({word: check.schema() for word, check in self._parts.items()}, closed=True)
-        return any_of(
-            String().schema(), self._texts.schema(), {"type": "array", "items": parts, "minItems": 1}
-        )
-
-
-MODERATION: Final = Table(("model", "input"), {"model": NOT_EMPTY, "input": _Input()})
-
-
-def read_moderation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ModerationRequest:
-    """Read a request to ``/v1/moderations``."""
-    raw = read_json(body, content_type)
-    known = MODERATION.read(raw)
-    return ModerationRequest(model=known["model"], inputs=known["input"], raw=raw, headers=headers)
-
+__all__ = ["ModerationEncoder"]
 
 _FOR_TEXT: Final = ("text",)
 _FOR_BOTH: Final = ("text", "image")
@@ -176,7 +125,7 @@ class ModerationEncoder(Encoder):
         if chunk.kind != "json":
             self._refuse(chunk)
         obj = plain(chunk.value)
-        self._take_usage(obj.pop("usage", None))
+        self._usage.take_object(obj.pop("usage", None))
         if "results" in obj:
             results = obj.pop("results")
             if not isinstance(results, list) or not all(isinstance(each, dict) for each in results):
@@ -201,6 +150,6 @@ class ModerationEncoder(Encoder):
         if len(self._verdicts) != len(self._request.inputs):
             raise ValueError(f"{len(self._verdicts)} verdicts for {len(self._request.inputs)} inputs")
         answer: dict[str, Any] = {"id": self._id, "model": self._request.model, "results": self._verdicts}
-        if self.usage != (0, 0):
-            answer["usage"] = self._usage_object()
+        if self._usage.total_tokens:
+            answer["usage"] = self._usage.for_chat()
         return dumps(answer | self._extras)

@@ -1,64 +1,24 @@
-"""Ranking: documents in, and out come those that answer a query best, with how well they do.
+"""Answers to rerank requests: the documents that answer a query best, with their scores.
 
-There is no official form of this route. What is read and written here is what the servers and hosted APIs that people
-use have in common: ``query``, ``documents``, ``top_n`` and ``return_documents``; ``results`` with ``index`` and
-``relevance_score``, the best first; ``usage`` in tokens. A handler gives one score for each document. Sorting, cutting
-and the documents' return are done here.
+This route has no official form. What is written here is what the servers and hosted APIs that people use have in
+common: ``results`` with ``index`` and ``relevance_score``, the best first; ``usage`` in tokens. A handler gives one
+score for each document. Sorting them, cutting the list and returning the documents are done here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from trio_cluster.core.model import Kind
 
-from .json_values import dumps
-from .requests.checks import BOOLEAN, NOT_EMPTY, Check, Integer, ListOf, ObjectOf, String
-from .requests.fields import Table
-from .requests.readers import read_json
-from .requests.schemas import Schema, any_of
-from .requests.types import RerankRequest
-from .responses.choices import read_output
-from .responses.chunks import OutputChunk, doubles
-from .responses.encoder import Encoder
+from ..json_values import dumps
+from ..requests.types import RerankRequest
+from .choices import read_output
+from .chunks import OutputChunk, doubles
+from .encoder import Encoder
 
-__all__ = ["RERANK", "RerankEncoder", "read_rerank"]
-
-
-class _Document(Check):
-    """A text, or an object that has one and whatever else its client wants to find again."""
-
-    _text = String(form="a string or an object with a 'text'")
-    _object = ObjectOf({"text": String()}, ("text",))
-
-    def __call__(self, value: Any, name: str) -> str:
-        if isinstance(value, dict):
-            text: str = self._object(value, name)["text"]
-            return text
-        return self._text(value, name)
-
-    def schema(self) -> Schema:
-        return any_of(self._text.schema(), self._object.schema())
-
-
-RERANK: Final = Table(
-    ("model", "query", "documents"),
-    {
-        "model": NOT_EMPTY,
-        "query": NOT_EMPTY,
-        "documents": ListOf(_Document(), least=1),
-        "top_n": Integer(1),
-        "return_documents": BOOLEAN,
-    },
-)
-
-
-def read_rerank(body: bytes, content_type: str, headers: Mapping[str, str]) -> RerankRequest:
-    """Read a request to ``/v1/rerank``."""
-    raw = read_json(body, content_type)
-    return RerankRequest(raw=raw, headers=headers, **RERANK.read(raw))
+__all__ = ["RerankEncoder"]
 
 
 class RerankEncoder(Encoder):
@@ -94,7 +54,7 @@ class RerankEncoder(Encoder):
     def _take_object(self, obj: dict[str, Any]) -> None:
         output = read_output(obj)
         results = output.extras.pop("results", None)
-        self._take_usage(output.usage)
+        self._usage.take_object(output.usage)
         self._extras |= output.extras
         if results is None:
             return
@@ -127,7 +87,7 @@ class RerankEncoder(Encoder):
         if not self._is_chosen and len(self._scores) != len(request.documents):
             raise ValueError(f"{len(self._scores)} scores for {len(request.documents)} documents")
         best = sorted(self._results, key=lambda index: (-self._results[index]["relevance_score"], index))
-        usage = self._usage_object()
+        usage = self._usage.for_chat()
         usage.pop("completion_tokens")
         answer = {
             "id": self._id,

@@ -1,14 +1,17 @@
-"""The room as a whole: its table of routes, its events, and what it does not need."""
+"""The package as a whole: its table of routes, its events, and what it imports."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
 
+import trio_cluster.openai
 from trio_cluster.core.model import KINDS
 from trio_cluster.errors import ApiError
 from trio_cluster.openai import DONE, ENDPOINTS, PING, error_body, error_event, event
@@ -66,3 +69,33 @@ def test_an_error_can_be_written_whatever_is_in_it(message: object) -> None:
 def test_no_array_library_is_imported() -> None:
     program = "import sys, trio_cluster.openai; sys.exit('numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def imports_of(module: Path) -> set[str]:
+    """Return the modules of the package that a module imports, by their paths: ``requests/types``."""
+    package = Path(trio_cluster.openai.__file__).parent
+    folder = module.relative_to(package).parent
+    imported = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (package / folder).joinpath(*[".."] * (node.level - 1), *(node.module or "").split("."))
+            if base.resolve().is_relative_to(package):
+                imported.add(base.resolve().relative_to(package).as_posix())
+    return imported
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("requests", {"json_values", "sse"}),
+        ("responses", {"json_values", "sse", "requests/types"}),
+    ],
+)
+def test_reading_requests_and_writing_answers_do_not_depend_on_each_other(
+    folder: str, allowed: set[str]
+) -> None:
+    modules = list((Path(trio_cluster.openai.__file__).parent / folder).glob("*.py"))
+    assert len(modules) > 10
+    for module in modules:
+        foreign = {each for each in imports_of(module) if not each.startswith(f"{folder}/")}
+        assert foreign <= allowed, module.name
