@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
@@ -26,6 +26,7 @@ from .cluster.master import WorkerManager
 from .cluster.remote_worker import STATES
 from .cluster.worker import WorkerClient
 from .core import randomness
+from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Node"]
 
 logger = logging.getLogger("trio_cluster.node")
-
-#: Seconds that cancelled requests get to tell their clients so, and connections to say goodbye.
-_CLOSE_TIMEOUT: Final = 2.0
 
 
 class Node:
@@ -187,7 +185,7 @@ class Node:
         await self._drain("the worker is being stopped", client.wait_sent)
         if client.connected:
             client.close(reason)
-            await trio.sleep(_CLOSE_TIMEOUT)
+            await trio.sleep(CLOSE_TIMEOUT)
         visit.cancel(reason=reason)
 
     async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
@@ -206,7 +204,7 @@ class Node:
         logger.warning("cancelling what did not finish in time", extra={"fields": fields})
         self._registry.cancel_all(reason)
         # Their clients are still to be told, and the work to stop; who ignores that is left behind.
-        with trio.move_on_after(_CLOSE_TIMEOUT):
+        with trio.move_on_after(CLOSE_TIMEOUT):
             await self._registry.wait_idle()
             await wait_delivered()
 
@@ -221,7 +219,7 @@ class Node:
             listeners,
             render_refusal=render_refusal,
             shutdown_trigger=self._api_may_end.wait,
-            grace=_CLOSE_TIMEOUT,
+            grace=CLOSE_TIMEOUT,
             task_status=task_status,
         )
         self._api_ended.set()
@@ -232,7 +230,7 @@ class Node:
 
     async def _end_api(self, nursery: trio.Nursery) -> None:
         self._api_may_end.set()
-        with trio.move_on_after(2 * _CLOSE_TIMEOUT):
+        with trio.move_on_after(2 * CLOSE_TIMEOUT):
             await self._api_ended.wait()
         nursery.cancel_scope.cancel(reason="the server was stopped")
 
@@ -257,7 +255,7 @@ class Node:
                             listeners,
                             render_refusal=render_refusal,
                             shutdown_trigger=trio.sleep_forever,
-                            grace=_CLOSE_TIMEOUT,
+                            grace=CLOSE_TIMEOUT,
                         )
                     )
                     logger.info("this worker's own API", extra={"fields": {"url": self.url}})

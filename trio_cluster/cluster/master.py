@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import trio
 
 from .._version import __version__
+from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
@@ -48,8 +49,6 @@ logger = logging.getLogger("trio_cluster.workers")
 
 #: The end of a connection that only asked whether this is a master.
 _PROBED = "probed"
-#: Seconds that saying goodbye to the workers may take.
-_CLOSE_TIMEOUT = 2.0
 #: A worker that was heard from within this many heartbeats is alive, and keeps its name.
 _ALIVE_HEARTBEATS = 2.5
 #: The part of the timeout after which a worker that is silent gets nothing new to do.
@@ -129,7 +128,7 @@ class WorkerManager:
         """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
         for connection in self._connections:
             connection.link.close_when_flushed(reason)
-        with trio.move_on_after(_CLOSE_TIMEOUT):
+        with trio.move_on_after(CLOSE_TIMEOUT):
             while self._connections:
                 await self._empty.park()
 

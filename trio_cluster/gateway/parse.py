@@ -15,6 +15,7 @@ from typing import Any, Final
 import trio
 
 from ..core.channel import ByteChannel
+from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..errors import InvalidRequest
@@ -24,9 +25,6 @@ from .context import RequestContext
 from .node_context import NodeContext
 
 __all__ = ["Parse"]
-
-#: Bytes of a request from which reading it in the event loop would be felt by the others.
-_READ_IN_THREAD: Final = 1 << 20
 
 #: Headers that travel to the handler: what clients say of themselves, and the trace context (W3C Trace Context and
 #: Baggage). Others do if they begin with one of the prefixes below.
@@ -135,7 +133,7 @@ async def _read_whole(
 
 async def _look(look: Callable[..., Any], body: bytes, *more: Any) -> Any:
     """Return what a function makes of a body; at a large one it looks in a thread."""
-    if len(body) < _READ_IN_THREAD:
+    if len(body) < PARSE_IN_THREAD:
         return look(body, *more)
     # Looking touches nothing else, so nobody needs to wait for it when the client has left.
     return await trio.to_thread.run_sync(look, body, *more, abandon_on_cancel=True)

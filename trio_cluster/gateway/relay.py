@@ -16,15 +16,15 @@ takes for the end of the answer.
 from __future__ import annotations
 
 import math
-import re
 from typing import Final
 
 import trio
 
 from ..core.answer import Data, Done, Event, Failed, Head
 from ..core.call import Call
+from ..core.headers import HEADER_NAME, HEADER_VALUE
 from ..errors import ApiError, HandlerFailed
-from ..openai import PING, error_event
+from ..openai import NO_PROXY_BUFFERING, PING, error_event
 from .context import RequestContext
 from .deadlines import ResponseDeadlines
 from .direct import Connection, DirectWriter
@@ -40,14 +40,6 @@ BUFFER_LIMIT: Final = 1 << 20
 #: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
 #: client, and to find out whether the client is still there.
 PING_INTERVAL: Final = 10.0
-
-#: A header's value: visible ASCII, spaces and tabs, and what older servers put into the upper half of
-#: Latin-1.
-_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-#: So that nothing between here and the client keeps a stream back.
-_NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 #: What describes the connection or the framing of the answer, or is set here.
 _RESERVED_HEADERS: Final = frozenset(
@@ -112,7 +104,7 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
     as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
-        headers += [header for header in _NO_PROXY_BUFFERING if header[0] not in named]
+        headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]
     pieces = [call.body.receive_nowait()]
     while call.end is None and not as_it_comes and sum(map(len, pieces)) <= BUFFER_LIMIT:
         event = await _next(call, deadlines, trio.current_time())
@@ -127,11 +119,11 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
-    if not 200 <= head.status <= 599 or not _HEADER_VALUE.fullmatch(head.content_type):
+    if not 200 <= head.status <= 599 or not HEADER_VALUE.fullmatch(head.content_type):
         raise HandlerFailed
     headers = [("content-type", head.content_type)]
     for name, value in head.headers:
-        if _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value):
+        if HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(value):
             name = name.lower()
             if name not in _RESERVED_HEADERS:
                 headers.append((name, value))

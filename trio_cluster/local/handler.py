@@ -20,6 +20,7 @@ import trio
 from ..core import randomness
 from ..core.answer import Done
 from ..core.call import Call
+from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..openai import Encoder, FormReader, endpoint_named
@@ -33,9 +34,6 @@ __all__ = ["HandlerBackend"]
 
 #: Seconds between the signs of life of a plain answer.
 _SIGN_OF_LIFE: Final = 1.0
-
-#: Bytes of a request body from which parsing it in the event loop would be felt by the other calls.
-_PARSE_IN_THREAD: Final = 1 << 20
 
 
 class HandlerBackend:
@@ -152,7 +150,7 @@ class HandlerTask(CallTask):
         parsed = self._parsed
         if parsed is None:
             arguments = (self._body, request.content_type, request.headers)
-            if len(self._body) < _PARSE_IN_THREAD:
+            if len(self._body) < PARSE_IN_THREAD:
                 parsed = endpoint.parse(*arguments)
             else:
                 parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)

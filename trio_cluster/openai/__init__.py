@@ -23,13 +23,14 @@ from .requests.types import (
 )
 from .responses.chunks import FinishReason, OutputChunk, to_chunk
 from .responses.encoder import Encoder
-from .sse import DONE, PING, error_body, error_event, event
+from .sse import DONE, NO_PROXY_BUFFERING, PING, error_body, error_event, event
 
 __all__ = [
     "DONE",
     "ENDPOINTS",
     "ERROR",
     "ERRORS",
+    "NO_PROXY_BUFFERING",
     "PING",
     "ASRRequest",
     "ChatRequest",

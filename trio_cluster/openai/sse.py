@@ -14,13 +14,16 @@ from trio_cluster.errors import ApiError
 
 from .json_values import dumps
 
-__all__ = ["DONE", "PING", "error_body", "error_event", "event", "named_event"]
+__all__ = ["DONE", "NO_PROXY_BUFFERING", "PING", "error_body", "error_event", "event", "named_event"]
 
 #: Ends a stream that is complete.
 DONE: Final = b"data: [DONE]\n\n"
 
 #: A comment; clients ignore it, but writing it finds out whether they are still there.
 PING: Final = b": ping\n\n"
+
+#: Headers of a stream: proxies on the way must neither keep it nor collect more of it before they pass it on.
+NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 
 def event(data: bytes) -> bytes:

@@ -9,9 +9,10 @@ with a ``ValueError``, and not by losing its link; the receiver turns the same `
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
+
+from trio_cluster.core.headers import HEADER_NAME, HEADER_VALUE
 
 __all__ = [
     "HEADERS_MAX",
@@ -49,10 +50,6 @@ JSON_MAX: Final = 32768
 _HEADER_COUNT_MAX: Final = 128
 _JSON_DEPTH_MAX: Final = 16
 
-# RFC 9110: a token, and a field value. Checked here because whatever passes is put on an HTTP connection as
-# it is.
-_HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 #: Numbers in a report of usage, and characters in the name of one.
 _USAGE_MAX: Final = 16
@@ -156,7 +153,7 @@ def content_type(_: Any, attribute: Any, value: str) -> None:
     """The value of a ``Content-Type`` header, or nothing."""
     if len(value) > NAME_MAX:
         raise ValueError(f"{attribute.name}: longer than {NAME_MAX} characters")
-    if not _HEADER_VALUE.fullmatch(value):
+    if not HEADER_VALUE.fullmatch(value):
         raise ValueError(f"{attribute.name}: is not a header value")
 
 
@@ -170,9 +167,9 @@ def headers(_: Any, attribute: Any, value: dict[str, str] | tuple[tuple[str, str
         room -= len(key) + len(content)
         if room < 0:
             raise ValueError(f"{attribute.name}: longer than {HEADERS_MAX} characters together")
-        if not _HEADER_NAME.fullmatch(key):
+        if not HEADER_NAME.fullmatch(key):
             raise ValueError(f"{attribute.name}: a name that is not one: {key[:40]!r}")
-        if not _HEADER_VALUE.fullmatch(content):
+        if not HEADER_VALUE.fullmatch(content):
             raise ValueError(f"{attribute.name}: the value of {key[:40]!r} is not a header value")
 
 

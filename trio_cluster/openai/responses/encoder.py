@@ -17,6 +17,7 @@ from trio_cluster.core.answer import Head, Usage
 from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 
+from ..sse import NO_PROXY_BUFFERING
 from .chunks import OutputChunk, to_chunk
 from .usage import UsageReport
 
@@ -24,8 +25,7 @@ __all__ = ["JSON_HEAD", "SSE_HEAD", "Encoder"]
 
 JSON_HEAD: Final = Head(200, "application/json")
 
-#: Proxies on the way must neither keep a stream nor wait for more of it.
-SSE_HEAD: Final = Head(200, "text/event-stream", (("cache-control", "no-cache"), ("x-accel-buffering", "no")))
+SSE_HEAD: Final = Head(200, "text/event-stream", NO_PROXY_BUFFERING)
 
 
 class Encoder:

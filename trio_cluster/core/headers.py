@@ -1,0 +1,13 @@
+"""The grammar of HTTP header fields (RFC 9110, section 5), as far as this package checks it."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["HEADER_NAME", "HEADER_VALUE"]
+
+#: A field name: a token.
+HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+#: A field value: visible ASCII, spaces and tabs, and what older servers put into the upper half of Latin-1.
+HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
