@@ -14,11 +14,12 @@ import httpx
 import openai
 import trio
 
-from trio_cluster.admin.app import create_app, gate
+from trio_cluster.admin.app import create_app, put_gateway_in_front
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.model import ChatModelOptions, Kind, ModelInfo
 from trio_cluster.core.request import Request
+from trio_cluster.core.status import WorkerStatus
 from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.response import render_refusal
@@ -29,6 +30,22 @@ from trio_cluster.routing.router import Router
 
 EVENTS = "text/event-stream"
 PLAIN = b'{"object": "chat.completion", "choices": []}'
+#: The state of some worker.
+WORKER = WorkerStatus(
+    id="w1",
+    instance="abc",
+    address="10.0.0.1:5000",
+    state="ok",
+    draining=False,
+    stalled="",
+    models=["m"],
+    running=1,
+    waiting=0,
+    capacity=10,
+    in_flight=1,
+    lag=0.0,
+    connected_for=1.5,
+)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = CHAT | {"stream": True}
 
@@ -296,7 +313,7 @@ async def open_http_node(
     node_context = NodeContext(
         Router(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
     )
-    app = gate(create_app(node_context), node_context)
+    app = put_gateway_in_front(create_app(node_context), node_context)
     sock = listening_socket()
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")

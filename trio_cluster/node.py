@@ -16,18 +16,19 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import trio
+from msgspec import UNSET
 
 from ._version import __version__
-from .admin.app import create_app, gate
+from .admin.app import create_app, put_gateway_in_front
 from .cluster.master import WorkerManager
-from .cluster.remote_worker import STATES
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
+from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
@@ -226,7 +227,7 @@ class Node:
 
     def _gated(self, app: QuartTrio) -> App:
         # Quart's own description of ASGI is narrower than the one that a gate and a server need.
-        return cast("App", gate(app, self._node_context))
+        return cast("App", put_gateway_in_front(app, self._node_context))
 
     async def _end_api(self, nursery: trio.Nursery) -> None:
         self._api_may_end.set()
@@ -272,21 +273,19 @@ class Node:
         self.port = port_of(listeners)
         self.url = f"http://{shown_address(local_address(host), self.port)}"
 
-    def _drain_worker(self, name: str) -> dict[str, Any] | None:
+    def _drain_worker(self, name: str) -> WorkerStatus | None:
         manager = self.worker_manager
         return None if manager is None else manager.drain_worker(name, "an operator asked for it")
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> NodeStatus:
         manager, client, pool = self.worker_manager, self.worker_client, self._pool
-        status: dict[str, Any] = {
-            "version": __version__,
-            "slots": {"running": pool.running, "waiting": pool.waiting, "capacity": pool.capacity},
-            "workers": [] if manager is None else manager.status(),
-        }
-        if client is not None:
-            status["connected"] = client.connected
-            status["rejected_models"] = dict(client.rejected_models)
-        return status
+        return NodeStatus(
+            version=__version__,
+            slots=SlotStatus(pool.running, pool.waiting, pool.capacity),
+            workers=[] if manager is None else manager.status(),
+            connected=UNSET if client is None else client.connected,
+            rejected_models=UNSET if client is None else dict(client.rejected_models),
+        )
 
     def _gauges(self) -> list[GaugeSample]:
         pool, manager = self._pool, self.worker_manager
@@ -321,7 +320,7 @@ class Node:
                         worker.state == state,
                         labels | {"state": state},
                     )
-                    for state in STATES
+                    for state in WORKER_STATES
                 ]
         return gauges
 

@@ -8,11 +8,14 @@ import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Any
 
+import attrs
 import httpx
 import openai
 import pytest
 import trio
-from http_node import CHAT, EVENTS, STREAM, Answer, HttpNode, Served, open_http_node
+from http_node import CHAT, EVENTS, STREAM, WORKER, Answer, HttpNode, Served, open_http_node
+
+from trio_cluster.core.status import WorkerStatus
 
 PATH = "/v1/chat/completions"
 
@@ -189,15 +192,16 @@ async def test_a_reason_that_is_none_is_a_400_and_nothing_is_cancelled(
 async def test_a_worker_is_drained_whatever_its_name(node: HttpNode, name: str) -> None:
     asked: list[str] = []
 
-    def drain(worker: str) -> dict[str, Any]:
+    def drain(worker: str) -> WorkerStatus:
         asked.append(worker)
-        return {"id": worker, "state": "draining"}
+        return attrs.evolve(WORKER, id=worker, state="draining")
 
     node.node_context.drain_worker = drain
     async with node.connect() as wire:
         await wire.request("POST", f"/cluster/workers/{urllib.parse.quote(name, safe='')}/drain", b"")
         answer = await wire.answer()
-    assert (answer.status, json.loads(answer.body)) == (202, {"id": name, "state": "draining"})
+    state = json.loads(answer.body)
+    assert (answer.status, state["id"], state["state"]) == (202, name, "draining")
     assert asked == [name]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import urllib.parse
 
+import attrs
 import pytest
-from http_node import CHAT, PLAIN, HttpNode, open_http_node
+from http_node import CHAT, PLAIN, WORKER, HttpNode, open_http_node
 from prometheus_client.parser import text_string_to_metric_families
 
+from trio_cluster.core.status import NodeStatus
 from trio_cluster.errors import HandlerFailed
 from trio_cluster.gateway import parse
 from trio_cluster.gateway.node_context import GaugeSample
@@ -159,7 +161,7 @@ async def test_health_tells_whether_the_node_takes_requests(node: HttpNode) -> N
 
 async def test_the_status_shows_models_calls_and_what_the_node_adds() -> None:
     async with open_http_node(api_key="secret") as node, node.client() as client:
-        node.node_context.status = lambda: {"workers": [{"id": "w1"}]}
+        node.node_context.status = lambda: NodeStatus(workers=[WORKER])
         key = {"Authorization": "Bearer secret"}
         assert (await client.get("/cluster/status")).status_code == 401
         await client.post(PATH, json=CHAT, headers=key)
@@ -170,7 +172,9 @@ async def test_the_status_shows_models_calls_and_what_the_node_adds() -> None:
         assert status["models"][0]["nodes"] == ["local"]
         assert status["calls"]["completed"] == 1
         assert status["calls"]["in_flight"] == 0
-        assert status["workers"] == [{"id": "w1"}]
+        assert status["workers"] == [attrs.asdict(WORKER)]
+        # What only a worker has is left out.
+        assert "connected" not in status
 
 
 async def test_a_status_that_fails_is_a_500_and_nothing_more(

@@ -1,60 +1,40 @@
-"""The web application: Quart-trio, set up so that the framework does nothing on its own.
+"""The admin application: everything that is not hot, served by Quart-Trio behind the gateway.
 
-Time limits, size limits and redirects are all off: deadlines belong to the relay and the gate, and a
-redirected POST costs the client a second upload. Every error leaves as an envelope.
+Every error leaves as an envelope of the OpenAI API.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import cast
 
 from quart import request
-from quart.wrappers import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
-from werkzeug.exceptions import BadHost, HTTPException, MethodNotAllowed
-from werkzeug.wrappers import Response as WerkzeugResponse
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from ..errors import ApiError, HandlerFailed, InvalidRequest
+from ..errors import ApiError, HandlerFailed
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
 from ..gateway.response import error_reply
 from ..gateway.routes import own_route
-from ..http1.asgi import App
 from .operator import add_operator_routes
-from .routes import add_routes, respond
+from .routes import add_routes
+from .web import make_app, path_lookup, replace_asgi_app, respond
 
-__all__ = ["create_app", "gate"]
+__all__ = ["create_app", "put_gateway_in_front"]
 
 logger = logging.getLogger("trio_cluster.http")
 
 
-class _App(QuartTrio):
-    """Quart-trio, with an answer for requests that it cannot even make a context for."""
-
-    async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
-        try:
-            return await super().handle_request(request)
-        except BadHost:
-            return respond(error_reply(InvalidRequest("The Host header is not the name of a host")))
-
-
 def create_app(node_context: NodeContext) -> QuartTrio:
-    """Return the node's web application; it needs the :func:`gate` in front of it.
+    """Return the node's web application; it needs :func:`put_gateway_in_front`.
 
-    More routes may be added to it. They are behind the gate as well: they need the key, their bodies are read
-    before they run, an :class:`~trio_cluster.ApiError` that they raise is answered as such, and websockets do
-    not get to them.
+    More routes may be added to it. They are behind the gateway as well: they require the key, their bodies are read before
+    they run, an :class:`~trio_cluster.ApiError` that they raise is answered as such, and websockets do not get to them.
     """
-    app = _App("trio_cluster.http", static_folder=None, template_folder=None)
-    app.config["BODY_TIMEOUT"] = None
-    app.config["RESPONSE_TIMEOUT"] = None
-    app.config["MAX_CONTENT_LENGTH"] = None
-    app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False
+    app = make_app("trio_cluster.http")
     app.register_error_handler(ApiError, _on_api_error)
     app.register_error_handler(HTTPException, partial(_on_http_exception, node_context))
     app.register_error_handler(Exception, _on_exception)
@@ -63,18 +43,14 @@ def create_app(node_context: NodeContext) -> QuartTrio:
     return app
 
 
-def gate(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
-    """Put the gate in front of an application, and return the application.
+def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
+    """Put the gateway in front of an application, and return the application.
 
-    In front of the application itself, and not around it: whoever gets hold of the application, a test client
-    or another server, then has to pass the gate as well.
+    In front of the application itself, and not around it: whatever gets hold of the application, a test client or another
+    server, then has to pass the gateway as well.
     """
-    paths = app.url_map.bind("localhost")
-
-    def has_route(path: str) -> bool:
-        return bool(paths.allowed_methods(path or "/"))
-
-    app.asgi_app = Gateway(cast(App, app.asgi_app), node_context, has_route)  # type: ignore[method-assign, assignment]
+    has_route = path_lookup(app)
+    replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route))
     return app
 
 

@@ -1,11 +1,13 @@
 """The description of the node's HTTP API, as ``GET /openapi.json`` gives it: OpenAPI 3.1.
 
-The routes of models describe themselves (see ``openai/openapi.py``); here are those of the node. It shows no model, no
-worker and nothing else of what the node has, so nobody needs a key to read it.
+The routes of models describe themselves (see ``openai/openapi.py``); the answers of the node's own routes are described by
+their types (see ``views.py``). The description shows no model, no worker and nothing else of what the node has, so nobody
+needs a key to read it.
 """
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any, Final
 
@@ -13,7 +15,9 @@ import msgspec
 
 from .._version import __version__
 from ..core.model import KINDS
+from ..core.status import WorkerStatus
 from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
+from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, StatusView
 
 __all__ = ["description"]
 
@@ -22,7 +26,6 @@ The OpenAI API, served by a cluster of machines. Every route under `/v1` also an
 described here are passed on to the model as they are.
 """
 
-_OBJECT: Final = {"type": "object"}
 _MODEL: Final = {
     "type": "object",
     "properties": {
@@ -40,19 +43,6 @@ _MODEL: Final = {
     },
     "required": ["id", "object", "created", "owned_by", "kind", "capabilities"],
 }
-_MODELS: Final = {
-    "type": "object",
-    "properties": {
-        "object": {"type": "string", "enum": ["list"]},
-        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
-    },
-    "required": ["object", "data"],
-}
-_HEALTH: Final = {
-    "type": "object",
-    "properties": {"status": {"type": "string", "enum": ["ok", "draining"]}, "mode": {"type": "string"}},
-    "required": ["status", "mode"],
-}
 _REASON: Final = {
     "type": "object",
     "properties": {
@@ -65,6 +55,10 @@ _REASON: Final = {
         }
     },
 }
+
+#: The types of answers; those that they refer to are found through them.
+_VIEWS: Final = (IndexView, HealthView, ModelsView, StatusView, CallsView, CancelView, WorkerStatus)
+_REFERENCE: Final = "#/components/schemas/{name}"
 
 #: Headers of errors by status, beside those that every answer has.
 _HEADERS: Final = {
@@ -91,7 +85,7 @@ def description(needs_key: bool) -> bytes:
             "paths": describe_endpoints() | _node_paths(),
             "components": {
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-                "schemas": {"Error": ERROR, "Model": _MODEL},
+                "schemas": {"Error": ERROR, "Model": _MODEL} | _view_schemas(),
                 "headers": _headers(),
                 "responses": _error_responses(),
             },
@@ -103,30 +97,47 @@ def _node_paths() -> dict[str, Any]:
     model = _parameter("model", "The name of a model; it may have slashes in it.")
     call = _parameter("request_id", "What `x-request-id` said.")
     worker = _parameter("name", "The name of a worker.")
-    cancel = _operation("cancel", "Cancel all calls of a request", _OBJECT, 400, 401, 403, 404, 413)
+    cancel = _operation("cancel", "Cancel all calls of a request", _view(CancelView), 400, 401, 403, 404, 413)
     cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
-    drain = _operation("drain", "Have a worker finish its requests and stop", _OBJECT, 401, 403, 404)
+    drain = _operation(
+        "drain", "Have a worker finish its requests and stop", _view(WorkerStatus), 401, 403, 404
+    )
     drain["responses"]["202"] = drain["responses"].pop("200")
-    health = _open("health", "Tell whether the node takes requests", _HEALTH)
-    health["responses"]["503"] = _answer(_HEALTH, about="It is being stopped.")
-    metrics = _open("metrics", "Numbers for Prometheus", _OBJECT)
+    health = _open("health", "Tell whether the node takes requests", _view(HealthView))
+    health["responses"]["503"] = _answer(_view(HealthView), about="It is being stopped.")
+    metrics = _open("metrics", "Numbers for Prometheus", {"type": "string"})
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
+    models = {"allOf": [_view(ModelsView), {"properties": {"data": {"items": model_ref}}}]}
     return {
-        "/v1/models": {"get": _operation("models", "List all models", _MODELS, 401)},
+        "/v1/models": {"get": _operation("models", "List all models", models, 401)},
         "/v1/models/{model}": {
             "parameters": [model],
             "get": _operation("model", "Look up one model", model_ref, 401, 404),
         },
-        "/": {"get": _open("index", "Say what this is", _OBJECT)},
+        "/": {"get": _open("index", "Say what this is", _view(IndexView))},
         "/health": {"get": health},
         "/metrics": {"get": metrics},
-        "/openapi.json": {"get": _open("openapi", "This description", _OBJECT)},
-        "/cluster/status": {"get": _operation("status", "The state of the node", _OBJECT, 401)},
-        "/cluster/calls": {"get": _operation("calls", "The calls that are under way", _OBJECT, 401)},
+        "/openapi.json": {"get": _open("openapi", "This description", {"type": "object"})},
+        "/cluster/status": {"get": _operation("status", "The state of the node", _view(StatusView), 401)},
+        "/cluster/calls": {"get": _operation("calls", "The calls that are under way", _view(CallsView), 401)},
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }
+
+
+def _view(view: type) -> dict[str, Any]:
+    """Return the reference to the schema of an answer."""
+    return {"$ref": _REFERENCE.format(name=view.__name__)}
+
+
+def _view_schemas() -> dict[str, Any]:
+    """Return the schemas of all answers that are types, by name."""
+    _, schemas = msgspec.json.schema_components(_VIEWS, ref_template=_REFERENCE)
+    for schema in schemas.values():
+        if about := schema.get("description"):
+            schema["description"] = " ".join(inspect.cleandoc(about).split())
+    return schemas
 
 
 def _operation(name: str, summary: str, schema: dict[str, Any], *errors: int) -> dict[str, Any]:

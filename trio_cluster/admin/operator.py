@@ -8,22 +8,19 @@ tells where the request comes from. Nothing here is for browsers, so such a requ
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
-from werkzeug.routing import BaseConverter
 
-from ..core.call import Call
 from ..errors import ApiError, InvalidRequest
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
 from ..openai import read_object
-from .routes import respond
+from .views import CallsView, CancelView, call_view
+from .web import respond
 
 __all__ = ["add_operator_routes"]
 
@@ -34,20 +31,12 @@ _REASON_MAX: Final = 500
 _NO_REASON: Final = "an operator asked for it"
 
 
-class _Anything(BaseConverter):
-    """A part of a path that may hold whatever anybody may take for an id or a name, slashes included."""
-
-    regex = "(?s:.+?)"
-    part_isolating = False
-
-
 def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     """Add the routes under ``/cluster`` that are for operators to ``app``."""
     registry = node_context.registry
 
     async def calls() -> TrioResponse:
-        now = time.monotonic()
-        return respond(json_reply({"calls": [_account(call, now) for call in registry.live]}))
+        return respond(json_reply(CallsView([call_view(call) for call in registry.live])))
 
     async def cancel(request_id: str) -> TrioResponse:
         context = request_context(request.scope)
@@ -63,7 +52,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
             call.cancel(reason, final=True)
         fields = {"request_id": request_id, "calls": len(wanted)}
         logger.info("cancelled by an operator: %s", reason, extra={"fields": fields})
-        return respond(json_reply({"request_id": request_id, "cancelled": len(wanted)}))
+        return respond(json_reply(CancelView(request_id, len(wanted))))
 
     async def drain(name: str) -> TrioResponse:
         _refuse_pages(request_context(request.scope))
@@ -72,27 +61,10 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
             raise ApiError(404, f"There is no worker '{name}' here", code="worker_not_found")
         return respond(json_reply(worker, 202))
 
-    app.url_map.converters["anything"] = _Anything
     add = app.add_url_rule
     add("/cluster/calls", "calls", calls, methods=["GET"])
     add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
-
-
-def _account(call: Call, now: float) -> Mapping[str, Any]:
-    asked = call.request
-    return {
-        "request_id": asked.request_id,
-        "model": asked.model,
-        "kind": asked.kind,
-        "endpoint": asked.endpoint,
-        "node": call.served_by,
-        "phase": call.phase,
-        "age": round(now - call.opened_at, 3),
-        "produced": call.produced,
-        "delivered": call.body.delivered,
-        "client": asked.client or None,
-    }
 
 
 def _refuse_pages(context: RequestContext) -> None:

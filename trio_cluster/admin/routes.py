@@ -1,8 +1,7 @@
-"""The routes of the OpenAI API and of the node itself, as views of a Quart-trio application.
+"""The routes of the OpenAI API and of the node itself, as views of a Quart-Trio application.
 
-The routes for models come from the table of endpoints, and the gate answers them; a new endpoint needs nothing here.
-What a view returns is a :class:`~trio_cluster.gateway.response.Reply`, and :func:`respond` turns that into a response of
-the framework.
+The routes for models come from the table of endpoints, and the gateway answers them; a new endpoint needs nothing here. What
+a view returns is a :class:`~trio_cluster.gateway.response.Reply`, made of one of the types in ``views.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from ..gateway.routes import MODEL_ROUTES, PREFIXES
 from ..openai import ENDPOINTS
 from .description import description
 from .metrics import metrics_reply
+from .views import HealthView, IndexView, ModelsView, status_view
+from .web import respond
 
-__all__ = ["add_routes", "respond"]
+__all__ = ["add_routes"]
 
 
 def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
@@ -28,31 +29,20 @@ def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
     _add_node(app, node_context)
 
 
-def respond(reply: Reply) -> TrioResponse:
-    """Return ``reply``, whose body is complete, as a response of the framework."""
-    assert isinstance(reply.body, bytes)
-    response = TrioResponse(reply.body, reply.status)
-    # Not passed to the constructor, which would add a charset of its own.
-    del response.headers["content-type"]
-    for name, value in reply.headers:
-        response.headers.add(name, value)
-    return response
-
-
 def _add_model_routes(app: QuartTrio) -> None:
-    """Let the framework know the routes that the gate answers, to tell a wrong method from an unknown path."""
+    """Let the framework know the routes that the gateway answers, to tell a wrong method from an unknown path."""
 
-    async def answered_by_the_gate() -> TrioResponse:
+    async def answered_by_the_gateway() -> TrioResponse:
         raise HandlerFailed
 
     for path in MODEL_ROUTES:
-        app.add_url_rule(path, f"POST {path}", answered_by_the_gate, methods=["POST"])
+        app.add_url_rule(path, f"POST {path}", answered_by_the_gateway, methods=["POST"])
 
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
         entries = [info.entry() for info in node_context.registry.catalog.infos()]
-        return respond(json_reply({"object": "list", "data": entries}))
+        return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:
         info = node_context.registry.catalog.info(name)
@@ -69,15 +59,15 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
     async def index() -> TrioResponse:
         return respond(
             json_reply(
-                {
-                    "name": "trio_cluster",
-                    "about": "an OpenAI-compatible API",
-                    "routes": ["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
-                    "description": "/openapi.json",
-                    "health": "/health",
-                    "metrics": "/metrics",
-                    "status": "/cluster/status",
-                }
+                IndexView(
+                    name="trio_cluster",
+                    about="an OpenAI-compatible API",
+                    routes=["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
+                    description="/openapi.json",
+                    health="/health",
+                    metrics="/metrics",
+                    status="/cluster/status",
+                )
             )
         )
 
@@ -86,33 +76,16 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         return respond(Reply(200, [JSON], description(needs_key)))
 
     async def health() -> TrioResponse:
-        # Who balances load over several nodes must see a node that drains as one not to be used.
+        # A load balancer must see a node that drains as one not to be used.
         draining = node_context.registry.draining_reason is not None
-        state = {"status": "draining" if draining else "ok", "mode": node_context.mode}
+        state = HealthView("draining" if draining else "ok", node_context.mode)
         return respond(json_reply(state, 503 if draining else 200))
 
     async def metrics() -> TrioResponse:
         return respond(await metrics_reply(node_context))
 
     async def status() -> TrioResponse:
-        registry = node_context.registry
-        models = [
-            info.entry() | {"nodes": registry.catalog.served_by(info.name)}
-            for info in registry.catalog.infos()
-        ]
-        return respond(
-            json_reply(
-                {
-                    "node_id": node_context.node_id,
-                    "mode": node_context.mode,
-                    "uptime": round(node_context.uptime, 3),
-                    "draining": registry.draining_reason is not None,
-                    "models": models,
-                    "calls": registry.stats.counters() | {"in_flight": len(registry.live)},
-                }
-                | dict(node_context.status())
-            )
-        )
+        return respond(json_reply(status_view(node_context)))
 
     app.add_url_rule("/", "index", index, methods=["GET"])
     app.add_url_rule("/openapi.json", "openapi", described, methods=["GET"])

@@ -22,6 +22,7 @@ import trio
 from .._version import __version__
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS
+from ..core.status import WorkerStatus
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.sockets import Listeners, shown_address
@@ -110,11 +111,11 @@ class WorkerManager:
             connection.session.drain(reason)
             connection.link.wake()
 
-    def drain_worker(self, name: str, reason: str) -> dict[str, Any] | None:
+    def drain_worker(self, name: str, reason: str) -> WorkerStatus | None:
         """Ask one worker to finish its calls and to stop; it gets no more of them.
 
         Returns:
-            What :meth:`status` says about it, or ``None`` if there is no worker of this name.
+            Its state, or ``None`` if there is no worker of this name.
         """
         worker = self.workers.get(name)
         if worker is None:
@@ -122,7 +123,7 @@ class WorkerManager:
         worker.request_shutdown(reason)
         fields = {"worker": name, "in_flight": worker.in_flight}
         logger.info("worker is asked to stop: %s", reason, extra={"fields": fields})
-        return next(each for each in self.status() if each["id"] == name)
+        return self._status_of(worker)
 
     async def close_all(self, reason: str) -> None:
         """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
@@ -132,27 +133,26 @@ class WorkerManager:
             while self._connections:
                 await self._empty.park()
 
-    def status(self) -> list[dict[str, Any]]:
-        """Return what there is to say about each worker, for people."""
-        now = trio.current_time()
-        return [
-            {
-                "id": worker.name,
-                "instance": worker.instance,
-                "address": worker.address,
-                "state": worker.state,
-                "draining": worker.health.draining,
-                "stalled": worker.health.stalled,
-                "models": sorted(worker.models),
-                "running": worker.running,
-                "waiting": worker.waiting,
-                "capacity": worker.capacity,
-                "in_flight": worker.in_flight,
-                "lag": round(worker.lag, 3),
-                "connected_for": round(now - worker.connected_at, 3),
-            }
-            for _, worker in sorted(self.workers.items())
-        ]
+    def status(self) -> list[WorkerStatus]:
+        """Return the state of each worker as it is now, sorted by name."""
+        return [self._status_of(worker) for _, worker in sorted(self.workers.items())]
+
+    def _status_of(self, worker: RemoteWorker) -> WorkerStatus:
+        return WorkerStatus(
+            id=worker.name,
+            instance=worker.instance,
+            address=worker.address,
+            state=worker.state,
+            draining=worker.health.draining,
+            stalled=worker.health.stalled,
+            models=sorted(worker.models),
+            running=worker.running,
+            waiting=worker.waiting,
+            capacity=worker.capacity,
+            in_flight=worker.in_flight,
+            lag=round(worker.lag, 3),
+            connected_for=round(trio.current_time() - worker.connected_at, 3),
+        )
 
 
 class WorkerConnection:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import trio
 
@@ -22,6 +22,7 @@ from ..core.call import Call
 from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
 from ..core.request import Request
+from ..core.status import WorkerState
 from ..errors import ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
@@ -33,13 +34,9 @@ from ..protocol import (
 )
 from ..routing.health import Health
 
-__all__ = ["STATES", "CallEvent", "RemoteWorker"]
+__all__ = ["CallEvent", "RemoteWorker"]
 
 CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
-
-#: What a worker may be: well; with all slots taken; alive, and unable to do anything; about to stop. Whichever is worst
-#: is told. One that is gone is no worker any more.
-STATES: Final = ("ok", "busy", "stalled", "draining")
 
 
 class RemoteWorker:
@@ -87,8 +84,8 @@ class RemoteWorker:
         return self.in_flight / self.capacity
 
     @property
-    def state(self) -> str:
-        """One of :data:`STATES`."""
+    def state(self) -> WorkerState:
+        """See ``WorkerState``; the worst one that holds."""
         if self.health.stalled:
             return "stalled"
         if self.health.draining:

@@ -1,18 +1,18 @@
-"""What the HTTP face needs to know of the house it stands in front of.
+"""What the gateway and the admin application may see of the node that they belong to.
 
-The face asks for everything at the time of use: a key that is set, a limit that is changed or a model that
-appears acts on the next request. It never writes here.
+Everything is asked for at the time of use: a key that is set, a limit that is changed or a model that appears acts on the
+next request. Nothing of the node is written here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import attrs
 import trio
 
+from ..core.status import NodeStatus, WorkerStatus
 from ..options import ClusterServerOptions
 from ..routing.router import Router
 from .context import RequestContext
@@ -22,10 +22,9 @@ __all__ = ["GaugeSample", "NodeContext"]
 
 @attrs.frozen
 class GaugeSample:
-    """One value of a gauge that ``/metrics`` shows besides the face's own numbers.
+    """One value of a gauge that ``/metrics`` shows.
 
-    Measures of the same name are values of one gauge, told apart by their labels; all have the same label
-    names.
+    Samples of the same name are values of one gauge, told apart by their labels; all have the same label names.
     """
 
     name: str
@@ -42,40 +41,40 @@ def _nobody(_: str) -> None:
 
 @attrs.define(eq=False)
 class NodeContext:
-    """The node that the face belongs to.
+    """The node behind the gateway.
 
-    ``status`` gives what ``GET /cluster/status`` adds to the face's own account of models and calls; it must
-    be JSON. ``gauges`` gives what ``GET /metrics`` adds. Both are called on each such request, must not
-    block, and an exception from them is a 500 for that request only.
+    ``status`` returns what only the node knows of its state; ``gauges`` returns what ``GET /metrics`` shows besides the
+    counters of calls. Both are called for each such request and must not block; an exception from them is a 500 for that
+    request only.
 
-    ``drain_worker`` asks the worker of a name to finish its calls and stop, and gives what is to be told about it,
-    or ``None`` if there is no such worker here.
+    ``drain_worker`` asks the worker of a name to finish its calls and stop, and returns its state, or ``None`` if there is
+    no such worker here.
     """
 
     registry: Router
     options: ClusterServerOptions
     node_id: str = ""
     mode: str = ""
-    status: Callable[[], Mapping[str, Any]] = dict
+    status: Callable[[], NodeStatus] = NodeStatus
     gauges: Callable[[], Iterable[GaugeSample]] = tuple
-    drain_worker: Callable[[str], Mapping[str, Any] | None] = _nobody
+    drain_worker: Callable[[str], WorkerStatus | None] = _nobody
     started: float = attrs.field(factory=time.monotonic)
     """When the node began, on the monotonic clock."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)
     _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
 
     def begin_answer(self, context: RequestContext) -> None:
-        """Note that a call has been opened for an exchange."""
+        """Take note that a call was opened for a request. Synchronous."""
         self._answering.add(context)
 
     def end_answer(self, context: RequestContext) -> None:
-        """Note that an exchange is over: its answer has been written, or its client has left. Idempotent."""
+        """Take note that a request is over: its answer was written, or its client left. Synchronous, idempotent."""
         self._answering.discard(context)
         if not self._answering and self._answered:
             self._answered.unpark_all()
 
     async def wait_answered(self) -> None:
-        """Wait until the answers of all calls have been written. A checkpoint."""
+        """Wait until the answers of all calls were written. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while self._answering:
             await self._answered.park()

@@ -7,7 +7,6 @@ unknown path and a model that failed all look the same to a client.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 import attrs
@@ -58,8 +57,8 @@ class Reply:
     body: bytes | Body
 
 
-def json_reply(value: Mapping[str, Any], status: int = 200) -> Reply:
-    """Return a reply that carries ``value`` as JSON."""
+def json_reply(value: Any, status: int = 200) -> Reply:
+    """Return a reply that carries ``value`` as JSON: a mapping, or an object of an attrs class."""
     return Reply(status, [JSON], msgspec.json.encode(value))
 
 

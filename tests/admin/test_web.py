@@ -1,0 +1,119 @@
+"""What ``admin/web.py`` assumes of Quart and Werkzeug beyond their documentation, held to the installed versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import trio
+from quart import Quart
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+from werkzeug.exceptions import BadHost
+
+from trio_cluster.admin.web import make_app, path_lookup, replace_asgi_app, respond
+from trio_cluster.gateway.response import Reply
+
+INSTALLED = ", ".join(f"{name} {version(name)}" for name in ("quart", "quart-trio", "werkzeug"))
+
+
+def broken(what: str) -> str:
+    return f"{INSTALLED}: {what}; mend trio_cluster/admin/web.py"
+
+
+def test_requests_pass_a_method_that_can_be_overridden() -> None:
+    assert hasattr(Quart, "handle_request"), broken("Quart.handle_request is gone")
+
+
+async def ask(app: QuartTrio, path: str, host: bytes = b"h") -> tuple[int, bytes]:
+    """Ask an application as a server does."""
+    sent: list[Any] = []
+
+    given = False
+
+    async def receive() -> Any:
+        nonlocal given
+        if given:
+            await trio.sleep_forever()
+        given = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", host)],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "extensions": {},
+    }
+    await app(scope, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.fixture
+def app() -> QuartTrio:
+    made = make_app("test")
+
+    @made.route("/a/<anything:name>/b")
+    async def view(name: str) -> TrioResponse:
+        return respond(Reply(200, [("content-type", "text/x-name")], name.encode()))
+
+    @made.route("/plain")
+    async def plain() -> TrioResponse:
+        return respond(Reply(200, [("content-type", "text/plain")], b""))
+
+    return made
+
+
+async def test_a_host_that_is_none_is_answered_and_not_raised(app: QuartTrio) -> None:
+    status, body = await ask(app, "/a/x/b", host=b"h" * 64)
+    assert status == 400, broken(f"{BadHost.__name__} is not raised in handle_request any more")
+    assert b"Host" in body
+
+
+async def test_what_replaces_the_asgi_application_is_called_for_every_request(app: QuartTrio) -> None:
+    seen: list[str] = []
+
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+        async def outer(scope: Any, receive: Any, send: Any) -> None:
+            seen.append(scope["path"])
+            await inner(scope, receive, send)
+
+        return outer
+
+    replace_asgi_app(app, wrap)
+    assert (await ask(app, "/a/x/b"))[0] == 200
+    assert seen == ["/a/x/b"], broken("app.asgi_app is not what a server calls")
+
+
+async def test_a_part_of_a_path_may_hold_slashes_and_slashes_are_not_merged(app: QuartTrio) -> None:
+    assert await ask(app, "/a/x//y/z/b") == (200, b"x//y/z"), broken(
+        "the map's converters or slashes changed"
+    )
+    assert (await ask(app, "/plain/"))[0] == 200, broken("strict_slashes has no effect")
+
+
+def test_a_path_is_found_whatever_the_method(app: QuartTrio) -> None:
+    has_route = path_lookup(app)
+    assert has_route("/a/x/b"), broken("the map does not tell allowed methods")
+    assert not has_route("/a/x/c")
+    assert not has_route("")
+
+
+async def test_a_response_has_only_the_content_type_that_it_is_given() -> None:
+    response = respond(Reply(201, [("content-type", "text/x")], b"b"))
+    assert response.headers.getlist("content-type") == ["text/x"], broken(
+        "a response has another content type"
+    )
