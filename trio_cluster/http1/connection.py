@@ -90,8 +90,8 @@ class Http1Connection:
         self._closing = False
         self._error: Exception | None = None
         self._left_over = b""
-        # Writes to the stream while a piece of a body may be written past the task: between two writes of one that is in
-        # chunks.
+        # Writes to the stream, while a piece of a body may be written past the task: between two writes of a body that
+        # is in chunks.
         self._direct_write: Callable[[bytes | memoryview], int] | None = None
         # An answer has begun and not ended; a write has.
         self._begun = self._torn = False

@@ -39,7 +39,7 @@ async def accept_all(listener: Listener, admit: Callable[[ByteStream], object]) 
         OSError: the listener is broken. A system that has no room for another connection is logged, and waited for.
         trio.ClosedResourceError: the listener was closed by another task.
     """
-    try:
+    async with listener:
         while True:
             try:
                 admit(await listener.accept())
@@ -50,8 +50,6 @@ async def accept_all(listener: Listener, admit: Callable[[ByteStream], object]) 
                 await trio.sleep(_WAIT_FOR_ROOM)
             else:
                 _accept_waiting(listener, admit)
-    finally:
-        listener.close()
 
 
 def _accept_waiting(listener: Listener, admit: Callable[[ByteStream], object]) -> None:

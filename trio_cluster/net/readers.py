@@ -11,13 +11,14 @@ So where the system has *epoll*, one task reads all connections of a server. The
 each is added once. An epoll can itself be waited for, so that is all that trio is asked to do; then it tells which
 connections have something, and each of them is read once and its receiver is given what there was, synchronously.
 
-Why a callback, in a program that is made of tasks? What is called is a parser, which changes the state of one connection
-and wakes its task. It waits for nothing, so there is nothing in it that could be cancelled, or that would need a task.
-What can be held up, the answer to a client, is in a task as before.
+Why a callback, in a program that is made of tasks? What is called is a parser, which changes the state of one
+connection and wakes its task. It waits for nothing, so there is nothing in it that could be cancelled, or that would
+need a task. What can be held up, the answer to a client, is in a task as before.
 
-*No connection is starved.* At most :data:`_AT_ONCE` connections are read, at most :data:`_RECEIVE` bytes of each, before
-all other tasks have their turn; and the kernel puts those that it has reported at the end of its list. What a stream has
-read ahead (``pending``) is taken at once, as the kernel would never report it; that is less than one read more.
+*No connection is starved.* At most :data:`_AT_ONCE` connections are read, at most :data:`_RECEIVE` bytes of each,
+before all other tasks have their turn; and the kernel puts those that it has reported at the end of its list. What a
+stream has read ahead (``pending``) is taken at once, as the kernel would never report it; that is less than one read
+more.
 
 *A descriptor that was closed is never read.* The owner of a connection calls :meth:`Reading.end` before closing it, and
 then it is neither in the epoll nor in the table here. No connection is accepted while the connections of one round are

@@ -4,8 +4,9 @@ Theory of operation
 ===================
 
 A :class:`ByteStream` is a connection that can also be used *without a task*. Waking a task costs more than everything
-else that happens to a token, so what is called for each token reads and writes synchronously: :meth:`ByteStream.try_write`
-and :meth:`ByteStream.read_nowait` do what can be done now. Tasks wait only where there is something to wait for.
+else that happens to a token, so what is called for each token reads and writes synchronously:
+:meth:`ByteStream.try_write` and :meth:`ByteStream.read_nowait` do what can be done now. Tasks wait only where there is
+something to wait for.
 
 *What a TLS stream has to do.* Nothing here says that a byte of the stream is a byte on the socket; an ``ssl.SSLObject``
 between two ``ssl.MemoryBIO`` fits under this protocol, and three of its rules are there for that:
@@ -52,11 +53,11 @@ class ByteStream(trio.abc.AsyncResource):
         descriptor: becomes readable when there is something to read, so that many streams can be waited for together;
             ``None`` if only :meth:`read` can wait. Valid until the stream is closed.
         pending: whether :meth:`read_nowait` has something although the descriptor may not be readable.
-        writes_directly: whether :meth:`try_write` is how most bytes leave, so that it is worth while to write from where
-            they come up, past the task that writes otherwise. The simulated network can turn this off.
+        writes_directly: whether a fast path may be built on :meth:`try_write`, past the task that writes otherwise. The
+            simulated network can turn this off.
         injectable: whether another thread may call :meth:`try_write` while the event loop is blocked.
-        virtual_time: whether the time on this connection is the event loop's own, as in a simulation: no time passes for
-            the peer while the loop is blocked.
+        virtual_time: whether the time on this connection is the event loop's own, as in a simulation: no time passes
+            for the peer while the loop is blocked.
     """
 
     descriptor: int | None
@@ -153,13 +154,16 @@ class ByteStream(trio.abc.AsyncResource):
 
     @abstractmethod
     def close(self) -> None:
-        """Close this end. Synchronous, idempotent. What was written is still delivered; tasks that wait get an error."""
+        """Close this end. Synchronous, idempotent.
+
+        What was written is still delivered; tasks that wait get ``trio.ClosedResourceError``.
+        """
 
     @abstractmethod
     def abort(self) -> None:
-        """Close this end so that the peer gets an error instead of an end of file, and perhaps not all that was written.
+        """Close this end so that the peer gets an error instead of an end of file. Synchronous, idempotent.
 
-        Synchronous, idempotent.
+        The peer may not get all that was written.
         """
 
     async def aclose(self) -> None:
