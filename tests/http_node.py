@@ -24,6 +24,7 @@ from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.server import serve_http
+from trio_cluster.net.streams import TcpListener
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
@@ -301,8 +302,8 @@ def listening_socket() -> socket.socket:
     return sock
 
 
-def listener(sock: socket.socket) -> trio.SocketListener:
-    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+def listener(sock: socket.socket) -> TcpListener:
+    return TcpListener(sock)
 
 
 @asynccontextmanager

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
-from trio.testing import memory_stream_pair, wait_all_tasks_blocked
+from memory_streams import MemoryStream, memory_pair
+from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.cluster.master import WorkerManager
 from trio_cluster.cluster.worker import WorkerClient
@@ -54,7 +55,7 @@ class Worker:
         self.scope = trio.CancelScope()
         self.error: Exception | None = None
         self.over = trio.Event()
-        self.streams: list[Any] = []
+        self.streams: list[MemoryStream] = []
         self.dials = 0
 
     def serve(self, name: str, handler: Any) -> None:
@@ -75,7 +76,7 @@ class Worker:
         finally:
             self.over.set()
 
-    async def _connect(self) -> trio.abc.Stream:
+    async def _connect(self) -> MemoryStream:
         self.dials += 1
         ours, theirs = self.cluster.connect()
         self.streams = [ours, theirs]
@@ -84,13 +85,12 @@ class Worker:
     def cut(self) -> None:
         """Break the connection, as a killed process or a reset does."""
         for stream in self.streams:
-            stream.send_stream.close()
-            stream.receive_stream.close()
+            stream.close()
 
     def black_hole(self) -> None:
         """Let nothing through any more, in either direction, while both ends stay open."""
         for stream in self.streams:
-            stream.send_stream.send_all_hook = trio.sleep_forever
+            stream.held = True
 
 
 class Life:
@@ -115,10 +115,10 @@ class MemoryCluster:
         self.life = Life()
         self.refusing = False
 
-    def connect(self) -> tuple[Any, Any]:
+    def connect(self) -> tuple[MemoryStream, MemoryStream]:
         if self.refusing:
             raise ConnectionRefusedError(111, "Connection refused")
-        worker_end, master_end = memory_stream_pair()
+        worker_end, master_end = memory_pair()
         self.nursery.start_soon(self._serve, self.manager, master_end, self.life)
         return worker_end, master_end
 

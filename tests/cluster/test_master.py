@@ -463,8 +463,8 @@ async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_its
     assert isinstance(await call.receive(), Head)
     ours, _theirs = worker.streams
     # The worker loses its connection; the master is not told, and goes on waiting.
-    ours.receive_stream.close()
-    ours.send_stream.send_all_hook = trio.sleep_forever
+    ours.peer.end()
+    ours.held = True
     last = (await everything(call))[-1]
     assert isinstance(last, Failed)
     assert "replaced" in last.error.message or "broke" in last.error.message

@@ -51,7 +51,7 @@ async def test_accepted_connections_have_a_limit_for_unread_bytes_and_no_delay()
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             raise NotImplementedError
-        sock = scope["state"]["trio_cluster.connection"]._stream.socket
+        sock = scope["state"]["trio_cluster.connection"]._stream._socket
         options.append(
             (
                 sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),

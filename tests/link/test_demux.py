@@ -14,7 +14,8 @@ import attrs
 import pytest
 import trio
 import wsproto
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from memory_streams import memory_pair
+from trio.testing import MockClock, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 from wsproto.events import (
     AcceptConnection,
@@ -29,35 +30,12 @@ from wsproto.events import (
 
 from trio_cluster.link.demux import FrameDemux
 from trio_cluster.link.websocket import PATH, LinkClosed, NurseryShim, accept, dial
+from trio_cluster.net.streams import ByteStream, TcpStream
 from trio_cluster.net.watchdog import injectable
 from trio_cluster.protocol import SUBPROTOCOL, ProtocolError
 
 PLACES = ["memory", "sockets"]
 SIDES = ["dialled", "accepted"]
-
-
-class Dribble(trio.abc.Stream):
-    """A stream that takes one byte at a time, and lets everybody else have a turn after each."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
-        self.slow = False
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if not self.slow:
-            await self.stream.send_all(data)
-            return
-        for index in range(len(data)):
-            await self.stream.send_all(data[index : index + 1])
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self.stream.receive_some(max_bytes)
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
 
 
 class Peer:
@@ -109,12 +87,12 @@ class Peer:
         return [each for each in self.by_peer if isinstance(each, kind)]
 
 
-def joined(place: str) -> tuple[trio.abc.Stream, trio.abc.Stream]:
+def joined(place: str) -> tuple[ByteStream, trio.abc.Stream]:
     """Return two ends of a connection; the first is as the cluster uses it."""
     if place == "memory":
-        return memory_stream_pair()
+        return memory_pair()
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-    return injectable(ours), theirs
+    return TcpStream(ours), theirs
 
 
 @attrs.define(eq=False)
@@ -141,7 +119,8 @@ async def opening(
     side: str, *, place: str = "memory", stream: Any = None, peer_stream: Any = None
 ) -> AsyncIterator[Opening]:
     """Begin to open a websocket; the peer has not said anything yet."""
-    ours, theirs = (stream, peer_stream) if stream is not None else joined(place)
+    plain, theirs = (stream, peer_stream) if stream is not None else joined(place)
+    ours = injectable(plain)
     async with ours, theirs, trio.open_nursery() as nursery:
         attempt = Opening(NurseryShim(nursery), Peer(theirs, is_client=side == "dialled"))
         opener = dial(ours, "m") if side == "dialled" else accept(ours, lambda path, headers: None)
@@ -306,7 +285,7 @@ async def test_a_socket_that_has_nothing_to_read_after_all_is_waited_for(
         return os.read(descriptor, limit)
 
     async with open_tap("accepted", place="sockets") as (demux, _, peer):
-        monkeypatch.setattr("trio_cluster.net.sockets.os", SimpleNamespace(read=read))
+        monkeypatch.setattr("trio_cluster.net.streams.os", SimpleNamespace(read=read, write=os.write))
         await peer.send(BytesMessage(b"hello"))
         assert await next_message(demux) == b"hello"
     assert calls == 2
@@ -340,10 +319,9 @@ async def test_pings_that_nobody_could_answer_yet_do_not_pile_up() -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_what_the_library_and_the_link_send_at_the_same_time_is_never_mixed(side: str) -> None:
-    ours, theirs = memory_stream_pair()
-    slow = Dribble(ours)
+    slow, theirs = memory_pair()
     async with open_tap(side, stream=slow, peer_stream=theirs) as (demux, _, peer):
-        slow.slow = True
+        slow.at_once = 1
 
         async def receive() -> None:
             while await demux.receive() is not None:
@@ -405,10 +383,9 @@ async def test_a_goodbye_is_answered_and_ends_the_messages(side: str, place: str
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_after_a_goodbye_nothing_more_is_sent(side: str) -> None:
-    ours, theirs = memory_stream_pair()
-    slow = Dribble(ours)
+    slow, theirs = memory_pair()
     async with open_tap(side, stream=slow, peer_stream=theirs) as (demux, websocket, peer):
-        slow.slow = True
+        slow.at_once = 1
         refused: list[str] = []
 
         async def send(message: bytes) -> None:
@@ -457,7 +434,7 @@ async def test_a_connection_that_is_reset_is_the_end(side: str) -> None:
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     theirs = await trio.open_tcp_stream("127.0.0.1", port)
-    ours = injectable(await listeners[0].accept())
+    ours = TcpStream(await listeners[0].accept())
     await listeners[0].aclose()
     async with open_tap(side, stream=ours, peer_stream=theirs) as (demux, websocket, _):
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -471,13 +448,10 @@ async def test_a_connection_that_is_reset_is_the_end(side: str) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_a_stream_that_fails_is_the_end(side: str) -> None:
-    async with open_tap(side) as (demux, websocket, peer):
-
-        async def break_it() -> None:
-            raise trio.BrokenResourceError
-
-        demux._stream.receive_stream.receive_some_hook = break_it  # type: ignore[attr-defined]
+    ours, theirs = memory_pair()
+    async with open_tap(side, stream=ours, peer_stream=theirs) as (demux, websocket, peer):
         await peer.send(BytesMessage(b"never heard"))
+        ours.fail()
         assert await next_message(demux) is None
         demux.return_to_library()
         assert (await why(websocket))[0] == 1006

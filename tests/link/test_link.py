@@ -11,7 +11,8 @@ import attrs
 import pytest
 import trio
 import wsproto
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from memory_streams import MemoryStream, memory_pair
+from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, Ping, Request as WebSocketRequest, TextMessage
 
 from trio_cluster.core.model import ModelInfo
@@ -19,6 +20,7 @@ from trio_cluster.errors import Overloaded
 from trio_cluster.link.demux import FrameDemux
 from trio_cluster.link.link import Link, LinkClosed
 from trio_cluster.link.websocket import PATH, Refusal, accept, dial
+from trio_cluster.net.watchdog import InjectableStream, injectable
 from trio_cluster.protocol import (
     MAGIC,
     MAX_MESSAGE,
@@ -67,7 +69,7 @@ class End:
         return self.closed.why
 
 
-def end_of(stream: trio.abc.Stream, session: Any, opener: Any, timeout: float = 30.0) -> End:
+def end_of(stream: InjectableStream, session: Any, opener: Any, timeout: float = 30.0) -> End:
     heard: list[Any] = []
 
     def hear(events: Sequence[Any]) -> None:
@@ -76,19 +78,21 @@ def end_of(stream: trio.abc.Stream, session: Any, opener: Any, timeout: float = 
     return End(Link(stream, session, on_events=hear, timeout=timeout), session, opener, heard)
 
 
-def master_end(stream: trio.abc.Stream, admit: Any = let_in) -> End:
+def master_end(memory: MemoryStream, admit: Any = let_in) -> End:
+    stream = injectable(memory)
     session = MasterSession("m", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=30)
     return end_of(stream, session, accept(stream, admit))
 
 
-def worker_end(stream: trio.abc.Stream, **kwargs: Any) -> End:
+def worker_end(memory: MemoryStream, **kwargs: Any) -> End:
+    stream = injectable(memory)
     session = WorkerSession("w", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=30)
     return end_of(stream, session, dial(stream, "master", **kwargs))
 
 
 @pytest.fixture
 async def ends(nursery: trio.Nursery) -> tuple[End, End]:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, worker = master_end(ours), worker_end(theirs)
     nursery.start_soon(master.run)
     nursery.start_soon(worker.run)
@@ -99,7 +103,7 @@ async def ends(nursery: trio.Nursery) -> tuple[End, End]:
 class RawPeer:
     """A websocket client that says what it is told to, well-behaved or not."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: MemoryStream) -> None:
         self.stream = stream
         self.protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
 
@@ -175,7 +179,7 @@ async def test_the_first_reason_to_end_counts(ends: tuple[End, End]) -> None:
 
 
 async def test_a_connection_that_breaks_ends_the_link_at_once(nursery: trio.Nursery) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, worker = master_end(ours), worker_end(theirs)
     nursery.start_soon(master.run)
     nursery.start_soon(worker.run)
@@ -185,7 +189,7 @@ async def test_a_connection_that_breaks_ends_the_link_at_once(nursery: trio.Nurs
 
 
 async def test_cancelling_a_link_closes_its_stream() -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, worker = master_end(ours), worker_end(theirs)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
@@ -200,7 +204,7 @@ async def test_cancelling_a_link_closes_its_stream() -> None:
 
 
 async def test_a_peer_that_falls_silent_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -229,32 +233,29 @@ async def test_links_that_only_beat_stay_up(ends: tuple[End, End], autojump_cloc
 async def test_a_peer_that_takes_nothing_is_given_up(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     # A memory stream has no end of room; this one has none at all once the handshake is over.
     session = MasterSession("m", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=1000)
-    stuck = end_of(ours, session, accept(ours, let_in), timeout=10)
+    stream = injectable(ours)
+    stuck = end_of(stream, session, accept(stream, let_in), timeout=10)
     nursery.start_soon(stuck.run)
     peer = RawPeer(theirs)
     await peer.open()
     await wait_all_tasks_blocked()
-
-    async def hang() -> None:
-        await trio.sleep_forever()
-
-    ours.send_stream.send_all_hook = hang
+    ours.held = True
     assert "took nothing for 10 s" in await stuck.why()
 
 
 async def test_a_peer_that_is_blocked_may_take_nothing_for_as_long_as_it_says_so(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
     await peer.send(BytesMessage(encode([Handshake(MAGIC, 1, 1, "w", "1")])))
     await wait_all_tasks_blocked()
-    ours.send_stream.send_all_hook = trio.sleep_forever
+    ours.held = True
     for _ in range(20):
         await peer.send(BytesMessage(encode([Heartbeat(lag=60.0, blocked="handler of 'm'")])))
         await trio.sleep(5)
@@ -283,7 +284,7 @@ async def test_the_time_that_this_end_slept_through_is_not_the_peers_silence(
 async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
     nursery: trio.Nursery, mock_clock: MockClock
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -310,7 +311,7 @@ async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
     ids=["rubbish", "empty", "text", "too large"],
 )
 async def test_a_peer_that_talks_rubbish_is_told_so(nursery: trio.Nursery, message: Any, why: str) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -322,7 +323,7 @@ async def test_a_peer_that_talks_rubbish_is_told_so(nursery: trio.Nursery, messa
 async def test_frames_that_are_no_frames_end_the_link(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -332,7 +333,7 @@ async def test_frames_that_are_no_frames_end_the_link(
 
 
 async def test_a_ping_is_harmless(nursery: trio.Nursery) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -343,7 +344,7 @@ async def test_a_ping_is_harmless(nursery: trio.Nursery) -> None:
 
 
 async def test_a_ping_that_crosses_our_close_does_not_blow_up(nursery: trio.Nursery) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
@@ -355,7 +356,7 @@ async def test_a_ping_that_crosses_our_close_does_not_blow_up(nursery: trio.Nurs
 
 
 async def test_a_plain_http_request_is_no_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master = master_end(ours)
     nursery.start_soon(master.run)
     await theirs.send_all(b"GET / HTTP/1.1\r\nHost: m\r\n\r\n")
@@ -368,7 +369,7 @@ async def test_a_plain_http_request_is_no_link(nursery: trio.Nursery, autojump_c
 async def test_who_does_not_finish_the_handshake_is_given_up(
     nursery: trio.Nursery, autojump_clock: MockClock, sent: bytes
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master = master_end(ours)
     nursery.start_soon(master.run)
     if sent:
@@ -380,7 +381,7 @@ async def test_who_does_not_finish_the_handshake_is_given_up(
 async def test_who_hangs_up_before_the_handshake_is_let_go_at_once(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     worker = worker_end(ours)
     nursery.start_soon(worker.run)
     await wait_all_tasks_blocked()
@@ -391,7 +392,7 @@ async def test_who_hangs_up_before_the_handshake_is_let_go_at_once(
 
 
 async def test_a_silent_server_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    ours, _theirs = memory_stream_pair()
+    ours, _theirs = memory_pair()
     worker = worker_end(ours)
     nursery.start_soon(worker.run)
     assert "no websocket handshake within 30 s" in await worker.why()
@@ -401,7 +402,7 @@ async def test_a_refusal_reaches_the_one_who_dialled(nursery: trio.Nursery) -> N
     def refuse(path: str, headers: dict[str, str]) -> Refusal | None:
         return Refusal(401, "wrong or missing cluster token")
 
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, worker = master_end(ours, refuse), worker_end(theirs)
     nursery.start_soon(master.run)
     nursery.start_soon(worker.run)
@@ -418,7 +419,7 @@ async def test_the_token_and_the_path_are_shown_to_whoever_admits(nursery: trio.
         seen.append((path, headers.get("authorization")))
         return None
 
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, worker = master_end(ours, look), worker_end(theirs, token="s3cret", path="/x")
     nursery.start_soon(master.run)
     nursery.start_soon(worker.run)
@@ -427,7 +428,7 @@ async def test_the_token_and_the_path_are_shown_to_whoever_admits(nursery: trio.
 
 
 async def test_another_subprotocol_is_refused(nursery: trio.Nursery) -> None:
-    ours, theirs = memory_stream_pair()
+    ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.send(WebSocketRequest(host="m", target=PATH, subprotocols=["trio-cluster.99"]))
@@ -477,7 +478,7 @@ class Busy:
     """
 
     def __init__(self, nursery: trio.Nursery, linger: float) -> None:
-        ours, theirs = memory_stream_pair()
+        ours, theirs = map(injectable, memory_pair())
         self.heard: list[tuple[float, list[Any]]] = []
         self.told: list[tuple[float, list[Any]]] = []
         now = trio.current_time()

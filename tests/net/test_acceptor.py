@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.net import acceptor
 from trio_cluster.net.acceptor import accept_all
+from trio_cluster.net.streams import ByteStream, Listener
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ async def accept_crowd(sock: socket.socket) -> list[int]:
     """Accept five connections, and return in which turn each was accepted."""
     accepted = []
 
-    def admit(stream: trio.SocketStream) -> None:
+    def admit(stream: ByteStream) -> None:
         accepted.append(turns.now)
-        stream.socket.close()
+        stream.close()
 
     with trio.fail_after(5), Turns() as turns:
         async with trio.open_nursery() as nursery:
@@ -67,20 +68,29 @@ async def test_a_cancelled_acceptor_leaves_nobody_listening() -> None:
         pass
 
 
-class Troubled(trio.abc.Listener[trio.SocketStream]):
+class Troubled(Listener):
     """A listener that raises errors, until it has no more of them and waits for ever."""
+
+    local_address = ("troubled", 0)
+    shares_descriptors = False
 
     def __init__(self, *numbers: int) -> None:
         self.numbers = list(numbers)
         self.closed = False
 
-    async def accept(self) -> trio.SocketStream:
+    async def accept(self) -> ByteStream:
         await trio.lowlevel.checkpoint()
         if self.numbers:
             raise OSError(self.numbers.pop(0), "trouble")
         return await trio.sleep_forever()
 
-    async def aclose(self) -> None:
+    def accept_nowait(self) -> ByteStream:
+        raise trio.WouldBlock
+
+    def limit_unread_time(self, seconds: float) -> None:
+        pass
+
+    def close(self) -> None:
         self.closed = True
 
 

@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.net import readers
 from trio_cluster.net.readers import Reader, Reading, SharedReader, TaskReader, has_epoll
+from trio_cluster.net.streams import TcpStream
 
 pytestmark = pytest.mark.skipif(not has_epoll(), reason="the system has no epoll")
 
@@ -21,9 +22,14 @@ pytestmark = pytest.mark.skipif(not has_epoll(), reason="the system has no epoll
 class Connection:
     """A connection that is read, and its client."""
 
-    def __init__(self, reader: Reader, on_feed: Callable[[bytes], None] = lambda data: None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        on_feed: Callable[[bytes], None] = lambda data: None,
+        kind: type[TcpStream] = TcpStream,
+    ) -> None:
         ours, self.client = socket.socketpair()
-        self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self.stream = kind(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
         self.on_feed = on_feed
         self.fed: list[bytes] = []
         self.failed: list[Exception] = []
@@ -38,7 +44,7 @@ class Connection:
 
     def close(self) -> None:
         self.reading.end()
-        self.stream.socket.close()
+        self.stream.close()
         self.client.close()
 
 
@@ -96,7 +102,7 @@ async def test_a_connection_that_breaks_is_one_that_ends(
     one = connect(reader)
     one.reading.begin()
     # What the client has not read when it leaves is a reset.
-    await one.stream.send_all(b"unread")
+    await one.stream.write(b"unread")
     one.client.close()
     await settle()
     assert one.fed == [b""]
@@ -169,15 +175,15 @@ async def test_a_connection_that_somebody_else_has_too_is_forgotten(
 ) -> None:
     old = connect(shared)
     old.reading.begin()
-    number = old.stream.socket.fileno()
+    number = old.stream.descriptor
     # As a child process has it.
     held = os.dup(number)
     try:
         old.reading.end()
-        old.stream.socket.close()
+        old.stream.close()
         new = connect(shared)
-        if new.stream.socket.fileno() != number:
-            os.dup2(new.stream.socket.fileno(), number)
+        if new.stream.descriptor != number:
+            os.dup2(new.stream.descriptor, number)
         new.reading.begin()
         old.client.send(b"for nobody")
         await settle()
@@ -218,3 +224,42 @@ async def test_when_nobody_reads_any_more_a_connection_may_still_end(
     two.reading.begin()
     two.reading.end()
     assert one.fed == []
+
+
+class ReadAhead(TcpStream):
+    """A stream that reads more than it is asked for, as a TLS record makes it: it gives two bytes at a time."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self.ahead = b""
+
+    @property
+    def pending(self) -> bool:  # type: ignore[override]
+        return bool(self.ahead)
+
+    def read_nowait(self, limit: int) -> bytes:
+        data = self.ahead or super().read_nowait(limit)
+        self.ahead = data[2:]
+        return data[:2]
+
+
+async def test_what_a_stream_has_read_ahead_is_given_although_its_descriptor_is_not_readable(
+    shared: SharedReader, connect: Callable[..., Connection]
+) -> None:
+    one = connect(shared, lambda data: None, ReadAhead)
+    one.reading.begin()
+    one.client.send(b"abcdef")
+    await settle()
+    assert one.fed == [b"ab", b"cd", b"ef"]
+
+
+async def test_what_a_stream_has_read_ahead_waits_during_a_pause_and_is_given_after_it(
+    shared: SharedReader, connect: Callable[..., Connection]
+) -> None:
+    one = connect(shared, lambda data: one.reading.pause(), ReadAhead)
+    one.reading.begin()
+    one.client.send(b"abcd")
+    await settle()
+    assert one.fed == [b"ab"]
+    one.reading.resume()
+    assert one.fed == [b"ab", b"cd"]

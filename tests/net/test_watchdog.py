@@ -16,13 +16,15 @@ import pytest
 import trio
 import trio.lowlevel
 import wsproto
-from trio.testing import memory_stream_pair, wait_all_tasks_blocked
+from memory_streams import MemoryStream, memory_pair
+from trio.testing import wait_all_tasks_blocked
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Request
 
 from trio_cluster.link.link import Link, LinkClosed
 from trio_cluster.link.websocket import accept, dial
+from trio_cluster.net.streams import TcpStream
 from trio_cluster.net.watchdog import (
-    InjectableStream,
+    NotInjectable,
     blocking_frame,
     heartbeats_while_blocked,
     injectable,
@@ -41,9 +43,8 @@ class Pair:
         # As small as the system allows, so that it is soon full.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        stream = injectable(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
-        assert isinstance(stream, InjectableStream)
-        self.stream = stream
+        self.plain = TcpStream(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        self.stream = injectable(self.plain)
         self._received = b""
 
     def received(self) -> bytes:
@@ -153,7 +154,7 @@ async def test_a_turn_shorter_than_the_interval_is_no_block_but_an_overdue_beat_
 async def test_what_the_loop_has_just_written_needs_no_second_sign_of_life(pair: Pair) -> None:
     with heartbeats_while_blocked(pair.stream, 1.0, frame, nothing):
         await trio.sleep(0.6)
-        await pair.stream.send_all(b"x")
+        await pair.stream.write(b"x")
         block(0.6)
         assert pair.received() == b"x"
 
@@ -161,7 +162,7 @@ async def test_what_the_loop_has_just_written_needs_no_second_sign_of_life(pair:
 async def test_nothing_is_written_before_the_block_is_entered_nor_after_it_was_left(pair: Pair) -> None:
     block(3 * EVERY)
     # So that nothing is overdue in the block, however slow this machine is.
-    await pair.stream.send_all(b"x")
+    await pair.stream.write(b"x")
     with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         await trio.lowlevel.checkpoint()
     block(3 * EVERY)
@@ -193,11 +194,27 @@ async def test_the_thread_ends_with_the_last_stream_and_begins_anew_with_the_nex
         assert not thread.is_alive()
 
 
-async def test_a_memory_stream_has_no_pulse() -> None:
-    ours, _theirs = memory_stream_pair()
-    assert injectable(ours) is ours
-    with heartbeats_while_blocked(ours, EVERY, frame, nothing):
+async def test_a_stream_whose_time_stands_still_while_the_loop_is_blocked_needs_no_thread() -> None:
+    ours, theirs = memory_pair()
+    with heartbeats_while_blocked(injectable(ours), EVERY, frame, nothing):
         assert pulse_threads() == []
+        block(3 * EVERY)
+    with pytest.raises(trio.WouldBlock):
+        theirs.read_nowait(1)
+
+
+class Wrapped(MemoryStream):
+    """A stream that only its task can write to, and whose peer has a clock of its own."""
+
+    virtual_time = False
+
+
+async def test_a_stream_that_no_thread_can_write_to_is_refused_and_closed() -> None:
+    ours, theirs = Wrapped(), Wrapped()
+    ours.peer, theirs.peer = theirs, ours
+    with pytest.raises(NotInjectable, match="no heartbeats can be sent on a Wrapped"):
+        injectable(ours)
+    assert theirs.read_nowait(1) == b""
 
 
 async def test_without_a_thread_to_be_had_the_stream_works_as_before(
@@ -208,7 +225,7 @@ async def test_without_a_thread_to_be_had_the_stream_works_as_before(
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
-        await pair.stream.send_all(b"x")
+        await pair.stream.write(b"x")
     assert pair.received() == b"x"
     assert "can't start new thread" in caplog.text
 
@@ -241,7 +258,7 @@ async def test_the_thread_completes_what_the_loop_had_begun_to_write(
     pair: Pair, nursery: trio.Nursery
 ) -> None:
     large = bytes(range(256)) * 400
-    nursery.start_soon(pair.stream.send_all, large)
+    nursery.start_soon(pair.stream.write, large)
     await wait_all_tasks_blocked()
     assert pair.stream._unsent, "the buffers are too large for this test"
     with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
@@ -264,7 +281,7 @@ async def test_the_loop_completes_what_the_thread_could_not(pair: Pair) -> None:
     assert pair.stream.last_frame == before, "it is not there before its end is"
     assert not pair.stream.inject_frame(b"more"), "there is no room for more, so nothing may pile up"
     result = pair.read_in_thread()
-    await pair.stream.send_all(b"after")
+    await pair.stream.write(b"after")
     await pair.stream.aclose()
     assert result() == large + b"after"
 
@@ -272,10 +289,10 @@ async def test_the_loop_completes_what_the_thread_could_not(pair: Pair) -> None:
 async def test_what_a_cancelled_send_leaves_goes_first(pair: Pair) -> None:
     large = bytes(range(256)) * 8000
     with trio.move_on_after(0.05) as scope:
-        await pair.stream.send_all(large)
+        await pair.stream.write(large)
     assert scope.cancelled_caught
     result = pair.read_in_thread()
-    await pair.stream.send_all(b"after")
+    await pair.stream.write(b"after")
     await pair.stream.aclose()
     assert result() == large + b"after"
 
@@ -283,7 +300,7 @@ async def test_what_a_cancelled_send_leaves_goes_first(pair: Pair) -> None:
 async def test_a_send_that_is_cancelled_before_it_begins_writes_nothing(pair: Pair) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
-        await pair.stream.send_all(b"x")
+        await pair.stream.write(b"x")
     assert scope.cancelled_caught
     assert pair.received() == b""
 
@@ -301,15 +318,19 @@ async def test_nothing_is_written_after_the_stream_was_closed_even_if_its_descri
     pair: Pair,
 ) -> None:
     pair.stream.allow_injection(True)
-    number = pair.stream._stream.socket.fileno()
-    close = pair.stream._stream.aclose
+    number = pair.plain.descriptor
+    close = pair.plain.close
 
-    async def look_before_closing() -> None:
+    def look_before_closing() -> None:
         # The last moment at which the descriptor is still there.
-        assert not await trio.to_thread.run_sync(pair.stream.inject_frame, b"x")
-        await close()
+        injected: list[bool] = []
+        thread = threading.Thread(target=lambda: injected.append(pair.stream.inject_frame(b"x")))
+        thread.start()
+        thread.join()
+        assert injected == [False]
+        close()
 
-    pair.stream._stream.aclose = look_before_closing  # type: ignore[method-assign]
+    pair.plain.close = look_before_closing  # type: ignore[method-assign]
     await pair.stream.aclose()
     assert pair.far.recv(1) == b""
     ours, theirs = socket.socketpair()
@@ -320,7 +341,7 @@ async def test_nothing_is_written_after_the_stream_was_closed_even_if_its_descri
             with pytest.raises(BlockingIOError):
                 each.recv(1, socket.MSG_DONTWAIT)
     with pytest.raises(trio.ClosedResourceError):
-        await pair.stream.send_all(b"x")
+        await pair.stream.write(b"x")
 
 
 async def test_a_stream_whose_other_end_is_gone_is_left_to_the_loop(pair: Pair) -> None:
@@ -328,15 +349,15 @@ async def test_a_stream_whose_other_end_is_gone_is_left_to_the_loop(pair: Pair) 
     with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
         block(3 * EVERY)
         with pytest.raises(trio.BrokenResourceError):
-            await pair.stream.send_all(b"x")
+            await pair.stream.write(b"x")
 
 
 async def test_a_stream_with_a_pulse_is_otherwise_the_stream_that_it_was(pair: Pair) -> None:
     pair.far.send(b"hello")
-    assert await pair.stream.receive_some() == b"hello"
-    await pair.stream.wait_send_all_might_not_block()
+    assert await pair.stream.read(100) == b"hello"
+    await pair.stream.wait_writable()
     pair.far.close()
-    assert await pair.stream.receive_some() == b""
+    assert await pair.stream.read(100) == b""
 
 
 # Who is to blame
@@ -453,7 +474,7 @@ class Peer:
     def __init__(self, kind: wsproto.ConnectionType) -> None:
         ours, theirs = socket.socketpair()
         self.socket = theirs
-        self.near = injectable(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        self.near = injectable(TcpStream(trio.SocketStream(trio.socket.from_stdlib_socket(ours))))
         self.protocol = wsproto.WSConnection(kind)
 
     def say(self, event: Any) -> None:

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster import ClusterPortError
+from trio_cluster.net.sockets import port_of
 from trio_cluster.testing import Connection, SimulatedNetwork, SimulatedStream
 
 
@@ -37,6 +38,9 @@ async def pair(request: pytest.FixtureRequest) -> Any:
 
 
 def reset(stream: Any) -> None:
+    if isinstance(stream, SimulatedStream):
+        stream.close(reset=True)
+        return
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     stream.socket.close()
 
@@ -244,6 +248,14 @@ async def test_a_reset_overtakes_and_destroys_what_is_under_way(autojump_clock: 
         await far.receive_some()
 
 
+async def test_closing_with_bytes_still_under_way_is_no_reset(autojump_clock: MockClock) -> None:
+    near, far, _ = await simulated_pair(SimulatedNetwork(latency=1.0))
+    await far.send_all(b"never arrives")
+    await trio.sleep(0.5)
+    await near.aclose()
+    assert await far.receive_some() == b""
+
+
 async def test_a_cut_is_an_end_of_file_at_both_ends() -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork())
     await near.send_all(b"x")
@@ -394,8 +406,8 @@ async def test_connections_that_nobody_accepted_are_reset_with_their_listener() 
 async def test_a_machine_reaches_itself_under_the_usual_names() -> None:
     host = SimulatedNetwork().host("server")
     (listener,) = await host.listen("127.0.0.1", 0)
-    port = listener.socket.getsockname()[1]
+    port = port_of([listener])
     for name in ("localhost", "127.0.0.1", "::1", "server"):
         near = await host.connect(name, port)
-        assert near.socket.getpeername() == ("server", port)
+        assert near.peer_address == ("server", port)
     await listener.aclose()

@@ -26,7 +26,8 @@ from ..core.status import WorkerStatus
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.sockets import Listeners, shown_address
-from ..net.watchdog import injectable
+from ..net.streams import ByteStream
+from ..net.watchdog import NotInjectable, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
     Data,
@@ -91,9 +92,13 @@ class WorkerManager:
         """Let workers in from ``listeners`` until cancelled, which ends all links."""
         await trio.serve_listeners(self.serve_stream, list(listeners), task_status=task_status)
 
-    async def serve_stream(self, stream: trio.abc.Stream) -> None:
+    async def serve_stream(self, stream: ByteStream) -> None:
         """Talk with one worker until the link is over. Whatever it sends, nothing but cancellation comes out."""
-        connection = WorkerConnection(self, stream)
+        try:
+            connection = WorkerConnection(self, stream)
+        except NotInjectable as error:
+            logger.error("connection refused: %s", error)
+            return
         self._connections[connection] = None
         try:
             await connection.run()
@@ -158,12 +163,12 @@ class WorkerManager:
 class WorkerConnection:
     """One connection to the workers' port, from its handshake to its end."""
 
-    def __init__(self, manager: WorkerManager, stream: trio.abc.Stream) -> None:
+    def __init__(self, manager: WorkerManager, stream: ByteStream) -> None:
         self._manager = manager
         self._registry = manager._registry
         self._options = manager._options
         self._address = _peer(stream)
-        self._stream = stream = injectable(stream)
+        self._stream = injectable(stream)
         self._worker: RemoteWorker | None = None
         self._instance = ""
         self._probed = False
@@ -176,7 +181,7 @@ class WorkerConnection:
             silence_timeout=self._options.worker_timeout,
         )
         self.link = Link(
-            stream,
+            self._stream,
             self.session,
             on_events=self._on_events,
             on_sent=self._on_sent,
@@ -333,9 +338,8 @@ class WorkerConnection:
         logger.log(level, text, extra={"fields": {"worker": worker.name, **fields}})
 
 
-def _peer(stream: trio.abc.Stream) -> str:
+def _peer(stream: ByteStream) -> str:
     try:
-        host, port = stream.socket.getpeername()[:2]  # type: ignore[attr-defined]
-    except (AttributeError, OSError):
+        return shown_address(*stream.peer_address)
+    except OSError:
         return "unknown"
-    return shown_address(host, port)

@@ -13,6 +13,7 @@ from .._version import __version__
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PROBE_PATH, dial
 from ..net.sockets import Network, Sockets
+from ..net.watchdog import injectable
 from ..protocol import Handshake, WorkerEvent, WorkerSession
 
 __all__ = ["check_is_cluster_server", "is_master"]
@@ -45,7 +46,7 @@ async def is_master(network: Network, host: str, internal_port: int, patience: f
 
     with trio.move_on_after(patience):
         try:
-            stream = await network.connect(host, internal_port)
+            stream = injectable(await network.connect(host, internal_port))
             session = WorkerSession("probe", __version__, trio.current_time())
             link = Link(stream, session, on_events=look, timeout=patience)
             await link.run(dial(stream, host, path=PROBE_PATH))

@@ -25,7 +25,8 @@ from ..link.link import Link, LinkClosed
 from ..link.websocket import dial
 from ..local.pool import HandlerPool
 from ..net.sockets import why_not_connected
-from ..net.watchdog import injectable
+from ..net.streams import ByteStream
+from ..net.watchdog import InjectableStream, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
     Cancel,
@@ -94,7 +95,7 @@ class WorkerClient:
 
     async def run(
         self,
-        connect: Callable[[], Awaitable[trio.abc.Stream]],
+        connect: Callable[[], Awaitable[ByteStream]],
         host: str,
         on_registered: Callable[[], None] = lambda: None,
     ) -> None:
@@ -184,7 +185,7 @@ class WorkerClient:
             self._connection.link.close_when_flushed(reason)
 
     async def _serve_once(
-        self, connect: Callable[[], Awaitable[trio.abc.Stream]], host: str, on_registered: Callable[[], None]
+        self, connect: Callable[[], Awaitable[ByteStream]], host: str, on_registered: Callable[[], None]
     ) -> str:
         try:
             with trio.fail_after(self._options.worker_timeout):
@@ -211,7 +212,7 @@ class MasterConnection:
     """One link to the master, from dialling to its end."""
 
     def __init__(
-        self, client: WorkerClient, stream: trio.abc.Stream, on_registered: Callable[[], None]
+        self, client: WorkerClient, stream: InjectableStream, on_registered: Callable[[], None]
     ) -> None:
         self.client = client
         self._registry = client._registry

@@ -26,9 +26,6 @@ that needs 150, and half of the cures in the gate. ``docs/design.md`` has the me
 from __future__ import annotations
 
 import functools
-import os
-import socket
-import struct
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import unquote
@@ -37,8 +34,9 @@ import trio
 
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader
+from ..net.streams import ByteStream
 from .asgi import CONNECTION_KEY, App, Message
-from .framing import RequestState, chunk, pieces_to_write, refusal_response, response_head
+from .framing import RequestState, pieces_to_write, refusal_response, response_head
 from .parser import RequestParser
 from .refusal import HttpRefusal, RenderRefusal, render_as_text
 
@@ -51,7 +49,6 @@ UNREAD: Final = 256 * 1024
 _RECEIVE: Final = 64 * 1024
 #: Seconds that a client has to read a refusal before the connection is closed.
 _LINGER_TIME: Final = 2.0
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 
@@ -70,7 +67,7 @@ class Http1Connection:
 
     def __init__(
         self,
-        stream: Any,
+        stream: ByteStream,
         app: App,
         state: dict[str, Any],
         reader: Reader,
@@ -81,9 +78,8 @@ class Http1Connection:
         self._app = app
         self._state = {**state, CONNECTION_KEY: self}
         self._render_refusal = render_refusal
-        # Of an IPv6 address only the first two parts.
-        self._client = tuple(stream.socket.getpeername()[:2])
-        self._server = tuple(stream.socket.getsockname()[:2])
+        self._client = stream.peer_address
+        self._server = stream.local_address
         self._parser = RequestParser()
         self._reading = reader.reading(stream, self)
         self._idle = idle
@@ -93,10 +89,9 @@ class Http1Connection:
         # No request is answered any more, not even one that has come.
         self._closing = False
         self._error: Exception | None = None
-        self._is_socket = isinstance(stream, trio.SocketStream)
-        self._try_write = _try_write(stream)
         self._left_over = b""
-        # The same while a piece of a body may be written past the task: between two writes of one that is in chunks.
+        # Writes to the stream, while a piece of a body may be written past the task: between two writes of a body that
+        # is in chunks.
         self._direct_write: Callable[[bytes | memoryview], int] | None = None
         # An answer has begun and not ended; a write has.
         self._begun = self._torn = False
@@ -112,15 +107,13 @@ class Http1Connection:
 
     def close(self) -> None:
         """Close it now. What has been written is still delivered; whoever waits for it gets an error."""
-        # Its descriptor may soon be another connection's.
-        self._try_write = None
         self._connection_lost()
-        self._stream.socket.close()
+        self._stream.close()
 
     def reset(self) -> None:
         """Break it, so that the peer sees an error and not an end."""
-        self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        self.close()
+        self._connection_lost()
+        self._stream.abort()
 
     def expire(self) -> None:
         """Give it up: it has been idle for too long."""
@@ -155,12 +148,11 @@ class Http1Connection:
         write = self._direct_write
         if write is None:
             raise trio.WouldBlock
-        data = chunk(body)
+        # In place of a call of chunk(): this is done for each token.
+        data: bytes = b"%x\r\n%b\r\n" % (len(body), body)  # type: ignore[str-format]  # it takes both
         try:
             sent = write(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._connection_lost()
             return False
         if sent == len(data):
@@ -326,7 +318,7 @@ class Http1Connection:
                 if data or self._left_over:
                     await self._write(data)
             if more and request.chunked and not (self._torn or self.gone):
-                self._direct_write = self._try_write
+                self._direct_write = self._stream.try_write if self._stream.writes_directly else None
             if not more:
                 request.answered = True
                 self._begun = False
@@ -343,19 +335,12 @@ class Http1Connection:
         if self._left_over:
             data, self._left_over = self._left_over + data, b""
         self._torn = True
-        # Of a large piece that is not taken at once, no copies are made.
-        rest: bytes | memoryview = memoryview(data) if self._is_socket else data
         try:
-            if self._is_socket and self._try_write is not None:
-                # Nearly always the socket takes it all, and then there is nothing to wait for.
-                try:
-                    rest = rest[self._try_write(rest) :]
-                except BlockingIOError:
-                    pass
-                except OSError as error:
-                    raise trio.BrokenResourceError from error
-            if rest:
-                await self._stream.send_all(rest)
+            # Nearly always the connection takes it all, and then there is nothing to wait for.
+            sent = self._stream.try_write(data)
+            if sent < len(data):
+                # Large pieces are not copied.
+                await self._stream.write(memoryview(data)[sent:])
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._connection_lost()
             await trio.lowlevel.checkpoint()
@@ -368,16 +353,8 @@ class Http1Connection:
         await self._write(refusal_response(refusal.status, headers, body))
         with trio.move_on_after(_LINGER_TIME):
             try:
-                await self._stream.send_eof()
-                while await self._stream.receive_some(_RECEIVE):
+                await self._stream.write_eof()
+                while await self._stream.read(_RECEIVE):
                     pass
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
-
-
-def _try_write(stream: Any) -> Callable[[bytes | memoryview], int] | None:
-    """Return what writes to the connection without waiting, as ``os.write`` does; ``None`` if nothing can."""
-    if isinstance(stream, trio.SocketStream):
-        return functools.partial(os.write, stream.socket.fileno())
-    write: Callable[[bytes | memoryview], int] | None = getattr(stream.socket, "send_nowait", None)
-    return write

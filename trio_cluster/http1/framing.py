@@ -12,7 +12,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final
 
-__all__ = ["RequestState", "chunk", "pieces_to_write", "refusal_response", "response_head"]
+__all__ = ["RequestState", "pieces_to_write", "refusal_response", "response_head"]
 
 #: Bytes of a body from which copying them costs more than another write.
 _LARGE: Final = 1024 * 1024
@@ -103,11 +103,6 @@ def response_head(request: RequestState, size: int, more: bool, closing: bool) -
         lines.append(b"connection: keep-alive\r\n")
     lines += [_date_line(), b"\r\n"]
     return b"".join(lines), closing
-
-
-def chunk(data: bytes | memoryview) -> bytes:
-    """Return ``data``, which must not be empty, as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(data), data)  # type: ignore[str-format]  # it takes both
 
 
 def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> list[bytes]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
@@ -21,12 +20,13 @@ from ..net.acceptor import accept_all
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
 from ..net.sockets import Listeners, close_all
+from ..net.streams import ByteStream
 from .asgi import App
 from .connection import Http1Connection
 from .lifespan import open_lifespan
 from .refusal import RenderRefusal, render_as_text
 
-__all__ = ["KEEP_ALIVE", "UNREAD_TIME", "prepare_socket", "serve_http"]
+__all__ = ["KEEP_ALIVE", "UNREAD_TIME", "serve_http"]
 
 logger = logging.getLogger("trio_cluster.http")
 
@@ -37,14 +37,6 @@ KEEP_ALIVE: Final = 75.0
 
 #: Seconds that bytes may stay unread by the client before the connection is dropped.
 UNREAD_TIME = 30.0
-
-
-def prepare_socket(sock: Any) -> None:
-    """Set on a listening socket what the connections that it accepts are to inherit."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_TIME * 1000))
 
 
 async def serve_http(
@@ -78,7 +70,7 @@ async def serve_http(
     try:
         async with open_lifespan(app, state):
             for listener in listeners:
-                prepare_socket(listener.socket)  # type: ignore[attr-defined]
+                listener.limit_unread_time(UNREAD_TIME)
             connections = _Connections(app, state, render_refusal)
             await connections.serve(listeners, shutdown_trigger, grace, task_status)
     finally:
@@ -126,14 +118,14 @@ class _Connections:
                     await self._empty.wait()
             handlers.cancel_scope.cancel(reason="the server has stopped")
 
-    def _admit(self, handlers: trio.Nursery, stream: Any) -> None:
+    def _admit(self, handlers: trio.Nursery, stream: ByteStream) -> None:
         try:
             connection = Http1Connection(
                 stream, self._app, self._state, self._reader, self._idle, self._render_refusal
             )
         except OSError:
-            # It was gone before it could be asked who it is.
-            stream.socket.close()
+            # The client has left before its address could be read.
+            stream.close()
             return
         self._open[connection] = None
         handlers.start_soon(self._serve_one, connection)
@@ -158,6 +150,6 @@ class _Connections:
 
 def _reader(listeners: Listeners, nursery: trio.Nursery) -> Reader:
     """Return who reads the connections that come in there."""
-    if has_epoll() and all(isinstance(listener, trio.SocketListener) for listener in listeners):
+    if has_epoll() and all(listener.shares_descriptors for listener in listeners):
         return SharedReader()
     return TaskReader(nursery)

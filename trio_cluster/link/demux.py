@@ -21,7 +21,6 @@ from typing import Final
 
 import trio
 
-from ..net.sockets import receive_when_ready
 from ..net.watchdog import InjectableStream
 from ..protocol import MAX_MESSAGE
 from .frames import FrameReader, frame
@@ -40,16 +39,15 @@ class FrameDemux(trio.abc.Stream):
     """A stream with a websocket on it.
 
     Args:
-        stream: what it stands on; closed with it. Of one with a pulse reading is cheaper, and sending as well.
+        stream: the connection; closed with this stream.
         is_client: this end has connected, and not the other one.
     """
 
-    def __init__(self, stream: trio.abc.Stream, *, is_client: bool) -> None:
+    def __init__(self, stream: InjectableStream, *, is_client: bool) -> None:
         self._stream = stream
-        self._socket = stream.socket if isinstance(stream, InjectableStream) else None
+        self._read_stream = stream.read
         self._is_client = is_client
         self._sending = trio.StrictFIFOLock()
-        self._send_nowait = stream.send_nowait if isinstance(stream, InjectableStream) else None
         # Frames that wait for their turn.
         self._unsent = b""
         self._reader = FrameReader(masked=not is_client, limit=MAX_MESSAGE, on_control=self._on_control_frame)
@@ -79,11 +77,8 @@ class FrameDemux(trio.abc.Stream):
                 return message
             # In place: each function on the way to where it waits would be resumed for each message.
             try:
-                if self._socket is not None:
-                    data = await receive_when_ready(self._socket, _RECEIVE)
-                else:
-                    data = bytes(await self._stream.receive_some(_RECEIVE))
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                data = await self._read_stream(_RECEIVE)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return None
             if not data:
                 return None
@@ -111,11 +106,11 @@ class FrameDemux(trio.abc.Stream):
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
         data = b"".join([frame(message, masked=self._is_client) for message in messages])
-        if self._send_nowait is None or self._sending.locked():
+        if self._sending.locked():
             self._unsent = data
             return False
         self._check_open()
-        return self._send_nowait(data)
+        return self._stream.write_nowait(data)
 
     async def flush(self) -> None:
         """Send what :meth:`send_nowait` could not. If it is cancelled, nothing more can be said.
@@ -127,7 +122,7 @@ class FrameDemux(trio.abc.Stream):
             # Not before it is our turn: the library may just have answered a goodbye.
             self._check_open()
             data, self._unsent = self._unsent, b""
-            await self._stream.send_all(data)
+            await self._stream.write(data)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -154,17 +149,17 @@ class FrameDemux(trio.abc.Stream):
             if self._for_library:
                 return self._for_library.popleft()
             if self._returned:
-                return await self._stream.receive_some(max_bytes)
+                return await self._read_stream(max_bytes or _RECEIVE)
             await self._library.park()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See ``trio.abc.SendStream``. The library and the link may both be sending."""
         async with self._sending:
-            await self._stream.send_all(data)
+            await self._stream.write(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """See ``trio.abc.SendStream``."""
-        await self._stream.wait_send_all_might_not_block()
+        await self._stream.wait_writable()
 
     async def aclose(self) -> None:
         """See ``trio.abc.AsyncResource``."""
@@ -172,7 +167,7 @@ class FrameDemux(trio.abc.Stream):
 
     async def _receive_head(self) -> bytes:
         """Give the library what belongs to the opening, and keep what follows it."""
-        data = bytes(await self._stream.receive_some(_RECEIVE))
+        data = await self._read_stream(_RECEIVE)
         before = len(self._head)
         self._head += data
         # What the end has at most, less one byte, may have come before.

@@ -32,7 +32,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import trio
 
-from ..net.watchdog import heartbeats_while_blocked, take_max_lag
+from ..net.watchdog import InjectableStream, heartbeats_while_blocked, take_max_lag
 from ..protocol import Batch, HandshakeError, ProtocolError, Session
 from .demux import FrameDemux
 from .frames import frame
@@ -67,7 +67,7 @@ class Link:
 
     def __init__(
         self,
-        stream: trio.abc.Stream,
+        stream: InjectableStream,
         session: Session[EventT],
         *,
         on_events: Callable[[Sequence[EventT]], None],

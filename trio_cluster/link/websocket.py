@@ -58,6 +58,7 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
+from ..net.watchdog import InjectableStream
 from ..protocol import SUBPROTOCOL
 from .demux import FrameDemux
 
@@ -184,7 +185,7 @@ class WebSocket:
         await self._connection.aclose(code, _truncate_reason(reason))
 
 
-def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
+def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
     """Return the opening handshake of the end that connects.
 
     Args:
@@ -210,7 +211,7 @@ def dial(stream: trio.abc.Stream, host: str, *, path: str = PATH, token: str | N
     return handshake
 
 
-def accept(stream: trio.abc.Stream, admit: Callable[[str, dict[str, str]], Refusal | None]) -> Opener:
+def accept(stream: InjectableStream, admit: Callable[[str, dict[str, str]], Refusal | None]) -> Opener:
     """Return the opening handshake of the end that is connected to.
 
     Args:

@@ -3,41 +3,45 @@
 Theory of operation
 ===================
 
-A connection has to be read all the time, for that is how it is known that its client has left; and nearly always there
-is nothing to read. A task that waits for that is a task, a nursery, two cancel scopes and, for each read, two turns of
-the scheduler and two changes to what the event loop waits for: half of what a stream costs.
+A connection has to be read all the time, for that is how the server learns that its client has left; and nearly always
+there is nothing to read. A task that waits for that is a task, a nursery, two cancel scopes and, for each read, two
+turns of the scheduler and two changes to what the event loop waits for: half of what a stream costs.
 
 So where the system has *epoll*, one task reads all connections of a server. They are in an epoll of its own, to which
-each is added once. An epoll is itself something that can be waited for, so that is all that trio is asked to do; then
-it tells which connections have something, and each of them is read once and given what there was, synchronously.
+each is added once. An epoll can itself be waited for, so that is all that trio is asked to do; then it tells which
+connections have something, and each of them is read once and its receiver is given what there was, synchronously.
 
-A callback, in a house that is made of tasks? What is called is a parser, which changes the state of one connection and
-wakes its task. It waits for nothing, so there is nothing in it that could be cancelled, or that would need a task. What
-can be held up, a client's answer, is where it was, in a task.
+Why a callback, in a program that is made of tasks? What is called is a parser, which changes the state of one
+connection and wakes its task. It waits for nothing, so there is nothing in it that could be cancelled, or that would
+need a task. What can be held up, the answer to a client, is in a task as before.
 
-*Nobody is starved.* At most :data:`_AT_ONCE` connections are read, at most :data:`_RECEIVE` bytes of each, before all
-other tasks have their turn; and the kernel puts those that it has told of at the end of its list.
+*No connection is starved.* At most :data:`_AT_ONCE` connections are read, at most :data:`_RECEIVE` bytes of each,
+before all other tasks have their turn; and the kernel puts those that it has reported at the end of its list. What a
+stream has read ahead (``pending``) is taken at once, as the kernel would never report it; that is less than one read
+more.
 
-*A descriptor that was closed is never read.* Whoever closes a connection has to say :meth:`Reading.end` first, and then
-it is neither in the epoll nor in the table here. Nothing is accepted while the connections of one round are read, so
-a number in that round is still who it was, or in the table no more. The epoll is told in so many words, since it would
-not notice by itself as long as some child process has the connection too.
+*A descriptor that was closed is never read.* The owner of a connection calls :meth:`Reading.end` before closing it, and
+then it is neither in the epoll nor in the table here. No connection is accepted while the connections of one round are
+read, so a number in that round still belongs to the same connection, or is not in the table any more. The connection is
+taken out of the epoll explicitly, since the epoll would not notice by itself as long as some child process has the
+connection too.
 
-*An exception is its connection's own.* It is handed to the connection, whose task then raises it.
+*An exception belongs to its connection.* It is handed to the connection, whose task then raises it.
 
 *Cancellation.* The task that reads can only be cancelled while it waits. Connections that are left then are not read
 any more; they are to be cancelled by the same scope.
 
-Where there is no epoll, and for streams that are no sockets, each connection has a task, which does the same.
+Where there is no epoll, and for streams without a descriptor, each connection has a task, which does the same.
 """
 
 from __future__ import annotations
 
-import os
 import select
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
+
+from .streams import ByteStream
 
 __all__ = ["Reader", "Reading", "Receiver", "SharedReader", "TaskReader", "has_epoll"]
 
@@ -48,7 +52,7 @@ _RECEIVE: Final = 64 * 1024
 
 
 class Receiver(Protocol):
-    """A connection, as whoever reads it sees it. Its methods must not wait, and may pause or end the reading."""
+    """A connection, as its reader sees it. Its methods are synchronous, and may pause or end the reading."""
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; nothing means that there will be no more, and that the reading has ended."""
@@ -60,10 +64,10 @@ class Receiver(Protocol):
 
 
 class Reading(Protocol):
-    """The reading of one connection. None of these methods waits."""
+    """The reading of one connection. All of its methods are synchronous."""
 
     def begin(self) -> None:
-        """Read from now on, and perhaps give the listener something at once. To be called once.
+        """Read from now on, and perhaps give the receiver something at once. To be called once.
 
         Raises:
             OSError: the system can watch no more connections.
@@ -75,7 +79,11 @@ class Reading(Protocol):
         ...
 
     def resume(self) -> None:
-        """Read again. Harmless if it was not paused, or has ended; raises as :meth:`begin` does."""
+        """Read again, and perhaps give the receiver something at once. Harmless if it was not paused, or has ended.
+
+        Raises:
+            OSError: as :meth:`begin`.
+        """
         ...
 
     def end(self) -> None:
@@ -86,10 +94,10 @@ class Reading(Protocol):
 class Reader(Protocol):
     """Reads the connections of a server."""
 
-    def reading(self, stream: Any, receiver: Receiver) -> Reading:
+    def reading(self, stream: ByteStream, receiver: Receiver) -> Reading:
         """Return what reads ``stream`` for ``receiver``, once that has begun.
 
-        It refers to the listener until the reading ends.
+        It refers to the receiver until the reading ends.
         """
         ...
 
@@ -99,20 +107,20 @@ class Reader(Protocol):
 
 
 def has_epoll() -> bool:
-    """Return whether one task can read many sockets here."""
+    """Return whether one task can read many connections here."""
     return hasattr(select, "epoll")
 
 
 class SharedReader:
-    """One task that reads all connections, which have to be sockets. See the top of this module."""
+    """One task that reads all connections, which must have descriptors. See the top of this module."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._read: dict[int, _Shared] = {}
+        self._readings: dict[int, _SharedReading] = {}
 
-    def reading(self, stream: trio.SocketStream, receiver: Receiver) -> Reading:
+    def reading(self, stream: ByteStream, receiver: Receiver) -> Reading:
         """See ``Reader``."""
-        return _Shared(stream.socket.fileno(), receiver, self._epoll, self._read)
+        return _SharedReading(stream, receiver, self._epoll, self._readings)
 
     async def run(self) -> None:
         """See ``Reader``."""
@@ -120,62 +128,75 @@ class SharedReader:
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
                 for descriptor, _ in self._epoll.poll(0, _AT_ONCE):
-                    reading = self._read.get(descriptor)
+                    reading = self._readings.get(descriptor)
                     if reading is not None:
                         reading.read_once()
         finally:
-            self._read.clear()
+            self._readings.clear()
             self._epoll.close()
 
 
-class _Shared:
+class _SharedReading:
     """One connection of a :class:`SharedReader`."""
 
-    __slots__ = ("_descriptor", "_epoll", "_paused", "_read", "_receiver")
+    __slots__ = ("_descriptor", "_epoll", "_paused", "_readings", "_receiver", "_stream")
 
     def __init__(
-        self, descriptor: int, receiver: Receiver, epoll: select.epoll, read: dict[int, _Shared]
+        self,
+        stream: ByteStream,
+        receiver: Receiver,
+        epoll: select.epoll,
+        readings: dict[int, _SharedReading],
     ) -> None:
-        self._descriptor = descriptor
+        assert stream.descriptor is not None
+        self._stream = stream
+        self._descriptor = stream.descriptor
         self._receiver: Receiver | None = receiver
         self._epoll = epoll
-        self._read = read
+        self._readings = readings
         self._paused = True
 
     def begin(self) -> None:
-        self.resume()
+        self._watch()
         # Mostly a client asks as soon as it is connected.
         self.read_once()
 
     def resume(self) -> None:
-        if self._paused and self._receiver is not None and not self._epoll.closed:
-            self._epoll.register(self._descriptor, select.EPOLLIN)
-            self._read[self._descriptor] = self
-            self._paused = False
+        if self._paused:
+            self._watch()
+            if self._stream.pending:
+                self.read_once()
 
     def pause(self) -> None:
-        # Whoever has left is reported whatever is asked for, so it is not enough to ask for nothing.
+        # A client that has left is reported whatever is asked for, so it is not enough to ask for nothing.
         if not self._paused:
             self._paused = True
             # There is nothing in the table when the reader has come to its end.
-            if self._read.pop(self._descriptor, None) is not None:
+            if self._readings.pop(self._descriptor, None) is not None:
                 self._epoll.unregister(self._descriptor)
 
     def end(self) -> None:
         self.pause()
         self._receiver = None
 
+    def _watch(self) -> None:
+        if self._receiver is not None and not self._epoll.closed:
+            self._epoll.register(self._descriptor, select.EPOLLIN)
+            self._readings[self._descriptor] = self
+            self._paused = False
+
     def read_once(self) -> None:
-        receiver = self._receiver
-        if receiver is None:
-            return
-        try:
-            data = os.read(self._descriptor, _RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        _hand_over(data, receiver, self)
+        """Take what there is, if anything; also what the stream has read ahead."""
+        while (receiver := self._receiver) is not None:
+            try:
+                data = self._stream.read_nowait(_RECEIVE)
+            except trio.WouldBlock:
+                return
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            _hand_over(data, receiver, self)
+            if self._paused or not self._stream.pending:
+                return
 
 
 class TaskReader:
@@ -188,19 +209,19 @@ class TaskReader:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
 
-    def reading(self, stream: trio.abc.ReceiveStream, receiver: Receiver) -> Reading:
+    def reading(self, stream: ByteStream, receiver: Receiver) -> Reading:
         """See ``Reader``."""
-        return _Own(stream, receiver, self._nursery)
+        return _TaskReading(stream, receiver, self._nursery)
 
     async def run(self) -> None:
         """See ``Reader``."""
         await trio.sleep_forever()
 
 
-class _Own:
+class _TaskReading:
     """One connection of a :class:`TaskReader`."""
 
-    def __init__(self, stream: trio.abc.ReceiveStream, receiver: Receiver, nursery: trio.Nursery) -> None:
+    def __init__(self, stream: ByteStream, receiver: Receiver, nursery: trio.Nursery) -> None:
         self._stream = stream
         self._receiver: Receiver | None = receiver
         self._nursery = nursery
@@ -226,7 +247,7 @@ class _Own:
         with self._scope:
             while (receiver := self._receiver) is not None:
                 try:
-                    data = bytes(await self._stream.receive_some(_RECEIVE))
+                    data = await self._stream.read(_RECEIVE)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     data = b""
                 _hand_over(data, receiver, self)
@@ -235,7 +256,7 @@ class _Own:
 
 
 def _hand_over(data: bytes, receiver: Receiver, reading: Reading) -> None:
-    """Give a connection what has come. That there is nothing ends its reading, and so does an error."""
+    """Give a connection what has come. Nothing ends its reading, and so does an error."""
     if not data:
         reading.end()
     try:

@@ -5,7 +5,7 @@ lie 1000 apart. Both are bound, and listen, before the first request is served; 
 port taken may therefore take the answer on the second one as final.
 
 A node talks to a :class:`Network`, and only :class:`Sockets` knows that there are sockets. Tests give it another one,
-whose time and failures are theirs.
+whose time and failures they control. What a network hands out is in ``streams.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import trio
 
 from ..errors import ClusterPortError
+from .streams import ByteStream, Listener, TcpListener, TcpStream
 
 __all__ = [
     "INTERNAL_OFFSET",
@@ -37,8 +38,7 @@ __all__ = [
 #: The workers' port is the API's port plus this.
 INTERNAL_OFFSET: Final = 1000
 
-#: Listeners as trio has them; they also have a ``socket``, as those for TCP do.
-Listeners: TypeAlias = Sequence[trio.abc.Listener[Any]]
+Listeners: TypeAlias = Sequence[Listener]
 
 #: Clients that may come at once; those that find no place here try again after a second. Systems may allow fewer.
 _BACKLOG: Final = 4096
@@ -49,7 +49,7 @@ class Network(Protocol):
     """What a node asks of its surroundings."""
 
     async def listen(self, host: str, port: int) -> Listeners:
-        """Listen on every address that ``host`` stands for.
+        """Listen on every address that ``host`` stands for. A checkpoint.
 
         Args:
             host: a name or a numeric address; ``0.0.0.0`` and ``::`` are all addresses of their family.
@@ -60,11 +60,11 @@ class Network(Protocol):
         """
         ...
 
-    async def connect(self, host: str, port: int) -> trio.abc.Stream:
-        """Connect to a listener.
+    async def connect(self, host: str, port: int) -> ByteStream:
+        """Connect to a listener. A checkpoint.
 
         Raises:
-            OSError: nobody there.
+            OSError: nothing listens there.
         """
         ...
 
@@ -80,14 +80,13 @@ class Sockets:
             )
         except OSError as error:
             raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
-        listeners: list[trio.SocketListener] = []
+        listeners: list[TcpListener] = []
         try:
             for family, kind, proto, _, address in dict.fromkeys(found):
                 where: tuple[Any, ...] = address
                 if port == 0 and listeners:
                     where = (address[0], port_of(listeners), *address[2:])
-                sock = _listen(family, kind, proto, where)
-                listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
+                listeners.append(TcpListener(_listen(family, kind, proto, where)))
         except OSError as error:
             close_all(listeners)
             taken = error.errno == errno.EADDRINUSE
@@ -95,9 +94,9 @@ class Sockets:
             raise ClusterPortError(port, f"cannot listen on '{host}': {why}", taken=taken) from error
         return listeners
 
-    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+    async def connect(self, host: str, port: int) -> ByteStream:
         """See ``Network``."""
-        return await trio.open_tcp_stream(host, port)
+        return TcpStream(await trio.open_tcp_stream(host, port))
 
 
 async def open_pair(
@@ -141,14 +140,13 @@ async def open_pair(
 
 def port_of(listeners: Listeners) -> int:
     """Return the port that they listen on."""
-    port: int = listeners[0].socket.getsockname()[1]  # type: ignore[attr-defined]
-    return port
+    return listeners[0].local_address[1]
 
 
 def close_all(listeners: Listeners) -> None:
     """Close them at once. Harmless for those that are closed."""
     for listener in listeners:
-        listener.socket.close()  # type: ignore[attr-defined]
+        listener.close()
 
 
 def why_not_connected(error: Exception) -> str:

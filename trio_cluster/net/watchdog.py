@@ -1,26 +1,30 @@
-"""Signs of life from a process whose event loop is blocked.
+"""Heartbeats from a process whose event loop is blocked.
 
 Theory of operation
 ===================
 
 Everything in a node happens in one event loop, its heartbeats too. A handler that computes, or sleeps, without
-awaiting stops all of it; and at the other end of a link that looks just like a process that has died. So there is a
-thread that writes the heartbeats which the loop misses, and says in them what blocks it. A process that is frozen,
-or a machine that is gone, has no thread that runs either: it falls silent, and is given up.
+awaiting stops all of it; and at the other end of a link that looks just like a process that has died. So a watchdog
+thread writes the heartbeats that the loop misses, and puts into them what blocks it. A process that is frozen, or a
+machine that is gone, has no thread that runs either: it falls silent, and is dropped.
 
 *When is a loop blocked?* Trio calls an instrument before and after it waits for IO. Between the two it *turns*: it
-runs every task that is ready, once. The length of a turn is exactly how late everybody else is, be it one task that
-blocks or a thousand that each take a little. A task of ours that sleeps and looks at the clock would be less exact,
-and wake an idle loop. A turn that lasts longer than the interval between two heartbeats is a block.
+runs every task that is ready, once. The length of a turn is exactly how late every other task is, be it for one task
+that blocks or for a thousand that each take a little. A task of ours that sleeps and looks at the clock would be less
+exact, and wake an idle loop. A turn that lasts longer than the interval between two heartbeats is a block.
 
-*How can a thread write into somebody else's stream?* Between two frames. :class:`InjectableStream` keeps what is on its
-way in one buffer, which both sides write from, under a lock and without ever waiting: the loop when it runs, the
-thread when the loop does not. So the thread completes a frame that the loop had begun before it writes its own, and
+*How can a thread write into a stream that the loop writes to?* Between two frames. :class:`InjectableStream` keeps what
+is on its way in one buffer, which both sides write from, under a lock and without ever waiting: the loop when it runs,
+the thread when the loop does not. So the thread completes a frame that the loop had begun before it writes its own, and
 the loop completes one that the thread could not. A frame is never torn, and the lock is never held for longer than a
-system call that does not block.
+write that does not block.
 
-*Why the thread may not outlive the link.* A descriptor that is closed is soon somebody else's. Closing takes the
-lock; after it, and after the pulse has been taken away, the stream takes nothing from the thread.
+*Why the thread may not outlive the link.* A descriptor that is closed is soon another connection's. Closing takes the
+lock; after it, and after the stream has been taken from the watchdog, the thread writes nothing to the stream.
+
+*On which connections?* On every one, or there is no link: :func:`injectable` refuses a connection on which a thread
+cannot write (see :class:`~trio_cluster.net.streams.ByteStream`). A simulated one needs no thread, since its time stands
+still while the loop is blocked.
 
 There is one thread for each event loop, which serves all links of it, and only while there are any. What it cannot
 help against is code that does not let other threads run, such as an extension that computes without releasing
@@ -43,7 +47,16 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
-__all__ = ["InjectableStream", "blocking_frame", "heartbeats_while_blocked", "injectable", "take_max_lag"]
+from .streams import Address, ByteStream
+
+__all__ = [
+    "InjectableStream",
+    "NotInjectable",
+    "blocking_frame",
+    "heartbeats_while_blocked",
+    "injectable",
+    "take_max_lag",
+]
 
 logger = logging.getLogger("trio_cluster.pulse")
 
@@ -55,18 +68,27 @@ Frame: TypeAlias = Callable[[float, str], bytes]
 _LOOKS: Final = 10
 
 
-class InjectableStream(trio.abc.Stream):
-    """A socket's stream into which another thread may write whole frames.
+class NotInjectable(TypeError):
+    """A connection cannot carry a link: a blocked event loop would look like a dead process on it."""
+
+
+class InjectableStream(trio.abc.AsyncResource):
+    """A connection that carries whole frames, and into which another thread may write frames of its own.
 
     Args:
         stream: is closed with this one, and must not be used, or closed, in any other way.
 
     Attributes:
-        last_frame: when the socket last took the end of a frame, on the monotonic clock.
+        last_frame: when the connection last took the end of a frame, on the monotonic clock.
+        read: reads from the connection, see :meth:`ByteStream.read <trio_cluster.net.streams.ByteStream.read>`.
+        virtual_time: as of the connection; no thread writes to it then.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: ByteStream) -> None:
         self.last_frame = time.monotonic()
+        # The connection's own, since a method in between would cost two calls for each token.
+        self.read = stream.read
+        self.virtual_time = stream.virtual_time
         self._stream = stream
         self._lock = threading.Lock()
         self._unsent = memoryview(b"")
@@ -74,117 +96,124 @@ class InjectableStream(trio.abc.Stream):
         self._injection_allowed = False
 
     @property
-    def socket(self) -> trio.socket.SocketType:
-        """The socket under it, to be read from by whoever does not read from this."""
-        return self._stream.socket
+    def peer_address(self) -> Address:
+        """The address of the other end. Raises ``OSError`` if the connection is over."""
+        return self._stream.peer_address
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See ``trio.abc.SendStream``. What it is given must be whole frames.
-
-        If it is cancelled, the rest of ``data`` stays on its way, in front of whatever is sent next.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        gone = self.send_nowait(data)
-        while not gone:
-            await self._stream.wait_send_all_might_not_block()
-            gone = self.send_nowait(b"")
-        await trio.lowlevel.cancel_shielded_checkpoint()
-
-    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
-        """Send as much as can be sent without waiting; ``data`` must be whole frames.
-
-        Returns:
-            Whether nothing is left. What is stays on its way, in front of whatever is sent next, be it nothing.
+    async def write(self, frames: bytes | bytearray | memoryview) -> None:
+        """Write whole frames. A checkpoint. Cancelled, the rest of them stays in front of what is written next.
 
         Raises:
-            trio.BrokenResourceError, trio.ClosedResourceError: as ``send_all`` does.
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        complete = self.write_nowait(frames)
+        while not complete:
+            await self._stream.wait_writable()
+            complete = self.write_nowait(b"")
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def write_nowait(self, frames: bytes | bytearray | memoryview) -> bool:
+        """Write as much as can be written without waiting. Synchronous.
+
+        Args:
+            frames: must be whole; may be none.
+
+        Returns:
+            Whether nothing is left. The rest stays in front of what is written next, be it nothing.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
         with self._lock:
-            self._check_open()
-            if data:
-                self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
-            try:
-                return self._write()
-            except OSError as error:
-                raise trio.BrokenResourceError(f"socket connection broken: {error}") from error
+            if self._closed:
+                raise trio.ClosedResourceError("this connection has been closed")
+            if frames:
+                self._unsent = memoryview(b"".join((self._unsent, frames)) if self._unsent else frames)
+            return self._flush()
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """See ``trio.abc.SendStream``."""
-        await self._stream.wait_send_all_might_not_block()
+    async def wait_writable(self) -> None:
+        """Wait until the connection takes something. A checkpoint."""
+        await self._stream.wait_writable()
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """See ``trio.abc.ReceiveStream``."""
-        return await self._stream.receive_some(max_bytes)
-
-    async def aclose(self) -> None:
-        """See ``trio.abc.AsyncResource``."""
+    def close(self) -> None:
+        """Close this end. Synchronous, idempotent."""
         with self._lock:
             self._closed = True
-        await self._stream.aclose()
+        self._stream.close()
 
-    def allow_injection(self, let: bool) -> None:
-        """Say whether :meth:`inject_frame` may write from now on; at first it may not."""
+    async def aclose(self) -> None:
+        """Close this end. A checkpoint, after closing."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def allow_injection(self, allowed: bool) -> None:
+        """Set whether :meth:`inject_frame` may write from now on; at first it may not."""
         with self._lock:
-            self._injection_allowed = let
+            self._injection_allowed = allowed
 
     def inject_frame(self, frame: bytes) -> bool:
         """Write a frame from another thread. Never waits, never raises.
 
         Returns:
-            Whether it is on its way. It is not if frames are not let in, if the stream is closed or broken, if it is
+            Whether it is on its way. It is not if injection is not allowed, if the stream is closed or broken, if it is
             being written to right now, or if the other end does not take what is on its way already.
         """
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            if self._closed or not self._injection_allowed or not self._write():
+            if self._closed or not self._injection_allowed or not self._flush():
                 return False
             self._unsent = memoryview(frame)
-            self._write()
-        except OSError:
+            self._flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             # The loop will find out for itself.
             return False
         finally:
             self._lock.release()
         return True
 
-    def _write(self) -> bool:
-        """Write what the socket takes. Return whether nothing is left. To be called with the lock held."""
+    def _flush(self) -> bool:
+        """Write what the connection takes. Return whether nothing is left. To be called with the lock held."""
         while self._unsent:
-            try:
-                written = os.write(self._stream.socket.fileno(), self._unsent)
-            except BlockingIOError:
+            written = self._stream.try_write(self._unsent)
+            if not written:
                 return False
             self._unsent = self._unsent[written:]
             if not self._unsent:
                 self.last_frame = time.monotonic()
         return True
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this stream has been closed")
 
+def injectable(stream: ByteStream) -> InjectableStream:
+    """Return ``stream`` in the form that a link needs.
 
-def injectable(stream: trio.abc.Stream) -> trio.abc.Stream:
-    """Return ``stream`` in a form that :func:`heartbeats_while_blocked` can write to, if there is one: it must be a real socket."""
-    return InjectableStream(stream) if isinstance(stream, trio.SocketStream) else stream
+    Raises:
+        NotInjectable: heartbeats cannot be sent on it while the event loop is blocked. It is closed then.
+    """
+    if not (stream.injectable or stream.virtual_time):
+        stream.close()
+        raise NotInjectable(
+            f"no heartbeats can be sent on a {type(stream).__name__} while the event loop is blocked"
+        )
+    return InjectableStream(stream)
 
 
 @contextmanager
 def heartbeats_while_blocked(
-    stream: trio.abc.Stream, every: float, frame: Frame, on_recovered: Callable[[], None]
+    stream: InjectableStream, every: float, frame: Frame, on_recovered: Callable[[], None]
 ) -> Iterator[None]:
-    """Give signs of life on ``stream`` for as long as the block lasts, whenever the event loop does not.
+    """Send heartbeats on ``stream`` for as long as the block lasts, whenever the event loop does not.
 
     To be entered and left in a task. When the block is left, nothing more of it will be written.
 
     Args:
-        stream: without effect if it does not come from :func:`injectable`.
+        stream: nothing is sent on one with virtual time, on which no heartbeat can be missing.
         every: seconds in which something should be written to it.
         frame: makes what is written.
-        on_recovered: called in the loop, after each frame which said that the loop is blocked, as soon as it runs again.
+        on_recovered: called in the loop, after each frame that reported a block, as soon as the loop runs again.
     """
-    if not isinstance(stream, InjectableStream):
+    if stream.virtual_time:
         yield
         return
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -19,7 +20,8 @@ import trio
 
 from ..errors import ClusterPortError
 from ..net.sockets import Listeners
-from ._streams import Pipe, SimulatedStream, Socket
+from ..net.streams import Address, Listener
+from ._streams import Pipe, SimulatedStream
 
 __all__ = ["Connection", "Host", "SimulatedListener", "SimulatedNetwork"]
 
@@ -63,15 +65,23 @@ class Connection:
         """Let nothing arrive any more, in either direction; both ends stay open, and are told nothing."""
         if not self._partitioned:
             self._partitioned = True
-            for pipe in self._pipes:
-                pipe.add_call()
+            self.hold()
 
     def heal(self) -> None:
         """End a partition; what was sent meanwhile arrives."""
         if self._partitioned:
             self._partitioned = False
-            for pipe in self._pipes:
-                pipe.let_go()
+            self.release()
+
+    def hold(self) -> None:
+        """Let nothing arrive until :meth:`release` has been called as often."""
+        for pipe in self._pipes:
+            pipe.hold()
+
+    def release(self) -> None:
+        """Undo one :meth:`hold`; when that was the last one, what was sent meanwhile arrives."""
+        for pipe in self._pipes:
+            pipe.release()
 
     @property
     def waiting_bytes(self) -> int:
@@ -89,15 +99,19 @@ class Connection:
         return [self.client_stream.closed, self.server_stream.closed].count(False)
 
 
-class SimulatedListener(trio.abc.Listener[SimulatedStream]):
-    """A port of a host."""
+class SimulatedListener(Listener):
+    """A port of a host.
 
-    def __init__(self, network: SimulatedNetwork, address: tuple[str, int]) -> None:
-        self._network = network
-        self._address = address
+    Attributes:
+        local_address: the name of the host, and the port.
+    """
+
+    shares_descriptors = False
+
+    def __init__(self, local_address: Address, on_close: Callable[[SimulatedListener], None]) -> None:
+        self.local_address = local_address
+        self._on_close = on_close
         self._send, self._receive = trio.open_memory_channel[SimulatedStream](math.inf)
-        self.socket = Socket(None, address, address)
-        self.socket.close = self.close  # type: ignore[method-assign]
 
     async def accept(self) -> SimulatedStream:
         """See trio."""
@@ -106,19 +120,31 @@ class SimulatedListener(trio.abc.Listener[SimulatedStream]):
         except (trio.EndOfChannel, trio.ClosedResourceError):
             raise trio.ClosedResourceError("the listener was closed") from None
 
-    async def aclose(self) -> None:
-        """See trio."""
-        self.close()
-        await trio.lowlevel.checkpoint()
+    def accept_nowait(self) -> SimulatedStream:
+        """See ``Listener``."""
+        try:
+            return self._receive.receive_nowait()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise trio.ClosedResourceError("the listener was closed") from None
+
+    def limit_unread_time(self, seconds: float) -> None:
+        """See ``Listener``; a simulated connection has no such limit."""
+
+    def connect(self, stream: SimulatedStream) -> None:
+        """Let a connection come in.
+
+        Args:
+            stream: this end of it.
+        """
+        self._send.send_nowait(stream)
 
     def close(self) -> None:
         """Listen no more. Connections that were accepted go on, and those that were not are reset."""
-        if self._network._listeners.get(self._address) is self:
-            del self._network._listeners[self._address]
+        self._on_close(self)
         self._send.close()
         with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
             while True:
-                self._receive.receive_nowait().close(reset=True)
+                self._receive.receive_nowait().abort()
 
 
 class Host:
@@ -131,12 +157,12 @@ class Host:
     async def listen(self, host: str, port: int) -> Listeners:
         """See ``Network``; which address of the machine is meant makes no difference."""
         await trio.lowlevel.checkpoint()
-        return [self._network._listen(self.name, port)]
+        return [self._network.listen(self.name, port)]
 
     async def connect(self, host: str, port: int) -> SimulatedStream:
         """See ``Network``. Takes a round trip, and waits for as long as there is a partition in between."""
         server = self.name if host in ("127.0.0.1", "localhost", "::1") else host
-        return await self._network._connect(self.name, server, port)
+        return await self._network.connect(self.name, server, port)
 
 
 class SimulatedNetwork:
@@ -175,16 +201,14 @@ class SimulatedNetwork:
         if host not in self._frozen:
             self._frozen.add(host)
             for connection in self.connections_of(host):
-                for pipe in connection._pipes:
-                    pipe.add_call()
+                connection.hold()
 
     def thaw(self, host: str) -> None:
         """Let the machine go on; what was sent to it and by it meanwhile arrives."""
         if host in self._frozen:
             self._frozen.remove(host)
             for connection in self.connections_of(host):
-                for pipe in connection._pipes:
-                    pipe.let_go()
+                connection.release()
 
     def partition(self, one: str, other: str) -> None:
         """Let nothing pass between two machines, on connections that exist and on new ones."""
@@ -213,16 +237,22 @@ class SimulatedNetwork:
     def _between(self, one: str, other: str) -> list[Connection]:
         return [each for each in self.connections if {each.client, each.server} == {one, other}]
 
-    def _listen(self, host: str, port: int) -> SimulatedListener:
+    def listen(self, host: str, port: int) -> SimulatedListener:
+        """Listen on a port of a machine; see :meth:`Host.listen`."""
         if port == 0:
             port = next(port for port in self._ports if (host, port) not in self._listeners)
         if (host, port) in self._listeners:
             raise ClusterPortError(port, "in use by another process", taken=True)
-        listener = SimulatedListener(self, (host, port))
+        listener = SimulatedListener((host, port), self._forget)
         self._listeners[host, port] = listener
         return listener
 
-    async def _connect(self, client: str, server: str, port: int) -> SimulatedStream:
+    def _forget(self, listener: SimulatedListener) -> None:
+        if self._listeners.get(listener.local_address) is listener:
+            del self._listeners[listener.local_address]
+
+    async def connect(self, client: str, server: str, port: int) -> SimulatedStream:
+        """Connect one machine to another; see :meth:`Host.connect`."""
         await trio.sleep(2 * self.latency)
         while frozenset((client, server)) in self._partitions:
             await self._changed.park()
@@ -235,13 +265,12 @@ class SimulatedNetwork:
             client,
             server,
             port,
-            SimulatedStream(there, back, near, far, short_way=self._short_way),
-            SimulatedStream(back, there, far, near, short_way=self._short_way),
+            SimulatedStream(there, back, near, far, fast_path=self._short_way),
+            SimulatedStream(back, there, far, near, fast_path=self._short_way),
             (there, back),
         )
         for _ in {client, server} & self._frozen:
-            there.add_call()
-            back.add_call()
+            connection.hold()
         self.connections.append(connection)
-        listener._send.send_nowait(connection.server_stream)
+        listener.connect(connection.server_stream)
         return connection.client_stream

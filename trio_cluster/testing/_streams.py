@@ -16,15 +16,19 @@ in the middle of a stream looks to its server, and how a server that hangs up to
 from __future__ import annotations
 
 import math
-import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import trio
 
-__all__ = ["CAPACITY", "Pipe", "SimulatedStream", "Socket"]
+from ..net.streams import Address, ByteStream
+
+__all__ = ["CAPACITY", "Pipe", "SimulatedStream"]
+
+#: Bytes that are received at once, unless the receiver says how many.
+_RECEIVE: Final = 64 * 1024
 
 #: Bytes that a pipe takes from somebody whose peer does not read; about what Linux has on loopback.
 CAPACITY: Final = 128 * 1024
@@ -45,56 +49,63 @@ class Pipe:
         self._closed_reader = False
         self._changed = trio.lowlevel.ParkingLot()
 
-    async def send(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.lowlevel.checkpoint()
-        left = memoryview(data)
-        while len(left):
-            if self._closed_writer:
-                raise trio.ClosedResourceError("this end was closed")
-            if self._end is not None or (trio.current_time() >= self._refused_from and not self.holds):
-                raise trio.BrokenResourceError("the connection is over")
-            if self._closed_reader and not self.holds:
-                if self._refused_from == math.inf:
-                    self._refuse_after(2 * self.latency)
-                    return
-                # Taken once. Somebody who never stops sending would otherwise not let the time pass until he knows.
-                with trio.move_on_at(self._refused_from):
-                    await self._changed.park()
-                continue
-            room = CAPACITY - self._size
-            if room <= 0:
-                with trio.move_on_at(self._refused_from):
-                    await self._changed.park()
-                continue
-            piece = bytes(left[:room])
-            left = left[room:]
+    def try_send(self, data: bytes | bytearray | memoryview) -> int:
+        """Send as much as there is room for, and return how much that was."""
+        if self._closed_writer:
+            raise trio.ClosedResourceError("this end was closed")
+        if self._end is not None or self._is_refused:
+            raise trio.BrokenResourceError("the connection is over")
+        if self._is_unread:
+            if self._refused_from < math.inf:
+                # A writer that never stops sending would otherwise not let the time pass until it knows.
+                return 0
+            # Taken once.
+            self._refuse_after(2 * self.latency)
+            return len(data)
+        piece = bytes(data[: max(0, CAPACITY - self._size)])
+        if piece:
             self._chunks.append((trio.current_time() + self.latency, piece))
             self._size += len(piece)
             self._changed.unpark_all()
-
-    def send_nowait(self, data: bytes) -> int:
-        """Send as much as there is room for, as a socket that does not block does."""
-        if self._closed_writer or self._closed_reader or self._end is not None:
-            # Whoever meets this goes the way on which it is told what has happened.
-            raise BlockingIOError
-        piece = data[: max(0, CAPACITY - self._size)]
-        if not piece:
-            raise BlockingIOError
-        self._chunks.append((trio.current_time() + self.latency, piece))
-        self._size += len(piece)
-        self._changed.unpark_all()
         return len(piece)
+
+    async def wait_sendable(self) -> None:
+        """Wait until :meth:`try_send` takes something, or raises an error. No checkpoint if that is so already."""
+        while self._blocks_writer:
+            with trio.move_on_at(self._refused_from):
+                await self._changed.park()
+
+    @property
+    def _is_refused(self) -> bool:
+        """Whether a writer knows that its bytes are not read any more."""
+        return trio.current_time() >= self._refused_from and not self.holds
+
+    @property
+    def _is_unread(self) -> bool:
+        """Whether the reader is gone, and what is sent gets as far as that."""
+        return self._closed_reader and not self.holds
+
+    @property
+    def _blocks_writer(self) -> bool:
+        if self._closed_writer or self._end is not None or self._is_refused:
+            return False
+        return self._refused_from < math.inf if self._is_unread else self._size >= CAPACITY
 
     async def receive(self, limit: int) -> bytes:
         await trio.lowlevel.checkpoint()
         while True:
-            if self._closed_reader:
-                raise trio.ClosedResourceError("this end was closed")
-            arrives = self._next_arrival()
-            if arrives <= trio.current_time():
-                return self._take(limit)
-            with trio.move_on_at(arrives):
-                await self._changed.park()
+            try:
+                return self.receive_nowait(limit)
+            except trio.WouldBlock:
+                with trio.move_on_at(self._next_arrival()):
+                    await self._changed.park()
+
+    def receive_nowait(self, limit: int) -> bytes:
+        if self._closed_reader:
+            raise trio.ClosedResourceError("this end was closed")
+        if self._next_arrival() > trio.current_time():
+            raise trio.WouldBlock
+        return self._take(limit)
 
     def close_writer(self) -> None:
         """Send no more; whoever still wants to gets an error."""
@@ -128,10 +139,10 @@ class Pipe:
         """Let whoever writes know that nobody reads."""
         self._refuse_after(self.latency)
 
-    def add_call(self) -> None:
+    def hold(self) -> None:
         self.holds += 1
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.holds -= 1
         self._drop_unread()
         self._changed.unpark_all()
@@ -177,87 +188,86 @@ class Pipe:
         return piece
 
 
-class Socket:
-    """As much of a socket as hypercorn, the HTTP face and the logs look at."""
+class SimulatedStream(ByteStream, trio.abc.HalfCloseableStream):
+    """One end of a simulated connection.
 
-    family = socket.AF_INET
-    #: Writes without waiting; what the HTTP face looks for on streams that are not sockets.
-    send_nowait: Callable[[bytes], int]
-
-    def __init__(
-        self, stream: SimulatedStream | None, local: tuple[str, int], remote: tuple[str, int]
-    ) -> None:
-        self._stream = stream
-        self._local = local
-        self._remote = remote
-        self._resets = False
-
-    def getsockname(self) -> tuple[str, int]:
-        return self._local
-
-    def getpeername(self) -> tuple[str, int]:
-        return self._remote
-
-    def setsockopt(self, level: int, option: int, value: Any) -> None:
-        # The one option that changes anything here: closing with no time to linger is a reset.
-        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
-            self._resets = True
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close(reset=self._resets)
-
-
-class SimulatedStream(trio.abc.HalfCloseableStream):
-    """One end of a simulated connection. Behaves like a ``trio.SocketStream``.
+    It is what a node uses (:class:`~trio_cluster.net.streams.ByteStream`), and for tests also a stream of trio, which
+    behaves like a ``trio.SocketStream``.
 
     Args:
-        short_way: let the HTTP face write here without waiting, as it does on plain sockets.
+        outgoing, incoming: the two directions.
+        local, remote: the addresses of this end and of the other one; the name of a machine is its host.
+        fast_path: whether a node writes tokens here without waking a task, as it does on real sockets.
 
     Attributes:
         closed: whether this end was closed here.
     """
 
+    descriptor = None
+    pending = False
+    injectable = False
+    virtual_time = True
+
     def __init__(
-        self,
-        outgoing: Pipe,
-        incoming: Pipe,
-        local: tuple[str, int],
-        remote: tuple[str, int],
-        *,
-        short_way: bool = True,
+        self, outgoing: Pipe, incoming: Pipe, local: Address, remote: Address, *, fast_path: bool = True
     ) -> None:
+        self.closed = False
+        self.writes_directly = fast_path
         self._outgoing = outgoing
         self._incoming = incoming
+        self._local = local
+        self._remote = remote
         self._sending = False
         self._receiving = False
         self._sent_eof = False
-        self.closed = False
-        self.socket = Socket(self, local, remote)
-        if short_way:
-            self.socket.send_nowait = self.send_nowait
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio."""
+    @property
+    def local_address(self) -> Address:
+        """The name of the machine that this end is on, and the port."""
+        return self._local
+
+    @property
+    def peer_address(self) -> Address:
+        """The name of the machine that the other end is on, and the port."""
+        return self._remote
+
+    async def read(self, limit: int) -> bytes:
+        """See ``ByteStream``."""
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this stream")
+        self._receiving = True
+        try:
+            return await self._incoming.receive(limit)
+        finally:
+            self._receiving = False
+
+    def read_nowait(self, limit: int) -> bytes:
+        """See ``ByteStream``."""
+        return self._incoming.receive_nowait(limit)
+
+    def try_write(self, data: bytes | bytearray | memoryview) -> int:
+        """See ``ByteStream``."""
+        return self._outgoing.try_send(data)
+
+    async def wait_writable(self) -> None:
+        """See ``ByteStream``."""
+        await trio.lowlevel.checkpoint()
+        await self._outgoing.wait_sendable()
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """See ``ByteStream``."""
         with self._sends():
             if self.closed or self._sent_eof:
                 raise trio.ClosedResourceError("this end was closed")
-            await self._outgoing.send(data)
+            await trio.lowlevel.checkpoint()
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._outgoing.try_send(rest) :]
+                if rest:
+                    await self._outgoing.wait_sendable()
 
-    def send_nowait(self, data: bytes) -> int:
-        """Send what there is room for, and return how much that was.
-
-        Raises:
-            BlockingIOError: there is none.
-        """
-        return self._outgoing.send_nowait(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """See trio."""
-        await trio.lowlevel.checkpoint()
-
-    async def send_eof(self) -> None:
-        """See trio."""
+    async def write_eof(self) -> None:
+        """See ``ByteStream``."""
         with self._sends():
             await trio.lowlevel.checkpoint()
             if self.closed:
@@ -265,23 +275,6 @@ class SimulatedStream(trio.abc.HalfCloseableStream):
             self._sent_eof = True
             self._outgoing.close_writer()
             self._outgoing.end()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See trio."""
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be >= 1")
-        if self._receiving:
-            raise trio.BusyResourceError("another task is receiving from this stream")
-        self._receiving = True
-        try:
-            return await self._incoming.receive(65536 if max_bytes is None else max_bytes)
-        finally:
-            self._receiving = False
-
-    async def aclose(self) -> None:
-        """See trio."""
-        self.close()
-        await trio.lowlevel.checkpoint()
 
     def close(self, *, reset: bool = False) -> None:
         """Close at once. The peer sees an end of file; a reset if asked for, or if anything was left unread."""
@@ -295,6 +288,28 @@ class SimulatedStream(trio.abc.HalfCloseableStream):
             self._incoming.refuse()
         else:
             self._outgoing.end()
+
+    def abort(self) -> None:
+        """See ``ByteStream``."""
+        self.close(reset=True)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See trio."""
+        await self.write(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See trio."""
+        await self.wait_writable()
+
+    async def send_eof(self) -> None:
+        """See trio."""
+        await self.write_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See trio."""
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be >= 1")
+        return await self.read(_RECEIVE if max_bytes is None else max_bytes)
 
     @contextmanager
     def _sends(self) -> Iterator[None]:

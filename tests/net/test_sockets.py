@@ -1,0 +1,86 @@
+"""Addresses, and why a connection could not be made, in the words of the system."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+import trio
+
+from trio_cluster.net.sockets import Sockets, local_address, shown_address, why_not_connected
+
+REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+UNREACHABLE = OSError(errno.ENETUNREACH, "Network is unreachable")
+TIMED_OUT = TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+
+def caused_by(cause: BaseException) -> OSError:
+    """Return what trio raises when no address could be connected to."""
+    error = OSError("all attempts to connect to master:9080 failed")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        pytest.param(trio.TooSlowError(), "it does not answer", id="silence"),
+        pytest.param(REFUSED, "Connection refused", id="one error of the system"),
+        pytest.param(
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "Name or service not known",
+            id="an unknown name",
+        ),
+        pytest.param(caused_by(REFUSED), "Connection refused", id="one cause"),
+        pytest.param(
+            caused_by(ExceptionGroup("", [REFUSED, UNREACHABLE, TIMED_OUT])),
+            "Connection refused",
+            id="the first of several causes",
+        ),
+        pytest.param(
+            caused_by(
+                ExceptionGroup(
+                    "", [ExceptionGroup("", [ExceptionGroup("", [UNREACHABLE]), REFUSED]), TIMED_OUT]
+                )
+            ),
+            "Network is unreachable",
+            id="the first of the innermost group",
+        ),
+        pytest.param(
+            ExceptionGroup("", [ExceptionGroup("", [TIMED_OUT, REFUSED])]),
+            "Connection timed out",
+            id="groups alone",
+        ),
+        pytest.param(OSError("no address has been found"), "no address has been found", id="no number"),
+        pytest.param(
+            caused_by(ValueError("not a host")), "not a host", id="a cause that is not the system's"
+        ),
+        pytest.param(OSError(), "OSError", id="no words at all"),
+        pytest.param(caused_by(KeyError()), "KeyError", id="a cause without words"),
+    ],
+)
+def test_why_there_is_no_connection_is_told_by_its_first_cause(error: Exception, why: str) -> None:
+    assert why_not_connected(error) == why
+
+
+async def test_why_a_port_that_nothing_listens_on_cannot_be_connected_to() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        with pytest.raises(OSError, match="failed") as raised:
+            await Sockets().connect(*sock.getsockname())
+    assert why_not_connected(raised.value).endswith("Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1:80"), ("name", "name:80"), ("::1", "[::1]:80")]
+)
+def test_an_ipv6_host_is_shown_in_brackets(host: str, shown: str) -> None:
+    assert shown_address(host, 80) == shown
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "::1"), ("10.0.0.1", "10.0.0.1")]
+)
+def test_a_server_on_all_addresses_is_reached_by_the_local_one(host: str, local: str) -> None:
+    assert local_address(host) == local
