@@ -13,7 +13,7 @@ import trio.testing
 from heard import Heard
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
-from trio_cluster.engines._weights import WEIGHTS, _flaw, cache_folder
+from trio_cluster.engines._weights import WEIGHTS, cache_folder, find_damage
 from trio_cluster.errors import ApiError
 from trio_cluster.openai import ASRRequest, ChatRequest, EmbeddingRequest, TTSRequest
 from trio_cluster.server import ClusterServer
@@ -56,7 +56,7 @@ def smollm2() -> Iterator[llama.Llama]:
 @needs(weights="smollm2")
 async def test_the_weights_are_the_ones_that_were_pinned() -> None:
     weights = WEIGHTS["smollm2"]
-    assert await trio.to_thread.run_sync(_flaw, weights, cache_folder() / weights.folder_name) is None
+    assert await trio.to_thread.run_sync(find_damage, weights, cache_folder() / weights.folder_name) is None
 
 
 @needs("xllamacpp", weights="smollm2")
