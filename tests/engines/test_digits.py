@@ -102,11 +102,11 @@ def test_sampling_can_be_ended_at_every_step() -> None:
     weights = diffusion.load(digits._WEIGHTS)
     seen: list[int] = []
 
-    def go_on(step: int) -> bool:
+    def should_continue(step: int) -> bool:
         seen.append(step)
         return step < 4
 
-    assert diffusion.sample(weights, np.array([3]), steps=30, go_on=go_on) is None
+    assert diffusion.sample(weights, np.array([3]), steps=30, should_continue=should_continue) is None
     assert seen == [0, 1, 2, 3, 4]
 
 

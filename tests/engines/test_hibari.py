@@ -74,7 +74,7 @@ async def test_pcm_is_bare_samples() -> None:
 
 @pytest.mark.parametrize("wanted", ["mp3", "opus", "aac", "flac"])
 async def test_a_format_that_was_asked_for_and_is_not_there_is_refused(wanted: str) -> None:
-    with pytest.raises(ApiError, match=f"speaks wav and pcm, not {wanted}") as caught:
+    with pytest.raises(ApiError, match=f"has the formats wav and pcm, not {wanted}") as caught:
         await say(response_format=wanted, raw={"response_format": wanted})
     assert (caught.value.status, caught.value.param) == (400, "response_format")
 
@@ -85,7 +85,7 @@ async def test_speed_changes_the_length() -> None:
 
 
 async def test_a_text_that_cannot_be_spoken_is_refused() -> None:
-    with pytest.raises(ApiError, match="nothing in the input") as caught:
+    with pytest.raises(ApiError, match="no words in the input") as caught:
         await say(" . ")
     assert caught.value.param == "input"
 

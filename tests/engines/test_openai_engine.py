@@ -156,8 +156,8 @@ async def released(call: Call) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("openai", "say where the server is: openai:http://127.0.0.1:8000/v1"),
-        ("openai:", "say where the server is"),
+        ("openai", "give the URL of the server's API: openai:http://127.0.0.1:8000/v1"),
+        ("openai:", "give the URL of the server's API"),
         ("openai:127.0.0.1:8000", "expected a URL such as"),
         ("openai:http://u:p@host/v1", "leave the user, the query and the fragment out"),
         ("openai:http://host/v1,key=", "some text"),

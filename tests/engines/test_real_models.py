@@ -127,7 +127,7 @@ async def test_minilm_refuses_what_it_cannot_take_in(nursery: trio.Nursery) -> N
     embed = await serving("minilm", nursery)
     with pytest.raises(ApiError, match=r"Input 1 has .* tokens; this model takes up to 256"):
         await embed(EmbeddingRequest(model="e", inputs=["short", "word " * 400]), Heard())
-    with pytest.raises(ApiError, match="text only") as caught:
+    with pytest.raises(ApiError, match="takes no token ids; send the text") as caught:
         await embed(EmbeddingRequest(model="e", inputs=[[1, 2, 3]]), Heard())
     assert caught.value.param == "input"
     cutting = await serving("minilm,truncate=yes,name=cutting", nursery)

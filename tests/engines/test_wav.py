@@ -93,20 +93,20 @@ def test_our_own_streamed_header_is_read_by_the_standard_library_and_by_us() -> 
     ("data", "message"),
     [
         (b"", "the audio file is empty"),
-        (b"ID3\x04rest", "this is MP3 audio; accepted is WAV with 8, 16, 24 or 32-bit PCM"),
+        (b"ID3\x04rest", "this is MP3 audio; send WAV with 8, 16, 24 or 32-bit PCM"),
         (b"\xff\xfb\x90\x00", "this is MP3 audio"),
         (b"OggS\0\0", "this is Ogg audio"),
         (b"fLaC\0\0", "this is FLAC audio"),
         (b"\0\0\0\x20ftypM4A ", "this is MP4 or M4A audio"),
         (b"\x1a\x45\xdf\xa3", "this is WebM or Matroska audio"),
-        (b"hello", "this is not an audio file that can be read; accepted is WAV"),
+        (b"hello", "this is not a known audio file; send WAV"),
         (b"RIFF\0\0\0\0WAVE", "damaged: it has no samples"),
         (b"RIFF\0\0\0\0WAVEdata\x02\0\0\0ab", "damaged"),
         (b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0ab", "format chunk is too short"),
         (wav(b"", encoding=17, bits=4), "encoding 17 with 4 bits"),
         (wav(b"", channels=0), "0 channels"),
         (wav(b"", rate=0), "0 samples per second"),
-        (wav(bytes(2 * 8001)), "the audio is 1 s long; accepted are 1 s"),
+        (wav(bytes(2 * 8001)), "the audio is 1 s long; send at most 1 s"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(data: bytes, message: str) -> None:

@@ -155,7 +155,7 @@ async def test_silence_is_not_written_down(model: Any) -> None:
 
 @pytest.mark.parametrize("fields", [{"language": "de"}, {"language": "xx"}])
 async def test_an_english_model_refuses_other_languages(model: Any, fields: dict[str, Any]) -> None:
-    with pytest.raises(ApiError, match="English only") as caught:
+    with pytest.raises(ApiError, match="English only; leave language out") as caught:
         await hear(model(), **fields)
     assert caught.value.param == "language"
 
@@ -178,7 +178,7 @@ async def test_a_prompt_comes_before_the_first_window(model: Any) -> None:
 
 
 async def test_other_formats_are_refused_by_name(model: Any) -> None:
-    with pytest.raises(ApiError, match="this is MP3 audio; accepted is WAV") as caught:
+    with pytest.raises(ApiError, match="this is MP3 audio; send WAV") as caught:
         await hear(model(), audio=b"ID3rest")
     assert (caught.value.status, caught.value.param) == (400, "file")
 
