@@ -64,7 +64,7 @@ class WatchedOutput(io.StringIO):
 
 
 @pytest.mark.processes
-async def test_check_asks_shows_question_and_answer_and_stops_everything(small: None) -> None:
+async def test_check_shows_questions_and_answers_and_stops_everything(small: None) -> None:
     out = io.StringIO()
     with trio.fail_after(FAR):
         assert await run_demo(0, check=True, out=out) == 0
@@ -77,9 +77,7 @@ async def test_check_asks_shows_question_and_answer_and_stops_everything(small: 
 
 
 @pytest.mark.processes
-async def test_a_wrong_answer_is_shown_and_makes_it_fail(
-    small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_wrong_answer_is_shown_and_is_a_failure(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = asked.Question(
         "image_generation", "digits", "draw a cat", lambda api, shared: _ask_for_a_cat(api)
     )
@@ -96,7 +94,7 @@ def _ask_for_a_cat(api: asked.Api) -> str:
 
 
 @pytest.mark.processes
-async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small: None) -> None:
+async def test_without_check_the_demo_shows_snippets_and_runs_until_cancelled(small: None) -> None:
     out = WatchedOutput("Ctrl-C ends the demo.")
     with trio.fail_after(FAR):
         async with trio.open_nursery() as nursery:
@@ -133,7 +131,7 @@ async def test_a_node_that_ends_early_is_reported_with_the_end_of_its_log(
     assert nodes() == set()
 
 
-async def test_a_port_that_is_taken_is_one_clear_error(small: None) -> None:
+async def test_a_taken_port_is_an_error_that_names_it(small: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterPortError, match=f"port {port}: .*in use"):
@@ -178,7 +176,7 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 @pytest.mark.processes
-def test_a_node_stops_by_itself_when_the_demo_is_gone(node: tuple[subprocess.Popen[bytes], int]) -> None:
+def test_a_node_stops_when_the_demo_has_ended(node: tuple[subprocess.Popen[bytes], int]) -> None:
     process, port = node
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
         assert answer.status == 200
@@ -190,7 +188,7 @@ def test_a_node_stops_by_itself_when_the_demo_is_gone(node: tuple[subprocess.Pop
 
 
 @pytest.mark.processes
-def test_a_node_stops_by_sigterm_while_the_demo_is_there(node: tuple[subprocess.Popen[bytes], int]) -> None:
+def test_a_node_stops_on_sigterm_while_the_demo_runs(node: tuple[subprocess.Popen[bytes], int]) -> None:
     process, _ = node
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=15) == 0
