@@ -51,7 +51,7 @@ from trio_cluster import (
     ServerOptions,
     TTSRequest,
 )
-from trio_cluster.cli.process import calm_collector
+from trio_cluster.cli.process import tune_garbage_collector
 
 #: Seconds between the tokens of the stream beside.
 INTERVAL = 0.002
@@ -168,7 +168,7 @@ async def serve(part: str, port: int) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
         # As the command line does for a node that it runs.
-        calm_collector(rarely=part == "master")
+        tune_garbage_collector(rare=part == "master")
         print("port", port, flush=True)
         while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             print(max(turns.cpu), max(turns.real), flush=True)

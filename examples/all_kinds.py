@@ -1,9 +1,9 @@
-"""A model of each kind, in pure Python: chat, embedding, speech, images, ranking, moderation, and a route of its own.
+"""A model of each kind in pure Python: chat, embedding, speech, images, reranking, moderation, and a custom route.
 
     python all_kinds.py [PORT]
 
-None of them is clever. They show what a handler of each kind is given and what it gives back, so that a
-real engine can take their place. ``client.py`` asks all of them something.
+The models compute next to nothing. They show what the handler of each kind receives and returns, so that a real engine
+can take their place. ``client.py`` sends a request to each of them.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @server.chat("reverser")
 async def reverse(request: ChatRequest) -> AsyncIterator[str | OutputChunk]:
-    """Give the words of the last message in reverse order, one piece each, and report how many there were."""
+    """Yield the words of the last message in reverse order, one piece each, and report the token usage."""
     words = request.last_text.split()
     for word in reversed(words):
         yield word + " "
-    # Only what a handler reports is shown as usage; nothing is estimated.
+    # The usage in the response is what the handler reports; nothing is estimated.
     yield OutputChunk.usage(prompt_tokens=len(words), completion_tokens=len(words))
 
 
 @server.route("/v1/tokenize", "reverser")
 def tokenize(request: CustomRequest) -> dict[str, object]:
-    """Give the words of a prompt. The OpenAI API has no such route; the model has it beside the chat."""
+    """Return the words of a prompt. The OpenAI API has no such route; the model answers it in addition to chat."""
     words = str(request.raw.get("prompt", "")).split()
     return {"tokens": words, "count": len(words)}
 
 
 @server.embedding("letters")
 def embed(request: EmbeddingRequest) -> list[list[float]]:
-    """Give one vector for each input: how often each letter occurs, scaled to length one."""
+    """Return one vector for each input: how often each letter occurs, scaled to length one."""
     return [letter_histogram(text) for text in request.inputs]
 
 
@@ -76,7 +76,7 @@ def letter_histogram(text: str | list[int]) -> list[float]:
 
 @server.asr("stopwatch")
 async def measure(request: ASRRequest) -> dict[str, object]:
-    """Write down not what a WAV file says but how long it is. Segments make subtitles (srt, vtt) possible."""
+    """Return the length of a WAV file instead of its words. The segments are needed for subtitles (srt, vtt)."""
     try:
         with wave.open(io.BytesIO(request.audio)) as audio:
             seconds = audio.getnframes() / audio.getframerate()
@@ -88,7 +88,7 @@ async def measure(request: ASRRequest) -> dict[str, object]:
 
 @server.tts("beeper")
 def beep(request: TTSRequest) -> Iterator[OutputChunk]:
-    """Beep once for each word, at the pitch of its first letter; each beep is sent when it is computed."""
+    """Yield a beep for each word, at the pitch of its first letter; each beep is sent as soon as it is computed."""
     words = request.input.split()
     beep_frames = int(RATE * 0.1 / request.speed)
     yield OutputChunk.audio(wav_header(beep_frames * len(words)), "audio/wav")
@@ -99,7 +99,7 @@ def beep(request: TTSRequest) -> Iterator[OutputChunk]:
 
 
 def wav_header(frames: int) -> bytes:
-    """Return the beginning of a WAV file of 16-bit mono samples."""
+    """Return the header of a WAV file of 16-bit mono samples."""
     size = 2 * frames
     sound = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16)
     return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + sound + struct.pack("<4sI", b"data", size)
@@ -107,7 +107,7 @@ def wav_header(frames: int) -> bytes:
 
 @server.image_generation("stripes")
 def draw(request: ImageGenRequest) -> Iterator[bytes]:
-    """Draw ``n`` pictures of stripes, whose colours the prompt decides."""
+    """Yield ``n`` pictures of stripes, in colours that depend on the prompt."""
     width, height = min(request.width or 64, 512), min(request.height or 64, 512)
     for number in range(request.n):
         colour = zlib.crc32(f"{request.prompt} {number}".encode()).to_bytes(4, "big")[:3]
@@ -118,7 +118,7 @@ def draw(request: ImageGenRequest) -> Iterator[bytes]:
 
 
 def png(width: int, height: int, rows: bytes) -> bytes:
-    """Return a PNG file of 8-bit RGB rows, each with its filter byte in front."""
+    """Return a PNG file of 8-bit RGB rows, each after its filter byte."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -134,27 +134,27 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 
 @server.image_edit("stripes")
 def keep(request: ImageEditRequest) -> Iterator[bytes]:
-    """Give the pictures back as they are, as a model would that has learned nothing."""
+    """Yield the pictures unchanged."""
     yield from request.images[: request.n]
 
 
 @server.rerank("overlap")
 def rank(request: RerankRequest) -> list[float]:
-    """Give each document the share of the query's words that are in it; whoever asked gets the best ones first."""
+    """Return a score for each document: the share of the query's words in it. The response is sorted by score."""
     words = set(request.query.lower().split())
     return [len(words & set(text.lower().split())) / max(len(words), 1) for text in request.documents]
 
 
 @server.moderation("shouting")
 def judge(request: ModerationRequest) -> Iterator[dict[str, float]]:
-    """Say how much of each text is in capitals; the rest of the official form is filled in."""
+    """Yield the share of capitals in each text; the other categories of the API are filled in."""
     for text in request.texts:
         letters = [letter for letter in text if letter.isalpha()]
         yield {"harassment": sum(map(str.isupper, letters)) / max(len(letters), 1)}
 
 
 async def main(port: int) -> None:
-    """Serve all of them in one process until a signal asks for the end."""
+    """Serve all models in one process until a signal arrives."""
     server.options.server.host = "127.0.0.1"
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:

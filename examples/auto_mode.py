@@ -1,9 +1,9 @@
-"""One program for every machine: master if the port is free, worker of the master that holds it if it is not.
+"""One program for every machine: a master if the port is free, a worker of the master that holds it if not.
 
     python auto_mode.py [PORT] [NAME]
 
-Start it twice on one machine. The first process becomes the master, the second one its worker, and both
-models are served on the same port.
+Start it twice on one machine. The first process becomes the master, the second one its worker, and both models are
+served on the same port.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ server = ClusterServer()
 
 
 async def stop_on_signal() -> None:
-    """Ask the server to stop, whichever part it plays."""
+    """Stop the server, whichever mode it runs in."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         await anext(signals)
         server.stop()
 
 
 async def main(port: int, name: str) -> None:
-    """Serve a model called ``name`` until a signal asks for the end."""
+    """Serve a model called ``name`` until a signal arrives."""
     server.options.server.host = "127.0.0.1"
 
     @server.chat(name)

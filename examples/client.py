@@ -1,9 +1,8 @@
-"""Ask every model of a cluster something, with the official ``openai`` package.
+"""Send a request to every model of a cluster, with the official ``openai`` package.
 
     python client.py [BASE_URL] [API_KEY]
 
-The client knows nothing of trio_cluster, apart from one field of ``/v1/models`` that says of which kind a
-model is.
+Nothing in this client is specific to trio_cluster, apart from the field ``kind`` of the models in ``/v1/models``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import openai
 
 
 def ask_chat(client: openai.OpenAI, model: str) -> str:
-    """Stream an answer, and print it as it comes."""
+    """Stream an answer, and return it as one text."""
     with client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": "one two three"}], stream=True
     ) as stream:
@@ -23,45 +22,45 @@ def ask_chat(client: openai.OpenAI, model: str) -> str:
 
 
 def ask_embedding(client: openai.OpenAI, model: str) -> str:
-    """Embed two texts, and say how alike they are."""
+    """Embed two texts, and return how similar they are."""
     first, second = client.embeddings.create(model=model, input=["a cat sat", "the cat sat"]).data
     similarity = sum(x * y for x, y in zip(first.embedding, second.embedding, strict=True))
     return f"{len(first.embedding)} numbers each, similarity {similarity:.2f}"
 
 
 def ask_tts(client: openai.OpenAI, model: str) -> bytes:
-    """Speak a sentence."""
+    """Return a sentence as speech."""
     return client.audio.speech.create(
         model=model, voice="any", input="hello to everybody", response_format="wav"
     ).content
 
 
 def ask_asr(client: openai.OpenAI, model: str, audio: bytes) -> str:
-    """Write down a recording."""
+    """Return the transcript of a recording."""
     return client.audio.transcriptions.create(model=model, file=("speech.wav", audio)).text
 
 
 def ask_image(client: openai.OpenAI, model: str) -> str:
-    """Draw a picture."""
+    """Generate a picture, and return its size."""
     images = client.images.generate(model=model, prompt="a 7, please").data or []
     return f"{len(images[0].b64_json or '')} characters of base64"
 
 
 def ask_rerank(client: openai.OpenAI, model: str) -> str:
-    """Rank two texts; the official client has no method for it, but takes any route."""
+    """Rerank two texts. The official client has no method for it, but can POST to any route."""
     body = {"model": model, "query": "the cat", "documents": ["a dog barked", "the cat sat"]}
     results = client.post("/rerank", cast_to=dict[str, Any], body=body)["results"]
     return f"text {results[0]['index']} is the best, with a score of {results[0]['relevance_score']:.2f}"
 
 
 def ask_moderation(client: openai.OpenAI, model: str) -> str:
-    """Have a text judged."""
+    """Return the verdict on a text."""
     verdict = client.moderations.create(model=model, input="GO AWAY").results[0]
     return "flagged" if verdict.flagged else "harmless"
 
 
 def main(base_url: str, api_key: str) -> None:
-    """Ask one question of every model there is."""
+    """Send one request to every model."""
     client = openai.OpenAI(base_url=base_url, api_key=api_key)
     models = {model.id: model.model_dump().get("kind") for model in client.models.list()}
     audio = b""

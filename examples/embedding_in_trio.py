@@ -2,9 +2,9 @@
 
     python embedding_in_trio.py [PORT]
 
-A program that watches something (here: an invented thermometer) and lets people ask about it through the
-OpenAI API. The watching and the serving are tasks of one tree. Model and program share plain Python state,
-because everything runs in one thread; and when one of them fails, both stop.
+A program that watches something, here a simulated thermometer, and answers questions about it through the OpenAI API.
+Watching and serving are tasks in one tree. The model and the program share plain Python state, because everything runs
+in one thread; and when one of them fails, both stop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trio_cluster import ChatRequest, ClusterServer
 
 
 class Thermometer:
-    """A temperature that changes, and tells everybody who waits for a change."""
+    """A temperature that changes, and that tasks can wait for."""
 
     def __init__(self) -> None:
         self.celsius = 20.0
@@ -41,14 +41,14 @@ class Thermometer:
 
 
 async def main(port: int) -> None:
-    """Watch and serve until a signal asks for the end."""
+    """Watch and serve until a signal arrives."""
     thermometer = Thermometer()
     server = ClusterServer()
     server.options.server.host = "127.0.0.1"
 
     @server.chat("thermometer")
     async def report(request: ChatRequest) -> AsyncIterator[str]:
-        """Report as many readings as the client asked for, as they come."""
+        """Yield the next readings; the message is their number."""
         for _ in range(int(request.last_text) if request.last_text.isdecimal() else 1):
             yield f"{await thermometer.next_reading():.2f} °C\n"
 
@@ -59,7 +59,7 @@ async def main(port: int) -> None:
                 await serving.start(server.run_as_standalone, port)
                 print(f"serving {server.url}/v1", flush=True)
                 await anext(signals)
-                # The thermometer goes on until the server has stopped: requests that run need their readings.
+                # The thermometer runs until the server has stopped, because running requests need its readings.
                 server.stop()
             program.cancel_scope.cancel(reason="the server has stopped")
 

@@ -1,8 +1,8 @@
-"""The six shapes in which a handler can be written, each as a chat model that counts the words it was sent.
+"""The six shapes of a handler, each as a chat model that counts the words of a message.
 
     python handler_shapes.py [PORT]
 
-Which shape a function has is found out when it is registered; one that has none is refused there and then.
+The shape of a function is determined when it is registered; other functions are refused with a ``TypeError``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ server = ClusterServer()
 
 @server.chat("async-yield")
 async def async_yield(request: ChatRequest) -> AsyncIterator[str]:
-    """Yield each piece of output. The usual shape for text that is to be streamed."""
+    """Yield the pieces of the output. The usual shape for streamed text."""
     for number, _ in enumerate(request.last_text.split(), start=1):
         yield f"{number} "
 
 
 @server.chat("async-return")
 async def async_return(request: ChatRequest) -> str:
-    """Return the whole output. A client that asked for a stream gets it as one piece."""
+    """Return the whole output. A client that streams gets it as one piece."""
     return f"{len(request.last_text.split())} words"
 
 
 @server.chat("async-push")
 async def async_push(request: ChatRequest, provider: Provider) -> None:
-    """Push pieces. Good where output comes from several places, or where work goes on after the end."""
+    """Push the pieces. For output from several places, or for work that goes on after the end of the output."""
     words = request.last_text.split()
     for number, _ in enumerate(words, start=1):
         await provider.push(f"{number} ")
@@ -42,19 +42,19 @@ async def async_push(request: ChatRequest, provider: Provider) -> None:
     provider.end()
 
 
-# The same three as plain functions. Each call runs in a thread, so they may compute and block as they like.
+# The same three as plain functions. Each call runs in a thread, so they may compute and block.
 
 
 @server.chat("plain-yield")
 def plain_yield(request: ChatRequest) -> Iterator[str]:
-    """Yield each piece of output; a client that left is noticed at the next ``yield``."""
+    """Yield the pieces of the output. A cancellation takes effect at the next ``yield``."""
     for number, _ in enumerate(request.last_text.split(), start=1):
         yield f"{number} "
 
 
 @server.chat("plain-return")
 def plain_return(request: ChatRequest) -> str:
-    """Return the whole output; between long steps, ask whether anybody still waits for it."""
+    """Return the whole output. A cancellation takes effect at the next ``check_cancelled``, between long steps."""
     count = 0
     for _ in request.last_text.split():
         trio.from_thread.check_cancelled()
@@ -64,13 +64,13 @@ def plain_return(request: ChatRequest) -> str:
 
 @server.chat("plain-push")
 def plain_push(request: ChatRequest, provider: Any) -> None:
-    """Push pieces, without ``await``."""
+    """Push the pieces, without ``await``. A cancellation takes effect at the next ``push``."""
     for number, _ in enumerate(request.last_text.split(), start=1):
         provider.push(f"{number} ")
 
 
 async def main(port: int) -> None:
-    """Serve all six in one process until a signal asks for the end."""
+    """Serve all six models in one process until a signal arrives."""
     server.options.server.host = "127.0.0.1"
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:

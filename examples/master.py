@@ -1,9 +1,9 @@
-"""A master: serves the OpenAI API on PORT, and takes workers on PORT + 1000.
+"""A master: it serves the OpenAI API on PORT, and accepts workers on PORT + 1000.
 
     python master.py [PORT] [HOST]
 
-A master needs no model of its own; this one has a small one, to show that it may. Start ``worker.py``
-beside it, on this machine or on another, and its model appears in ``/v1/models`` next to this one.
+A master needs no model of its own; this one has one to show that it can. Start ``worker.py``, on this machine or on
+another one, and its model appears in ``/v1/models`` beside this one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ server = ClusterServer()
 
 @server.chat("master-echo")
 async def echo(request: ChatRequest) -> AsyncIterator[str]:
-    """Give the last message back, word by word."""
+    """Yield the last message, word by word."""
     for word in request.last_text.split():
         yield word + " "
 
 
 async def main(port: int, host: str) -> None:
-    """Serve until a signal asks for the end, and then let running requests finish."""
+    """Serve until a signal arrives, and then let running requests finish."""
     server.options.server.host = host
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            # `start` comes back when the server serves; from then on `url` and `internal_port` are known.
+            # `start` returns when the server serves; from then on, `url` and `internal_port` are known.
             await nursery.start(server.run_as_master, port)
             print(f"serving {server.url}/v1, workers join at port {server.internal_port}", flush=True)
             await anext(signals)

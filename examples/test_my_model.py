@@ -1,9 +1,9 @@
-"""Tests of a model, and of a program's way with a cluster whose machines fail.
+"""Tests of a model, and of a cluster whose machines fail.
 
     pip install pytest pytest-trio
     pytest test_my_model.py
 
-The first kind runs the model itself, in real time; the second kind runs a whole simulated cluster in virtual time.
+The first two run the model itself, in real time; the other two run a simulated cluster in virtual time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from trio_cluster.testing import DoesNotStop, FakeModel, SimulatedCluster, check
 
 
 def my_model(request: ChatRequest) -> Iterator[str]:
-    """Stand for a model that computes in a thread, and can stop between two tokens."""
+    """Yield words slowly, as a model that computes in a thread and can be stopped between two tokens."""
     for word in request.last_text.split():
         time.sleep(0.01)
         yield word + " "
 
 
 def stubborn_model(request: ChatRequest) -> str:
-    """Stand for a model that computes in a thread, and cannot stop."""
+    """Return the message slowly, as a model that computes in a thread and cannot be stopped."""
     time.sleep(0.5)
     return request.last_text
 
@@ -38,7 +38,7 @@ async def test_my_model_keeps_its_promises() -> None:
 
 
 @pytest.mark.trio
-async def test_a_model_that_cannot_be_stopped_is_found_out() -> None:
+async def test_a_model_that_cannot_be_stopped_is_detected() -> None:
     with pytest.raises(DoesNotStop):
         await check_handler(stubborn_model, bound=0.1)
 
@@ -51,19 +51,19 @@ async def test_a_replica_takes_over_before_the_first_token(cluster: SimulatedClu
         server.register_chat("m", model)
         await cluster.start_worker(server)
 
-    async def kill_whoever_is_asked_first() -> None:
+    async def kill_the_worker_that_is_asked() -> None:
         await trio.sleep(1)
         (asked,) = [name for name, model in models.items() if model.running]
         cluster.workers[asked].kill()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(kill_whoever_is_asked_first)
+        nursery.start_soon(kill_the_worker_that_is_asked)
         answer = await cluster.client().chat("m")
     assert answer.report().text == "t0 t1 t2 "
     assert trio.current_time() == 6
 
 
-async def test_a_frozen_worker_is_given_up_and_taken_back(cluster: SimulatedCluster) -> None:
+async def test_a_frozen_worker_is_dropped_and_accepted_again(cluster: SimulatedCluster) -> None:
     server = worker("one")
     server.register_chat("m", FakeModel())
     await cluster.start_worker(server)

@@ -1,10 +1,9 @@
-"""A worker: brings its models to a master, and answers what the master forwards.
+"""A worker: it offers its models to a master, and handles the requests that the master forwards.
 
     python worker.py [MASTER_HOST] [MASTER_INTERNAL_PORT]
 
-The worker opens the connection, so it may stand behind NAT or a firewall. The port is the master's internal
-one, which is the port of its API plus 1000. The worker comes back by itself when the connection is lost;
-that is why this may be started before the master.
+The worker opens the connection, so it can be behind NAT or a firewall. The port is the master's internal one, which is
+the port of its API plus 1000. The worker reconnects by itself, so it can also be started before the master.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ server = ClusterServer()
 
 @server.chat("worker-upper", context_window=4096)
 async def upper(request: ChatRequest) -> AsyncIterator[str]:
-    """Give the last message back in capitals, slowly enough to watch it stream."""
+    """Yield the last message in capitals, slowly enough to watch it stream."""
     for word in request.last_text.split():
         yield word.upper() + " "
         await trio.sleep(0.05)
 
 
 async def stop_on_signal() -> None:
-    """Ask the server to stop: it tells the master, finishes what it runs, and leaves."""
+    """Stop the server: it tells the master, finishes its requests, and disconnects."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         await anext(signals)
         server.stop()
 
 
 async def main(host: str, port: int) -> None:
-    """Serve the master at ``host`` until a signal asks for the end."""
+    """Serve the master at ``host`` until a signal arrives."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signal)
         await server.run_as_worker(host, port)
@@ -45,7 +44,7 @@ async def main(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    # What the library does, it tells to `logging`: connected, lost the master, which models were refused.
+    # The library logs what happens: connected, connection lost, models refused.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = sys.argv[1:]
     trio.run(

@@ -1,23 +1,21 @@
 #!/usr/bin/env python3
 """Train the tiny diffusion model behind the ``digits`` engine and write ``trio_cluster/demo/digits.npz``.
 
-The model is a denoising diffusion model (Ho, Jain and Abbeel 2020) with a cosine noise schedule (Nichol and
-Dhariwal 2021), trained for classifier-free guidance (Ho and Salimans 2022): for one sample in ten the class
-is replaced by an eleventh, "any digit". The network is a residual multilayer perceptron over the 64 pixels,
-small enough to be written out with its backward pass in numpy. The data are the 1797 handwritten digits of 8
-by 8 pixels that scikit-learn brings along (the test half of the UCI "Optical Recognition of Handwritten
-Digits" set).
+The model is a denoising diffusion model (Ho, Jain and Abbeel 2020) with a cosine noise schedule (Nichol and Dhariwal
+2021), trained for classifier-free guidance (Ho and Salimans 2022): for one sample in ten the class is replaced by an
+eleventh, "any digit". The network is a residual multilayer perceptron over the 64 pixels, small enough to be written
+with its backward pass in numpy. The data are the 1797 handwritten digits of 8 by 8 pixels that come with scikit-learn
+(the test half of the UCI "Optical Recognition of Handwritten Digits" set).
 
-The result depends on nothing but the seed and the versions of numpy and the BLAS under it. It takes two to
-three minutes on one core::
+The result depends only on the seed and the versions of numpy and its BLAS. Training takes two to three minutes on one
+core::
 
     pip install numpy scikit-learn
     OMP_NUM_THREADS=1 python scripts/train_digits.py
 
-At the end it prints how often a 3-nearest-neighbour classifier, fitted on the same real digits, reads in a
-generated picture the digit that was asked for, and how far the pictures are from their nearest real neighbour
-compared with the
-real ones among themselves: a model that had merely learnt its data by heart would score a ratio near 0.
+At the end it prints how often a 3-nearest-neighbour classifier, fitted on the same real digits, recognizes the wanted
+digit in a generated picture, and how far the pictures are from their nearest real neighbour, compared with the real
+ones among themselves: a model that had memorized its data would have a ratio near 0.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from trio_cluster.demo import diffusion as diffusion
+from trio_cluster.demo import diffusion
 
 Array = NDArray[np.float32]
 
@@ -44,7 +42,7 @@ EMA = 0.999
 
 
 def new_parameters(rng: np.random.Generator) -> dict[str, Array]:
-    """Return freshly drawn weights; the last layer of a block is zero, so that a block starts as nothing."""
+    """Return random weights. The last layer of each block is zero, so that a block starts as the identity."""
 
     def dense(rows: int, columns: int) -> Array:
         return (rng.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
@@ -77,8 +75,15 @@ def gradients(
 ) -> tuple[float, dict[str, Array]]:
     """Return the mean squared error of the predicted noise, and its gradient for every weight.
 
-    The forward pass is that of :func:`trio_cluster.demo.diffusion.predict_noise`, keeping what the way
-    back needs.
+    The forward pass is that of :func:`trio_cluster.demo.diffusion.predict_noise`; it keeps what the backward pass
+    needs.
+
+    Args:
+        p: the weights.
+        noisy: noisy pictures in the shape (count, 64).
+        times: the time of each picture, 0 to 1, in the shape (count,).
+        classes: the digit in each picture, 10 for "any digit", in the shape (count,).
+        noise: the noise in each picture, in the shape (count, 64).
     """
     features = diffusion.time_features(times)
     condition, condition_slope = silu_and_slope(features @ p["time_w"] + p["time_b"] + p["class_w"][classes])
@@ -147,34 +152,35 @@ def train(images: Array, labels: NDArray[np.int64], steps: int, seed: int) -> di
 
 
 def report(weights: dict[str, Array], images: Array, labels: NDArray[np.int64]) -> None:
-    """Print how well the generated digits are read by a classifier of real ones, and how new they are."""
-    reader = KNeighborsClassifier(3).fit(images, labels)
-    real_gap = reader.kneighbors(n_neighbors=1)[0].mean()
-    asked = np.repeat(np.arange(10), 30)
+    """Print how well a classifier of real digits recognizes the generated ones, and how new they are."""
+    classifier = KNeighborsClassifier(3).fit(images, labels)
+    real_gap = classifier.kneighbors(n_neighbors=1)[0].mean()
+    wanted = np.repeat(np.arange(10), 30)
     for guidance in (1.0, 2.0, 3.0):
-        made: Any = diffusion.sample(weights, asked, seed=1, guidance=guidance)
+        made: Any = diffusion.sample(weights, wanted, seed=1, guidance=guidance)
         assert made is not None
-        gap = reader.kneighbors(made.reshape(len(made), -1), n_neighbors=1)[0].mean()
-        read = 100 * (reader.predict(made.reshape(len(made), -1)) == asked).mean()
+        gap = classifier.kneighbors(made.reshape(len(made), -1), n_neighbors=1)[0].mean()
+        recognized = 100 * (classifier.predict(made.reshape(len(made), -1)) == wanted).mean()
         print(
-            f"guidance {guidance}: {read:.1f} % read as asked, nearest-neighbour ratio {gap / real_gap:.2f}"
+            f"guidance {guidance}: {recognized:.1f} % recognized, nearest-neighbour ratio {gap / real_gap:.2f}"
         )
 
 
 def main() -> None:
+    """Train with the arguments of the command line, write the weights, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(diffusion.__file__).with_name("digits.npz"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     data = load_digits()
     images = (data.data / 8.0 - 1.0).astype(np.float32)
     labels = data.target.astype(np.int64)
-    weights = train(images, labels, given.steps, given.seed)
-    halves: dict[str, Any] = {name: value.astype(np.float16) for name, value in weights.items()}
-    np.savez_compressed(given.out, **halves)
-    print(f"{given.out}: {given.out.stat().st_size / 1e3:.0f} kB")
-    report(diffusion.load(given.out), images, labels)
+    weights = train(images, labels, arguments.steps, arguments.seed)
+    half_precision: dict[str, Any] = {name: value.astype(np.float16) for name, value in weights.items()}
+    np.savez_compressed(arguments.out, **half_precision)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e3:.0f} kB")
+    report(diffusion.load(arguments.out), images, labels)
 
 
 if __name__ == "__main__":

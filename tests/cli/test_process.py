@@ -1,4 +1,4 @@
-"""A process that is a node and nothing else: its limit of descriptors, and its garbage collector."""
+"""The settings of a process that is a node: its limit of file descriptors, and its garbage collector."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 
 import pytest
 
-# In a process of its own: nobody else's limits and collector are to be changed.
+# Run in another process, so that the limits and the collector of the tests do not change.
 LIMITS = """
 import resource
-from trio_cluster.cli.process import allow_connections
+from trio_cluster.cli.process import raise_descriptor_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
-told = allow_connections()
-print(told, *resource.getrlimit(resource.RLIMIT_NOFILE))
+limit = raise_descriptor_limit()
+print(limit, *resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 COLLECTOR = """
 import gc, weakref
-from trio_cluster.cli.process import calm_collector
+from trio_cluster.cli.process import tune_garbage_collector
 class Node: pass
 node = Node(); node.itself = node; garbage = weakref.ref(node); del node
 before = gc.get_threshold()
-calm_collector(rarely={rarely})
+tune_garbage_collector(rare={rare})
 after = gc.get_threshold()
 print(gc.get_freeze_count() > 1000, garbage() is None, after[:2] == before[:2], after[2] - before[2])
 """
@@ -34,15 +34,13 @@ def run(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("soft", "hard", "then"), [(256, 1500, 1500), (1500, 1500, 1500)])
-def test_the_process_may_have_as_many_descriptors_as_the_system_allows(
-    soft: int, hard: int, then: int
-) -> None:
+def test_the_descriptor_limit_is_raised_to_what_the_system_allows(soft: int, hard: int, then: int) -> None:
     assert run(LIMITS.format(soft=soft, hard=hard)) == [str(then), str(then), str(hard)]
 
 
-@pytest.mark.parametrize("rarely", [True, False])
-def test_the_collector_leaves_alone_what_is_there_except_garbage(rarely: bool) -> None:
-    *facts, change = run(COLLECTOR.format(rarely=rarely))
+@pytest.mark.parametrize("rare", [True, False])
+def test_the_collector_frees_garbage_and_exempts_all_other_objects(rare: bool) -> None:
+    *facts, change = run(COLLECTOR.format(rare=rare))
     assert facts == ["True"] * 3
     # From 3.14 on, Python has no third generation to set a threshold for.
-    assert int(change) > 0 if rarely and sys.version_info < (3, 14) else int(change) == 0
+    assert int(change) > 0 if rare and sys.version_info < (3, 14) else int(change) == 0

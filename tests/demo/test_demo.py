@@ -1,10 +1,12 @@
-"""The demo: with one small model of this package in place of its five, so that it can run anywhere."""
+"""The demo, with one small model of this package in place of its five, so that it can run anywhere."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ import trio
 pytest.importorskip("numpy")
 
 from trio_cluster.demo import cluster, questions as asked, run_demo
+from trio_cluster.demo.snippets import how_to_try
 from trio_cluster.errors import ClusterError, ClusterPortError
 
 FAR = 60.0
@@ -26,7 +29,7 @@ FAR = 60.0
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make it a demo of digits only."""
+    """Reduce the demo to the model ``digits``."""
     questions = tuple(each for each in asked.QUESTIONS if each.model == "digits")
     monkeypatch.setattr(cluster, "QUESTIONS", questions)
     monkeypatch.setattr(cluster, "WEIGHTS", {})
@@ -34,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nodes() -> set[int]:
-    """The processes on this machine that are nodes of a demo which this process started."""
+    """Return the process ids of the demo nodes that this process has started."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -47,37 +50,37 @@ def nodes() -> set[int]:
     return found
 
 
-class Listener(io.StringIO):
-    """Sets an event once a word has been said."""
+class WatchedOutput(io.StringIO):
+    """Sets an event when a text has been written."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self, awaited: str) -> None:
         super().__init__()
-        self.word, self.heard = word, trio.Event()
+        self.awaited, self.written = awaited, trio.Event()
 
     def write(self, text: str) -> int:
-        if self.word in text:
-            self.heard.set()
+        if self.awaited in text:
+            self.written.set()
         return super().write(text)
 
 
 @pytest.mark.processes
-async def test_check_asks_shows_question_and_answer_and_stops_everything(small: None) -> None:
+async def test_check_shows_questions_and_answers_and_stops_everything(small: None) -> None:
     out = io.StringIO()
     with trio.fail_after(FAR):
         assert await run_demo(0, check=True, out=out) == 0
-    said = out.getvalue()
-    assert "ready after" in said
-    assert "asked:    draw: a handwritten seven" in said
-    assert "bytes of PNG, 64 by 64" in said
-    assert said.endswith("all models answered\n")
+    text = out.getvalue()
+    assert "ready after" in text
+    assert "asked:    draw: a handwritten seven" in text
+    assert "bytes of PNG, 64 by 64" in text
+    assert text.endswith("all models answered\n")
     assert nodes() == set()
 
 
 @pytest.mark.processes
-async def test_a_wrong_answer_is_shown_and_makes_it_fail(
-    small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = asked.Question("image_generation", "digits", "draw a cat", lambda api, heard: _ask_for_a_cat(api))
+async def test_a_wrong_answer_is_shown_and_is_a_failure(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = asked.Question(
+        "image_generation", "digits", "draw a cat", lambda api, shared: _ask_for_a_cat(api)
+    )
     monkeypatch.setattr(cluster, "QUESTIONS", (wrong,))
     out = io.StringIO()
     with trio.fail_after(FAR):
@@ -91,19 +94,19 @@ def _ask_for_a_cat(api: asked.Api) -> str:
 
 
 @pytest.mark.processes
-async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small: None) -> None:
-    out = Listener("Ctrl-C ends the demo.")
+async def test_without_check_the_demo_shows_snippets_and_runs_until_cancelled(small: None) -> None:
+    out = WatchedOutput("Ctrl-C ends the demo.")
     with trio.fail_after(FAR):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: run_demo(0, check=False, out=out))
-            await out.heard.wait()
+            await out.written.wait()
             assert len(nodes()) == 2
             began = trio.current_time()
             nursery.cancel_scope.cancel()
     assert nodes() == set()
-    # They were asked to stop, and did; they were not killed.
+    # The nodes have stopped within their grace period, so they were not killed.
     assert trio.current_time() - began < cluster._GRACE
-    said = out.getvalue()
+    text = out.getvalue()
     for route in (
         "chat/completions",
         "embeddings",
@@ -111,11 +114,11 @@ async def test_without_check_it_shows_what_to_try_and_runs_until_cancelled(small
         "audio/transcriptions",
         "images/generations",
     ):
-        assert f"/v1/{route}" in said
+        assert f"/v1/{route}" in text
 
 
 @pytest.mark.processes
-async def test_a_node_that_dies_is_reported_with_its_last_words(
+async def test_a_node_that_ends_early_is_reported_with_the_end_of_its_log(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_WORKERS", {"worker-1": ("digits",), "worker-2": ("digits,name=",)})
@@ -123,12 +126,12 @@ async def test_a_node_that_dies_is_reported_with_its_last_words(
     out = io.StringIO()
     with trio.fail_after(FAR), pytest.raises(ClusterError, match="worker-2 has ended with exit code 2"):
         await run_demo(0, check=False, out=out)
-    assert "its last words:" in out.getvalue()
+    assert "the end of its log:" in out.getvalue()
     assert "trio-cluster: error: --serve" in out.getvalue()
     assert nodes() == set()
 
 
-async def test_a_port_that_is_taken_is_one_clear_error(small: None) -> None:
+async def test_a_taken_port_is_an_error_that_names_it(small: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterPortError, match=f"port {port}: .*in use"):
@@ -140,8 +143,21 @@ async def test_a_port_that_is_taken_is_one_clear_error(small: None) -> None:
     importlib.util.find_spec("xllamacpp") is not None, reason="its libraries are installed here"
 )
 async def test_missing_libraries_are_named_with_what_to_install() -> None:
-    with pytest.raises(ClusterError, match=r"pip install 'trio-cluster\[demo\]' .*needs"):
+    with pytest.raises(ClusterError, match=r"install them with: pip install 'trio-cluster\[demo\]' .*needs"):
         await run_demo(0, check=True, out=io.StringIO())
+
+
+def test_the_snippets_can_be_pasted() -> None:
+    shell, _, python = how_to_try("http://127.0.0.1:8080/v1").partition("# Python (pip install openai)\n")
+    bodies = re.findall(r"^  -d '(.*)'$", shell, re.M)
+    assert [json.loads(body)["model"] for body in bodies] == [
+        "smollm2",
+        "all-MiniLM-L6-v2",
+        "hibari",
+        "digits",
+    ]
+    code, _, _ = python.partition("\nCtrl-C")
+    compile(code, "snippet", "exec")
 
 
 @pytest.fixture
@@ -152,7 +168,7 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     command = [sys.executable, "-m", "trio_cluster.demo.node", "master", str(port), "--host", "127.0.0.1"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
     assert process.stderr is not None
-    # Its first line says that it serves.
+    # The first line of the log appears when the node serves.
     process.stderr.readline()
     yield process, port
     process.kill()
@@ -160,19 +176,19 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 @pytest.mark.processes
-def test_a_node_stops_by_itself_when_the_demo_is_gone(node: tuple[subprocess.Popen[bytes], int]) -> None:
+def test_a_node_stops_when_the_demo_has_ended(node: tuple[subprocess.Popen[bytes], int]) -> None:
     process, port = node
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
         assert answer.status == 200
     assert process.stdin is not None
-    # What the kernel does to the pipe of a process that is killed.
+    # As the kernel closes the pipe when the demo is killed.
     process.stdin.close()
     process.stdin = None
     assert process.wait(timeout=15) == 0
 
 
 @pytest.mark.processes
-def test_a_node_stops_by_sigterm_while_the_demo_is_there(node: tuple[subprocess.Popen[bytes], int]) -> None:
+def test_a_node_stops_on_sigterm_while_the_demo_runs(node: tuple[subprocess.Popen[bytes], int]) -> None:
     process, _ = node
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=15) == 0

@@ -1,4 +1,4 @@
-"""The diffusion model in this package, with its real weights; it is small enough for every test run."""
+"""The diffusion model of the demo, with its real weights, which are small enough for every test run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from heard import Heard
+from recording_provider import RecordingProvider
 
 np = pytest.importorskip("numpy")
 
@@ -23,9 +23,9 @@ def model() -> digits.Digits:
 
 
 async def draw(model: digits.Digits, prompt: str = "a seven", **fields: Any) -> list[bytes]:
-    heard = Heard()
-    await model.draw(ImageGenRequest(model="digits", prompt=prompt, **fields), heard)
-    return heard.values("image")
+    output = RecordingProvider()
+    await model.draw(ImageGenRequest(model="digits", prompt=prompt, **fields), output)
+    return output.values("image")
 
 
 def size_of(png: bytes) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def test_the_first_digit_in_the_prompt_counts(prompt: str, digit: int | None) ->
     assert digits.first_digit(prompt) == digit
 
 
-async def test_pictures_come_in_the_number_and_size_asked_for(model: digits.Digits) -> None:
+async def test_the_number_and_size_of_pictures_are_those_of_the_request(model: digits.Digits) -> None:
     assert [size_of(each) for each in await draw(model)] == [(256, 256)]
     assert [size_of(each) for each in await draw(model, n=3, size="40x24")] == [(40, 24)] * 3
 
@@ -76,7 +76,7 @@ async def test_a_seed_makes_pictures_repeatable(model: digits.Digits) -> None:
         ({"output_format": "webp", "raw": {"output_format": "webp"}}, "output_format"),
     ],
 )
-async def test_what_cannot_be_drawn_is_refused_by_field(
+async def test_a_field_that_cannot_be_served_is_named_in_the_error(
     model: digits.Digits, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(ApiError) as caught:
@@ -90,7 +90,7 @@ def test_different_digits_look_different_and_guidance_makes_them_alike() -> None
     pictures = diffusion.sample(weights, classes, seed=1, steps=12, guidance=3.0)
     assert pictures is not None
     means = pictures.reshape(10, 10, 64).mean(axis=1)
-    # Each picture is nearer to the mean of its own class than to that of any other, nearly always.
+    # Nearly every picture is nearer to the mean of its own class than to that of any other.
     distance = ((pictures.reshape(100, 1, 64) - means) ** 2).sum(axis=2)
     assert (distance.argmin(axis=1) == classes).mean() > 0.95
     free = diffusion.sample(weights, classes, seed=1, steps=12, guidance=1.0)
@@ -98,15 +98,15 @@ def test_different_digits_look_different_and_guidance_makes_them_alike() -> None
     assert free.reshape(10, 10, 64).std(axis=1).mean() > pictures.reshape(10, 10, 64).std(axis=1).mean()
 
 
-def test_sampling_can_be_ended_at_every_step() -> None:
+def test_sampling_can_be_stopped_at_every_step() -> None:
     weights = diffusion.load(digits._WEIGHTS)
     seen: list[int] = []
 
-    def go_on(step: int) -> bool:
+    def should_continue(step: int) -> bool:
         seen.append(step)
         return step < 4
 
-    assert diffusion.sample(weights, np.array([3]), steps=30, go_on=go_on) is None
+    assert diffusion.sample(weights, np.array([3]), steps=30, should_continue=should_continue) is None
     assert seen == [0, 1, 2, 3, 4]
 
 

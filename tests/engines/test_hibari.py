@@ -1,4 +1,4 @@
-"""Speech: formats, sentences and refusals, against a stand-in for the voice."""
+"""The hibari engine: formats, sentences and refusals, with a fake voice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from heard import Heard
+from recording_provider import RecordingProvider
 
 np = pytest.importorskip("numpy")
 
@@ -17,8 +17,8 @@ from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.openai import TTSRequest  # noqa: E402
 
 
-class StandIn:
-    """Speaks a tenth of a second per sentence, at the pace it is asked for."""
+class FakeVoice:
+    """A voice that takes a tenth of a second per sentence, divided by the speed."""
 
     sample_rate = 24_000
 
@@ -34,23 +34,23 @@ class StandIn:
 
 
 def speaker() -> Speaker:
-    return Speaker(StandIn(), trio.CapacityLimiter(1))
+    return Speaker(FakeVoice(), trio.CapacityLimiter(1))
 
 
 async def say(text: str = "One. Two.", **fields: Any) -> tuple[list[bytes], str]:
     request = TTSRequest(model="h", **({"input": text, "voice": "alloy"} | fields))
-    heard = Heard()
-    await speaker().speak(request, heard)
-    (mime_type,) = {chunk.mime_type for chunk in heard.pieces}
-    return heard.values("audio"), mime_type
+    output = RecordingProvider()
+    await speaker().speak(request, output)
+    (mime_type,) = {chunk.mime_type for chunk in output.pieces}
+    return output.values("audio"), mime_type
 
 
-async def test_each_sentence_goes_out_by_itself() -> None:
+async def test_each_sentence_is_sent_by_itself() -> None:
     pieces, _ = await say("One. Two. Three.")
     assert [len(piece) for piece in pieces] == [44 + 4800, 4800, 4800]
 
 
-async def test_wav_is_the_answer_to_those_who_did_not_choose() -> None:
+async def test_the_format_is_wav_if_the_client_sets_none() -> None:
     pieces, mime_type = await say()
     assert mime_type == "audio/wav"
     assert pieces[0][:4] == b"RIFF"
@@ -66,15 +66,15 @@ async def test_a_single_sentence_states_its_length_and_several_cannot() -> None:
     assert pieces[0][40:44] == b"\xff\xff\xff\xff"
 
 
-async def test_pcm_is_bare_samples() -> None:
+async def test_pcm_has_samples_and_no_header() -> None:
     pieces, mime_type = await say(response_format="pcm", raw={"response_format": "pcm"})
     assert mime_type == "audio/pcm"
     assert pieces[0] == np.full(2400, 16383, "<i2").tobytes()
 
 
 @pytest.mark.parametrize("wanted", ["mp3", "opus", "aac", "flac"])
-async def test_a_format_that_was_asked_for_and_is_not_there_is_refused(wanted: str) -> None:
-    with pytest.raises(ApiError, match=f"speaks wav and pcm, not {wanted}") as caught:
+async def test_a_format_without_an_encoder_is_refused(wanted: str) -> None:
+    with pytest.raises(ApiError, match=f"has the formats wav and pcm, not {wanted}") as caught:
         await say(response_format=wanted, raw={"response_format": wanted})
     assert (caught.value.status, caught.value.param) == (400, "response_format")
 
@@ -85,16 +85,16 @@ async def test_speed_changes_the_length() -> None:
 
 
 async def test_a_text_that_cannot_be_spoken_is_refused() -> None:
-    with pytest.raises(ApiError, match="nothing in the input") as caught:
+    with pytest.raises(ApiError, match="no words in the input") as caught:
         await say(" . ")
     assert caught.value.param == "input"
 
 
-async def test_a_request_that_is_given_up_stops_speaking() -> None:
-    model, heard = speaker(), Heard()
+async def test_a_cancelled_request_stops_after_its_sentence() -> None:
+    model, output = speaker(), RecordingProvider()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(model.speak, TTSRequest(model="h", input="Word. " * 500, voice="x"), heard)
-        await heard.first.wait()
+        nursery.start_soon(model.speak, TTSRequest(model="h", input="Word. " * 500, voice="x"), output)
+        await output.first.wait()
         nursery.cancel_scope.cancel()
     assert len(model._voice.spoken) < 20
     assert model._slots.borrowed_tokens == 0

@@ -1,4 +1,4 @@
-"""The HTTP client, against a server that does everything that servers do, right and wrong."""
+"""The HTTP client, with servers that answer right and wrong, and that fail in every way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 CLOSE_DELIMITED = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
-# The reader, without any socket
+# The parser, without sockets
 
 
 def read(*pieces: bytes, eof: bool = False) -> tuple[ResponseReader, bytes]:
@@ -69,11 +69,13 @@ def test_a_response_is_parsed_in_pieces_of_any_size(
 
 
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=20), st.data())
-def test_chunks_come_out_as_they_went_in_and_joined(chunks: list[bytes], data: st.DataObject) -> None:
+def test_the_chunks_of_one_feed_come_out_joined_and_unchanged(
+    chunks: list[bytes], data: st.DataObject
+) -> None:
     raw = CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
     cut = data.draw(st.integers(0, len(raw)))
     reader = ResponseReader()
-    # All that one feeding brings is one piece.
+    # All body bytes of one feed are one piece.
     taken = []
     for piece in (raw[:cut], raw[cut:]):
         reader.feed(piece)
@@ -85,7 +87,7 @@ def test_chunks_come_out_as_they_went_in_and_joined(chunks: list[bytes], data: s
 
 
 @given(st.integers(0, 200))
-def test_an_answer_that_is_cut_anywhere_is_not_complete(cut: int) -> None:
+def test_a_response_that_is_truncated_anywhere_is_incomplete(cut: int) -> None:
     raw = CHUNKED + b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n"
     reader, _ = read(raw[: min(cut, len(raw) - 1)])
     assert not reader.complete
@@ -93,7 +95,7 @@ def test_an_answer_that_is_cut_anywhere_is_not_complete(cut: int) -> None:
         reader.feed_eof()
 
 
-def test_a_head_is_kept_as_it_came() -> None:
+def test_headers_keep_their_order_and_values() -> None:
     reader, _ = read(b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-a: caf\xe9 \r\nContent-Length: 0\r\n\r\n")
     assert reader.headers == [("x-a", "1"), ("x-a", "café"), ("content-length", "0")]
 
@@ -102,9 +104,7 @@ def test_a_head_is_kept_as_it_came() -> None:
     "surplus", [b"x", b"\x00" * 10, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmore", b"HTTP/1.1 500"]
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_what_follows_an_answer_is_no_part_of_it_and_ends_the_connection(
-    surplus: bytes, together: bool
-) -> None:
+def test_bytes_after_a_response_are_dropped_and_prevent_keep_alive(surplus: bytes, together: bool) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
     reader, body = read(raw + surplus) if together else read(raw, surplus)
     assert (reader.complete, reader.status, body, reader.keep_alive) == (True, 200, b"abc", False)
@@ -136,7 +136,7 @@ def test_framing_without_a_body_has_a_bound() -> None:
         reader.feed(b"a" * 20_000)
 
 
-# Addresses
+# Base URLs
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_framing_without_a_body_has_a_bound() -> None:
         ("http://[::1]:8000/some/prefix/v1", ("http", "::1", 8000, "/some/prefix/v1"), "[::1]:8000"),
     ],
 )
-def test_the_base_of_an_api_is_read(url: str, expected: tuple[str, str, int, str], authority: str) -> None:
+def test_a_base_url_is_parsed(url: str, expected: tuple[str, str, int, str], authority: str) -> None:
     base = BaseURL.parse(url)
     assert (base.scheme, base.host, base.port, base.path) == expected
     assert base.authority == authority
@@ -176,13 +176,13 @@ def test_the_base_of_an_api_is_read(url: str, expected: tuple[str, str, int, str
         "http://[::1/v1",
     ],
 )
-def test_other_addresses_are_refused(url: str) -> None:
+def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         BaseURL.parse(url)
     assert "\n" not in str(caught.value)
 
 
-# Exchanges over real sockets
+# Requests over real sockets
 
 
 async def send(client: HttpClient, body: Body = b"", **fields: object) -> tuple[HttpResponse, bytes]:
@@ -202,7 +202,7 @@ async def send(client: HttpClient, body: Body = b"", **fields: object) -> tuple[
 
 
 def client_of(server: RawServer, **options: float) -> HttpClient:
-    """Return a client, which is closed together with the server."""
+    """Return a client that is closed together with the server."""
     client = HttpClient(BaseURL.parse(server.url), **options)  # type: ignore[arg-type]
     server.at_end.append(client.close)
     return client
@@ -239,7 +239,7 @@ async def test_a_request_is_sent_as_it_is() -> None:
     )
 
 
-async def test_a_header_cannot_smuggle_in_another_one() -> None:
+async def test_a_header_cannot_inject_another_one() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         with pytest.raises(ValueError, match="line break"):
@@ -248,7 +248,7 @@ async def test_a_header_cannot_smuggle_in_another_one() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 64 * 1024, 64 * 1024 + 1, 5_000_000])
-async def test_bodies_of_any_size_pass_both_ways(size: int) -> None:
+async def test_bodies_of_any_size_are_sent_and_received(size: int) -> None:
     body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     async with open_raw_server(echo) as server:
         client = client_of(server)
@@ -260,7 +260,7 @@ async def test_bodies_of_any_size_pass_both_ways(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [-1, 300_000])
-async def test_a_body_that_comes_in_pieces_is_sent_in_pieces(size: int) -> None:
+async def test_a_streamed_body_is_sent_in_pieces(size: int) -> None:
     pieces = [b"a" * 100_000, b"b" * 50_000, b"c" * 150_000]
     async with open_raw_server(echo) as server:
         _, echoed = await send(client_of(server), pieces_of(*pieces), size=size)
@@ -271,7 +271,9 @@ async def test_a_body_that_comes_in_pieces_is_sent_in_pieces(size: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "message"), [(3, "fewer"), (1, "more")])
-async def test_a_body_of_another_size_than_announced_is_never_completed(size: int, message: str) -> None:
+async def test_a_streamed_body_of_another_size_than_declared_is_never_completed(
+    size: int, message: str
+) -> None:
     async with open_raw_server(echo) as server:
         with pytest.raises(HttpError, match=message):
             await send(client_of(server), pieces_of(b"ab"), size=size)
@@ -279,7 +281,7 @@ async def test_a_body_of_another_size_than_announced_is_never_completed(size: in
     assert server.received[0].body == b""
 
 
-async def test_a_body_that_fails_ends_the_exchange_with_its_own_error() -> None:
+async def test_an_error_of_the_body_is_the_error_of_the_request() -> None:
     async def failing() -> bytes:
         await trio.lowlevel.checkpoint()
         raise KeyError("no more")
@@ -290,7 +292,7 @@ async def test_a_body_that_fails_ends_the_exchange_with_its_own_error() -> None:
         await server.visits[0].closed()
 
 
-async def test_pieces_of_the_answer_are_given_out_as_they_come() -> None:
+async def test_pieces_of_the_response_are_passed_on_as_they_arrive() -> None:
     taken = trio.Event()
 
     async def script(visit: Visit) -> None:
@@ -312,10 +314,10 @@ async def test_pieces_of_the_answer_are_given_out_as_they_come() -> None:
     assert pieces == [b"first", b"secondthird"]
 
 
-# Connections that are kept
+# Idle connections
 
 
-async def test_a_connection_is_used_again() -> None:
+async def test_a_connection_is_reused() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         for number in range(3):
@@ -325,7 +327,7 @@ async def test_a_connection_is_used_again() -> None:
     assert len(server.visits) == 1
 
 
-async def test_a_body_that_can_be_had_once_gets_a_connection_of_its_own() -> None:
+async def test_a_streamed_body_gets_a_new_connection() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)
         await send(client, b"a")
@@ -333,7 +335,7 @@ async def test_a_body_that_can_be_had_once_gets_a_connection_of_its_own() -> Non
         assert len(server.visits) == 2
 
 
-async def test_only_so_many_connections_are_kept_and_only_so_long() -> None:
+async def test_idle_connections_are_bounded_in_number_and_age() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server, max_keepalive=2, keepalive_expiry=0.05)
         async with trio.open_nursery() as nursery:
@@ -355,7 +357,7 @@ async def test_only_so_many_connections_are_kept_and_only_so_long() -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nasurplus",
     ],
 )
-async def test_a_connection_that_cannot_be_used_again_is_closed(answer: bytes) -> None:
+async def test_a_connection_without_keep_alive_is_closed(answer: bytes) -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(answer)
@@ -368,7 +370,7 @@ async def test_a_connection_that_cannot_be_used_again_is_closed(answer: bytes) -
         assert len(server.visits) == 2
 
 
-async def test_a_kept_connection_that_has_died_is_not_used() -> None:
+async def test_an_idle_connection_that_was_closed_is_not_used() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(reply(b"a"))
@@ -381,7 +383,7 @@ async def test_a_kept_connection_that_has_died_is_not_used() -> None:
     assert len(server.received) == 2
 
 
-async def test_what_a_server_says_on_a_kept_connection_is_no_answer_to_the_next_request() -> None:
+async def test_bytes_on_an_idle_connection_are_not_the_response_to_the_next_request() -> None:
     async def script(visit: Visit) -> None:
         received = await visit.request()
         await visit.send(reply(received.body))
@@ -397,7 +399,7 @@ async def test_what_a_server_says_on_a_kept_connection_is_no_answer_to_the_next_
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
-async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once(size: int) -> None:
+async def test_an_idle_connection_that_fails_during_a_request_is_replaced_once(size: int) -> None:
     async def script(visit: Visit) -> None:
         received = await visit.request()
         await visit.send(reply(received.body))
@@ -410,7 +412,7 @@ async def test_a_kept_connection_that_dies_under_a_request_is_replaced_once(size
     assert len(server.visits) == 2
 
 
-async def test_a_fresh_connection_that_dies_is_not_replaced() -> None:
+async def test_a_new_connection_that_fails_is_not_replaced() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
 
@@ -420,7 +422,7 @@ async def test_a_fresh_connection_that_dies_is_not_replaced() -> None:
         assert len(server.visits) == 1
 
 
-async def test_a_request_is_not_repeated_once_something_of_its_answer_has_come() -> None:
+async def test_a_request_is_not_repeated_after_the_first_byte_of_its_response() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(reply(b"a"))
@@ -435,7 +437,7 @@ async def test_a_request_is_not_repeated_once_something_of_its_answer_has_come()
         assert len(server.visits) == 1
 
 
-# Ends
+# Incomplete responses and cancellation
 
 
 @pytest.mark.parametrize(
@@ -447,17 +449,17 @@ async def test_a_request_is_not_repeated_once_something_of_its_answer_has_come()
     ],
 )
 @pytest.mark.parametrize("reset", [True, False])
-async def test_an_answer_that_is_cut_is_an_error_after_what_has_come_of_it(
+async def test_a_truncated_response_is_an_error_after_what_was_received_of_it(
     answer: bytes, reset: bool
 ) -> None:
-    came = trio.Event()
+    received = trio.Event()
 
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(answer)
-        await came.wait()
+        await received.wait()
         if reset:
-            # Closing it now breaks it.
+            # Closing the socket now sends a reset.
             visit.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     pieces = []
@@ -465,7 +467,7 @@ async def test_an_answer_that_is_cut_is_an_error_after_what_has_come_of_it(
     async def take(response: HttpResponse) -> None:
         while piece := await response.receive():
             pieces.append(piece)
-            came.set()
+            received.set()
 
     async with open_raw_server(script) as server:
         with trio.fail_after(5), pytest.raises(IncompleteResponse):
@@ -473,7 +475,7 @@ async def test_an_answer_that_is_cut_is_an_error_after_what_has_come_of_it(
     assert b"".join(pieces) in (b"hello", b"hel")
 
 
-async def test_an_answer_without_an_end_of_its_own_ends_with_its_connection_and_says_so() -> None:
+async def test_a_close_delimited_response_ends_with_its_connection() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(CLOSE_DELIMITED + b"hello", b" world")
@@ -483,40 +485,40 @@ async def test_an_answer_without_an_end_of_its_own_ends_with_its_connection_and_
         assert (response.close_delimited, body) == (True, b"hello world")
 
 
-async def wait_for_response(client: HttpClient, asked: trio.Event) -> None:
+async def wait_for_response(client: HttpClient, begun: trio.Event) -> None:
     async def take(response: HttpResponse) -> None:
-        asked.set()
+        begun.set()
         while await response.receive():
             pass
 
     await client.send(HttpRequest("POST", "/x", body=b"a"), take)
 
 
-@pytest.mark.parametrize("begun", [True, False])
-async def test_a_cancelled_exchange_closes_its_connection_at_once(begun: bool) -> None:
-    asked, closed = trio.Event(), trio.Event()
+@pytest.mark.parametrize("response_begun", [True, False])
+async def test_a_cancelled_request_closes_its_connection_at_once(response_begun: bool) -> None:
+    begun, closed = trio.Event(), trio.Event()
 
     async def script(visit: Visit) -> None:
         await visit.request()
-        if begun:
+        if response_begun:
             await visit.send(CHUNKED + b"1\r\na\r\n")
         else:
-            asked.set()
+            begun.set()
         await visit.closed()
         closed.set()
 
     async with open_raw_server(script) as server:
         client = client_of(server)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_for_response, client, asked)
-            await asked.wait()
+            nursery.start_soon(wait_for_response, client, begun)
+            await begun.wait()
             nursery.cancel_scope.cancel()
         with trio.fail_after(0.5):
             await closed.wait()
         assert client._idle == []
 
 
-async def test_an_error_of_whoever_takes_the_answer_comes_out_and_closes_the_connection() -> None:
+async def test_an_error_of_the_response_handler_is_raised_and_closes_the_connection() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(CHUNKED + b"1\r\na\r\n")
@@ -537,17 +539,17 @@ async def test_an_error_of_whoever_takes_the_answer_comes_out_and_closes_the_con
                 await done.wait()
 
 
-# Both ways at once
+# Sending and receiving at the same time
 
 
 @pytest.mark.parametrize("whole", [True, False])
-async def test_a_server_that_refuses_an_upload_is_heard_and_gets_no_more(whole: bool) -> None:
-    given_out = 0
+async def test_an_early_refusal_is_received_and_ends_the_upload(whole: bool) -> None:
+    produced = 0
 
     async def endless() -> bytes:
-        nonlocal given_out
+        nonlocal produced
         await trio.lowlevel.checkpoint()
-        given_out += 100_000
+        produced += 100_000
         return b"a" * 100_000
 
     async def script(visit: Visit) -> None:
@@ -561,10 +563,10 @@ async def test_a_server_that_refuses_an_upload_is_heard_and_gets_no_more(whole: 
         response, text = await send(client, body)
         assert (response.status, text) == (413, b"too large")
         assert client._idle == []
-    assert given_out < 50_000_000
+    assert produced < 50_000_000
 
 
-async def test_a_server_that_has_refused_an_upload_gets_no_more_of_it_even_if_it_takes_it() -> None:
+async def test_an_early_refusal_ends_the_upload_even_if_the_server_goes_on_reading() -> None:
     async def endless() -> bytes:
         await trio.lowlevel.checkpoint()
         return b"a" * 100_000
@@ -581,7 +583,7 @@ async def test_a_server_that_has_refused_an_upload_gets_no_more_of_it_even_if_it
         assert text == b"too large"
 
 
-async def test_a_server_that_answers_and_takes_no_more_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_response_is_received_after_a_failed_write(monkeypatch: pytest.MonkeyPatch) -> None:
     over = trio.Event()
     send_all = trio.SocketStream.send_all
 
@@ -602,7 +604,7 @@ async def test_a_server_that_answers_and_takes_no_more_is_heard(monkeypatch: pyt
         assert (response.status, text) == (401, b"no")
 
 
-async def test_a_server_that_refuses_and_closes_is_heard() -> None:
+async def test_an_early_refusal_is_received_from_a_server_that_closes() -> None:
     async def script(visit: Visit) -> None:
         await visit.head()
         await visit.send(reply(b"no", "401 Unauthorized"))
@@ -612,13 +614,13 @@ async def test_a_server_that_refuses_and_closes_is_heard() -> None:
         assert (response.status, text) == (401, b"no")
 
 
-async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
-    heard = trio.Event()
+async def test_a_response_may_begin_before_the_request_has_ended() -> None:
+    response_begun = trio.Event()
 
     async def slowly() -> bytes:
-        if heard.is_set():
+        if response_begun.is_set():
             return b""
-        await heard.wait()
+        await response_begun.wait()
         return b"the rest"
 
     async def script(visit: Visit) -> None:
@@ -634,7 +636,7 @@ async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
     async def take(response: HttpResponse) -> None:
         while piece := await response.receive():
             pieces.append(piece)
-            heard.set()
+            response_begun.set()
 
     async with open_raw_server(script) as server:
         with trio.fail_after(5):
@@ -643,10 +645,10 @@ async def test_an_answer_may_begin_before_the_question_has_ended() -> None:
     assert pieces == [b"early", b"late"]
 
 
-# Servers that are not there
+# Failed connections
 
 
-async def test_a_server_that_refuses_connections_is_named_by_nothing_but_the_reason() -> None:
+async def test_the_error_for_a_refused_connection_has_the_reason_and_no_address() -> None:
     async with open_raw_server(echo) as server:
         pass
     with pytest.raises(ConnectFailed) as caught:
@@ -654,7 +656,7 @@ async def test_a_server_that_refuses_connections_is_named_by_nothing_but_the_rea
     assert str(caught.value) == "Connection refused"
 
 
-async def test_a_name_that_nobody_has_is_an_error_with_its_reason() -> None:
+async def test_a_name_that_cannot_be_resolved_is_an_error_with_the_reason() -> None:
     client = HttpClient(BaseURL.parse("http://nobody.invalid/v1"))
     with pytest.raises(ConnectFailed, match=r".") as caught:
         await send(client)
@@ -662,7 +664,7 @@ async def test_a_name_that_nobody_has_is_an_error_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
-async def test_a_server_is_found_by_its_name_and_by_its_address(host: str) -> None:
+async def test_a_server_is_reached_by_name_and_by_address(host: str) -> None:
     async def serve(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
@@ -706,13 +708,13 @@ async def test_connecting_to_an_address_has_a_time_limit(monkeypatch: pytest.Mon
     assert never.closed
 
 
-async def test_an_answer_that_is_too_large_to_be_fetched_is_an_error() -> None:
+async def test_a_response_over_the_limit_of_fetch_is_an_error() -> None:
     async with open_raw_server(echo) as server:
         with pytest.raises(HttpError, match="more than 10 bytes"):
             await client_of(server).fetch(HttpRequest("POST", "/x", body=b"a" * 11), 10)
 
 
-# Encrypted
+# TLS
 
 
 @pytest.fixture
@@ -769,7 +771,7 @@ class _Port:
         self._task_status.started(self._port)
 
 
-async def test_https_is_spoken_and_ends_as_fast(
+async def test_requests_over_tls_are_answered_and_cancelled_at_once(
     certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
@@ -779,16 +781,16 @@ async def test_https_is_spoken_and_ends_as_fast(
     body = b"a" * 1_000_000
     assert (await send(client, body))[1] == body
     assert len(client._idle) == 1
-    asked = trio.Event()
-    async with trio.open_nursery() as asking:
-        asking.start_soon(wait_for_response, client, asked)
-        await asked.wait()
-        asking.cancel_scope.cancel()
+    begun = trio.Event()
+    async with trio.open_nursery() as sending:
+        sending.start_soon(wait_for_response, client, begun)
+        await begun.wait()
+        sending.cancel_scope.cancel()
     with trio.fail_after(2):
         await closed.wait()
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_an_error_with_its_reason(
+async def test_an_untrusted_certificate_is_an_error_with_the_reason(
     certificate: tuple[Path, Path], nursery: trio.Nursery
 ) -> None:
     port = await nursery.start(partial(serve_encrypted, *certificate, trio.Event()))

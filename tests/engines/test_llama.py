@@ -1,4 +1,4 @@
-"""The llama engine, against a stand-in for xllamacpp and against llama.cpp with a model of random weights."""
+"""The llama engine, with a fake xllamacpp, and with llama.cpp itself and a model of random weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from heard import Heard
+from recording_provider import RecordingProvider
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
 from trio_cluster.errors import ApiError, ClusterError
 from trio_cluster.openai import ChatRequest
 from trio_cluster.server import ClusterServer
 
-Hear = Callable[[Any], bool]
+OnOutput = Callable[[Any], bool]
 
 
 def chat(text: str = "hi", **fields: Any) -> ChatRequest:
@@ -37,29 +37,29 @@ def delta(content: str | None = None, reason: str | None = None, **members: Any)
 USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
 
 
-class StandIn:
-    """Says what it is told to say; notes what it was asked and where it was stopped."""
+class FakeServer:
+    """A server with scripted output. Records its requests, and where its output was stopped."""
 
     def __init__(self, *script: Any) -> None:
         self.script = script
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.stopped_at: list[int] = []
         self.ended = threading.Event()
 
-    def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
-        self.asked.append(body)
+    def handle_chat_completions(self, body: dict[str, Any], on_output: OnOutput) -> None:
+        self.requests.append(body)
         try:
-            for position, said in enumerate(self.script):
-                if isinstance(said, Exception):
-                    raise said
-                if hear(said):
+            for position, output in enumerate(self.script):
+                if isinstance(output, Exception):
+                    raise output
+                if on_output(output):
                     self.stopped_at.append(position)
                     return
         finally:
             self.ended.set()
 
-    def handle_completions(self, body: dict[str, Any], hear: Hear) -> None:
-        self.handle_chat_completions(body, hear)
+    def handle_completions(self, body: dict[str, Any], on_output: OnOutput) -> None:
+        self.handle_chat_completions(body, on_output)
 
 
 def model_of(server: Any, slots: int = 1) -> llama.Llama:
@@ -67,11 +67,11 @@ def model_of(server: Any, slots: int = 1) -> llama.Llama:
 
 
 async def answer(model: llama.Llama, request: ChatRequest) -> list[tuple[str, Any, int | None]]:
-    heard = Heard()
-    await model.chat(request, heard)
+    output = RecordingProvider()
+    await model.chat(request, output)
     return [
         ("json", piece, None) if isinstance(piece, dict) else (piece.kind, piece.value, piece.index)
-        for piece in heard.pieces
+        for piece in output.pieces
     ]
 
 
@@ -79,8 +79,10 @@ def text_of(pieces: list[tuple[str, Any, int | None]], index: int = 0) -> str:
     return "".join(value for kind, value, of in pieces if kind == "text_delta" and of == index)
 
 
-async def test_text_reason_and_usage_are_passed_on() -> None:
-    server = StandIn(delta(None, role="assistant"), [delta("Hel"), delta("lo")], delta(None, "length"), USAGE)
+async def test_text_finish_reason_and_usage_are_passed_on() -> None:
+    server = FakeServer(
+        delta(None, role="assistant"), [delta("Hel"), delta("lo")], delta(None, "length"), USAGE
+    )
     assert await answer(model_of(server), chat()) == [
         ("text_delta", "Hel", 0),
         ("text_delta", "lo", 0),
@@ -89,30 +91,33 @@ async def test_text_reason_and_usage_are_passed_on() -> None:
     ]
 
 
-async def test_choices_are_made_one_after_the_other_and_the_prompt_counts_once() -> None:
-    server = StandIn(delta("x"), delta(None, "stop"), USAGE)
+async def test_choices_are_generated_one_after_the_other_and_the_prompt_counts_once() -> None:
+    server = FakeServer(delta("x"), delta(None, "stop"), USAGE)
     pieces = await answer(model_of(server), chat(n=3, seed=40))
     assert [text_of(pieces, index) for index in range(3)] == ["x", "x", "x"]
     assert pieces[-1] == ("usage", (5, 6), None)
-    assert [body["seed"] for body in server.asked] == [40, 41, 42]
+    assert [body["seed"] for body in server.requests] == [40, 41, 42]
 
 
-async def test_tool_calls_and_logprobs_go_through_whole() -> None:
+async def test_tool_calls_and_logprobs_are_passed_on_as_they_are() -> None:
     call = [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]
-    server = StandIn(delta(None, tool_calls=call), delta(None, "tool_calls"), USAGE)
+    server = FakeServer(delta(None, tool_calls=call), delta(None, "tool_calls"), USAGE)
     pieces = await answer(model_of(server), chat())
     assert pieces[0][1]["choices"][0]["delta"]["tool_calls"] == call
     assert pieces[1] == ("finish", "tool_calls", 0)
 
 
-async def test_a_completion_is_asked_with_its_bare_prompt() -> None:
-    said = {"choices": [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}], **USAGE}
-    said["choices"] = [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}]
-    server = StandIn(said)
+async def test_a_completion_sends_its_prompt_without_a_chat_template() -> None:
+    output = {
+        "choices": [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}],
+        **USAGE,
+    }
+    output["choices"] = [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "length"}]
+    server = FakeServer(output)
     pieces = await answer(model_of(server), chat(prompt="Once", messages=[]))
     assert pieces == [("text_delta", " upon", 0), ("finish", "length", 0), ("usage", (5, 2), None)]
-    assert server.asked[0]["prompt"] == "Once"
-    assert "messages" not in server.asked[0]
+    assert server.requests[0]["prompt"] == "Once"
+    assert "messages" not in server.requests[0]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ async def test_a_completion_is_asked_with_its_bare_prompt() -> None:
     [
         ({}, {}),
         ({"temperature": 0.0, "top_p": 0.5}, {"temperature": 0.0, "top_p": 0.5}),
-        # The documented default is passed on if the client asked for it, and left to the model if it did not.
+        # A default value is sent if the client has set it; otherwise the model uses its own default.
         ({"temperature": 1.0, "raw": {"temperature": 1}}, {"temperature": 1.0}),
         ({"max_tokens": 5}, {"max_tokens": 5}),
         ({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}),
@@ -132,14 +137,16 @@ async def test_a_completion_is_asked_with_its_bare_prompt() -> None:
         ({"raw": {"top_k": 3, "id_slot": 0, "n_predict": 9, "stream": False}}, {"top_k": 3}),
     ],
 )
-def test_only_what_was_asked_reaches_the_model(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_only_fields_that_the_client_set_are_sent_to_the_model(
+    fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
     body = llama.request_body(chat(**fields), 0)
     fixed = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "return_progress": True}
     assert body == fixed | {"stream_options": {"include_usage": True}} | expected
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "code"),
+    ("output", "status", "code"),
     [
         (
             {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 9, "n_prompt_tokens": 99}},
@@ -152,38 +159,38 @@ def test_only_what_was_asked_reaches_the_model(fields: dict[str, Any], expected:
         (RuntimeError("Failed to parse tools"), 400, None),
     ],
 )
-async def test_what_the_model_refuses_becomes_the_right_error(
-    said: Any, status: int, code: str | None
+async def test_each_refusal_of_the_model_becomes_the_right_error(
+    output: Any, status: int, code: str | None
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        await answer(model_of(StandIn(said)), chat())
+        await answer(model_of(FakeServer(output)), chat())
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
-async def test_an_exception_after_the_first_word_is_no_fault_of_the_client() -> None:
+async def test_an_exception_after_the_first_output_is_not_the_client_s_fault() -> None:
     with pytest.raises(RuntimeError, match="broken"):
-        await answer(model_of(StandIn(delta("x"), RuntimeError("broken"))), chat())
+        await answer(model_of(FakeServer(delta("x"), RuntimeError("broken"))), chat())
 
 
-async def test_a_request_that_is_given_up_stops_at_the_next_token() -> None:
+async def test_a_cancelled_request_stops_at_the_next_token() -> None:
     tokens = [delta("x")] * 10_000
-    server = StandIn(*tokens)
-    heard = Heard()
+    server = FakeServer(*tokens)
+    output = RecordingProvider()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(model_of(server).chat, chat(), heard)
-        await heard.first.wait()
+        nursery.start_soon(model_of(server).chat, chat(), output)
+        await output.first.wait()
         nursery.cancel_scope.cancel()
     assert server.ended.is_set()
     assert len(server.stopped_at) == 1
 
 
-async def test_a_request_that_is_given_up_while_its_prompt_is_read_stops_at_the_next_batch() -> None:
+async def test_a_request_cancelled_while_its_prompt_is_read_stops_at_the_next_batch() -> None:
     reading = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
-    class Reader(StandIn):
-        def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
-            while not hear({"choices": [], "prompt_progress": {"processed": 1}}):
+    class Reader(FakeServer):
+        def handle_chat_completions(self, body: dict[str, Any], on_output: OnOutput) -> None:
+            while not on_output({"choices": [], "prompt_progress": {"processed": 1}}):
                 token.run_sync_soon(reading.set)
                 time.sleep(0.001)
             self.ended.set()
@@ -197,13 +204,13 @@ async def test_a_request_that_is_given_up_while_its_prompt_is_read_stops_at_the_
     assert server.ended.is_set()
 
 
-async def test_no_more_requests_are_inside_than_there_are_slots() -> None:
+async def test_requests_over_the_number_of_slots_wait_outside_of_llama_cpp() -> None:
     inside, most = 0, 0
     lock = threading.Lock()
     let_go = threading.Event()
 
-    class Crowd(StandIn):
-        def handle_chat_completions(self, body: dict[str, Any], hear: Hear) -> None:
+    class Crowd(FakeServer):
+        def handle_chat_completions(self, body: dict[str, Any], on_output: OnOutput) -> None:
             nonlocal inside, most
             with lock:
                 inside += 1
@@ -211,7 +218,7 @@ async def test_no_more_requests_are_inside_than_there_are_slots() -> None:
             let_go.wait(5)
             with lock:
                 inside -= 1
-            hear(delta("x"))
+            on_output(delta("x"))
 
     model = model_of(Crowd(), slots=2)
     async with trio.open_nursery() as nursery:
@@ -225,16 +232,16 @@ async def test_no_more_requests_are_inside_than_there_are_slots() -> None:
 
 
 async def test_a_closed_model_is_freed_with_the_last_request_that_uses_it() -> None:
-    server = StandIn(*[delta("x")] * 100)
+    server = FakeServer(*[delta("x")] * 100)
     freed = weakref.ref(server)
     model = model_of(server)
     gc.disable()
     try:
         await answer(model, chat())
         async with trio.open_nursery() as nursery:
-            heard = Heard()
-            nursery.start_soon(model.chat, chat(), heard)
-            await heard.first.wait()
+            output = RecordingProvider()
+            nursery.start_soon(model.chat, chat(), output)
+            await output.first.wait()
             model.close()
             del server
             assert freed() is not None
@@ -245,16 +252,16 @@ async def test_a_closed_model_is_freed_with_the_last_request_that_uses_it() -> N
         gc.enable()
 
 
-async def test_a_model_that_is_being_unloaded_says_so() -> None:
-    model = model_of(StandIn())
+async def test_a_model_that_is_being_unloaded_refuses_requests() -> None:
+    model = model_of(FakeServer())
     model.close()
     with pytest.raises(ApiError) as caught:
         await answer(model, chat())
     assert caught.value.status == 503
 
 
-# From here on with llama.cpp itself. The model is made on the spot: two layers of random weights over single
-# bytes. Its answers are noise; everything around them is real.
+# From here on with llama.cpp itself. The tests make the model: two layers of random weights, with single bytes as
+# tokens. Its output is noise; everything around it is real.
 
 real = [
     pytest.mark.engines,
@@ -272,7 +279,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     width, layers, heads, feed = 64, 2, 4, 128
     alphabet = [chr(c) if 33 <= c <= 126 or 161 <= c <= 172 or 174 <= c <= 255 else None for c in range(256)]
-    # The byte-level alphabet: bytes that cannot be seen stand for the code points from 256 on.
+    # The byte-level alphabet: bytes that are not printable are represented by the code points from 256 on.
     unseen = iter(range(256, 512))
     tokens = [each or chr(next(unseen)) for each in alphabet] + ["<|end|>"]
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -353,13 +360,13 @@ class TestWithLlamaCpp:
         first, second = [await answer(model, request) for _ in range(2)]
         assert text_of(first) == text_of(second)
 
-    async def test_its_context_is_the_one_asked_for_and_guarded(self, model: llama.Llama) -> None:
+    async def test_its_context_is_the_configured_one_and_its_limit_an_error(self, model: llama.Llama) -> None:
         assert model.context == 1024
         with pytest.raises(ApiError, match="1024 tokens") as caught:
             await answer(model, chat("x" * 3000))
         assert caught.value.code == "context_length_exceeded"
 
-    async def test_a_grammar_binds_it(self, model: llama.Llama) -> None:
+    async def test_a_json_schema_is_enforced(self, model: llama.Llama) -> None:
         schema = {"type": "object", "properties": {"city": {"const": "Oslo"}}, "required": ["city"]}
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         pieces = await answer(model, chat(max_tokens=200, response_format=wanted))
@@ -369,7 +376,7 @@ class TestWithLlamaCpp:
         pieces: list[int] = []
 
         async def one(number: int) -> None:
-            class Counting(Heard):
+            class Counting(RecordingProvider):
                 async def push(self, chunk: object) -> None:
                     pieces.append(number)
                     await super().push(chunk)
@@ -383,7 +390,7 @@ class TestWithLlamaCpp:
         assert changes > 20
 
     @pytest.mark.parametrize("when", ["reading", "writing"])
-    async def test_it_is_free_again_as_soon_as_a_request_is_given_up(
+    async def test_its_slot_is_free_soon_after_a_request_is_cancelled(
         self, model: llama.Llama, when: str
     ) -> None:
         text = "x" * 900 if when == "reading" else "x"
@@ -405,17 +412,17 @@ class TestWithLlamaCpp:
             nursery.cancel_scope.cancel()
         assert server.list_models() == []
 
-    def test_nothing_of_it_is_left_when_it_is_closed(self, tiny: Path) -> None:
+    def test_its_threads_end_when_it_is_closed(self, tiny: Path) -> None:
         before = threading_count()
         with loaded(tiny):
             assert threading_count() > before
         deadline = time.monotonic() + 10
         while threading_count() > before and time.monotonic() < deadline:
             threading.Event().wait(0.01)
-        # Idle threads of earlier tests may have gone meanwhile.
+        # Idle threads of earlier tests may have ended meanwhile.
         assert threading_count() <= before
 
-    def test_a_file_that_is_no_model_is_one_clear_error(self, tmp_path: Path) -> None:
+    def test_a_file_that_is_not_a_model_is_an_error_of_one_line(self, tmp_path: Path) -> None:
         path = tmp_path / "x.gguf"
         path.write_bytes(b"GGUF" + bytes(100))
         with pytest.raises(ClusterError, match=f"llama.cpp cannot load '{path}'"), loaded(path):
@@ -423,5 +430,5 @@ class TestWithLlamaCpp:
 
 
 def threading_count() -> int:
-    """How many threads this process has, llama.cpp's among them."""
+    """Return the number of threads in this process, including those of llama.cpp."""
     return len(list(Path("/proc/self/task").iterdir()))

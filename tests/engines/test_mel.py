@@ -1,4 +1,4 @@
-"""The spectrogram: what its definition implies."""
+"""The log-mel spectrogram: properties that follow from its definition."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
     return np.sin(2 * np.pi * hertz * np.arange(int(seconds * mel.RATE)) / mel.RATE).astype(np.float32)
 
 
-def test_any_length_becomes_thirty_seconds() -> None:
+def test_audio_of_any_length_is_padded_to_thirty_seconds() -> None:
     for samples in (np.zeros(0, np.float32), tone(440, 0.1), tone(440, 31)):
         assert mel.log_mel(samples).shape == (80, 3000)
     assert mel.log_mel(tone(440), bands=128).shape == (128, 3000)
 
 
-def test_silence_is_even_and_loudness_is_limited_to_eight_decades() -> None:
+def test_silence_is_uniform_and_the_range_is_limited_to_eight_decades() -> None:
     silence = mel.log_mel(np.zeros(16_000, np.float32))
     assert np.ptp(silence) == 0
     loud = mel.log_mel(tone(440))
@@ -33,7 +33,7 @@ def test_a_tone_is_loudest_in_the_band_around_it(hertz: float) -> None:
     assert edges[band] < hertz < edges[band + 2]
 
 
-def test_a_click_is_where_it_is() -> None:
+def test_a_click_is_in_the_frame_of_its_time() -> None:
     samples = np.zeros(32_000, np.float32)
     samples[16_000] = 1.0
     assert abs(int(mel.log_mel(samples).sum(axis=0).argmax()) - 100) <= 1

@@ -1,4 +1,4 @@
-"""The name of the model put into a body, and nothing else touched."""
+"""Replacement of the model's name in a body, with everything else unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPE = "multipart/form-data; boundary=abc"
 
 
 def form(*parts: tuple[str, bytes], boundary: bytes = b"abc") -> bytes:
-    """Return a form; each part is what follows ``form-data`` in its header, and its content."""
+    """Return a form; a part is the rest of its header after ``form-data``, and its content."""
     framed = [
         b"--%b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (boundary, head.encode(), content)
         for head, content in parts
@@ -45,7 +45,7 @@ def rewrite_in_pieces(body: bytes, model: str, size: int) -> bytes:
         (b'{"x":[1 , 2]}', b'{"x":[1 , 2],"model":"b"}'),
     ],
 )
-def test_values_other_than_the_model_stay_byte_by_byte(body: bytes, expected: bytes) -> None:
+def test_values_other_than_the_model_stay_byte_for_byte(body: bytes, expected: bytes) -> None:
     assert rewrite_json(body, "b") == expected
 
 
@@ -57,7 +57,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(), VALUES), st.text(min_size=1))
-def test_json_means_the_same_apart_from_the_model(fields: dict[str, Any], model: str) -> None:
+def test_json_keeps_its_meaning_apart_from_the_model(fields: dict[str, Any], model: str) -> None:
     rewritten = json.loads(rewrite_json(json.dumps(fields).encode(), model))
     assert list(rewritten) == list({**fields, "model": model})
     assert rewritten == {**fields, "model": model}
@@ -66,7 +66,7 @@ def test_json_means_the_same_apart_from_the_model(fields: dict[str, Any], model:
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b'"model"', b"{", b'{"model":"a"}x', b"\xff", b"\xef\xbb\xbf{}"]
 )
-def test_what_is_not_a_json_object_is_the_clients_mistake(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_an_invalid_request(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         rewrite_json(body, "b")
     assert caught.value.status == 400
@@ -76,7 +76,7 @@ def test_what_is_not_a_json_object_is_the_clients_mistake(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 1 << 20])
-def test_the_contents_of_a_form_stay_byte_by_byte(size: int) -> None:
+def test_the_contents_of_a_form_stay_byte_for_byte(size: int) -> None:
     file = b"\r\n--ab\r\n--abd\r\n-abc\x00\xff" + bytes(range(256)) + b"\r\n\r\n"
     body = form(
         ('name="file"; filename="caf\u00e9 %22.wav"\r\nContent-Type: audio/wav', file),
@@ -104,12 +104,12 @@ def test_any_form_comes_out_the_same_apart_from_the_model(parts: list[tuple[str,
     assert rewrite_in_pieces(body, "theirs", size) == expected
 
 
-def test_what_stands_around_a_form_is_left_out() -> None:
+def test_bytes_around_a_form_are_dropped() -> None:
     body = form(('name="model"', b"ours"))
     assert rewrite_in_pieces(b"preamble\r\n" + body + b"epilogue" * 100, "ours", 10) == body
 
 
-def test_a_large_part_passes_without_being_kept() -> None:
+def test_a_large_part_is_passed_on_without_being_buffered() -> None:
     rewriter = FormRewriter(TYPE, "theirs")
     rewriter.feed(b'--abc\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n')
     piece = b"x" * 65536
@@ -127,20 +127,20 @@ def test_a_large_part_passes_without_being_kept() -> None:
         b'--abc\r\nContent-Disposition: form-data; name="x"\r\nX: ' + b"a" * 20_000 + b"\r\n\r\nx\r\n--abc--",
     ],
 )
-def test_what_is_not_a_form_is_the_clients_mistake(body: bytes) -> None:
+def test_a_body_that_is_not_a_form_is_an_invalid_request(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         rewrite_form(body, TYPE, "theirs")
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=\u20ac"])
-def test_a_form_without_a_boundary_is_the_clients_mistake(content_type: str) -> None:
+def test_a_form_without_a_boundary_is_an_invalid_request(content_type: str) -> None:
     with pytest.raises(ApiError) as caught:
         FormRewriter(content_type, "theirs")
     assert caught.value.status == 400
 
 
-def test_forms_are_known_by_their_type() -> None:
+def test_forms_are_recognized_by_their_content_type() -> None:
     assert is_form("Multipart/Form-Data ; boundary=x")
     assert not is_form("application/json")
     assert not is_form("")

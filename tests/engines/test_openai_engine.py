@@ -1,4 +1,4 @@
-"""The engine ``openai``: which models it registers, and what passes between a call and the server behind it."""
+"""The engine ``openai``: the models that it registers, and what it forwards between calls and the upstream server."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ def listing(*entries: str | dict[str, Any]) -> bytes:
 
 
 class Upstream:
-    """A server with models, whose answers to everything but the question for them are the test's.
+    """An upstream server: it answers polls of its models with ``list``, and everything else with the test's script.
 
     Attributes:
-        list: its answer to that question; ``None``: nothing, ever.
-        asked: how often it has been asked for it.
+        list: the response to a poll; ``None``: it never answers.
+        polls: the number of polls so far.
     """
 
     def __init__(self, answer: Script | None = None) -> None:
         self.list: bytes | None = listing("m")
-        self.asked = 0
+        self.polls = 0
         self._answer = answer
-        self._news = trio.Event()
+        self._polled = trio.Event()
 
     async def script(self, visit: Visit) -> None:
         while True:
             received = await visit.head()
             if received.method == "GET":
                 assert received.target == "/v1/models"
-                self.asked += 1
-                self._news.set()
+                self.polls += 1
+                self._polled.set()
                 if self.list is None:
                     await visit.closed(60)
                     return
@@ -67,13 +67,13 @@ class Upstream:
             assert self._answer is not None
             await self._answer(visit)
 
-    async def asked_again(self, times: int = 1) -> None:
-        """Wait until it has been asked once more, and the answer has been dealt with."""
-        wanted = self.asked + times
+    async def polled_again(self, times: int = 1) -> None:
+        """Wait until it has been polled ``times`` times more, and the engine has processed the response."""
+        wanted = self.polls + times
         with trio.fail_after(5):
-            while self.asked < wanted:
-                self._news = trio.Event()
-                await self._news.wait()
+            while self.polls < wanted:
+                self._polled = trio.Event()
+                await self._polled.wait()
             await wait_all_tasks_blocked(0.01)
 
 
@@ -83,7 +83,7 @@ def posts(server: RawServer) -> list[Received]:
 
 @asynccontextmanager
 async def serving(server: ClusterServer, spec: str) -> AsyncIterator[None]:
-    """Run the engine on a server whose handlers run."""
+    """Run the engine on a server whose handler pool runs."""
     async with trio.open_nursery() as nursery:
         await nursery.start(server._pool.serve)
         with trio.fail_after(5):
@@ -93,10 +93,10 @@ async def serving(server: ClusterServer, spec: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def engine_before(
+async def engine_with(
     answer: Script, options: str = ""
 ) -> AsyncIterator[tuple[ClusterServer, RawServer, Upstream]]:
-    """Have an engine before a server that answers calls so."""
+    """Run the engine with an upstream server that answers calls with a script."""
     upstream, server = Upstream(answer), ClusterServer()
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url}{options}"):
         yield server, raw, upstream
@@ -110,7 +110,7 @@ def request(
 
 @attrs.define
 class Outcome:
-    """An answer, taken to its end."""
+    """The whole answer of a call."""
 
     head: Head | None = None
     pieces: list[bytes] = attrs.field(factory=list)
@@ -138,26 +138,26 @@ async def outcome_of(call: Call, into: Outcome | None = None) -> Outcome:
                 return outcome
 
 
-async def ask(server: ClusterServer, asked: Request) -> Outcome:
-    return await outcome_of(server.router.open(asked))
+async def ask(server: ClusterServer, call_request: Request) -> Outcome:
+    return await outcome_of(server.router.open(call_request))
 
 
 async def released(call: Call) -> None:
-    """Wait until the work of a call has really stopped."""
+    """Wait until the work of a call has stopped."""
     stopped = trio.Event()
     call.on_release(stopped.set)
     with trio.fail_after(2):
         await stopped.wait()
 
 
-# What is typed
+# Options
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("openai", "say where the server is: openai:http://127.0.0.1:8000/v1"),
-        ("openai:", "say where the server is"),
+        ("openai", "give the URL of the server's API: openai:http://127.0.0.1:8000/v1"),
+        ("openai:", "give the URL of the server's API"),
         ("openai:127.0.0.1:8000", "expected a URL such as"),
         ("openai:http://u:p@host/v1", "leave the user, the query and the fragment out"),
         ("openai:http://host/v1,key=", "some text"),
@@ -175,7 +175,7 @@ async def released(call: Call) -> None:
         ("openai:http://host/v1,poll=0", "from 0.1 to"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_anything_starts(spec: str, message: str) -> None:
+def test_a_wrong_spec_is_refused_before_anything_starts(spec: str, message: str) -> None:
     with pytest.raises(OptionsError, match=message):
         parse_serve(spec)
 
@@ -198,7 +198,7 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_names_are_chosen_prefixed_and_replaced() -> None:
+def test_names_are_selected_prefixed_and_renamed() -> None:
     naming = Naming("gpu/", ("llama*", "qwen?"), {"llama3:8b": "llama"})
     names = {name: naming.name(name) for name in ("llama3:8b", "llama2", "Llama", "qwen3", "qwen30")}
     assert names == {
@@ -224,12 +224,12 @@ def test_names_are_chosen_prefixed_and_replaced() -> None:
         ({}, None),
     ],
 )
-def test_the_context_is_found_where_servers_tell_it(entry: dict[str, Any], context: int | None) -> None:
+def test_the_context_size_is_found_in_every_known_field(entry: dict[str, Any], context: int | None) -> None:
     options = parse_model_list(json.dumps({"data": [{"id": "m", **entry}]}).encode())["m"]
     assert options.context_window == context
 
 
-def test_entries_keep_what_is_harmless() -> None:
+def test_harmless_fields_of_an_entry_are_kept() -> None:
     deep: Any = 1
     for _ in range(20):
         deep = [deep]
@@ -244,29 +244,31 @@ def test_entries_keep_what_is_harmless() -> None:
     assert long.extra_fields == {}
 
 
-@pytest.mark.parametrize("says", [{"vision": True}, ["completion", "vision"]])
-def test_a_model_that_is_said_to_see_is_shown_as_one(says: Any) -> None:
-    assert parse_model_list(json.dumps([{"id": "m", "capabilities": says}]).encode())["m"].supports_vision
+@pytest.mark.parametrize("capabilities", [{"vision": True}, ["completion", "vision"]])
+def test_a_model_with_the_capability_vision_is_shown_as_one(capabilities: Any) -> None:
+    assert parse_model_list(json.dumps([{"id": "m", "capabilities": capabilities}]).encode())[
+        "m"
+    ].supports_vision
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"<html>", b"{}", b'"data"', b'{"data":null}', b'{"data":{"m":1}}', b"\xff", b"[" * 100_000]
 )
-def test_what_is_no_list_of_models_says_so(body: bytes) -> None:
+def test_a_body_that_is_not_a_list_of_models_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="its list of models"):
         parse_model_list(body)
 
 
-def test_strange_entries_are_passed_over() -> None:
+def test_malformed_entries_are_skipped() -> None:
     assert list(parse_model_list(b'{"data":[1,{},{"id":7},{"id":""},{"id":"m"},{"id":"m","x":1}]}')) == ["m"]
 
 
-def test_a_list_that_never_ends_is_cut() -> None:
+def test_an_overlong_list_is_truncated() -> None:
     entries = [{"id": f"m{number}"} for number in range(2000)]
     assert len(parse_model_list(json.dumps(entries).encode())) == 1000
 
 
-async def test_models_are_there_once_the_engine_has_started_and_gone_with_it() -> None:
+async def test_models_are_registered_when_the_engine_has_started_and_unregistered_with_it() -> None:
     upstream, server = Upstream(), ClusterServer()
     upstream.list = listing({"id": "a", "max_model_len": 7}, "b")
     async with open_raw_server(upstream.script) as raw:
@@ -285,22 +287,22 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
         assert server.list_models() == ["m"]
         upstream.list = listing({"id": "m", "max_model_len": 5}, "n")
-        await upstream.asked_again()
+        await upstream.polled_again()
         assert server.list_models() == ["m", "n"]
         info = server.router.catalog.info("m")
         assert info is not None
         assert info.options.context_window == 5
         upstream.list = listing("n")
-        await upstream.asked_again()
+        await upstream.polled_again()
         assert server.list_models() == ["n"]
         count = len(caplog.records)
-        await upstream.asked_again(2)
-        # What does not change is not told again.
+        await upstream.polled_again(2)
+        # Without a change, nothing is logged.
         assert len(caplog.records) == count == 3
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (reply(b"", "500 Internal Server Error"), "with the status 500"),
         (reply(b"loading", "503 Service Unavailable"), "with the status 503"),
@@ -314,33 +316,33 @@ async def test_models_follow_the_server(caplog: pytest.LogCaptureFixture) -> Non
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", "in the middle"),
     ],
 )
-async def test_a_server_that_fails_has_no_models_until_it_is_well_again(
-    answer: bytes, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_a_server_that_fails_has_no_models_until_it_recovers(
+    answer: bytes, message: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_upstream_models, "MAX_BACKOFF", 0.1)
     upstream, server = Upstream(), ClusterServer()
 
     async def script(visit: Visit) -> None:
         await visit.request()
-        upstream.asked += 1
-        upstream._news.set()
+        upstream.polls += 1
+        upstream._polled.set()
         assert upstream.list is not None
         await visit.send(upstream.list)
 
     async with open_raw_server(script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
         assert server.list_models() == ["m"]
         upstream.list = answer
-        await upstream.asked_again(2)
+        await upstream.polled_again(2)
         assert server.list_models() == []
         (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-        assert told in record.message
+        assert message in record.message
         assert raw.url in record.message
         upstream.list = listing("m")
-        await upstream.asked_again()
+        await upstream.polled_again()
         assert server.list_models() == ["m"]
 
 
-async def test_a_key_that_is_refused_is_told_from_one_that_is_missing(
+async def test_a_refused_key_and_a_missing_one_are_different_messages(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     upstream, server = Upstream(), ClusterServer()
@@ -350,7 +352,9 @@ async def test_a_key_that_is_refused_is_told_from_one_that_is_missing(
         assert "secret" not in caplog.text
 
 
-async def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_cannot_be_reached_is_polled_until_it_can(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     upstream, server = Upstream(), ClusterServer()
     async with open_raw_server(upstream.script) as raw:
         pass
@@ -359,12 +363,12 @@ async def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptur
         assert "its models cannot be listed: Connection refused" in caplog.text
         async with trio.open_nursery() as nursery:
             await nursery.start(raw.serve)
-            await upstream.asked_again()
+            await upstream.polled_again()
             assert server.list_models() == ["m"]
             nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_only_does_not_answer_is_given_a_second_chance(
+async def test_models_are_unregistered_after_the_second_timeout_in_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
@@ -372,20 +376,20 @@ async def test_a_server_that_only_does_not_answer_is_given_a_second_chance(
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
         for _ in range(2):
             upstream.list = None
-            # When it is asked again, the time for the first answer is over.
-            await upstream.asked_again(2)
+            # When it is polled again, the first poll has timed out.
+            await upstream.polled_again(2)
             assert server.list_models() == ["m"]
             upstream.list = listing("m")
-            await upstream.asked_again()
+            await upstream.polled_again()
         upstream.list = None
-        await upstream.asked_again(3)
+        await upstream.polled_again(3)
         assert server.list_models() == []
         upstream.list = listing("m")
-        await upstream.asked_again()
+        await upstream.polled_again()
         assert server.list_models() == ["m"]
 
 
-async def test_a_server_that_is_too_busy_to_be_asked_but_answers_calls_keeps_its_models(
+async def test_a_server_whose_polls_time_out_keeps_its_models_while_it_answers_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
@@ -397,23 +401,23 @@ async def test_a_server_that_is_too_busy_to_be_asked_but_answers_calls_keeps_its
             await visit.send(chunk(b": busy\n\n"))
             await trio.sleep(0.03)
 
-    async with engine_before(script, ",poll=0.1") as (server, _, upstream):
+    async with engine_with(script, ",poll=0.1") as (server, _, upstream):
         call = server.router.open(request())
         upstream.list = None
-        await upstream.asked_again(5)
+        await upstream.polled_again(5)
         assert server.list_models() == ["m"]
         call.cancel("enough")
 
 
-async def test_a_server_that_wants_to_be_asked_less_keeps_its_models() -> None:
+async def test_a_server_that_answers_polls_with_429_keeps_its_models() -> None:
     upstream, server = Upstream(), ClusterServer()
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
         upstream.list = reply(b"", "429 Too Many Requests")
-        await upstream.asked_again()
+        await upstream.polled_again()
         assert server.list_models() == ["m"]
 
 
-async def test_a_name_that_is_taken_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_name_conflict_is_logged_once_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     upstream, server = Upstream(), ClusterServer()
 
     async def handler(request: Any) -> str:
@@ -422,17 +426,17 @@ async def test_a_name_that_is_taken_is_told_once_and_tried_again(caplog: pytest.
     server.register_chat("m", handler)
     upstream.list = listing("m", "n", "spaces ")
     async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
-        await upstream.asked_again(2)
+        await upstream.polled_again(2)
         assert server.list_models() == ["m", "n"]
         assert len([record for record in caplog.records if "is left out" in record.message]) == 2
         server.unregister_model("m")
-        await upstream.asked_again()
+        await upstream.polled_again()
         info = server.router.catalog.info("m")
         assert info is not None
         assert info.kind == "any"
 
 
-async def test_several_servers_stand_side_by_side() -> None:
+async def test_several_servers_run_side_by_side() -> None:
     first, second, server = Upstream(), Upstream(), ClusterServer()
     second.list = listing("m", "n")
     async with (
@@ -447,8 +451,8 @@ async def test_several_servers_stand_side_by_side() -> None:
     assert server.list_models() == []
 
 
-async def test_a_call_that_finds_the_server_gone_has_it_asked_at_once() -> None:
-    async with engine_before(Visit.request, ",poll=3600") as (server, raw, _):  # type: ignore[arg-type]
+async def test_a_call_that_cannot_reach_the_server_triggers_a_poll() -> None:
+    async with engine_with(Visit.request, ",poll=3600") as (server, raw, _):  # type: ignore[arg-type]
         raw.stop()
         outcome = await ask(server, request())
         assert outcome.error is not None
@@ -458,11 +462,11 @@ async def test_a_call_that_finds_the_server_gone_has_it_asked_at_once() -> None:
         assert server.list_models() == []
 
 
-# What goes up
+# Requests
 
 
 async def mirror(visit: Visit) -> None:
-    """Answer with the body of the request."""
+    """Respond with the body of the request."""
     received = await visit.request()
     await visit.send(reply(received.body))
 
@@ -478,9 +482,9 @@ async def mirror(visit: Visit) -> None:
         ("/v1/a b?c#d%e\r\nf/\u00e9", "/v1/a%20b%3Fc%23d%25e%0D%0Af/%C3%A9"),
     ],
 )
-async def test_every_route_is_asked_for_at_its_own_place(endpoint: str, target: str) -> None:
+async def test_every_route_has_its_own_path_on_the_server(endpoint: str, target: str) -> None:
     body = b'\x00 {"model": "m" , "x":1.0}\n'
-    async with engine_before(mirror) as (server, raw, _):
+    async with engine_with(mirror) as (server, raw, _):
         outcome = await ask(server, request(body, endpoint, content_type="x/y; z"))
     assert outcome.body == body
     (received,) = posts(raw)
@@ -488,15 +492,15 @@ async def test_every_route_is_asked_for_at_its_own_place(endpoint: str, target: 
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/../admin", "/v1/./x", "/admin", "/v1", "/v1x/y", "unheard.of"])
-async def test_nothing_outside_of_the_servers_base_is_asked_for(endpoint: str) -> None:
-    async with engine_before(mirror) as (server, raw, _):
+async def test_no_request_leaves_the_base_url(endpoint: str) -> None:
+    async with engine_with(mirror) as (server, raw, _):
         outcome = await ask(server, request(endpoint=endpoint))
         assert outcome.error is not None
         assert outcome.error.status == 404
         assert posts(raw) == []
 
 
-async def test_headers_about_the_content_and_the_api_go_up_and_no_others() -> None:
+async def test_only_headers_about_the_content_and_the_api_are_forwarded() -> None:
     passed = {
         "accept": "text/event-stream", "user-agent": "a/1", "x-stainless-lang": "python", "x-custom": "caf\u00e9",
         "openai-organization": "o", "anthropic-version": "2023-06-01", "x-ratelimit-tokens": "5",
@@ -505,7 +509,7 @@ async def test_headers_about_the_content_and_the_api_go_up_and_no_others() -> No
         "x-api-key": "theirs", "x-auth-token": "theirs", "x-http-method-override": "DELETE", "cookie": "c",
         "x-original-url": "/admin", "connection": "close", "x-broken": "a\r\nx: y",
     }  # fmt: skip
-    async with engine_before(mirror, ",key=ours") as (server, raw, _):
+    async with engine_with(mirror, ",key=ours") as (server, raw, _):
         await ask(server, request(headers={**passed, **kept}, request_id="req_1"))
         await ask(server, request(endpoint="/v1/messages"))
     received, message = posts(raw)
@@ -519,16 +523,18 @@ async def test_headers_about_the_content_and_the_api_go_up_and_no_others() -> No
 
 
 @pytest.mark.parametrize("options", [",prefix=gpu/", ",rename=m:gpu/m"])
-async def test_a_model_of_another_name_gets_its_own_in_the_body_and_all_else_stays(options: str) -> None:
-    async with engine_before(mirror, options) as (server, _, _):
+async def test_a_renamed_model_has_the_server_s_name_in_the_body_and_nothing_else_changes(
+    options: str,
+) -> None:
+    async with engine_with(mirror, options) as (server, _, _):
         assert server.list_models() == ["gpu/m"]
         outcome = await ask(server, request(b'{"t":1.0e3,"model":"gpu/m","x":{"a" :1}}', model="gpu/m"))
         assert outcome.body == b'{"t":1.0e3,"model":"m","x":{"a" :1}}'
         sent = form(('name="file"; filename="f"', b"\x00\r\n"), ('name="model"', b"gpu/m"))
-        asked = request(
+        call_request = request(
             sent, "audio.transcriptions", "gpu/m", content_type="multipart/form-data; boundary=abc"
         )
-        outcome = await ask(server, asked)
+        outcome = await ask(server, call_request)
         assert outcome.body == sent.replace(b"gpu/m", b"m")
         outcome = await ask(server, request(b"no json", model="gpu/m"))
         assert outcome.error is not None
@@ -540,7 +546,7 @@ FORM = form(('name="file"; filename="f"', b"\x00\r\n" * 150_000), ('name="model"
 
 @pytest.mark.parametrize("size", [len(FORM), -1])
 @pytest.mark.parametrize("renamed", [False, True])
-async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed: bool) -> None:
+async def test_an_incomplete_body_is_forwarded_as_it_arrives(size: int, renamed: bool) -> None:
     arrived = trio.Event()
 
     async def script(visit: Visit) -> None:
@@ -553,11 +559,11 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
 
     upload = ByteChannel(size)
     name = "gpu/m" if renamed else "m"
-    async with engine_before(script, ",prefix=gpu/" if renamed else "") as (server, raw, _):
-        asked = request(
+    async with engine_with(script, ",prefix=gpu/" if renamed else "") as (server, raw, _):
+        call_request = request(
             b"", "audio.transcriptions", name, content_type="multipart/form-data; boundary=abc", upload=upload
         )
-        call = server.router.open(asked)
+        call = server.router.open(call_request)
         upload.put(FORM[:60_000])
         with trio.fail_after(2):
             await arrived.wait()
@@ -569,23 +575,23 @@ async def test_a_body_that_is_still_coming_passes_as_it_comes(size: int, renamed
     assert received.headers.get("content-length") == (str(size) if sized else None)
 
 
-async def test_json_that_is_still_coming_waits_for_its_end_if_the_model_has_another_name() -> None:
+async def test_incomplete_json_of_a_renamed_model_is_forwarded_when_it_is_complete() -> None:
     upload = ByteChannel(-1)
-    async with engine_before(mirror, ",prefix=gpu/") as (server, _, _):
+    async with engine_with(mirror, ",prefix=gpu/") as (server, _, _):
         call = server.router.open(request(b"", model="gpu/m", upload=upload))
         upload.put(b'{"model":"gpu/m","x":')
         upload.put(b"1}", last=True)
         assert (await outcome_of(call)).body == b'{"model":"m","x":1}'
 
 
-async def test_a_server_that_refuses_an_upload_early_is_heard() -> None:
+async def test_an_early_refusal_of_an_upload_is_the_answer() -> None:
     async def script(visit: Visit) -> None:
         await visit.head()
         await visit.send(reply(b"too large", "413 Content Too Large"))
         await visit.closed()
 
     upload = ByteChannel(10_000_000)
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         call = server.router.open(request(b"", upload=upload))
         upload.put(b"x" * 1000)
         outcome = await outcome_of(call)
@@ -595,11 +601,11 @@ async def test_a_server_that_refuses_an_upload_early_is_heard() -> None:
         await released(call)
 
 
-# What comes down
+# Responses
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "429 Too Many Requests", "500 Oops", "503 Busy"])
-async def test_whatever_the_server_answers_is_the_answer(status: str) -> None:
+async def test_every_response_of_the_server_is_the_answer(status: str) -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         headers = (
@@ -612,7 +618,7 @@ async def test_whatever_the_server_answers_is_the_answer(status: str) -> None:
         more = ("X-RateLimit-Remaining-Tokens: 3", "OpenAI-Processing-MS: 9", "Connection: keep-alive")
         await visit.send(reply(b'{"error": "so"}', status, "application/problem+json", *headers, *more))
 
-    async with engine_before(script) as (server, _, upstream):
+    async with engine_with(script) as (server, _, upstream):
         outcome = await ask(server, request())
         assert outcome.head == Head(
             int(status[:3]),
@@ -625,10 +631,10 @@ async def test_whatever_the_server_answers_is_the_answer(status: str) -> None:
             ),
         )
         assert outcome.body == b'{"error": "so"}'
-        assert (outcome.error, upstream.asked) == (None, 1)
+        assert (outcome.error, upstream.polls) == (None, 1)
 
 
-async def test_a_stream_comes_as_it_is_event_by_event() -> None:
+async def test_a_stream_is_forwarded_unchanged_event_by_event() -> None:
     events = [
         b'data: {"delta":{"reasoning_content":"h\xc3\xa4"}}\r\n\r\n',
         b": ping\n\n",
@@ -645,7 +651,7 @@ async def test_a_stream_comes_as_it_is_event_by_event() -> None:
             await known.wait()
         await visit.send(b"0\r\n\r\n")
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         call = server.router.open(request())
         with trio.fail_after(5):
             assert await call.receive() == Head(200, "text/event-stream")
@@ -655,24 +661,24 @@ async def test_a_stream_comes_as_it_is_event_by_event() -> None:
             assert await call.receive() == Done()
 
 
-async def test_an_answer_that_is_encoded_stays_so() -> None:
+async def test_a_content_encoding_is_kept() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(reply(b"\x1f\x8bzipped", "200 OK", "application/json", "Content-Encoding: gzip"))
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         outcome = await ask(server, request())
         assert outcome.head == Head(200, "application/json", (("content-encoding", "gzip"),))
         assert outcome.body == b"\x1f\x8bzipped"
 
 
-async def test_headers_have_a_bound() -> None:
+async def test_forwarded_response_headers_are_bounded() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         many = [f"X-{number}: {'v' * 300}" for number in range(100)]
         await visit.send(reply(b"ok", "200 OK", "a/b", *many))
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         outcome = await ask(server, request())
         assert outcome.head is not None
         assert 40 < len(outcome.head.headers) <= 64
@@ -683,7 +689,7 @@ CUT = [
     (b"", b"", None),
     (CHUNKED + chunk(b"data: 1\n\n"), b"data: 1\n\n", 200),
     (EVENTS + b"Content-Length: 100\r\n\r\ndata: 1\n\n", b"data: 1\n\n", 200),
-    # Nothing but its content says that this is not all.
+    # Only the content shows that this is not complete.
     (EVENTS + b"\r\ndata: 1\n\n", b"data: 1\n\n", 200),
     (b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n", b"", None),
     (b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n", b"", None),
@@ -692,7 +698,7 @@ CUT = [
 
 
 @pytest.mark.parametrize(("answer", "body", "status"), CUT)
-async def test_half_an_answer_is_a_failure_and_never_an_end(
+async def test_an_incomplete_response_is_a_failure_and_never_an_end(
     answer: bytes, body: bytes, status: int | None
 ) -> None:
     async def script(visit: Visit) -> None:
@@ -700,7 +706,7 @@ async def test_half_an_answer_is_a_failure_and_never_an_end(
         await visit.send(answer)
         await visit.stream.aclose()
 
-    async with engine_before(script) as (server, raw, _):
+    async with engine_with(script) as (server, raw, _):
         outcome = await ask(server, request())
         assert outcome.error is not None
         assert (outcome.error.status, outcome.error.code) == (502, "upstream_lost")
@@ -710,12 +716,12 @@ async def test_half_an_answer_is_a_failure_and_never_an_end(
         assert (outcome.head and outcome.head.status) == status
 
 
-async def test_a_stream_that_says_by_its_framing_where_it_ends_is_believed() -> None:
+async def test_a_stream_with_framing_is_complete_without_done() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(CHUNKED + chunk(b"data: 1\n\n") + b"0\r\n\r\n")
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         outcome = await ask(server, request())
         assert (outcome.body, outcome.error) == (b"data: 1\n\n", None)
 
@@ -728,20 +734,18 @@ async def test_a_stream_that_says_by_its_framing_where_it_ends_is_believed() -> 
         ("/v1/messages", b"event: message_stop\n\n"),
     ],
 )
-async def test_a_stream_that_ends_with_its_connection_is_complete_if_it_says_so(
-    endpoint: str, content: bytes
-) -> None:
+async def test_a_close_delimited_stream_is_complete_with_done(endpoint: str, content: bytes) -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(EVENTS + b"\r\n" + content)
         await visit.stream.aclose()
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         outcome = await ask(server, request(endpoint=endpoint))
         assert (outcome.body, outcome.error) == (content, None)
 
 
-# Ends
+# Cancellation, timeouts and backpressure
 
 
 async def begin_nothing(visit: Visit) -> None:
@@ -759,7 +763,7 @@ async def read_nothing(visit: Visit) -> None:
 
 @pytest.mark.parametrize("begin", [begin_nothing, begin_stream, read_nothing])
 @pytest.mark.parametrize("body", [b'{"model":"m"}', b"x" * 20_000_000])
-async def test_a_call_that_is_given_up_closes_the_servers_connection_at_once(
+async def test_a_cancelled_call_closes_the_connection_to_the_server_at_once(
     begin: Callable[[Visit], Awaitable[None]], body: bytes
 ) -> None:
     begun, closed = trio.Event(), trio.Event()
@@ -770,7 +774,7 @@ async def test_a_call_that_is_given_up_closes_the_servers_connection_at_once(
         await visit.closed()
         closed.set()
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         call = server.router.open(request(body))
         with trio.fail_after(2):
             await begun.wait()
@@ -780,7 +784,7 @@ async def test_a_call_that_is_given_up_closes_the_servers_connection_at_once(
         await released(call)
 
 
-async def test_a_server_that_says_nothing_is_given_up_at_the_deadline() -> None:
+async def test_a_silent_server_is_cancelled_at_the_idle_timeout() -> None:
     closed = trio.Event()
 
     async def script(visit: Visit) -> None:
@@ -788,7 +792,7 @@ async def test_a_server_that_says_nothing_is_given_up_at_the_deadline() -> None:
         await visit.closed()
         closed.set()
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         outcome = await ask(server, request(idle_timeout=0.1))
         assert outcome.error is not None
         assert outcome.error.status == 504
@@ -796,7 +800,7 @@ async def test_a_server_that_says_nothing_is_given_up_at_the_deadline() -> None:
             await closed.wait()
 
 
-async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_stored() -> None:
+async def test_a_client_that_does_not_read_slows_the_server_down() -> None:
     sent = 0
 
     async def script(visit: Visit) -> None:
@@ -807,9 +811,9 @@ async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_st
             await visit.send(chunk(b"x" * 65536))
             sent += 65536
 
-    async with engine_before(script) as (server, _, _):
+    async with engine_with(script) as (server, _, _):
         call = server.router.open(request())
-        # Still once the kernel has taken what it takes.
+        # Nothing moves once the kernel's buffers are full.
         with trio.fail_after(5):
             await wait_all_tasks_blocked(0.2)
         assert 0 < sent < 50_000_000
@@ -818,7 +822,7 @@ async def test_a_client_that_does_not_read_holds_its_server_up_and_nothing_is_st
 
 
 @pytest.mark.parametrize(("options", "together"), [("", 20), (",max_concurrency=2", 2)])
-async def test_calls_have_no_limit_unless_one_is_given(options: str, together: int) -> None:
+async def test_concurrent_calls_have_no_limit_unless_one_is_set(options: str, together: int) -> None:
     running = most = 0
     enough = trio.Event()
 
@@ -834,7 +838,7 @@ async def test_calls_have_no_limit_unless_one_is_given(options: str, together: i
         running -= 1
         await visit.send(reply(b"ok"))
 
-    async with engine_before(script, options) as (server, _, _), trio.open_nursery() as nursery:
+    async with engine_with(script, options) as (server, _, _), trio.open_nursery() as nursery:
         for _ in range(20):
             nursery.start_soon(ask, server, request())
     assert most == together

@@ -12,7 +12,7 @@ np = pytest.importorskip("numpy")
 from trio_cluster.demo import png  # noqa: E402
 
 
-def test_a_picture_can_be_read_back_by_the_rules_of_the_format() -> None:
+def test_a_picture_can_be_decoded_by_the_rules_of_the_format() -> None:
     pixels = np.arange(35, dtype=np.uint8).reshape(5, 7)
     data = png.encode_grey(pixels)
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -31,7 +31,7 @@ def test_a_picture_can_be_read_back_by_the_rules_of_the_format() -> None:
     assert (rows[:, 1:] == pixels).all()
 
 
-def test_scaling_keeps_an_even_picture_even_and_a_slope_a_slope() -> None:
+def test_scaling_keeps_a_uniform_picture_uniform_and_a_gradient_a_gradient() -> None:
     assert np.allclose(png.scale(np.full((8, 8), 0.3), 100, 37), 0.3, atol=1e-6)
     slope = np.tile(np.arange(8.0), (8, 1))
     wide = png.scale(slope, 8, 80)

@@ -1,4 +1,4 @@
-"""The demo's models, asked for real. Libraries and weights have to be there; nothing is downloaded here."""
+"""The demo's models themselves. The libraries and weights have to be there; the tests download nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from heard import Heard
+from recording_provider import RecordingProvider
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
-from trio_cluster.engines._weights import WEIGHTS, _flaw, cache_folder
+from trio_cluster.engines._weights import WEIGHTS, cache_folder, find_damage
 from trio_cluster.errors import ApiError
 from trio_cluster.openai import ASRRequest, ChatRequest, EmbeddingRequest, TTSRequest
-from trio_cluster.server import ClusterServer
 
 pytestmark = pytest.mark.engines
 
@@ -24,7 +23,7 @@ SENTENCES = "The quick brown fox jumps over the lazy dog. Batching requests make
 
 
 def needs(*modules: str, weights: str | None = None) -> pytest.MarkDecorator:
-    """Skip a test, and say why, where something is missing that it needs."""
+    """Skip a test, with the reason, where a library or the weights are missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     reason = f"needs {', '.join(missing)}; the demo extra brings it"
     if weights is not None and not missing:
@@ -34,13 +33,27 @@ def needs(*modules: str, weights: str | None = None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=reason)
 
 
+class HandlerRecorder:
+    """The part of a server that the engines here use. Records the handlers that are registered."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Any] = []
+
+    def register_embedding(self, name: str, handler: Any) -> None:
+        self.handlers.append(handler)
+
+    register_asr = register_tts = register_embedding
+
+    def unregister_model(self, name: str) -> None:
+        pass
+
+
 async def serving(spec: str, nursery: trio.Nursery) -> Any:
     """Start an engine; return its handler."""
-    server = ClusterServer()
+    server = HandlerRecorder()
     await nursery.start(serve_engine, parse_serve(spec), server)
-    (backend,) = server._local.values()
-    (drive,) = backend._drivers.values()
-    return drive
+    (handler,) = server.handlers
+    return handler
 
 
 @pytest.fixture
@@ -56,35 +69,35 @@ def smollm2() -> Iterator[llama.Llama]:
 @needs(weights="smollm2")
 async def test_the_weights_are_the_ones_that_were_pinned() -> None:
     weights = WEIGHTS["smollm2"]
-    assert await trio.to_thread.run_sync(_flaw, weights, cache_folder() / weights.folder_name) is None
+    assert await trio.to_thread.run_sync(find_damage, weights, cache_folder() / weights.folder_name) is None
 
 
 @needs("xllamacpp", weights="smollm2")
 async def test_smollm2_knows_the_capital_of_france(smollm2: llama.Llama) -> None:
-    heard = Heard()
+    output = RecordingProvider()
     question = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
     request = ChatRequest(model="m", messages=question, temperature=0.0, max_tokens=40)
-    await smollm2.chat(request, heard)
-    assert "Paris" in "".join(heard.values("text_delta"))
-    assert heard.values("finish") == ["stop"]
-    assert heard.values("usage") == [(43, 8)]
+    await smollm2.chat(request, output)
+    assert "Paris" in "".join(output.values("text_delta"))
+    assert output.values("finish") == ["stop"]
+    assert output.values("usage") == [(43, 8)]
 
 
 @needs("xllamacpp", weights="smollm2")
 @pytest.mark.parametrize("when", ["reading", "writing"])
-async def test_smollm2_stops_at_once_when_it_is_given_up(smollm2: llama.Llama, when: str) -> None:
+async def test_smollm2_stops_soon_after_a_cancellation(smollm2: llama.Llama, when: str) -> None:
     text = "word " * 900 if when == "reading" else "Count to a thousand."
     request = ChatRequest(model="m", messages=[{"role": "user", "content": text}], raw={"ignore_eos": True})
-    heard = Heard()
+    output = RecordingProvider()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(smollm2.chat, request, heard)
+        nursery.start_soon(smollm2.chat, request, output)
         if when == "reading":
-            # It blocks once its thread reads, which takes many seconds.
+            # All tasks are blocked when the thread reads the prompt, which takes many seconds.
             await trio.testing.wait_all_tasks_blocked(0.1)
             assert smollm2._slots.borrowed_tokens == 1
-            assert heard.pieces == []
+            assert output.pieces == []
         else:
-            await heard.first.wait()
+            await output.first.wait()
         began = trio.current_time()
         nursery.cancel_scope.cancel()
     # Tens of milliseconds on an idle machine; the rest of the work would take ten seconds.
@@ -92,15 +105,15 @@ async def test_smollm2_stops_at_once_when_it_is_given_up(smollm2: llama.Llama, w
 
 
 @needs("hibari", "ctranslate2", "tokenizers", weights="whisper-tiny.en")
-async def test_what_hibari_says_whisper_understands(nursery: trio.Nursery) -> None:
+async def test_whisper_understands_the_speech_of_hibari(nursery: trio.Nursery) -> None:
     speak, listen = await serving("hibari", nursery), await serving("whisper", nursery)
-    said = Heard()
-    await speak(TTSRequest(model="h", input=SENTENCES, voice="alloy"), said)
-    audio = b"".join(said.values("audio"))
+    speech = RecordingProvider()
+    await speak(TTSRequest(model="h", input=SENTENCES, voice="alloy"), speech)
+    audio = b"".join(speech.values("audio"))
     assert struct.unpack_from("<I", audio, 24) == (24_000,)
-    heard = Heard()
-    await listen(ASRRequest(model="w", audio=audio), heard)
-    pieces = heard.values("json")
+    output = RecordingProvider()
+    await listen(ASRRequest(model="w", audio=audio), output)
+    pieces = output.values("json")
     assert "".join(piece.get("text", "") for piece in pieces).strip() == SENTENCES
     segments = [segment for piece in pieces for segment in piece.get("segments", ())]
     assert [segment["text"].strip() for segment in segments] == SENTENCES.replace(". ", ".|").split("|")
@@ -108,32 +121,32 @@ async def test_what_hibari_says_whisper_understands(nursery: trio.Nursery) -> No
 
 
 @needs("onnxruntime", "tokenizers", weights="minilm")
-async def test_minilm_finds_like_texts_alike(nursery: trio.Nursery) -> None:
+async def test_minilm_gives_similar_texts_similar_vectors(nursery: trio.Nursery) -> None:
     embed = await serving("minilm,batch=2", nursery)
     texts = ["how do I reset my password", "recover access to my account", "the cat sat on the mat"]
-    heard = Heard()
-    await embed(EmbeddingRequest(model="e", inputs=texts), heard)
-    a, b, c = (vector for batch in heard.values("embeddings") for vector in batch)
+    output = RecordingProvider()
+    await embed(EmbeddingRequest(model="e", inputs=texts), output)
+    a, b, c = (vector for batch in output.values("embeddings") for vector in batch)
     assert a @ a == pytest.approx(1.0, abs=1e-5)
     assert a @ b > a @ c + 0.3
-    assert heard.values("usage")[0][0] > 20
-    alone = Heard()
+    assert output.values("usage")[0][0] > 20
+    alone = RecordingProvider()
     await embed(EmbeddingRequest(model="e", inputs=texts[:1]), alone)
     assert alone.values("embeddings")[0][0] == pytest.approx(a, abs=1e-4)
 
 
 @needs("onnxruntime", "tokenizers", weights="minilm")
-async def test_minilm_refuses_what_it_cannot_take_in(nursery: trio.Nursery) -> None:
+async def test_minilm_refuses_long_texts_and_token_ids(nursery: trio.Nursery) -> None:
     embed = await serving("minilm", nursery)
     with pytest.raises(ApiError, match=r"Input 1 has .* tokens; this model takes up to 256"):
-        await embed(EmbeddingRequest(model="e", inputs=["short", "word " * 400]), Heard())
-    with pytest.raises(ApiError, match="text only") as caught:
-        await embed(EmbeddingRequest(model="e", inputs=[[1, 2, 3]]), Heard())
+        await embed(EmbeddingRequest(model="e", inputs=["short", "word " * 400]), RecordingProvider())
+    with pytest.raises(ApiError, match="takes no token ids; send the text") as caught:
+        await embed(EmbeddingRequest(model="e", inputs=[[1, 2, 3]]), RecordingProvider())
     assert caught.value.param == "input"
     cutting = await serving("minilm,truncate=yes,name=cutting", nursery)
-    heard = Heard()
-    await cutting(EmbeddingRequest(model="e", inputs=["word " * 400]), heard)
-    assert heard.values("usage") == [(256, 0)]
+    output = RecordingProvider()
+    await cutting(EmbeddingRequest(model="e", inputs=["word " * 400]), output)
+    assert output.values("usage") == [(256, 0)]
 
 
 @needs("onnxruntime", "tokenizers", weights="minilm")
@@ -142,7 +155,7 @@ async def test_minilm_is_interrupted_in_the_middle_of_a_batch(nursery: trio.Nurs
     texts = ["word " * 250] * 256
     began = trio.current_time()
     with trio.move_on_after(0.5) as scope:
-        await embed(EmbeddingRequest(model="e", inputs=texts), Heard())
+        await embed(EmbeddingRequest(model="e", inputs=texts), RecordingProvider())
     assert scope.cancelled_caught
     # The whole batch takes more than ten seconds.
     assert trio.current_time() - began < 3

@@ -1,4 +1,4 @@
-"""``--serve``: reading it, finding engines, and what an engine does to a server."""
+"""``--serve``: its syntax, the lookup of engines, and the registration of their models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trio_cluster.server import ClusterServer
 
 
 class Toy(LoadingEngine):
-    """Loads nothing, in no time."""
+    """An engine that loads nothing, in no time."""
 
     argument = "anything"
     requires = ("json",)
@@ -125,8 +125,8 @@ def test_a_spec_is_read(toy: Toy, spec: str, argument: str, expected: dict[str, 
         ("toy,name=", "name: expected some text"),
         ("toy:broken", "there is no file 'broken'"),
         ("digits:8", "'digits' takes no argument; leave out ':8'"),
-        ("llama", "say which model: a path of a .gguf file, or smollm2"),
-        ("llama:/nowhere/x.gguf", "there is no file '/nowhere/x.gguf'"),
+        ("llama", "give the path of a .gguf file, or smollm2"),
+        ("llama:/nowhere/x.gguf", "there is no file '/nowhere/x.gguf'; give the path of a .gguf file"),
         ("whisper:/nowhere", "lacks config.json, model.bin, tokenizer.json"),
         ("minilm:/nowhere", "lacks model.onnx, tokenizer.json"),
     ],
@@ -149,7 +149,7 @@ def test_missing_libraries_are_named_with_what_to_install(toy: Toy, monkeypatch:
     assert not isinstance(caught.value, OptionsError)
 
 
-def test_an_engine_that_cannot_be_imported_says_which_and_why(toy: Toy) -> None:
+def test_an_engine_that_cannot_be_imported_is_an_error_with_its_name_and_the_reason(toy: Toy) -> None:
     with pytest.raises(ClusterError, match=r"'torn' \(toys:engine\) cannot be imported: no libtoy.so"):
         parse_serve("torn")
 
@@ -163,7 +163,7 @@ def test_an_installed_package_can_bring_an_engine(tmp_path: Path, monkeypatch: p
     info = tmp_path / "shop-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shop\nVersion: 1.0\n")
-    # The second is a name of ours, which nobody can take.
+    # The second name is that of a built-in engine, which no package can take.
     (info / "entry_points.txt").write_text(f"[{GROUP}]\nshop = shop:engine\ndigits = shop:engine\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "shop", raising=False)
@@ -172,7 +172,7 @@ def test_an_installed_package_can_bring_an_engine(tmp_path: Path, monkeypatch: p
         parse_serve("digits:y")
 
 
-def test_our_engines_are_entry_points_and_have_extras() -> None:
+def test_the_built_in_engines_are_entry_points_and_have_extras() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     declared = project["entry-points"][GROUP]
     assert declared == {name: point.value for name, point in _engine.BUILT_IN.items()}
@@ -185,7 +185,7 @@ def test_our_engines_are_entry_points_and_have_extras() -> None:
             assert "name" in engine.options
 
 
-async def test_a_model_is_there_while_its_engine_runs_and_freed_afterwards(toy: Toy) -> None:
+async def test_a_model_is_registered_while_its_engine_runs_and_freed_afterwards(toy: Toy) -> None:
     server = ClusterServer()
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_engine, parse_serve("toy,name=mine"), server)
@@ -196,7 +196,7 @@ async def test_a_model_is_there_while_its_engine_runs_and_freed_afterwards(toy: 
     assert toy.log == ["loaded", "freed"]
 
 
-async def test_a_name_that_is_taken_is_one_clear_error_and_frees_the_model(toy: Toy) -> None:
+async def test_a_name_conflict_is_an_error_and_frees_the_model(toy: Toy) -> None:
     server = ClusterServer()
     server.register_chat("toy", toy.answer)
     with pytest.RaisesGroup(pytest.RaisesExc(ClusterError, match="toy")):

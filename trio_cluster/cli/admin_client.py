@@ -1,8 +1,7 @@
-"""Asking a running node something over its API, for commands that ask one question and end.
+"""The client of the commands that look at a running node or act on it: one HTTP request, and its JSON response.
 
-Blocking, with the standard library. What comes back was written by another machine, so nothing in it is trusted to
-be there, to be of the right type, or to be fit for a terminal. Whatever goes wrong is one line that begins with the
-node's address.
+Blocking, with the standard library. The response was written by another machine, so nothing in it is trusted to be
+there, to be of the right type, or to be fit for a terminal. Every failure is one line that begins with the node's URL.
 """
 
 from __future__ import annotations
@@ -18,20 +17,23 @@ from urllib.parse import urlsplit
 
 from ..errors import ClusterError
 
-__all__ = ["ask", "node_url", "printable"]
+__all__ = ["node_url", "printable", "request_json"]
 
-#: Seconds that connecting, and every wait for more of the answer, may take.
+#: Seconds that connecting may take, and every wait for more of the response.
 TIMEOUT: Final = 5.0
 
-# A thousand workers with a hundred models each stay below it.
-_MAX_ANSWER: Final = 16 * 1024 * 1024
+#: Bytes of the largest response; the status of a thousand workers with a hundred models each is smaller.
+_MAX_RESPONSE: Final = 16 * 1024 * 1024
 
 
 def node_url(text: str) -> str:
-    """Return the address of the node that a person means by a URL, ``host:port``, or a port of this machine.
+    """Return the URL of a node.
+
+    Args:
+        text: a URL, with or without ``/v1`` at its end; ``host:port``; or a port of this machine.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these; the message says what is expected.
     """
     text = text.strip()
     if text.isascii() and text.isdigit():
@@ -40,17 +42,17 @@ def node_url(text: str) -> str:
         text = f"http://{text}"
     try:
         parts = urlsplit(text)
-        parts.port  # noqa: B018  (reading it is what checks it)
+        parts.port  # noqa: B018  (reading it checks it)
     except ValueError as error:
-        raise ValueError(f"{text!r} is not a URL: {error}") from error
+        raise ValueError(f"{text!r} is not a URL: {error}; give one such as http://127.0.0.1:8080") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or not text.isprintable() or " " in text:
         raise ValueError(f"expected a URL such as http://127.0.0.1:8080, got {text!r}")
-    # The URL that clients are given ends in /v1; that is what people have at hand.
+    # Users copy the base URL of their OpenAI client, which ends in /v1.
     path = parts.path.rstrip("/").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def ask(
+def request_json(
     node: str,
     path: str,
     api_key: str | None,
@@ -58,17 +60,17 @@ def ask(
     expected: Collection[str],
     post: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ask a node, and return the JSON object that it answers. Blocks.
+    """Send a request to a node, and return the JSON object of its response. Blocks.
 
     Args:
-        node: where it is, from :func:`node_url`.
-        path: what to ask for; quoted where it has to be.
-        api_key: what to show, if anything.
-        expected: the keys that the answer of a trio_cluster node has.
-        post: what to send; without it, nothing is sent, and nothing changed there.
+        node: the node's URL, from :func:`node_url`.
+        path: the path below it, percent-encoded.
+        api_key: the key to send, if any.
+        expected: the keys that the response of a trio_cluster node has.
+        post: the JSON object to POST; ``None`` makes it a GET, which changes nothing.
 
     Raises:
-        ClusterError: nobody answers, the key is refused, the node says no, or what answers is no trio_cluster node.
+        ClusterError: the node cannot be reached, refuses the key or the request, or is not a trio_cluster node.
     """
     request = urllib.request.Request(node + path, headers={"Accept": "application/json"})
     if post is not None:
@@ -82,53 +84,61 @@ def ask(
     opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
-            body = response.read(_MAX_ANSWER + 1)
+            body = response.read(_MAX_RESPONSE + 1)
     except urllib.error.HTTPError as error:
         with error:
             raise _refused(node, error, with_key=api_key is not None) from error
     except TimeoutError as error:
-        raise ClusterError(f"{node}: no answer within {TIMEOUT:g} seconds") from error
+        raise ClusterError(
+            f"{node}: no answer within {TIMEOUT:g} seconds; check that the node runs"
+        ) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
-            raise ClusterError(f"{node}: no answer within {TIMEOUT:g} seconds") from error
+            raise ClusterError(
+                f"{node}: no answer within {TIMEOUT:g} seconds; check that the node runs"
+            ) from error
         reason = getattr(error.reason, "strerror", None) or error.reason
-        raise ClusterError(f"{node}: cannot be reached: {reason}") from error
+        raise ClusterError(
+            f"{node}: cannot be reached: {reason}; check the URL and that the node runs"
+        ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ClusterError(f"{node}: does not answer as HTTP does: {printable(error)}") from error
-    answer = _read(body)
-    if not set(expected) <= answer.keys():
-        raise ClusterError(f"{node}: is not a trio_cluster node")
-    return answer
+        raise ClusterError(f"{node}: does not speak HTTP, check the port: {printable(error)}") from error
+    content = _decode(body)
+    if not set(expected) <= content.keys():
+        raise ClusterError(f"{node}: is not a trio_cluster node; check the URL")
+    return content
 
 
 def printable(value: object) -> str:
-    """Return ``value`` as text that does nothing to a terminal but appear on one line of it."""
+    """Return ``value`` as one line of text without control characters; ``?`` stands in their place."""
     return "".join(character if character.isprintable() else "?" for character in str(value))
 
 
-def _read(body: bytes) -> dict[str, Any]:
+def _decode(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``body``; an empty one if there is none."""
     try:
-        answer = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    return answer if isinstance(answer, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _refused(node: str, error: urllib.error.HTTPError, *, with_key: bool) -> ClusterError:
     try:
-        said = _read(error.read(_MAX_ANSWER + 1)).get("error")
+        details = _decode(error.read(_MAX_RESPONSE + 1)).get("error")
     except (OSError, http.client.HTTPException):
-        said = None
+        details = None
     code = error.code
-    if isinstance(said, dict) and said.get("code") and code != 401:
-        # The node has something to say for itself, for instance that it knows no such worker.
-        return ClusterError(f"{node}: {printable(said.get('message'))}")
+    if isinstance(details, dict) and details.get("code") and code != 401:
+        # The node itself refuses the request, for instance because it knows no such worker.
+        return ClusterError(f"{node}: {printable(details.get('message'))}")
     if code in (401, 403):
-        hint = "the API key is wrong" if with_key else "give its key with --api-key or TRIO_CLUSTER_API_KEY"
+        hint = "the API key is wrong; give the right one" if with_key else "give its API key"
+        hint += " with --api-key or TRIO_CLUSTER_API_KEY"
         return ClusterError(f"{node}: access refused (HTTP {code}): {hint}")
     if code >= 500:
-        return ClusterError(f"{node}: failed to answer (HTTP {code})")
-    return ClusterError(f"{node}: is not a trio_cluster node (HTTP {code})")
+        return ClusterError(f"{node}: failed to answer (HTTP {code}); look into its log, or try again")
+    return ClusterError(f"{node}: is not a trio_cluster node (HTTP {code}); check the URL")
 
 
 def _is_this_machine(url: str) -> bool:
@@ -140,7 +150,7 @@ def _is_this_machine(url: str) -> bool:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """No node redirects, and following one would take the API key to whoever is named there."""
+    """Does not follow redirects: nodes send none, and the API key would be sent to the target."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str

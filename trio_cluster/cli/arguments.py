@@ -1,8 +1,8 @@
-"""What can be typed after ``trio-cluster``, and how it becomes options.
+"""The command line's parser, and the step from its flags to options.
 
-A flag that sets an option has no default of its own, or it would always win over the file and the
-environment; the default that its help shows is the option's. Whatever is wrong is an
-:class:`~trio_cluster.errors.OptionsError` of one line, so that no complaint looks different from the others.
+A flag that sets an option has no default of its own, or it would always override the file and the environment; the
+default in its help is the option's. Every error is an :class:`~trio_cluster.errors.OptionsError` of one line, also
+those that argparse finds, so that all errors of the command look the same.
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ _HOST_NAME: Final = re.compile(r"[\w.-]+")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``argv`` (``sys.argv[1:]`` if ``None``). The command's name is ``command`` of the answer.
+    """Parse a command line.
+
+    Args:
+        argv: the arguments; ``sys.argv[1:]`` if ``None``.
+
+    Returns:
+        A namespace, in which ``command`` is the name of the command.
 
     Raises:
-        OptionsError: it cannot be understood.
-        SystemExit: it asks for help or for the version, which has been printed.
+        OptionsError: the command line is wrong; the message says what, and which help to read.
+        SystemExit: help or the version was asked for, and has been printed.
     """
     return _parser().parse_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in the one line that every error of the command is; accepts no abbreviations."""
+    """Raises errors instead of printing them with the usage; does not accept abbreviated flags."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)
@@ -68,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", "Start a master and two workers with real embedded models.")
     demo.add_argument("port", nargs="?", type=int, default=8080, metavar="PORT", help="default: %(default)s")
     demo.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    demo.add_argument("--check", action="store_true", help="ask every model one question, tell, and stop")
+    demo.add_argument(
+        "--check", action="store_true", help="send every model one request, print the results, and stop"
+    )
 
     run = command(
         "run", "Be the master if the port is free, and a worker of the master that holds it if not."
@@ -76,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_port(run)
     _add_serving_flags(run, master=True, worker=True)
 
-    master = command("master", "Serve the OpenAI API, and take in workers.")
+    master = command("master", "Serve the OpenAI API, and accept workers.")
     _add_port(master)
     _add_serving_flags(master, master=True, worker=False)
 
@@ -89,25 +97,27 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", "Show the workers, models and load of a running node.")
     _add_url(status)
-    status.add_argument("--json", action="store_true", help="print the answer as it came")
-    _add_asking_flags(status)
+    status.add_argument("--json", action="store_true", help="print the JSON of the node")
+    _add_admin_flags(status)
 
     calls = command("calls", "Show the calls of a running node.")
     _add_url(calls)
-    calls.add_argument("--json", action="store_true", help="print the answer as it came")
-    _add_asking_flags(calls)
+    calls.add_argument("--json", action="store_true", help="print the JSON of the node")
+    _add_admin_flags(calls)
 
     cancel = command("cancel", "Cancel the calls of a request.")
-    cancel.add_argument("request_id", metavar="REQUEST_ID", help="as calls shows it, and x-request-id said")
+    cancel.add_argument(
+        "request_id", metavar="REQUEST_ID", help="as `calls` shows it; the response's x-request-id"
+    )
     _add_url(cancel)
-    cancel.add_argument("--reason", metavar="TEXT", help="what its client is told")
-    _add_asking_flags(cancel)
+    cancel.add_argument("--reason", metavar="TEXT", help="the reason in the client's error")
+    _add_admin_flags(cancel)
 
     drain = command("drain", "Ask a worker to finish its requests and stop, and wait until it has left.")
-    drain.add_argument("worker", metavar="WORKER", help="its name, as status shows it")
+    drain.add_argument("worker", metavar="WORKER", help="its name, as `status` shows it")
     _add_url(drain, whose="its master")
-    drain.add_argument("--no-wait", action="store_true", help="only ask")
-    _add_asking_flags(drain)
+    drain.add_argument("--no-wait", action="store_true", help="do not wait")
+    _add_admin_flags(drain)
     return parser
 
 
@@ -117,9 +127,9 @@ def _add_url(parser: argparse.ArgumentParser, whose: str = "the node") -> None:
     )
 
 
-def _add_asking_flags(parser: argparse.ArgumentParser) -> None:
+def _add_admin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
-    _add_option(parser, "--api-key", "api_key", str, "KEY", "what the node wants to be shown")
+    _add_option(parser, "--api-key", "api_key", str, "KEY", "the API key of the node")
 
 
 def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the OpenAI API") -> None:
@@ -129,7 +139,7 @@ def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the Ope
 def _add_option(
     parser: argparse.ArgumentParser, flag: str, field: str, kind: type, metavar: str, text: str
 ) -> None:
-    """Add a flag that sets an option; the default shown is the option's own."""
+    """Add a flag that sets an option, with the option's default in its help."""
     default = _FIELDS[field].default
     shown = f"{default:g}" if isinstance(default, float) else default
     if shown is not None:
@@ -143,7 +153,11 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "-a", "--app", metavar="MODULE:ATTRIBUTE", help="a ClusterServer with registered models"
     )
     models.add_argument(
-        "--serve", action="append", default=[], metavar="SPEC", help="an engine to serve; may be given again"
+        "--serve",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="an engine to serve; may be given several times",
     )
 
     options = parser.add_argument_group("configuration")
@@ -151,9 +165,15 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     add = partial(_add_option, cast("argparse.ArgumentParser", options))
     if master:
         add("--host", "host", str, "ADDR", "the address of the OpenAI API")
-    add("--max-concurrency", "max_concurrency", int, "N", "requests that run here at once")
-    add("--queue-timeout", "queue_timeout", float, "SECONDS", "how long a request waits for its turn")
-    add("--timeout", "default_timeout", float, "SECONDS", "the longest silence of a model; inf for no limit")
+    add("--max-concurrency", "max_concurrency", int, "N", "requests that run in this process at once")
+    add("--queue-timeout", "queue_timeout", float, "SECONDS", "how long a request waits for a free slot")
+    add(
+        "--timeout",
+        "default_timeout",
+        float,
+        "SECONDS",
+        "how long a model may produce nothing; inf sets no limit",
+    )
     add("--max-body-size", "max_body_size", int, "BYTES", "the largest request body")
     add("--max-json-size", "max_json_size", int, "BYTES", "the largest request body that is not a form")
     add(
@@ -161,26 +181,38 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "cors_origins",
         str,
         "ORIGINS",
-        "whose web pages may use the API: * or a list with commas",
+        "origins whose web pages may use the API: *, or a list with commas",
     )
-    add("--owner", "owner", str, "NAME", "what /v1/models gives as owned_by")
-    add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token may wait for others on a busy link")
-    add("--drain-timeout", "drain_timeout", float, "SECONDS", "how long a stop lets requests finish")
-    add("--api-key", "api_key", str, "KEY", "what clients must show; better kept in TRIO_CLUSTER_API_KEY")
+    add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
+    add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
+    add(
+        "--drain-timeout",
+        "drain_timeout",
+        float,
+        "SECONDS",
+        "how long requests may finish when the node stops",
+    )
+    add("--api-key", "api_key", str, "KEY", "the key that clients must send; better set TRIO_CLUSTER_API_KEY")
     add(
         "--cluster-token",
         "cluster_token",
         str,
         "TOKEN",
-        "what workers must show; or TRIO_CLUSTER_CLUSTER_TOKEN",
+        "the token that workers must send; better set TRIO_CLUSTER_CLUSTER_TOKEN",
     )
     if master:
         add("--internal-host", "internal_host", str, "ADDR", "the address for workers, if not that of --host")
     add("--internal-port", "internal_port", int, "PORT", "the master's port for workers, if not PORT + 1000")
-    add("--worker-timeout", "worker_timeout", float, "SECONDS", "silence after which a link is given up")
-    add("--heartbeat-interval", "heartbeat_interval", float, "SECONDS", "how often to give a sign of life")
+    add("--worker-timeout", "worker_timeout", float, "SECONDS", "silence after which a link is closed")
+    add("--heartbeat-interval", "heartbeat_interval", float, "SECONDS", "how often a heartbeat is sent")
     if master:
-        add("--on-conflict", "on_conflict", str, "RULE", "reject or replicate a model name that is served")
+        add(
+            "--on-conflict",
+            "on_conflict",
+            str,
+            "RULE",
+            "what happens to a model name that is served already: reject or replicate",
+        )
     if worker:
         add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
         options.add_argument(
@@ -188,7 +220,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "--listen",
             type=_listen_address,
             metavar="ADDR:PORT",
-            help="serve this worker's own API here too",
+            help="serve an API of this worker here",
         )
 
 
@@ -206,10 +238,16 @@ def _listen_address(text: str) -> tuple[str, int]:
 
 
 def master_host(text: str) -> str:
-    """Return the host that was typed for the master's machine, an IPv6 address without its brackets.
+    """Return the host of the master's machine.
+
+    Args:
+        text: what was given as HOST: a name or an address, an IPv6 address with or without brackets.
+
+    Returns:
+        The name or address, without brackets.
 
     Raises:
-        OptionsError: it is a URL, a host with a port, a port alone, or nothing like a host.
+        OptionsError: it is a URL, a host with a port, a port alone, or no host at all.
     """
     host = text.removeprefix("[").removesuffix("]")
     try:
@@ -223,10 +261,10 @@ def master_host(text: str) -> str:
 
 
 def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Return the level and the format of the log: a flag's, else a variable's, else the default.
+    """Return the level and the format of the log: from the flags, else from the environment, else the defaults.
 
     Raises:
-        OptionsError: a variable holds neither.
+        OptionsError: a variable has a wrong value.
     """
     return (
         _log_setting("LOG_LEVEL", arguments.log_level, logs.LEVELS, "info"),
@@ -245,7 +283,13 @@ def _log_setting(name: str, given: str | None, choices: Sequence[str], default: 
 def options_from(
     arguments: argparse.Namespace, base: ClusterServerOptions | None = None
 ) -> ClusterServerOptions:
-    """Lay what was typed over the environment, the file that is named in either, and ``base``.
+    """Return the options of a node: the flags over the environment, over the file, over ``base``.
+
+    The file is the one that ``--config`` or ``TRIO_CLUSTER_CONFIG`` names.
+
+    Args:
+        arguments: from :func:`parse_arguments`.
+        base: the options of an application; the defaults if ``None``. It is not changed.
 
     Raises:
         OptionsError: see :func:`~trio_cluster.cli.settings.load_options`.

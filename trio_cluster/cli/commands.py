@@ -1,12 +1,14 @@
-"""The ``trio-cluster`` command: one run of a server, and failures in one line.
+"""The ``trio-cluster`` command: it runs a node, or asks one, and reports failures in one line.
 
-Exit codes: 0, stopped as asked (by a signal, once or twice, or by the application itself); 1, failed at run
-time; 2, bad usage: a wrong flag, a wrong option from wherever it comes, an application that cannot be found,
-a worker that has nothing to serve. An error is one line on standard error; its traceback is logged at level
-``debug``.
+Theory of operation
+===================
 
-The first SIGINT or SIGTERM asks the server to drain and stop; while it is not up yet, that is a plain stop.
-The second cancels everything; should something in a thread not heed that, a third kills the process.
+*Exit codes.* 0: stopped as asked, by one or two signals or by the application itself. 1: failed at run time. 2: bad
+usage, which is a wrong flag, a wrong option from any source, an application that cannot be found, or a worker that has
+nothing to serve. An error is one line on standard error; its traceback is logged at level ``debug``.
+
+*Signals.* The first SIGINT or SIGTERM makes the server drain and stop. Before the server is up, it stops the process
+instead. The second one cancels everything. If a thread does not react to that, the third one kills the process.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from ..errors import ClusterError, OptionsError
 from ..options import ClusterMode
 from ..server import ClusterServer
 from . import logs
-from .admin_client import ask, node_url, printable
+from .admin_client import node_url, printable, request_json
 from .arguments import log_settings, master_host, options_from, parse_arguments
-from .process import allow_connections, calm_collector
+from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
 
 if TYPE_CHECKING:
@@ -44,12 +46,19 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at a worker that drains.
+#: Seconds between two polls of a worker that drains.
 _DRAIN_POLL: Final = 0.25
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (``sys.argv[1:]`` if ``None``) and return the exit code."""
+    """Run a command line. Blocks until the command has ended.
+
+    Args:
+        argv: the arguments; ``sys.argv[1:]`` if ``None``.
+
+    Returns:
+        The exit code; see the top of this module. Errors have been printed.
+    """
     debug = False
     try:
         arguments = parse_arguments(argv)
@@ -57,33 +66,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = level == "debug"
         logs.configure(level, log_format)
         return _COMMANDS[arguments.command](arguments)
-    except SystemExit as exit:  # --help and --version; or the application, while it is imported
+    except SystemExit as exit:
+        # Raised by argparse for --help and --version, and perhaps by the application while it is imported.
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except KeyboardInterrupt:
         return 0
     except (Exception, BaseExceptionGroup) as error:
         causes = [
-            cause for cause in _leaves(error) if not isinstance(cause, (KeyboardInterrupt, trio.Cancelled))
+            cause for cause in _causes(error) if not isinstance(cause, (KeyboardInterrupt, trio.Cancelled))
         ]
         if not causes:
             return 0
         if debug:
             logger.debug("the command failed", exc_info=error)
-        sentences = dict.fromkeys(_sentence(cause) for cause in causes)
+        sentences = dict.fromkeys(_describe_error(cause) for cause in causes)
         print(f"trio-cluster: error: {'; '.join(sentences)}", file=sys.stderr)
         return 2 if all(isinstance(cause, OptionsError) for cause in causes) else 1
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions in a group, however deep; an exception that is no group itself."""
     if isinstance(error, BaseExceptionGroup):
         for member in error.exceptions:
-            yield from _leaves(member)
+            yield from _causes(member)
     else:
         yield error
 
 
-def _sentence(error: BaseException) -> str:
-    """Say in one line what went wrong, and where if nobody foresaw it."""
+def _describe_error(error: BaseException) -> str:
+    """Return one line about an error; with the place in the code if it is not one of the expected kinds."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, (ClusterError, OSError)):
@@ -116,8 +127,8 @@ def _worker(arguments: argparse.Namespace) -> int:
         internal_port = port + 1000
         if port == 0 or internal_port > 65535:
             raise OptionsError(
-                f"PORT: a master on port {port} has no port {port} + 1000; name the one it has "
-                "with --internal-port"
+                f"PORT: a master on port {port} has no port {port} + 1000 for workers; "
+                "give that port with --internal-port"
             )
     return _serve(server, partial(server.run_as_worker, host, internal_port), arguments.serve)
 
@@ -134,7 +145,7 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
 
 
 def _load_app(text: str) -> ClusterServer:
-    """Import the application that ``--app`` names; the current directory comes first, as for a script."""
+    """Import the application that ``--app`` names. The current directory is searched first, as for a script."""
     module_name, _, attribute = text.partition(":")
     names = [*module_name.split("."), *attribute.split(".")]
     if not all(map(str.isidentifier, names)) or module_name.endswith(".py"):
@@ -145,11 +156,11 @@ def _load_app(text: str) -> ClusterServer:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Only if the module itself is missing, or a package on the way to it, and not something it imports.
+        # Bad usage only if the module itself or a package above it is missing, not a module that it imports.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise OptionsError(
-            f"--app: there is no module {error.name!r}, neither in {here} nor installed"
+            f"--app: there is no module {error.name!r}, neither in {here} nor installed; start in its directory"
         ) from error
     found: object = module
     for name in attribute.split("."):
@@ -171,7 +182,7 @@ def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], en
             specs = [parse_serve(text) for text in engines]
         except ValueError as error:
             raise OptionsError(f"--serve: {error}") from error
-    allow_connections()
+    raise_descriptor_limit()
     trio.run(_serve_until_stopped, server, run, specs, restrict_keyboard_interrupt_to_checkpoints=True)
     return 0
 
@@ -184,7 +195,7 @@ async def _serve_until_stopped(
         if specs:
             from ..engines import serve_engine
 
-            # One after the other, and before the server: what registers with the master is complete.
+            # One after the other, and before the server, so that a worker registers with all of its models.
             for spec in specs:
                 await nursery.start(serve_engine, spec, server)
         await run(task_status=_Announcer(server))
@@ -193,19 +204,23 @@ async def _serve_until_stopped(
 
 @attrs.frozen
 class _Announcer:
-    """Notes and logs that the server is up. No nursery's task status: a server may be stopped before it is up."""
+    """The ``task_status`` of the server: logs that it is up. Synchronous.
+
+    The server is not started with ``nursery.start``, which raises an error if a task ends before it has called
+    ``started()``. Stopping a server before it is up is not an error.
+    """
 
     server: ClusterServer
 
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
-        calm_collector(rarely=mode is ClusterMode.MASTER and not models)
+        tune_garbage_collector(rare=mode is ClusterMode.MASTER and not models)
         if mode is ClusterMode.WORKER:
             client = self.server.worker_client
             accepted = [name for name in models if client is None or name not in client.rejected_models]
             logger.info("registered with the master", extra={"fields": {"models": accepted}})
             if not models:
-                logger.warning("this worker has no models: give --app or --serve, or register some")
+                logger.warning("this worker has no models; give --app or --serve")
             return
         fields: dict[str, object] = {"url": self.server.url, "mode": str(mode), "models": models}
         if mode is ClusterMode.MASTER:
@@ -219,20 +234,20 @@ async def _stop_on_signals(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Ask ``server`` to stop at the first signal; cancel ``scope`` at the second, or if nothing runs yet."""
-    asked = False
+    """Stop ``server`` at the first signal; cancel ``scope`` at the second, or at the first if nothing runs yet."""
+    stopping = False
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
-            if server is None or asked or not server.is_running:
+            if server is None or stopping or not server.is_running:
                 scope.cancel(reason=f"stopped at once by {name}")
                 break
-            asked = True
+            stopping = True
             logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
             server.stop()
-    # A model that is being loaded in a thread cannot be cancelled. Whoever does not want to wait for it can
-    # have the process killed, and not only by SIGTERM.
+    # Loading a model in a thread cannot be cancelled. The signal receiver has restored SIGTERM, which kills the
+    # process; from here on, Ctrl-C does so too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -246,7 +261,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 async def _demo_until_stopped(port: int, check: bool, host: str) -> int:
     from ..demo import run_demo
 
-    code = 0  # what it is if a signal ends it
+    # The exit code if a signal ends the demo.
+    code = 0
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, nursery.cancel_scope)
         code = await run_demo(port, check=check, host=host)
@@ -255,14 +271,14 @@ async def _demo_until_stopped(port: int, check: bool, host: str) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    status = _state(*_node_and_key(arguments))
+    status = _request_status(*_node_and_key(arguments))
     print(json.dumps(status, indent=2) if arguments.json else describe_status(status))
     return 0
 
 
 def _calls(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
-    calls = ask(node, "/cluster/calls", key, expected=("calls",))
+    calls = request_json(node, "/cluster/calls", key, expected=("calls",))
     print(json.dumps(calls, indent=2) if arguments.json else describe_calls(calls))
     return 0
 
@@ -270,10 +286,10 @@ def _calls(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
-    answer = ask(node, path, key, expected=("cancelled",), post={"reason": arguments.reason})
-    count = answer["cancelled"]
+    content = request_json(node, path, key, expected=("cancelled",), post={"reason": arguments.reason})
+    count = content["cancelled"]
     if count == 0:
-        print("its answer is over already; the work for it is about to stop")
+        print("no call was cancelled: the request has ended already, and its handler is about to stop")
     else:
         print("1 call was cancelled" if count == 1 else f"{printable(count)} calls were cancelled")
     return 0
@@ -283,52 +299,58 @@ def _drain(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/workers/{quote(arguments.worker, safe='')}/drain"
 
-    def request() -> dict[str, Any]:
-        return ask(node, path, key, expected=("id", "instance", "in_flight"), post={})
+    def drain() -> dict[str, Any]:
+        return request_json(node, path, key, expected=("id", "instance", "in_flight"), post={})
 
-    worker = request()
+    worker = drain()
     if arguments.no_wait:
-        print(_what_drains(worker))
+        print(_drain_progress(worker))
         return 0
     try:
-        _wait_until_it_has_left(worker, request, partial(_state, node, key))
+        _wait_until_drained(worker, drain, partial(_request_status, node, key))
     except KeyboardInterrupt:
         raise ClusterError(f"stopped waiting; the worker '{arguments.worker}' drains on") from None
     return 0
 
 
-def _wait_until_it_has_left(
-    worker: dict[str, Any], request: Callable[[], object], state: Callable[[], dict[str, Any]]
+def _wait_until_drained(
+    worker: dict[str, Any], drain: Callable[[], object], request_status: Callable[[], dict[str, Any]]
 ) -> None:
-    """Return when the process that was asked to stop is no longer among the workers, telling what it is about."""
-    told = ""
-    who = worker["id"], worker["instance"]
+    """Return when a worker's process is no longer connected. Prints its progress. Blocks.
+
+    Args:
+        worker: what the master says about the worker, when it was asked to drain it.
+        drain: asks the master to drain the worker.
+        request_status: returns the master's status.
+    """
+    printed = ""
+    process = worker["id"], worker["instance"]
     while True:
-        text = _what_drains(worker)
-        if text != told:
-            # Whoever waits for this may read it from a pipe.
-            print(text, flush=True)
-            told = text
+        line = _drain_progress(worker)
+        if line != printed:
+            # Flushed for a reader at the other end of a pipe.
+            print(line, flush=True)
+            printed = line
         time.sleep(_DRAIN_POLL)
-        workers = [each for each in state().get("workers") or () if isinstance(each, dict)]
-        # Another process may have come under its name, and is not the one that was asked.
-        same = [each for each in workers if (each.get("id"), each.get("instance")) == who]
-        if not same:
-            print(f"{printable(who[0])} has left", flush=True)
+        workers = [each for each in request_status().get("workers") or () if isinstance(each, dict)]
+        # Another process may have connected under the same name meanwhile; it is not the one to wait for.
+        found = [each for each in workers if (each.get("id"), each.get("instance")) == process]
+        if not found:
+            print(f"{printable(process[0])} has left", flush=True)
             return
-        worker = same[0]
+        worker = found[0]
         if not worker.get("draining"):
-            # It lost its link before it heard of it, and has come back.
-            request()
+            # The worker lost its connection before the request reached it, and has reconnected.
+            drain()
 
 
-def _what_drains(worker: dict[str, Any]) -> str:
+def _drain_progress(worker: dict[str, Any]) -> str:
     count = printable(worker.get("in_flight"))
     return f"{printable(worker['id'])} drains: {count} {'request' if count == '1' else 'requests'} in flight"
 
 
 def _node_and_key(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Return which node is meant by the command line, and the key that it is to be shown."""
+    """Return the URL of the node that the command line names, and the API key to send to it."""
     options = options_from(arguments)
     try:
         node = node_url(arguments.url if arguments.url is not None else str(options.server.port))
@@ -337,8 +359,8 @@ def _node_and_key(arguments: argparse.Namespace) -> tuple[str, str | None]:
     return node, options.server.api_key
 
 
-def _state(node: str, key: str | None) -> dict[str, Any]:
-    return ask(node, "/cluster/status", key, expected=("mode", "models", "calls"))
+def _request_status(node: str, key: str | None) -> dict[str, Any]:
+    return request_json(node, "/cluster/status", key, expected=("mode", "models", "calls"))
 
 
 _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {

@@ -1,6 +1,6 @@
-"""What a process does to itself that is a node and nothing else: room for connections, and a collector that keeps calm.
+"""Settings of a process that is a node and nothing else: its limit of file descriptors, and its garbage collector.
 
-Only the command line does this. A library that is one of several in somebody's process leaves such things alone.
+Only the command line applies them. A library must not change what belongs to the whole process of its user.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ import gc
 import resource
 from typing import Final
 
-__all__ = ["allow_connections", "calm_collector"]
+__all__ = ["raise_descriptor_limit", "tune_garbage_collector"]
 
-#: Each client is one file descriptor, and many systems let a process have 1024 of them unless it asks.
+#: The limit that is asked for. Each client takes one descriptor, and many systems allow a process 1024 by default.
 _DESCRIPTORS: Final = 1 << 16
 
-#: Collections of the middle generation from one look at everything to the next; Python's own number is 10.
-_RARELY: Final = 1000
+#: Collections of the middle generation between two full ones, where full ones are to be rare; Python's default is 10.
+_RARE_THRESHOLD: Final = 1000
 
 
-def allow_connections() -> int:
-    """Let this process have as many file descriptors as it may, up to 65536; return how many that are."""
+def raise_descriptor_limit() -> int:
+    """Raise this process's limit of file descriptors to the hard limit, or to 65536 if that is less. Synchronous.
+
+    Returns:
+        The limit afterwards. It is the old one if that was higher, or if the system refuses.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -27,24 +31,23 @@ def allow_connections() -> int:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError):
-        # Some systems have another limit, of which they do not tell.
+        # Some systems (macOS) have a lower limit, which getrlimit does not show.
         return soft
     return wanted
 
 
-def calm_collector(*, rarely: bool) -> None:
-    """Let Python's garbage collector leave alone what is there now, and so make it quicker.
+def tune_garbage_collector(*, rare: bool) -> None:
+    """Exempt all objects of now from garbage collection, and so shorten its pauses. Blocks for one collection.
 
-    A collection looks at every object that is older than it seems worth, and everybody waits meanwhile: with 5000
-    streams there are 800 000, which took a third of a second, eight times while they were opened.
+    A full collection looks at every object that is not new, and the event loop stands still meanwhile. With 5000
+    streams there are 800 000 objects, which took a third of a second, eight times while the streams were opened.
 
     Args:
-        rarely: look at everything a hundred times less often than usual. For a process in which nothing waits for that:
-            what a request leaves behind refers to nothing in a circle, as a test makes sure. Of users' code nobody
-            knows.
+        rare: also make full collections a hundred times rarer. This is for a process in which no garbage waits for
+            them: this package's requests leave no reference cycles behind, as a test makes sure. Users' handlers may.
     """
     gc.collect()
     gc.freeze()
-    if rarely:
+    if rare:
         youngest, middle, _ = gc.get_threshold()
-        gc.set_threshold(youngest, middle, _RARELY)
+        gc.set_threshold(youngest, middle, _RARE_THRESHOLD)

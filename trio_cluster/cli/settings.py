@@ -1,13 +1,12 @@
-"""Where the values of the options come from: a file, the environment, the command line; later ones win.
+"""Loading of the options from a file, the environment and the command line; later sources override earlier ones.
 
-Theory
-======
+Theory of operation
+===================
 
-The base, the file, the environment and the flags become one tree of plain values, each leaf with a note of
-where it came from, and that tree is structured once, leaf by leaf through the validators of ``options.py``. So
-every source is held to the same rules as code is, every complaint says where to look, and all of them come at
-once. The names of the two classes of options do not overlap, which is why environment variables need no
-nesting.
+The base, the file, the environment and the flags are merged into one tree of plain values, with a label for each leaf
+that names its source. Then the tree is structured once, each leaf through the validator of its field in ``options.py``.
+So all sources obey the same rules as code does, every error names the place to correct, and all errors are reported at
+once. The two options classes have no field name in common, so that environment variables need no nesting.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ _Field: TypeAlias = "attrs.Attribute[Any]"
 
 _PREFIX: Final = "TRIO_CLUSTER_"
 
-# Variables of ours that are not options: read by the command line and by the engines.
+# Variables of this package that are not options: the command line and the engines read them.
 _OTHER_VARIABLES: Final = frozenset({"CACHE", "CONFIG", "LOG_FORMAT", "LOG_LEVEL"})
 
-# Kubernetes puts the address of every service into every container. A service called "trio-cluster" gives us
-# TRIO_CLUSTER_SERVICE_HOST, TRIO_CLUSTER_PORT=tcp://10.0.0.1:8080 and more, which nobody wrote and which set
-# nothing.
+# Kubernetes sets variables with the address of every service in every container. A service called "trio-cluster" sets
+# TRIO_CLUSTER_SERVICE_HOST, TRIO_CLUSTER_PORT=tcp://10.0.0.1:8080 and more, which are not meant as options.
 _SERVICE_LINK: Final = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SERVICE_PORT: Final = re.compile(r"(tcp|udp|sctp)://")
 
@@ -47,7 +45,7 @@ _Path: TypeAlias = tuple[str, ...]
 
 
 def _paths() -> dict[str, tuple[_Path, Any]]:
-    """Return each option's name with its path in the tree and its type."""
+    """Return the path in the tree and the type of each option, by its name."""
     paths: dict[str, tuple[_Path, Any]] = {}
     for field, kind in typing.get_type_hints(ServerOptions).items():
         paths[field] = (("server", field), kind)
@@ -67,22 +65,22 @@ def load_options(
     flags: Mapping[str, object],
     base: ClusterServerOptions | None = None,
 ) -> ClusterServerOptions:
-    """Lay a file, the environment and flags over ``base``, later ones winning.
+    """Return the options from a file, the environment and flags, over ``base``; later sources override earlier ones.
 
     Args:
         config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table
             ``[server]`` those of :class:`ServerOptions`. ``None``: there is none.
-        environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets
-            that field.
-        flags: values by the name of the field, as the command line has them; ``None`` stands for "not given".
-        base: what holds where nobody says anything; the defaults if ``None``. It is not changed.
+        environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets that
+            field.
+        flags: the values of flags by the name of the field; ``None`` for a flag that was not given.
+        base: the values that no source sets; the defaults if ``None``. It is not changed.
 
     Returns:
         New options; nothing in them is shared with ``base``.
 
     Raises:
-        OptionsError: the file cannot be read, a key or a variable is unknown, or a value is wrong. The
-            message names the place and the key, and where several are wrong, all of them.
+        OptionsError: the file cannot be read, a key or a variable is unknown, or a value is wrong. The message names
+            the source and the key; if several are wrong, all of them.
     """
     tree = attrs.asdict(base if base is not None else ClusterServerOptions())
     labels: dict[_Path, str] = {}
@@ -105,7 +103,7 @@ def load_options(
 
 @attrs.frozen
 class _Problem:
-    """A setting that cannot be used, in the place of its value."""
+    """What is wrong with a setting; stands in the place of its value."""
 
     text: str
 
@@ -165,12 +163,12 @@ def _read_flags(flags: Mapping[str, object]) -> Iterator[_Setting]:
             yield _PATHS[name][0], _FLAG_NAMES.get(name, "--" + name.replace("_", "-")), value
 
 
-# Flags that are not called like their option.
+# Flags whose name is not that of their option.
 _FLAG_NAMES: Final = {"default_timeout": "--timeout", "worker_id": "--name", "port": "PORT"}
 
 
 def _hint(wrong: str, known: set[str]) -> str:
-    """Suggest the known name that ``wrong`` most resembles, whatever table either stands in."""
+    """Return a suggestion: the known name most like ``wrong``, whichever table either is in; empty if none is."""
     last = {name.rpartition(".")[2]: name for name in known}
     close = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.75)
     return f"; did you mean {last[close[0]]}?" if close else ""
@@ -190,7 +188,7 @@ def _parse(text: str, kind: Any) -> object:
 
 
 def _structuring() -> cattrs.Converter:
-    """Make the converter that holds every leaf of the tree to the validator of its field."""
+    """Return a converter that passes every leaf of the tree through the converter and validator of its field."""
     converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
 
     def checked(field: _Field) -> Any:
@@ -219,7 +217,7 @@ def _structure(tree: Mapping[str, object]) -> ClusterServerOptions:
 def _explain(
     error: cattrs.BaseValidationError, labels: Mapping[_Path, str], above: _Path = ()
 ) -> Iterator[str]:
-    """Turn what cattrs found into sentences that begin with where the value came from."""
+    """Yield a sentence for each error that cattrs has found, beginning with the source of the value."""
     assert isinstance(error, cattrs.ClassValidationError)
     with_notes, without = error.group_exceptions()
     for problem, note in with_notes:
@@ -227,7 +225,7 @@ def _explain(
         if isinstance(problem, cattrs.BaseValidationError):
             yield from _explain(problem, labels, path)
         else:
-            # The validators begin with the field's name; here the label names it, and the source besides.
+            # The validators' messages begin with the field's name; the label, which has the source too, replaces it.
             yield f"{labels.get(path, '.'.join(path))}: {str(problem).removeprefix(note.name + ': ')}"
     for problem in without:
         yield str(problem)

@@ -1,7 +1,7 @@
-"""What ``trio-cluster status`` and ``trio-cluster calls`` make of a node's answers: tables.
+"""The tables of ``trio-cluster status`` and ``trio-cluster calls``, made from a node's JSON.
 
-The answers were written by another machine, so nothing in them is trusted to be there, to be of the right type, or
-to be fit for a terminal.
+The JSON was written by another machine, so nothing in it is trusted to be there, to be of the right type, or to be fit
+for a terminal.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["describe_calls", "describe_status"]
 
 
 def describe_status(status: Mapping[str, Any]) -> str:
-    """Return tables for a person, without a line break at the end."""
+    """Return the tables for ``GET /cluster/status``, without a line break at the end."""
     workers, models = _rows(status, "workers"), _rows(status, "models")
     head = ["trio_cluster"]
     if "version" in status:
-        head[0] += f" {_clean(status['version'])}"
-    head.append(_clean(status.get("mode")))
+        head[0] += f" {_cell(status['version'])}"
+    head.append(_cell(status.get("mode")))
     if "node_id" in status:
-        head.append(f"node {_clean(status['node_id'])}")
+        head.append(f"node {_cell(status['node_id'])}")
     if "uptime" in status:
         head.append(f"up {_duration(status['uptime'])}")
     if status.get("draining"):
@@ -33,33 +33,33 @@ def describe_status(status: Mapping[str, Any]) -> str:
     for title in ("slots", "calls"):
         counts = status.get(title)
         if isinstance(counts, Mapping) and counts:
-            told = (f"{_clean(count)} {_clean(name).replace('_', ' ')}" for name, count in counts.items())
-            lines.append(f"{title}: {', '.join(told)}")
+            shown = (f"{_cell(count)} {_cell(name).replace('_', ' ')}" for name, count in counts.items())
+            lines.append(f"{title}: {', '.join(shown)}")
     sections = ["\n".join(lines)]
     if status.get("mode") == "master" or workers:
         sections.append(_worker_table(workers) if workers else "no workers")
-    stalled = [(_clean(w.get("id")), _clean(w.get("stalled"))) for w in workers if w.get("stalled")]
+    stalled = [(_cell(w.get("id")), _cell(w.get("stalled"))) for w in workers if w.get("stalled")]
     if stalled:
         sections.append(_table(("STALLED", "WHY"), stalled))
     sections.append(_model_table(models) if models else "no models")
     rejected = status.get("rejected_models")
     if isinstance(rejected, Mapping) and rejected:
-        sections.append(_table(("REJECTED", "REASON"), [(_clean(k), _clean(v)) for k, v in rejected.items()]))
+        sections.append(_table(("REJECTED", "REASON"), [(_cell(k), _cell(v)) for k, v in rejected.items()]))
     return "\n\n".join(sections)
 
 
-def describe_calls(answer: Mapping[str, Any]) -> str:
-    """Return a table for a person, without a line break at the end."""
-    calls = _rows(answer, "calls")
+def describe_calls(content: Mapping[str, Any]) -> str:
+    """Return the table for ``GET /cluster/calls``, without a line break at the end."""
+    calls = _rows(content, "calls")
     if not calls:
         return "no calls"
     return _table(
         ("REQUEST", "MODEL", "ENDPOINT", "NODE", "PHASE", "AGE", "BYTES", "CLIENT"),
         [
             (
-                *(_clean(call.get(key)) for key in ("request_id", "model", "endpoint", "node", "phase")),
+                *(_cell(call.get(key)) for key in ("request_id", "model", "endpoint", "node", "phase")),
                 _duration(call.get("age")),
-                *(_clean(call.get(key)) for key in ("delivered", "client")),
+                *(_cell(call.get(key)) for key in ("delivered", "client")),
             )
             for call in calls
         ],
@@ -71,13 +71,13 @@ def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:
         ("WORKER", "ADDRESS", "STATE", "RUNNING", "WAITING", "CONNECTED", "MODELS"),
         [
             (
-                _clean(worker.get("id")),
-                _clean(worker.get("address")),
-                _clean(worker.get("state")),
-                f"{_clean(worker.get('running'))}/{_clean(worker.get('capacity'))}",
-                _clean(worker.get("waiting")),
+                _cell(worker.get("id")),
+                _cell(worker.get("address")),
+                _cell(worker.get("state")),
+                f"{_cell(worker.get('running'))}/{_cell(worker.get('capacity'))}",
+                _cell(worker.get("waiting")),
                 _duration(worker.get("connected_for")),
-                _clean(worker.get("models")),
+                _cell(worker.get("models")),
             )
             for worker in workers
         ],
@@ -87,7 +87,7 @@ def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:
 def _model_table(models: Iterable[Mapping[str, Any]]) -> str:
     return _table(
         ("MODEL", "KIND", "OWNER", "SERVED BY"),
-        [tuple(_clean(model.get(key)) for key in ("id", "kind", "owned_by", "nodes")) for model in models],
+        [tuple(_cell(model.get(key)) for key in ("id", "kind", "owned_by", "nodes")) for model in models],
     )
 
 
@@ -105,12 +105,12 @@ def _rows(status: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
-def _clean(value: object) -> str:
-    """Return ``value`` as text that fills one cell of a table and does nothing else to a terminal."""
+def _cell(value: object) -> str:
+    """Return ``value`` as the text of one cell: one line, without control characters, ``-`` if there is nothing."""
     if value is None or value in ("", []):
         return "-"
     if isinstance(value, list):
-        return ", ".join(_clean(item) for item in value)
+        return ", ".join(_cell(item) for item in value)
     return printable(value)
 
 

@@ -1,8 +1,7 @@
-"""Start the demo's cluster, wait until it serves, show how to use it, and take it down again.
+"""The demo's cluster: it starts, waits until it serves, shows how to use it, and stops.
 
-Master and workers are processes of their own, started with the command line that a user would type, so that
-what the demo shows is what there is. They are in process groups of their own: Ctrl-C reaches the demo only,
-which then stops them one by one and leaves none behind.
+Master and workers are separate processes, started with the command line that a user would type, so that the demo shows
+what users get. Each is in a process group of its own: Ctrl-C reaches the demo only, which then stops all of them.
 """
 
 from __future__ import annotations
@@ -31,53 +30,53 @@ __all__ = ["run_demo"]
 
 T = TypeVar("T")
 
-#: What each worker serves; the models' names are those of `_questions`.
+#: What each worker serves. The names of the models are those in ``questions.py``.
 _WORKERS: Final = {
     "worker-1": ("llama:smollm2,ctx=2048,parallel=2", "minilm"),
     "worker-2": ("whisper", "hibari", "digits"),
 }
 
-#: Seconds until every model has to be registered.
-_START: Final = 120.0
+#: Seconds in which all models have to be registered.
+_START_TIMEOUT: Final = 120.0
 
-#: Seconds between two looks at which models there are.
-_LOOK: Final = 0.2
+#: Seconds between two polls of the list of models.
+_POLL_INTERVAL: Final = 0.2
 
-#: Seconds that a node has for stopping before it is killed.
+#: Seconds that a node has to stop before it is killed.
 _GRACE: Final = 5.0
 
-#: Lines of a node's log that are shown if it dies.
-_LAST_WORDS: Final = 30
+#: Lines of a node's log that are shown if it ends too early.
+_LOG_TAIL: Final = 30
 
 
 async def run_demo(port: int, *, check: bool, host: str = "127.0.0.1", out: TextIO | None = None) -> int:
-    """Run the demo until cancelled, or with ``check`` until its models have been asked one question each.
+    """Run the demo until cancelled, or with ``check`` until each of its models has answered one question.
+
+    Cancellation waits until all processes of the demo have been stopped.
 
     Args:
-        port: the master's port; 0 picks a free one. The workers use the port 1000 above it.
-        check: ask, print questions and answers, and end.
-        host: where the master listens.
+        port: the port of the API; 0 picks a free one. Workers connect to the port 1000 above it.
+        check: ask every model one question, print questions and answers, and return.
+        host: the address that the master listens on.
         out: where to print, standard output by default.
 
-    Cancellation stops all processes of the demo before it goes on.
-
     Returns:
-        0, or 1 if a model gave a wrong answer to its question.
+        0, or 1 if a model has not answered its question as expected.
 
     Raises:
-        ClusterError: it cannot run: libraries, weights or ports are missing, or a node has died.
+        ClusterError: the demo cannot run: libraries, weights or ports are missing, or a node has ended too early.
     """
-    say = partial(print, file=sys.stdout if out is None else out, flush=True)
+    show = partial(print, file=sys.stdout if out is None else out, flush=True)
     try:
         for specs in _WORKERS.values():
             for spec in specs:
                 parse_serve(spec)
     except ClusterError as error:
         raise ClusterError(
-            f"the demo needs more than is installed; try: pip install 'trio-cluster[demo]' ({error})"
+            f"the demo needs more libraries; install them with: pip install 'trio-cluster[demo]' ({error})"
         ) from error
     external, internal = await open_pair(Sockets(), host, port, host, None)
-    # Only to know early, and by a clear message, that they can be had; the master opens them again.
+    # Only to find out early, with a clear error, whether both ports are free; the master opens them again.
     port = port_of(external)
     close_all([*external, *internal])
     for weights in WEIGHTS.values():
@@ -89,7 +88,7 @@ async def run_demo(port: int, *, check: bool, host: str = "127.0.0.1", out: Text
     for name, specs in _WORKERS.items():
         serve = [word for spec in specs for word in ("--serve", spec)]
         commands[name] = ["worker", address, str(port), "--name", name, *serve]
-    say(f"starting a master and {len(_WORKERS)} workers ...")
+    show(f"starting a master and {len(_WORKERS)} workers ...")
     code = 0
     failure: ClusterError | None = None
     async with trio.open_nursery() as nursery:
@@ -100,16 +99,19 @@ async def run_demo(port: int, *, check: bool, host: str = "127.0.0.1", out: Text
             nursery.cancel_scope.cancel(reason=reason)
 
         for name, command in commands.items():
-            await nursery.start(_run_node, name, command, fail, say)
+            await nursery.start(_run_node, name, command, fail, show)
         models = await _wait_for_models(api)
         if models is None:
-            fail(f"the demo's models were not there after {_START:g} s")
+            fail(
+                f"not all models of the demo were registered within {_START_TIMEOUT:g} s;"
+                " try again when this machine is less busy"
+            )
         else:
-            say(f"ready after {time.monotonic() - began:.1f} s: {', '.join(models)}")
+            show(f"ready after {time.monotonic() - began:.1f} s: {', '.join(models)}")
             if check:
-                code = await _ask_all(api, say)
+                code = await _ask_all(api, show)
             else:
-                say(how_to_try(api.url))
+                show(how_to_try(api.url))
                 await trio.sleep_forever()
         nursery.cancel_scope.cancel(reason="the demo has ended")
     if failure is not None:
@@ -121,16 +123,24 @@ async def _run_node(
     name: str,
     arguments: Sequence[str],
     fail: Callable[[str], None],
-    say: Callable[[str], None],
+    show: Callable[[str], None],
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one node for as long as this task is not cancelled."""
-    # The demo is to be the same whatever is configured for real nodes on this machine.
+    """Run one node until cancelled; call ``fail`` if its process ends before that.
+
+    Args:
+        name: for messages.
+        arguments: the node's command line.
+        fail: called with the reason.
+        show: prints a message.
+        task_status: ``started()`` is called when the process runs.
+    """
+    # Without the variables that configure real nodes on this machine, so that the demo is the same everywhere.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRIO_CLUSTER_")}
     if "TRIO_CLUSTER_CACHE" in os.environ:
         environment["TRIO_CLUSTER_CACHE"] = os.environ["TRIO_CLUSTER_CACHE"]
-    # Two workers share the cores; threads that spin while they wait would starve each other.
+    # Two workers share the cores; threads that spin while they wait would slow each other down.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     process = await trio.lowlevel.open_process(
@@ -141,41 +151,41 @@ async def _run_node(
         env=environment,
         process_group=0,
     )
-    last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+    log_tail: deque[str] = deque(maxlen=_LOG_TAIL)
     try:
         task_status.started()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_listen, process, last_words)
+            nursery.start_soon(_read_log, process, log_tail)
             code = await process.wait()
-            # Its last lines are in the pipe already, unless somebody else still holds it open.
+            # Its last lines are in the pipe. A child of it may still hold the pipe open, so the wait has a limit.
             nursery.cancel_scope.deadline = trio.current_time() + 1.0
-        say("\n".join([f"{name} has ended with exit code {code}; its last words:", *last_words]))
+        show("\n".join([f"{name} has ended with exit code {code}; the end of its log:", *log_tail]))
         fail(f"the demo's {name} has ended with exit code {code}")
     finally:
         with trio.CancelScope(shield=True):
             await _stop(process)
 
 
-async def _listen(process: trio.Process, lines: deque[str]) -> None:
+async def _read_log(process: trio.Process, lines: deque[str]) -> None:
     assert process.stderr is not None
     rest = b""
     async for data in process.stderr:
         *complete, rest = (rest + data).split(b"\n")
         lines.extend(line.decode(errors="replace") for line in complete)
-        # A line without an end is cut, so that nothing grows without bounds.
+        # A line without an end is truncated, so that memory is bounded.
         rest = rest[-65536:]
     if rest:
         lines.append(rest.decode(errors="replace"))
 
 
 async def _stop(process: trio.Process) -> None:
-    """End a node and wait until it is gone. Called shielded; takes at most a little longer than the grace."""
+    """Stop a node and wait until it has ended, for little more than 5 seconds at most. Called shielded."""
     assert process.stdin is not None
     assert process.stderr is not None
     if process.returncode is None:
         process.terminate()
         with trio.move_on_after(_GRACE):
-            # Nobody listens to it any more, and a full pipe must not keep it from stopping.
+            # The log is not read any more; with the pipe closed, a write to it cannot block the node.
             await process.stderr.aclose()
             await process.wait()
     if process.returncode is None:
@@ -187,34 +197,34 @@ async def _stop(process: trio.Process) -> None:
 
 
 async def _wait_for_models(api: Api) -> list[str] | None:
-    """Return the models once those that are asked for are all there; ``None`` if that takes too long."""
+    """Return the served models when all that the questions need are there; ``None`` after the timeout."""
     wanted = {question.model for question in QUESTIONS}
-    with trio.move_on_after(_START):
+    with trio.move_on_after(_START_TIMEOUT):
         while True:
             with suppress(ApiFailed):
                 there = await _in_thread(api.models)
                 if wanted <= set(there):
                     return there
-            await trio.sleep(_LOOK)
+            await trio.sleep(_POLL_INTERVAL)
     return None
 
 
-async def _ask_all(api: Api, say: Callable[[str], None]) -> int:
+async def _ask_all(api: Api, show: Callable[[str], None]) -> int:
     code = 0
-    heard: dict[str, bytes] = {}
+    shared: dict[str, bytes] = {}
     for question in QUESTIONS:
-        say(f"\n{question.kind}: {question.model}\n  asked:    {question.text}")
+        show(f"\n{question.kind}: {question.model}\n  asked:    {question.text}")
         began = time.monotonic()
         try:
-            answer = await _in_thread(partial(question.ask, api, heard))
+            answer = await _in_thread(partial(question.ask, api, shared))
         except ApiFailed as error:
             answer, code = f"FAILED: {error}", 1
         indented = answer.replace("\n", "\n            ")
-        say(f"  answered: {indented}   ({time.monotonic() - began:.2f} s)")
-    say("\nall models answered" if code == 0 else "\nnot all models answered as they should")
+        show(f"  answered: {indented}   ({time.monotonic() - began:.2f} s)")
+    show("\nall models answered" if code == 0 else "\nnot all models answered as expected")
     return code
 
 
 async def _in_thread(function: Callable[[], T]) -> T:
-    # Waits for an answer and nothing else, with a timeout of its own: harmless to leave behind.
+    # An abandoned thread only waits for a response, and has a timeout.
     return await trio.to_thread.run_sync(function, abandon_on_cancel=True)

@@ -1,14 +1,16 @@
 """The arithmetic of the ``digits`` model: a diffusion model over 8 by 8 pixels, in numpy.
 
-Theory. A picture is drowned in Gaussian noise along a continuous time from 0 (clean) to 1 (nothing but
-noise): ``noisy = signal(t) * clean + spread(t) * noise`` with ``signal**2 + spread**2 == 1``, along the
-cosine schedule of Nichol and Dhariwal. A network learns to tell the noise from the picture. Sampling walks
-the time backwards in a few deterministic steps (DDIM; Song, Meng and Ermon 2020): guess the noise, take the
-guess for the clean picture, put back less noise. *Guidance* exaggerates what the asked class adds over "any
-digit" (Ho and Salimans 2022).
+Theory of operation
+===================
 
-``scripts/train_digits.py`` trains the weights and shares this module, so that training and sampling cannot
-drift apart.
+A picture is mixed with Gaussian noise along a continuous time from 0 (clean) to 1 (only noise): ``noisy = signal(t) *
+clean + spread(t) * noise`` with ``signal**2 + spread**2 == 1``, along the cosine schedule of Nichol and Dhariwal
+(2021). A network learns to predict the noise. Sampling goes backwards in time in a few deterministic steps (DDIM; Song,
+Meng and Ermon 2020): predict the noise, compute the clean picture from the prediction, mix it with less noise.
+*Guidance* amplifies the difference between the prediction for the wanted class and that for "any digit" (Ho and
+Salimans 2022).
+
+``scripts/train_digits.py`` trains the weights and uses this module, so that training and sampling cannot diverge.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ PIXELS: Final = SIDE * SIDE
 CLASSES: Final = 10
 TIME_FEATURES: Final = 64
 
-# The schedule is cut short of 0 and 1, where the signal or the noise would vanish and be divided by.
+# The schedule stops short of 0 and 1, where the noise or the signal would be 0 and a divisor.
 _OFFSET: Final = 0.008
 _CUT: Final = 0.992
 
@@ -45,19 +47,19 @@ Array = NDArray[np.float32]
 
 
 def load(path: Path) -> dict[str, Array]:
-    """Return the weights stored at ``path``, widened to single precision."""
+    """Return the weights stored at ``path``, in single precision. Blocks. Raises ``OSError``."""
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name].astype(np.float32) for name in stored.files}
 
 
 def schedule(times: Array) -> tuple[Array, Array]:
-    """Return how much of the picture and how much noise there is at each time of ``times`` (0 to 1)."""
+    """Return the factors of the picture and of the noise at each time of ``times`` (0 to 1), in its shape."""
     angle = np.asarray((_OFFSET + _CUT * times) / (1.0 + _OFFSET) * (np.pi / 2), np.float32)
     return np.cos(angle), np.sin(angle)
 
 
 def time_features(times: Array) -> Array:
-    """Return sines and cosines of each time at geometrically spaced frequencies, for the network to read."""
+    """Return sines and cosines of each time at geometrically spaced frequencies, in the shape (count, 64)."""
     frequencies = np.exp(np.linspace(0.0, np.log(1000.0), TIME_FEATURES // 2)).astype(np.float32)
     phase = times[:, None] * frequencies
     return np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
@@ -66,7 +68,17 @@ def time_features(times: Array) -> Array:
 def predict_noise(
     weights: Mapping[str, Array], noisy: Array, times: Array, classes: NDArray[np.int64]
 ) -> Array:
-    """Return the network's guess at the noise in each row of ``noisy``; class 10 means any digit."""
+    """Return the network's prediction of the noise in noisy pictures.
+
+    Args:
+        weights: as returned by :func:`load`.
+        noisy: the pictures in the shape (count, 64).
+        times: the time of each picture, 0 to 1, in the shape (count,).
+        classes: the digit in each picture, in the shape (count,); 10 means any digit.
+
+    Returns:
+        The noise in the shape (count, 64).
+    """
     condition = _silu(
         time_features(times) @ weights["time_w"] + weights["time_b"] + weights["class_w"][classes]
     )
@@ -87,21 +99,21 @@ def sample(
     seed: int | None = None,
     steps: int = 30,
     guidance: float = 2.0,
-    go_on: Callable[[int], bool] = lambda step: True,
+    should_continue: Callable[[int], bool] = lambda step: True,
 ) -> Array | None:
-    """Draw one picture for each class of ``classes``.
+    """Draw one picture for each class of ``classes``. Blocks.
 
     Args:
         weights: as returned by :func:`load`.
-        classes: the digit that each picture shall show.
-        seed: makes the result repeatable; drawn by chance when ``None``.
-        steps: how many times the network is asked.
-        guidance: 1 samples what was learnt; more is more legible and less varied.
-        go_on: called with the number of each step before it is taken; sampling ends when it says no.
+        classes: the digit in each picture, in the shape (count,).
+        seed: makes the result repeatable; random if ``None``.
+        steps: evaluations of the network.
+        guidance: 1 samples the learnt distribution; larger values make the digits more legible and less varied.
+        should_continue: called with the number of each step before it; sampling stops if it returns false.
 
     Returns:
-        The pictures with values from -1 (paper) to 1 (ink), in the shape (count, 8, 8); ``None`` if it was
-        ended.
+        The pictures with values from -1 (paper) to 1 (ink), in the shape (count, 8, 8); ``None`` if sampling was
+        stopped.
     """
     rng = np.random.default_rng(seed)
     count = len(classes)
@@ -110,14 +122,13 @@ def sample(
     stops = np.linspace(1.0, 0.0, steps + 1).astype(np.float32)
     signals, spreads = schedule(stops)
     for step in range(steps):
-        if not go_on(step):
+        if not should_continue(step):
             return None
-        guess = predict_noise(
+        predicted = predict_noise(
             weights, np.concatenate([picture, picture]), np.full(2 * count, stops[step], np.float32), both
         )
-        noise = guess[count:] + guidance * (guess[:count] - guess[count:])
-        # Guided guesses overshoot; ink cannot be blacker than black, so the excess is cut and the noise
-        # follows.
+        noise = predicted[count:] + guidance * (predicted[:count] - predicted[count:])
+        # Guidance overshoots: values beyond paper and ink are clipped, and the noise is computed anew from the result.
         clean = np.clip((picture - spreads[step] * noise) / signals[step], -1.0, 1.0)
         noise = (picture - signals[step] * clean) / spreads[step]
         picture = signals[step + 1] * clean + spreads[step + 1] * noise

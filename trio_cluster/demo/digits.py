@@ -1,14 +1,13 @@
-"""``digits``: handwritten digits drawn by a tiny diffusion model, which is part of this package.
+"""``digits``: handwritten digits drawn by a tiny diffusion model, whose weights are part of this package.
 
-It is a real diffusion model with classifier-free guidance, and a toy: half a million weights, trained in four
-minutes on 1797 scans of 8 by 8 pixels (see ``scripts/train_digits.py``), it can draw ten things. It is here
-because it exercises
-what serving a large one takes: many steps for one picture, cancellation between any two of them, several
-    pictures in one go, seeds, sizes.
+It is a real diffusion model with classifier-free guidance, and a toy: half a million weights, trained in four minutes
+on 1797 scans of 8 by 8 pixels (see ``scripts/train_digits.py``); it can draw ten things. It exists because serving it
+takes what serving a large one takes: many steps for one picture, cancellation between any two of them, several pictures
+in one request, seeds, sizes.
 
-The first digit in the prompt is drawn, written ``7`` or ``seven``; ``42`` is a four. A prompt without one is
-refused. Pictures are PNG files, ink on white, 256 by 256 pixels unless the client asks for another size.
-``seed`` in the request makes them repeatable.
+The first digit in the prompt is drawn, written ``7`` or ``seven``; ``42`` is a four. A prompt without a digit is
+refused. Pictures are PNG files, ink on white, 256 by 256 pixels unless the client sets another size. ``seed`` in the
+request makes them repeatable.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import ImageGenRequest, OutputChunk
 
-from ..engines._engine import LoadingEngine, Option, ServedModel, fraction, text, whole_number
-from ..engines._threads import Outlet, ThreadStream
+from ..engines import LoadingEngine, Option, Outlet, ServedModel, ThreadStream, fraction, text, whole_number
 
 __all__ = ["Digits", "engine", "first_digit"]
 
 _WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT: Final = re.compile(rf"[0-9]|\b(?:{'|'.join(_WORDS)})\b", re.IGNORECASE)
 
+#: Pixels of a side by default, and the range that is accepted.
 _SIDE: Final = 256
 _SIDES: Final = range(8, 2049)
 
@@ -75,23 +74,30 @@ class Digits:
     def load(cls, options: Mapping[str, Any]) -> Digits:
         """Load the model. Blocks.
 
+        Args:
+            options: a value for every option of the engine.
+
         Raises:
-            ClusterError: its file is not there; the package is not complete.
+            ClusterError: the installation is incomplete: the file with the weights is missing.
         """
         from . import diffusion
 
         try:
             weights = diffusion.load(_WEIGHTS)
         except OSError as error:
-            raise ClusterError(f"this installation lacks the model's file: {error}") from error
+            raise ClusterError(f"cannot read the model's weights, reinstall trio-cluster: {error}") from error
         return cls(weights, trio.CapacityLimiter(options["parallel"]), options["steps"], options["guidance"])
 
     async def draw(self, request: ImageGenRequest, provider: Provider) -> None:
-        """Answer a request; the handler that is registered."""
+        """Handle a request; the handler that is registered. Cancellation waits for the current step.
+
+        Raises:
+            InvalidRequest: there is no digit in the prompt, or a field has a value that is not supported.
+        """
         digit = first_digit(request.prompt)
         if digit is None:
             raise InvalidRequest(
-                "This model draws single digits: say which one in the prompt, as '7' or 'seven'",
+                "This model draws single digits: name one in the prompt, as '7' or 'seven'",
                 param="prompt",
             )
         if request.output_format != "png" and "output_format" in request.raw:
@@ -106,15 +112,15 @@ class Digits:
         seed = request.raw.get("seed")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise InvalidRequest("seed must be a whole number, 0 or more", param="seed")
-        work = self._drawing(digit, request.n, (height, width), seed)
+        work = self._drawing_work(digit, request.n, (height, width), seed)
         async with ThreadStream(work, self._slots, name="digits", bound=1) as pictures:
             async for picture in pictures:
                 await provider.push(OutputChunk.image(picture, "image/png"))
 
-    def _drawing(
+    def _drawing_work(
         self, digit: int, count: int, size: tuple[int, int], seed: int | None
     ) -> Callable[[Outlet[bytes]], None]:
-        """Return the work of one request: its pictures, one by one; they are drawn together."""
+        """Return the work of one request: it draws its pictures together, and puts them one by one, as PNG files."""
         import numpy as np
 
         from . import diffusion, png
@@ -126,7 +132,7 @@ class Digits:
                 seed=seed,
                 steps=self._steps,
                 guidance=self._guidance,
-                go_on=lambda step: not outlet.closed(),
+                should_continue=lambda step: not outlet.closed(),
             )
             for picture in () if pictures is None else pictures:
                 paper = 127.5 - 127.5 * png.scale(picture, *size)
@@ -137,7 +143,7 @@ class Digits:
 
 
 def first_digit(prompt: str) -> int | None:
-    """Return the first digit in a text, as a figure or as an English word; ``None`` if there is none."""
+    """Return the first digit in a text, a figure or an English word; ``None`` if there is none."""
     found = _DIGIT.search(prompt)
     if found is None:
         return None

@@ -1,8 +1,8 @@
-"""One node of the demo: the command line, in a process that ends when the demo does, however that ends.
+"""One node of the demo: the command line, in a process that ends when the demo ends, however that happens.
 
-The process's standard input is a pipe whose other end only the demo holds. When the demo is gone, even by
-SIGKILL, the pipe is at its end; the node then stops as it would by SIGTERM, and a few seconds later in any
-case. This needs nothing that is special to one operating system.
+The process's standard input is a pipe whose other end only the demo holds. When the demo ends, even by SIGKILL, the
+node reads the end of the pipe. It then stops as it would on SIGTERM, or after a few seconds in any case. This works on
+every POSIX system.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trio_cluster.cli.commands import main
 
 __all__: list[str] = []
 
-#: Seconds that an orphan has for stopping by itself.
+#: Seconds that an orphaned node has to stop before it exits at once.
 _GRACE: Final = 5.0
 
 

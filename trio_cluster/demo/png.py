@@ -13,9 +13,9 @@ __all__ = ["encode_grey", "scale"]
 
 
 def encode_grey(pixels: NDArray[np.uint8]) -> bytes:
-    """Return a PNG file of ``pixels``: one byte each, rows from the top, 0 is black."""
+    """Return a PNG file of ``pixels`` in the shape (height, width): rows from the top, 0 is black, 255 is white."""
     height, width = pixels.shape
-    # A zero before each row says that the row is stored as it is.
+    # The filter type before each row: 0 means that the row is stored unfiltered.
     rows = np.zeros((height, width + 1), np.uint8)
     rows[:, 1:] = pixels
 
@@ -29,14 +29,14 @@ def encode_grey(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def scale(picture: NDArray[np.floating[Any]], height: int, width: int) -> NDArray[np.float32]:
-    """Return ``picture`` at another size, smoothly: bicubic, Catmull-Rom's curve."""
+    """Return ``picture`` at another size in pixels, with bicubic interpolation (Catmull-Rom)."""
     rows, columns = picture.shape
     scaled = _weights(rows, height) @ picture @ _weights(columns, width).T
     return np.asarray(scaled, np.float32)
 
 
 def _weights(old: int, new: int) -> NDArray[np.float32]:
-    """Return the matrix that takes ``old`` samples to ``new`` ones along one axis; edges are repeated."""
+    """Return the matrix, in the shape (new, old), that interpolates along one axis and repeats the edges."""
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(centre).astype(int) - 1
     matrix = np.zeros((new, old), np.float32)

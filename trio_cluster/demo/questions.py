@@ -1,7 +1,7 @@
-"""One real question for each of the demo's models, and what its answer must be like.
+"""One request for each of the demo's models, and a check of its response.
 
-The questions build on each other: what the speech model says is what the listening one is given to write
-    down. They are asked with the standard library's client, over the same API that everybody uses.
+The requests build on each other: the speech model's audio is the transcription model's input. They are sent with the
+standard library's HTTP client, over the API that every client uses.
 """
 
 from __future__ import annotations
@@ -21,40 +21,45 @@ import attrs
 
 __all__ = ["QUESTIONS", "Api", "ApiFailed", "Question"]
 
-#: Seconds that one answer may take.
+#: Seconds that one response may take.
 _TIMEOUT: Final = 60.0
 
 _SENTENCE: Final = "Several machines can answer as one."
 
 
 class ApiFailed(Exception):
-    """A question was not answered, or not as it should be; says why."""
+    """A request has failed, or its response is not as expected; the message says why."""
 
 
 @attrs.frozen
 class Api:
-    """The demo's API, for blocking calls in a thread."""
+    """A client of the demo's API. Its methods block, and raise :class:`ApiFailed`.
+
+    Attributes:
+        host: a name or an address of this machine.
+        port: the port of the API.
+    """
 
     host: str
     port: int
 
     @property
     def url(self) -> str:
-        """Where it is, as clients want to know it."""
+        """The base URL of the API, as clients of the OpenAI API need it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/v1"
 
     def models(self) -> list[str]:
-        """Return the names of the models that are there."""
+        """Return the names of the models that are served."""
         return [entry["id"] for entry in json.loads(self._call("/models", None, ""))["data"]]
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
-        """Return the answer to a JSON request."""
+        """POST a JSON object, and return the body of the response."""
         return self._call(path, json.dumps(body).encode(), "application/json")
 
     def upload(self, path: str, model: str, filename: str, data: bytes) -> bytes:
-        """Return the answer to a form with a file in it."""
-        line = "the-demo-s-own-line"
+        """POST a form with the fields ``model`` and ``file``, and return the body of the response."""
+        line = "trio-cluster-demo-boundary"
         body = io.BytesIO()
         body.write(f'--{line}\r\nContent-Disposition: form-data; name="model"\r\n\r\n{model}\r\n'.encode())
         body.write(
@@ -67,24 +72,29 @@ class Api:
         request = urllib.request.Request(
             self.url + path, body, {"Content-Type": content_type} if body else {}
         )
-        # A proxy that is configured for the rest of the world is not for this machine.
+        # Without the configured proxy: the API is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=_TIMEOUT) as answer:
-                data: bytes = answer.read()
+            with opener.open(request, timeout=_TIMEOUT) as response:
+                data: bytes = response.read()
                 return data
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise ApiFailed(f"{error.code} {said}") from error
+            content = error.read().decode(errors="replace")
+            raise ApiFailed(f"{error.code} {content}") from error
         except OSError as error:
             raise ApiFailed(str(error)) from error
 
 
 @attrs.frozen
 class Question:
-    """A question: ``ask`` returns the answer as it is to be shown, or raises :class:`ApiFailed`.
+    """A question to one model.
 
-    ``ask`` is also given a dictionary in which one question can leave something for the next.
+    Attributes:
+        kind: the model's kind.
+        model: the model's name.
+        text: the question, as it is shown.
+        ask: sends the request. Returns the answer as it is shown, or raises :class:`ApiFailed`. Its second argument is
+            a dictionary in which a question can leave data for later ones.
     """
 
     kind: str
@@ -95,13 +105,13 @@ class Question:
 
 def _require(condition: bool, answer: str) -> None:
     if not condition:
-        raise ApiFailed(f"not the answer that was expected: {answer}")
+        raise ApiFailed(f"unexpected answer: {answer}")
 
 
 _CHAT: Final = "What is the capital of France? Answer in one short sentence."
 
 
-def _chat(api: Api, heard: dict[str, bytes]) -> str:
+def _chat(api: Api, shared: dict[str, bytes]) -> str:
     message = {"role": "user", "content": _CHAT}
     body = {"model": "smollm2", "messages": [message], "max_tokens": 40, "temperature": 0}
     answer: str = json.loads(api.post("/chat/completions", body))["choices"][0]["message"]["content"]
@@ -112,7 +122,7 @@ def _chat(api: Api, heard: dict[str, bytes]) -> str:
 _TEXTS: Final = ("How do I reset my password?", "I cannot log in to my account.", "The cat sat on the mat.")
 
 
-def _embeddings(api: Api, heard: dict[str, bytes]) -> str:
+def _embeddings(api: Api, shared: dict[str, bytes]) -> str:
     answer = json.loads(api.post("/embeddings", {"model": "all-MiniLM-L6-v2", "input": list(_TEXTS)}))
     first, second, third = (entry["embedding"] for entry in answer["data"])
 
@@ -125,10 +135,10 @@ def _embeddings(api: Api, heard: dict[str, bytes]) -> str:
     return shown
 
 
-def _speech(api: Api, heard: dict[str, bytes]) -> str:
+def _speech(api: Api, shared: dict[str, bytes]) -> str:
     audio = api.post("/audio/speech", {"model": "hibari", "input": _SENTENCE, "voice": "alloy"})
     _require(audio[:4] == b"RIFF", repr(audio[:40]))
-    heard["speech"] = audio
+    shared["speech"] = audio
     (rate,) = struct.unpack_from("<I", audio, 24)
     seconds = (len(audio) - 44) / (2 * rate)
     shown = f"{len(audio)} bytes of WAV, {seconds:.1f} s at {rate} Hz"
@@ -136,21 +146,21 @@ def _speech(api: Api, heard: dict[str, bytes]) -> str:
     return shown
 
 
-def _transcription(api: Api, heard: dict[str, bytes]) -> str:
-    if "speech" not in heard:
-        raise ApiFailed("there is no speech to listen to")
+def _transcription(api: Api, shared: dict[str, bytes]) -> str:
+    if "speech" not in shared:
+        raise ApiFailed("there is no audio: the speech model has failed")
     answer = json.loads(
-        api.upload("/audio/transcriptions", "whisper-tiny.en", "speech.wav", heard["speech"])
+        api.upload("/audio/transcriptions", "whisper-tiny.en", "speech.wav", shared["speech"])
     )["text"]
-    said, understood = (
+    spoken, understood = (
         set("".join(c for c in each.lower() if c.isalpha() or c == " ").split())
         for each in (_SENTENCE, answer)
     )
-    _require(len(said & understood) >= len(said) - 1, answer)
+    _require(len(spoken & understood) >= len(spoken) - 1, answer)
     return str(answer).strip()
 
 
-def _image(api: Api, heard: dict[str, bytes]) -> str:
+def _image(api: Api, shared: dict[str, bytes]) -> str:
     body = {"model": "digits", "prompt": "a handwritten seven", "size": "64x64", "seed": 7}
     answer = json.loads(api.post("/images/generations", body))
     picture = base64.b64decode(answer["data"][0]["b64_json"])
@@ -162,7 +172,7 @@ def _image(api: Api, heard: dict[str, bytes]) -> str:
 
 
 def _drawn(picture: bytes, width: int, height: int) -> str:
-    """Return a grey PNG as text. Its rows are known to be stored without filters."""
+    """Return a grey PNG as text. Its rows must be stored unfiltered, as those of the ``digits`` model are."""
     position, packed = 8, b""
     while position < len(picture):
         size, kind = struct.unpack_from(">I4s", picture, position)
@@ -183,6 +193,6 @@ QUESTIONS: Final = (
         _embeddings,
     ),
     Question("tts", "hibari", f"say: {_SENTENCE}", _speech),
-    Question("asr", "whisper-tiny.en", "what was just said?", _transcription),
+    Question("asr", "whisper-tiny.en", "what does that speech say?", _transcription),
     Question("image_generation", "digits", "draw: a handwritten seven", _image),
 )

@@ -1,4 +1,4 @@
-"""What the demo prints for people who want to try it: a line for the shell and a few of Python per model."""
+"""What the demo prints for users who want to try it: a shell command and some Python for each model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Final
 __all__ = ["how_to_try"]
 
 _TEXT: Final = """
-The OpenAI API is at {url}, without a key. Another terminal can ask it:
+The OpenAI API is at {url} and needs no key. Try it from another terminal:
 
 # chat
 curl {url}/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"model": "smollm2", "stream": true, "messages": [{{"role": "user", "content": "Tell me about
-  Paris."}}]}}'
+  -d '{{"model": "smollm2", "stream": true, "messages": [{{"role": "user", "content": "Tell me about Paris."}}]}}'
 
 # embeddings
 curl {url}/embeddings -H 'Content-Type: application/json' \\
@@ -35,8 +34,8 @@ client = openai.OpenAI(base_url="{url}", api_key="none")
 question = [{{"role": "user", "content": "Tell me about Paris."}}]
 for chunk in client.chat.completions.create(model="smollm2", messages=question, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
-vector = client.embeddings.create(model="all-MiniLM-L6-v2", input="one text").data[0].embedding speech =
-client.audio.speech.create(model="hibari", voice="alloy", input="Several machines can answer as one.")
+vector = client.embeddings.create(model="all-MiniLM-L6-v2", input="one text").data[0].embedding
+speech = client.audio.speech.create(model="hibari", voice="alloy", input="Several machines can answer as one.")
 print(client.audio.transcriptions.create(model="whisper-tiny.en", file=("speech.wav", speech.content)).text)
 image = client.images.generate(model="digits", prompt="a handwritten seven").data[0].b64_json
 pathlib.Path("seven.png").write_bytes(base64.b64decode(image))

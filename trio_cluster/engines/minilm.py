@@ -1,12 +1,12 @@
 """``minilm``: sentence embeddings with all-MiniLM-L6-v2, or another BERT-like model in the ONNX format.
 
-Texts go through the network in batches of ``batch``; a vector is the mean over its text's tokens, brought to
-length 1. A batch in the making can be interrupted from outside (onnxruntime looks at a flag between two nodes
-of the network), so a request that is given up stops within milliseconds.
+Texts are processed in batches of ``batch``; a vector is the mean over the tokens of its text, scaled to length 1. A
+running batch can be interrupted from another thread (onnxruntime checks a flag between two nodes of the network), so a
+cancelled request stops within milliseconds.
 
-A text that is longer than the model can take is refused, as the OpenAI API does it, unless ``truncate=yes``:
-half a text has another meaning, and nobody would notice. Token ids are refused, since clients that send them
-count them in the vocabulary of some other model.
+A text that is longer than the model can take is refused, as the OpenAI API does, unless ``truncate=yes``: half a text
+has another meaning, and the client would not notice. Token ids are refused, because clients that send them use the
+vocabulary of another model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _MiniLM(LoadingEngine):
         """See :meth:`Engine.check`."""
         missing = [name for name in _FILES if not (Path(argument) / name).is_file()] if argument else []
         if missing:
-            raise ValueError(f"'{argument}' is no folder of a model: it lacks {', '.join(missing)}")
+            raise ValueError(f"'{argument}' is not the folder of a model: it lacks {', '.join(missing)}")
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
         """See :meth:`LoadingEngine.prepare`."""
@@ -84,8 +84,12 @@ class MiniLM:
     def load(cls, folder: Path, options: Mapping[str, Any]) -> MiniLM:
         """Load a model. Blocks.
 
+        Args:
+            folder: the folder with ``model.onnx`` and ``tokenizer.json``.
+            options: a value for every option of the engine.
+
         Raises:
-            ClusterError: the files are not what they should be.
+            ClusterError: the files cannot be loaded.
         """
         import onnxruntime
         from tokenizers import Tokenizer
@@ -95,7 +99,7 @@ class MiniLM:
         settings.log_severity_level = 3
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            # The file brings settings of its own; the length is checked here, and padding is per batch.
+            # These replace settings in the file: the length is checked in `_fit`, and padding is per batch.
             tokenizer.no_truncation()
             tokenizer.enable_padding()
             session = onnxruntime.InferenceSession(
@@ -108,30 +112,36 @@ class MiniLM:
         return cls(session, tokenizer, slots, options["batch"], options["max_tokens"], options["truncate"])
 
     async def embed(self, request: EmbeddingRequest, provider: Provider) -> None:
-        """Answer a request; the handler that is registered."""
+        """Handle a request; the handler that is registered. Cancellation interrupts the current batch.
+
+        Raises:
+            InvalidRequest: an input is too long, or is not text.
+        """
         tokens = 0
-        async with ThreadStream(self._embedding(request.inputs), self._slots, name="minilm") as batches:
+        async with ThreadStream(self._embedding_work(request.inputs), self._slots, name="minilm") as batches:
             async for vectors, count in batches:
                 tokens += count
                 await provider.push(OutputChunk.embeddings(vectors))
         await provider.push(OutputChunk.usage(tokens))
 
-    def _embedding(self, inputs: list[str] | list[list[int]]) -> Callable[[Outlet[tuple[Any, int]]], None]:
-        """Return the work of one request: for each batch its vectors, and how many tokens it had."""
+    def _embedding_work(
+        self, inputs: list[str] | list[list[int]]
+    ) -> Callable[[Outlet[tuple[Any, int]]], None]:
+        """Return the work of one request: it puts the vectors of each batch, with the number of its tokens."""
         import numpy as np
         import onnxruntime
 
         texts = [each for each in inputs if isinstance(each, str)]
         if len(texts) != len(inputs):
             raise InvalidRequest(
-                "This model takes text only: its vocabulary is not the one that token ids are counted in",
+                "This model has a vocabulary of its own and takes no token ids; send the text",
                 param="input",
                 code="unsupported_value",
             )
         wanted = {each.name for each in self._session.get_inputs()}
 
         def work(outlet: Outlet[tuple[Any, int]]) -> None:
-            # The whole request is read first, so that it is refused before anything has been spent on it.
+            # All texts are tokenized first, so that a request is refused before any of it has been computed.
             encoded: list[tuple[list[int], list[int]]] = []
             for first in range(0, len(texts), self._batch):
                 if outlet.closed():
@@ -152,7 +162,7 @@ class MiniLM:
                 try:
                     hidden = self._session.run(None, {k: v for k, v in feed.items() if k in wanted}, run)[0]
                 except Exception:
-                    # An interrupted run fails with a plain Exception; there is nobody left to tell.
+                    # An interrupted run raises a plain Exception. The request is over, so it is dropped.
                     if outlet.closed():
                         return
                     raise
@@ -164,12 +174,12 @@ class MiniLM:
         return work
 
     def _fit(self, encoding: Any, index: int) -> tuple[list[int], list[int]]:
-        """Return the ids and the mask of a text, without its padding."""
+        """Return the ids and the mask of a text without its padding; refuse or truncate a text that is too long."""
         length = sum(encoding.attention_mask)
         if length > self._max_tokens:
             if not self._truncate:
                 raise InvalidRequest(
-                    f"Input {index} has {length} tokens; this model takes up to {self._max_tokens}",
+                    f"Input {index} has {length} tokens; this model takes up to {self._max_tokens}, so shorten it",
                     param="input",
                     code="context_length_exceeded",
                 )

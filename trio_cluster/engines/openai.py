@@ -1,7 +1,7 @@
 """``openai``: the models of any server that speaks the OpenAI API, from vLLM to llama.cpp's own.
 
-Nothing is loaded here. The models are those that the server lists, for as long as it does; a call goes to it as it
-came, on whatever route, and its answer comes back as it is. Several such engines can stand side by side.
+Nothing is loaded here. The models are those that the server lists, for as long as it lists them. A call is forwarded to
+the server as it is, on any route, and so is the server's response. Several such engines can run side by side.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def _patterns(value: str) -> tuple[str, ...]:
 def _names(value: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for pair in value.split(","):
-        # The names of servers have colons in them, such as llama3:8b.
+        # Split at the last colon, because names on servers have colons, such as llama3:8b.
         old, _, new = pair.strip().rpartition(":")
         if not old or not new:
             raise ValueError(f"expected OLD:NEW, got '{pair}'")
         _check_name(new)
         if old in names or new in names.values():
-            raise ValueError(f"'{pair}' contradicts an earlier one")
+            raise ValueError(f"'{pair}' contradicts an earlier pair; give each name once")
         names[old] = new
     return names
 
@@ -56,7 +56,7 @@ def _check_name(name: str) -> None:
 
 def _secret(value: str) -> str:
     if not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError("a key has no spaces and only ASCII characters")
+        raise ValueError("a key has only visible ASCII characters and no spaces")
     return text(value)
 
 
@@ -64,19 +64,19 @@ class _OpenAI(Engine):
     summary = "any kind: the models of a server that speaks the OpenAI API"
     argument = "the URL of its API, such as http://127.0.0.1:8000/v1"
     options: ClassVar[Mapping[str, Option]] = {
-        "key": Option(_secret, None, "the key that the server wants"),
-        "key_env": Option(text, None, "the environment variable that has the key"),
-        "prefix": Option(_prefix, "", "what to put before the names of its models"),
-        "only": Option(_patterns, (), "patterns for the names of the models that are wanted"),
-        "rename": Option(_names, {}, "OLD:NEW,... names to give to some models, without the prefix"),
-        "max_concurrency": Option(whole_number(1, 100_000), None, "requests to one model at once"),
-        "poll": Option(fraction(0.1, 3600), 5.0, "seconds between two looks at its list of models"),
+        "key": Option(_secret, None, "the API key that the server requires"),
+        "key_env": Option(text, None, "the environment variable with that key"),
+        "prefix": Option(_prefix, "", "a prefix for the names of its models"),
+        "only": Option(_patterns, (), "patterns for the names of the models to serve"),
+        "rename": Option(_names, {}, "OLD:NEW,... new names of some models, without the prefix"),
+        "max_concurrency": Option(whole_number(1, 100_000), None, "concurrent requests to one model"),
+        "poll": Option(fraction(0.1, 3600), 5.0, "seconds between two polls of its list of models"),
     }
 
     def check(self, argument: str, options: Mapping[str, Any]) -> None:
         """See :meth:`Engine.check`."""
         if not argument:
-            raise ValueError(f"say where the server is: {_EXAMPLE}")
+            raise ValueError(f"give the URL of the server's API: {_EXAMPLE}")
         BaseURL.parse(argument)
         _key(options)
 
@@ -88,7 +88,10 @@ class _OpenAI(Engine):
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """See :meth:`Engine.serve`. A server that is not there is waited for; started all the same."""
+        """See :meth:`Engine.serve`.
+
+        A server that cannot be reached is polled until it can; ``task_status.started()`` does not wait for it.
+        """
         client = HttpClient(BaseURL.parse(argument))
         naming = Naming(options["prefix"], options["only"], options["rename"])
         models = UpstreamModels(

@@ -1,14 +1,12 @@
 """``whisper``: speech to text with a Whisper model in CTranslate2's format.
 
-The model hears windows of 30 seconds. It writes text with timestamps in between, and the next window begins
-where the last complete segment ended, so that no word is cut in two. Each window's text goes out as soon as
-it is there.
+The model processes windows of 30 seconds. It writes text with timestamps in between, and the next window begins where
+the last complete segment ended, so that no word is cut in two. The text of each window is sent as soon as it is there.
 
-A window is one blocking call that cannot be interrupted, of about a second with a tiny model; a request that
-is given up stops after it. Calls for several requests run one after the other unless ``parallel`` says
-otherwise.
+A window is one blocking call that cannot be interrupted, about a second with a tiny model; a cancelled request stops
+after it. The windows of several requests are processed one after the other, unless ``parallel`` is more than 1.
 
-Reads WAV files (see ``engines/audio/wav.py``); other formats are refused with a message that names them.
+Only WAV files are read (see ``engines/audio/wav.py``); other formats are refused with an error that names them.
 """
 
 from __future__ import annotations
@@ -34,18 +32,18 @@ __all__ = ["Segment", "Whisper", "engine", "split_segments"]
 _DEMO: Final = "tiny.en"
 _FILES: Final = ("config.json", "model.bin", "tokenizer.json")
 
-# A window is taken for silence where the model thinks so and is not sure of its text either (section 4.5 of
-# the paper).
+#: A window is silence if the model's probability of no speech is above this, and the average log probability of its
+#: text is below the second one (section 4.5 of the Whisper paper).
 _NO_SPEECH: Final = 0.6
-_UNSURE: Final = -1.0
+_MIN_LOG_PROBABILITY: Final = -1.0
 
-# Seconds that the model hears at a time.
+#: Seconds of audio that the model processes at a time.
 _WINDOW: Final = 30.0
 
-# Seconds from one timestamp token to the next.
+#: Seconds from one timestamp token to the next.
 _TICK: Final = 0.02
 
-# Whisper's decoder has 448 positions, half of which the prompt may use.
+#: Tokens of the prompt. Whisper's decoder has 448 positions, half of which the prompt may use.
 _MAX_PROMPT: Final = 223
 
 
@@ -70,7 +68,9 @@ class _Whisper(LoadingEngine):
             return
         missing = [name for name in _FILES if not (Path(argument) / name).is_file()]
         if missing:
-            raise ValueError(f"'{argument}' is no folder of a converted model: it lacks {', '.join(missing)}")
+            raise ValueError(
+                f"'{argument}' is not the folder of a converted model: it lacks {', '.join(missing)}"
+            )
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
         """See :meth:`LoadingEngine.prepare`."""
@@ -92,7 +92,13 @@ engine = _Whisper()
 
 @attrs.frozen
 class Segment:
-    """A stretch of speech, in seconds from the beginning of its window."""
+    """A segment of speech.
+
+    Attributes:
+        start: seconds from the beginning of the window.
+        end: seconds from the beginning of the window.
+        tokens: the text.
+    """
 
     start: float
     end: float
@@ -113,8 +119,12 @@ class Whisper:
     def load(cls, folder: str, options: Mapping[str, Any]) -> Whisper:
         """Load a model. Blocks.
 
+        Args:
+            folder: the folder of the converted model.
+            options: a value for every option of the engine.
+
         Raises:
-            ClusterError: it is not a Whisper model, or damaged.
+            ClusterError: it is not a Whisper model, or it is damaged.
         """
         import ctranslate2
         from tokenizers import Tokenizer
@@ -135,18 +145,26 @@ class Whisper:
         return cls(model, tokenizer, trio.CapacityLimiter(parallel), options["beam"], options["max_seconds"])
 
     async def transcribe(self, request: ASRRequest, provider: Provider) -> None:
-        """Answer a request; the handler that is registered."""
+        """Handle a request; the handler that is registered. Cancellation waits for the current window.
+
+        Raises:
+            InvalidRequest: the audio cannot be read, or the model does not know the language.
+        """
         language = self._language(request)
-        async with ThreadStream(self._hearing(request, language), self._slots, name="whisper") as pieces:
+        async with ThreadStream(
+            self._transcription(request, language), self._slots, name="whisper"
+        ) as pieces:
             async for piece in pieces:
                 await provider.push(OutputChunk.json(piece))
 
     def _language(self, request: ASRRequest) -> str | None:
-        """Return the code of the language that the model is to expect; ``None`` if it is to find out."""
+        """Return the code of the spoken language; ``None`` if the model should detect it."""
         if not self._model.is_multilingual:
             if request.language not in (None, "en", "english"):
                 raise InvalidRequest(
-                    "This model understands English only", param="language", code="invalid_value"
+                    "This model understands English only; leave language out, or set it to 'en'",
+                    param="language",
+                    code="invalid_value",
                 )
             return "en"
         if request.language is not None and self._tokenizer.token_to_id(f"<|{request.language}|>") is None:
@@ -157,8 +175,10 @@ class Whisper:
             )
         return request.language
 
-    def _hearing(self, request: ASRRequest, language: str | None) -> Callable[[Outlet[dict[str, Any]]], None]:
-        """Return the work of one request: what is understood, window by window, as parts of the answer."""
+    def _transcription(
+        self, request: ASRRequest, language: str | None
+    ) -> Callable[[Outlet[dict[str, Any]]], None]:
+        """Return the work of one request: it puts the JSON of each window, and of the whole at the end."""
         from .audio import mel, wav
 
         def work(outlet: Outlet[dict[str, Any]]) -> None:
@@ -168,28 +188,28 @@ class Whisper:
                 raise InvalidRequest(str(error), param="file", code="unsupported_audio") from error
             samples = wav.resample(samples, rate, mel.RATE)
             duration = len(samples) / mel.RATE
-            spoken = language
+            detected = language
             position = 0
             earlier: tuple[int, ...] = tuple(
                 self._ids(" " + request.prompt.strip()) if request.prompt else ()
             )
-            # The rest of less than a hundredth of a second is not a window.
+            # A rest of less than a hundredth of a second is dropped.
             while position + mel.RATE // 100 < len(samples):
                 window = samples[position : position + mel.WINDOW_SAMPLES]
                 features = mel.log_mel(window, self._model.n_mels)
                 if outlet.closed():
                     return
-                if spoken is None:
-                    spoken = self._detect(features)
-                segments, heard = self._decode(features, spoken, earlier, request, len(window) / mel.RATE)
-                piece = {"language": spoken, "duration": duration, "segments": []}
-                piece["segments"] = shown = self._shown(segments, position / mel.RATE)
+                if detected is None:
+                    detected = self._detect(features)
+                segments, settled = self._decode(features, detected, earlier, request, len(window) / mel.RATE)
+                piece = {"language": detected, "duration": duration, "segments": []}
+                piece["segments"] = shown = self._to_json(segments, position / mel.RATE)
                 piece["text"] = "".join(segment["text"] for segment in shown)
                 if not outlet.put(piece):
                     return
                 earlier = (*earlier, *(token for segment in segments for token in segment.tokens))
-                position += max(round(heard * mel.RATE), mel.RATE)
-            outlet.put({"language": spoken or language or "", "duration": duration})
+                position += max(round(settled * mel.RATE), mel.RATE)
+            outlet.put({"language": detected or language or "", "duration": duration})
 
         return work
 
@@ -200,7 +220,7 @@ class Whisper:
     def _decode(
         self, features: Any, language: str, earlier: tuple[int, ...], request: ASRRequest, seconds: float
     ) -> tuple[list[Segment], float]:
-        """Return the segments of one window, and how much of it they settle, in seconds."""
+        """Return the segments of one window, and the seconds of it that need not be processed again."""
         begin = self._special("<|startoftranscript|>")
         prompt = [begin]
         if self._model.is_multilingual:
@@ -219,19 +239,22 @@ class Whisper:
             return_no_speech_prob=True,
             suppress_blank=True,
         )
-        if result.no_speech_prob > _NO_SPEECH and result.scores[0] < _UNSURE:
+        if result.no_speech_prob > _NO_SPEECH and result.scores[0] < _MIN_LOG_PROBABILITY:
             return [], seconds
         first_time = self._special("<|notimestamps|>") + 1
         return split_segments(result.sequences_ids[0], first_time, self._special("<|endoftext|>"), seconds)
 
-    def _shown(self, segments: list[Segment], offset: float) -> list[dict[str, Any]]:
-        shown = []
+    def _to_json(self, segments: list[Segment], offset: float) -> list[dict[str, Any]]:
+        """Return the segments that have a text, with times from the beginning of the audio."""
+        entries = []
         for segment in segments:
-            said = self._tokenizer.decode(list(segment.tokens))
-            if said.strip():
+            segment_text = self._tokenizer.decode(list(segment.tokens))
+            if segment_text.strip():
                 start, end = round(offset + segment.start, 2), round(offset + segment.end, 2)
-                shown.append({"start": start, "end": end, "text": said, "tokens": list(segment.tokens)})
-        return shown
+                entries.append(
+                    {"start": start, "end": end, "text": segment_text, "tokens": list(segment.tokens)}
+                )
+        return entries
 
     def _ids(self, words: str) -> list[int]:
         return list(self._tokenizer.encode(words, add_special_tokens=False).ids)
@@ -250,38 +273,39 @@ class Whisper:
 def split_segments(
     tokens: list[int], first_time: int, end_of_text: int, seconds: float
 ) -> tuple[list[Segment], float]:
-    """Cut a window's tokens at its timestamps.
+    """Split a window's tokens at its timestamps.
 
     Args:
         tokens: text and timestamp tokens, as the model wrote them.
-        first_time: the token for 0.00 s; all from there on are times.
-        end_of_text: the token from which up to ``first_time`` there is nothing to be shown.
-        seconds: how much audio there is in the window.
+        first_time: the token for 0.00 s; it and all higher tokens are timestamps.
+        end_of_text: the first of the special tokens below ``first_time``, which are no text.
+        seconds: the length of the window's audio.
 
     Returns:
-        The segments, and where in the window the next one should begin: at the end of the last segment that
-        the model has closed, if it went on to open another; otherwise at the end of this one.
+        The segments, and where the next window should begin, in seconds from the beginning of this one: at the end of
+        the last segment that the model has closed, if it has opened another one after it; otherwise at the end of this
+        window.
     """
     segments: list[Segment] = []
-    start, said = 0.0, list[int]()
+    start, text_tokens = 0.0, list[int]()
     settled = seconds
     for token in tokens:
         if token < first_time:
             if token < end_of_text:
-                said.append(token)
+                text_tokens.append(token)
             continue
         moment = min((token - first_time) * _TICK, seconds)
-        if said:
-            segments.append(Segment(start, max(start, moment), tuple(said)))
-            said = []
+        if text_tokens:
+            segments.append(Segment(start, max(start, moment), tuple(text_tokens)))
+            text_tokens = []
         start = moment
     closed = len(tokens) >= 2 and tokens[-1] >= first_time and tokens[-2] >= first_time
-    if said:
-        # Its end was not written. If the window was full, what was said in it may go on after it.
+    if text_tokens:
+        # The last segment has no end. In a full window, the speech may go on after it.
         if segments and seconds >= _WINDOW:
             settled = start
         else:
-            segments.append(Segment(start, seconds, tuple(said)))
+            segments.append(Segment(start, seconds, tuple(text_tokens)))
     elif closed and segments:
         settled = segments[-1].end
     return segments, settled

@@ -1,1 +1,1 @@
-"""What engines for speech share: WAV files, and the features that a speech model listens to."""
+"""Audio for the speech engines: WAV files, and the features that a speech model takes as input."""

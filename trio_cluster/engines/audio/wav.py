@@ -1,8 +1,8 @@
-"""WAV files and raw samples, in numpy: read them at any rate, write them whole or as a stream.
+"""WAV files and raw samples, in numpy: reading them at any rate, and writing them whole or as a stream.
 
-The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible"
-headers that many programs write for 24 bits; and it takes the length in the header at its word, which a file
-that was streamed does not have. So the few chunks that matter are read here.
+The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
+that many programs write for 24 bits. It also trusts the length in the header, which a streamed file does not have. So
+the few chunks that matter are read here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["ACCEPTED", "WavError", "header", "read", "resample", "to_pcm16"]
 
 Samples = NDArray[np.float32]
 
-#: What :func:`read` reads, for messages.
+#: The formats that :func:`read` accepts, for error messages.
 ACCEPTED: Final = "WAV with 8, 16, 24 or 32-bit PCM or 32 or 64-bit floating-point samples"
 
 _PCM: Final = 1
 _FLOAT: Final = 3
 _EXTENSIBLE: Final = 0xFFFE
 
-#: The length in the header of a file whose length is not known yet.
+#: The length in the header of a streamed file, whose length is not known yet.
 _UNKNOWN: Final = 0xFFFFFFFF
 
-# How other audio files begin, so that a message can call them by their names.
+# Offset and bytes by which other audio files are recognized, so that an error can name their format.
 _OTHERS: Final = (
     (0, b"ID3", "MP3"),
     (0, b"\xff\xfb", "MP3"),
@@ -46,13 +46,20 @@ _OTHERS: Final = (
 
 
 class WavError(ValueError):
-    """The bytes cannot be read as audio; the message says why and what could be."""
+    """The bytes cannot be read as audio; the message says why, and what is accepted."""
 
 
 def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
-    """Return the samples of a WAV file, mixed down to one channel between -1 and 1, and their rate in Hz.
+    """Read a WAV file.
 
-    A file that is cut off, or was streamed and does not state its length, is read as far as it goes.
+    A truncated file, or a streamed one that does not state its length, is read as far as it goes.
+
+    Args:
+        data: the whole file.
+        max_seconds: the longest audio that is accepted.
+
+    Returns:
+        The samples, mixed down to one channel, from -1 to 1, in the shape (samples,); and their rate in Hz.
 
     Raises:
         WavError: it is not a WAV file, not one of the :data:`ACCEPTED` kinds, damaged, or longer than
@@ -63,8 +70,8 @@ def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         for offset, magic, name in _OTHERS:
             if data[offset : offset + len(magic)] == magic:
-                raise WavError(f"this is {name} audio; accepted is {ACCEPTED}")
-        raise WavError(f"this is not an audio file that can be read; accepted is {ACCEPTED}")
+                raise WavError(f"this is {name} audio; send {ACCEPTED}")
+        raise WavError(f"this is not a known audio file; send {ACCEPTED}")
     layout: tuple[int, int, int, int] | None = None
     position = 12
     while position + 8 <= len(data):
@@ -77,11 +84,11 @@ def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
                 break
             return _samples(data, position, min(position + size, len(data)), layout, max_seconds), layout[2]
         position += size + size % 2
-    raise WavError("the WAV file is damaged: it has no samples, or does not say what they are")
+    raise WavError("the WAV file is damaged: it has no samples, or no format of them")
 
 
 def _layout(chunk: bytes) -> tuple[int, int, int, int]:
-    """Return (encoding, channels, rate, bits)."""
+    """Return (encoding, channels, rate in Hz, bits) from a format chunk."""
     if len(chunk) < 16:
         raise WavError("the WAV file is damaged: its format chunk is too short")
     encoding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunk)
@@ -89,9 +96,7 @@ def _layout(chunk: bytes) -> tuple[int, int, int, int]:
         (encoding,) = struct.unpack_from("<H", chunk, 24)
     known = {_PCM: (8, 16, 24, 32), _FLOAT: (32, 64)}
     if bits not in known.get(encoding, ()):
-        raise WavError(
-            f"the WAV file has samples of encoding {encoding} with {bits} bits; accepted is {ACCEPTED}"
-        )
+        raise WavError(f"the WAV file has samples of encoding {encoding} with {bits} bits; send {ACCEPTED}")
     if not 1 <= channels <= 64:
         raise WavError(f"the WAV file has {channels} channels; accepted are 1 to 64")
     if not 1000 <= rate <= 384_000:
@@ -106,7 +111,7 @@ def _samples(
     width = bits // 8
     frames = (end - begin) // (width * channels)
     if frames > max_seconds * rate:
-        raise WavError(f"the audio is {frames / rate:.0f} s long; accepted are {max_seconds:.0f} s")
+        raise WavError(f"the audio is {frames / rate:.0f} s long; send at most {max_seconds:.0f} s")
     raw = np.frombuffer(data, np.uint8, frames * width * channels, begin)
     values: NDArray[Any]
     if encoding == _FLOAT:
@@ -126,7 +131,7 @@ def _samples(
 
 @lru_cache(maxsize=8)
 def _filter_bank(up: int, down: int) -> tuple[Samples, int]:
-    """Return a windowed sinc for each of ``up`` positions between two input samples, and its half width."""
+    """Return a windowed sinc for each of ``up`` positions between two input samples, and its half width in samples."""
     cutoff = min(1.0, up / down)
     half = int(np.ceil(16 / cutoff))
     offsets = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up
@@ -137,7 +142,13 @@ def _filter_bank(up: int, down: int) -> tuple[Samples, int]:
 
 
 def resample(samples: Samples, rate: int, wanted: int) -> Samples:
-    """Return ``samples`` at another rate, with what the lower of the two rates cannot carry filtered out."""
+    """Return ``samples`` at another rate, without the frequencies that the lower of the two rates cannot represent.
+
+    Args:
+        samples: in the shape (samples,).
+        rate: their rate in Hz.
+        wanted: the new rate in Hz.
+    """
     if rate == wanted or not len(samples):
         return samples
     divisor = gcd(rate, wanted)
@@ -147,8 +158,8 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     result = np.empty(count, np.float32)
     padded = np.pad(samples, (half - 1, half + 1))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
-    # Output k lies at k * down / up. Those with the same position between two inputs share one filter, and
-    # their inputs are `down` apart.
+    # Output k is at the position k * down / up of the input. Outputs at the same position between two inputs share one
+    # filter, and their inputs are `down` apart.
     for first in range(min(up, count)):
         base, phase = divmod(first * down, up)
         result[first::up] = windows[base::down][: len(range(first, count, up))] @ bank[phase]
@@ -156,16 +167,17 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
 
 
 def to_pcm16(samples: Samples) -> bytes:
-    """Return samples between -1 and 1 as 16-bit little-endian PCM."""
+    """Return samples from -1 to 1 as 16-bit little-endian PCM; larger ones are clipped."""
     return (np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
 
 
 def header(rate: int, *, length: int | None) -> bytes:
     """Return the header of a WAV file with one channel of 16-bit PCM.
 
-    ``length`` is the number of bytes that follow. ``None`` means that it is not known yet: both lengths in
-    the header are then the largest there are, as in OpenAI's own streamed answers, and players read on to the
-    end.
+    Args:
+        rate: the rate of the samples in Hz.
+        length: bytes of samples that follow. ``None`` if that is not known yet: both lengths in the header are then the
+            largest possible, as in OpenAI's own streamed responses, and players read to the end of the file.
     """
     riff, data = (_UNKNOWN, _UNKNOWN) if length is None else (36 + length, length)
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, _PCM, 1, rate, 2 * rate, 2, 16)

@@ -1,4 +1,4 @@
-"""A provider for tests: what an engine's handler pushes, kept."""
+"""A provider for tests, which records what an engine's handler pushes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import trio
 
 
-class Heard:
-    """Keeps what is pushed.
+class RecordingProvider:
+    """Records what is pushed.
 
     Attributes:
         pieces: everything, in order.
@@ -28,4 +28,5 @@ class Heard:
         raise AssertionError("engines end by returning")
 
     def values(self, kind: str) -> list[Any]:
+        """Return the values of all pieces of a kind; ``json`` is also the kind of plain objects."""
         return [piece.value for piece in self.pieces if getattr(piece, "kind", "json") == kind]

@@ -1,0 +1,428 @@
+"""The commands that ask a running node: what they request, what they print, and their one-line errors."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import textwrap
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from command_line import Main, one_line
+
+from trio_cluster.cli import admin_client, commands, tables
+
+STATUS: dict[str, Any] = {
+    "version": "1.2.3",
+    "mode": "master",
+    "node_id": "m1",
+    "uptime": 90.0,
+    "draining": False,
+    "calls": {"admitted": 7, "worker_lost": 1},
+    "slots": {"running": 0, "waiting": 0, "capacity": 10},
+    "workers": [
+        {
+            "id": "gpu-1",
+            "address": "10.0.0.5:53122",
+            "state": "stalled",
+            "stalled": "handler of 'chat' (models.py:12 in chat)",
+            "models": ["chat", "embed"],
+            "running": 2,
+            "waiting": 0,
+            "capacity": 4,
+            "in_flight": 2,
+            "connected_for": 11531.5,
+        },
+        {"id": "w\x1b[2J", "address": None, "state": "draining", "models": []},
+    ],
+    "models": [
+        {"id": "chat", "kind": "chat", "owned_by": "me", "nodes": ["local", "gpu-1"]},
+    ],
+}
+
+
+class ScriptedNode(http.server.BaseHTTPRequestHandler):
+    """Sends the responses that the test has set, and records the requests.
+
+    Attributes:
+        requested: path and ``Authorization`` of each GET.
+        posted: path, ``Authorization`` and JSON of each POST.
+        later: the bodies of the following responses, in their order.
+    """
+
+    status = 200
+    body = b""
+    headers_to_send: dict[str, str] = {}  # noqa: RUF012
+    requested: list[tuple[str, str | None]] = []  # noqa: RUF012
+    posted: list[tuple[str, str | None, Any]] = []  # noqa: RUF012
+    later: list[bytes] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.requested.append((self.path, self.headers.get("Authorization")))
+        self.respond()
+        if self.later:
+            type(self).body = self.later.pop(0)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Content-Type"] == "application/json"
+        self.posted.append((self.path, self.headers.get("Authorization"), body))
+        self.respond()
+        if self.later:
+            type(self).body = self.later.pop(0)
+
+    def respond(self) -> None:
+        self.send_response(self.status)
+        for name, value in self.headers_to_send.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def node() -> Iterator[tuple[type[ScriptedNode], int]]:
+    scripted = type(
+        "ThisNode",
+        (ScriptedNode,),
+        {"requested": [], "posted": [], "later": [], "body": json.dumps(STATUS).encode()},
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), scripted) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield scripted, server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_status_prints_aligned_tables(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    code, out, err = main("status", f"http://127.0.0.1:{node[1]}")
+    assert (code, err) == (0, "")
+    assert out == textwrap.dedent("""\
+        trio_cluster 1.2.3, master, node m1, up 1 min 30 s
+        slots: 0 running, 0 waiting, 10 capacity
+        calls: 7 admitted, 1 worker lost
+
+        WORKER  ADDRESS         STATE     RUNNING  WAITING  CONNECTED   MODELS
+        gpu-1   10.0.0.5:53122  stalled   2/4      0        3 h 12 min  chat, embed
+        w?[2J   -               draining  -/-      -        -           -
+
+        STALLED  WHY
+        gpu-1    handler of 'chat' (models.py:12 in chat)
+
+        MODEL  KIND  OWNER  SERVED BY
+        chat   chat  me     local, gpu-1
+        """)
+
+
+def test_status_can_print_the_json(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    code, out, _ = main("status", str(node[1]), "--json")
+    assert code == 0
+    assert json.loads(out) == STATUS
+
+
+def test_status_sends_the_key_from_a_flag_or_a_variable(
+    main: Main, node: tuple[type[ScriptedNode], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted, port = node
+    main("status", f"127.0.0.1:{port}")
+    main("status", f"http://127.0.0.1:{port}/v1/", "--api-key", "flag")
+    monkeypatch.setenv("TRIO_CLUSTER_API_KEY", "variable")
+    monkeypatch.setenv("TRIO_CLUSTER_PORT", str(port))
+    main("status")
+    assert scripted.requested == [
+        ("/cluster/status", None),
+        ("/cluster/status", "Bearer flag"),
+        ("/cluster/status", "Bearer variable"),
+    ]
+
+
+def test_requests_to_this_machine_bypass_a_proxy(
+    main: Main, node: tuple[type[ScriptedNode], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert main("status", f"127.0.0.1:{node[1]}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (401, b"", "access refused (HTTP 401): give its API key with --api-key or TRIO_CLUSTER_API_KEY"),
+        (404, b"", "is not a trio_cluster node (HTTP 404); check the URL"),
+        (503, b"", "failed to answer (HTTP 503); look into its log, or try again"),
+        (200, b"<html>", "is not a trio_cluster node; check the URL"),
+        (200, b'{"version": 1}', "is not a trio_cluster node; check the URL"),
+        (200, b"[" * 100_000, "is not a trio_cluster node; check the URL"),
+        (200, b"\xff", "is not a trio_cluster node; check the URL"),
+    ],
+)
+def test_a_wrong_response_is_an_error_of_one_line(
+    status: int, body: bytes, expected: str, main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    scripted, port = node
+    scripted.status, scripted.body = status, body
+    code, out, err = main("status", str(port))
+    assert one_line(err) == f"http://127.0.0.1:{port}: {expected}"
+    assert (code, out) == (1, "")
+
+
+def test_a_wrong_key_is_told_from_a_missing_one(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    scripted, port = node
+    scripted.status = 401
+    assert one_line(main("status", str(port), "--api-key", "k")[2]).endswith(
+        "(HTTP 401): the API key is wrong; give the right one with --api-key or TRIO_CLUSTER_API_KEY"
+    )
+
+
+def test_redirects_are_not_followed_so_that_the_key_is_not_sent_elsewhere(
+    main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    scripted, port = node
+    scripted.status, scripted.headers_to_send = 302, {"Location": f"http://127.0.0.1:{port}/elsewhere"}
+    code, _, err = main("status", str(port), "--api-key", "k")
+    assert "(HTTP 302)" in one_line(err)
+    assert (code, len(scripted.requested)) == (1, 1)
+
+
+def test_a_refused_connection_is_an_error_of_one_line(main: Main) -> None:
+    with socket.socket() as held:
+        held.bind(
+            ("127.0.0.1", 0)
+        )  # bound, not listening: no process can take it, and connections are refused
+        port = held.getsockname()[1]
+        code, _, err = main("status", str(port))
+    assert (
+        one_line(err)
+        == f"http://127.0.0.1:{port}: cannot be reached: Connection refused; check the URL and that the node runs"
+    )
+    assert code == 1
+
+
+def test_a_silent_server_is_an_error_of_one_line(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin_client, "TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        code, _, err = main("status", str(port))
+    assert (
+        one_line(err) == f"http://127.0.0.1:{port}: no answer within 0.05 seconds; check that the node runs"
+    )
+    assert code == 1
+
+
+def test_a_server_that_does_not_speak_http_is_an_error_of_one_line(main: Main) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        code, _, err = main("status", str(server.getsockname()[1]))
+        thread.join()
+    assert "does not speak HTTP, check the port: " in one_line(err)
+    assert code == 1
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"version": None, "mode": [], "workers": None, "models": {}},
+        {"version": 1, "mode": 2, "workers": [1, None], "models": ["x"], "calls": 3, "uptime": float("nan")},
+        {"version": 1, "mode": 2, "workers": [{"connected_for": 1e300, "models": {"a": 1}}], "models": [{}]},
+    ],
+)
+def test_json_of_any_shape_can_be_shown(status: dict[str, Any]) -> None:
+    assert "trio_cluster" in tables.describe_status(status)
+
+
+def test_the_status_of_a_worker_shows_its_link_and_its_rejected_models() -> None:
+    status = {
+        "mode": "worker",
+        "models": [],
+        "calls": {},
+        "connected": False,
+        "rejected_models": {"a": "taken"},
+    }
+    assert tables.describe_status(status) == textwrap.dedent("""\
+        trio_cluster, worker, without a master
+
+        no models
+
+        REJECTED  REASON
+        a         taken""")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (90000, "1 d 1 h"),
+    ],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    status = {"version": "1", "mode": "master", "uptime": seconds}
+    assert f", up {text}\n" in tables.describe_status(status)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("8080", "http://127.0.0.1:8080"),
+        ("master:9000", "http://master:9000"),
+        ("https://master/v1/", "https://master"),
+        ("http://master/behind/a/proxy/", "http://master/behind/a/proxy"),
+        ("http://[::1]:8080", "http://[::1]:8080"),
+    ],
+)
+def test_a_node_is_named_by_url_address_or_port(text: str, url: str) -> None:
+    assert admin_client.node_url(text) == url
+
+
+CALLS = {
+    "calls": [
+        {
+            "request_id": "r1",
+            "model": "echo",
+            "kind": "chat",
+            "endpoint": "chat.completions",
+            "node": "gpu-1",
+            "phase": "streaming",
+            "age": 3723.4,
+            "delivered": 1234,
+            "client": "10.0.0.9:1234",
+        },
+        {"request_id": "two\nlines", "age": "old", "client": None, "delivered": 0},
+    ]
+}
+
+
+def test_calls_are_an_aligned_table(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    scripted, port = node
+    scripted.body = json.dumps(CALLS).encode()
+    code, out, err = main("calls", str(port), "--api-key", "k")
+    assert (code, err) == (0, "")
+    assert out == textwrap.dedent("""\
+        REQUEST    MODEL  ENDPOINT          NODE   PHASE      AGE        BYTES  CLIENT
+        r1         echo   chat.completions  gpu-1  streaming  1 h 2 min  1234   10.0.0.9:1234
+        two?lines  -      -                 -      -          -          0      -
+        """)
+    assert scripted.requested == [("/cluster/calls", "Bearer k")]
+    assert json.loads(main("calls", str(port), "--json")[1]) == CALLS
+    scripted.body = b'{"calls": []}'
+    assert main("calls", str(port))[1] == "no calls\n"
+    assert tables.describe_calls({"calls": [3, {}]})
+    assert tables.describe_calls({"calls": {}}) == "no calls"
+
+
+@pytest.mark.parametrize(
+    ("count", "line"),
+    [
+        (1, "1 call was cancelled"),
+        (3, "3 calls were cancelled"),
+        (0, "no call was cancelled: the request has ended already, and its handler is about to stop"),
+    ],
+)
+def test_cancel_prints_the_number_of_calls(
+    count: int, line: str, main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    scripted, port = node
+    scripted.body = json.dumps({"request_id": "a/b c", "cancelled": count}).encode()
+    code, out, err = main("cancel", "a/b c", f"127.0.0.1:{port}/v1", "--api-key", "k", "--reason", "enough")
+    assert (code, out, err) == (0, f"{line}\n", "")
+    assert scripted.posted == [("/cluster/calls/a%2Fb%20c/cancel", "Bearer k", {"reason": "enough"})]
+
+
+@pytest.mark.parametrize("argv", [["cancel", "r1"], ["drain", "w1"]], ids=" ".join)
+def test_the_error_message_of_a_node_is_printed_in_one_line(
+    argv: list[str], main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    scripted, port = node
+    scripted.status = 404
+    scripted.body = json.dumps({"error": {"message": "none\nsuch\x1b", "code": "x_not_found"}}).encode()
+    code, out, err = main(*argv, str(port))
+    assert one_line(err) == f"http://127.0.0.1:{port}: none?such?"
+    assert (code, out) == (1, "")
+    scripted.body = b'{"error": {"message": "Unknown URL", "code": null}}'
+    assert "is not a trio_cluster node (HTTP 404)" in one_line(main(*argv, str(port))[2])
+
+
+def worker(in_flight: int, draining: bool = True, instance: str = "one") -> dict[str, Any]:
+    return {"id": "gpu 1", "instance": instance, "draining": draining, "in_flight": in_flight}
+
+
+def with_workers(*workers: dict[str, Any]) -> bytes:
+    return json.dumps(STATUS | {"workers": [{"id": "other"}, *workers]}).encode()
+
+
+def test_drain_waits_until_the_process_that_was_asked_has_left(
+    main: Main, node: tuple[type[ScriptedNode], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_DRAIN_POLL", 0.0)
+    scripted, port = node
+    scripted.body = json.dumps(worker(2)).encode()
+    scripted.later += [
+        with_workers(worker(2)),
+        with_workers(worker(1)),
+        with_workers(worker(1)),
+        # Another process has connected under the same name.
+        with_workers(worker(5, draining=False, instance="two")),
+    ]
+    code, out, err = main("drain", "gpu 1", str(port), "--api-key", "k")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "gpu 1 drains: 2 requests in flight",
+        "gpu 1 drains: 1 request in flight",
+        "gpu 1 has left",
+    ]
+    assert scripted.posted == [("/cluster/workers/gpu%201/drain", "Bearer k", {})]
+
+
+def test_drain_is_requested_again_if_the_worker_reconnects_without_draining(
+    main: Main, node: tuple[type[ScriptedNode], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_DRAIN_POLL", 0.0)
+    scripted, port = node
+    scripted.body = json.dumps(worker(0)).encode()
+    scripted.later += [
+        with_workers(worker(0, draining=False)),
+        json.dumps(worker(0)).encode(),
+        with_workers(worker(0)),
+        with_workers(),
+    ]
+    assert main("drain", "gpu 1", str(port))[0] == 0
+    assert len(scripted.posted) == 2
+
+
+def test_drain_without_waiting(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    scripted, port = node
+    scripted.body = json.dumps(worker(0)).encode()
+    code, out, _ = main("drain", "gpu 1", str(port), "--no-wait")
+    assert (code, out) == (0, "gpu 1 drains: 0 requests in flight\n")
+    assert scripted.requested == []
+
+
+def test_an_interrupted_drain_ends_with_code_1(
+    main: Main, node: tuple[type[ScriptedNode], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.time, "sleep", interrupt)
+    scripted, port = node
+    scripted.body = json.dumps(worker(1)).encode()
+    code, _, err = main("drain", "gpu 1", str(port))
+    assert code == 1
+    assert one_line(err) == "stopped waiting; the worker 'gpu 1' drains on"

@@ -1,0 +1,174 @@
+"""The command line in processes: its signals, its exit codes, and what it logs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+from command_line import APP, one_line
+
+processes = pytest.mark.processes
+
+
+@attrs.define
+class Process:
+    """A running command, and what it has logged so far."""
+
+    popen: subprocess.Popen[bytes]
+    logged: str = ""
+
+    def read(self, timeout: float) -> bool:
+        """Read more of the log. Return whether there was any before the timeout (seconds) or the end of the process."""
+        assert self.popen.stderr is not None
+        ready, _, _ = select.select([self.popen.stderr], [], [], max(0.0, timeout))
+        piece = os.read(self.popen.stderr.fileno(), 65536) if ready else b""
+        self.logged += piece.decode()
+        return piece != b""
+
+    def wait_for(self, pattern: str, timeout: float = 20.0) -> re.Match[str]:
+        """Read the log until a whole line of it matches; fail after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (match := re.search(f"{pattern}.*\n", self.logged)):
+            if not self.read(deadline - time.monotonic()):
+                pytest.fail(f"nothing like {pattern!r} in:\n{self.logged}")
+        return match
+
+    def end(self, timeout: float = 20.0) -> tuple[int, str]:
+        """Wait until the process has ended, for at most ``timeout`` seconds; return its exit code and its log."""
+        deadline = time.monotonic() + timeout
+        while self.read(deadline - time.monotonic()):
+            pass
+        return self.popen.wait(timeout=max(0.1, deadline - time.monotonic())), self.logged
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Callable[..., Process]]:
+    (place / "app.py").write_text(APP)
+    started: list[Process] = []
+
+    def start(*argv: str) -> Process:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "trio_cluster", *argv],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        started.append(Process(popen))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process.popen as popen:
+            popen.kill()
+
+
+def ask_slow(url: str) -> http.client.HTTPResponse:
+    """Return a response that has begun, and that the model never ends."""
+    body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=20)
+    response.readline()
+    return response
+
+
+@processes
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "trio_cluster", "worker"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert one_line(result.stderr).startswith("a worker needs something to serve")
+
+
+@processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_gracefully_with_code_0(number: signal.Signals, start: Callable[..., Process]) -> None:
+    process = start("master", "0", "--host", "127.0.0.1", "-a", "app:server")
+    process.wait_for(r"serving .*url=http://127\.0\.0\.1:\d+.* mode=master models=echo,slow")
+    process.popen.send_signal(number)
+    code, log = process.end()
+    assert code == 0
+    assert f"signal={number.name}" in log
+    assert "Traceback" not in log
+
+
+@processes
+def test_a_second_signal_stops_at_once(start: Callable[..., Process]) -> None:
+    process = start("master", "0", "--host", "127.0.0.1", "-a", "app:server", "--drain-timeout", "1000")
+    url = process.wait_for(r"serving .*url=(http://127\.0\.0\.1:\d+)")[1]
+    with ask_slow(url):
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("stopping")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.popen.wait(timeout=0.3)
+        process.popen.send_signal(signal.SIGTERM)
+        code, log = process.end()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+@processes
+def test_a_worker_joins_and_a_second_master_finds_its_port_taken(start: Callable[..., Process]) -> None:
+    master = start("master", "0", "--host", "127.0.0.1")
+    port = int(master.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1])
+    worker = start(
+        "worker", "127.0.0.1", str(port), "-a", "app:server", "--name", "w1", "--log-format", "json"
+    )
+    worker.wait_for(r'"message": "registered with the master", "models": \["echo", "slow"\]')
+    status = subprocess.run(
+        [sys.executable, "-m", "trio_cluster", "status", str(port)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"^w1 +127\.0\.0\.1", status.stdout, re.M)
+    second = start("master", str(port), "--host", "127.0.0.1")
+    code, log = second.end()
+    assert code == 1
+    assert re.fullmatch(rf"trio-cluster: error: port {port}: .+\n", log)
+    for process in (worker, master):
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+
+
+@processes
+def test_a_worker_without_a_master_can_be_stopped(start: Callable[..., Process]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        process = start(
+            "worker", "127.0.0.1", "--internal-port", str(port), "-a", "app:server", "--log-level", "debug"
+        )
+        process.wait_for(r"127\.0\.0\.1")
+        process.popen.send_signal(signal.SIGINT)
+        code, log = process.end()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+@processes
+def test_a_refused_worker_ends_with_code_1_and_one_line(start: Callable[..., Process]) -> None:
+    master = start("master", "0", "--host", "127.0.0.1", "--cluster-token", "right")
+    port = master.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1]
+    worker = start(
+        "worker", "127.0.0.1", port, "-a", "app:server", "--cluster-token", "wrong", "--log-level", "error"
+    )
+    code, log = worker.end()
+    assert code == 1
+    one_line(log)
+    master.popen.send_signal(signal.SIGTERM)
+    assert master.end()[0] == 0
