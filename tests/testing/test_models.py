@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import ApiError
-from trio_cluster.testing import Answer, FakeModel, SimulatedCluster, ThreadedFakeModel, worker
+from trio_cluster.testing import FakeModel, Response, SimulatedCluster, ThreadedFakeModel, worker
 
 pytestmark = pytest.mark.parametrize("fake", [FakeModel, ThreadedFakeModel])
 
@@ -29,8 +29,8 @@ async def test_a_chat_is_the_announced_text_at_the_announced_pace(
     model = fake(tokens=4, first_after=3, interval=2)
     await start(cluster, model)
     began = trio.current_time()
-    answer = await cluster.client().chat("m")
-    assert answer.report().text == model.text() == "t0 t1 t2 t3 "
+    response = await cluster.client().chat("m")
+    assert response.report().text == model.text() == "t0 t1 t2 t3 "
     assert trio.current_time() - began == 9
     assert (model.started, model.finished, model.cleaned_up, model.running) == (1, 1, 1, 0)
 
@@ -50,10 +50,10 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     await cluster.start_worker(server)
     client = cluster.client()
 
-    async def post(path: str, **fields: Any) -> Answer:
-        answer = await client.post(f"/v1/{path}", fields)
-        assert answer.status == 200
-        return answer
+    async def post(path: str, **fields: Any) -> Response:
+        response = await client.post(f"/v1/{path}", fields)
+        assert response.status == 200
+        return response
 
     message = {"role": "user", "content": "hi"}
     chat = (await post("chat/completions", model="chat", messages=[message], n=2)).json()
@@ -110,8 +110,12 @@ async def test_an_error_that_is_not_for_clients_is_a_500(
 ) -> None:
     model = fake(fail_at=0, error=ZeroDivisionError("inside"))
     await start(cluster, model)
-    answer = await cluster.client().chat("m")
-    assert (answer.status, answer.error["code"], b"inside" in answer.body) == (500, "handler_failed", False)
+    response = await cluster.client().chat("m")
+    assert (response.status, response.error["code"], b"inside" in response.body) == (
+        500,
+        "handler_failed",
+        False,
+    )
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
@@ -120,10 +124,10 @@ async def test_it_stalls_where_it_was_told_to_and_is_cancelled_by_its_deadline(
 ) -> None:
     model = fake(stall_at=pieces)
     await start(cluster, model, default_timeout=10)
-    answer = await cluster.client().chat("m")
-    assert answer.status == (200 if pieces else 504)
+    response = await cluster.client().chat("m")
+    assert response.status == (200 if pieces else 504)
     if pieces:
-        assert (answer.report().ending, answer.report().text) == ("failed", model.text(pieces))
+        assert (response.report().ending, response.report().text) == ("failed", model.text(pieces))
     assert trio.current_time() == pytest.approx(10)
     assert (model.cancelled, model.cleaned_up, model.running) == (1, 1, 0)
 
@@ -140,8 +144,8 @@ async def test_it_goes_on_after_it_was_cancelled_for_as_long_as_it_was_told_to(
 ) -> None:
     model = fake(stall_at=1, ignore_cancellation_for=4, hang_in_cleanup=3)
     await start(cluster, model)
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t0")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t0")
     await model.wait_until(lambda m: m.cancelled == 1)
     began = trio.current_time()
     assert (model.running, model.cleaned_up) == (1, 0)
@@ -178,10 +182,10 @@ async def test_large_pieces_hold_it_up_at_a_client_that_does_not_read(
 ) -> None:
     model = fake(tokens=50, piece_size=100_000)
     await start(cluster, model)
-    async with cluster.client().open_chat("m") as answer:
+    async with cluster.client().open_chat("m") as response:
         await trio.sleep(20)
         assert (model.running, model.finished) == (1, 0)
-        whole = await answer.finish()
+        whole = await response.finish()
     assert whole.report().text == model.text()
     assert len(model.text()) == 5_000_000
 

@@ -1,4 +1,4 @@
-"""Random schedules: some of them on each run of the tests, that they can be replayed, and that they find bugs."""
+"""Random schedules: a few are played on each run of the tests; they can be replayed, and they find planted bugs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from trio_cluster.protocol import MasterSession
 from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
 from trio_cluster.testing.__main__ import main
-from trio_cluster.testing._actors import Actors, Run
-from trio_cluster.testing._causes import Causes
-from trio_cluster.testing._errands import Outcome
+from trio_cluster.testing._fault_oracle import FaultOracle
 from trio_cluster.testing._history import History
-from trio_cluster.testing._laws import Laws
-from trio_cluster.testing._plan import Errand, Plan, draw_plan
+from trio_cluster.testing._invariants import Invariants
+from trio_cluster.testing._plan import Plan, SimulatedRequest, draw_plan
+from trio_cluster.testing._scripted_models import HandlerRun, ScriptedModels
 from trio_cluster.testing._scripts import Script, ScriptedFailure, read_script
 from trio_cluster.testing._soak import soak
+from trio_cluster.testing._workload import Outcome
 
 SMALL: dict[str, Any] = {"seconds": 12, "requests": 20, "faults": 8}
 SEEDS = range(1, 21)
-# In how many schedules each of the planted bugs has to be found; most are in the first one.
+# The seeds among which each planted bug has to be found; most are found by the first one.
 ENOUGH = range(1, 13)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_all_laws_hold_in_this_schedule(seed: int) -> None:
+def test_all_invariants_hold_in_this_schedule(seed: int) -> None:
     report = run_schedule(seed, **SMALL)
     assert report.requests == SMALL["requests"] == report.outcomes.total()
     assert report.simulated > SMALL["seconds"] / 2
@@ -53,7 +53,7 @@ def test_a_seed_gives_the_same_log_in_another_process() -> None:
         ).stdout.splitlines()
         for hash_seed in ("1", "2")
     ]
-    # The line before the digest tells how long it took.
+    # The line before the digest has the real time that it took.
     first, second = ([*log[:-2], log[-1]] for log in logs)
     assert len(first) > 100
     assert first == second
@@ -67,7 +67,10 @@ def test_another_seed_gives_another_log() -> None:
 def test_plans_have_uploads_that_stream() -> None:
     plans = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(20)]
     scripts = [
-        errand.script for plan in plans for errand in plan.errands if errand.script.filling > SPOOL_THRESHOLD
+        request.script
+        for plan in plans
+        for request in plan.requests
+        if request.script.padding > SPOOL_THRESHOLD
     ]
     assert {script.kind for script in scripts} == {"asr"}
     assert {script.model_last for script in scripts} == {False, True}
@@ -86,18 +89,18 @@ def test_a_plan_follows_from_its_seed() -> None:
     )
 
 
-# Bugs of the kind that gateways have, each planted with one line. The whole collection needs copies of the package.
+# Bugs of the kind that gateways have, each planted with one line.
 
 
 def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MasterSession, "cancel", lambda self, call, reason: None)
 
 
-def finish_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def finish_failed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "error_event", lambda error: b"data: [DONE]\n\n")
 
 
-def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Catalog, "remove", lambda self, name, backend: True)
 
 
@@ -114,16 +117,16 @@ def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
 
 
-def forget_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_spooled_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpooledBody, "_fetch", lambda self, data: b"")
 
 
 PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
     forget_to_cancel,
-    finish_what_failed,
-    keep_models_of_the_dead,
+    finish_failed_streams,
+    keep_models_of_lost_workers,
     lose_slots,
-    forget_what_was_kept,
+    lose_spooled_body,
 ]
 
 
@@ -178,7 +181,7 @@ def test_a_soak_adds_up_what_its_processes_did(capsys: pytest.CaptureFixture[str
     assert "2 schedules, 0 of them broke a law" in tally.describe()
 
 
-# The judges
+# The checker
 
 
 @pytest.fixture
@@ -188,8 +191,8 @@ def plan() -> Plan:
 
 def outcome(body: bytes, *, complete: bool, status: int = 200, fails: Any = None) -> Outcome:
     kind = "text/event-stream" if body.startswith(b"data") else "application/json"
-    errand = Errand(0.0, "everywhere", Script(1, "chat", pieces=2, fails=fails))
-    return Outcome(errand, 0.0, 0.5, "answered", status, kind, body, complete)
+    request = SimulatedRequest(0.0, "everywhere", Script(1, "chat", pieces=2, fails=fails))
+    return Outcome(request, 0.0, 0.5, "answered", status, kind, body, complete)
 
 
 def stream(*texts: str, end: bytes = b"") -> bytes:
@@ -203,18 +206,18 @@ STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\nda
 LOST = b'data: {"error":{"message":"lost","code":"worker_lost"}}\n\n'
 
 
-def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
-    """Return what was found wrong with a request before which these troubles were."""
+def violations(plan: Plan, it: Outcome, *faults: tuple[str, str]) -> list[str]:
+    """Return the violations that are found in an outcome, with these faults just before it."""
 
-    async def judge() -> list[str]:
+    async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
-        for kind, host in troubles:
-            history.flash(kind, host)
-        Laws(plan, None, history, Actors(history)).judge(it)  # type: ignore[arg-type]
+        for kind, host in faults:
+            history.record_instant(kind, host)
+        Invariants(plan, None, history, ScriptedModels(history)).check_outcome(it)  # type: ignore[arg-type]
         return history.violations
 
-    return trio.run(judge, clock=MockClock())
+    return trio.run(check, clock=MockClock())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,10 @@ def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
         (outcome(stream("1.0 ", "1.0 ", end=STOP), complete=True), "with another text"),
         (outcome(stream("1.0 ", end=STOP), complete=True), "with another text"),
         (outcome(stream("1.0 ", "2.1 ", end=LOST), complete=False), "with another text"),
-        (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="told"), "of a model that failed"),
+        (
+            outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="api_error"),
+            "of a model that failed",
+        ),
         (outcome(stream("1.0 "), complete=True), "in a body with complete=True"),
         (outcome(stream("1.0 ", end=LOST), complete=False), "an error without a cause"),
         (outcome(stream("1.0 "), complete=False), "just ends"),
@@ -234,72 +240,74 @@ def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
             "without a cause",
         ),
         (outcome(b'{"error":{"message":"?","code":"oops"}}', complete=True, status=500), "without a cause"),
-        (outcome(b"<html>", complete=True, status=502), "no envelope"),
+        (outcome(b"<html>", complete=True, status=502), "without an envelope"),
     ],
 )
-def test_the_judge_complains(plan: Plan, it: Outcome, complaint: str) -> None:
-    assert any(complaint in violation for violation in judged(plan, it)), judged(plan, it)
+def test_the_checker_complains(plan: Plan, it: Outcome, complaint: str) -> None:
+    assert any(complaint in violation for violation in violations(plan, it)), violations(plan, it)
 
 
 @pytest.mark.parametrize(
-    ("it", "troubles"),
+    ("it", "faults"),
     [
         (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True), ()),
         (outcome(stream("1.0 ", end=LOST), complete=False), [("worker killed", "w1")]),
         (outcome(stream("1.0 "), complete=False), [("connection cut", "client-1")]),
         (
-            outcome(b'{"error":{"message":"?","code":"scripted"}}', complete=True, status=429, fails="told"),
+            outcome(
+                b'{"error":{"message":"?","code":"scripted"}}', complete=True, status=429, fails="api_error"
+            ),
             (),
         ),
     ],
 )
-def test_the_judge_is_content(plan: Plan, it: Outcome, troubles: list[tuple[str, str]]) -> None:
-    assert judged(plan, it, *troubles) == []
+def test_the_checker_accepts(plan: Plan, it: Outcome, faults: list[tuple[str, str]]) -> None:
+    assert violations(plan, it, *faults) == []
 
 
 def test_a_handler_that_outlives_its_client_is_seen(plan: Plan) -> None:
-    async def judge() -> list[str]:
+    async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
-        actors = Actors(history)
+        models = ScriptedModels(history)
         it = outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True)
         it.verdict = "stream finished"
-        late = it.ended + Causes(plan, history).transport(it.errand) + 0.01
-        actors.runs.append(Run(it.errand.script, "everywhere", "w1", 1, 0.0, late))
+        late = it.ended + FaultOracle(plan, history).transport_time(it.request) + 0.01
+        models.runs.append(HandlerRun(it.request.script, "everywhere", "w1", 1, 0.0, late))
         await trio.sleep(10)
 
-        class Stage:
-            life = staticmethod(lambda number: type("Life", (), {"killed": False}))
+        class Simulation:
+            process = staticmethod(lambda number: type("ProcessRun", (), {"killed": False}))
 
-        Laws(plan, Stage(), history, actors).judge_runs([it])  # type: ignore[arg-type]
+        Invariants(plan, Simulation(), history, models).check_runs([it])  # type: ignore[arg-type]
         return history.violations
 
-    (violation, *_) = trio.run(judge, clock=MockClock(autojump_threshold=0))
+    (violation, *_) = trio.run(check, clock=MockClock(autojump_threshold=0))
     assert "after it was over" in violation
 
 
-def test_troubled_time_counts_each_instant_once() -> None:
+def test_faulty_time_counts_each_instant_once() -> None:
     async def count() -> None:
         history = History(ScriptedFailure)
         history.start()
-        first = history.begin("link silent", "w1")
+        first = history.begin_fault("link partitioned", "w1")
         await trio.sleep(2)
-        second = history.begin("worker frozen", "w1")
+        second = history.begin_fault("worker frozen", "w1")
         await trio.sleep(1)
-        history.end(first)
+        history.end_fault(first)
         await trio.sleep(1)
-        history.end(second)
+        history.end_fault(second)
         await trio.sleep(1)
-        assert history.troubled_time(frozenset(["w1"]), 1, 5) == pytest.approx(3)
-        assert history.troubled_time(frozenset(["w2"]), 1, 5) == 0
+        assert history.faulty_time(frozenset(["w1"]), 1, 5) == pytest.approx(3)
+        assert history.faulty_time(frozenset(["w2"]), 1, 5) == 0
 
     trio.run(count, clock=MockClock(autojump_threshold=0))
 
 
-def test_a_script_knows_its_answer_and_notices_a_damaged_request() -> None:
-    script = Script(12, "chat", pieces=3, size=70_000, filling=300)
+def test_a_script_knows_its_output_and_detects_a_damaged_request() -> None:
+    script = Script(12, "chat", pieces=3, size=70_000, padding=300)
     assert read_script(script.dump()) == script
-    assert script.whole == script.piece(0) + script.piece(1) + script.piece(2)
+    assert script.output == script.piece(0) + script.piece(1) + script.piece(2)
     assert [len(script.piece(index)) for index in range(3)] == [70_000] * 3
     damaged = script.dump().replace(script.dump()[-20:-10], script.dump()[-19:-9])
     with pytest.raises(ValueError, match="damaged"):

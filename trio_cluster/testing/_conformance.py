@@ -31,7 +31,7 @@ from ..local.pool import HandlerPool
 from ..openai import endpoint_named
 from ..options import ClusterServerOptions, ServerOptions
 from ._clock import threads_hold_clock
-from ._promises import (
+from ._handler_contract import (
     BrokenPromise,
     DoesNotAnswer,
     DoesNotStop,
@@ -41,7 +41,7 @@ from ._promises import (
     MissesDeadline,
     MixesAnswers,
 )
-from ._samples import ENDPOINT_OF, encode, essence, sample, streams
+from ._samples import ENDPOINT_OF, comparable, encode, sample, supports_streaming
 
 __all__ = ["check_handler"]
 
@@ -172,7 +172,7 @@ class _Suite:
         began = trio.current_time()
         first, answer = await self._answer(self.one)
         duration = trio.current_time() - began
-        if streams(self._kind):
+        if supports_streaming(self._kind):
             await self._answer(self.one, stream=True)
         # What a handler keeps between calls, such as a pool of threads, is there by now.
         self._at_rest = _work()
@@ -231,7 +231,7 @@ class _Suite:
                 raise DoesNotAnswer(f"there was no answer within {self._patience:g} s")
         what = "stream" if stream else "answer"
         try:
-            said = essence(self._kind, body, stream=stream)
+            said = comparable(self._kind, body, stream=stream)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise DoesNotAnswer(f"its {what} is none: {error!r}") from error
         if not said:
@@ -243,15 +243,17 @@ class _Suite:
     # Promises
 
     async def _stops_before_output(self) -> None:
-        async with self._call(self.request(self.one, stream=streams(self._kind))) as call:
+        async with self._call(self.request(self.one, stream=supports_streaming(self._kind))) as call:
             await self._blocked()
             await self._stops(call, _BEFORE_OUTPUT, reached=not call.begun)
 
     async def _stops_mid_stream(self) -> None:
-        if not streams(self._kind) and self._kind != "tts":
+        if not supports_streaming(self._kind) and self._kind != "tts":
             self._not_reached += [_MID_STREAM, _SLOW_CLIENT]
             return
-        async with self._call(self.request(self.one, stream=streams(self._kind)), held_up=True) as call:
+        async with self._call(
+            self.request(self.one, stream=supports_streaming(self._kind)), held_up=True
+        ) as call:
             with trio.move_on_after(self._long_enough):
                 while not call.ended:
                     event = await call.receive()
@@ -262,7 +264,9 @@ class _Suite:
     async def _stops_with_a_slow_client(self) -> None:
         if _SLOW_CLIENT in self._not_reached:
             return
-        async with self._call(self.request(self.one, stream=streams(self._kind)), held_up=True) as call:
+        async with self._call(
+            self.request(self.one, stream=supports_streaming(self._kind)), held_up=True
+        ) as call:
             output = trio.Event()
 
             def notice(event: Event) -> None:
@@ -294,7 +298,7 @@ class _Suite:
         await self._is_at_rest(f"it was cancelled {phase}")
 
     async def _minds_its_deadline(self) -> None:
-        request = self.request(self.one, stream=streams(self._kind), budget=_SHORT)
+        request = self.request(self.one, stream=supports_streaming(self._kind), budget=_SHORT)
         async with self._call(request, held_up=True) as call:
             await trio.sleep(_SHORT)
             if not await self._released(call):
@@ -302,7 +306,7 @@ class _Suite:
             await self._is_at_rest("its deadline has passed")
 
     async def _keeps_apart(self, alone: bytes) -> bool:
-        know = partial(essence, self._kind, stream=False)
+        know = partial(comparable, self._kind, stream=False)
         _, again = await self._answer(self.one)
         _, other = await self._answer(self.two)
         together: dict[int, bytes] = {}
