@@ -233,6 +233,27 @@ async def test_who_sends_to_a_far_end_that_was_closed_learns_it_a_round_trip_lat
     assert trio.current_time() == 4.0
 
 
+@pytest.mark.parametrize(
+    ("closed_after", "ending"),
+    [(0.0, "FIN"), (0.5, "FIN"), (1.0, "RST"), (1.5, "RST")],
+    ids=["just sent", "under way", "just arrived", "unread"],
+)
+async def test_closing_is_a_reset_only_if_bytes_have_arrived_and_were_not_read(
+    closed_after: float, ending: str, autojump_clock: MockClock
+) -> None:
+    near, far, _ = await simulated_pair(SimulatedNetwork(latency=1.0))
+    await far.send_all(b"x")
+    await trio.sleep(closed_after)
+    await near.aclose()
+    began = trio.current_time()
+    if ending == "FIN":
+        assert [await far.receive_some(), await far.receive_some()] == [b"", b""]
+    else:
+        with pytest.raises(trio.BrokenResourceError):
+            await far.receive_some()
+    assert trio.current_time() - began == 1.0
+
+
 async def test_a_reset_overtakes_and_destroys_what_is_under_way(autojump_clock: MockClock) -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork(latency=1.0))
     await near.send_all(b"arrives")

@@ -6,26 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway import relay
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.protocol import MasterSession
 from trio_cluster.routing.catalog import Catalog
-from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
+from trio_cluster.testing import ScheduleFailed, ScheduleReport, open_cluster, run_schedule
 from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._fault_oracle import FaultOracle
 from trio_cluster.testing._history import History
 from trio_cluster.testing._invariants import Invariants
-from trio_cluster.testing._plan import Plan, SimulatedRequest, draw_plan
+from trio_cluster.testing._plan import ClientBehavior, FaultKind, Plan, SimulatedRequest, draw_plan
 from trio_cluster.testing._scripted_models import HandlerRun, ScriptedModels
-from trio_cluster.testing._scripts import Script, ScriptedFailure, read_script
+from trio_cluster.testing._scripts import Failure, Script, ScriptedFailure, read_script
+from trio_cluster.testing._simulation import MAX_IGNORED_CANCELLATION
 from trio_cluster.testing._soak import soak
 from trio_cluster.testing._workload import Outcome
 
@@ -78,6 +81,84 @@ def test_plans_have_uploads_that_stream() -> None:
         _, body, _ = script.request("m", stream=False, route="")
         assert len(body) > SPOOL_THRESHOLD
         assert (body.index(b'name="model"') > SPOOL_THRESHOLD) is script.model_last
+
+
+#: What a dozen seeds in a row must contain. Fewer would not have every kind of fault: some of them are rare.
+DOZEN = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(12)]
+
+
+def test_a_dozen_plans_have_every_path_of_a_token() -> None:
+    # The fast path or the slow one; waiting for other tokens on a busy link, or not.
+    paths = Counter((plan.fast_path, plan.options["batch_wait"] > 0) for plan in DOZEN)
+    assert paths == {(True, True): 6, (True, False): 2, (False, True): 3, (False, False): 1}
+
+
+def test_a_dozen_plans_have_every_fault() -> None:
+    drawn = {fault.kind for plan in DOZEN for fault in plan.faults}
+    assert drawn == set(get_args(FaultKind))
+    targets = {(fault.kind.split()[0], fault.target) for plan in DOZEN for fault in plan.faults}
+    assert {target for what, target in targets if what == "master"} == {"master"}
+    assert {target for what, target in targets if what in ("worker", "link")} >= {"w1", "w2", "w3"}
+    assert {target for what, target in targets if what in ("client", "connection", "call", "failover")} == {
+        ""
+    }
+
+
+def test_a_dozen_plans_have_every_kind_of_client() -> None:
+    requests = [request for plan in DOZEN for request in plan.requests]
+    assert {request.behavior for request in requests} == set(get_args(ClientBehavior))
+    assert {request.route for request in requests} == {"chat", "completions"}
+    for kind in ("chat", "asr"):
+        assert {request.stream for request in requests if request.script.kind == kind} == {True, False}
+    for limit in ("total_timeout", "idle_timeout"):
+        assert {getattr(request, limit) is None for request in requests} == {True, False}
+
+
+def test_a_dozen_plans_have_every_model_and_every_script() -> None:
+    models = {model.name: model for plan in DOZEN for model in plan.models}
+    assert {model.kind for model in models.values()} == {
+        "chat",
+        "tts",
+        "asr",
+        "embedding",
+        "image_generation",
+    }
+    for kind in {model.kind for model in models.values()}:
+        forms = {model.yields for plan in DOZEN for model in plan.models if model.kind == kind}
+        assert forms == {True, False}
+    assert {request.model for plan in DOZEN for request in plan.requests} == models.keys()
+    scripts = [request.script for plan in DOZEN for request in plan.requests]
+    assert {script.fails for script in scripts} == {None, *get_args(Failure)}
+    assert {script.stalls_at >= 0 for script in scripts} == {True, False}
+    assert {script.ignore_cancellation_for > 0 for script in scripts} == {True, False}
+    assert max(script.ignore_cancellation_for for script in scripts) <= MAX_IGNORED_CANCELLATION
+    # On both sides of a window, in either direction.
+    assert {script.output_bytes > WINDOW for script in scripts} == {True, False}
+    assert {script.padding > WINDOW for script in scripts} == {True, False}
+
+
+def test_a_dozen_plans_have_every_size_of_a_cluster() -> None:
+    assert {len(plan.workers) for plan in DOZEN} == {2, 3, 4}
+    assert {slots for plan in DOZEN for slots in plan.slots.values()} == {1, 2, 3, 4}
+    assert {plan.latency for plan in DOZEN} == {0.0, 0.001, 0.02}
+    assert {plan.options["queue_timeout"] for plan in DOZEN} == {0.0, 1.0, 4.0}
+    assert {plan.options["drain_timeout"] for plan in DOZEN} == {1.0, 4.0, 8.0}
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_a_schedule_is_played_on_the_path_of_its_plan(
+    fast_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+
+    def record(**options: Any) -> Any:
+        opened.append(options["fast_path"])
+        return open_cluster(**options)
+
+    monkeypatch.setattr("trio_cluster.testing._schedule.open_cluster", record)
+    seed = 1 if fast_path else 3
+    run_schedule(seed, seconds=1, requests=2, faults=1)
+    assert opened == [fast_path] == [draw_plan(seed, seconds=1, requests=2, faults=1).fast_path]
 
 
 def test_a_plan_follows_from_its_seed() -> None:
