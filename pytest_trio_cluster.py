@@ -10,6 +10,7 @@ import functools
 import inspect
 import secrets
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from trio_cluster.testing import SimulatedCluster
 
-_SEED = pytest.StashKey[int]()
+#: The seed of a test that uses the fixtures; ``None`` if its run cannot be reproduced.
+_SEED = pytest.StashKey[int | None]()
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -53,10 +55,15 @@ async def cluster(cluster_seed: int, request: pytest.FixtureRequest) -> AsyncIte
     request after it, or if any stream that a client of the cluster received breaks the grammar of streams.
     """
     from trio_cluster.testing import check_streams, open_cluster, seeded, settle
+    from trio_cluster.testing._seed import can_be_seeded
 
-    async with open_cluster(seed=cluster_seed) as opened:
+    seed: int | None = cluster_seed
+    if request.config.getoption("--cluster-seed") is None and not can_be_seeded():
+        # A version of trio whose scheduler cannot be seeded. Tests work with it, but failures cannot be reproduced.
+        seed = request.node.stash[_SEED] = None
+    async with open_cluster(seed=seed) as opened:
         # Fixtures are set up concurrently. Seeded again here, what the test draws does not depend on the others.
-        with seeded(cluster_seed):
+        with nullcontext() if seed is None else seeded(seed):
             yield opened
             if not request.node.stash.get(_FAILED, False):
                 await settle(opened)
@@ -110,8 +117,10 @@ def _has_pytest_trio(config: pytest.Config) -> bool:
 
 def _uses_ours(item: pytest.Item) -> bool:
     """Return whether the test uses the fixture of this plugin, and not another one with the same name."""
-    definitions = item._fixtureinfo.name2fixturedefs.get("cluster", ())  # type: ignore[attr-defined]
-    return bool(definitions) and definitions[-1].func.__module__ == __name__
+    # Not part of pytest's documented interface, and so looked up with care: without it, every one counts as this one.
+    info = getattr(item, "_fixtureinfo", None)
+    definitions = getattr(info, "name2fixturedefs", {}).get("cluster", ())
+    return info is None or (bool(definitions) and definitions[-1].func.__module__ == __name__)
 
 
 def _is_async(item: pytest.Item) -> bool:

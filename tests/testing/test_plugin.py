@@ -8,6 +8,9 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import trio
+
+from trio_cluster.testing import _trio_internals
 
 pytest_plugins = ["pytester"]
 
@@ -138,6 +141,33 @@ def test_the_seed_of_a_failure_reproduces_it(project: pytest.Pytester) -> None:
     (seed,) = set(re.findall(r"--cluster-seed=(\d+)", first))
     again = run(project, tests, f"--cluster-seed={seed}").stdout.str()
     assert set(re.findall(r"drawn [\d.]+", first)) == set(re.findall(r"drawn [\d.]+", again))
+
+
+SEEDED = """
+    async def test_it(cluster):
+        assert (await cluster.client().get("/health")).status == 200
+"""
+
+
+def test_a_trio_that_cannot_be_seeded_is_no_reason_to_fail(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trio_internals, "_GENERATOR", "_no_longer_there")
+    run(project, SEEDED).assert_outcomes(passed=1)
+    failing = run(project, SEEDED + '        assert "this" == "that"\n')
+    failing.assert_outcomes(failed=1)
+    assert "--cluster-seed" not in failing.stdout.str()
+
+
+def test_with_a_trio_that_cannot_be_seeded_a_given_seed_is_an_error_that_names_trio(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trio_internals, "_GENERATOR", "_no_longer_there")
+    result = run(project, SEEDED, "--cluster-seed=1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [f"*RuntimeError: the scheduler of trio {trio.__version__} cannot be seeded: *"]
+    )
 
 
 def test_skipped_tests_and_expected_failures_are_reported_as_such(project: pytest.Pytester) -> None:

@@ -141,6 +141,22 @@ async def test_an_idle_connection_of_a_client_is_no_orphan(
     await settle(quick)
 
 
+@pytest.mark.parametrize("port", [8080, 9080], ids=["of a client", "of a worker"])
+async def test_a_task_of_a_connection_that_is_gone_is_found(
+    port: int, quick: SimulatedCluster, autojump_clock: MockClock
+) -> None:
+    await start(quick, FakeModel())
+    stream = await quick.network.host("client").connect("master", 8080)
+    await stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+    await settle(quick)
+    (connection,) = [each for each in quick.network.connections if each.port == port]
+    quick.network.connections.remove(connection)
+    with pytest.raises(OrphansLeft) as caught:
+        assert_no_orphans(quick)
+    assert caught.value.orphans == ["master: 2 tasks of connections, of which 1 are open"]
+    stream.close()
+
+
 async def test_a_connection_ends_with_its_client_and_not_after_an_idle_timeout(
     quick: SimulatedCluster, autojump_clock: MockClock
 ) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio._core import _run
 
 from trio_cluster.core import randomness
 from trio_cluster.testing import open_cluster, seeded
+from trio_cluster.testing._trio_internals import reproducible_scheduler
 
 
 def output_of_program(seed: int, hash_seed: int) -> bytes:
@@ -33,8 +33,11 @@ def test_the_same_seed_gives_the_same_run_to_the_byte_in_every_process() -> None
 
 
 def test_everything_random_is_seeded() -> None:
+    with reproducible_scheduler() as scheduler:
+        pass
+
     def draws() -> list[object]:
-        return [random.random(), randomness.token(8), randomness.uniform(0, 1), _run._r.random()]
+        return [random.random(), randomness.token(8), randomness.uniform(0, 1), scheduler.random()]
 
     with seeded(3) as mine:
         first, own = draws(), mine.random()
@@ -44,13 +47,14 @@ def test_everything_random_is_seeded() -> None:
         assert draws() != first
 
 
-def test_the_states_of_all_generators_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
-    before = random.getstate(), randomness.generator.getstate(), _run._r.getstate()
+def test_the_states_of_all_generators_are_restored() -> None:
+    with reproducible_scheduler() as scheduler:
+        pass
+    generators = [random, randomness.generator, scheduler]
+    before = [each.getstate() for each in generators]
     with pytest.raises(ZeroDivisionError), seeded(3):
         _ = random.random() + len(randomness.token(3)) / 0
-    assert (random.getstate(), randomness.generator.getstate(), _run._r.getstate()) == before
-    assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
+    assert [each.getstate() for each in generators] == before
 
 
 def test_a_program_that_seeds_random_does_not_repeat_ids() -> None:
@@ -58,12 +62,6 @@ def test_a_program_that_seeds_random_does_not_repeat_ids() -> None:
     one = randomness.token(16)
     random.seed(0)
     assert randomness.token(16) != one
-
-
-def test_a_trio_that_cannot_be_seeded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_run, "_r")
-    with pytest.raises(RuntimeError, match="this version of trio"), seeded(1):
-        pass
 
 
 async def test_a_cluster_can_be_opened_with_a_seed(autojump_clock: trio.testing.MockClock) -> None:
