@@ -67,7 +67,7 @@ def test_another_seed_gives_another_log() -> None:
     assert first != second
 
 
-def test_plans_have_uploads_that_stream() -> None:
+def test_plans_have_uploads_that_are_streamed() -> None:
     plans = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(20)]
     scripts = [
         request.script
@@ -253,13 +253,13 @@ def test_a_schedule_that_fails_prints_what_was_wrong(
     assert out.count("a line of the log") == 2
 
 
-def test_a_soak_adds_up_what_its_processes_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soak_test_adds_up_the_results_of_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
     tally = soak(3, count=2, seconds=60, processes=2)
     assert tally.schedules == 2
     assert tally.failures == []
     assert tally.requests == tally.outcomes.total()
     assert tally.simulated > 30
-    assert "2 schedules, 0 of them broke a law" in tally.describe()
+    assert "2 schedules, 0 of them failed" in tally.describe()
 
 
 # The checker
@@ -346,7 +346,7 @@ def test_the_checker_accepts(plan: Plan, it: Outcome, faults: list[tuple[str, st
     assert violations(plan, it, *faults) == []
 
 
-def test_a_handler_that_outlives_its_client_is_seen(plan: Plan) -> None:
+def test_a_handler_that_outlives_its_client_is_found(plan: Plan) -> None:
     async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
