@@ -1,7 +1,7 @@
 """The pytest plugin of trio_cluster: a whole cluster as a fixture, and a seed for every test that uses it.
 
-pytest loads its plugins at every start, in every project of an environment. So this is a module of its own, which
-imports nothing but pytest; the package is imported when the first test wants a cluster.
+pytest loads its plugins at every start, in every project of an environment. So this is a separate module that imports
+nothing but pytest; the package is imported when the first test uses the fixture.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import inspect
 import secrets
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from trio_cluster.testing import SimulatedCluster
 
-_SEED = pytest.StashKey[int]()
+#: The seed of a test that uses the fixtures; ``None`` if its run cannot be reproduced.
+_SEED = pytest.StashKey[int | None]()
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -27,13 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cluster-seed",
         type=int,
         metavar="SEED",
-        help="the course that simulated clusters take; without it, a new one for each test, told if it fails",
+        help="the seed of simulated clusters; by default a new one for each test, which is reported if the test fails",
     )
 
 
 @pytest.fixture
 def cluster_seed(request: pytest.FixtureRequest) -> int:
-    """The seed of this test: the one of ``--cluster-seed``, or a new one."""
+    """The seed of this test: the value of ``--cluster-seed``, or a new random number."""
     if not _has_pytest_trio(request.config):
         pytest.fail("the fixture 'cluster' needs pytest-trio: pip install pytest-trio", pytrace=False)
     if not _is_async(request.node):
@@ -47,25 +49,30 @@ def cluster_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 async def cluster(cluster_seed: int, request: pytest.FixtureRequest) -> AsyncIterator[SimulatedCluster]:
-    """An open simulated cluster, on a virtual clock, which must come to rest when the test is over.
+    """An open simulated cluster, on a virtual clock, which must become quiescent when the test is over.
 
-    It has a master without models, and no workers. A test that has passed so far fails if, after it, anything is left
-    of any request, or if any stream that a client of the cluster received broke the grammar of streams.
+    It has a master without models, and no workers. A test that has passed so far fails if anything is left of any
+    request after it, or if any stream that a client of the cluster received breaks the grammar of streams.
     """
     from trio_cluster.testing import check_streams, open_cluster, seeded, settle
+    from trio_cluster.testing._seed import can_be_seeded
 
-    async with open_cluster(seed=cluster_seed) as opened:
-        # Other fixtures may have been set up at the same time; from here on it is the test alone that draws.
-        with seeded(cluster_seed):
+    seed: int | None = cluster_seed
+    if request.config.getoption("--cluster-seed") is None and not can_be_seeded():
+        # A version of trio whose scheduler cannot be seeded. Tests work with it, but failures cannot be reproduced.
+        seed = request.node.stash[_SEED] = None
+    async with open_cluster(seed=seed) as opened:
+        # Fixtures are set up concurrently. Seeded again here, what the test draws does not depend on the others.
+        with nullcontext() if seed is None else seeded(seed):
             yield opened
             if not request.node.stash.get(_FAILED, False):
                 await settle(opened)
-                check_streams(opened.answers)
+                check_streams(opened.responses)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Have tests that use the fixture run by trio, in virtual time."""
+    """Run tests that use the fixture by trio, in virtual time."""
     for item in items if _has_pytest_trio(config) else ():
         if "cluster" in getattr(item, "fixturenames", ()) and _uses_ours(item) and _is_async(item):
             marker = item.get_closest_marker("trio")
@@ -75,12 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Notice whether the test itself has failed: then its cluster need not be at rest, and nobody wants to know."""
+    """Record whether the test itself has failed: then the state of its cluster is not checked."""
     if _SEED in item.stash and isinstance(item, pytest.Function):
         test = item.obj
 
         @functools.wraps(test)
-        async def noticed(**arguments: Any) -> None:
+        async def recorded(**arguments: Any) -> None:
             __tracebackhide__ = True
             try:
                 await test(**arguments)
@@ -88,7 +95,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
                 item.stash[_FAILED] = True
                 raise
 
-        item.obj = noticed
+        item.obj = recorded
     return (yield)
 
 
@@ -96,11 +103,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tell the seed of a test that has failed."""
+    """Add the seed to the report of a test that has failed."""
     report = yield
     seed = item.stash.get(_SEED, None)
     if report.failed and seed is not None:
-        report.sections.append(("trio_cluster", f"the same course again: --cluster-seed={seed}"))
+        report.sections.append(("trio_cluster", f"to reproduce: --cluster-seed={seed}"))
     return report
 
 
@@ -109,9 +116,11 @@ def _has_pytest_trio(config: pytest.Config) -> bool:
 
 
 def _uses_ours(item: pytest.Item) -> bool:
-    """Tell our fixture from another one of the name."""
-    definitions = item._fixtureinfo.name2fixturedefs.get("cluster", ())  # type: ignore[attr-defined]
-    return bool(definitions) and definitions[-1].func.__module__ == __name__
+    """Return whether the test uses the fixture of this plugin, and not another one with the same name."""
+    # Not part of pytest's documented interface, and so looked up with care: without it, every one counts as this one.
+    info = getattr(item, "_fixtureinfo", None)
+    definitions = getattr(info, "name2fixturedefs", {}).get("cluster", ())
+    return info is None or (bool(definitions) and definitions[-1].func.__module__ == __name__)
 
 
 def _is_async(item: pytest.Item) -> bool:
@@ -119,7 +128,7 @@ def _is_async(item: pytest.Item) -> bool:
 
 
 def _run_virtually(run: Callable[..., Any] | None, *args: Any, clock: Any = None, **options: Any) -> Any:
-    """Be ``trio.run``, with a mock clock that jumps if the test has not brought its own."""
+    """Call ``trio.run``, with an autojumping mock clock unless the test has a clock of its own."""
     import trio
     from trio.testing import MockClock
 

@@ -18,7 +18,7 @@ from trio_cluster.core.log_context import current_request
 from trio_cluster.gateway import body as request_body
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.pipeline import Gateway
-from trio_cluster.testing import Answer, SimulatedCluster, open_cluster, settle, worker
+from trio_cluster.testing import Response, SimulatedCluster, open_cluster, settle, worker
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
@@ -99,7 +99,7 @@ def add_models(server: ClusterServer) -> None:
     server.register_raw("wrong head", wrong_head)
 
 
-async def ask(cluster: SimulatedCluster, model: str, request_id: str = "the-one") -> Answer:
+async def ask(cluster: SimulatedCluster, model: str, request_id: str = "the-one") -> Response:
     answer = await cluster.client(**{"x-request-id": request_id}).chat(model, stream=False)
     assert answer.headers["x-request-id"] == request_id
     return answer

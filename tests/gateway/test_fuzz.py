@@ -24,7 +24,7 @@ from obliging import Placement, add_models, open_obliging
 from trio.testing import MockClock
 
 from trio_cluster.gateway import body, parse
-from trio_cluster.testing import assert_books_balance, open_cluster, read_stream, settle, worker
+from trio_cluster.testing import assert_stats_balance, open_cluster, read_stream, settle, worker
 
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager["_Patient"]]
 
@@ -206,7 +206,7 @@ async def simulated(placement: Placement) -> AsyncIterator[Connect]:
                 yield _Patient(stream)
             finally:
                 stream.close()
-            assert_books_balance(cluster)
+            assert_stats_balance(cluster)
 
         yield connect
         await settle(cluster, within=SETTLES)

@@ -1,7 +1,7 @@
 """The law of lifetimes as a table: whatever happens to a request, in whatever phase, and what follows from it.
 
-The suite next door plays every cell of it, and ``docs/lifetimes.md`` shows it; a test compares the two. Nothing here
-knows how a cell is played.
+``test_matrix.py`` tests every cell of it, and ``docs/lifetimes.md`` shows it; a test compares the two. This module does
+not know how a cell is tested.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PHASES: Final = {
     "ending": "after the last output, before the end",
 }
 
-#: What can happen to it.
+#: What can happen to a request.
 CAUSES: Final = {
     "client_leaves": "the client closes its connection (FIN)",
     "client_resets": "the client resets its connection (RST)",
@@ -57,7 +57,7 @@ CAUSES: Final = {
     "handler_hangs": "the handler goes on for `h` seconds after an operator cancelled it",
 }
 
-#: What the client sees. A failure is named by the status and the code that it has.
+#: What the client sees. A failure is named by its status and code.
 CLIENTS: Final = {
     "left": "(it has left)",
     "complete": "the complete answer",
@@ -82,8 +82,8 @@ HANDLERS: Final = {
     "frozen": "stands still; cancelled when it goes on",
 }
 
-#: When the slot is free and the client knows, counted from the cause (from the beginning of the wait, for a
-#: deadline); to each the network adds one way from node to node.
+#: When the slot is free and the client has been told, counted from the cause (for a deadline, from the beginning of
+#: the wait). The network adds its latency between nodes to each.
 BOUNDS: Final = {
     "0": "at once",
     "T": "T",
@@ -109,9 +109,9 @@ class Cell:
     handler: str
     bound: str
     master: str = ""
-    """Under what the master enters the call into its books; nothing if there is no call yet, or no master left."""
+    """The counter that the master increments for the call; empty if there is no call yet, or no master left."""
     worker: str = ""
-    """The same for the worker, which has no say in calls that run on the master itself."""
+    """The same for the worker. Calls that run on the master itself have no worker."""
 
     def __attrs_post_init__(self) -> None:
         assert self.client in CLIENTS
@@ -121,7 +121,7 @@ class Cell:
 
 @attrs.frozen
 class Impossible:
-    """There is no such cell."""
+    """A cell that cannot happen."""
 
     why: str
 
@@ -264,21 +264,21 @@ def markdown() -> Iterator[str]:
     for cause, title in CAUSES.items():
         yield f"### {title[0].upper()}{title[1:]}"
         yield ""
-        yield "| phase | the client sees | the handler sees | slot free, client told | books |"
+        yield "| phase | the client sees | the handler sees | slot free, client told | counted as |"
         yield "|---|---|---|---|---|"
         for phase, entry in LAW[cause].items():
             if isinstance(entry, Impossible):
                 yield f"| {PHASES[phase]} | *not possible: {entry.why}* | | | |"
                 continue
-            stats = "none" if not (entry.master or entry.worker) else _books(entry)
+            counters = _counters(entry) if entry.master or entry.worker else "none"
             yield (
                 f"| {PHASES[phase]} | {CLIENTS[entry.client]} | {HANDLERS[entry.handler]} "
-                f"| {BOUNDS[entry.bound]} | {stats} |"
+                f"| {BOUNDS[entry.bound]} | {counters} |"
             )
         yield ""
 
 
-def _books(cell: Cell) -> str:
+def _counters(cell: Cell) -> str:
     if cell.master == cell.worker or not cell.worker:
         return cell.master
     return f"{cell.master or '(gone)'}; on the worker {cell.worker}"

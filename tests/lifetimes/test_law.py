@@ -1,4 +1,4 @@
-"""The law as it is written down, and the law as it is played, are the same."""
+"""The law of lifetimes as it is documented and as it is tested are the same."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_every_cause_has_an_entry_for_every_phase() -> None:
     assert [list(row) for row in LAW.values()] == [list(PHASES)] * len(CAUSES)
 
 
-def test_the_page_shows_the_law_that_is_played() -> None:
+def test_the_page_shows_the_law_that_is_tested() -> None:
     law = PAGE.split("\n## The law\n", 1)[1].split("\n## Remarks\n", 1)[0]
     assert law.strip().splitlines() == "\n".join(markdown()).strip().splitlines()
 
 
-def test_every_bound_that_the_law_has_is_explained() -> None:
+def test_every_bound_of_the_law_is_explained() -> None:
     explained = set(re.findall(r"^\| (\w) \|", PAGE.split("\n## Bounds\n", 1)[1].split("\n## ", 1)[0], re.M))
     used = {
         part for bound in BOUNDS.values() if bound.isupper() or bound == "h" for part in bound.split(" + ")
@@ -32,7 +32,7 @@ def test_every_bound_that_the_law_has_is_explained() -> None:
     assert explained == used
 
 
-def test_nothing_is_defined_that_no_cell_uses() -> None:
+def test_every_definition_is_used_by_a_cell() -> None:
     cells = [entry for row in LAW.values() for entry in row.values() if isinstance(entry, Cell)]
     assert {cell.client for cell in cells} == set(CLIENTS)
     assert {cell.handler for cell in cells} == set(HANDLERS)
@@ -40,13 +40,13 @@ def test_nothing_is_defined_that_no_cell_uses() -> None:
     assert all(entry.why for row in LAW.values() for entry in row.values() if isinstance(entry, Impossible))
 
 
-def test_books_have_an_account_for_every_end() -> None:
-    accounts = {field.name for field in attrs.fields(CallStats)}
+def test_there_is_a_counter_for_every_end() -> None:
+    counters = {field.name for field in attrs.fields(CallStats)}
     cells = [entry for row in LAW.values() for entry in row.values() if isinstance(entry, Cell)]
-    assert {book for cell in cells for book in (cell.master, cell.worker) if book} <= accounts
+    assert {name for cell in cells for name in (cell.master, cell.worker) if name} <= counters
 
 
-def test_every_test_that_the_page_names_exists() -> None:
+def test_every_test_module_that_the_page_names_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)`", PAGE)
     assert len(named) > 5
     assert [path for path in named if not (ROOT / path).exists()] == []

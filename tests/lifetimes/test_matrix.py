@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 from law import LAW, Cell, Impossible
-from stage import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Stage, open_stage
+from scenario import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Scenario, open_scenario
 
 from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
 from trio_cluster.gateway.cycle import DRAIN_TIME
@@ -76,9 +76,9 @@ FORWARDED_ONLY: Final = ("worker_", "link_")
 #: not. The law is the same on all of them.
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "short": {},
-    "ordinary": {"short_way": False},
+    "ordinary": {"fast_path": False},
     "unbatched": {"batch_wait": 0.0},
-    "ordinary_unbatched": {"short_way": False, "batch_wait": 0.0},
+    "ordinary_unbatched": {"fast_path": False, "batch_wait": 0.0},
 }
 #: What is played on all of them in any case: answers that are sent as they come.
 SAMPLE: Final = ("chat-stream", "speech")
@@ -131,11 +131,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(names, list(cells(all_ways=options.all_ways, brief=options.brief)))
 
 
-class Play:
+class CellTest:
     """One cell, played."""
 
-    def __init__(self, stage: Stage, cause: str, phase: str, endpoint: Endpoint, forwarded: bool) -> None:
-        self.stage = stage
+    def __init__(
+        self, scenario: Scenario, cause: str, phase: str, endpoint: Endpoint, forwarded: bool
+    ) -> None:
+        self.scenario = scenario
         self.cause = cause
         self.phase = phase
         self.endpoint = endpoint
@@ -144,7 +146,7 @@ class Play:
         assert isinstance(cell, Cell)
         self.cell = cell
         self.caller = Caller(
-            stage.cluster,
+            scenario.cluster,
             endpoint,
             padding=PADDING if phase == "forwarding" else 0,
             whole=phase != "uploading",
@@ -157,34 +159,36 @@ class Play:
 
     async def reach_the_phase(self) -> None:
         """Have the request in its phase; the clock has moved by no more than the messages needed."""
-        stage = self.stage
+        scenario = self.scenario
         if self.phase == "queued":
-            stage.occupy()
+            scenario.occupy()
             await trio.sleep(1)
         if self.phase == "forwarding":
             # A black hole has no other side to be slow; deadlines need a link that is slower than they are long.
             self.link = LINKS.get(self.cause, SLOW_LINK)
-            stage.cluster.workers["w"].link.delay(self.link)
-        stage.nursery.start_soon(self.caller.run)
+            scenario.cluster.workers["w"].link.delay(self.link)
+        scenario.nursery.start_soon(self.caller.run)
         await trio.sleep(0.5)
         self.began = self.caller.asked_at
-        stage.watch()
+        scenario.watch()
         self.check_phase()
 
     def check_phase(self) -> None:
-        words, call = self.stage.script.words, self.stage.calls.get("master")
+        words, call = self.scenario.script.words, self.scenario.calls.get("master")
         if self.phase == "uploading":
             assert call is None
         elif self.phase == "forwarding":
             assert call is not None
-            back = self.stage.calls.get("back")
+            back = self.scenario.calls.get("back")
             assert back is None or back.phase == "uploading"
         elif self.phase == "queued":
-            assert self.stage.calls["back"].phase == "queued"
+            assert self.scenario.calls["back"].phase == "queued"
         else:
             assert words == ["starts"]
-            assert self.stage.calls["back"].phase == ("waiting" if self.phase == "waiting" else "streaming")
-            assert (self.stage.calls["back"].waiting_bytes > 0) == (self.phase == "blocked")
+            assert self.scenario.calls["back"].phase == (
+                "waiting" if self.phase == "waiting" else "streaming"
+            )
+            assert (self.scenario.calls["back"].body.waiting_bytes > 0) == (self.phase == "blocked")
 
     # The cause
 
@@ -209,49 +213,49 @@ class Play:
         self.since = self.began
 
     async def _operator(self) -> None:
-        operator = self.stage.cluster.client("operator")
+        operator = self.scenario.cluster.client("operator")
         answer = await operator.post(f"/cluster/calls/{REQUEST_ID}/cancel", {})
         assert answer.json() == {"request_id": REQUEST_ID, "cancelled": 1}
         # It has taken effect when the answer was sent, not when it came.
         self.since = trio.current_time() - LATENCY
 
     async def _handler_hangs(self) -> None:
-        self.stage.script.hangs = HANGS
+        self.scenario.script.hangs = HANGS
         await self._operator()
 
     async def _handler_raises(self) -> None:
-        self.stage.script.fails = True
-        self.stage.script.go.set()
+        self.scenario.script.fails = True
+        self.scenario.script.go.set()
 
     async def _worker_killed(self) -> None:
-        self.stage.cluster.workers["w"].kill()
+        self.scenario.cluster.workers["w"].kill()
 
     async def _worker_frozen(self) -> None:
-        self.stage.cluster.workers["w"].freeze()
+        self.scenario.cluster.workers["w"].freeze()
 
     async def _link_ends(self) -> None:
-        self.stage.cluster.workers["w"].link.cut()
+        self.scenario.cluster.workers["w"].link.cut()
 
     async def _link_resets(self) -> None:
-        self.stage.cluster.workers["w"].link.reset()
+        self.scenario.cluster.workers["w"].link.reset()
 
     async def _link_silent(self) -> None:
-        self.stage.cluster.workers["w"].link.partition()
+        self.scenario.cluster.workers["w"].link.partition()
 
     async def _master_killed(self) -> None:
-        self.stage.cluster.master.kill()
+        self.scenario.cluster.master.kill()
 
     async def _master_drains(self) -> None:
-        self.stage.cluster.master.stop()
+        self.scenario.cluster.master.stop()
 
     async def _master_drains_too_long(self) -> None:
-        self.stage.cluster.master.stop()
+        self.scenario.cluster.master.stop()
 
     async def _worker_drains(self) -> None:
-        self.stage.cluster.workers["w"].stop()
+        self.scenario.cluster.workers["w"].stop()
 
     async def _worker_drains_too_long(self) -> None:
-        self.stage.cluster.workers["w"].stop()
+        self.scenario.cluster.workers["w"].stop()
 
     # After
 
@@ -263,18 +267,18 @@ class Play:
             quiet = self.cause in ("silence", "read_timeout", "link_silent")
             await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_WORDS + 0.5)
             assert self.caller.ended_at is None
-            assert "cancelled" not in self.stage.script.words
+            assert "cancelled" not in self.scenario.script.words
         elif self.phase == "uploading" and self.cell.client not in ("408", "lost", "left"):
             await trio.sleep(bound + 1)
         else:
             await trio.sleep(self.since + bound + 4 * self.link + 1 - trio.current_time())
-        self.stage.watch()
+        self.scenario.watch()
         self.now = trio.current_time()
         self.caller.send_rest.set()
         self.caller.read_on.set()
         if self.cell.handler == "finishes":
-            self.stage.script.go.set()
-            self.stage.free_the_slot()
+            self.scenario.script.go.set()
+            self.scenario.free_the_slot()
             if self.phase == "blocked":
                 # Long after the handler is done, its client still takes its time.
                 self.caller.pace = PACE
@@ -297,7 +301,7 @@ class Play:
         if cell.client == "complete":
             assert answer is not None
             assert (answer.status, answer.complete) == (200, True), answer.body
-            self.endpoint.check(answer, self.stage.script.given)
+            self.endpoint.check(answer, self.scenario.script.given)
         elif cell.client == "lost" and not begun:
             assert answer is None
         elif not begun:
@@ -315,7 +319,7 @@ class Play:
             assert not answer.complete, "it looks complete"
             if self.endpoint.way == "events":
                 report = answer.report()
-                assert "".join(self.stage.script.given).startswith(report.text)
+                assert "".join(self.scenario.script.given).startswith(report.text)
                 assert report.finish_reasons == {}
                 if cell.client == "lost":
                     assert report.ending == "cut"
@@ -323,10 +327,10 @@ class Play:
                     assert report.error is not None
                     assert report.error["code"] == CODES[cell.client]
             else:
-                assert b"".join(self.stage.script.given).startswith(answer.body)
+                assert b"".join(self.scenario.script.given).startswith(answer.body)
 
     def judge_handler(self) -> None:
-        words = self.stage.script.words
+        words = self.scenario.script.words
         expected = {
             "never": [],
             "cancelled": ["starts", "cancelled", "cleaned up"],
@@ -345,7 +349,7 @@ class Play:
         ways = self.link if self.phase == "forwarding" else LATENCY
         earliest = bound - EARLIER.get(self.cell.bound, 0.0) - EXACT
         latest = bound + 2 * ways + EXACT
-        for name, when in self.stage.released.items():
+        for name, when in self.scenario.released.items():
             late = latest + 2 * ways if name == "master" and self.forwarded else latest
             if (
                 name == "master"
@@ -368,14 +372,14 @@ class Play:
         return self.phase != "uploading" or self.cell.client in ("408", "lost")
 
     def judge_books(self) -> None:
-        stage, cell = self.stage, self.cell
+        scenario, cell = self.scenario, self.cell
         neighbours = 1 if self.phase == "queued" else 0
         if cell.master and self.cause != "master_killed":
-            stats = stage.master.registry.stats.counters()
+            stats = scenario.master.registry.stats.counters()
             assert stats[cell.master] >= 1, stats
             assert stats["admitted"] == 1 + neighbours
         if self.forwarded and cell.worker:
-            stats = stage.back.registry.stats.counters()
+            stats = scenario.back.registry.stats.counters()
             assert stats[cell.worker] >= 1, stats
 
 
@@ -399,14 +403,14 @@ async def test_the_law_holds(
 ) -> None:
     asked, forwarded = ENDPOINTS[endpoint], place == "forwarded"
     stops = cast(Phase, phase if phase in ("waiting", "streaming", "blocked", "ending") else "waiting")
-    async with open_stage(
+    async with open_scenario(
         asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | WAYS[way])
-    ) as stage:
-        play = Play(stage, cause, phase, asked, forwarded)
-        await play.reach_the_phase()
-        await play.happen()
-        await play.see()
-        stage.free_the_slot()
+    ) as scenario:
+        cell_test = CellTest(scenario, cause, phase, asked, forwarded)
+        await cell_test.reach_the_phase()
+        await cell_test.happen()
+        await cell_test.see()
+        scenario.free_the_slot()
         await trio.sleep(1)
-        play.judge()
-        await settle(stage.cluster)
+        cell_test.judge()
+        await settle(scenario.cluster)

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import pytest
 import trio
-from stage import ENDPOINTS, LATENCY, MODEL, Caller
+from scenario import ENDPOINTS, LATENCY, MODEL, Caller
 from trio.testing import MockClock
 
 from trio_cluster import ApiError
 from trio_cluster.gateway.deadlines import GRACE
-from trio_cluster.testing import Answer, SimulatedCluster, SimulatedNode, open_cluster, settle, worker
+from trio_cluster.testing import Response, SimulatedCluster, SimulatedNode, open_cluster, settle, worker
 
 OPTIONS: Final[dict[str, Any]] = {
     "default_timeout": 20.0,
@@ -96,7 +96,7 @@ async def replicas(*names: str) -> AsyncIterator[Replicas]:
         nursery.cancel_scope.cancel(reason="the test is over")
 
 
-def answer_of(caller: Caller) -> Answer:
+def answer_of(caller: Caller) -> Response:
     assert caller.answer is not None
     return caller.answer
 

@@ -18,11 +18,11 @@ from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway import body
 from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import (
-    Answer,
+    Response,
     SimulatedCluster,
-    StreamingAnswer,
-    assert_books_balance,
+    StreamingResponse,
     assert_no_orphans,
+    assert_stats_balance,
     open_cluster,
     settle,
     worker,
@@ -62,7 +62,7 @@ def form(model: str, *, first: bool, size: int = SIZE) -> bytes:
     return b"".join(parts if first else reversed(parts)) + b"--B--\r\n"
 
 
-def essence(data: bytes) -> str:
+def summary(data: bytes) -> str:
     return f"{len(data)} {zlib.crc32(data)}"
 
 
@@ -99,7 +99,7 @@ class Uploader:
         self.sent = 0
         self.paused = trio.Event()
         self.go_on = trio.Event()
-        self.answer: Answer | None = None
+        self.answer: Response | None = None
         self.took = 0.0
         self.over = trio.Event()
 
@@ -148,17 +148,17 @@ class Uploader:
                     await trio.sleep(self._pace)
             await self._stream.send_all(self._http.send(h11.EndOfMessage()) or b"")
 
-    async def _receive(self) -> Answer | None:
+    async def _receive(self) -> Response | None:
         try:
             event = self._http.next_event()
             while event is h11.NEED_DATA:
                 self._http.receive_data(await self._stream.receive_some())
                 event = self._http.next_event()
-            return await StreamingAnswer(self._stream, self._http, event).finish()
+            return await StreamingResponse(self._stream, self._http, event).finish()
         except (trio.BrokenResourceError, h11.RemoteProtocolError):
             return None
 
-    async def end(self) -> Answer:
+    async def end(self) -> Response:
         """Wait for the answer."""
         with trio.fail_after(2000):
             await self.over.wait()
@@ -190,10 +190,10 @@ async def read_all(call: RawCall) -> None:
         data += piece
     begin = data.index(b"\r\n\r\n", data.index(b"a.wav")) + 4
     call.begin(200, "application/json")
-    await call.send(b'{"text": "%s"}' % essence(data[begin : data.index(b"\r\n--B", begin)]).encode())
+    await call.send(b'{"text": "%s"}' % summary(data[begin : data.index(b"\r\n--B", begin)]).encode())
 
 
-class Stage:
+class Scenario:
     """A cluster with two models, ``asr`` and ``raw``, on a worker or on the master itself.
 
     Attributes:
@@ -222,7 +222,7 @@ class Stage:
 
     async def listen(self, request: ASRRequest) -> str:
         self.started.append("asr")
-        return essence(request.audio)
+        return summary(request.audio)
 
     async def relay(self, call: RawCall) -> None:
         self.started.append("raw")
@@ -273,22 +273,22 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @asynccontextmanager
-async def stage(
+async def open_scenario(
     files: list[Any], *, forwarded: bool, slots: int | None = None, **options: Any
-) -> AsyncIterator[Stage]:
+) -> AsyncIterator[Scenario]:
     options = OPTIONS | options
     async with open_cluster(latency=LATENCY, **options) as cluster, trio.open_nursery() as nursery:
         back = worker("w", **options) if forwarded else cluster.master.server
-        play = Stage(cluster, back, nursery)
-        back.register_asr("asr", play.listen)
-        back.register_raw("raw", play.relay, max_concurrency=slots)
+        scenario = Scenario(cluster, back, nursery)
+        back.register_asr("asr", scenario.listen)
+        back.register_raw("raw", scenario.relay, max_concurrency=slots)
         if forwarded:
             await cluster.start_worker(back)
-        yield play
-        for uploader in play.uploaders:
+        yield scenario
+        for uploader in scenario.uploaders:
             uploader.leave()
         await settle(cluster)
-        assert_books_balance(cluster)
+        assert_stats_balance(cluster)
         assert all(file.closed for file in files)
         nursery.cancel_scope.cancel(reason="the test is over")
 
@@ -302,12 +302,12 @@ async def stage(
 async def test_a_large_file_arrives_as_it_was_sent(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=first)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=first)
         answer = await uploader.end()
-        assert (answer.status, answer.json()["text"]) == (200, essence(sound()))
+        assert (answer.status, answer.json()["text"]) == (200, summary(sound()))
         assert await uploader.ask_again() == 200
-        assert play.stats() == {"completed": 1}
+        assert scenario.stats() == {"completed": 1}
         # What goes on at once need not be written down first.
         assert len(files) == (0 if first else 1)
 
@@ -316,7 +316,7 @@ async def test_a_large_file_arrives_as_it_was_sent(
 async def test_a_raw_model_gets_the_beginning_while_the_client_has_not_sent_the_rest(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
         received = 0
 
         async def count(call: RawCall) -> None:
@@ -325,8 +325,8 @@ async def test_a_raw_model_gets_the_beginning_while_the_client_has_not_sent_the_
                 received += len(piece)
             call.begin(200, "text/plain")
 
-        play.raw = count
-        uploader = await play.upload("raw", first=True, pauses_at=HALF)
+        scenario.raw = count
+        uploader = await scenario.upload("raw", first=True, pauses_at=HALF)
         assert received == uploader.sent
         uploader.go_on.set()
         assert (await uploader.end()).status == 200
@@ -337,18 +337,18 @@ async def test_a_raw_model_gets_the_beginning_while_the_client_has_not_sent_the_
 async def test_two_uploads_at_once_do_not_get_in_each_others_way(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
         let_go = trio.Event()
 
         async def read_late(call: RawCall) -> None:
             await let_go.wait()
             await read_all(call)
 
-        play.raw = read_late
-        stuck = await play.upload("raw", first=True)
+        scenario.raw = read_late
+        stuck = await scenario.upload("raw", first=True)
         await trio.sleep(1)
         began = trio.current_time()
-        assert (await (await play.upload("asr", first=True)).end()).json()["text"] == essence(sound())
+        assert (await (await scenario.upload("asr", first=True)).end()).json()["text"] == summary(sound())
         # It takes as long as it would alone: a quarter of a window for each round trip, at worst.
         assert trio.current_time() - began < 2 * LATENCY * SIZE / (WINDOW / 4) + 1
         assert not stuck.over.is_set()
@@ -361,18 +361,18 @@ async def test_two_uploads_at_once_do_not_get_in_each_others_way(
 async def test_tokens_of_others_come_in_time_meanwhile(
     first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
 
         async def tick(request: ChatRequest) -> AsyncIterator[str]:
             while True:
                 yield f"{trio.current_time()} "
                 await trio.sleep(0.1)
 
-        play.back.register_chat("clock", tick)
+        scenario.back.register_chat("clock", tick)
         await trio.sleep(1)
-        async with play.cluster.client("listener").open_chat("clock") as answer:
+        async with scenario.cluster.client("listener").open_chat("clock") as answer:
             await answer.receive_until(b"content")
-            uploader = await play.upload("raw", first=first, pace=0.02)
+            uploader = await scenario.upload("raw", first=first, pace=0.02)
             before = len(answer.received)
             latest = 0.0
             while not uploader.over.is_set():
@@ -394,15 +394,15 @@ async def test_tokens_of_others_come_in_time_meanwhile(
 async def test_a_client_that_leaves_in_the_middle_frees_everything_at_once(
     reset: bool, model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=first, pauses_at=HALF)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=first, pauses_at=HALF)
         uploader.leave(reset=reset)
         await trio.sleep(1)
-        assert_no_orphans(play.cluster)
+        assert_no_orphans(scenario.cluster)
         assert uploader.answer is None
         # Of a form whose model is not known yet, there is no call.
-        assert play.stats() == ({"cancelled": 1} if first else {})
-        assert play.started == play.cancelled == (["raw"] if (model, first) == ("raw", True) else [])
+        assert scenario.stats() == ({"cancelled": 1} if first else {})
+        assert scenario.started == scenario.cancelled == (["raw"] if (model, first) == ("raw", True) else [])
 
 
 @places
@@ -411,14 +411,14 @@ async def test_a_client_that_leaves_in_the_middle_frees_everything_at_once(
 async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=first, pauses_at=HALF)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=first, pauses_at=HALF)
         answer = await uploader.end()
         assert answer.status == 408
         assert answer.headers["connection"] == "close"
         assert uploader.took == pytest.approx(body.BODY_IDLE_TIMEOUT + 2, abs=1)
-        assert play.stats() == ({"cancelled": 1} if first else {})
-        assert "asr" not in play.started
+        assert scenario.stats() == ({"cancelled": 1} if first else {})
+        assert "asr" not in scenario.started
 
 
 @places
@@ -426,12 +426,12 @@ async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
 async def test_a_client_that_is_too_slow_altogether_gets_408(
     first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload("raw", first=first, pace=10.0)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload("raw", first=first, pace=10.0)
         answer = await uploader.end()
         assert answer.status == 408
         assert uploader.took == pytest.approx(body.BODY_TIMEOUT + 2, abs=1)
-        assert play.stats() == ({"cancelled": 1} if first else {})
+        assert scenario.stats() == ({"cancelled": 1} if first else {})
 
 
 @places
@@ -440,27 +440,27 @@ async def test_a_client_that_is_too_slow_altogether_gets_408(
 async def test_a_body_that_passes_the_limit_in_its_middle_gets_413_and_the_connection_stays_usable(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded, max_body_size=2_000_000) as play:
-        uploader = await play.upload(model, first=first, chunked=True)
+    async with open_scenario(files, forwarded=forwarded, max_body_size=2_000_000) as scenario:
+        uploader = await scenario.upload(model, first=first, chunked=True)
         answer = await uploader.end()
         assert answer.status == 413
         assert "connection" not in answer.headers
         assert await uploader.ask_again() == 200
-        assert play.stats() == ({"cancelled": 1} if first else {})
-        assert "asr" not in play.started
+        assert scenario.stats() == ({"cancelled": 1} if first else {})
+        assert "asr" not in scenario.started
 
 
 async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clock: MockClock) -> None:
-    async with stage(files, forwarded=True) as play:
-        play.back.options.server.max_body_size = 2_000_000
-        declared = await play.upload("asr", first=True)
+    async with open_scenario(files, forwarded=True) as scenario:
+        scenario.back.options.server.max_body_size = 2_000_000
+        declared = await scenario.upload("asr", first=True)
         assert (await declared.end()).status == 413
         assert await declared.ask_again() == 200
-        grown = await play.upload("asr", first=True, chunked=True)
+        grown = await scenario.upload("asr", first=True, chunked=True)
         assert (await grown.end()).status == 413
         assert await grown.ask_again() == 200
-        assert play.stats() == {"failed": 2}
-        assert play.started == []
+        assert scenario.stats() == {"failed": 2}
+        assert scenario.started == []
 
 
 # Time
@@ -471,13 +471,13 @@ async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clo
 async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=True, pauses_at=HALF, x_request_timeout="8")
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=True, pauses_at=HALF, x_request_timeout="8")
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (504, "timeout")
         # Then what is still to come is waited for, and dropped, for a moment.
         assert uploader.took == pytest.approx(8 + 2, abs=1)
-        assert play.stats() == {"timed_out": 1}
+        assert scenario.stats() == {"timed_out": 1}
 
 
 @places
@@ -486,35 +486,35 @@ async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
 async def test_silence_does_not_count_while_the_client_uploads(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded, default_timeout=2.0) as play:
-        uploader = await play.upload(model, first=first, pace=1.5)
+    async with open_scenario(files, forwarded=forwarded, default_timeout=2.0) as scenario:
+        uploader = await scenario.upload(model, first=first, pace=1.5)
         assert (await uploader.end()).status == 200
         assert uploader.took > 100
-        assert play.stats() == {"completed": 1}
+        assert scenario.stats() == {"completed": 1}
 
 
 @places
 async def test_a_raw_model_that_reads_nothing_is_given_up_when_it_has_been_silent_for_too_long(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
 
         async def read_nothing(call: RawCall) -> None:
             await trio.sleep_forever()
 
-        play.raw = read_nothing
-        uploader = await play.upload("raw", first=True)
+        scenario.raw = read_nothing
+        uploader = await scenario.upload("raw", first=True)
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (504, "timeout")
         assert uploader.took == pytest.approx(SILENCE + GRACE, abs=3)
-        assert play.cancelled == ["raw"]
+        assert scenario.cancelled == ["raw"]
 
 
 @places
 async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept_anywhere(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
         most = [0, 0]
         read = 0
 
@@ -523,14 +523,16 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
             while piece := await call.receive():
                 read += len(piece)
                 await trio.sleep(1)
-                for node, waits in enumerate(play.waiting()):
+                for node, waits in enumerate(scenario.waiting()):
                     most[node] = max(most[node], waits)
                 # All that can be anywhere: two windows on each node, and what the kernels hold.
-                assert uploader.sent - read < (2 * len(play.nodes) + 2) * WINDOW + 2 * body.SPOOL_THRESHOLD
+                assert (
+                    uploader.sent - read < (2 * len(scenario.nodes) + 2) * WINDOW + 2 * body.SPOOL_THRESHOLD
+                )
             call.begin(200, "text/plain")
 
-        play.raw = read_slowly
-        uploader = await play.upload("raw", first=True)
+        scenario.raw = read_slowly
+        uploader = await scenario.upload("raw", first=True)
         assert (await uploader.end()).status == 200
         assert uploader.took > 8
         assert most[0] <= 3 * WINDOW
@@ -541,7 +543,7 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
 async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
     files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=True, default_timeout=100.0) as play:
+    async with open_scenario(files, forwarded=True, default_timeout=100.0) as scenario:
 
         async def read_slowly(call: RawCall) -> None:
             received = 0
@@ -551,8 +553,8 @@ async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
                     await trio.sleep(90)
             call.begin(200, "text/plain")
 
-        play.raw = read_slowly
-        uploader = await play.upload("raw", first=True, pace=0.5)
+        scenario.raw = read_slowly
+        uploader = await scenario.upload("raw", first=True, pace=0.5)
         assert (await uploader.end()).status == 200
         assert uploader.took > body.BODY_TIMEOUT
 
@@ -565,15 +567,15 @@ async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
 async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connection_stays_usable(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=False, pauses_at=HALF)
-        play.back.unregister_model(model)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=False, pauses_at=HALF)
+        scenario.back.unregister_model(model)
         await trio.sleep(1)
         uploader.go_on.set()
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
         assert await uploader.ask_again() == 200
-        assert play.stats() == {}
+        assert scenario.stats() == {}
 
 
 @places
@@ -581,9 +583,9 @@ async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connec
 async def test_an_upload_that_is_under_way_is_answered_although_its_model_goes(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=True, pauses_at=HALF)
-        play.back.unregister_model(model)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=True, pauses_at=HALF)
+        scenario.back.unregister_model(model)
         await trio.sleep(1)
         uploader.go_on.set()
         assert (await uploader.end()).status == 200
@@ -593,8 +595,8 @@ async def test_an_upload_that_is_under_way_is_answered_although_its_model_goes(
 async def test_an_unknown_model_is_404_as_soon_as_its_name_has_come_by(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload("nobody", first=True)
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload("nobody", first=True)
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
         assert await uploader.ask_again() == 200
@@ -603,32 +605,32 @@ async def test_an_unknown_model_is_404_as_soon_as_its_name_has_come_by(
 async def test_a_form_without_a_model_or_with_an_empty_one_is_refused_as_a_small_one_is(
     files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=True) as play:
+    async with open_scenario(files, forwarded=True) as scenario:
         without = form("m", first=True).replace(b'"model"', b'"madel"')
         for body in (without, form("", first=True), form("", first=False)):
-            uploader = await play.send(body)
+            uploader = await scenario.send(body)
             answer = await uploader.end()
             assert (answer.status, answer.error["param"]) == (400, "model")
             assert await uploader.ask_again() == 200
-        assert play.stats() == {}
+        assert scenario.stats() == {}
 
 
 @places
 async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connection_stays_usable(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded, slots=1) as play:
+    async with open_scenario(files, forwarded=forwarded, slots=1) as scenario:
         let_go = trio.Event()
 
         async def wait(call: RawCall) -> None:
-            if play.started == ["raw"]:
+            if scenario.started == ["raw"]:
                 await let_go.wait()
             await read_all(call)
 
-        play.raw = wait
-        busy = await play.upload("raw", first=True)
+        scenario.raw = wait
+        busy = await scenario.upload("raw", first=True)
         await trio.sleep(1)
-        uploader = await play.upload("raw", first=True)
+        uploader = await scenario.upload("raw", first=True)
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "over_capacity")
         assert int(answer.headers["retry-after"]) >= 1
@@ -636,16 +638,16 @@ async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connecti
         assert await uploader.ask_again() == 200
         let_go.set()
         assert (await busy.end()).status == 200
-        assert play.stats() == {"completed": 1, "failed": 1}
+        assert scenario.stats() == {"completed": 1, "failed": 1}
 
 
 @places
 async def test_a_handler_is_given_its_slot_when_the_body_is_there_and_not_before(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded, max_concurrency=1) as play:
-        slow = await play.upload("asr", first=True, pauses_at=HALF)
-        assert (await (await play.upload("asr", first=True)).end()).status == 200
+    async with open_scenario(files, forwarded=forwarded, max_concurrency=1) as scenario:
+        slow = await scenario.upload("asr", first=True, pauses_at=HALF)
+        assert (await (await scenario.upload("asr", first=True)).end()).status == 200
         slow.go_on.set()
         assert (await slow.end()).status == 200
 
@@ -655,51 +657,51 @@ async def test_a_handler_is_given_its_slot_when_the_body_is_there_and_not_before
 async def test_a_raw_model_may_answer_before_it_has_read_anything(
     status: int, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
 
         async def answer_at_once(call: RawCall) -> None:
             call.begin(status, "application/json")
             await call.send(b'{"early": true}')
 
-        play.raw = answer_at_once
-        uploader = await play.upload("raw", first=True)
+        scenario.raw = answer_at_once
+        uploader = await scenario.upload("raw", first=True)
         answer = await uploader.end()
         assert (answer.status, answer.json()) == (status, {"early": True})
         assert uploader.took < 3
         assert await uploader.ask_again() == 200
-        assert play.stats() == {"completed": 1}
+        assert scenario.stats() == {"completed": 1}
 
 
 @places
 async def test_a_raw_model_may_refuse_in_the_middle(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
 
         async def refuse(call: RawCall) -> None:
             await call.receive()
             raise ApiError(415, "not this sound", code="unsupported")
 
-        play.raw = refuse
-        uploader = await play.upload("raw", first=True)
+        scenario.raw = refuse
+        uploader = await scenario.upload("raw", first=True)
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (415, "unsupported")
         assert await uploader.ask_again() == 200
-        assert play.stats() == {"failed": 1}
+        assert scenario.stats() == {"failed": 1}
 
 
 @places
 async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
+    async with open_scenario(files, forwarded=forwarded) as scenario:
         body = form("asr", first=True).replace(sound()[2_000_000:2_000_005], b"\r\n--Bx", 1)
-        uploader = await play.send(body, pauses_at=2_500_000)
+        uploader = await scenario.send(body, pauses_at=2_500_000)
         answer = await uploader.end()
         assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
         assert "multipart" in answer.error["message"]
         assert uploader.took < 5
-        assert play.started == []
+        assert scenario.started == []
 
 
 # The worker, the link, the master
@@ -711,13 +713,13 @@ async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
 async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_again(
     cause: str, model: str, first: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=True, on_conflict="replicate") as play:
+    async with open_scenario(files, forwarded=True, on_conflict="replicate") as scenario:
         other = worker("other", **OPTIONS | {"on_conflict": "replicate"})
-        uploader = await play.upload(model, first=first, pauses_at=HALF)
-        other.register_asr("asr", play.listen)
-        other.register_raw("raw", play.relay)
-        await play.cluster.start_worker(other)
-        node = play.cluster.workers["w"]
+        uploader = await scenario.upload(model, first=first, pauses_at=HALF)
+        other.register_asr("asr", scenario.listen)
+        other.register_raw("raw", scenario.relay)
+        await scenario.cluster.start_worker(other)
+        node = scenario.cluster.workers["w"]
         link = node.link
         match cause:
             case "killed":
@@ -739,11 +741,11 @@ async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_a
         if first:
             # What has passed through is gone; nobody can be asked again.
             assert (answer.status, answer.error["code"]) == (502, "worker_lost")
-            assert play.stats() == {"worker_lost": 1}
+            assert scenario.stats() == {"worker_lost": 1}
         else:
             # Nobody had been asked yet.
             assert answer.status == 200
-            assert play.stats() == {"completed": 1}
+            assert scenario.stats() == {"completed": 1}
         if cause not in ("silent", "frozen"):
             # It sent the rest soon enough.
             assert await uploader.ask_again() == 200
@@ -756,31 +758,31 @@ async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_a
 async def test_a_worker_that_drains_in_the_middle_finishes_what_cannot_be_given_back(
     model: str, first: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=True) as play:
-        uploader = await play.upload(model, first=first, pauses_at=HALF)
-        play.cluster.workers["w"].stop()
+    async with open_scenario(files, forwarded=True) as scenario:
+        uploader = await scenario.upload(model, first=first, pauses_at=HALF)
+        scenario.cluster.workers["w"].stop()
         await trio.sleep(1)
         uploader.go_on.set()
         answer = await uploader.end()
         if first:
-            assert (answer.status, play.stats()) == (200, {"completed": 1})
+            assert (answer.status, scenario.stats()) == (200, {"completed": 1})
         else:
-            assert (answer.status, play.stats()) == (404, {})
-        await play.cluster.workers["w"].over.wait()
+            assert (answer.status, scenario.stats()) == (404, {})
+        await scenario.cluster.workers["w"].over.wait()
 
 
 @kinds
 async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
     model: str, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=True) as play:
-        uploader = await play.upload(model, first=True, pauses_at=HALF)
-        play.cluster.workers["w"].stop()
+    async with open_scenario(files, forwarded=True) as scenario:
+        uploader = await scenario.upload(model, first=True, pauses_at=HALF)
+        scenario.cluster.workers["w"].stop()
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "shutting_down")
         assert uploader.took == pytest.approx(OPTIONS["drain_timeout"] + 2, abs=3)
-        assert play.stats() == {"failed": 1}
-        await play.cluster.workers["w"].over.wait()
+        assert scenario.stats() == {"failed": 1}
+        await scenario.cluster.workers["w"].over.wait()
 
 
 @places
@@ -789,37 +791,37 @@ async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
 async def test_a_master_that_drains_in_the_middle_finishes_what_it_has_begun(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload(model, first=first, pauses_at=HALF)
-        play.cluster.master.stop()
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload(model, first=first, pauses_at=HALF)
+        scenario.cluster.master.stop()
         await trio.sleep(1)
         uploader.go_on.set()
         await uploader.over.wait()
         answer = uploader.answer
         if first:
             assert answer is not None
-            assert (answer.status, play.stats()) == (200, {"completed": 1})
+            assert (answer.status, scenario.stats()) == (200, {"completed": 1})
         elif answer is not None:
             assert (answer.status, answer.error["code"]) == (503, "shutting_down")
-        await play.cluster.master.over.wait()
+        await scenario.cluster.master.over.wait()
         if forwarded:
-            play.cluster.workers["w"].stop()
-            await play.cluster.workers["w"].over.wait()
+            scenario.cluster.workers["w"].stop()
+            await scenario.cluster.workers["w"].over.wait()
 
 
 @places
 async def test_an_operator_can_cancel_an_upload(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with stage(files, forwarded=forwarded) as play:
-        uploader = await play.upload("asr", first=True, pauses_at=HALF, x_request_id="the-one")
-        operator = play.cluster.client("operator")
+    async with open_scenario(files, forwarded=forwarded) as scenario:
+        uploader = await scenario.upload("asr", first=True, pauses_at=HALF, x_request_id="the-one")
+        operator = scenario.cluster.client("operator")
         (call,) = (await operator.get("/cluster/calls")).json()["calls"]
         assert (call["request_id"], call["phase"]) == ("the-one", "uploading")
         assert (await operator.post("/cluster/calls/the-one/cancel", {})).status == 200
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "cancelled")
-        assert play.stats() == {"cancelled": 1}
+        assert scenario.stats() == {"cancelled": 1}
 
 
 # The disk
@@ -832,10 +834,10 @@ async def test_a_disk_that_is_full_is_503_and_the_connection_stays_usable(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(body.tempfile, "TemporaryFile", full)
-    async with stage(files, forwarded=True) as play:
-        uploader = await play.upload("asr", first=False)
+    async with open_scenario(files, forwarded=True) as scenario:
+        uploader = await scenario.upload("asr", first=False)
         answer = await uploader.end()
         assert (answer.status, answer.error["code"]) == (503, "over_capacity")
         assert "No space left" in answer.error["message"]
         assert await uploader.ask_again() == 200
-        assert (await (await play.upload("asr", first=True)).end()).status == 200
+        assert (await (await scenario.upload("asr", first=True)).end()).status == 200

@@ -14,8 +14,8 @@ from trio_cluster import ApiError, ChatRequest, ClusterServer, CustomRequest, Ou
 from trio_cluster.testing import (
     FakeModel,
     SimulatedCluster,
-    assert_books_balance,
     assert_no_orphans,
+    assert_stats_balance,
     open_cluster,
     settle,
     worker,
@@ -39,7 +39,7 @@ async def cluster(autojump_clock: MockClock) -> AsyncIterator[SimulatedCluster]:
         yield opened
         await settle(opened)
         assert_no_orphans(opened)
-        assert_books_balance(opened)
+        assert_stats_balance(opened)
 
 
 @pytest.fixture(params=["master", "worker"])

@@ -1,4 +1,4 @@
-"""A mock clock that waits for threads that compute, and for no others."""
+"""A mock clock that waits for threads that compute, and not for threads that wait in trio."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from trio.testing import MockClock
 from trio_cluster.testing._clock import threads_hold_clock
 
 
-async def rival() -> None:
-    """Want the clock to jump."""
+async def let_the_clock_jump() -> None:
+    """Give an autojumping clock deadlines to jump to."""
     for _ in range(10_000):
         await trio.sleep(1)
 
 
-async def test_the_clock_stands_while_a_thread_computes(
+async def test_the_clock_stands_still_while_a_thread_computes(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    nursery.start_soon(rival)
+    nursery.start_soon(let_the_clock_jump)
     with threads_hold_clock():
         await trio.to_thread.run_sync(time.sleep, 0.05)
         assert trio.current_time() == 0
@@ -29,10 +29,10 @@ async def test_the_clock_stands_while_a_thread_computes(
     nursery.cancel_scope.cancel()
 
 
-async def test_the_clock_goes_on_for_a_thread_that_waits_in_trio(
+async def test_the_clock_advances_for_a_thread_that_waits_in_trio(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    nursery.start_soon(rival)
+    nursery.start_soon(let_the_clock_jump)
 
     async def wait(seconds: float) -> None:
         await trio.sleep(seconds)
@@ -48,7 +48,7 @@ async def test_the_clock_goes_on_for_a_thread_that_waits_in_trio(
     nursery.cancel_scope.cancel()
 
 
-async def test_one_thread_that_computes_holds_the_clock_for_another_that_waits(
+async def test_one_thread_that_computes_stops_the_clock_for_another_that_waits(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     waited_until = []
@@ -66,7 +66,7 @@ async def test_one_thread_that_computes_holds_the_clock_for_another_that_waits(
     assert waited_until[0] >= computed_until - 0.01
 
 
-async def test_a_deadline_is_seen_by_a_thread_that_asks(autojump_clock: MockClock) -> None:
+async def test_a_thread_that_waits_in_trio_is_cancelled_by_a_deadline(autojump_clock: MockClock) -> None:
     def work() -> None:
         while True:
             trio.from_thread.run(trio.sleep, 1)
@@ -77,7 +77,7 @@ async def test_a_deadline_is_seen_by_a_thread_that_asks(autojump_clock: MockCloc
     assert trio.current_time() == 5
 
 
-async def test_nested_holds_are_one(autojump_clock: MockClock) -> None:
+async def test_nested_blocks_have_the_effect_of_the_outer_one(autojump_clock: MockClock) -> None:
     with threads_hold_clock():
         with threads_hold_clock():
             pass
@@ -85,13 +85,13 @@ async def test_nested_holds_are_one(autojump_clock: MockClock) -> None:
     assert "_autojump" not in vars(autojump_clock)
 
 
-async def test_real_time_is_left_alone() -> None:
+async def test_real_time_is_not_affected() -> None:
     with threads_hold_clock():
         began = time.monotonic()
         await trio.sleep(0.01)
         assert time.monotonic() - began >= 0.009
 
 
-def test_without_a_run_there_is_no_clock() -> None:
+def test_outside_a_run_there_is_no_clock() -> None:
     with pytest.raises(RuntimeError), threads_hold_clock():
         pass

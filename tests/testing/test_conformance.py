@@ -1,4 +1,4 @@
-"""Handlers that keep their promises pass, and each that breaks one is told which."""
+"""Handlers that keep their promises pass, and the error names the promise that a handler breaks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_a_good_model_of_any_kind_keeps_all_promises(
     assert report.answer
 
 
-async def test_what_passes_bytes_through_is_not_checked() -> None:
+async def test_passthrough_models_are_not_checked() -> None:
     with pytest.raises(ValueError, match="kind any are not checked"):
         await check_handler(FakeModel(), kind="any")
 
@@ -59,7 +59,7 @@ async def test_a_good_model_passes_in_real_time_too(fake: type[FakeModel]) -> No
     assert report.duration >= 0.03
 
 
-async def test_all_shapes_are_taken(autojump_clock: MockClock) -> None:
+async def test_all_signatures_are_accepted(autojump_clock: MockClock) -> None:
     async def yields(request: ChatRequest) -> AsyncIterator[str]:
         for word in request.last_text.split():
             yield word
@@ -73,13 +73,13 @@ async def test_all_shapes_are_taken(autojump_clock: MockClock) -> None:
     for handler in (yields, returns, thread):
         report = await check_handler(handler)
         assert report.replayable
-        # However quick they are, they can be met in the middle of what they give.
+        # A window of one byte stops even a handler that never waits in the middle of its output.
         assert set(report.stopped) >= set(PHASES[1:])
     with pytest.raises(TypeError):
         await check_handler(lambda: "")
 
 
-async def test_an_answer_by_tool_calls_alone_is_an_answer(autojump_clock: MockClock) -> None:
+async def test_a_response_of_tool_calls_alone_is_a_response(autojump_clock: MockClock) -> None:
     async def calls(request: ChatRequest) -> AsyncIterator[dict[str, Any]]:
         call = {"index": 0, "id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
         yield {"tool_calls": [call]}
@@ -109,7 +109,7 @@ async def no_text(request: ChatRequest) -> AsyncIterator[bytes]:
     ("handler", "why"),
     [(nothing, "empty"), (too_late, "timed out|gave nothing|within"), (broken, "418"), (no_text, "500")],
 )
-async def test_no_answer_is_a_broken_promise(handler: Any, why: str, autojump_clock: MockClock) -> None:
+async def test_no_response_is_a_broken_promise(handler: Any, why: str, autojump_clock: MockClock) -> None:
     with pytest.raises(DoesNotAnswer, match=why):
         await check_handler(handler, patience=50)
 
@@ -131,7 +131,7 @@ async def test_not_stopping_is_a_broken_promise(phase: str, autojump_clock: Mock
         await check_handler(handler)
 
 
-async def test_a_thread_that_does_not_ask_whether_it_was_cancelled_does_not_stop() -> None:
+async def test_a_thread_that_does_not_check_for_cancellation_does_not_stop() -> None:
     def handler(request: ChatRequest) -> str:
         time.sleep(0.3)
         return "done"
@@ -140,7 +140,7 @@ async def test_a_thread_that_does_not_ask_whether_it_was_cancelled_does_not_stop
         await check_handler(handler, bound=0.1)
 
 
-async def test_going_on_past_the_deadline_is_a_broken_promise(autojump_clock: MockClock) -> None:
+async def test_continuing_after_the_deadline_is_a_broken_promise(autojump_clock: MockClock) -> None:
     model = FakeModel(interval=1)
 
     async def handler(request: ChatRequest, provider: Any) -> None:
@@ -197,7 +197,7 @@ async def test_what_a_handler_keeps_from_its_first_call_on_is_not_left_behind(
     nursery.cancel_scope.cancel()
 
 
-async def test_mixing_up_two_answers_is_a_broken_promise(autojump_clock: MockClock) -> None:
+async def test_mixing_up_two_responses_is_a_broken_promise(autojump_clock: MockClock) -> None:
     last = [""]
 
     async def handler(request: ChatRequest) -> AsyncIterator[str]:
@@ -224,11 +224,11 @@ async def test_failing_beside_another_call_is_a_broken_promise(autojump_clock: M
         finally:
             running -= 1
 
-    with pytest.raises(MixesAnswers, match="one had no answer"):
+    with pytest.raises(MixesAnswers, match="one had no response"):
         await check_handler(handler)
 
 
-async def test_a_model_that_never_says_the_same_twice_cannot_be_told_apart(autojump_clock: MockClock) -> None:
+async def test_a_model_with_random_output_is_reported_as_not_replayable(autojump_clock: MockClock) -> None:
     count = 0
 
     async def handler(request: ChatRequest) -> OutputChunk:
@@ -242,7 +242,7 @@ async def test_a_model_that_never_says_the_same_twice_cannot_be_told_apart(autoj
 BOOM = {"messages": [{"role": "user", "content": "boom"}]}
 
 
-async def test_an_error_that_becomes_an_answer_is_a_broken_promise(autojump_clock: MockClock) -> None:
+async def test_an_error_that_becomes_a_response_is_a_broken_promise(autojump_clock: MockClock) -> None:
     async def handler(request: ChatRequest) -> str:
         try:
             if request.last_text == "boom":
@@ -261,7 +261,7 @@ async def test_an_error_that_becomes_an_answer_is_a_broken_promise(autojump_cloc
     await check_handler(honest, failing=BOOM)
 
 
-async def test_requests_of_ones_own_are_sent(autojump_clock: MockClock) -> None:
+async def test_given_requests_are_sent(autojump_clock: MockClock) -> None:
     model = FakeModel(marked=True)
     one = {"messages": [{"role": "user", "content": "one"}], "temperature": 0.5}
     two = {"messages": [{"role": "user", "content": "two"}]}

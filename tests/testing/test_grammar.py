@@ -1,4 +1,4 @@
-"""The grammar checker: it must tell the three endings apart, and must not be lenient."""
+"""The parser of streams: it must distinguish the three endings, and must be strict."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def end(reason: str = "stop", index: int = 0) -> bytes:
 FINISHED = delta("a") + PING + delta("b") + end() + event(choices=[], usage={"total_tokens": 2}) + DONE
 
 
-def test_a_finished_stream_is_reported_with_what_was_in_it() -> None:
+def test_a_finished_stream_is_reported_with_its_content() -> None:
     report = read_stream(FINISHED)
     assert report.ending == "finished"
     assert (report.text, report.texts) == ("ab", {0: "ab"})
@@ -56,7 +56,7 @@ def test_a_stream_that_lacks_any_byte_of_its_end_is_cut(length: int) -> None:
     assert read_stream(FINISHED[:length]).ending == "cut"
 
 
-def test_a_streamed_transcript_is_known_too() -> None:
+def test_a_streamed_transcript_is_parsed_too() -> None:
     events = [
         event(type="transcript.text.delta", delta="Hel"),
         event(type="transcript.text.delta", delta="lo"),
@@ -87,7 +87,7 @@ SAID = response_event(0, "response.output_text.delta", delta="Hi")
         (response(1, "incomplete", "content_filter"), "content_filter"),
     ],
 )
-def test_a_streamed_response_is_known_too(end: bytes, reason: str) -> None:
+def test_a_streamed_response_is_parsed_too(end: bytes, reason: str) -> None:
     report = read_stream(SAID + PING + end)
     assert (report.ending, report.text, report.finish_reasons) == ("finished", "Hi", {0: reason})
     assert report.usage == {"total_tokens": 2}
@@ -95,7 +95,7 @@ def test_a_streamed_response_is_known_too(end: bytes, reason: str) -> None:
     assert read_stream(SAID + ERROR).ending == "failed"
 
 
-def test_a_streamed_completion_is_known_too() -> None:
+def test_a_streamed_completion_is_parsed_too() -> None:
     chunks = [
         event(choices=[{"index": 1, "text": "x", "finish_reason": None}]),
         event(choices=[{"index": 1, "text": "", "finish_reason": "length"}]),
@@ -107,9 +107,9 @@ def test_a_streamed_completion_is_known_too() -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (DONE, "nothing has ended"),
-        (delta("a") + DONE, "never said why"),
-        (delta("a") + end() + delta("b", 1) + DONE, "never said why"),
+        (DONE, "no choice has ended"),
+        (delta("a") + DONE, "have no finish_reason"),
+        (delta("a") + end() + delta("b", 1) + DONE, "have no finish_reason"),
         (delta("a") + end() + end() + DONE, "already ended"),
         (delta("a") + end() + delta("b") + DONE, "already ended"),
         (FINISHED + ERROR, "after the end"),
@@ -120,13 +120,13 @@ def test_a_streamed_completion_is_known_too() -> None:
         (ERROR + ERROR, "after the end"),
         (ERROR + delta("a"), "after the end"),
         (b"id: 1\n\n", "neither"),
-        (b"event: x\ndata: {}\n\n", "not what its name"),
+        (b"event: x\ndata: {}\n\n", "is not its name"),
         (b"event: x\n\n", "its name and a single line"),
         (b"event: x\ndata: {}\ndata: {}\n\n", "its name and a single line"),
         (response(1), "should have been number 0"),
         (SAID + SAID, "should have been number 1"),
-        (response(0, "incomplete"), "says something else"),
-        (response(0, "completed", "steered"), "says something else"),
+        (response(0, "incomplete"), "is another one"),
+        (response(0, "completed", "steered"), "is another one"),
         (response(0) + DONE, "after the end"),
         (response(0) + ERROR, "after the end"),
         (response_event(0, "response.completed"), "not in the form"),

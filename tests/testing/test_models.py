@@ -1,18 +1,22 @@
-"""Fake models: what they give is what they say, for every kind, and what happens to them is on record."""
+"""Fake models: their output is what they announce, for every kind, and they record what happens to them."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster import ApiError
-from trio_cluster.testing import Answer, FakeModel, SimulatedCluster, ThreadedFakeModel, worker
+from trio_cluster import ApiError, OutputChunk
+from trio_cluster.core.model import KINDS, Kind
+from trio_cluster.openai import endpoint_named
+from trio_cluster.testing import FakeModel, Response, SimulatedCluster, ThreadedFakeModel, worker
+from trio_cluster.testing._samples import ENDPOINT_OF, encode
 
 pytestmark = pytest.mark.parametrize("fake", [FakeModel, ThreadedFakeModel])
 
@@ -23,19 +27,19 @@ async def start(cluster: SimulatedCluster, model: FakeModel, kind: str = "chat",
     await cluster.start_worker(server)
 
 
-async def test_a_chat_is_the_announced_text_at_the_announced_pace(
+async def test_a_chat_has_the_announced_text_at_the_announced_pace(
     cluster: SimulatedCluster, fake: type[FakeModel]
 ) -> None:
     model = fake(tokens=4, first_after=3, interval=2)
     await start(cluster, model)
     began = trio.current_time()
-    answer = await cluster.client().chat("m")
-    assert answer.report().text == model.text() == "t0 t1 t2 t3 "
+    response = await cluster.client().chat("m")
+    assert response.report().text == model.text() == "t0 t1 t2 t3 "
     assert trio.current_time() - began == 9
     assert (model.started, model.finished, model.cleaned_up, model.running) == (1, 1, 1, 0)
 
 
-async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[FakeModel]) -> None:
+async def test_every_kind_has_a_response(cluster: SimulatedCluster, fake: type[FakeModel]) -> None:
     model = fake(marked=True)
     server = worker("w1")
     server.register_chat("chat", model)
@@ -50,10 +54,10 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     await cluster.start_worker(server)
     client = cluster.client()
 
-    async def post(path: str, **fields: Any) -> Answer:
-        answer = await client.post(f"/v1/{path}", fields)
-        assert answer.status == 200
-        return answer
+    async def post(path: str, **fields: Any) -> Response:
+        response = await client.post(f"/v1/{path}", fields)
+        assert response.status == 200
+        return response
 
     message = {"role": "user", "content": "hi"}
     chat = (await post("chat/completions", model="chat", messages=[message], n=2)).json()
@@ -83,7 +87,7 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     assert base64.b64decode(edited["data"][0]["b64_json"]) == model.image(0, mark="p")
     ranking = (await post("rerank", model="rerank", query="q", documents=["a", "bc"])).json()
     scores = [(item["index"], item["relevance_score"]) for item in ranking["results"]]
-    assert scores == [(1, model.score("bc")), (0, model.score("a"))]
+    assert scores == [(1, model.score("qbc")), (0, model.score("qa"))]
     verdict = (await post("moderations", model="moderation", input="a")).json()
     assert verdict["results"][0]["category_scores"]["violence"] == model.score("a")
     assert (await post("own", model="chat")).body.decode() == model.text()
@@ -93,7 +97,108 @@ async def test_every_kind_has_an_answer(cluster: SimulatedCluster, fake: type[Fa
     ]  # fmt: skip
 
 
-async def test_it_fails_where_it_was_told_to(cluster: SimulatedCluster, fake: type[FakeModel]) -> None:
+def _message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+_FILE = b"bytes of a file"
+
+#: For each kind, the fields of a request with a text, and what a marked model with two pieces gives for it.
+MARKED: dict[Kind, tuple[Callable[[str], dict[str, Any]], Callable[[FakeModel, str], list[OutputChunk]]]] = {
+    "chat": (
+        lambda text: {"messages": _message(text)},
+        lambda model, text: [
+            OutputChunk.text_delta(f"{text}t0 ", 0),
+            OutputChunk.text_delta(f"{text}t1 ", 0),
+        ],
+    ),
+    "embedding": (
+        lambda text: {"input": [text]},
+        lambda model, text: [OutputChunk.embedding(model.vector(0, text), 0)],
+    ),
+    "asr": (
+        lambda text: {"file": _FILE, "prompt": text},
+        lambda model, text: [OutputChunk.text_delta(f"{text}t0 "), OutputChunk.text_delta(f"{text}t1 ")],
+    ),
+    "tts": (
+        lambda text: {"input": text, "voice": "v"},
+        lambda model, text: [
+            OutputChunk.audio(f"{text}t0 ".encode(), "audio/mpeg"),
+            OutputChunk.audio(f"{text}t1 ".encode(), "audio/mpeg"),
+        ],
+    ),
+    "image_generation": (
+        lambda text: {"prompt": text},
+        lambda model, text: [OutputChunk.image(model.image(0, mark=text), "image/png")],
+    ),
+    "image_edit": (
+        lambda text: {"prompt": text, "image": _FILE},
+        lambda model, text: [OutputChunk.image(model.image(0, mark=text), "image/png")],
+    ),
+    "rerank": (
+        lambda text: {"query": text, "documents": ["document"]},
+        lambda model, text: [OutputChunk.scores([model.score(f"{text}document")])],
+    ),
+    "moderation": (
+        lambda text: {"input": text},
+        lambda model, text: [OutputChunk.json({"violence": model.score(text)})],
+    ),
+    "custom": (
+        lambda text: {"text": text},
+        lambda model, text: [OutputChunk.text_delta("t0 "), OutputChunk.text_delta("t1 ")],
+    ),
+}
+
+
+def contents(chunks: list[OutputChunk]) -> list[Any]:
+    """Return the chunks as values that can be compared."""
+    return [(chunk.kind, chunk.value, chunk.index, chunk.mime_type) for chunk in chunks]
+
+
+async def output_for(model: FakeModel, kind: Kind, fields: dict[str, Any]) -> list[Any]:
+    body, content_type = encode(fields, stream=False)
+    request = endpoint_named(ENDPOINT_OF[kind]).parse(body, content_type, {})
+    output: list[OutputChunk] = []
+    if isinstance(model, ThreadedFakeModel):
+
+        class ThreadCollector:
+            push = staticmethod(output.append)
+
+        await trio.to_thread.run_sync(model, request, ThreadCollector)
+    else:
+
+        class Collector:
+            @staticmethod
+            async def push(chunk: OutputChunk) -> None:
+                output.append(chunk)
+
+        await model(request, Collector)  # type: ignore[arg-type]
+    return contents(output)
+
+
+def test_every_kind_is_in_the_table_of_marks(fake: type[FakeModel]) -> None:
+    # Passthrough models get bytes, and no request that could be read.
+    assert MARKED.keys() == set(KINDS) - {"any"}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+async def test_a_marked_output_depends_on_the_text_of_its_request(kind: Kind, fake: type[FakeModel]) -> None:
+    fields, expected = MARKED[kind]
+    model = fake(tokens=2, marked=True)
+    outputs = [await output_for(model, kind, fields(text)) for text in ("one", "another")]
+    assert outputs == [contents(expected(model, text)) for text in ("one", "another")]
+    assert (outputs[0] != outputs[1]) is (kind != "custom")
+
+
+@pytest.mark.parametrize("kind", MARKED)
+async def test_an_output_that_is_not_marked_depends_on_inputs_only(kind: Kind, fake: type[FakeModel]) -> None:
+    fields, _ = MARKED[kind]
+    model = fake(tokens=2)
+    one, another = [await output_for(model, kind, fields(text)) for text in ("one", "another")]
+    assert (one != another) is (kind in ("embedding", "moderation"))
+
+
+async def test_it_fails_after_so_many_pieces(cluster: SimulatedCluster, fake: type[FakeModel]) -> None:
     model = fake(fail_at=2, error=ApiError(429, "enough", code="enough"))
     await start(cluster, model)
     report = (await cluster.client().chat("m")).report()
@@ -110,20 +215,24 @@ async def test_an_error_that_is_not_for_clients_is_a_500(
 ) -> None:
     model = fake(fail_at=0, error=ZeroDivisionError("inside"))
     await start(cluster, model)
-    answer = await cluster.client().chat("m")
-    assert (answer.status, answer.error["code"], b"inside" in answer.body) == (500, "handler_failed", False)
+    response = await cluster.client().chat("m")
+    assert (response.status, response.error["code"], b"inside" in response.body) == (
+        500,
+        "handler_failed",
+        False,
+    )
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
-async def test_it_stalls_where_it_was_told_to_and_is_cancelled_by_its_deadline(
+async def test_it_stalls_after_so_many_pieces_and_is_cancelled_by_its_deadline(
     cluster: SimulatedCluster, fake: type[FakeModel], pieces: int
 ) -> None:
     model = fake(stall_at=pieces)
     await start(cluster, model, default_timeout=10)
-    answer = await cluster.client().chat("m")
-    assert answer.status == (200 if pieces else 504)
+    response = await cluster.client().chat("m")
+    assert response.status == (200 if pieces else 504)
     if pieces:
-        assert (answer.report().ending, answer.report().text) == ("failed", model.text(pieces))
+        assert (response.report().ending, response.report().text) == ("failed", model.text(pieces))
     assert trio.current_time() == pytest.approx(10)
     assert (model.cancelled, model.cleaned_up, model.running) == (1, 1, 0)
 
@@ -135,13 +244,13 @@ async def test_a_stall_that_ends_is_only_a_pause(cluster: SimulatedCluster, fake
     assert trio.current_time() == 5
 
 
-async def test_it_goes_on_after_it_was_cancelled_for_as_long_as_it_was_told_to(
+async def test_it_ignores_its_cancellation_for_so_long(
     cluster: SimulatedCluster, fake: type[FakeModel]
 ) -> None:
     model = fake(stall_at=1, ignore_cancellation_for=4, hang_in_cleanup=3)
     await start(cluster, model)
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t0")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t0")
     await model.wait_until(lambda m: m.cancelled == 1)
     began = trio.current_time()
     assert (model.running, model.cleaned_up) == (1, 0)
@@ -150,9 +259,7 @@ async def test_it_goes_on_after_it_was_cancelled_for_as_long_as_it_was_told_to(
     assert model.running == 0
 
 
-async def test_it_counts_how_many_calls_it_has_at_once(
-    cluster: SimulatedCluster, fake: type[FakeModel]
-) -> None:
+async def test_it_counts_how_many_calls_run_at_once(cluster: SimulatedCluster, fake: type[FakeModel]) -> None:
     model = fake(interval=1)
     await start(cluster, model, max_concurrency=2)
     async with trio.open_nursery() as nursery:
@@ -162,7 +269,7 @@ async def test_it_counts_how_many_calls_it_has_at_once(
     assert (model.started, model.finished, model.max_running, model.running) == (3, 3, 2, 0)
 
 
-async def test_it_notes_how_much_time_each_request_was_allowed(
+async def test_it_records_how_much_time_each_request_had(
     cluster: SimulatedCluster, fake: type[FakeModel]
 ) -> None:
     model = fake()
@@ -173,20 +280,20 @@ async def test_it_notes_how_much_time_each_request_was_allowed(
     assert model.allowed == [pytest.approx(7), pytest.approx(60)]
 
 
-async def test_large_pieces_hold_it_up_at_a_client_that_does_not_read(
+async def test_large_pieces_block_it_if_the_client_does_not_read(
     cluster: SimulatedCluster, fake: type[FakeModel]
 ) -> None:
     model = fake(tokens=50, piece_size=100_000)
     await start(cluster, model)
-    async with cluster.client().open_chat("m") as answer:
+    async with cluster.client().open_chat("m") as response:
         await trio.sleep(20)
         assert (model.running, model.finished) == (1, 0)
-        whole = await answer.finish()
+        whole = await response.finish()
     assert whole.report().text == model.text()
     assert len(model.text()) == 5_000_000
 
 
-async def test_a_wait_that_would_never_end_is_refused(fake: type[FakeModel]) -> None:
+async def test_an_infinite_duration_is_refused(fake: type[FakeModel]) -> None:
     for what in ("first_after", "interval", "ignore_cancellation_for", "hang_in_cleanup"):
         with pytest.raises(ValueError, match=what):
             fake(**{what: math.inf})

@@ -1,4 +1,4 @@
-"""The simulated network, held to what real sockets do where the two can be compared, and to its own word elsewhere."""
+"""The simulated network: compared with real sockets where that is possible, and with its documentation elsewhere."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def reset(stream: Any) -> None:
     stream.socket.close()
 
 
-# What sockets do too
+# What real sockets do too
 
 
-async def test_bytes_arrive_in_order_and_in_pieces_as_they_are_asked_for(pair: Any) -> None:
+async def test_bytes_arrive_in_order_and_in_pieces_of_the_requested_size(pair: Any) -> None:
     near, far = pair
     await near.send_all(b"one ")
     await near.send_all(bytearray(b"two"))
@@ -60,11 +60,11 @@ async def test_bytes_arrive_in_order_and_in_pieces_as_they_are_asked_for(pair: A
     assert received == b"one two"
 
 
-async def test_an_end_of_file_comes_behind_the_bytes_and_again_and_again(pair: Any) -> None:
+async def test_an_end_of_file_comes_behind_the_bytes_and_repeats(pair: Any) -> None:
     near, far = pair
-    await near.send_all(b"last words")
+    await near.send_all(b"last bytes")
     await near.aclose()
-    assert await far.receive_some(100) == b"last words"
+    assert await far.receive_some(100) == b"last bytes"
     assert [await far.receive_some() for _ in range(3)] == [b"", b"", b""]
 
 
@@ -79,11 +79,11 @@ async def test_a_connection_that_is_closed_in_one_direction_works_in_the_other(p
             await near.send_all(more)
 
 
-async def test_sending_to_an_end_that_was_closed_goes_well_once_and_then_fails(pair: Any) -> None:
+async def test_sending_to_an_end_that_was_closed_succeeds_once_and_then_fails(pair: Any) -> None:
     near, far = pair
     await far.aclose()
     assert await near.receive_some() == b""
-    await near.send_all(b"nobody knows yet")
+    await near.send_all(b"not known yet")
     await trio.sleep(0.01)
     with pytest.raises(trio.BrokenResourceError):
         await near.send_all(b"now it is known")
@@ -113,7 +113,7 @@ async def test_closing_with_bytes_unread_is_a_reset(pair: Any) -> None:
         await far.receive_some()
 
 
-async def test_whoever_writes_to_a_peer_that_does_not_read_is_held_up_until_it_does(pair: Any) -> None:
+async def test_a_writer_is_blocked_until_its_peer_reads(pair: Any) -> None:
     near, far = pair
     sent = trio.Event()
 
@@ -133,7 +133,7 @@ async def test_whoever_writes_to_a_peer_that_does_not_read_is_held_up_until_it_d
             await sent.wait()
 
 
-async def test_a_writer_that_is_held_up_learns_of_a_reset(pair: Any) -> None:
+async def test_a_blocked_writer_is_woken_by_a_reset(pair: Any) -> None:
     near, far = pair
 
     async def leave() -> None:
@@ -146,7 +146,7 @@ async def test_a_writer_that_is_held_up_learns_of_a_reset(pair: Any) -> None:
             await near.send_all(bytes(20_000_000))
 
 
-async def test_a_writer_that_is_held_up_learns_that_its_reader_has_closed(pair: Any) -> None:
+async def test_a_blocked_writer_is_woken_when_its_peer_closes(pair: Any) -> None:
     near, far = pair
 
     async def leave() -> None:
@@ -159,7 +159,7 @@ async def test_a_writer_that_is_held_up_learns_that_its_reader_has_closed(pair: 
             await near.send_all(bytes(20_000_000))
 
 
-async def test_closing_an_end_wakes_its_own_reader(pair: Any) -> None:
+async def test_closing_an_end_wakes_the_reader_of_this_end(pair: Any) -> None:
     near, _ = pair
     async with trio.open_nursery() as nursery:
 
@@ -172,7 +172,7 @@ async def test_closing_an_end_wakes_its_own_reader(pair: Any) -> None:
         await near.aclose()
 
 
-async def test_a_closed_end_can_do_nothing_and_be_closed_again(pair: Any) -> None:
+async def test_a_closed_end_refuses_everything_but_to_be_closed_again(pair: Any) -> None:
     near, _ = pair
     await near.aclose()
     await near.aclose()
@@ -202,15 +202,15 @@ async def test_a_cancelled_receive_loses_nothing(pair: Any) -> None:
     assert await far.receive_some() == b"x"
 
 
-async def test_nobody_can_receive_less_than_a_byte(pair: Any) -> None:
+async def test_receiving_less_than_a_byte_is_an_error(pair: Any) -> None:
     with pytest.raises(ValueError, match="max_bytes"):
         await pair[0].receive_some(0)
 
 
-# What can be done to a connection
+# Faults of a connection
 
 
-async def test_everything_takes_its_time(autojump_clock: MockClock) -> None:
+async def test_everything_is_delayed_by_the_latency(autojump_clock: MockClock) -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork(latency=2.0))
     assert trio.current_time() == 4.0
     await near.send_all(b"x")
@@ -225,7 +225,7 @@ async def test_everything_takes_its_time(autojump_clock: MockClock) -> None:
     assert await near.receive_some() == b""
 
 
-async def test_who_sends_to_a_far_end_that_was_closed_learns_it_a_round_trip_later(
+async def test_sending_to_a_closed_end_fails_a_round_trip_later(
     autojump_clock: MockClock,
 ) -> None:
     near, far, _ = await simulated_pair(SimulatedNetwork(latency=1.0))
@@ -235,6 +235,27 @@ async def test_who_sends_to_a_far_end_that_was_closed_learns_it_a_round_trip_lat
     with pytest.raises(trio.BrokenResourceError):
         await near.send_all(b"x")
     assert trio.current_time() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("closed_after", "ending"),
+    [(0.0, "FIN"), (0.5, "FIN"), (1.0, "RST"), (1.5, "RST")],
+    ids=["just sent", "under way", "just arrived", "unread"],
+)
+async def test_closing_is_a_reset_only_if_bytes_have_arrived_and_were_not_read(
+    closed_after: float, ending: str, autojump_clock: MockClock
+) -> None:
+    near, far, _ = await simulated_pair(SimulatedNetwork(latency=1.0))
+    await far.send_all(b"x")
+    await trio.sleep(closed_after)
+    await near.aclose()
+    began = trio.current_time()
+    if ending == "FIN":
+        assert [await far.receive_some(), await far.receive_some()] == [b"", b""]
+    else:
+        with pytest.raises(trio.BrokenResourceError):
+            await far.receive_some()
+    assert trio.current_time() - began == 1.0
 
 
 async def test_a_reset_overtakes_and_destroys_what_is_under_way(autojump_clock: MockClock) -> None:
@@ -265,7 +286,7 @@ async def test_a_cut_is_an_end_of_file_at_both_ends() -> None:
         await near.send_all(b"x")
 
 
-async def test_in_a_partition_nothing_arrives_and_nobody_is_told_until_it_heals(
+async def test_in_a_partition_nothing_arrives_until_it_heals(
     autojump_clock: MockClock,
 ) -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork())
@@ -281,7 +302,7 @@ async def test_in_a_partition_nothing_arrives_and_nobody_is_told_until_it_heals(
     assert (await far.receive_some(), await far.receive_some()) == (b"x", b"")
 
 
-async def test_a_reset_in_a_partition_takes_along_what_never_arrived(autojump_clock: MockClock) -> None:
+async def test_a_reset_in_a_partition_destroys_what_never_arrived(autojump_clock: MockClock) -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork())
     connection.partition()
     await near.send_all(b"x")
@@ -291,7 +312,7 @@ async def test_a_reset_in_a_partition_takes_along_what_never_arrived(autojump_cl
         await far.receive_some()
 
 
-async def test_what_arrives_for_an_end_that_was_closed_meanwhile_is_dropped_and_answered(
+async def test_bytes_for_an_end_that_was_closed_meanwhile_are_dropped_and_refused(
     autojump_clock: MockClock,
 ) -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork())
@@ -317,7 +338,7 @@ async def test_a_connection_knows_how_many_of_its_ends_are_open() -> None:
 # Machines
 
 
-async def test_a_frozen_machine_takes_and_keeps_silent_until_it_thaws(autojump_clock: MockClock) -> None:
+async def test_a_frozen_machine_takes_bytes_and_is_silent_until_it_thaws(autojump_clock: MockClock) -> None:
     network = SimulatedNetwork()
     near, far, _ = await simulated_pair(network)
     network.freeze("server")
@@ -332,7 +353,7 @@ async def test_a_frozen_machine_takes_and_keeps_silent_until_it_thaws(autojump_c
     assert (await far.receive_some(), await near.receive_some()) == (b"question", b"answer")
 
 
-async def test_a_frozen_machine_is_connected_to_like_any_other(autojump_clock: MockClock) -> None:
+async def test_a_frozen_machine_accepts_connections(autojump_clock: MockClock) -> None:
     network = SimulatedNetwork()
     (listener,) = await network.host("server").listen("", 80)
     network.freeze("server")
@@ -344,7 +365,7 @@ async def test_a_frozen_machine_is_connected_to_like_any_other(autojump_clock: M
     await listener.aclose()
 
 
-async def test_between_two_parted_machines_nobody_connects_until_it_heals(autojump_clock: MockClock) -> None:
+async def test_a_connection_across_a_partition_waits_until_it_heals(autojump_clock: MockClock) -> None:
     network = SimulatedNetwork()
     (listener,) = await network.host("server").listen("", 80)
     network.partition("client", "server")
@@ -365,7 +386,7 @@ async def test_between_two_parted_machines_nobody_connects_until_it_heals(autoju
     await listener.aclose()
 
 
-async def test_a_machine_that_is_unplugged_closes_all_it_had() -> None:
+async def test_unplugging_a_machine_closes_its_connections_and_ports() -> None:
     network = SimulatedNetwork()
     near, far, _ = await simulated_pair(network)
     await network.host("server").listen("", 81)
@@ -377,7 +398,7 @@ async def test_a_machine_that_is_unplugged_closes_all_it_had() -> None:
         await network.host("client").connect("server", 81)
 
 
-async def test_a_port_is_taken_once_and_free_again_after_it_was_closed() -> None:
+async def test_a_port_can_be_bound_once_and_again_after_it_was_closed() -> None:
     host = SimulatedNetwork().host("server")
     (listener,) = await host.listen("", 80)
     with pytest.raises(ClusterPortError) as caught:
@@ -393,7 +414,7 @@ async def test_a_port_is_taken_once_and_free_again_after_it_was_closed() -> None
         await again.accept()
 
 
-async def test_connections_that_nobody_accepted_are_reset_with_their_listener() -> None:
+async def test_connections_that_were_not_accepted_are_reset_with_their_listener() -> None:
     network = SimulatedNetwork()
     (listener,) = await network.host("server").listen("", 80)
     near = await network.host("client").connect("server", 80)
@@ -403,7 +424,7 @@ async def test_connections_that_nobody_accepted_are_reset_with_their_listener() 
     assert network.connections[0].server_stream.closed
 
 
-async def test_a_machine_reaches_itself_under_the_usual_names() -> None:
+async def test_a_machine_reaches_itself_under_the_names_of_loopback() -> None:
     host = SimulatedNetwork().host("server")
     (listener,) = await host.listen("127.0.0.1", 0)
     port = port_of([listener])

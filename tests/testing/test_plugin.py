@@ -1,4 +1,4 @@
-"""The pytest plugin, as a project sees it that has it installed."""
+"""The pytest plugin, as it works in a project that has it installed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import trio
+
+from trio_cluster.testing import _trio_internals
 
 pytest_plugins = ["pytester"]
 
-ASKS = """
+PRELUDE = """
     import pytest, trio
     from trio_cluster.testing import FakeModel, SimulatedCluster, worker
 
@@ -29,7 +32,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 
 
 def run(project: pytest.Pytester, tests: str, *arguments: str) -> pytest.RunResult:
-    project.makepyfile(ASKS + tests)
+    project.makepyfile(PRELUDE + tests)
     return project.runpytest_inprocess(*arguments)
 
 
@@ -43,8 +46,8 @@ def test_the_fixture_is_a_cluster_in_virtual_time(project: pytest.Pytester, trio
     async def test_hours(cluster: SimulatedCluster) -> None:
         model = FakeModel(tokens=100, interval=50)
         await start(cluster, model)
-        answer = await cluster.client().chat("m")
-        assert answer.report().text == model.text()
+        response = await cluster.client().chat("m")
+        assert response.report().text == model.text()
         assert trio.current_time() == 99 * 50
 
     async def test_own_clock(cluster, autojump_clock, nursery):
@@ -64,19 +67,19 @@ def test_the_fixture_is_a_cluster_in_virtual_time(project: pytest.Pytester, trio
     result.assert_outcomes(passed=5)
 
 
-def test_orphans_fail_the_test_and_its_seed_is_told(project: pytest.Pytester) -> None:
+def test_orphans_fail_the_test_and_its_seed_is_reported(project: pytest.Pytester) -> None:
     result = run(
         project,
         """
     async def test_leaves_work(cluster):
         await start(cluster, FakeModel(stall_at=1, hang_in_cleanup=500))
-        async with cluster.client().open_chat("m") as answer:
-            await answer.receive_until(b"t0")
+        async with cluster.client().open_chat("m") as response:
+            await response.receive_until(b"t0")
         """,
     )
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*OrphansLeft: the cluster is not at rest:", "*w1: 1 slots taken"])
-    result.stdout.re_match_lines([r"the same course again: --cluster-seed=\d+$"])
+    result.stdout.fnmatch_lines(["*OrphansLeft: the cluster is not quiescent:", "*w1: 1 slots taken"])
+    result.stdout.re_match_lines([r"to reproduce: --cluster-seed=\d+$"])
 
 
 def test_a_stream_that_breaks_the_grammar_fails_the_test(project: pytest.Pytester) -> None:
@@ -86,21 +89,21 @@ def test_a_stream_that_breaks_the_grammar_fails_the_test(project: pytest.Pyteste
     async def test_nonsense(cluster):
         await start(cluster, FakeModel())
         await cluster.client().chat("m")
-        cluster.answers[0].received += b"more"
+        cluster.responses[0].received += b"more"
         """,
     )
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*StreamGrammarError: b'more' after the end of the stream*"])
 
 
-def test_a_test_that_fails_by_itself_is_not_blamed_for_what_it_left(project: pytest.Pytester) -> None:
+def test_the_cluster_of_a_test_that_fails_by_itself_is_not_checked(project: pytest.Pytester) -> None:
     result = run(
         project,
         """
     async def test_fails(cluster):
         await start(cluster, FakeModel(stall_at=1, hang_in_cleanup=500))
-        async with cluster.client().open_chat("m") as answer:
-            await answer.receive_until(b"t0")
+        async with cluster.client().open_chat("m") as response:
+            await response.receive_until(b"t0")
             assert "this" == "that"
         """,
     )
@@ -111,10 +114,10 @@ def test_a_test_that_fails_by_itself_is_not_blamed_for_what_it_left(project: pyt
     assert "--cluster-seed=" in output
 
 
-def test_the_seed_decides_the_course(project: pytest.Pytester) -> None:
+def test_the_seed_makes_a_test_reproducible(project: pytest.Pytester) -> None:
     tests = """
     import random
-    async def test_course(cluster, cluster_seed):
+    async def test_draws(cluster, cluster_seed):
         health = await cluster.client().get("/health")
         print("drawn", cluster_seed, random.random(), health.headers["x-request-id"])
     """
@@ -128,7 +131,7 @@ def test_the_seed_decides_the_course(project: pytest.Pytester) -> None:
     assert len({each[0] for each in drawn[1:]}) == 4
 
 
-def test_the_seed_of_a_failure_replays_it(project: pytest.Pytester) -> None:
+def test_the_seed_of_a_failure_reproduces_it(project: pytest.Pytester) -> None:
     tests = """
     import random
     async def test_luck(cluster):
@@ -140,7 +143,34 @@ def test_the_seed_of_a_failure_replays_it(project: pytest.Pytester) -> None:
     assert set(re.findall(r"drawn [\d.]+", first)) == set(re.findall(r"drawn [\d.]+", again))
 
 
-def test_skipped_and_expected_failures_are_what_they_are(project: pytest.Pytester) -> None:
+SEEDED = """
+    async def test_it(cluster):
+        assert (await cluster.client().get("/health")).status == 200
+"""
+
+
+def test_a_trio_that_cannot_be_seeded_is_no_reason_to_fail(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trio_internals, "_GENERATOR", "_no_longer_there")
+    run(project, SEEDED).assert_outcomes(passed=1)
+    failing = run(project, SEEDED + '        assert "this" == "that"\n')
+    failing.assert_outcomes(failed=1)
+    assert "--cluster-seed" not in failing.stdout.str()
+
+
+def test_with_a_trio_that_cannot_be_seeded_a_given_seed_is_an_error_that_names_trio(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trio_internals, "_GENERATOR", "_no_longer_there")
+    result = run(project, SEEDED, "--cluster-seed=1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [f"*RuntimeError: the scheduler of trio {trio.__version__} cannot be seeded: *"]
+    )
+
+
+def test_skipped_tests_and_expected_failures_are_reported_as_such(project: pytest.Pytester) -> None:
     result = run(
         project,
         """
@@ -155,20 +185,20 @@ def test_skipped_and_expected_failures_are_what_they_are(project: pytest.Pyteste
     result.assert_outcomes(skipped=1, xfailed=1)
 
 
-def test_a_test_that_is_not_async_is_told_so(project: pytest.Pytester) -> None:
+def test_a_test_that_is_not_async_fails_with_a_message(project: pytest.Pytester) -> None:
     result = run(project, "\n    def test_plain(cluster): pass\n")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["the fixture 'cluster' is for async tests"])
 
 
-def test_without_pytest_trio_it_says_what_is_missing(project: pytest.Pytester) -> None:
+def test_without_pytest_trio_the_message_says_what_is_missing(project: pytest.Pytester) -> None:
     tests = "\n    async def test_it(cluster): pass\n\n    def test_other(): pass\n"
     result = run(project, tests, "-p", "no:trio")
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines(["the fixture 'cluster' needs pytest-trio: pip install pytest-trio"])
 
 
-def test_a_fixture_of_the_projects_own_takes_precedence(project: pytest.Pytester) -> None:
+def test_a_fixture_of_the_project_takes_precedence(project: pytest.Pytester) -> None:
     result = run(
         project,
         """
@@ -192,7 +222,7 @@ def test_the_plugin_is_installed_and_costs_nothing_where_it_is_not_used() -> Non
     (point,) = entry_points(group="pytest11", name="trio_cluster")
     program = (
         f"import sys, {point.value}\n"
-        "strangers = {'trio_cluster', 'trio', 'quart', 'hypercorn'} & sys.modules.keys()\n"
-        "assert not strangers, strangers"
+        "imported = {'trio_cluster', 'trio', 'quart', 'hypercorn'} & sys.modules.keys()\n"
+        "assert not imported, imported"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""Random schedules: some of them on each run of the tests, that they can be replayed, and that they find bugs."""
+"""Random schedules: a few are played on each run of the tests; they can be replayed, and they find planted bugs."""
 
 from __future__ import annotations
 
@@ -6,37 +6,40 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway import relay
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.protocol import MasterSession
 from trio_cluster.routing.catalog import Catalog
-from trio_cluster.testing import ScheduleFailed, ScheduleReport, run_schedule
+from trio_cluster.testing import ScheduleFailed, ScheduleReport, open_cluster, run_schedule
 from trio_cluster.testing.__main__ import main
-from trio_cluster.testing._actors import Actors, Run
-from trio_cluster.testing._causes import Causes
-from trio_cluster.testing._errands import Outcome
+from trio_cluster.testing._fault_oracle import FaultOracle
 from trio_cluster.testing._history import History
-from trio_cluster.testing._laws import Laws
-from trio_cluster.testing._plan import Errand, Plan, draw_plan
-from trio_cluster.testing._scripts import Script, ScriptedFailure, read_script
+from trio_cluster.testing._invariants import Invariants
+from trio_cluster.testing._plan import ClientBehavior, FaultKind, Plan, SimulatedRequest, draw_plan
+from trio_cluster.testing._scripted_models import HandlerRun, ScriptedModels
+from trio_cluster.testing._scripts import Failure, Script, ScriptedFailure, read_script
+from trio_cluster.testing._simulation import MAX_IGNORED_CANCELLATION
 from trio_cluster.testing._soak import soak
+from trio_cluster.testing._workload import Outcome
 
 SMALL: dict[str, Any] = {"seconds": 12, "requests": 20, "faults": 8}
 SEEDS = range(1, 21)
-# In how many schedules each of the planted bugs has to be found; most are in the first one.
+# The seeds among which each planted bug has to be found; most are found by the first one.
 ENOUGH = range(1, 13)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_all_laws_hold_in_this_schedule(seed: int) -> None:
+def test_all_invariants_hold_in_this_schedule(seed: int) -> None:
     report = run_schedule(seed, **SMALL)
     assert report.requests == SMALL["requests"] == report.outcomes.total()
     assert report.simulated > SMALL["seconds"] / 2
@@ -53,7 +56,7 @@ def test_a_seed_gives_the_same_log_in_another_process() -> None:
         ).stdout.splitlines()
         for hash_seed in ("1", "2")
     ]
-    # The line before the digest tells how long it took.
+    # The line before the digest has the real time that it took.
     first, second = ([*log[:-2], log[-1]] for log in logs)
     assert len(first) > 100
     assert first == second
@@ -64,10 +67,13 @@ def test_another_seed_gives_another_log() -> None:
     assert first != second
 
 
-def test_plans_have_uploads_that_stream() -> None:
+def test_plans_have_uploads_that_are_streamed() -> None:
     plans = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(20)]
     scripts = [
-        errand.script for plan in plans for errand in plan.errands if errand.script.filling > SPOOL_THRESHOLD
+        request.script
+        for plan in plans
+        for request in plan.requests
+        if request.script.padding > SPOOL_THRESHOLD
     ]
     assert {script.kind for script in scripts} == {"asr"}
     assert {script.model_last for script in scripts} == {False, True}
@@ -75,6 +81,84 @@ def test_plans_have_uploads_that_stream() -> None:
         _, body, _ = script.request("m", stream=False, route="")
         assert len(body) > SPOOL_THRESHOLD
         assert (body.index(b'name="model"') > SPOOL_THRESHOLD) is script.model_last
+
+
+#: What a dozen seeds in a row must contain. Fewer would not have every kind of fault: some of them are rare.
+DOZEN = [draw_plan(seed, seconds=30, requests=60, faults=16) for seed in range(12)]
+
+
+def test_a_dozen_plans_have_every_path_of_a_token() -> None:
+    # The fast path or the slow one; waiting for other tokens on a busy link, or not.
+    paths = Counter((plan.fast_path, plan.options["batch_wait"] > 0) for plan in DOZEN)
+    assert paths == {(True, True): 6, (True, False): 2, (False, True): 3, (False, False): 1}
+
+
+def test_a_dozen_plans_have_every_fault() -> None:
+    drawn = {fault.kind for plan in DOZEN for fault in plan.faults}
+    assert drawn == set(get_args(FaultKind))
+    targets = {(fault.kind.split()[0], fault.target) for plan in DOZEN for fault in plan.faults}
+    assert {target for what, target in targets if what == "master"} == {"master"}
+    assert {target for what, target in targets if what in ("worker", "link")} >= {"w1", "w2", "w3"}
+    assert {target for what, target in targets if what in ("client", "connection", "call", "failover")} == {
+        ""
+    }
+
+
+def test_a_dozen_plans_have_every_kind_of_client() -> None:
+    requests = [request for plan in DOZEN for request in plan.requests]
+    assert {request.behavior for request in requests} == set(get_args(ClientBehavior))
+    assert {request.route for request in requests} == {"chat", "completions"}
+    for kind in ("chat", "asr"):
+        assert {request.stream for request in requests if request.script.kind == kind} == {True, False}
+    for limit in ("total_timeout", "idle_timeout"):
+        assert {getattr(request, limit) is None for request in requests} == {True, False}
+
+
+def test_a_dozen_plans_have_every_model_and_every_script() -> None:
+    models = {model.name: model for plan in DOZEN for model in plan.models}
+    assert {model.kind for model in models.values()} == {
+        "chat",
+        "tts",
+        "asr",
+        "embedding",
+        "image_generation",
+    }
+    for kind in {model.kind for model in models.values()}:
+        forms = {model.yields for plan in DOZEN for model in plan.models if model.kind == kind}
+        assert forms == {True, False}
+    assert {request.model for plan in DOZEN for request in plan.requests} == models.keys()
+    scripts = [request.script for plan in DOZEN for request in plan.requests]
+    assert {script.fails for script in scripts} == {None, *get_args(Failure)}
+    assert {script.stalls_at >= 0 for script in scripts} == {True, False}
+    assert {script.ignore_cancellation_for > 0 for script in scripts} == {True, False}
+    assert max(script.ignore_cancellation_for for script in scripts) <= MAX_IGNORED_CANCELLATION
+    # On both sides of a window, in either direction.
+    assert {script.output_bytes > WINDOW for script in scripts} == {True, False}
+    assert {script.padding > WINDOW for script in scripts} == {True, False}
+
+
+def test_a_dozen_plans_have_every_size_of_a_cluster() -> None:
+    assert {len(plan.workers) for plan in DOZEN} == {2, 3, 4}
+    assert {slots for plan in DOZEN for slots in plan.slots.values()} == {1, 2, 3, 4}
+    assert {plan.latency for plan in DOZEN} == {0.0, 0.001, 0.02}
+    assert {plan.options["queue_timeout"] for plan in DOZEN} == {0.0, 1.0, 4.0}
+    assert {plan.options["drain_timeout"] for plan in DOZEN} == {1.0, 4.0, 8.0}
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_a_schedule_is_played_on_the_path_of_its_plan(
+    fast_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+
+    def record(**options: Any) -> Any:
+        opened.append(options["fast_path"])
+        return open_cluster(**options)
+
+    monkeypatch.setattr("trio_cluster.testing._schedule.open_cluster", record)
+    seed = 1 if fast_path else 3
+    run_schedule(seed, seconds=1, requests=2, faults=1)
+    assert opened == [fast_path] == [draw_plan(seed, seconds=1, requests=2, faults=1).fast_path]
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -86,18 +170,18 @@ def test_a_plan_follows_from_its_seed() -> None:
     )
 
 
-# Bugs of the kind that gateways have, each planted with one line. The whole collection needs copies of the package.
+# Bugs of the kind that gateways have, each planted with one line.
 
 
 def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MasterSession, "cancel", lambda self, call, reason: None)
 
 
-def finish_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def finish_failed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "error_event", lambda error: b"data: [DONE]\n\n")
 
 
-def keep_models_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Catalog, "remove", lambda self, name, backend: True)
 
 
@@ -114,16 +198,16 @@ def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
 
 
-def forget_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_spooled_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpooledBody, "_fetch", lambda self, data: b"")
 
 
 PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
     forget_to_cancel,
-    finish_what_failed,
-    keep_models_of_the_dead,
+    finish_failed_streams,
+    keep_models_of_lost_workers,
     lose_slots,
-    forget_what_was_kept,
+    lose_spooled_body,
 ]
 
 
@@ -169,16 +253,16 @@ def test_a_schedule_that_fails_prints_what_was_wrong(
     assert out.count("a line of the log") == 2
 
 
-def test_a_soak_adds_up_what_its_processes_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_soak_test_adds_up_the_results_of_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
     tally = soak(3, count=2, seconds=60, processes=2)
     assert tally.schedules == 2
     assert tally.failures == []
     assert tally.requests == tally.outcomes.total()
     assert tally.simulated > 30
-    assert "2 schedules, 0 of them broke a law" in tally.describe()
+    assert "2 schedules, 0 of them failed" in tally.describe()
 
 
-# The judges
+# The checker
 
 
 @pytest.fixture
@@ -188,8 +272,8 @@ def plan() -> Plan:
 
 def outcome(body: bytes, *, complete: bool, status: int = 200, fails: Any = None) -> Outcome:
     kind = "text/event-stream" if body.startswith(b"data") else "application/json"
-    errand = Errand(0.0, "everywhere", Script(1, "chat", pieces=2, fails=fails))
-    return Outcome(errand, 0.0, 0.5, "answered", status, kind, body, complete)
+    request = SimulatedRequest(0.0, "everywhere", Script(1, "chat", pieces=2, fails=fails))
+    return Outcome(request, 0.0, 0.5, "answered", status, kind, body, complete)
 
 
 def stream(*texts: str, end: bytes = b"") -> bytes:
@@ -203,18 +287,18 @@ STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\nda
 LOST = b'data: {"error":{"message":"lost","code":"worker_lost"}}\n\n'
 
 
-def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
-    """Return what was found wrong with a request before which these troubles were."""
+def violations(plan: Plan, it: Outcome, *faults: tuple[str, str]) -> list[str]:
+    """Return the violations that are found in an outcome, with these faults just before it."""
 
-    async def judge() -> list[str]:
+    async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
-        for kind, host in troubles:
-            history.flash(kind, host)
-        Laws(plan, None, history, Actors(history)).judge(it)  # type: ignore[arg-type]
+        for kind, host in faults:
+            history.record_instant(kind, host)
+        Invariants(plan, None, history, ScriptedModels(history)).check_outcome(it)  # type: ignore[arg-type]
         return history.violations
 
-    return trio.run(judge, clock=MockClock())
+    return trio.run(check, clock=MockClock())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +307,10 @@ def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
         (outcome(stream("1.0 ", "1.0 ", end=STOP), complete=True), "with another text"),
         (outcome(stream("1.0 ", end=STOP), complete=True), "with another text"),
         (outcome(stream("1.0 ", "2.1 ", end=LOST), complete=False), "with another text"),
-        (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="told"), "of a model that failed"),
+        (
+            outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="api_error"),
+            "of a model that failed",
+        ),
         (outcome(stream("1.0 "), complete=True), "in a body with complete=True"),
         (outcome(stream("1.0 ", end=LOST), complete=False), "an error without a cause"),
         (outcome(stream("1.0 "), complete=False), "just ends"),
@@ -234,72 +321,74 @@ def judged(plan: Plan, it: Outcome, *troubles: tuple[str, str]) -> list[str]:
             "without a cause",
         ),
         (outcome(b'{"error":{"message":"?","code":"oops"}}', complete=True, status=500), "without a cause"),
-        (outcome(b"<html>", complete=True, status=502), "no envelope"),
+        (outcome(b"<html>", complete=True, status=502), "without an envelope"),
     ],
 )
-def test_the_judge_complains(plan: Plan, it: Outcome, complaint: str) -> None:
-    assert any(complaint in violation for violation in judged(plan, it)), judged(plan, it)
+def test_the_checker_complains(plan: Plan, it: Outcome, complaint: str) -> None:
+    assert any(complaint in violation for violation in violations(plan, it)), violations(plan, it)
 
 
 @pytest.mark.parametrize(
-    ("it", "troubles"),
+    ("it", "faults"),
     [
         (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True), ()),
         (outcome(stream("1.0 ", end=LOST), complete=False), [("worker killed", "w1")]),
         (outcome(stream("1.0 "), complete=False), [("connection cut", "client-1")]),
         (
-            outcome(b'{"error":{"message":"?","code":"scripted"}}', complete=True, status=429, fails="told"),
+            outcome(
+                b'{"error":{"message":"?","code":"scripted"}}', complete=True, status=429, fails="api_error"
+            ),
             (),
         ),
     ],
 )
-def test_the_judge_is_content(plan: Plan, it: Outcome, troubles: list[tuple[str, str]]) -> None:
-    assert judged(plan, it, *troubles) == []
+def test_the_checker_accepts(plan: Plan, it: Outcome, faults: list[tuple[str, str]]) -> None:
+    assert violations(plan, it, *faults) == []
 
 
-def test_a_handler_that_outlives_its_client_is_seen(plan: Plan) -> None:
-    async def judge() -> list[str]:
+def test_a_handler_that_outlives_its_client_is_found(plan: Plan) -> None:
+    async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
-        actors = Actors(history)
+        models = ScriptedModels(history)
         it = outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True)
         it.verdict = "stream finished"
-        late = it.ended + Causes(plan, history).transport(it.errand) + 0.01
-        actors.runs.append(Run(it.errand.script, "everywhere", "w1", 1, 0.0, late))
+        late = it.ended + FaultOracle(plan, history).transport_time(it.request) + 0.01
+        models.runs.append(HandlerRun(it.request.script, "everywhere", "w1", 1, 0.0, late))
         await trio.sleep(10)
 
-        class Stage:
-            life = staticmethod(lambda number: type("Life", (), {"killed": False}))
+        class Simulation:
+            process = staticmethod(lambda number: type("ProcessRun", (), {"killed": False}))
 
-        Laws(plan, Stage(), history, actors).judge_runs([it])  # type: ignore[arg-type]
+        Invariants(plan, Simulation(), history, models).check_runs([it])  # type: ignore[arg-type]
         return history.violations
 
-    (violation, *_) = trio.run(judge, clock=MockClock(autojump_threshold=0))
+    (violation, *_) = trio.run(check, clock=MockClock(autojump_threshold=0))
     assert "after it was over" in violation
 
 
-def test_troubled_time_counts_each_instant_once() -> None:
+def test_faulty_time_counts_each_instant_once() -> None:
     async def count() -> None:
         history = History(ScriptedFailure)
         history.start()
-        first = history.begin("link silent", "w1")
+        first = history.begin_fault("link partitioned", "w1")
         await trio.sleep(2)
-        second = history.begin("worker frozen", "w1")
+        second = history.begin_fault("worker frozen", "w1")
         await trio.sleep(1)
-        history.end(first)
+        history.end_fault(first)
         await trio.sleep(1)
-        history.end(second)
+        history.end_fault(second)
         await trio.sleep(1)
-        assert history.troubled_time(frozenset(["w1"]), 1, 5) == pytest.approx(3)
-        assert history.troubled_time(frozenset(["w2"]), 1, 5) == 0
+        assert history.faulty_time(frozenset(["w1"]), 1, 5) == pytest.approx(3)
+        assert history.faulty_time(frozenset(["w2"]), 1, 5) == 0
 
     trio.run(count, clock=MockClock(autojump_threshold=0))
 
 
-def test_a_script_knows_its_answer_and_notices_a_damaged_request() -> None:
-    script = Script(12, "chat", pieces=3, size=70_000, filling=300)
+def test_a_script_knows_its_output_and_detects_a_damaged_request() -> None:
+    script = Script(12, "chat", pieces=3, size=70_000, padding=300)
     assert read_script(script.dump()) == script
-    assert script.whole == script.piece(0) + script.piece(1) + script.piece(2)
+    assert script.output == script.piece(0) + script.piece(1) + script.piece(2)
     assert [len(script.piece(index)) for index in range(3)] == [70_000] * 3
     damaged = script.dump().replace(script.dump()[-20:-10], script.dump()[-19:-9])
     with pytest.raises(ValueError, match="damaged"):

@@ -1,4 +1,4 @@
-"""A seed names a course of events: the same in every process, and another one for another seed."""
+"""A seed makes a run reproducible: the same in every process, and another one for another seed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio._core import _run
 
 from trio_cluster.core import randomness
 from trio_cluster.testing import open_cluster, seeded
+from trio_cluster.testing._trio_internals import reproducible_scheduler
 
 
-def course(seed: int, hash_seed: int) -> bytes:
-    program = Path(__file__).with_name("course.py")
+def output_of_program(seed: int, hash_seed: int) -> bytes:
+    program = Path(__file__).with_name("seeded_program.py")
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
     command = [sys.executable, str(program), str(seed), str(1000 * hash_seed)]
     result = subprocess.run(command, env=environment, capture_output=True, timeout=60)
@@ -25,16 +25,19 @@ def course(seed: int, hash_seed: int) -> bytes:
     return result.stdout
 
 
-def test_the_same_seed_is_the_same_course_to_the_byte_in_every_process() -> None:
-    one, again, other = course(7, 1), course(7, 2), course(8, 1)
+def test_the_same_seed_gives_the_same_run_to_the_byte_in_every_process() -> None:
+    one, again, other = output_of_program(7, 1), output_of_program(7, 2), output_of_program(8, 1)
     assert one == again
     assert len(one.splitlines()) > 100
     assert one != other
 
 
-def test_seeding_reaches_everything_that_draws() -> None:
+def test_everything_random_is_seeded() -> None:
+    with reproducible_scheduler() as scheduler:
+        pass
+
     def draws() -> list[object]:
-        return [random.random(), randomness.token(8), randomness.uniform(0, 1), _run._r.random()]
+        return [random.random(), randomness.token(8), randomness.uniform(0, 1), scheduler.random()]
 
     with seeded(3) as mine:
         first, own = draws(), mine.random()
@@ -44,26 +47,21 @@ def test_seeding_reaches_everything_that_draws() -> None:
         assert draws() != first
 
 
-def test_afterwards_all_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", False)
-    before = random.getstate(), randomness.generator.getstate(), _run._r.getstate()
+def test_the_states_of_all_generators_are_restored() -> None:
+    with reproducible_scheduler() as scheduler:
+        pass
+    generators = [random, randomness.generator, scheduler]
+    before = [each.getstate() for each in generators]
     with pytest.raises(ZeroDivisionError), seeded(3):
         _ = random.random() + len(randomness.token(3)) / 0
-    assert (random.getstate(), randomness.generator.getstate(), _run._r.getstate()) == before
-    assert not _run._ALLOW_DETERMINISTIC_SCHEDULING
+    assert [each.getstate() for each in generators] == before
 
 
-def test_a_program_that_seeds_random_does_not_make_ids_that_others_have() -> None:
+def test_a_program_that_seeds_random_does_not_repeat_ids() -> None:
     random.seed(0)
     one = randomness.token(16)
     random.seed(0)
     assert randomness.token(16) != one
-
-
-def test_a_trio_that_cannot_be_seeded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_run, "_r")
-    with pytest.raises(RuntimeError, match="this version of trio"), seeded(1):
-        pass
 
 
 async def test_a_cluster_can_be_opened_with_a_seed(autojump_clock: trio.testing.MockClock) -> None:

@@ -1,4 +1,4 @@
-"""The simulated cluster: what can happen to its nodes looks from outside as it does with real ones."""
+"""The simulated cluster: faults of its nodes look from outside as they do with real ones."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ async def start(cluster: SimulatedCluster, model: FakeModel, name: str = "w1", *
 
 
 async def names(cluster: SimulatedCluster) -> list[str]:
-    answer = (await cluster.client().get("/v1/models")).json()
-    return [each["id"] for each in answer["data"]]
+    models = (await cluster.client().get("/v1/models")).json()
+    return [each["id"] for each in models["data"]]
 
 
-async def test_a_worker_that_is_killed_fails_its_streams_at_once_and_says_no_more(
+async def test_a_killed_worker_fails_its_streams_at_once_and_sends_nothing_more(
     cluster: SimulatedCluster,
 ) -> None:
     model = FakeModel(tokens=100, interval=1, ignore_cancellation_for=20)
     await start(cluster, model)
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t3")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t3")
         cluster.workers["w1"].kill()
-        report = (await answer.finish()).report()
+        report = (await response.finish()).report()
     assert report.error is not None
     assert (report.ending, report.error["code"]) == ("failed", "worker_lost")
     assert trio.current_time() == 3
@@ -51,15 +51,15 @@ async def test_a_worker_that_is_killed_fails_its_streams_at_once_and_says_no_mor
     assert cluster.workers["w1"].error is None
 
 
-async def test_a_worker_that_is_frozen_is_missed_after_the_timeout_and_comes_back(
+async def test_a_frozen_worker_is_lost_after_the_timeout_and_comes_back(
     cluster: SimulatedCluster,
 ) -> None:
     await start(cluster, FakeModel(tokens=100, interval=1))
     node = cluster.workers["w1"]
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t3")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t3")
         node.freeze()
-        report = (await answer.finish()).report()
+        report = (await response.finish()).report()
     assert report.ending == "failed"
     assert 30 <= trio.current_time() <= 40
     assert await names(cluster) == []
@@ -68,16 +68,16 @@ async def test_a_worker_that_is_frozen_is_missed_after_the_timeout_and_comes_bac
     assert await names(cluster) == ["m"]
 
 
-async def test_a_worker_that_is_stopped_finishes_what_it_has(cluster: SimulatedCluster) -> None:
+async def test_a_stopped_worker_finishes_its_calls(cluster: SimulatedCluster) -> None:
     await start(cluster, FakeModel(tokens=5, interval=1))
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t1")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t1")
         cluster.workers["w1"].stop()
-        assert (await answer.finish()).report().ending == "finished"
+        assert (await response.finish()).report().ending == "finished"
     await cluster.workers["w1"].over.wait()
 
 
-async def test_a_link_that_is_cut_is_made_anew(cluster: SimulatedCluster) -> None:
+async def test_a_broken_link_is_reconnected(cluster: SimulatedCluster) -> None:
     await start(cluster, FakeModel())
     old = cluster.workers["w1"].link
     for harm in (old.cut, old.reset):
@@ -87,7 +87,7 @@ async def test_a_link_that_is_cut_is_made_anew(cluster: SimulatedCluster) -> Non
     assert cluster.workers["w1"].link is not old
 
 
-async def test_workers_find_a_new_master(cluster: SimulatedCluster) -> None:
+async def test_workers_reconnect_to_a_new_master(cluster: SimulatedCluster) -> None:
     await start(cluster, FakeModel())
     cluster.master.kill()
     await cluster.master.over.wait()
@@ -99,7 +99,7 @@ async def test_workers_find_a_new_master(cluster: SimulatedCluster) -> None:
     assert len(cluster.past) == 1
 
 
-async def test_a_partition_separates_a_client_from_the_master_and_from_nobody_else(
+async def test_a_partition_affects_one_client_and_no_other(
     cluster: SimulatedCluster,
 ) -> None:
     await start(cluster, FakeModel())
@@ -118,14 +118,14 @@ async def test_a_client_that_leaves_and_one_that_crashes_stop_their_handlers(
     model = FakeModel(stall_at=1)
     await start(cluster, model)
     for number, leaves in enumerate(("leave", "reset"), start=1):
-        async with cluster.client().open_chat("m") as answer:
-            await answer.receive_until(b"t0")
-            getattr(answer, leaves)()
+        async with cluster.client().open_chat("m") as response:
+            await response.receive_until(b"t0")
+            getattr(response, leaves)()
             await model.wait_until(lambda m, number=number: m.cleaned_up == number)  # type: ignore[misc]
     assert (model.cancelled, trio.current_time()) == (2, 0)
 
 
-async def test_a_client_that_does_not_read_holds_up_its_own_handler_only(cluster: SimulatedCluster) -> None:
+async def test_a_client_that_does_not_read_blocks_only_its_own_handler(cluster: SimulatedCluster) -> None:
     model = FakeModel(tokens=40, piece_size=100_000)
     await start(cluster, model)
     async with cluster.client().open_chat("m") as slow:
@@ -136,7 +136,7 @@ async def test_a_client_that_does_not_read_holds_up_its_own_handler_only(cluster
         assert (await slow.finish()).report().text == model.text()
 
 
-async def test_a_worker_that_the_master_will_not_have_raises_what_it_was_told(
+async def test_a_worker_that_the_master_refuses_raises_the_reason(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with open_cluster(cluster_token="right") as cluster:
@@ -159,9 +159,9 @@ async def test_a_master_may_have_models_of_its_own(cluster: SimulatedCluster) ->
     assert (await cluster.client().chat("own")).report().text == model.text()
 
 
-@pytest.mark.parametrize("short_way", [True, False])
-async def test_tokens_take_the_short_way_unless_the_test_says_otherwise(
-    short_way: bool, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fast_path", [True, False])
+async def test_tokens_take_the_fast_path_unless_it_is_switched_off(
+    fast_path: bool, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[bytes] = []
     send = Http1Connection.send_nowait
@@ -173,13 +173,13 @@ async def test_tokens_take_the_short_way_unless_the_test_says_otherwise(
 
     monkeypatch.setattr(Http1Connection, "send_nowait", send_nowait)
     model = FakeModel(tokens=20, interval=1)
-    async with open_cluster(short_way=short_way) as cluster:
+    async with open_cluster(fast_path=fast_path) as cluster:
         await start(cluster, model)
         assert (await cluster.client().chat("m", stream=True)).report().text == model.text()
-    assert bool(taken) is short_way
+    assert bool(taken) is fast_path
 
 
-async def test_what_the_test_raises_comes_out_of_a_cluster_as_it_is(
+async def test_an_exception_of_the_block_is_not_wrapped_in_a_group(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     with pytest.raises(ZeroDivisionError):
@@ -187,26 +187,26 @@ async def test_what_the_test_raises_comes_out_of_a_cluster_as_it_is(
             raise ZeroDivisionError
 
 
-async def test_every_stream_is_on_record_and_is_checked(cluster: SimulatedCluster) -> None:
+async def test_every_stream_is_recorded_and_checked(cluster: SimulatedCluster) -> None:
     await start(cluster, FakeModel())
     await cluster.client().chat("m")
-    async with cluster.client().open_chat("m") as answer:
-        await answer.receive_until(b"t0")
+    async with cluster.client().open_chat("m") as response:
+        await response.receive_until(b"t0")
     await settle(cluster)
-    finished, left = cluster.answers
+    finished, left = cluster.responses
     assert (finished.over, finished.complete, left.over) == (True, True, False)
-    check_streams(cluster.answers)
+    check_streams(cluster.responses)
     finished.complete = False
     with pytest.raises(StreamGrammarError, match="finished"):
-        check_streams(cluster.answers)
+        check_streams(cluster.responses)
     finished.complete = True
     left.received += b"nonsense\n\n"
     with pytest.raises(StreamGrammarError, match="nonsense"):
-        check_streams(cluster.answers)
-    cluster.answers.clear()
+        check_streams(cluster.responses)
+    cluster.responses.clear()
 
 
-async def test_an_answer_to_a_request_that_was_not_read_to_its_end_is_received(
+async def test_a_response_to_a_request_that_was_not_read_to_its_end_is_received(
     nursery: trio.Nursery,
 ) -> None:
     network = SimulatedNetwork()
@@ -220,14 +220,14 @@ async def test_an_answer_to_a_request_that_was_not_read_to_its_end_is_received(
 
     nursery.start_soon(refuse)
     client = SimulatedClient(network.host("client"), "server", 80)
-    answer = await client.post("/", bytes(3_000_000))
-    assert (answer.status, answer.body, answer.complete) == (413, b"no", True)
+    response = await client.post("/", bytes(3_000_000))
+    assert (response.status, response.body, response.complete) == (413, b"no", True)
     await listener.aclose()
     with pytest.raises(ConnectionRefusedError):
         await client.get("/")
 
 
-async def test_a_connection_that_is_lost_before_there_is_an_answer_is_an_error(nursery: trio.Nursery) -> None:
+async def test_a_connection_that_is_lost_before_the_response_is_an_error(nursery: trio.Nursery) -> None:
     network = SimulatedNetwork()
     (listener,) = await network.host("server").listen("", 80)
 
@@ -240,7 +240,7 @@ async def test_a_connection_that_is_lost_before_there_is_an_answer_is_an_error(n
     await listener.aclose()
 
 
-async def test_the_streams_of_a_route_of_ones_own_are_not_held_to_the_grammar_of_the_api(
+async def test_streams_of_custom_routes_are_not_checked_against_the_grammar_of_the_api(
     cluster: SimulatedCluster,
 ) -> None:
     async def count(request: CustomRequest) -> AsyncIterator[dict[str, int]]:
@@ -251,7 +251,7 @@ async def test_the_streams_of_a_route_of_ones_own_are_not_held_to_the_grammar_of
     server.register_chat("m", FakeModel())
     server.route("/v1/count", "m", count)
     await cluster.start_worker(server)
-    answer = await cluster.client().post("/v1/count/", {"model": "m", "stream": True})
-    assert answer.headers["content-type"] == "text/event-stream"
-    assert b'{"number":2}' in answer.body
-    check_streams(cluster.answers)
+    response = await cluster.client().post("/v1/count/", {"model": "m", "stream": True})
+    assert response.headers["content-type"] == "text/event-stream"
+    assert b'{"number":2}' in response.body
+    check_streams(cluster.responses)

@@ -1,4 +1,4 @@
-"""``python -m trio_cluster.testing``: play one random schedule again, or many that nobody has seen before."""
+"""``python -m trio_cluster.testing``: replay one random schedule, or play many new ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from ._soak import soak
 
 
 def main(arguments: list[str]) -> int:
-    """Do what ``arguments`` say, and return the exit code: 0 if all laws held."""
+    """Run the command line, and return the exit code: 0 if all invariants held, otherwise 1."""
     parser = argparse.ArgumentParser(
         prog="python -m trio_cluster.testing", description=__doc__.split(": ", 1)[1]
     )
-    parser.add_argument("seed", type=int, nargs="?", help="play this schedule, and nothing else")
-    parser.add_argument("--seed", type=int, dest="same_seed", help="the same")
-    parser.add_argument("--log", action="store_true", help="print all that happens in it")
+    parser.add_argument(
+        "seed", type=int, nargs="?", help="replay the schedule of this seed, and nothing else"
+    )
+    parser.add_argument("--seed", type=int, dest="same_seed", help="the same, as an option")
+    parser.add_argument("--log", action="store_true", help="print the whole log of it")
     parser.add_argument("--first", type=int, default=1, help="the first of many seeds (default: %(default)s)")
     parser.add_argument(
-        "--count", type=int, help="how many schedules; without it, as many as there is time for"
+        "--count", type=int, help="how many schedules (default: as many as there is time for)"
     )
-    parser.add_argument("--minutes", type=float, help="when to stop (default: 10, if there is no --count)")
-    parser.add_argument("--processes", type=int, default=2, help="schedules at a time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="how long to play (default: 10, without --count)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="how many schedules to play at the same time (default: %(default)s)",
+    )
     given = parser.parse_args(arguments)
     seed = given.same_seed if given.seed is None else given.seed
     if seed is not None:

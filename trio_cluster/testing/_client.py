@@ -1,7 +1,7 @@
-"""A client of a simulated cluster: HTTP/1.1 over a simulated stream, as patient or as rude as a test wants it.
+"""A client of a simulated cluster: HTTP/1.1 over a simulated stream, which may read slowly, leave, or reset.
 
-It is no client for production and does not want to be one: each request has a connection of its own, and nothing is
-followed, retried or decoded. What it is good at is saying exactly how an answer ended.
+It is not a client for production: each request has a connection of its own, and nothing is followed, retried or
+decoded. Its purpose is to report exactly how a response ended.
 """
 
 from __future__ import annotations
@@ -16,36 +16,41 @@ import h11
 import trio
 
 from ..gateway.routes import MODEL_ROUTES
+from ._deprecation import warn_renamed
 from ._grammar import StreamGrammarError, StreamReport, read_stream
 from ._network import Host
 from ._streams import SimulatedStream
 
-__all__ = ["Answer", "SimulatedClient", "StreamingAnswer", "check_streams"]
+__all__ = ["Response", "SimulatedClient", "StreamingResponse", "check_streams"]
 
 
 @attrs.frozen
-class Answer:
-    """An answer, as far as it came."""
+class Response:
+    """A response, as far as it was received."""
 
     status: int
     headers: Mapping[str, str]
     """Names in lower case."""
     body: bytes
     complete: bool
-    """The answer ended as HTTP says an answer ends; otherwise the connection was lost in the middle of it."""
+    """The body ended as its HTTP framing says; otherwise the connection was lost in the middle of it."""
 
     def json(self) -> Any:
-        """Return the body as JSON."""
+        """Return the body, decoded as JSON.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
         return json.loads(self.body)
 
     @property
     def error(self) -> dict[str, Any]:
-        """What is inside the error envelope."""
+        """The members of the error envelope: ``message``, ``type``, ``param``, ``code``."""
         inside: dict[str, Any] = self.json()["error"]
         return inside
 
     def report(self) -> StreamReport:
-        """Return what the grammar checker says of the body.
+        """Return what :func:`read_stream` reports of the body.
 
         Raises:
             StreamGrammarError: it breaks the grammar, or HTTP and the stream disagree about how it ended.
@@ -58,16 +63,16 @@ class Answer:
         return report
 
 
-class StreamingAnswer:
-    """An answer that is being received. A client that is slow is one that does not call :meth:`receive`.
+class StreamingResponse:
+    """A response that is being received. A client that reads slowly is one that rarely calls :meth:`receive`.
 
     Attributes:
         status: the HTTP status.
         headers: names in lower case.
         received: the bytes of the body so far.
         over: nothing more can come.
-        complete: the answer ended as HTTP says an answer ends.
-        path: what was asked for; empty if that is not known.
+        complete: the body ended as its HTTP framing says.
+        path: the path of the request; empty if that is not known.
     """
 
     def __init__(
@@ -83,10 +88,11 @@ class StreamingAnswer:
         self.over = False
 
     async def receive(self) -> bytes:
-        """Return the next bytes of the body.
+        """Return the next bytes of the body. A checkpoint, unless the response is over.
 
         Raises:
-            trio.EndOfChannel: there are no more, because it is complete or because the connection is lost.
+            trio.EndOfChannel: there are no more: the body is complete, or the connection was lost.
+            trio.ClosedResourceError: the client has left.
         """
         while not self.over:
             event = await _next_event(self._stream, self._connection)
@@ -99,64 +105,65 @@ class StreamingAnswer:
         raise trio.EndOfChannel
 
     async def receive_until(self, text: bytes) -> None:
-        """Receive until ``text`` has been in the body.
+        """Receive until the body contains ``text``. A checkpoint, unless it does already.
 
         Raises:
-            trio.EndOfChannel: it ended before.
+            trio.EndOfChannel: the body ended before.
         """
         while text not in self.received:
             await self.receive()
 
-    async def finish(self) -> Answer:
-        """Receive all the rest, and return the whole."""
+    async def finish(self) -> Response:
+        """Receive the rest, and return the whole response. A checkpoint, unless the response is over."""
         try:
             while True:
                 await self.receive()
         except trio.EndOfChannel:
             return self.so_far()
 
-    def so_far(self) -> Answer:
-        """Return what has been received until now."""
-        return Answer(self.status, self.headers, self.received, self.complete)
+    def so_far(self) -> Response:
+        """Return what has been received until now. Synchronous."""
+        return Response(self.status, self.headers, self.received, self.complete)
 
     def leave(self) -> None:
-        """Close the connection, as a client does that has lost interest."""
+        """Close the connection, as a client does that no longer wants the response. Synchronous."""
         self._stream.close()
 
     def reset(self) -> None:
-        """Reset the connection, as a client does that crashes with bytes unread."""
+        """Reset the connection, as a client does that crashes with bytes unread. Synchronous."""
         self._stream.close(reset=True)
 
 
-def check_streams(answers: Iterable[StreamingAnswer]) -> None:
-    """Check everything that was received of streams of events: the grammar, and that HTTP agrees about the end.
+def check_streams(responses: Iterable[StreamingResponse]) -> None:
+    """Check every received stream of events: its grammar, and that HTTP agrees about how it ended.
 
-    A stream that its client has left is checked as far as it came. What a route of the user's own streams has a grammar
-    of its own, and is not checked.
+    A stream that its client has left is checked as far as it was received. Streams of routes that the OpenAI API does
+    not have follow a grammar of their own, and are not checked.
 
     Raises:
         StreamGrammarError: one of them breaks the grammar, or is complete without having finished, or has finished
             without being complete.
     """
-    for answer in answers:
-        path = answer.path.partition("?")[0].rstrip("/")
+    for response in responses:
+        path = response.path.partition("?")[0].rstrip("/")
         is_known = not path or path in MODEL_ROUTES
-        if is_known and answer.headers.get("content-type", "").startswith("text/event-stream"):
-            if answer.over:
-                answer.so_far().report()
+        if is_known and response.headers.get("content-type", "").startswith("text/event-stream"):
+            if response.over:
+                response.so_far().report()
             else:
-                read_stream(answer.received)
+                read_stream(response.received)
 
 
 class SimulatedClient:
-    """Somebody who asks a simulated node.
+    """A client of one simulated node.
 
     Args:
-        host: the machine that the client is on.
-        server: the name of the machine to ask.
-        port: its port.
+        host: the machine that the client runs on.
+        server: the name of the node's machine.
+        port: the node's port.
         headers: sent with every request.
-        on_answer: called with each answer when it begins.
+        on_response: called with each response when its head has been received.
+        on_answer: deprecated, the former name of ``on_response``.
     """
 
     def __init__(
@@ -165,32 +172,58 @@ class SimulatedClient:
         server: str,
         port: int,
         headers: Mapping[str, str] | None = None,
-        on_answer: Callable[[StreamingAnswer], None] = lambda _: None,
+        on_response: Callable[[StreamingResponse], None] = lambda _: None,
+        *,
+        on_answer: Callable[[StreamingResponse], None] | None = None,
     ) -> None:
+        if on_answer is not None:
+            warn_renamed("SimulatedClient(on_answer=...)", "on_response=")
+            on_response = on_answer
         self._host = host
         self._server = server
         self._port = port
         self._headers = dict(headers or {})
-        self._on_answer = on_answer
+        self._on_response = on_response
 
-    async def get(self, path: str, **headers: str) -> Answer:
-        """Get ``path``."""
-        async with self.open("GET", path, headers=headers) as answer:
-            return await answer.finish()
-
-    async def post(self, path: str, value: Any = None, *, headers: Mapping[str, str] | None = None) -> Answer:
-        """Post ``value`` as JSON, or as it is if it is bytes, and return the answer.
+    async def get(self, path: str, **headers: str) -> Response:
+        """Send a GET request, and return the response when it is over. A checkpoint.
 
         Raises:
-            OSError: nobody there, or the connection was lost before there was any answer.
+            OSError: nothing listens, or the connection was lost before the response.
         """
-        async with self.open("POST", path, value, headers=headers) as answer:
-            return await answer.finish()
+        async with self.open("GET", path, headers=headers) as response:
+            return await response.finish()
 
-    async def chat(self, model: str, content: str = "hi", *, stream: bool = True, **fields: Any) -> Answer:
-        """Ask a chat model, and return the answer when it is over."""
-        async with self.open_chat(model, content, stream=stream, **fields) as answer:
-            return await answer.finish()
+    async def post(
+        self, path: str, value: Any = None, *, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """Send a POST request, and return the response when it is over. A checkpoint.
+
+        Args:
+            path: with the query, if there is one.
+            value: sent as JSON; ``bytes`` are sent as they are.
+            headers: replace those that the client sends by itself.
+
+        Raises:
+            OSError: nothing listens, or the connection was lost before the response.
+        """
+        async with self.open("POST", path, value, headers=headers) as response:
+            return await response.finish()
+
+    async def chat(self, model: str, content: str = "hi", *, stream: bool = True, **fields: Any) -> Response:
+        """Send a chat request, and return the response when it is over. A checkpoint.
+
+        Args:
+            model: the name of the model.
+            content: the text of the only message.
+            stream: ask for a stream.
+            fields: more fields of the request.
+
+        Raises:
+            OSError: nothing listens, or the connection was lost before the response.
+        """
+        async with self.open_chat(model, content, stream=stream, **fields) as response:
+            return await response.finish()
 
     @asynccontextmanager
     async def open_chat(
@@ -201,27 +234,31 @@ class SimulatedClient:
         stream: bool = True,
         headers: Mapping[str, str] | None = None,
         **fields: Any,
-    ) -> AsyncIterator[StreamingAnswer]:
-        """Ask a chat model, and give the answer as it comes. Leaving the block leaves the answer."""
+    ) -> AsyncIterator[StreamingResponse]:
+        """Send a chat request, and yield the response while it is received. See :meth:`chat` and :meth:`open`."""
         message = {"role": "user", "content": content}
         body = {"model": model, "messages": [message], "stream": stream, **fields}
-        async with self.open("POST", "/v1/chat/completions", body, headers=headers) as answer:
-            yield answer
+        async with self.open("POST", "/v1/chat/completions", body, headers=headers) as response:
+            yield response
 
     @asynccontextmanager
     async def open(
         self, method: str, path: str, value: Any = None, *, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[StreamingAnswer]:
-        """Send a request, and give the answer as it comes. Leaving the block leaves the answer."""
+    ) -> AsyncIterator[StreamingResponse]:
+        """Send a request, and yield the response while it is received; the end of the block closes the connection.
+
+        Raises:
+            OSError: nothing listens, or the connection was lost before the response.
+        """
         stream = await self._host.connect(self._server, self._port)
         try:
-            yield await self._context(stream, method, path, value, headers or {})
+            yield await self._send_request(stream, method, path, value, headers or {})
         finally:
             stream.close()
 
-    async def _context(
+    async def _send_request(
         self, stream: SimulatedStream, method: str, path: str, value: Any, headers: Mapping[str, str]
-    ) -> StreamingAnswer:
+    ) -> StreamingResponse:
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
         named = {"host": self._server, **self._headers, **headers}
         if value is not None:
@@ -238,9 +275,9 @@ class SimulatedClient:
             event = await _next_event(stream, connection)
         if not isinstance(event, h11.Response):
             raise ConnectionResetError(104, "Connection reset by peer")
-        answer = StreamingAnswer(stream, connection, event, path)
-        self._on_answer(answer)
-        return answer
+        response = StreamingResponse(stream, connection, event, path)
+        self._on_response(response)
+        return response
 
 
 async def _next_event(stream: SimulatedStream, connection: h11.Connection) -> Any:

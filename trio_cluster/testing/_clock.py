@@ -1,51 +1,55 @@
-"""Virtual time and threads: a clock that waits for them.
+"""Virtual time and threads: a mock clock that waits for threads.
 
 Trio's mock clock jumps to the next deadline as soon as no task has anything to do. A task that waits for a thread has
-nothing to do either, however hard the thread works; so a handler in a thread would see heartbeats, timeouts and the end
-of the world go by while it adds two numbers. Here the clock stays where it is for as long as any thread of
-``trio.to_thread`` is outside of trio. One that waits *in* trio, through ``trio.from_thread``, holds nothing up.
+nothing to do either, however long the thread computes; so while a handler in a thread adds two numbers, heartbeats and
+timeouts would pass. Here the clock stands still while any thread of ``trio.to_thread`` is outside trio. A thread that
+waits *in* trio, through ``trio.from_thread``, does not stop the clock.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Final
 
 import trio
 from trio.testing import MockClock, active_thread_count
 
+from ._trio_internals import autojump_replaced, waits_for_thread
+
 __all__ = ["threads_hold_clock"]
 
-#: Real seconds between two looks at the threads.
-_LOOK_EVERY = 0.0002
+#: Real seconds between two checks whether threads still compute.
+_POLL_INTERVAL: Final = 0.0002
 
 
 @contextmanager
 def threads_hold_clock() -> Iterator[None]:
-    """Keep the mock clock of this run from jumping while a thread computes; nothing, where time is real."""
+    """Keep the mock clock of this run from jumping while a thread computes. No effect if time is real.
+
+    Raises:
+        RuntimeError: called outside a run of trio.
+    """
     clock = trio.lowlevel.current_clock()
-    if not isinstance(clock, MockClock) or "_autojump" in vars(clock):
+    if not isinstance(clock, MockClock):
         yield
         return
-    jump: Any = clock._autojump
+    with autojump_replaced(clock, _jump_unless_threads_compute):
+        yield
 
-    def jump_unless_threads_compute() -> None:
-        if active_thread_count() and any(map(_waits_for_thread, _tasks())):
-            time.sleep(_LOOK_EVERY)
+
+def _jump_unless_threads_compute(jump: Callable[[], None]) -> Callable[[], None]:
+    def wait_or_jump() -> None:
+        if active_thread_count() and any(map(waits_for_thread, _all_tasks())):
+            time.sleep(_POLL_INTERVAL)
         else:
             jump()
 
-    vars(clock)["_autojump"] = jump_unless_threads_compute
-    try:
-        yield
-    finally:
-        del vars(clock)["_autojump"]
+    return wait_or_jump
 
 
-def _tasks() -> Iterator[trio.lowlevel.Task]:
+def _all_tasks() -> Iterator[trio.lowlevel.Task]:
     root = trio.lowlevel.current_root_task()
     left = [] if root is None else [root]
     while left:
@@ -53,12 +57,3 @@ def _tasks() -> Iterator[trio.lowlevel.Task]:
         yield task
         for nursery in task.child_nurseries:
             left += nursery.child_tasks
-
-
-def _waits_for_thread(task: trio.lowlevel.Task) -> bool:
-    """Tell a task whose thread is out from one that is doing in trio what its thread has asked for."""
-    codes = [frame.f_code for frame, _ in task.iter_await_frames()]
-    return any(
-        code.co_name == "to_thread_run_sync" and within.co_name == "wait_task_rescheduled"
-        for code, within in itertools.pairwise(codes)
-    )

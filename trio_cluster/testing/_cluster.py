@@ -1,41 +1,43 @@
-"""A whole cluster in one process: real nodes, on a network of memory.
+"""A whole cluster in one process: real nodes, on a simulated network.
 
 The nodes are :class:`~trio_cluster.ClusterServer` objects that run as they do everywhere; only their network is
-another one (see ``_network``). Under trio's mock clock minutes of silence, timeouts and reconnections take
-milliseconds, and every fault happens exactly when the test says.
+replaced (see ``_network``). Under trio's mock clock minutes of silence, timeouts and reconnections take milliseconds,
+and every fault happens exactly when the test says.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import attrs
 import trio
 
 from ..options import ClusterServerOptions, ServerOptions
 from ..server import ClusterServer
-from ._client import SimulatedClient, StreamingAnswer
+from ._client import SimulatedClient, StreamingResponse
 from ._clock import threads_hold_clock
+from ._deprecation import warn_renamed
 from ._network import Connection, SimulatedNetwork
 from ._seed import seeded
 
-__all__ = ["SimulatedCluster", "SimulatedNode", "open_cluster"]
+__all__ = ["PORT", "SimulatedCluster", "SimulatedNode", "open_cluster", "worker"]
 
 #: Where the simulated master listens.
 PORT = 8080
 
 
 class SimulatedNode:
-    """A process of the cluster, and what can happen to it.
+    """A process of the cluster, and the faults that can be injected into it.
 
     Attributes:
         name: the name of its machine, and of the worker.
-        server: what runs there.
-        error: what ended it, if it was not asked to end.
+        server: the server that runs in it.
+        error: the exception that ended it, if there was one.
         over: set when the process has ended.
-        task: the task that everything of the process runs in.
+        task: the task that all other tasks of the process descend from; ``None`` until it runs.
     """
 
     def __init__(self, cluster: SimulatedCluster, name: str, server: ClusterServer) -> None:
@@ -48,36 +50,34 @@ class SimulatedNode:
         self._scope = trio.CancelScope()
 
     def kill(self) -> None:
-        """End it as ``kill -9`` does: no goodbye, its connections closed by the kernel.
+        """End it as ``kill -9`` does: without a close handshake; the kernel closes its connections. Synchronous.
 
-        What a simulation cannot do is keep the ``finally`` blocks of the dead process from running; but nothing that
-        they say gets out.
+        Unlike those of a real process, its ``finally`` blocks do run; but nothing that they send leaves the machine.
         """
         self._cluster.network.thaw(self.name)
         self._cluster.network.unplug(self.name)
         self._scope.cancel(reason="killed")
 
     def freeze(self) -> None:
-        """Stop it as ``SIGSTOP`` does, as far as anybody else can see."""
+        """Freeze it as ``SIGSTOP`` does, as far as other machines can see: silence, open connections. Synchronous."""
         self._cluster.network.freeze(self.name)
 
     def thaw(self) -> None:
-        """Let it go on, as ``SIGCONT`` does."""
+        """Resume it, as ``SIGCONT`` does. Synchronous."""
         self._cluster.network.thaw(self.name)
 
     def stop(self) -> None:
-        """Ask it to stop gracefully, as ``SIGTERM`` does."""
+        """Ask it to drain and stop, as ``SIGTERM`` does. Synchronous; :attr:`over` is set when it has ended."""
         self.server.stop()
 
     @property
     def link(self) -> Connection:
         """The newest connection between this worker and its master."""
-        return [each for each in self._cluster.network.connections_of(self.name) if each.client == self.name][
-            -1
-        ]
+        connections = self._cluster.network.connections_of(self.name)
+        return next(each for each in reversed(connections) if each.client == self.name)
 
     async def run(self, run: Callable[..., Any], *args: Any, task_status: trio.TaskStatus[Any]) -> None:
-        """Be the process."""
+        """Run the process until it ends. Never raises what ended it; see :attr:`error`."""
         self.task = trio.lowlevel.current_task()
         try:
             with self._scope:
@@ -89,14 +89,15 @@ class SimulatedNode:
 
 
 class SimulatedCluster:
-    """A master, workers and clients. Made by :func:`open_cluster`.
+    """A master, workers and clients. Created by :func:`open_cluster`.
 
     Attributes:
-        network: what is between them.
+        network: the network that connects them.
+        options: the master's options.
         master: the current master.
         workers: the current workers, by name.
-        past: nodes whose place has been taken by others.
-        answers: what its clients have received so far, one for each answer that has begun.
+        past: nodes that have been replaced by others.
+        responses: every response that has begun, of all clients that :meth:`client` has returned.
     """
 
     master: SimulatedNode
@@ -108,19 +109,31 @@ class SimulatedCluster:
         self.options = options
         self.workers: dict[str, SimulatedNode] = {}
         self.past: list[SimulatedNode] = []
-        self.answers: list[StreamingAnswer] = []
+        self.responses: list[StreamingResponse] = []
         self._nursery = nursery
 
     @property
+    def answers(self) -> list[StreamingResponse]:
+        """Deprecated, the former name of :attr:`responses`."""
+        warn_renamed("SimulatedCluster.answers", "SimulatedCluster.responses")
+        return self.responses
+
+    @property
     def nodes(self) -> list[SimulatedNode]:
-        """All nodes, dead ones that were not replaced included."""
+        """All current nodes, including ended ones that were not replaced."""
         return [self.master, *self.workers.values()]
 
     async def start_master(self, server: ClusterServer | None = None) -> SimulatedNode:
-        """Start a master, and wait until it serves. It takes the place of one that is over.
+        """Start a master, and wait until it serves. It replaces one that has ended. A checkpoint.
 
         Args:
-            server: with models of its own; without it, it has none. Its network becomes the simulated one.
+            server: with its models; without it, the master has no models. It is given the simulated network.
+
+        Returns:
+            The node.
+
+        Raises:
+            ClusterError: it has ended before it served.
         """
         if server is None:
             server = ClusterServer(self.options)
@@ -132,14 +145,20 @@ class SimulatedCluster:
         return self.master
 
     async def start_worker(self, server: ClusterServer, *, wait: bool = True) -> SimulatedNode:
-        """Start a worker; its name is its ``worker_id``. It takes the place of one of that name that is over.
+        """Start a worker; its name is its ``worker_id``. It replaces one of that name that has ended.
+
+        A checkpoint, unless ``wait`` is false.
 
         Args:
-            server: with its models. Its network becomes the simulated one.
+            server: with its models. It is given the simulated network.
             wait: wait until the master has registered it.
 
+        Returns:
+            The node.
+
         Raises:
-            ClusterError: it has ended before it was registered, for instance because the master would not have it.
+            ClusterError: it has ended before it was registered, for instance because the master refused it.
+            ValueError: the server has no ``worker_id``.
         """
         name = server.options.server.worker_id
         if name is None:
@@ -153,7 +172,7 @@ class SimulatedCluster:
         if wait:
             await self._start(node, run)
         else:
-            # Not `start`: one that ends before it was ever registered is no reason for the cluster to fail.
+            # Not `start`: a worker that ends before it was registered must not end the cluster.
             self._nursery.start_soon(partial(run, task_status=trio.TASK_STATUS_IGNORED))
         return node
 
@@ -161,16 +180,21 @@ class SimulatedCluster:
         try:
             await self._nursery.start(run)
         except RuntimeError:
-            # It has ended before it was started; why, it knows better than the nursery.
+            # It ended before it had started. Its own error says why; the nursery's only says that it did.
             raise node.error if node.error is not None else RuntimeError(f"{node.name} was stopped") from None
 
     def client(self, name: str = "client", **headers: str) -> SimulatedClient:
-        """Return a client of the master on a machine of this name."""
-        return SimulatedClient(self.network.host(name), "master", PORT, headers, self.answers.append)
+        """Return a client of the master. Synchronous.
+
+        Args:
+            name: of the machine that it runs on.
+            headers: sent with every request.
+        """
+        return SimulatedClient(self.network.host(name), "master", PORT, headers, self.responses.append)
 
 
 def worker(name: str, **options: Any) -> ClusterServer:
-    """Return a server to be a simulated worker, on which models can be registered.
+    """Return a server to be started as a simulated worker, on which models can be registered. Synchronous.
 
     Args:
         name: the worker's id.
@@ -179,33 +203,47 @@ def worker(name: str, **options: Any) -> ClusterServer:
     return ClusterServer(_options(options | {"worker_id": name}))
 
 
-@asynccontextmanager
-async def open_cluster(
-    *, latency: float = 0.0, short_way: bool = True, seed: int | None = None, **options: Any
-) -> AsyncIterator[SimulatedCluster]:
-    """Open a cluster with a master that has no models and no workers yet; close it in the end, by force.
+def open_cluster(
+    *, latency: float = 0.0, fast_path: bool = True, seed: int | None = None, **options: Any
+) -> AbstractAsyncContextManager[SimulatedCluster]:
+    """Open a cluster with a master that has no models, and no workers. The end of the block closes it, by force.
 
-    Inside of it a mock clock does not jump while the thread of a handler computes, which would look to everybody else
-    as if that had taken minutes.
+    Inside the block a mock clock does not jump while the thread of a handler computes; otherwise all other tasks would
+    see that as minutes of silence.
 
     Args:
         latency: seconds that everything takes on the network, one way.
-        short_way: let tokens be written to their client where they come in; see :class:`SimulatedNetwork`.
-        seed: take the same course each time; see :func:`seeded`.
+        fast_path: let tokens be written to their client in the task that receives them; see
+            :class:`SimulatedNetwork`. Its former name, ``short_way``, is deprecated.
+        seed: make the run reproducible; see :func:`seeded`.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed. ``batch_wait`` is 0 if
             it is not given.
+
+    Returns:
+        A context manager that gives the :class:`SimulatedCluster`. Entering it is a checkpoint, and raises a
+        ``RuntimeError`` if there is a ``seed`` and this version of trio cannot be seeded.
     """
+    if "short_way" in options:
+        warn_renamed("open_cluster(short_way=...)", "fast_path=")
+        fast_path = options.pop("short_way")
+    return _opened(latency, fast_path, seed, options)
+
+
+@asynccontextmanager
+async def _opened(
+    latency: float, fast_path: bool, seed: int | None, options: dict[str, Any]
+) -> AsyncIterator[SimulatedCluster]:
     failure: Exception | None = None
     with threads_hold_clock(), nullcontext() if seed is None else seeded(seed):
         async with trio.open_nursery() as nursery:
-            # A name of its own would have the number of this process in it.
+            # The default name would contain the number of this process, which is not reproducible.
             master = _options({"worker_id": "master"} | options)
-            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, short_way=short_way), master)
+            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, fast_path=fast_path), master)
             await cluster.start_master()
             try:
                 yield cluster
             except Exception as error:
-                # Nobody else in this nursery raises anything, so there is no need for a group around it.
+                # Nothing else in this nursery raises, so the error of the block needs no group around it.
                 failure = error
             nursery.cancel_scope.cancel(reason="the cluster was closed")
     if failure is not None:
@@ -215,7 +253,7 @@ async def open_cluster(
 def _options(options: dict[str, Any]) -> ClusterServerOptions:
     # Without the millisecond for which a token may wait for others, times in tests are round numbers.
     options = {"batch_wait": 0.0} | options
-    ours = {field.name for field in ServerOptions.__attrs_attrs__}
-    server = ServerOptions(**{name: value for name, value in options.items() if name in ours})
-    rest = {name: value for name, value in options.items() if name not in ours}
+    of_server = {field.name for field in attrs.fields(ServerOptions)}
+    server = ServerOptions(**{name: value for name, value in options.items() if name in of_server})
+    rest = {name: value for name, value in options.items() if name not in of_server}
     return ClusterServerOptions(server=server, **rest)

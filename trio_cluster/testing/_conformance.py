@@ -1,11 +1,14 @@
-"""A suite of checks that any handler can be put through, before it meets a client that does the same to it.
+"""Conformance checks: whether a handler keeps the contract of handlers (see ``_handler_contract``).
 
-The handler runs where it always runs: in a pool, with slots, deadlines and an encoder, by the code that serves it in a
-cluster. Only the client is the suite's own, and it is of the kind that real clients are: it leaves before there is
-anything, it leaves in the middle, it does not read, it comes twice at a time.
+Theory of operation
+===================
 
-A slow client is played by a window of one byte, so that the handler is held up by its first piece of output however
-small that is. Real windows are 256 KiB, and a bug that needs them to be full is rarely seen before there are users.
+The handler runs in the same pool that serves it in a cluster, with slots, deadlines and an encoder. Only the client is
+simulated, and it behaves as real clients do: it leaves before the first output, it leaves in the middle of a stream, it
+does not read, it sends two requests at once.
+
+A client that does not read is simulated by a window of one byte, so that the first piece of output blocks the handler,
+however small it is. Real windows are 256 KiB, and a bug that appears only when they are full is rarely found in tests.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from ..local.pool import HandlerPool
 from ..openai import endpoint_named
 from ..options import ClusterServerOptions, ServerOptions
 from ._clock import threads_hold_clock
-from ._promises import (
+from ._handler_contract import (
     BrokenPromise,
     DoesNotAnswer,
     DoesNotStop,
@@ -41,7 +44,7 @@ from ._promises import (
     MissesDeadline,
     MixesAnswers,
 )
-from ._samples import ENDPOINT_OF, encode, essence, sample, streams
+from ._samples import ENDPOINT_OF, comparable, encode, sample, supports_streaming
 
 __all__ = ["check_handler"]
 
@@ -49,12 +52,12 @@ logger = logging.getLogger("trio_cluster.testing")
 
 _BEFORE_OUTPUT: Final = "before the first output"
 _MID_STREAM: Final = "in the middle of a stream"
-_SLOW_CLIENT: Final = "held up by a slow client"
+_BLOCKED: Final = "held up by a slow client"
 
-#: Seconds that a request has for its answer when it is found out whether the handler minds its deadline.
-_SHORT: Final = 0.05
-#: Seconds between two looks at what nobody tells.
-_LOOK_EVERY: Final = 0.005
+#: The total timeout, in seconds, of the request that checks whether the handler stops at its deadline.
+_SHORT_TIMEOUT: Final = 0.05
+#: Seconds between two checks of what has no event to wait for.
+_POLL_INTERVAL: Final = 0.005
 
 
 async def check_handler(
@@ -67,32 +70,35 @@ async def check_handler(
     bound: float = 1.0,
     patience: float = 60.0,
 ) -> HandlerReport:
-    """Put a handler through everything that clients do, and see whether it keeps its promises.
+    """Check that a handler keeps its promises, whatever its clients do. A checkpoint.
 
-    It answers, and its answer fits the kind of model; it stops within ``bound`` when it is cancelled before its first
-    output, in the middle of a stream, and while a slow client holds it up; it stops within ``bound`` of its deadline;
-    when it has stopped, no slot, task or thread is left; two calls at once do not mix up their answers; and, if
-    ``failing`` is given, an error comes out as an error.
+    It answers, and its response fits the kind of model; it stops within ``bound`` when it is cancelled before its first
+    output, in the middle of a stream, and while it is blocked by a client that does not read; it stops within ``bound``
+    of its deadline; when it has stopped, no slot, task or thread is left; two concurrent calls do not mix up their
+    responses; and, if ``failing`` is given, an error ends the response as an error.
 
-    It is called about ten times, each time with the same request or two. Works in real time and with a mock clock,
-    where what a thread computes takes no time: handlers in threads are better checked in real time. Meanwhile the test
-    should not start or end any tasks or threads of its own. If the handler cannot be stopped at all, neither can this
-    function: it logs what it has found, and waits.
+    The handler is called about ten times, with the same one or two requests. This works in real time and with a mock
+    clock. Under a mock clock, what a thread computes takes no time, so handlers in threads are better checked in real
+    time. The test must not start or end tasks or threads meanwhile. If the handler cannot be stopped at all, neither
+    can this function: it logs the promise that was broken, and waits. Cancelling it cancels the handler's calls.
 
     Args:
         handler: as it would be registered.
-        kind: the kind of model that it answers for; ``custom`` for a route of its own.
-        request: the fields of a request, without ``model`` and ``stream``; ``bytes`` are an uploaded file. Without it,
-            a short one that makes sense for the kind.
-        other: another one, to which the answer should be another.
-        failing: one that the handler cannot answer.
+        kind: the kind of model that it is for; ``custom`` for a route that the OpenAI API does not have.
+        request: the fields of a request, without ``model`` and ``stream``; ``bytes`` are an uploaded file. By default,
+            a short request of this kind.
+        other: the fields of another request, whose response should be different.
+        failing: the fields of a request that the handler cannot answer.
         bound: seconds within which it must have stopped.
-        patience: seconds in which it must have answered.
+        patience: seconds within which it must have answered.
+
+    Returns:
+        What was measured of the handler.
 
     Raises:
-        BrokenPromise: the subclass tells which promise was broken, the message how.
-        ApiError: one of the requests is not one of this kind.
-        TypeError: the handler has none of the shapes that a handler may have.
+        BrokenPromise: a promise was broken. The subclass is named for the promise, the message says how.
+        ApiError: one of the requests is not valid for this kind.
+        TypeError: the handler has none of the signatures that a handler may have.
         ValueError: raw handlers (kind ``any``) are not checked here.
     """
     if kind not in ENDPOINT_OF:
@@ -142,17 +148,17 @@ class _Suite:
         self._kind: Kind = backend.info.kind
         self._bound = bound
         self._patience = patience
-        # The pool says what is wrong when an answer is late; only if it does not, it is found out here.
-        self._long_enough = patience + bound
+        # When the response is late, the pool fails the call with the reason. This timeout is for a pool that does not.
+        self._receive_timeout = patience + bound
         self._stopped: dict[str, float] = {}
         self._not_reached: list[str] = []
-        self._at_rest = (0, frozenset[int]())
+        self._work_at_rest = (0, frozenset[int]())
 
-    def request(self, fields: Mapping[str, Any], *, stream: bool, budget: float = math.inf) -> Request:
-        """Return a request for the handler.
+    def request(self, fields: Mapping[str, Any], *, stream: bool, total_timeout: float = math.inf) -> Request:
+        """Return a request for the handler, with these fields.
 
         Raises:
-            ApiError: it is not one.
+            ApiError: they are not valid for this kind.
         """
         endpoint = endpoint_named(ENDPOINT_OF[self._kind])
         body, content_type = encode(fields, stream=stream)
@@ -164,56 +170,62 @@ class _Suite:
             body,
             content_type,
             idle_timeout=self._patience,
-            total_timeout=budget,
+            total_timeout=total_timeout,
             parsed=parsed,
         )
 
     async def run(self, failing: Mapping[str, Any] | None) -> HandlerReport:
         began = trio.current_time()
-        first, answer = await self._answer(self.one)
+        first_output, body = await self._response(self.one)
         duration = trio.current_time() - began
-        if streams(self._kind):
-            await self._answer(self.one, stream=True)
-        # What a handler keeps between calls, such as a pool of threads, is there by now.
-        self._at_rest = _work()
-        await self._stops_before_output()
-        await self._stops_mid_stream()
-        await self._stops_with_a_slow_client()
-        await self._minds_its_deadline()
-        replayable = await self._keeps_apart(answer)
+        if supports_streaming(self._kind):
+            await self._response(self.one, stream=True)
+        # What a handler keeps between calls, such as a thread pool, exists by now.
+        self._work_at_rest = _work()
+        await self._check_stop_before_output()
+        await self._check_stop_mid_stream()
+        await self._check_stop_when_blocked()
+        await self._check_deadline()
+        replayable = await self._check_concurrent_calls(body)
         if failing is not None:
-            await self._fails(failing)
+            await self._check_failing(failing)
         return HandlerReport(
-            self._kind, answer, first, duration, self._stopped, tuple(self._not_reached), replayable
+            self._kind,
+            body,
+            first_output,
+            duration,
+            self._stopped,
+            tuple(self._not_reached),
+            replayable,
         )
 
     # One call
 
     @asynccontextmanager
-    async def _call(self, request: Request, *, held_up: bool = False) -> AsyncIterator[Call]:
+    async def _call(self, request: Request, *, blocked: bool = False) -> AsyncIterator[Call]:
         call = self._backend.open(request)
-        if held_up:
+        if blocked:
             call.body.window = 1
         try:
             yield call
         finally:
             call.cancel("the check is over")
 
-    async def _answer(
-        self, fields: Mapping[str, Any], *, stream: bool = False, beside: bool = False
+    async def _response(
+        self, fields: Mapping[str, Any], *, stream: bool = False, concurrent: bool = False
     ) -> tuple[float, bytes]:
-        """Return when the first output came, and the answer.
+        """Return the seconds until the first output, and the body of the response.
 
         Args:
             fields: of the request.
             stream: ask for a stream.
-            beside: there is another call at the same time, which may go on.
+            concurrent: there is another call at the same time, which may still run when this one has ended.
         """
         began = trio.current_time()
         first: float | None = None
         body = b""
         async with self._call(self.request(fields, stream=stream)) as call:
-            with trio.move_on_after(self._long_enough):
+            with trio.move_on_after(self._receive_timeout):
                 while True:
                     event = await call.receive()
                     if first is None:
@@ -228,41 +240,45 @@ class _Suite:
                     elif isinstance(event, Done):
                         break
             if not call.ended:
-                raise DoesNotAnswer(f"there was no answer within {self._patience:g} s")
-        what = "stream" if stream else "answer"
+                raise DoesNotAnswer(f"there was no response within {self._patience:g} s")
+        what = "stream" if stream else "response"
         try:
-            said = essence(self._kind, body, stream=stream)
+            content = comparable(self._kind, body, stream=stream)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise DoesNotAnswer(f"its {what} is none: {error!r}") from error
-        if not said:
+            raise DoesNotAnswer(f"its {what} is not valid: {error!r}") from error
+        if not content:
             raise DoesNotAnswer(f"its {what} is empty")
-        if not beside:
-            await self._is_at_rest("its answer is complete")
+        if not concurrent:
+            await self._check_nothing_left("its response is complete")
         return first or 0.0, body
 
-    # Promises
+    # The promises
 
-    async def _stops_before_output(self) -> None:
-        async with self._call(self.request(self.one, stream=streams(self._kind))) as call:
-            await self._blocked()
-            await self._stops(call, _BEFORE_OUTPUT, reached=not call.begun)
+    async def _check_stop_before_output(self) -> None:
+        async with self._call(self.request(self.one, stream=supports_streaming(self._kind))) as call:
+            await self._wait_until_blocked()
+            await self._check_stop(call, _BEFORE_OUTPUT, reached=not call.begun)
 
-    async def _stops_mid_stream(self) -> None:
-        if not streams(self._kind) and self._kind != "tts":
-            self._not_reached += [_MID_STREAM, _SLOW_CLIENT]
+    async def _check_stop_mid_stream(self) -> None:
+        if not supports_streaming(self._kind) and self._kind != "tts":
+            self._not_reached += [_MID_STREAM, _BLOCKED]
             return
-        async with self._call(self.request(self.one, stream=streams(self._kind)), held_up=True) as call:
-            with trio.move_on_after(self._long_enough):
+        async with self._call(
+            self.request(self.one, stream=supports_streaming(self._kind)), blocked=True
+        ) as call:
+            with trio.move_on_after(self._receive_timeout):
                 while not call.ended:
                     event = await call.receive()
                     if isinstance(event, Data) and event.data:
                         break
-            await self._stops(call, _MID_STREAM, reached=True)
+            await self._check_stop(call, _MID_STREAM, reached=True)
 
-    async def _stops_with_a_slow_client(self) -> None:
-        if _SLOW_CLIENT in self._not_reached:
+    async def _check_stop_when_blocked(self) -> None:
+        if _BLOCKED in self._not_reached:
             return
-        async with self._call(self.request(self.one, stream=streams(self._kind)), held_up=True) as call:
+        async with self._call(
+            self.request(self.one, stream=supports_streaming(self._kind)), blocked=True
+        ) as call:
             output = trio.Event()
 
             def notice(event: Event) -> None:
@@ -274,14 +290,14 @@ class _Suite:
                     output.set()
                 return False
 
-            # Whoever has pieces sent somewhere and never says that they have gone on reads nothing.
+            # Pieces are taken here, and never reported as consumed: a client that reads nothing.
             call.redirect(notice, notice_piece)
-            with trio.move_on_after(self._long_enough):
+            with trio.move_on_after(self._receive_timeout):
                 await output.wait()
-            await self._blocked()
-            await self._stops(call, _SLOW_CLIENT, reached=call.body.waiting_bytes > 0)
+            await self._wait_until_blocked()
+            await self._check_stop(call, _BLOCKED, reached=call.body.waiting_bytes > 0)
 
-    async def _stops(self, call: Call, phase: str, *, reached: bool) -> None:
+    async def _check_stop(self, call: Call, phase: str, *, reached: bool) -> None:
         reached = reached and not call.ended
         began = trio.current_time()
         call.cancel("the client of the check has left")
@@ -291,26 +307,26 @@ class _Suite:
             self._stopped[phase] = trio.current_time() - began
         else:
             self._not_reached.append(phase)
-        await self._is_at_rest(f"it was cancelled {phase}")
+        await self._check_nothing_left(f"it was cancelled {phase}")
 
-    async def _minds_its_deadline(self) -> None:
-        request = self.request(self.one, stream=streams(self._kind), budget=_SHORT)
-        async with self._call(request, held_up=True) as call:
-            await trio.sleep(_SHORT)
+    async def _check_deadline(self) -> None:
+        request = self.request(self.one, stream=supports_streaming(self._kind), total_timeout=_SHORT_TIMEOUT)
+        async with self._call(request, blocked=True) as call:
+            await trio.sleep(_SHORT_TIMEOUT)
             if not await self._released(call):
                 raise MissesDeadline(f"it still runs {self._bound:g} s after its deadline")
-            await self._is_at_rest("its deadline has passed")
+            await self._check_nothing_left("its deadline has passed")
 
-    async def _keeps_apart(self, alone: bytes) -> bool:
-        know = partial(essence, self._kind, stream=False)
-        _, again = await self._answer(self.one)
-        _, other = await self._answer(self.two)
+    async def _check_concurrent_calls(self, alone: bytes) -> bool:
+        content = partial(comparable, self._kind, stream=False)
+        _, again = await self._response(self.one)
+        _, other = await self._response(self.two)
         together: dict[int, bytes] = {}
         broken: list[BrokenPromise] = []
 
         async def ask(number: int, fields: Mapping[str, Any]) -> None:
             try:
-                _, together[number] = await self._answer(fields, beside=True)
+                _, together[number] = await self._response(fields, concurrent=True)
             except BrokenPromise as error:
                 broken.append(error)
 
@@ -318,31 +334,31 @@ class _Suite:
             nursery.start_soon(ask, 0, self.one)
             nursery.start_soon(ask, 1, self.two)
         if broken:
-            raise MixesAnswers(f"of two calls at once, one had no answer: {broken[0]}") from broken[0]
-        if know(again) != know(alone):
+            raise MixesAnswers(f"of two concurrent calls, one had no response: {broken[0]}") from broken[0]
+        if content(again) != content(alone):
             return False
         for number, expected in enumerate((alone, other)):
-            if know(together[number]) != know(expected):
+            if content(together[number]) != content(expected):
                 raise MixesAnswers(
-                    f"beside another call it answered {know(together[number])!r}, and alone {know(expected)!r}"
+                    f"beside another call it answered {content(together[number])!r}, alone {content(expected)!r}"
                 )
         return True
 
-    async def _fails(self, fields: Mapping[str, Any]) -> None:
+    async def _check_failing(self, fields: Mapping[str, Any]) -> None:
         async with self._call(self.request(fields, stream=False)) as call:
-            with trio.move_on_after(self._long_enough):
+            with trio.move_on_after(self._receive_timeout):
                 while not call.ended:
                     await call.receive()
             if isinstance(call.end, Done):
-                raise HidesErrors("a request that it cannot answer got an answer that looks complete")
+                raise HidesErrors("a request that it cannot answer got a response that looks complete")
             if not call.ended:
                 raise HidesErrors(f"a request that it cannot answer had no end within {self._patience:g} s")
-            await self._is_at_rest("it has failed")
+            await self._check_nothing_left("it has failed")
 
     # Waiting
 
-    async def _blocked(self) -> None:
-        """Wait until the handler has got as far as it gets by itself."""
+    async def _wait_until_blocked(self) -> None:
+        """Wait until no task has anything to do: the handler waits, or is blocked."""
         with trio.move_on_after(self._bound):
             await wait_all_tasks_blocked()
 
@@ -353,11 +369,11 @@ class _Suite:
             await released.wait()
         return released.is_set()
 
-    async def _is_at_rest(self, when: str) -> None:
+    async def _check_nothing_left(self, when: str) -> None:
         with trio.move_on_after(self._bound):
-            # Threads and tasks of anybody at all: there is no event to wait for.
+            # Threads and tasks of any origin: there is no event to wait for.
             while self._left_behind():  # noqa: ASYNC110
-                await trio.sleep(_LOOK_EVERY)
+                await trio.sleep(_POLL_INTERVAL)
         left = self._left_behind()
         if left:
             raise LeavesWorkBehind(f"{left} {self._bound:g} s after {when}")
@@ -366,15 +382,15 @@ class _Suite:
         if self._pool.tasks:
             return "its slot is still taken, and it still runs,"
         tasks, threads = _work()
-        if self._at_rest[0] and tasks > self._at_rest[0]:
-            return f"there are {tasks - self._at_rest[0]} tasks more than before,"
-        new = threads - self._at_rest[1]
-        if self._at_rest[0] and new:
+        if self._work_at_rest[0] and tasks > self._work_at_rest[0]:
+            return f"there are {tasks - self._work_at_rest[0]} tasks more than before,"
+        new = threads - self._work_at_rest[1]
+        if self._work_at_rest[0] and new:
             return f"there are {len(new)} threads more than before,"
         return ""
 
 
 def _work() -> tuple[int, frozenset[int]]:
-    """Return how many tasks there are, and the threads that are not trio's idle ones."""
+    """Return how many tasks there are, and the threads that do not belong to trio's thread cache."""
     threads = (each.ident or 0 for each in threading.enumerate() if not each.name.startswith("Trio thread "))
     return trio.lowlevel.current_statistics().tasks_living, frozenset(threads)

@@ -1,18 +1,21 @@
-"""The grammar of a streamed answer, as a check that tests can lean on.
+"""The grammar of a streamed response, as a strict parser for tests.
 
-A client has little to go by: the stream ends, and then it was complete, or it was not. :func:`read_stream`
-reads the bytes of one stream strictly and says which of three endings it had:
+Theory of operation
+===================
 
-- *finished*: ``data: [DONE]`` is the last thing in it, and every choice said why it ended, once;
-- *failed*: one error event is the last thing in it, and there is no ``[DONE]``;
+All that a client can know about a stream is how it ended. :func:`read_stream` parses the bytes of one stream strictly
+and reports which of three endings it had:
+
+- *finished*: ``data: [DONE]`` is the last event, and every choice had a ``finish_reason``, once;
+- *failed*: one error event is the last event, and there is no ``[DONE]``;
 - *cut*: neither. The bytes just end, at the end of an event or in the middle of one.
 
-The events of ``/v1/responses`` have names and numbers, which must be right, and what stands for ``[DONE]`` is
-``response.completed`` or ``response.incomplete``. Those of images have names as well, and the last one is
+The events of ``/v1/responses`` have names and sequence numbers, which must be right, and instead of ``[DONE]`` the last
+one is ``response.completed`` or ``response.incomplete``. Those of images have names as well, and the last one is
 ``image_generation.completed`` or ``image_edit.completed``.
 
-Whatever is none of these is a :class:`StreamGrammarError`: a stream that looks finished and is not, two
-endings, events after the end, lines that clients cannot read.
+Everything else is a :class:`StreamGrammarError`: a stream that looks finished and is not, two endings, events after the
+end, lines that clients cannot parse.
 """
 
 from __future__ import annotations
@@ -27,36 +30,36 @@ __all__ = ["StreamGrammarError", "StreamReport", "read_stream"]
 
 _DONE: Final = b"[DONE]"
 
-#: Events of streams with names: those on the way, and those that stand for ``[DONE]``.
-_PASSING: Final = frozenset(
+#: Events without text in streams of named events, and those that stand for ``[DONE]``.
+_PROGRESS: Final = frozenset(
     {"transcript.text.segment", "image_generation.partial_image", "image_edit.partial_image"}
 )
 _LAST: Final = frozenset({"image_generation.completed", "image_edit.completed"})
 
-#: The reasons why a response is incomplete, in the words of the other routes.
+#: The reasons why a response is incomplete, as the ``finish_reason`` of the other routes.
 _INCOMPLETE: Final = {"max_output_tokens": "length"}
 
 
 class StreamGrammarError(AssertionError):
-    """The bytes are no stream that a server may send. The message says where, and shows it."""
+    """A server may not send a stream of these bytes. The message says what is wrong, and shows the event."""
 
 
 @attrs.frozen
 class StreamReport:
-    """What was in a stream."""
+    """The content of a stream, and how it ended."""
 
     ending: Literal["finished", "failed", "cut"]
     events: tuple[dict[str, Any], ...]
-    """The JSON objects of its events, in order; the error event is not among them."""
+    """The JSON objects of its events, in order, without the error event."""
     texts: Mapping[int, str]
-    """The deltas of each choice, put together."""
+    """The deltas of each choice, joined, by the index of the choice."""
     finish_reasons: Mapping[int, str]
     usage: dict[str, Any] | None
-    """The last usage object that was in an event."""
+    """The last usage object in an event."""
     error: dict[str, Any] | None
-    """What is inside the envelope of the error event."""
+    """The members of the envelope of the error event; ``None`` if there was none."""
     comments: int
-    """How many comments there were; they mean nothing to a client."""
+    """How many comments there were. Clients ignore them."""
 
     @property
     def text(self) -> str:
@@ -65,7 +68,14 @@ class StreamReport:
 
 
 def read_stream(data: bytes) -> StreamReport:
-    """Read the bytes of one streamed answer.
+    """Parse the bytes of one streamed response. Synchronous.
+
+    Args:
+        data: the body of the response, as far as it was received.
+
+    Returns:
+        The content of the stream, and how it ended. A body that ends anywhere is not an error, but a stream that was
+        ``cut``.
 
     Raises:
         StreamGrammarError: they break the grammar in a way that a lost connection does not explain.
@@ -91,7 +101,7 @@ class _Reader:
         self._number = 0  # of the next event that has one
 
     def read(self, block: bytes) -> None:
-        """Read one block: an event or a comment."""
+        """Parse one block: an event or a comment."""
         if self.ending is not None:
             raise StreamGrammarError(f"{block!r} after the end of the stream")
         if block.startswith(b":"):
@@ -114,9 +124,9 @@ class _Reader:
         if data == _DONE:
             open_choices = sorted(self._texts.keys() - self._reasons.keys())
             if open_choices:
-                raise StreamGrammarError(f"[DONE], but choices {open_choices} never said why they ended")
+                raise StreamGrammarError(f"[DONE], but choices {open_choices} have no finish_reason")
             if not self._reasons:
-                raise StreamGrammarError("[DONE], but nothing has ended")
+                raise StreamGrammarError("[DONE], but no choice has ended")
             self.ending = "finished"
             return
         try:
@@ -132,7 +142,7 @@ class _Reader:
             self.ending = "failed"
             return
         if name is not None and event.get("type") != name:
-            raise StreamGrammarError(f"{data!r}: not what its name {name!r} says")
+            raise StreamGrammarError(f"{data!r}: its type is not its name {name!r}")
         self._events.append(event)
         if event.get("usage") is not None:
             self._usage = event["usage"]
@@ -147,7 +157,7 @@ class _Reader:
                 self._read_choice(choice, data)
         elif str(event.get("type")).startswith("response."):
             self._read_response(event, data)
-        elif event.get("type") in _PASSING:
+        elif event.get("type") in _PROGRESS:
             pass
         elif event.get("type") in _LAST:
             self._end(0, "stop", data)
@@ -176,7 +186,7 @@ class _Reader:
             details = response["incomplete_details"]
             status = "completed" if details is None else "incomplete"
             if not kind.removeprefix("response.") == response["status"] == status:
-                raise StreamGrammarError(f"{data!r}: the response says something else")
+                raise StreamGrammarError(f"{data!r}: the status of the response is another one")
             reason = "stop" if details is None else details["reason"]
             self._end(0, _INCOMPLETE.get(reason, reason), data)
             self._texts.setdefault(0, [])
@@ -199,7 +209,7 @@ class _Reader:
         self._reasons[index] = reason
 
     def report(self) -> StreamReport:
-        """Return what has been read."""
+        """Return what has been parsed."""
         return StreamReport(
             ending=self.ending or "cut",
             events=tuple(self._events),

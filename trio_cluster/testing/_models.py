@@ -1,11 +1,11 @@
-"""Models that do what a test tells them: at what pace, how far, how they fail, and how badly they behave.
+"""Fake models: handlers whose pace, failures and misbehaviour are set by a test.
 
-A fake model answers for every kind, and its answer is known beforehand: the pieces ``t0 ``, ``t1 `` and so on, as text
-or as the bytes of audio or images, or vectors, scores and verdicts. So a test can compare what a client has received
-with what the model has given, and what the model has given with what it should have.
+A fake model can be registered for every kind, and its output is known beforehand: the pieces ``t0 ``, ``t1 `` and so
+on, as text or as the bytes of audio or images, or vectors, scores and verdicts. So a test can compare what a client has
+received with what the model has given, and what the model has given with what it should have given.
 
-What happens to it is recorded: how many calls it has had, how many of them were cancelled, and whether it was always
-allowed to clean up.
+It records what happens to it: how many calls it has had, how many of them were cancelled, and whether each of them
+could clean up.
 """
 
 from __future__ import annotations
@@ -34,48 +34,51 @@ from ..openai import (
 
 __all__ = ["FakeModel", "ThreadedFakeModel"]
 
-#: One thing that a model does: it waits for so long, it fails, or it gives this.
+#: One step of a script: seconds to wait, an exception to raise, or a piece of output to give.
 _Step: TypeAlias = float | Exception | OutputChunk
 
-#: Bytes that a picture begins with; what is behind them is a fake.
-_PNG: Final = b"\x89PNG\r\n\x1a\n"
+#: The signature of a PNG file. The rest of a fake image is not one.
+_PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 
 
 def _seconds(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{attribute.name}: seconds that end, not {value!r}")
+        raise ValueError(f"{attribute.name} must be a finite number of seconds, at least 0, not {value!r}")
 
 
 @attrs.define(eq=False, kw_only=True)
 class FakeModel:
-    """A handler with a script, in a form that can be registered for any kind of model. Durations are seconds.
+    """A handler with a script, which can be registered for any kind of model. Durations are seconds.
 
-    What it gives are ``tokens`` pieces for text and audio, a vector for each input of a request for embeddings, a score
-    for each document, a verdict on each input of a moderation, and as many pictures as a request for images wants.
+    It gives ``tokens`` pieces for text and audio, a vector for each input of a request for embeddings, a score for each
+    document of a rerank request, a verdict on each input of a moderation, and as many images as the request asks for.
     ``fail_at`` and ``stall_at`` count these.
 
     Attributes:
-        tokens: how many pieces an answer has.
-        first_after: how long it thinks before the first piece.
-        interval: how long it takes for each of the others.
-        piece_size: bytes of each piece, which is filled up with dots; 0 leaves it as short as it is. Large pieces fill
-            the windows and buffers on the way to a client that does not read.
-        marked: pieces begin with the text of the request, so that answers which were mixed up are told apart.
+        tokens: how many pieces a response has.
+        first_after: how long it waits before the first piece.
+        interval: how long it waits before each of the others.
+        piece_size: bytes of each piece, which is padded with dots; 0 leaves it as short as it is. Large pieces fill the
+            windows and buffers on the path to a client that does not read.
+        marked: the output depends on the text of the request, so that a test sees whether responses were mixed up.
+            Pieces of text, audio and images begin with it: the last text of a chat, the input of speech, the prompt of
+            an image or a transcript. Documents are scored with the query in front of each. Vectors and verdicts depend
+            on their inputs in any case. A route that the OpenAI API does not have has no text that is known.
         fail_at: after how many pieces it fails; ``None``: never.
-        error: what it then raises. An ``ApiError`` is for the client; anything else becomes a 500.
-        stall_at: after how many pieces it falls silent; ``None``: never.
-        stall_for: for how long; for ever, if nobody says.
-        ignore_cancellation_for: how long it goes on after it was cancelled.
-        hang_in_cleanup: how long its cleanup takes, however it has ended, and whatever anybody wants.
-        started: calls it has had.
-        finished: calls that have got their whole answer.
-        failed: calls in which it has failed.
-        cancelled: calls that were cancelled, by whomever; a deadline is one of them.
+        error: what it then raises. An ``ApiError`` is sent to the client; anything else becomes a 500.
+        stall_at: after how many pieces it stalls; ``None``: never.
+        stall_for: for how long it stalls; by default for ever.
+        ignore_cancellation_for: how long it continues after it was cancelled.
+        hang_in_cleanup: how long its cleanup takes, however it has ended. The cleanup cannot be cancelled.
+        started: calls that have begun.
+        finished: calls that got their whole response.
+        failed: calls in which it raised ``error``.
+        cancelled: calls that were cancelled, for any reason; a deadline is one.
         cleaned_up: calls whose cleanup has run to its end.
-        running: calls that it has now.
-        max_running: calls that it had at most at the same time.
-        requests: what it was asked, in the order of coming.
-        allowed: for each request, how long it might have taken: the deadline it found, from the instant of its start.
+        running: calls that run now.
+        max_running: the largest number of calls that ran at the same time.
+        requests: the requests, in the order in which they came.
+        allowed: for each request, how long it might have taken: the seconds to the deadline when it began.
     """
 
     tokens: int = 3
@@ -102,36 +105,45 @@ class FakeModel:
     _changed: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False, repr=False)
 
     def text(self, pieces: int | None = None, *, mark: str = "") -> str:
-        """Return the text of an answer, or of its first ``pieces`` pieces.
+        """Return the text of a response, or of its first ``pieces`` pieces. Synchronous.
 
         Args:
-            pieces: how many; all of them, or as many as come before it fails, if nobody says.
-            mark: the text of the request, for a model that is marked.
+            pieces: how many; by default all that come before it ends or fails.
+            mark: the text of the request, for a model that is ``marked``.
         """
         if pieces is None:
             pieces = self.tokens if self.fail_at is None else min(self.tokens, self.fail_at)
         return "".join(self._piece(number, mark) for number in range(pieces))
 
     async def wait_until(self, condition: Callable[[FakeModel], bool]) -> None:
-        """Wait until something is true of this model, for instance ``lambda m: m.running == 2``. A checkpoint."""
+        """Wait until a condition of this model holds, for instance ``lambda m: m.running == 2``. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while not condition(self):
             await self._changed.park()
 
     def vector(self, number: int, text: Any = "") -> list[float]:
-        """Return the vector that is given for input ``number`` of a request for embeddings, whose text is ``text``."""
+        """Return the vector that it gives for input ``number`` of a request for embeddings, whose text is ``text``."""
         return [float(number), float(len(text))]
 
     def score(self, text: str) -> float:
-        """Return the score that is given to a document or an input with this text, between 0 and 1."""
+        """Return the score, between 0 and 1, that it gives a document or an input with this text.
+
+        A model that is ``marked`` scores a document of a rerank request as the text of the query followed by that of
+        the document.
+        """
         return len(text) / (len(text) + 10)
 
     def image(self, number: int, *, mark: str = "") -> bytes:
-        """Return the picture that is given as number ``number``."""
-        return _PNG + self._piece(number, mark).encode()
+        """Return the image that it gives as number ``number``.
+
+        Args:
+            number: counted from 0.
+            mark: the prompt, for a model that is ``marked``.
+        """
+        return _PNG_SIGNATURE + self._piece(number, mark).encode()
 
     async def __call__(self, request: Any, provider: Provider) -> None:
-        """Answer a request, as a handler does."""
+        """Handle a request. A checkpoint."""
         self._begin(request)
         try:
             for step in self._script(request):
@@ -156,29 +168,29 @@ class FakeModel:
             self._end()
 
     def _script(self, request: Any) -> Iterator[_Step]:
-        """Say what is to be done for a request, step by step."""
+        """Yield the steps of the script for a request."""
         pieces = self._pieces(request)
         for number, piece in enumerate(pieces):
-            yield from self._mishaps(number)
+            yield from self._stalls_and_failures(number)
             yield self.interval if number else self.first_after
             yield from piece
-        yield from self._mishaps(len(pieces))
+        yield from self._stalls_and_failures(len(pieces))
 
-    def _mishaps(self, given: int) -> Iterator[_Step]:
+    def _stalls_and_failures(self, given: int) -> Iterator[_Step]:
         if given == self.stall_at:
             yield self.stall_for
         if given == self.fail_at:
             yield self.error
 
     def _pieces(self, request: Any) -> list[list[OutputChunk]]:
-        mark = _mark(request)
+        mark = self._mark(request)
         texts = [self._piece(number, mark) for number in range(self.tokens)]
         match request:
             case EmbeddingRequest():
                 vectors = [self.vector(number, text) for number, text in enumerate(request.inputs)]
                 return [[OutputChunk.embedding(vector, index)] for index, vector in enumerate(vectors)]
             case RerankRequest():
-                return [[OutputChunk.scores([self.score(text)])] for text in request.documents]
+                return [[OutputChunk.scores([self.score(mark + text)])] for text in request.documents]
             case ModerationRequest():
                 return [[OutputChunk.json({"violence": self.score(text)})] for text in request.texts]
             case ImageGenRequest() | ImageEditRequest():
@@ -190,6 +202,10 @@ class FakeModel:
                 return [[OutputChunk.text_delta(text, index) for index in range(request.n)] for text in texts]
             case _:
                 return [[OutputChunk.text_delta(text)] for text in texts]
+
+    def _mark(self, request: Any) -> str:
+        """Return what the output for a request is marked with; nothing if it is not ``marked``."""
+        return _text_of(request) if self.marked else ""
 
     def _piece(self, number: int, mark: str) -> str:
         return f"{mark if self.marked else ''}t{number} ".ljust(self.piece_size, ".")
@@ -211,13 +227,13 @@ class FakeModel:
 
 
 class ThreadedFakeModel(FakeModel):
-    """A :class:`FakeModel` that is a plain function, and so runs in a thread of its own for each call.
+    """A :class:`FakeModel` that is a plain function, and so runs in a thread for each call.
 
-    All of its waiting is done in trio, from the thread, so that it waits in virtual time where that is virtual.
+    The thread waits in trio (``trio.from_thread``), so it waits in virtual time if the clock is virtual.
     """
 
     def __call__(self, request: Any, provider: ThreadProvider) -> None:  # type: ignore[override]
-        """Answer a request, as a handler in a thread does."""
+        """Handle a request, in a thread."""
         trio.from_thread.run_sync(self._begin, request)
         try:
             for step in self._script(request):
@@ -230,23 +246,24 @@ class ThreadedFakeModel(FakeModel):
             trio.from_thread.run_sync(self._count, "finished")
         except trio.Cancelled:
             trio.from_thread.run_sync(self._count, "cancelled")
-            trio.from_thread.run(_linger, self.ignore_cancellation_for)
+            trio.from_thread.run(_sleep_shielded, self.ignore_cancellation_for)
             raise
         except Exception:
             trio.from_thread.run_sync(self._count, "failed")
             raise
         finally:
-            trio.from_thread.run(_linger, self.hang_in_cleanup)
+            trio.from_thread.run(_sleep_shielded, self.hang_in_cleanup)
             trio.from_thread.run_sync(self._end)
 
 
-async def _linger(seconds: float) -> None:
-    """Go on for a while, whoever wants one to stop."""
+async def _sleep_shielded(seconds: float) -> None:
+    """Sleep, and ignore cancellation."""
     with trio.move_on_after(seconds, shield=True):
         await trio.sleep_forever()
 
 
-def _mark(request: Any) -> str:
+def _text_of(request: Any) -> str:
+    """Return the text by which requests of one kind are told apart; nothing if there is none, or several."""
     match request:
         case ChatRequest():
             return request.last_text

@@ -21,6 +21,7 @@ import trio
 from ..errors import ClusterPortError
 from ..net.sockets import Listeners
 from ..net.streams import Address, Listener
+from ._deprecation import warn_renamed
 from ._streams import Pipe, SimulatedStream
 
 __all__ = ["Connection", "Host", "SimulatedListener", "SimulatedNetwork"]
@@ -170,17 +171,23 @@ class SimulatedNetwork:
 
     Args:
         latency: seconds that everything takes on a new connection, one way.
-        short_way: whether its connections can be written to without waiting, as plain sockets can. Without that, an
-            answer takes the ordinary way from where it comes in to its client, as it does on any other stream.
+        fast_path: whether its connections can be written to without waiting, as plain sockets can. Without it,
+            responses take the slow path through a queue and a task, as they do on any other stream.
+        short_way: deprecated, the former name of ``fast_path``.
 
     Attributes:
         latency: as given; may be changed.
         connections: all there are and were, the oldest first.
     """
 
-    def __init__(self, latency: float = 0.0, *, short_way: bool = True) -> None:
+    def __init__(
+        self, latency: float = 0.0, *, fast_path: bool = True, short_way: bool | None = None
+    ) -> None:
+        if short_way is not None:
+            warn_renamed("SimulatedNetwork(short_way=...)", "fast_path=")
+            fast_path = short_way
         self.latency = latency
-        self._short_way = short_way
+        self._fast_path = fast_path
         self.connections: list[Connection] = []
         self._listeners: dict[tuple[str, int], SimulatedListener] = {}
         self._frozen: set[str] = set()
@@ -265,8 +272,8 @@ class SimulatedNetwork:
             client,
             server,
             port,
-            SimulatedStream(there, back, near, far, fast_path=self._short_way),
-            SimulatedStream(back, there, far, near, fast_path=self._short_way),
+            SimulatedStream(there, back, near, far, fast_path=self._fast_path),
+            SimulatedStream(back, there, far, near, fast_path=self._fast_path),
             (there, back),
         )
         for _ in {client, server} & self._frozen:

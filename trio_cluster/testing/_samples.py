@@ -1,4 +1,4 @@
-"""Requests that make sense to a model of each kind, and what of an answer to them can be compared."""
+"""Sample requests for a model of each kind, and the part of a response that can be compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Final
 from ..core.model import Kind
 from ._grammar import read_stream
 
-__all__ = ["ENDPOINT_OF", "encode", "essence", "sample", "streams"]
+__all__ = ["ENDPOINT_OF", "comparable", "encode", "sample", "supports_streaming"]
 
-#: The endpoint that stands for a kind; a path of nobody's for routes of one's own.
+#: The endpoint that is checked for each kind; for ``custom``, a route that the OpenAI API does not have.
 ENDPOINT_OF: Final[Mapping[Kind, str]] = {
     "chat": "chat.completions",
     "embedding": "embeddings",
@@ -26,18 +26,18 @@ ENDPOINT_OF: Final[Mapping[Kind, str]] = {
     "custom": "/v1/sample",
 }
 
-#: The smallest picture that begins as one.
+#: The signature of a PNG file, which is all that is needed of one.
 _PICTURE: Final = b"\x89PNG\r\n\x1a\n"
 _BOUNDARY: Final = "end-of-a-part"
 
 
-def streams(kind: Kind) -> bool:
-    """Return whether clients may ask for a stream of events."""
+def supports_streaming(kind: Kind) -> bool:
+    """Return whether clients may ask a model of this kind for a stream of events."""
     return kind in ("chat", "asr")
 
 
 def sample(kind: Kind, number: int) -> Mapping[str, Any]:
-    """Return the fields of a short request; another ``number`` is another request."""
+    """Return the fields of a short request. There are two for each kind, with the numbers 0 and 1."""
     text = ("The first of two requests.", "And here is the second one.")[number]
     samples: dict[Kind, dict[str, Any]] = {
         "chat": {"messages": [{"role": "user", "content": text}]},
@@ -54,7 +54,7 @@ def sample(kind: Kind, number: int) -> Mapping[str, Any]:
 
 
 def encode(fields: Mapping[str, Any], *, stream: bool) -> tuple[bytes, str]:
-    """Return the body of a request, and its content type: a form if anything in it is bytes, otherwise JSON."""
+    """Return the body of a request, and its content type: a form if any field is ``bytes``, otherwise JSON."""
     whole = {"model": "model", **({"stream": True} if stream else {}), **fields}
     if not any(isinstance(value, bytes) for value in whole.values()):
         return json.dumps(whole).encode(), "application/json"
@@ -71,11 +71,14 @@ def encode(fields: Mapping[str, Any], *, stream: bool) -> tuple[bytes, str]:
     return body + f"--{_BOUNDARY}--\r\n".encode(), f"multipart/form-data; boundary={_BOUNDARY}"
 
 
-def essence(kind: Kind, body: bytes, *, stream: bool) -> Any:
-    """Return what an answer says, without its ids and times. What is false says nothing.
+def comparable(kind: Kind, body: bytes, *, stream: bool) -> Any:
+    """Return the content of a response, without ids and times, to compare it with another one.
+
+    Returns:
+        Anything that can be compared; it is false if the response has no content.
 
     Raises:
-        AssertionError, KeyError, TypeError, ValueError: it is no answer of this kind.
+        AssertionError, KeyError, TypeError, ValueError: it is not a response of this kind.
     """
     if stream:
         report = read_stream(body)
@@ -87,17 +90,17 @@ def essence(kind: Kind, body: bytes, *, stream: bool) -> Any:
         return body
     if kind == "asr":
         return json.loads(body)["text"]
-    answer = json.loads(body)
+    response = json.loads(body)
     if kind == "chat":
-        messages = [choice["message"] for choice in answer["choices"]]
-        said = [(message.get("content"), message.get("tool_calls")) for message in messages]
-        return said if any(map(any, said)) else []
+        messages = [choice["message"] for choice in response["choices"]]
+        contents = [(message.get("content"), message.get("tool_calls")) for message in messages]
+        return contents if any(map(any, contents)) else []
     if kind == "rerank":
-        return [(item["index"], item["relevance_score"]) for item in answer["results"]]
+        return [(item["index"], item["relevance_score"]) for item in response["results"]]
     if kind == "moderation":
-        return [(item["flagged"], item["category_scores"]) for item in answer["results"]]
+        return [(item["flagged"], item["category_scores"]) for item in response["results"]]
     name = "embedding" if kind == "embedding" else "b64_json"
-    return [item[name] for item in answer["data"]]
+    return [item[name] for item in response["data"]]
 
 
 def _choices(event: Mapping[str, Any]) -> list[Any]:
@@ -106,7 +109,7 @@ def _choices(event: Mapping[str, Any]) -> list[Any]:
 
 
 def _silence(tenths: int) -> bytes:
-    """Return a sound file of so many tenths of a second."""
+    """Return a WAV file with ``tenths`` tenths of a second of silence."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(1)

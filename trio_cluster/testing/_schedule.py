@@ -1,11 +1,11 @@
-"""Random schedules: a cluster, its clients and a hail of faults, all from one seed, and the laws that must hold.
+"""Random schedules: a cluster, its clients and many faults, all drawn from one seed, and the invariants that must hold.
 
-:func:`run_schedule` draws a plan from a seed, plays it on a simulated cluster, checks all the while what can be checked
-all the while, then lets the weather clear up and checks that everything is as it should be: every worker is back,
-every slot can be used, nothing is left over.
+:func:`run_schedule` draws a plan from a seed, plays it on a simulated cluster, and checks the invariants at every turn
+of the event loop. When all faults are over it checks that the cluster has recovered: every worker is connected, every
+slot can be used, nothing is left over.
 
-Everything follows from the seed: the plan, trio's choice of which task runs first, the pauses between attempts to
-reconnect. So a schedule that failed fails again, and its log is the same to the last byte.
+Everything follows from the seed: the plan, trio's choice of which task runs first, the backoff before reconnecting. So
+a schedule that failed fails again, and its log is the same to the last byte.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ import trio
 import trio.testing
 
 from ..gateway.body import SpooledBody
-from ._actors import Actors
 from ._cluster import PORT, open_cluster
-from ._errands import Outcome, run_errand
 from ._history import History
-from ._laws import Laws
-from ._plan import Errand, Model, Plan, draw_plan
-from ._rest import OrphansLeft, assert_no_orphans
+from ._invariants import Invariants
+from ._nemesis import Nemesis
+from ._plan import ModelSpec, Plan, SimulatedRequest, draw_plan
+from ._quiescence import OrphansLeft, assert_no_orphans
+from ._scripted_models import ScriptedModels
 from ._scripts import Script, ScriptedFailure
 from ._seed import seeded
-from ._stage import Stage
+from ._simulation import Simulation
+from ._workload import Outcome, send_request
 
 __all__ = ["ScheduleFailed", "ScheduleReport", "run_schedule"]
 
 #: Lines of the log that a failure shows.
 _TAIL: Final = 60
 
-#: Seconds within which a cluster is well again when the last fault is over; a worker dials again within 30.
-_WELL: Final = 60.0
+#: Seconds within which a cluster has recovered when the last fault is over; a worker reconnects within 30.
+_RECOVERY_TIME: Final = 60.0
 
-#: The number of the first request that asks whether all is well again.
-_PROBES: Final = 10_000
+#: The number of the first request that checks the recovered cluster.
+_FIRST_PROBE: Final = 10_000
 
 
 @attrs.frozen
@@ -51,13 +52,13 @@ class ScheduleReport:
     """What happened in a schedule.
 
     Attributes:
-        seed: what it followed from.
+        seed: what it was drawn from.
         simulated: seconds that passed in it.
-        real: seconds that it took.
+        real: seconds that it took to play.
         requests: how many requests there were.
         outcomes: how they ended, and how often.
-        faults: what was done to the cluster, and how often.
-        log: every line of what happened, in the order of time.
+        faults: the faults that were injected, and how often.
+        log: every line of the log, in the order of time.
         digest: a hash of the log.
     """
 
@@ -72,12 +73,12 @@ class ScheduleReport:
 
 
 class ScheduleFailed(AssertionError):
-    """A law did not hold. The message says which, and how to see it again.
+    """An invariant was violated. The message says which, and how to replay the schedule.
 
     Attributes:
         seed: the schedule's.
-        violations: what was wrong, in the order in which it was seen.
-        log: every line of what happened.
+        violations: what was wrong, in the order in which it was found.
+        log: every line of the log, in the order of time.
     """
 
     def __init__(self, seed: int, violations: list[str], log: list[str]) -> None:
@@ -87,35 +88,36 @@ class ScheduleFailed(AssertionError):
         broken = "\n".join(f"  {violation}" for violation in violations[:20])
         tail = "\n".join(f"  {line[:240]}" for line in log[-_TAIL:])
         super().__init__(
-            f"schedule {seed} broke {len(violations)} laws:\n{broken}\nthe end of its log:\n{tail}\n"
-            f"again, with the whole log: python -m trio_cluster.testing {seed} --log"
+            f"schedule {seed} violated {len(violations)} invariants:\n{broken}\nthe end of its log:\n{tail}\n"
+            f"to replay it with the whole log: python -m trio_cluster.testing {seed} --log"
         )
 
 
 def run_schedule(seed: int, *, seconds: float = 30.0, requests: int = 60, faults: int = 16) -> ScheduleReport:
-    """Play the schedule of a seed. Runs an event loop of its own, on a clock of its own.
+    """Play the schedule of a seed. Synchronous: runs an event loop of its own, on a virtual clock of its own.
 
     Args:
         seed: what everything follows from, together with the other arguments.
-        seconds: for how long requests and faults begin; the simulated time is longer, until all is well again.
+        seconds: for how long requests and faults begin; the simulated time is longer, until the cluster has recovered.
         requests: how many requests there are.
         faults: how many faults there are at most.
 
     Returns:
-        What happened, if all laws held.
+        What happened, if all invariants held.
 
     Raises:
-        ScheduleFailed: one did not.
+        ScheduleFailed: an invariant was violated, or the simulation itself failed.
+        RuntimeError: the scheduler of this version of trio cannot be seeded.
     """
     plan = draw_plan(seed, seconds=seconds, requests=requests, faults=faults)
     history = History(ScriptedFailure)
     began = time.perf_counter()
-    with seeded(seed), _heard_by(history), _without_threads():
+    with seeded(seed), _recording_logs(history), _without_threads():
         try:
             clock = trio.testing.MockClock(autojump_threshold=0)
             outcomes, simulated = trio.run(_play, plan, history, clock=clock)
         except Exception as error:
-            # Whatever it is, what happened before is what explains it.
+            # Whatever failed, the log before it explains it.
             violations = [*history.violations, f"the simulation itself failed: {error!r}"]
             raise ScheduleFailed(seed, violations, history.lines) from error
     if history.violations:
@@ -126,40 +128,55 @@ def run_schedule(seed: int, *, seconds: float = 30.0, requests: int = 60, faults
         real=time.perf_counter() - began,
         requests=len(outcomes),
         outcomes=Counter(outcome.verdict for outcome in outcomes),
-        faults=history.faults,
+        faults=history.fault_counts,
         log=tuple(history.lines),
         digest=history.digest,
     )
 
 
+@attrs.frozen
+class _Run:
+    """The parts of a schedule that is being played."""
+
+    plan: Plan
+    history: History
+    models: ScriptedModels
+    simulation: Simulation
+    invariants: Invariants
+
+
 async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
     history.start()
-    actors = Actors(history)
+    models = ScriptedModels(history)
     outcomes: list[Outcome] = []
     with trio.CancelScope() as scope:
-        async with open_cluster(latency=plan.latency, short_way=plan.short_way, **plan.options) as cluster:
+        async with open_cluster(latency=plan.latency, fast_path=plan.fast_path, **plan.options) as cluster:
             # The master that was opened with the cluster has no models.
             cluster.master.kill()
             await cluster.master.over.wait()
-            stage = Stage(plan, cluster, history, actors, scope)
-            laws = Laws(plan, stage, history, actors)
-            trio.lowlevel.add_instrument(laws)
+            simulation = Simulation(plan, cluster, history, models, scope)
+            invariants = Invariants(plan, simulation, history, models)
+            nemesis = Nemesis(simulation, history)
+            run = _Run(plan, history, models, simulation, invariants)
+            trio.lowlevel.add_instrument(invariants)
             for name in plan.slots:
-                await stage.start(name)
-            await _wait_until_well(plan, stage, history, laws)
+                await simulation.start(name)
+            await _wait_for_recovery(run)
             async with trio.open_nursery() as nursery:
                 for fault in plan.faults:
-                    nursery.start_soon(_at, fault.at, stage.run, fault)
-                for errand in plan.errands:
-                    nursery.start_soon(_at, errand.at, _run_errand, errand, stage, history, laws, outcomes)
-            await _wait_until_well(plan, stage, history, laws)
-            laws.judge_runs(outcomes)
+                    nursery.start_soon(_at, fault.at, nemesis.inject, fault)
+                for request in plan.requests:
+                    nursery.start_soon(_at, request.at, _run_request, run, request, outcomes)
+            await _wait_for_recovery(run)
+            invariants.check_runs(outcomes)
             if not history.violations:
-                await _probe(plan, stage, history, laws, actors)
-            trio.lowlevel.remove_instrument(laws)
-            for life in stage.past:
-                if life.node.error is not None:
-                    history.violate(f"{life.name}, life {life.number}, failed: {life.node.error!r}")
+                await _probe(run)
+            trio.lowlevel.remove_instrument(invariants)
+            for process in simulation.processes:
+                if process.node.error is not None:
+                    history.add_violation(
+                        f"{process.name}, process {process.number}, failed: {process.node.error!r}"
+                    )
             return outcomes, history.now
     return outcomes, history.now
 
@@ -169,77 +186,80 @@ async def _at(when: float, function: Any, *args: Any) -> None:
     await function(*args)
 
 
-async def _run_errand(
-    errand: Errand, stage: Stage, history: History, laws: Laws, outcomes: list[Outcome]
-) -> None:
-    stage.active[errand.number] = errand.host
-    history.note(f"client {errand.number} asks {errand.model}, and {errand.manner}")
-    bound = laws.bound(errand)
-    outcome = await run_errand(errand, stage.cluster.network, history, PORT, bound)
-    del stage.active[errand.number]
-    laws.judge(outcome)
+async def _run_request(run: _Run, request: SimulatedRequest, outcomes: list[Outcome]) -> None:
+    run.simulation.active_clients[request.number] = request.host
+    run.history.log(f"client {request.number} sends a request to {request.model}, and {request.behavior}")
+    bound = run.invariants.bound(request)
+    outcome = await send_request(request, run.simulation.cluster.network, run.history, PORT, bound)
+    del run.simulation.active_clients[request.number]
+    run.invariants.check_outcome(outcome)
     outcomes.append(outcome)
 
 
-async def _wait_until_well(plan: Plan, stage: Stage, history: History, laws: Laws) -> None:
-    """Wait until the cluster is whole and at rest; that it comes to that in time is a law too."""
-    bound = _WELL + 2 * float(plan.options["worker_timeout"])
+async def _wait_for_recovery(run: _Run) -> None:
+    """Wait until the cluster is whole and quiescent; that this happens in time is an invariant, too."""
+    bound = _RECOVERY_TIME + 2 * float(run.plan.options["worker_timeout"])
     pause = 0.01
-    # What happened last must have had its effect.
-    await trio.sleep(laws.reaction)
+    # The last fault must have had its effect before the cluster can be said to have recovered from it.
+    await trio.sleep(run.invariants.reaction_time)
     with trio.move_on_after(bound):
-        while laws.absent() or _orphans(stage):
+        while run.invariants.missing() or _orphans(run.simulation):
             await trio.sleep(pause)
             pause = min(2 * pause, 1.0)
         return
-    for wrong in [*laws.absent(), *_orphans(stage)]:
-        history.violate(f"not well {bound:.0f} s after the last fault: {wrong}")
+    for wrong in [*run.invariants.missing(), *_orphans(run.simulation)]:
+        run.history.add_violation(f"not recovered {bound:.0f} s after the last fault: {wrong}")
 
 
-def _orphans(stage: Stage) -> list[str]:
+def _orphans(simulation: Simulation) -> list[str]:
     try:
-        assert_no_orphans(stage.cluster)
+        assert_no_orphans(simulation.cluster)
     except OrphansLeft as left:
         return left.orphans
     return []
 
 
-async def _probe(plan: Plan, stage: Stage, history: History, laws: Laws, actors: Actors) -> None:
-    """Ask each node for as much at a time as it has slots, and then each model for one answer after another."""
-    numbers = itertools.count(_PROBES)
+async def _probe(run: _Run) -> None:
+    """Send each node as many requests at once as it has slots, then each model one request after another."""
+    plan, history, models = run.plan, run.history, run.models
+    numbers = itertools.count(_FIRST_PROBE)
     outcomes: list[Outcome] = []
 
-    async def ask(model: Model) -> None:
+    async def ask(model: ModelSpec) -> None:
         single = model.kind in ("embedding", "image_generation")
         script = Script(next(numbers), model.kind, pieces=1 if single else 5, first_after=0.5)
-        errand = Errand(0.0, model.name, script, stream=model.kind in ("chat", "asr"))
-        await _run_errand(errand, stage, history, laws, outcomes)
+        request = SimulatedRequest(0.0, model.name, script, stream=model.kind in ("chat", "asr"))
+        await _run_request(run, request, outcomes)
 
     for model in plan.models:
         if model.name == f"only-{model.hosts[0]}":
             node, slots = model.hosts[0], plan.slots[model.hosts[0]]
-            actors.most.clear()
+            models.peak.clear()
             async with trio.open_nursery() as nursery:
                 for _ in range(slots):
                     nursery.start_soon(ask, model)
-            if actors.most.get(node, 0) != slots:
-                history.violate(f"{node} has {slots} slots, and ran {actors.most.get(node, 0)} handlers")
+            if models.peak.get(node, 0) != slots:
+                history.add_violation(
+                    f"{node} has {slots} slots, and ran {models.peak.get(node, 0)} handlers"
+                )
         else:
             for _ in model.hosts:
                 await ask(model)
-            served = {run.node for run in actors.runs[-len(model.hosts) :]}
+            served = {each.node for each in models.runs[-len(model.hosts) :]}
             if served != set(model.hosts):
-                history.violate(f"{model.name} is answered by {sorted(served)}, not by {sorted(model.hosts)}")
-    laws.judge_runs(outcomes)
+                history.add_violation(
+                    f"{model.name} is answered by {sorted(served)}, not by {sorted(model.hosts)}"
+                )
+    run.invariants.check_runs(outcomes)
     for outcome in outcomes:
         if outcome.verdict not in ("complete", "stream finished"):
-            history.violate(f"{outcome.errand.model} answers with {outcome.verdict} when all is well")
-    await _wait_until_well(plan, stage, history, laws)
+            history.add_violation(f"{outcome.request.model} answers with {outcome.verdict} after recovery")
+    await _wait_for_recovery(run)
 
 
 @contextlib.contextmanager
 def _without_threads() -> Iterator[None]:
-    """Let nobody wait for the disk in a thread, whose end is in no order that could be repeated."""
+    """Access the disk without threads: when a thread ends does not follow from the seed."""
 
     async def at_once(self: SpooledBody, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -254,14 +274,14 @@ def _without_threads() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _heard_by(history: History) -> Iterator[None]:
-    """Let the chronicle hear what the nodes log."""
-    root, ours = logging.getLogger(), logging.getLogger("trio_cluster")
-    level = ours.level
+def _recording_logs(history: History) -> Iterator[None]:
+    """Add what the nodes log to the history."""
+    root, package = logging.getLogger(), logging.getLogger("trio_cluster")
+    level = package.level
     root.addHandler(history)
-    ours.setLevel(logging.INFO)
+    package.setLevel(logging.INFO)
     try:
         yield
     finally:
-        ours.setLevel(level)
+        package.setLevel(level)
         root.removeHandler(history)

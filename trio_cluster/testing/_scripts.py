@@ -1,9 +1,9 @@
-"""What a request of a schedule tells its model to do, and what a client must then get.
+"""Scripts: what a request of a schedule tells its model to do, and what the client must then receive.
 
-The script travels inside the request: a model here is one function that does what it is asked. So the answer is known
-before it is given, piece by piece, and every piece says which request it is for; a piece that is lost, doubled, out
-of order or somebody else's cannot go unnoticed. The request is checked in the same way, by a filling that follows
-from its number.
+The script travels inside the request, and a scripted model is one function that does what its request says. So the
+output is known before it is made, piece by piece, and every piece names the request that it belongs to: a piece that
+is lost, duplicated, out of order, or of another request is always found. The request is checked in the same way, by
+padding that follows from its number.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..core.model import Kind
 
 __all__ = ["MARGIN", "Failure", "Script", "ScriptedFailure", "read_script"]
 
-#: How a scripted model fails: with an error that is meant for the client, or with one that is not.
-Failure = Literal["told", "untold"]
+#: How a scripted model fails: with an ``ApiError``, which the client gets as it is, or with any other exception.
+Failure = Literal["api_error", "exception"]
 
-#: Seconds by which things may be later than arithmetic says, without network or load being in the way.
+#: Seconds by which things may be later than computed, without any delay by network or load.
 MARGIN: Final = 0.05
 
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class ScriptedFailure(Exception):
-    """What a model raises that was told to fail without telling."""
+    """Raised by a model whose script fails with an ``exception``."""
 
 
 @attrs.frozen
@@ -40,15 +40,15 @@ class Script:
         kind: of the model.
         pieces: how many pieces of output it gives.
         size: characters or bytes of each piece, at least.
-        first_after: how long it is silent at first.
+        first_after: how long it waits before the first piece.
         interval: how long it waits after each piece.
         fails: how it fails, if it does.
-        fails_at: after how many pieces.
-        stalls_at: after how many pieces it is silent for once; never if negative.
-        stall: for how long.
-        clings: how long it goes on after it was cancelled.
-        filling: bytes that the request has beyond what it needs.
-        model_last: in a form, the model comes behind the file.
+        fails_at: after how many pieces it fails.
+        stalls_at: after how many pieces it stalls, once; never if negative.
+        stall: how long it stalls.
+        ignore_cancellation_for: how long it continues after it was cancelled.
+        padding: characters in the request beyond what it needs.
+        model_last: in a form, the field ``model`` comes behind the file.
     """
 
     number: int
@@ -61,58 +61,58 @@ class Script:
     fails_at: int = 0
     stalls_at: int = -1
     stall: float = 0.0
-    clings: float = 0.0
-    filling: int = 0
+    ignore_cancellation_for: float = 0.0
+    padding: int = 0
     model_last: bool = False
 
     def dump(self) -> str:
-        """Return the text of the request."""
-        return json.dumps({**attrs.asdict(self), "f": filling(self.number, self.filling)})
+        """Return the text of the request, which carries the script and the padding."""
+        return json.dumps({**attrs.asdict(self), "filler": _filler(self.number, self.padding)})
 
     def piece(self, index: int) -> str:
-        """Return a piece of the output."""
+        """Return one piece of the output."""
         head = f"{self.number}.{index} "
-        return head + filling(self.number + index, self.size - len(head))
+        return head + _filler(self.number + index, self.size - len(head))
 
     @property
-    def whole(self) -> str:
+    def output(self) -> str:
         """The complete output."""
         return "".join(self.piece(index) for index in range(self.pieces))
 
     @property
     def vector(self) -> list[float]:
-        """The complete output of a model that embeds."""
+        """The complete output of an embedding model."""
         return [float(self.number), float(self.pieces), 0.5]
 
     @property
-    def bytes_out(self) -> int:
-        """About how large the output is."""
+    def output_bytes(self) -> int:
+        """About how many bytes the output has."""
         return self.pieces * max(self.size, 8)
 
     @property
     def duration(self) -> float:
-        """How long it takes if nobody is in the way."""
-        return self.first_after + self.outputs * self.interval + self.stalled
+        """How long it takes if nothing delays it."""
+        return self.first_after + self.pieces_given * self.interval + self.stalled
 
     @property
     def stalled(self) -> float:
-        """How long it stalls, if it comes to that."""
-        return self.stall if 0 <= self.stalls_at <= self.outputs else 0.0
+        """How long it stalls; 0 if it ends before."""
+        return self.stall if 0 <= self.stalls_at <= self.pieces_given else 0.0
 
     @property
-    def outputs(self) -> int:
-        """How many pieces there are before it ends or fails."""
+    def pieces_given(self) -> int:
+        """How many pieces it gives before it ends or fails."""
         return self.pieces if self.fails is None else min(self.fails_at, self.pieces)
 
     @property
     def longest_silence(self) -> float:
-        """How long it is silent at most."""
+        """The longest time without output."""
         return max(
             self.first_after + (self.stalled if self.stalls_at == 0 else 0.0), self.interval + self.stalled
         )
 
     def value(self, index: int) -> Any:
-        """Return a piece of the output in the form in which a handler of this kind gives it."""
+        """Return one piece of the output, in the type that a handler of this kind gives."""
         if self.kind == "embedding":
             return self.vector
         text = self.piece(index)
@@ -122,8 +122,8 @@ class Script:
         """Return path, body and content type of a request that carries this script.
 
         Args:
-            model: whom to ask.
-            stream: whether the answer is to be streamed, where that can be chosen.
+            model: the name of the model.
+            stream: ask for a stream, where the route has the choice.
             route: for a chat model, ``completions`` or ``chat``.
         """
         text = self.dump()
@@ -142,34 +142,24 @@ class Script:
             path, fields = "/v1/images/generations", {"prompt": text}
         return path, json.dumps({"model": model, **fields}).encode(), "application/json"
 
-    def is_whole(self, body: bytes) -> bool:
-        """Return whether an answer that is not a stream of events is exactly what it must be."""
+    def is_complete(self, body: bytes) -> bool:
+        """Return whether the body of a response that is not a stream of events holds exactly the complete output."""
         if self.kind == "tts":
-            return body == self.whole.encode()
+            return body == self.output.encode()
         try:
-            return self._is_whole_object(json.loads(body))
+            return self._is_complete_object(json.loads(body))
         except (LookupError, TypeError, ValueError):
             return False
 
-    def _is_whole_object(self, answer: Any) -> bool:
+    def _is_complete_object(self, response: Any) -> bool:
         if self.kind == "embedding":
-            return bool(answer["data"][0]["embedding"] == self.vector)
+            return bool(response["data"][0]["embedding"] == self.vector)
         if self.kind == "image_generation":
-            return base64.b64decode(answer["data"][0]["b64_json"]) == self.whole.encode()
+            return base64.b64decode(response["data"][0]["b64_json"]) == self.output.encode()
         if self.kind == "asr":
-            return bool(answer["text"] == self.whole)
-        choice = answer["choices"][0]
-        return bool((choice["message"]["content"] if "message" in choice else choice["text"]) == self.whole)
-
-
-def filling(number: int, length: int) -> str:
-    """Return so many characters that depend on a number."""
-    if length <= 0:
-        return ""
-    start = number * 7 % len(_ALPHABET)
-    turned = _ALPHABET[start:] + _ALPHABET[:start]
-    # A period that is no divisor of any buffer's size, so that a piece which is cut out or doubled shifts the rest.
-    return (turned * (length // len(turned) + 1))[:length]
+            return bool(response["text"] == self.output)
+        choice = response["choices"][0]
+        return bool((choice["message"]["content"] if "message" in choice else choice["text"]) == self.output)
 
 
 def read_script(text: str) -> Script:
@@ -179,11 +169,21 @@ def read_script(text: str) -> Script:
         ValueError: the request is damaged.
     """
     fields = json.loads(text)
-    filled = fields.pop("f")
+    filler = fields.pop("filler")
     script = Script(**fields)
-    if filled != filling(script.number, script.filling):
+    if filler != _filler(script.number, script.padding):
         raise ValueError(f"the body of request {script.number} was damaged")
     return script
+
+
+def _filler(number: int, length: int) -> str:
+    """Return ``length`` characters that depend on ``number``; none if ``length`` is negative."""
+    if length <= 0:
+        return ""
+    start = number * 7 % len(_ALPHABET)
+    rotated = _ALPHABET[start:] + _ALPHABET[:start]
+    # The period divides no buffer size, so a part that is cut out or duplicated shifts everything behind it.
+    return (rotated * (length // len(rotated) + 1))[:length]
 
 
 def _form(model: str, text: str, stream: bool, model_last: bool) -> tuple[bytes, str]:

@@ -1,12 +1,11 @@
-"""The same again: whatever draws lots in a test is seeded, so that a number names a course of events.
+"""Reproducible runs: everything that is random in a test is seeded, so that a number reproduces a run.
 
-Four things draw lots: trio's scheduler, which shuffles the tasks that are ready; Python's ``random``, which handlers
-may use; this package, for the jitter of waits and for ids; and the test itself, if it wants to. Seeding the first one
-is not part of trio's public interface. What is used here is what Hypothesis and pytest-trio use for the same purpose,
-and whether it is there is checked when it is used.
+Four things are random: trio's scheduler, which shuffles the tasks that are ready; Python's ``random``, which handlers
+may use; this package, for the jitter of waits and for ids; and the test itself, if it wants to be. Seeding the
+scheduler is not part of trio's public interface; see ``_trio_internals``.
 
-Two runs with the same seed take the same course if nothing but lots and virtual time decides what happens: no threads,
-no real sockets, no clock but trio's mock clock.
+Two runs with the same seed are the same if only random numbers and virtual time decide what happens: no threads, no
+real sockets, no clock but trio's mock clock.
 """
 
 from __future__ import annotations
@@ -16,44 +15,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trio._core import _run
-
 from ..core import randomness
+from ._trio_internals import reproducible_scheduler
 
-__all__ = ["seeded"]
+__all__ = ["can_be_seeded", "seeded"]
 
-_SORTS = "_ALLOW_DETERMINISTIC_SCHEDULING"
+
+def can_be_seeded() -> bool:
+    """Return whether :func:`seeded` works with this version of trio."""
+    try:
+        with reproducible_scheduler():
+            return True
+    except RuntimeError:
+        return False
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[random.Random]:
-    """Make everything random inside the block follow from ``seed``; afterwards all is as it was.
+    """Make everything random inside the block follow from ``seed``; afterwards the former state is restored.
 
-    It may stand around ``trio.run`` or inside it. Seeded are trio's scheduler, Python's ``random``, and the jitter and
+    It may be used around ``trio.run`` or inside it. It seeds trio's scheduler, Python's ``random``, and the jitter and
     the ids of this package.
 
     Args:
         seed: any whole number.
 
     Yields:
-        A generator for the test's own decisions, seeded too. What it draws changes nothing for the others.
+        A generator for the test's own decisions, seeded too. What is drawn from it does not change anything else.
 
     Raises:
-        RuntimeError: this version of trio has a scheduler that cannot be seeded.
+        RuntimeError: the scheduler of this version of trio cannot be seeded. The message names trio and its version.
     """
-    scheduler = getattr(_run, "_r", None)
-    if not isinstance(scheduler, random.Random) or not hasattr(_run, _SORTS):
-        raise RuntimeError("the scheduler of this version of trio cannot be seeded")
-    generators: list[Any] = [scheduler, random, randomness.generator]
-    states = [each.getstate() for each in generators]
-    sorts = getattr(_run, _SORTS)
-    # A batch of tasks that are ready is in no order that could be repeated, unless it is sorted before it is shuffled.
-    setattr(_run, _SORTS, True)
-    for each in generators:
-        each.seed(seed)
-    try:
-        yield random.Random(seed)
-    finally:
-        setattr(_run, _SORTS, sorts)
-        for each, state in zip(generators, states, strict=True):
-            each.setstate(state)
+    with reproducible_scheduler() as scheduler:
+        generators: list[Any] = [scheduler, random, randomness.generator]
+        states = [each.getstate() for each in generators]
+        for each in generators:
+            each.seed(seed)
+        try:
+            yield random.Random(seed)
+        finally:
+            for each, state in zip(generators, states, strict=True):
+                each.setstate(state)

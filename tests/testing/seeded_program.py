@@ -1,6 +1,6 @@
-"""A program that takes a course through a cluster, prints all of it, and is the same for the same seed.
+"""A program that runs a cluster, prints everything that happens in it, and is the same for the same seed.
 
-python course.py SEED BALLAST
+python seeded_program.py SEED BALLAST
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trio_cluster.testing import FakeModel, SimulatedCluster, open_cluster, seed
 
 class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print what a node logs, with the virtual time."""
+        """Print a record of a node, with the virtual time."""
         fields = getattr(record, "fields", {})
         print(f"{trio.current_time():.9f} {record.name} {record.getMessage()} {sorted(fields.items())}")
 
@@ -25,10 +25,10 @@ class _Log(logging.Handler):
 async def _ask(cluster: SimulatedCluster, number: int, draw: random.Random) -> None:
     await trio.sleep(draw.choice([0.0, 0.0, 1.0, 2.0]))
     try:
-        async with cluster.client(f"client{number}").open_chat("m", f"question {number}") as answer:
-            print(f"{trio.current_time():.9f} {number} {answer.status} {answer.headers['x-request-id']}")
+        async with cluster.client(f"client{number}").open_chat("m", f"question {number}") as response:
+            print(f"{trio.current_time():.9f} {number} {response.status} {response.headers['x-request-id']}")
             while True:
-                print(f"{trio.current_time():.9f} {number} {len(await answer.receive())}")
+                print(f"{trio.current_time():.9f} {number} {len(await response.receive())}")
                 if draw.random() < 0.05:
                     return
     except (trio.EndOfChannel, OSError) as error:
@@ -43,7 +43,7 @@ async def _wait(number: int) -> None:
 
 
 async def main(draw: random.Random) -> None:
-    """Have a dozen clients ask three replicas, of which one is killed and one cut off."""
+    """Let a dozen clients send requests to three replicas, of which one is killed and one partitioned."""
     logger = logging.getLogger("trio_cluster")
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_Log())
@@ -72,7 +72,7 @@ async def main(draw: random.Random) -> None:
 
 
 if __name__ == "__main__":
-    # Sets of tasks are in the order of their addresses. This puts other things there first, in each run more of them.
+    # Sets of tasks are ordered by address. These objects shift the addresses, in each run by another amount.
     ballast = [bytearray(size % 600) for size in range(int(sys.argv[2]))]
     with seeded(int(sys.argv[1])) as generator:
         trio.run(main, generator, clock=MockClock(autojump_threshold=0))

@@ -1,4 +1,4 @@
-"""The stage on which the law is played: a simulated cluster, one handler that does what it is told, one client."""
+"""The scenario on which the law is played: a simulated cluster, one handler that does what it is told, one client."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import trio
 
 from trio_cluster import ClusterServer
 from trio_cluster.core.call import Call
-from trio_cluster.testing import Answer, SimulatedCluster, StreamingAnswer, open_cluster, worker
+from trio_cluster.testing import Response, SimulatedCluster, StreamingResponse, open_cluster, worker
 
-__all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Script", "Stage", "open_stage"]
+__all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Scenario", "Script", "open_scenario"]
 
 #: Seconds from any machine to any other.
 LATENCY: Final = 0.01
@@ -45,7 +45,7 @@ class Endpoint:
     """How the answer is sent: as events, as audio that comes as it is made, or when it is complete."""
     fields: Mapping[str, Any]
     outputs: tuple[Any, Any]
-    check: Callable[[Answer, list[Any]], None]
+    check: Callable[[Response, list[Any]], None]
     """Fails if a complete answer does not hold exactly what the handler gave."""
 
     @property
@@ -67,27 +67,27 @@ def _form(audio: bytes) -> bytes:
     )
 
 
-def _check_events(answer: Answer, outputs: list[Any]) -> None:
+def _check_events(answer: Response, outputs: list[Any]) -> None:
     assert answer.report().text == "".join(outputs)
 
 
-def _check_chat(answer: Answer, outputs: list[Any]) -> None:
+def _check_chat(answer: Response, outputs: list[Any]) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "".join(outputs)
 
 
-def _check_vectors(answer: Answer, outputs: list[Any]) -> None:
+def _check_vectors(answer: Response, outputs: list[Any]) -> None:
     assert [each["embedding"] for each in answer.json()["data"]] == outputs
 
 
-def _check_transcription(answer: Answer, outputs: list[Any]) -> None:
+def _check_transcription(answer: Response, outputs: list[Any]) -> None:
     assert answer.json()["text"] == "".join(outputs)
 
 
-def _check_audio(answer: Answer, outputs: list[Any]) -> None:
+def _check_audio(answer: Response, outputs: list[Any]) -> None:
     assert answer.body == b"".join(outputs)
 
 
-def _check_images(answer: Answer, outputs: list[Any]) -> None:
+def _check_images(answer: Response, outputs: list[Any]) -> None:
     assert [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]] == outputs
 
 
@@ -262,7 +262,7 @@ class Caller:
             self.send_rest.set()
         if reads:
             self.read_on.set()
-        self.answer: Answer | None = None
+        self.answer: Response | None = None
         self.asked_at = math.nan
         self.ended_at: float | None = None
         self.left = False
@@ -283,7 +283,7 @@ class Caller:
         self.left = True
         self._stream.close(reset=reset)
 
-    async def _context(self) -> Answer | None:
+    async def _context(self) -> Response | None:
         body, content_type = self._endpoint.request(self._padding)
         headers = {
             "host": "master",
@@ -313,13 +313,13 @@ class Caller:
                 (http.send(h11.Data(rest)) or b"") + (http.send(h11.EndOfMessage()) or b"")
             )
 
-    async def _receive(self, http: h11.Connection) -> Answer | None:
+    async def _receive(self, http: h11.Connection) -> Response | None:
         try:
             event = http.next_event()
             while event is h11.NEED_DATA:
                 http.receive_data(await self._stream.receive_some())
                 event = http.next_event()
-            answer = StreamingAnswer(self._stream, http, event)
+            answer = StreamingResponse(self._stream, http, event)
             with suppress(trio.EndOfChannel):
                 while self.pace:
                     await answer.receive()
@@ -335,7 +335,7 @@ class Caller:
 # All together
 
 
-class Stage:
+class Scenario:
     """Everything that one test needs."""
 
     def __init__(
@@ -378,19 +378,19 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(
+async def open_scenario(
     endpoint: Endpoint,
     phase: Phase,
     *,
     forwarded: bool,
     threaded: bool,
-    short_way: bool = True,
+    fast_path: bool = True,
     **options: Any,
-) -> AsyncIterator[Stage]:
+) -> AsyncIterator[Scenario]:
     """Open a cluster that serves the one model, on a worker or on the master itself, with one slot."""
     script = Script(endpoint, phase)
     async with (
-        open_cluster(latency=LATENCY, short_way=short_way, **options) as cluster,
+        open_cluster(latency=LATENCY, fast_path=fast_path, **options) as cluster,
         trio.open_nursery() as nursery,
     ):
         back = worker("w", **options) if forwarded else cluster.master.server
@@ -398,5 +398,5 @@ async def open_stage(
         getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(threaded=threaded))
         if forwarded:
             await cluster.start_worker(back)
-        yield Stage(cluster, back, script, nursery)
+        yield Scenario(cluster, back, script, nursery)
         nursery.cancel_scope.cancel(reason="the play is over")

@@ -1,83 +1,83 @@
-"""At rest: what must be gone when nobody wants anything any more, and the books that must always add up.
+"""Quiescence: what must be gone when no request is in progress, and the stats that must always balance.
 
-A cluster is at rest when there are no tasks of requests, no slots taken, no calls on anybody's list, nothing queued on
-any link, and no connection that only one of its ends believes in. Whatever is left then has outlived the request it
-was for.
+A cluster is quiescent when there are no tasks of requests, no slots taken, no calls in any registry or on any link,
+nothing queued on any link, and no connection that only one of its ends still holds open. Anything that is left then has
+outlived the request it was for: an orphan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import CodeType
 from typing import Final
 
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ..cluster.master import WorkerManager
 from ..core.stats import CallStats
 from ..gateway.cycle import RequestCycle
+from ..http1.connection import Http1Connection
 from ..protocol import MasterSession, WorkerSession
 from ..routing.backend import LOCAL
 from ..routing.router import Router
 from ._cluster import SimulatedCluster, SimulatedNode
 
-__all__ = ["OrphansLeft", "assert_books_balance", "assert_no_orphans", "settle"]
+__all__ = ["OrphansLeft", "assert_no_orphans", "assert_stats_balance", "settle"]
 
-#: What every HTTP request is in from its beginning to its end, whatever serves it: its way through the gate.
-_HTTP_REQUEST: Final = RequestCycle.run.__qualname__
-#: The tasks of all connections: those of clients, and those of workers.
-_CONNECTIONS: Final = frozenset(
-    {
-        "trio_cluster.http1.server._Connections._serve_one",
-        "trio._highlevel_serve_listeners._run_handler",
-    }
-)
+#: A task that serves a connection has one of these in its stack: a client's connection, or a worker's.
+_SERVES_CONNECTION: Final = frozenset({Http1Connection.serve.__code__, WorkerManager.serve_stream.__code__})
+#: A task that serves an HTTP request has this in its stack, whatever serves the request.
+_SERVES_REQUEST: Final = frozenset({RequestCycle.run.__code__})
 
-#: Seconds between two looks, at most.
-_LOOK_EVERY: Final = 1.0
+#: Seconds between two checks, at most.
+_POLL_INTERVAL: Final = 1.0
 
 
 class OrphansLeft(AssertionError):
-    """Something has outlived the request that it was for, or the books do not balance. The message is a list.
+    """Something has outlived the request that it was for, or the stats do not balance. The message is a list.
 
     Attributes:
-        orphans: a line for each thing, which begins with the node that has it.
+        orphans: a line for each of them, which begins with the name of its node.
     """
 
     def __init__(self, orphans: list[str]) -> None:
-        super().__init__("the cluster is not at rest:\n" + "\n".join(f"  {each}" for each in orphans))
+        super().__init__("the cluster is not quiescent:\n" + "\n".join(f"  {each}" for each in orphans))
         self.orphans = orphans
 
 
-def assert_books_balance(cluster: SimulatedCluster) -> None:
+def assert_stats_balance(cluster: SimulatedCluster) -> None:
     """Check, at any instant, that on every node each call that was admitted has ended in one way, or is in flight.
+
+    Synchronous.
 
     Raises:
         OrphansLeft: on some node the sum is wrong.
     """
-    _raise_if([line for node in _nodes(cluster) for line in _wrong_books(node)])
+    _raise_if([line for node in _nodes(cluster) for line in _unbalanced_stats(node)])
 
 
 def assert_no_orphans(cluster: SimulatedCluster) -> None:
-    """Check that the cluster is at rest now: that nothing is left of any request, on nodes that live and on others.
+    """Check that the cluster is quiescent now: nothing is left of any request, on live nodes and on ended ones.
 
-    What has only just ended may still be winding down; :func:`settle` waits for it first.
+    Synchronous. What has only just ended may still be winding down; :func:`settle` waits for it first.
 
     Raises:
-        OrphansLeft: something is left; says what it is, and whose.
+        OrphansLeft: something is left. The message says what, and on which node.
     """
     _raise_if(_orphans(cluster))
 
 
 async def settle(cluster: SimulatedCluster, *, within: float = 120.0) -> None:
-    """Wait until the cluster is at rest.
+    """Wait until the cluster is quiescent. A checkpoint.
 
     Args:
-        cluster: in which nobody asks for anything meanwhile, and everything that was partitioned or frozen is healed.
-        within: seconds after which it is not going to happen. Must exceed the time in which nodes notice that another
-            one is gone, which is ``worker_timeout``, and the longest silence that handlers are allowed.
+        cluster: no requests may be sent to it meanwhile, and every partition and freeze must have been healed.
+        within: seconds after which to stop waiting. Must exceed the time in which nodes notice that another one is
+            gone, which is ``worker_timeout``, and the longest silence that handlers are allowed.
 
     Raises:
-        OrphansLeft: something is left after that time; says what it is, and whose.
+        OrphansLeft: something is left after that time. The message says what, and on which node.
     """
     pause = 0.001
     with trio.move_on_after(within):
@@ -86,7 +86,7 @@ async def settle(cluster: SimulatedCluster, *, within: float = 120.0) -> None:
             if not _orphans(cluster):
                 return
             await trio.sleep(pause)
-            pause = min(2 * pause, _LOOK_EVERY)
+            pause = min(2 * pause, _POLL_INTERVAL)
     assert_no_orphans(cluster)
 
 
@@ -96,14 +96,17 @@ def _raise_if(orphans: list[str]) -> None:
 
 
 def _nodes(cluster: SimulatedCluster) -> list[SimulatedNode]:
-    """Return all nodes there are and were, each server once, with its newest run."""
+    """Return all nodes, current and past: each server once, with its newest process."""
     newest = {id(node.server): node for node in [*cluster.past, *cluster.nodes]}
     return list(newest.values())
 
 
 def _orphans(cluster: SimulatedCluster) -> list[str]:
     orphans = [
-        line for node in _nodes(cluster) for find in (_calls, _links, _wrong_books) for line in find(node)
+        line
+        for node in _nodes(cluster)
+        for find in (_calls, _links, _unbalanced_stats)
+        for line in find(node)
     ]
     orphans += [
         line
@@ -147,7 +150,8 @@ def _links(node: SimulatedNode) -> Iterator[str]:
     manager, client = node.server.worker_manager, node.server.worker_client
     if manager is not None:
         sessions += [
-            ("a newcomer" if each.peer is None else each.peer.node_id, each) for each in manager.sessions
+            ("a worker in its handshake" if each.peer is None else each.peer.node_id, each)
+            for each in manager.sessions
         ]
         for worker in manager.workers.values():
             if worker.in_flight:
@@ -161,17 +165,17 @@ def _links(node: SimulatedNode) -> Iterator[str]:
         if session.open_calls:
             yield f"{node.name}: calls {session.open_calls} open on the link with {peer}"
         elif not session.idle:
-            yield f"{node.name}: something to be sent on the link with {peer}"
+            yield f"{node.name}: unsent messages on the link with {peer}"
 
 
 def _tasks(node: SimulatedNode, connections: int) -> Iterator[str]:
     if node.task is None or node.over.is_set():
         return
     tasks = list(_below(node.task))
-    requests = sum(_is_in_request(task) for task in tasks)
+    requests = sum(_is_in(task, _SERVES_REQUEST) for task in tasks)
     if requests:
         yield f"{node.name}: {requests} tasks of HTTP requests"
-    serving = sum(task.name in _CONNECTIONS for task in tasks)
+    serving = sum(_is_in(task, _SERVES_CONNECTION) for task in tasks)
     if serving > connections:
         yield f"{node.name}: {serving} tasks of connections, of which {connections} are open"
 
@@ -183,18 +187,19 @@ def _below(task: trio.lowlevel.Task) -> Iterator[trio.lowlevel.Task]:
             yield from _below(child)
 
 
-def _is_in_request(task: trio.lowlevel.Task) -> bool:
-    return any(frame.f_code.co_qualname == _HTTP_REQUEST for frame, _ in task.iter_await_frames())
+def _is_in(task: trio.lowlevel.Task, functions: frozenset[CodeType]) -> bool:
+    """Return whether one of these functions is in the stack of a task."""
+    return any(frame.f_code in functions for frame, _ in task.iter_await_frames())
 
 
-def _wrong_books(node: SimulatedNode) -> Iterator[str]:
+def _unbalanced_stats(node: SimulatedNode) -> Iterator[str]:
     registry = node.server.registry
-    if registry.stats.admitted != _accounted_for(registry):
+    if registry.stats.admitted != _counted(registry):
         counters = ", ".join(f"{name}={count}" for name, count in registry.stats.counters().items())
         yield f"{node.name}: CallStats({counters}) and {len(registry.live)} in flight do not balance"
 
 
-def _accounted_for(registry: Router) -> int:
+def _counted(registry: Router) -> int:
     stats: CallStats = registry.stats
     ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
     return ended + len(registry.live)

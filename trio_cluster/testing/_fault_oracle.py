@@ -1,0 +1,183 @@
+"""The fault oracle: decides whether a failed request has a fault in the history that explains it.
+
+An invariant that accepts any reason for a failure finds no bugs, and one that ignores latency and aftermath reports
+failures that are correct. So a fault explains a failure only if it is near enough in place and time, and everything
+that is allowed is derived from the plan: how long a node tolerates silence, how long the network takes, how many bytes
+have to be sent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from ._history import FaultSpan, History
+from ._plan import Plan, SimulatedRequest
+from ._scripts import MARGIN
+from ._workload import SLOW_READS, Outcome
+
+__all__ = ["CONNECTION_FAULTS", "STOPS", "WORKER_FAULTS", "FaultOracle"]
+
+#: Seconds that a worker waits at most before it tries to reconnect.
+_BACKOFF: Final = 30.0
+
+#: Faults after which a node refuses new requests.
+STOPS: Final = frozenset({"worker stopped", "worker drained", "master stopped"})
+#: Faults by which a master may lose a worker.
+WORKER_FAULTS: Final = STOPS | {
+    "worker killed",
+    "worker frozen",
+    "worker partitioned",
+    "link cut",
+    "link reset",
+    "link partitioned",
+    "master killed",
+    "master frozen",
+}
+#: Faults by which a client may lose its connection.
+CONNECTION_FAULTS: Final = frozenset(
+    {"client partitioned", "connection cut", "connection reset", "master killed", "master stopped"}
+)
+
+
+class FaultOracle:
+    """Explains the failures of one schedule.
+
+    Attributes:
+        detection_time: seconds after which a node has noticed that another one is silent.
+        reaction_time: seconds between a fault and its effect on another node, if nothing delays it.
+        aftermath: seconds for which a fault may have effects after it is over.
+    """
+
+    def __init__(self, plan: Plan, history: History) -> None:
+        self._plan = plan
+        self._history = history
+        self._full: dict[str, list[FaultSpan]] = {}
+        self.detection_time = float(plan.options["worker_timeout"]) + float(
+            plan.options["heartbeat_interval"]
+        )
+        self.reaction_time = MARGIN + 6 * plan.longest_delay
+        self.aftermath = self.detection_time + 2 * self.reaction_time
+
+    def record_load(self, node: str, *, full: bool) -> None:
+        """Record whether all slots of a node are taken at this moment."""
+        spans = self._full.setdefault(node, [])
+        if full and (not spans or spans[-1].ended != math.inf):
+            spans.append(FaultSpan("full", frozenset([node]), self._history.now))
+        elif not full and spans and spans[-1].ended == math.inf:
+            spans[-1].ended = self._history.now
+
+    def explains(self, outcome: Outcome, code: str | None) -> bool:
+        """Return whether an error with this code is explained by the script, the limits, or a fault."""
+        request, hosts = outcome.request, self.hosts(outcome.request)
+        match code:
+            case "scripted":
+                return request.script.fails == "api_error"
+            case "handler_failed":
+                return request.script.fails == "exception"
+            case "timeout":
+                return self._may_time_out(outcome)
+            case "worker_lost":
+                return self.fault_near(hosts, outcome, WORKER_FAULTS)
+            case "over_capacity":
+                # A worker whose heartbeats are late gets no new calls.
+                return self._was_full(outcome) or self.fault_near(hosts, outcome, WORKER_FAULTS)
+            case "shutting_down":
+                return self._may_be_refused(outcome)
+            case "cancelled":
+                return self.fault_near(hosts, outcome, STOPS) or self.was_cancelled(outcome)
+            case "model_not_found":
+                model = next(model for model in self._plan.models if model.name == request.model)
+                # A model that one worker has unregistered is missing only if no other worker serves it either.
+                return all(
+                    self._history.faults_on(
+                        frozenset([host, "master"]),
+                        outcome.began - 2 * _BACKOFF - self.aftermath,
+                        outcome.ended,
+                    )
+                    for host in model.hosts
+                )
+            case _:
+                return False
+
+    def hosts(self, request: SimulatedRequest) -> frozenset[str]:
+        """Return the nodes that a request involves: the master, and all that serve its model."""
+        model = next(model for model in self._plan.models if model.name == request.model)
+        return frozenset([*model.hosts, "master"])
+
+    def fault_near(self, hosts: frozenset[str], outcome: Outcome, kinds: frozenset[str]) -> bool:
+        """Return whether such a fault touched one of the machines while the request was under way, or just before."""
+        since = outcome.began - self.aftermath
+        return bool(self._history.faults_on(hosts, since, outcome.ended, kinds))
+
+    def _may_time_out(self, outcome: Outcome) -> bool:
+        request, options = outcome.request, self._plan.options
+        script = request.script
+        limits = [options["default_timeout"], request.idle_timeout, request.total_timeout]
+        silence = options["queue_timeout"] + script.longest_silence + self.transport_time(request)
+        if silence >= min(limit for limit in limits if limit is not None):
+            return True
+        total = (
+            options["queue_timeout"]
+            + script.duration
+            + self.read_pauses(request)
+            + self.transport_time(request)
+        )
+        if request.total_timeout is not None and total >= request.total_timeout:
+            return True
+        return self.fault_near(self.hosts(request), outcome, WORKER_FAULTS)
+
+    def _may_be_refused(self, outcome: Outcome) -> bool:
+        """Return whether a node may answer that it is shutting down.
+
+        A master knows which workers are draining, and sends requests to others. So a worker that drains explains the
+        refusal only for as long as the news takes to reach the master.
+        """
+        hosts = self.hosts(outcome.request)
+        if self.fault_near(frozenset(["master"]), outcome, STOPS) or self.fault_near(
+            hosts, outcome, WORKER_FAULTS - STOPS
+        ):
+            return True
+        stops = self._history.faults_on(hosts, outcome.began - self.aftermath, outcome.ended, STOPS)
+        return any(stop.began >= outcome.began - self.reaction_time for stop in stops)
+
+    def was_cancelled(self, outcome: Outcome) -> bool:
+        """Return whether an operator has cancelled the request."""
+        return self.fault_near(frozenset([outcome.request.host]), outcome, frozenset({"call cancelled"}))
+
+    def was_disconnected(self, outcome: Outcome) -> bool:
+        """Return whether a fault broke the connection between client and master, or ended the master."""
+        return self.fault_near(frozenset([outcome.request.host, "master"]), outcome, CONNECTION_FAULTS)
+
+    def may_fail(self, outcome: Outcome) -> bool:
+        """Return whether there is any reason for which the response may have failed after it had begun."""
+        request = outcome.request
+        return (
+            request.script.fails is not None
+            or self._may_time_out(outcome)
+            or self.fault_near(
+                self.hosts(request) | {request.host},
+                outcome,
+                WORKER_FAULTS | CONNECTION_FAULTS | {"call cancelled"},
+            )
+        )
+
+    def _was_full(self, outcome: Outcome) -> bool:
+        return any(
+            span.overlaps(outcome.began - MARGIN, outcome.ended)
+            for host in self.hosts(outcome.request)
+            for span in self._full.get(host, ())
+        )
+
+    @staticmethod
+    def read_pauses(request: SimulatedRequest) -> float:
+        """Return how many seconds the client spends not reading."""
+        return request.delay * SLOW_READS if request.behavior == "reads slowly" else 0.0
+
+    def transport_time(self, request: SimulatedRequest) -> float:
+        """Return how many seconds request and response may take on the network.
+
+        Flow control allows a quarter of a window for each round trip, so this counts round trips.
+        """
+        pieces = (request.script.padding + request.script.output_bytes) / 65536 + 2
+        return self.reaction_time + 4 * self._plan.longest_delay * pieces

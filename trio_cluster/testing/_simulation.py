@@ -1,0 +1,127 @@
+"""The cluster that a schedule is played on: its processes, of which each machine has one after another.
+
+:class:`Simulation` starts processes and knows which clients are active; the faults are injected by ``_nemesis``, and
+``_invariants`` checks what both of them do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Final
+
+import attrs
+import trio
+
+from ..server import ClusterServer
+from ._cluster import SimulatedCluster, SimulatedNode, worker
+from ._history import History
+from ._plan import Plan
+from ._scripted_models import ScriptedModels
+
+__all__ = ["MAX_IGNORED_CANCELLATION", "ProcessRun", "Simulation"]
+
+#: Seconds for which a handler continues after it was cancelled, at most.
+MAX_IGNORED_CANCELLATION: Final = 3.0
+#: Seconds that a node may take to stop beyond the time that its calls have: last events, close handshakes.
+_STOPPING: Final = 8.0
+
+
+@attrs.define(eq=False)
+class ProcessRun:
+    """One process, from its start to its end. A machine has one at a time.
+
+    Attributes:
+        number: unique among all processes of the simulation.
+        name: of its machine.
+        server: the server that runs in it.
+        node: the simulated process.
+        killed: it was killed. Its tasks still end in the simulation, but no invariant applies to them.
+        frozen: it is frozen at the moment.
+    """
+
+    number: int
+    name: str
+    server: ClusterServer
+    node: SimulatedNode
+    killed: bool = False
+    frozen: bool = False
+
+
+class Simulation:
+    """The cluster of a schedule.
+
+    Args:
+        plan: the plan of the schedule.
+        cluster: the simulated cluster, whose master has ended.
+        history: the log.
+        models: the models of all nodes.
+        scope: cancelled by :meth:`abort`.
+
+    Attributes:
+        plan: as given.
+        cluster: as given.
+        models: as given.
+        current: the current process of each machine, by name.
+        processes: all processes that have been started, the current ones included.
+        active_clients: the machines of the clients that are waiting for a response, by the number of the request.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: SimulatedCluster,
+        history: History,
+        models: ScriptedModels,
+        scope: trio.CancelScope,
+    ) -> None:
+        self.plan = plan
+        self.cluster = cluster
+        self.models = models
+        self.current: dict[str, ProcessRun] = {}
+        self.processes: list[ProcessRun] = []
+        self.active_clients: dict[int, str] = {}
+        self._history = history
+        self._scope = scope
+        self._numbers = itertools.count(1)
+
+    def process(self, number: int) -> ProcessRun:
+        """Return the process with this number."""
+        return next(process for process in self.processes if process.number == number)
+
+    def abort(self) -> None:
+        """End the simulation at once. Synchronous."""
+        self._scope.cancel(reason="the schedule cannot continue")
+
+    async def start(self, name: str) -> None:
+        """Start a process on the machine ``name``; for the master, wait until it serves. A checkpoint."""
+        # Drawn before the first checkpoint: several machines may start processes at the same time.
+        number = next(self._numbers)
+        options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
+        server = worker(name, **options)
+        for model in self.plan.models:
+            if name in model.hosts:
+                self.register(server, model.name, name, number)
+        if name == "master":
+            node = await self.cluster.start_master(server)
+        else:
+            node = await self.cluster.start_worker(server, wait=False)
+        process = ProcessRun(number, name, server, node)
+        self.current[name] = process
+        self.processes.append(process)
+        self._history.log(f"{name} starts process {number}")
+
+    def register(self, server: ClusterServer, model_name: str, node: str, process: int) -> None:
+        """Register a model of the plan on the server of a process."""
+        model = next(model for model in self.plan.models if model.name == model_name)
+        register: Any = getattr(server, f"register_{model.kind}")
+        register(model_name, self.models.handler(model, node, process))
+
+    @property
+    def stopping_time(self) -> float:
+        """Seconds within which a node that is asked to stop has ended."""
+        return (
+            float(self.plan.options["drain_timeout"])
+            + _STOPPING
+            + MAX_IGNORED_CANCELLATION
+            + self.plan.longest_delay * 4
+        )
