@@ -124,6 +124,15 @@ def test_a_checked_body_is_not_checked_again() -> None:
     assert (request.temperature, request.stream) == (9.0, "yes")
 
 
+def test_a_checked_form_is_not_checked_again() -> None:
+    body = form(("model", "m"), ("prompt", "p"), ("n", "99"), ("image", "a.png", b""))
+    edits = ENDPOINTS["images.edits"]
+    with pytest.raises(InvalidRequest):
+        edits.parse(body, FORM, {})
+    request: Any = edits.parse(body, FORM, {}, checked=True)
+    assert (request.n, request.images) == (99, [b""])
+
+
 def test_a_checked_body_that_is_no_json_is_still_the_clients_error() -> None:
     with pytest.raises(InvalidRequest, match="not valid JSON"):
         ENDPOINTS["chat.completions"].parse(b"{", JSON, {}, checked=True)
