@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from memory_cluster import everything, text
@@ -96,6 +97,18 @@ async def test_a_handler_answers_with_head_data_and_done(bench: Bench) -> None:
 async def test_a_plain_answer_is_one_json_object(bench: Bench) -> None:
     events = await everything(bench.open(echo, stream=False))
     assert json.loads(text(events))["choices"][0]["message"]["content"] == "abc"
+
+
+async def test_a_body_that_the_master_has_checked_is_not_checked_again(bench: Bench) -> None:
+    async def temperature(request: ChatRequest) -> str:
+        return str(request.temperature)
+
+    body = b'{"model":"m","messages":[{"role":"user","content":"a"}],"temperature":3}'
+    asked = Request(endpoint="chat.completions", kind="chat", model="m", body=body)
+    backend = bench.backend(temperature)
+    assert (await failure(backend.open(asked))).status == 400
+    events = await everything(backend.open(attrs.evolve(asked, checked=True)))
+    assert json.loads(text(events))["choices"][0]["message"]["content"] == "3.0"
 
 
 @pytest.mark.parametrize("stream", [False, True])

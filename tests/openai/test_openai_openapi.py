@@ -7,34 +7,16 @@ from typing import Any
 
 import pytest
 from described import fits, fitting, nearly_fitting
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from openai_answers import FORM, form
+from openai_drawn import EXAMPLES, PATHS, form_parts, named, schema_of
 
 from trio_cluster.errors import InvalidRequest
-from trio_cluster.openai import ENDPOINTS, ERROR, Endpoint, describe_endpoints
+from trio_cluster.openai import ENDPOINTS, ERROR, Endpoint
 from trio_cluster.openai.openapi import _describe
 from trio_cluster.openai.requests.checks import Check, Custom, ListOf, ObjectOf, OneOf
 from trio_cluster.openai.requests.fields import OnlyIf, Table, Uploads
 from trio_cluster.openai.requests.schemas import by_type, members_of, or_null
-
-PATHS = describe_endpoints()
-# Reading a request costs little, and drawing one a lot; what is drawn first is as good as what comes later.
-EXAMPLES = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-
-def schema_of(endpoint: Endpoint) -> dict[str, Any]:
-    content = PATHS[f"/v1{endpoint.path}"]["post"]["requestBody"]["content"]
-    (media_type,) = content
-    schema: dict[str, Any] = content[media_type]["schema"]
-    return schema
-
-
-def named(*, with_form: bool) -> list[str]:
-    return [name for name, each in ENDPOINTS.items() if each.table and each.table.is_form == with_form]
 
 
 def is_taken(endpoint: Endpoint, value: Any) -> InvalidRequest | None:
@@ -71,32 +53,13 @@ def test_what_does_not_fit_the_description_is_refused(name: str, data: st.DataOb
 @EXAMPLES
 def test_a_form_that_fits_the_description_is_taken(name: str, data: st.DataObject) -> None:
     endpoint = ENDPOINTS[name]
-    schema = schema_of(endpoint)
-    described = {
-        part: each for part, each in schema["properties"].items() if "contentMediaType" not in str(each)
-    }
-    files = [part for part in schema["required"] if part not in described]
-    fields = data.draw(
-        fitting(
-            schema
-            | {
-                "properties": described,
-                "required": [part for part in schema["required"] if part in described],
-                "additionalProperties": False,
-            }
-        )
-    )
-    parts: list[Any] = []
-    for part, value in fields.items():
-        for each in value if isinstance(value, list) else [value]:
-            parts.append((part, each if isinstance(each, str) else json.dumps(each)))
-    body = form(*parts, *((part, "a.wav", b"RIFF") for part in files))
-    read = endpoint.parse(body, FORM, {})
-    assert read.model == fields["model"]
+    fields, files = data.draw(form_parts(endpoint))
+    read = endpoint.parse(form(*fields, *files), FORM, {})
+    assert ("model", read.model) in fields
     for missing in files:
         with pytest.raises(InvalidRequest) as caught:
-            endpoint.parse(form(*parts, *((p, "a.wav", b"RIFF") for p in files if p != missing)), FORM, {})
-        assert caught.value.param == missing
+            endpoint.parse(form(*fields, *(file for file in files if file is not missing)), FORM, {})
+        assert caught.value.param == missing[0]
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)

@@ -40,6 +40,8 @@ class Request:
     """Seconds from opening the call until the whole answer must be there."""
     parsed: Any = None
     """The body as the openai room has read it, if that was done on this node; it does not travel."""
+    checked: bool = False
+    """The body was validated by the master that forwarded it."""
     client: str = ""
     """The address that the request came from, for people; it does not travel."""
     upload: ByteChannel | None = None

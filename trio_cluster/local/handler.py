@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -150,10 +151,8 @@ class HandlerTask(CallTask):
         parsed = self._parsed
         if parsed is None:
             arguments = (self._body, request.content_type, request.headers)
-            if len(self._body) < PARSE_IN_THREAD:
-                parsed = endpoint.parse(*arguments)
-            else:
-                parsed = await trio.to_thread.run_sync(endpoint.parse, *arguments)
+            parse = partial(endpoint.parse, *arguments, checked=request.checked)
+            parsed = parse() if len(self._body) < PARSE_IN_THREAD else await trio.to_thread.run_sync(parse)
         self._body, self._parsed = b"", None
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))

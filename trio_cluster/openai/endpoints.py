@@ -76,11 +76,13 @@ _JSON_OR_EVENTS: Final = (*_JSON, "text/event-stream")
 
 
 class _Parse(Protocol):
-    def __call__(self, body: bytes, content_type: str, headers: Mapping[str, str]) -> ModelRequest: ...
+    def __call__(
+        self, body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False
+    ) -> ModelRequest: ...
 
 
 class _ParseForm(Protocol):
-    def __call__(self, form: Form, headers: Mapping[str, str]) -> ModelRequest: ...
+    def __call__(self, form: Form, headers: Mapping[str, str], *, checked: bool = False) -> ModelRequest: ...
 
 
 class _MakeEncoder(Protocol):
@@ -96,7 +98,9 @@ class Endpoint:
     """Without the ``/v1`` in front."""
     kind: Kind
     parse: _Parse
-    """``parse(body, content_type, headers)`` returns what was sent, or raises ``InvalidRequest``."""
+    """``parse(body, content_type, headers)`` returns the request, or raises ``InvalidRequest``. With ``checked=True``,
+    the body must have passed ``parse`` before, on another node: the same request is made of it, and nothing is checked.
+    Of a body that would not have passed, anything may be made, and any exception may be raised."""
     encoder: _MakeEncoder
     """``encoder(request, response_id=..., created=...)`` returns the encoder for one answer. ``response_id``
     is a unique token, to which the route adds its prefix; ``created`` is in seconds since the epoch."""
@@ -105,7 +109,8 @@ class Endpoint:
     answers: tuple[str, ...] = _JSON
     """The media types, or ranges of them, in which it may be answered."""
     parse_form: _ParseForm | None = None
-    """Where only a form will do: ``parse_form(form, headers)`` does the same as ``parse`` with one that is read."""
+    """For routes that take only a form: ``parse_form(form, headers)`` does the same as ``parse``, with a form that has
+    been read. The form is used up. ``checked`` is as for ``parse``."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:

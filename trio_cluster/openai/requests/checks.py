@@ -3,9 +3,13 @@
 Theory of operation
 ===================
 
-A check is built once, at import, and says what a field may be. Called with a value and the field's name it
-returns the value to use or raises :class:`InvalidRequest` that names the field, what was expected and what
-came. The same check reads the field from a form, where everything is text, with :meth:`Check.from_text`.
+A check is built once, at import, and says what a field may be. Called with a value and the field's name it returns
+what the field is read into, or raises :class:`InvalidRequest` that names the field, what was expected and what came.
+The same check reads the field from a form, where everything is text, with :meth:`Check.from_text`.
+
+Most fields are read into the value that was sent. The others are converted: a number becomes a float, a list with a
+single prompt becomes its text. :meth:`Check.convert` and :meth:`Check.convert_text` do the conversion alone, for a body
+that has been checked before: a worker need not repeat the checks of its master.
 
 Checks are strict: a boolean is no integer, ``"7"`` is not ``7``; an integer will do for a number. ``null`` is
 the same as an absent field.
@@ -98,19 +102,36 @@ def nothing_in(name: str, item: str) -> InvalidRequest:
 
 
 class Check:
-    """What a field may be."""
+    """What a field may be, and what it is read into."""
 
     def __call__(self, value: Any, name: str) -> Any:
-        """Return the value to use for the field.
+        """Return what the field is read into.
+
+        Args:
+            value: what was sent; not ``None``.
+            name: what to call the field in errors.
 
         Raises:
-            InvalidRequest: the value will not do.
+            InvalidRequest: the value is not allowed.
         """
         raise NotImplementedError
 
     def from_text(self, text: str, name: str) -> Any:
-        """Do the same for a field of a form. Unless the check knows better, text is what it is."""
+        """Do the same for a field of a form, where everything is text. By default, it is the same as a JSON string."""
         return self(text, name)
+
+    @property
+    def converts(self) -> bool:
+        """Whether a field is read into anything but the value that was sent."""
+        return False
+
+    def convert(self, value: Any) -> Any:
+        """Return what the field is read into, for a value that has passed this check before. Checks nothing."""
+        return value
+
+    def convert_text(self, text: str) -> Any:
+        """Do the same for a field of a form."""
+        return self.convert(text)
 
     def schema(self) -> Schema:
         """Return what the field may be as a JSON Schema. Unless the check knows better, that is anything."""
@@ -178,6 +199,13 @@ class Number(Check):
             raise wrong_value(name, self._expected(), text)
         return self(float(text), name)
 
+    @property
+    def converts(self) -> bool:
+        return True
+
+    def convert(self, value: Any) -> float:
+        return float(value)
+
     def schema(self) -> Schema:
         return {"type": "number", "minimum": self.least, "maximum": self.most}
 
@@ -204,6 +232,9 @@ class Integer(Check):
             raise wrong_value(name, self._expected(), text)
         return self(int(text), name)
 
+    def convert_text(self, text: str) -> int:
+        return int(text)
+
     def schema(self) -> Schema:
         return {"type": "integer"} | _bounds(minimum=self.least, maximum=self.most)
 
@@ -224,12 +255,12 @@ class Boolean(Check):
         return value
 
     def from_text(self, text: str, name: str) -> bool:
-        word = text.lower()
-        if word in ("true", "1"):
-            return True
-        if word in ("false", "0"):
-            return False
-        raise wrong_value(name, "true or false", text)
+        if text.lower() not in ("true", "1", "false", "0"):
+            raise wrong_value(name, "true or false", text)
+        return self.convert_text(text)
+
+    def convert_text(self, text: str) -> bool:
+        return text.lower() in ("true", "1")
 
     def schema(self) -> Schema:
         return {"type": "boolean"}
@@ -284,6 +315,18 @@ class ListOf(Check):
         self._require_length(texts, name)
         return [self.item.from_text(text, f"{name}[{i}]") for i, text in enumerate(texts)]
 
+    @property
+    def converts(self) -> bool:
+        return self.item.converts
+
+    def convert(self, value: Any) -> list[Any]:
+        convert = self.item.convert
+        return [convert(each) for each in value]
+
+    def convert_texts(self, texts: Sequence[str]) -> list[Any]:
+        """Do the same for a list in a form."""
+        return [self.item.convert_text(text) for text in texts]
+
     def schema(self) -> Schema:
         bounds = _bounds(minItems=self.least or None, maxItems=self.most)
         return {"type": "array", "items": self.item.schema()} | bounds
@@ -331,19 +374,33 @@ class ObjectOf(Check):
             raise wrong_value(name, "a JSON object", text) from None
         return self(value, name)
 
+    def convert_text(self, text: str) -> dict[str, Any]:
+        return read_object(text.encode())
+
     def schema(self) -> Schema:
         return members_of({name: check.schema() for name, check in self.members.items()}, self.required)
 
 
 @attrs.frozen
 class Custom(Check):
-    """Whatever a function of (value, name) says, and a schema says of it."""
+    """What a function of (value, name) does not refuse with ``InvalidRequest``."""
 
-    function: Callable[[Any, str], Any]
+    function: Callable[[Any, str], object]
+    """Its result is not used."""
     described: Schema = attrs.field(factory=dict)
+    conversion: Callable[[Any], Any] | None = None
+    """Makes what the field is read into; ``None``: the value that was sent."""
 
     def __call__(self, value: Any, name: str) -> Any:
-        return self.function(value, name)
+        self.function(value, name)
+        return value if self.conversion is None else self.conversion(value)
+
+    @property
+    def converts(self) -> bool:
+        return self.conversion is not None
+
+    def convert(self, value: Any) -> Any:
+        return value if self.conversion is None else self.conversion(value)
 
     def schema(self) -> Schema:
         return self.described

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from trio_cluster.errors import InvalidRequest
+
 from .checks import (
     ANY_OBJECT,
     ANY_STRING,
@@ -47,13 +49,17 @@ _PARTS: Final[dict[str, Check]] = {
 _FUNCTION_CALLED: Final = ObjectOf({"name": NOT_EMPTY, "arguments": ANY_STRING}, ("name", "arguments"))
 
 
-def _check_tool_call(value: Any, name: str) -> Any:
+def _check_member(value: dict[str, Any], name: str, member: str, check: Check) -> None:
+    """Check a member that must be there."""
+    if value.get(member) is None:
+        raise missing(f"{name}.{member}")
+    check(value[member], f"{name}.{member}")
+
+
+def _check_tool_call(value: Any, name: str) -> None:
     _TOOL_CALL(value, name)
     if value.get("type", "function") == "function":
-        if value.get("function") is None:
-            raise missing(f"{name}.function")
-        _FUNCTION_CALLED(value["function"], f"{name}.function")
-    return value
+        _check_member(value, name, "function", _FUNCTION_CALLED)
 
 
 _TOOL_CALL: Final = ObjectOf({"id": ANY_STRING, "type": ANY_STRING}, ("id",))
@@ -85,6 +91,52 @@ _REQUIRED: Final = {"tool": "tool_call_id", "function": "name"}
 _INSTEAD: Final = ("tool_calls", "function_call", "refusal", "audio")
 
 
+def _check_messages(value: Any, name: str) -> None:
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array", value)
+    if not value:
+        raise nothing_in(name, "message")
+    for i, message in enumerate(value):
+        _check_message(message, f"{name}[{i}]")
+
+
+def _check_message(message: Any, name: str) -> None:
+    if not isinstance(message, dict):
+        raise wrong_type(name, "an object", message)
+    role, content = message.get("role"), message.get("content")
+    # Most messages are one of the known roles and a text. They take no further calls.
+    if not isinstance(role, str) or role not in ROLES:
+        raise _wrong_role(role, name)
+    if not isinstance(content, str):
+        _check_content(content, message, name)
+    if len(message) > 2 or content is None:
+        _check_members(message, name)
+    required = _REQUIRED.get(role)
+    if required is not None and message.get(required) is None:
+        raise missing(f"{name}.{required}")
+
+
+def _wrong_role(role: Any, name: str) -> InvalidRequest:
+    if role is None:
+        return missing(f"{name}.role")
+    if not isinstance(role, str):
+        return wrong_type(f"{name}.role", "a string", role)
+    return wrong_value(f"{name}.role", "one of " + ", ".join(f"'{each}'" for each in ROLES), role)
+
+
+def _check_content(content: Any, message: dict[str, Any], name: str) -> None:
+    """Check the content of a message that is not text."""
+    if isinstance(content, list):
+        _check_parts(content, f"{name}.content")
+    elif content is not None:
+        raise wrong_type(f"{name}.content", "a string or an array of parts", content)
+    elif message["role"] == "assistant":
+        if not any(message.get(member) for member in _INSTEAD):
+            raise missing(f"{name}.content")
+    elif message["role"] != "function":
+        raise missing(f"{name}.content")
+
+
 def _check_parts(parts: list[Any], name: str) -> None:
     if not parts:
         raise nothing_in(name, "part")
@@ -92,57 +144,20 @@ def _check_parts(parts: list[Any], name: str) -> None:
         if not isinstance(part, dict):
             raise wrong_type(f"{name}[{i}]", "an object", part)
         kind = part.get("type")
+        if kind is None:
+            raise missing(f"{name}[{i}].type")
         if not isinstance(kind, str):
-            raise (
-                missing(f"{name}[{i}].type")
-                if kind is None
-                else wrong_type(f"{name}[{i}].type", "a string", kind)
-            )
+            raise wrong_type(f"{name}[{i}].type", "a string", kind)
         check = _PARTS.get(kind)
         if check is not None:
             check(part, f"{name}[{i}]")
 
 
-def _check_message(message: Any, name: str) -> None:
-    if not isinstance(message, dict):
-        raise wrong_type(name, "an object", message)
-    role = message.get("role")
-    if role is None:
-        raise missing(f"{name}.role")
-    if not isinstance(role, str):
-        raise wrong_type(f"{name}.role", "a string", role)
-    if role not in ROLES:
-        raise wrong_value(f"{name}.role", "one of " + ", ".join(f"'{each}'" for each in ROLES), role)
-
-    content = message.get("content")
-    if isinstance(content, list):
-        _check_parts(content, f"{name}.content")
-    elif content is None:
-        stands_in = role == "assistant" and any(message.get(member) for member in _INSTEAD)
-        if not stands_in and role != "function":
-            raise missing(f"{name}.content")
-    elif not isinstance(content, str):
-        raise wrong_type(f"{name}.content", "a string or an array of parts", content)
-
-    # Most messages are a role and a content, and done.
-    if len(message) > 2 or content is None:
-        for member, value in message.items():
-            check = _MEMBERS.get(member)
-            if check is not None and value is not None:
-                check(value, f"{name}.{member}")
-    required = _REQUIRED.get(role)
-    if required is not None and message.get(required) is None:
-        raise missing(f"{name}.{required}")
-
-
-def _check_messages(value: Any, name: str) -> Any:
-    if not isinstance(value, list):
-        raise wrong_type(name, "an array", value)
-    if not value:
-        raise nothing_in(name, "message")
-    for i, message in enumerate(value):
-        _check_message(message, f"{name}[{i}]")
-    return value
+def _check_members(message: dict[str, Any], name: str) -> None:
+    for member, value in message.items():
+        check = _MEMBERS.get(member)
+        if check is not None and value is not None:
+            check(value, f"{name}.{member}")
 
 
 def _describe_message() -> Schema:
@@ -177,44 +192,35 @@ _TOOL: Final = ObjectOf({"type": ANY_STRING}, ("type",))
 _NAMED: Final = ObjectOf({"name": NOT_EMPTY}, ("name",))
 
 
-def _check_tool(value: Any, name: str) -> Any:
+def _check_tool(value: Any, name: str) -> None:
     _TOOL(value, name)
     if value["type"] == "function":
-        if value.get("function") is None:
-            raise missing(f"{name}.function")
-        _FUNCTION(value["function"], f"{name}.function")
-    return value
+        _check_member(value, name, "function", _FUNCTION)
 
 
 _CHOICES: Final = ("none", "auto", "required")
 
 
-def _check_tool_choice(value: Any, name: str) -> Any:
+def _check_tool_choice(value: Any, name: str) -> None:
     if isinstance(value, str):
         if value not in _CHOICES:
             raise wrong_value(name, "'none', 'auto', 'required' or an object", value)
-        return value
+        return
     if not isinstance(value, dict):
         raise wrong_type(name, "a string or an object", value)
     _TOOL(value, name)
     if value["type"] == "function":
-        if value.get("function") is None:
-            raise missing(f"{name}.function")
-        _NAMED(value["function"], f"{name}.function")
-    return value
+        _check_member(value, name, "function", _NAMED)
 
 
 _FORMAT: Final = ObjectOf({"type": OneOf(("text", "json_object", "json_schema"))}, ("type",))
 _SCHEMA: Final = ObjectOf({"name": NOT_EMPTY, "schema": ANY_OBJECT}, ("name",))
 
 
-def _check_response_format(value: Any, name: str) -> Any:
+def _check_response_format(value: Any, name: str) -> None:
     _FORMAT(value, name)
     if value["type"] == "json_schema":
-        if value.get("json_schema") is None:
-            raise missing(f"{name}.json_schema")
-        _SCHEMA(value["json_schema"], f"{name}.json_schema")
-    return value
+        _check_member(value, name, "json_schema", _SCHEMA)
 
 
 def _describe_function(function: Check) -> Schema:

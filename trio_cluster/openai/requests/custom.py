@@ -6,7 +6,7 @@ Such a request is JSON or a form and names its model. The handler knows what the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from trio_cluster.errors import InvalidRequest
 
@@ -41,7 +41,9 @@ def checked_path(path: str) -> str:
     return whole
 
 
-def read_custom(body: bytes, content_type: str, headers: Mapping[str, str], path: str) -> CustomRequest:
+def read_custom(
+    body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False, path: str
+) -> CustomRequest:
     """Read a request to a custom route.
 
     Raises:
@@ -54,17 +56,12 @@ def read_custom(body: bytes, content_type: str, headers: Mapping[str, str], path
         files = {name: [file.data for file in some] for name, some in form.files.items()}
         stream = raw.get("stream") in ("true", "True", "1")
     else:
-        raw = read_json(body, content_type)
+        raw = read_json(body, content_type, checked=checked)
         stream = raw.get("stream") is True
-    model = raw.get("model")
-    if model is None:
-        raise missing("model")
-    if not isinstance(model, str):
-        raise wrong_type("model", "a string", model)
-    if not model:
-        raise InvalidRequest("'model' must not be empty", param="model")
+    if not checked:
+        _check_model(raw.get("model"))
     return CustomRequest(
-        model=model,
+        model=raw["model"],
         path=path,
         stream=stream,
         body=body,
@@ -73,3 +70,12 @@ def read_custom(body: bytes, content_type: str, headers: Mapping[str, str], path
         raw=raw,
         headers=headers,
     )
+
+
+def _check_model(model: Any) -> None:
+    if model is None:
+        raise missing("model")
+    if not isinstance(model, str):
+        raise wrong_type("model", "a string", model)
+    if not model:
+        raise InvalidRequest("'model' must not be empty", param="model")

@@ -76,9 +76,8 @@ class Uploads:
         Raises:
             InvalidRequest: there are too few or too many, one is empty, or text has come in place of a file.
         """
-        names = (name, f"{name}[]")
-        files = [file for each in names for file in form.files.pop(each, ())]
-        if any(each in form.fields for each in names):
+        files = self.take(form, name)
+        if name in form.fields or f"{name}[]" in form.fields:
             raise InvalidRequest(f"'{name}' must be an uploaded file with a file name, not text", param=name)
         if len(files) < self.least:
             raise missing(name)
@@ -88,6 +87,10 @@ class Uploads:
         if not all(file.data for file in files):
             raise InvalidRequest("The uploaded file is empty", param=name)
         return files
+
+    def take(self, form: Form, name: str) -> list[File]:
+        """Do the same for a form that has been checked before. Checks nothing."""
+        return [file for each in (name, f"{name}[]") for file in form.files.pop(each, ())]
 
     def schema(self) -> Schema:
         """Return what such a part of a form is."""
@@ -116,29 +119,44 @@ class Table:
     ) -> None:
         self._required = required
         self._checks = dict(checks)
+        self._conversions = {name: check.convert for name, check in checks.items() if check.converts}
         self._rules = rules
         self._files = dict(files or {})
 
-    def read(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the documented fields of a JSON object that are there, checked.
+    def read(self, sent: Mapping[str, Any], *, checked: bool = False) -> dict[str, Any]:
+        """Return the documented fields of a JSON object that are there.
+
+        Args:
+            sent: the object.
+            checked: it has passed this table before, on another node: only convert its fields, and check nothing.
 
         Raises:
-            InvalidRequest: one is missing or will not do.
+            InvalidRequest: a field is missing or not allowed.
         """
         checks = self._checks
         known: dict[str, Any] = {}
+        if checked:
+            conversions = self._conversions
+            for name, value in sent.items():
+                if value is not None and name in checks:
+                    known[name] = conversions[name](value) if name in conversions else value
+            return known
         for name, value in sent.items():
             if value is not None and (check := checks.get(name)) is not None:
                 known[name] = check(value, name)
         return self._complete(known)
 
-    def read_form(self, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the documented fields of a form that are there, checked; an empty text is an absent field.
+    def read_form(self, sent: Mapping[str, Any], *, checked: bool = False) -> dict[str, Any]:
+        """Return the documented fields of a form that are there; an empty text is an absent field.
 
         Lists are fields of the same name, with or without ``[]`` after it, or a single field.
 
+        Args:
+            sent: the fields of the form.
+            checked: as for :meth:`read`.
+
         Raises:
-            InvalidRequest: one is missing, will not do, or was given more than once without being a list.
+            InvalidRequest: a field is missing or not allowed, or was given more than once without being a list.
         """
         known: dict[str, Any] = {}
         for sent_name, value in sent.items():
@@ -146,17 +164,8 @@ class Table:
             check = self._checks.get(name)
             if check is None or value == "":
                 continue
-            if isinstance(check, ListOf):
-                known[name] = check.from_texts(value if isinstance(value, list) else [value], name)
-            elif isinstance(value, str):
-                known[name] = check.from_text(value, name)
-            elif isinstance(value, dict):
-                known[name] = check(value, name)
-            elif isinstance(value, list):
-                raise InvalidRequest(f"Field '{name}' was given more than once", param=name)
-            else:
-                raise InvalidRequest(f"Field '{name}' must be text, not a file", param=name)
-        return self._complete(known)
+            known[name] = _convert_field(check, value) if checked else _check_field(check, value, name)
+        return known if checked else self._complete(known)
 
     def _complete(self, known: dict[str, Any]) -> dict[str, Any]:
         for name in self._required:
@@ -166,12 +175,18 @@ class Table:
             rule.check(known)
         return known
 
-    def read_files(self, form: Form) -> dict[str, list[File]]:
+    def read_files(self, form: Form, *, checked: bool = False) -> dict[str, list[File]]:
         """Return the documented files of a form, and take them out of it.
 
+        Args:
+            form: the form.
+            checked: as for :meth:`read`.
+
         Raises:
-            InvalidRequest: one is missing or will not do.
+            InvalidRequest: a file is missing or not allowed.
         """
+        if checked:
+            return {name: uploads.take(form, name) for name, uploads in self._files.items()}
         return {name: uploads.read(form, name) for name, uploads in self._files.items()}
 
     @property
@@ -201,6 +216,30 @@ class Table:
         if self._rules:
             whole["allOf"] = [rule.schema() for rule in self._rules]
         return whole
+
+
+def _check_field(check: Check, value: Any, name: str) -> Any:
+    """Return what a field of a form is read into.
+
+    Raises:
+        InvalidRequest: the value is not allowed.
+    """
+    if isinstance(check, ListOf):
+        return check.from_texts(value if isinstance(value, list) else [value], name)
+    if isinstance(value, str):
+        return check.from_text(value, name)
+    if isinstance(value, dict):
+        return check(value, name)
+    if isinstance(value, list):
+        raise InvalidRequest(f"Field '{name}' was given more than once", param=name)
+    raise InvalidRequest(f"Field '{name}' must be text, not a file", param=name)
+
+
+def _convert_field(check: Check, value: Any) -> Any:
+    """Return what a field of a form is read into, if it has passed its check before."""
+    if isinstance(check, ListOf):
+        return check.convert_texts(value if isinstance(value, list) else [value])
+    return check.convert_text(value) if isinstance(value, str) else check.convert(value)
 
 
 def _takes(check: Check, value: Any) -> bool:

@@ -27,20 +27,32 @@ class _Input(Check):
     }
 
     def __call__(self, value: Any, name: str) -> list[Any]:
-        if isinstance(value, str):
-            return [value]
+        if not isinstance(value, str):
+            self._check_list(value, name)
+        return self.convert(value)
+
+    @property
+    def converts(self) -> bool:
+        return True
+
+    def convert(self, value: Any) -> list[Any]:
+        return [value] if isinstance(value, str) or isinstance(value[0], dict) else value
+
+    def _check_list(self, value: Any, name: str) -> None:
         if not isinstance(value, list):
             raise wrong_type(name, "a string or an array", value)
         if not value:
             raise nothing_in(name, "input")
-        if isinstance(value[0], dict):
-            return [[self._part(part, f"{name}[{i}]") for i, part in enumerate(value)]]
-        return self._texts(value, name)
+        if not isinstance(value[0], dict):
+            self._texts(value, name)
+            return
+        for i, part in enumerate(value):
+            self._check_part(part, f"{name}[{i}]")
 
-    def _part(self, part: Any, name: str) -> dict[str, Any]:
+    def _check_part(self, part: Any, name: str) -> None:
         if not isinstance(part, dict):
             raise wrong_type(name, "an object", part)
-        return self._parts[self._types(part.get("type"), f"{name}.type")](part, name)
+        self._parts[self._types(part.get("type"), f"{name}.type")](part, name)
 
     def schema(self) -> Schema:
         parts = by_type({word: check.schema() for word, check in self._parts.items()}, closed=True)
@@ -52,8 +64,10 @@ class _Input(Check):
 MODERATION: Final = Table(("model", "input"), {"model": NOT_EMPTY, "input": _Input()})
 
 
-def read_moderation(body: bytes, content_type: str, headers: Mapping[str, str]) -> ModerationRequest:
+def read_moderation(
+    body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False
+) -> ModerationRequest:
     """Read a request to ``/v1/moderations``."""
-    raw = read_json(body, content_type)
-    known = MODERATION.read(raw)
+    raw = read_json(body, content_type, checked=checked)
+    known = MODERATION.read(raw, checked=checked)
     return ModerationRequest(model=known["model"], inputs=known["input"], raw=raw, headers=headers)

@@ -26,9 +26,15 @@ class _Document(Check):
 
     def __call__(self, value: Any, name: str) -> str:
         if isinstance(value, dict):
-            text: str = self._object(value, name)["text"]
-            return text
+            return self.convert(self._object(value, name))
         return self._text(value, name)
+
+    @property
+    def converts(self) -> bool:
+        return True
+
+    def convert(self, value: str | dict[str, Any]) -> str:
+        return value if isinstance(value, str) else value["text"]
 
     def schema(self) -> Schema:
         return any_of(self._text.schema(), self._object.schema())
@@ -46,7 +52,9 @@ RERANK: Final = Table(
 )
 
 
-def read_rerank(body: bytes, content_type: str, headers: Mapping[str, str]) -> RerankRequest:
+def read_rerank(
+    body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False
+) -> RerankRequest:
     """Read a request to ``/v1/rerank``."""
-    raw = read_json(body, content_type)
-    return RerankRequest(raw=raw, headers=headers, **RERANK.read(raw))
+    raw = read_json(body, content_type, checked=checked)
+    return RerankRequest(raw=raw, headers=headers, **RERANK.read(raw, checked=checked))

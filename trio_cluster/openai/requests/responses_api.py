@@ -43,10 +43,9 @@ _LOGPROBS: Final = "message.output_text.logprobs"
 def _refused(why: str, *, allowed: tuple[Any, ...] = ()) -> Check:
     """Return the check of a field that cannot be served, unless it says what is the case anyway."""
 
-    def check(value: Any, name: str) -> Any:
-        if any(value is each for each in allowed):
-            return value
-        raise unsupported(f"'{name}' is not supported: {why}", name)
+    def check(value: Any, name: str) -> None:
+        if not any(value is each for each in allowed):
+            raise unsupported(f"'{name}' is not supported: {why}", name)
 
     return Custom(check, {"enum": [*allowed] or [None]})
 
@@ -60,7 +59,7 @@ _CHOICES: Final = OneOf(("none", "auto", "required"))
 _ALLOWED: Final = ObjectOf({"mode": OneOf(("auto", "required"))}, ("mode", "tools"))
 
 
-def _require_function(value: Any, name: str) -> None:
+def _check_type(value: Any, name: str) -> None:
     """Refuse a tool, or a choice of one, that is not a function of the client's."""
     kind = _TYPED(value, name)["type"]
     if kind != "function":
@@ -71,29 +70,48 @@ def _require_function(value: Any, name: str) -> None:
         )
 
 
-def _read_tool(value: Any, name: str) -> dict[str, Any]:
-    _require_function(value, name)
+def _check_tool(value: Any, name: str) -> None:
+    _check_type(value, name)
     _FUNCTION(value, name)
-    return {"type": "function", "function": present(value, _FUNCTION.members)}
 
 
-def _read_choice(value: Any, name: str) -> dict[str, Any]:
-    _require_function(value, name)
+def _convert_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": present(tool, _FUNCTION.members)}
+
+
+def _check_chosen(value: Any, name: str) -> None:
+    _check_type(value, name)
     if value.get("name") is None:
         raise missing(f"{name}.name")
-    return {"type": "function", "function": {"name": NOT_EMPTY(value["name"], f"{name}.name")}}
+    NOT_EMPTY(value["name"], f"{name}.name")
 
 
-def _read_tool_choice(value: Any, name: str) -> str | dict[str, Any]:
+def _convert_chosen(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": value["name"]}}
+
+
+_CHOSEN: Final = ListOf(Custom(_check_chosen), least=1)
+
+
+def _check_tool_choice(value: Any, name: str) -> None:
     if isinstance(value, str):
-        return _CHOICES(value, name)
-    if not isinstance(value, dict):
+        _CHOICES(value, name)
+    elif not isinstance(value, dict):
         raise wrong_type(name, "a string or an object", value)
-    if value.get("type") == "allowed_tools":
+    elif value.get("type") == "allowed_tools":
         _ALLOWED(value, name)
-        tools = ListOf(Custom(_read_choice), least=1)(value["tools"], f"{name}.tools")
+        _CHOSEN(value["tools"], f"{name}.tools")
+    else:
+        _check_chosen(value, name)
+
+
+def _convert_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(value, str):
+        return value
+    if value["type"] == "allowed_tools":
+        tools = [_convert_chosen(each) for each in value["tools"]]
         return {"type": "allowed_tools", "allowed_tools": {"mode": value["mode"], "tools": tools}}
-    return _read_choice(value, name)
+    return _convert_chosen(value)
 
 
 _TOOL_SCHEMA: Final = of_type("function", _FUNCTION.schema())
@@ -112,19 +130,23 @@ _JSON_SCHEMA: Final = ObjectOf(
 _VERBOSITY: Final = OneOf(("low", "medium", "high"))
 
 
-def _read_text(value: Any, name: str) -> dict[str, Any]:
-    """Return the fields of a chat that say the same."""
+def _check_text(value: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
-    fields: dict[str, Any] = {}
     if (verbosity := value.get("verbosity")) is not None:
-        fields["verbosity"] = _VERBOSITY(verbosity, f"{name}.verbosity")
+        _VERBOSITY(verbosity, f"{name}.verbosity")
     if (wanted := value.get("format")) is not None:
-        name = f"{name}.format"
-        kind = _FORMAT(wanted, name)["type"]
-        fields["response_format"] = {"type": kind}
-        if kind == "json_schema":
-            _JSON_SCHEMA(wanted, name)
+        _FORMAT(wanted, f"{name}.format")
+        if wanted["type"] == "json_schema":
+            _JSON_SCHEMA(wanted, f"{name}.format")
+
+
+def _convert_text(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a chat that say the same."""
+    fields = present(value, ("verbosity",))
+    if (wanted := value.get("format")) is not None:
+        fields["response_format"] = {"type": wanted["type"]}
+        if wanted["type"] == "json_schema":
             fields["response_format"]["json_schema"] = present(wanted, _JSON_SCHEMA.members)
     return fields
 
@@ -159,10 +181,14 @@ RESPONSE: Final = Table(
         "max_output_tokens": Integer(1),
         "max_tool_calls": Integer(1),
         "top_logprobs": Integer(0, 20),
-        "tools": ListOf(Custom(_read_tool, _TOOL_SCHEMA), most=128),
-        "tool_choice": Custom(_read_tool_choice, any_of(_CHOICES.schema(), _CHOICE_SCHEMA, _ALLOWED_SCHEMA)),
+        "tools": ListOf(Custom(_check_tool, _TOOL_SCHEMA, _convert_tool), most=128),
+        "tool_choice": Custom(
+            _check_tool_choice,
+            any_of(_CHOICES.schema(), _CHOICE_SCHEMA, _ALLOWED_SCHEMA),
+            _convert_tool_choice,
+        ),
         "parallel_tool_calls": BOOLEAN,
-        "text": Custom(_read_text, _TEXT_SCHEMA),
+        "text": Custom(_check_text, _TEXT_SCHEMA, _convert_text),
         "reasoning": _REASONING,
         "include": ListOf(ANY_STRING),
         "truncation": OneOf(("auto", "disabled")),
@@ -200,14 +226,16 @@ _SAME: Final = (
 )
 
 
-def read_response(body: bytes, content_type: str, headers: Mapping[str, str]) -> ChatRequest:
+def read_response(
+    body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False
+) -> ChatRequest:
     """Read a request to ``/v1/responses``: a chat, for any chat model to answer.
 
     ``max_output_tokens`` becomes ``max_tokens``, ``text`` and ``reasoning`` become ``response_format``,
     ``verbosity`` and ``reasoning_effort``; ``instructions`` are the first message.
     """
-    raw = read_json(body, content_type)
-    known = RESPONSE.read(raw)
+    raw = read_json(body, content_type, checked=checked)
+    known = RESPONSE.read(raw, checked=checked)
     messages = known["input"]
     if known.get("instructions"):
         messages = [{"role": "system", "content": known["instructions"]}, *messages]

@@ -12,7 +12,7 @@ are refused, since leaving them out would be answering another conversation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from trio_cluster.errors import InvalidRequest
 
@@ -33,6 +33,10 @@ from .schemas import Schema, any_of, members_of
 __all__ = ["INPUT", "of_type", "present", "unsupported"]
 
 _ROLE: Final = OneOf(("user", "assistant", "system", "developer"))
+
+
+#: Refuses a value of this name.
+_Check: TypeAlias = Callable[[Any, str], object]
 
 
 def unsupported(message: str, name: str) -> InvalidRequest:
@@ -57,32 +61,6 @@ _PART_AUDIO: Final = ObjectOf(
 )
 
 
-def _read_text(part: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"type": "text", "text": _PART_TEXT(part, name)["text"]}
-
-
-def _read_refusal(part: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"type": "refusal", "refusal": _PART_REFUSAL(part, name)["refusal"]}
-
-
-def _read_image(part: dict[str, Any], name: str) -> dict[str, Any]:
-    _require_content(part, name, "image_url")
-    image = {"url": _PART_IMAGE(part, name)["image_url"]}
-    if part.get("detail") is not None:
-        image["detail"] = part["detail"]
-    return {"type": "image_url", "image_url": image}
-
-
-def _read_file(part: dict[str, Any], name: str) -> dict[str, Any]:
-    _require_content(part, name, "file_data")
-    _PART_FILE(part, name)
-    return {"type": "file", "file": present(part, ("file_data", "filename"))}
-
-
-def _read_audio(part: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"type": "input_audio", "input_audio": _PART_AUDIO(part, name)["input_audio"]}
-
-
 def _require_content(part: dict[str, Any], name: str, member: str) -> None:
     """Refuse a part that says where its content is to be found, instead of having it."""
     for elsewhere in ("file_id", "file_url"):
@@ -96,40 +74,84 @@ def _require_content(part: dict[str, Any], name: str, member: str) -> None:
         raise missing(f"{name}.{member}")
 
 
-_PARTS: Final[dict[str, Callable[[dict[str, Any], str], dict[str, Any]]]] = {
-    "input_text": _read_text,
-    "output_text": _read_text,
-    "refusal": _read_refusal,
-    "input_image": _read_image,
-    "input_file": _read_file,
-    "input_audio": _read_audio,
+def _check_image(part: dict[str, Any], name: str) -> None:
+    _require_content(part, name, "image_url")
+    _PART_IMAGE(part, name)
+
+
+def _convert_image(part: dict[str, Any]) -> dict[str, Any]:
+    image = {"url": part["image_url"]} | present(part, ("detail",))
+    return {"type": "image_url", "image_url": image}
+
+
+def _check_file(part: dict[str, Any], name: str) -> None:
+    _require_content(part, name, "file_data")
+    _PART_FILE(part, name)
+
+
+def _convert_file(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "file", "file": present(part, ("file_data", "filename"))}
+
+
+def _convert_text(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": part["text"]}
+
+
+def _convert_refusal(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "refusal", "refusal": part["refusal"]}
+
+
+def _convert_audio(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": part["input_audio"]}
+
+
+_Convert: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+#: For each type of part, its check and its conversion into a part of a chat's message.
+_PARTS: Final[dict[str, tuple[_Check, _Convert]]] = {
+    "input_text": (_PART_TEXT, _convert_text),
+    "output_text": (_PART_TEXT, _convert_text),
+    "refusal": (_PART_REFUSAL, _convert_refusal),
+    "input_image": (_check_image, _convert_image),
+    "input_file": (_check_file, _convert_file),
+    "input_audio": (_PART_AUDIO, _convert_audio),
 }
 _PART_TYPE: Final = OneOf(tuple(_PARTS))
 
 
-def _read_content(value: Any, name: str, *, joined: bool = False) -> str | list[dict[str, Any]]:
-    """Return the content of a message: text where it can be said in one, or else the parts of a chat's message.
-
-    Args:
-        value: a string, or a list of parts.
-        name: what to call it in errors.
-        joined: several parts that are text are one text.
-    """
+def _check_content(value: Any, name: str) -> None:
+    """Check the content of a message: a string, or a list of parts."""
     if value is None:
         raise missing(name)
     if isinstance(value, str):
-        return value
+        return
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array of parts", value)
     if not value:
         raise nothing_in(name, "part")
-    parts = []
     for i, part in enumerate(value):
         if not isinstance(part, dict):
             raise wrong_type(f"{name}[{i}]", "an object", part)
         if part.get("type") is None:
             raise missing(f"{name}[{i}].type")
-        parts.append(_PARTS[_PART_TYPE(part["type"], f"{name}[{i}].type")](part, f"{name}[{i}]"))
+        check, _ = _PARTS[_PART_TYPE(part["type"], f"{name}[{i}].type")]
+        check(part, f"{name}[{i}]")
+
+
+def _convert_content(
+    value: str | list[dict[str, Any]], *, joined: bool = False
+) -> str | list[dict[str, Any]]:
+    """Return the content of a message: text where one text can express it, or else the parts of a chat's message.
+
+    Args:
+        value: a string, or a list of parts.
+        joined: join several parts that are text to one text.
+    """
+    if isinstance(value, str):
+        return value
+    parts = []
+    for part in value:
+        _, convert = _PARTS[part["type"]]
+        parts.append(convert(part))
     if (joined or len(parts) == 1) and all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return parts
@@ -145,19 +167,29 @@ _TEXTS: Final = ListOf(_PART_TEXT)
 _REASONING: Final = ObjectOf({"content": _TEXTS, "summary": _TEXTS})
 
 
+def _check_message(item: dict[str, Any], name: str) -> None:
+    if item.get("role") is None:
+        raise missing(f"{name}.role")
+    _ROLE(item["role"], f"{name}.role")
+    _check_content(item.get("content"), f"{name}.content")
+
+
+def _check_output(item: dict[str, Any], name: str) -> None:
+    _OUTPUT(item, name)
+    _check_content(item["output"], f"{name}.output")
+
+
 class _Conversation:
-    """The messages so far, and the assistant's one that may still grow."""
+    """The messages so far, and the assistant's one that may still grow. The items have been checked."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self._answer: dict[str, Any] | None = None
         self._reasoning = ""
 
-    def add_message(self, item: dict[str, Any], name: str) -> None:
-        if item.get("role") is None:
-            raise missing(f"{name}.role")
-        role = _ROLE(item["role"], f"{name}.role")
-        content = _read_content(item.get("content"), f"{name}.content", joined=role == "assistant")
+    def add_message(self, item: dict[str, Any]) -> None:
+        role = item["role"]
+        content = _convert_content(item["content"], joined=role == "assistant")
         if role != "assistant":
             self.end_answer()
             self.messages.append({"role": role, "content": content})
@@ -173,20 +205,17 @@ class _Conversation:
             self._answer = None
         self._open_answer()["content"] = content
 
-    def add_call(self, item: dict[str, Any], name: str) -> None:
-        _CALL(item, name)
+    def add_call(self, item: dict[str, Any]) -> None:
         function = {"name": item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
         self._open_answer().setdefault("tool_calls", []).append(call)
 
-    def add_output(self, item: dict[str, Any], name: str) -> None:
-        _OUTPUT(item, name)
+    def add_output(self, item: dict[str, Any]) -> None:
         self.end_answer()
-        content = _read_content(item["output"], f"{name}.output")
+        content = _convert_content(item["output"])
         self.messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
 
-    def add_reasoning(self, item: dict[str, Any], name: str) -> None:
-        _REASONING(item, name)
+    def add_reasoning(self, item: dict[str, Any]) -> None:
         self._reasoning += "".join(part["text"] for part in item.get("content") or item.get("summary") or ())
 
     def end_answer(self) -> None:
@@ -209,26 +238,33 @@ class _Conversation:
         return answer
 
 
-_ITEMS: Final[dict[str, Callable[[_Conversation, dict[str, Any], str], None]]] = {
-    "message": _Conversation.add_message,
-    "function_call": _Conversation.add_call,
-    "function_call_output": _Conversation.add_output,
-    "reasoning": _Conversation.add_reasoning,
+#: For each type of item, its check, and what adds it to a conversation.
+_ITEMS: Final[dict[str, tuple[_Check, Callable[[_Conversation, dict[str, Any]], None]]]] = {
+    "message": (_check_message, _Conversation.add_message),
+    "function_call": (_CALL, _Conversation.add_call),
+    "function_call_output": (_check_output, _Conversation.add_output),
+    "reasoning": (_REASONING, _Conversation.add_reasoning),
 }
 
 
-def _read_item(conversation: _Conversation, item: Any, name: str) -> None:
+def _type_of(item: dict[str, Any]) -> Any:
+    """Return the type of an item, which the API allows to be left out."""
+    kind = item.get("type")
+    if kind is not None:
+        return kind
+    # A bare id is a reference.
+    return "item_reference" if "role" not in item and "id" in item else "message"
+
+
+def _check_item(item: Any, name: str) -> None:
     if not isinstance(item, dict):
         raise wrong_type(name, "an object", item)
-    kind = item.get("type")
-    if kind is None:
-        # A bare id is a reference. So says the API, where it may leave out its type.
-        kind = "item_reference" if "role" not in item and "id" in item else "message"
-    elif not isinstance(kind, str):
+    kind = _type_of(item)
+    if not isinstance(kind, str):
         raise wrong_type(f"{name}.type", "a string", kind)
-    read = _ITEMS.get(kind)
-    if read is not None:
-        read(conversation, item, name)
+    if kind in _ITEMS:
+        check, _ = _ITEMS[kind]
+        check(item, name)
     elif kind == "item_reference":
         raise unsupported(
             f"'{name}' refers to an item, and nothing is stored here: send the item itself", f"{name}.id"
@@ -241,16 +277,24 @@ def _read_item(conversation: _Conversation, item: Any, name: str) -> None:
         )
 
 
-def _read_input(value: Any, name: str) -> list[dict[str, Any]]:
+def _check_input(value: Any, name: str) -> None:
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array of items", value)
     if not value:
         raise wrong_value(name, "at least 1 item", value)
-    conversation = _Conversation()
     for i, item in enumerate(value):
-        _read_item(conversation, item, f"{name}[{i}]")
+        _check_item(item, f"{name}[{i}]")
+
+
+def _convert_input(value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    conversation = _Conversation()
+    for item in value:
+        _, add = _ITEMS[_type_of(item)]
+        add(conversation, item)
     conversation.end_answer()
     return conversation.messages
 
@@ -292,5 +336,5 @@ def _input_schema() -> Schema:
     return any_of({"type": "string"}, {"type": "array", "items": item, "minItems": 1})
 
 
-#: The field ``input``; checked, it is a list of a chat's messages.
-INPUT: Final = Custom(_read_input, _input_schema())
+#: The field ``input``; it is read into a list of a chat's messages.
+INPUT: Final = Custom(_check_input, _input_schema(), _convert_input)

@@ -54,17 +54,23 @@ _FUNCTION_WORD: Final = OneOf(("none", "auto"))
 _FUNCTION_NAMED: Final = ObjectOf({"name": NOT_EMPTY}, ("name",))
 
 
-def _check_stop(value: Any, name: str) -> Any:
-    return value if isinstance(value, str) else _STOP_LIST(value, name)
+def _check_stop(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        _STOP_LIST(value, name)
 
 
-def _check_logit_bias(value: Any, name: str) -> Any:
+def _check_logit_bias(value: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
-    return {token: _BIAS(bias, name) for token, bias in value.items()}
+    for bias in value.values():
+        _BIAS(bias, name)
 
 
-def _check_metadata(value: Any, name: str) -> Any:
+def _convert_logit_bias(value: dict[str, Any]) -> dict[str, float]:
+    return {token: float(bias) for token, bias in value.items()}
+
+
+def _check_metadata(value: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
     if len(value) > _MOST_METADATA:
@@ -73,11 +79,10 @@ def _check_metadata(value: Any, name: str) -> Any:
         if len(key) > _LONGEST_KEY:
             raise wrong_value(name, f"keys of at most {_LONGEST_KEY} characters", key)
         _METADATA(each, name)
-    return value
 
 
-def _check_function_call(value: Any, name: str) -> Any:
-    return _FUNCTION_WORD(value, name) if isinstance(value, str) else _FUNCTION_NAMED(value, name)
+def _check_function_call(value: Any, name: str) -> None:
+    (_FUNCTION_WORD if isinstance(value, str) else _FUNCTION_NAMED)(value, name)
 
 
 #: Up to 16 pairs of text that a client may attach to a request.
@@ -103,7 +108,9 @@ _TEXT_FIELDS: Final[dict[str, Check]] = {
     "max_tokens": Integer(1),
     "presence_penalty": Number(-2, 2),
     "frequency_penalty": Number(-2, 2),
-    "logit_bias": Custom(_check_logit_bias, {"type": "object", "additionalProperties": _BIAS.schema()}),
+    "logit_bias": Custom(
+        _check_logit_bias, {"type": "object", "additionalProperties": _BIAS.schema()}, _convert_logit_bias
+    ),
     "seed": _INT64,
     "user": ANY_STRING,
 }
@@ -142,8 +149,8 @@ CHAT: Final = Table(
 )
 
 
-def _check_prompt(value: Any, name: str) -> str:
-    """Take one text: a handler answers one prompt, and telling the client so beats answering a part."""
+def _check_prompt(value: Any, name: str) -> None:
+    """Require one text: a handler answers a single prompt, and telling the client so beats answering a part."""
     if isinstance(value, list):
         if not value:
             raise wrong_value(name, "a string", value)
@@ -160,7 +167,10 @@ def _check_prompt(value: Any, name: str) -> str:
         value = value[0]
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
-    return value
+
+
+def _convert_prompt(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else value[0]
 
 
 COMPLETION: Final = Table(
@@ -168,7 +178,9 @@ COMPLETION: Final = Table(
     {
         **_TEXT_FIELDS,
         "prompt": Custom(
-            _check_prompt, any_of(ANY_STRING.schema(), ListOf(ANY_STRING, least=1, most=1).schema())
+            _check_prompt,
+            any_of(ANY_STRING.schema(), ListOf(ANY_STRING, least=1, most=1).schema()),
+            _convert_prompt,
         ),
         "logprobs": Integer(0, 5),
         "best_of": Integer(1, 20),
@@ -187,20 +199,26 @@ _TEXTS: Final = ListOf(NOT_EMPTY, least=1, most=_MOST_INPUTS)
 _TOKEN_LISTS: Final = ListOf(_TOKENS, least=1, most=_MOST_INPUTS)
 
 
-def _check_input(value: Any, name: str) -> Any:
-    """Return a list of texts or of lists of tokens, whichever of the four documented forms came."""
+def _check_input(value: Any, name: str) -> None:
     if isinstance(value, str):
-        return [NOT_EMPTY(value, name)]
+        NOT_EMPTY(value, name)
+        return
     if not isinstance(value, list):
         raise wrong_type(name, "a string or an array", value)
     if not value:
         raise nothing_in(name, "input")
     first = value[0]
     if isinstance(first, int):
-        return [_TOKENS(value, name)]
-    if not isinstance(first, str | list):
+        _TOKENS(value, name)
+    elif isinstance(first, str | list):
+        (_TEXTS if isinstance(first, str) else _TOKEN_LISTS)(value, name)
+    else:
         raise wrong_type(f"{name}[0]", "a string, an integer or an array of integers", first)
-    return (_TEXTS if isinstance(first, str) else _TOKEN_LISTS)(value, name)
+
+
+def _convert_input(value: Any) -> list[Any]:
+    """Return a list of texts or of lists of tokens, whichever of the four documented forms came."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
 EMBEDDING: Final = Table(
@@ -210,6 +228,7 @@ EMBEDDING: Final = Table(
         "input": Custom(
             _check_input,
             any_of(*(each.schema() for each in (NOT_EMPTY, _TEXTS, _TOKENS, _TOKEN_LISTS))),
+            _convert_input,
         ),
         "dimensions": Integer(1),
         "encoding_format": OneOf(("float", "base64")),
@@ -231,6 +250,9 @@ class _Chunking(Check):
 
     def from_text(self, text: str, name: str) -> Any:
         return ANY_OBJECT.from_text(text, name) if text.startswith("{") else self(text, name)
+
+    def convert_text(self, text: str) -> Any:
+        return ANY_OBJECT.convert_text(text) if text.startswith("{") else text
 
     def schema(self) -> dict[str, Any]:
         return any_of(OneOf(("auto",)).schema(), ANY_OBJECT.schema())
@@ -267,12 +289,13 @@ TRANSCRIPTION: Final = Table(
 _VOICE: Final = ObjectOf({"id": NOT_EMPTY}, ("id",))
 
 
-def _check_voice(value: Any, name: str) -> str:
-    """Take the name of a voice, or the id out of a reference to a custom one."""
-    if isinstance(value, dict):
-        voice: str = _VOICE(value, name)["id"]
-        return voice
-    return NOT_EMPTY(value, name)
+def _check_voice(value: Any, name: str) -> None:
+    (_VOICE if isinstance(value, dict) else NOT_EMPTY)(value, name)
+
+
+def _convert_voice(value: str | dict[str, str]) -> str:
+    """Return the name of a voice, or the id out of a reference to a custom one."""
+    return value["id"] if isinstance(value, dict) else value
 
 
 SPEECH: Final = Table(
@@ -280,7 +303,7 @@ SPEECH: Final = Table(
     {
         "model": NOT_EMPTY,
         "input": String(1, 4096),
-        "voice": Custom(_check_voice, any_of(NOT_EMPTY.schema(), _VOICE.schema())),
+        "voice": Custom(_check_voice, any_of(NOT_EMPTY.schema(), _VOICE.schema()), _convert_voice),
         "response_format": OneOf(("mp3", "opus", "aac", "flac", "wav", "pcm")),
         "speed": Number(0.25, 4),
         "instructions": ANY_STRING,

@@ -22,7 +22,8 @@ from ..requests.types import ChatRequest
 from ..sse import named_event
 from .choices import Choice, Delta, read_output
 from .chunks import OutputChunk
-from .encoder import SSE_HEAD, Encoder
+from .delta_stream import DeltaEvent, DeltaStream
+from .encoder import Encoder
 from .responses_api_items import REASONING, REFUSAL, TEXT, Form, Item, Items
 
 __all__ = ["PlainResponse", "StreamedResponse"]
@@ -257,41 +258,26 @@ class PlainResponse(_Response):
         return dumps(response)
 
 
-class StreamedResponse(_Response):
+class StreamedResponse(DeltaStream, _Response):
     """A response that is sent as it comes, event by event."""
-
-    streaming = True
-    head = SSE_HEAD
 
     def __init__(self, request: ChatRequest, token: str, created: int) -> None:
         super().__init__(request, token, created)
-        self._sequence = 0
         self._sent: list[bytes] = []
-        # The bytes around a piece of the item that grows, made once for it; the last have a place for a number.
-        self._around: dict[Item, tuple[bytes, bytes]] = {}
-        # While a text grows and nothing speaks against it, plain text for it takes a short cut through these.
-        self._short_cut: Item | None = None
-        self._before, self._after = b"", b""
+        self._delta_events: dict[Item, DeltaEvent] = {}
 
-    def encode(self, value: Any) -> bytes:
-        item = self._short_cut
-        if item is not None and type(value) is str and value:
-            self._choice.pieces.append(value)
-            item.pieces.append(value)
-            number = self._sequence
-            self._sequence = number + 1
-            return self._before + dumps(value) + self._after % number
-        self._short_cut = None
-        super().encode(value)
+    def _take(self, chunk: OutputChunk) -> bytes:
+        self._fast_path = None
+        super()._take(chunk)
         choice, item = self._choice, self._items.growing
         if item is not None and item.form is TEXT and choice.reason is None and choice.final is None:
-            self._short_cut = item
-            self._before, self._after = self._around_pieces(item)
+            # Text is what grows, and more of it may come.
+            self._fast_path = self._delta_event(item)
         return self._collect()
 
     def _tell(self, kind: str, members: dict[str, Any]) -> None:
-        data = {"type": kind, "sequence_number": self._sequence} | members
-        self._sequence += 1
+        data = {"type": kind, "sequence_number": self._next_number} | members
+        self._next_number += 1
         self._sent.append(named_event(kind, dumps(data)))
 
     def _grow(self, item: Item, text: str, logprobs: list[dict[str, Any]] | None = None) -> None:
@@ -299,22 +285,24 @@ class StreamedResponse(_Response):
         if logprobs:
             self._tell(f"{item.form.events}.delta", item.place | {"delta": text, "logprobs": logprobs})
             return
-        before, after = self._around_pieces(item)
-        self._sent.append(before + dumps(text) + after % self._sequence)
-        self._sequence += 1
+        self._sent.append(self._delta_event(item).write(text, self._next_number))
+        self._next_number += 1
 
-    def _around_pieces(self, item: Item) -> tuple[bytes, bytes]:
-        around = self._around.get(item)
-        if around is None:
+    def _delta_event(self, item: Item) -> DeltaEvent:
+        """Return the event that adds to an item."""
+        delta = self._delta_events.get(item)
+        if delta is None:
             kind = f"{item.form.events}.delta"
             same = dumps({"type": kind} | item.place | item.extras)
             before, after = same.removesuffix(b"}") + b',"delta":', b',"sequence_number":%d}'
             first, last = named_event(kind, b"{}").split(b"{}")
-            around = self._around[item] = (first + before, after + last)
-        return around
+            pieces = (self._choice.pieces, item.pieces)
+            delta = DeltaEvent(first + before, after + last, is_numbered=True, pieces=pieces)
+            self._delta_events[item] = delta
+        return delta
 
     def _last(self, response: dict[str, Any]) -> bytes:
-        self._short_cut = None
+        self._fast_path = None
         return self._collect()
 
     def _collect(self) -> bytes:

@@ -3,8 +3,7 @@
 The two routes differ in the shape of their objects only, and a stream differs from a plain answer in when its
 parts are sent. So there are two shapes and two encoders, and every pair of them works.
 
-In a stream most events differ from the one before in nothing but a few characters. The bytes around these are
-made once; a token then costs the encoding of one string and one concatenation.
+The bytes around a piece of streamed text are encoded once; see ``delta_stream.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from ..requests.types import ChatRequest
 from ..sse import DONE, event
 from .choices import Choice, Delta, read_output
 from .chunks import OutputChunk
-from .encoder import SSE_HEAD, Encoder
+from .delta_stream import DeltaEvent, DeltaStream
+from .encoder import Encoder
 
 __all__ = ["ChatShape", "CompletionShape", "PlainText", "StreamedText", "TextShape"]
 
@@ -220,32 +220,20 @@ class PlainText(_Text):
         return dumps(answer)
 
 
-class StreamedText(_Text):
+class StreamedText(DeltaStream, _Text):
     """A text that is sent as it comes.
 
     Reasons for ending are kept until the handler has really finished: a client that stops reading at one has
     then seen a complete answer. A handler that fails after giving a reason ends in an error like any other.
     """
 
-    streaming = True
-    head = SSE_HEAD
-
     def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
         super().__init__(shape, request, answer_id, created)
         options = request.stream_options or {}
         self._tells_usage = bool(options.get("include_usage"))
-        # While choice 0 is open, plain text for it takes a short cut through these.
-        self._short_cut: Choice | None = None
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        self._around_reasoning: dict[int, tuple[bytes, bytes]] = {}
-        self._before, self._after = b"", b""
-
-    def encode(self, value: Any) -> bytes:
-        choice = self._short_cut
-        if choice is not None and type(value) is str and value:
-            choice.pieces.append(value)
-            return self._before + dumps(value) + self._after
-        return super().encode(value)
+        # By choice. The fast path, which is that of plain text for choice 0, is open while that can grow.
+        self._text_events: dict[int, DeltaEvent] = {}
+        self._reasoning_events: dict[int, DeltaEvent] = {}
 
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind == "json":
@@ -257,8 +245,8 @@ class StreamedText(_Text):
             opening = self._open(index)
             rest = self._choice(index).take_final(chunk.value)
             if index == 0:
-                self._short_cut = None
-            return opening + self._between(self._around[index], rest)
+                self._fast_path = None
+            return opening + self._text_events[index].write(rest) if rest else opening
         if chunk.kind == "reasoning":
             return self._reasoning(index, chunk.value)
         if chunk.kind == "tool_call":
@@ -275,15 +263,12 @@ class StreamedText(_Text):
     def _text(self, index: int, text: str) -> bytes:
         opening = self._open(index)
         self._choice(index).add_text(text)
-        return opening + self._between(self._around[index], text)
+        return opening + self._text_events[index].write(text) if text else opening
 
     def _reasoning(self, index: int, text: str) -> bytes:
         opening = self._open(index)
         self._choice(index).add_reasoning(text)
-        return opening + self._between(self._around_reasoning[index], text)
-
-    def _between(self, around: tuple[bytes, bytes], text: str) -> bytes:
-        return around[0] + dumps(text) + around[1] if text else b""
+        return opening + self._reasoning_events[index].write(text) if text else opening
 
     def _take_object(self, obj: dict[str, Any]) -> bytes:
         output = read_output(obj)
@@ -310,28 +295,27 @@ class StreamedText(_Text):
 
     def _open(self, index: int) -> bytes:
         """Return what comes before the first text of a choice, once."""
-        if index in self._around:
+        if index in self._text_events:
             return b""
         choice = self._choice(index)
-        # The text between two constant pieces is where the JSON of an event with one choice would have it.
+        # The choice goes where the JSON of an event with a single choice would have it.
         mark = b'"choices":['
         frame = self._event([], {})
         cut = frame.index(mark) + len(mark)
-        for around, (before, after) in (
-            (self._around, self._shape.around_text(index)),
-            (self._around_reasoning, self._shape.around_reasoning(index)),
-        ):
-            around[index] = (frame[:cut] + before, after + frame[cut:])
+        before, after = self._shape.around_text(index)
+        text = DeltaEvent(frame[:cut] + before, after + frame[cut:], pieces=(choice.pieces,))
+        before, after = self._shape.around_reasoning(index)
+        self._reasoning_events[index] = DeltaEvent(frame[:cut] + before, after + frame[cut:])
+        self._text_events[index] = text
         if index == 0:
-            self._before, self._after = self._around[0]
-            self._short_cut = choice
+            self._fast_path = text
         opening = self._shape.opening(index)
         return b"" if opening is None else self._event([opening], {})
 
     def _end(self, choice: Choice, reason: str) -> None:
         choice.reason = reason
         if choice.index == 0:
-            self._short_cut = None
+            self._fast_path = None
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any]) -> bytes:
         answer = self._answer(self._shape.part_object, choices, extras)
@@ -340,7 +324,7 @@ class StreamedText(_Text):
         return event(dumps(answer))
 
     def finish(self) -> bytes:
-        self._short_cut = None
+        self._fast_path = None
         sent = []
         for choice in self._all_choices():
             sent.append(self._open(choice.index))
