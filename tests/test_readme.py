@@ -284,7 +284,7 @@ async def test_every_metric_is_documented(nursery: trio.Nursery) -> None:
     shown = set(re.findall(r"^(\w+)[ {]", (await fetch(f"{master.url}/metrics")).decode(), re.M))
     documented = {
         f"trio_cluster_{name}"
-        for row in rows(section(page("cluster.md"), "Watching it"))
+        for row in rows(section(page("cluster.md"), "Observability"))
         for name in re.findall(r"`(\w+)(?:\{[\w,]+\})?`", row[0])
     }
     assert documented == shown
@@ -306,7 +306,11 @@ def test_every_engine_is_documented_with_its_options(point: Any) -> None:
 # Everything around
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*PAGES, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))],
+    ids=lambda path: path.name,
+)
 def test_links_to_files_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
     files = [link.partition("#")[0] for link in links if not re.match(r"\w+:|#", link)]
