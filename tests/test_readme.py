@@ -226,9 +226,9 @@ def test_every_exported_name_is_in_the_reference(package: Any) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("tables", [SEND_TRANSITIONS, RECEIVE_TRANSITIONS], ids=["says", "hears"])
+@pytest.mark.parametrize("tables", [SEND_TRANSITIONS, RECEIVE_TRANSITIONS], ids=["sends", "receives"])
 def test_the_state_tables_are_those_that_the_code_runs_on(tables: Any, role: Role) -> None:
-    verb = "says" if tables is SEND_TRANSITIONS else "hears"
+    verb = "sends" if tables is SEND_TRANSITIONS else "receives"
     after = page("wire.md").split(f"What a {role.value} {verb}:\n\n", 1)[1]
     assert after.split("\n\n", 1)[0] + "\n" == markdown(tables[role])
 
