@@ -226,9 +226,9 @@ def test_every_exported_name_is_in_the_reference(package: Any) -> None:
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("tables", [SEND_TRANSITIONS, RECEIVE_TRANSITIONS], ids=["says", "hears"])
+@pytest.mark.parametrize("tables", [SEND_TRANSITIONS, RECEIVE_TRANSITIONS], ids=["sends", "receives"])
 def test_the_state_tables_are_those_that_the_code_runs_on(tables: Any, role: Role) -> None:
-    verb = "says" if tables is SEND_TRANSITIONS else "hears"
+    verb = "sends" if tables is SEND_TRANSITIONS else "receives"
     after = page("wire.md").split(f"What a {role.value} {verb}:\n\n", 1)[1]
     assert after.split("\n\n", 1)[0] + "\n" == markdown(tables[role])
 
@@ -284,7 +284,7 @@ async def test_every_metric_is_documented(nursery: trio.Nursery) -> None:
     shown = set(re.findall(r"^(\w+)[ {]", (await fetch(f"{master.url}/metrics")).decode(), re.M))
     documented = {
         f"trio_cluster_{name}"
-        for row in rows(section(page("cluster.md"), "Watching it"))
+        for row in rows(section(page("cluster.md"), "Observability"))
         for name in re.findall(r"`(\w+)(?:\{[\w,]+\})?`", row[0])
     }
     assert documented == shown
@@ -306,7 +306,11 @@ def test_every_engine_is_documented_with_its_options(point: Any) -> None:
 # Everything around
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*PAGES, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))],
+    ids=lambda path: path.name,
+)
 def test_links_to_files_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
     files = [link.partition("#")[0] for link in links if not re.match(r"\w+:|#", link)]
