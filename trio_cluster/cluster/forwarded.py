@@ -88,6 +88,7 @@ class ForwardedCalls:
                     headers=opened.headers,
                     request_id=opened.request_id,
                     idle_timeout=math.inf if opened.timeout is None else opened.timeout,
+                    checked=opened.checked,
                     principal=Principal(opened.principal),
                     total_timeout=math.inf if opened.budget is None else opened.budget,
                     upload=ByteChannel(opened.size, on_consumed=partial(self._taken, call_id)),

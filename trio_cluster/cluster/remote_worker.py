@@ -120,6 +120,7 @@ class RemoteWorker:
             budget=request.total_timeout,
             size=len(request.body) if upload is None else upload.size,
             once=upload is not None,
+            checked=request.checked,
             principal=request.principal.name,
         )
 

@@ -84,6 +84,7 @@ class Parse:
             idle_timeout=idle_timeout,
             total_timeout=total_timeout,
             parsed=parsed,
+            checked=parsed is not None,
             client=context.client,
             upload=upload,
             principal=context.principal,

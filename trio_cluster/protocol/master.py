@@ -62,6 +62,7 @@ class MasterSession(Session[MasterEvent]):
         budget: float = math.inf,
         size: int = -1,
         once: bool = False,
+        checked: bool = False,
         principal: str = "",
     ) -> int:
         """Open a call and return its number. The body is to follow with :meth:`send_body`, even if it is
@@ -73,6 +74,7 @@ class MasterSession(Session[MasterEvent]):
             budget: seconds until the whole answer must be there; less than nothing counts as nothing.
             size: bytes that the body will have; -1 if that is not known.
             once: the body cannot be sent a second time, to another worker.
+            checked: the body was validated; the worker need not do so again.
             principal: the name of the key that the client showed; empty where none is required.
 
         Raises:
@@ -104,6 +106,7 @@ class MasterSession(Session[MasterEvent]):
                     None if budget == math.inf else max(0.0, budget),
                     size,
                     once,
+                    checked,
                     principal,
                 )
             )

@@ -179,6 +179,8 @@ class ForwardRequest:
     """Bytes of body that will follow; -1: not known yet."""
     once: bool = False
     """The body is streamed through the master and cannot be replayed: the worker must not give the call back."""
+    checked: bool = False
+    """The master has validated the whole body: the worker need not do so again."""
     principal: str = attrs.field(default="", validator=bounds.optional_name)
     """The name of the key that the client showed; empty where none is required."""
 
