@@ -240,7 +240,7 @@ class Call:
         """
         if self.released:
             return
-        if not self.ended:
+        if self.end is None:
             self._finish(Failed(CallCancelled("the work ended without an answer")))
         self.released = True
         for callback in self._on_release:

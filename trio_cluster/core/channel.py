@@ -187,8 +187,10 @@ class ByteChannel:
         """
         self.complete = True
         self._sink = self._fast_path = None
-        self._release_producer()
-        self.wake_reader()
+        if self._held:
+            self._release_producer()
+        if self.reader:
+            self.reader.unpark_all()
 
     # The consumer's side
 
@@ -273,11 +275,11 @@ class ByteChannel:
         self.waiting_bytes = 0
         self.pieces.clear()
         self._fast_path = None
-        self._release_producer()
+        if self._held:
+            self._release_producer()
         if self._on_close is not None and not self.complete:
             self._on_close()
 
     def _release_producer(self) -> None:
         self._held = False
-        if self._producer:
-            self._producer.unpark_all()
+        self._producer.unpark_all()

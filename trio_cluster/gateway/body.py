@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from io import BytesIO
-from typing import IO, Any, Final
+from typing import IO, Final
 
 import trio
 
 from ..errors import ApiError, InvalidRequest, Overloaded
+from ..http1.asgi import Receive
+from .direct import Connection
 
 __all__ = [
     "BODY_IDLE_TIMEOUT",
@@ -50,7 +52,7 @@ class RequestBody:
 
     Args:
         receive: the ASGI callable that brings it.
-        there: tells that this need not be waited for, as far as that is known.
+        connection: where the body arrives, if that is known.
 
     Attributes:
         limit: how many bytes it may have.
@@ -61,16 +63,16 @@ class RequestBody:
 
     def __init__(
         self,
-        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        receive: Receive,
         limit: int,
-        there: Callable[[], bool] = lambda: False,
+        connection: Connection | None = None,
     ) -> None:
         self.limit = limit
         self.received = 0
         self.complete = False
         self.left = False
         self._receive = receive
-        self._there = there
+        self._connection = connection
         self._last = trio.current_time() + BODY_TIMEOUT
 
     async def next(self) -> bytes:
@@ -80,8 +82,8 @@ class RequestBody:
             InvalidRequest: it does not come in time (408), or is larger than it may be (413).
             ClientLeft: there will be no more.
         """
-        if self._there():
-            # Nearly always it has come together with its head.
+        if self._connection is not None and self._connection.arrived:
+            # Nearly always the body arrived together with its head. A deadline would cost more than the rest.
             piece = await self._next()
         else:
             piece = b""

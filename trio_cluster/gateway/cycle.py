@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -54,6 +54,9 @@ _PROCESSING: Final = "openai-processing-ms"
 
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
+#: A client sends many requests from one address.
+_shown_address = lru_cache(maxsize=1024)(shown_address)
+
 
 class RequestCycle:
     """One request on its way through the gateway, and its answer on the way back.
@@ -75,10 +78,10 @@ class RequestCycle:
         self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
         client = scope.get("client")
         self.context = RequestContext(
-            scope["headers"], shown_address(*client[:2]) if client else "", scope["path"]
+            scope["headers"], _shown_address(*client[:2]) if client else "", scope["path"]
         )
         self._request_body = self.context.request_body = RequestBody(
-            receive, self._node_context.options.server.max_body_size, partial(_has_arrived, self._connection)
+            receive, self._node_context.options.server.max_body_size, self._connection
         )
         self._body = b""  # for the application
         self._handed_on = False  # the application was given the body
@@ -282,8 +285,3 @@ class RequestCycle:
             await self._send(message)
         elif not self.context.aborted:
             await self._send_last(message)
-
-
-def _has_arrived(connection: Connection | None) -> bool:
-    # Not a method: a cycle that refers to itself is there until the garbage collector runs.
-    return connection is not None and connection.arrived

@@ -168,11 +168,10 @@ def _is_secret(name: str) -> bool:
 def _timeouts(node_context: NodeContext, context: RequestContext) -> tuple[float, float]:
     """Return how long the answer may be silent, and how long it may take altogether."""
     idle_timeout, total_timeout = node_context.options.server.default_timeout, math.inf
-    # The official clients tell how long they are going to listen. Nobody typed that, so nobody is to blame
-    # for it.
-    listens = _seconds(context.header(b"x-stainless-read-timeout"))
+    listens = context.header(b"x-stainless-read-timeout")
     if listens is not None:
-        idle_timeout = min(idle_timeout, listens)
+        # The official clients send this by themselves: a value that makes no sense is ignored, and not an error.
+        idle_timeout = min(idle_timeout, _seconds(listens) or math.inf)
     asked = context.header(b"x-request-timeout")
     if asked is not None:
         seconds = _seconds(asked)
@@ -186,8 +185,7 @@ def _timeouts(node_context: NodeContext, context: RequestContext) -> tuple[float
     return idle_timeout, total_timeout
 
 
-def _seconds(value: bytes | None) -> float | None:
-    if value is None:
-        return None
+def _seconds(value: bytes) -> float | None:
+    """Return a number of seconds more than 0; ``None`` if the value is none."""
     text = value.decode("latin-1").strip()
     return (float(text) or None) if _SECONDS.fullmatch(text) else None

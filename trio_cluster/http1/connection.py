@@ -82,6 +82,7 @@ class Http1Connection:
         self._server = stream.local_address
         self._parser = RequestParser()
         self._reading = reader.reading(stream, self)
+        self._is_paused = False
         self._idle = idle
         self._current: RequestState | None = None
         self._responder = trio.lowlevel.ParkingLot()
@@ -200,11 +201,13 @@ class Http1Connection:
                 self._serving.cancel(reason="the request is malformed")
         elif parser.unread > UNREAD:
             self._reading.pause()
+            self._is_paused = True
         if self._responder:
             self._responder.unpark_all()
 
     def _read_on(self) -> None:
-        if self._parser.unread <= UNREAD:
+        if self._is_paused and self._parser.unread <= UNREAD:
+            self._is_paused = False
             self._reading.resume()
 
     def read_failed(self, error: Exception) -> None:

@@ -24,7 +24,7 @@ from ..core.call import Call
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..openai import Encoder, FormReader, endpoint_named
+from ..openai import Encoder, Endpoint, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -105,6 +105,7 @@ class HandlerTask(CallTask):
         self._adapter = adapter
         self._body = call.request.body
         self._parsed = call.request.parsed
+        self._endpoint: Endpoint | None = None
         self._next_sign = -math.inf
 
     async def prepare(self) -> None:
@@ -115,8 +116,9 @@ class HandlerTask(CallTask):
         if not upload.complete:
             self.pause_idle_timer()
         request = self.call.request
-        parse_form = endpoint_named(request.endpoint).parse_form
         try:
+            self._endpoint = endpoint_named(request.endpoint)
+            parse_form = self._endpoint.parse_form
             if parse_form is None:
                 # A small one has come with its head; waiting for nothing would cost two turns of the scheduler.
                 self._body = upload.receive_nowait() if upload.complete else await upload.read()
@@ -147,7 +149,7 @@ class HandlerTask(CallTask):
     async def _read_request(self) -> None:
         """Read the request, unless that has been done, and get ready to encode its answer."""
         request = self.call.request
-        endpoint = endpoint_named(request.endpoint)
+        endpoint = self._endpoint or endpoint_named(request.endpoint)
         parsed = self._parsed
         if parsed is None:
             arguments = (self._body, request.content_type, request.headers)
@@ -181,7 +183,7 @@ class HandlerTask(CallTask):
 
     def end(self) -> None:
         """See ``Provider``."""
-        if self.call.ended:
+        if self.call.end is not None:
             return
         self._put(self._encoder.finish())
         self.call.put(Done(self._encoder.reported_usage))

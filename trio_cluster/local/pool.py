@@ -244,7 +244,7 @@ class HandlerPool:
 
     async def _in_slot(self, call_task: CallTask) -> None:
         call, slots = call_task.call, call_task.slots
-        if call.ended:
+        if call.end is not None:
             return
         if slots is None:
             await call_task.work()

@@ -145,8 +145,9 @@ def usage(_: Any, attribute: Any, value: dict[str, int]) -> None:
     """Numbers of tokens by name."""
     if len(value) > _USAGE_MAX:
         raise ValueError(f"{attribute.name}: more than {_USAGE_MAX} numbers")
-    if not all(0 <= count < 1 << 53 and len(key) <= _USAGE_NAME_MAX for key, count in value.items()):
-        raise ValueError(f"{attribute.name}: a number or a name is out of bounds")
+    for key, count in value.items():
+        if not 0 <= count < 1 << 53 or len(key) > _USAGE_NAME_MAX:
+            raise ValueError(f"{attribute.name}: a number or a name is out of bounds")
 
 
 def content_type(_: Any, attribute: Any, value: str) -> None:

@@ -59,10 +59,10 @@ from .state import (
     LINK_MESSAGES,
     RECEIVE_TRANSITIONS,
     SEND_TRANSITIONS,
+    LastData,
     MessageKind,
     Role,
     State,
-    message_kind,
 )
 
 __all__ = ["MAX_BACKLOG", "MAX_CALLS", "Session"]
@@ -399,7 +399,7 @@ class Session(abc.ABC, Generic[EventT]):
             events.append(message)
         elif isinstance(message, _CALL_MESSAGES):
             state = self.state(message.call)
-            word = message_kind(message)
+            word: MessageKind = LastData if type(message) is Data and message.last else type(message)
             following = RECEIVE_TRANSITIONS[self._role].get((state, word))
             if following is None:
                 raise ProtocolError(f"{word.__name__} for call {message.call}, which is {state.value}")

@@ -70,7 +70,6 @@ __all__ = [
     "State",
     "Table",
     "markdown",
-    "message_kind",
 ]
 
 
@@ -199,13 +198,6 @@ _COLUMNS: Final[tuple[MessageKind, ...]] = (
     Cancel,
     Grant,
 )
-
-
-def message_kind(
-    message: ForwardRequest | ForwardResponse | Data | Done | Failed | Cancel | Grant,
-) -> MessageKind:
-    """Return the column of the tables in which ``message`` stands."""
-    return LastData if type(message) is Data and message.last else type(message)
 
 
 def markdown(table: Table) -> str:

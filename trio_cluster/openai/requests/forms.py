@@ -8,6 +8,7 @@ a single time, also at the moment at which it is complete.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, Final
 
@@ -54,6 +55,8 @@ def is_form(content_type: str) -> bool:
     return media_type(content_type) == _FORM
 
 
+# Clients choose the header; those that are sent all the time are few.
+@lru_cache(maxsize=64)
 def media_type(content_type: str) -> str:
     """Return the bare media type of a ``Content-Type`` header, in lower case; empty if there is none."""
     return content_type.partition(";")[0].strip().lower()
