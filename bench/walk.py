@@ -1,6 +1,6 @@
 """How far a request and a token travel through the code: calls of our functions, files, and moves between files.
 
-    python bench/walk.py
+    python bench/walk.py [--files]
 
 A master and a worker run in this process, on real sockets; a client asks for a plain and for a streamed chat answer on a
 kept connection. What is counted depends on nothing but the code: every call of a function of the package (a coroutine
@@ -61,14 +61,12 @@ class Walk:
         self.moves += file != self._last
         self._last = file
 
-    def report(self, what: str, *, details: bool) -> None:
-        print(
-            f"{what}: {self.calls} calls (+{self.instrument} of the instrument), {len(self.functions)} functions, "
+    def describe(self) -> str:
+        """Return the figures in one line."""
+        return (
+            f"{self.calls} calls (+{self.instrument} of the instrument), {len(self.functions)} functions, "
             f"{len(self.files)} files, {self.moves} moves"
         )
-        if details:
-            for file, count in self.files.most_common():
-                print(f"    {count:4d} {file}")
 
 
 class Client:
@@ -91,8 +89,8 @@ class Client:
             received += self.sock.recv(1 << 20)
 
 
-async def main() -> None:
-    details = "--files" in sys.argv
+async def walk() -> tuple[Walk, Walk]:
+    """Return the walks of a plain request and of a streamed token."""
     go = trio.Event()
 
     async def answer(request: ChatRequest) -> AsyncIterator[str]:
@@ -107,6 +105,7 @@ async def main() -> None:
     def options() -> ClusterServerOptions:
         return ClusterServerOptions(ServerOptions(host=HOST), heartbeat_interval=900.0, worker_timeout=1000.0)
 
+    request, token = Walk(), Walk()
     master, worker = ClusterServer(options()), ClusterServer(options())
     worker.register_chat("m", answer)
     async with trio.open_nursery() as nursery:
@@ -119,20 +118,28 @@ async def main() -> None:
             await client.ask(stream=False)
             await client.receive_until(b"answer")
         await wait_all_tasks_blocked()
-        with Walk() as walk:
+        with request:
             await client.ask(stream=False)
             await client.receive_until(b"answer")
             await wait_all_tasks_blocked()
-        walk.report("a plain request, from client to worker and back", details=details)
         await client.ask(stream=True)
         await client.receive_until(b"begun ")
         await wait_all_tasks_blocked(0.05)
-        with Walk() as walk:
+        with token:
             go.set()
             await client.receive_until(b"token ")
-        walk.report("a streamed token, from handler to client", details=details)
+        client.sock.close()
         nursery.cancel_scope.cancel()
+    return request, token
+
+
+def main() -> None:
+    walks = trio.run(walk)
+    for what, done in zip(("a plain request, to a worker and back", "a streamed token"), walks, strict=True):
+        print(f"{what}: {done.describe()}")
+        for file, count in done.files.most_common() if "--files" in sys.argv else ():
+            print(f"    {count:4d} {file}")
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    main()

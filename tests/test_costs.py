@@ -11,9 +11,11 @@ them, and which system calls they make. The event loop's own waiting is not coun
 from __future__ import annotations
 
 import gc
+import importlib
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -132,17 +134,17 @@ async def open_streams(relay: Relay) -> None:
     await trio.testing.wait_all_tasks_blocked()
 
 
-async def test_a_token_takes_the_short_way_through_a_master(relay: Relay) -> None:
+async def test_a_token_takes_the_fast_path_through_a_master(relay: Relay) -> None:
     await open_streams(relay)
 
     # Alone in its message, it pays for that too.
     alone = await count(ROUNDS, lambda: relay.send_tokens(1))
-    check("a token alone, master", alone, ROUNDS, steps=1, calls=55)
+    check("a token alone, master", alone, ROUNDS, steps=1, calls=50)
     assert alone.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS}
 
     # In company it wakes no task at all: the one that reads the link does everything.
     company = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
-    check("a token in company, master", company, ROUNDS * STREAMS, steps=1 / STREAMS, calls=12)
+    check("a token in company, master", company, ROUNDS * STREAMS, steps=1 / STREAMS, calls=11)
     assert company.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
 
 
@@ -164,7 +166,7 @@ async def test_tokens_leave_nothing_behind_in_a_master(relay: Relay) -> None:
 async def test_a_plain_request_through_a_master(relay: Relay) -> None:
     client = relay.connect()
     counted = await count(ROUNDS, lambda: relay.ask(client))
-    check("a plain request, master", counted, ROUNDS, steps=6, calls=480)
+    check("a plain request, master", counted, ROUNDS, steps=6, calls=455)
     # One message to the worker, one answer to the client; and of each of them one that comes in. Whoever reads all
     # clients asks which of them it was.
     assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
@@ -185,7 +187,7 @@ async def test_opening_a_stream_on_a_connection_of_its_own_and_leaving_it(relay:
         await trio.testing.wait_all_tasks_blocked()
 
     counted = await count(ROUNDS, open_and_leave)
-    check("opening a stream and leaving it, master", counted, ROUNDS, steps=11, calls=880)
+    check("opening a stream and leaving it, master", counted, ROUNDS, steps=11, calls=855)
 
 
 class Model:
@@ -221,9 +223,9 @@ async def hear_tokens(master: FarMaster, tokens: int, mark: bytes = b"token ") -
     ("streams", "steps", "calls"),
     [
         # Of its handler one step, and two of the writer: woken, and having let others come along.
-        pytest.param(1, 3, 135, id="alone"),
+        pytest.param(1, 3, 125, id="alone"),
         # Its handler's waking, and a part of the writer's. Among the calls are those of the handler and of its waiting.
-        pytest.param(STREAMS, 1.1, 57, id="in company"),
+        pytest.param(STREAMS, 1.1, 53, id="in company"),
     ],
 )
 async def test_a_token_on_its_way_out_of_a_worker(
@@ -252,3 +254,17 @@ async def test_a_token_on_its_way_out_of_a_worker(
     assert counted.system_calls == {"write": ROUNDS}
     nursery.cancel_scope.cancel()
     master.close()
+
+
+def test_a_request_and_a_token_do_not_travel_further_through_the_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls and moves between files for a whole request: on the master, on the worker, and back."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    walk = importlib.import_module("walk")
+    request, token = trio.run(walk.walk)
+    print(request.describe(), token.describe(), sep="\n")
+    assert request.calls <= 475, request.functions
+    assert request.moves <= 294, request.files
+    assert token.calls <= 76, token.functions
+    assert token.moves <= 60, token.files
