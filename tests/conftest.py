@@ -68,4 +68,4 @@ async def node() -> AsyncIterator[HttpNode]:
     """A node over real sockets: much of what the gateway is about happens between it and the server."""
     async with open_http_node() as opened:
         yield opened
-    assert not opened.registry.live, "a call has outlived its request"
+    assert not opened.router.live, "a call has outlived its request"

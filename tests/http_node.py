@@ -138,12 +138,12 @@ class HttpNode:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def registry(self) -> Router:
-        return self.node_context.registry
+    def router(self) -> Router:
+        return self.node_context.router
 
     def add(self, name: str, kind: Kind = "chat", backend: Backend | None = None, **options: Any) -> None:
         info = ModelInfo(name, kind, options=ChatModelOptions(**options))
-        self.registry.catalog.add(info, backend or self.backend, replicate=True)
+        self.router.catalog.add(info, backend or self.backend, replicate=True)
 
     def client(self, **options: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, timeout=5, trust_env=False, **options)

@@ -45,11 +45,11 @@ class Worker:
     def __init__(self, cluster: MemoryCluster, name: str, **options: Any) -> None:
         self.cluster = cluster
         self.options = ClusterServerOptions(server=ServerOptions(worker_id=name), **options)
-        self.registry = Router()
+        self.router = Router()
         self.pool = HandlerPool(self.options)
         self.asked_to_leave: list[str] = []
         self.client = WorkerClient(
-            self.registry, self.pool, self.options, name, on_shutdown_request=self.asked_to_leave.append
+            self.router, self.pool, self.options, name, on_shutdown_request=self.asked_to_leave.append
         )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()
@@ -60,7 +60,7 @@ class Worker:
 
     def serve(self, name: str, handler: Any) -> None:
         backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
-        self.registry.catalog.add(backend.info, backend)
+        self.router.catalog.add(backend.info, backend)
 
     async def run(self) -> None:
         """Be the process: handlers and the client."""
@@ -110,8 +110,8 @@ class MemoryCluster:
 
     def restart(self) -> None:
         """Be a new master, which knows nothing of what was before."""
-        self.registry = Router()
-        self.manager = WorkerManager(self.registry, self.options, "master")
+        self.router = Router()
+        self.manager = WorkerManager(self.router, self.options, "master")
         self.life = Life()
         self.refusing = False
 

@@ -168,7 +168,7 @@ async def open_obliging(placement: Placement, **options: Any) -> AsyncIterator[C
             await nursery.start(back.run_as_worker, "127.0.0.1", front.internal_port)
         yield front
         with trio.fail_after(10):
-            while front.registry.live or back.registry.live:  # noqa: ASYNC110
+            while front.router.live or back.router.live:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
 

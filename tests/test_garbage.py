@@ -97,7 +97,7 @@ async def test_nothing_waits_for_the_garbage_collector(
         for _ in range(rounds):
             await ask(master.port, model, until, **extra)
         with trio.fail_after(5):
-            while master.registry.live or worker.registry.live:  # noqa: ASYNC110
+            while master.router.live or worker.router.live:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         caplog.clear()
 

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_ports", "_pulse", "_settings", "openai", "wire"),
     ("_pool", "_shapes", "_tap"),
     ("_handlers", "_link", "_raw"),
-    ("_registry", "_remote"),
+    ("_router", "_remote"),
     ("_catalog", "_forwarded", "_probe", "_workers"),
     ("_client",),
     ("http",),

@@ -141,7 +141,7 @@ async def test_a_connection_works_for_nobody_between_two_requests(cluster: Simul
     async def send(message: Any) -> None:
         pass
 
-    node_context = NodeContext(cluster.master.server.registry, cluster.options)
+    node_context = NodeContext(cluster.master.server.router, cluster.options)
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/health"}
     await Gateway(app, node_context)({**scope, "headers": [(b"x-request-id", b"the-one")]}, receive, send)
     assert seen == ["the-one"]

@@ -53,7 +53,7 @@ class Node:
     Args:
         mode: which part it plays; the ``serve_as_*`` method of that name is to be called, once.
         options: read at the time of use.
-        registry: the models of this process, and on a master those of its workers.
+        router: the models of this process, and on a master those of its workers.
         pool: where this process's handlers run.
         network: where it listens and connects.
 
@@ -69,7 +69,7 @@ class Node:
         self,
         mode: ClusterMode,
         options: ClusterServerOptions,
-        registry: Router,
+        router: Router,
         pool: HandlerPool,
         network: Network,
     ) -> None:
@@ -81,7 +81,7 @@ class Node:
         self.worker_manager: WorkerManager | None = None
         self.worker_client: WorkerClient | None = None
         self._options = options
-        self._registry = registry
+        self._router = router
         self._pool = pool
         self._network = network
         self._asked_to_stop = trio.Event()
@@ -90,9 +90,9 @@ class Node:
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or _new_id()
-        registry.accept()
+        router.accept()
         self._node_context = NodeContext(
-            registry=registry,
+            router=router,
             options=options,
             node_id=self._id,
             mode=str(mode),
@@ -132,7 +132,7 @@ class Node:
         started: Callable[[], None],
     ) -> None:
         """Serve the API, and take workers, until stopped; see :meth:`serve_as_standalone`."""
-        manager = WorkerManager(self._registry, self._options, self._id)
+        manager = WorkerManager(self._router, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
@@ -157,7 +157,7 @@ class Node:
             HandshakeRefused: there is no master that would have this worker.
             ClusterPortError: the worker's own listen address cannot be had.
         """
-        client = WorkerClient(self._registry, self._pool, self._options, self._id, self._on_shutdown_request)
+        client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
@@ -195,18 +195,18 @@ class Node:
         A call has finished for whoever asked when its answer has left this node; its work may have ended long before
         a slow client has taken all of that.
         """
-        self._registry.drain("The server is shutting down; try again shortly")
+        self._router.drain("The server is shutting down; try again shortly")
         with trio.move_on_after(self._options.drain_timeout):
-            await self._registry.wait_idle()
+            await self._router.wait_idle()
             await wait_delivered()
             return
-        left = [call.request.request_id for call in self._registry.live]
+        left = [call.request.request_id for call in self._router.live]
         fields = {"calls": len(left), "request_ids": left[:MOST_IDS]}
         logger.warning("cancelling what did not finish in time", extra={"fields": fields})
-        self._registry.cancel_all(reason)
+        self._router.cancel_all(reason)
         # Their clients are still to be told, and the work to stop; who ignores that is left behind.
         with trio.move_on_after(CLOSE_TIMEOUT):
-            await self._registry.wait_idle()
+            await self._router.wait_idle()
             await wait_delivered()
 
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:

@@ -6,6 +6,7 @@ which their handlers run) and makes a :class:`~trio_cluster.node.Node` for each 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -308,7 +309,8 @@ class ClusterServer:
 
     @property
     def registry(self) -> Router:
-        """See :attr:`router`."""
+        """The former name of :attr:`router`; deprecated."""
+        warnings.warn("ClusterServer.registry is called router", DeprecationWarning, stacklevel=2)
         return self._router
 
     @property

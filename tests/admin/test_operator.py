@@ -25,7 +25,7 @@ async def node() -> AsyncIterator[HttpNode]:
     """A node whose calls end only when they are told to."""
     async with open_http_node(script=None) as opened:
         yield opened
-    assert not opened.registry.live
+    assert not opened.router.live
 
 
 async def get_calls(node: HttpNode) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ async def test_a_call_that_is_cancelled_because_the_node_stops_may_be_repeated(
     async with trio.open_nursery() as asking:
         client = Asking(node, "r1")
         await asking.start(client.run)
-        node.registry.cancel_all("the server is being stopped")
+        node.router.cancel_all("the server is being stopped")
     assert client.answer is not None
     assert (client.answer.status, client.answer.error["code"]) == (503, "cancelled")
     assert "x-should-retry" not in client.answer.headers
@@ -257,4 +257,4 @@ async def test_the_official_client_does_not_send_a_cancelled_request_again(
         await node.backend.next()
         await cancel(node, "r1")
     assert [error.code for error in errors] == ["cancelled"]
-    assert node.registry.stats.admitted == 1
+    assert node.router.stats.admitted == 1

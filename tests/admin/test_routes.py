@@ -154,7 +154,7 @@ async def test_health_tells_whether_the_node_takes_requests(node: HttpNode) -> N
     async with node.client() as client:
         response = await client.get("/health")
         assert (response.status_code, response.json()) == (200, {"status": "ok", "mode": "standalone"})
-        node.registry.drain("closing")
+        node.router.drain("closing")
         response = await client.get("/health")
         assert (response.status_code, response.json()["status"]) == (503, "draining")
 

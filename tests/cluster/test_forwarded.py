@@ -36,7 +36,7 @@ class Far:
     async def start(self) -> None:
         self.worker = await self.cluster.start("w1")
         backend = RawBackend(ModelInfo("raw", "any"), self.answer, self.worker.pool)
-        self.worker.registry.catalog.add(backend.info, backend)
+        self.worker.router.catalog.add(backend.info, backend)
         self.worker.client.announce(backend.info)
         await wait_all_tasks_blocked()
 
@@ -50,7 +50,7 @@ class Far:
         await call.send(b"%d" % size)
 
     def open(self, asked: Request) -> Call:
-        return self.cluster.registry.open(asked)
+        return self.cluster.router.open(asked)
 
     def arrived(self) -> int:
         upload = self.calls[-1].request.upload
@@ -124,7 +124,7 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
         call.begin(413, "text/plain")
 
     backend = RawBackend(ModelInfo("hasty", "any"), hasty, far.worker.pool)
-    far.worker.registry.catalog.add(backend.info, backend)
+    far.worker.router.catalog.add(backend.info, backend)
     far.worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     upload, told = ByteChannel(), trio.Event()
@@ -155,7 +155,7 @@ async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(fa
     upload.put(b"x")
     assert (await failure(call)).status == 413
     await wait_all_tasks_blocked()
-    assert far.worker.registry.live == {}
+    assert far.worker.router.live == {}
 
 
 # Giving back

@@ -355,8 +355,8 @@ async def test_a_thousand_requests_on_one_connection_leave_nothing_behind(node: 
         for _ in range(1000):
             await wire.send(request)
             assert (await wire.answer()).body == PLAIN
-    assert node.registry.stats.completed == 1000
-    assert not node.registry.live
+    assert node.router.stats.completed == 1000
+    assert not node.router.live
 
 
 # Routes that users add

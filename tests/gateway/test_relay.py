@@ -155,7 +155,7 @@ async def test_an_impossible_head_is_a_500_and_the_call_is_given_up(status: int,
         response = await node.post()
         assert response.status_code == 500
         await (await node.backend.next()).wait_cancelled()
-        assert not node.registry.live
+        assert not node.router.live
 
 
 # Streams
@@ -458,7 +458,7 @@ async def test_a_bad_request_is_refused_before_anything_is_opened(
         if param is not None:
             assert answer.error["param"] == param
         assert (await ask(wire)).status == 200
-    assert node.registry.stats.admitted == 1
+    assert node.router.stats.admitted == 1
 
 
 async def test_another_media_type_is_415(node: HttpNode) -> None:
@@ -489,7 +489,7 @@ async def test_images_need_a_model_that_sees(node: HttpNode) -> None:
 
 
 async def test_a_node_that_drains_takes_no_calls(node: HttpNode) -> None:
-    node.registry.drain("closing")
+    node.router.drain("closing")
     response = await node.post()
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 
@@ -548,7 +548,7 @@ async def test_a_malformed_time_limit_is_refused(node: HttpNode, value: str) -> 
     response = await node.post(headers={"X-Request-Timeout": value})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "x-request-timeout"
-    assert node.registry.stats.admitted == 0
+    assert node.router.stats.admitted == 0
 
 
 async def test_the_limit_that_is_set_while_the_node_runs_acts_at_once(node: HttpNode) -> None:
@@ -584,19 +584,19 @@ async def test_a_call_whose_worker_is_lost_before_it_answers_is_made_once_more_e
     )
     response = await node.post()
     assert (response.status_code, response.content) == (200, PLAIN)
-    assert node.registry.stats.retried == 1
+    assert node.router.stats.retried == 1
 
 
 async def test_it_is_made_only_once_more(node: HttpNode) -> None:
     lost = WorkerLost("w", "gone")
     two_nodes(node, lambda s: s.fail(lost, retryable=True), lambda s: s.fail(lost, retryable=True))
     assert (await node.post()).status_code == 502
-    assert node.registry.stats.admitted == 2
+    assert node.router.stats.admitted == 2
 
 
 async def test_the_second_call_is_cancelled_when_the_client_leaves(node: HttpNode) -> None:
     two_nodes(node, lambda s: s.fail(WorkerLost("local", "gone"), retryable=True), lambda s: None)
-    second = node.registry.catalog.replicas("m")[1]
+    second = node.router.catalog.replicas("m")[1]
     assert isinstance(second, Backend)
     async with node.connect() as wire:
         await wire.request("POST", PATH, BODY)
@@ -757,6 +757,6 @@ async def test_the_books_add_up_whatever_clients_do() -> None:
                     await wire.head()
             if not number % 2:
                 await served.wait_cancelled()
-        stats = node.registry.stats
+        stats = node.router.stats
         assert (stats.admitted, stats.completed, stats.cancelled) == (20, 10, 10)
-        assert not node.registry.live
+        assert not node.router.live

@@ -110,7 +110,7 @@ async def test_an_authenticator_may_wait_and_nothing_of_the_body_is_read_before_
     directory, sent = Directory(), []
     backend = Backend(lambda served: served.head().data(PLAIN).done())
     node_context = NodeContext(Router(), ClusterServerOptions())
-    node_context.registry.catalog.add(ModelInfo("m", "chat"), backend)
+    node_context.router.catalog.add(ModelInfo("m", "chat"), backend)
 
     async def app(*_: Any) -> None:
         raise AssertionError

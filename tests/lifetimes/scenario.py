@@ -368,7 +368,7 @@ class Scenario:
     def watch(self) -> None:
         """Find the call on every node, and note when its work has stopped there."""
         for name, server in {"master": self.master, "back": self.back}.items():
-            for call in server.registry.calls_of(REQUEST_ID):
+            for call in server.router.calls_of(REQUEST_ID):
                 if name not in self.calls:
                     self.calls[name] = call
                     call.on_release(lambda name=name: self._release(name))  # type: ignore[misc]

@@ -375,11 +375,11 @@ class CellTest:
         scenario, cell = self.scenario, self.cell
         neighbours = 1 if self.phase == "queued" else 0
         if cell.master and self.cause != "master_killed":
-            stats = scenario.master.registry.stats.counters()
+            stats = scenario.master.router.stats.counters()
             assert stats[cell.master] >= 1, stats
             assert stats["admitted"] == 1 + neighbours
         if self.forwarded and cell.worker:
-            stats = scenario.back.registry.stats.counters()
+            stats = scenario.back.router.stats.counters()
             assert stats[cell.worker] >= 1, stats
 
 

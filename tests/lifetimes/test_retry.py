@@ -80,7 +80,7 @@ class Replicas:
 
     @property
     def retried(self) -> int:
-        return self.cluster.master.server.registry.stats.retried
+        return self.cluster.master.server.router.stats.retried
 
 
 @asynccontextmanager
@@ -270,7 +270,7 @@ async def test_a_call_whose_body_is_on_its_way_to_a_worker_that_stops_is_answere
             node.link.delay(0.4)
         caller = cluster.ask(padding=900_000)
         await trio.sleep(after)
-        (first,) = {call.served_by for call in cluster.cluster.master.server.registry.live}
+        (first,) = {call.served_by for call in cluster.cluster.master.server.router.live}
         cluster.cluster.workers[first].stop()
         await trio.sleep(15)
         assert cluster.names == [*({"a", "b"} - {first})]
@@ -355,7 +355,7 @@ async def test_a_handler_s_error_is_the_client_s_answer_whatever_its_code(
             answer = await cluster.client().chat(MODEL, stream=False)
             assert (answer.status, answer.error["code"]) == (429, code)
             assert answer.error["message"] == "the quota of this user is used up"
-        assert cluster.master.server.registry.stats.retried == 0
+        assert cluster.master.server.router.stats.retried == 0
     # Each request ran once, the two on different replicas.
     assert sorted(runs) == ["w1", "w2"]
 
@@ -370,5 +370,5 @@ async def test_a_handler_s_504_is_not_counted_as_a_deadline_of_ours(autojump_clo
 
         await cluster.start_worker(server)
         assert (await cluster.client().chat(MODEL, stream=False)).status == 504
-        stats = cluster.master.server.registry.stats
+        stats = cluster.master.server.router.stats
         assert (stats.failed, stats.timed_out) == (1, 0)

@@ -246,14 +246,14 @@ class Scenario:
 
     def stats(self) -> dict[str, int]:
         """Return how the calls of the master have ended, without what has not happened."""
-        stats = self.master.registry.stats
+        stats = self.master.router.stats
         names = ("completed", "cancelled", "timed_out", "worker_lost", "failed", "retried")
         return {name: count for name in names if (count := getattr(stats, name))}
 
     def waiting(self) -> list[int]:
         """Return how many bytes of bodies wait on each node."""
         return [
-            sum(call.request.upload.waiting_bytes for call in node.registry.live if call.request.upload)
+            sum(call.request.upload.waiting_bytes for call in node.router.live if call.request.upload)
             for node in self.nodes
         ]
 

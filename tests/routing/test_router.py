@@ -54,99 +54,99 @@ CHAT = ModelInfo("m", "chat")
 
 
 def test_a_model_that_is_added_can_be_asked() -> None:
-    registry, backend = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, backend)
-    call = registry.open(request())
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    call = router.open(request())
     assert backend.calls == [call]
     assert call.served_by == "w1"
-    assert registry.catalog.names() == ["m"]
-    assert registry.catalog.info("m") is CHAT
-    assert registry.catalog.served_by("m") == ["w1"]
+    assert router.catalog.names() == ["m"]
+    assert router.catalog.info("m") is CHAT
+    assert router.catalog.served_by("m") == ["w1"]
 
 
 def test_a_model_that_nobody_serves_is_not_found_and_the_message_lists_those_that_are() -> None:
-    registry = Router()
-    registry.catalog.add(ModelInfo("b", "chat"), Scripted("w1"))
-    registry.catalog.add(ModelInfo("a", "chat"), Scripted("w1"))
+    router = Router()
+    router.catalog.add(ModelInfo("b", "chat"), Scripted("w1"))
+    router.catalog.add(ModelInfo("a", "chat"), Scripted("w1"))
     with pytest.raises(ModelNotFound, match="a, b") as caught:
-        registry.open(request("missing"))
+        router.open(request("missing"))
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
 def test_a_model_of_another_kind_is_a_bad_request() -> None:
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
     with pytest.raises(WrongKind) as caught:
-        registry.open(request(kind="embedding"))
+        router.open(request(kind="embedding"))
     assert caught.value.status == 400
 
 
 def test_a_name_that_is_taken_is_refused_unless_replicas_are_wanted() -> None:
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
     with pytest.raises(NameTaken, match="w1"):
-        registry.catalog.add(CHAT, Scripted("w2"))
-    registry.catalog.add(CHAT, Scripted("w2"), replicate=True)
-    assert registry.catalog.served_by("m") == ["w1", "w2"]
+        router.catalog.add(CHAT, Scripted("w2"))
+    router.catalog.add(CHAT, Scripted("w2"), replicate=True)
+    assert router.catalog.served_by("m") == ["w1", "w2"]
 
 
 def test_a_replica_must_be_of_the_same_kind_and_from_another_node() -> None:
-    registry, backend = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, backend)
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
     with pytest.raises(NameTaken, match="as chat, not embedding"):
-        registry.catalog.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
+        router.catalog.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
     with pytest.raises(NameTaken, match="already serves"):
-        registry.catalog.add(CHAT, Scripted("w1"), replicate=True)
+        router.catalog.add(CHAT, Scripted("w1"), replicate=True)
 
 
 def test_the_least_busy_replica_serves() -> None:
-    registry, busy, idle = Router(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
-    registry.catalog.add(CHAT, busy)
-    registry.catalog.add(CHAT, idle, replicate=True)
+    router, busy, idle = Router(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
+    router.catalog.add(CHAT, busy)
+    router.catalog.add(CHAT, idle, replicate=True)
     for _ in range(3):
-        registry.open(request())
+        router.open(request())
     assert (len(busy.calls), len(idle.calls)) == (0, 3)
 
 
 def test_equally_busy_replicas_take_turns() -> None:
-    registry = Router()
+    router = Router()
     backends = [Scripted(f"w{number}") for number in range(3)]
     for backend in backends:
-        registry.catalog.add(CHAT, backend, replicate=True)
+        router.catalog.add(CHAT, backend, replicate=True)
     for _ in range(9):
-        registry.open(request())
+        router.open(request())
     assert [len(backend.calls) for backend in backends] == [3, 3, 3]
 
 
 def test_a_replica_that_drains_gets_nothing_new() -> None:
-    registry, draining, staying = Router(), Scripted("w1"), Scripted("w2", load=1)
+    router, draining, staying = Router(), Scripted("w1"), Scripted("w2", load=1)
     draining.health.drain()
-    registry.catalog.add(CHAT, draining)
-    registry.catalog.add(CHAT, staying, replicate=True)
-    registry.open(request())
+    router.catalog.add(CHAT, draining)
+    router.catalog.add(CHAT, staying, replicate=True)
+    router.open(request())
     assert len(staying.calls) == 1
     staying.health.stall("blocked")
     with pytest.raises(Overloaded):
-        registry.open(request())
+        router.open(request())
 
 
 def test_a_model_is_gone_when_its_last_replica_is() -> None:
-    registry, first, second = Router(), Scripted("w1"), Scripted("w2")
-    registry.catalog.add(CHAT, first)
-    registry.catalog.add(CHAT, second, replicate=True)
-    assert registry.catalog.remove("m", first)
-    assert registry.catalog.names() == ["m"]
-    assert registry.catalog.remove("m", second)
-    assert registry.catalog.names() == []
-    assert not registry.catalog.remove("m", second)
+    router, first, second = Router(), Scripted("w1"), Scripted("w2")
+    router.catalog.add(CHAT, first)
+    router.catalog.add(CHAT, second, replicate=True)
+    assert router.catalog.remove("m", first)
+    assert router.catalog.names() == ["m"]
+    assert router.catalog.remove("m", second)
+    assert router.catalog.names() == []
+    assert not router.catalog.remove("m", second)
 
 
-def test_a_closed_registry_refuses_with_503() -> None:
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
-    registry.drain("closing")
+def test_a_draining_router_refuses_with_503() -> None:
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
+    router.drain("closing")
     with pytest.raises(ShuttingDown, match="closing"):
-        registry.open(request())
+        router.open(request())
 
 
 @pytest.mark.parametrize(
@@ -162,56 +162,56 @@ def test_a_closed_registry_refuses_with_503() -> None:
     ],
 )
 def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | None, entry: str) -> None:
-    registry, backend = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, backend)
-    call = registry.open(request())
-    stats = registry.stats
-    assert (stats.admitted, len(registry.live)) == (1, 1)
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    call = router.open(request())
+    stats = router.stats
+    assert (stats.admitted, len(router.live)) == (1, 1)
     if end is None:
         call.cancel("client left")
     else:
         call.put(Head())
         call.put(end)
-    assert len(registry.live) == 1
+    assert len(router.live) == 1
     call.release()
     call.release()
-    assert len(registry.live) == 0
+    assert len(router.live) == 0
     outcomes = {name: value for name, value in stats.counters().items() if value}
     assert outcomes == {"admitted": 1, entry: 1}
 
 
 @pytest.mark.parametrize("error", [WorkerLost("w1", "killed"), ShuttingDown()])
 def test_a_call_whose_worker_went_away_is_opened_once_more_on_another_one(error: ApiError) -> None:
-    registry, first, second = Router(), Scripted("w1"), Scripted("w2", load=1)
-    registry.catalog.add(CHAT, first)
-    registry.catalog.add(CHAT, second, replicate=True)
-    call = registry.open(request())
-    registry.catalog.remove("m", first)
+    router, first, second = Router(), Scripted("w1"), Scripted("w2", load=1)
+    router.catalog.add(CHAT, first)
+    router.catalog.add(CHAT, second, replicate=True)
+    call = router.open(request())
+    router.catalog.remove("m", first)
     call.put(Failed(error, retryable=True))
     call.release()
-    again = registry.reopen(call)
+    again = router.reopen(call)
     assert again is not None
     assert again.served_by == "w2"
-    assert registry.stats.retried == 1
+    assert router.stats.retried == 1
 
 
 def test_a_call_is_not_opened_again_where_it_was_lost() -> None:
-    registry, only = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, only)
-    call = registry.open(request())
+    router, only = Router(), Scripted("w1")
+    router.catalog.add(CHAT, only)
+    call = router.open(request())
     call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
-    assert registry.reopen(call) is None
+    assert router.reopen(call) is None
 
 
 def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothing_is() -> None:
-    registry = Router()
+    router = Router()
     for name in ("w1", "w2"):
-        registry.catalog.add(CHAT, Scripted(name), replicate=True)
-    call = registry.open(attrs.evolve(request(), total_timeout=10.0))
+        router.catalog.add(CHAT, Scripted(name), replicate=True)
+    call = router.open(attrs.evolve(request(), total_timeout=10.0))
     call.put(Failed(WorkerLost("w1", "killed"), retryable=True))
-    assert registry.reopen(call, 0.0) is None
-    assert registry.stats.retried == 0
-    again = registry.reopen(call, 2.5)
+    assert router.reopen(call, 0.0) is None
+    assert router.stats.retried == 0
+    again = router.reopen(call, 2.5)
     assert again is not None
     assert again.request.total_timeout == 2.5
     assert call.request.total_timeout == 10.0
@@ -220,9 +220,9 @@ def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothi
 def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
-    calls = [registry.open(request()) for _ in range(4)]
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
+    calls = [router.open(request()) for _ in range(4)]
     calls[0].put(Head())
     calls[0].put(Done())
     calls[0].release()
@@ -233,13 +233,13 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
         call.release()
     classes = dict(
         zip(
-            (*registry.stats.cancel_durations.BOUNDS, math.inf),
-            registry.stats.cancel_durations.counts,
+            (*router.stats.cancel_durations.BOUNDS, math.inf),
+            router.stats.cancel_durations.counts,
             strict=True,
         )
     )
     assert {bound: count for bound, count in classes.items() if count} == {0.005: 1, 0.01: 1, math.inf: 1}
-    assert registry.stats.cancel_durations.total == pytest.approx(60.01)
+    assert router.stats.cancel_durations.total == pytest.approx(60.01)
 
 
 @pytest.mark.parametrize(
@@ -256,41 +256,41 @@ def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: 
     ],
 )
 def test_a_call_that_failed_for_another_reason_is_not_opened_again(error: ApiError) -> None:
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
-    registry.catalog.add(CHAT, Scripted("w2"), replicate=True)
-    call = registry.open(request())
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
+    router.catalog.add(CHAT, Scripted("w2"), replicate=True)
+    call = router.open(request())
     call.put(Failed(error))
-    assert registry.reopen(call) is None
+    assert router.reopen(call) is None
 
 
 def test_the_live_calls_of_a_request_are_found_by_its_id() -> None:
-    registry, backend = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, backend)
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
     twin, other, again = (
-        registry.open(attrs.evolve(request(), request_id=each)) for each in ("twin", "other", "twin")
+        router.open(attrs.evolve(request(), request_id=each)) for each in ("twin", "other", "twin")
     )
-    assert registry.calls_of("twin") == [twin, again]
-    assert registry.calls_of("nobody") == []
+    assert router.calls_of("twin") == [twin, again]
+    assert router.calls_of("nobody") == []
     twin.cancel("enough")
-    assert registry.calls_of("twin") == [twin, again]
+    assert router.calls_of("twin") == [twin, again]
     twin.release()
-    assert registry.calls_of("twin") == [again]
-    assert registry.calls_of("other") == [other]
+    assert router.calls_of("twin") == [again]
+    assert router.calls_of("other") == [other]
 
 
 async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nursery) -> None:
-    registry = Router()
-    registry.catalog.add(CHAT, Scripted("w1"))
-    calls = [registry.open(request()) for _ in range(2)]
+    router = Router()
+    router.catalog.add(CHAT, Scripted("w1"))
+    calls = [router.open(request()) for _ in range(2)]
     idle = trio.Event()
 
     async def watch() -> None:
-        await registry.wait_idle()
+        await router.wait_idle()
         idle.set()
 
     nursery.start_soon(watch)
-    registry.cancel_all("stop")
+    router.cancel_all("stop")
     calls[0].release()
     await wait_all_tasks_blocked()
     assert not idle.is_set()
@@ -300,82 +300,82 @@ async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nur
 
 
 def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
-    registry, one, two = Router(), Scripted("w1"), Scripted("w2")
+    router, one, two = Router(), Scripted("w1"), Scripted("w2")
     untouched = ModelInfo("raw", "any")
-    registry.catalog.add(CHAT, one)
-    assert not registry.catalog.passthrough
-    registry.catalog.add(untouched, one, replicate=True)
-    registry.catalog.add(untouched, two, replicate=True)
-    registry.catalog.remove("raw", one)
-    assert registry.catalog.passthrough
-    registry.catalog.remove("raw", two)
-    assert not registry.catalog.passthrough
-    registry.catalog.update(ModelInfo("m", "any"), one)
-    assert registry.catalog.passthrough
-    registry.catalog.update(CHAT, one)
-    assert not registry.catalog.passthrough
+    router.catalog.add(CHAT, one)
+    assert not router.catalog.passthrough
+    router.catalog.add(untouched, one, replicate=True)
+    router.catalog.add(untouched, two, replicate=True)
+    router.catalog.remove("raw", one)
+    assert router.catalog.passthrough
+    router.catalog.remove("raw", two)
+    assert not router.catalog.passthrough
+    router.catalog.update(ModelInfo("m", "any"), one)
+    assert router.catalog.passthrough
+    router.catalog.update(CHAT, one)
+    assert not router.catalog.passthrough
 
 
 # What a model answers beside its kind
 
 
 def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
-    registry, backend = Router(), Scripted("w1")
-    registry.catalog.add(CHAT, backend)
-    assert not registry.catalog.answers("/v1/x")
-    registry.catalog.update(attrs.evolve(CHAT, extra_endpoints=("/v1/x",), owner="me"), backend)
-    assert registry.catalog.answers("/v1/x")
-    assert (registry.catalog.infos()[0].owner, registry.catalog.infos()[0].extra_endpoints) == (
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    assert not router.catalog.answers("/v1/x")
+    router.catalog.update(attrs.evolve(CHAT, extra_endpoints=("/v1/x",), owner="me"), backend)
+    assert router.catalog.answers("/v1/x")
+    assert (router.catalog.infos()[0].owner, router.catalog.infos()[0].extra_endpoints) == (
         "me",
         ("/v1/x",),
     )
-    assert registry.catalog.check("m", "custom", "/v1/x").name == "m"
+    assert router.catalog.check("m", "custom", "/v1/x").name == "m"
     with pytest.raises(WrongKind):
-        registry.catalog.check("m", "custom", "/v1/y")
+        router.catalog.check("m", "custom", "/v1/y")
 
 
 def test_what_any_replica_answers_the_model_answers_and_only_that_replica_is_asked() -> None:
-    registry, plain, more = Router(), Scripted("w1"), Scripted("w2", load=0.9)
-    registry.catalog.add(CHAT, plain, replicate=True)
-    registry.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
+    router, plain, more = Router(), Scripted("w1"), Scripted("w2", load=0.9)
+    router.catalog.add(CHAT, plain, replicate=True)
+    router.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
     route = Request("/v1/x", "custom", "m", b"{}")
-    assert {registry.open(route).served_by for _ in range(3)} == {"w2"}
-    assert registry.open(request()).served_by == "w1"
+    assert {router.open(route).served_by for _ in range(3)} == {"w2"}
+    assert router.open(request()).served_by == "w1"
     more.health.stall("blocked")
     with pytest.raises(Overloaded):
-        registry.open(route)
-    assert registry.catalog.remove("m", more)
+        router.open(route)
+    assert router.catalog.remove("m", more)
     with pytest.raises(WrongKind):
-        registry.open(route)
+        router.open(route)
 
 
 def test_a_replica_that_does_not_answer_a_route_is_not_asked_when_another_one_is_lost() -> None:
-    registry, plain, more = Router(), Scripted("w1"), Scripted("w2")
-    registry.catalog.add(CHAT, plain, replicate=True)
-    registry.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
-    call = registry.open(Request("/v1/x", "custom", "m", b"{}"))
+    router, plain, more = Router(), Scripted("w1"), Scripted("w2")
+    router.catalog.add(CHAT, plain, replicate=True)
+    router.catalog.add(attrs.evolve(CHAT, extra_endpoints=("/v1/x",)), more, replicate=True)
+    call = router.open(Request("/v1/x", "custom", "m", b"{}"))
     call.put(Failed(WorkerLost("w2", "gone")))
-    assert registry.reopen(call, math.inf) is None
+    assert router.reopen(call, math.inf) is None
 
 
 def test_an_update_may_not_part_replicas() -> None:
-    registry, first, second = Router(), Scripted("w1"), Scripted("w2")
-    registry.catalog.add(CHAT, first, replicate=True)
-    registry.catalog.add(CHAT, second, replicate=True)
+    router, first, second = Router(), Scripted("w1"), Scripted("w2")
+    router.catalog.add(CHAT, first, replicate=True)
+    router.catalog.add(CHAT, second, replicate=True)
     with pytest.raises(NameTaken, match="as chat, not tts"):
-        registry.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
-    registry.catalog.remove("m", first)
-    registry.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
-    assert registry.catalog.infos()[0].kind == "tts"
+        router.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
+    router.catalog.remove("m", first)
+    router.catalog.update(attrs.evolve(CHAT, kind="tts"), second)
+    assert router.catalog.infos()[0].kind == "tts"
 
 
 def test_a_call_whose_body_has_passed_through_is_not_opened_again() -> None:
-    registry = Router()
+    router = Router()
     for name in ("w1", "w2"):
-        registry.catalog.add(CHAT, Scripted(name), replicate=True)
-    call = registry.open(attrs.evolve(request(), upload=ByteChannel()))
+        router.catalog.add(CHAT, Scripted(name), replicate=True)
+    call = router.open(attrs.evolve(request(), upload=ByteChannel()))
     call.put(Failed(WorkerLost(call.served_by, "gone"), retryable=True))
-    assert registry.reopen(call, math.inf) is None
+    assert router.reopen(call, math.inf) is None
 
 
 class LastOne:
@@ -407,16 +407,16 @@ class Steps(Observer):
 
 
 def test_another_policy_chooses_among_healthy_replicas_only_and_observers_learn_its_reason() -> None:
-    registry, steps = Router(LastOne()), Steps()
-    registry.observers.add(steps)
+    router, steps = Router(LastOne()), Steps()
+    router.observers.add(steps)
     replicas = [Scripted(name) for name in ("w1", "w2", "w3")]
     for replica in replicas:
-        registry.catalog.add(CHAT, replica, replicate=True)
+        router.catalog.add(CHAT, replica, replicate=True)
     replicas[2].health.drain()
-    call = registry.open(request())
+    call = router.open(request())
     call.put(Failed(WorkerLost("w2", "killed"), retryable=True))
     call.release()
-    again = registry.reopen(call)
+    again = router.reopen(call)
     assert again is not None
     again.put(Head())
     again.put(Done())
@@ -440,8 +440,8 @@ def test_an_answer_that_begins_while_the_call_is_opened_is_observed_behind_the_c
             call.put(Head())
             return call
 
-    registry, steps = Router(), Steps()
-    registry.observers.add(steps)
-    registry.catalog.add(CHAT, AtOnce("w1"))
-    registry.open(request())
+    router, steps = Router(), Steps()
+    router.observers.add(steps)
+    router.catalog.add(CHAT, AtOnce("w1"))
+    router.open(request())
     assert steps.steps == [("routed", "w1", "least busy"), ("first byte", "w1")]

@@ -54,7 +54,7 @@ def test_a_raw_model_has_a_name_of_its_own() -> None:
         server.register_chat("m", chat)
     with pytest.raises(ValueError, match="every route"):
         server.route("/v1/x", "m", own)
-    assert (server.list_models(), server.registry.catalog.infos()[0].kind) == (["m"], "any")
+    assert (server.list_models(), server.router.catalog.infos()[0].kind) == (["m"], "any")
     assert server.unregister_model("m")
 
 
@@ -78,7 +78,7 @@ def test_a_route_is_a_model_or_joins_one() -> None:
         return ""
 
     assert decorated.__name__ == "decorated"
-    kinds = {info.name: (info.kind, info.extra_endpoints) for info in server.registry.catalog.infos()}
+    kinds = {info.name: (info.kind, info.extra_endpoints) for info in server.router.catalog.infos()}
     assert kinds == {"alone": ("custom", ("/v1/x",)), "m": ("chat", ("/v1/x",))}
     with pytest.raises(ValueError, match="already"):
         server.route("/v1/x", "m", own)
@@ -88,18 +88,18 @@ def test_what_a_model_answers_beside_its_kind_goes_with_it() -> None:
     server = ClusterServer()
     server.register_chat("m", chat)
     server.route("/v1/x", "m", own)
-    assert server.registry.catalog.answers("/v1/x")
+    assert server.router.catalog.answers("/v1/x")
     server.unregister_model("m")
-    assert not server.registry.catalog.answers("/v1/x")
+    assert not server.router.catalog.answers("/v1/x")
     server.register_chat("m", chat)
-    assert server.registry.catalog.infos()[0].extra_endpoints == ()
+    assert server.router.catalog.infos()[0].extra_endpoints == ()
 
 
 def test_making_and_changing_images_may_be_one_model_and_nothing_else_may() -> None:
     server = ClusterServer()
     server.register_image_edit("m", chat)
     server.register_image_generation("m", chat)
-    assert server.registry.catalog.infos()[0].extra_endpoints == ("image_generation",)
+    assert server.router.catalog.infos()[0].extra_endpoints == ("image_generation",)
     with pytest.raises(ValueError, match="already served"):
         server.register_chat("m", chat)
     with pytest.raises(ValueError, match="already served"):
@@ -198,4 +198,4 @@ async def test_options_that_change_change_whose_the_models_are() -> None:
     server = ClusterServer()
     server.register_raw("m", raw)
     server.options = worker("w", owner="somebody else").options
-    assert server.registry.catalog.infos()[0].owner == "somebody else"
+    assert server.router.catalog.infos()[0].owner == "somebody else"

@@ -171,7 +171,7 @@ async def test_stats_that_do_not_balance_are_found(
 ) -> None:
     await start(quick, FakeModel())
     await quick.client().chat("m")
-    quick.master.server.registry.stats.completed += 1
+    quick.master.server.router.stats.completed += 1
     with pytest.raises(OrphansLeft, match=r"master: CallStats\(admitted=1, completed=2"):
         assert_stats_balance(quick)
     with pytest.raises(OrphansLeft, match="do not balance"):

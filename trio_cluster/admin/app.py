@@ -60,7 +60,7 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
     """Answer what the framework has to say: unknown path, wrong method, or a route that aborts."""
-    if error.code == 404 and node_context.registry.catalog.answers(own_route(request.path)):
+    if error.code == 404 and node_context.router.catalog.answers(own_route(request.path)):
         # A route that the framework does not know, since models come and go.
         error = MethodNotAllowed(["POST"])
     status = error.code or 500

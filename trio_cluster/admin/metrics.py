@@ -1,6 +1,6 @@
 """The numbers of a node, as Prometheus wants them.
 
-Nothing is counted here: the registry keeps the books, and a collector reads them when it is asked. So the
+Nothing is counted here: the router has the counters, and a collector reads them when it is asked. So the
 numbers are of one instant and add up, and a request costs nothing for being counted.
 """
 
@@ -58,8 +58,8 @@ class _Reading:
         self._node_context = node_context
 
     def families(self) -> Iterator[Metric]:
-        registry = self._node_context.registry
-        stats = registry.stats.counters()
+        router = self._node_context.router
+        stats = router.stats.counters()
         yield CounterMetricFamily(
             _PREFIX + "calls_admitted", "Calls that were opened.", value=stats["admitted"]
         )
@@ -73,20 +73,20 @@ class _Reading:
             _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=stats["retried"]
         )
         yield GaugeMetricFamily(
-            _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(registry.live)
+            _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(router.live)
         )
         yield _histogram(
             "cancel_seconds",
             "From giving a call up until its work had really stopped.",
-            registry.stats.cancel_durations,
+            router.stats.cancel_durations,
         )
         models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
-        kinds = [info.kind for info in registry.catalog.infos()]
+        kinds = [info.kind for info in router.catalog.infos()]
         for kind in sorted(set(kinds)):
             models.add_metric([kind], kinds.count(kind))
         yield models
         yield GaugeMetricFamily(
-            _PREFIX + "draining", "1 while new calls are refused.", value=registry.draining_reason is not None
+            _PREFIX + "draining", "1 while new calls are refused.", value=router.draining_reason is not None
         )
         yield GaugeMetricFamily(
             _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._node_context.uptime

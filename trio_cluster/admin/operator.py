@@ -33,16 +33,16 @@ _NO_REASON: Final = "an operator asked for it"
 
 def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     """Add the routes under ``/cluster`` that are for operators to ``app``."""
-    registry = node_context.registry
+    router = node_context.router
 
     async def calls() -> TrioResponse:
-        return respond(json_reply(CallsView([call_view(call) for call in registry.live])))
+        return respond(json_reply(CallsView([call_view(call) for call in router.live])))
 
     async def cancel(request_id: str) -> TrioResponse:
         context = request_context(request.scope)
         _refuse_pages(context)
         reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
-        found = registry.calls_of(request_id)
+        found = router.calls_of(request_id)
         if not found:
             raise ApiError(
                 404, f"There is no call of a request '{request_id}', or it has ended", code="call_not_found"

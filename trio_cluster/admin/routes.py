@@ -41,13 +41,13 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        entries = [info.entry() for info in node_context.registry.catalog.infos()]
+        entries = [info.entry() for info in node_context.router.catalog.infos()]
         return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:
-        info = node_context.registry.catalog.info(name)
+        info = node_context.router.catalog.info(name)
         if info is None:
-            raise ModelNotFound(name, node_context.registry.catalog.names())
+            raise ModelNotFound(name, node_context.router.catalog.names())
         return respond(json_reply(info.entry()))
 
     for prefix in PREFIXES:
@@ -77,7 +77,7 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def health() -> TrioResponse:
         # A load balancer must see a node that drains as one not to be used.
-        draining = node_context.registry.draining_reason is not None
+        draining = node_context.router.draining_reason is not None
         state = HealthView("draining" if draining else "ok", node_context.mode)
         return respond(json_reply(state, 503 if draining else 200))
 

@@ -132,7 +132,7 @@ class CancelView:
 
 def status_view(node_context: NodeContext) -> StatusView:
     """Return the state of a node as it is now."""
-    router, own = node_context.registry, node_context.status()
+    router, own = node_context.router, node_context.status()
     catalog = router.catalog
     return StatusView(
         node_id=node_context.node_id,

@@ -37,7 +37,7 @@ class ForwardedCalls:
     Args:
         session: the worker's half of the protocol.
         wake: called when the session has something to send.
-        registry: this node's models.
+        router: this node's models.
         options: read at the time of use.
 
     Attributes:
@@ -48,7 +48,7 @@ class ForwardedCalls:
         self,
         session: WorkerSession,
         wake: Callable[[], None],
-        registry: Router,
+        router: Router,
         options: ClusterServerOptions,
     ) -> None:
         self.live: dict[int, Call] = {}
@@ -56,7 +56,7 @@ class ForwardedCalls:
         self._non_replayable: set[int] = set()
         self._session = session
         self._wake = wake
-        self._registry = registry
+        self._router = router
         self._options = options
 
     def cancel_all(self) -> None:
@@ -78,7 +78,7 @@ class ForwardedCalls:
         try:
             if opened.size > self._options.server.max_body_size:
                 raise self._too_large()
-            call = self._registry.open(
+            call = self._router.open(
                 Request(
                     endpoint=opened.endpoint,
                     kind=opened.kind,  # type: ignore[arg-type]  # an unknown kind matches no model
@@ -164,7 +164,7 @@ class ForwardedCalls:
     def _released(self, call_id: int, call: Call) -> None:
         if self.live.pop(call_id, None) is None:
             return
-        draining_reason = self._registry.draining_reason
+        draining_reason = self._router.draining_reason
         if draining_reason is not None and not call.begun:
             # Not finished within the time for that, nor begun: given back, so that another replica may have it.
             self._session.fail(call_id, ShuttingDown(draining_reason), retryable=True)

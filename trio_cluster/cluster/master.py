@@ -7,7 +7,7 @@ of life the newcomer is refused, and may try again; otherwise two machines with 
 for ever.
 
 The order in which a lost worker is taken off matters. First its models go, so that no new call can be routed to it;
-then its calls fail, so that those which may be opened again elsewhere find the registry already right.
+then its calls fail, so that those which may be opened again elsewhere find the router already right.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WorkerManager:
     """The workers of a master.
 
     Args:
-        registry: where their models are made known.
+        router: where their models are made known.
         options: read at the time of use.
         node_id: this master's name.
 
@@ -69,9 +69,9 @@ class WorkerManager:
         workers: those that are connected, by name.
     """
 
-    def __init__(self, registry: Router, options: ClusterServerOptions, node_id: str) -> None:
+    def __init__(self, router: Router, options: ClusterServerOptions, node_id: str) -> None:
         self.workers: dict[str, RemoteWorker] = {}
-        self._registry = registry
+        self._router = router
         self._options = options
         self._node_id = node_id
         # A dict and not a set, for the order: what is done to all of them is done in the order in which they came.
@@ -165,7 +165,7 @@ class WorkerConnection:
 
     def __init__(self, manager: WorkerManager, stream: ByteStream) -> None:
         self._manager = manager
-        self._registry = manager._registry
+        self._router = manager._router
         self._options = manager._options
         self._address = _peer(stream)
         self._stream = injectable(stream)
@@ -259,7 +259,7 @@ class WorkerConnection:
                 self._register(worker, event)
             case UnregisterModel():
                 if worker.models.pop(event.name, None) is not None:
-                    self._registry.catalog.remove(event.name, worker)
+                    self._router.catalog.remove(event.name, worker)
                     self._log("model left", worker, model=event.name)
             case Drain():
                 worker.health.drain()
@@ -294,9 +294,9 @@ class WorkerConnection:
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
             if info.name in worker.models:
-                self._registry.catalog.update(info, worker)
+                self._router.catalog.update(info, worker)
             else:
-                self._registry.catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
+                self._router.catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
             self.session.model_rejected(message.name, str(refusal))
             self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)
@@ -316,7 +316,7 @@ class WorkerConnection:
         if worker is None:
             return
         for name in worker.models:
-            self._registry.catalog.remove(name, worker)
+            self._router.catalog.remove(name, worker)
         if self._manager.workers.get(worker.name) is worker:
             del self._manager.workers[worker.name]
         worker.connection_lost(why)

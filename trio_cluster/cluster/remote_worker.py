@@ -1,6 +1,6 @@
 """The master's end of a link to one worker, as a backend.
 
-To the registry a far worker is what a local handler is: something that opens calls. What differs is only where the
+To the router a remote worker is what a local handler is: something that opens calls. What differs is only where the
 events come from. Opening and cancelling queue a message and wake the link's writer; neither waits for anything, so
 no cancellation can fall between asking for work and remembering that it was asked for.
 

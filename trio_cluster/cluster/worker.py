@@ -59,7 +59,7 @@ class WorkerClient:
     """A worker's side of the cluster.
 
     Args:
-        registry: this node's own models.
+        router: this node's own models.
         pool: where their handlers run; its load is told to the master.
         options: read at the time of use.
         node_id: this worker's name.
@@ -73,7 +73,7 @@ class WorkerClient:
 
     def __init__(
         self,
-        registry: Router,
+        router: Router,
         pool: HandlerPool,
         options: ClusterServerOptions,
         node_id: str,
@@ -81,7 +81,7 @@ class WorkerClient:
     ) -> None:
         self.rejected_models: dict[str, str] = {}
         self.connected = False
-        self._registry = registry
+        self._router = router
         self._pool = pool
         self._options = options
         self._node_id = node_id
@@ -215,7 +215,7 @@ class MasterConnection:
         self, client: WorkerClient, stream: InjectableStream, on_registered: Callable[[], None]
     ) -> None:
         self.client = client
-        self._registry = client._registry
+        self._router = client._router
         self._on_registered = on_registered
         self._unconfirmed: set[str] | None = None
         self._master_blocked = False
@@ -237,7 +237,7 @@ class MasterConnection:
             timeout=client._options.worker_timeout,
             linger=client._options.batch_wait,
         )
-        self._calls = ForwardedCalls(self.session, self.link.wake, self._registry, client._options)
+        self._calls = ForwardedCalls(self.session, self.link.wake, self._router, client._options)
 
     @property
     def in_flight(self) -> int:
@@ -315,7 +315,7 @@ class MasterConnection:
         if self.client._draining.is_set():
             self.link.close_when_flushed("the worker is being stopped")
             return
-        for info in self._registry.catalog.infos():
+        for info in self._router.catalog.infos():
             self.announce(info)
         self._on_model_answer("")
 

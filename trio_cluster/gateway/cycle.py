@@ -162,7 +162,7 @@ class RequestCycle:
         if endpoint is not None or self._gateway.has_route(path):
             return endpoint
         name = own_route(path)
-        return endpoint_named(name) if self._node_context.registry.catalog.answers(name) else None
+        return endpoint_named(name) if self._node_context.router.catalog.answers(name) else None
 
     async def _answer_with_model(self) -> None:
         """Answer without the web framework, which would take as long as all the rest."""

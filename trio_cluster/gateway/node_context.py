@@ -51,7 +51,7 @@ class NodeContext:
     no such worker here.
     """
 
-    registry: Router
+    router: Router
     options: ClusterServerOptions
     node_id: str = ""
     mode: str = ""

@@ -67,7 +67,7 @@ class Parse:
         if not request_body.complete and is_form(content_type):
             context.spool = SpooledBody()
             model = await _find_model(request_body, content_type, first, context.spool)
-            info = node_context.registry.catalog.check(model, endpoint.kind, endpoint.name)
+            info = node_context.router.catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
@@ -118,12 +118,12 @@ async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    if node_context.registry.catalog.passthrough:
-        untouched = node_context.registry.catalog.info(await _look(peek_model, body, content_type) or "")
+    if node_context.router.catalog.passthrough:
+        untouched = node_context.router.catalog.info(await _look(peek_model, body, content_type) or "")
         if untouched is not None and untouched.kind == "any":
             return untouched, None
     parsed = await _look(endpoint.parse, body, content_type, headers)
-    info = node_context.registry.catalog.check(parsed.model, endpoint.kind, endpoint.name)
+    info = node_context.router.catalog.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(

@@ -73,7 +73,7 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
     call, deadlines = context.call, context.deadlines
     event = await _next(call, deadlines, trio.current_time())
     if isinstance(event, Failed):
-        again = node_context.registry.reopen(call, deadlines.time_left)
+        again = node_context.router.reopen(call, deadlines.time_left)
         if again is None:
             raise event.error
         context.add_call(again)

@@ -31,7 +31,7 @@ class Route:
             ApiError: no replica can answer; or the body is too large, does not arrive in time, or is not taken in time.
             ClientLeft: the client left in the middle of its body.
         """
-        request, router = context.request, self._node_context.registry
+        request, router = context.request, self._node_context.router
         for listener in router.observers.admitted:
             listener(request)
         context.deadlines = ResponseDeadlines(

@@ -75,12 +75,12 @@ class Invariants(trio.abc.Instrument):
         self._check_time()
 
     def _check_stats(self, process: ProcessRun) -> None:
-        registry = process.server.registry
-        stats = registry.stats
+        router = process.server.router
+        stats = router.stats
         ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
-        if stats.admitted != ended + len(registry.live):
+        if stats.admitted != ended + len(router.live):
             self._report(f"{process.name}: {stats.admitted} calls were admitted, {ended} have ended, "
-                         f"{len(registry.live)} are in flight")  # fmt: skip
+                         f"{len(router.live)} are in flight")  # fmt: skip
 
     def _check_slots(self, process: ProcessRun) -> None:
         pool = process.server.pool
@@ -92,7 +92,7 @@ class Invariants(trio.abc.Instrument):
     def _check_memory(self, process: ProcessRun) -> None:
         # On a master, what the connection has received meanwhile is added to what waits already.
         limit = (3 if process.name == "master" else 1) * WINDOW
-        for call in process.server.registry.live:
+        for call in process.server.router.live:
             if call.body.waiting_bytes > WINDOW + _LARGEST_PIECE:
                 self._report(f"{process.name}: {call.body.waiting_bytes} bytes wait for one client")
             upload = call.request.upload
@@ -367,7 +367,7 @@ class Invariants(trio.abc.Instrument):
         missing = [f"{name} is not connected" for name in self._plan.workers if name not in joined]
         missing += [f"{name} should not be connected" for name in joined if name not in self._plan.workers]
         for model in self._plan.models:
-            serving = master.registry.catalog.served_by(model.name)
+            serving = master.router.catalog.served_by(model.name)
             served = [("master" if name == LOCAL else name) for name in serving]
             if sorted(served) != sorted(model.hosts):
                 missing.append(f"{model.name} is served by {served}, not by {list(model.hosts)}")

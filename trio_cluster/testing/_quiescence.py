@@ -1,6 +1,6 @@
 """Quiescence: what must be gone when no request is in progress, and the stats that must always balance.
 
-A cluster is quiescent when there are no tasks of requests, no slots taken, no calls in any registry or on any link,
+A cluster is quiescent when there are no tasks of requests, no slots taken, no calls in any router or on any link,
 nothing queued on any link, and no connection that only one of its ends still holds open. Anything that is left then has
 outlived the request it was for: an orphan.
 """
@@ -128,8 +128,8 @@ def _connections_to(cluster: SimulatedCluster, node: SimulatedNode) -> int:
 
 
 def _calls(node: SimulatedNode) -> Iterator[str]:
-    registry, pool = node.server.registry, node.server.pool
-    for call, backend in registry.live.items():
+    router, pool = node.server.router, node.server.pool
+    for call, backend in router.live.items():
         request = call.request
         where = "here" if backend.name == LOCAL else f"on {backend.name}"
         yield (
@@ -193,13 +193,13 @@ def _is_in(task: trio.lowlevel.Task, functions: frozenset[CodeType]) -> bool:
 
 
 def _unbalanced_stats(node: SimulatedNode) -> Iterator[str]:
-    registry = node.server.registry
-    if registry.stats.admitted != _counted(registry):
-        counters = ", ".join(f"{name}={count}" for name, count in registry.stats.counters().items())
-        yield f"{node.name}: CallStats({counters}) and {len(registry.live)} in flight do not balance"
+    router = node.server.router
+    if router.stats.admitted != _counted(router):
+        counters = ", ".join(f"{name}={count}" for name, count in router.stats.counters().items())
+        yield f"{node.name}: CallStats({counters}) and {len(router.live)} in flight do not balance"
 
 
-def _counted(registry: Router) -> int:
-    stats: CallStats = registry.stats
+def _counted(router: Router) -> int:
+    stats: CallStats = router.stats
     ended = stats.completed + stats.cancelled + stats.timed_out + stats.worker_lost + stats.failed
-    return ended + len(registry.live)
+    return ended + len(router.live)
