@@ -230,7 +230,7 @@ class StreamedText(DeltaStream, _Text):
     def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
         super().__init__(shape, request, answer_id, created)
         options = request.stream_options or {}
-        self._tells_usage = bool(options.get("include_usage"))
+        self._includes_usage = bool(options.get("include_usage"))
         # By choice. The fast path, which is that of plain text for choice 0, is open while that can grow.
         self._text_events: dict[int, DeltaEvent] = {}
         self._reasoning_events: dict[int, DeltaEvent] = {}
@@ -319,7 +319,7 @@ class StreamedText(DeltaStream, _Text):
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any]) -> bytes:
         answer = self._answer(self._shape.part_object, choices, extras)
-        if self._tells_usage:
+        if self._includes_usage:
             answer["usage"] = None
         return event(dumps(answer))
 
@@ -330,7 +330,7 @@ class StreamedText(DeltaStream, _Text):
             sent.append(self._open(choice.index))
             last = self._shape.part(Delta(choice.index, reason=choice.finish_reason))
             sent.append(self._event([last], {}))
-        if self._tells_usage:
+        if self._includes_usage:
             answer = self._answer(self._shape.part_object, [], {})
             answer["usage"] = self._usage.for_chat()
             sent.append(event(dumps(answer)))
