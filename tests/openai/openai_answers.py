@@ -1,4 +1,4 @@
-"""What the tests of this room share: sending a request, and encoding an answer to it."""
+"""Helpers of these tests: sending a request, and encoding an answer to it."""
 
 from __future__ import annotations
 

@@ -26,15 +26,17 @@ SEGMENTS = [
     {"start": 0, "end": 1.5, "text": " Hello there."},
     {"start": 3661.0625, "end": 3662, "text": " Bye -->\n\nnow."},
 ]
-HEARD = {"text": "Hello there. Bye.", "language": "english", "duration": 3662.5, "segments": SEGMENTS}
+TRANSCRIPT = {"text": "Hello there. Bye.", "language": "english", "duration": 3662.5, "segments": SEGMENTS}
 
 
-def hear(values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions") -> bytes:
+def transcribe(values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions") -> bytes:
     return answer(endpoint, upload(endpoint, *fields), values)
 
 
-def hear_json(values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions") -> Any:
-    return json.loads(hear(values, *fields, endpoint=endpoint))
+def transcribe_json(
+    values: list[Any], *fields: tuple[str, str], endpoint: str = "audio.transcriptions"
+) -> Any:
+    return json.loads(transcribe(values, *fields, endpoint=endpoint))
 
 
 @pytest.mark.parametrize(
@@ -48,21 +50,21 @@ def hear_json(values: list[Any], *fields: tuple[str, str], endpoint: str = "audi
     ],
 )
 def test_a_transcript_is_text_however_it_is_given(values: list[Any]) -> None:
-    assert hear_json(values) == {"text": "Hello world"}
-    assert hear(values, ("response_format", "text")) == b"Hello world\n"
+    assert transcribe_json(values) == {"text": "Hello world"}
+    assert transcribe(values, ("response_format", "text")) == b"Hello world\n"
 
 
 def test_silence_is_an_empty_text() -> None:
-    assert hear_json([]) == {"text": ""}
-    assert hear([], ("response_format", "srt")) == b""
-    assert hear([], ("response_format", "vtt")) == b"WEBVTT\n\n"
+    assert transcribe_json([]) == {"text": ""}
+    assert transcribe([], ("response_format", "srt")) == b""
+    assert transcribe([], ("response_format", "vtt")) == b"WEBVTT\n\n"
 
 
 def test_a_verbose_transcript_has_segments_in_the_apis_form() -> None:
-    result = hear_json([HEARD], ("response_format", "verbose_json"))
+    result = transcribe_json([TRANSCRIPT], ("response_format", "verbose_json"))
     TranscriptionVerbose.model_validate(result, strict=True)
     assert result["task"] == "transcribe"
-    assert (result["text"], result["language"], result["duration"]) == (HEARD["text"], "english", 3662.5)
+    assert (result["text"], result["language"], result["duration"]) == (TRANSCRIPT["text"], "english", 3662.5)
     assert [each["id"] for each in result["segments"]] == [0, 1]
     assert [each["text"] for each in result["segments"]] == [each["text"] for each in SEGMENTS]
     assert "words" not in result
@@ -71,42 +73,42 @@ def test_a_verbose_transcript_has_segments_in_the_apis_form() -> None:
 def test_words_are_sent_if_they_are_asked_for() -> None:
     words = [{"word": "Hello", "start": 0.0, "end": 0.5}]
     fields = (("response_format", "verbose_json"), ("timestamp_granularities[]", "word"))
-    result = hear_json([HEARD | {"words": words}], *fields)
+    result = transcribe_json([TRANSCRIPT | {"words": words}], *fields)
     TranscriptionVerbose.model_validate(result, strict=True)
     assert result["words"] == words
     assert "segments" not in result
-    both = hear_json([HEARD | {"words": words}], *fields, ("timestamp_granularities[]", "segment"))
+    both = transcribe_json([TRANSCRIPT | {"words": words}], *fields, ("timestamp_granularities[]", "segment"))
     assert both.keys() > {"words", "segments"}
 
 
-def test_a_verbose_translation_says_so() -> None:
-    result = hear_json(["Hello"], ("response_format", "verbose_json"), endpoint="audio.translations")
+def test_a_verbose_translation_is_marked_as_one() -> None:
+    result = transcribe_json(["Hello"], ("response_format", "verbose_json"), endpoint="audio.translations")
     TranslationVerbose.model_validate(result, strict=True)
     assert (result["task"], result["language"], result["duration"]) == ("translate", "english", 0.0)
 
 
 def test_usage_of_a_transcript_is_what_was_reported() -> None:
     tokens = {"type": "tokens", "input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
-    assert hear_json(["x", OutputChunk.usage(3, 2)]) == {"text": "x", "usage": tokens}
+    assert transcribe_json(["x", OutputChunk.usage(3, 2)]) == {"text": "x", "usage": tokens}
     seconds = {"type": "duration", "seconds": 3.0}
-    assert hear_json([{"text": "x", "usage": seconds}]) == {"text": "x", "usage": seconds}
-    result = hear_json([{"text": "x", "usage": seconds}], ("response_format", "verbose_json"))
+    assert transcribe_json([{"text": "x", "usage": seconds}]) == {"text": "x", "usage": seconds}
+    result = transcribe_json([{"text": "x", "usage": seconds}], ("response_format", "verbose_json"))
     TranscriptionVerbose.model_validate(result, strict=True)
     assert result["usage"] == seconds
-    assert "usage" not in hear_json(["x", OutputChunk.usage(3, 2)], ("response_format", "verbose_json"))
+    assert "usage" not in transcribe_json(["x", OutputChunk.usage(3, 2)], ("response_format", "verbose_json"))
 
 
 def test_segments_of_several_dicts_follow_each_other() -> None:
-    result = hear_json([{"segments": [each]} for each in SEGMENTS], ("response_format", "verbose_json"))
+    result = transcribe_json([{"segments": [each]} for each in SEGMENTS], ("response_format", "verbose_json"))
     assert [each["id"] for each in result["segments"]] == [0, 1]
     assert result["duration"] == 3662.0
 
 
 def test_subtitles_are_made_of_segments() -> None:
-    assert hear([HEARD], ("response_format", "srt")).decode() == (
+    assert transcribe([TRANSCRIPT], ("response_format", "srt")).decode() == (
         "1\n00:00:00,000 --> 00:00:01,500\nHello there.\n\n2\n01:01:01,062 --> 01:01:02,000\nBye ->\nnow.\n\n"
     )
-    assert hear([HEARD], ("response_format", "vtt")).decode() == (
+    assert transcribe([TRANSCRIPT], ("response_format", "vtt")).decode() == (
         "WEBVTT\n\n"
         "00:00:00.000 --> 00:00:01.500\nHello there.\n\n"
         "01:01:01.062 --> 01:01:02.000\nBye ->\nnow.\n\n"
@@ -114,10 +116,10 @@ def test_subtitles_are_made_of_segments() -> None:
 
 
 def test_subtitles_without_segments_are_one_cue() -> None:
-    assert hear(["Hello", {"duration": 2.5}], ("response_format", "srt")).decode() == (
+    assert transcribe(["Hello", {"duration": 2.5}], ("response_format", "srt")).decode() == (
         "1\n00:00:00,000 --> 00:00:02,500\nHello\n\n"
     )
-    assert b"00:00.000 --> 00:00:00.000" in hear(["Hello"], ("response_format", "vtt"))
+    assert b"00:00.000 --> 00:00:00.000" in transcribe(["Hello"], ("response_format", "vtt"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_a_transcripts_content_type_goes_with_its_format(response_format: str, c
 
 def test_a_streamed_transcript_ends_with_the_whole_text() -> None:
     values = ["Hel", {"text": "lo"}, OutputChunk.final_text("Hello world"), OutputChunk.usage(3, 2)]
-    report = read_stream(hear(values, ("stream", "true")))
+    report = read_stream(transcribe(values, ("stream", "true")))
     *deltas, done = report.events
     for each in deltas:
         TranscriptionTextDeltaEvent.model_validate(each, strict=True)
@@ -149,7 +151,7 @@ def test_a_streamed_transcript_ends_with_the_whole_text() -> None:
 
 
 def events_of(values: list[Any], *fields: tuple[str, str]) -> list[dict[str, Any]]:
-    report = read_stream(hear(values, ("stream", "true"), *fields))
+    report = read_stream(transcribe(values, ("stream", "true"), *fields))
     assert report.ending == "finished"
     return list(report.events)
 
@@ -158,7 +160,7 @@ def deltas_of(values: list[Any]) -> list[str]:
     return [each["delta"] for each in events_of(values) if each["type"] == "transcript.text.delta"]
 
 
-def test_what_is_heard_in_segments_is_streamed_as_text() -> None:
+def test_the_text_of_segments_is_streamed() -> None:
     segments = [
         {"start": i, "end": i + 1, "text": text} for i, text in enumerate([" Hello", " big", " world. "])
     ]
@@ -188,8 +190,8 @@ def test_logprobs_are_sent_to_those_who_want_them() -> None:
     logprobs = [{"token": each, "logprob": -0.5, "bytes": list(each.encode())} for each in ("Hel", "lo")]
     values = [{"text": each["token"], "logprobs": [each]} for each in logprobs]
     wanted = ("include[]", "logprobs")
-    assert hear_json(values) == {"text": "Hello"}
-    assert hear_json(values, wanted) == {"text": "Hello", "logprobs": logprobs}
+    assert transcribe_json(values) == {"text": "Hello"}
+    assert transcribe_json(values, wanted) == {"text": "Hello", "logprobs": logprobs}
     *deltas, done = events_of(values, wanted)
     for each in deltas:
         TranscriptionTextDeltaEvent.model_validate(each, strict=True)
@@ -199,20 +201,22 @@ def test_logprobs_are_sent_to_those_who_want_them() -> None:
     assert not any("logprobs" in each for each in events_of(values))
 
 
-def test_languages_are_told() -> None:
+def test_languages_are_in_the_answer() -> None:
     values = [{"text": "Hello", "languages": [{"code": "en"}]}]
-    assert hear_json(values)["languages"] == [{"code": "en"}]
+    assert transcribe_json(values)["languages"] == [{"code": "en"}]
     assert events_of(values)[-1]["languages"] == [{"code": "en"}]
 
 
 SPOKEN = [segment | {"speaker": name} for segment, name in zip(SEGMENTS, ("A", "B"), strict=True)]
 
 
-def test_it_is_told_who_speaks() -> None:
+def test_segments_have_their_speakers() -> None:
     usage = {"type": "duration", "seconds": 4.0}
-    result = hear_json([HEARD | {"segments": SPOKEN, "usage": usage}], ("response_format", "diarized_json"))
+    result = transcribe_json(
+        [TRANSCRIPT | {"segments": SPOKEN, "usage": usage}], ("response_format", "diarized_json")
+    )
     TranscriptionDiarized.model_validate(result, strict=True)
-    assert (result["task"], result["text"], result["duration"]) == ("transcribe", HEARD["text"], 3662.5)
+    assert (result["task"], result["text"], result["duration"]) == ("transcribe", TRANSCRIPT["text"], 3662.5)
     assert result["usage"] == usage
     assert [(each["id"], each["speaker"], each["text"]) for each in result["segments"]] == [
         ("seg_0", "A", " Hello there."),
@@ -233,7 +237,7 @@ def test_segments_of_speakers_are_streamed_as_they_come() -> None:
 @pytest.mark.parametrize("stream", [(), (("stream", "true"),)])
 def test_a_model_that_does_not_know_who_speaks_does_not_pretend(stream: tuple[tuple[str, str], ...]) -> None:
     with pytest.raises(ApiError) as caught:
-        hear([HEARD], ("response_format", "diarized_json"), *stream)
+        transcribe([TRANSCRIPT], ("response_format", "diarized_json"), *stream)
     assert (caught.value.status, caught.value.param) == (400, "response_format")
 
 
@@ -259,13 +263,13 @@ def test_a_model_that_does_not_know_who_speaks_does_not_pretend(stream: tuple[tu
 )
 def test_a_transcript_that_cannot_be_is_the_handlers_failure(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        hear([value])
+        transcribe([value])
 
 
 @pytest.mark.parametrize("second", ["more", OutputChunk.final_text("again"), {"text": "more"}])
 def test_no_text_follows_the_final_text(second: Any) -> None:
     with pytest.raises(ValueError, match="final text"):
-        hear([OutputChunk.final_text("all"), second])
+        transcribe([OutputChunk.final_text("all"), second])
 
 
 def test_speech_is_sent_as_it_comes() -> None:
@@ -368,7 +372,7 @@ def test_images_are_base64_in_order(values: list[Any]) -> None:
         (b"raw", None),
     ],
 )
-def test_the_format_of_an_image_is_told_if_it_is_known(image: Any, written: str | None) -> None:
+def test_the_format_of_an_image_is_in_the_answer_if_it_is_known(image: Any, written: str | None) -> None:
     assert draw([image]).get("output_format") == written
 
 

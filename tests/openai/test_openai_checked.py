@@ -125,7 +125,7 @@ def test_a_checked_body_is_not_checked_again() -> None:
 
 
 def test_a_checked_form_is_not_checked_again() -> None:
-    body = form(("model", "m"), ("prompt", "p"), ("n", "99"), ("image", "a.png", b""))
+    body = form(("model", "m"), ("prompt", "p"), ("n", "99"), ("stream", "1"), ("image", "a.png", b""))
     edits = ENDPOINTS["images.edits"]
     with pytest.raises(InvalidRequest):
         edits.parse(body, FORM, {})

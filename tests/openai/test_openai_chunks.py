@@ -1,4 +1,4 @@
-"""What handlers may give, and what they are told when it is something else."""
+"""The output of handlers, and the errors for values that they cannot give."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def test_a_plain_value_means_what_its_kind_of_model_makes(kind: Kind, value: Any
 @pytest.mark.parametrize(
     ("kind", "value"), [(kind, value) for kind, values in NOTHING.items() for value in values]
 )
-def test_a_value_that_means_nothing_is_refused_with_what_would_have_been_right(
-    kind: Kind, value: Any
-) -> None:
+def test_a_wrong_value_is_refused_with_what_is_expected(kind: Kind, value: Any) -> None:
     with pytest.raises(TypeError, match=f"of kind {kind} gives .* or OutputChunk; it gave") as caught:
         to_chunk(kind, value)
     assert type(value).__name__ in str(caught.value)

@@ -89,7 +89,7 @@ def test_vectors_of_the_right_dimensions_are_left_alone() -> None:
     assert vectors(embed([[3.0, 4.0]], dimensions=2)) == [[3.0, 4.0]]
 
 
-def test_a_vector_of_noughts_can_be_cut() -> None:
+def test_a_vector_of_zeros_can_be_cut() -> None:
     assert vectors(embed([[0.0, 0.0]], dimensions=1)) == [[0.0]]
 
 
@@ -172,7 +172,7 @@ def test_an_answer_in_parts_is_the_same_as_in_one_piece(form: str, count: int) -
     assert b"".join([*early, parts.finish()]) == whole.finish()
     large = count == 400
     assert (len(early) > 10) is large
-    # So large that there is something to each of them, and one vector larger than the room for it at most.
+    # 64 KiB, and the bytes between the vectors.
     assert all(len(each) <= 66_000 for each in early)
 
 

@@ -1,4 +1,4 @@
-"""Uploads: parts in any order, text turned into values, files told from fields."""
+"""Forms: parts in any order, text converted into values, files distinguished from fields."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_file_may_stand_anywhere() -> None:
 @pytest.mark.parametrize(
     ("endpoint", "translate"), [("audio.transcriptions", False), ("audio.translations", True)]
 )
-def test_a_translation_is_told_from_a_transcription(endpoint: str, translate: bool) -> None:
+def test_a_translation_is_distinguished_from_a_transcription(endpoint: str, translate: bool) -> None:
     assert upload(endpoint).translate is translate
 
 

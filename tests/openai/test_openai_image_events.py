@@ -79,7 +79,7 @@ def test_a_streamed_image_comes_after_those_on_the_way_to_it() -> None:
 
 
 @pytest.mark.parametrize(("asked", "sent"), [(0, 0), (1, 1), (3, 2)])
-def test_nobody_gets_more_partial_images_than_he_asked_for(asked: int, sent: int) -> None:
+def test_a_client_gets_no_more_partial_images_than_it_asked_for(asked: int, sent: int) -> None:
     values = [OutputChunk.partial_image(PNG), OutputChunk.partial_image(PNG), PNG]
     assert len(generated(values, partial_images=asked)) == sent + 1
     assert len(generated(values)) == 1
@@ -87,18 +87,18 @@ def test_nobody_gets_more_partial_images_than_he_asked_for(asked: int, sent: int
     assert len(plain["data"]) == 1
 
 
-def test_events_repeat_what_was_asked_for_and_say_what_was_made() -> None:
+def test_events_repeat_what_was_asked_for_and_describe_what_was_made() -> None:
     asked = {"size": "512x768", "quality": "low", "background": "opaque", "output_format": "webp"}
-    told = {"created_at": 1_700_000_000} | asked
+    shown = {"created_at": 1_700_000_000} | asked
     (event,) = generated([b"raw"], **asked)
-    assert event.items() > told.items()
+    assert event.items() > shown.items()
     (event,) = generated([JPEG], **asked)
     assert event["output_format"] == "jpeg"
     (event,) = generated([PNG], quality="hd")
     assert (event["quality"], event["size"], event["background"]) == ("high", "auto", "auto")
 
 
-def test_a_handler_may_say_what_the_image_is_like() -> None:
+def test_a_handler_may_describe_its_image() -> None:
     values = [{"size": "64x64"}, OutputChunk.partial_image(PNG), PNG, {"seed": 7, "type": "x", "usage": {}}]
     partial, last = generated(values, partial_images=1)
     assert (partial["size"], last["size"], last["seed"]) == ("64x64", "64x64", 7)
@@ -122,7 +122,7 @@ def test_the_last_event_of_a_streamed_image_has_its_usage() -> None:
     }
 
 
-def test_a_stream_does_not_say_completed_before_the_handler_has_ended() -> None:
+def test_a_stream_is_not_completed_before_the_handler_has_ended() -> None:
     writer = encoder("images.generations", send("images.generations", stream=True))
     assert writer.streaming
     assert writer.head.content_type == "text/event-stream"
@@ -170,7 +170,7 @@ def test_an_edit_has_its_images_and_its_mask() -> None:
         ("mask", "mask.png", b"mask"), image=(("image[]", "a.png", PNG), ("image[]", "b.jpg", JPEG))
     )
     assert request.images == [PNG, JPEG]
-    assert request.image_types == ["audio/wav"] * 2  # as the form says
+    assert request.image_types == ["audio/wav"] * 2  # as in the form
     assert request.mask == b"mask"
     assert (request.prompt, request.n, request.size, request.input_fidelity) == ("hi", 1, "auto", "low")
     assert request.raw == {"model": "m", "prompt": "hi"}

@@ -1,4 +1,4 @@
-"""Moderation: what handlers say of an input, and what clients are told."""
+"""Moderation: the verdicts that handlers give, and the answers that clients get."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_answer_has_the_official_form() -> None:
         ({}, False, set(), 0.0),
     ],
 )
-def test_what_a_handler_does_not_say_follows_from_what_it_says(
+def test_missing_members_of_a_verdict_follow_from_the_given_ones(
     value: Any, flagged: bool, categories: set[str], score: float
 ) -> None:
     only = verdict(value)
@@ -92,7 +92,7 @@ def test_what_a_handler_does_not_say_follows_from_what_it_says(
     assert only["category_scores"]["violence"] == score
 
 
-def test_categories_that_nobody_has_judged_can_be_told() -> None:
+def test_categories_that_were_not_judged_are_marked() -> None:
     only = verdict({"violence": 0.0})
     assert only["category_applied_input_types"]["violence"] == ["text"]
     assert only["category_applied_input_types"]["hate"] == []
@@ -112,7 +112,7 @@ def test_what_a_category_is_about_depends_on_the_input() -> None:
     assert (of_image["violence"], of_image["hate"]) == (["image"], [])
 
 
-def test_categories_of_ones_own_are_passed_on() -> None:
+def test_unofficial_categories_are_passed_on() -> None:
     only = verdict({"spam": 0.9, "hate": 0.1} | {"flood": 0.0})
     assert only["flagged"]
     assert applying(only) == {"spam"}

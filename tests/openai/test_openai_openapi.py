@@ -1,4 +1,4 @@
-"""The description of the routes says of requests what reading them says, no more and no less."""
+"""The description of the routes and the readers agree on which requests are valid."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_endpoint_names_its_table_and_is_described_by_it(endpoint: Endpoin
     assert {"model"} <= set(schema["required"]) <= set(schema["properties"])
     assert schema["additionalProperties"] is True
     for field, each in schema["properties"].items():
-        assert each, f"nothing is said of {field}"
+        assert each, f"{field} is not described"
         if "default" in each:
             assert fits(each).is_valid(each["default"])
 
@@ -86,7 +86,7 @@ def test_defaults_are_those_of_the_request() -> None:
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=lambda endpoint: endpoint.name)
-def test_every_operation_says_what_it_may_end_in(endpoint: Endpoint) -> None:
+def test_every_operation_lists_the_errors_that_it_may_end_in(endpoint: Endpoint) -> None:
     operation = PATHS[f"/v1{endpoint.path}"]["post"]
     assert operation["operationId"] == endpoint.name
     assert operation["tags"] == [endpoint.kind]
@@ -111,12 +111,12 @@ def test_an_endpoint_without_a_table_is_described_as_taking_anything_for_its_mod
 # The words
 
 
-def test_a_check_that_does_not_say_what_it_takes_is_described_as_taking_anything() -> None:
+def test_a_check_without_a_schema_is_described_as_taking_anything() -> None:
     assert Check().schema() == Custom(lambda value, name: value).schema() == {}
     assert or_null({}) == {}
 
 
-def test_a_word_that_is_refused_says_why_and_is_not_described() -> None:
+def test_a_refused_word_has_its_reason_in_the_error_and_is_not_described() -> None:
     check = OneOf(("b64_json",), {"url": "nothing is kept"})
     assert check.schema() == {"type": "string", "enum": ["b64_json"]}
     with pytest.raises(InvalidRequest, match="'f' must be 'b64_json': nothing is kept") as caught:
@@ -139,7 +139,7 @@ def test_null_is_an_absent_field(schema: dict[str, Any], wider: dict[str, Any]) 
     assert fits(wider).is_valid(None)
 
 
-def test_objects_that_say_their_type() -> None:
+def test_objects_with_a_type() -> None:
     text = members_of({"text": {"type": "string"}}, ("text",))
     id_ = members_of({"id": {"type": "string"}}, ("id",))
     open_ = fits(by_type({"text": text}, common=id_))

@@ -60,7 +60,7 @@ def test_an_error_is_the_same_object_in_a_stream_and_without_one() -> None:
 
 
 @pytest.mark.parametrize("message", ["\ud800", object(), float("nan")])
-def test_an_error_can_be_written_whatever_is_in_it(message: object) -> None:
+def test_an_error_with_any_value_in_it_can_be_written(message: object) -> None:
     error = ApiError(500, message)  # type: ignore[arg-type]
     assert "error" in json.loads(error_body(error))
     assert b"\n" not in error_body(error)

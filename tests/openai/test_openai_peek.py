@@ -35,7 +35,7 @@ def test_the_model_is_found_wherever_it_stands(place: int) -> None:
 
 @settings(max_examples=300)
 @given(st.permutations([FILE, *FIELDS]), st.data())
-def test_the_model_is_found_in_whatever_pieces_a_form_comes(
+def test_the_model_is_found_in_any_pieces_of_a_form(
     parts: list[tuple[str, ...]], data: st.DataObject
 ) -> None:
     body = form(*parts)
@@ -111,7 +111,7 @@ def test_nothing_but_a_refusal_comes_of_nonsense(noise: bytes, cut: int) -> None
 # A whole body
 
 
-def test_json_says_its_model() -> None:
+def test_the_model_is_found_in_json() -> None:
     assert peek_model(b'{"messages": [{"model": "no"}], "model": "m"}', "application/json") == "m"
 
 
@@ -123,7 +123,7 @@ def test_json_without_a_model_has_none(body: bytes) -> None:
     assert peek_model(body, "application/json") is None
 
 
-def test_a_whole_form_says_its_model() -> None:
+def test_the_model_is_found_in_a_whole_form() -> None:
     assert peek_model(form(FILE, *FIELDS), FORM) == "m"
     assert peek_model(b"nonsense", FORM) is None
     assert peek_model(form(*FIELDS), "multipart/form-data") is None
@@ -138,7 +138,7 @@ def test_a_whole_form_says_its_model() -> None:
         ("", False),
     ],
 )
-def test_a_form_is_told_by_its_type(content_type: str, is_one: bool) -> None:
+def test_a_form_is_recognised_by_its_content_type(content_type: str, is_one: bool) -> None:
     assert is_form(content_type) is is_one
 
 

@@ -41,7 +41,7 @@ def test_requests_cannot_be_changed() -> None:
         chat().model = "other"  # type: ignore[misc]
 
 
-def test_a_request_that_says_little_parses_to_the_same_defaults() -> None:
+def test_a_request_with_few_fields_has_the_same_defaults() -> None:
     parsed = send("chat.completions")
     built = chat({"role": "user", "content": "hi"})
     for field in attrs.fields(ChatRequest):

@@ -28,7 +28,7 @@ CALLED = {"id": "c1", "type": "function", "function": {"name": "f", "arguments":
 OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "42"}
 
 
-def thought(text: str) -> dict[str, Any]:
+def reasoned(text: str) -> dict[str, Any]:
     return {
         "type": "reasoning",
         "id": "rs_1",
@@ -37,7 +37,7 @@ def thought(text: str) -> dict[str, Any]:
     }
 
 
-def said(text: str) -> dict[str, Any]:
+def answered(text: str) -> dict[str, Any]:
     part = {"type": "output_text", "text": text, "annotations": []}
     return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [part]}
 
@@ -98,7 +98,7 @@ def test_text_that_is_one_part_is_just_text() -> None:
     [
         ([CALL], [{"role": "assistant", "content": None, "tool_calls": [CALLED]}]),
         (
-            [said("Let me see."), CALL, OUTPUT],
+            [answered("Let me see."), CALL, OUTPUT],
             [
                 {"role": "assistant", "content": "Let me see.", "tool_calls": [CALLED]},
                 {"role": "tool", "tool_call_id": "c1", "content": "42"},
@@ -109,14 +109,14 @@ def test_text_that_is_one_part_is_just_text() -> None:
             [{"role": "assistant", "content": None, "tool_calls": [CALLED, CALLED | {"id": "c2"}]}],
         ),
         (
-            [said("a"), CALL, said("b"), OUTPUT],
+            [answered("a"), CALL, answered("b"), OUTPUT],
             [
                 {"role": "assistant", "content": "ab", "tool_calls": [CALLED]},
                 {"role": "tool", "tool_call_id": "c1", "content": "42"},
             ],
         ),
         (
-            [CALL, OUTPUT, said("42.")],
+            [CALL, OUTPUT, answered("42.")],
             [
                 {"role": "assistant", "content": None, "tool_calls": [CALLED]},
                 {"role": "tool", "tool_call_id": "c1", "content": "42"},
@@ -124,15 +124,15 @@ def test_text_that_is_one_part_is_just_text() -> None:
             ],
         ),
         (
-            [said("a"), said("b")],
+            [answered("a"), answered("b")],
             [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
         ),
         (
-            [thought("hm"), said("a"), CALL],
+            [reasoned("hm"), answered("a"), CALL],
             [{"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [CALLED]}],
         ),
         (
-            [thought("hm"), CALL, thought(", so"), CALL | {"call_id": "c2"}],
+            [reasoned("hm"), CALL, reasoned(", so"), CALL | {"call_id": "c2"}],
             [
                 {
                     "role": "assistant",
@@ -143,26 +143,26 @@ def test_text_that_is_one_part_is_just_text() -> None:
             ],
         ),
         (
-            [said("a"), thought("hm"), said("b")],
+            [answered("a"), reasoned("hm"), answered("b")],
             [
                 {"role": "assistant", "content": "a"},
                 {"role": "assistant", "content": "b", "reasoning_content": "hm"},
             ],
         ),
-        ([thought("hm")], [{"role": "assistant", "content": "", "reasoning_content": "hm"}]),
+        ([reasoned("hm")], [{"role": "assistant", "content": "", "reasoning_content": "hm"}]),
         (
-            [thought("hm"), USER],
+            [reasoned("hm"), USER],
             [{"role": "assistant", "content": "", "reasoning_content": "hm"}, USER],
         ),
         (
             [
                 {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "short"}]},
-                said("a"),
+                answered("a"),
             ],
             [{"role": "assistant", "content": "a", "reasoning_content": "short"}],
         ),
         ([{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"}], []),
-        ([USER, said("a")], [USER, {"role": "assistant", "content": "a"}]),
+        ([USER, answered("a")], [USER, {"role": "assistant", "content": "a"}]),
     ],
 )
 def test_what_belongs_to_one_answer_is_one_message(items: list[Any], expected: list[Any]) -> None:
@@ -298,7 +298,7 @@ def item(**members: Any) -> dict[str, Any]:
         (part(type="input_file", file_url="https://x"), "input[0].content[0].file_url", "'file_data'"),
     ],
 )
-def test_what_needs_a_memory_or_tools_of_the_servers_own_is_refused_in_a_sentence(
+def test_what_needs_storage_or_server_tools_is_refused_with_a_reason(
     fields: dict[str, Any], param: str, why: str
 ) -> None:
     error = refused("responses", **fields)

@@ -35,7 +35,7 @@ def streamed(values: list[Any], **fields: Any) -> StreamReport:
 
 
 def follow(events: list[Any]) -> None:
-    """Read the events of a stream as strictly as anybody could, and hand them to the official client besides."""
+    """Read the events of a stream strictly, and with the official client as well."""
     client: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     for event in events:
         client.handle_event(EVENT.validate_python(event, strict=True))
@@ -87,15 +87,15 @@ def follow(events: list[Any]) -> None:
 
 
 def texts(response: Any) -> list[tuple[str, str]]:
-    """Return what the items of a response say, in order."""
-    said = []
+    """Return the texts and the calls of the items of a response, in order."""
+    found = []
     for item in response["output"]:
         if item["type"] == "function_call":
-            said.append((item["name"], item["arguments"]))
+            found.append((item["name"], item["arguments"]))
         else:
             [part] = item["content"]
-            said.append((part["type"], part.get("text", part.get("refusal"))))
-    return said
+            found.append((part["type"], part.get("text", part.get("refusal"))))
+    return found
 
 
 def test_a_plain_response_has_all_its_members() -> None:
@@ -148,7 +148,7 @@ def test_a_plain_response_has_all_its_members() -> None:
     }
 
 
-def test_a_streamed_response_tells_every_step() -> None:
+def test_a_streamed_response_has_an_event_for_every_step() -> None:
     report = streamed(["a", "b"])
     assert [event["type"] for event in report.events] == [
         "response.created",
@@ -253,7 +253,7 @@ def test_a_response_is_incomplete_if_the_model_was_cut_short(
     assert report.events[-1]["response"] == response
 
 
-SAID: list[Any] = [
+VALUES: list[Any] = [
     OutputChunk.reasoning("hm, "),
     {"reasoning_content": "a sky"},
     "Let ",
@@ -268,7 +268,7 @@ SAID: list[Any] = [
 
 
 def test_items_are_in_the_order_in_which_they_began() -> None:
-    response = plain(SAID)
+    response = plain(VALUES)
     assert texts(response) == [
         ("reasoning_text", "hm, a sky"),
         ("output_text", "Let me look."),
@@ -279,19 +279,21 @@ def test_items_are_in_the_order_in_which_they_began() -> None:
     ]
     calls = [item["call_id"] for item in response["output"] if item["type"] == "function_call"]
     assert calls == ["c1", "call_abc_0_1"]
-    assert streamed(SAID).events[-1]["response"] == response
+    assert streamed(VALUES).events[-1]["response"] == response
 
 
 def test_a_whole_call_is_done_at_once_and_one_in_pieces_at_the_end() -> None:
-    types = [event["type"] for event in streamed(SAID).events]
+    types = [event["type"] for event in streamed(VALUES).events]
     done = [i for i, kind in enumerate(types) if kind == "response.function_call_arguments.done"]
     refused = types.index("response.refusal.delta")
     assert done[0] < types.index("response.output_text.delta", done[0]) < refused < done[1]
 
 
 def test_another_servers_chat_can_be_passed_on() -> None:
-    chat = answer("chat.completions", send("chat.completions", stream=True), [*SAID, OutputChunk.usage(3, 2)])
-    assert texts(plain(list(read_stream(chat).events))) == texts(plain(SAID))
+    chat = answer(
+        "chat.completions", send("chat.completions", stream=True), [*VALUES, OutputChunk.usage(3, 2)]
+    )
+    assert texts(plain(list(read_stream(chat).events))) == texts(plain(VALUES))
 
 
 def test_another_servers_whole_answer_can_be_passed_on() -> None:
@@ -303,12 +305,12 @@ def test_another_servers_whole_answer_can_be_passed_on() -> None:
     assert response["id"] == "resp_abc"
 
 
-def test_reasoning_that_comes_under_two_names_is_told_once() -> None:
+def test_reasoning_that_comes_under_two_names_is_sent_once() -> None:
     assert texts(plain([{"reasoning": "hm", "reasoning_content": "hm"}])) == [("reasoning_text", "hm")]
     assert texts(plain([{"reasoning": "hm"}])) == [("reasoning_text", "hm")]
 
 
-def test_a_message_of_parts_is_told_by_their_text() -> None:
+def test_a_message_of_parts_becomes_their_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
     assert texts(plain([{"content": parts}])) == [("output_text", "ab")]
 
@@ -330,7 +332,7 @@ def test_usage_has_its_details() -> None:
 
 
 @pytest.mark.parametrize("details", [None, "many"])
-def test_usage_without_details_has_noughts(details: Any) -> None:
+def test_usage_without_details_has_zeros(details: Any) -> None:
     usage = plain([{"usage": {"input_tokens": 9, "prompt_tokens_details": details}}])["usage"]
     assert usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
     assert usage["total_tokens"] == 9
@@ -470,31 +472,31 @@ def test_any_course_of_output_is_a_stream_that_clients_can_follow(values: list[A
 
 @given(OUTPUT)
 @settings(max_examples=150, deadline=None)
-def test_a_response_says_what_a_chat_would_have_said(values: list[Any]) -> None:
-    said = texts(plain(values))
+def test_a_response_has_the_same_texts_as_a_chat(values: list[Any]) -> None:
+    found = texts(plain(values))
     message = answer_json("chat.completions", send("chat.completions"), values)["choices"][0]["message"]
 
     def all_of(kind: str) -> str:
-        return "".join(text for name, text in said if name == kind)
+        return "".join(text for name, text in found if name == kind)
 
     assert all_of("output_text") == (message["content"] or "")
     assert all_of("reasoning_text") == message.get("reasoning_content", "")
     assert all_of("refusal") == (message["refusal"] or "")
     calls = [tuple(call["function"].values()) for call in message.get("tool_calls", ())]
-    assert sorted(each for each in said if each[0][0] in "fw") == sorted(calls)
+    assert sorted(each for each in found if each[0][0] in "fw") == sorted(calls)
 
 
 @given(OUTPUT)
 @settings(max_examples=150, deadline=None)
-def test_what_a_model_said_can_be_sent_back(values: list[Any]) -> None:
+def test_the_output_of_a_model_can_be_sent_back(values: list[Any]) -> None:
     output = plain(values)["output"]
     request = send("responses", input=[{"role": "user", "content": "hi"}, *output])
     answers = request.messages[1:]
     assert {message["role"] for message in answers} == {"assistant"}
-    said = texts({"output": output})
+    found = texts({"output": output})
 
     def all_of(kind: str) -> str:
-        return "".join(text for name, text in said if name == kind)
+        return "".join(text for name, text in found if name == kind)
 
     spoken = ""
     for message in answers:
@@ -505,5 +507,5 @@ def test_what_a_model_said_can_be_sent_back(values: list[Any]) -> None:
     assert "".join(message.get("reasoning_content", "") for message in answers) == all_of("reasoning_text")
     calls = [call["function"] for message in answers for call in message.get("tool_calls", ())]
     assert [(call["name"], call["arguments"]) for call in calls] == [
-        each for each in said if each[0][0] in "fw"
+        each for each in found if each[0][0] in "fw"
     ]

@@ -146,7 +146,9 @@ def as_output(piece: tuple[str, str]) -> Any:
 @pytest.mark.parametrize("endpoint", ROUTES)
 @given(pieces=PIECES)
 @settings(max_examples=80, deadline=None)
-def test_a_stream_says_what_the_plain_answer_says(endpoint: str, pieces: list[tuple[str, str]]) -> None:
+def test_a_stream_has_the_same_content_as_the_plain_answer(
+    endpoint: str, pieces: list[tuple[str, str]]
+) -> None:
     values = [as_output(piece) for piece in pieces]
     report = streamed(values, endpoint)
     assert report.ending == "finished"
@@ -166,7 +168,7 @@ def test_choices_do_not_mix(pieces: list[tuple[int, str]]) -> None:
 
 
 @pytest.mark.parametrize("index", [1, 5])
-def test_a_choice_that_nobody_asked_for_is_the_handlers_failure(index: int) -> None:
+def test_a_choice_that_was_not_asked_for_is_the_handlers_failure(index: int) -> None:
     for stream in (False, True):
         writer = encoder("chat.completions", send("chat.completions", stream=stream))
         with pytest.raises(ValueError, match=f"no choice {index}"):
@@ -346,7 +348,7 @@ REASONED = [
 ]
 
 
-def test_chunks_for_reasoning_and_tool_calls_say_what_a_dict_can_say() -> None:
+def test_chunks_for_reasoning_and_tool_calls_mean_the_same_as_dicts() -> None:
     choice = plain(REASONED)["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     message = choice["message"]

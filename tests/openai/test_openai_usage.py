@@ -48,7 +48,7 @@ WITH_OBJECTS = [name for name in ENCODERS if not name.startswith("speech")]
 
 
 def reported(name: str, *reports: Any) -> Usage | None:
-    """Return what an encoder says was reported, when its answer is complete."""
+    """Return the usage that an encoder reports when its answer is complete."""
     endpoint, make_request, values = ENCODERS[name]
     writer = encoder(endpoint, make_request(endpoint))
     for value in (*values, *reports):
@@ -120,7 +120,7 @@ def test_a_usage_object_without_counts_reports_nothing(usage: Any) -> None:
     "details", ["many", None, [], {"cached_tokens": None}, {"cached_tokens": -1}, {"cached_tokens": 1.5},
                 {"cached_tokens": "7"}, {"cached_tokens": True}],
 )  # fmt: skip
-def test_details_that_are_no_counts_are_taken_for_nought(details: Any) -> None:
+def test_details_that_are_no_counts_are_taken_for_zero(details: Any) -> None:
     assert of_chat({"prompt_tokens": 3, "prompt_tokens_details": details}) == Usage(3)
 
 

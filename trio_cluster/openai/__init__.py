@@ -1,7 +1,11 @@
-"""The OpenAI vocabulary: what clients send, what handlers give, and how answers are written.
+"""The OpenAI API without IO: reading and checking requests, and encoding answers.
 
-This floor knows neither sockets nor tasks nor any web framework. Reading a request and writing an answer are
-functions of bytes to values and of values to bytes; everything that waits is built on top of them.
+This package knows neither sockets nor tasks nor any web framework, and no clock. Reading a request is a function from
+bytes to values, and encoding an answer one from values to bytes; what waits is built on top of them.
+
+``requests/`` has what clients send, and ``responses/`` what handlers give and what clients get. Reading requests does
+not depend on responses, and an encoder knows of requests only their types. ``endpoints.py``, the table of routes, puts
+the two together.
 """
 
 from .endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named

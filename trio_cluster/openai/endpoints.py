@@ -1,8 +1,7 @@
-"""The table of routes: what each is called, which kind of model answers it, how it is read and how it is
-written.
+"""The table of routes: the name of each, the kind of model that answers it, its reader and its encoder.
 
-One row is all that a route needs; whatever relays requests or runs handlers goes by this table and knows no
-route by name. Rows are found by name, because the name is what travels over the wire.
+A new route needs one row here, and nothing else: the code that relays requests and runs handlers goes by this table and
+knows no route by name. Rows are looked up by name, because the name is what travels over the wire.
 """
 
 from __future__ import annotations
@@ -102,12 +101,12 @@ class Endpoint:
     the body must have passed ``parse`` before, on another node: the same request is made of it, and nothing is checked.
     Of a body that would not have passed, anything may be made, and any exception may be raised."""
     encoder: _MakeEncoder
-    """``encoder(request, response_id=..., created=...)`` returns the encoder for one answer. ``response_id``
-    is a unique token, to which the route adds its prefix; ``created`` is in seconds since the epoch."""
+    """``encoder(request, response_id=..., created=...)`` returns the encoder for one answer. ``response_id`` is a
+    unique token, to which the route adds its prefix; ``created`` is in seconds since the epoch."""
     table: Table | None = None
-    """The documented fields, for the description of the route; without it, anything may be sent."""
+    """The documented fields, for the description of the route; ``None``: anything may be sent."""
     answers: tuple[str, ...] = _JSON
-    """The media types, or ranges of them, in which it may be answered."""
+    """The media types of its answers, or ranges of media types."""
     parse_form: _ParseForm | None = None
     """For routes that take only a form: ``parse_form(form, headers)`` does the same as ``parse``, with a form that has
     been read. The form is used up. ``checked`` is as for ``parse``."""
@@ -159,7 +158,7 @@ def _moderation(request: ModerationRequest, *, response_id: str, created: int) -
     return ModerationEncoder(request, f"modr-{response_id}")
 
 
-#: Every route that asks a model something, by name.
+#: Every route that asks a model, by name.
 ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
     {
         each.name: each
@@ -233,15 +232,15 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
 )
 
 
-#: Paths that cannot become routes of their own.
+#: Paths that cannot become custom routes.
 _TAKEN: Final = {"/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())}
 
 
 def custom_path(path: str) -> str:
-    """Return the path of a route that the API does not have in the form in which it is known everywhere.
+    """Return the path of a custom route in its canonical form: with ``/v1``, and without a slash at the end.
 
     Raises:
-        ValueError: it is not a path, or the API has it.
+        ValueError: it cannot be the path of a route, or the API has this route.
     """
     path = checked_path(path)
     if path in _TAKEN or path.startswith("/v1/models/"):
@@ -250,10 +249,10 @@ def custom_path(path: str) -> str:
 
 
 def endpoint_named(name: str) -> Endpoint:
-    """Return the endpoint of a name, which is a path where the table has no such route.
+    """Return the endpoint of a name; the name of a custom route is its path.
 
     Raises:
-        KeyError: it is neither.
+        KeyError: the table has no such route, and it is not a path.
     """
     return _custom_endpoint(name) if name.startswith("/") else ENDPOINTS[name]
 
@@ -262,7 +261,7 @@ def _custom(request: CustomRequest, *, response_id: str, created: int) -> Encode
     return CustomEncoder(request)
 
 
-# Names come from clients; those that make sense are few.
+# Bounded, since the paths come from clients. Few of them are routes that a model answers.
 @lru_cache(maxsize=256)
 def _custom_endpoint(path: str) -> Endpoint:
     return Endpoint(path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom)

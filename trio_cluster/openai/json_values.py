@@ -1,9 +1,8 @@
-"""JSON with the door shut on both sides: what a client may send, and what a handler may give.
+"""Strict JSON, both for what clients send and for what handlers give.
 
-Reading refuses everything that RFC 8259 does not know (NaN, Infinity, bytes that are not UTF-8) and turns
-every way in which a text can be hostile, nesting included, into :class:`InvalidRequest`. Writing refuses
-numbers that JSON has no word for: the encoder underneath would put ``null`` in their place, and a client
-would take that for an answer.
+Reading refuses everything that RFC 8259 does not know (NaN, Infinity, bytes that are not UTF-8), and turns every way in
+which a text can be hostile, nesting included, into :class:`InvalidRequest`. Writing refuses numbers that JSON cannot
+represent: the encoder underneath would write ``null`` in their place, and a client would take that for an answer.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ _decoder: Final = msgspec.json.Decoder()
 
 
 def _foreign(value: Any) -> Any:
-    """Turn an array or a number of an array library into what JSON knows."""
+    """Turn an array or a number of an array library into a list or a number."""
     tolist = getattr(value, "tolist", None)
     if tolist is None:
         raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
     return tolist()
 
 
-#: Encode JSON types to compact JSON text in UTF-8. Floats must be finite, or the text says ``null`` in their
-#: place: what comes from a handler goes through :func:`plain` first.
+#: Encode JSON types to compact JSON text in UTF-8, as ``bytes``. A float that is not finite is written as ``null``, so
+#: a handler's values go through :func:`plain` first.
 dumps: Final = msgspec.json.Encoder().encode
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object that ``body`` is.
+    """Return the JSON object in ``body``.
 
     Raises:
         InvalidRequest: it is not JSON, or not an object.

@@ -1,8 +1,7 @@
-"""What clients may read about the routes of models: OpenAPI 3.1, made from the tables that check their requests.
+"""The description of the routes of models: OpenAPI 3.1, made from the tables that check their requests.
 
-An endpoint that names its table is described field by field; one that does not, as taking any object. What a field is
-when it is not there comes from the class that the route's reader returns. Nothing is written down here that the code
-does not go by.
+An endpoint with a table is described field by field, and one without as taking any object. The default of a field comes
+from the class that the route's reader returns. So the description follows the code, and repeats nothing of it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .requests.schemas import Schema, members_of
 
 __all__ = ["ERROR", "ERRORS", "describe_endpoints", "error_responses"]
 
-#: The object that every error is.
+#: The schema of every error.
 ERROR: Final[Schema] = {
     "type": "object",
     "properties": {
@@ -36,25 +35,25 @@ ERROR: Final[Schema] = {
     "required": ["error"],
 }
 
-#: The statuses that errors of the house have, and when.
+#: The statuses of the server's own errors, and when they are used.
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
-    403: "A page of the web may not do this.",
+    403: "A web page of another origin may not do this.",
     404: "There is no such route, model, call or worker.",
     405: "The route does not take this method.",
     408: "The body of the request did not arrive in time.",
     413: "The body of the request is too large.",
     415: "The content type is not the one that the route takes.",
-    429: "The model says that there are too many requests.",
+    429: "The model reports too many requests.",
     500: "The model failed.",
     502: "The worker was lost before it had answered.",
-    503: "Nobody has room for the request, the server is being stopped, or the request was given up.",
-    504: "Nothing came for too long, or the time of the request is used up.",
+    503: "No replica has capacity for the request, the server is being stopped, or the request was cancelled.",
+    504: "There was no output for too long, or the time of the request has passed.",
 }
 
-#: What a request for a model may end in. A handler may answer with other errors as well.
-_OF_MODELS: Final = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
+#: The error statuses of routes of models. A handler may answer with others as well.
+_MODEL_ERRORS: Final = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
 
 _ANY_OBJECT: Final[Schema] = members_of({"model": {"type": "string", "minLength": 1}}, ("model",))
 _JSON: Final = "application/json"
@@ -67,7 +66,7 @@ def describe_endpoints() -> dict[str, Any]:
 
 
 def error_responses(statuses: Iterable[int]) -> dict[str, Any]:
-    """Return the ``responses`` for errors of these statuses, and for whatever else may go wrong."""
+    """Return the ``responses`` for errors of these statuses, and a default for all others."""
     named = {str(status): {"$ref": f"#/components/responses/{status}"} for status in statuses}
     return named | {"default": {"$ref": "#/components/responses/error"}}
 
@@ -85,20 +84,20 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {sent: {"schema": schema}}},
         "responses": {
             "200": {"description": "The model's answer.", "headers": request_id, "content": answer},
-            **error_responses(_OF_MODELS),
+            **error_responses(_MODEL_ERRORS),
         },
     }
 
 
 def _content(media_type: str) -> dict[str, Any]:
-    # How events are described, this version of OpenAPI does not say.
+    # This version of OpenAPI has no way to describe a stream of events.
     if media_type == _EVENTS:
         return {}
     return {"schema": {"type": "object" if media_type == _JSON else "string"}}
 
 
 def _defaults(endpoint: Endpoint) -> dict[str, Any]:
-    """Return what the fields are that a client leaves out, where that is something."""
+    """Return the defaults of the fields that have a plain value as their default."""
     read: Any = typing.get_type_hints(endpoint.parse)["return"]
     plain = (bool, int, float, str)
     return {field.name: field.default for field in attrs.fields(read) if isinstance(field.default, plain)}

@@ -1,8 +1,8 @@
 """Server-sent events, as far as the OpenAI API uses them: ``data`` lines, comments, and names on some routes.
 
-There are no ``id`` lines: the official clients choke on an id next to a comment. A stream that is complete ends
-with :data:`DONE`, or, where events have names, with one whose name says so. A stream that failed ends with one error
-event and without that; the difference is all a client has to tell the two apart.
+There are no ``id`` lines: the official clients fail on an id next to a comment. A stream that is complete ends with
+:data:`DONE`, or, where events have names, with an event whose name marks the end. A stream that failed ends with an
+error event instead; this difference is all that tells a client the two apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["DONE", "NO_PROXY_BUFFERING", "PING", "error_body", "error_event", "e
 #: Ends a stream that is complete.
 DONE: Final = b"data: [DONE]\n\n"
 
-#: A comment; clients ignore it, but writing it finds out whether they are still there.
+#: A comment. Clients ignore it; writing it finds out whether the client is still connected.
 PING: Final = b": ping\n\n"
 
 #: Headers of a stream: proxies on the way must neither keep it nor collect more of it before they pass it on.
@@ -27,17 +27,17 @@ NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering"
 
 
 def event(data: bytes) -> bytes:
-    """Return one event that carries ``data``, which must not contain line breaks; compact JSON does not."""
+    """Return one event that carries ``data``, which must not contain line breaks. Compact JSON contains none."""
     return b"data: " + data + b"\n\n"
 
 
 def named_event(name: str, data: bytes) -> bytes:
-    """Return one event with a name; for routes on which clients go by it."""
+    """Return one event with a name, for routes whose clients read the names."""
     return b"event: " + name.encode("ascii") + b"\n" + event(data)
 
 
 def error_body(error: ApiError) -> bytes:
-    """Return the JSON text of an error's envelope. Never fails, whatever a handler put into the error."""
+    """Return the JSON text of an error's envelope. Never fails: values without a JSON form are written as text."""
     envelope = error.envelope()
     try:
         return dumps(envelope)
@@ -46,5 +46,5 @@ def error_body(error: ApiError) -> bytes:
 
 
 def error_event(error: ApiError) -> bytes:
-    """Return the event that ends a stream which has begun and cannot be completed."""
+    """Return the event that ends a stream which has begun and failed."""
     return event(error_body(error))

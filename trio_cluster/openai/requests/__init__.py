@@ -1,1 +1,1 @@
-"""What clients send: reading and checking the requests of the OpenAI API."""
+"""Requests: reading and checking what clients send. Start with ``types.py`` and ``checks.py``."""

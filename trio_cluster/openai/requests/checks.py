@@ -3,7 +3,7 @@
 Theory of operation
 ===================
 
-A check is built once, at import, and says what a field may be. Called with a value and the field's name it returns
+A check is built once, at import, and defines what a field may be. Called with a value and the field's name it returns
 what the field is read into, or raises :class:`InvalidRequest` that names the field, what was expected and what came.
 The same check reads the field from a form, where everything is text, with :meth:`Check.from_text`.
 
@@ -11,10 +11,10 @@ Most fields are read into the value that was sent. The others are converted: a n
 single prompt becomes its text. :meth:`Check.convert` and :meth:`Check.convert_text` do the conversion alone, for a body
 that has been checked before: a worker need not repeat the checks of its master.
 
-Checks are strict: a boolean is no integer, ``"7"`` is not ``7``; an integer will do for a number. ``null`` is
-the same as an absent field.
+Checks are strict: a boolean is not an integer, and ``"7"`` is not ``7``; but an integer is a number. ``null`` is the
+same as an absent field.
 
-A check also says what it takes as a JSON Schema, for the description that clients read (see ``openai/openapi.py``).
+A check also describes what it takes as a JSON Schema, for clients (see ``openai/openapi.py``).
 Checks do not run on schemas: they are one call each, which is why reading a request takes a few microseconds.
 """
 
@@ -81,7 +81,7 @@ def wrong_type(name: str, expected: str, value: Any) -> InvalidRequest:
 
 
 def wrong_value(name: str, expected: str, value: Any) -> InvalidRequest:
-    """Return the error for a field of the right type whose value, a scalar or nearly one, cannot be."""
+    """Return the error for a field of the right type with a wrong value, which should be a scalar or a short list."""
     return InvalidRequest(
         f"Invalid value for '{name}': expected {expected}, but got {_show(value)}",
         param=name,
@@ -90,12 +90,12 @@ def wrong_value(name: str, expected: str, value: Any) -> InvalidRequest:
 
 
 def missing(name: str) -> InvalidRequest:
-    """Return the error for a required field that is not there."""
+    """Return the error for a required field that is absent."""
     return InvalidRequest(f"Missing required field: '{name}'", param=name, code="missing_required_parameter")
 
 
 def nothing_in(name: str, item: str) -> InvalidRequest:
-    """Return the error for an array that is empty, and must have at least one ``item``."""
+    """Return the error for an empty array that must have at least one ``item``."""
     return InvalidRequest(
         f"Invalid value for '{name}': expected at least 1 {item}, but got 0", param=name, code="empty_array"
     )
@@ -134,7 +134,7 @@ class Check:
         return self.convert(text)
 
     def schema(self) -> Schema:
-        """Return what the field may be as a JSON Schema. Unless the check knows better, that is anything."""
+        """Return what the field may be as a JSON Schema. By default, that is anything."""
         return ANYTHING
 
 
@@ -144,7 +144,7 @@ def _bounds(**bounds: float | None) -> Schema:
 
 @attrs.frozen
 class String(Check):
-    """Text of ``least`` to ``most`` characters, in the given form if there is one."""
+    """Text of ``least`` to ``most`` characters that matches ``pattern``; ``form`` describes the pattern in errors."""
 
     least: int = 0
     most: int | None = None
@@ -182,7 +182,7 @@ class String(Check):
 
 @attrs.frozen
 class Number(Check):
-    """A number from ``least`` to ``most``; always given on as a float."""
+    """A number from ``least`` to ``most``, both included; read into a float."""
 
     least: float
     most: float
@@ -215,7 +215,7 @@ class Number(Check):
 
 @attrs.frozen
 class Integer(Check):
-    """A whole number from ``least`` to ``most``."""
+    """A whole number from ``least`` to ``most``, both included; ``None``: no bound."""
 
     least: int | None = None
     most: int | None = None
@@ -239,7 +239,7 @@ class Integer(Check):
         return {"type": "integer"} | _bounds(minimum=self.least, maximum=self.most)
 
     def _expected(self) -> str:
-        # Whole numbers are shown in full, also where a float would show an exponent.
+        # Whole numbers are shown in full; `:g` would show an exponent.
         if self.least is not None and self.most is not None:
             return f"an integer between {self.least} and {self.most}"
         return f"an integer of at least {self.least}" if self.least is not None else "an integer"
@@ -268,7 +268,7 @@ class Boolean(Check):
 
 @attrs.frozen
 class OneOf(Check):
-    """One of a few words; ``refused`` are those that others take, with the reason why they are not taken here."""
+    """One of a few words. ``refused`` are words that the OpenAI API has and this server has not, with the reason."""
 
     words: tuple[str, ...]
     refused: Mapping[str, str] = attrs.field(factory=dict)
@@ -293,7 +293,7 @@ class OneOf(Check):
 
 @attrs.frozen
 class ListOf(Check):
-    """A list of ``least`` to ``most`` things that pass a check of their own."""
+    """A list of ``least`` to ``most`` items, each of which passes a check."""
 
     item: Check
     least: int = 0
@@ -304,7 +304,7 @@ class ListOf(Check):
             raise wrong_type(name, "an array", value)
         self._require_length(value, name)
         item = self.item
-        # Names of items are only spelled out for the one that fails.
+        # The name of each item is made only when one has failed.
         try:
             return [item(each, name) for each in value]
         except InvalidRequest:
@@ -350,7 +350,7 @@ class ListOf(Check):
 
 @attrs.frozen
 class ObjectOf(Check):
-    """An object whose known members pass checks of their own."""
+    """An object whose known members each pass a check. Unknown members are allowed."""
 
     members: Mapping[str, Check] = attrs.field(factory=dict)
     required: tuple[str, ...] = ()
@@ -406,7 +406,7 @@ class Custom(Check):
         return self.described
 
 
-#: Checks that many fields share.
+#: The checks that many fields share.
 BOOLEAN: Final = Boolean()
 ANY_STRING: Final = String()
 NOT_EMPTY: Final = String(least=1)

@@ -1,8 +1,7 @@
-"""The shape of a conversation: messages, their parts, the tools they may call.
+"""The checks of a conversation: messages, their parts, and the tools that they may call.
 
-Strict about the shape of what is known, lenient about what is not: a part of an unknown type passes as it is,
-since models learn new ones faster than routers. Every error names the place, for instance
-``messages[2].content[0].text``.
+Known types are checked strictly, and unknown ones pass: models learn new types of parts sooner than this table. Every
+error names the place, for instance ``messages[2].content[0].text``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["FUNCTIONS", "MESSAGES", "RESPONSE_FORMAT", "TOOLS", "TOOL_CHOICE"]
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-#: What the parts that are known must carry.
+#: The known types of parts, and the members that they must have.
 _PARTS: Final[dict[str, Check]] = {
     "text": ObjectOf({"text": ANY_STRING}, ("text",)),
     "image_url": ObjectOf(
@@ -84,10 +83,10 @@ _MEMBERS: Final[dict[str, Check]] = {
     "audio": ANY_OBJECT,
 }
 
-#: Members that a message of this role must have, apart from its content.
+#: The member that a message of this role must have beside its content.
 _REQUIRED: Final = {"tool": "tool_call_id", "function": "name"}
 
-#: What can stand in for the content of an assistant's message.
+#: Members that an assistant's message may have instead of a content.
 _INSTEAD: Final = ("tool_calls", "function_call", "refusal", "audio")
 
 
@@ -161,7 +160,7 @@ def _check_members(message: dict[str, Any], name: str) -> None:
 
 
 def _describe_message() -> Schema:
-    """Return the schema of a message: a variant for each way in which one may be complete."""
+    """Return the schema of a message: one variant for each set of members that makes it complete."""
     members = {name: check.schema() for name, check in _MEMBERS.items()}
     parts = by_type({kind: check.schema() for kind, check in _PARTS.items()})
     content = any_of(ANY_STRING.schema(), {"type": "array", "items": parts, "minItems": 1})

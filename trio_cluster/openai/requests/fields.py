@@ -1,14 +1,14 @@
-"""The tables that say what a request to a route may have in it.
+"""The table of a route's fields: how a request is checked and converted, and how it is described.
 
 Theory of operation
 ===================
 
-A :class:`Table` runs over what the client *sent*, not over what it could have sent: a request with three fields costs
-three look-ups. ``null`` is the same as an absent field. Fields that a table does not know are nobody's business here
-and pass.
+A :class:`Table` goes through the fields that the client *sent*, not through those that it could have sent: a request
+with three fields costs three look-ups. ``null`` is the same as an absent field. Fields that are not in the table are
+not checked, and stay in ``raw``.
 
-A table is also where a route's description comes from (see ``openai/openapi.py``): so what a table says is all that is
-checked of a request, wherever that can be said in a table.
+A route's description comes from the same table (see ``openai/openapi.py``). So whatever can be expressed in a table is
+checked by the table alone, and the description agrees with it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ __all__ = ["OnlyIf", "Table", "Uploads"]
 
 @attrs.frozen
 class OnlyIf:
-    """A field that makes sense only where another one has one of some values; both are checked by themselves."""
+    """A rule: a field is allowed only with certain values of another field. Each of them also has a check."""
 
     field: str
     other: str
     values: tuple[Any, ...]
     by_default: bool = False
-    """Whether the other field, where it is not there, has one of them."""
+    """Whether the field is allowed when the other field is absent."""
 
     def check(self, known: Mapping[str, Any]) -> None:
-        """Raise ``InvalidRequest`` where the field is used, and the other one has the wrong value."""
+        """Apply the rule; a field that is ``False`` counts as absent.
+
+        Raises:
+            InvalidRequest: the field is there, and the other one has a wrong value.
+        """
         if known.get(self.field, False) is False:
             return
         if self.by_default if self.other not in known else known[self.other] in self.values:
@@ -65,7 +69,7 @@ class OnlyIf:
 
 @attrs.frozen
 class Uploads:
-    """The files of one name that a form may have: ``least`` to ``most``, and none of them empty."""
+    """The files of one name that a form may have: ``least`` to ``most`` of them, none empty."""
 
     least: int = 1
     most: int = 1
@@ -74,7 +78,7 @@ class Uploads:
         """Return the files of this name, with or without ``[]`` after it, and take them out of the form.
 
         Raises:
-            InvalidRequest: there are too few or too many, one is empty, or text has come in place of a file.
+            InvalidRequest: there are too few or too many, one is empty, or a text was sent instead of a file.
         """
         files = self.take(form, name)
         if name in form.fields or f"{name}[]" in form.fields:
@@ -93,7 +97,7 @@ class Uploads:
         return [file for each in (name, f"{name}[]") for file in form.files.pop(each, ())]
 
     def schema(self) -> Schema:
-        """Return what such a part of a form is."""
+        """Return the schema of such a part of a form."""
         one: Schema = {"type": "string", "contentMediaType": "application/octet-stream", "minLength": 1}
         if self.most == 1:
             return one
@@ -104,10 +108,11 @@ class Table:
     """The documented fields of one route.
 
     Args:
-        required: names that must be there and not be ``null``.
-        checks: what the fields may be, by name.
-        rules: which fields make sense only with others.
-        files: the files that a form has beside its fields, by name. Without any, the route takes JSON.
+        required: the names of the fields that must be there and not be ``null``.
+        checks: the checks of the fields, by name.
+        rules: which fields are allowed only with values of others.
+        files: the files that a form has beside its fields, by name. A table without files is for a route that takes
+            JSON.
     """
 
     def __init__(
@@ -191,15 +196,15 @@ class Table:
 
     @property
     def is_form(self) -> bool:
-        """Whether the route takes a form, and not JSON."""
+        """Whether the route takes a form instead of JSON."""
         return bool(self._files)
 
     def schema(self, defaults: Mapping[str, Any] | None = None) -> Schema:
-        """Return all of it as a JSON Schema of an object, or of the parts of a form.
+        """Return the JSON Schema of the whole object, or of the parts of a form.
 
         Args:
-            defaults: values that fields have where they are not there, by name. What a field could not be is passed
-                over: what it is read into has something else under that name.
+            defaults: the defaults of the request's attributes, by name. A default that the field of this name could
+                not have is ignored: the attribute is then another thing than the field.
         """
         properties: Schema = {}
         for name, check in self._checks.items():

@@ -1,8 +1,8 @@
 """Forms with files in them: ``multipart/form-data``.
 
-A form may be read while it comes in. The parts may come in any order: some clients put the file first, some last.
-Files are told from fields by having a file name, and are not copied more often than once: a large one is in memory
-a single time, also at the moment at which it is complete.
+A form may be read while it arrives. Its parts may be in any order: some clients send the file first, some last. A part
+with a file name is a file, and any other is a field. A file is copied once, into the memory where it stays: a large one
+is in memory a single time, also at the moment at which it is complete.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ class Form:
     """The parts of a form, by name."""
 
     fields: dict[str, Any]
-    """Text; a list of texts where a name came more than once; a dict where it came as ``name[member]``.
+    """By name: text; a list of texts for a name that came more than once; a dict for names like ``name[member]``.
     Numbered members are items of a list: ``name[0]`` is the same as ``name[]``."""
     files: dict[str, list[File]]
 
 
 def is_form(content_type: str) -> bool:
-    """Tell whether a body of this content type is a form with files in it."""
+    """Return whether a body of this content type is a form that may have files in it."""
     return media_type(content_type) == _FORM
 
 
 # Clients choose the header; those that are sent all the time are few.
 @lru_cache(maxsize=64)
 def media_type(content_type: str) -> str:
-    """Return the bare media type of a ``Content-Type`` header, in lower case; empty if there is none."""
+    """Return the media type of a ``Content-Type`` header in lower case, without parameters; empty if there is none."""
     return content_type.partition(";")[0].strip().lower()
 
 
 def open_parser(content_type: str) -> PushMultipartParser:
-    """Return a parser for a form of this content type. What it raises is for :func:`malformed`.
+    """Return a parser for a form of this content type. It raises ``ValueError``; see :func:`malformed`.
 
     Raises:
-        InvalidRequest: it is of another type (415), or has no boundary.
+        InvalidRequest: the content type is another one (415), or has no boundary.
     """
     if not is_form(content_type):
         raise InvalidRequest(
@@ -85,7 +85,7 @@ def open_parser(content_type: str) -> PushMultipartParser:
 
 
 def malformed(error: ValueError) -> InvalidRequest:
-    """Return what to tell a client whose form a parser cannot read."""
+    """Return the error for a client whose form the parser refuses."""
     return InvalidRequest(f"The request body is not valid {_FORM}: {error}")
 
 
@@ -93,7 +93,7 @@ def read_form(body: bytes, content_type: str) -> Form:
     """Return the parts of a ``multipart/form-data`` body.
 
     Raises:
-        InvalidRequest: it is of another type (415), or malformed.
+        InvalidRequest: the content type is another one (415), or the body is malformed.
     """
     reader = FormReader(content_type)
     reader.feed(body)
@@ -101,13 +101,13 @@ def read_form(body: bytes, content_type: str) -> Form:
 
 
 class FormReader:
-    """A form that is read while it comes in.
+    """Reads a form while it arrives.
 
     Args:
-        content_type: the form's, with its boundary.
+        content_type: the content type of the form, with its boundary.
 
     Raises:
-        InvalidRequest: it has no boundary, or is no form (415).
+        InvalidRequest: the content type is not that of a form (415), or has no boundary.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -117,10 +117,10 @@ class FormReader:
         self._content = BytesIO()
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the form.
+        """Take the next bytes of the form; an empty piece is ignored.
 
         Raises:
-            InvalidRequest: it is malformed, or makes no sense.
+            InvalidRequest: the form is malformed, a field of it is not UTF-8, or two fields contradict each other.
         """
         if not data:
             return
@@ -131,10 +131,10 @@ class FormReader:
             raise malformed(error) from None
 
     def finish(self) -> Form:
-        """Return the form, when all of it has come.
+        """Return the form. To be called once, when all of it has been fed.
 
         Raises:
-            InvalidRequest: it is not complete.
+            InvalidRequest: the form is not complete.
         """
         try:
             self._parser.close()
@@ -145,8 +145,8 @@ class FormReader:
     def _take(self, event: MultipartSegment | bytearray | bytes | None) -> None:
         if event is None:
             assert self._segment is not None
-            # Such a file grows without being copied, and gives away what is in it, as does one that is made of bytes
-            # for as long as nothing is added to them.
+            # `getvalue` shares the buffer of a BytesIO, so a large file is not in memory twice; `b"".join` would copy
+            # it. A BytesIO shares the bytes that it is made of as well, as long as nothing is written to it.
             _add(self._form, self._segment, self._content.getvalue())
             self._content = BytesIO()
         elif isinstance(event, MultipartSegment):

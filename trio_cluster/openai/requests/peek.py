@@ -1,6 +1,7 @@
-"""Which model a request is for, found without reading more of it than that takes.
+"""Finding the model that a request is for, without reading the rest of the request.
 
-What only passes through here is not checked here: whoever answers it does that. But it has to be known where it goes.
+A request that is only forwarded is not checked here: the node that answers it checks it. But its model decides to which
+node it goes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .forms import is_form, malformed, open_parser
 
 __all__ = ["FormPeek", "peek_model"]
 
-#: Bytes of a model's name that are looked at; no name is longer.
+#: Bytes of a model's name that are read; no name is longer.
 _NAME_BYTES: Final = 4 * 512
 
 
@@ -28,7 +29,7 @@ _json: Final = msgspec.json.Decoder(_Named)
 
 
 def peek_model(body: bytes, content_type: str) -> str | None:
-    """Return the model that a whole body names; ``None`` if it names none, or cannot be read so far."""
+    """Return the model that a whole body names; ``None`` if it names none, or is malformed before the name."""
     try:
         if is_form(content_type):
             peek = FormPeek(content_type)
@@ -40,16 +41,16 @@ def peek_model(body: bytes, content_type: str) -> str | None:
 
 
 class FormPeek:
-    """A form on its way through: tells the model as soon as that has come by, and keeps nothing else.
+    """Finds the model in a form that is being forwarded, and keeps nothing else of it.
 
     Args:
-        content_type: the form's, with its boundary.
+        content_type: the content type of the form, with its boundary.
 
     Raises:
-        InvalidRequest: it has no boundary, or is no form.
+        InvalidRequest: the content type is not that of a form, or has no boundary.
 
     Attributes:
-        model: the value of the field ``model``, once that is known.
+        model: the value of the field ``model``; ``None`` until all of it has arrived.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -58,12 +59,12 @@ class FormPeek:
         self._value: bytearray | None = None
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the form; not needed any more once the model is known.
+        """Take the next bytes of the form. May be left out once the model is known.
 
         Raises:
-            InvalidRequest: it is malformed, or the name of the model cannot be one.
+            InvalidRequest: the form is malformed, or its model is longer than any name, or not UTF-8.
         """
-        # An empty piece would be the end to the parser.
+        # The parser would take an empty piece for the end of the form.
         if not data or self._parser.closed or self.model is not None:
             return
         try:

@@ -1,8 +1,8 @@
-"""From what a client sent to a request: one reader for each route.
+"""The readers: for each route, the function that makes a request of a body.
 
 A reader takes the body as it came, its content type and the headers worth keeping, and returns a request, or raises
 :class:`InvalidRequest` with ``param`` naming the field that is wrong. A request that cannot be served is refused here,
-before it takes a slot. The route's table says what may be in a request.
+before it takes a slot. The route's table defines what may be in a request.
 
 With ``checked``, a reader trusts that the same body has passed it before: on the master that forwarded it. It decodes
 the body and makes the same request of it, and skips every check that could only end in an error.
@@ -45,7 +45,7 @@ __all__ = [
     "translation_of",
 ]
 
-#: How many tokens a completion has if the client does not say; the OpenAI reference's own default.
+#: ``max_tokens`` of a completion if the client does not send it; the default of the OpenAI reference.
 _COMPLETION_TOKENS: Final = 16
 
 
@@ -73,7 +73,7 @@ def read_json(body: bytes, content_type: str, *, checked: bool = False) -> dict[
 
 
 def _raw(form: Form) -> dict[str, Any]:
-    """Return what is in a form beside its documented files."""
+    """Return the fields of a form, and those of its files that are not documented."""
     return form.fields | {name: [file.data for file in files] for name, files in form.files.items()}
 
 

@@ -1,8 +1,9 @@
-"""From a request to ``/v1/responses`` to a chat request.
+"""Requests to ``/v1/responses``, translated into chat requests.
 
-Whatever can be said in both forms is translated, so that a chat handler need not know by which route it was asked.
-What needs a server with a memory, or with tools of its own, is refused by name. What only asks for something to be
-kept or told, and changes nothing about the answer, is taken and not followed: ``store``, most of ``include``.
+Everything that both forms can express is translated, so a chat handler need not know which route a request came by.
+Fields that need a server with storage, or with tools that it runs itself, are refused by name. Fields that only ask for
+something to be stored or included, and change nothing about the answer, are accepted and ignored: ``store``, most of
+``include``.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ __all__ = ["RESPONSE", "read_response"]
 
 _TYPED: Final = ObjectOf({"type": ANY_STRING}, ("type",))
 
-#: What to include if the client wants to see how likely the tokens were.
+#: The value of ``include`` that asks for the log probabilities of the tokens.
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
 def _refused(why: str, *, allowed: tuple[Any, ...] = ()) -> Check:
-    """Return the check of a field that cannot be served, unless it says what is the case anyway."""
+    """Return the check of a field that is not supported, except for values that change nothing."""
 
     def check(value: Any, name: str) -> None:
         if not any(value is each for each in allowed):
@@ -60,7 +61,7 @@ _ALLOWED: Final = ObjectOf({"mode": OneOf(("auto", "required"))}, ("mode", "tool
 
 
 def _check_type(value: Any, name: str) -> None:
-    """Refuse a tool, or a choice of one, that is not a function of the client's."""
+    """Refuse a tool, or the choice of a tool, that is not one of the client's functions."""
     kind = _TYPED(value, name)["type"]
     if kind != "function":
         raise unsupported(
@@ -142,7 +143,7 @@ def _check_text(value: Any, name: str) -> None:
 
 
 def _convert_text(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a chat that say the same."""
+    """Return the fields of a chat with the same meaning."""
     fields = present(value, ("verbosity",))
     if (wanted := value.get("format")) is not None:
         fields["response_format"] = {"type": wanted["type"]}
@@ -167,7 +168,7 @@ _TEXT_SCHEMA: Final[Schema] = {
 
 _REASONING: Final = ObjectOf({"effort": ANY_STRING, "summary": ANY_STRING, "generate_summary": ANY_STRING})
 
-#: The documented fields of this route.
+#: The documented fields of the route.
 RESPONSE: Final = Table(
     ("model", "input"),
     {
@@ -206,7 +207,7 @@ RESPONSE: Final = Table(
     rules=(OnlyIf("stream_options", "stream", (True,)),),
 )
 
-#: Fields of a chat that have the same name and the same meaning here.
+#: Fields with the same name and the same meaning in a chat.
 _SAME: Final = (
     "model",
     "stream",
@@ -229,7 +230,7 @@ _SAME: Final = (
 def read_response(
     body: bytes, content_type: str, headers: Mapping[str, str], *, checked: bool = False
 ) -> ChatRequest:
-    """Read a request to ``/v1/responses``: a chat, for any chat model to answer.
+    """Read a request to ``/v1/responses``: a chat, for any chat model.
 
     ``max_output_tokens`` becomes ``max_tokens``, ``text`` and ``reasoning`` become ``response_format``,
     ``verbosity`` and ``reasoning_effort``; ``instructions`` are the first message.

@@ -1,12 +1,12 @@
-"""The input of a response, made into the messages of a chat.
+"""The input of a response, translated into the messages of a chat.
 
-A handler sees one form of conversation, whichever route it came by. Here is what the two forms have in common, and
-where they differ. A chat's assistant says everything in one message: reasoning, text, tool calls. In a response each of
-these is an item. So neighbouring items of the assistant become one message, as long as a chat could have had them in
-one; what one answer of a model was split into is put together again when the client sends it back.
+A handler gets one form of conversation, by whichever route it came. The two forms differ in one point. In a chat, an
+assistant's message has everything in it: reasoning, text, tool calls. In a response, each of these is an item. So
+consecutive items of the assistant become one message, as long as a chat could have them in one: the items into which an
+answer of a model was split are joined again when the client sends them back.
 
-Items of other types belong to tools that the server would have to run, or to state that it would have to keep. They
-are refused, since leaving them out would be answering another conversation.
+Items of other types belong to tools that the server would have to run, or to state that it would have to store. They
+are refused, since without them it would be another conversation.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ __all__ = ["INPUT", "of_type", "present", "unsupported"]
 _ROLE: Final = OneOf(("user", "assistant", "system", "developer"))
 
 
-#: Refuses a value of this name.
+#: ``check(value, name)`` raises ``InvalidRequest`` for a wrong value.
 _Check: TypeAlias = Callable[[Any, str], object]
 
 
 def unsupported(message: str, name: str) -> InvalidRequest:
-    """Return the error for what the API has and this server has not."""
+    """Return the error for a feature of the API that this server does not have."""
     return InvalidRequest(message, param=name, code="unsupported_value")
 
 
 def present(given: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
-    """Return those members of an object that are there; ``null`` is the same as nothing."""
+    """Return those of the members that an object has; ``null`` is the same as absent."""
     return {member: given[member] for member in members if given.get(member) is not None}
 
 
@@ -62,7 +62,7 @@ _PART_AUDIO: Final = ObjectOf(
 
 
 def _require_content(part: dict[str, Any], name: str, member: str) -> None:
-    """Refuse a part that says where its content is to be found, instead of having it."""
+    """Refuse a part that refers to its content, instead of having it."""
     for elsewhere in ("file_id", "file_url"):
         if part.get(elsewhere) is not None:
             raise unsupported(
@@ -180,7 +180,11 @@ def _check_output(item: dict[str, Any], name: str) -> None:
 
 
 class _Conversation:
-    """The messages so far, and the assistant's one that may still grow. The items have been checked."""
+    """The messages so far, made of items that have been checked.
+
+    ``_answer`` is the assistant's message that the next items may be added to, and ``_reasoning`` the text of reasoning
+    items that no message has taken yet.
+    """
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -198,7 +202,7 @@ class _Conversation:
         if answer is not None and "tool_calls" in answer and isinstance(content, str):
             earlier = answer["content"]
             if earlier is None or isinstance(earlier, str):
-                # Text after a call, and no result of the call yet: a chat has the same in one message.
+                # Text after a call whose result has not come yet: in a chat, both are in one message.
                 self._open_answer()["content"] = (earlier or "") + content
                 return
         if answer is not None:
@@ -219,15 +223,15 @@ class _Conversation:
         self._reasoning += "".join(part["text"] for part in item.get("content") or item.get("summary") or ())
 
     def end_answer(self) -> None:
-        """Let whatever comes next from the assistant be a message of its own."""
+        """Let the next item of the assistant begin a new message."""
         if self._reasoning:
-            # It led to nothing that was said: the model was cut short while it was thinking.
+            # Nothing followed it: the model was cut off while it was reasoning.
             self._answer = None
             self._open_answer()["content"] = ""
         self._answer = None
 
     def _open_answer(self) -> dict[str, Any]:
-        """Return the assistant's message that is being put together; reasoning from before belongs to it."""
+        """Return the assistant's message that items are added to, with the reasoning that came before it."""
         answer = self._answer
         if answer is None:
             answer = self._answer = {"role": "assistant", "content": None}
@@ -303,7 +307,7 @@ def _convert_input(value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_type(kind: str, schema: Schema, members: Schema | None = None) -> Schema:
-    """Return the schema of an object that says its type, and has ``members`` besides."""
+    """Return the schema of an object of a type, with ``members`` added to those of ``schema``."""
     properties = {"type": {"type": "string", "enum": [kind]}} | schema.get("properties", {}) | (members or {})
     return schema | {"properties": properties, "required": ["type", *schema.get("required", ())]}
 

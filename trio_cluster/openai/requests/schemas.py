@@ -1,7 +1,8 @@
-"""JSON Schema, as far as it takes to say what a request may be.
+"""JSON Schema, as far as it is needed to describe requests.
 
-Checks say what they take as schemas (``Check.schema``), and what is described to clients is made of those: nothing is
-written down twice. A schema may be wider than its check where JSON Schema has no words for it, never narrower.
+Each check describes what it takes as a schema (``Check.schema``), and the description for clients is made of these:
+nothing is written down twice. Where JSON Schema cannot express a check, the schema is wider than the check; it is never
+narrower.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ NULL: Final[Schema] = {"type": "null"}
 
 
 def any_of(*schemas: Schema) -> Schema:
-    """Return the schema of what fits one of several."""
+    """Return the schema of a value that fits one of several."""
     return {"anyOf": list(schemas)}
 
 
 def or_null(schema: Schema) -> Schema:
-    """Return the schema of a member that may also be ``null``, which is the same as not being there."""
+    """Return the schema of a member that may also be ``null``, which is the same as absent."""
     if not schema:
         return schema
     if set(schema) == {"anyOf"}:
@@ -37,7 +38,7 @@ def or_null(schema: Schema) -> Schema:
 
 
 def members_of(members: Mapping[str, Schema], required: Iterable[str] = ()) -> Schema:
-    """Return the schema of an object; members that are not required may be ``null``, unknown ones may be there."""
+    """Return the schema of an object. Members that are not required may be ``null``; unknown members are allowed."""
     needed = list(required)
     schema: Schema = {"type": "object"}
     if members:
@@ -56,19 +57,19 @@ def by_type(
     default: str | None = None,
     closed: bool = False,
 ) -> Schema:
-    """Return the schema of an object that says in its ``type`` what else is in it.
+    """Return the schema of an object whose member ``type`` decides which other members it has.
 
     Args:
-        known: the schemas of objects of these types.
-        common: the schema of what all of them have.
-        default: the type of an object that does not say it.
-        closed: there are no others. Else an object of another type may have anything in it.
+        known: the schemas of objects, by type.
+        common: the schema of the members that all of them have.
+        default: the type of an object without a ``type``; ``None``: an object must have one.
+        closed: no other types are allowed. Otherwise an object of another type may have any members.
     """
     basis = common if common is not None else members_of({})
     variants = []
     for word, schema in known.items():
-        says_it = () if word == default else ("type",)
-        variants.append(_both(basis, schema, {"type": "string", "enum": [word]}, says_it))
+        needed = () if word == default else ("type",)
+        variants.append(_both(basis, schema, {"type": "string", "enum": [word]}, needed))
     if not closed:
         unknown: Schema = {"type": "string", "not": {"enum": list(known)}}
         other = unknown if default is None else or_null(unknown)
@@ -76,7 +77,7 @@ def by_type(
     return any_of(*variants)
 
 
-def _both(basis: Schema, schema: Schema, type_: Schema, says_it: tuple[str, ...]) -> Schema:
+def _both(basis: Schema, schema: Schema, type_: Schema, needed: tuple[str, ...]) -> Schema:
     properties = basis.get("properties", {}) | schema.get("properties", {}) | {"type": type_}
-    required = dict.fromkeys([*says_it, *basis.get("required", ()), *schema.get("required", ())])
+    required = dict.fromkeys([*needed, *basis.get("required", ()), *schema.get("required", ())])
     return {"type": "object", "properties": properties, "required": list(required)}

@@ -1,4 +1,4 @@
-"""The documented fields of each route: one table each, from which requests are checked and described."""
+"""The documented fields of the routes: one table for each, from which requests are checked, converted and described."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ METADATA: Final = Custom(
     },
 )
 
-#: What both routes for text have in common.
+#: The fields that both routes for text have.
 _TEXT_FIELDS: Final[dict[str, Check]] = {
     "model": NOT_EMPTY,
     "stream": BOOLEAN,
@@ -132,7 +132,7 @@ CHAT: Final = Table(
             _check_function_call, any_of(_FUNCTION_WORD.schema(), _FUNCTION_NAMED.schema())
         ),
         "response_format": RESPONSE_FORMAT,
-        # The words for these two are still growing; which of them a model knows is its own business.
+        # The API keeps adding words for these two. Which of them a model knows is left to its handler.
         "reasoning_effort": ANY_STRING,
         "service_tier": ANY_STRING,
         "verbosity": OneOf(("low", "medium", "high")),
@@ -150,7 +150,7 @@ CHAT: Final = Table(
 
 
 def _check_prompt(value: Any, name: str) -> None:
-    """Require one text: a handler answers a single prompt, and telling the client so beats answering a part."""
+    """Require a single text. A handler answers one prompt, and an error is better than an answer to one of several."""
     if isinstance(value, list):
         if not value:
             raise wrong_value(name, "a string", value)
@@ -241,7 +241,7 @@ EMBEDDING: Final = Table(
 
 
 class _Chunking(Check):
-    """``auto``, or an object, which in a form is its text."""
+    """``auto``, or an object; in a form, the object is JSON text."""
 
     def __call__(self, value: Any, name: str) -> Any:
         if value == "auto" or isinstance(value, dict):
@@ -281,7 +281,7 @@ TRANSCRIPTION: Final = Table(
         "keywords": ListOf(ANY_STRING),
         "languages": ListOf(ANY_STRING),
     },
-    # The other formats cannot be written before the whole text is known.
+    # An answer in another format can only be written when the whole text is known.
     rules=(OnlyIf("stream", "response_format", ("json", "text", "diarized_json"), by_default=True),),
     files=_FILE,
 )
@@ -320,7 +320,7 @@ _SIZE: Final = String(
 )
 
 
-#: What both routes for images have in common.
+#: The fields that both routes for images have.
 _IMAGE_FIELDS: Final[dict[str, Check]] = {
     "model": NOT_EMPTY,
     "prompt": String(1, 32000),
@@ -337,7 +337,7 @@ _IMAGE_FIELDS: Final[dict[str, Check]] = {
     "partial_images": Integer(0, 3),
     "user": ANY_STRING,
 }
-#: Events do not say which of several images they are about.
+#: The events of a stream have no member for which of several images they are about.
 _STREAMED_ALONE: Final = OnlyIf("stream", "n", (1,), by_default=True)
 
 IMAGE_GENERATION: Final = Table(

@@ -1,9 +1,9 @@
-"""What a handler is given: one class per kind of model, the documented fields as attributes.
+"""The requests that handlers get: one class for each kind of model, with the documented fields as attributes.
 
-The classes are plain frozen values. They do not check anything, so that tests and engines can build them with
-whatever they need; what a client sends is checked before it becomes one (see ``readers.py``). Defaults are
-those of the OpenAI reference. Where a handler must tell "left out" from "sent with the default value",
-``raw`` knows.
+The classes are frozen values with keyword arguments. They check nothing, so tests and engines can build them with only
+the fields that they need; the body that a client sends is checked before it becomes a request (see ``readers.py``).
+Defaults are those of the OpenAI reference. ``raw`` tells a field that was left out from one that was sent with its
+default value.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ _IMAGE_PARTS = frozenset({"image_url", "input_image"})
 
 @attrs.frozen(kw_only=True, eq=False)
 class ModelRequest:
-    """What all requests have."""
+    """The attributes that every request has.
+
+    A request is frozen, and two requests are equal only if they are the same object. The lists and dicts in it may be
+    shared with ``raw``: a handler that changes one should copy it first.
+    """
 
     model: str
+    """The name of the model, as the client sent it; never empty."""
     raw: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
-    """The fields as they were sent, those that nobody documented included. Form fields are text, lists of
-    text where a name came more than once, and lists of bytes for files; the audio file itself is not repeated
-    here."""
+    """The fields as they were sent, undocumented ones included. In a form, a field is text, a list of texts if its name
+    came more than once, or a list of ``bytes`` for files. The documented files of a route are not repeated here."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    """The client's headers that may matter to a model, names in lower case."""
+    """The client's headers that may matter to a model; names in lower case."""
 
 
 def _text_of(content: Any) -> str:
@@ -59,44 +63,54 @@ def _has_image(parts: list[dict[str, Any]]) -> bool:
 
 @attrs.frozen(kw_only=True, eq=False)
 class ChatRequest(ModelRequest):
-    """A request for text: ``/v1/chat/completions``, and whatever else can be said as one.
+    """A request for text: to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/responses``.
 
-    ``/v1/completions`` is a single user message. ``/v1/responses`` is translated; only ``raw`` has it as it was sent.
+    A request to ``/v1/completions`` becomes a single user message. One to ``/v1/responses`` is translated into a chat;
+    only ``raw`` has it as it was sent.
     """
 
     messages: list[dict[str, Any]]
-    """In the form of ``/v1/chat/completions``."""
+    """The conversation, in the form of ``/v1/chat/completions``: dicts with ``role`` and, mostly, ``content``, which is
+    text or a list of parts. Never empty."""
     prompt: str | None = None
     """The bare prompt of a request to ``/v1/completions``, for models that need no chat template."""
     stream: bool = False
+    """The client wants the answer as a stream. A handler need not care: its output is encoded either way."""
     stream_options: dict[str, Any] | None = None
     temperature: float = 1.0
     """0 to 2."""
     top_p: float = 1.0
     """0 to 1."""
     n: int = 1
-    """How many choices are wanted, 1 to 128; pieces of output say by their index which one they belong to."""
+    """The number of choices, 1 to 128. The ``index`` of an :class:`OutputChunk` is that of its choice, from 0."""
     stop: str | list[str] | None = None
-    """As it was sent; :attr:`stop_sequences` is easier to use."""
+    """As it was sent: one sequence, or a list of up to 4. :attr:`stop_sequences` is always a list."""
     max_tokens: int | None = None
+    """1 or more; see :attr:`token_limit`. For ``/v1/completions``, 16 if the client does not send it."""
     max_completion_tokens: int | None = None
+    """1 or more; see :attr:`token_limit`."""
     presence_penalty: float = 0.0
     """-2 to 2."""
     frequency_penalty: float = 0.0
     """-2 to 2."""
     logit_bias: dict[str, float] | None = None
-    """Token ids, as text, to a bias of -100 to 100."""
+    """For token ids, as text, a bias of -100 to 100."""
     logprobs: bool = False
+    """The client wants the log probabilities of the tokens."""
     top_logprobs: int | None = None
-    """0 to 20."""
+    """0 to 20: how many alternatives of each token the client wants with ``logprobs``."""
     seed: int | None = None
+    """A 64-bit signed integer."""
     tools: list[dict[str, Any]] | None = None
+    """Up to 128 tools: ``{"type": "function", "function": {"name", "description", "parameters"}}``, and tools of other
+    types as they were sent."""
     tool_choice: str | dict[str, Any] | None = None
+    """``none``, ``auto``, ``required``, or an object."""
     parallel_tool_calls: bool = True
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
-    """``{"type": "text" | "json_object" | "json_schema", ...}``; ``None`` means text."""
+    """``{"type": "text" | "json_object" | "json_schema", ...}``; ``None``: text."""
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: list[str] | None = None
@@ -104,6 +118,7 @@ class ChatRequest(ModelRequest):
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
+    """Up to 16 pairs of text."""
     store: bool = False
     service_tier: str | None = None
     prompt_cache_key: str | None = None
@@ -112,7 +127,7 @@ class ChatRequest(ModelRequest):
 
     @property
     def last_text(self) -> str:
-        """The text of the last message of role ``user``; its text parts, one per line, where it has parts.
+        """The text of the last message of role ``user``; of a message with parts, the text parts, one per line.
 
         Empty if there is no such message, or no text in it.
         """
@@ -123,7 +138,7 @@ class ChatRequest(ModelRequest):
 
     @property
     def has_image_inputs(self) -> bool:
-        """Whether any message has an image among its parts."""
+        """Whether a message has an image among its parts."""
         for message in self.messages:
             content = message.get("content")
             if isinstance(content, list) and _has_image(content):
@@ -132,108 +147,122 @@ class ChatRequest(ModelRequest):
 
     @property
     def stop_sequences(self) -> list[str]:
-        """``stop`` as a list, empty if there is none."""
+        """``stop`` as a new list; empty if there is none."""
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     @property
     def token_limit(self) -> int | None:
-        """How many tokens may be generated: ``max_completion_tokens``, or else the older ``max_tokens``."""
+        """How many tokens may be generated: ``max_completion_tokens``, or else the older ``max_tokens``.
+
+        ``None``: the client has set no limit.
+        """
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class EmbeddingRequest(ModelRequest):
-    """A request for vectors, one for each of ``inputs``."""
+    """A request for one vector for each of ``inputs``."""
 
     inputs: list[str] | list[list[int]]
-    """Texts or lists of token ids; a list in any case, never empty."""
+    """1 to 2048 texts, none of them empty, or as many lists of token ids. A single input is a list of one."""
     dimensions: int | None = None
-    """The length that the client wants its vectors to have. A handler may give longer ones: they are cut."""
+    """The length of the vectors that the client wants. A handler may give longer ones: they are cut, and normalised."""
     encoding_format: str = "float"
-    """``float`` or ``base64``; how the answer is written, nothing that a handler needs to care about."""
+    """``float`` or ``base64``: how the answer is encoded. A handler need not care."""
     user: str | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class ASRRequest(ModelRequest):
-    """A request to write down speech, or to translate it into English."""
+    """A request to transcribe speech, or to translate it into English."""
 
     audio: bytes = attrs.field(repr=lambda audio: f"<{len(audio)} bytes>")
-    """The file as it was uploaded, in whatever format it is."""
+    """The file as it was uploaded, in any format; never empty."""
     filename: str = ""
+    """The name of the file, as the client sent it."""
     mime_type: str = ""
-    """What the client says the file is; may be empty or wrong."""
+    """The type of the file, as the client sent it; may be empty or wrong."""
     language: str | None = None
-    """ISO 639-1 code of the language spoken, if the client knows."""
+    """ISO 639-1 code of the spoken language, as the client sent it; unchecked."""
     prompt: str | None = None
+    """Text that the audio continues, or that shows the wanted style."""
     response_format: str = "json"
-    """How the answer is written: ``json``, ``text``, ``srt``, ``verbose_json``, ``vtt`` or ``diarized_json``; the last
+    """How the answer is encoded: ``json``, ``text``, ``srt``, ``verbose_json``, ``vtt`` or ``diarized_json``; the last
     four are made of the segments that a handler gives."""
     temperature: float = 0.0
     """0 to 1."""
     timestamp_granularities: list[str] = attrs.field(factory=lambda: ["segment"])
     """``word``, ``segment``, or both."""
     stream: bool = False
+    """The client wants the answer as a stream. A handler need not care: its output is encoded either way."""
     include: list[str] = attrs.field(factory=list)
-    """``logprobs``, if the client wants those that the handler may give."""
+    """Contains ``logprobs`` if the client wants the log probabilities that a handler may give."""
     chunking_strategy: str | dict[str, Any] | None = None
+    """``auto``, or an object."""
     known_speaker_names: list[str] = attrs.field(factory=list)
     known_speaker_references: list[str] = attrs.field(factory=list)
-    """Data URLs, one for each name."""
+    """Data URLs of samples, one for each name."""
     keywords: list[str] = attrs.field(factory=list)
     languages: list[str] = attrs.field(factory=list)
     translate: bool = False
-    """Whether the text is wanted in English (``/v1/audio/translations``)."""
+    """The text is wanted in English (``/v1/audio/translations``)."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class TTSRequest(ModelRequest):
-    """A request to speak a text."""
+    """A request to turn a text into speech."""
 
     input: str
     """1 to 4096 characters."""
     voice: str
     """The name of a voice, or the id of a custom one."""
     response_format: str = "mp3"
-    """``mp3``, ``opus``, ``aac``, ``flac``, ``wav`` or ``pcm``."""
+    """``mp3``, ``opus``, ``aac``, ``flac``, ``wav`` or ``pcm``: the format that the handler should give."""
     speed: float = 1.0
-    """0.25 to 4."""
+    """0.25 to 4, where 1 is the normal speed."""
     instructions: str | None = None
+    """How the voice should sound."""
     stream_format: str = "audio"
-    """How the audio is sent, ``audio`` or ``sse``; nothing that a handler needs to care about."""
+    """``audio`` or ``sse``: how the audio is encoded. A handler need not care."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class _ImageRequest(ModelRequest):
-    """What requests for images have in common."""
+    """The attributes that requests for images have."""
 
     prompt: str
+    """1 to 32000 characters."""
     n: int = 1
-    """1 to 10; a stream has only one."""
+    """The number of images, 1 to 10; in a stream, 1."""
     size: str = "auto"
     """``auto`` or ``WIDTHxHEIGHT`` in pixels; :attr:`width` and :attr:`height` have the numbers."""
     quality: str = "auto"
+    """``auto``, ``low``, ``medium``, ``high``, ``xhigh``, ``max``, ``standard`` or ``hd``."""
     response_format: str = "b64_json"
+    """Always ``b64_json``, since images are not stored."""
     background: str = "auto"
+    """``transparent``, ``opaque`` or ``auto``."""
     output_format: str = "png"
+    """``png``, ``webp``, ``jpeg``, ``gif`` or ``svg``: the format that the handler should give."""
     output_compression: int = 100
-    """0 to 100, for formats that can be compressed more or less."""
+    """0 to 100, for formats with variable compression."""
     stream: bool = False
+    """The client wants the image as an event. A handler need not care: its output is encoded either way."""
     partial_images: int = 0
-    """How many images on the way to the final one the client of a stream wants to see, 0 to 3; see
+    """How many partial images the client of a stream wants to see before the final one, 0 to 3; see
     :meth:`OutputChunk.partial_image`."""
     user: str | None = None
 
     @property
     def width(self) -> int | None:
-        """The width asked for in pixels; ``None`` if the model may choose."""
+        """The requested width in pixels; ``None`` if the model may choose."""
         return None if self.size == "auto" else int(self.size.partition("x")[0])
 
     @property
     def height(self) -> int | None:
-        """The height asked for in pixels; ``None`` if the model may choose."""
+        """The requested height in pixels; ``None`` if the model may choose."""
         return None if self.size == "auto" else int(self.size.partition("x")[2])
 
 
@@ -244,33 +273,35 @@ class ImageGenRequest(_ImageRequest):
     style: str = "vivid"
     """``vivid`` or ``natural``."""
     moderation: str = "auto"
+    """``low`` or ``auto``."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class ImageEditRequest(_ImageRequest):
-    """A request for ``n`` images made from others."""
+    """A request for ``n`` images made from other images."""
 
     images: list[bytes] = attrs.field(repr=lambda images: f"<{len(images)} images>")
-    """The files as they were uploaded, 1 to 16 of them."""
+    """1 to 16 files as they were uploaded, none of them empty."""
     image_types: list[str] = attrs.field(factory=list)
-    """What the client says each of them is; may be empty or wrong."""
+    """The type of each file, as the client sent it; may be empty or wrong."""
     mask: bytes | None = attrs.field(default=None, repr=False)
-    """An image whose transparent parts tell where the first image is to be changed."""
+    """An image whose transparent areas are those where the first image is to be changed."""
     input_fidelity: str = "low"
     """``high`` or ``low``."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class RerankRequest(ModelRequest):
-    """A request to say how well each of ``documents`` answers a query."""
+    """A request for scores: how well each of ``documents`` answers a query."""
 
     query: str
+    """Never empty."""
     documents: list[str]
-    """Their texts, never none of them."""
+    """The texts of the documents; at least one. ``raw`` has them as they were sent."""
     top_n: int | None = None
-    """How many results the client wants, the best ones; nothing that a handler needs to care about."""
+    """How many of the best results the client wants, 1 or more. A handler need not care: the list is cut for it."""
     return_documents: bool = False
-    """Whether results carry their documents; nothing that a handler needs to care about."""
+    """The client wants the documents in the results. A handler need not care."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -278,30 +309,31 @@ class ModerationRequest(ModelRequest):
     """A request to judge each of ``inputs``."""
 
     inputs: list[str] | list[list[dict[str, Any]]]
-    """Texts; or one list of parts, which are to be judged together: ``{"type": "text", "text"}`` and
+    """1 to 2048 texts; or a single list of parts, which are to be judged together: ``{"type": "text", "text"}`` and
     ``{"type": "image_url", "image_url": {"url"}}``."""
 
     @property
     def texts(self) -> list[str]:
-        """The text of each input; that of parts, one per line."""
+        """The text of each input; of an input of parts, the text parts, one per line."""
         return [_text_of(each) for each in self.inputs]
 
     @property
     def has_image_inputs(self) -> bool:
-        """Whether there is any image among the parts."""
+        """Whether there is an image among the parts."""
         return any(isinstance(each, list) and _has_image(each) for each in self.inputs)
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class CustomRequest(ModelRequest):
-    """A request to a route that the OpenAI API does not have."""
+    """A request to a custom route, which the OpenAI API does not have."""
 
     path: str
-    """The route, as it was registered."""
+    """The path of the route, as it was registered."""
     stream: bool = False
-    """The client wants each piece of the answer as an event of its own."""
+    """The client wants each piece of the answer as a separate event."""
     body: bytes = attrs.field(default=b"", repr=False)
-    """What was sent, byte for byte."""
+    """The body as it was sent, byte for byte."""
     content_type: str = ""
+    """The ``Content-Type`` of the body, with parameters; empty if there was none."""
     files: Mapping[str, list[bytes]] = attrs.field(factory=dict, repr=False)
-    """The uploaded files of a form, by field; its other fields are ``raw``."""
+    """The uploaded files of a form, by field. ``raw`` has its other fields."""

@@ -1,1 +1,1 @@
-"""What handlers give and what clients get: output chunks, and the encoders of every answer."""
+"""Answers: output chunks, which handlers give, and the encoders, which make of them what clients get."""

@@ -1,19 +1,18 @@
-"""Choices: the parallel texts of an answer, and how a handler's JSON objects become part of them.
+"""Choices: the parallel texts of an answer, and how a handler's JSON objects are added to them.
 
-A handler may say with a ``dict`` whatever the API can express, and says it once for streams and plain
-answers. What it gives are *deltas*: text is appended to text, lists are extended, tool calls with the index
-of an earlier one continue it. Its members mean:
+A handler can express everything that the API knows with a ``dict``, in the same way for streams and for plain answers.
+Its dicts are *deltas*: text is appended to text, lists are extended, and a tool call with the index of an earlier one
+continues it. The members of a dict mean:
 
-- ``choices``: a list of choices in the API's form (``index``, ``delta`` or ``message`` or ``text``,
-  ``logprobs``, ``finish_reason``);
-- members of a message (``content``, ``tool_calls``, ``reasoning_content``, ``refusal`` ...), ``delta``,
-  ``message``, ``text``, ``logprobs`` and ``finish_reason``: the same for choice 0, without the ceremony;
-- ``usage``: as reported with ``OutputChunk.usage``, details included;
-- ``id``, ``object``, ``created`` and ``model``: dropped. They belong to the answer, which has its own;
+- ``choices``: a list of choices in the API's form (``index``, ``delta`` or ``message`` or ``text``, ``logprobs``,
+  ``finish_reason``);
+- members of a message (``content``, ``tool_calls``, ``reasoning_content``, ``refusal`` ...), ``delta``, ``message``,
+  ``text``, ``logprobs`` and ``finish_reason``: the same for choice 0, without the list;
+- ``usage``: a report of usage with details; see ``usage.py``;
+- ``id``, ``object``, ``created`` and ``model``: ignored, since the answer has values of its own for these;
 - anything else: a member of the answer itself.
 
-So a handler in front of another OpenAI-compatible server may pass on that server's answers and chunks as they
-are.
+So a handler in front of another OpenAI-compatible server may pass on that server's answers and chunks unchanged.
 """
 
 from __future__ import annotations
@@ -45,29 +44,32 @@ _CHOICE: Final = frozenset({"delta", "message", "text", "logprobs", "finish_reas
 
 @attrs.frozen
 class Delta:
-    """What one piece of output adds to one choice."""
+    """What a piece of output adds to a choice."""
 
     index: int
+    """The index of the choice."""
     text: str = ""
     members: dict[str, Any] = attrs.field(factory=dict)
     """Other members of the message."""
     logprobs: Any = None
     reason: str | None = None
+    """Why the choice ends with this delta; ``None`` if it does not."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing in it that a client would see now."""
+        """Whether it adds nothing to the choice; a reason is no addition."""
         return not (self.text or self.members or self.logprobs)
 
 
 @attrs.frozen
 class Output:
-    """A handler's JSON object, taken apart."""
+    """The parts of a handler's JSON object."""
 
     deltas: list[Delta]
     extras: dict[str, Any]
     """Members of the answer itself."""
     usage: Any = None
+    """The usage object as it was given, unchecked."""
 
 
 def _require_object(value: Any, what: str) -> dict[str, Any]:
@@ -96,11 +98,11 @@ def _read_choice(given: dict[str, Any], index: int) -> Delta:
 
 
 def read_output(obj: dict[str, Any]) -> Output:
-    """Take a handler's JSON object apart; see the top of this module for what its members mean.
+    """Split a handler's JSON object into its parts; the top of this module describes its members.
 
     Raises:
-        TypeError: a member is of the wrong type.
-        ValueError: it has no JSON form.
+        TypeError: a member is of the wrong type, or has no JSON form.
+        ValueError: a number in it has no JSON form, or it is nested too deeply.
     """
     obj = plain(obj)
     deltas = []
@@ -117,7 +119,7 @@ def read_output(obj: dict[str, Any]) -> Output:
 
 
 def _merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add a delta's members to those that came before."""
+    """Add the members of a delta to those of the whole."""
     for name, value in part.items():
         earlier = whole.get(name)
         if isinstance(value, str) and isinstance(earlier, str):
@@ -131,16 +133,33 @@ def _merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
             whole[name] = value
 
 
+def _read_tool_call(given: Any) -> dict[str, Any]:
+    """Return a copy of a handler's tool call, its arguments as text."""
+    call = dict(_require_object(given, "a tool call"))
+    if call.get("function") is not None:
+        function = call["function"] = dict(_require_object(call["function"], "the 'function' of a tool call"))
+        if isinstance(function.get("arguments"), dict):
+            # In the API, the arguments are text that is JSON; a dict can only mean that text.
+            function["arguments"] = dumps(function["arguments"]).decode()
+    return call
+
+
 class Choice:
-    """One choice as far as it is known.
+    """One choice, as far as it has come.
+
+    Args:
+        index: its place in the answer.
+        answer_id: makes the ids of its tool calls unique.
 
     Attributes:
         index: its place in the answer.
         pieces: its text so far, in the pieces in which it came.
-        final: the whole text, once the handler has said what it is.
-        tool_calls: the calls it makes, by the index that they have for the client: 0, 1, ... as they come.
-        whole_calls: the indices of those that came in one piece, and cannot be continued.
-        reason: why it ended, once the handler has said so.
+        final: the whole text, once the handler has given it.
+        tool_calls: its tool calls, by the index that they have for the client: 0, 1, ... in the order of their first
+            pieces.
+        whole_calls: the indices of the calls that came complete, and cannot be continued.
+        logprobs: the log probabilities of its tokens, if there are any.
+        reason: why it ended, once the handler has given a reason.
     """
 
     __slots__ = (
@@ -166,9 +185,9 @@ class Choice:
         self.logprobs: dict[str, Any] | None = None
         self.reason: str | None = None
         self._id = answer_id
-        # Members that are text may grow by a token at a time, and are put together when they are asked for.
+        # Members that are text may grow by one token at a time, and are joined when they are read.
         self._texts: dict[str, list[str]] = {}
-        # Where the calls are that have an index of the handler's own. It may leave gaps, and give none to others.
+        # From the handler's index of a call to the client's. A handler may leave gaps, and give some calls no index.
         self._numbers: dict[int, int] = {}
         self._members: dict[str, Any] = {}
 
@@ -179,7 +198,7 @@ class Choice:
 
     @property
     def all_calls(self) -> list[dict[str, Any]]:
-        """The calls it makes, in their order."""
+        """Its tool calls, in their order."""
         return [call for _, call in sorted(self.tool_calls.items())]
 
     @property
@@ -189,7 +208,7 @@ class Choice:
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended: as the handler said, or as can be seen."""
+        """Why it ended: the handler's reason, or else the one that follows from what is in it."""
         if self.reason is not None:
             return self.reason
         if self.tool_calls:
@@ -197,9 +216,10 @@ class Choice:
         return "function_call" if "function_call" in self._members else "stop"
 
     def add(self, delta: Delta) -> Delta:
-        """Add a delta; return it in the form in which it can be sent.
+        """Add a delta, and return it in the form in which it can be sent.
 
         Raises:
+            TypeError: its tool calls are malformed.
             ValueError: the choice has ended.
         """
         if not delta.is_empty:
@@ -242,10 +262,10 @@ class Choice:
         self._texts.setdefault("reasoning_content", []).append(text)
 
     def add_call(self, call: dict[str, Any]) -> Delta:
-        """Add a tool call, or a piece of one, as ``OutputChunk.tool_call`` makes them; return what can be sent.
+        """Add a tool call, or a piece of one, as ``OutputChunk.tool_call`` makes them, and return what can be sent.
 
         Raises:
-            ValueError: the choice has ended, or the call cannot be the one that it says it is.
+            ValueError: the choice has ended, the id is that of another call, or the name is not that of the same call.
         """
         name, index, call_id = call["function"]["name"], call["index"], call["id"]
         earlier = self.tool_calls.get(self._numbers.get(index, -1))
@@ -257,9 +277,12 @@ class Choice:
         return self.add(Delta(self.index, members={"tool_calls": [call]}))
 
     def take_final(self, text: str) -> str:
-        """Note what the whole text is; return what of it is new to somebody who has seen the pieces.
+        """Take the whole text, and return the part of it that follows the pieces.
 
-        That is nothing, where it does not begin with them.
+        That part is empty if the text does not begin with the pieces.
+
+        Raises:
+            ValueError: the choice has ended, or there was a final text before.
         """
         self.require_open()
         if self.final is not None:
@@ -269,41 +292,39 @@ class Choice:
         return text[len(seen) :] if text.startswith(seen) else ""
 
     def require_open(self) -> None:
-        """Raise ``ValueError`` if nothing can be added any more."""
+        """Raise ``ValueError`` if the choice has ended."""
         if self.reason is not None:
             raise ValueError(f"choice {self.index} has already ended with {self.reason!r}")
 
     def _add_tool_calls(self, given: Any) -> list[dict[str, Any]]:
         if not isinstance(given, list):
             raise TypeError("'tool_calls' must be a list")
-        sendable = []
-        for call in given:
-            call = dict(_require_object(call, "a tool call"))
+        return [self._add_tool_call(_read_tool_call(call)) for call in given]
+
+    def _add_tool_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Add a tool call or a piece of one, and return what can be sent."""
+        index = self._client_index(call.pop("index", None))
+        whole = self.tool_calls.get(index)
+        if whole is None:
+            if not call.get("id"):
+                call["id"] = f"call_{self._id}_{self.index}_{index}"
+            call.setdefault("type", "function")
+            self.tool_calls[index] = dict(call)
+        else:
+            # The id, the type and the name of a call are sent once. Only the rest grows.
+            call = {name: value for name, value in call.items() if name not in ("id", "type")}
             function = call.get("function")
-            if function is not None:
-                function = call["function"] = dict(_require_object(function, "the 'function' of a tool call"))
-                if isinstance(function.get("arguments"), dict):
-                    # The API wants the arguments as text that is JSON; a dict can only mean that text.
-                    function["arguments"] = dumps(function["arguments"]).decode()
-            index = call.pop("index", None)
-            if index is None:
-                index = len(self.tool_calls)
-                self.whole_calls.add(index)
-            elif type(index) is not int or index < 0:
-                raise TypeError("the 'index' of a tool call must be a non-negative integer")
-            else:
-                index = self._numbers.setdefault(index, len(self.tool_calls))
-            whole = self.tool_calls.get(index)
-            if whole is None:
-                if not call.get("id"):
-                    call["id"] = f"call_{self._id}_{self.index}_{index}"
-                call.setdefault("type", "function")
-                self.tool_calls[index] = dict(call)
-            else:
-                # What names a call is said once; only what is written by and by is continued.
-                call = {name: value for name, value in call.items() if name not in ("id", "type")}
-                if isinstance(function, dict) and "name" in whole.get("function", ()):
-                    function.pop("name", None)
-                _merge(whole, call)
-            sendable.append({"index": index} | call)
-        return sendable
+            if isinstance(function, dict) and "name" in whole.get("function", ()):
+                function.pop("name", None)
+            _merge(whole, call)
+        return {"index": index} | call
+
+    def _client_index(self, index: Any) -> int:
+        """Return the client's index of a call, given the handler's; a call without one is new and complete."""
+        following = len(self.tool_calls)
+        if index is None:
+            self.whole_calls.add(following)
+            return following
+        if type(index) is not int or index < 0:
+            raise TypeError("the 'index' of a tool call must be a non-negative integer")
+        return self._numbers.setdefault(index, following)

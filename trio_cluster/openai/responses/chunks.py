@@ -1,7 +1,7 @@
-"""What a handler gives: plain values, and :class:`OutputChunk` for what plain values cannot say.
+"""The output of handlers: plain values, and :class:`OutputChunk` for what plain values cannot express.
 
-:func:`to_chunk` is the one place that says what a plain value means for a kind of model. Its errors end up in
-the log of whoever wrote the handler, so they say what would have been right.
+:func:`to_chunk` is the one place that decides what a plain value means for a kind of model. Its errors are logged for
+the author of the handler, so they name what the handler may give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..json_values import dumps, plain
 
 __all__ = ["FinishReason", "OutputChunk", "doubles", "is_vector", "to_chunk"]
 
-#: Why a model stopped; the words that the official clients know.
+#: Why a model stopped: the values that the official clients know.
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
 
 _REASONS: Final = frozenset(get_args(FinishReason))
@@ -43,7 +43,7 @@ _ChunkKind: TypeAlias = Literal[
 
 
 def _require(what: str, value: object, wanted: type | tuple[type, ...], expected: str) -> None:
-    # A boolean passes for an integer in Python; nobody means it to.
+    # In Python, a boolean is an integer. Where a count is expected, it is a mistake.
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
         raise TypeError(f"{what} must be {expected}, not {type(value).__name__}")
 
@@ -56,27 +56,41 @@ def _count(what: str, value: object) -> None:
 
 @attrs.frozen(eq=False)
 class OutputChunk:
-    """A piece of a model's output. Made by the class methods, which check what they are given."""
+    """A piece of a model's output. To be made with the class methods, which check their arguments.
+
+    Each class method raises ``TypeError`` for an argument of the wrong type and ``ValueError`` for a negative index or
+    count; other errors are named there. A chunk that the kind of model cannot have is refused when it is encoded.
+    """
 
     kind: _ChunkKind
     value: Any
     index: int | None = None
-    """Which choice or which input this belongs to; ``None`` where that means nothing, or just the next."""
+    """The choice or the input that the chunk belongs to, from 0; ``None``: the next one, or not applicable."""
     mime_type: str | None = None
+    """The media type of a chunk of bytes, if the handler gave one."""
 
     @classmethod
     def text_delta(cls, text: str, index: int = 0) -> OutputChunk:
-        """Return more text for choice ``index``. The same as giving a plain ``str``, except for the index."""
+        """Return more text for a choice. The same as a plain ``str``, except for the index.
+
+        Args:
+            text: what is appended to the text of the choice.
+            index: the choice.
+        """
         _require("text", text, str, "a str")
         _count("index", index)
         return cls("text_delta", text, index)
 
     @classmethod
     def final_text(cls, text: str, index: int = 0) -> OutputChunk:
-        """Return the authoritative whole text of choice ``index``.
+        """Return the whole text of a choice, which replaces the deltas. No more text may follow.
 
-        A plain answer consists of it, whatever deltas came before. In a stream, where what is sent is sent,
-        that part of it follows which extends the deltas; if it does not extend them, nothing does.
+        In a plain answer, it is the text of the choice. A stream cannot take back what it has sent: if the text begins
+        with the deltas, the rest of it is sent, and otherwise nothing.
+
+        Args:
+            text: the whole text.
+            index: the choice.
         """
         _require("text", text, str, "a str")
         _count("index", index)
@@ -84,10 +98,14 @@ class OutputChunk:
 
     @classmethod
     def reasoning(cls, text: str, index: int = 0) -> OutputChunk:
-        """Return more of what the model thinks before it answers, for choice ``index``.
+        """Return more of the reasoning that comes before the answer.
 
-        Clients of ``/v1/chat/completions`` and ``/v1/completions`` find it as ``reasoning_content``, those of
+        Clients of ``/v1/chat/completions`` and ``/v1/completions`` get it as ``reasoning_content``, and clients of
         ``/v1/responses`` in items of type ``reasoning``.
+
+        Args:
+            text: what is appended to the reasoning of the choice.
+            index: the choice.
         """
         _require("text", text, str, "a str")
         _count("index", index)
@@ -103,18 +121,18 @@ class OutputChunk:
         index: int | None = None,
         choice: int = 0,
     ) -> OutputChunk:
-        """Return a call of one of the client's tools.
+        """Return a call of one of the client's tools, or a piece of such a call.
 
         A choice with tool calls ends with ``tool_calls``, unless the handler gives another reason.
 
         Args:
-            name: which tool.
-            arguments: a ``dict``, or text that is meant to be JSON, which is passed on as the model wrote it.
-            id: what the client is going to call it when it comes back with the result; made up if ``None``.
-            index: ``None`` is a call of its own, and complete. A call that is made piece by piece has an index from
-                the start: text that is given again under the same index, with the same name, is added to its
-                arguments. Clients see the calls numbered in the order in which they begin.
-            choice: which of several choices makes it.
+            name: the tool.
+            arguments: a ``dict``, or text that should be JSON. Text is passed on as the model wrote it.
+            id: the name of the call, under which the client returns its result; ``None``: one is made up.
+            index: ``None``: a new call, and complete. A call that is made piece by piece has an index from its first
+                piece on: the arguments of a later chunk with the same index and name are appended. Clients get the
+                calls numbered in the order in which they begin.
+            choice: the choice that makes the call.
 
         Raises:
             ValueError: the name is empty, or a number in the arguments has no JSON form.
@@ -133,7 +151,12 @@ class OutputChunk:
 
     @classmethod
     def embedding(cls, vector: Any, index: int = 0) -> OutputChunk:
-        """Return the embedding of input ``index``: a list of numbers or a one-dimensional array."""
+        """Return the embedding of one input.
+
+        Args:
+            vector: a list of numbers or a one-dimensional array; all vectors of an answer have one length.
+            index: the input.
+        """
         _count("index", index)
         if not is_vector(vector):
             raise TypeError("an embedding must be a list of numbers or a one-dimensional array")
@@ -141,7 +164,11 @@ class OutputChunk:
 
     @classmethod
     def embeddings(cls, vectors: Any) -> OutputChunk:
-        """Return the embeddings of the next inputs: a list of vectors or a two-dimensional array."""
+        """Return the embeddings of the next inputs.
+
+        Args:
+            vectors: a list of vectors or a two-dimensional array, one row for each input.
+        """
         rows = _rows(vectors)
         if rows is None:
             raise TypeError("embeddings must be a list of vectors or a two-dimensional array")
@@ -149,7 +176,11 @@ class OutputChunk:
 
     @classmethod
     def scores(cls, scores: Any) -> OutputChunk:
-        """Return how well the next documents answer the query: a list of numbers or a one-dimensional array."""
+        """Return how well the next documents answer the query.
+
+        Args:
+            scores: a list of numbers or a one-dimensional array, one for each document. Higher is better.
+        """
         if not is_vector(scores):
             raise TypeError("scores must be a list of numbers or a one-dimensional array")
         return cls("scores", scores)
@@ -158,28 +189,44 @@ class OutputChunk:
     def audio(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
         """Return more audio.
 
-        ``mime_type`` of the first chunk becomes the content type of the answer. Without it, a header that can
-        be recognised decides, and otherwise the format that the client asked for.
+        Args:
+            data: bytes that are appended to the audio.
+            mime_type: in the first chunk, the content type of the answer; ``None``: the type that the first bytes have,
+                if it is recognised, or else the format that the client asked for.
         """
         return cls._of_bytes("audio", data, mime_type)
 
     @classmethod
     def image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
-        """Return one image: the bytes of its file, which also say what it is if ``mime_type`` does not."""
+        """Return one image.
+
+        Args:
+            data: the bytes of the image's file.
+            mime_type: its type; ``None``: the type that its first bytes have, if it is recognised.
+        """
         return cls._of_bytes("image", data, mime_type)
 
     @classmethod
     def partial_image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
-        """Return an image on the way to the final one, for streams whose clients want to see it.
+        """Return a preview of the final image, for clients that want to see previews in a stream.
 
-        How many they want is ``partial_images`` of the request. Those beyond that are dropped, as are all of them where
-        the answer is not a stream.
+        ``partial_images`` of the request is the number that the client wants. Those beyond it are dropped, and so are
+        all of them if the answer is not a stream.
+
+        Args:
+            data: the bytes of the image's file.
+            mime_type: as for :meth:`image`.
         """
         return cls._of_bytes("partial_image", data, mime_type)
 
     @classmethod
     def data(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:
-        """Return more of the answer to a route of one's own, byte for byte; ``mime_type`` becomes its content type."""
+        """Return more of the answer to a custom route, byte for byte.
+
+        Args:
+            data: bytes that are appended to the answer.
+            mime_type: in the first chunk, the content type of the answer; ``None``: ``application/octet-stream``.
+        """
         return cls._of_bytes("data", data, mime_type)
 
     @classmethod
@@ -190,13 +237,23 @@ class OutputChunk:
 
     @classmethod
     def json(cls, obj: Mapping[str, Any]) -> OutputChunk:
-        """Return a JSON object to be merged into the answer. The same as giving a plain ``dict``."""
+        """Return a JSON object to be merged into the answer. The same as a plain ``dict``.
+
+        Args:
+            obj: a ``dict`` of JSON types, arrays and numbers of array libraries. What its members mean depends on the
+                kind of model.
+        """
         _require("obj", obj, dict, "a dict")
         return cls("json", obj)
 
     @classmethod
     def error(cls, code: str, message: str, status: int = 500) -> OutputChunk:
-        """Return a failure: the client gets exactly this, as if the handler had raised ``ApiError``.
+        """Return a failure: the client gets this error, as if the handler had raised ``ApiError``.
+
+        Args:
+            code: the ``code`` of the error.
+            message: its ``message``.
+            status: the HTTP status, 400 to 599.
 
         Raises:
             ValueError: ``status`` is not between 400 and 599.
@@ -204,23 +261,32 @@ class OutputChunk:
         _require("code", code, (str, type(None)), "a str")
         _require("message", message, str, "a str")
         _require("status", status, int, "an int")
-        # Made once here, so that a wrong status fails where it was written; raised anew for every request.
+        # Made here only to check the status: a wrong one fails in the handler. The encoder raises another one.
         ApiError(status, message, code=code)
         return cls("error", (status, message, code))
 
     @classmethod
     def usage(cls, prompt_tokens: int, completion_tokens: int = 0) -> OutputChunk:
-        """Return how many tokens were read and written, for the whole answer; the last report counts."""
+        """Return how many tokens were read and written for the whole answer; the last report counts.
+
+        Args:
+            prompt_tokens: tokens read.
+            completion_tokens: tokens written.
+        """
         _count("prompt_tokens", prompt_tokens)
         _count("completion_tokens", completion_tokens)
         return cls("usage", (prompt_tokens, completion_tokens))
 
     @classmethod
     def finish(cls, reason: FinishReason, index: int = 0) -> OutputChunk:
-        """Return why choice ``index`` ends here. A choice that never says so ends with ``stop``.
+        """Return the end of a choice. Without one, a choice ends with ``stop``.
+
+        Args:
+            reason: why it ends.
+            index: the choice.
 
         Raises:
-            ValueError: ``reason`` is not one that clients know.
+            ValueError: ``reason`` is not one of :data:`FinishReason`.
         """
         if reason not in _REASONS:
             raise ValueError(f"a finish reason is one of {', '.join(sorted(_REASONS))}, not {reason!r}")
@@ -229,13 +295,13 @@ class OutputChunk:
 
 
 def _dimensions(value: Any) -> int | None:
-    """Return how many dimensions an array of whatever library has; ``None`` if it is no array."""
+    """Return how many dimensions an array of any library has; ``None`` if it is no array."""
     dimensions = getattr(value, "ndim", None)
     return dimensions if isinstance(dimensions, int) and hasattr(value, "tolist") else None
 
 
 def is_vector(value: Any) -> bool:
-    """Whether ``value`` looks like one embedding, by its first item; encoding checks them all."""
+    """Return whether ``value`` is a vector, judged by its first item; encoding checks all of them."""
     dimensions = _dimensions(value)
     if dimensions is not None:
         return dimensions == 1
@@ -248,10 +314,14 @@ def is_vector(value: Any) -> bool:
 
 
 def doubles(value: Any, what: str) -> array[float]:
-    """Return the numbers of a list, or of an array of whatever library.
+    """Return the numbers of a list, or of an array of any library.
+
+    Args:
+        value: the list or array.
+        what: how the message of the error begins.
 
     Raises:
-        TypeError: there is something else in it; ``what`` begins the message.
+        TypeError: there is anything but numbers in it.
     """
     tolist = getattr(value, "tolist", None)
     try:
@@ -278,8 +348,9 @@ _EXPECTED: Final[dict[Kind, str]] = {
     "custom": "str, dict, bytes or OutputChunk",
 }
 
-
-#: What bytes are.
+#: The kinds of models of which a ``str`` is text.
+_TEXT: Final[tuple[Kind, ...]] = ("chat", "asr", "custom")
+#: What bytes are for a kind of model.
 _BYTES: Final[dict[Kind, _ChunkKind]] = {
     "tts": "audio",
     "image_generation": "image",
@@ -292,28 +363,31 @@ def to_chunk(kind: Kind, value: Any) -> OutputChunk:
     """Return what a handler's value means for a model of this kind.
 
     Raises:
-        TypeError: it means nothing.
+        TypeError: a handler of this kind cannot give it.
     """
     if isinstance(value, OutputChunk):
         return value
-    if isinstance(value, dict) and kind != "tts":
-        return OutputChunk("json", value)
-    if isinstance(value, str) and kind in ("chat", "asr", "custom"):
-        return OutputChunk("text_delta", value, 0)
-    if isinstance(value, bytes | bytearray | memoryview):
-        if kind in _BYTES:
-            return OutputChunk(_BYTES[kind], bytes(value))
-    elif kind == "embedding":
-        if is_vector(value):
-            return OutputChunk("embeddings", [value])
-        rows = _rows(value)
-        if rows is not None:
-            return OutputChunk("embeddings", rows)
-    elif kind == "rerank":
-        if is_vector(value):
-            return OutputChunk("scores", value)
-        if is_vector([value]):
-            return OutputChunk("scores", [value])
-    raise TypeError(
-        f"a handler of kind {kind} gives {_EXPECTED[kind]}; it gave a value of type {type(value).__name__}"
-    )
+    chunk: OutputChunk | None = None
+    if isinstance(value, dict):
+        chunk = None if kind == "tts" else OutputChunk("json", value)
+    elif isinstance(value, str):
+        chunk = OutputChunk("text_delta", value, 0) if kind in _TEXT else None
+    elif isinstance(value, bytes | bytearray | memoryview):
+        chunk = OutputChunk(_BYTES[kind], bytes(value)) if kind in _BYTES else None
+    elif kind in ("embedding", "rerank"):
+        chunk = _of_numbers(kind, value)
+    if chunk is None:
+        raise TypeError(
+            f"a handler of kind {kind} gives {_EXPECTED[kind]}; it gave a value of type {type(value).__name__}"
+        )
+    return chunk
+
+
+def _of_numbers(kind: Kind, value: Any) -> OutputChunk | None:
+    """Return what a number, a vector or several vectors mean; ``None`` if it is none of these."""
+    if kind == "embedding":
+        rows = [value] if is_vector(value) else _rows(value)
+        return None if rows is None else OutputChunk("embeddings", rows)
+    if is_vector(value):
+        return OutputChunk("scores", value)
+    return OutputChunk("scores", [value]) if is_vector([value]) else None

@@ -3,7 +3,7 @@
 The first output of the handler decides what the answer is:
 
 - objects are merged into one JSON object, and texts are joined to one text. A client that sends ``"stream": true``
-  gets each of them as an event of its own, and ``[DONE]`` at the end;
+  gets each of them as a separate event, and ``[DONE]`` at the end;
 - bytes are sent as they come, whether the client wants a stream or not.
 
 A handler that gives nothing answers with an empty object.
@@ -29,14 +29,17 @@ _BYTES: Final = "application/octet-stream"
 
 
 class CustomEncoder(Encoder):
-    """The answer to such a request. What is given must be of one sort: objects and text, or bytes."""
+    """The answer to a request to a custom route. All values must be of one sort: objects, texts, or bytes.
+
+    In a stream of events, objects and texts may be mixed.
+    """
 
     kind: ClassVar[Kind] = "custom"
 
     def __init__(self, request: CustomRequest) -> None:
         super().__init__()
         self._events = request.stream
-        # Until it is known what the answer is, there is no head to send.
+        # The first value decides what the answer is. There is no head to send before that.
         self.streaming = True
         self.head = SSE_HEAD if request.stream else JSON_HEAD
         self._sort: Literal["", "objects", "text", "bytes"] = ""
@@ -65,10 +68,10 @@ class CustomEncoder(Encoder):
         return b""
 
     def _require(self, sort: Literal["objects", "text", "bytes"]) -> None:
-        """Note what the answer consists of.
+        """Note the sort of a value.
 
         Raises:
-            TypeError: it already consists of something that does not go together with that.
+            TypeError: the answer has values of another sort, which cannot be mixed with it.
         """
         earlier = self._sort
         if earlier and earlier != sort and not (self._events and "bytes" not in (earlier, sort)):
@@ -79,7 +82,7 @@ class CustomEncoder(Encoder):
             self.head = _TEXT_HEAD if sort == "text" else JSON_HEAD
 
     def finish(self) -> bytes:
-        # An answer without any bytes has a head all the same.
+        # The head is sent now at the latest, even if there are no bytes, as it is with a plain answer.
         self.streaming = False
         if self._sort == "bytes":
             return b""

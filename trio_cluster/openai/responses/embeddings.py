@@ -1,8 +1,8 @@
-"""Embeddings: vectors in, lists of numbers or base64 out.
+"""Embeddings: vectors, encoded as lists of numbers or as base64.
 
-Vectors come as lists of numbers or as arrays of whatever library; arrays are recognised by what they can do,
-so that no array library is needed here. Each is encoded when it comes, and only its text is kept. A vector is
-checked whole: JSON has no word for NaN, and a base64 text would carry it unseen into somebody's index.
+Vectors come as lists of numbers or as arrays of any library; arrays are recognised by their methods, so no array
+library is needed here. Each vector is encoded when it comes, and only its text is kept. Every number of a vector is
+checked to be finite: JSON cannot represent NaN, and a base64 text would carry it unnoticed into the client's index.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .encoder import Encoder
 
 __all__ = ["EmbeddingEncoder"]
 
-#: Numbers that are encoded at a time, which takes up to three milliseconds; meanwhile nobody else is served.
+#: Numbers that are encoded at a time. That takes up to three milliseconds, in which the event loop is blocked.
 _AT_A_TIME: Final = 4 * 1024
 
-#: Bytes of an answer from which it is put together in parts, and of each part.
+#: Bytes of an answer from which on it is joined and sent in parts, and bytes of a part.
 _LARGE: Final = 1 << 20
 _PART: Final = 64 * 1024
 
@@ -40,16 +40,15 @@ _SWAPPED: Final = sys.byteorder == "big"
 
 
 def _is_finite(vector: array[float]) -> bool:
-    # The sum is not finite if an item is not, and almost never otherwise; it is much the faster question.
+    # The sum is not finite if a number is not, and almost never otherwise. Testing it alone is much faster.
     return math.isfinite(sum(vector)) or all(map(math.isfinite, vector))
 
 
 class EmbeddingEncoder(Encoder):
     """The answer to an embedding request.
 
-    Vectors longer than the ``dimensions`` that the client asked for are cut and made to have length one
-    again, as the OpenAI API does it; shorter ones are the client's error. The number of vectors must be the
-    number of inputs, and all must be of one size.
+    Vectors longer than the requested ``dimensions`` are cut and normalised to length one, as in the OpenAI API; shorter
+    ones are the client's error. There must be as many vectors as inputs, all of one size.
     """
 
     kind: ClassVar[Kind] = "embedding"
@@ -65,7 +64,7 @@ class EmbeddingEncoder(Encoder):
         self._next = 0
         self._size: int | None = None
         self._extras: dict[str, Any] = {}
-        self._begun = False  # some of it has been given away
+        self._begun = False  # a part of the answer has been returned
 
     def divide(self, value: Any) -> list[Any]:
         chunk = to_chunk(self.kind, value)
@@ -88,7 +87,7 @@ class EmbeddingEncoder(Encoder):
         return b""
 
     def _take_object(self, obj: dict[str, Any]) -> None:
-        """Take members of the answer: ``usage``, and whatever else it is to carry apart from its vectors."""
+        """Take ``usage`` and other members of the answer, except its vectors."""
         if "data" in obj:
             raise TypeError(
                 "embeddings are given as vectors or OutputChunk.embeddings, not as 'data' of a dict"
@@ -118,7 +117,7 @@ class EmbeddingEncoder(Encoder):
         elif self._size != size:
             raise ValueError(f"embeddings of {self._size} and of {size} dimensions in one answer")
         if self._base64 and self._dimensions in (None, size) and hasattr(vector, "astype"):
-            # Straight from the array's memory: no number becomes an object.
+            # Straight from the array's memory, without making an object of each number.
             memory = vector.astype("<f4")
             if math.isfinite(float(memory.sum())):
                 return b'"' + base64.b64encode(memory.tobytes()) + b'"'
@@ -128,7 +127,7 @@ class EmbeddingEncoder(Encoder):
                 raise ValueError("an embedding contains a number that is not finite")
             return dumps(numbers.tolist())
         floats = array("f", numbers)
-        # Asked of the floats: a double may be too large for one.
+        # The floats are checked, not the doubles: a double may be too large for a float.
         if not _is_finite(floats):
             raise ValueError("an embedding contains a number that is not finite")
         if _SWAPPED:
@@ -159,7 +158,7 @@ class EmbeddingEncoder(Encoder):
         self._begun = True
         self._items.clear()
         lead, part, size = _BEGINNING, [], 0
-        # What has gone need not be kept, so it is taken off, from the end.
+        # Items are removed as they are sent, to free their memory; from the end, where that is cheap.
         items.reverse()
         while items:
             part.append(items.pop())

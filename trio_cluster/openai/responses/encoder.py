@@ -1,11 +1,11 @@
-"""What every encoder is, and what all of them do alike.
+"""The base class of all encoders.
 
-An encoder turns the output of one handler into the bytes of one HTTP answer, on the node where the handler
-runs. It is fed with whatever the handler gives and says after every piece which bytes may go out. Nothing
-here waits, and nothing here knows a socket.
+An encoder turns the output of one handler into the bytes of one HTTP answer, on the node where the handler runs. It
+takes each value that the handler gives, and returns the bytes that may be sent with it. It does not wait, and it knows
+no socket.
 
-The contract of an answer: ``encode`` any number of times, then ``finish`` once. An error ends it instead;
-what an error looks like is for the HTTP face to say, which knows whether anything has been sent.
+The contract of an answer: ``encode`` any number of times, then ``finish`` once. An error ends the answer instead. The
+gateway decides how an error is written, since it knows whether a part of the answer has been sent.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ SSE_HEAD: Final = Head(200, "text/event-stream", NO_PROXY_BUFFERING)
 
 
 class Encoder:
-    """The encoding of one answer. Subclasses say how in :meth:`_take` and :meth:`finish`.
+    """The encoding of one answer. Subclasses implement :meth:`_take` and :meth:`finish`.
 
     Attributes:
-        streaming: bytes go out while the handler works; a plain answer comes whole from :meth:`finish`.
-        head: the head of the answer: a plain one's from the start, a streamed one's from its first bytes on.
+        streaming: bytes are sent while the handler works; a plain answer comes whole from :meth:`finish`.
+        head: the head of the answer. That of a plain answer is valid from the start, that of a stream from its first
+            bytes on.
     """
 
+    #: The kind of model whose output is encoded.
     kind: ClassVar[Kind]
-    #: Whether what a handler gives may be so much that it is better encoded in parts; see :meth:`divide`.
+    #: Whether a single value may take so long to encode that it should be divided; see :meth:`divide`.
     divisible: ClassVar[bool] = False
-    #: Whether a list is the same as what is in it, one by one.
+    #: Whether a list means the same as its items, one by one.
     takes_lists: ClassVar[bool] = False
 
     streaming: bool = False
@@ -54,12 +56,12 @@ class Encoder:
         return self._usage.usage
 
     def encode(self, value: Any) -> bytes:
-        """Return what can be sent once the handler has given ``value``; empty if it is kept for later.
+        """Take the next value of the handler, and return the bytes that can be sent now; none if they are sent later.
 
         Raises:
             ApiError: the handler gave an error.
-            TypeError: ``value`` is nothing that a handler for this route can give.
-            ValueError: it is of the right type, but cannot be part of this answer.
+            TypeError: a handler for this route cannot give such a value.
+            ValueError: the value is of the right type, but cannot be part of this answer.
         """
         if self.takes_lists and isinstance(value, list | tuple):
             return b"".join([self.encode(each) for each in value])
@@ -73,22 +75,24 @@ class Encoder:
         return self._take(chunk)
 
     def divide(self, value: Any) -> list[Any]:
-        """Return values that say the same as ``value``, none of which takes long to encode; there is at least one."""
+        """Return one or more values that together mean the same as ``value``, and are each encoded in a short time."""
         return [value]
 
     def early(self) -> Iterable[bytes]:
-        """Yield what can go out, in parts, before :meth:`finish` is called, when there will be no more values.
+        """Yield the parts of a large answer that are better sent before :meth:`finish`.
+
+        To be called once, after the last value.
 
         Raises:
-            ValueError: what the handler gave does not make an answer.
+            ValueError: the values of the handler do not make an answer.
         """
         return ()
 
     def finish(self) -> bytes:
-        """Return the rest of the answer, which is complete with it. To be called once.
+        """Return the rest of the answer. To be called once.
 
         Raises:
-            ValueError: what the handler gave does not make an answer.
+            ValueError: the values of the handler do not make an answer.
         """
         raise NotImplementedError
 

@@ -1,9 +1,9 @@
-"""Images: each a base64 text in one JSON object, or in an event of its own.
+"""Images: base64 texts in a JSON object, or in events.
 
-An image that is made from others is answered like one that is made from nothing; only the events have other names.
+Edited images are encoded like generated ones; only the events have other names.
 
-The final image of a stream is kept until the handler has ended, so that a stream which says ``completed`` is complete.
-There is no ``[DONE]``: the last event has a name that says it.
+The final image of a stream is kept until the handler has finished, so that a stream with a ``completed`` event is
+complete. There is no ``[DONE]``: the name of the last event marks the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["PlainEdit", "PlainImages", "StreamedEdit", "StreamedImage", "image_t
 
 
 def image_type(data: bytes) -> str | None:
-    """Return the MIME type that an image's first bytes say it is; ``None`` if they say nothing known."""
+    """Return the MIME type that the first bytes of an image show; ``None`` if they are not known."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -42,20 +42,20 @@ _FORMATS: Final = {
     "image/svg+xml": "svg",
 }
 
-#: Words for quality that only requests may have, and what an answer says instead.
+#: Values of ``quality`` that only requests may have, and their counterparts in an answer.
 _OLD_QUALITIES: Final = {"standard": "medium", "hd": "high"}
 
 
 def _format_of(image: OutputChunk) -> str | None:
-    """Return what an image is, in the words of the API."""
+    """Return the API's name for the format of an image; ``None`` if it is not known."""
     return _FORMATS.get(image.mime_type or image_type(image.value) or "")
 
 
 class _Images(Encoder):
-    """What both answers share.
+    """The common part of the encoders for images.
 
-    A handler gives its images one by one or as a list, ``n`` at most. A ``dict`` adds members to the answer,
-    for instance ``usage``.
+    A handler gives its images one by one or as a list, at most ``n``. A ``dict`` adds members to the answer, for
+    instance ``usage``.
     """
 
     kind: ClassVar[Kind] = "image_generation"
@@ -98,7 +98,7 @@ class _Images(Encoder):
         usage = self._usage
         return {
             "input_tokens": usage.prompt_tokens,
-            # A prompt is text. A handler that was given images, too, says so with a usage object of its own.
+            # A prompt is text. A handler that reads images as well gives a usage object with its own details.
             "input_tokens_details": {"text_tokens": usage.prompt_tokens, "image_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
@@ -106,7 +106,7 @@ class _Images(Encoder):
 
 
 class PlainImages(_Images):
-    """Images that are sent when there are all of them."""
+    """Images that are sent when they are complete."""
 
     def __init__(self, request: ImageGenRequest | ImageEditRequest, created: int) -> None:
         super().__init__(request, created)
@@ -135,7 +135,7 @@ class PlainImages(_Images):
 
 
 class StreamedImage(_Images):
-    """One image, and on the way to it those that its client wants to see."""
+    """One image, and before it the partial images that its client wants to see."""
 
     streaming = True
     head = SSE_HEAD
@@ -176,12 +176,12 @@ class StreamedImage(_Images):
 
 
 class PlainEdit(PlainImages):
-    """The same for images that are made from others."""
+    """Edited images that are sent when they are complete."""
 
     kind: ClassVar[Kind] = "image_edit"
 
 
 class StreamedEdit(StreamedImage):
-    """The same for an image that is made from others."""
+    """One edited image, and before it the partial images that its client wants to see."""
 
     kind: ClassVar[Kind] = "image_edit"

@@ -3,12 +3,12 @@
 A handler judges each input and gives what it knows: scores, or categories, or just whether the input is to be flagged.
 The rest of the official form is filled in here:
 
-- ``categories`` that are not given are those whose score is above one half, and none if the handler says
+- without ``categories``, a category applies if its score is above one half; none applies if the handler gives
   ``"flagged": False``;
-- ``category_scores`` that are not given are 1 for a category that applies, and 0 for one that does not;
-- ``flagged``, if it is not given, is whether any category applies;
-- the official categories that the handler does not mention are false, with a score of 0. Nothing was looked at to find
-  that out, and ``category_applied_input_types`` says so with an empty list.
+- without ``category_scores``, the score of a category is 1 if it applies, and 0 if it does not;
+- without ``flagged``, an input is flagged if any category applies;
+- the official categories that the handler does not give are false, with a score of 0. The input was not examined for
+  them, so their list in ``category_applied_input_types`` is empty.
 
 Categories that the official API does not have are sent as they are given.
 """
@@ -29,7 +29,7 @@ __all__ = ["ModerationEncoder"]
 _FOR_TEXT: Final = ("text",)
 _FOR_BOTH: Final = ("text", "image")
 
-#: The official categories, and the sorts of input that they can apply to.
+#: The official categories, and the types of input that they can apply to.
 _CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
     "harassment": _FOR_TEXT,
     "harassment/threatening": _FOR_TEXT,
@@ -46,16 +46,22 @@ _CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
     "violence/graphic": _FOR_BOTH,
 }
 
-#: A category applies if its score is above this, and nobody says otherwise.
+#: A category whose score is above this applies, unless the handler decides otherwise.
 _THRESHOLD: Final = 0.5
 
 _TYPES: Final = "category_applied_input_types"
 _OF_VERDICT: Final = frozenset({"flagged", "categories", "category_scores", _TYPES})
 
 
-def _sorts_of(given: str | list[dict[str, Any]]) -> set[str]:
-    """Return what an input consists of."""
+def _types_of(given: str | list[dict[str, Any]]) -> set[str]:
+    """Return the types of an input: ``text``, ``image``, or both."""
     return {"text"} if isinstance(given, str) else {part["type"].removesuffix("_url") for part in given}
+
+
+def _read_flagged(given: Any) -> bool | None:
+    if given is not None and not isinstance(given, bool):
+        raise TypeError("'flagged' must be a boolean")
+    return given
 
 
 def _read_scores(given: Any) -> dict[str, float]:
@@ -75,26 +81,31 @@ def _read_categories(given: Any) -> dict[str, bool]:
     return given
 
 
-def _complete(given: dict[str, Any], sorts: set[str]) -> dict[str, Any]:
+def _read_types(given: Any) -> dict[str, list[Any]]:
+    if not isinstance(given, dict) or not all(isinstance(each, list) for each in given.values()):
+        raise TypeError(f"'{_TYPES}' must be an object of lists")
+    return given
+
+
+def _applied_types(category: str, types: set[str]) -> list[str]:
+    """Return those types of an input that a category can apply to. An unofficial category can apply to all."""
+    return [each for each in _CATEGORIES.get(category, _FOR_BOTH) if each in types]
+
+
+def _complete(given: dict[str, Any], input_types: set[str]) -> dict[str, Any]:
     """Return a handler's verdict on an input in the official form."""
-    flagged = given.pop("flagged", None)
-    if flagged is not None and not isinstance(flagged, bool):
-        raise TypeError("'flagged' must be a boolean")
+    flagged = _read_flagged(given.pop("flagged", None))
     scores = _read_scores(given.pop("category_scores", None) or {})
     categories = given.pop("categories", None)
     if categories is None:
         categories = {name: flagged is not False and score > _THRESHOLD for name, score in scores.items()}
     else:
         categories = _read_categories(categories)
-    judged = [*categories, *(name for name in scores if name not in categories)]
-    types = given.pop(_TYPES, None)
-    if types is None:
-        types = {
-            name: [each for each in _CATEGORIES.get(name, _FOR_BOTH) if each in sorts] for name in judged
-        }
-    elif not isinstance(types, dict) or not all(isinstance(each, list) for each in types.values()):
-        raise TypeError(f"'{_TYPES}' must be an object of lists")
-    names = [*_CATEGORIES, *(name for name in judged if name not in _CATEGORIES)]
+    judged = dict.fromkeys([*categories, *scores])
+    types: dict[str, list[Any]] = {name: _applied_types(name, input_types) for name in judged}
+    if (given_types := given.pop(_TYPES, None)) is not None:
+        types = _read_types(given_types)
+    names = dict.fromkeys([*_CATEGORIES, *judged])
     return {
         "flagged": any(categories.values()) if flagged is None else flagged,
         "categories": {name: categories.get(name, False) for name in names},
@@ -106,9 +117,9 @@ def _complete(given: dict[str, Any], sorts: set[str]) -> dict[str, Any]:
 class ModerationEncoder(Encoder):
     """The answer to a moderation request: one verdict for each input, in their order.
 
-    A handler gives them one by one or as lists. A verdict is a dict in the official form, as far as the handler has it;
-    or one of categories to scores, or of categories to whether they apply. A dict with ``results`` has a list of
-    verdicts in it, and what is beside them becomes a member of the answer.
+    A handler gives the verdicts one by one or as lists. A verdict is a dict with any members of the official form; or a
+    dict from categories to scores, or from categories to whether they apply. A dict with ``results`` has a list of
+    verdicts, and its other members become members of the answer.
     """
 
     kind: ClassVar[Kind] = "moderation"
@@ -142,9 +153,9 @@ class ModerationEncoder(Encoder):
         if len(self._verdicts) == len(inputs):
             raise ValueError(f"more verdicts than the {len(inputs)} inputs")
         if not _OF_VERDICT & given.keys():
-            is_said = bool(given) and all(isinstance(each, bool) for each in given.values())
-            given = {"categories" if is_said else "category_scores": given}
-        self._verdicts.append(_complete(given, _sorts_of(inputs[len(self._verdicts)])))
+            has_booleans = bool(given) and all(isinstance(each, bool) for each in given.values())
+            given = {"categories" if has_booleans else "category_scores": given}
+        self._verdicts.append(_complete(given, _types_of(inputs[len(self._verdicts)])))
 
     def finish(self) -> bytes:
         if len(self._verdicts) != len(self._request.inputs):

@@ -22,11 +22,11 @@ __all__ = ["RerankEncoder"]
 
 
 class RerankEncoder(Encoder):
-    """The answer to a request for a ranking.
+    """The answer to a rerank request.
 
-    Scores are those of the next documents, and in the end there must be as many as documents. Or the handler gives a
-    dict with ``results``, each with ``index`` and ``relevance_score`` (or ``score``), in any order and of any number;
-    other members of such a dict become members of the answer.
+    Scores are those of the next documents, and there must be one for each document in the end. Or the handler gives a
+    dict with ``results``, in any order and any number, each with ``index`` and ``relevance_score`` (or ``score``);
+    other members of the dict become members of the answer.
     """
 
     kind: ClassVar[Kind] = "rerank"
@@ -37,7 +37,7 @@ class RerankEncoder(Encoder):
         self._id = answer_id
         self._scores: list[float] = []
         self._results: dict[int, dict[str, Any]] = {}
-        self._is_chosen = False  # the handler says which documents are in its ranking
+        self._is_chosen = False  # the handler has chosen the documents, with a dict of results
         self._extras: dict[str, Any] = {}
 
     def _take(self, chunk: OutputChunk) -> bytes:

@@ -1,12 +1,12 @@
 """Answers to ``/v1/responses``, streamed and plain.
 
-What a handler gives is the same as for a chat, and means the same; here it becomes items. Both answers are made by
-telling what happens: a plain one listens to nothing of it and writes the response at its end, a streamed one writes
-an event each time, and the same response in the last one.
+A handler gives the same output as for a chat, with the same meaning; here it becomes items. Both encoders report what
+happens as events. The encoder of plain answers ignores the events and writes the response at the end. That of streams
+writes each event, and the same response in the last one.
 
-There is no ``[DONE]``. A stream is complete with ``response.completed`` or ``response.incomplete``, and this is what
-tells it from one that was cut. A stream that fails ends with an error event in the form of all others, as long as
-the official clients raise for nothing else.
+There is no ``[DONE]``. A stream that ends with ``response.completed`` or ``response.incomplete`` is complete, and any
+other was cut. A stream that fails ends with an error event in the same form as on all routes, as long as the official
+clients raise for no other form.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .responses_api_items import REASONING, REFUSAL, TEXT, Form, Item, Items
 
 __all__ = ["PlainResponse", "StreamedResponse"]
 
-#: Reasons for ending that leave a response incomplete, in the words of this route.
+#: The finish reasons that leave a response incomplete, and their names on this route.
 _INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
-#: Members of a response that repeat what the client asked for, and what they are if it did not.
+#: Members of a response that repeat fields of the request, and their values if the client did not send them.
 _REPEATED: Final[dict[str, Any]] = {
     "instructions": None,
     "max_output_tokens": None,
@@ -48,12 +48,12 @@ _REPEATED: Final[dict[str, Any]] = {
     "user": None,
 }
 
-#: What a tool of the client has if it did not say so.
+#: The members of a tool that the client need not send.
 _TOOL: Final[dict[str, Any]] = {"description": None, "parameters": None, "strict": None}
 
 
 class _Response(Encoder):
-    """What both encoders share: all that a handler gives, made into items."""
+    """The common part of both encoders: it makes items of what a handler gives."""
 
     kind: ClassVar[Kind] = "chat"
 
@@ -63,15 +63,15 @@ class _Response(Encoder):
         self._id = f"resp_{token}"
         self._created = created
         self._choice = Choice(0, token)
-        self._items = Items(token, self._tell)
+        self._items = Items(token, self._report)
         self._extras: dict[str, Any] = {}
         self._begun = False
 
-    def _tell(self, kind: str, members: dict[str, Any]) -> None:
-        """Be told of an event."""
+    def _report(self, kind: str, members: dict[str, Any]) -> None:
+        """Take an event: its type and its other members."""
 
     def _grow(self, item: Item, text: str, logprobs: list[dict[str, Any]] | None = None) -> None:
-        """Add to an item."""
+        """Add text to an item."""
         item.pieces.append(text)
         if logprobs:
             item.logprobs.extend(logprobs)
@@ -80,8 +80,8 @@ class _Response(Encoder):
         if not self._begun:
             self._begun = True
             response = self._response("in_progress", None)
-            self._tell("response.created", {"response": response})
-            self._tell("response.in_progress", {"response": response})
+            self._report("response.created", {"response": response})
+            self._report("response.in_progress", {"response": response})
 
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind == "json":
@@ -132,13 +132,13 @@ class _Response(Encoder):
     def _take_delta(self, delta: Delta) -> None:
         content = delta.members.get("content")
         if isinstance(content, list):
-            # A message whose content has parts; what can be part of a response is their text.
+            # The content of the message has parts. Only their text can be a part of a response.
             delta = attrs.evolve(delta, text=delta.text + "".join(map(_text_of, content)))
         if not delta.is_empty:
             self._begin()
         sendable = self._choice.add(delta)
         members = sendable.members
-        # Some servers are changing the name, and give both in the meantime.
+        # Some servers are changing the name, and give both meanwhile.
         reasoning = members.get("reasoning_content") or members.get("reasoning")
         if isinstance(reasoning, str):
             self._add(REASONING, reasoning)
@@ -171,7 +171,7 @@ class _Response(Encoder):
         status = "completed" if why is None else "incomplete"
         self._items.end_all(status)
         response = self._response(status, why)
-        self._tell(f"response.{status}", {"response": response})
+        self._report(f"response.{status}", {"response": response})
         return self._last(response)
 
     def _last(self, response: dict[str, Any]) -> bytes:
@@ -275,7 +275,7 @@ class StreamedResponse(DeltaStream, _Response):
             self._fast_path = self._delta_event(item)
         return self._collect()
 
-    def _tell(self, kind: str, members: dict[str, Any]) -> None:
+    def _report(self, kind: str, members: dict[str, Any]) -> None:
         data = {"type": kind, "sequence_number": self._next_number} | members
         self._next_number += 1
         self._sent.append(named_event(kind, dumps(data)))
@@ -283,7 +283,7 @@ class StreamedResponse(DeltaStream, _Response):
     def _grow(self, item: Item, text: str, logprobs: list[dict[str, Any]] | None = None) -> None:
         super()._grow(item, text, logprobs)
         if logprobs:
-            self._tell(f"{item.form.events}.delta", item.place | {"delta": text, "logprobs": logprobs})
+            self._report(f"{item.form.events}.delta", item.place | {"delta": text, "logprobs": logprobs})
             return
         self._sent.append(self._delta_event(item).write(text, self._next_number))
         self._next_number += 1

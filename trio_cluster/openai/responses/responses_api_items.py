@@ -3,16 +3,16 @@
 Theory of operation
 ===================
 
-Where a chat has one message with several members, a response has a list of *items*. Each has one thing in it that
-grows: a text, a refusal, reasoning, or the arguments of a call. In a stream an item begins with events that say what
-it is, goes on with one event for each piece, and ends with events that say all of it once more.
+Where a chat has one message with several members, a response has a list of *items*. In each item one text grows: that
+of a message, a refusal, reasoning, or the arguments of a call. In a stream, an item begins with events that announce
+it, continues with one event for each piece, and ends with events that repeat all of it.
 
-A message or a piece of reasoning is over when anything else begins; if there is more of it afterwards, that is a new
-item. A call is different: a model may make several at once, and go on with any of them. So calls are over when they
-have come whole, or else when the response is.
+A message or a reasoning item ends when anything else begins; more of the same kind after that is a new item. Calls are
+different: a model may make several at once, and continue any of them. So a call ends when it has come complete, or else
+with the response.
 
-Nothing is ever taken back, so an item keeps its place from the moment it begins: ``output_index`` and id are good for
-the whole stream.
+Nothing is ever taken back, so an item keeps its place from its beginning: ``output_index`` and id are valid for the
+whole stream.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-__all__ = ["CALL", "REASONING", "REFUSAL", "TEXT", "Form", "Item", "Items", "Tell"]
+__all__ = ["CALL", "REASONING", "REFUSAL", "TEXT", "Form", "Item", "Items", "Report"]
 
-#: Takes the type of an event, and its members.
-Tell: TypeAlias = Callable[[str, dict[str, Any]], None]
+#: Takes the type of an event, and its other members.
+Report: TypeAlias = Callable[[str, dict[str, Any]], None]
 
 
 @attrs.frozen
 class Form:
-    """What an item looks like."""
+    """The JSON form of an item."""
 
     type: str
+    """The ``type`` of the item."""
     prefix: str
-    """How its id begins."""
+    """The beginning of its id."""
     events: str
-    """How the names of the events about its growth begin."""
+    """The beginning of the types of the events about its text."""
     member: str
-    """What that which grows is called."""
+    """The name of the member with the text that grows."""
     part: str | None
-    """The type of the content part that grows; ``None`` where the item itself does."""
+    """The type of the content part that has this member; ``None``: the item itself has it."""
 
 
 TEXT: Final = Form("message", "msg", "response.output_text", "text", "output_text")
@@ -50,17 +51,17 @@ CALL: Final = Form("function_call", "fc", "response.function_call_arguments", "a
 
 
 class Item:
-    """One item as far as it is known.
+    """One item, as far as it has come.
 
     Attributes:
-        form: what it looks like.
-        id: its own id.
+        form: its JSON form.
+        id: the id of the item.
         index: its place in the output.
-        pieces: what has grown so far.
-        logprobs: of the tokens of a text, in the form of this API.
+        pieces: the pieces of its text so far.
+        logprobs: the log probabilities of the tokens of a message, in the form of this API.
         status: ``in_progress``, ``completed`` or ``incomplete``.
-        call_id: what a call is called by whoever answers it.
-        name: the function that a call is for.
+        call_id: the id of a call, which its result refers to.
+        name: the function of a call.
     """
 
     __slots__ = ("call_id", "form", "id", "index", "logprobs", "name", "pieces", "status")
@@ -77,27 +78,27 @@ class Item:
 
     @property
     def text(self) -> str:
-        """All that has grown."""
+        """Its text so far."""
         return "".join(self.pieces)
 
     @property
     def place(self) -> dict[str, Any]:
-        """The members that tell which item an event is about."""
+        """The members of an event that identify the item."""
         place: dict[str, Any] = {"item_id": self.id, "output_index": self.index}
         return place if self.form.part is None else place | {"content_index": 0}
 
     @property
     def extras(self) -> dict[str, Any]:
-        """What an event about the growth of this item has besides, if there is nothing in it."""
+        """Members that an event about the text of this item must have, even if they are empty."""
         return {"logprobs": []} if self.form is TEXT else {}
 
     def part(self) -> dict[str, Any]:
-        """Return the content part that grows."""
+        """Return the content part with the text."""
         part: dict[str, Any] = {"type": self.form.part, self.form.member: self.text}
         return part | {"annotations": [], "logprobs": self.logprobs} if self.form is TEXT else part
 
     def whole(self) -> dict[str, Any]:
-        """Return the item. While it is in progress, its content has not been announced, and is not there."""
+        """Return the item. While it is in progress it has no content, since other events announce its parts."""
         item: dict[str, Any] = {"id": self.id, "type": self.form.type, "status": self.status}
         if self.form is CALL:
             return item | {"call_id": self.call_id, "name": self.name, "arguments": self.text}
@@ -107,13 +108,13 @@ class Item:
         return item | {"role": "assistant", "content": content}
 
     def beginning(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the events with which it begins; to be called before anything has grown."""
+        """Yield the events that begin the item; to be called while its text is empty."""
         yield "response.output_item.added", {"output_index": self.index, "item": self.whole()}
         if self.form.part is not None:
             yield "response.content_part.added", self.place | {"part": self.part()}
 
     def ending(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the events with which it ends; to be called when it is no longer in progress."""
+        """Yield the events that end the item; to be called when it is no longer in progress."""
         done = self.place | {self.form.member: self.text}
         if self.form is CALL:
             done["name"] = self.name
@@ -126,33 +127,39 @@ class Item:
 
 
 class Items:
-    """All items of one response.
+    """The items of one response.
 
     Args:
-        token: what is unique about the response, for the ids of its items.
-        tell: is told of every beginning and every end.
+        token: makes the ids of the items unique.
+        report: called with every event that begins or ends an item.
 
     Attributes:
         all: the items, in order.
-        growing: the message or the reasoning that is not over.
+        growing: the message or the reasoning item that has not ended, if there is one.
     """
 
-    def __init__(self, token: str, tell: Tell) -> None:
+    def __init__(self, token: str, report: Report) -> None:
         self.all: list[Item] = []
         self.growing: Item | None = None
         self._calls: dict[int, Item] = {}
         self._token = token
-        self._tell = tell
+        self._report = report
 
     def text(self, form: Form) -> Item:
-        """Return the message or the reasoning to which more is to be added."""
+        """Return the message or the reasoning item that text of this form is added to; begin one if necessary."""
         item = self.growing
         if item is None or item.form is not form:
             item = self.growing = self._begin(self._new(form))
         return item
 
     def call(self, index: int, call_id: str, name: str) -> Item:
-        """Return the call of an index to which more is to be added."""
+        """Return the call of an index; begin it if necessary.
+
+        Args:
+            index: the client's index of the call.
+            call_id: the id of a call that begins.
+            name: its function; empty if it is not known yet.
+        """
         item = self._calls.get(index)
         if item is None:
             item = self._calls[index] = self._new(CALL)
@@ -163,19 +170,19 @@ class Items:
         return item
 
     def end(self, item: Item, status: str = "completed") -> None:
-        """End an item, if that has not been done."""
+        """End an item, unless it has ended."""
         if item.status == "in_progress":
             item.status = status
-            self._tell_all(item.ending())
+            self._report_all(item.ending())
 
     def end_all(self, status: str) -> None:
-        """End all that is left."""
+        """End all items that have not ended."""
         self.growing = None
         for item in self.all:
             self.end(item, status)
 
     def replace_text(self, text: str) -> None:
-        """Make ``text`` the only text there is, in place of the first one. Not for answers of which a part is sent."""
+        """Replace the first text by ``text``, and remove all others. Not for streams, which cannot take text back."""
         first, *others = [item for item in self.all if item.form is TEXT]
         first.pieces, first.logprobs = [text], []
         self.all = [item for item in self.all if item not in others]
@@ -188,9 +195,9 @@ class Items:
             self.end(self.growing)
             self.growing = None
         self.all.append(item)
-        self._tell_all(item.beginning())
+        self._report_all(item.beginning())
         return item
 
-    def _tell_all(self, events: Iterator[tuple[str, dict[str, Any]]]) -> None:
+    def _report_all(self, events: Iterator[tuple[str, dict[str, Any]]]) -> None:
         for kind, members in events:
-            self._tell(kind, members)
+            self._report(kind, members)

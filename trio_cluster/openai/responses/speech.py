@@ -25,10 +25,11 @@ _TYPES: Final = {
     "pcm": "audio/pcm",
 }
 
-#: Bytes of audio in one event: what makes no padding in base64, and no event that anybody would have to collect.
+#: Bytes of audio in one event: a multiple of 3, so that its base64 has no padding, and few enough for any client's
+#: buffer.
 _PIECE: Final = 48 * 1024
 
-#: File headers that cannot be taken for anything else, samples included.
+#: File headers that cannot be confused with others, or with raw samples.
 _MAGIC: Final = ((b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"), (b"ID3", "audio/mpeg"))
 
 
@@ -60,7 +61,7 @@ class _Speech(Encoder):
         return self._send(chunk.value)
 
     def _begin(self, chunk: OutputChunk) -> None:
-        """Look at the first audio that there is."""
+        """Look at the first chunk with any audio in it."""
 
     def _send(self, data: bytes) -> bytes:
         raise NotImplementedError
@@ -77,23 +78,24 @@ class _Speech(Encoder):
 class PlainSpeech(_Speech):
     """The handler's bytes, as they are.
 
-    The content type is what the first chunk says it is; else what its header says; else what was asked for.
+    The content type is the one of the first chunk; else the one that its header shows; else the one of the requested
+    format.
     """
 
     def __init__(self, request: TTSRequest) -> None:
         super().__init__(request)
-        self._asked = _TYPES[request.response_format]
-        self.head = Head(200, self._asked)
+        self._requested = _TYPES[request.response_format]
+        self.head = Head(200, self._requested)
 
     def _begin(self, chunk: OutputChunk) -> None:
-        self.head = Head(200, chunk.mime_type or _recognise(chunk.value) or self._asked)
+        self.head = Head(200, chunk.mime_type or _recognise(chunk.value) or self._requested)
 
     def _send(self, data: bytes) -> bytes:
         return data
 
 
 class StreamedSpeech(_Speech):
-    """The handler's bytes in events, and how much was used in the last one."""
+    """The handler's bytes in events; the last event has the usage."""
 
     head = SSE_HEAD
 

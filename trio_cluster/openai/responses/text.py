@@ -1,7 +1,7 @@
 """Answers that are text: chat completions and completions, streamed and plain.
 
-The two routes differ in the shape of their objects only, and a stream differs from a plain answer in when its
-parts are sent. So there are two shapes and two encoders, and every pair of them works.
+The two routes differ only in the shape of their objects, and a stream differs from a plain answer only in when its
+parts are sent. So there are two shapes and two encoders, which can be combined freely.
 
 The bytes around a piece of streamed text are encoded once; see ``delta_stream.py``.
 """
@@ -34,19 +34,19 @@ class TextShape(Protocol):
         ...
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the choice that comes before any text of it, if there is such a thing."""
+        """Return the choice of the chunk that comes before the text of a choice; ``None`` if there is none."""
         ...
 
     def part(self, delta: Delta) -> dict[str, Any]:
-        """Return a choice of a chunk; a delta with a reason is the last of its choice."""
+        """Return a choice of a chunk; a delta with a reason is the last one of its choice."""
         ...
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
-        """Return the JSON text of a choice of a chunk, as it is before and after the text that it adds."""
+        """Return the JSON of a choice of a chunk that adds text: the bytes before and after the JSON string."""
         ...
 
     def around_reasoning(self, index: int) -> tuple[bytes, bytes]:
-        """Return the same for a chunk that adds to the reasoning."""
+        """Return the same for a chunk that adds reasoning."""
         ...
 
 
@@ -99,10 +99,10 @@ class ChatShape:
 
 
 class CompletionShape:
-    """Objects of ``/v1/completions``, where a choice is its text; ``echo`` puts the prompt before it.
+    """Objects of ``/v1/completions``, where a choice is a text; ``echo`` puts the prompt before it.
 
-    This route has no places of its own for reasoning and tool calls. They become members of the choice, under the
-    names that they have in a chat, so that nothing is lost and nobody who does not look for them is disturbed.
+    This route has no members for reasoning and tool calls. They become members of the choice, under the names that they
+    have in a chat: so nothing is lost, and clients that do not know them ignore them.
     """
 
     whole_object = "text_completion"
@@ -124,7 +124,7 @@ class CompletionShape:
     def part(self, delta: Delta) -> dict[str, Any]:
         reason = delta.reason
         if reason in ("tool_calls", "function_call"):
-            # These are words of the other route; here the model has simply stopped.
+            # Only the chat route has these reasons. On this route, the model has stopped.
             reason = "stop"
         return delta.members | {
             "index": delta.index,
@@ -144,7 +144,7 @@ class CompletionShape:
 
 
 class _Text(Encoder):
-    """What both encoders of text share."""
+    """The common part of both encoders of text."""
 
     kind: ClassVar[Kind] = "chat"
 
@@ -223,14 +223,14 @@ class PlainText(_Text):
 class StreamedText(DeltaStream, _Text):
     """A text that is sent as it comes.
 
-    Reasons for ending are kept until the handler has really finished: a client that stops reading at one has
-    then seen a complete answer. A handler that fails after giving a reason ends in an error like any other.
+    The reason for which a choice ends is sent when the handler has finished, so that a client that stops reading there
+    has got a complete answer. A handler that fails after it has given a reason ends in an error like any other.
     """
 
     def __init__(self, shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> None:
         super().__init__(shape, request, answer_id, created)
         options = request.stream_options or {}
-        self._tells_usage = bool(options.get("include_usage"))
+        self._includes_usage = bool(options.get("include_usage"))
         # By choice. The fast path, which is that of plain text for choice 0, is open while that can grow.
         self._text_events: dict[int, DeltaEvent] = {}
         self._reasoning_events: dict[int, DeltaEvent] = {}
@@ -286,7 +286,7 @@ class StreamedText(DeltaStream, _Text):
                     self._shape.part(Delta(delta.index, sendable.text, sendable.members, delta.logprobs))
                 )
         if output.extras and not parts:
-            # Clients look into the first choice of every chunk; an empty delta does no harm there.
+            # Clients read the first choice of every chunk, so there must be one. An empty delta adds nothing.
             sent += self._open(0)
             parts.append(self._shape.part(Delta(0)))
         if parts:
@@ -294,7 +294,7 @@ class StreamedText(DeltaStream, _Text):
         return sent
 
     def _open(self, index: int) -> bytes:
-        """Return what comes before the first text of a choice, once."""
+        """Return the event that comes before the text of a choice, the first time; nothing after that."""
         if index in self._text_events:
             return b""
         choice = self._choice(index)
@@ -319,7 +319,7 @@ class StreamedText(DeltaStream, _Text):
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any]) -> bytes:
         answer = self._answer(self._shape.part_object, choices, extras)
-        if self._tells_usage:
+        if self._includes_usage:
             answer["usage"] = None
         return event(dumps(answer))
 
@@ -330,7 +330,7 @@ class StreamedText(DeltaStream, _Text):
             sent.append(self._open(choice.index))
             last = self._shape.part(Delta(choice.index, reason=choice.finish_reason))
             sent.append(self._event([last], {}))
-        if self._tells_usage:
+        if self._includes_usage:
             answer = self._answer(self._shape.part_object, [], {})
             answer["usage"] = self._usage.for_chat()
             sent.append(event(dumps(answer)))

@@ -1,4 +1,4 @@
-"""Speech written down: the pieces that a handler gives, with their times, and the ways to write them.
+"""Transcripts: the pieces that a handler gives, with their times, and the formats of subtitles.
 
 A handler for speech recognition may give
 
@@ -8,9 +8,8 @@ A handler for speech recognition may give
   the API's segment the model knows, above all ``speaker``; a word is ``{"word", "start", "end"}``, a logprob
   ``{"token", "logprob", "bytes"}``. Lists of later dicts extend those of earlier ones.
 
-Text that is not given is made of the segments' texts, and text that is given later takes their place. Times that are
-not given are not invented: subtitles without segments are a single cue over ``duration``, and that is 0 where nobody
-said otherwise.
+Without a text, the texts of the segments are joined to one; a text that is given later replaces it. Times that are not
+given are not made up: subtitles without segments are a single cue over ``duration``, which is 0 if it is not given.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..json_values import plain
 
 __all__ = ["Transcript", "write_srt", "write_vtt"]
 
-#: The members of the API's segment that a model need not know, as "nothing remarkable".
+#: The members of the API's segment that a model need not give, with neutral values.
 _SEGMENT: Final[dict[str, Any]] = {
     "seek": 0,
     "tokens": [],
@@ -30,11 +29,12 @@ _SEGMENT: Final[dict[str, Any]] = {
     "compression_ratio": 1.0,
     "no_speech_prob": 0.0,
 }
-_LISTS: Final = ("segments", "words", "logprobs")
+#: The member with the text in the items of a list that have times.
+_TEXTS: Final = {"segments": "text", "words": "word"}
 
 
 def _extension(text: str, seen: str) -> str:
-    """Return what follows in ``text`` after what has been seen; nothing, where it does not begin with that."""
+    """Return the part of ``text`` that follows ``seen``; empty if ``text`` does not begin with ``seen``."""
     return text[len(seen) :] if text.startswith(seen) else ""
 
 
@@ -46,14 +46,38 @@ def _require_number(value: Any, what: str) -> float:
     return float(value)
 
 
+def _read_list(given: Any, name: str) -> list[Any]:
+    """Return a handler's list of segments, words or log probabilities; an absent one is empty."""
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        raise TypeError(f"'{name}' must be a list")
+    text = _TEXTS.get(name)
+    if text is not None:
+        for i, each in enumerate(given):
+            _require_span(each, f"{name}[{i}]", text)
+    return given
+
+
+def _require_span(value: Any, what: str, text: str) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{what} must be an object")
+    start = _require_number(value.get("start"), f"'start' of {what}")
+    end = _require_number(value.get("end"), f"'end' of {what}")
+    if end < start:
+        raise ValueError(f"{what} ends before it starts")
+    if not isinstance(value.get(text), str):
+        raise TypeError(f"'{text}' of {what} must be a string")
+
+
 class Transcript:
-    """What has been heard so far.
+    """The transcript, as far as it has come.
 
     Attributes:
-        segments: as given, each checked to have its times and its text.
-        words: as given.
-        logprobs: of the tokens, as given.
-        members: other members of a handler's objects.
+        segments: as given; each has its times, in seconds, and its text.
+        words: as given; each has its times, in seconds.
+        logprobs: the log probabilities of the tokens, as given.
+        members: the other members of the handler's objects.
     """
 
     def __init__(self) -> None:
@@ -63,7 +87,7 @@ class Transcript:
         self.members: dict[str, Any] = {}
         self._pieces: list[str] = []
         self._final: str | None = None
-        self._shown = ""  # the texts of segments, as far as somebody has been told of them
+        self._shown = ""  # the text of the segments that has been returned as new
 
     @property
     def text(self) -> str:
@@ -76,13 +100,17 @@ class Transcript:
 
     @property
     def duration(self) -> float:
-        """Seconds of audio, as far as anybody has said."""
+        """The duration of the audio in seconds, as given; else the end of the last segment, or 0."""
         if "duration" in self.members:
             return float(self.members["duration"])
         return max((float(segment["end"]) for segment in self.segments), default=0.0)
 
     def add_text(self, text: str) -> str:
-        """Add a piece of text; return what of it is new to somebody who has seen the segments' texts."""
+        """Add a piece of text, and return the part of it that has not been returned before as text of segments.
+
+        Raises:
+            ValueError: there was a final text.
+        """
         if self._final is not None:
             raise ValueError("more text after the final text")
         seen = "" if self._pieces else self._shown
@@ -90,7 +118,11 @@ class Transcript:
         return _extension(text.lstrip(), seen) if seen else text
 
     def set_text(self, text: str) -> str:
-        """Say what the whole text is; return what of it extends the pieces, if anything does."""
+        """Take the whole text, and return the part of it that follows the pieces; empty if it does not begin with them.
+
+        Raises:
+            ValueError: there was a final text.
+        """
         if self._final is not None:
             raise ValueError("a second final text")
         seen = "".join(self._pieces) or self._shown
@@ -98,22 +130,15 @@ class Transcript:
         return _extension(text, seen)
 
     def add_object(self, obj: dict[str, Any]) -> str:
-        """Add a handler's object; return what is new of the text, given as such or in segments.
+        """Add a handler's object, and return the text that is new, whether it came as text or in segments.
 
         Raises:
             TypeError: a member is of the wrong type.
-            ValueError: a time is negative, or the segment ends before it starts.
+            ValueError: a time is negative, or a segment ends before it starts.
         """
         obj = plain(obj)
-        for name in _LISTS:
-            given = obj.pop(name, None)
-            if given is None:
-                continue
-            if not isinstance(given, list):
-                raise TypeError(f"'{name}' must be a list")
-            for i, each in enumerate(given if name != "logprobs" else ()):
-                self._require_span(each, f"{name}[{i}]", "word" if name == "words" else "text")
-            getattr(self, name).extend(given)
+        for name, items in (("segments", self.segments), ("words", self.words), ("logprobs", self.logprobs)):
+            items.extend(_read_list(obj.pop(name, None), name))
         text = obj.pop("text", None)
         if text is not None and not isinstance(text, str):
             raise TypeError("'text' must be a string")
@@ -130,7 +155,7 @@ class Transcript:
         return _extension(self._shown, seen)
 
     def cues(self) -> list[tuple[float, float, str]]:
-        """Return start, end and text of what subtitles show."""
+        """Return the cues of subtitles: start and end in seconds, and text."""
         if self.segments:
             return [(each["start"], each["end"], each["text"].strip()) for each in self.segments]
         text = self.text.strip()
@@ -139,17 +164,6 @@ class Transcript:
     def full_segments(self) -> list[dict[str, Any]]:
         """Return the segments in the API's form."""
         return [{"id": i} | _SEGMENT | segment for i, segment in enumerate(self.segments)]
-
-    @staticmethod
-    def _require_span(value: Any, what: str, text: str) -> None:
-        if not isinstance(value, dict):
-            raise TypeError(f"{what} must be an object")
-        start = _require_number(value.get("start"), f"'start' of {what}")
-        end = _require_number(value.get("end"), f"'end' of {what}")
-        if end < start:
-            raise ValueError(f"{what} ends before it starts")
-        if not isinstance(value.get(text), str):
-            raise TypeError(f"'{text}' of {what} must be a string")
 
 
 def _clock(seconds: float, comma: str) -> str:

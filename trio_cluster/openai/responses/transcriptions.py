@@ -31,8 +31,8 @@ class _Transcription(Encoder):
         self._request = request
         self._transcript = Transcript()
 
-    def _hear(self, chunk: OutputChunk) -> str:
-        """Note what the handler gave; return the text that is new in it."""
+    def _add(self, chunk: OutputChunk) -> str:
+        """Add a chunk to the transcript, and return the text that is new."""
         transcript = self._transcript
         if chunk.kind == "text_delta":
             return transcript.add_text(chunk.value)
@@ -44,16 +44,16 @@ class _Transcription(Encoder):
             return transcript.add_object(obj)
         if chunk.kind != "finish":
             self._refuse(chunk)
-        # A transcript has no reasons; a handler that is used to giving one does no harm.
+        # A transcript has no finish reason. A handler that gives one all the same is not refused.
         return ""
 
-    def _speaking(self, first: int) -> list[dict[str, Any]]:
-        """Return the segments from number ``first`` on with the name of who speaks, as the API has them.
+    def _speaker_segments(self, first: int) -> list[dict[str, Any]]:
+        """Return the segments from number ``first`` on, with their speakers, in the API's form.
 
         Raises:
-            ApiError: it is not known who does.
+            ApiError: the speaker of a segment is not known.
         """
-        spoken = []
+        segments = []
         for i, segment in enumerate(self._transcript.segments[first:], first):
             if not isinstance(segment.get("speaker"), str):
                 raise ApiError(
@@ -63,11 +63,11 @@ class _Transcription(Encoder):
                     code="unsupported_value",
                 )
             named = {"type": "transcript.text.segment", "id": f"seg_{i}"}
-            spoken.append(named | {name: segment[name] for name in ("start", "end", "text", "speaker")})
-        return spoken
+            segments.append(named | {name: segment[name] for name in ("start", "end", "text", "speaker")})
+        return segments
 
     def _shown_members(self) -> dict[str, Any]:
-        """Return what a short answer has beside its text."""
+        """Return the members that a short answer has beside its text."""
         transcript = self._transcript
         shown = {name: value for name, value in transcript.members.items() if name == "languages"}
         if transcript.logprobs and "logprobs" in self._request.include:
@@ -75,7 +75,7 @@ class _Transcription(Encoder):
         return shown | self._usage_member()
 
     def _usage_member(self) -> dict[str, Any]:
-        """Return the answer's ``usage``: reported numbers of tokens, or what else a handler's dict said."""
+        """Return the member ``usage`` of the answer: the reported counts, or else the handler's usage object."""
         details = self._usage.details
         if self._usage.total_tokens:
             return {"usage": {"type": "tokens"} | self._usage.counts() | details}
@@ -90,7 +90,7 @@ class PlainTranscription(_Transcription):
         self.head = _HEADS.get(request.response_format, JSON_HEAD)
 
     def _take(self, chunk: OutputChunk) -> bytes:
-        self._hear(chunk)
+        self._add(chunk)
         return b""
 
     def finish(self) -> bytes:
@@ -115,12 +115,12 @@ class PlainTranscription(_Transcription):
             "task": "transcribe",
             "duration": transcript.duration,
             "text": transcript.text,
-            "segments": self._speaking(0),
+            "segments": self._speaker_segments(0),
         } | self._usage_member()
 
     def _verbose(self) -> dict[str, Any]:
         request, transcript = self._request, self._transcript
-        # A translation is English, whatever was spoken.
+        # A translation is in English.
         language = "english" if request.translate else request.language or ""
         answer: dict[str, Any] = {
             "task": "translate" if request.translate else "transcribe",
@@ -134,15 +134,15 @@ class PlainTranscription(_Transcription):
         if "word" in wanted:
             answer["words"] = transcript.words
         if self._usage.details.get("type") == "duration":
-            # In this format the API knows no other usage.
+            # In this format, the API has only this type of usage.
             answer["usage"] = self._usage.details
         return answer | {name: value for name, value in transcript.members.items() if name not in answer}
 
 
 class StreamedTranscription(_Transcription):
-    """A transcript that is sent as it is heard: delta events, and one with the whole text at the end.
+    """A transcript that is sent as it comes: events with deltas, and one with the whole text at the end.
 
-    Segments are sent as well, if the client wants to know who speaks.
+    The segments are sent as well if the client wants to know the speakers.
     """
 
     streaming = True
@@ -151,11 +151,11 @@ class StreamedTranscription(_Transcription):
     def __init__(self, request: ASRRequest) -> None:
         super().__init__(request)
         self._diarized = request.response_format == "diarized_json"
-        self._sent = 0  # segments
+        self._segments_sent = 0
 
     def _take(self, chunk: OutputChunk) -> bytes:
         before = len(self._transcript.logprobs)
-        text = self._hear(chunk)
+        text = self._add(chunk)
         sent = []
         if text:
             delta = b'{"type":"transcript.text.delta","delta":' + dumps(text)
@@ -164,9 +164,9 @@ class StreamedTranscription(_Transcription):
                 delta += b',"logprobs":' + dumps(logprobs)
             sent.append(event(delta + b"}"))
         if self._diarized:
-            spoken = self._speaking(self._sent)
-            self._sent += len(spoken)
-            sent.extend(event(dumps(segment)) for segment in spoken)
+            segments = self._speaker_segments(self._segments_sent)
+            self._segments_sent += len(segments)
+            sent.extend(event(dumps(segment)) for segment in segments)
         return b"".join(sent)
 
     def finish(self) -> bytes:

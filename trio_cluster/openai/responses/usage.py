@@ -121,5 +121,5 @@ def _bounded(value: Any) -> int:
     """Return a count that can travel; 0 for what is no count."""
     if not isinstance(value, int) or isinstance(value, bool):
         return 0
-    # A plain integer, whatever subclass the handler has used.
+    # A plain integer, even if the handler gave one of a subclass.
     return int(max(0, min(value, _COUNT_MAX)))
