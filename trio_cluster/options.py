@@ -41,8 +41,8 @@ def parse_boolean(text: str) -> bool:
     """Convert the text of a boolean option: an environment variable's, or an engine's.
 
     Args:
-        text: ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in any case, with or without spaces
-            around it.
+        text: ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in any case, with or without
+            spaces around it.
 
     Raises:
         ValueError: it is none of these.

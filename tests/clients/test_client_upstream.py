@@ -26,7 +26,8 @@ from served import until
 
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
 from trio_cluster.engines import parse_serve, serve_engine
-from trio_cluster.engines._weights import WEIGHTS, cache_folder
+from trio_cluster.engines._pinned_weights import WEIGHTS
+from trio_cluster.engines._weights import cache_folder
 
 pytestmark = pytest.mark.engines
 

@@ -198,7 +198,8 @@ def test_a_node_stops_on_sigterm_while_the_demo_runs(node: tuple[subprocess.Pope
 @pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the demo extra")
 async def test_all_five_models_answer() -> None:
-    from trio_cluster.engines._weights import WEIGHTS, cache_folder
+    from trio_cluster.engines._pinned_weights import WEIGHTS
+    from trio_cluster.engines._weights import cache_folder
 
     if not all((cache_folder() / weights.folder_name).is_dir() for weights in WEIGHTS.values()):
         pytest.skip("not all weights are in the cache; `trio-cluster demo --check` fetches them")

@@ -13,7 +13,8 @@ import trio.testing
 from recording_provider import RecordingProvider
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
-from trio_cluster.engines._weights import WEIGHTS, cache_folder, find_damage
+from trio_cluster.engines._pinned_weights import WEIGHTS
+from trio_cluster.engines._weights import cache_folder, find_damage
 from trio_cluster.errors import ApiError
 from trio_cluster.openai import ASRRequest, ChatRequest, EmbeddingRequest, TTSRequest
 

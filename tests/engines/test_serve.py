@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from trio_cluster.cli.settings import load_options
 from trio_cluster.core.model import ChatModelOptions
 from trio_cluster.engines import (
     GROUP,
@@ -138,6 +139,28 @@ def test_a_wrong_spec_is_refused_with_what_would_be_right(
     with pytest.raises(OptionsError, match=message) as caught:
         parse_serve(spec)
     assert "\n" not in str(caught.value)
+
+
+def variable_as_boolean(word: str) -> bool:
+    environ = {"TRIO_CLUSTER_ENABLE_CLUSTER": word}
+    return load_options(config=None, environ=environ, flags={}).enable_cluster
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("yes Yes true on ON 1", True), ("no NO false False off 0", False)]
+)
+def test_engines_and_variables_take_the_same_words_as_booleans(words: str, value: bool) -> None:
+    assert {boolean(word) for word in words.split()} == {value}
+    assert {variable_as_boolean(word) for word in words.split()} == {value}
+    assert boolean(f" {words.split()[0]} ") is variable_as_boolean(f" {words.split()[0]} ") is value
+
+
+@pytest.mark.parametrize("word", ["maybe", "", "2", "y"])
+def test_other_words_are_no_booleans(word: str) -> None:
+    with pytest.raises(ValueError, match=f"expected yes or no, got '{word}'"):
+        boolean(word)
+    with pytest.raises(OptionsError, match="expected true or false"):
+        variable_as_boolean(word)
 
 
 def test_missing_libraries_are_named_with_what_to_install(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

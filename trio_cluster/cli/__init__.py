@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: the ``trio-cluster`` command, its arguments and options, and its log."""
 
 from .commands import main
 

@@ -19,7 +19,8 @@ from typing import Final, TextIO, TypeVar
 import trio
 
 from trio_cluster.engines import parse_serve
-from trio_cluster.engines._weights import WEIGHTS, ensure_weights
+from trio_cluster.engines._pinned_weights import WEIGHTS
+from trio_cluster.engines._weights import ensure_weights
 from trio_cluster.errors import ClusterError
 from trio_cluster.net.sockets import Sockets, close_all, local_address, open_pair, port_of
 

@@ -25,8 +25,9 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import EmbeddingRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, boolean, text, whole_number
+from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
-from ._weights import WEIGHTS, ensure_weights
+from ._weights import ensure_weights
 
 __all__ = ["MiniLM", "engine"]
 

@@ -24,8 +24,9 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.openai import ASRRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
-from ._weights import WEIGHTS, ensure_weights
+from ._weights import ensure_weights
 
 __all__ = ["Segment", "Whisper", "engine", "split_segments"]
 
