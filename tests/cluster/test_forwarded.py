@@ -15,6 +15,7 @@ from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.principal import ANONYMOUS, Principal
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.passthrough import RawBackend, RawCall
@@ -36,7 +37,7 @@ class Far:
     async def start(self) -> None:
         self.worker = await self.cluster.start("w1")
         backend = RawBackend(ModelInfo("raw", "any"), self.answer, self.worker.pool)
-        self.worker.registry.catalog.add(backend.info, backend)
+        self.worker.router.catalog.add(backend.info, backend)
         self.worker.client.announce(backend.info)
         await wait_all_tasks_blocked()
 
@@ -50,7 +51,7 @@ class Far:
         await call.send(b"%d" % size)
 
     def open(self, asked: Request) -> Call:
-        return self.cluster.registry.open(asked)
+        return self.cluster.router.open(asked)
 
     def arrived(self) -> int:
         upload = self.calls[-1].request.upload
@@ -94,6 +95,13 @@ async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Fa
     assert [call.request.size for call in far.calls] == [7, -1]
 
 
+@pytest.mark.parametrize("principal", [ANONYMOUS, Principal("alice"), Principal("größer als ASCII")])
+async def test_the_name_of_the_principal_travels(principal: Principal, far: Far) -> None:
+    far.go_on.set()
+    await everything(far.open(request(b"x", principal=principal)))
+    assert far.calls[0].request.principal.name == principal.name
+
+
 async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:
     upload = ByteChannel()
     call = far.open(request(upload=upload))
@@ -124,7 +132,7 @@ async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: F
         call.begin(413, "text/plain")
 
     backend = RawBackend(ModelInfo("hasty", "any"), hasty, far.worker.pool)
-    far.worker.registry.catalog.add(backend.info, backend)
+    far.worker.router.catalog.add(backend.info, backend)
     far.worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     upload, told = ByteChannel(), trio.Event()
@@ -155,7 +163,7 @@ async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(fa
     upload.put(b"x")
     assert (await failure(call)).status == 413
     await wait_all_tasks_blocked()
-    assert far.worker.registry.live == {}
+    assert far.worker.router.live == {}
 
 
 # Giving back

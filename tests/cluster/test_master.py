@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import wsproto
@@ -31,21 +33,21 @@ def cluster(nursery: trio.Nursery) -> MemoryCluster:
 
 async def test_a_worker_that_joins_has_its_models_served(cluster: MemoryCluster) -> None:
     await cluster.start("w1", echo)
-    assert cluster.registry.catalog.names() == ["echo"]
-    assert cluster.registry.catalog.served_by("echo") == ["w1"]
-    events = await everything(cluster.registry.open(chat_request("echo")))
+    assert cluster.router.catalog.names() == ["echo"]
+    assert cluster.router.catalog.served_by("echo") == ["w1"]
+    events = await everything(cluster.router.open(chat_request("echo")))
     assert isinstance(events[0], Head)
     assert isinstance(events[-1], Done)
     assert text(events).endswith("data: [DONE]\n\n")
-    await cluster.registry.wait_idle()
+    await cluster.router.wait_idle()
 
 
 async def test_a_forwarded_answer_is_the_local_one_byte_for_byte(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     for stream in (False, True):
         request = chat_request("echo", stream=stream)
-        far = text(await everything(cluster.registry.open(request)))
-        near = text(await everything(worker.registry.open(request)))
+        far = text(await everything(cluster.router.open(request)))
+        near = text(await everything(worker.router.open(request)))
         assert _without_ids(far) == _without_ids(near)
 
 
@@ -61,7 +63,7 @@ async def test_the_usage_that_a_far_handler_reports_reaches_the_master(cluster: 
 
     await cluster.start("w1", counts, echo)
     for model, usage in (("counts", Usage(5, 4, 2, 3)), ("echo", None)):
-        call = cluster.registry.open(chat_request(model))
+        call = cluster.router.open(chat_request(model))
         await everything(call)
         assert call.end == Done(usage)
         assert call.end.usage == usage
@@ -74,33 +76,33 @@ def _without_ids(body: str) -> list[str]:
 async def test_models_come_and_go_while_a_worker_is_connected(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     worker.serve("later", echo)
-    info = worker.registry.catalog.info("later")
+    info = worker.router.catalog.info("later")
     assert info is not None
     worker.client.announce(info)
     await wait_all_tasks_blocked()
-    assert cluster.registry.catalog.names() == ["echo", "later"]
+    assert cluster.router.catalog.names() == ["echo", "later"]
     worker.client.withdraw("echo")
     await wait_all_tasks_blocked()
-    assert cluster.registry.catalog.names() == ["later"]
+    assert cluster.router.catalog.names() == ["later"]
 
 
 async def test_a_model_keeps_its_creation_time_across_reconnections(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", echo)
-    before = cluster.registry.catalog.info("echo")
+    before = cluster.router.catalog.info("echo")
     worker.cut()
     await wait_all_tasks_blocked()
-    assert cluster.registry.catalog.info("echo") is None
+    assert cluster.router.catalog.info("echo") is None
     await trio.sleep(60)
-    assert cluster.registry.catalog.info("echo") == before
+    assert cluster.router.catalog.info("echo") == before
 
 
 async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     start = trio.current_time()
     worker.cut()
@@ -109,16 +111,16 @@ async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
     assert last.error.status == 502
-    assert cluster.registry.catalog.names() == []
+    assert cluster.router.catalog.names() == []
     assert call.released
-    assert not cluster.registry.live
+    assert not cluster.router.live
 
 
 async def test_a_silent_worker_is_given_up_after_the_timeout(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     start = trio.current_time()
     worker.black_hole()
@@ -126,7 +128,7 @@ async def test_a_silent_worker_is_given_up_after_the_timeout(
         last = (await everything(call))[-1]
     assert isinstance(last, Failed)
     assert 25 <= trio.current_time() - start <= 36
-    assert cluster.registry.catalog.names() == []
+    assert cluster.router.catalog.names() == []
     assert "worker left" in caplog.text
 
 
@@ -137,12 +139,12 @@ class RawWorker:
         self._stream, _ = cluster.connect()
         self._protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
 
-    async def join(self, name: str, model: str) -> None:
+    async def join(self, name: str, model: str, instance: str = "") -> None:
         """Connect, and register one model."""
         request = WebSocketRequest(host="master", target=PATH, subprotocols=[SUBPROTOCOL])
         await self._stream.send_all(self._protocol.send(request))
         self._protocol.receive_data(bytes(await self._stream.receive_some()))
-        hello = [Handshake(MAGIC, 1, 1, name, "1"), RegisterModel.of(ModelInfo(model, "chat"))]
+        hello = [Handshake(MAGIC, 1, 1, name, "1", instance), RegisterModel.of(ModelInfo(model, "chat"))]
         await self._stream.send_all(self._protocol.send(BytesMessage(encode(hello))))
 
     async def take_everything(self) -> None:
@@ -160,17 +162,17 @@ async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exa
     joined = trio.current_time()
     nursery.start_soon(worker.take_everything)
     await wait_all_tasks_blocked()
-    assert cluster.registry.served_by("m") == ["w1"]
+    assert cluster.router.catalog.served_by("m") == ["w1"]
     # Writes that succeed are no sign of life of the worker.
-    call = cluster.registry.open(chat_request("m"))
+    call = cluster.router.open(chat_request("m"))
     await trio.sleep(10)
-    cluster.registry.open(chat_request("m"))
+    cluster.router.open(chat_request("m"))
     last = (await everything(call))[-1]
     assert trio.current_time() - joined == pytest.approx(30)
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
     assert "nothing was heard from the peer for 30.0 s" in last.error.message
-    assert cluster.registry.names() == []
+    assert cluster.router.catalog.names() == []
     assert cluster.manager.workers == {}
     assert "worker left: nothing was heard from the peer for 30.0 s" in caplog.text
 
@@ -186,15 +188,15 @@ async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: Memo
             stopped.set()
 
     worker = await cluster.start("w1", waits)
-    call = cluster.registry.open(chat_request("waits"))
+    call = cluster.router.open(chat_request("waits"))
     assert isinstance(await call.receive(), Head)
     await wait_all_tasks_blocked()
     call.cancel("client left")
     await stopped.wait()
-    await cluster.registry.wait_idle()
+    await cluster.router.wait_idle()
     assert worker.pool.running == 0
-    assert not worker.registry.live
-    assert cluster.registry.stats.cancelled == 1
+    assert not worker.router.live
+    assert cluster.router.stats.cancelled == 1
 
 
 async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
@@ -209,14 +211,14 @@ async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
                 await trio.sleep(9)
 
     await cluster.start("w1", lingers)
-    call = cluster.registry.open(chat_request("lingers"))
+    call = cluster.router.open(chat_request("lingers"))
     assert isinstance(await call.receive(), Head)
     await wait_all_tasks_blocked()
     call.cancel("client left")
     start = trio.current_time()
     await wait_all_tasks_blocked()
     assert not call.released
-    await cluster.registry.wait_idle()
+    await cluster.router.wait_idle()
     assert trio.current_time() - start == pytest.approx(9)
 
 
@@ -232,14 +234,14 @@ async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_else
             yield "x" * 1000
 
     worker = await cluster.start("w1", torrent, echo)
-    unread = cluster.registry.open(chat_request("torrent"))
+    unread = cluster.router.open(chat_request("torrent"))
     await wait_all_tasks_blocked()
     stalled_at = produced
     # One window here, one in the worker, and what an event weighs beside its text.
     assert stalled_at * 1000 <= 3 * WINDOW
     assert unread.body.waiting_bytes <= WINDOW
     for _ in range(3):
-        assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+        assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
     assert produced == stalled_at
     assert isinstance(await unread.receive(), Head)
     taken = 0
@@ -249,7 +251,7 @@ async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_else
         taken += len(event.data)
     assert produced > stalled_at
     unread.cancel("client left")
-    await cluster.registry.wait_idle()
+    await cluster.router.wait_idle()
     assert worker.pool.running == 0
 
 
@@ -261,7 +263,7 @@ async def test_a_large_body_arrives_whole(cluster: MemoryCluster) -> None:
         return "ok"
 
     await cluster.start("w1", measures)
-    events = await everything(cluster.registry.open(chat_request("measures", content="x" * 5_000_000)))
+    events = await everything(cluster.router.open(chat_request("measures", content="x" * 5_000_000)))
     assert isinstance(events[-1], Done)
     assert lengths == [5_000_000]
 
@@ -269,10 +271,10 @@ async def test_a_large_body_arrives_whole(cluster: MemoryCluster) -> None:
 async def test_a_body_that_is_too_large_for_the_worker_is_refused_with_413(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     worker.options.server.max_body_size = 100_000
-    last = (await everything(cluster.registry.open(chat_request("echo", content="x" * 1_000_000))))[-1]
+    last = (await everything(cluster.router.open(chat_request("echo", content="x" * 1_000_000))))[-1]
     assert isinstance(last, Failed)
     assert last.error.status == 413
-    assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+    assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
 
 
 async def test_an_error_crosses_the_wire_as_it_was_raised(cluster: MemoryCluster) -> None:
@@ -280,7 +282,7 @@ async def test_an_error_crosses_the_wire_as_it_was_raised(cluster: MemoryCluster
         raise ApiError(429, "slow down", code="quota", type="rate_limit_error", param="n", retry_after=3.0)
 
     await cluster.start("w1", refuses)
-    last = (await everything(cluster.registry.open(chat_request("refuses"))))[-1]
+    last = (await everything(cluster.router.open(chat_request("refuses"))))[-1]
     assert isinstance(last, Failed)
     error = last.error
     assert (error.status, error.message, error.code, error.type, error.param, error.retry_after) == (
@@ -302,16 +304,16 @@ async def test_an_answer_that_http_cannot_carry_fails_and_stops_its_handler(
 
     worker = await cluster.start("w1")
     backend = HandlerBackend(ModelInfo("speech", "tts"), speech, worker.pool)
-    worker.registry.catalog.add(backend.info, backend)
+    worker.router.catalog.add(backend.info, backend)
     worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     body = b'{"model":"speech","input":"x","voice":"y"}'
-    call = cluster.registry.open(Request(endpoint="audio.speech", kind="tts", model="speech", body=body))
+    call = cluster.router.open(Request(endpoint="audio.speech", kind="tts", model="speech", body=body))
     last = (await everything(call))[-1]
     assert isinstance(last, Failed)
     assert last.error.status == 500
-    await cluster.registry.wait_idle()
-    await worker.registry.wait_idle()
+    await cluster.router.wait_idle()
+    await worker.router.wait_idle()
     assert worker.client.connected
 
 
@@ -323,8 +325,8 @@ async def test_the_time_that_is_left_travels(cluster: MemoryCluster, autojump_cl
         return "x"
 
     await cluster.start("w1", looks)
-    await everything(cluster.registry.open(chat_request("looks", idle_timeout=7.0)))
-    await everything(cluster.registry.open(chat_request("looks", idle_timeout=7.0, total_timeout=3.0)))
+    await everything(cluster.router.open(chat_request("looks", idle_timeout=7.0)))
+    await everything(cluster.router.open(chat_request("looks", idle_timeout=7.0, total_timeout=3.0)))
     assert seen == [pytest.approx(7.0), pytest.approx(3.0)]
 
 
@@ -339,8 +341,8 @@ async def test_a_taken_model_is_refused_and_its_worker_stays(
     assert second.client.connected
     assert list(second.client.rejected_models) == ["echo"]
     assert "w1" in second.client.rejected_models["echo"]
-    assert cluster.registry.catalog.served_by("echo") == ["w1"]
-    assert cluster.registry.catalog.served_by("forever") == ["w2"]
+    assert cluster.router.catalog.served_by("echo") == ["w1"]
+    assert cluster.router.catalog.served_by("forever") == ["w2"]
     assert "refused" in caplog.text
 
 
@@ -348,12 +350,12 @@ async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) ->
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)
     await cluster.start("w2", echo)
-    assert cluster.registry.catalog.served_by("echo") == ["w1", "w2"]
+    assert cluster.router.catalog.served_by("echo") == ["w1", "w2"]
     first.scope.cancel()
     await first.over.wait()
     await wait_all_tasks_blocked()
-    assert cluster.registry.catalog.served_by("echo") == ["w2"]
-    assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+    assert cluster.router.catalog.served_by("echo") == ["w2"]
+    assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
 
 
 async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: trio.Nursery) -> None:
@@ -365,19 +367,19 @@ async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: tri
     first.cut()
     for _ in range(30):
         # One at a time, through every step that the master takes to notice.
-        cluster.registry.open(chat_request("echo"))
+        cluster.router.open(chat_request("echo"))
         await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
     # Opening never failed: at every instant, who was on the books could be asked.
-    assert cluster.registry.stats.admitted == 30
-    assert cluster.registry.catalog.served_by("echo") == ["w2"]
+    assert cluster.router.stats.admitted == 30
+    assert cluster.router.catalog.served_by("echo") == ["w2"]
 
 
 async def test_a_silent_workers_calls_fail_before_the_goodbye(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     await trio.sleep(0.5)
     worker.black_hole()
@@ -400,12 +402,12 @@ async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_repl
         return "x"
 
     first = await cluster.start("w1", shared)
-    call = cluster.registry.open(chat_request("shared"))
+    call = cluster.router.open(chat_request("shared"))
     serves.__name__ = "shared"
     await cluster.start("w2", serves)
     first.cut()
     await everything(call)
-    again = cluster.registry.reopen(call)
+    again = cluster.router.reopen(call)
     assert again is not None
     assert again.served_by == "w2"
     assert isinstance((await everything(again))[-1], Done)
@@ -417,13 +419,13 @@ async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_a
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)
     await cluster.start("w2", echo)
-    call = cluster.registry.open(chat_request("echo"))
+    call = cluster.router.open(chat_request("echo"))
     assert call.served_by == "w1"
-    first.registry.catalog.remove("echo", first.registry.catalog.replicas("echo")[0])
+    first.router.catalog.remove("echo", first.router.catalog.replicas("echo")[0])
     first.client.withdraw("echo")
     assert isinstance(last := (await everything(call))[-1], Failed)
     assert last.error.status == 404
-    again = cluster.registry.reopen(call)
+    again = cluster.router.reopen(call)
     assert again is not None
     assert again.served_by == "w2"
     assert isinstance((await everything(again))[-1], Done)
@@ -439,9 +441,9 @@ async def test_a_handler_that_says_the_model_does_not_exist_is_not_asked_again_e
 
     await cluster.start("w1", picky)
     await cluster.start("w2", picky)
-    call = cluster.registry.open(chat_request("picky"))
+    call = cluster.router.open(chat_request("picky"))
     assert isinstance((await everything(call))[-1], Failed)
-    assert cluster.registry.reopen(call) is None
+    assert cluster.router.reopen(call) is None
 
 
 async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: MemoryCluster) -> None:
@@ -451,7 +453,7 @@ async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: Me
     await wait_all_tasks_blocked()
     assert not thief.client.connected
     assert first.client.connected
-    assert cluster.registry.catalog.names() == ["echo"]
+    assert cluster.router.catalog.names() == ["echo"]
     thief.scope.cancel()
 
 
@@ -459,7 +461,7 @@ async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_its
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     ours, _theirs = worker.streams
     # The worker loses its connection; the master is not told, and goes on waiting.
@@ -470,8 +472,41 @@ async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_its
     assert "replaced" in last.error.message or "broke" in last.error.message
     await trio.sleep(60)
     assert worker.client.connected
-    assert cluster.registry.catalog.served_by("forever") == ["w1"]
+    assert cluster.router.catalog.served_by("forever") == ["w1"]
     assert len(cluster.manager.workers) == 1
+
+
+async def test_a_new_connection_of_the_same_process_replaces_the_old_one_and_is_logged_once(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    old, new = RawWorker(cluster), RawWorker(cluster)
+    await old.join("w1", "m", instance="one process")
+    await wait_all_tasks_blocked()
+    call = cluster.router.open(chat_request("m", request_id="lost"))
+    before = cluster.manager.workers["w1"]
+    await new.join("w1", "m", instance="one process")
+    await wait_all_tasks_blocked()
+    assert cluster.manager.workers["w1"] is not before
+    assert cluster.router.catalog.replicas("m") == [cluster.manager.workers["w1"]]
+    assert isinstance(last := (await everything(call))[-1], Failed)
+    assert "replaced by a new connection of the same worker" in last.error.message
+    left = [record for record in caplog.records if "worker left" in record.getMessage()]
+    (fields,) = [vars(record)["fields"] for record in left]
+    assert (fields["calls_lost"], fields["request_ids"]) == (1, ["lost"])
+
+
+@pytest.mark.parametrize(("after", "replaced"), [(12, False), (13, True)])
+async def test_another_process_may_take_the_name_of_a_worker_that_missed_its_heartbeats(
+    nursery: trio.Nursery, autojump_clock: MockClock, after: float, replaced: bool
+) -> None:
+    cluster = MemoryCluster(nursery, heartbeat_interval=5, worker_timeout=30)
+    old, new = RawWorker(cluster), RawWorker(cluster)
+    await old.join("w1", "m", instance="one process")
+    await trio.sleep(after)
+    await new.join("w1", "m", instance="another process")
+    await wait_all_tasks_blocked()
+    assert cluster.manager.workers["w1"].instance == ("another process" if replaced else "one process")
 
 
 async def test_the_end_of_an_old_link_leaves_the_new_one_alone(
@@ -481,8 +516,8 @@ async def test_the_end_of_an_old_link_leaves_the_new_one_alone(
     for _ in range(5):
         worker.cut()
         await trio.sleep(60)
-        assert cluster.registry.catalog.names() == ["echo"]
-        assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+        assert cluster.router.catalog.names() == ["echo"]
+        assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
     assert len(cluster.manager.workers) == 1
 
 
@@ -502,13 +537,13 @@ async def test_a_worker_that_drains_gets_no_new_calls_and_finishes_its_own(nurse
         return "x"
 
     first = await cluster.start("w1", waits)
-    call = cluster.registry.open(chat_request("waits"))
+    call = cluster.router.open(chat_request("waits"))
     await wait_all_tasks_blocked()
     await cluster.start("w2", waits)
     first.client.drain("going home")
     await wait_all_tasks_blocked()
     assert cluster.manager.workers["w1"].state == "draining"
-    later = [cluster.registry.open(chat_request("waits")) for _ in range(3)]
+    later = [cluster.router.open(chat_request("waits")) for _ in range(3)]
     assert {other.served_by for other in later} == {"w2"}
     go.set()
     assert isinstance((await everything(call))[-1], Done)
@@ -523,15 +558,40 @@ async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears
     with caplog.at_level(logging.INFO, "trio_cluster"):
         status = cluster.manager.drain_worker("w1", "an upgrade")
         # At once, and not only when it has been heard.
-        assert {cluster.registry.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
+        assert {cluster.router.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
     assert status is not None
-    assert (status["id"], status["state"], status["draining"]) == ("w1", "draining", True)
-    assert status["instance"] == first.client._instance
+    assert (status.id, status.state, status.draining) == ("w1", "draining", True)
+    assert status.instance == first.client.instance
     assert "worker is asked to stop: an upgrade" in caplog.text
-    assert first.asked_to_leave == []
+    assert first.shutdown_requests == []
     await wait_all_tasks_blocked()
-    assert first.asked_to_leave == ["an upgrade"]
+    assert first.shutdown_requests == ["an upgrade"]
     assert cluster.manager.drain_worker("nobody", "an upgrade") is None
+
+
+async def test_the_status_of_a_worker_has_these_fields(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever, echo)
+    await trio.sleep(6.00049)
+    (status,) = cluster.manager.status()
+    assert json.loads(json.dumps(attrs.asdict(status))) == {
+        "id": "w1",
+        "instance": worker.client.instance,
+        "address": "memory:0",
+        "state": "ok",
+        "draining": False,
+        "stalled": "",
+        "models": ["echo", "forever"],
+        "running": 0,
+        "waiting": 0,
+        "capacity": 10,
+        "in_flight": 0,
+        "lag": 0.0,
+        "connected_for": 6.0,
+    }
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        status.state = "busy"  # type: ignore[misc]
 
 
 async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_given_back(
@@ -545,22 +605,22 @@ async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_give
         await trio.sleep_forever()
 
     first = await cluster.start("w1", shared)
-    silent = cluster.registry.open(chat_request("shared"))
-    begun = cluster.registry.open(chat_request("shared", content="begin"))
+    silent = cluster.router.open(chat_request("shared"))
+    begun = cluster.router.open(chat_request("shared", content="begin"))
     assert isinstance(await begun.receive(), Head)
     await cluster.start("w2", shared)
-    first.registry.drain("going home")
-    first.registry.cancel_all("the worker is being stopped")
+    first.router.drain("going home")
+    first.router.cancel_all("the worker is being stopped")
     last = (await everything(silent))[-1]
     assert isinstance(last, Failed)
     assert last.error.code == "shutting_down"
-    again = cluster.registry.reopen(silent)
+    again = cluster.router.reopen(silent)
     assert again is not None
     assert again.served_by == "w2"
     last = (await everything(begun))[-1]
     assert isinstance(last, Failed)
     assert last.error.code == "cancelled"
-    assert cluster.registry.reopen(begun) is None
+    assert cluster.router.reopen(begun) is None
 
 
 async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_clock: MockClock) -> None:
@@ -568,12 +628,12 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
     worker.options.server.max_concurrency = 3
     worker.options.server.queue_timeout = 100
     for _ in range(5):
-        cluster.registry.open(chat_request("forever"))
+        cluster.router.open(chat_request("forever"))
     await trio.sleep(6)
     (status,) = cluster.manager.status()
-    assert (status["running"], status["waiting"], status["capacity"]) == (3, 2, 3)
-    assert status["in_flight"] == 5
-    assert status["models"] == ["forever"]
+    assert (status.running, status.waiting, status.capacity) == (3, 2, 3)
+    assert status.in_flight == 5
+    assert status.models == ["forever"]
 
 
 # Busy is not dead
@@ -594,10 +654,10 @@ async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autoj
     worker = await cluster.start("w1", forever)
     remote = cluster.manager.workers["w1"]
     worker.options.server.max_concurrency = 2
-    first = cluster.registry.open(chat_request("forever"))
+    first = cluster.router.open(chat_request("forever"))
     await trio.sleep(6)
     assert (remote.state, remote.capacity) == ("ok", 2)
-    cluster.registry.open(chat_request("forever"))
+    cluster.router.open(chat_request("forever"))
     assert remote.state == "busy"
     first.cancel("enough")
     await wait_all_tasks_blocked()
@@ -605,7 +665,7 @@ async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autoj
     assert remote.state == "ok"
     # Its own clients count as well.
     for _ in range(2):
-        worker.registry.open(chat_request("forever"))
+        worker.router.open(chat_request("forever"))
     await trio.sleep(6)
     assert (remote.state, remote.in_flight) == ("busy", 1)
     assert remote.health.available
@@ -617,16 +677,16 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     caplog.set_level(logging.INFO, "trio_cluster")
     worker = await cluster.start("w1", forever)
     remote = cluster.manager.workers["w1"]
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     _say(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     (status,) = cluster.manager.status()
-    assert status["state"] == "stalled"
-    assert status["stalled"] == "handler of 'forever' (app.py:12 in compute)"
-    assert status["lag"] == 7.5
+    assert status.state == "stalled"
+    assert status.stalled == "handler of 'forever' (app.py:12 in compute)"
+    assert status.lag == 7.5
     with pytest.raises(ApiError) as refused:
-        cluster.registry.open(chat_request("forever"))
+        cluster.router.open(chat_request("forever"))
     assert (refused.value.status, refused.value.code) == (503, "over_capacity")
     assert refused.value.retry_after is not None
     assert "Every node that serves 'forever' is busy" in refused.value.message
@@ -636,7 +696,7 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     # Its loop runs again: the next heartbeat is its own.
     await trio.sleep(6)
     assert remote.state == "ok"
-    cluster.registry.open(chat_request("forever"))
+    cluster.router.open(chat_request("forever"))
     assert not call.ended
     told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.workers"]
     assert [message for message in told if "stalled" in message or "again" in message] == [
@@ -651,7 +711,7 @@ async def test_new_calls_go_to_the_replica_that_is_not_blocked(nursery: trio.Nur
     await cluster.start("w2", forever)
     _say(first, _BLOCKED)
     await wait_all_tasks_blocked()
-    calls = [cluster.registry.open(chat_request("forever")) for _ in range(4)]
+    calls = [cluster.router.open(chat_request("forever")) for _ in range(4)]
     assert {call.served_by for call in calls} == {"w2"}
 
 
@@ -659,7 +719,7 @@ async def test_a_worker_that_says_it_is_blocked_and_nothing_after_that_is_given_
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
-    call = cluster.registry.open(chat_request("forever"))
+    call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     _say(worker, _BLOCKED)
     await wait_all_tasks_blocked()
@@ -694,9 +754,9 @@ async def test_how_far_a_call_is_on_its_worker_is_known(
     worker = await cluster.start("w1", forever)
     worker.options.server.max_concurrency = 1
     worker.options.server.queue_timeout = 100
-    running = cluster.registry.open(chat_request("forever"))
+    running = cluster.router.open(chat_request("forever"))
     await wait_all_tasks_blocked()
-    queued = cluster.registry.open(chat_request("forever"))
+    queued = cluster.router.open(chat_request("forever"))
     assert queued.phase == "waiting"
     await trio.sleep(6)
     assert (running.phase, queued.phase) == ("streaming", "queued")
@@ -733,6 +793,6 @@ async def test_a_wrong_token_is_refused_and_said_on_both_sides(
     await worker.over.wait()
     assert "wrong or missing cluster token" in str(worker.error)
     assert "wrong or missing cluster token" in caplog.text
-    assert cluster.registry.catalog.names() == []
+    assert cluster.router.catalog.names() == []
     right = await cluster.start("w2", echo, cluster_token="right")
     assert right.client.connected

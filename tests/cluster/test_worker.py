@@ -33,13 +33,13 @@ async def test_a_worker_cancels_its_handlers_when_the_link_is_gone(
             stopped.set()
 
     worker = await cluster.start("w1", waits)
-    call = cluster.registry.open(chat_request("waits"))
+    call = cluster.router.open(chat_request("waits"))
     assert isinstance(await call.receive(), Head)
     start = trio.current_time()
     worker.cut()
     await stopped.wait()
     assert trio.current_time() == start
-    await worker.registry.wait_idle()
+    await worker.router.wait_idle()
     assert worker.pool.running == 0
 
 
@@ -54,7 +54,7 @@ async def test_a_worker_comes_back_to_a_master_that_was_restarted(
     cluster.restart()
     await trio.sleep(40)
     assert worker.client.connected
-    assert isinstance((await everything(cluster.registry.open(chat_request("echo"))))[-1], Done)
+    assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
 
 
 async def test_a_worker_waits_for_a_master_that_is_not_there_yet(
@@ -68,7 +68,7 @@ async def test_a_worker_waits_for_a_master_that_is_not_there_yet(
     assert not worker.registered.is_set()
     cluster.refusing = False
     await worker.registered.wait()
-    assert cluster.registry.catalog.names() == ["echo"]
+    assert cluster.router.catalog.names() == ["echo"]
 
 
 async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
@@ -109,7 +109,7 @@ async def test_a_worker_that_drains_does_not_come_back_when_its_link_breaks(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
-    cluster.registry.open(chat_request("forever"))
+    cluster.router.open(chat_request("forever"))
     await wait_all_tasks_blocked()
     worker.client.drain("going home")
     await wait_all_tasks_blocked()
@@ -152,7 +152,7 @@ async def test_a_worker_that_drains_while_it_dials_brings_no_models(
     worker.client.drain("going home")
     await trio.sleep(100)
     assert worker.dials == 1
-    assert cluster.registry.catalog.names() == []
+    assert cluster.router.catalog.names() == []
     assert cluster.manager.workers == {}
     assert not worker.registered.is_set()
     worker.client.close("going home")
@@ -169,14 +169,14 @@ async def test_a_silent_master_is_given_up_and_dialled_again(
     await trio.sleep(120)
     assert worker.dials > 1
     assert worker.client.connected
-    assert cluster.registry.catalog.served_by("forever") == ["w1"]
+    assert cluster.router.catalog.served_by("forever") == ["w1"]
 
 
 async def test_a_call_for_a_model_that_has_just_gone_gets_its_404(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
-    backend = worker.registry.catalog.replicas("echo")[0]
-    worker.registry.catalog.remove("echo", backend)
-    call = cluster.registry.open(chat_request("echo"))
+    backend = worker.router.catalog.replicas("echo")[0]
+    worker.router.catalog.remove("echo", backend)
+    call = cluster.router.open(chat_request("echo"))
     last = (await everything(call))[-1]
     assert not isinstance(last, Done)
     assert last.error.status == 404  # type: ignore[union-attr]
