@@ -40,16 +40,16 @@ def chat_request(model: str = "m", *, stream: bool = True, content: str = "a b c
 
 
 class Worker:
-    """A worker process, as far as it is one here."""
+    """A worker process, as far as a task can be one."""
 
     def __init__(self, cluster: MemoryCluster, name: str, **options: Any) -> None:
         self.cluster = cluster
         self.options = ClusterServerOptions(server=ServerOptions(worker_id=name), **options)
         self.router = Router()
         self.pool = HandlerPool(self.options)
-        self.asked_to_leave: list[str] = []
+        self.shutdown_requests: list[str] = []
         self.client = WorkerClient(
-            self.router, self.pool, self.options, name, on_shutdown_request=self.asked_to_leave.append
+            self.router, self.pool, self.options, name, on_shutdown_request=self.shutdown_requests.append
         )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()
@@ -63,7 +63,7 @@ class Worker:
         self.router.catalog.add(backend.info, backend)
 
     async def run(self) -> None:
-        """Be the process: handlers and the client."""
+        """Run the process: its handlers and its links."""
         try:
             with self.scope:
                 async with trio.open_nursery() as nursery:
@@ -88,16 +88,9 @@ class Worker:
             stream.close()
 
     def black_hole(self) -> None:
-        """Let nothing through any more, in either direction, while both ends stay open."""
+        """Drop everything in both directions, while both ends stay open."""
         for stream in self.streams:
             stream.held = True
-
-
-class Life:
-    """The connections of one master process."""
-
-    def __init__(self) -> None:
-        self.scopes: list[trio.CancelScope] = []
 
 
 class MemoryCluster:
@@ -109,28 +102,29 @@ class MemoryCluster:
         self.restart()
 
     def restart(self) -> None:
-        """Be a new master, which knows nothing of what was before."""
+        """Start a new master, which knows nothing of the one before."""
         self.router = Router()
-        self.manager = WorkerManager(self.router, self.options, "master")
-        self.life = Life()
+        self.manager = WorkerManager(self.router.catalog, self.options, "master")
+        # One for each connection of this master.
+        self.scopes: list[trio.CancelScope] = []
         self.refusing = False
 
     def connect(self) -> tuple[MemoryStream, MemoryStream]:
         if self.refusing:
             raise ConnectionRefusedError(111, "Connection refused")
         worker_end, master_end = memory_pair()
-        self.nursery.start_soon(self._serve, self.manager, master_end, self.life)
+        self.nursery.start_soon(self._serve, self.manager, master_end, self.scopes)
         return worker_end, master_end
 
-    async def _serve(self, manager: WorkerManager, stream: Any, life: Life) -> None:
+    async def _serve(self, manager: WorkerManager, stream: Any, scopes: list[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
-            life.scopes.append(scope)
+            scopes.append(scope)
             await manager.serve_stream(stream)
 
     def kill_master(self) -> None:
         """End the master and all its connections, and refuse new ones."""
         self.refusing = True
-        for scope in self.life.scopes:
+        for scope in self.scopes:
             scope.cancel(reason="the master was killed")
 
     async def start(self, name: str, *handlers: Any, **options: Any) -> Worker:

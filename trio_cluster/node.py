@@ -132,7 +132,7 @@ class Node:
         started: Callable[[], None],
     ) -> None:
         """Serve the API, and take workers, until stopped; see :meth:`serve_as_standalone`."""
-        manager = WorkerManager(self._router, self._options, self._id)
+        manager = WorkerManager(self._router.catalog, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:

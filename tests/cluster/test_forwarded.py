@@ -15,6 +15,7 @@ from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.principal import ANONYMOUS, Principal
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.passthrough import RawBackend, RawCall
@@ -92,6 +93,13 @@ async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Fa
         upload.put(b"x" * 7, last=True)
         await everything(call)
     assert [call.request.size for call in far.calls] == [7, -1]
+
+
+@pytest.mark.parametrize("principal", [ANONYMOUS, Principal("alice"), Principal("größer als ASCII")])
+async def test_the_name_of_the_principal_travels(principal: Principal, far: Far) -> None:
+    far.go_on.set()
+    await everything(far.open(request(b"x", principal=principal)))
+    assert far.calls[0].request.principal.name == principal.name
 
 
 async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:

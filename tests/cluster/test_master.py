@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import wsproto
@@ -137,12 +139,12 @@ class RawWorker:
         self._stream, _ = cluster.connect()
         self._protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
 
-    async def join(self, name: str, model: str) -> None:
+    async def join(self, name: str, model: str, instance: str = "") -> None:
         """Connect, and register one model."""
         request = WebSocketRequest(host="master", target=PATH, subprotocols=[SUBPROTOCOL])
         await self._stream.send_all(self._protocol.send(request))
         self._protocol.receive_data(bytes(await self._stream.receive_some()))
-        hello = [Handshake(MAGIC, 1, 1, name, "1"), RegisterModel.of(ModelInfo(model, "chat"))]
+        hello = [Handshake(MAGIC, 1, 1, name, "1", instance), RegisterModel.of(ModelInfo(model, "chat"))]
         await self._stream.send_all(self._protocol.send(BytesMessage(encode(hello))))
 
     async def take_everything(self) -> None:
@@ -160,7 +162,7 @@ async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exa
     joined = trio.current_time()
     nursery.start_soon(worker.take_everything)
     await wait_all_tasks_blocked()
-    assert cluster.router.served_by("m") == ["w1"]
+    assert cluster.router.catalog.served_by("m") == ["w1"]
     # Writes that succeed are no sign of life of the worker.
     call = cluster.router.open(chat_request("m"))
     await trio.sleep(10)
@@ -170,7 +172,7 @@ async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exa
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
     assert "nothing was heard from the peer for 30.0 s" in last.error.message
-    assert cluster.router.names() == []
+    assert cluster.router.catalog.names() == []
     assert cluster.manager.workers == {}
     assert "worker left: nothing was heard from the peer for 30.0 s" in caplog.text
 
@@ -474,6 +476,39 @@ async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_its
     assert len(cluster.manager.workers) == 1
 
 
+async def test_a_new_connection_of_the_same_process_replaces_the_old_one_and_is_logged_once(
+    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    old, new = RawWorker(cluster), RawWorker(cluster)
+    await old.join("w1", "m", instance="one process")
+    await wait_all_tasks_blocked()
+    call = cluster.router.open(chat_request("m", request_id="lost"))
+    before = cluster.manager.workers["w1"]
+    await new.join("w1", "m", instance="one process")
+    await wait_all_tasks_blocked()
+    assert cluster.manager.workers["w1"] is not before
+    assert cluster.router.catalog.replicas("m") == [cluster.manager.workers["w1"]]
+    assert isinstance(last := (await everything(call))[-1], Failed)
+    assert "replaced by a new connection of the same worker" in last.error.message
+    left = [record for record in caplog.records if "worker left" in record.getMessage()]
+    (fields,) = [vars(record)["fields"] for record in left]
+    assert (fields["calls_lost"], fields["request_ids"]) == (1, ["lost"])
+
+
+@pytest.mark.parametrize(("after", "replaced"), [(12, False), (13, True)])
+async def test_another_process_may_take_the_name_of_a_worker_that_missed_its_heartbeats(
+    nursery: trio.Nursery, autojump_clock: MockClock, after: float, replaced: bool
+) -> None:
+    cluster = MemoryCluster(nursery, heartbeat_interval=5, worker_timeout=30)
+    old, new = RawWorker(cluster), RawWorker(cluster)
+    await old.join("w1", "m", instance="one process")
+    await trio.sleep(after)
+    await new.join("w1", "m", instance="another process")
+    await wait_all_tasks_blocked()
+    assert cluster.manager.workers["w1"].instance == ("another process" if replaced else "one process")
+
+
 async def test_the_end_of_an_old_link_leaves_the_new_one_alone(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
@@ -525,13 +560,38 @@ async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears
         # At once, and not only when it has been heard.
         assert {cluster.router.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
     assert status is not None
-    assert (status["id"], status["state"], status["draining"]) == ("w1", "draining", True)
-    assert status["instance"] == first.client._instance
+    assert (status.id, status.state, status.draining) == ("w1", "draining", True)
+    assert status.instance == first.client.instance
     assert "worker is asked to stop: an upgrade" in caplog.text
-    assert first.asked_to_leave == []
+    assert first.shutdown_requests == []
     await wait_all_tasks_blocked()
-    assert first.asked_to_leave == ["an upgrade"]
+    assert first.shutdown_requests == ["an upgrade"]
     assert cluster.manager.drain_worker("nobody", "an upgrade") is None
+
+
+async def test_the_status_of_a_worker_has_these_fields(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever, echo)
+    await trio.sleep(6.00049)
+    (status,) = cluster.manager.status()
+    assert json.loads(json.dumps(attrs.asdict(status))) == {
+        "id": "w1",
+        "instance": worker.client.instance,
+        "address": "memory:0",
+        "state": "ok",
+        "draining": False,
+        "stalled": "",
+        "models": ["echo", "forever"],
+        "running": 0,
+        "waiting": 0,
+        "capacity": 10,
+        "in_flight": 0,
+        "lag": 0.0,
+        "connected_for": 6.0,
+    }
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        status.state = "busy"  # type: ignore[misc]
 
 
 async def test_a_call_that_a_worker_had_not_begun_when_its_time_was_over_is_given_back(
@@ -571,9 +631,9 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
         cluster.router.open(chat_request("forever"))
     await trio.sleep(6)
     (status,) = cluster.manager.status()
-    assert (status["running"], status["waiting"], status["capacity"]) == (3, 2, 3)
-    assert status["in_flight"] == 5
-    assert status["models"] == ["forever"]
+    assert (status.running, status.waiting, status.capacity) == (3, 2, 3)
+    assert status.in_flight == 5
+    assert status.models == ["forever"]
 
 
 # Busy is not dead
@@ -622,9 +682,9 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     _say(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     (status,) = cluster.manager.status()
-    assert status["state"] == "stalled"
-    assert status["stalled"] == "handler of 'forever' (app.py:12 in compute)"
-    assert status["lag"] == 7.5
+    assert status.state == "stalled"
+    assert status.stalled == "handler of 'forever' (app.py:12 in compute)"
+    assert status.lag == 7.5
     with pytest.raises(ApiError) as refused:
         cluster.router.open(chat_request("forever"))
     assert (refused.value.status, refused.value.code) == (503, "over_capacity")

@@ -1,12 +1,12 @@
 """The calls that come over a worker's link: opened here, answered by this node's models.
 
-An answer flows without a task of its own: the call hands its events to the session (``Call.redirect``), and the
-link's writer, having sent a batch, tells each call how many of its bytes have gone. That is what lets a handler go
-on when its answer moves, and holds it back when it does not. A request's body flows the other way likewise: pieces
-go into the call's upload as they come in, and the master may send more when whoever answers has taken them.
+An answer needs no task of its own: the call hands its events to the session (``Call.redirect``), and the link's writer,
+after each batch, tells each call how many of its bytes have been written. That is the backpressure: a handler goes on
+while its answer moves, and is held back while it does not. A request body flows the other way in the same manner:
+pieces are put into the call's upload as they come in, and the master may send more when the handler has taken them.
 
-A cancelled call is reported to the master when its work has really stopped. Only then is its slot free, and only
-then may the master believe it.
+The end of a cancelled call is reported to the master when its work has really stopped. Only then is its slot free, and
+only then may the master count on it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class ForwardedCalls:
 
     Args:
         session: the worker's half of the protocol.
-        wake: called when the session has something to send.
-        router: this node's models.
+        wake: called when the session has something to send. Synchronous.
+        router: this node's models, and the calls for them.
         options: read at the time of use.
 
     Attributes:
-        live: those whose end has not been said, by their numbers.
+        live: the calls whose end has not been sent to the master, by number.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ForwardedCalls:
         options: ClusterServerOptions,
     ) -> None:
         self.live: dict[int, Call] = {}
-        # Those whose body cannot be had again.
+        # The calls whose body the master cannot send a second time.
         self._non_replayable: set[int] = set()
         self._session = session
         self._wake = wake
@@ -60,12 +60,15 @@ class ForwardedCalls:
         self._options = options
 
     def cancel_all(self) -> None:
-        """Cancel them all: the link is over, and nobody is left to answer."""
+        """Cancel all calls: the link is over, and there is no one left to answer."""
         for call in list(self.live.values()):
             call.cancel("the link to the master is lost")
 
     def requeue_uploading(self) -> None:
-        """Let those be answered elsewhere whose body is still under way: they have not begun."""
+        """Fail, as retryable, the calls whose body is still being received: they may still run on another replica.
+
+        Except those whose body the master cannot send a second time.
+        """
         for call_id, call in list(self.live.items()):
             if call.phase == "uploading" and call_id not in self._non_replayable:
                 del self.live[call_id]
@@ -73,7 +76,7 @@ class ForwardedCalls:
                 call.cancel("the worker is being stopped")
 
     def open(self, opened: ForwardRequest) -> None:
-        """Open a call; its body follows."""
+        """Open a call; its body follows in :meth:`on_data`. A call that cannot be opened fails at once."""
         call_id = opened.call
         try:
             if opened.size > self._options.server.max_body_size:
@@ -91,11 +94,11 @@ class ForwardedCalls:
                     checked=opened.checked,
                     principal=Principal(opened.principal),
                     total_timeout=math.inf if opened.budget is None else opened.budget,
-                    upload=ByteChannel(opened.size, on_consumed=partial(self._taken, call_id)),
+                    upload=ByteChannel(opened.size, on_consumed=partial(self._consumed, call_id)),
                 )
             )
         except ApiError as error:
-            # Nothing was started here. Of these two reasons another replica knows nothing.
+            # Nothing was started here, and another replica need not refuse for either of these two reasons.
             retryable = isinstance(error, ShuttingDown | ModelNotFound)
             self._session.fail(call_id, error, retryable=retryable)
             self._wake()
@@ -108,7 +111,7 @@ class ForwardedCalls:
         call.redirect(partial(self._send, call_id, call), partial(self._send_piece, call_id))
 
     def on_data(self, event: DataMessage) -> None:
-        """Take in the next piece of a request's body."""
+        """Put the next piece of a request body into its call; the call fails if the body becomes too large."""
         call = self.live.get(event.call)
         if call is None or call.request.upload is None:
             return
@@ -120,8 +123,8 @@ class ForwardedCalls:
             call.cancel("its body is too large")
             self._wake()
 
-    def _taken(self, call_id: int, count: int) -> None:
-        """Let the master send more of a body: so much has gone to whoever answers."""
+    def _consumed(self, call_id: int, count: int) -> None:
+        """Let the master send more of a body: the handler has taken ``count`` bytes."""
         if self._session.grant(call_id, count):
             self._wake()
 
@@ -130,14 +133,14 @@ class ForwardedCalls:
         return InvalidRequest(f"The request body is larger than {limit} bytes", status=413)
 
     def _send_piece(self, call_id: int, data: bytes | memoryview, last: bool) -> bool:
-        """Be the sink of the pieces of a call's answer; they wait until :meth:`on_sent` is told that they have gone."""
+        """Send a piece of a call's answer. It counts as consumed when :meth:`on_sent` reports that it was written."""
         if call_id in self.live:
             self._session.send(call_id, data)
             self._wake()
         return False
 
     def _send(self, call_id: int, call: Call, event: Event) -> None:
-        """Be the sink of a call: what begins and ends its answer goes to the session as it is put."""
+        """Send the beginning or the end of a call's answer."""
         if call_id not in self.live:
             return
         match event:
@@ -155,7 +158,7 @@ class ForwardedCalls:
                 del self.live[call_id]
             case Failed():
                 if call.cancelled is not None:
-                    # The answer is over, the work is not: the end is reported when it is released.
+                    # The answer is over, the work is not: its end is reported when the call is released.
                     return
                 self._session.fail(call_id, event.error, retryable=event.retryable, timed_out=event.timed_out)
                 del self.live[call_id]
@@ -166,21 +169,21 @@ class ForwardedCalls:
             return
         draining_reason = self._router.draining_reason
         if draining_reason is not None and not call.begun:
-            # Not finished within the time for that, nor begun: given back, so that another replica may have it.
+            # Cancelled by the end of the drain timeout before it had begun: given back for another replica to run.
             self._session.fail(call_id, ShuttingDown(draining_reason), retryable=True)
         else:
             self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
         self._wake()
 
     def on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
-        """Take down, for each call, how many bytes of its answer have gone to the master."""
+        """Record, for each call, how many bytes of its answer have been written to the master."""
         for call_id, count in counts:
             call = self.live.get(call_id)
             if call is not None:
                 call.body.consumed(count)
 
     def cancel(self, call_id: int, reason: str) -> None:
-        """Give a call up, if it is not over; its end is said when its work has stopped."""
+        """Cancel a call, if it has not ended. Its end is sent when its work has stopped."""
         call = self.live.get(call_id)
         if call is not None:
             call.cancel(reason)

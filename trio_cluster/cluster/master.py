@@ -1,21 +1,22 @@
-"""Where workers come in: admits them, registers their models, watches them, and takes them off the books.
+"""The master's side: admits workers, registers their models, watches their health, and removes them when they are lost.
 
-A worker is known by its name. When one comes whose name is connected already there are two cases, told apart by the
-``instance`` each process draws at its start. The same process has lost its link before we noticed: the new link
-replaces the old one, whose calls fail at once. Another process uses the name: as long as the first one gives signs
-of life the newcomer is refused, and may try again; otherwise two machines with one name would throw each other out
-for ever.
+A worker is known by its name. When a worker connects whose name is already connected there are two cases, told apart by
+the ``instance`` that each process draws at its start. If it is the same process, it has lost its link before this
+master noticed: the new link replaces the old one, whose calls fail at once. If it is another process, it is refused as
+long as the first one gives signs of life, and may try again; otherwise two machines with one name would replace each
+other forever.
 
-The order in which a lost worker is taken off matters. First its models go, so that no new call can be routed to it;
-then its calls fail, so that those which may be opened again elsewhere find the router already right.
+The order in which a lost worker is removed matters. First its models are taken out of the catalogue, so that no new
+call can be routed to it; then its calls fail, so that those which may be retried on another replica find the catalogue
+up to date.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, Final, NoReturn
 
 import trio
 
@@ -42,45 +43,45 @@ from ..protocol import (
     RegisterModel,
     UnregisterModel,
 )
-from ..routing.router import Router
+from ..routing.catalog import Catalog
 from .remote_worker import RemoteWorker
 
-__all__ = ["WorkerManager"]
+__all__ = ["WorkerConnection", "WorkerManager"]
 
 logger = logging.getLogger("trio_cluster.workers")
 
-#: The end of a connection that only asked whether this is a master.
-_PROBED = "probed"
-#: A worker that was heard from within this many heartbeats is alive, and keeps its name.
-_ALIVE_HEARTBEATS = 2.5
-#: The part of the timeout after which a worker that is silent gets nothing new to do.
-_SUSPECT_AFTER = 0.5
+#: Why a connection to :data:`PROBE_PATH` is closed.
+_PROBED: Final = "probed"
+#: A worker from which something came within this many heartbeat intervals is alive, and keeps its name.
+_ALIVE_HEARTBEATS: Final = 2.5
+#: The fraction of the worker timeout after which a silent worker gets no new calls.
+_SUSPECT_AFTER: Final = 0.5
 
 
 class WorkerManager:
     """The workers of a master.
 
     Args:
-        router: where their models are made known.
+        catalog: where their models are registered.
         options: read at the time of use.
-        node_id: this master's name.
+        node_id: the name of this master.
 
     Attributes:
-        workers: those that are connected, by name.
+        workers: the connected workers, by name.
     """
 
-    def __init__(self, router: Router, options: ClusterServerOptions, node_id: str) -> None:
+    def __init__(self, catalog: Catalog, options: ClusterServerOptions, node_id: str) -> None:
         self.workers: dict[str, RemoteWorker] = {}
-        self._router = router
+        self._catalog = catalog
         self._options = options
         self._node_id = node_id
-        # A dict and not a set, for the order: what is done to all of them is done in the order in which they came.
+        # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
-        self._empty = trio.lowlevel.ParkingLot()
+        self._all_closed = trio.lowlevel.ParkingLot()
 
     @property
     def sessions(self) -> list[MasterSession]:
-        """The conversations on all connections, oldest first, including those that are not (or no more) a worker's."""
+        """The sessions of all connections, oldest first, including those that have no worker yet, or no more."""
         return [connection.session for connection in self._connections]
 
     async def serve(
@@ -89,13 +90,28 @@ class WorkerManager:
         *,
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> NoReturn:
-        """Let workers in from ``listeners`` until cancelled, which ends all links."""
+        """Accept workers until cancelled, which ends all links.
+
+        Args:
+            listeners: listening; closed when this is cancelled.
+            task_status: started as soon as connections are accepted.
+        """
         await trio.serve_listeners(self.serve_stream, list(listeners), task_status=task_status)
 
     async def serve_stream(self, stream: ByteStream) -> None:
-        """Talk with one worker until the link is over. Whatever it sends, nothing but cancellation comes out."""
+        """Serve one connection until its link is over, and close it. A checkpoint.
+
+        Nothing is raised but cancellation, whatever the peer sends.
+        """
         try:
-            connection = WorkerConnection(self, stream)
+            connection = WorkerConnection(
+                stream,
+                self._catalog,
+                self._options,
+                self._node_id,
+                workers=self.workers,
+                connections=self._connections.keys(),
+            )
         except NotInjectable as error:
             logger.error("connection refused: %s", error)
             return
@@ -103,24 +119,24 @@ class WorkerManager:
         try:
             await connection.run()
         except Exception:
-            # A bug of ours, and still no reason for the other workers to lose their master.
+            # A bug in this package, which must not cost the other workers their master.
             logger.exception("a worker's connection failed")
         finally:
             self._connections.pop(connection, None)
             if not self._connections:
-                self._empty.unpark_all()
+                self._all_closed.unpark_all()
 
     def drain(self, reason: str) -> None:
-        """Tell all workers that this master is about to stop."""
+        """Tell all workers that this master is about to stop. Synchronous."""
         for connection in self._connections:
             connection.session.drain(reason)
             connection.link.wake()
 
     def drain_worker(self, name: str, reason: str) -> WorkerStatus | None:
-        """Ask one worker to finish its calls and to stop; it gets no more of them.
+        """Ask one worker to finish its calls and to stop. It gets no new ones from this moment on. Synchronous.
 
         Returns:
-            Its state, or ``None`` if there is no worker of this name.
+            The worker's status, or ``None`` if no worker of this name is connected.
         """
         worker = self.workers.get(name)
         if worker is None:
@@ -128,57 +144,67 @@ class WorkerManager:
         worker.request_shutdown(reason)
         fields = {"worker": name, "in_flight": worker.in_flight}
         logger.info("worker is asked to stop: %s", reason, extra={"fields": fields})
-        return self._status_of(worker)
+        return worker.status()
 
     async def close_all(self, reason: str) -> None:
-        """Say goodbye to all workers, and wait until they are gone or have had a moment for that."""
+        """Close all links as soon as what is queued has been sent, and wait for that. A checkpoint.
+
+        Returns after ``CLOSE_TIMEOUT`` in any case.
+        """
         for connection in self._connections:
             connection.link.close_when_flushed(reason)
         with trio.move_on_after(CLOSE_TIMEOUT):
             while self._connections:
-                await self._empty.park()
+                await self._all_closed.park()
 
     def status(self) -> list[WorkerStatus]:
-        """Return the state of each worker as it is now, sorted by name."""
-        return [self._status_of(worker) for _, worker in sorted(self.workers.items())]
-
-    def _status_of(self, worker: RemoteWorker) -> WorkerStatus:
-        return WorkerStatus(
-            id=worker.name,
-            instance=worker.instance,
-            address=worker.address,
-            state=worker.state,
-            draining=worker.health.draining,
-            stalled=worker.health.stalled,
-            models=sorted(worker.models),
-            running=worker.running,
-            waiting=worker.waiting,
-            capacity=worker.capacity,
-            in_flight=worker.in_flight,
-            lag=round(worker.lag, 3),
-            connected_for=round(trio.current_time() - worker.connected_at, 3),
-        )
+        """Return the status of each connected worker, sorted by name."""
+        return [worker.status() for _, worker in sorted(self.workers.items())]
 
 
 class WorkerConnection:
-    """One connection to the workers' port, from its handshake to its end."""
+    """One connection to the port for workers, from its opening handshake to its end.
 
-    def __init__(self, manager: WorkerManager, stream: ByteStream) -> None:
-        self._manager = manager
-        self._router = manager._router
-        self._options = manager._options
-        self._address = _peer(stream)
+    Args:
+        stream: the connection; closed by :meth:`run`.
+        catalog: where the worker's models are registered.
+        options: read at the time of use.
+        node_id: the name of this master.
+        workers: the connected workers, by name. This connection adds its own, and removes it.
+        connections: all connections of this master, this one included.
+
+    Attributes:
+        session: the master's half of the protocol.
+        link: what carries it.
+        address: where the peer connected from, for people.
+        worker: the worker at the other end; ``None`` before it has joined, and after its link has ended.
+    """
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        catalog: Catalog,
+        options: ClusterServerOptions,
+        node_id: str,
+        *,
+        workers: dict[str, RemoteWorker],
+        connections: Collection[WorkerConnection],
+    ) -> None:
+        self.address = _peer(stream)
+        self.worker: RemoteWorker | None = None
+        self._catalog = catalog
+        self._options = options
+        self._workers = workers
+        self._connections = connections
         self._stream = injectable(stream)
-        self._worker: RemoteWorker | None = None
-        self._instance = ""
         self._probed = False
         self._over = False
         self.session = MasterSession(
-            manager._node_id,
+            node_id,
             __version__,
             trio.current_time(),
-            heartbeat_interval=self._options.heartbeat_interval,
-            silence_timeout=self._options.worker_timeout,
+            heartbeat_interval=options.heartbeat_interval,
+            silence_timeout=options.worker_timeout,
         )
         self.link = Link(
             self._stream,
@@ -187,18 +213,19 @@ class WorkerConnection:
             on_sent=self._on_sent,
             on_closed=self._on_link_closed,
             before_tick=self._update_health,
-            timeout=self._options.worker_timeout,
-            linger=self._options.batch_wait,
+            timeout=options.worker_timeout,
+            linger=options.batch_wait,
         )
 
     async def run(self) -> None:
+        """Serve the connection until its link is over. A checkpoint. When cancelled, the worker is removed at once."""
         try:
             await self.link.run(accept(self._stream, self._admit))
         except LinkClosed as closed:
-            # Only if it was never opened; otherwise that has been done.
+            # Does something only if the link was never opened; otherwise the link has already called it.
             self._on_link_closed(closed)
         finally:
-            # Cancelled: this master is being stopped.
+            # Does something only if this was cancelled: the master is being stopped.
             self._deregister("the master was stopped")
 
     def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
@@ -219,18 +246,18 @@ class WorkerConnection:
         for event in events:
             if not isinstance(event, Data):
                 self._on_event(event)
-            elif self._worker is not None:
-                self._worker.on_data(event)
-        if self.session.peer_blocked or (self._worker is not None and self._worker.health.stalled):
+            elif self.worker is not None:
+                self.worker.on_data(event)
+        if self.session.peer_blocked or (self.worker is not None and self.worker.health.stalled):
             self._update_health()
 
     def _on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
-        if self._worker is not None:
-            self._worker.on_sent(counts)
+        if self.worker is not None:
+            self.worker.on_sent(counts)
 
     def _update_health(self) -> None:
-        """Find out whether the worker can do anything."""
-        worker = self._worker
+        """Mark the worker as stalled if it reports that it is blocked or has been silent for long; or as well again."""
+        worker = self.worker
         if worker is None:
             return
         stalled, silence = self.session.peer_blocked, self.session.silence(trio.current_time())
@@ -244,13 +271,13 @@ class WorkerConnection:
             self._log("worker runs again", worker)
 
     def _on_event(self, event: MasterEvent) -> None:
-        worker = self._worker
+        worker = self.worker
         if isinstance(event, Handshake):
             if not self._probed:
                 self._on_handshake(event)
             return
         if worker is None:
-            # Only probed, or refused in _join; what else the newcomer has already sent is not for us.
+            # A probe, or a worker that _on_handshake has refused: what else it has already sent is ignored.
             return
         match event:
             case Heartbeat():
@@ -259,7 +286,7 @@ class WorkerConnection:
                 self._register(worker, event)
             case UnregisterModel():
                 if worker.models.pop(event.name, None) is not None:
-                    self._router.catalog.remove(event.name, worker)
+                    self._catalog.remove(event.name, worker)
                     self._log("model left", worker, model=event.name)
             case Drain():
                 worker.health.drain()
@@ -268,25 +295,20 @@ class WorkerConnection:
                 worker.on_event(event)
 
     def _on_handshake(self, handshake: Handshake) -> None:
+        """Let the worker join, in the place of an older connection of its own process, or refuse it."""
         name = handshake.node_id
-        for other in self._manager._connections:
-            if other is self or other._worker is None or other._worker.name != name:
+        for other in self._connections:
+            if other.worker is None or other.worker.name != name:
                 continue
             silence = other.session.silence(trio.current_time())
-            if (
-                other._instance != handshake.instance
-                and silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
-            ):
-                self.link.end(f"another worker named '{name}' is connected, from {other._address}")
+            alive = silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
+            if alive and other.worker.instance != handshake.instance:
+                self.link.end(f"another worker named '{name}' is connected, from {other.address}")
                 return
-            why = "replaced by a new connection of the same worker"
-            self._log_left(why, other._worker)
-            other.link.end(why)
-            other._deregister(why)
-        self._instance = handshake.instance
-        self._worker = RemoteWorker(name, self.session, self.link.wake, self._address)
-        self._manager.workers[name] = self._worker
-        self._log("worker joined", self._worker, address=self._address, version=handshake.version)
+            other.link.end("replaced by a new connection of the same worker")
+        self.worker = RemoteWorker(name, self.session, self.link.wake, self.address)
+        self._workers[name] = self.worker
+        self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 
     def _register(self, worker: RemoteWorker, message: RegisterModel) -> None:
         try:
@@ -294,9 +316,9 @@ class WorkerConnection:
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
             if info.name in worker.models:
-                self._router.catalog.update(info, worker)
+                self._catalog.update(info, worker)
             else:
-                self._router.catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
+                self._catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
             self.session.model_rejected(message.name, str(refusal))
             self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)
@@ -312,26 +334,26 @@ class WorkerConnection:
             self._deregister(closed.why)
 
     def _deregister(self, why: str) -> None:
-        worker, self._worker = self._worker, None
+        """Remove the worker, its models first, and fail its calls. Idempotent."""
+        worker, self.worker = self.worker, None
         if worker is None:
             return
         for name in worker.models:
-            self._router.catalog.remove(name, worker)
-        if self._manager.workers.get(worker.name) is worker:
-            del self._manager.workers[worker.name]
+            self._catalog.remove(name, worker)
+        if self._workers.get(worker.name) is worker:
+            del self._workers[worker.name]
         worker.connection_lost(why)
 
     def _log_end(self, closed: LinkClosed) -> None:
-        if self._worker is not None:
-            in_order = self._worker.health.draining and not self._worker.in_flight
-            self._log_left(closed.why, self._worker, logging.INFO if in_order else logging.WARNING)
-        elif not (self._probed or self._instance):
-            fields = {"address": self._address}
-            logger.warning("connection refused: %s", closed.why, extra={"fields": fields})
-
-    def _log_left(self, why: str, worker: RemoteWorker, level: int = logging.INFO) -> None:
-        lost = {"request_ids": worker.request_ids} if worker.in_flight else {}
-        self._log(f"worker left: {why}", worker, level=level, calls_lost=worker.in_flight, **lost)
+        worker = self.worker
+        if worker is not None:
+            expected = worker.health.draining and not worker.in_flight
+            lost = {"request_ids": worker.request_ids} if worker.in_flight else {}
+            level = logging.INFO if expected else logging.WARNING
+            text = f"worker left: {closed.why}"
+            self._log(text, worker, level=level, calls_lost=worker.in_flight, **lost)
+        elif not self._probed:
+            logger.warning("connection refused: %s", closed.why, extra={"fields": {"address": self.address}})
 
     @staticmethod
     def _log(text: str, worker: RemoteWorker, *, level: int = logging.INFO, **fields: Any) -> None:
@@ -339,6 +361,7 @@ class WorkerConnection:
 
 
 def _peer(stream: ByteStream) -> str:
+    """Return the address of the other end of a connection, for people."""
     try:
         return shown_address(*stream.peer_address)
     except OSError:

@@ -1,6 +1,6 @@
-"""Finding out whether a master takes workers at an address: connect, read its handshake, and leave.
+"""Checks whether a master accepts workers at an address: connect, read its handshake, and close.
 
-No token is needed for that, and no worker is announced by it.
+It needs no token, and does not make the master believe that a worker has joined.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ __all__ = ["check_is_cluster_server", "is_master"]
 
 # The name of the last argument is part of the public contract.
 async def check_is_cluster_server(host: str, internal_port: int, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
-    """Find out whether a trio_cluster master takes workers at this address.
+    """Return whether a trio_cluster master accepts workers at this address. A checkpoint. Needs no token.
 
     Args:
         host: a name or a numeric address.
-        internal_port: the port for workers, which is the external one plus 1000 unless somebody chose otherwise.
-        timeout: seconds that finding out may take; past it the answer is no.
+        internal_port: the port for workers: the port of the API plus 1000, unless it was configured otherwise.
+        timeout: seconds that the check may take; after that the result is ``False``.
 
     Returns:
-        True if something there gave the cluster's magic number. No token is needed for that.
+        ``True`` if a peer there completed the handshake of the cluster protocol.
     """
     return await is_master(Sockets(), host, internal_port, timeout)
 
 
 async def is_master(network: Network, host: str, internal_port: int, patience: float) -> bool:
-    """Be :func:`check_is_cluster_server` on any network."""
+    """Do what :func:`check_is_cluster_server` does, on any network. A checkpoint."""
     found = False
 
-    def look(events: Sequence[WorkerEvent]) -> None:
+    def on_events(events: Sequence[WorkerEvent]) -> None:
         nonlocal found
         if any(isinstance(event, Handshake) for event in events):
             found = True
@@ -48,7 +48,7 @@ async def is_master(network: Network, host: str, internal_port: int, patience: f
         try:
             stream = injectable(await network.connect(host, internal_port))
             session = WorkerSession("probe", __version__, trio.current_time())
-            link = Link(stream, session, on_events=look, timeout=patience)
+            link = Link(stream, session, on_events=on_events, timeout=patience)
             await link.run(dial(stream, host, path=PROBE_PATH))
         except (OSError, LinkClosed):
             pass

@@ -1,12 +1,12 @@
-"""The master's end of a link to one worker, as a backend.
+"""One connected worker, as the backend that the master's router knows.
 
-To the router a remote worker is what a local handler is: something that opens calls. What differs is only where the
-events come from. Opening and cancelling queue a message and wake the link's writer; neither waits for anything, so
-no cancellation can fall between asking for work and remembering that it was asked for.
+To the router a remote worker is what a local handler is: something that opens calls. Only the source of the events
+differs. Opening and cancelling queue a message and wake the link's writer; neither waits for anything, so no
+cancellation can come between asking for work and recording that it was asked for.
 
-Credit: a call's body bytes are granted back to the worker when the call's consumer has taken them, never when they
-arrive. A client that stops reading therefore stops its own handler, and nobody else's. The other way, what is still
-coming of a request's body counts as taken when it has been sent, and that is when the worker has asked for it.
+Credit: the bytes of an answer are granted back to the worker when the call's consumer has taken them, never when they
+arrive. So a client that stops reading stops its own handler, and no other. In the other direction, a piece of a request
+body that is still being received counts as consumed when it has been sent to the worker, which has asked for it then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..core.call import Call
 from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..core.status import WorkerState
+from ..core.status import WorkerState, WorkerStatus
 from ..errors import ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
@@ -43,14 +43,15 @@ class RemoteWorker:
     """One worker that is connected.
 
     Args:
-        session: the master's half of the protocol, past its handshake.
-        wake: called when the session has something to send.
+        name: the worker's name.
+        session: the master's half of the protocol, after its handshake.
+        wake: called when the session has something to send. Synchronous.
         address: where the worker connected from, for people.
 
     Attributes:
         models: what it serves, by name.
         connected_at: the trio time at which it joined.
-        running, waiting, capacity, lag: its own account of itself, from its last heartbeat; the lag in seconds.
+        running, waiting, capacity, lag: what it reported in its last heartbeat; the lag in seconds.
         health: whether it may be given calls; kept by the connection that watches it.
     """
 
@@ -75,7 +76,7 @@ class RemoteWorker:
 
     @property
     def request_ids(self) -> list[str]:
-        """The ids of those calls, for the log: the first few, if there are many."""
+        """The ids of these calls, for the log: the first few, if there are many."""
         return [call.request.request_id for call in islice(self._calls.values(), MOST_IDS)]
 
     @property
@@ -94,12 +95,30 @@ class RemoteWorker:
 
     @property
     def instance(self) -> str:
-        """Tells the worker's process from another one of its name; empty if it did not say."""
+        """Tells the worker's process from another one of the same name; empty if it did not send one."""
         peer = self._session.peer
         return "" if peer is None else peer.instance
 
+    def status(self) -> WorkerStatus:
+        """Return what is known of the worker now."""
+        return WorkerStatus(
+            id=self.name,
+            instance=self.instance,
+            address=self.address,
+            state=self.state,
+            draining=self.health.draining,
+            stalled=self.health.stalled,
+            models=sorted(self.models),
+            running=self.running,
+            waiting=self.waiting,
+            capacity=self.capacity,
+            in_flight=self.in_flight,
+            lag=round(self.lag, 3),
+            connected_for=round(trio.current_time() - self.connected_at, 3),
+        )
+
     def request_shutdown(self, reason: str) -> None:
-        """Give it no more calls, and ask it to finish those that it has, and then to stop."""
+        """Give it no more calls, and ask it to finish those that it has and to stop. Synchronous."""
         self.health.drain()
         self._session.shut_down(reason)
         self._wake()
@@ -138,26 +157,26 @@ class RemoteWorker:
         def send(data: bytes | memoryview, last: bool) -> bool:
             session.send_body(call_id, data, last=last)
             wake()
-            # Not before it was written; see `on_sent`.
+            # Not consumed before it has been written; see `on_sent`.
             return False
 
         if upload is None:
             send(request.body, True)
         else:
             upload.redirect(send)
-            # The head goes in any case, whether or not something of the body has come.
+            # The request's head is sent in any case, also if nothing of its body has been received yet.
             wake()
         return call
 
     def on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
-        """Take down, for each call, how many bytes of its request's body have gone to the worker."""
+        """Record, for each call, how many bytes of its request body have been written to the worker."""
         for call_id, count in counts:
             call = self._calls.get(call_id)
             if call is not None and call.request.upload is not None:
                 call.request.upload.consumed(count)
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
-        """Take down what the worker says of itself and of its calls."""
+        """Record what the worker reports of itself and of its calls."""
         self.running, self.waiting, self.capacity = beat.running, beat.waiting, max(1, beat.capacity)
         self.lag = beat.lag
         for call_id, count in beat.progress:
@@ -166,11 +185,11 @@ class RemoteWorker:
                 call.report(queued=count < 0, produced=max(0, count))
 
     def on_data(self, piece: DataMessage) -> None:
-        """Pass a piece of the answer of one of the calls on to it."""
+        """Put a piece of an answer into its call."""
         self._calls[piece.call].body.put(piece.data)
 
     def on_event(self, event: CallEvent) -> None:
-        """Pass what begins or ends the answer of one of the calls on to it."""
+        """Put the beginning or the end of an answer into its call."""
         call = self._calls[event.call]
         match event:
             case ForwardResponse():
@@ -189,7 +208,7 @@ class RemoteWorker:
         self.health.lose(why)
         for call_id, call in list(self._calls.items()):
             if not call.ended:
-                # A draining worker gives back what it has not begun, even if it could not say so any more.
+                # A draining worker gives back the calls that it has not begun, even if it could not report that.
                 given_back = self.health.draining and not call.begun
                 error = ShuttingDown() if given_back else WorkerLost(self.name, why)
                 call.put(Failed(error, retryable=True))

@@ -1,12 +1,12 @@
-"""The worker's end: dials the master, registers this node's models, serves what is forwarded, and comes back.
+"""The worker's side: dials the master, registers this node's models, serves what is forwarded, and reconnects.
 
 Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled
-at once, since there is nobody left to answer; then the worker waits and dials again. The wait is exponential with full
-jitter (uniform between nothing and a bound that doubles), so that a hundred workers whose master was restarted do
-not come back as one.
+at once, since there is no one left to answer; then the worker waits and dials again. The wait is exponential with full
+jitter (uniform between zero and a bound that doubles), so that a hundred workers whose master was restarted do not
+reconnect as one.
 
-A worker that drains serves its link to the end and does not dial again: it would only bring its models back to be
-taken away once more.
+A worker that drains serves its link to the end and does not dial again: it would only register its models once more,
+just to have them removed.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ logger = logging.getLogger("trio_cluster.client")
 #: The first bound of the wait before dialling again, and the last, in seconds.
 _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_LAST: Final = 30.0
-#: HTTP statuses with which a master, and nothing on the way to one, refuses for good.
+#: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
 
 
 class WorkerClient:
-    """A worker's side of the cluster.
+    """A worker's links to its master, one after the other.
 
     Args:
-        router: this node's own models.
-        pool: where their handlers run; its load is told to the master.
+        router: this node's own models, and the calls for them.
+        pool: where their handlers run; its load is reported to the master.
         options: read at the time of use.
-        node_id: this worker's name.
-        on_shutdown_request: called with the reason when the master asks this worker to stop. It is to see to
-            :meth:`drain` and :meth:`close`; nothing is done about it here.
+        node_id: the name of this worker.
+        on_shutdown_request: called with the reason when the master asks this worker to stop. It has to call
+            :meth:`drain` and :meth:`close`; this class does nothing about the request.
 
     Attributes:
-        rejected_models: the models that the master would not take, with its reasons.
+        rejected_models: the models that the master refused, with its reasons.
         connected: whether there is a link to the master, with all models registered.
     """
 
@@ -86,11 +86,11 @@ class WorkerClient:
         self._options = options
         self._node_id = node_id
         self._on_shutdown_request = on_shutdown_request
-        # Tells this process from another one that uses the same name; see ``master.py``.
+        # Tells this process from another one of the same name; see `master.py`.
         self._instance = randomness.token(8)
         self._connection: MasterConnection | None = None
         self._draining = trio.Event()
-        self._progress = trio.lowlevel.ParkingLot()
+        self._sent = trio.lowlevel.ParkingLot()
         self._closing = trio.Event()
 
     async def run(
@@ -99,18 +99,20 @@ class WorkerClient:
         host: str,
         on_registered: Callable[[], None] = lambda: None,
     ) -> None:
-        """Serve the master for as long as this runs, through any number of links.
+        """Serve the master for as long as this runs, through any number of links. A checkpoint.
+
+        When cancelled, the link is dropped and its calls are cancelled.
 
         Args:
-            connect: makes a new connection to the master's internal port; may raise ``OSError``.
-            host: what to call the master, in the handshake and in logs.
+            connect: opens a new connection to the master's internal port; may raise ``OSError``.
+            host: the master's name, for the handshake and for logs.
             on_registered: called when all models are registered for the first time.
 
         Returns:
             After :meth:`close`, when everything that was queued has been sent, or at once if there is no link.
 
         Raises:
-            HandshakeRefused: the master will not have this worker, or there is no master there.
+            HandshakeRefused: the master refused this worker, or there is no master at this address.
         """
         first, bound = True, _BACKOFF_FIRST
 
@@ -143,42 +145,47 @@ class WorkerClient:
 
     @property
     def session(self) -> WorkerSession | None:
-        """The conversation on the link to the master; ``None`` while there is no link."""
+        """The session on the link to the master; ``None`` while there is no link."""
         return None if self._connection is None else self._connection.session
 
     @property
+    def instance(self) -> str:
+        """Drawn once for this object; tells its process from another one of the same name."""
+        return self._instance
+
+    @property
     def in_flight(self) -> int:
-        """How many calls have come over the link and are not over, those whose body is still under way included."""
+        """How many calls came over the link and have not ended, including those whose body is still being received."""
         return 0 if self._connection is None else self._connection.in_flight
 
     def announce(self, info: ModelInfo) -> None:
-        """Tell the master of a new model, if there is a link; otherwise it is told with the others."""
+        """Register a new model with the master. Without a link, it is registered after the next handshake."""
         if self._connection is not None:
             self._connection.announce(info)
 
     def withdraw(self, name: str) -> None:
-        """Tell the master that a model is gone. Calls for it that run go on."""
+        """Unregister a model at the master. Its running calls go on."""
         self.rejected_models.pop(name, None)
         if self._connection is not None:
             self._connection.withdraw(name)
 
     def drain(self, reason: str) -> None:
-        """Ask the master for no more calls; those that run go on. To be followed by :meth:`close`.
+        """Ask the master for no more calls; running ones go on. :meth:`close` has to follow. Synchronous.
 
-        Those whose body is still under way are given back: they have not begun, and may begin elsewhere.
+        Calls whose body is still being received are given back: they have not begun, and may run on another replica.
         """
         self._draining.set()
         if self._connection is not None:
             self._connection.drain(reason)
 
     async def wait_sent(self) -> None:
-        """Wait until nothing waits to be sent to the master, for instance because a client is slow. A checkpoint."""
+        """Wait until nothing is queued for the master any more, for instance because of a slow client. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while self._connection is not None and self._connection.session.unsent:
-            await self._progress.park()
+            await self._sent.park()
 
     def close(self, reason: str) -> None:
-        """Make :meth:`run` return, after everything that is queued has been sent."""
+        """Make :meth:`run` return as soon as everything that is queued has been sent. Synchronous."""
         self._draining.set()
         self._closing.set()
         if self._connection is not None:
@@ -187,13 +194,25 @@ class WorkerClient:
     async def _serve_once(
         self, connect: Callable[[], Awaitable[ByteStream]], host: str, on_registered: Callable[[], None]
     ) -> str:
+        """Serve one link. Return why it ended, or why there was none."""
         try:
             with trio.fail_after(self._options.worker_timeout):
                 stream = injectable(await connect())
         except (OSError, trio.TooSlowError) as error:
             return why_not_connected(error)
-        connection = MasterConnection(self, stream, on_registered)
-        self._connection = connection
+        self._connection = connection = MasterConnection(
+            stream,
+            self._router,
+            self._pool,
+            self._options,
+            node_id=self._node_id,
+            instance=self._instance,
+            draining=self._draining.is_set(),
+            rejected_models=self.rejected_models,
+            on_registered=on_registered,
+            on_shutdown_request=self._on_shutdown_request,
+            on_written=self._sent.unpark_all,
+        )
         try:
             await connection.link.run(dial(stream, host, token=self._options.cluster_token))
         except LinkClosed as closed:
@@ -204,28 +223,63 @@ class WorkerClient:
             return closed.why
         finally:
             self._connection = None
-            self._progress.unpark_all()
+            self._sent.unpark_all()
             connection.cancel_all()
 
 
 class MasterConnection:
-    """One link to the master, from dialling to its end."""
+    """One link to the master, from dialling to its end.
+
+    Args:
+        stream: the connection; closed with the link.
+        router: this node's models, and the calls for them.
+        pool: where the handlers run.
+        options: read at the time of use.
+        node_id, instance: the names of this worker and of its process.
+        draining: this worker is about to stop: the link is closed after the handshake, and no model is registered.
+        rejected_models: where to record which models the master refused, and why.
+        on_registered: called once, when the master has answered for all models.
+        on_shutdown_request: called with the reason when the master asks this worker to stop.
+        on_written: called after each write. Synchronous.
+
+    Attributes:
+        session: the worker's half of the protocol.
+        link: what carries it.
+    """
 
     def __init__(
-        self, client: WorkerClient, stream: InjectableStream, on_registered: Callable[[], None]
+        self,
+        stream: InjectableStream,
+        router: Router,
+        pool: HandlerPool,
+        options: ClusterServerOptions,
+        *,
+        node_id: str,
+        instance: str,
+        draining: bool,
+        rejected_models: dict[str, str],
+        on_registered: Callable[[], None],
+        on_shutdown_request: Callable[[str], None],
+        on_written: Callable[[], object],
     ) -> None:
-        self.client = client
-        self._router = client._router
+        self._router = router
+        self._pool = pool
+        self._draining = draining
+        self._rejected_models = rejected_models
         self._on_registered = on_registered
+        self._on_shutdown_request = on_shutdown_request
+        self._on_written = on_written
+        # The models for which the master's answer is pending; None before the handshake.
         self._unconfirmed: set[str] | None = None
+        self._registered = False
         self._master_blocked = False
         self.session = WorkerSession(
-            client._node_id,
+            node_id,
             __version__,
             trio.current_time(),
-            instance=client._instance,
-            heartbeat_interval=client._options.heartbeat_interval,
-            silence_timeout=client._options.worker_timeout,
+            instance=instance,
+            heartbeat_interval=options.heartbeat_interval,
+            silence_timeout=options.worker_timeout,
         )
         self.link = Link(
             stream,
@@ -234,18 +288,19 @@ class MasterConnection:
             on_sent=self._on_sent,
             on_closed=lambda _: self.cancel_all(),
             before_tick=self._report_load,
-            timeout=client._options.worker_timeout,
-            linger=client._options.batch_wait,
+            timeout=options.worker_timeout,
+            linger=options.batch_wait,
         )
-        self._calls = ForwardedCalls(self.session, self.link.wake, self._router, client._options)
+        self._calls = ForwardedCalls(self.session, self.link.wake, router, options)
 
     @property
     def in_flight(self) -> int:
+        """See :attr:`WorkerClient.in_flight`."""
         return len(self._calls.live)
 
     def announce(self, info: ModelInfo) -> None:
+        """Register a model with the master; before the handshake it does nothing, since all are registered then."""
         if self._unconfirmed is None:
-            # The handshake is still to come, and all models are announced after it.
             return
         try:
             self.session.register(info)
@@ -256,24 +311,28 @@ class MasterConnection:
         self.link.wake()
 
     def withdraw(self, name: str) -> None:
+        """Unregister a model at the master."""
         if self._unconfirmed is None:
             return
+        # No answer to its registration is waited for any more.
         self._on_model_answer(name)
         self.session.unregister(name)
         self.link.wake()
 
     def drain(self, reason: str) -> None:
+        """See :meth:`WorkerClient.drain`."""
+        self._draining = True
         if self._unconfirmed is not None:
             self.session.drain(reason)
             self._calls.requeue_uploading()
             self.link.wake()
 
     def cancel_all(self) -> None:
-        """Cancel everything that came over the link: it is over, and nobody is left to answer."""
+        """Cancel every call that came over the link: it is over, and there is no one left to answer. Idempotent."""
         self._calls.cancel_all()
 
     def _report_load(self) -> None:
-        pool = self.client._pool
+        pool = self._pool
         self.session.load = (pool.running, pool.waiting, pool.capacity)
         self.session.report_progress(
             (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.live.items()
@@ -294,7 +353,7 @@ class MasterConnection:
             case Handshake():
                 self._on_handshake(event)
             case ModelRegistered():
-                self.client.rejected_models.pop(event.name, None)
+                self._rejected_models.pop(event.name, None)
                 self._on_model_answer(event.name)
             case ModelRejected():
                 self._on_model_rejected(event.name, event.reason)
@@ -304,7 +363,7 @@ class MasterConnection:
             case Drain():
                 logger.info("the master is about to stop: %s", event.reason)
             case Shutdown():
-                self.client._on_shutdown_request(event.reason)
+                self._on_shutdown_request(event.reason)
 
     def _on_handshake(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
@@ -312,7 +371,7 @@ class MasterConnection:
         self._report_load()
         self.session.queue_heartbeat()
         self._unconfirmed = set()
-        if self.client._draining.is_set():
+        if self._draining:
             self.link.close_when_flushed("the worker is being stopped")
             return
         for info in self._router.catalog.infos():
@@ -327,18 +386,19 @@ class MasterConnection:
         self._master_blocked = bool(blocked)
 
     def _on_model_rejected(self, name: str, reason: str) -> None:
-        self.client.rejected_models[name] = reason
+        self._rejected_models[name] = reason
         logger.warning("the master refused a model: %s", reason, extra={"fields": {"model": name}})
 
     def _on_model_answer(self, name: str) -> None:
         assert self._unconfirmed is not None
         self._unconfirmed.discard(name)
-        if not self._unconfirmed and not self.client.connected:
+        if not self._unconfirmed and not self._registered:
+            self._registered = True
             self._on_registered()
 
     def _on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
         self._calls.on_sent(counts)
-        self.client._progress.unpark_all()
+        self._on_written()
 
 
 def _refusal(host: str, closed: LinkClosed) -> str:
