@@ -1,22 +1,20 @@
-"""HTTP on sockets: connections come in, are served, and end with the server.
+"""HTTP/1.1 on the connections that come in.
 
-A connection that fails for whatever reason is its own trouble and ends nobody else's. The application's lifespan is in
-``lifespan.py``, the connections are in ``connection.py``, and who reads them in ``net/readers.py``.
+The application's lifespan is in ``lifespan.py``, one connection in ``connection.py``, what all servers do with their
+connections in ``net/connections.py``, and what reads them in ``net/readers.py``.
 
-A client that stops reading while nobody wants to stop is dropped by the kernel, where there is such a limit.
+A client that stops reading, on a connection that does not end for another reason, is dropped by the kernel, where that
+has such a limit.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Final
 
 import trio
 
-from ..net.acceptor import accept_all
+from ..net.connections import OpenConnection, serve_connections
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
 from ..net.sockets import Listeners, close_all
@@ -27,8 +25,6 @@ from .lifespan import open_lifespan
 from .refusal import RenderRefusal, render_as_text
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "serve_http"]
-
-logger = logging.getLogger("trio_cluster.http")
 
 #: Seconds that a connection may be idle between requests; longer than the usual load balancer's 60, which
 #: then is the one that closes, and never in the instant in which it sends. Also bounds how long a request's
@@ -67,89 +63,30 @@ async def serve_http(
         LifespanError: the application could not start, or could not shut down; in an exception group.
     """
     state: dict[str, Any] = {}
+
+    def prepare(nursery: trio.Nursery) -> OpenConnection:
+        reader, idle = _reader(listeners, nursery), IdleTimeout(KEEP_ALIVE)
+        nursery.start_soon(reader.run)
+        nursery.start_soon(idle.run)
+
+        def open_connection(stream: ByteStream) -> Http1Connection:
+            return Http1Connection(stream, app, state, reader, idle, render_refusal)
+
+        return open_connection
+
     try:
         async with open_lifespan(app, state):
             for listener in listeners:
                 listener.limit_unread_time(UNREAD_TIME)
-            connections = _Connections(app, state, render_refusal)
-            await connections.serve(listeners, shutdown_trigger, grace, task_status)
+            await serve_connections(
+                listeners, prepare, shutdown_trigger=shutdown_trigger, grace=grace, task_status=task_status
+            )
     finally:
         close_all(listeners)
 
 
-class _Connections:
-    """All connections of one server."""
-
-    def __init__(self, app: App, state: dict[str, Any], render_refusal: RenderRefusal) -> None:
-        self._app = app
-        self._state = state
-        self._render_refusal = render_refusal
-        # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
-        self._open: dict[Http1Connection, None] = {}
-        self._empty = trio.Event()
-        self._idle = IdleTimeout(KEEP_ALIVE)
-        self._reader: Reader
-
-    async def serve(
-        self,
-        listeners: Listeners,
-        shutdown_trigger: Callable[[], Awaitable[object]],
-        grace: float,
-        task_status: trio.TaskStatus[None],
-    ) -> None:
-        """Accept until ``shutdown_trigger`` returns, then drain, then close what is left."""
-        async with trio.open_nursery() as handlers:
-            handlers.start_soon(self._close_when_cancelled)
-            self._reader = _reader(listeners, handlers)
-            handlers.start_soon(self._reader.run)
-            handlers.start_soon(self._idle.run)
-            async with trio.open_nursery() as acceptors:
-                admit = partial(self._admit, handlers)
-                for listener in listeners:
-                    acceptors.start_soon(accept_all, listener, admit)
-                task_status.started()
-                await shutdown_trigger()
-                acceptors.cancel_scope.cancel(reason="the server takes no more connections")
-            for connection in list(self._open):
-                connection.close_when_idle()
-            with trio.move_on_after(grace) if math.isfinite(grace) else trio.CancelScope():
-                while self._open:
-                    self._empty = trio.Event()
-                    await self._empty.wait()
-            handlers.cancel_scope.cancel(reason="the server has stopped")
-
-    def _admit(self, handlers: trio.Nursery, stream: ByteStream) -> None:
-        try:
-            connection = Http1Connection(
-                stream, self._app, self._state, self._reader, self._idle, self._render_refusal
-            )
-        except OSError:
-            # The client has left before its address could be read.
-            stream.close()
-            return
-        self._open[connection] = None
-        handlers.start_soon(self._serve_one, connection)
-
-    async def _serve_one(self, connection: Http1Connection) -> None:
-        try:
-            await connection.serve()
-        except Exception:
-            logger.exception("a connection failed")
-        finally:
-            del self._open[connection]
-            if not self._open:
-                self._empty.set()
-
-    async def _close_when_cancelled(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            for connection in list(self._open):
-                connection.close()
-
-
 def _reader(listeners: Listeners, nursery: trio.Nursery) -> Reader:
-    """Return who reads the connections that come in there."""
+    """Return what reads the connections that come in there."""
     if has_epoll() and all(listener.shares_descriptors for listener in listeners):
         return SharedReader()
     return TaskReader(nursery)

@@ -1,0 +1,127 @@
+"""A server's connections: they come in, are served, and end with the server.
+
+A connection that fails, for whatever reason, ends no other one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol, TypeAlias
+
+import trio
+
+from .acceptor import accept_all
+from .sockets import Listeners
+from .streams import ByteStream
+
+__all__ = ["Connection", "OpenConnection", "serve_connections"]
+
+logger = logging.getLogger("trio_cluster.http")
+
+
+class Connection(Protocol):
+    """A connection, as the server that it belongs to sees it."""
+
+    async def serve(self) -> None:
+        """Serve the connection until it is over, and close it. An exception is logged."""
+        ...
+
+    def close_when_idle(self) -> None:
+        """Take no more requests: close now if none is being answered, otherwise after it. Synchronous."""
+        ...
+
+    def close(self) -> None:
+        """Close it now. Synchronous, idempotent. What has been written is still delivered."""
+        ...
+
+
+#: Makes a connection of a stream. Synchronous. Raises ``OSError`` if the client has left already.
+OpenConnection: TypeAlias = Callable[[ByteStream], Connection]
+
+
+async def serve_connections(
+    listeners: Listeners,
+    prepare: Callable[[trio.Nursery], OpenConnection],
+    *,
+    shutdown_trigger: Callable[[], Awaitable[object]],
+    grace: float,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve connections until ``shutdown_trigger`` returns, and then until they have ended.
+
+    From then on no new connection is taken, idle ones are closed, and the others have ``grace`` seconds to finish. What
+    is left after that is cancelled, and its connections are closed. Cancelling this function does the same without
+    grace.
+
+    Args:
+        listeners: where connections come in; closed when no new ones are taken.
+        prepare: called once with the nursery that connections are served in, to start in it what all of them need.
+        shutdown_trigger: returns when it is time to stop.
+        grace: seconds; may be infinite.
+        task_status: started when connections are accepted.
+    """
+    await _Connections(grace).serve(listeners, prepare, shutdown_trigger, task_status)
+
+
+class _Connections:
+    """All connections of one server."""
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
+        self._open: dict[Connection, None] = {}
+        self._empty = trio.Event()
+
+    async def serve(
+        self,
+        listeners: Listeners,
+        prepare: Callable[[trio.Nursery], OpenConnection],
+        shutdown_trigger: Callable[[], Awaitable[object]],
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._close_when_cancelled)
+            admit = partial(self._admit, nursery, prepare(nursery))
+            async with trio.open_nursery() as acceptors:
+                for listener in listeners:
+                    acceptors.start_soon(accept_all, listener, admit)
+                task_status.started()
+                await shutdown_trigger()
+                acceptors.cancel_scope.cancel(reason="the server takes no more connections")
+            for connection in list(self._open):
+                connection.close_when_idle()
+            with trio.move_on_after(self._grace) if math.isfinite(self._grace) else trio.CancelScope():
+                while self._open:
+                    self._empty = trio.Event()
+                    await self._empty.wait()
+            nursery.cancel_scope.cancel(reason="the server has stopped")
+
+    def _admit(self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream) -> None:
+        try:
+            connection = open_connection(stream)
+        except OSError:
+            # The client has left before its address could be read.
+            stream.close()
+            return
+        self._open[connection] = None
+        nursery.start_soon(self._serve_one, connection)
+
+    async def _serve_one(self, connection: Connection) -> None:
+        try:
+            await connection.serve()
+        except Exception:
+            logger.exception("a connection failed")
+        finally:
+            del self._open[connection]
+            if not self._open:
+                self._empty.set()
+
+    async def _close_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            for connection in list(self._open):
+                connection.close()
