@@ -1,4 +1,4 @@
-"""What the tests of this room have in common."""
+"""Shared by all tests of lifetimes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from werkzeug.routing import Rule
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_urls_are_built() -> Iterator[None]:
-    """Do not compile what builds URLs from routes: nobody does that here, and it is half of what a cluster costs."""
+    """Do not compile what builds URLs from routes: it takes half of the time of opening a cluster, and is not used."""
 
     def compile_builder(self: Rule, append_unknown: bool = True) -> Any:
         def build(*args: Any) -> Any:

@@ -40,8 +40,8 @@ CAUSES: Final = {
     "client_leaves": "the client closes its connection (FIN)",
     "client_resets": "the client resets its connection (RST)",
     "silence": "deadline: silence for longer than `default_timeout`",
-    "read_timeout": "deadline: silence for longer than the client's `x-stainless-read-timeout`",
-    "budget": "deadline: the client's `x-request-timeout` is used up",
+    "idle_timeout": "deadline: silence for longer than the client's `x-stainless-read-timeout`",
+    "total_timeout": "deadline: the client's `x-request-timeout` is used up",
     "operator": "an operator cancels it",
     "worker_killed": "the worker's process is killed",
     "worker_frozen": "the worker's process is frozen",
@@ -179,8 +179,8 @@ LAW: Final[dict[str, dict[str, Entry]]] = {
     "client_leaves": _gone(),
     "client_resets": _gone(),
     "silence": _silence("T"),
-    "read_timeout": _silence("R"),
-    "budget": _row(
+    "idle_timeout": _silence("R"),
+    "total_timeout": _row(
         uploading=Cell("408", "never", "U"),
         forwarding=Cell("504", "never", "B+G", "cancelled"),
         queued=Cell("504", "never", "B", "timed_out", "timed_out"),

@@ -1,4 +1,4 @@
-"""The scenario on which the law is played: a simulated cluster, one handler that does what it is told, one client."""
+"""The scenario in which the law of lifetimes is tested: a simulated cluster, one scripted handler, one client."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ LATENCY: Final = 0.01
 MODEL: Final = "m"
 REQUEST_ID: Final = "the-one"
 
-#: Characters of one large piece of output; half a dozen of them fill every window and buffer on the way. No multiple
-#: of anything, so that nothing that is cut on the way is cut where a piece ends.
+#: Characters of one large piece of output; half a dozen of them fill every window and buffer on the path. Not a
+#: multiple of any buffer size, so that what is split on the path is not split where a piece ends.
 LARGE: Final = 200_001
 
 Phase = Literal["waiting", "streaming", "blocked", "ending"]
 
 
-# What is asked, and how its answer is judged
+# Requests, and how their responses are checked
 
 
 @attrs.frozen
 class Endpoint:
-    """A route, how to ask it, and how to read what it answers."""
+    """A route, a request for it, and how to check its response."""
 
     path: str
     kind: str
-    way: Literal["events", "audio", "whole"]
-    """How the answer is sent: as events, as audio that comes as it is made, or when it is complete."""
+    delivery: Literal["events", "audio", "whole"]
+    """How the response is sent: as events, as audio while it is made, or when it is complete."""
     fields: Mapping[str, Any]
     outputs: tuple[Any, Any]
     check: Callable[[Response, list[Any]], None]
-    """Fails if a complete answer does not hold exactly what the handler gave."""
+    """Fails if a complete response does not hold exactly what the handler gave."""
 
     @property
     def large(self) -> Any:
         return bytes(LARGE) if self.kind == "tts" else "x" * LARGE
 
     def request(self, padding: int = 0) -> tuple[bytes, str]:
-        """Return the body of a request, made longer by about so many bytes, and its content type."""
+        """Return the body of a request, made longer by about ``padding`` bytes, and its content type."""
         if self.kind == "asr":
             return _form(bytes(100 + padding)), "multipart/form-data; boundary=B"
         body = {"model": MODEL, **self.fields, "padding": "p" * padding}
@@ -67,28 +67,28 @@ def _form(audio: bytes) -> bytes:
     )
 
 
-def _check_events(answer: Response, outputs: list[Any]) -> None:
-    assert answer.report().text == "".join(outputs)
+def _check_events(response: Response, outputs: list[Any]) -> None:
+    assert response.report().text == "".join(outputs)
 
 
-def _check_chat(answer: Response, outputs: list[Any]) -> None:
-    assert answer.json()["choices"][0]["message"]["content"] == "".join(outputs)
+def _check_chat(response: Response, outputs: list[Any]) -> None:
+    assert response.json()["choices"][0]["message"]["content"] == "".join(outputs)
 
 
-def _check_vectors(answer: Response, outputs: list[Any]) -> None:
-    assert [each["embedding"] for each in answer.json()["data"]] == outputs
+def _check_vectors(response: Response, outputs: list[Any]) -> None:
+    assert [each["embedding"] for each in response.json()["data"]] == outputs
 
 
-def _check_transcription(answer: Response, outputs: list[Any]) -> None:
-    assert answer.json()["text"] == "".join(outputs)
+def _check_transcription(response: Response, outputs: list[Any]) -> None:
+    assert response.json()["text"] == "".join(outputs)
 
 
-def _check_audio(answer: Response, outputs: list[Any]) -> None:
-    assert answer.body == b"".join(outputs)
+def _check_audio(response: Response, outputs: list[Any]) -> None:
+    assert response.body == b"".join(outputs)
 
 
-def _check_images(answer: Response, outputs: list[Any]) -> None:
-    assert [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]] == outputs
+def _check_images(response: Response, outputs: list[Any]) -> None:
+    assert [base64.b64decode(each["b64_json"]) for each in response.json()["data"]] == outputs
 
 
 _MESSAGES: Final = [{"role": "user", "content": "hi"}]
@@ -123,14 +123,16 @@ ENDPOINTS: Final[dict[str, Endpoint]] = {
 
 
 class Script:
-    """What the one handler is to do, and what it went through.
+    """What the handler is to do, and the record of what it did.
 
     Attributes:
-        phase: in which it stops and waits for :attr:`go`.
-        fails: it raises when it goes on.
-        hangs: seconds that it goes on after it was cancelled.
-        log: what it went through, each with the time.
+        endpoint: that it answers.
+        phase: in which it waits for :attr:`go`.
+        fails: it raises when it continues.
+        hangs: seconds for which it continues after it was cancelled.
+        log: what happened in it, each event with its time.
         given: the output it has given.
+        deadline: the effective deadline that it had when it last waited.
     """
 
     def __init__(self, endpoint: Endpoint, phase: Phase) -> None:
@@ -151,7 +153,7 @@ class Script:
         return [word for _, word in self.log]
 
     def steps(self) -> Iterator[Any]:
-        """Yield what to give, and ``None`` where to wait."""
+        """Yield each piece of output to give, and ``None`` where to wait."""
         first, last = self.endpoint.outputs
         if self.phase == "waiting":
             yield None
@@ -169,7 +171,7 @@ class Script:
         await self.go.wait()
         if self.fails:
             self.note("raises")
-            raise RuntimeError("as the script says")
+            raise RuntimeError("the script says so")
 
     async def hang(self) -> None:
         with trio.CancelScope(shield=True):
@@ -217,7 +219,7 @@ class Script:
 
 
 async def endless(request: Any) -> AsyncIterator[str]:
-    """Be a handler that keeps its slot, and is never silent."""
+    """A handler that keeps its slot, and is never silent."""
     while True:
         yield "more "
         await trio.sleep(1)
@@ -227,18 +229,22 @@ async def endless(request: Any) -> AsyncIterator[str]:
 
 
 class Caller:
-    """Somebody who sends one request.
+    """A client that sends one request.
 
     Args:
-        parts: in how many pieces to send the body; the last one waits for :attr:`send_rest`.
-        reads: whether to read at once, or not before :attr:`read_on`.
+        cluster: where it runs.
+        endpoint: that it sends the request to.
+        padding: bytes by which the body is made longer.
+        whole: send the whole body at once; otherwise its second half waits for :attr:`send_rest`.
+        reads: read at once; otherwise not before :attr:`read_on`.
+        headers: sent with the request.
 
     Attributes:
-        answer: as far as it came; ``None`` if there was nothing.
+        response: as far as it was received; ``None`` if there was none.
         asked_at: when it began to send.
-        ended_at: when there was nothing more to come.
-        left: it was the client who ended it.
-        pace: seconds that it takes its time after each piece that it reads.
+        ended_at: when nothing more could come; ``None`` until then.
+        left: the client closed the connection.
+        pace: seconds for which it pauses after each piece that it reads.
     """
 
     def __init__(
@@ -262,28 +268,28 @@ class Caller:
             self.send_rest.set()
         if reads:
             self.read_on.set()
-        self.answer: Response | None = None
+        self.response: Response | None = None
         self.asked_at = math.nan
         self.ended_at: float | None = None
         self.left = False
         self.pace = 0.0
 
     async def run(self) -> None:
-        """Send the request, and take its answer."""
+        """Send the request, and receive its response."""
         self._stream = await self._cluster.network.host("client").connect("master", 8080)
         self.asked_at = trio.current_time()
         try:
-            self.answer = await self._context()
+            self.response = await self._send_and_receive()
         finally:
             self.ended_at = trio.current_time()
             self._stream.close()
 
     def leave(self, *, reset: bool = False) -> None:
-        """Close the connection, or reset it."""
+        """Close the connection, or reset it. Synchronous."""
         self.left = True
         self._stream.close(reset=reset)
 
-    async def _context(self) -> Response | None:
+    async def _send_and_receive(self) -> Response | None:
         body, content_type = self._endpoint.request(self._padding)
         headers = {
             "host": "master",
@@ -302,9 +308,9 @@ class Caller:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_rest, http, body[half:])
             await self.read_on.wait()
-            answer = await self._receive(http)
+            response = await self._receive(http)
             nursery.cancel_scope.cancel()
-        return answer
+        return response
 
     async def _send_rest(self, http: h11.Connection, rest: bytes) -> None:
         await self.send_rest.wait()
@@ -319,12 +325,12 @@ class Caller:
             while event is h11.NEED_DATA:
                 http.receive_data(await self._stream.receive_some())
                 event = http.next_event()
-            answer = StreamingResponse(self._stream, http, event)
+            response = StreamingResponse(self._stream, http, event)
             with suppress(trio.EndOfChannel):
                 while self.pace:
-                    await answer.receive()
+                    await response.receive()
                     await trio.sleep(self.pace)
-            return await answer.finish()
+            return await response.finish()
         except (trio.BrokenResourceError, h11.RemoteProtocolError):
             return None
         except trio.ClosedResourceError:
@@ -332,11 +338,11 @@ class Caller:
             return None
 
 
-# All together
+# The scenario
 
 
 class Scenario:
-    """Everything that one test needs."""
+    """Everything that one test needs: the cluster, the handler and the clients."""
 
     def __init__(
         self, cluster: SimulatedCluster, back: ClusterServer, script: Script, nursery: trio.Nursery
@@ -354,10 +360,10 @@ class Scenario:
         return self.cluster.master.server
 
     def occupy(self) -> None:
-        """Have the only slot taken, by somebody who is in nobody's way otherwise."""
-        self.nursery.start_soon(self._be_a_neighbour)
+        """Take the only slot, by a request of another client."""
+        self.nursery.start_soon(self._run_neighbour)
 
-    async def _be_a_neighbour(self) -> None:
+    async def _run_neighbour(self) -> None:
         with self._neighbour, suppress(OSError):
             await self.cluster.client("neighbour").chat("endless")
 
@@ -366,7 +372,7 @@ class Scenario:
         self._neighbour.cancel()
 
     def watch(self) -> None:
-        """Find the call on every node, and note when its work has stopped there."""
+        """Find the call on every node, and record when its slot is released there."""
         for name, server in {"master": self.master, "back": self.back}.items():
             for call in server.router.calls_of(REQUEST_ID):
                 if name not in self.calls:
@@ -387,7 +393,7 @@ async def open_scenario(
     fast_path: bool = True,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
-    """Open a cluster that serves the one model, on a worker or on the master itself, with one slot."""
+    """Open a cluster that serves one model, on a worker or on the master itself."""
     script = Script(endpoint, phase)
     async with (
         open_cluster(latency=LATENCY, fast_path=fast_path, **options) as cluster,
@@ -399,4 +405,4 @@ async def open_scenario(
         if forwarded:
             await cluster.start_worker(back)
         yield Scenario(cluster, back, script, nursery)
-        nursery.cancel_scope.cancel(reason="the play is over")
+        nursery.cancel_scope.cancel(reason="the test is over")

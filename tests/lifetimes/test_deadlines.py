@@ -1,4 +1,4 @@
-"""Deadlines travel: what counts, from when, and that a handler knows how much is left for it."""
+"""Deadlines are propagated: what counts, from when, and that a handler knows how much time is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES: Final = pytest.mark.parametrize("forwarded", [False, True], ids=["local"
 def call(
     scenario: Scenario, *, endpoint: str = "chat-stream", whole: bool = True, padding: int = 0, **headers: Any
 ) -> Caller:
-    """Have somebody ask; ``headers`` with underscores for dashes."""
+    """Send a request; ``headers`` have underscores instead of dashes."""
     named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
     caller = Caller(scenario.cluster, ENDPOINTS[endpoint], padding=padding, whole=whole, reads=True, **named)
     scenario.nursery.start_soon(caller.run)
@@ -55,7 +55,7 @@ async def asked(forwarded: bool, phase: Phase = "waiting", **options: Any) -> As
         (math.inf, {}, math.inf),
     ],
 )
-async def test_the_smallest_limit_is_the_deadline_that_the_handler_sees(
+async def test_the_smallest_limit_is_the_deadline_of_the_handler(
     forwarded: bool, server: float, headers: dict[str, float], limit: float, autojump_clock: MockClock
 ) -> None:
     async with asked(forwarded, default_timeout=server) as scenario:
@@ -66,7 +66,7 @@ async def test_the_smallest_limit_is_the_deadline_that_the_handler_sees(
 
 
 @pytest.mark.parametrize(("master", "worker"), [(5, 20), (20, 5)])
-async def test_the_stricter_one_of_master_and_worker_holds(
+async def test_the_smaller_timeout_of_master_and_worker_applies(
     master: float, worker: float, autojump_clock: MockClock
 ) -> None:
     async with asked(True, default_timeout=worker) as scenario:
@@ -91,7 +91,7 @@ async def test_the_time_in_the_queue_counts(forwarded: bool, autojump_clock: Moc
 
 
 @PLACES
-async def test_a_budget_that_is_used_up_in_the_queue_never_reaches_a_handler(
+async def test_a_request_whose_deadline_passes_in_the_queue_never_reaches_a_handler(
     forwarded: bool, autojump_clock: MockClock
 ) -> None:
     async with asked(forwarded, queue_timeout=100) as scenario:
@@ -99,17 +99,15 @@ async def test_a_budget_that_is_used_up_in_the_queue_never_reaches_a_handler(
         await trio.sleep(1)
         caller = call(scenario, x_request_timeout=7)
         await trio.sleep(8)
-        assert caller.answer is not None
-        assert (caller.answer.status, caller.answer.error["code"]) == (504, "timeout")
+        assert caller.response is not None
+        assert (caller.response.status, caller.response.error["code"]) == (504, "timeout")
         scenario.free_the_slot()
         await trio.sleep(10)
         assert scenario.script.words == []
 
 
 @PLACES
-async def test_the_time_that_the_client_takes_for_its_upload_does_not_count(
-    forwarded: bool, autojump_clock: MockClock
-) -> None:
+async def test_the_time_of_the_upload_does_not_count(forwarded: bool, autojump_clock: MockClock) -> None:
     async with asked(forwarded) as scenario:
         caller = call(scenario, whole=False, x_request_timeout=7, x_stainless_read_timeout=7)
         await trio.sleep(12)
@@ -118,7 +116,7 @@ async def test_the_time_that_the_client_takes_for_its_upload_does_not_count(
         assert scenario.script.deadline - scenario.script.log[0][0] == pytest.approx(7)
 
 
-async def test_the_time_on_the_link_counts_for_the_whole_answer_and_not_as_silence_of_the_model(
+async def test_the_time_on_the_link_counts_for_the_total_timeout_and_not_for_the_idle_timeout(
     autojump_clock: MockClock,
 ) -> None:
     async with asked(True, default_timeout=20) as scenario:
@@ -127,7 +125,7 @@ async def test_the_time_on_the_link_counts_for_the_whole_answer_and_not_as_silen
         await trio.sleep(10)
         started = scenario.script.log[0][0]
         assert started - caller.asked_at > 2
-        # Counted from the moment at which the worker has heard of it; what its body took was a part.
+        # Counted from when the worker received the call; the time that the body took is part of it.
         assert scenario.script.deadline == pytest.approx(caller.asked_at + 15 + 0.5, abs=0.2)
     async with asked(True, default_timeout=20) as scenario:
         scenario.cluster.workers["w"].link.delay(0.5)
@@ -138,36 +136,36 @@ async def test_the_time_on_the_link_counts_for_the_whole_answer_and_not_as_silen
 
 @PLACES
 @pytest.mark.parametrize("endpoint", ["chat-stream", "completions-stream", "chat"])
-async def test_an_answer_that_is_late_is_a_failure_and_has_no_reason_to_have_finished(
+async def test_a_response_that_is_late_is_a_failure_without_a_finish_reason(
     forwarded: bool, endpoint: str, autojump_clock: MockClock
 ) -> None:
     async with asked(forwarded, "streaming") as scenario:
         caller = call(scenario, endpoint=endpoint, x_request_timeout=7)
         await trio.sleep(9)
-        answer = caller.answer
-        assert answer is not None
+        response = caller.response
+        assert response is not None
         if endpoint == "chat":
-            assert (answer.status, answer.error["code"]) == (504, "timeout")
+            assert (response.status, response.error["code"]) == (504, "timeout")
         else:
-            report = answer.report()
+            report = response.report()
             assert report.error is not None
             assert (report.ending, report.error["code"], report.finish_reasons) == ("failed", "timeout", {})
-        assert answer.error["type"] == "timeout_error" if endpoint == "chat" else True
+        assert response.error["type"] == "timeout_error" if endpoint == "chat" else True
 
 
-async def silent_and_deaf(request: Any, provider: Any) -> None:
+async def silent_and_shielded(request: Any, provider: Any) -> None:
     with trio.CancelScope(shield=True):
         await trio.sleep(30)
 
 
-async def busy_and_deaf(request: Any, provider: Any) -> None:
+async def busy_and_shielded(request: Any, provider: Any) -> None:
     with trio.CancelScope(shield=True):
         for _ in range(30):
             await provider.push("more ")
             await trio.sleep(1)
 
 
-async def fast_and_deaf(request: Any, provider: Any) -> None:
+async def fast_and_shielded(request: Any, provider: Any) -> None:
     with trio.CancelScope(shield=True):
         until = trio.current_time() + 30
         while trio.current_time() < until:
@@ -176,31 +174,31 @@ async def fast_and_deaf(request: Any, provider: Any) -> None:
 
 
 @PLACES
-async def test_not_even_a_deaf_handler_that_is_always_ahead_of_its_client_outlasts_the_budget(
+async def test_a_shielded_handler_that_is_always_ahead_of_its_client_does_not_exceed_the_total_timeout(
     forwarded: bool, autojump_clock: MockClock
 ) -> None:
     async with asked(forwarded, default_timeout=20) as scenario:
         scenario.back.unregister_model(MODEL)
-        scenario.back.register_chat(MODEL, fast_and_deaf)
+        scenario.back.register_chat(MODEL, fast_and_shielded)
         await trio.sleep(1)
         caller = call(scenario, x_request_timeout=7)
-        # Slow enough for there always to be something that waits.
+        # So slow that some output always waits.
         caller.pace = 0.1
         await trio.sleep(15)
-        assert caller.answer is not None
-        report = caller.answer.report()
+        assert caller.response is not None
+        report = caller.response.report()
         assert report.error is not None
         assert (report.ending, report.error["code"]) == ("failed", "timeout")
         assert caller.ended_at is not None
-        # What was on its way to a slow client takes its time.
+        # What was under way to a slow client takes longer.
         assert caller.ended_at - caller.asked_at < 7 + GRACE + 6
         await trio.sleep(20)
 
 
 @PLACES
 @pytest.mark.parametrize("endpoint", ["chat-stream", "chat"])
-@pytest.mark.parametrize("handler", [silent_and_deaf, busy_and_deaf], ids=["silent", "busy"])
-async def test_a_handler_that_is_deaf_keeps_its_slot_but_not_its_client(
+@pytest.mark.parametrize("handler", [silent_and_shielded, busy_and_shielded], ids=["silent", "busy"])
+async def test_a_shielded_handler_keeps_its_slot_but_not_its_client(
     forwarded: bool, endpoint: str, handler: Any, autojump_clock: MockClock
 ) -> None:
     async with asked(forwarded, default_timeout=20) as scenario:
@@ -210,14 +208,14 @@ async def test_a_handler_that_is_deaf_keeps_its_slot_but_not_its_client(
         caller = call(scenario, endpoint=endpoint, x_request_timeout=7)
         await trio.sleep(15)
         assert caller.ended_at is not None
-        # The busy one is asked again when it gives its next piece.
+        # The deadline of the busy one is checked when it gives its next piece.
         assert 7 < caller.ended_at - caller.asked_at <= 7 + GRACE + 1 + 4 * LATENCY
         assert scenario.back.pool.running == 1
         await trio.sleep(16)
         assert scenario.back.pool.running == 0
         if endpoint == "chat":
-            assert caller.answer is not None
-            assert caller.answer.status == 504
-        elif handler is busy_and_deaf:
-            assert caller.answer is not None
-            assert caller.answer.report().ending == "failed"
+            assert caller.response is not None
+            assert caller.response.status == 504
+        elif handler is busy_and_shielded:
+            assert caller.response is not None
+            assert caller.response.report().ending == "failed"

@@ -1,4 +1,4 @@
-"""The whole law, cell by cell, in virtual time."""
+"""The whole law of lifetimes, cell by cell, in virtual time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trio_cluster.gateway.cycle import DRAIN_TIME
 from trio_cluster.gateway.deadlines import GRACE
 from trio_cluster.testing import settle
 
-#: The options of every node, each limit different from all others.
+#: The options of every node. All limits differ from each other, so that a test shows which one was applied.
 OPTIONS: Final[dict[str, Any]] = {
     "default_timeout": 20.0,
     "worker_timeout": 15.0,
@@ -24,24 +24,24 @@ OPTIONS: Final[dict[str, Any]] = {
     "queue_timeout": 100.0,
     "max_concurrency": 1,
 }
-READ_TIMEOUT: Final = 9.0
-BUDGET: Final = 7.0
+IDLE_TIMEOUT: Final = 9.0
+TOTAL_TIMEOUT: Final = 7.0
 HANGS: Final = 4.0
-LAST_WORDS: Final = 2.0
+LAST_EVENTS: Final = 2.0
 
-#: Seconds from one end of the link to the other where the body is to be caught on its way.
+#: The latency of the link, in seconds, for cells in which the body is on its way to the worker.
 SLOW_LINK: Final = 6.0
-#: A deadline has to pass meanwhile; a drain must not take longer than it may.
-LINKS: Final = {
+#: The same for causes that need another one: a deadline must pass meanwhile, a drain must end before its timeout.
+SLOW_LINKS: Final = {
     "silence": 8.0,
-    "read_timeout": 5.0,
-    "budget": 5.0,
+    "idle_timeout": 5.0,
+    "total_timeout": 5.0,
     "master_drains": 0.6,
     "worker_drains": 0.4,
 }
 PADDING: Final = 900_000
 
-#: Seconds after each piece that a slow client reads: it needs more than LAST_WORDS for what is on its way.
+#: Seconds for which a slow client pauses after each piece: it needs more than LAST_EVENTS for what is under way.
 PACE: Final = 0.4
 
 #: Seconds by which computed times may differ.
@@ -51,48 +51,48 @@ BOUNDS: Final = {
     "0": 0.0,
     "T": OPTIONS["default_timeout"],
     "T+G": OPTIONS["default_timeout"] + GRACE,
-    "R": READ_TIMEOUT,
-    "R+G": READ_TIMEOUT + GRACE,
-    "B": BUDGET,
-    "B+G": BUDGET + GRACE,
+    "R": IDLE_TIMEOUT,
+    "R+G": IDLE_TIMEOUT + GRACE,
+    "B": TOTAL_TIMEOUT,
+    "B+G": TOTAL_TIMEOUT + GRACE,
     "W": OPTIONS["worker_timeout"],
     "D": OPTIONS["drain_timeout"],
     "U": BODY_IDLE_TIMEOUT + DRAIN_TIME,
-    "V": LAST_WORDS,
+    "V": LAST_EVENTS,
     "h": HANGS,
 }
 
-#: Those that are counted from the last that was heard, which may have been a heartbeat ago.
+#: Bounds that are counted from the last message, which may have been a heartbeat ago: by how much they may be shorter.
 EARLIER: Final = {"W": OPTIONS["heartbeat_interval"]}
 
 HEADERS: Final = {
-    "read_timeout": {"x-stainless-read-timeout": str(READ_TIMEOUT)},
-    "budget": {"x-request-timeout": str(BUDGET)},
+    "idle_timeout": {"x-stainless-read-timeout": str(IDLE_TIMEOUT)},
+    "total_timeout": {"x-request-timeout": str(TOTAL_TIMEOUT)},
 }
 
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
-#: The ways that a token can go: written to its client where it comes in, or not; waiting for others on a busy link, or
-#: not. The law is the same on all of them.
-WAYS: Final[dict[str, dict[str, Any]]] = {
-    "short": {},
-    "ordinary": {"fast_path": False},
+#: The paths that a token can take: written to its client in the task that receives it, or not; waiting for others on a
+#: busy link, or not. The law is the same on all of them.
+PATHS: Final[dict[str, dict[str, Any]]] = {
+    "fast": {},
+    "slow": {"fast_path": False},
     "unbatched": {"batch_wait": 0.0},
-    "ordinary_unbatched": {"fast_path": False, "batch_wait": 0.0},
+    "slow_unbatched": {"fast_path": False, "batch_wait": 0.0},
 }
-#: What is played on all of them in any case: answers that are sent as they come.
+#: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
 
 
 def impossible(cause: str, phase: str, endpoint: Endpoint, forwarded: bool) -> str | None:
-    """Return why there is no such cell, if there is none."""
+    """Return why this cell cannot happen; ``None`` if it can."""
     entry = LAW[cause][phase]
     if isinstance(entry, Impossible):
         return entry.why
     if not forwarded and (phase == "forwarding" or cause.startswith(FORWARDED_ONLY)):
         return "the handler runs in the master's process: there is no worker, and no link"
-    if phase == "blocked" and endpoint.way == "whole":
-        return "the answer is sent when it is complete: no handler waits for the client"
+    if phase == "blocked" and endpoint.delivery == "whole":
+        return "the response is sent when it is complete: no handler waits for the client"
     return None
 
 
@@ -104,35 +104,42 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                     for how in ("async", "threaded"):
                         if brief and not (endpoint in SAMPLE and how == "async"):
                             continue
-                        # Not skipped: what has to be skipped somewhere would be lost among a thousand of these.
+                        # Left out, not skipped: a test that was skipped for a real reason would be lost among these.
                         if impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded"):
                             continue
                         cell = f"{cause}-{phase}-{endpoint}-{place}-{how}"
-                        yield pytest.param(cause, phase, endpoint, place, how, "short", id=cell)
+                        yield pytest.param(cause, phase, endpoint, place, how, "fast", id=cell)
                         if all_ways or (endpoint in SAMPLE and how == "async"):
-                            for way in ways(place, all_ways=all_ways):
+                            for path in other_paths(place, all_ways=all_ways):
                                 yield pytest.param(
-                                    cause, phase, endpoint, place, how, way, id=f"{cell}-{way}"
+                                    cause, phase, endpoint, place, how, path, id=f"{cell}-{path}"
                                 )
 
 
-def ways(place: str, *, all_ways: bool) -> list[str]:
-    """Return in which other ways to play a cell, besides the one that nodes take by themselves."""
+def other_paths(place: str, *, all_ways: bool) -> list[str]:
+    """Return the other paths on which to test a cell, besides the one that nodes take by default."""
     if place == "local":
         # There is no link on which a token could wait.
-        return ["ordinary"]
-    return list(WAYS)[1:] if all_ways else ["ordinary", "unbatched"]
+        return ["slow"]
+    return list(PATHS)[1:] if all_ways else ["slow", "unbatched"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cause" in metafunc.fixturenames:
-        names = ("cause", "phase", "endpoint", "place", "how", "way")
+        names = ("cause", "phase", "endpoint", "place", "how", "path")
         options = metafunc.config.option
         metafunc.parametrize(names, list(cells(all_ways=options.all_ways, brief=options.brief)))
 
 
 class CellTest:
-    """One cell, played."""
+    """The test of one cell.
+
+    Attributes:
+        link: latency of the link, in seconds.
+        began: when the client began to send its request.
+        since: when the cause happened; bounds are counted from it.
+        now: when everything should have followed.
+    """
 
     def __init__(
         self, scenario: Scenario, cause: str, phase: str, endpoint: Endpoint, forwarded: bool
@@ -158,14 +165,14 @@ class CellTest:
     # Before
 
     async def reach_the_phase(self) -> None:
-        """Have the request in its phase; the clock has moved by no more than the messages needed."""
+        """Bring the request into its phase; the clock advances by no more than the messages need."""
         scenario = self.scenario
         if self.phase == "queued":
             scenario.occupy()
             await trio.sleep(1)
         if self.phase == "forwarding":
-            # A black hole has no other side to be slow; deadlines need a link that is slower than they are long.
-            self.link = LINKS.get(self.cause, SLOW_LINK)
+            # The body must still be on its way when the cause happens, and when the deadline passes.
+            self.link = SLOW_LINKS.get(self.cause, SLOW_LINK)
             scenario.cluster.workers["w"].link.delay(self.link)
         scenario.nursery.start_soon(self.caller.run)
         await trio.sleep(0.5)
@@ -193,7 +200,7 @@ class CellTest:
     # The cause
 
     async def happen(self) -> None:
-        """Let the cause happen; ``self.since`` is when."""
+        """Let the cause happen."""
         self.since = trio.current_time()
         await getattr(self, f"_{self.cause}")()
 
@@ -206,17 +213,17 @@ class CellTest:
     async def _silence(self) -> None:
         self.since = self.began
 
-    async def _read_timeout(self) -> None:
+    async def _idle_timeout(self) -> None:
         self.since = self.began
 
-    async def _budget(self) -> None:
+    async def _total_timeout(self) -> None:
         self.since = self.began
 
     async def _operator(self) -> None:
         operator = self.scenario.cluster.client("operator")
-        answer = await operator.post(f"/cluster/calls/{REQUEST_ID}/cancel", {})
-        assert answer.json() == {"request_id": REQUEST_ID, "cancelled": 1}
-        # It has taken effect when the answer was sent, not when it came.
+        response = await operator.post(f"/cluster/calls/{REQUEST_ID}/cancel", {})
+        assert response.json() == {"request_id": REQUEST_ID, "cancelled": 1}
+        # It took effect when the response was sent, not when it was received.
         self.since = trio.current_time() - LATENCY
 
     async def _handler_hangs(self) -> None:
@@ -259,13 +266,13 @@ class CellTest:
 
     # After
 
-    async def see(self) -> None:
-        """Let time pass, until everything that is to follow has followed, and let the rest go its way."""
+    async def wait_for_effects(self) -> None:
+        """Let time pass until everything that should follow has followed, and let the rest end."""
         bound = BOUNDS.get(self.cell.bound)
         if bound is None:
-            # Untouched: whatever limit there is passes by, or is not reached.
-            quiet = self.cause in ("silence", "read_timeout", "link_silent")
-            await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_WORDS + 0.5)
+            # The request is not affected: the limit passes without effect, or is not reached.
+            quiet = self.cause in ("silence", "idle_timeout", "link_silent")
+            await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_EVENTS + 0.5)
             assert self.caller.ended_at is None
             assert "cancelled" not in self.scenario.script.words
         elif self.phase == "uploading" and self.cell.client not in ("408", "lost", "left"):
@@ -280,45 +287,45 @@ class CellTest:
             self.scenario.script.go.set()
             self.scenario.free_the_slot()
             if self.phase == "blocked":
-                # Long after the handler is done, its client still takes its time.
+                # Long after the handler has finished, its client still reads.
                 self.caller.pace = PACE
             await trio.sleep(14)
         await trio.sleep(1)
 
-    def judge(self) -> None:
-        self.judge_client()
-        self.judge_handler()
-        self.judge_bounds()
-        self.judge_books()
+    def check(self) -> None:
+        self.check_client()
+        self.check_handler()
+        self.check_bounds()
+        self.check_stats()
 
-    def judge_client(self) -> None:
-        caller, cell, answer = self.caller, self.cell, self.caller.answer
+    def check_client(self) -> None:
+        caller, cell, response = self.caller, self.cell, self.caller.response
         assert caller.ended_at is not None, "the client still waits"
         assert caller.left == (cell.client == "left")
         if caller.left:
             return
-        begun = self.endpoint.way != "whole" and self.phase in ("streaming", "blocked", "ending")
+        begun = self.endpoint.delivery != "whole" and self.phase in ("streaming", "blocked", "ending")
         if cell.client == "complete":
-            assert answer is not None
-            assert (answer.status, answer.complete) == (200, True), answer.body
-            self.endpoint.check(answer, self.scenario.script.given)
+            assert response is not None
+            assert (response.status, response.complete) == (200, True), response.body
+            self.endpoint.check(response, self.scenario.script.given)
         elif cell.client == "lost" and not begun:
-            assert answer is None
+            assert response is None
         elif not begun:
-            assert answer is not None
-            assert answer.complete
+            assert response is not None
+            assert response.complete
             status, _, code = cell.client.partition(" ")
-            assert answer.status == int(status), answer.body
-            assert not code or answer.error["code"] == code
-            assert set(answer.error) == {"message", "type", "param", "code"}
-            if answer.status == 503 and code == "shutting_down":
-                assert int(answer.headers["retry-after"]) >= 1
+            assert response.status == int(status), response.body
+            assert not code or response.error["code"] == code
+            assert set(response.error) == {"message", "type", "param", "code"}
+            if response.status == 503 and code == "shutting_down":
+                assert int(response.headers["retry-after"]) >= 1
         else:
-            assert answer is not None
-            assert answer.status == 200
-            assert not answer.complete, "it looks complete"
-            if self.endpoint.way == "events":
-                report = answer.report()
+            assert response is not None
+            assert response.status == 200
+            assert not response.complete, "it looks complete"
+            if self.endpoint.delivery == "events":
+                report = response.report()
                 assert "".join(self.scenario.script.given).startswith(report.text)
                 assert report.finish_reasons == {}
                 if cell.client == "lost":
@@ -327,9 +334,9 @@ class CellTest:
                     assert report.error is not None
                     assert report.error["code"] == CODES[cell.client]
             else:
-                assert b"".join(self.scenario.script.given).startswith(answer.body)
+                assert b"".join(self.scenario.script.given).startswith(response.body)
 
-    def judge_handler(self) -> None:
+    def check_handler(self) -> None:
         words = self.scenario.script.words
         expected = {
             "never": [],
@@ -342,21 +349,21 @@ class CellTest:
         }
         assert words == expected[self.cell.handler]
 
-    def judge_bounds(self) -> None:
+    def check_bounds(self) -> None:
         bound = BOUNDS.get(self.cell.bound)
         if bound is None:
             return
-        ways = self.link if self.phase == "forwarding" else LATENCY
+        one_way = self.link if self.phase == "forwarding" else LATENCY
         earliest = bound - EARLIER.get(self.cell.bound, 0.0) - EXACT
-        latest = bound + 2 * ways + EXACT
+        latest = bound + 2 * one_way + EXACT
         for name, when in self.scenario.released.items():
-            late = latest + 2 * ways if name == "master" and self.forwarded else latest
+            late = latest + 2 * one_way if name == "master" and self.forwarded else latest
             if (
                 name == "master"
                 and self.phase == "blocked"
-                and self.cause in ("budget", "worker_drains_too_long")
+                and self.cause in ("total_timeout", "worker_drains_too_long")
             ):
-                # Its end comes behind what the client has not taken yet; only the master's list of calls is longer.
+                # The end of the call comes behind what the client has not read yet; only the master lists it so long.
                 late = self.now - self.since + 1
             assert earliest <= when - self.since <= late, f"released on {name} after {when - self.since}"
         if self.cell.client == "left" or self.phase == "blocked" or not self.caller_waits():
@@ -364,20 +371,20 @@ class CellTest:
         assert self.caller.ended_at is not None
         told = self.caller.ended_at - self.since
         if self.cell.handler == "hangs":
-            earliest, latest = 0.0, 2 * ways + EXACT
-        assert earliest <= told <= latest + 2 * ways + LATENCY, f"the client was told after {told}"
+            earliest, latest = 0.0, 2 * one_way + EXACT
+        assert earliest <= told <= latest + 2 * one_way + LATENCY, f"the client was told after {told}"
 
     def caller_waits(self) -> bool:
-        """Whether the client has done its part, and it is the cluster's turn."""
+        """Whether the client has sent its whole request, and waits for the cluster."""
         return self.phase != "uploading" or self.cell.client in ("408", "lost")
 
-    def judge_books(self) -> None:
+    def check_stats(self) -> None:
         scenario, cell = self.scenario, self.cell
-        neighbours = 1 if self.phase == "queued" else 0
+        other_calls = 1 if self.phase == "queued" else 0
         if cell.master and self.cause != "master_killed":
             stats = scenario.master.router.stats.counters()
             assert stats[cell.master] >= 1, stats
-            assert stats["admitted"] == 1 + neighbours
+            assert stats["admitted"] == 1 + other_calls
         if self.forwarded and cell.worker:
             stats = scenario.back.router.stats.counters()
             assert stats[cell.worker] >= 1, stats
@@ -398,19 +405,19 @@ async def test_the_law_holds(
     endpoint: str,
     place: str,
     how: str,
-    way: str,
+    path: str,
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     asked, forwarded = ENDPOINTS[endpoint], place == "forwarded"
     stops = cast(Phase, phase if phase in ("waiting", "streaming", "blocked", "ending") else "waiting")
     async with open_scenario(
-        asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | WAYS[way])
+        asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | PATHS[path])
     ) as scenario:
         cell_test = CellTest(scenario, cause, phase, asked, forwarded)
         await cell_test.reach_the_phase()
         await cell_test.happen()
-        await cell_test.see()
+        await cell_test.wait_for_effects()
         scenario.free_the_slot()
         await trio.sleep(1)
-        cell_test.judge()
+        cell_test.check()
         await settle(scenario.cluster)

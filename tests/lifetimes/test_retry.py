@@ -1,4 +1,4 @@
-"""A call that nothing has come of is opened once more elsewhere, inside its time; and never otherwise."""
+"""A call without any output is retried once, on another replica and within its deadline; no other call is retried."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ OPTIONS: Final[dict[str, Any]] = {
 
 
 class Replicas:
-    """Some workers that serve the same model, whose handler waits until it may speak.
+    """Workers that serve the same model, whose handler waits until it may give output.
 
     Attributes:
-        starts: which of them have begun to answer, when, and with how much time.
-        cancelled: which of them have been cancelled.
+        starts: which of their handlers have started, when, and with how many seconds to their deadline.
+        cancelled: which of their handlers have been cancelled.
+        may_answer: set to let the handlers give their output.
+        begins_first: the handlers give some output before they wait.
     """
 
     def __init__(self, cluster: SimulatedCluster, nursery: trio.Nursery) -> None:
@@ -36,7 +38,7 @@ class Replicas:
         self.nursery = nursery
         self.starts: list[tuple[str, float, float]] = []
         self.cancelled: list[str] = []
-        self.speak = trio.Event()
+        self.may_answer = trio.Event()
         self.begins_first = False
 
     async def add(self, name: str) -> None:
@@ -49,7 +51,7 @@ class Replicas:
             try:
                 if self.begins_first:
                     yield "begun "
-                await self.speak.wait()
+                await self.may_answer.wait()
                 yield f"from {name}"
             except trio.Cancelled:
                 self.cancelled.append(name)
@@ -75,7 +77,7 @@ class Replicas:
 
     @property
     def busy(self) -> SimulatedNode:
-        """The worker that was asked last."""
+        """The worker whose handler started last."""
         return self.cluster.workers[self.names[-1]]
 
     @property
@@ -96,9 +98,9 @@ async def replicas(*names: str) -> AsyncIterator[Replicas]:
         nursery.cancel_scope.cancel(reason="the test is over")
 
 
-def answer_of(caller: Caller) -> Response:
-    assert caller.answer is not None
-    return caller.answer
+def response_of(caller: Caller) -> Response:
+    assert caller.response is not None
+    return caller.response
 
 
 def kill(node: SimulatedNode) -> None:
@@ -115,7 +117,7 @@ def reset(node: SimulatedNode) -> None:
 
 @pytest.mark.parametrize("endpoint", ["chat-stream", "chat"])
 @pytest.mark.parametrize("lose", [kill, cut, reset])
-async def test_a_call_that_nothing_has_come_of_is_answered_by_another_replica(
+async def test_a_call_without_output_is_retried_on_another_replica(
     endpoint: str, lose: Any, autojump_clock: MockClock
 ) -> None:
     async with replicas("a", "b") as cluster:
@@ -124,22 +126,22 @@ async def test_a_call_that_nothing_has_come_of_is_answered_by_another_replica(
         lost = cluster.names[0]
         lose(cluster.busy)
         await trio.sleep(1)
-        cluster.speak.set()
+        cluster.may_answer.set()
         await trio.sleep(1)
         (other,) = {"a", "b"} - {lost}
         assert cluster.names == [lost, other]
-        answer = answer_of(caller)
-        assert (answer.status, answer.complete) == (200, True)
-        assert f"from {other}".encode() in answer.body
+        response = response_of(caller)
+        assert (response.status, response.complete) == (200, True)
+        assert f"from {other}".encode() in response.body
         assert cluster.retried == 1
 
 
-async def test_a_retry_is_shown_to_whoever_watches(autojump_clock: MockClock) -> None:
+async def test_a_retry_is_shown_in_metrics_and_status(autojump_clock: MockClock) -> None:
     async with replicas("a", "b") as cluster:
         cluster.ask()
         await trio.sleep(1)
         cluster.busy.kill()
-        cluster.speak.set()
+        cluster.may_answer.set()
         await trio.sleep(1)
         watcher = cluster.cluster.client("watcher")
         assert b"trio_cluster_calls_retried_total 1.0\n" in (await watcher.get("/metrics")).body
@@ -156,7 +158,7 @@ async def test_a_retry_is_shown_to_whoever_watches(autojump_clock: MockClock) ->
         }
 
 
-async def test_the_second_worker_gets_what_is_left_of_the_budget_and_not_a_fresh_one(
+async def test_the_second_worker_gets_what_is_left_of_the_total_timeout(
     autojump_clock: MockClock,
 ) -> None:
     async with replicas("a", "b") as cluster:
@@ -170,10 +172,10 @@ async def test_the_second_worker_gets_what_is_left_of_the_budget_and_not_a_fresh
         assert second + left == pytest.approx(caller.asked_at + 10 + 2 * LATENCY)
         assert second - first == pytest.approx(6, abs=4 * LATENCY)
         await trio.sleep(5)
-        assert (answer_of(caller).status, answer_of(caller).error["code"]) == (504, "timeout")
+        assert (response_of(caller).status, response_of(caller).error["code"]) == (504, "timeout")
 
 
-async def test_the_silence_of_two_workers_together_is_not_longer_than_that_of_one(
+async def test_a_retry_does_not_extend_the_idle_timeout_of_the_client(
     autojump_clock: MockClock,
 ) -> None:
     async with replicas("a", "b") as cluster:
@@ -182,51 +184,49 @@ async def test_the_silence_of_two_workers_together_is_not_longer_than_that_of_on
         cluster.busy.freeze()
         await trio.sleep(30)
         assert len(cluster.names) == 2
-        assert answer_of(caller).status == 504
+        assert response_of(caller).status == 504
         assert caller.ended_at is not None
         assert caller.ended_at - caller.asked_at == pytest.approx(20 + GRACE, abs=4 * LATENCY)
         assert cluster.cancelled[-1] == cluster.names[-1]
 
 
-async def test_a_call_whose_budget_is_used_up_is_not_opened_again(autojump_clock: MockClock) -> None:
+async def test_a_call_whose_deadline_has_passed_is_not_retried(autojump_clock: MockClock) -> None:
     async with replicas("a", "b") as cluster:
         caller = cluster.ask(x_request_timeout="10")
         await trio.sleep(1)
         cluster.busy.freeze()
         await trio.sleep(20)
-        assert answer_of(caller).status == 504
+        assert response_of(caller).status == 504
         assert (len(cluster.names), cluster.retried) == (1, 0)
 
 
 @pytest.mark.parametrize("endpoint", ["chat-stream", "chat"])
-async def test_after_the_first_output_nothing_is_opened_again(
-    endpoint: str, autojump_clock: MockClock
-) -> None:
+async def test_after_the_first_output_a_call_is_not_retried(endpoint: str, autojump_clock: MockClock) -> None:
     async with replicas("a", "b") as cluster:
         cluster.begins_first = True
         caller = cluster.ask(endpoint)
         await trio.sleep(1)
         cluster.busy.kill()
         await trio.sleep(1)
-        answer = answer_of(caller)
-        error = answer.report().error if endpoint == "chat-stream" else answer.error
+        response = response_of(caller)
+        error = response.report().error if endpoint == "chat-stream" else response.error
         assert error is not None
         assert error["code"] == "worker_lost"
         assert (len(cluster.names), cluster.retried) == (1, 0)
 
 
-async def test_a_call_is_opened_again_once_and_not_twice(autojump_clock: MockClock) -> None:
+async def test_a_call_is_retried_once_and_not_twice(autojump_clock: MockClock) -> None:
     async with replicas("a", "b", "c") as cluster:
         caller = cluster.ask()
         for _ in range(2):
             await trio.sleep(1)
             cluster.busy.kill()
         await trio.sleep(1)
-        assert (answer_of(caller).status, answer_of(caller).error["code"]) == (502, "worker_lost")
+        assert (response_of(caller).status, response_of(caller).error["code"]) == (502, "worker_lost")
         assert (len(cluster.names), cluster.retried) == (2, 1)
 
 
-async def test_a_failure_of_the_handler_is_nobody_elses_to_repeat(autojump_clock: MockClock) -> None:
+async def test_a_failure_of_the_handler_is_not_retried(autojump_clock: MockClock) -> None:
     async with replicas("a", "b") as cluster:
         for node in cluster.cluster.workers.values():
             node.server.unregister_model(MODEL)
@@ -234,16 +234,16 @@ async def test_a_failure_of_the_handler_is_nobody_elses_to_repeat(autojump_clock
             @node.server.chat(MODEL)
             async def broken(request: Any) -> str:
                 cluster.starts.append(("one of them", 0.0, 0.0))
-                raise RuntimeError("as the script says")
+                raise RuntimeError("the handler fails")
 
         await trio.sleep(1)
         caller = cluster.ask()
         await trio.sleep(1)
-        assert answer_of(caller).status == 500
+        assert response_of(caller).status == 500
         assert (len(cluster.names), cluster.retried) == (1, 0)
 
 
-async def test_a_call_that_a_worker_gives_back_is_answered_by_another_replica(
+async def test_a_call_that_a_draining_worker_gives_back_is_retried_on_another_replica(
     autojump_clock: MockClock,
 ) -> None:
     async with replicas("a", "b") as cluster:
@@ -251,21 +251,21 @@ async def test_a_call_that_a_worker_gives_back_is_answered_by_another_replica(
         await trio.sleep(1)
         leaving = cluster.busy
         leaving.stop()
-        # Its drain_timeout passes; the model had all that time, and has given nothing.
+        # Its drain_timeout passes, and its handler has given no output.
         await trio.sleep(12)
         assert cluster.names == [leaving.name, *({"a", "b"} - {leaving.name})]
-        cluster.speak.set()
+        cluster.may_answer.set()
         await trio.sleep(1)
-        assert answer_of(caller).complete
+        assert response_of(caller).complete
         assert cluster.retried == 1
 
 
-@pytest.mark.parametrize("after", [0.2, 0.5], ids=["before the worker has heard of it", "half-way"])
-async def test_a_call_whose_body_is_on_its_way_to_a_worker_that_stops_is_answered_by_another_one(
+@pytest.mark.parametrize("after", [0.2, 0.5], ids=["before the worker has received any of it", "half-way"])
+async def test_a_call_whose_body_is_on_its_way_to_a_draining_worker_is_retried_on_another_replica(
     after: float, autojump_clock: MockClock
 ) -> None:
     async with replicas("a", "b") as cluster:
-        cluster.speak.set()
+        cluster.may_answer.set()
         for node in cluster.cluster.workers.values():
             node.link.delay(0.4)
         caller = cluster.ask(padding=900_000)
@@ -274,12 +274,12 @@ async def test_a_call_whose_body_is_on_its_way_to_a_worker_that_stops_is_answere
         cluster.cluster.workers[first].stop()
         await trio.sleep(15)
         assert cluster.names == [*({"a", "b"} - {first})]
-        assert answer_of(caller).complete
+        assert response_of(caller).complete
         assert cluster.retried == 1
 
 
-@pytest.mark.parametrize("after", [0.2, 0.5], ids=["before the worker has heard of it", "half-way"])
-async def test_without_another_replica_it_is_an_invitation_to_try_again(
+@pytest.mark.parametrize("after", [0.2, 0.5], ids=["before the worker has received any of it", "half-way"])
+async def test_without_another_replica_the_client_may_try_again(
     after: float, autojump_clock: MockClock
 ) -> None:
     async with replicas("a") as cluster:
@@ -288,13 +288,13 @@ async def test_without_another_replica_it_is_an_invitation_to_try_again(
         await trio.sleep(after)
         cluster.cluster.workers["a"].stop()
         await trio.sleep(15)
-        answer = answer_of(caller)
-        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
-        assert int(answer.headers["retry-after"]) >= 1
+        response = response_of(caller)
+        assert (response.status, response.error["code"]) == (503, "shutting_down")
+        assert int(response.headers["retry-after"]) >= 1
         assert cluster.names == []
 
 
-async def test_a_body_on_its_way_is_given_back_at_once_though_the_worker_has_other_calls_to_finish(
+async def test_a_call_whose_body_is_on_its_way_is_given_back_before_the_other_calls_have_finished(
     autojump_clock: MockClock,
 ) -> None:
     async with replicas("a") as cluster:
@@ -305,14 +305,14 @@ async def test_a_body_on_its_way_is_given_back_at_once_though_the_worker_has_oth
         await trio.sleep(0.5)
         cluster.cluster.workers["a"].stop()
         await trio.sleep(0.5)
-        assert answer_of(caller).status == 503
-        cluster.speak.set()
+        assert response_of(caller).status == 503
+        cluster.may_answer.set()
         await trio.sleep(2)
-        assert answer_of(running).complete
+        assert response_of(running).complete
         assert cluster.names == ["a"]
 
 
-async def test_a_client_that_leaves_stops_the_second_handler_like_the_first(
+async def test_a_client_that_leaves_cancels_the_second_handler_like_the_first(
     autojump_clock: MockClock,
 ) -> None:
     async with replicas("a", "b") as cluster:
@@ -325,7 +325,7 @@ async def test_a_client_that_leaves_stops_the_second_handler_like_the_first(
         assert cluster.cancelled == cluster.names
 
 
-#: Codes of our own errors about nodes, which a handler may as well use for its own.
+#: Codes of the errors about nodes, which a handler may also use for its own errors.
 CODES: Final = (
     "shutting_down",
     "worker_lost",
@@ -337,7 +337,7 @@ CODES: Final = (
 
 
 @pytest.mark.parametrize("code", CODES)
-async def test_a_handler_s_error_is_the_client_s_answer_whatever_its_code(
+async def test_an_error_of_the_handler_is_sent_to_the_client_whatever_its_code(
     code: str, autojump_clock: MockClock
 ) -> None:
     runs: list[str] = []
@@ -352,15 +352,15 @@ async def test_a_handler_s_error_is_the_client_s_answer_whatever_its_code(
             server.register_chat(MODEL, handler)
             await cluster.start_worker(server)
         for _ in range(2):
-            answer = await cluster.client().chat(MODEL, stream=False)
-            assert (answer.status, answer.error["code"]) == (429, code)
-            assert answer.error["message"] == "the quota of this user is used up"
+            response = await cluster.client().chat(MODEL, stream=False)
+            assert (response.status, response.error["code"]) == (429, code)
+            assert response.error["message"] == "the quota of this user is used up"
         assert cluster.master.server.router.stats.retried == 0
     # Each request ran once, the two on different replicas.
     assert sorted(runs) == ["w1", "w2"]
 
 
-async def test_a_handler_s_504_is_not_counted_as_a_deadline_of_ours(autojump_clock: MockClock) -> None:
+async def test_a_504_of_the_handler_is_not_counted_as_a_timeout(autojump_clock: MockClock) -> None:
     async with open_cluster(**OPTIONS) as cluster:
         server = worker("w1", **OPTIONS)
 

@@ -1,4 +1,4 @@
-"""A large upload: streamed from the client to whoever answers, through everything that can happen to it on the way."""
+"""Large uploads: streamed from the client to the handler, with every fault that can happen meanwhile."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ OPTIONS: Final[dict[str, Any]] = {
     "drain_timeout": 10.0,
     "max_concurrency": 2,
 }
-#: Bytes of the file; several times of what any node keeps of a body.
+#: Bytes of the file; several times what any node buffers of a body.
 SIZE: Final = 3_000_000
-#: What the client sends at a time.
+#: Bytes that the client sends at a time.
 PIECE: Final = 40_000
-#: Where the client pauses: the model has come by, if it is at the beginning.
+#: Where the client pauses: by then the field `model` has been received, if it comes first.
 HALF: Final = SIZE // 2
 
 places = pytest.mark.parametrize("forwarded", [True, False], ids=["forwarded", "local"])
@@ -50,9 +50,9 @@ orders = pytest.mark.parametrize("first", [True, False], ids=["model first", "mo
 kinds = pytest.mark.parametrize("model", ["asr", "raw"])
 
 
-@functools.cache  # making it takes longer than what most tests do with it
+@functools.cache  # making it takes longer than most tests
 def sound(size: int = SIZE) -> bytes:
-    """Return a file in which every piece is another one."""
+    """Return a file in which no two pieces are equal."""
     return b"".join(b"%07d," % number for number in range(size // 8 + 1))[:size]
 
 
@@ -70,11 +70,12 @@ class Uploader:
     """A client that sends a form piece by piece.
 
     Attributes:
-        sent: bytes of the body that have been taken.
+        sent: bytes of the body that have been sent.
         paused: set when it pauses, after ``pauses_at`` bytes.
-        go_on: to be set then.
-        answer: what came; ``None`` if there was nothing.
+        go_on: set by the test to let it continue.
+        response: as far as it was received; ``None`` if there was none.
         took: seconds until the end.
+        over: set at the end.
     """
 
     def __init__(
@@ -99,33 +100,33 @@ class Uploader:
         self.sent = 0
         self.paused = trio.Event()
         self.go_on = trio.Event()
-        self.answer: Response | None = None
+        self.response: Response | None = None
         self.took = 0.0
         self.over = trio.Event()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Send it, and take the answer; started when it pauses."""
+        """Send the form, and receive the response; reports as started when it pauses."""
         self._stream = await self._cluster.network.host("uploader").connect("master", 8080)
         began = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send)
                 if self._pauses_at < len(self._body):
-                    nursery.start_soon(self._tell_of_pause, task_status)
+                    nursery.start_soon(self._report_pause, task_status)
                 else:
                     task_status.started()
                 with suppress(trio.ClosedResourceError):
-                    self.answer = await self._receive()
+                    self.response = await self._receive()
                 self.took = trio.current_time() - began
-                # Whether it is answered or not, it sends all that it has.
-                if self.answer is None:
+                # It sends the whole body even if the response has come before.
+                if self.response is None:
                     nursery.cancel_scope.cancel()
                 self.go_on.set()
         finally:
             self.took = self.took or trio.current_time() - began
             self.over.set()
 
-    async def _tell_of_pause(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _report_pause(self, task_status: trio.TaskStatus[None]) -> None:
         await self.paused.wait()
         task_status.started()
 
@@ -137,7 +138,7 @@ class Uploader:
             await self._stream.send_all(self._http.send(head) or b"")
             for begin in range(0, len(self._body), PIECE):
                 if begin >= self._pauses_at and not self.paused.is_set():
-                    # Until then everything has been taken that anybody wants to take.
+                    # By then every node has received what it is going to receive.
                     await trio.sleep(1)
                     self.paused.set()
                     await self.go_on.wait()
@@ -159,15 +160,15 @@ class Uploader:
             return None
 
     async def end(self) -> Response:
-        """Wait for the answer."""
+        """Wait for the complete response."""
         with trio.fail_after(2000):
             await self.over.wait()
-        assert self.answer is not None
-        assert self.answer.complete
-        return self.answer
+        assert self.response is not None
+        assert self.response.complete
+        return self.response
 
-    async def ask_again(self) -> int:
-        """Ask for something else on the same connection, and return the status."""
+    async def send_another(self) -> int:
+        """Send another request on the same connection, and return the status of its response."""
         self._http.start_next_cycle()
         await self._stream.send_all(
             (
@@ -176,9 +177,9 @@ class Uploader:
             )
             + (self._http.send(h11.EndOfMessage()) or b"")
         )
-        answer = await self._receive()
-        assert answer is not None
-        return answer.status
+        response = await self._receive()
+        assert response is not None
+        return response.status
 
     def leave(self, *, reset: bool = False) -> None:
         self._stream.close(reset=reset)
@@ -198,8 +199,8 @@ class Scenario:
 
     Attributes:
         raw: what the raw model does.
-        started, stopped: the models whose handlers have begun, and ended.
-        cancelled: those that were made to.
+        started, stopped: the models whose handlers have started, and ended.
+        cancelled: the models whose handlers were cancelled.
     """
 
     def __init__(self, cluster: SimulatedCluster, back: ClusterServer, nursery: trio.Nursery) -> None:
@@ -235,7 +236,7 @@ class Scenario:
             self.stopped.append("raw")
 
     async def upload(self, model: str, *, first: bool, size: int = SIZE, **how: Any) -> Uploader:
-        """Begin an upload, and return when it pauses, or at once if it does not."""
+        """Begin an upload, and return when it pauses, or at once if it does not pause."""
         return await self.send(form(model, first=first, size=size), **how)
 
     async def send(self, body: bytes, **how: Any) -> Uploader:
@@ -245,7 +246,7 @@ class Scenario:
         return uploader
 
     def stats(self) -> dict[str, int]:
-        """Return how the calls of the master have ended, without what has not happened."""
+        """Return how the calls of the master have ended, without counters that are 0."""
         stats = self.master.router.stats
         names = ("completed", "cancelled", "timed_out", "worker_lost", "failed", "retried")
         return {name: count for name in names if (count := getattr(stats, name))}
@@ -260,7 +261,7 @@ class Scenario:
 
 @pytest.fixture(autouse=True)
 def files(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Give all files that were opened for bodies."""
+    """Record all files that are opened for bodies."""
     opened: list[Any] = []
     make = body.tempfile.TemporaryFile
 
@@ -293,7 +294,7 @@ async def open_scenario(
         nursery.cancel_scope.cancel(reason="the test is over")
 
 
-# All is well
+# Without faults
 
 
 @places
@@ -304,11 +305,11 @@ async def test_a_large_file_arrives_as_it_was_sent(
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
         uploader = await scenario.upload(model, first=first)
-        answer = await uploader.end()
-        assert (answer.status, answer.json()["text"]) == (200, summary(sound()))
-        assert await uploader.ask_again() == 200
+        response = await uploader.end()
+        assert (response.status, response.json()["text"]) == (200, summary(sound()))
+        assert await uploader.send_another() == 200
         assert scenario.stats() == {"completed": 1}
-        # What goes on at once need not be written down first.
+        # A body that is forwarded at once is not spooled.
         assert len(files) == (0 if first else 1)
 
 
@@ -334,7 +335,7 @@ async def test_a_raw_model_gets_the_beginning_while_the_client_has_not_sent_the_
 
 
 @places
-async def test_two_uploads_at_once_do_not_get_in_each_others_way(
+async def test_two_concurrent_uploads_do_not_slow_each_other(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -349,7 +350,7 @@ async def test_two_uploads_at_once_do_not_get_in_each_others_way(
         await trio.sleep(1)
         began = trio.current_time()
         assert (await (await scenario.upload("asr", first=True)).end()).json()["text"] == summary(sound())
-        # It takes as long as it would alone: a quarter of a window for each round trip, at worst.
+        # It takes as long as alone: a quarter of a window for each round trip, at worst.
         assert trio.current_time() - began < 2 * LATENCY * SIZE / (WINDOW / 4) + 1
         assert not stuck.over.is_set()
         let_go.set()
@@ -358,7 +359,7 @@ async def test_two_uploads_at_once_do_not_get_in_each_others_way(
 
 @places
 @orders
-async def test_tokens_of_others_come_in_time_meanwhile(
+async def test_tokens_of_other_calls_are_not_delayed_by_an_upload(
     first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -370,17 +371,17 @@ async def test_tokens_of_others_come_in_time_meanwhile(
 
         scenario.back.register_chat("clock", tick)
         await trio.sleep(1)
-        async with scenario.cluster.client("listener").open_chat("clock") as answer:
-            await answer.receive_until(b"content")
+        async with scenario.cluster.client("listener").open_chat("clock") as response:
+            await response.receive_until(b"content")
             uploader = await scenario.upload("raw", first=first, pace=0.02)
-            before = len(answer.received)
+            before = len(response.received)
             latest = 0.0
             while not uploader.over.is_set():
-                piece = await answer.receive()
-                said = float(piece.split(b'"content":"')[1].split()[0])
-                latest = max(latest, trio.current_time() - said)
+                piece = await response.receive()
+                sent_at = float(piece.split(b'"content":"')[1].split()[0])
+                latest = max(latest, trio.current_time() - sent_at)
             assert (await uploader.end()).status == 200
-            assert len(answer.received) > before
+            assert len(response.received) > before
         assert latest <= 4 * LATENCY
 
 
@@ -399,8 +400,8 @@ async def test_a_client_that_leaves_in_the_middle_frees_everything_at_once(
         uploader.leave(reset=reset)
         await trio.sleep(1)
         assert_no_orphans(scenario.cluster)
-        assert uploader.answer is None
-        # Of a form whose model is not known yet, there is no call.
+        assert uploader.response is None
+        # There is no call while the model of the form is not known.
         assert scenario.stats() == ({"cancelled": 1} if first else {})
         assert scenario.started == scenario.cancelled == (["raw"] if (model, first) == ("raw", True) else [])
 
@@ -413,9 +414,9 @@ async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
         uploader = await scenario.upload(model, first=first, pauses_at=HALF)
-        answer = await uploader.end()
-        assert answer.status == 408
-        assert answer.headers["connection"] == "close"
+        response = await uploader.end()
+        assert response.status == 408
+        assert response.headers["connection"] == "close"
         assert uploader.took == pytest.approx(body.BODY_IDLE_TIMEOUT + 2, abs=1)
         assert scenario.stats() == ({"cancelled": 1} if first else {})
         assert "asr" not in scenario.started
@@ -423,13 +424,13 @@ async def test_a_client_that_stops_sending_gets_408_and_everything_is_freed(
 
 @places
 @orders
-async def test_a_client_that_is_too_slow_altogether_gets_408(
+async def test_a_client_whose_upload_takes_too_long_gets_408(
     first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
         uploader = await scenario.upload("raw", first=first, pace=10.0)
-        answer = await uploader.end()
-        assert answer.status == 408
+        response = await uploader.end()
+        assert response.status == 408
         assert uploader.took == pytest.approx(body.BODY_TIMEOUT + 2, abs=1)
         assert scenario.stats() == ({"cancelled": 1} if first else {})
 
@@ -437,28 +438,28 @@ async def test_a_client_that_is_too_slow_altogether_gets_408(
 @places
 @orders
 @kinds
-async def test_a_body_that_passes_the_limit_in_its_middle_gets_413_and_the_connection_stays_usable(
+async def test_a_body_that_exceeds_the_limit_in_its_middle_gets_413_and_the_connection_stays_usable(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded, max_body_size=2_000_000) as scenario:
         uploader = await scenario.upload(model, first=first, chunked=True)
-        answer = await uploader.end()
-        assert answer.status == 413
-        assert "connection" not in answer.headers
-        assert await uploader.ask_again() == 200
+        response = await uploader.end()
+        assert response.status == 413
+        assert "connection" not in response.headers
+        assert await uploader.send_another() == 200
         assert scenario.stats() == ({"cancelled": 1} if first else {})
         assert "asr" not in scenario.started
 
 
-async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clock: MockClock) -> None:
+async def test_the_limit_of_the_worker_applies_too(files: list[Any], autojump_clock: MockClock) -> None:
     async with open_scenario(files, forwarded=True) as scenario:
         scenario.back.options.server.max_body_size = 2_000_000
         declared = await scenario.upload("asr", first=True)
         assert (await declared.end()).status == 413
-        assert await declared.ask_again() == 200
+        assert await declared.send_another() == 200
         grown = await scenario.upload("asr", first=True, chunked=True)
         assert (await grown.end()).status == 413
-        assert await grown.ask_again() == 200
+        assert await grown.send_another() == 200
         assert scenario.stats() == {"failed": 2}
         assert scenario.started == []
 
@@ -468,14 +469,14 @@ async def test_the_limit_of_the_worker_counts_too(files: list[Any], autojump_clo
 
 @places
 @kinds
-async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
+async def test_the_total_timeout_runs_during_the_upload(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
         uploader = await scenario.upload(model, first=True, pauses_at=HALF, x_request_timeout="8")
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (504, "timeout")
-        # Then what is still to come is waited for, and dropped, for a moment.
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (504, "timeout")
+        # After that the rest of the body is received and dropped, for a short time.
         assert uploader.took == pytest.approx(8 + 2, abs=1)
         assert scenario.stats() == {"timed_out": 1}
 
@@ -483,7 +484,7 @@ async def test_the_time_for_the_whole_answer_counts_while_the_client_uploads(
 @places
 @orders
 @kinds
-async def test_silence_does_not_count_while_the_client_uploads(
+async def test_the_idle_timeout_is_paused_during_the_upload(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded, default_timeout=2.0) as scenario:
@@ -494,7 +495,7 @@ async def test_silence_does_not_count_while_the_client_uploads(
 
 
 @places
-async def test_a_raw_model_that_reads_nothing_is_given_up_when_it_has_been_silent_for_too_long(
+async def test_a_raw_model_that_reads_nothing_is_cancelled_after_the_idle_timeout(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -504,14 +505,14 @@ async def test_a_raw_model_that_reads_nothing_is_given_up_when_it_has_been_silen
 
         scenario.raw = read_nothing
         uploader = await scenario.upload("raw", first=True)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (504, "timeout")
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (504, "timeout")
         assert uploader.took == pytest.approx(SILENCE + GRACE, abs=3)
         assert scenario.cancelled == ["raw"]
 
 
 @places
-async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept_anywhere(
+async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_buffered(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -525,7 +526,7 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
                 await trio.sleep(1)
                 for node, waits in enumerate(scenario.waiting()):
                     most[node] = max(most[node], waits)
-                # All that can be anywhere: two windows on each node, and what the kernels hold.
+                # All buffers together: two windows on each node, and those of the kernels.
                 assert (
                     uploader.sent - read < (2 * len(scenario.nodes) + 2) * WINDOW + 2 * body.SPOOL_THRESHOLD
                 )
@@ -540,7 +541,7 @@ async def test_a_raw_model_that_reads_slowly_slows_its_client_and_little_is_kept
             assert 0 < most[1] <= WINDOW
 
 
-async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
+async def test_the_time_that_a_slow_worker_takes_does_not_count_as_time_of_the_client(
     files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=True, default_timeout=100.0) as scenario:
@@ -564,7 +565,7 @@ async def test_a_worker_that_takes_its_time_is_not_held_against_the_client(
 
 @places
 @kinds
-async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connection_stays_usable(
+async def test_a_model_that_is_gone_when_its_name_is_received_is_404_and_the_connection_stays_usable(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -572,15 +573,15 @@ async def test_a_model_that_is_gone_when_its_name_comes_by_is_404_and_the_connec
         scenario.back.unregister_model(model)
         await trio.sleep(1)
         uploader.go_on.set()
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-        assert await uploader.ask_again() == 200
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (404, "model_not_found")
+        assert await uploader.send_another() == 200
         assert scenario.stats() == {}
 
 
 @places
 @kinds
-async def test_an_upload_that_is_under_way_is_answered_although_its_model_goes(
+async def test_an_upload_that_is_under_way_is_answered_although_its_model_is_unregistered(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -592,14 +593,14 @@ async def test_an_upload_that_is_under_way_is_answered_although_its_model_goes(
 
 
 @places
-async def test_an_unknown_model_is_404_as_soon_as_its_name_has_come_by(
+async def test_an_unknown_model_is_404_as_soon_as_its_name_is_received(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
-        uploader = await scenario.upload("nobody", first=True)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-        assert await uploader.ask_again() == 200
+        uploader = await scenario.upload("unknown", first=True)
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (404, "model_not_found")
+        assert await uploader.send_another() == 200
 
 
 async def test_a_form_without_a_model_or_with_an_empty_one_is_refused_as_a_small_one_is(
@@ -609,14 +610,14 @@ async def test_a_form_without_a_model_or_with_an_empty_one_is_refused_as_a_small
         without = form("m", first=True).replace(b'"model"', b'"madel"')
         for body in (without, form("", first=True), form("", first=False)):
             uploader = await scenario.send(body)
-            answer = await uploader.end()
-            assert (answer.status, answer.error["param"]) == (400, "model")
-            assert await uploader.ask_again() == 200
+            response = await uploader.end()
+            assert (response.status, response.error["param"]) == (400, "model")
+            assert await uploader.send_another() == 200
         assert scenario.stats() == {}
 
 
 @places
-async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connection_stays_usable(
+async def test_a_raw_model_without_a_free_slot_is_503_during_the_upload_and_the_connection_stays_usable(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded, slots=1) as scenario:
@@ -631,18 +632,18 @@ async def test_a_full_raw_model_is_503_while_the_client_uploads_and_the_connecti
         busy = await scenario.upload("raw", first=True)
         await trio.sleep(1)
         uploader = await scenario.upload("raw", first=True)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (503, "over_capacity")
-        assert int(answer.headers["retry-after"]) >= 1
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (503, "over_capacity")
+        assert int(response.headers["retry-after"]) >= 1
         assert uploader.took < 3
-        assert await uploader.ask_again() == 200
+        assert await uploader.send_another() == 200
         let_go.set()
         assert (await busy.end()).status == 200
         assert scenario.stats() == {"completed": 1, "failed": 1}
 
 
 @places
-async def test_a_handler_is_given_its_slot_when_the_body_is_there_and_not_before(
+async def test_a_handler_gets_its_slot_when_the_body_is_complete_and_not_before(
     forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded, max_concurrency=1) as scenario:
@@ -665,10 +666,10 @@ async def test_a_raw_model_may_answer_before_it_has_read_anything(
 
         scenario.raw = answer_at_once
         uploader = await scenario.upload("raw", first=True)
-        answer = await uploader.end()
-        assert (answer.status, answer.json()) == (status, {"early": True})
+        response = await uploader.end()
+        assert (response.status, response.json()) == (status, {"early": True})
         assert uploader.took < 3
-        assert await uploader.ask_again() == 200
+        assert await uploader.send_another() == 200
         assert scenario.stats() == {"completed": 1}
 
 
@@ -684,9 +685,9 @@ async def test_a_raw_model_may_refuse_in_the_middle(
 
         scenario.raw = refuse
         uploader = await scenario.upload("raw", first=True)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (415, "unsupported")
-        assert await uploader.ask_again() == 200
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (415, "unsupported")
+        assert await uploader.send_another() == 200
         assert scenario.stats() == {"failed": 1}
 
 
@@ -697,9 +698,9 @@ async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
     async with open_scenario(files, forwarded=forwarded) as scenario:
         body = form("asr", first=True).replace(sound()[2_000_000:2_000_005], b"\r\n--Bx", 1)
         uploader = await scenario.send(body, pauses_at=2_500_000)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
-        assert "multipart" in answer.error["message"]
+        response = await uploader.end()
+        assert (response.status, response.error["type"]) == (400, "invalid_request_error")
+        assert "multipart" in response.error["message"]
         assert uploader.took < 5
         assert scenario.started == []
 
@@ -710,7 +711,7 @@ async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
 @orders
 @kinds
 @pytest.mark.parametrize("cause", ["killed", "cut", "reset", "silent", "frozen"])
-async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_again(
+async def test_a_worker_that_is_lost_in_the_middle_is_502_and_the_call_is_not_retried(
     cause: str, model: str, first: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=True, on_conflict="replicate") as scenario:
@@ -737,25 +738,25 @@ async def test_a_worker_that_is_lost_in_the_middle_is_502_and_nothing_is_tried_a
         else:
             await trio.sleep(1)
         uploader.go_on.set()
-        answer = await uploader.end()
+        response = await uploader.end()
         if first:
-            # What has passed through is gone; nobody can be asked again.
-            assert (answer.status, answer.error["code"]) == (502, "worker_lost")
+            # What has been forwarded is not kept, so the call cannot be retried.
+            assert (response.status, response.error["code"]) == (502, "worker_lost")
             assert scenario.stats() == {"worker_lost": 1}
         else:
-            # Nobody had been asked yet.
-            assert answer.status == 200
+            # There was no call yet.
+            assert response.status == 200
             assert scenario.stats() == {"completed": 1}
         if cause not in ("silent", "frozen"):
-            # It sent the rest soon enough.
-            assert await uploader.ask_again() == 200
+            # The client sent the rest soon enough for the connection to be kept.
+            assert await uploader.send_another() == 200
         link.heal()
         node.thaw()
 
 
 @orders
 @kinds
-async def test_a_worker_that_drains_in_the_middle_finishes_what_cannot_be_given_back(
+async def test_a_worker_that_drains_in_the_middle_finishes_calls_that_cannot_be_given_back(
     model: str, first: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=True) as scenario:
@@ -763,23 +764,23 @@ async def test_a_worker_that_drains_in_the_middle_finishes_what_cannot_be_given_
         scenario.cluster.workers["w"].stop()
         await trio.sleep(1)
         uploader.go_on.set()
-        answer = await uploader.end()
+        response = await uploader.end()
         if first:
-            assert (answer.status, scenario.stats()) == (200, {"completed": 1})
+            assert (response.status, scenario.stats()) == (200, {"completed": 1})
         else:
-            assert (answer.status, scenario.stats()) == (404, {})
+            assert (response.status, scenario.stats()) == (404, {})
         await scenario.cluster.workers["w"].over.wait()
 
 
 @kinds
-async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
+async def test_a_worker_whose_drain_timeout_passes_meanwhile_is_503(
     model: str, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=True) as scenario:
         uploader = await scenario.upload(model, first=True, pauses_at=HALF)
         scenario.cluster.workers["w"].stop()
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (503, "shutting_down")
         assert uploader.took == pytest.approx(OPTIONS["drain_timeout"] + 2, abs=3)
         assert scenario.stats() == {"failed": 1}
         await scenario.cluster.workers["w"].over.wait()
@@ -788,7 +789,7 @@ async def test_a_worker_whose_time_to_drain_passes_meanwhile_is_503(
 @places
 @orders
 @kinds
-async def test_a_master_that_drains_in_the_middle_finishes_what_it_has_begun(
+async def test_a_master_that_drains_in_the_middle_finishes_its_calls(
     model: str, first: bool, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -797,12 +798,12 @@ async def test_a_master_that_drains_in_the_middle_finishes_what_it_has_begun(
         await trio.sleep(1)
         uploader.go_on.set()
         await uploader.over.wait()
-        answer = uploader.answer
+        response = uploader.response
         if first:
-            assert answer is not None
-            assert (answer.status, scenario.stats()) == (200, {"completed": 1})
-        elif answer is not None:
-            assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+            assert response is not None
+            assert (response.status, scenario.stats()) == (200, {"completed": 1})
+        elif response is not None:
+            assert (response.status, response.error["code"]) == (503, "shutting_down")
         await scenario.cluster.master.over.wait()
         if forwarded:
             scenario.cluster.workers["w"].stop()
@@ -819,8 +820,8 @@ async def test_an_operator_can_cancel_an_upload(
         (call,) = (await operator.get("/cluster/calls")).json()["calls"]
         assert (call["request_id"], call["phase"]) == ("the-one", "uploading")
         assert (await operator.post("/cluster/calls/the-one/cancel", {})).status == 200
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (503, "cancelled")
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (503, "cancelled")
         assert scenario.stats() == {"cancelled": 1}
 
 
@@ -836,8 +837,8 @@ async def test_a_disk_that_is_full_is_503_and_the_connection_stays_usable(
     monkeypatch.setattr(body.tempfile, "TemporaryFile", full)
     async with open_scenario(files, forwarded=True) as scenario:
         uploader = await scenario.upload("asr", first=False)
-        answer = await uploader.end()
-        assert (answer.status, answer.error["code"]) == (503, "over_capacity")
-        assert "No space left" in answer.error["message"]
-        assert await uploader.ask_again() == 200
+        response = await uploader.end()
+        assert (response.status, response.error["code"]) == (503, "over_capacity")
+        assert "No space left" in response.error["message"]
+        assert await uploader.send_another() == 200
         assert (await (await scenario.upload("asr", first=True)).end()).status == 200
