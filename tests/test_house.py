@@ -1,4 +1,4 @@
-"""The house rules that a machine can check, from the direction of imports to the names in the window."""
+"""The rules of the architecture that a machine can check, from the direction of imports to the names that are exported."""
 
 from __future__ import annotations
 
@@ -17,41 +17,48 @@ import trio_cluster
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trio_cluster"
 
-# From the ground up. A room may import rooms of the floors below its own, never of its own floor or above. A
-# package is one room: what its modules do among themselves is its own business.
+# From the ground up. A folder, or a module beside the folders, may import what is on the floors below its own, never what is
+# on its own floor or above. What the modules of one folder import of each other is the folder's own business.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_chance", "_endings", "_errors", "_logs", "_models", "_uploads", "_version"),
-    ("_ask", "_calls", "_options"),
-    ("_ports", "_pulse", "_settings", "openai", "wire"),
-    ("_pool", "_shapes", "_tap"),
-    ("_handlers", "_link", "_raw"),
-    ("_router", "_remote"),
-    ("_catalog", "_forwarded", "_probe", "_workers"),
-    ("_client",),
-    ("http",),
-    ("_node",),
-    ("_cluster",),
-    ("_arguments", "_process", "_status", "engines", "testing"),
-    ("_demo",),
+    ("_version", "errors"),
+    ("core", "options"),
+    ("net", "openai", "protocol", "routing"),
+    ("http1", "link", "local"),
+    ("cluster", "gateway", "hypercorn_server"),
+    ("admin",),
+    ("node",),
+    ("server",),
+    ("engines", "testing"),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 
-# Modules that are started and never imported. They stand on top of everything, whatever room they are kept in.
-PROGRAMS = {"__main__.py", "_demo/_node.py"}
+# Modules that are run and never imported. They stand above everything, whatever folder they are in.
+PROGRAMS = {"__main__.py", "demo/node.py"}
 
-# Who may import what comes from outside.
-FOREIGN = {
-    "trio_websocket": {"_endings", "_link", "testing"},
-    "wsproto": {"testing"},
-    "websockets": {"wire"},
-    "quart": {"http", "_cluster"},
-    "quart_trio": {"http", "_cluster", "_node"},
-    "hypercorn": {"http", "_cluster"},
+# Which folders may import nothing but these, of all that stands below them.
+ONLY = {
+    # The HTTP/1.1 server can be taken out and used alone.
+    "http1": {"net"},
+    # The gateway does not know how workers are reached.
+    "gateway": {"core", "errors", "http1", "net", "openai", "options", "routing"},
+    # A policy sees replicas and requests, and nothing of links or handlers.
+    "routing": {"core", "errors"},
 }
 
-LONGEST_ROOM = 450
+# The modules that may import a library of whose private or undocumented parts some are used. Each module says which, and
+# a test of its own holds the installed version to it.
+ISOLATED = {
+    "trio_websocket": {"link/websocket.py"},
+    "websockets": {"link/frames.py"},
+    "wsproto": set(),
+    "hypercorn": {"hypercorn_server/server.py"},
+    "werkzeug": {"admin/app.py", "admin/web.py"},
+}
+# Which folders may know the web framework.
+FRAMEWORK = {"admin", "node", "server"}
 
 EXPORTS = {
     "ASRRequest",
@@ -80,11 +87,12 @@ EXPORTED_ERRORS = {"ClusterError", "ClusterPortError", "HandshakeRefused", "Opti
 
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# All but the front door, which may open into every room.
+# All but the package's face, which may import from everywhere.
 INSIDE = [path for path in MODULES if path != PACKAGE / "__init__.py"]
 
 
-def room_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
+    """Return the folder below the package that a module is in, or the name of a module beside the folders."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -105,11 +113,11 @@ def imported(path: Path) -> Iterator[str]:
                 yield module
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_folders(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported(path) if name.startswith("trio_cluster.")}
 
 
-def imported_foreign(path: Path) -> set[str]:
+def imported_libraries(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)} - {"trio_cluster"}
 
 
@@ -117,8 +125,8 @@ def told(path: Path, what: object) -> str:
     return f"{path.relative_to(ROOT)}: {what}"
 
 
-def test_every_room_has_a_floor_and_every_floor_its_rooms() -> None:
-    assert {room_of(path) for path in INSIDE} == FLOOR_OF.keys()
+def test_every_folder_has_a_floor_and_every_floor_its_folders() -> None:
+    assert {folder_of(path) for path in INSIDE} == FLOOR_OF.keys()
 
 
 def test_imports_go_down() -> None:
@@ -126,60 +134,86 @@ def test_imports_go_down() -> None:
         told(path, other)
         for path in INSIDE
         if str(path.relative_to(PACKAGE)) not in PROGRAMS
-        for other in imported_rooms(path) - {room_of(path)}
-        if FLOOR_OF.get(other, 99) >= FLOOR_OF.get(room_of(path), 0)
+        for other in imported_folders(path) - {folder_of(path)}
+        if FLOOR_OF.get(other, 99) >= FLOOR_OF.get(folder_of(path), 0)
     ]
     assert upward == []
 
 
-def test_nobody_imports_a_program() -> None:
+@pytest.mark.parametrize("folder", ONLY)
+def test_some_folders_know_only_a_few_of_those_below_them(folder: str) -> None:
+    found = [
+        told(path, other)
+        for path in INSIDE
+        if folder_of(path) == folder
+        for other in imported_folders(path) - {folder} - ONLY[folder]
+    ]
+    assert found == []
+
+
+def test_no_module_imports_a_program() -> None:
     programs = {f"trio_cluster.{name.removesuffix('.py').replace('/', '.')}" for name in PROGRAMS}
     found = [told(path, name) for path in MODULES for name in programs & set(imported(path))]
     assert all((PACKAGE / name).is_file() for name in PROGRAMS)
     assert found == []
 
 
-def test_no_room_goes_through_the_front_door() -> None:
+def test_no_module_imports_from_the_package_s_face() -> None:
     assert [told(path, "trio_cluster") for path in INSIDE if "trio_cluster" in set(imported(path))] == []
 
 
-def test_libraries_are_known_only_where_they_belong() -> None:
-    strangers = [
+def test_libraries_of_which_private_parts_are_used_are_imported_by_one_module_each() -> None:
+    elsewhere = [
         told(path, name)
         for path in MODULES
-        for name in imported_foreign(path) & FOREIGN.keys()
-        if room_of(path) not in FOREIGN[name]
+        for name in imported_libraries(path) & ISOLATED.keys()
+        if str(path.relative_to(PACKAGE)) not in ISOLATED[name]
     ]
-    assert strangers == []
+    assert elsewhere == []
 
 
-def test_only_the_masking_of_websockets_is_used() -> None:
-    used = {name for path in MODULES for name in imported(path) if name.split(".")[0] == "websockets"}
-    assert used == {"websockets.speedups"}
+def test_only_the_admin_application_and_what_holds_it_know_the_web_framework() -> None:
+    elsewhere = [
+        told(path, name)
+        for path in MODULES
+        for name in imported_libraries(path) & {"quart", "quart_trio"}
+        if folder_of(path) not in FRAMEWORK
+    ]
+    assert elsewhere == []
 
 
-@pytest.mark.parametrize("room", ["wire", "openai"])
-def test_rooms_without_io_know_no_trio_and_no_framework(room: str) -> None:
-    # Of websockets, a function from bytes to bytes is all that is used.
-    io = {"trio", "socket", "threading", "asyncio", *FOREIGN} - {"websockets"}
+@pytest.mark.parametrize("folder", ["protocol", "openai"])
+def test_folders_without_io_know_no_trio_and_no_framework(folder: str) -> None:
+    io = {"trio", "socket", "threading", "asyncio", "quart", "quart_trio", *ISOLATED}
     found = [
-        told(path, name) for path in MODULES if room_of(path) == room for name in imported_foreign(path) & io
+        told(path, name)
+        for path in MODULES
+        if folder_of(path) == folder
+        for name in imported_libraries(path) & io
     ]
     assert found == []
 
 
-def test_the_wire_protocol_has_no_clock() -> None:
-    assert [path for path in MODULES if room_of(path) == "wire" and "time" in imported_foreign(path)] == []
-
-
-def test_the_http_face_does_not_know_how_workers_are_reached() -> None:
-    below = {"wire", "_link", "_remote"}
+def test_the_protocol_has_no_clock() -> None:
     assert [
-        told(path, name)
-        for path in MODULES
-        if room_of(path) == "http"
-        for name in imported_rooms(path) & below
+        path for path in MODULES if folder_of(path) == "protocol" and "time" in imported_libraries(path)
     ] == []
+
+
+# Documented names of Python's own that begin with an underscore.
+DOCUMENTED = {"os._exit", "sys._current_frames"}
+
+
+def test_no_class_reads_another_s_private_names() -> None:
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Attribute) or not re.match(r"_[^_]", node.attr):
+                continue
+            owner = ast.unparse(node.value)
+            if owner not in {"self", "cls", "super()"} and ast.unparse(node) not in DOCUMENTED:
+                found.append(told(path, f"line {node.lineno}: {ast.unparse(node)}"))
+    assert found == []
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -188,11 +222,6 @@ def test_every_module_says_what_it_is() -> None:
         for path in MODULES
         if len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") < 20
     ] == []
-
-
-def test_rooms_stay_small() -> None:
-    lengths = {told(path, ""): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
-    assert {path: length for path, length in lengths.items() if length > LONGEST_ROOM} == {}
 
 
 def test_modules_have_a_noun_for_a_name() -> None:
@@ -222,7 +251,7 @@ def test_what_a_module_says_it_exports_is_there_once() -> None:
     assert wrong == []
 
 
-def test_the_front_door_exports_what_is_documented() -> None:
+def test_the_package_exports_what_is_documented() -> None:
     exported = set(trio_cluster.__all__)
     assert exported >= EXPORTS
     assert exported - EXPORTS <= EXPORTED_ERRORS | {
@@ -247,7 +276,7 @@ def test_everything_public_has_a_docstring() -> None:
     assert bare == []
 
 
-def test_the_front_door_only_opens() -> None:
+def test_the_package_s_face_only_imports() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     assert {type(node) for node in tree.body} <= {ast.Expr, ast.ImportFrom, ast.Assign}
 
