@@ -336,3 +336,29 @@ def test_pictures_are_complete_in_themselves(path: Path) -> None:
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"\n## {trio_cluster.__version__} - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+#: Files that a page says should not be.
+NOT_OURS = {"utils.py"}
+PATH = re.compile(r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.py|(?:[a-z0-9_]+/)+)`")
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["docs/architecture.md", "docs/glossary.md", "docs/design.md", "docs/lifetimes.md", "CONTRIBUTING.md"],
+)
+def test_the_files_and_folders_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    # What was called otherwise once is in tables of its own.
+    text = text.partition("## Old names")[0]
+    named = set(PATH.findall(text))
+    assert named
+    paths = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "trio_cluster").rglob("*.py")]
+    paths += [f"/{path.parent.relative_to(ROOT)}/" for path in (ROOT / "trio_cluster").rglob("*.py")]
+    paths += [
+        f"/{path.relative_to(ROOT)}"
+        for folder in ("tests", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    missing = {name for name in named - NOT_OURS if not any(path.endswith(f"/{name}") for path in paths)}
+    assert sorted(missing - {f"{folder}/" for folder in ("tests", "bench", "docs", "examples")}) == []
