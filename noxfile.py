@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
@@ -66,6 +67,9 @@ BRIEF = [
     "not processes",
 ]
 
+# Where another version of a library could make a difference: everything but what no library is in.
+BRIEF_OF_VERSIONS = ["--brief", "--ignore=tests/clients", "--ignore=tests/demo"]
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -96,6 +100,31 @@ def tests(session: nox.Session) -> None:
     # One more than there are cores: the one that gets the real processes waits for them, most of the time.
     workers = min(os.cpu_count() or 1, 4) + 1
     session.run("pytest", "-q", "-n", str(workers), "--dist", "worksteal", *part, *session.posargs)
+
+
+def lowest_versions() -> list[str]:
+    """Return the project's dependencies, each at the lowest version that it allows on this Python."""
+    found = []
+    for line in PYPROJECT["project"]["dependencies"]:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate():
+            (lowest,) = (each.version for each in requirement.specifier if each.operator == ">=")
+            found.append(f"{requirement.name}=={lowest}")
+    return found
+
+
+@nox.session
+@nox.parametrize("which", ["lowest", "newest"])
+def versions(session: nox.Session, which: str) -> None:
+    """Run the tests with the lowest allowed and with the newest versions of all dependencies."""
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    if which == "lowest":
+        session.install("-q", *lowest_versions())
+    else:
+        session.install("-q", "--upgrade", "--upgrade-strategy=eager", ".")
+    session.run("pip", "freeze", "--exclude-editable")
+    workers = min(os.cpu_count() or 1, 4) + 1
+    session.run("pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs)
 
 
 @nox.session
