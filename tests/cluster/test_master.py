@@ -171,10 +171,10 @@ async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exa
     assert trio.current_time() - joined == pytest.approx(30)
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
-    assert "nothing was heard from the peer for 30.0 s" in last.error.message
+    assert "no message from the peer for 30.0 s" in last.error.message
     assert cluster.router.catalog.names() == []
     assert cluster.manager.workers == {}
-    assert "worker left: nothing was heard from the peer for 30.0 s" in caplog.text
+    assert "worker left: no message from the peer for 30.0 s" in caplog.text
 
 
 async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: MemoryCluster) -> None:

@@ -41,7 +41,7 @@ from trio_cluster.protocol import (
     encode,
 )
 from trio_cluster.protocol.bounds import clip
-from trio_cluster.protocol.codec import TAGS, pack_data, write
+from trio_cluster.protocol.codec import TAGS, encode_batch, pack_data
 
 EXAMPLES: list[Message] = [
     Handshake(MAGIC, 1, 1, "node-1", "0.1.0"),
@@ -128,7 +128,7 @@ def test_a_batch_keeps_its_order() -> None:
 
 
 def test_a_memoryview_is_sent_as_the_bytes_that_it_shows() -> None:
-    (back,) = decode(write([pack_data(1, memoryview(b"0123456789")[3:6], False)]))
+    (back,) = decode(encode_batch([pack_data(1, memoryview(b"0123456789")[3:6], False)]))
     assert back == Data(1, b"345")
     assert type(back.data) is bytes
 
@@ -178,9 +178,9 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([[9], {"call": 1}]), "a tag that is not an integer but list"),
         (raw([15, {}]), "an unknown message, tag 15"),
         (raw([-1, {}]), "an unknown message, tag -1"),
-        (raw([9, [7]]), "Done: the body is no map but list"),
-        (raw([9, None]), "Done: the body is no map but NoneType"),
-        (raw([9, "call"]), "Done: the body is no map but str"),
+        (raw([9, [7]]), "Done: the body is not a map but list"),
+        (raw([9, None]), "Done: the body is not a map but NoneType"),
+        (raw([9, "call"]), "Done: the body is not a map but str"),
         (raw([9, {}]), "Done: no such field in call"),
         (raw([9, {1: 2}]), "Done: no such field in call"),
     ],

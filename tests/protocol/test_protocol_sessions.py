@@ -97,7 +97,7 @@ def test_a_wrong_magic_number_is_final(session: MasterSession | WorkerSession) -
 @pytest.mark.parametrize(("lowest", "highest"), [(PROTOCOL_MAX + 1, PROTOCOL_MAX + 3), (0, 0), (1, 0)])
 def test_having_no_version_in_common_is_final_and_names_both_ranges(lowest: int, highest: int) -> None:
     session = MasterSession("m", "1", 0.0)
-    with pytest.raises(HandshakeError, match=f"'x' .* speaks {lowest} to {highest}, this node 1 to 1"):
+    with pytest.raises(HandshakeError, match=f"'x' .* supports {lowest} to {highest}, this node 1 to 1"):
         session.receive(encode([Handshake(MAGIC, lowest, highest, "x", "7")]), 0.0)
 
 
@@ -125,13 +125,13 @@ def test_no_call_can_be_opened_before_the_handshake() -> None:
 
 @pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Shutdown("go")])
 def test_a_master_is_not_told_what_only_masters_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Shutdown)"):
+    with pytest.raises(ProtocolError, match=r"the wrong end sent (Model|Shutdown)"):
         shaken().master.receive(encode([message]), 0.0)
 
 
 @pytest.mark.parametrize("message", [RegisterModel("m", "chat", "o", 0), UnregisterModel("m")])
 def test_a_worker_is_not_told_what_only_workers_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match=r"a misdirected .*Model"):
+    with pytest.raises(ProtocolError, match=r"the wrong end sent .*Model"):
         shaken().worker.receive(encode([message]), 0.0)
 
 
@@ -266,7 +266,7 @@ def test_silence_ends_the_session_and_any_message_is_a_sign_of_life() -> None:
     session.tick(179.8)
     with pytest.raises(PeerSilent, match=r"30\.1 s"):
         session.tick(180.0)
-    assert session.close_reason == "nothing was heard from the peer for 30.1 s"
+    assert session.close_reason == "no message from the peer for 30.1 s"
     session.tick(999.0)
     assert session.deadline() == math.inf
 
@@ -377,7 +377,7 @@ def test_data_beyond_the_credit_ends_the_session() -> None:
     for _ in range(3):
         link.master.receive(encode([Data(call, bytes(PIECE))]), 0.0)
     link.master.receive(encode([Data(call, bytes(PIECE - 1))]), 0.0)
-    with pytest.raises(ProtocolError, match=f"call {call}: 2 bytes of data, with credit for 1"):
+    with pytest.raises(ProtocolError, match=f"call {call}: 2 bytes of data, but credit for 1"):
         link.master.receive(encode([Data(call, b"xx")]), 0.0)
 
 
@@ -406,7 +406,7 @@ def test_more_cannot_be_taken_than_has_come() -> None:
 )
 def test_a_body_of_another_size_than_announced_ends_the_session(pieces: list[Message]) -> None:
     worker = shaken().worker
-    with pytest.raises(ProtocolError, match="not the size that was announced"):
+    with pytest.raises(ProtocolError, match="does not have the announced size"):
         worker.receive(encode([request(1, size=3), *pieces]), 0.0)
 
 
@@ -415,7 +415,7 @@ def test_a_body_of_another_size_than_announced_is_not_even_sent() -> None:
     call = link.master.open(endpoint="e", kind="chat", model="m", size=3)
     link.master.send_body(call, b"12")
     for data, last in ((b"34", False), (b"", True), (b"34", True)):
-        with pytest.raises(RuntimeError, match="not the size that was announced"):
+        with pytest.raises(RuntimeError, match="does not have the announced size"):
             link.master.send_body(call, data, last=last)
     link.master.send_body(call, b"3", last=True)
     assert link.settle()[1][1:] == [Data(call, b"123", True)]
