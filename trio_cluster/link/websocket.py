@@ -229,7 +229,7 @@ def accept(stream: InjectableStream, admit: Callable[[str, dict[str, str]], Refu
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
         refusal = admit(request.path, headers)
         if refusal is None and SUBPROTOCOL not in request.proposed_subprotocols:
-            refusal = Refusal(400, f"this end speaks {SUBPROTOCOL} only")
+            refusal = Refusal(400, f"this master supports the subprotocol {SUBPROTOCOL} only")
         if refusal is not None:
             await request.reject(refusal.status, body=refusal.reason.encode())
             raise LinkClosed(refusal.reason, status=refusal.status)
@@ -292,7 +292,7 @@ def _close_reason(error: ConnectionClosed, reader: Exception | None) -> LinkClos
     if reason.reason:
         return LinkClosed(reason.reason, by_peer=True)
     return LinkClosed(
-        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", by_peer=True
+        f"the peer closed the connection ({reason.name.lower().replace('_', ' ')})", by_peer=True
     )
 
 
