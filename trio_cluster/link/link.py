@@ -249,7 +249,7 @@ class Link:
             self._lingering = False
 
     async def _send_heartbeats_while_blocked(self, websocket: WebSocket) -> None:
-        def beat(lag: float, blocked: str) -> bytes:
+        def heartbeat(lag: float, blocked: str) -> bytes:
             return frame(self._session.heartbeat_while_blocked(lag, blocked), masked=websocket.is_client)
 
         def queue_recovery_heartbeat() -> None:
@@ -258,7 +258,7 @@ class Link:
 
         await self._handshake_sent.wait()
         with heartbeats_while_blocked(
-            self._stream, self._session.heartbeat_interval, beat, queue_recovery_heartbeat
+            self._stream, self._session.heartbeat_interval, heartbeat, queue_recovery_heartbeat
         ):
             await trio.sleep_forever()
 

@@ -5,8 +5,8 @@ Theory of operation
 
 trio-websocket implements the opening handshake, pings and the closing handshake well, but it was not written for a
 program that has to survive every way in which a connection can end. This is the only module that imports it. Its users
-see :class:`WebSocket`, and a single exception, :class:`LinkClosed`, which says in one line why there is no websocket,
-or why there is none any more.
+see :class:`WebSocket`, and a single exception, :class:`LinkClosed`. The text of that is one line: why the opening
+handshake failed, or why the websocket ended.
 
 What has to be worked around:
 
