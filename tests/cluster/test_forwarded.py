@@ -1,4 +1,4 @@
-"""Calls that come over a link: their bodies, their limits, and what can be given back."""
+"""Calls that come over a link: their bodies, their limits, and which of them are given back by a draining worker."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def request(body: bytes = b"", upload: ByteChannel | None = None, **fields: Any)
     return Request("/v1/x", "any", "raw", body, "text/plain", upload=upload, **fields)
 
 
-class Far:
-    """A raw model on a worker, which reads when it is told to."""
+class RemoteModel:
+    """A passthrough model on a worker, which reads its body when the test says."""
 
     def __init__(self, cluster: MemoryCluster) -> None:
         self.cluster = cluster
@@ -60,8 +60,8 @@ class Far:
 
 
 @pytest.fixture
-async def far(nursery: trio.Nursery) -> AsyncIterator[Far]:
-    made = Far(MemoryCluster(nursery))
+async def remote(nursery: trio.Nursery) -> AsyncIterator[RemoteModel]:
+    made = RemoteModel(MemoryCluster(nursery))
     await made.start()
     yield made
     assert made.worker.client.in_flight == 0
@@ -77,114 +77,116 @@ async def failure(call: Call) -> ApiError:
 
 
 @pytest.mark.parametrize("size", [0, 1, WINDOW, 3 * WINDOW + 1])
-async def test_a_body_arrives_whether_it_was_there_or_is_still_coming(size: int, far: Far) -> None:
-    far.go_on.set()
-    assert text(await everything(far.open(request(bytes(size))))) == str(size)
+async def test_a_body_arrives_whether_it_is_complete_or_still_being_received(
+    size: int, remote: RemoteModel
+) -> None:
+    remote.go_on.set()
+    assert text(await everything(remote.open(request(bytes(size))))) == str(size)
     upload = ByteChannel(size)
-    call = far.open(request(upload=upload))
+    call = remote.open(request(upload=upload))
     upload.put(bytes(size), last=True)
     assert text(await everything(call)) == str(size)
 
 
-async def test_the_announced_size_travels_and_so_does_that_there_is_none(far: Far) -> None:
-    far.go_on.set()
+async def test_the_announced_size_travels_and_so_does_the_lack_of_one(remote: RemoteModel) -> None:
+    remote.go_on.set()
     for upload in (ByteChannel(7), ByteChannel()):
-        call = far.open(request(upload=upload))
+        call = remote.open(request(upload=upload))
         upload.put(b"x" * 7, last=True)
         await everything(call)
-    assert [call.request.size for call in far.calls] == [7, -1]
+    assert [call.request.size for call in remote.calls] == [7, -1]
 
 
 @pytest.mark.parametrize("principal", [ANONYMOUS, Principal("alice"), Principal("größer als ASCII")])
-async def test_the_name_of_the_principal_travels(principal: Principal, far: Far) -> None:
-    far.go_on.set()
-    await everything(far.open(request(b"x", principal=principal)))
-    assert far.calls[0].request.principal.name == principal.name
+async def test_the_name_of_the_principal_travels(principal: Principal, remote: RemoteModel) -> None:
+    remote.go_on.set()
+    await everything(remote.open(request(b"x", principal=principal)))
+    assert remote.calls[0].request.principal.name == principal.name
 
 
-async def test_no_more_than_a_window_is_sent_to_one_who_does_not_read(far: Far) -> None:
+async def test_no_more_than_a_window_is_sent_to_a_handler_that_does_not_read(remote: RemoteModel) -> None:
     upload = ByteChannel()
-    call = far.open(request(upload=upload))
+    call = remote.open(request(upload=upload))
     upload.put(bytes(3 * WINDOW))
     await wait_all_tasks_blocked()
-    assert far.arrived() == WINDOW
-    # What has gone to the worker makes room for the client.
+    assert remote.arrived() == WINDOW
+    # What was written to the worker is consumed, so that the client may send more.
     upload.put(b"", last=True)
     with trio.fail_after(1):
-        far.go_on.set()
+        remote.go_on.set()
         assert text(await everything(call)) == str(3 * WINDOW)
 
 
-async def test_the_end_of_a_call_ends_its_upload_on_both_nodes(far: Far) -> None:
+async def test_the_end_of_a_call_ends_its_upload_on_both_nodes(remote: RemoteModel) -> None:
     upload = ByteChannel()
-    call = far.open(request(upload=upload))
+    call = remote.open(request(upload=upload))
     upload.put(b"x" * 10)
     await wait_all_tasks_blocked()
     call.cancel("the client left")
     await wait_all_tasks_blocked()
-    theirs = far.calls[0].request.upload
+    theirs = remote.calls[0].request.upload
     assert theirs is not None
     assert (upload.closed, theirs.closed, call.released) == (True, True, True)
 
 
-async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(far: Far) -> None:
+async def test_an_answer_that_is_complete_before_its_body_ends_the_upload(remote: RemoteModel) -> None:
     async def hasty(call: RawCall) -> None:
         call.begin(413, "text/plain")
 
-    backend = RawBackend(ModelInfo("hasty", "any"), hasty, far.worker.pool)
-    far.worker.router.catalog.add(backend.info, backend)
-    far.worker.client.announce(backend.info)
+    backend = RawBackend(ModelInfo("hasty", "any"), hasty, remote.worker.pool)
+    remote.worker.router.catalog.add(backend.info, backend)
+    remote.worker.client.announce(backend.info)
     await wait_all_tasks_blocked()
     upload, told = ByteChannel(), trio.Event()
     upload.on_close(told.set)
-    call = far.open(Request("/v1/x", "any", "hasty", b"", upload=upload))
+    call = remote.open(Request("/v1/x", "any", "hasty", b"", upload=upload))
     upload.put(bytes(WINDOW * 2))
     assert isinstance((await everything(call))[-1], Done)
     assert told.is_set()
-    # And what is put now is not sent any more.
+    # What is put now is dropped.
     upload.put(b"x")
     await wait_all_tasks_blocked()
 
 
-async def test_a_body_that_is_declared_too_large_for_the_worker_is_413_at_once(far: Far) -> None:
-    far.worker.options.server.max_body_size = 100
+async def test_a_body_that_is_declared_too_large_for_the_worker_is_413_at_once(remote: RemoteModel) -> None:
+    remote.worker.options.server.max_body_size = 100
     upload = ByteChannel(101)
-    assert (await failure(far.open(request(upload=upload)))).status == 413
-    assert (far.calls, upload.closed) == ([], True)
+    assert (await failure(remote.open(request(upload=upload)))).status == 413
+    assert (remote.calls, upload.closed) == ([], True)
 
 
-async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(far: Far) -> None:
-    far.worker.options.server.max_body_size = 100
+async def test_a_body_that_grows_too_large_for_the_worker_is_413_when_it_does(remote: RemoteModel) -> None:
+    remote.worker.options.server.max_body_size = 100
     upload = ByteChannel()
-    call = far.open(request(upload=upload))
+    call = remote.open(request(upload=upload))
     upload.put(b"x" * 100)
     await wait_all_tasks_blocked()
     assert not call.ended
     upload.put(b"x")
     assert (await failure(call)).status == 413
     await wait_all_tasks_blocked()
-    assert far.worker.router.live == {}
+    assert remote.worker.router.live == {}
 
 
-# Giving back
+# Giving back while draining
 
 
 @pytest.mark.parametrize("once", [False, True])
-async def test_what_cannot_be_sent_again_is_not_given_back(once: bool, far: Far) -> None:
+async def test_a_body_that_cannot_be_sent_again_is_not_given_back(once: bool, remote: RemoteModel) -> None:
     body = bytes(2 * WINDOW)
     upload = ByteChannel(len(body))
-    call = far.open(request(upload=upload) if once else request(body))
+    call = remote.open(request(upload=upload) if once else request(body))
     if once:
         upload.put(body[:-1])
     await wait_all_tasks_blocked()
-    far.worker.client.drain("the worker is being stopped")
+    remote.worker.client.drain("the worker is being stopped")
     await wait_all_tasks_blocked()
     assert call.ended is not once
     if once:
         upload.put(b"x", last=True)
-        far.go_on.set()
+        remote.go_on.set()
         assert text(await everything(call)) == str(len(body))
     else:
         assert (await failure(call)).code == "shutting_down"
-    far.worker.client.close("stopped")
-    await far.worker.over.wait()
+    remote.worker.client.close("stopped")
+    await remote.worker.over.wait()

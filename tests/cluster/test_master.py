@@ -1,4 +1,4 @@
-"""What a master does with workers that come, serve, fall silent and go."""
+"""What a master does with workers that join, serve, fall silent and leave."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_a_forwarded_answer_is_the_local_one_byte_for_byte(cluster: Memory
         assert _without_ids(far) == _without_ids(near)
 
 
-async def test_the_usage_that_a_far_handler_reports_reaches_the_master(cluster: MemoryCluster) -> None:
+async def test_the_usage_that_a_remote_handler_reports_reaches_the_master(cluster: MemoryCluster) -> None:
     async def counts(request: ChatRequest) -> AsyncIterator[Any]:
         yield "x"
         usage = {
@@ -116,7 +116,7 @@ async def test_a_broken_link_fails_its_calls_and_removes_its_models_at_once(
     assert not cluster.router.live
 
 
-async def test_a_silent_worker_is_given_up_after_the_timeout(
+async def test_a_silent_worker_is_dropped_after_the_timeout(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
@@ -171,13 +171,13 @@ async def test_a_worker_that_takes_writes_and_sends_nothing_is_dropped_after_exa
     assert trio.current_time() - joined == pytest.approx(30)
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
-    assert "nothing was heard from the peer for 30.0 s" in last.error.message
+    assert "no message from the peer for 30.0 s" in last.error.message
     assert cluster.router.catalog.names() == []
     assert cluster.manager.workers == {}
-    assert "worker left: nothing was heard from the peer for 30.0 s" in caplog.text
+    assert "worker left: no message from the peer for 30.0 s" in caplog.text
 
 
-async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: MemoryCluster) -> None:
+async def test_a_call_that_the_client_leaves_stops_its_remote_handler(cluster: MemoryCluster) -> None:
     stopped = trio.Event()
 
     async def waits(request: ChatRequest) -> AsyncIterator[str]:
@@ -199,7 +199,7 @@ async def test_a_call_that_the_client_leaves_stops_its_far_handler(cluster: Memo
     assert cluster.router.stats.cancelled == 1
 
 
-async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
+async def test_a_remote_slot_is_taken_until_the_remote_work_has_stopped(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     async def lingers(request: ChatRequest) -> AsyncIterator[str]:
@@ -222,7 +222,7 @@ async def test_a_far_slot_is_taken_until_the_far_work_has_stopped(
     assert trio.current_time() - start == pytest.approx(9)
 
 
-async def test_a_client_that_does_not_read_stops_its_own_handler_and_nobody_elses(
+async def test_a_client_that_does_not_read_stops_its_own_handler_and_no_other(
     cluster: MemoryCluster,
 ) -> None:
     produced = 0
@@ -358,7 +358,7 @@ async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) ->
     assert isinstance((await everything(cluster.router.open(chat_request("echo"))))[-1], Done)
 
 
-async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: trio.Nursery) -> None:
+async def test_a_lost_replica_is_removed_before_a_call_can_be_routed_to_it(nursery: trio.Nursery) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)
     await cluster.start("w2", echo)
@@ -370,12 +370,12 @@ async def test_a_replica_is_gone_before_anybody_can_be_routed_to_it(nursery: tri
         cluster.router.open(chat_request("echo"))
         await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
-    # Opening never failed: at every instant, who was on the books could be asked.
+    # Opening never failed: at every moment, the replicas in the catalogue could be given calls.
     assert cluster.router.stats.admitted == 30
     assert cluster.router.catalog.served_by("echo") == ["w2"]
 
 
-async def test_a_silent_workers_calls_fail_before_the_goodbye(
+async def test_the_calls_of_a_silent_worker_fail_before_the_closing_handshake(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
@@ -389,7 +389,7 @@ async def test_a_silent_workers_calls_fail_before_the_goodbye(
     assert call.ended
 
 
-async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_replica(
+async def test_a_call_without_an_answer_yet_can_be_retried_on_another_replica(
     nursery: trio.Nursery,
 ) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
@@ -413,7 +413,7 @@ async def test_a_call_that_had_no_answer_yet_can_be_opened_again_on_another_repl
     assert isinstance((await everything(again))[-1], Done)
 
 
-async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_another_replica(
+async def test_a_call_that_crosses_the_end_of_its_model_can_be_retried_on_another_replica(
     nursery: trio.Nursery,
 ) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
@@ -431,7 +431,7 @@ async def test_a_call_that_crosses_the_end_of_its_model_can_be_opened_again_on_a
     assert isinstance((await everything(again))[-1], Done)
 
 
-async def test_a_handler_that_says_the_model_does_not_exist_is_not_asked_again_elsewhere(
+async def test_a_handler_that_reports_that_the_model_does_not_exist_is_not_retried_elsewhere(
     nursery: trio.Nursery,
 ) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
@@ -448,23 +448,23 @@ async def test_a_handler_that_says_the_model_does_not_exist_is_not_asked_again_e
 
 async def test_another_process_cannot_take_the_name_of_a_live_worker(cluster: MemoryCluster) -> None:
     first = await cluster.start("w1", echo)
-    thief = _worker(cluster, "w1", forever)
-    cluster.nursery.start_soon(thief.run)
+    second = _worker(cluster, "w1", forever)
+    cluster.nursery.start_soon(second.run)
     await wait_all_tasks_blocked()
-    assert not thief.client.connected
+    assert not second.client.connected
     assert first.client.connected
     assert cluster.router.catalog.names() == ["echo"]
-    thief.scope.cancel()
+    second.scope.cancel()
 
 
-async def test_a_worker_that_comes_back_before_its_loss_was_noticed_replaces_itself(
+async def test_a_worker_that_reconnects_before_its_loss_was_noticed_replaces_itself(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
     call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     ours, _theirs = worker.streams
-    # The worker loses its connection; the master is not told, and goes on waiting.
+    # The worker loses its connection; the master does not notice, and goes on waiting.
     ours.peer.end()
     ours.held = True
     last = (await everything(call))[-1]
@@ -549,7 +549,7 @@ async def test_a_worker_that_drains_gets_no_new_calls_and_finishes_its_own(nurse
     assert isinstance((await everything(call))[-1], Done)
 
 
-async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears_of_it(
+async def test_a_worker_that_is_drained_by_an_operator_gets_no_new_calls_and_is_asked_to_stop(
     nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
@@ -557,7 +557,7 @@ async def test_a_worker_that_is_drained_from_outside_gets_no_new_calls_and_hears
     await cluster.start("w2", echo)
     with caplog.at_level(logging.INFO, "trio_cluster"):
         status = cluster.manager.drain_worker("w1", "an upgrade")
-        # At once, and not only when it has been heard.
+        # At once, and not only when the worker has received it.
         assert {cluster.router.open(chat_request("echo")).served_by for _ in range(4)} == {"w2"}
     assert status is not None
     assert (status.id, status.state, status.draining) == ("w1", "draining", True)
@@ -636,11 +636,11 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
     assert status.models == ["forever"]
 
 
-# Busy is not dead
+# Blocked is not lost
 
 
-def _say(worker: Worker, beat: Heartbeat) -> None:
-    """Let a worker send a heartbeat that its loop would not."""
+def _send(worker: Worker, beat: Heartbeat) -> None:
+    """Let a worker send a heartbeat that its event loop would not send."""
     connection = worker.client._connection
     assert connection is not None
     connection.session._outbox.post(beat)
@@ -671,7 +671,7 @@ async def test_a_worker_is_ok_or_busy_by_its_slots(cluster: MemoryCluster, autoj
     assert remote.health.available
 
 
-async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_ones(
+async def test_a_worker_that_reports_that_it_is_blocked_keeps_its_calls_and_gets_no_new_ones(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trio_cluster")
@@ -679,7 +679,7 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     remote = cluster.manager.workers["w1"]
     call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
-    _say(worker, _BLOCKED)
+    _send(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     (status,) = cluster.manager.status()
     assert status.state == "stalled"
@@ -690,7 +690,7 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     assert (refused.value.status, refused.value.code) == (503, "over_capacity")
     assert refused.value.retry_after is not None
     assert "Every node that serves 'forever' is busy" in refused.value.message
-    _say(worker, _BLOCKED)
+    _send(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     assert not call.ended
     # Its loop runs again: the next heartbeat is its own.
@@ -698,8 +698,8 @@ async def test_a_worker_that_says_it_is_blocked_keeps_its_calls_and_gets_no_new_
     assert remote.state == "ok"
     cluster.router.open(chat_request("forever"))
     assert not call.ended
-    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.workers"]
-    assert [message for message in told if "stalled" in message or "again" in message] == [
+    logged = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.workers"]
+    assert [message for message in logged if "stalled" in message or "again" in message] == [
         "worker stalled: handler of 'forever' (app.py:12 in compute)",
         "worker runs again",
     ]
@@ -709,19 +709,19 @@ async def test_new_calls_go_to_the_replica_that_is_not_blocked(nursery: trio.Nur
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", forever)
     await cluster.start("w2", forever)
-    _say(first, _BLOCKED)
+    _send(first, _BLOCKED)
     await wait_all_tasks_blocked()
     calls = [cluster.router.open(chat_request("forever")) for _ in range(4)]
     assert {call.served_by for call in calls} == {"w2"}
 
 
-async def test_a_worker_that_says_it_is_blocked_and_nothing_after_that_is_given_up(
+async def test_a_worker_that_reports_that_it_is_blocked_and_then_falls_silent_is_dropped(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
     call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
-    _say(worker, _BLOCKED)
+    _send(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     start = trio.current_time()
     worker.black_hole()
@@ -731,7 +731,7 @@ async def test_a_worker_that_says_it_is_blocked_and_nothing_after_that_is_given_
     assert trio.current_time() - start <= 31
 
 
-async def test_a_worker_that_is_silent_gets_nothing_new_before_it_is_given_up(
+async def test_a_silent_worker_gets_no_new_calls_before_it_is_dropped(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
@@ -767,24 +767,24 @@ async def test_how_far_a_call_is_on_its_worker_is_known(
     assert queued.phase == "streaming"
 
 
-async def test_a_worker_notes_that_its_master_is_blocked(
+async def test_a_worker_logs_that_its_master_is_blocked(
     cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trio_cluster")
     await cluster.start("w1", forever)
-    (visit,) = cluster.manager._connections
+    (connection,) = cluster.manager._connections
     for beat in (_BLOCKED, _BLOCKED, Heartbeat(), Heartbeat()):
-        visit.session._outbox.post(beat)
-    visit.link.wake()
+        connection.session._outbox.post(beat)
+    connection.link.wake()
     await wait_all_tasks_blocked()
-    told = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.client"]
-    assert [message for message in told if "blocked" in message or "again" in message] == [
+    logged = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.client"]
+    assert [message for message in logged if "blocked" in message or "again" in message] == [
         f"the master is blocked: {_BLOCKED.blocked}",
         "the master runs again",
     ]
 
 
-async def test_a_wrong_token_is_refused_and_said_on_both_sides(
+async def test_a_wrong_token_is_refused_and_logged_on_both_sides(
     nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = MemoryCluster(nursery, cluster_token="right")

@@ -1,4 +1,4 @@
-"""What a worker does when its master goes away, comes back, or will not have it."""
+"""What a worker does when its master goes away, comes back, or refuses it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_a_worker_cancels_its_handlers_when_the_link_is_gone(
     assert worker.pool.running == 0
 
 
-async def test_a_worker_comes_back_to_a_master_that_was_restarted(
+async def test_a_worker_reconnects_to_a_master_that_was_restarted(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", echo)
@@ -95,7 +95,7 @@ async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
     assert bounds == [0.5]
 
 
-async def test_leaving_sends_what_is_queued_and_returns(cluster: MemoryCluster) -> None:
+async def test_closing_sends_what_is_queued_and_returns(cluster: MemoryCluster) -> None:
     worker = await cluster.start("w1", echo)
     worker.client.drain("going home")
     worker.client.close("going home")
@@ -105,7 +105,7 @@ async def test_leaving_sends_what_is_queued_and_returns(cluster: MemoryCluster) 
     assert cluster.manager.workers == {}
 
 
-async def test_a_worker_that_drains_does_not_come_back_when_its_link_breaks(
+async def test_a_worker_that_drains_does_not_reconnect_when_its_link_breaks(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
@@ -141,7 +141,7 @@ async def test_a_worker_that_drains_without_a_link_does_not_dial_again(
     await worker.over.wait()
 
 
-async def test_a_worker_that_drains_while_it_dials_brings_no_models(
+async def test_a_worker_that_drains_while_it_dials_registers_no_models(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = Worker(cluster, "w1")
@@ -159,7 +159,7 @@ async def test_a_worker_that_drains_while_it_dials_brings_no_models(
     await worker.over.wait()
 
 
-async def test_a_silent_master_is_given_up_and_dialled_again(
+async def test_a_silent_master_is_dropped_and_dialled_again(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
     worker = await cluster.start("w1", forever)
@@ -190,7 +190,7 @@ async def test_the_probe_says_no_where_nothing_listens() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"\x00" * 100])
-async def test_the_probe_says_no_to_somebody_else(nursery: trio.Nursery, answer: bytes) -> None:
+async def test_the_probe_says_no_to_other_servers(nursery: trio.Nursery, answer: bytes) -> None:
     async def serve(stream: trio.SocketStream) -> None:
         if answer:
             await stream.receive_some()
@@ -202,7 +202,7 @@ async def test_the_probe_says_no_to_somebody_else(nursery: trio.Nursery, answer:
     assert not await check_is_cluster_server("127.0.0.1", port)
 
 
-async def test_the_probe_gives_up_on_somebody_who_says_nothing(
+async def test_the_probe_of_a_silent_server_times_out(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     async def silent(stream: trio.SocketStream) -> None:

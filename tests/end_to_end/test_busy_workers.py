@@ -138,7 +138,7 @@ async def test_a_worker_that_is_frozen_while_it_is_blocked_is_gone_within_the_ti
     assert failed.report.ending == "failed"
     assert failed.report.error is not None
     assert failed.report.error["code"] == "worker_lost"
-    await master.log("worker left: nothing was heard", worker="w1")
+    await master.log("worker left: no message from the peer", worker="w1")
 
 
 async def test_a_master_that_a_handler_of_its_own_blocks_keeps_its_workers(

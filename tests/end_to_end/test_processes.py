@@ -424,7 +424,9 @@ STRANGERS = {
         NO_WEBSOCKET, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
     ),
     "TLS": Stranger(NO_WEBSOCKET, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500)),
-    "another protocol": Stranger("this end speaks trio-cluster.1 only", UPGRADE + b"\r\n"),
+    "another protocol": Stranger(
+        "this master supports the subprotocol trio-cluster.1 only", UPGRADE + b"\r\n"
+    ),
     "another path": Stranger("workers connect to /cluster", OURS.replace(b"/cluster", b"/chat")),
     "a silent worker": Stranger("the connection broke", hangs_up=True),
     "a truncated frame": Stranger(

@@ -1,4 +1,4 @@
-"""Whole messages as frames and back, with another implementation as the judge."""
+"""Whole messages as frames and back, compared with another implementation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trio_cluster.link import frames
 from trio_cluster.link.frames import FrameReader, choose_mask, frame, mask_in_python
 from trio_cluster.protocol import ProtocolError
 
-# Each class of length, at its edges.
+# The edges of each class of payload length.
 SIZES = [0, 1, 3, 4, 5, 125, 126, 127, 65_535, 65_536, 65_537, 300_000]
 NO_LIMIT = (1 << 63) - 1
 
 
 @attrs.define
-class Heard:
-    """What a reader has found: messages and control frames, in order, and what it did not like."""
+class Found:
+    """What a reader has found: messages and control frames, in order, and the error."""
 
     messages: list[bytes] = attrs.field(factory=list)
     controls: list[bytes] = attrs.field(factory=list)
@@ -35,57 +35,57 @@ class Ours:
     """The reader under test."""
 
     def __init__(self, *, masked: bool, limit: int = NO_LIMIT) -> None:
-        self.heard = Heard()
-        self.reader = FrameReader(masked=masked, limit=limit, on_control=self.heard.controls.append)
+        self.found = Found()
+        self.reader = FrameReader(masked=masked, limit=limit, on_control=self.found.controls.append)
 
-    def feed(self, data: bytes) -> Heard:
+    def feed(self, data: bytes) -> Found:
         if data:
             self.reader.feed(data)
         try:
             while (message := self.reader.next_message()) is not None:
-                self.heard.messages.append(message)
+                self.found.messages.append(message)
         except ProtocolError as error:
-            self.heard.error = error.reason
-        return self.heard
+            self.found.error = error.reason
+        return self.found
 
 
 class Oracle:
-    """The same on another implementation, which is kinder: it takes text."""
+    """The same with another implementation, which also accepts text."""
 
     def __init__(self, *, masked: bool) -> None:
-        self.heard = Heard()
+        self.found = Found()
         self._frames = FrameDecoder(client=not masked)
         self._messages = MessageDecoder()
         self._message = b""
         self._control = b""
 
-    def feed(self, data: bytes) -> Heard:
+    def feed(self, data: bytes) -> Found:
         self._frames.receive_bytes(data)
         try:
             while (piece := self._frames.process_buffer()) is not None:
                 self._take(piece)
         except ParseFailed as error:
-            self.heard.error = str(error)
-        return self.heard
+            self.found.error = str(error)
+        return self.found
 
     def _take(self, piece: Any) -> None:
         if piece.opcode.iscontrol():
             self._control += piece.payload
             if piece.frame_finished:
-                self.heard.controls.append(self._control)
+                self.found.controls.append(self._control)
                 self._control = b""
             return
         whole = self._messages.process_frame(piece)
         self._message += whole.payload.encode() if isinstance(whole.payload, str) else whole.payload
         if whole.message_finished:
-            self.heard.messages.append(self._message)
+            self.found.messages.append(self._message)
             self._message = b""
 
 
 def raw(
     first: int, payload: bytes = b"", *, masked: bool = False, key: bytes = b"\1\2\3\4", width: int = 0
 ) -> bytes:
-    """Return a frame that begins with ``first``; ``width`` bytes for its size, if not as few as possible."""
+    """Return a frame with the first byte ``first``; ``width`` bytes for its length, if not the minimum."""
     size = len(payload)
     width = width or (1 if size < 126 else 2 if size < 1 << 16 else 8)
     short = {1: size, 2: 126, 8: 127}[width]
@@ -190,26 +190,26 @@ def test_without_a_compiled_function_masking_in_python_takes_its_place(
     assert caplog.text == ""
 
 
-def test_frames_are_masked_also_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_masked_also_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "_mask", mask_in_python)
-    test_what_is_framed_is_a_message_to_others(1000, True)
-    test_a_message_that_others_have_framed_is_read(1000, True)
+    test_another_implementation_reads_our_frames(1000, True)
+    test_frames_of_another_implementation_are_read(1000, True)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_framed_is_a_message_to_others(size: int, masked: bool) -> None:
+def test_another_implementation_reads_our_frames(size: int, masked: bool) -> None:
     oracle = Oracle(masked=masked)
     oracle.feed(frame(some_bytes(size), masked=masked))
-    assert oracle.heard == Heard([some_bytes(size)])
+    assert oracle.found == Found([some_bytes(size)])
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_message_that_others_have_framed_is_read(size: int, masked: bool) -> None:
+def test_frames_of_another_implementation_are_read(size: int, masked: bool) -> None:
     ours = Ours(masked=masked, limit=size)
     ours.feed(bytes(FrameProtocol(client=masked, extensions=[]).send_data(some_bytes(size))))
-    assert ours.heard == Heard([some_bytes(size)])
+    assert ours.found == Found([some_bytes(size)])
 
 
 @pytest.mark.parametrize(
@@ -222,20 +222,20 @@ def test_a_message_that_others_have_framed_is_read(size: int, masked: bool) -> N
         (65_536, b"\x82\x7f\0\0\0\0\0\1\0\0"),
     ],
 )
-def test_a_frame_begins_as_the_standard_says(size: int, head: bytes) -> None:
+def test_a_frame_has_the_header_of_the_standard(size: int, head: bytes) -> None:
     assert frame(bytes(size), masked=False) == head + bytes(size)
     masked = frame(bytes(size), masked=True)
     assert masked[: len(head)] == head[:1] + bytes((head[1] | 0x80,)) + head[2:]
-    # What is all zeros shows the key.
+    # A payload of zeros shows the key.
     key = masked[len(head) : len(head) + 4]
     assert masked[len(head) + 4 :] == (key * (size // 4 + 1))[:size]
 
 
-def test_each_frame_has_a_key_of_its_own() -> None:
+def test_each_frame_has_a_new_key() -> None:
     assert len({frame(b"the same", masked=True) for _ in range(20)}) == 20
 
 
-# A conversation, cut anywhere
+# Conversations, split anywhere
 
 Conversation = list[tuple[list[bytes], list[bytes]]]
 
@@ -244,13 +244,13 @@ PIECES = st.one_of(
     st.binary(max_size=20),
     st.sampled_from([some_bytes(size) for size in (125, 126, 127, 300)]),
 )
-#: Messages, each in one or more pieces; and after each piece a ping, or nothing.
+#: Messages, each in one or more fragments; and after each fragment a ping, or nothing.
 CONVERSATIONS: st.SearchStrategy[Conversation] = st.lists(
     st.tuples(st.lists(PIECES, min_size=1, max_size=4), st.lists(CONTROLS, max_size=3)), max_size=5
 )
 
 
-def spoken(conversation: Conversation, *, masked: bool) -> bytes:
+def encoded(conversation: Conversation, *, masked: bool) -> bytes:
     """Return what another implementation sends."""
     protocol = FrameProtocol(client=masked, extensions=[])
     sent = b""
@@ -262,15 +262,15 @@ def spoken(conversation: Conversation, *, masked: bool) -> bytes:
     return sent
 
 
-def meant(conversation: Conversation) -> Heard:
-    heard = Heard()
+def expected(conversation: Conversation) -> Found:
+    found = Found()
     for pieces, pings in conversation:
-        heard.messages.append(b"".join(pieces))
-        heard.controls += pings[: len(pieces)]
-    return heard
+        found.messages.append(b"".join(pieces))
+        found.controls += pings[: len(pieces)]
+    return found
 
 
-def cut_up(data: bytes, cuts: list[int]) -> Iterator[bytes]:
+def split(data: bytes, cuts: list[int]) -> Iterator[bytes]:
     for cut in cuts:
         yield data[:cut]
         data = data[cut:]
@@ -279,29 +279,29 @@ def cut_up(data: bytes, cuts: list[int]) -> Iterator[bytes]:
 
 @given(CONVERSATIONS, st.booleans(), st.lists(st.integers(1, 40), max_size=40))
 @settings(deadline=None)
-def test_messages_in_pieces_with_pings_between_arrive_however_they_are_cut(
+def test_fragmented_messages_with_pings_between_arrive_however_they_are_split(
     conversation: Conversation, masked: bool, cuts: list[int]
 ) -> None:
     ours = Ours(masked=masked)
-    for piece in cut_up(spoken(conversation, masked=masked), cuts):
+    for piece in split(encoded(conversation, masked=masked), cuts):
         ours.feed(piece)
-    ours.heard.controls[:] = [payload_of(each, masked=masked) for each in ours.heard.controls]
-    assert ours.heard == meant(conversation)
+    ours.found.controls[:] = [payload_of(each, masked=masked) for each in ours.found.controls]
+    assert ours.found == expected(conversation)
 
 
 @given(CONVERSATIONS, st.booleans(), st.integers(0, 2000))
 @settings(deadline=None)
-def test_somebody_else_can_go_on_from_anywhere(conversation: Conversation, masked: bool, cut: int) -> None:
-    sent = spoken(conversation, masked=masked)
+def test_another_reader_can_go_on_from_anywhere(conversation: Conversation, masked: bool, cut: int) -> None:
+    sent = encoded(conversation, masked=masked)
     cut = min(cut, len(sent))
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
     ours.feed(sent[:cut])
     oracle.feed(ours.reader.take_remainder())
     oracle.feed(sent[cut:])
-    assert oracle.heard.error is None
-    assert ours.heard.messages + oracle.heard.messages == meant(conversation).messages
-    assert len(ours.heard.controls + oracle.heard.controls) == len(meant(conversation).controls)
-    # And nothing of it is left behind.
+    assert oracle.found.error is None
+    assert ours.found.messages + oracle.found.messages == expected(conversation).messages
+    assert len(ours.found.controls + oracle.found.controls) == len(expected(conversation).controls)
+    # And nothing of it is left in this reader.
     assert ours.reader.take_remainder() == b""
     assert ours.feed(raw(0x82, b"anew", masked=masked)).messages[-1] == b"anew"
 
@@ -310,27 +310,27 @@ def test_somebody_else_can_go_on_from_anywhere(conversation: Conversation, maske
     CONVERSATIONS, st.booleans(), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3)
 )
 @settings(deadline=None, max_examples=400)
-def test_whatever_others_refuse_is_refused_and_the_rest_is_heard_alike(
+def test_what_another_implementation_refuses_is_refused_and_the_rest_is_read_alike(
     conversation: Conversation, masked: bool, damage: list[tuple[int, int]]
 ) -> None:
-    sent = bytearray(spoken(conversation, masked=masked))
+    sent = bytearray(encoded(conversation, masked=masked))
     for where, value in damage:
         if where < len(sent):
             sent[where] = value
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
     ours.feed(bytes(sent))
     oracle.feed(bytes(sent))
-    if oracle.heard.error is not None and ours.heard.error is None:
-        # The other one does not wait for the end of a head that has begun badly.
+    if oracle.found.error is not None and ours.found.error is None:
+        # The other one does not wait for the end of an invalid header.
         ours.feed(bytes(14))
-        assert ours.heard.error is not None
-    error = ours.heard.error or ""
+        assert ours.found.error is not None
+    error = ours.found.error or ""
     if "text" in error or "message longer than" in error:
-        # That is for us to say. The other one has gone on.
-        del oracle.heard.messages[len(ours.heard.messages) :]
+        # These are limits of this protocol. The other one has gone on.
+        del oracle.found.messages[len(ours.found.messages) :]
     else:
-        assert (ours.heard.error is None) == (oracle.heard.error is None)
-    assert ours.heard.messages == oracle.heard.messages
+        assert (ours.found.error is None) == (oracle.found.error is None)
+    assert ours.found.messages == oracle.found.messages
 
 
 # Violations
@@ -363,8 +363,8 @@ def test_a_frame_that_violates_the_standard_or_is_not_used_is_refused_with_a_rea
     for first, payload in sent:
         ours.feed(raw(first, payload, masked=masked))
         oracle.feed(raw(first, payload, masked=masked))
-    assert complaint in (ours.heard.error or "")
-    assert (oracle.heard.error is None) == ("text" in complaint)
+    assert complaint in (ours.found.error or "")
+    assert (oracle.found.error is None) == ("text" in complaint)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_a_frame_that_violates_the_standard_or_is_not_used_is_refused_with_a_rea
     [(True, "unmasked frame from the client"), (False, "masked frame from the server")],
 )
 @pytest.mark.parametrize("first", [0x82, 0x89, 0x88])
-def test_who_connects_has_to_mask_and_nobody_else_may(first: int, masked: bool, complaint: str) -> None:
+def test_the_client_has_to_mask_and_the_server_must_not(first: int, masked: bool, complaint: str) -> None:
     ours, oracle = Ours(masked=masked), Oracle(masked=masked)
     sent = raw(first, b"hello", masked=not masked)
     assert (ours.feed(sent).error or "") == complaint
@@ -380,13 +380,13 @@ def test_who_connects_has_to_mask_and_nobody_else_may(first: int, masked: bool, 
 
 
 @pytest.mark.parametrize(("size", "width"), [(5, 2), (125, 2), (5, 8), (126, 8), (65_535, 8)])
-def test_a_size_in_more_bytes_than_it_needs_is_refused(size: int, width: int) -> None:
+def test_a_length_that_is_not_minimally_encoded_is_refused(size: int, width: int) -> None:
     sent = raw(0x82, bytes(size), width=width)
     assert "minimal number of bytes" in (Ours(masked=False).feed(sent).error or "")
     assert Oracle(masked=False).feed(sent).error is not None
 
 
-def test_a_message_beyond_the_limit_is_refused_before_it_has_come() -> None:
+def test_a_message_beyond_the_limit_is_refused_before_it_has_arrived() -> None:
     assert Ours(masked=False, limit=1000).feed(raw(0x82, bytes(1000))).messages == [bytes(1000)]
     head = raw(0x82, bytes(1001))[:4]
     assert Ours(masked=False, limit=1000).feed(head).error == "message longer than 1000 bytes"
@@ -394,14 +394,14 @@ def test_a_message_beyond_the_limit_is_refused_before_it_has_come() -> None:
     assert "message longer than" in (Ours(masked=False, limit=1000).feed(boast).error or "")
 
 
-def test_the_pieces_of_a_message_count_together() -> None:
+def test_the_limit_is_for_all_fragments_of_a_message() -> None:
     ours = Ours(masked=False, limit=1000)
     ours.feed(raw(0x02, bytes(600)) + raw(0x00, bytes(400)))
-    assert ours.heard.error is None
+    assert ours.found.error is None
     assert ours.feed(raw(0x80, b"x")[:2]).error is not None
 
 
-def test_pieces_without_bytes_take_no_room() -> None:
+def test_empty_fragments_take_no_memory() -> None:
     ours = Ours(masked=False, limit=1000)
     ours.feed(raw(0x02))
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Every way in which a link can end comes out as one ``LinkClosed`` that says why."""
+"""Every way in which a link can end raises one ``LinkClosed`` with the reason; and what lingers on a busy link."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from trio_cluster.protocol import (
 )
 
 
-def let_in(path: str, headers: dict[str, str]) -> Refusal | None:
+def admit_all(path: str, headers: dict[str, str]) -> Refusal | None:
     return None
 
 
 @attrs.define(eq=False)
 class End:
-    """One end of a link, run in a task; keeps what it hears and how it ends."""
+    """One end of a link, run in a task; keeps the events that it receives, and how it ends."""
 
     link: Link
     session: Any
     opener: Any
-    heard: list[Any] = attrs.field(factory=list)
+    received: list[Any] = attrs.field(factory=list)
     closed: LinkClosed | None = None
     over: trio.Event = attrs.field(factory=trio.Event)
 
@@ -70,15 +70,15 @@ class End:
 
 
 def end_of(stream: InjectableStream, session: Any, opener: Any, timeout: float = 30.0) -> End:
-    heard: list[Any] = []
+    received: list[Any] = []
 
-    def hear(events: Sequence[Any]) -> None:
-        heard.extend(events)
+    def on_events(events: Sequence[Any]) -> None:
+        received.extend(events)
 
-    return End(Link(stream, session, on_events=hear, timeout=timeout), session, opener, heard)
+    return End(Link(stream, session, on_events=on_events, timeout=timeout), session, opener, received)
 
 
-def master_end(memory: MemoryStream, admit: Any = let_in) -> End:
+def master_end(memory: MemoryStream, admit: Any = admit_all) -> End:
     stream = injectable(memory)
     session = MasterSession("m", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=30)
     return end_of(stream, session, accept(stream, admit))
@@ -101,7 +101,7 @@ async def ends(nursery: trio.Nursery) -> tuple[End, End]:
 
 
 class RawPeer:
-    """A websocket client that says what it is told to, well-behaved or not."""
+    """A websocket client that sends what the test says, well-behaved or not."""
 
     def __init__(self, stream: MemoryStream) -> None:
         self.stream = stream
@@ -116,10 +116,10 @@ class RawPeer:
         await self.stream.send_all(self.protocol.send(event))
 
 
-async def test_both_ends_hear_each_others_handshake(ends: tuple[End, End]) -> None:
+async def test_both_ends_receive_each_others_handshake(ends: tuple[End, End]) -> None:
     master, worker = ends
-    assert [event.node_id for event in master.heard if isinstance(event, Handshake)] == ["w"]
-    assert [event.node_id for event in worker.heard if isinstance(event, Handshake)] == ["m"]
+    assert [event.node_id for event in master.received if isinstance(event, Handshake)] == ["w"]
+    assert [event.node_id for event in worker.received if isinstance(event, Handshake)] == ["m"]
 
 
 async def test_what_a_session_queues_arrives_after_a_wake(ends: tuple[End, End]) -> None:
@@ -127,21 +127,21 @@ async def test_what_a_session_queues_arrives_after_a_wake(ends: tuple[End, End])
     worker.session.drain("tired")
     worker.link.wake()
     await wait_all_tasks_blocked()
-    assert Drain("tired") in master.heard
+    assert Drain("tired") in master.received
 
 
-async def test_hanging_up_sends_what_is_queued_and_tells_the_other_end_why(ends: tuple[End, End]) -> None:
+async def test_closing_when_flushed_sends_what_is_queued_and_then_the_reason(ends: tuple[End, End]) -> None:
     master, worker = ends
     worker.session.drain("tired")
     worker.link.close_when_flushed("going home")
     assert await master.why() == "going home"
     assert master.closed is not None
     assert master.closed.by_peer
-    assert Drain("tired") in master.heard
+    assert Drain("tired") in master.received
     assert await worker.why() == "going home"
 
 
-async def test_hanging_up_waits_for_what_the_other_end_has_not_given_credit_for(
+async def test_closing_when_flushed_waits_for_what_the_peer_has_not_granted_credit_for(
     ends: tuple[End, End],
 ) -> None:
     master, worker = ends
@@ -159,12 +159,12 @@ async def test_hanging_up_waits_for_what_the_other_end_has_not_given_credit_for(
     master.session.grant(call, WINDOW)
     master.link.wake()
     assert await master.why() == "going home"
-    body = b"".join(bytes(event.data) for event in master.heard if isinstance(event, Data))
+    body = b"".join(bytes(event.data) for event in master.received if isinstance(event, Data))
     assert body == bytes(WINDOW + 1) + b"more"
-    assert isinstance(master.heard[-1], Done)
+    assert isinstance(master.received[-1], Done)
 
 
-async def test_ending_at_once_tells_the_other_end_why(ends: tuple[End, End]) -> None:
+async def test_ending_at_once_sends_the_reason_to_the_peer(ends: tuple[End, End]) -> None:
     master, worker = ends
     master.link.end("enough")
     assert await worker.why() == "enough"
@@ -203,19 +203,19 @@ async def test_cancelling_a_link_closes_its_stream() -> None:
         await ours.send_all(b"x")
 
 
-async def test_a_peer_that_falls_silent_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_a_peer_that_falls_silent_is_dropped(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
     await peer.open()
     nursery.start_soon(swallow, theirs)
     start = trio.current_time()
-    assert "nothing was heard" in await master.why()
+    assert "no message from the peer" in await master.why()
     assert 29 <= trio.current_time() - start <= 32
 
 
 async def swallow(stream: trio.abc.Stream) -> None:
-    """Read whatever comes, as a frozen process's kernel does, and say nothing."""
+    """Read everything and send nothing, as the kernel of a frozen process does."""
     try:
         async for _ in stream:
             pass
@@ -223,21 +223,21 @@ async def swallow(stream: trio.abc.Stream) -> None:
         pass
 
 
-async def test_links_that_only_beat_stay_up(ends: tuple[End, End], autojump_clock: MockClock) -> None:
+async def test_links_with_nothing_but_heartbeats_stay_up(
+    ends: tuple[End, End], autojump_clock: MockClock
+) -> None:
     master, worker = ends
     await trio.sleep(1000)
     assert not master.over.is_set()
     assert not worker.over.is_set()
 
 
-async def test_a_peer_that_takes_nothing_is_given_up(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
+async def test_a_peer_that_takes_nothing_is_dropped(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     ours, theirs = memory_pair()
-    # A memory stream has no end of room; this one has none at all once the handshake is over.
+    # A memory stream takes any number of bytes; this one takes none once the handshake is over.
     session = MasterSession("m", "1", trio.current_time(), heartbeat_interval=5, silence_timeout=1000)
     stream = injectable(ours)
-    stuck = end_of(stream, session, accept(stream, let_in), timeout=10)
+    stuck = end_of(stream, session, accept(stream, admit_all), timeout=10)
     nursery.start_soon(stuck.run)
     peer = RawPeer(theirs)
     await peer.open()
@@ -246,7 +246,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(
     assert "took nothing for 10 s" in await stuck.why()
 
 
-async def test_a_peer_that_is_blocked_may_take_nothing_for_as_long_as_it_says_so(
+async def test_a_peer_that_is_blocked_may_take_nothing_for_as_long_as_it_reports_that(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     ours, theirs = memory_pair()
@@ -268,7 +268,7 @@ async def test_a_peer_that_is_blocked_may_take_nothing_for_as_long_as_it_says_so
     assert trio.current_time() - last <= 36
 
 
-async def test_the_time_that_this_end_slept_through_is_not_the_peers_silence(
+async def test_time_during_which_this_end_was_blocked_is_not_silence_of_the_peer(
     ends: tuple[End, End], mock_clock: MockClock
 ) -> None:
     master, worker = ends
@@ -281,7 +281,7 @@ async def test_the_time_that_this_end_slept_through_is_not_the_peers_silence(
     assert not worker.over.is_set()
 
 
-async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
+async def test_a_peer_that_fell_silent_is_dropped_also_by_an_end_that_was_blocked(
     nursery: trio.Nursery, mock_clock: MockClock
 ) -> None:
     ours, theirs = memory_pair()
@@ -297,7 +297,7 @@ async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
         mock_clock.jump(5)
         await wait_all_tasks_blocked()
     assert master.closed is not None
-    assert "nothing was heard" in master.closed.why
+    assert "no message from the peer" in master.closed.why
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,9 @@ async def test_a_peer_that_fell_silent_is_given_up_also_by_one_who_slept(
     ],
     ids=["rubbish", "empty", "text", "too large"],
 )
-async def test_a_peer_that_talks_rubbish_is_told_so(nursery: trio.Nursery, message: Any, why: str) -> None:
+async def test_an_invalid_message_ends_the_link_with_a_reason(
+    nursery: trio.Nursery, message: Any, why: str
+) -> None:
     ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
@@ -320,9 +322,7 @@ async def test_a_peer_that_talks_rubbish_is_told_so(nursery: trio.Nursery, messa
     assert why.lower() in (await master.why()).lower()
 
 
-async def test_frames_that_are_no_frames_end_the_link(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
+async def test_invalid_frames_end_the_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
@@ -343,7 +343,7 @@ async def test_a_ping_is_harmless(nursery: trio.Nursery) -> None:
     assert not master.over.is_set()
 
 
-async def test_a_ping_that_crosses_our_close_does_not_blow_up(nursery: trio.Nursery) -> None:
+async def test_a_ping_that_crosses_our_close_frame_raises_nothing(nursery: trio.Nursery) -> None:
     ours, theirs = memory_pair()
     master, peer = master_end(ours), RawPeer(theirs)
     nursery.start_soon(master.run)
@@ -366,7 +366,7 @@ async def test_a_plain_http_request_is_no_link(nursery: trio.Nursery, autojump_c
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /cluster HTTP/1.1\r\n", b"\x16\x03\x01"])
-async def test_who_does_not_finish_the_handshake_is_given_up(
+async def test_a_client_that_does_not_finish_the_handshake_is_dropped(
     nursery: trio.Nursery, autojump_clock: MockClock, sent: bytes
 ) -> None:
     ours, theirs = memory_pair()
@@ -378,7 +378,7 @@ async def test_who_does_not_finish_the_handshake_is_given_up(
     assert trio.current_time() < 40
 
 
-async def test_who_hangs_up_before_the_handshake_is_let_go_at_once(
+async def test_a_peer_that_closes_before_the_handshake_ends_the_link_at_once(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     ours, theirs = memory_pair()
@@ -391,14 +391,14 @@ async def test_who_hangs_up_before_the_handshake_is_let_go_at_once(
     assert trio.current_time() - start < 1
 
 
-async def test_a_silent_server_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_a_silent_server_is_dropped(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     ours, _theirs = memory_pair()
     worker = worker_end(ours)
     nursery.start_soon(worker.run)
     assert "no websocket handshake within 30 s" in await worker.why()
 
 
-async def test_a_refusal_reaches_the_one_who_dialled(nursery: trio.Nursery) -> None:
+async def test_a_refusal_reaches_the_client(nursery: trio.Nursery) -> None:
     def refuse(path: str, headers: dict[str, str]) -> Refusal | None:
         return Refusal(401, "wrong or missing cluster token")
 
@@ -412,15 +412,15 @@ async def test_a_refusal_reaches_the_one_who_dialled(nursery: trio.Nursery) -> N
     assert "wrong or missing cluster token" in await master.why()
 
 
-async def test_the_token_and_the_path_are_shown_to_whoever_admits(nursery: trio.Nursery) -> None:
+async def test_the_admission_is_given_the_token_and_the_path(nursery: trio.Nursery) -> None:
     seen: list[Any] = []
 
-    def look(path: str, headers: dict[str, str]) -> Refusal | None:
+    def admit(path: str, headers: dict[str, str]) -> Refusal | None:
         seen.append((path, headers.get("authorization")))
         return None
 
     ours, theirs = memory_pair()
-    master, worker = master_end(ours, look), worker_end(theirs, token="s3cret", path="/x")
+    master, worker = master_end(ours, admit), worker_end(theirs, token="s3cret", path="/x")
     nursery.start_soon(master.run)
     nursery.start_soon(worker.run)
     await wait_all_tasks_blocked()
@@ -437,15 +437,15 @@ async def test_another_subprotocol_is_refused(nursery: trio.Nursery) -> None:
 
 async def test_a_message_out_of_state_ends_the_link_on_both_sides(ends: tuple[End, End]) -> None:
     master, worker = ends
-    # The worker's end, made to say something that only a master may say.
+    # Made to send a second handshake.
     worker.session._outbox.post(Handshake(1, 1, 1, "again", "1"))
     worker.link.wake()
     assert "a second Handshake" in await master.why()
     assert "a second Handshake" in await worker.why()
-    assert RegisterModel not in map(type, master.heard)
+    assert RegisterModel not in map(type, master.received)
 
 
-async def test_a_message_that_makes_no_sense_ends_the_link_at_once_and_politely(
+async def test_a_message_out_of_state_ends_the_link_at_once_and_with_a_close_frame(
     ends: tuple[End, End], autojump_clock: MockClock
 ) -> None:
     master, worker = ends
@@ -459,28 +459,28 @@ async def test_a_message_that_makes_no_sense_ends_the_link_at_once_and_politely(
     assert worker.closed.by_peer
 
 
-# The wait for company
+# Lingering
 
-#: Seconds that a token may wait for others.
+#: Seconds that a token may linger.
 WAIT = 0.25
 #: Seconds by which computed times may differ.
 EXACT = 1e-9
 
 
 class Busy:
-    """A link over which a worker answers three calls, and what its master hears, each message with its time.
+    """A link on which a worker answers three calls, and the messages that each end receives, with their times.
 
     Attributes:
-        heard: when a message came, and what was in it.
-        told: the same of what the worker hears.
-        start: when the last message went before the test begins.
-        closed: why the links have ended.
+        received: for each message that the master received: when, and its events.
+        worker_received: the same for the worker.
+        start: when the last message before the test was sent.
+        closed: the reasons with which the links ended.
     """
 
     def __init__(self, nursery: trio.Nursery, linger: float) -> None:
         ours, theirs = map(injectable, memory_pair())
-        self.heard: list[tuple[float, list[Any]]] = []
-        self.told: list[tuple[float, list[Any]]] = []
+        self.received: list[tuple[float, list[Any]]] = []
+        self.worker_received: list[tuple[float, list[Any]]] = []
         now = trio.current_time()
         self.master = MasterSession("m", "1", now, heartbeat_interval=50, silence_timeout=100)
         self.worker = WorkerSession("w", "1", now, heartbeat_interval=50, silence_timeout=100)
@@ -493,13 +493,13 @@ class Busy:
                 linger=linger,
             )
             for stream, session, into in (
-                (ours, self.master, self.heard),
-                (theirs, self.worker, self.told),
+                (ours, self.master, self.received),
+                (theirs, self.worker, self.worker_received),
             )
         ]
         self.master_link, self.worker_link = self.links
         self.closed: list[str] = []
-        nursery.start_soon(self._run, self.master_link, accept(ours, let_in))
+        nursery.start_soon(self._run, self.master_link, accept(ours, admit_all))
         nursery.start_soon(self._run, self.worker_link, dial(theirs, "m"))
 
     async def _run(self, link: Link, opener: Any) -> None:
@@ -509,7 +509,7 @@ class Busy:
             self.closed.append(closed.why)
 
     async def begin(self) -> list[int]:
-        """Open the calls; afterwards the link is busy from this moment on."""
+        """Open the calls, and make the link busy from this moment on."""
         await wait_all_tasks_blocked()
         calls = [
             self.master.open(endpoint="chat.completions", kind="chat", model="m", size=0) for _ in range(3)
@@ -525,9 +525,9 @@ class Busy:
         self.send(calls[0], b"first")
         await wait_all_tasks_blocked()
         self.start = trio.current_time()
-        assert self.heard[-1] == (self.start, [Data(calls[0], b"first")])
-        self.heard.clear()
-        self.told.clear()
+        assert self.received[-1] == (self.start, [Data(calls[0], b"first")])
+        self.received.clear()
+        self.worker_received.clear()
         return calls
 
     def send(self, call: int, data: bytes) -> None:
@@ -547,12 +547,10 @@ async def test_on_an_idle_link_a_token_goes_at_once(busy: Busy, autojump_clock: 
         now = trio.current_time()
         busy.send(call, b"token")
         await wait_all_tasks_blocked()
-        assert busy.heard.pop() == (now, [Data(call, b"token")])
+        assert busy.received.pop() == (now, [Data(call, b"token")])
 
 
-async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(
-    busy: Busy, autojump_clock: MockClock
-) -> None:
+async def test_on_a_busy_link_tokens_linger_and_not_for_long(busy: Busy, autojump_clock: MockClock) -> None:
     one, two, three = await busy.begin()
     await trio.sleep(0.1)
     busy.send(one, b"a")
@@ -562,19 +560,19 @@ async def test_on_a_busy_link_tokens_wait_for_company_and_not_for_long(
     await trio.sleep(0.04)
     busy.send(three, b"d")
     await trio.sleep(0.1)
-    ((when, events),) = busy.heard
+    ((when, events),) = busy.received
     assert when == pytest.approx(busy.start + WAIT, abs=EXACT)
-    # Of one call in one piece, and in the order in which they came.
+    # Those of one call are joined, and the order is kept.
     assert events == [Data(one, b"ac"), Data(two, b"b"), Data(three, b"d")]
-    # That was a message too: the next one waits as long.
+    # That was a message as well: the next token lingers for as long.
     busy.send(two, b"e")
     await trio.sleep(1)
-    when, events = busy.heard[-1]
+    when, events = busy.received[-1]
     assert when == pytest.approx(busy.start + 2 * WAIT, abs=EXACT)
     assert events == [Data(two, b"e")]
 
 
-async def test_tokens_that_come_along_wake_nobody(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_tokens_that_linger_do_not_wake_the_writer(busy: Busy, autojump_clock: MockClock) -> None:
     class Steps(trio.abc.Instrument):
         taken = 0
 
@@ -595,15 +593,15 @@ async def test_tokens_that_come_along_wake_nobody(busy: Busy, autojump_clock: Mo
         assert steps.taken > 0
     finally:
         trio.lowlevel.remove_instrument(steps)
-    assert busy.heard == [(busy.start + WAIT, [Data(call, b"x" * 21)])]
+    assert busy.received == [(busy.start + WAIT, [Data(call, b"x" * 21)])]
 
 
-WORKER_SAYS: dict[str, Any] = {
+WORKER_SENDS: dict[str, Any] = {
     "the head of an answer": lambda busy, call, fresh: busy.worker.respond(fresh, 200, "text/plain"),
     "the end of an answer": lambda busy, call, fresh: busy.worker.done(call),
     "a failure": lambda busy, call, fresh: busy.worker.fail(fresh, Overloaded("full")),
     "a heartbeat": lambda busy, call, fresh: busy.worker.queue_heartbeat(),
-    "a farewell": lambda busy, call, fresh: busy.worker.drain("tired"),
+    "a drain": lambda busy, call, fresh: busy.worker.drain("tired"),
     "a model": lambda busy, call, fresh: busy.worker.register(ModelInfo("n", "chat")),
     "many bytes": lambda busy, call, fresh: busy.worker.send(call, bytes(8 * 1024)),
     "many small pieces of one answer": lambda busy, call, fresh: [
@@ -612,8 +610,8 @@ WORKER_SAYS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", WORKER_SAYS)
-async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_does(
+@pytest.mark.parametrize("what", WORKER_SENDS)
+async def test_urgent_data_never_lingers_and_is_sent_together_with_what_does(
     busy: Busy, autojump_clock: MockClock, what: str
 ) -> None:
     one, two, _ = await busy.begin()
@@ -622,16 +620,16 @@ async def test_what_is_more_than_a_few_bytes_never_waits_and_takes_along_what_do
     busy.master_link.wake()
     busy.send(two, b"token")
     await trio.sleep(0.1)
-    assert busy.heard == []
-    WORKER_SAYS[what](busy, one, fresh)
+    assert busy.received == []
+    WORKER_SENDS[what](busy, one, fresh)
     busy.worker_link.wake()
     await wait_all_tasks_blocked()
-    ((when, events),) = busy.heard
+    ((when, events),) = busy.received
     assert when == pytest.approx(busy.start + 0.1, abs=EXACT)
     assert len(events) == 2
     assert Data(two, b"token") in events
     await trio.sleep(1)
-    assert len(busy.heard) == 1
+    assert len(busy.received) == 1
 
 
 async def test_messages_that_are_ready_together_leave_in_one_write_up_to_a_limit(
@@ -653,89 +651,89 @@ async def test_messages_that_are_ready_together_leave_in_one_write_up_to_a_limit
     await wait_all_tasks_blocked()
     assert [len(sizes) for sizes in written] == [4, 4, 1]
     assert {size // PIECE for sizes in written for size in sizes} == {1}
-    assert sum(len(event.data) for _, events in busy.heard for event in events) == 9 * PIECE
+    assert sum(len(event.data) for _, events in busy.received for event in events) == 9 * PIECE
 
 
-@pytest.mark.parametrize("what", WORKER_SAYS)
-async def test_it_does_not_begin_to_wait_either(busy: Busy, autojump_clock: MockClock, what: str) -> None:
+@pytest.mark.parametrize("what", WORKER_SENDS)
+async def test_urgent_data_does_not_begin_to_linger(busy: Busy, autojump_clock: MockClock, what: str) -> None:
     one, _, _ = await busy.begin()
     fresh = busy.master.open(endpoint="chat.completions", kind="chat", model="m", size=0)
     busy.master.send_body(fresh, b"", last=True)
     busy.master_link.wake()
     await trio.sleep(0.1)
-    WORKER_SAYS[what](busy, one, fresh)
+    WORKER_SENDS[what](busy, one, fresh)
     busy.worker_link.wake()
     await wait_all_tasks_blocked()
-    assert [when for when, _ in busy.heard] == [pytest.approx(busy.start + 0.1, abs=EXACT)]
+    assert [when for when, _ in busy.received] == [pytest.approx(busy.start + 0.1, abs=EXACT)]
 
 
-async def test_a_cancellation_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_a_cancellation_never_lingers(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     uploading = busy.master.open(endpoint="chat.completions", kind="chat", model="m")
     busy.master_link.wake()
     await wait_all_tasks_blocked()
-    busy.told.clear()
-    # The master's link is busy, and a piece of a body waits.
+    busy.worker_received.clear()
+    # The master's link is busy, and a piece of a body lingers.
     busy.master.send_body(uploading, b"a piece")
     busy.master_link.wake()
     await trio.sleep(0.1)
-    assert busy.told == []
+    assert busy.worker_received == []
     busy.master.cancel(one, "no more")
     busy.master_link.wake()
     await wait_all_tasks_blocked()
-    ((when, events),) = busy.told
+    ((when, events),) = busy.worker_received
     assert when == pytest.approx(busy.start + 0.1, abs=EXACT)
     assert [type(event) for event in events] == [Cancel, Data]
 
 
-async def test_credit_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_credit_never_lingers(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.worker.send(one, bytes(WINDOW - len(b"first")))
     busy.worker.send(one, b"more")
     busy.worker_link.wake()
     await wait_all_tasks_blocked()
-    busy.heard.clear()
+    busy.received.clear()
     busy.master.grant(one, WINDOW)
     busy.master_link.wake()
     await trio.sleep(1)
-    ((when, events),) = busy.heard
-    # The credit came at once; what had waited for it was a few bytes on a busy link.
+    ((when, events),) = busy.received
+    # The credit arrived at once; what had waited for it was a few bytes on a busy link.
     assert events == [Data(one, b"more")]
     assert when == pytest.approx(busy.start + WAIT, abs=EXACT)
 
 
-async def test_hanging_up_never_waits(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_closing_when_flushed_never_lingers(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.send(one, b"last words")
     await trio.sleep(0.1)
     busy.worker_link.close_when_flushed("going home")
     await wait_all_tasks_blocked()
-    assert busy.heard == [(pytest.approx(busy.start + 0.1, abs=EXACT), [Data(one, b"last words")])]
+    assert busy.received == [(pytest.approx(busy.start + 0.1, abs=EXACT), [Data(one, b"last words")])]
     assert busy.closed == ["going home", "going home"]
     assert trio.current_time() == pytest.approx(busy.start + 0.1, abs=EXACT)
 
 
-async def test_hanging_up_does_not_begin_to_wait_either(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_closing_when_flushed_does_not_begin_to_linger(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
     busy.worker.send(one, b"last words")
     busy.worker_link.close_when_flushed("going home")
     await wait_all_tasks_blocked()
-    assert busy.heard == [(busy.start, [Data(one, b"last words")])]
+    assert busy.received == [(busy.start, [Data(one, b"last words")])]
     assert trio.current_time() == busy.start
 
 
-async def test_a_link_that_ends_does_not_wait_first(busy: Busy, autojump_clock: MockClock) -> None:
+async def test_a_link_that_ends_does_not_linger(busy: Busy, autojump_clock: MockClock) -> None:
     one, _, _ = await busy.begin()
-    busy.send(one, b"never heard")
+    busy.send(one, b"never received")
     await wait_all_tasks_blocked()
     busy.worker_link.end("enough")
     await wait_all_tasks_blocked()
     assert busy.closed == ["enough", "enough"]
-    assert busy.heard == []
+    assert busy.received == []
     assert trio.current_time() == busy.start
 
 
-async def test_without_a_time_for_it_nothing_waits(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_with_a_linger_of_zero_nothing_waits(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     busy = Busy(nursery, 0.0)
     call, *_ = await busy.begin()
     sent = []
@@ -744,10 +742,10 @@ async def test_without_a_time_for_it_nothing_waits(nursery: trio.Nursery, autoju
         busy.send(call, b"%d" % number)
         await wait_all_tasks_blocked()
         await trio.sleep(1e-6)
-    assert busy.heard == sent
+    assert busy.received == sent
 
 
-async def test_whoever_is_ready_in_the_same_moment_comes_along_without_any_wait(
+async def test_what_other_ready_tasks_send_goes_into_the_same_message_without_any_wait(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     busy = Busy(nursery, 0.0)
@@ -760,15 +758,15 @@ async def test_whoever_is_ready_in_the_same_moment_comes_along_without_any_wait(
 
     async with trio.open_nursery() as handlers:
         handlers.start_soon(partial(send, calls[0], after=0))
-        # They have one step more to go, and run in any order, as the writer does that was woken by the first.
+        # These take one step more, and run in any order with the writer, which the first one has woken.
         for _ in range(20):
             handlers.start_soon(partial(send, calls[1], after=1))
     await wait_all_tasks_blocked()
-    assert len(busy.heard) == 1
+    assert len(busy.received) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_order_is_kept_and_nothing_waits_longer_than_it_may(
+async def test_order_is_kept_and_nothing_lingers_too_long(
     busy: Busy, autojump_clock: MockClock, seed: int
 ) -> None:
     chance = random.Random(seed)
@@ -784,14 +782,14 @@ async def test_order_is_kept_and_nothing_waits_longer_than_it_may(
     busy.worker_link.wake()
     await trio.sleep(1)
     for call, pieces in sent.items():
-        heard = [
+        received = [
             (when, event)
-            for when, events in busy.heard
+            for when, events in busy.received
             for event in events
             if getattr(event, "call", 0) == call
         ]
-        assert heard.pop()[1] == Done(call)
-        assert b"".join(event.data for _, event in heard) == b"".join(piece for _, piece in pieces)
+        assert received.pop()[1] == Done(call)
+        assert b"".join(event.data for _, event in received) == b"".join(piece for _, piece in pieces)
         for since, piece in pieces:
-            (when,) = [when for when, event in heard if piece in event.data]
+            (when,) = [when for when, event in received if piece in event.data]
             assert since <= when <= since + WAIT + EXACT

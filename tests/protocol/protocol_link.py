@@ -21,7 +21,7 @@ from trio_cluster.protocol import (
 
 
 class Spy:
-    """Looks at everything that one end sends, and holds it to the promises about order and credit."""
+    """Checks the order and the credit of everything that one end sends."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -43,14 +43,14 @@ class Spy:
                 self.over.add(message.call)
         assert {call: count for call, count in carried.items() if count} == dict(batch.sent)
 
-    def heard(self, data: bytes) -> None:
+    def received(self, data: bytes) -> None:
         for message in decode(data):
             if isinstance(message, Grant):
                 self.outstanding[message.call] -= message.credit
 
 
 class Link:
-    """A master and a worker, and what is on its way between them."""
+    """A master and a worker, and the messages that are on their way between them."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -82,7 +82,7 @@ class Link:
         if not self.to_master:
             return []
         data = self.to_master.popleft()
-        self.master_spy.heard(data)
+        self.master_spy.received(data)
         return list(self.master.receive(data, self.now))
 
     def worker_reads(self) -> list[Any]:
@@ -90,23 +90,23 @@ class Link:
         if not self.to_worker:
             return []
         data = self.to_worker.popleft()
-        self.worker_spy.heard(data)
+        self.worker_spy.received(data)
         return list(self.worker.receive(data, self.now))
 
     def settle(self) -> tuple[list[Any], list[Any]]:
-        """Move everything that can move; return what the master and what the worker were told."""
-        told: tuple[list[Any], list[Any]] = ([], [])
+        """Move everything that can move; return the events of the master and those of the worker."""
+        events: tuple[list[Any], list[Any]] = ([], [])
         while True:
             while self.master_writes() is not None:
                 pass
             while self.worker_writes() is not None:
                 pass
             if not self.to_master and not self.to_worker:
-                return told
+                return events
             while self.to_worker:
-                told[1].extend(self.worker_reads())
+                events[1].extend(self.worker_reads())
             while self.to_master:
-                told[0].extend(self.master_reads())
+                events[0].extend(self.master_reads())
 
     def open(self, body: bytes | None = b"") -> int:
         """Open a call at the master, with its whole body, or with none of it yet."""
@@ -116,8 +116,8 @@ class Link:
         return call
 
 
-def shaken() -> Link:
-    """Return a link on which the handshakes are over."""
+def open_link() -> Link:
+    """Return a link after the handshakes."""
     link = Link()
     link.settle()
     return link

@@ -1,4 +1,4 @@
-"""Bytes to messages: everything well-formed comes through, everything else is refused and says why."""
+"""Bytes to messages: everything valid is decoded, everything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from trio_cluster.protocol import (
     encode,
 )
 from trio_cluster.protocol.bounds import clip
-from trio_cluster.protocol.codec import TAGS, pack_data, write
+from trio_cluster.protocol.codec import TAGS, encode_batch, pack_data
 
 EXAMPLES: list[Message] = [
     Handshake(MAGIC, 1, 1, "node-1", "0.1.0"),
@@ -128,7 +128,7 @@ def test_a_batch_keeps_its_order() -> None:
 
 
 def test_a_memoryview_is_sent_as_the_bytes_that_it_shows() -> None:
-    (back,) = decode(write([pack_data(1, memoryview(b"0123456789")[3:6], False)]))
+    (back,) = decode(encode_batch([pack_data(1, memoryview(b"0123456789")[3:6], False)]))
     assert back == Data(1, b"345")
     assert type(back.data) is bytes
 
@@ -178,14 +178,14 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([[9], {"call": 1}]), "a tag that is not an integer but list"),
         (raw([15, {}]), "an unknown message, tag 15"),
         (raw([-1, {}]), "an unknown message, tag -1"),
-        (raw([9, [7]]), "Done: the body is no map but list"),
-        (raw([9, None]), "Done: the body is no map but NoneType"),
-        (raw([9, "call"]), "Done: the body is no map but str"),
+        (raw([9, [7]]), "Done: the body is not a map but list"),
+        (raw([9, None]), "Done: the body is not a map but NoneType"),
+        (raw([9, "call"]), "Done: the body is not a map but str"),
         (raw([9, {}]), "Done: no such field in call"),
         (raw([9, {1: 2}]), "Done: no such field in call"),
     ],
 )
-def test_what_is_no_batch_is_refused_and_the_reason_says_why(data: bytes, reason: str) -> None:
+def test_what_is_not_a_batch_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         decode(data)
     assert reason in caught.value.reason
@@ -369,7 +369,7 @@ def test_a_text_without_an_encoding_is_refused_before_it_is_sent(options: dict[s
         RegisterModel("m", "chat", "o", 0, options)
 
 
-def test_a_list_that_holds_itself_is_refused_before_it_explodes() -> None:
+def test_a_list_that_contains_itself_is_refused_before_it_takes_memory() -> None:
     loop: list[Any] = []
     loop.extend([loop] * 4000)
     tracemalloc.start()
@@ -384,7 +384,7 @@ def test_a_list_that_holds_itself_is_refused_before_it_explodes() -> None:
 # Errors and models on the wire
 
 
-def test_an_error_comes_out_as_it_was_raised() -> None:
+def test_an_error_is_received_as_it_was_raised() -> None:
     raised = ApiError(429, "slow down", code="c", type="t", param="p", retry_after=2)
     (failed,) = decode(encode([Failed.of(3, raised)]))
     assert isinstance(failed, Failed)
@@ -405,12 +405,12 @@ def test_whatever_an_error_holds_it_can_be_sent() -> None:
     assert failed.message.endswith("x…")
 
 
-def test_clipping_leaves_what_fits_alone() -> None:
+def test_clipping_does_not_change_what_fits() -> None:
     assert clip("ä" * 10, 10) == "ä" * 10
     assert clip("ä" * 11, 10) == "ä" * 9 + "…"
 
 
-def test_a_model_is_announced_with_all_that_is_known_of_it() -> None:
+def test_a_model_is_registered_with_all_of_its_fields() -> None:
     options = ChatModelOptions(
         supports_vision=True, context_window=4096, extra_fields={"a": [1, {"b": None}]}
     )
@@ -420,7 +420,7 @@ def test_a_model_is_announced_with_all_that_is_known_of_it() -> None:
     assert message.info() == info
 
 
-def test_an_announced_option_of_a_wrong_type_is_named_and_an_unknown_one_left_out() -> None:
+def test_an_option_of_a_wrong_type_is_named_and_an_unknown_one_left_out() -> None:
     with pytest.raises(ValueError, match="supports_vision"):
         RegisterModel("m", "chat", "o", 0, {"supports_vision": "yes"}).info()
     assert RegisterModel("m", "chat", "o", 0, {"later": 1}).info().options == ChatModelOptions()
@@ -434,7 +434,7 @@ def test_an_announced_option_of_a_wrong_type_is_named_and_an_unknown_one_left_ou
         ({"a": "x" * 40_000}, "too large"),
     ],
 )
-def test_extra_fields_that_cannot_be_sent_are_refused_where_the_model_is_announced(
+def test_extra_fields_that_cannot_be_sent_are_refused_where_the_model_is_registered(
     extra: dict[str, Any], why: str
 ) -> None:
     info = ModelInfo("m", "chat", options=ChatModelOptions(extra_fields=extra))
@@ -442,7 +442,7 @@ def test_extra_fields_that_cannot_be_sent_are_refused_where_the_model_is_announc
         RegisterModel.of(info)
 
 
-def test_a_name_that_a_model_may_not_have_is_for_the_master_to_reject() -> None:
+def test_a_name_that_is_not_valid_for_a_model_is_rejected_by_the_master() -> None:
     (message,) = decode(encode([RegisterModel(" m ", "chat", "o", 0)]))
     assert isinstance(message, RegisterModel)
     with pytest.raises(ValueError, match="name"):
@@ -505,7 +505,7 @@ data_bodies = st.fixed_dictionaries(
 
 @given(st.lists(st.tuples(st.just(8) | tags, data_bodies | bodies), min_size=1, max_size=3))
 @settings(max_examples=200)
-def test_a_batch_of_data_is_read_as_it_is_in_other_company(pairs: list[tuple[Any, Any]]) -> None:
+def test_a_batch_of_data_alone_is_read_as_one_with_other_messages(pairs: list[tuple[Any, Any]]) -> None:
     def outcome(*more: Any) -> Any:
         try:
             return decode(raw(*pairs, *more))

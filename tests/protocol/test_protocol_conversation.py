@@ -1,4 +1,4 @@
-"""A master and a worker talk over a link that delivers in order and otherwise does as it likes."""
+"""A master and a worker on a link that delivers in order, and otherwise at any time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from protocol_link import shaken
+from protocol_link import open_link
 
 from trio_cluster.errors import ApiError
 from trio_cluster.protocol import (
@@ -39,8 +39,8 @@ SIZES = st.sampled_from([0, 1, 200, 5000, PIECE - 1, PIECE, PIECE + 1, 100_000, 
 
 
 @attrs.define(eq=False)
-class Told:
-    """What the users at the two ends of a call did and were told."""
+class Record:
+    """What was done at the two ends of a call, and which events there were."""
 
     call: int
     # At the master
@@ -63,24 +63,24 @@ class Told:
 
 
 class Conversation(RuleBasedStateMachine):
-    """Everything that users and a network can do, in any order; checked as it happens, and at the end."""
+    """Everything that both ends and the network can do, in any order; checked at each step and at the end."""
 
     @initialize()
     def connect(self) -> None:
-        self.link = shaken()
-        self.calls: dict[int, Told] = {}
+        self.link = open_link()
+        self.calls: dict[int, Record] = {}
         self.noise = 0
 
     def some(self, size: int) -> bytes:
-        """Return bytes that are not like those before them, so that order shows."""
+        """Return bytes that differ from those before them, so that a wrong order is found."""
         self.noise = (self.noise + 7919) % (len(NOISE) // 2)
         return NOISE[self.noise : self.noise + size]
 
-    def pick(self, index: int, **having: Any) -> Told | None:
+    def pick(self, index: int, **having: Any) -> Record | None:
         fit = [
-            told
-            for told in self.calls.values()
-            if all(getattr(told, name) == value for name, value in having.items())
+            record
+            for record in self.calls.values()
+            if all(getattr(record, name) == value for name, value in having.items())
         ]
         return fit[index % len(fit)] if fit else None
 
@@ -97,12 +97,12 @@ class Conversation(RuleBasedStateMachine):
     @rule()
     def master_reads(self) -> None:
         for event in self.link.master_reads():
-            self.tell_master(event)
+            self.on_master_event(event)
 
     @rule()
     def worker_reads(self) -> None:
         for event in self.link.worker_reads():
-            self.tell_worker(event)
+            self.on_worker_event(event)
 
     @rule()
     def the_worker_catches_up(self) -> None:
@@ -121,63 +121,63 @@ class Conversation(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 5.0]))
     def time_passes(self, seconds: float) -> None:
         for session in (self.link.master, self.link.worker):
-            session._last_received = self.link.now  # silence has tests of its own
+            session._last_received = self.link.now  # other tests are for silence
         self.link.now += seconds
         self.link.master.tick(self.link.now)
         self.link.worker.tick(self.link.now)
 
-    # What the users are told
+    # Events
 
-    def tell_master(self, event: Any) -> None:
+    def on_master_event(self, event: Any) -> None:
         if isinstance(event, Heartbeat):
             return
-        told = self.calls[event.call]
-        assert not told.ends, "told of a call that has ended"
+        record = self.calls[event.call]
+        assert not record.ends, "an event of a call that has ended"
         if isinstance(event, Done | Failed):
-            told.ends.append(type(event).__name__)
-            assert told.end == told.ends[0]
-            if not told.cancelled:
-                assert told.received == told.produced
+            record.ends.append(type(event).__name__)
+            assert record.end == record.ends[0]
+            if not record.cancelled:
+                assert record.received == record.produced
             return
-        assert not told.cancelled, "told of a call that was cancelled"
+        assert not record.cancelled, "an event of a call that was cancelled"
         if isinstance(event, ForwardResponse):
-            told.heads += 1
-            assert told.heads == 1
+            record.heads += 1
+            assert record.heads == 1
         else:
             assert isinstance(event, Data)
-            assert told.heads == 1
-            told.received += event.data
-            told.untaken += len(event.data)
-            assert told.produced.startswith(told.received)
-            assert told.untaken <= WINDOW
+            assert record.heads == 1
+            record.received += event.data
+            record.untaken += len(event.data)
+            assert record.produced.startswith(record.received)
+            assert record.untaken <= WINDOW
 
-    def tell_worker(self, event: Any) -> None:
+    def on_worker_event(self, event: Any) -> None:
         if isinstance(event, Heartbeat):
             return
-        told = self.calls[event.call]
-        assert not told.end, "told of a call that was ended here"
-        assert not told.asked_to_stop, "told of a call after its cancel"
+        record = self.calls[event.call]
+        assert not record.end, "an event of a call that was ended here"
+        assert not record.asked_to_stop, "an event of a call after its cancel"
         if isinstance(event, ForwardRequest):
-            assert not told.opened
-            told.opened = True
+            assert not record.opened
+            record.opened = True
             return
-        assert told.opened
+        assert record.opened
         if isinstance(event, Cancel):
-            told.asked_to_stop = True
-            assert told.cancelled
+            record.asked_to_stop = True
+            assert record.cancelled
         else:
             assert isinstance(event, Data)
-            assert not told.body_complete
-            told.body += event.data
-            told.body_untaken += len(event.data)
-            told.body_complete = event.last
-            assert told.sent.startswith(told.body)
-            assert told.body_untaken <= WINDOW
+            assert not record.body_complete
+            record.body += event.data
+            record.body_untaken += len(event.data)
+            record.body_complete = event.last
+            assert record.sent.startswith(record.body)
+            assert record.body_untaken <= WINDOW
             if event.last:
-                assert told.complete
-                assert told.body == told.sent
+                assert record.complete
+                assert record.body == record.sent
 
-    # What the users do
+    # Actions
 
     @precondition(lambda self: len(self.calls) < 6)
     @rule(size=st.none() | SIZES)
@@ -186,82 +186,82 @@ class Conversation(RuleBasedStateMachine):
         call = self.link.master.open(
             endpoint="e", kind="chat", model="m", size=-1 if body is None else len(body)
         )
-        told = self.calls[call] = Told(call)
+        record = self.calls[call] = Record(call)
         if body is not None:
             self.link.master.send_body(call, body, last=True)
-            told.sent += body
-            told.complete = True
+            record.sent += body
+            record.complete = True
 
     @rule(index=st.integers(0, 5), size=SIZES, last=st.booleans())
     def master_sends(self, index: int, size: int, last: bool) -> None:
-        told = self.pick(index, complete=False)
-        if told is not None:
+        record = self.pick(index, complete=False)
+        if record is not None:
             data = self.some(size)
-            self.link.master.send_body(told.call, memoryview(data), last=last)
-            told.sent += data
-            told.complete = last
+            self.link.master.send_body(record.call, memoryview(data), last=last)
+            record.sent += data
+            record.complete = last
 
     @rule(index=st.integers(0, 5))
     def master_cancels(self, index: int) -> None:
-        told = self.pick(index)
-        if told is not None:
-            self.link.master.cancel(told.call, "no more")
-            told.cancelled = told.cancelled or not told.ends
+        record = self.pick(index)
+        if record is not None:
+            self.link.master.cancel(record.call, "no more")
+            record.cancelled = record.cancelled or not record.ends
 
     @rule(index=st.integers(0, 5), part=st.sampled_from([0.3, 1.0]))
     def master_takes(self, index: int, part: float) -> None:
-        told = self.pick(index, cancelled=False)
-        if told is not None:
-            count = int(told.untaken * part)
-            told.untaken -= count
-            self.link.master.grant(told.call, count if not told.ends else 0)
+        record = self.pick(index, cancelled=False)
+        if record is not None:
+            count = int(record.untaken * part)
+            record.untaken -= count
+            self.link.master.grant(record.call, count if not record.ends else 0)
 
     @rule(index=st.integers(0, 5), part=st.sampled_from([0.3, 1.0]))
     def worker_takes(self, index: int, part: float) -> None:
-        told = self.pick(index, opened=True, end="")
-        if told is not None:
-            count = int(told.body_untaken * part)
-            told.body_untaken -= count
-            self.link.worker.grant(told.call, count)
+        record = self.pick(index, opened=True, end="")
+        if record is not None:
+            count = int(record.body_untaken * part)
+            record.body_untaken -= count
+            self.link.worker.grant(record.call, count)
 
     @rule(index=st.integers(0, 5))
     def worker_begins(self, index: int) -> None:
-        told = self.pick(index, opened=True, begun=False, end="")
-        if told is not None:
-            self.link.worker.respond(told.call, 200, "text/plain")
-            told.begun = True
+        record = self.pick(index, opened=True, begun=False, end="")
+        if record is not None:
+            self.link.worker.respond(record.call, 200, "text/plain")
+            record.begun = True
 
     @rule(index=st.integers(0, 5), size=SIZES)
     def worker_sends(self, index: int, size: int) -> None:
-        told = self.pick(index, opened=True, end="")
-        if told is not None:
-            if not told.begun:
-                self.link.worker.respond(told.call, 200, "text/plain")
-                told.begun = True
+        record = self.pick(index, opened=True, end="")
+        if record is not None:
+            if not record.begun:
+                self.link.worker.respond(record.call, 200, "text/plain")
+                record.begun = True
             data = self.some(size)
-            self.link.worker.send(told.call, data)
-            told.produced += data
+            self.link.worker.send(record.call, data)
+            record.produced += data
 
     @rule(index=st.integers(0, 5), well=st.booleans())
     def worker_ends(self, index: int, well: bool) -> None:
-        told = self.pick(index, opened=True, end="")
-        if told is None:
+        record = self.pick(index, opened=True, end="")
+        if record is None:
             return
-        if well and (told.begun or told.asked_to_stop):
-            self.link.worker.done(told.call)
-            told.end = "Done"
+        if well and (record.begun or record.asked_to_stop):
+            self.link.worker.done(record.call)
+            record.end = "Done"
         else:
-            self.link.worker.fail(told.call, ApiError(500, "broke"))
-            told.end = "Failed"
+            self.link.worker.fail(record.call, ApiError(500, "broke"))
+            record.end = "Failed"
 
     # The end of the link, one way or another
 
     @invariant()
     def both_ends_agree_on_what_is_open(self) -> None:
         master, worker = self.link.master, self.link.worker
-        assert set(master.open_calls) == {told.call for told in self.calls.values() if not told.ends}
+        assert set(master.open_calls) == {record.call for record in self.calls.values() if not record.ends}
         assert set(worker.open_calls) == {
-            told.call for told in self.calls.values() if told.opened and not told.end
+            record.call for record in self.calls.values() if record.opened and not record.end
         }
 
     def teardown(self) -> None:
@@ -285,41 +285,41 @@ class Conversation(RuleBasedStateMachine):
     def finish_quietly(self) -> None:
         link = self.link
         for _ in range(200):
-            for told in self.calls.values():
-                if not told.complete:
-                    link.master.send_body(told.call, b"", last=True)
-                    told.complete = True
-                if told.opened and not told.end:
-                    link.worker.grant(told.call, told.body_untaken)
-                    told.body_untaken = 0
-                    if told.body_complete or told.asked_to_stop:
-                        link.worker.fail(told.call, ApiError(500, "over"))
-                        told.end = "Failed"
-                if not told.cancelled and not told.ends:
-                    link.master.grant(told.call, told.untaken)
-                    told.untaken = 0
+            for record in self.calls.values():
+                if not record.complete:
+                    link.master.send_body(record.call, b"", last=True)
+                    record.complete = True
+                if record.opened and not record.end:
+                    link.worker.grant(record.call, record.body_untaken)
+                    record.body_untaken = 0
+                    if record.body_complete or record.asked_to_stop:
+                        link.worker.fail(record.call, ApiError(500, "over"))
+                        record.end = "Failed"
+                if not record.cancelled and not record.ends:
+                    link.master.grant(record.call, record.untaken)
+                    record.untaken = 0
             to_master, to_worker = link.settle()
             for event in to_worker:
-                self.tell_worker(event)
+                self.on_worker_event(event)
             for event in to_master:
-                self.tell_master(event)
+                self.on_master_event(event)
             if not to_master and not to_worker and link.master.idle and link.worker.idle:
                 break
         assert link.master.idle
         assert link.worker.idle
-        for told in self.calls.values():
-            assert len(told.ends) == 1
-            assert told.ends[0] == told.end
+        for record in self.calls.values():
+            assert len(record.ends) == 1
+            assert record.ends[0] == record.end
         for spy in (link.master_spy, link.worker_spy):
             cancelled = {message.call for message in spy.messages if isinstance(message, Cancel)}
-            assert cancelled <= {told.call for told in self.calls.values() if told.cancelled}
+            assert cancelled <= {record.call for record in self.calls.values() if record.cancelled}
 
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
-# Peers that say what they like
+# Peers that send anything
 
 CALLS = st.integers(1, 4)
 ANY_MESSAGE: st.SearchStrategy[Message] = st.one_of(
@@ -352,10 +352,10 @@ ANY_MESSAGE: st.SearchStrategy[Message] = st.one_of(
     st.sampled_from(Role), st.lists(st.lists(ANY_MESSAGE, min_size=1, max_size=4), max_size=12), st.randoms()
 )
 @settings(deadline=None, max_examples=150)
-def test_whatever_a_peer_says_a_session_raises_nothing_but_protocol_errors(
+def test_a_session_raises_nothing_but_protocol_errors_whatever_the_peer_sends(
     role: Role, batches: list[list[Message]], chance: random.Random
 ) -> None:
-    link = shaken()
+    link = open_link()
     session: Any = link.master if role is Role.MASTER else link.worker
     if role is Role.MASTER:
         for body in (None, b"", bytes(2 * WINDOW)):

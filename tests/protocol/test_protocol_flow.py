@@ -1,11 +1,11 @@
-"""Bodies flow: nobody starves, and however large they are, little of them is anywhere at a time."""
+"""Flow of bodies: no call starves, and the memory that a body takes does not depend on its size."""
 
 from __future__ import annotations
 
 import tracemalloc
 
 from hypothesis import given, settings, strategies as st
-from protocol_link import shaken
+from protocol_link import open_link
 
 from trio_cluster.protocol import PIECE, WINDOW, Data
 
@@ -17,7 +17,7 @@ SIZES = st.sampled_from([1, 200, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE - 1, WIN
 
 def peak_of_a_body(size: int, *, up: bool) -> tuple[int, int]:
     """Move a body over a link; return the peak of what was allocated, and the bytes that arrived."""
-    link = shaken()
+    link = open_link()
     body = bytes(size)
     call = link.open(None if up else b"")
     link.settle()
@@ -55,7 +55,7 @@ def test_memory_stays_flat_however_large_a_body_is() -> None:
 
 
 def test_a_consumer_that_takes_nothing_costs_one_window() -> None:
-    link = shaken()
+    link = open_link()
     call = link.open()
     link.settle()
     link.worker.respond(call, 200, "audio/wav")
@@ -71,7 +71,7 @@ def test_a_consumer_that_takes_nothing_costs_one_window() -> None:
 @given(st.lists(SIZES, min_size=2, max_size=8), st.sampled_from([1, 300, PIECE]))
 @settings(deadline=None)
 def test_no_call_gets_a_second_turn_before_the_others_have_had_one(sizes: list[int], limit: int) -> None:
-    link = shaken()
+    link = open_link()
     calls = [link.open() for _ in sizes]
     link.settle()
     for call in calls:

@@ -1,4 +1,4 @@
-"""What a session does at its edges: handshake, time, credit, order, bounds, and the end."""
+"""Sessions: handshake, time, credit, order, limits, and the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from protocol_link import Link, shaken
+from protocol_link import Link, open_link
 
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ApiError, InvalidRequest, Overloaded, WorkerLost
@@ -75,11 +75,11 @@ def test_an_instance_tells_two_processes_of_one_name_apart() -> None:
     assert link.master.peer == Handshake(MAGIC, 1, 1, "w", "1.0", "a1b2")
 
 
-def test_both_ends_introduce_themselves_first_and_know_each_other_afterwards() -> None:
+def test_both_ends_send_their_handshake_first_and_have_that_of_the_peer_afterwards() -> None:
     link = Link()
     link.worker.register(ModelInfo("echo", "chat"))
-    told = link.settle()
-    assert [type(event) for event in told[0]] == [Handshake, RegisterModel]
+    events = link.settle()
+    assert [type(event) for event in events[0]] == [Handshake, RegisterModel]
     assert link.master.peer == Handshake(MAGIC, 1, 1, "w", "1.0")
     assert link.worker.peer == Handshake(MAGIC, 1, 1, "m", "1.0")
     assert (link.master.protocol, link.worker.protocol) == (1, 1)
@@ -97,11 +97,11 @@ def test_a_wrong_magic_number_is_final(session: MasterSession | WorkerSession) -
 @pytest.mark.parametrize(("lowest", "highest"), [(PROTOCOL_MAX + 1, PROTOCOL_MAX + 3), (0, 0), (1, 0)])
 def test_having_no_version_in_common_is_final_and_names_both_ranges(lowest: int, highest: int) -> None:
     session = MasterSession("m", "1", 0.0)
-    with pytest.raises(HandshakeError, match=f"'x' .* speaks {lowest} to {highest}, this node 1 to 1"):
+    with pytest.raises(HandshakeError, match=f"'x' .* supports {lowest} to {highest}, this node 1 to 1"):
         session.receive(encode([Handshake(MAGIC, lowest, highest, "x", "7")]), 0.0)
 
 
-def test_the_highest_version_in_common_is_spoken() -> None:
+def test_the_highest_version_in_common_is_used() -> None:
     session = MasterSession("m", "1", 0.0)
     session.receive(encode([Handshake(MAGIC, 0, 99, "x", "7")]), 0.0)
     assert session.protocol == PROTOCOL_MAX
@@ -124,19 +124,19 @@ def test_no_call_can_be_opened_before_the_handshake() -> None:
 
 
 @pytest.mark.parametrize("message", [ModelRegistered("m"), ModelRejected("m", "no"), Shutdown("go")])
-def test_a_master_is_not_told_what_only_masters_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match=r"a misdirected (Model|Shutdown)"):
-        shaken().master.receive(encode([message]), 0.0)
+def test_messages_that_only_a_master_sends_are_refused_by_a_master(message: Message) -> None:
+    with pytest.raises(ProtocolError, match=r"the wrong end sent (Model|Shutdown)"):
+        open_link().master.receive(encode([message]), 0.0)
 
 
 @pytest.mark.parametrize("message", [RegisterModel("m", "chat", "o", 0), UnregisterModel("m")])
-def test_a_worker_is_not_told_what_only_workers_say(message: Message) -> None:
-    with pytest.raises(ProtocolError, match=r"a misdirected .*Model"):
-        shaken().worker.receive(encode([message]), 0.0)
+def test_messages_that_only_a_worker_sends_are_refused_by_a_worker(message: Message) -> None:
+    with pytest.raises(ProtocolError, match=r"the wrong end sent .*Model"):
+        open_link().worker.receive(encode([message]), 0.0)
 
 
-def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
-    link = shaken()
+def test_models_loads_and_drains_are_events_at_the_other_end() -> None:
+    link = open_link()
     info = ModelInfo("echo", "chat", "me", 7)
     link.worker.register(info)
     link.worker.unregister("old")
@@ -160,7 +160,7 @@ def test_models_loads_and_drains_are_told_to_the_other_end() -> None:
 
 
 def test_heartbeats_carry_the_load_and_come_at_their_interval() -> None:
-    link = shaken()
+    link = open_link()
     link.worker.load = (1, 0, 4)
     assert link.worker.deadline() == 5.0
     link.worker.tick(4.9)
@@ -173,8 +173,8 @@ def test_heartbeats_carry_the_load_and_come_at_their_interval() -> None:
     assert written(link.master) == [Heartbeat(0, 0, 0)]
 
 
-def test_a_beat_is_a_heartbeat_before_its_time() -> None:
-    link = shaken()
+def test_a_heartbeat_can_be_queued_before_it_is_due() -> None:
+    link = open_link()
     link.worker.load = (1, 2, 3)
     link.worker.queue_heartbeat()
     assert not link.worker.idle
@@ -183,7 +183,7 @@ def test_a_beat_is_a_heartbeat_before_its_time() -> None:
 
 
 def test_heartbeats_that_cannot_be_written_do_not_pile_up() -> None:
-    link = shaken()
+    link = open_link()
     for now in range(5, 30, 5):
         link.worker.tick(float(now))
     assert written(link.worker) == [Heartbeat()]
@@ -191,14 +191,14 @@ def test_heartbeats_that_cannot_be_written_do_not_pile_up() -> None:
 
 
 def test_a_load_below_zero_is_refused_where_it_is_set() -> None:
-    worker = shaken().worker
+    worker = open_link().worker
     with pytest.raises(ValueError, match="waiting"):
         worker.load = (0, -1, 4)
     assert worker.load == (0, 0, 0)
 
 
-def test_heartbeats_carry_the_lag_and_how_far_each_call_is() -> None:
-    link = shaken()
+def test_heartbeats_carry_the_lag_and_the_progress_of_each_call() -> None:
+    link = open_link()
     link.worker.load = (1, 1, 4)
     link.worker.lag = 2.5
     link.worker.report_progress([(1, 700), (2, -1)])
@@ -209,16 +209,16 @@ def test_heartbeats_carry_the_lag_and_how_far_each_call_is() -> None:
     assert link.settle()[0] == [Heartbeat(2, 0, 4, 2.5, progress=((1, 700), (2, -1)))]
 
 
-def test_of_very_many_calls_only_some_are_told_about() -> None:
-    link = shaken()
+def test_the_progress_of_only_some_of_very_many_calls_is_reported() -> None:
+    link = open_link()
     link.worker.report_progress((call, 0) for call in range(1, 2000))
     link.worker.queue_heartbeat()
     (beat,) = link.settle()[0]
     assert [call for call, _ in beat.progress] == list(range(1, 1025))
 
 
-def test_a_heartbeat_for_a_blocked_end_is_made_without_touching_what_waits() -> None:
-    link = shaken()
+def test_a_heartbeat_of_a_blocked_end_does_not_change_what_is_queued() -> None:
+    link = open_link()
     link.worker.load = (1, 0, 4)
     link.worker.drain("later")
     data = link.worker.heartbeat_while_blocked(7.5, "x" * 600)
@@ -227,8 +227,8 @@ def test_a_heartbeat_for_a_blocked_end_is_made_without_touching_what_waits() -> 
     assert written(link.worker) == []
 
 
-def test_what_blocks_the_peer_is_known_until_it_says_otherwise() -> None:
-    link = shaken()
+def test_what_blocks_the_peer_is_known_until_its_next_heartbeat() -> None:
+    link = open_link()
     assert link.master.peer_blocked == ""
     link.master.receive(link.worker.heartbeat_while_blocked(7.5, "handler of 'm'"), 1.0)
     assert link.master.peer_blocked == "handler of 'm'"
@@ -238,7 +238,7 @@ def test_what_blocks_the_peer_is_known_until_it_says_otherwise() -> None:
     assert link.master.peer_blocked == ""
 
 
-def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> None:
+def test_time_during_which_this_end_did_not_read_is_not_silence_of_the_peer() -> None:
     session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
     session.receive(encode([GREETING]), 10.0)
     assert session.silence(25.0) == 15.0
@@ -249,7 +249,7 @@ def test_silence_is_excused_by_the_time_in_which_this_end_did_not_listen() -> No
         session.tick(100.0)
 
 
-def test_no_excuse_lets_a_peer_be_heard_in_the_future() -> None:
+def test_the_silence_of_a_peer_is_never_negative() -> None:
     session = MasterSession("m", "1", 0.0, heartbeat_interval=50.0, silence_timeout=30.0)
     session.receive(encode([GREETING]), 80.0)
     session.extend_silence_deadline(60.0, 80.0)
@@ -266,7 +266,7 @@ def test_silence_ends_the_session_and_any_message_is_a_sign_of_life() -> None:
     session.tick(179.8)
     with pytest.raises(PeerSilent, match=r"30\.1 s"):
         session.tick(180.0)
-    assert session.close_reason == "nothing was heard from the peer for 30.1 s"
+    assert session.close_reason == "no message from the peer for 30.1 s"
     session.tick(999.0)
     assert session.deadline() == math.inf
 
@@ -275,7 +275,7 @@ def test_silence_ends_the_session_and_any_message_is_a_sign_of_life() -> None:
 
 
 def test_a_sender_stops_at_the_window_and_goes_on_when_a_quarter_of_it_has_been_taken() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(2 * WINDOW))
     received = link.settle()[0]
@@ -289,8 +289,8 @@ def test_a_sender_stops_at_the_window_and_goes_on_when_a_quarter_of_it_has_been_
     assert link.worker.queued(call) == WINDOW - PIECE
 
 
-def test_small_grants_are_put_together() -> None:
-    link = shaken()
+def test_small_grants_are_joined() -> None:
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(PIECE))
     link.settle()
@@ -300,7 +300,7 @@ def test_small_grants_are_put_together() -> None:
 
 
 def test_a_chunk_is_split_only_if_it_is_longer_than_a_piece() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     chunk = bytes(60_000)
     for _ in range(6):
@@ -311,16 +311,16 @@ def test_a_chunk_is_split_only_if_it_is_longer_than_a_piece() -> None:
     assert [len(event.data) for event in link.settle()[0]] == [60_000] * 2
 
 
-def test_chunks_that_wait_together_are_sent_together() -> None:
-    link = shaken()
+def test_queued_chunks_are_sent_together() -> None:
+    link = open_link()
     call = answering(link)
     for word in (b"a", memoryview(b"xbx")[1:2], b"", b"c"):
         link.worker.send(call, word)
     assert written(link.worker) == [Data(call, b"abc")]
 
 
-def test_what_remains_of_a_long_chunk_is_sent_with_its_neighbours() -> None:
-    link = shaken()
+def test_the_rest_of_a_long_chunk_is_sent_with_its_neighbours() -> None:
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(PIECE + 1))
     link.worker.send(call, b"end")
@@ -329,7 +329,7 @@ def test_what_remains_of_a_long_chunk_is_sent_with_its_neighbours() -> None:
 
 
 def test_an_empty_piece_of_an_answer_is_a_sign_of_life_that_needs_no_credit() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     link.worker.send(call, b"")
     assert link.settle()[0] == [Data(call, b"")]
@@ -346,7 +346,7 @@ def test_an_empty_piece_of_an_answer_is_a_sign_of_life_that_needs_no_credit() ->
 
 
 def test_signs_of_life_do_not_pile_up_behind_bytes_that_wait_for_credit() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(WINDOW + 1))
     link.settle()
@@ -359,8 +359,8 @@ def test_signs_of_life_do_not_pile_up_behind_bytes_that_wait_for_credit() -> Non
         tracemalloc.stop()
 
 
-def test_batches_say_whose_bytes_they_took() -> None:
-    link = shaken()
+def test_batches_report_the_bytes_that_they_carry_of_each_call() -> None:
+    link = open_link()
     one, two = answering(link), answering(link)
     link.worker.send(one, b"abc")
     link.worker.send(two, b"de")
@@ -372,17 +372,17 @@ def test_batches_say_whose_bytes_they_took() -> None:
 
 
 def test_data_beyond_the_credit_ends_the_session() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     for _ in range(3):
         link.master.receive(encode([Data(call, bytes(PIECE))]), 0.0)
     link.master.receive(encode([Data(call, bytes(PIECE - 1))]), 0.0)
-    with pytest.raises(ProtocolError, match=f"call {call}: 2 bytes of data, with credit for 1"):
+    with pytest.raises(ProtocolError, match=f"call {call}: 2 bytes of data, but credit for 1"):
         link.master.receive(encode([Data(call, b"xx")]), 0.0)
 
 
 def test_credit_beyond_the_window_ends_the_session() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     link.worker.send(call, b"abc")
     link.worker_writes()
@@ -390,8 +390,8 @@ def test_credit_beyond_the_window_ends_the_session() -> None:
         link.worker.receive(encode([Grant(call, 4)]), 0.0)
 
 
-def test_more_cannot_be_taken_than_has_come() -> None:
-    link = shaken()
+def test_more_cannot_be_taken_than_was_received() -> None:
+    link = open_link()
     call = answering(link)
     link.worker.send(call, b"abc")
     link.settle()
@@ -405,24 +405,24 @@ def test_more_cannot_be_taken_than_has_come() -> None:
     "pieces", [[Data(1, b"1234")], [Data(1, b"12", True)], [Data(1, b"12"), Data(1, b"", True)]]
 )
 def test_a_body_of_another_size_than_announced_ends_the_session(pieces: list[Message]) -> None:
-    worker = shaken().worker
-    with pytest.raises(ProtocolError, match="not the size that was announced"):
+    worker = open_link().worker
+    with pytest.raises(ProtocolError, match="does not have the announced size"):
         worker.receive(encode([request(1, size=3), *pieces]), 0.0)
 
 
 def test_a_body_of_another_size_than_announced_is_not_even_sent() -> None:
-    link = shaken()
+    link = open_link()
     call = link.master.open(endpoint="e", kind="chat", model="m", size=3)
     link.master.send_body(call, b"12")
     for data, last in ((b"34", False), (b"", True), (b"34", True)):
-        with pytest.raises(RuntimeError, match="not the size that was announced"):
+        with pytest.raises(RuntimeError, match="does not have the announced size"):
             link.master.send_body(call, data, last=last)
     link.master.send_body(call, b"3", last=True)
     assert link.settle()[1][1:] == [Data(call, b"123", True)]
 
 
 def test_an_empty_body_is_one_last_piece() -> None:
-    link = shaken()
+    link = open_link()
     call = link.master.open(endpoint="e", kind="chat", model="m", size=0)
     link.master.send_body(call, b"")
     assert [type(event) for event in link.settle()[1]] == [ForwardRequest]
@@ -435,7 +435,7 @@ def test_an_empty_body_is_one_last_piece() -> None:
 
 
 def test_each_call_gets_turns_however_much_the_others_send() -> None:
-    link = shaken()
+    link = open_link()
     greedy = answering(link)
     modest = [answering(link) for _ in range(4)]
     link.worker.send(greedy, bytes(WINDOW))
@@ -457,7 +457,7 @@ def test_each_call_gets_turns_however_much_the_others_send() -> None:
 
 
 def test_a_cancel_overtakes_all_bodies() -> None:
-    link = shaken()
+    link = open_link()
     doomed = link.master.open(endpoint="e", kind="chat", model="m")
     other = link.master.open(endpoint="e", kind="chat", model="m")
     for call in (doomed, other):
@@ -474,21 +474,25 @@ def test_a_cancel_overtakes_all_bodies() -> None:
 
 
 def test_a_head_precedes_its_data_and_its_end_follows_them() -> None:
-    link = shaken()
+    link = open_link()
     call = link.open()
     link.settle()
     link.worker.respond(call, 200, "text/plain", [("x-a", "1")])
     link.worker.send(call, b"abc")
     link.worker.done(call)
     assert link.worker.queued(call) == 3
-    told = link.settle()[0]
-    assert told == [ForwardResponse(call, 200, "text/plain", (("x-a", "1"),)), Data(call, b"abc"), Done(call)]
+    events = link.settle()[0]
+    assert events == [
+        ForwardResponse(call, 200, "text/plain", (("x-a", "1"),)),
+        Data(call, b"abc"),
+        Done(call),
+    ]
     assert link.master.idle
     assert link.worker.idle
 
 
 def test_a_failure_comes_after_what_was_produced_before_it() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(WINDOW + 10))
     link.worker.fail(call, ApiError(500, "broke"))
@@ -502,8 +506,8 @@ def test_a_failure_comes_after_what_was_produced_before_it() -> None:
     assert link.worker.idle
 
 
-def test_a_cancel_lets_an_end_that_waits_for_credit_out_at_once() -> None:
-    link = shaken()
+def test_after_a_cancel_an_end_that_waits_for_credit_is_sent_at_once() -> None:
+    link = open_link()
     call = answering(link)
     link.worker.send(call, bytes(2 * WINDOW))
     link.worker.done(call)
@@ -516,8 +520,8 @@ def test_a_cancel_lets_an_end_that_waits_for_credit_out_at_once() -> None:
     assert link.worker.idle
 
 
-def test_of_a_cancelled_call_only_the_end_is_told_and_nothing_is_owed_for_its_data() -> None:
-    link = shaken()
+def test_a_cancelled_call_has_no_event_but_its_end_and_no_credit_is_granted_for_its_data() -> None:
+    link = open_link()
     call = answering(link, None)
     link.worker.send(call, b"on its way")
     link.worker_writes()
@@ -540,8 +544,8 @@ def test_of_a_cancelled_call_only_the_end_is_told_and_nothing_is_owed_for_its_da
     assert link.master.idle
 
 
-def test_a_body_is_given_up_when_the_answer_ends_before_it() -> None:
-    link = shaken()
+def test_a_body_is_dropped_when_the_answer_ends_before_it() -> None:
+    link = open_link()
     call = link.open(bytes(3 * WINDOW))
     link.settle()
     assert link.master.queued(call) == 2 * WINDOW
@@ -553,11 +557,11 @@ def test_a_body_is_given_up_when_the_answer_ends_before_it() -> None:
     assert link.worker.idle
 
 
-# Bounds
+# Limits
 
 
-def test_what_is_too_large_to_forward_is_the_clients_fault_and_opens_nothing() -> None:
-    master = shaken().master
+def test_a_request_that_is_too_large_to_forward_is_refused_and_opens_no_call() -> None:
+    master = open_link().master
     for field, value in (("headers", {"a": "x" * 40_000}), ("request_id", "\ud800"), ("content_type", "a\n")):
         extra: Any = {field: value}
         with pytest.raises(InvalidRequest, match="cannot be forwarded"):
@@ -566,8 +570,8 @@ def test_what_is_too_large_to_forward_is_the_clients_fault_and_opens_nothing() -
     assert master.open(endpoint="e", kind="chat", model="m") == 1
 
 
-def test_times_are_forwarded_and_endless_ones_left_out() -> None:
-    link = shaken()
+def test_timeouts_are_forwarded_and_infinite_ones_left_out() -> None:
+    link = open_link()
     link.master.open(endpoint="e", kind="chat", model="m", timeout=2.5, budget=-0.1)
     link.master.open(endpoint="e", kind="chat", model="m")
     one, two = link.settle()[1]
@@ -576,7 +580,7 @@ def test_times_are_forwarded_and_endless_ones_left_out() -> None:
 
 
 def test_an_answer_that_cannot_be_sent_can_still_fail() -> None:
-    link = shaken()
+    link = open_link()
     call = link.open()
     link.settle()
     with pytest.raises(ValueError, match="headers"):
@@ -586,8 +590,8 @@ def test_an_answer_that_cannot_be_sent_can_still_fail() -> None:
     assert [type(event) for event in link.settle()[0]] == [Failed]
 
 
-def test_a_link_bears_a_bounded_number_of_calls() -> None:
-    link = shaken()
+def test_the_calls_of_a_link_are_limited() -> None:
+    link = open_link()
     for _ in range(MAX_CALLS):
         link.open()
     with pytest.raises(Overloaded):
@@ -599,7 +603,7 @@ def test_a_link_bears_a_bounded_number_of_calls() -> None:
 
 
 def test_calls_that_wait_only_for_credit_count_as_open() -> None:
-    link = shaken()
+    link = open_link()
     for _ in range(10):
         call = answering(link)
         link.worker.send(call, bytes(WINDOW + 1))
@@ -612,8 +616,8 @@ def test_calls_that_wait_only_for_credit_count_as_open() -> None:
         link.worker.receive(encode([request(MAX_CALLS + 1)]), 0.0)
 
 
-def test_a_peer_that_only_sends_and_never_reads_is_cut_off() -> None:
-    link = shaken()
+def test_a_peer_that_sends_and_never_reads_ends_the_session() -> None:
+    link = open_link()
     register = encode([RegisterModel("m", "chat", "o", 0)])
     for _ in range(MAX_BACKLOG // 8100):
         link.master.model_rejected("m", "x" * 8000)
@@ -625,7 +629,7 @@ def test_a_peer_that_only_sends_and_never_reads_is_cut_off() -> None:
 
 
 def test_a_link_that_is_not_written_to_takes_no_more_calls() -> None:
-    link = shaken()
+    link = open_link()
     headers = {"a": "x" * 30_000}
     for _ in range(MAX_BACKLOG // 4 // 30_000 + 1):
         link.master.open(endpoint="e", kind="chat", model="m", headers=headers)
@@ -636,7 +640,7 @@ def test_a_link_that_is_not_written_to_takes_no_more_calls() -> None:
 
 
 def test_numbers_only_grow() -> None:
-    link = shaken()
+    link = open_link()
     for _ in range(3):
         call = answering(link)
         link.worker.done(call)
@@ -646,8 +650,8 @@ def test_numbers_only_grow() -> None:
         link.worker.receive(encode([request(2)]), 0.0)
 
 
-def test_ended_calls_need_no_memory() -> None:
-    link = shaken()
+def test_ended_calls_take_no_memory() -> None:
+    link = open_link()
     for _ in range(100):
         call = answering(link)
         link.worker.send(call, b"x")
@@ -658,12 +662,12 @@ def test_ended_calls_need_no_memory() -> None:
     assert link.master.open_calls == link.worker.open_calls == ()
 
 
-def test_a_limit_of_nothing_still_sends_something() -> None:
+def test_a_limit_of_zero_still_sends_something() -> None:
     assert [type(message) for message in written(MasterSession("m", "1", 0.0), 0)] == [Handshake]
 
 
 def test_a_batch_holds_control_messages_up_to_its_limit() -> None:
-    link = shaken()
+    link = open_link()
     for _ in range(20):
         link.master.model_rejected("m", "x" * 1000)
     assert len(written(link.master, 2500)) == 3
@@ -673,17 +677,17 @@ def test_a_batch_holds_control_messages_up_to_its_limit() -> None:
 # The end
 
 
-def test_after_an_error_the_open_calls_are_those_whose_end_nobody_was_told_at_the_master() -> None:
-    link = shaken()
-    ended, going, told = answering(link), answering(link), answering(link)
-    link.master.receive(encode([Done(told)]), 0.0)
+def test_after_an_error_the_masters_open_calls_are_those_without_an_event_of_their_end() -> None:
+    link = open_link()
+    ended, going, reported = answering(link), answering(link), answering(link)
+    link.master.receive(encode([Done(reported)]), 0.0)
     with pytest.raises(ProtocolError, match="call 99"):
         link.master.receive(encode([Done(ended), Data(going, b"x"), Done(99)]), 0.0)
     assert sorted(link.master.open_calls) == [ended, going]
 
 
-def test_after_an_error_the_open_calls_are_those_that_the_user_was_told_of_at_the_worker() -> None:
-    link = shaken()
+def test_after_an_error_the_workers_open_calls_are_those_with_an_event_of_their_beginning() -> None:
+    link = open_link()
     call = answering(link)
     with pytest.raises(ProtocolError, match="call 99"):
         link.worker.receive(encode([request(call + 1), Cancel(99, "")]), 0.0)
@@ -691,15 +695,15 @@ def test_after_an_error_the_open_calls_are_those_that_the_user_was_told_of_at_th
 
 
 def test_a_batch_with_a_malformed_message_has_no_effect() -> None:
-    link = shaken()
+    link = open_link()
     call = answering(link)
     with pytest.raises(ProtocolError):
         link.master.receive(encode([Done(call)])[:-1], 0.0)
     assert link.master.open_calls == (call,)
 
 
-def test_a_closed_session_says_nothing_hears_nothing_and_swallows_what_its_users_still_say() -> None:
-    link = shaken()
+def test_a_closed_session_sends_nothing_receives_nothing_and_ignores_what_is_still_sent() -> None:
+    link = open_link()
     call, other = answering(link, None), answering(link, None)
     link.worker.send(call, bytes(2 * WINDOW))
     for session in (link.master, link.worker):

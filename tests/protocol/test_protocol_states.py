@@ -1,11 +1,11 @@
-"""The tables of call states: what they say, and that sessions do what they say, cell by cell."""
+"""The tables of call states, and that sessions follow them, cell by cell."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from protocol_link import Link, shaken
+from protocol_link import Link, open_link
 
 from trio_cluster.errors import ApiError
 from trio_cluster.protocol import (
@@ -28,7 +28,7 @@ from trio_cluster.protocol import (
 
 # Written out once more, and not computed: this is the protocol. The documentation shows the same tables.
 TABLES = {
-    "master says": """
+    "master sends": """
 | | ForwardRequest | Data | LastData | Cancel | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **IDLE** | UPLOADING | · | · | · | · |
@@ -37,7 +37,7 @@ TABLES = {
 | **EARLY** | · | EARLY | ANSWERING | CANCELLING | EARLY |
 | **ANSWERING** | · | · | · | CANCELLING | ANSWERING |
 """,
-    "master hears": """
+    "master receives": """
 | | ForwardResponse | Data | Done | Failed | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **UPLOADING** | EARLY | · | · | ENDED | UPLOADING |
@@ -46,7 +46,7 @@ TABLES = {
 | **ANSWERING** | · | ANSWERING | ENDED | ENDED | ANSWERING |
 | **CANCELLING** | CANCELLING | CANCELLING | ENDED | ENDED | CANCELLING |
 """,
-    "worker says": """
+    "worker sends": """
 | | ForwardResponse | Data | Done | Failed | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **UPLOADING** | EARLY | · | · | ENDED | UPLOADING |
@@ -55,7 +55,7 @@ TABLES = {
 | **ANSWERING** | · | ANSWERING | ENDED | ENDED | · |
 | **CANCELLING** | · | · | ENDED | ENDED | · |
 """,
-    "worker hears": """
+    "worker receives": """
 | | ForwardRequest | Data | LastData | Cancel | Grant |
 | --- | --- | --- | --- | --- | --- |
 | **IDLE** | UPLOADING | · | · | · | · |
@@ -85,7 +85,9 @@ def cells(rendered: str) -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
 @pytest.mark.parametrize(
-    ("verb", "tables"), [("says", SEND_TRANSITIONS), ("hears", RECEIVE_TRANSITIONS)], ids=["says", "hears"]
+    ("verb", "tables"),
+    [("sends", SEND_TRANSITIONS), ("receives", RECEIVE_TRANSITIONS)],
+    ids=["sends", "receives"],
 )
 def test_the_tables_are_those_of_protocol_1(role: Role, verb: str, tables: Any) -> None:
     rendered = markdown(tables[role])
@@ -96,12 +98,12 @@ def test_the_tables_are_those_of_protocol_1(role: Role, verb: str, tables: Any) 
 
 
 def test_a_rendered_table_is_markdown_with_its_rows_in_the_order_of_a_calls_life() -> None:
-    assert markdown(SEND_TRANSITIONS[Role.MASTER]) == TABLES["master says"].lstrip()
+    assert markdown(SEND_TRANSITIONS[Role.MASTER]) == TABLES["master sends"].lstrip()
 
 
 def in_state(role: Role, state: State) -> tuple[Link, int]:
     """Return a link whose end of ``role`` has a call in ``state``, with credit outstanding both ways."""
-    link = shaken()
+    link = open_link()
     if state is State.IDLE:
         return link, 1
     call = link.open(None)
@@ -124,7 +126,7 @@ def in_state(role: Role, state: State) -> tuple[Link, int]:
     return link, call
 
 
-def heard(word: str, call: int) -> Message:
+def received(kind: str, call: int) -> Message:
     messages: dict[str, Message] = {
         "ForwardRequest": ForwardRequest(call, "e", "chat", "m", "", {}, "", None, None, -1),
         "ForwardResponse": ForwardResponse(call, 200, "text/plain"),
@@ -135,22 +137,22 @@ def heard(word: str, call: int) -> Message:
         "Cancel": Cancel(call, "enough"),
         "Grant": Grant(call, 1),
     }
-    return messages[word]
+    return messages[kind]
 
 
-WORDS = ["ForwardRequest", "ForwardResponse", "Data", "LastData", "Done", "Failed", "Cancel", "Grant"]
+KINDS = ["ForwardRequest", "ForwardResponse", "Data", "LastData", "Done", "Failed", "Cancel", "Grant"]
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("state", State, ids=lambda state: state.value)
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
-def test_a_message_leads_where_its_cell_says_and_an_empty_cell_ends_the_session(
-    role: Role, state: State, word: str
+def test_receiving_leads_to_the_state_in_the_cell_and_an_empty_cell_ends_the_session(
+    role: Role, state: State, kind: str
 ) -> None:
     link, call = in_state(role, state)
     session: Any = link.master if role is Role.MASTER else link.worker
-    if word == "Grant" and (state.value, word) in cells(TABLES[f"{role.value} hears"]):
-        # Credit can be given only for what was sent before.
+    if kind == "Grant" and (state.value, kind) in cells(TABLES[f"{role.value} receives"]):
+        # Credit can be granted only for what was sent before.
         if role is Role.MASTER:
             if state in (State.UPLOADING, State.EARLY):
                 link.master.send_body(call, b"x")
@@ -158,42 +160,44 @@ def test_a_message_leads_where_its_cell_says_and_an_empty_cell_ends_the_session(
             link.worker.send(call, b"x")
         while session.next_message() is not None:
             pass
-    data = encode([heard(word, call)])
-    following = cells(TABLES[f"{role.value} hears"]).get((state.value, word))
-    if following is None:
+    data = encode([received(kind, call)])
+    next_state = cells(TABLES[f"{role.value} receives"]).get((state.value, kind))
+    if next_state is None:
         with pytest.raises(ProtocolError) as caught:
             session.receive(data, 0.0)
-        assert caught.value.reason == f"{word} for call {call}, which is {state.value}"
+        assert caught.value.reason == f"{kind} for call {call}, which is {state.value}"
         assert session.close_reason == caught.value.reason
         assert session.next_message() is None
     else:
         events = session.receive(data, 0.0)
-        assert session.state(call).value == following
+        assert session.state(call).value == next_state
         ignored = (
-            word == "Grant" or following == "CANCELLING" == state.value or following == "ENDED" == state.value
+            kind == "Grant"
+            or next_state == "CANCELLING" == state.value
+            or next_state == "ENDED" == state.value
         )
-        assert events == ([] if ignored else [heard(word, call)])
+        assert events == ([] if ignored else [received(kind, call)])
 
 
-def say(link: Link, role: Role, word: str, call: int) -> None:
-    """Say ``word`` as the local user of the end of ``role``."""
+def send(link: Link, role: Role, kind: str, call: int) -> None:
+    """Send a message of this kind at the end of ``role``."""
     if role is Role.MASTER:
         {
             "Data": lambda: link.master.send_body(call, b"data"),
             "LastData": lambda: link.master.send_body(call, b"data", last=True),
             "Cancel": lambda: link.master.cancel(call, "enough"),
-        }[word]()
+        }[kind]()
     else:
         {
             "ForwardResponse": lambda: link.worker.respond(call, 200, "text/plain"),
             "Data": lambda: link.worker.send(call, b"data"),
             "Done": lambda: link.worker.done(call),
             "Failed": lambda: link.worker.fail(call, ApiError(500, "no")),
-        }[word]()
+        }[kind]()
 
 
-# What a session swallows instead of raising, because its user could not have known better.
-FORGIVEN = {
+# What a session ignores instead of raising, because its caller cannot know better.
+IGNORED = {
     ("master", "CANCELLING", "Data"),
     ("master", "CANCELLING", "LastData"),
     ("master", "CANCELLING", "Cancel"),
@@ -206,29 +210,29 @@ FORGIVEN = {
 
 
 @pytest.mark.parametrize(
-    ("role", "word"),
-    [(Role.MASTER, word) for word in ("Data", "LastData", "Cancel")]
-    + [(Role.WORKER, word) for word in ("ForwardResponse", "Data", "Done", "Failed")],
+    ("role", "kind"),
+    [(Role.MASTER, kind) for kind in ("Data", "LastData", "Cancel")]
+    + [(Role.WORKER, kind) for kind in ("ForwardResponse", "Data", "Done", "Failed")],
     ids=lambda part: part.value if isinstance(part, Role) else part,
 )
 @pytest.mark.parametrize("state", State, ids=lambda state: state.value)
-def test_saying_leads_where_its_cell_says_and_an_empty_cell_is_the_users_mistake(
-    role: Role, state: State, word: str
+def test_sending_leads_to_the_state_in_the_cell_and_an_empty_cell_is_an_error_of_the_caller(
+    role: Role, state: State, kind: str
 ) -> None:
     link, call = in_state(role, state)
     session = link.master if role is Role.MASTER else link.worker
-    following = cells(TABLES[f"{role.value} says"]).get((state.value, word))
-    if following is not None:
-        say(link, role, word, call)
-        assert session.state(call).value == following
+    next_state = cells(TABLES[f"{role.value} sends"]).get((state.value, kind))
+    if next_state is not None:
+        send(link, role, kind, call)
+        assert session.state(call).value == next_state
         assert session.next_message() is not None
         return
-    if (role.value, state.value, word) in FORGIVEN:
-        say(link, role, word, call)
+    if (role.value, state.value, kind) in IGNORED:
+        send(link, role, kind, call)
     else:
         with pytest.raises(RuntimeError, match=f"call {call}"):
-            say(link, role, word, call)
-    # Nothing has happened.
+            send(link, role, kind, call)
+    # Nothing has changed.
     assert session.state(call) is state
     assert session.next_message() is None
     assert session.close_reason is None
@@ -236,7 +240,7 @@ def test_saying_leads_where_its_cell_says_and_an_empty_cell_is_the_users_mistake
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
 @pytest.mark.parametrize("state", State, ids=lambda state: state.value)
-def test_credit_is_given_only_where_the_peer_has_something_to_send(role: Role, state: State) -> None:
+def test_credit_is_granted_only_where_the_peer_has_something_to_send(role: Role, state: State) -> None:
     # At the worker, ENDED and CANCELLING come from UPLOADING or EARLY, so a body would still be coming.
     link, call = in_state(role, state)
     session = link.master if role is Role.MASTER else link.worker
@@ -254,4 +258,4 @@ def test_credit_is_given_only_where_the_peer_has_something_to_send(role: Role, s
         session.grant(call, 0)
     batch = session.next_message()
     assert (batch is not None) == (state in feeds)
-    assert ((state.value, "Grant") in cells(TABLES[f"{role.value} says"])) == (state in feeds)
+    assert ((state.value, "Grant") in cells(TABLES[f"{role.value} sends"])) == (state in feeds)

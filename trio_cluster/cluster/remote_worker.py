@@ -175,11 +175,15 @@ class RemoteWorker:
             if call is not None and call.request.upload is not None:
                 call.request.upload.consumed(count)
 
-    def on_heartbeat(self, beat: Heartbeat) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Record what the worker reports of itself and of its calls."""
-        self.running, self.waiting, self.capacity = beat.running, beat.waiting, max(1, beat.capacity)
-        self.lag = beat.lag
-        for call_id, count in beat.progress:
+        self.running, self.waiting, self.capacity = (
+            heartbeat.running,
+            heartbeat.waiting,
+            max(1, heartbeat.capacity),
+        )
+        self.lag = heartbeat.lag
+        for call_id, count in heartbeat.progress:
             call = self._calls.get(call_id)
             if call is not None:
                 call.report(queued=count < 0, produced=max(0, count))

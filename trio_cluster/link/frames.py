@@ -65,7 +65,7 @@ def mask_in_python(data: bytes, key: bytes) -> bytes:
 def choose_mask() -> Callable[[bytes, bytes], bytes]:
     """Return the fastest function that masks correctly: the compiled one of ``websockets``, or :func:`mask_in_python`.
 
-    The compiled one takes 1.3 µs for 64 KiB, the other 120 to 180 µs, which is two fifths of what a large answer costs
+    The compiled one takes 1.3 µs for 64 KiB, the other 175 µs, which is two fifths of what a large answer costs
     its worker. But it is not public API and not compiled everywhere, so it is used only if it gives the right answers
     for the arguments that it is called with here. That is checked once, and not left to each frame.
     """

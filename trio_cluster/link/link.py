@@ -40,29 +40,31 @@ from .websocket import LinkClosed, Opener, WebSocket, open_websocket
 
 __all__ = ["Link", "LinkClosed"]
 
-#: Seconds that a polite close may take before force is used.
+#: Seconds that the closing handshake may take before the stream is closed by force.
 _CLOSE_TIMEOUT: Final = 1.0
+# Close codes (RFC 6455, section 7.4.1).
 _NORMAL, _PROTOCOL_ERROR = 1000, 1002
-#: Messages that are written at once at most.
+#: Messages in one write at most.
 _BURST: Final = 4
 
 EventT = TypeVar("EventT")
 
 
 class Link:
-    """A session spoken over one stream.
+    """A session run over one connection, by :meth:`run`, which is called once.
+
+    All callbacks are synchronous, and must not raise.
 
     Args:
-        stream: a connected stream; it is the link's from now on, and closed with it. See ``injectable``.
+        stream: a new connection, from ``injectable``. The link closes it.
         session: one half of the protocol.
-        on_events: called with what came in, synchronously, in the reading task. It may use the session and must not
-            raise.
-        on_sent: called after each write with the body bytes per call that it carried.
+        on_events: called with the events of each message that was received. It may use the session.
+        on_sent: called after each write with the body bytes that were written: pairs of a call's number and a count.
         on_closed: called once with the reason, at the moment at which the link is known to be over, before the closing
             handshake. Not called for a link that is cancelled.
-        before_tick: called before the session is told the time, so that its heartbeat says what is true now.
-        timeout: seconds that opening the link, and writing a message, may take.
-        linger: seconds that bytes of bodies may wait for more of them, while the link is busy.
+        before_tick: called before a heartbeat is made, so that it can report the present state.
+        timeout: seconds that the opening handshake may take, and the write of one message.
+        linger: seconds for which a few bytes of bodies may wait for more of them while the link is busy.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Link:
         self._before_tick = before_tick
         self._timeout = timeout
         self._linger = linger
-        # Half as much as to look for the clock each time.
+        # The bound method of the clock: it takes half the time of trio.current_time(), which looks the clock up first.
         self._now = trio.lowlevel.current_clock().current_time
         self._lingering = False
         self._pending = trio.Event()
@@ -98,28 +100,39 @@ class Link:
         self._close_when_flushed: str | None = None
 
     def wake(self) -> None:
-        """Say that the session has something to send."""
+        """Make the writer send what the session has queued. Synchronous.
+
+        While the writer lingers, it is woken by urgent data only.
+        """
         if not self._lingering or self._session.urgent:
             self._pending.set()
 
     def end(self, why: str, *, code: int = _NORMAL) -> None:
-        """End the link now, whatever is still to be sent; the other end is told why if that is possible."""
+        """End the link now, whatever is still queued. Synchronous. The peer is sent the reason if that is possible.
+
+        Args:
+            why: the reason; the first one counts.
+            code: the close code.
+        """
         self._end(LinkClosed(why), code)
 
     def close_when_flushed(self, why: str) -> None:
-        """End the link as soon as everything that is queued has been sent.
+        """End the link as soon as everything that is queued has been sent. Synchronous.
 
-        What is queued may have to wait until the other end has given credit for it; who cannot wait for that calls
+        What is queued may have to wait until the peer grants credit for it. A caller that cannot wait for that calls
         :meth:`end`, or cancels :meth:`run`.
         """
         self._close_when_flushed = why
         self._pending.set()
 
     async def run(self, opener: Opener) -> NoReturn:
-        """Open the link and keep it going until something ends it.
+        """Perform the opening handshake and run the link until something ends it. A checkpoint.
+
+        Args:
+            opener: the opening handshake, from ``dial`` or ``accept``.
 
         Raises:
-            LinkClosed: always, if not cancelled. The stream is closed then.
+            LinkClosed: always, if not cancelled. The stream is closed in either case.
         """
         async with trio.open_nursery() as outer:
             try:
@@ -186,10 +199,10 @@ class Link:
                     with self._writing:
                         await demux.flush()
                     if self._writing.cancelled_caught:
-                        self._end(LinkClosed(f"the other end took nothing for {self._timeout:g} s"))
+                        self._end(LinkClosed(f"the peer took nothing for {self._timeout:g} s"))
                         return
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                # The reader learns the reason, if there is one to learn.
+                # The reader, or the library, finds out the reason and ends the link.
                 return
             self._write_incomplete = False
             self._handshake_sent.set()
@@ -197,14 +210,14 @@ class Link:
                 self._on_sent(batch.sent)
             last = self._now()
             if self._session.sendable:
-                # Others put something into the next one.
+                # Let other tasks add to the next batch first.
                 await trio.lowlevel.checkpoint()
 
     def _next_burst(self) -> list[Batch]:
-        """Return what to write at once.
+        """Return the batches of the next write.
 
-        All who have something to send give it once in each turn of the scheduler, and so does this write. If it were
-        always one message, what many of them give would pile up, and come late.
+        In each turn of the scheduler every handler may queue something, and this task writes once. If it wrote one
+        batch only, the data of many handlers would accumulate and arrive late.
         """
         burst: list[Batch] = []
         while len(burst) < _BURST and (batch := self._session.next_message()) is not None:
@@ -212,13 +225,16 @@ class Link:
         return burst
 
     async def _wait_for_more(self, last: float) -> None:
-        """Let others put theirs into the message that is about to be sent.
+        """Linger: let other tasks add to the message that is about to be sent.
 
-        Whoever woke us is rarely alone, so everybody who is ready now comes along in any case. On a link that is busy,
-        the next tokens get a moment more: a message costs each end more than the tokens in it. So few bytes of bodies
-        alone are not sent sooner than ``linger`` after what was sent ``last``; those that come meanwhile wake nobody.
-        On a link that has been idle for so long nothing waits, and neither do many bytes, nor what begins or ends
-        something.
+        The task that woke the writer is rarely the only one with something to send, so the tasks that are ready now run
+        first in any case. On a busy link tokens wait longer, because a message costs each end more than the tokens in
+        it: a few bytes of bodies alone are not sent before ``linger`` seconds have passed since the ``last`` write, and
+        what is queued meanwhile does not wake the writer. Nothing waits on a link that has been idle for that long; nor
+        do many bytes, or a message that begins or ends something.
+
+        Args:
+            last: the time of the last write.
         """
         until = last + self._linger
         if self._session.urgent or self._close_when_flushed is not None or self._now() >= until:
@@ -233,7 +249,7 @@ class Link:
             self._lingering = False
 
     async def _send_heartbeats_while_blocked(self, websocket: WebSocket) -> None:
-        def beat(lag: float, blocked: str) -> bytes:
+        def heartbeat(lag: float, blocked: str) -> bytes:
             return frame(self._session.heartbeat_while_blocked(lag, blocked), masked=websocket.is_client)
 
         def queue_recovery_heartbeat() -> None:
@@ -242,7 +258,7 @@ class Link:
 
         await self._handshake_sent.wait()
         with heartbeats_while_blocked(
-            self._stream, self._session.heartbeat_interval, beat, queue_recovery_heartbeat
+            self._stream, self._session.heartbeat_interval, heartbeat, queue_recovery_heartbeat
         ):
             await trio.sleep_forever()
 

@@ -5,8 +5,8 @@ Theory of operation
 
 trio-websocket implements the opening handshake, pings and the closing handshake well, but it was not written for a
 program that has to survive every way in which a connection can end. This is the only module that imports it. Its users
-see :class:`WebSocket`, and a single exception, :class:`LinkClosed`, which says in one line why there is no websocket,
-or why there is none any more.
+see :class:`WebSocket`, and a single exception, :class:`LinkClosed`. The text of that is one line: why the opening
+handshake failed, or why the websocket ended.
 
 What has to be worked around:
 
@@ -229,7 +229,7 @@ def accept(stream: InjectableStream, admit: Callable[[str, dict[str, str]], Refu
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
         refusal = admit(request.path, headers)
         if refusal is None and SUBPROTOCOL not in request.proposed_subprotocols:
-            refusal = Refusal(400, f"this end speaks {SUBPROTOCOL} only")
+            refusal = Refusal(400, f"this master supports the subprotocol {SUBPROTOCOL} only")
         if refusal is not None:
             await request.reject(refusal.status, body=refusal.reason.encode())
             raise LinkClosed(refusal.reason, status=refusal.status)
@@ -292,7 +292,7 @@ def _close_reason(error: ConnectionClosed, reader: Exception | None) -> LinkClos
     if reason.reason:
         return LinkClosed(reason.reason, by_peer=True)
     return LinkClosed(
-        f"the other end closed the connection ({reason.name.lower().replace('_', ' ')})", by_peer=True
+        f"the peer closed the connection ({reason.name.lower().replace('_', ' ')})", by_peer=True
     )
 
 

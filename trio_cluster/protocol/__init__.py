@@ -1,7 +1,7 @@
-"""The cluster protocol without IO: messages, their encoding, and the two ends of a link's conversation.
+"""The cluster protocol without IO: messages, their encoding, and the sessions at the two ends of a link.
 
-No module here knows a socket, a task or a clock. Start reading at ``state.py`` for what may be said when,
-and at ``session.py`` for how a session is used.
+No module here knows a socket, a task or a clock. Start reading at ``state.py``, for the messages that are allowed in
+each state of a call, and at ``session.py``, for how a session is used.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""Bytes to messages and back.
+"""Encoding and decoding of messages.
 
-One binary websocket message carries a batch: a msgpack array of ``[tag, body]`` pairs, where ``tag`` is a
-small number for the class of the message and ``body`` a map of its fields. cattrs knows the fields; its
-functions for each class are made once, here, because looking them up for every message costs more than
-running them.
+One binary websocket message carries a batch: a msgpack array of ``[tag, body]`` pairs, where ``tag`` is a small number
+for the class of the message and ``body`` a map of its fields. cattrs converts the fields; its functions for each class
+are made once, here, because looking them up for every message costs more than running them.
 
-Types are strict in both directions of doubt: ``"7"``, ``7.9`` and ``True`` are no integers, and nothing
-becomes a string by being printed. cattrs by itself would accept all of these.
+Types are strict: ``"7"``, ``7.9`` and ``True`` are not integers, and no value becomes a string by conversion. cattrs by
+itself would accept all of these.
 
-Two converters. The one that does the work stops at the first mistake and does not say where it was. When it
-has refused something, the other, slower by half, does it again for the sake of the error message.
+There are two converters. The one that is used stops at the first error and does not report where it was. When it has
+refused a message, the other one, slower by half, converts it again, for the text of the error.
 
-``Data`` is a message like the others and looks like them. But nearly all batches hold nothing else, so each is first
-tried as one of those, which msgspec reads by itself, ten times as fast; it is as strict about types.
+``Data`` is a message like the others and is encoded like them. But nearly all batches hold nothing else, so each batch
+is first decoded as one of those, by msgspec alone, which is ten times as fast and as strict about types.
 """
 
 from __future__ import annotations
@@ -46,14 +45,23 @@ from .messages import (
     UnregisterModel,
 )
 
-__all__ = ["MAX_MESSAGE", "TAGS", "Packed", "decode", "encode", "freeze", "pack", "pack_data", "write"]
+__all__ = [
+    "MAX_MESSAGE",
+    "TAGS",
+    "Packed",
+    "decode",
+    "encode",
+    "encode_batch",
+    "encode_part",
+    "pack",
+    "pack_data",
+]
 
-#: Bytes in one websocket message at most; a larger one breaks the protocol. The largest single message has
-#: about half of it.
+#: Bytes in one websocket message at most; a larger one violates the protocol. The largest single message has about half
+#: of that.
 MAX_MESSAGE: Final = 256 * 1024
 
-#: What stands for each class on the wire. Numbers are never given anew, not even those of messages that are
-#: gone.
+#: The number of each class on the wire. Numbers are never reused, not even those of messages that no longer exist.
 TAGS: Final[dict[type[Message], int]] = {
     Handshake: 0,
     RegisterModel: 1,
@@ -74,7 +82,7 @@ TAGS: Final[dict[type[Message], int]] = {
 
 
 class _WrongType(Exception):
-    """A field has another type than its class declares; the text is fit to be shown."""
+    """A field has another type than its class declares. The text can be shown to people."""
 
     def __init__(self, expected: str, value: object) -> None:
         super().__init__(f"expected {expected}, got {type(value).__name__}")
@@ -95,7 +103,7 @@ def _exactly(wanted: type) -> Callable[[Any, Any], Any]:
 def _structure_float(value: Any, _: Any) -> float:
     if type(value) is float:
         return value
-    # Other languages write 60.0 as 60.
+    # Encoders of other languages write 60.0 as 60.
     if type(value) is int:
         return float(value)
     raise _WrongType("float", value)
@@ -143,7 +151,7 @@ def _structure_counts(value: Any, _: Any) -> tuple[tuple[int, int], ...]:
     return tuple((call, count) for call, count in value)
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -165,8 +173,8 @@ def _converter(*, detailed: bool) -> cattrs.Converter:
     converter.register_structure_hook(float, _structure_float)
     for shape, structure in _SHAPES:
         converter.register_structure_hook_func(partial(eq, shape), structure)
-        # msgspec takes all that fields hold as it is; left alone, cattrs would copy every container.
-        converter.register_unstructure_hook_func(partial(eq, shape), _as_it_is)
+        # msgspec encodes all types that fields have; without this hook, cattrs would copy every container.
+        converter.register_unstructure_hook_func(partial(eq, shape), _unchanged)
     return converter
 
 
@@ -177,7 +185,7 @@ for _class in TAGS:
 _plain: Final = _converter(detailed=False)
 _explaining: Final = _converter(detailed=True)
 _plain.register_structure_hook(Data, partial(msgspec.convert, builtin_types=(bytes,)))
-_plain.register_unstructure_hook(Data, _as_it_is)
+_plain.register_unstructure_hook(Data, _unchanged)
 _UNSTRUCTURE: Final[dict[type[Message], Callable[[Any], Any]]] = {
     cls: _plain.get_unstructure_hook(cls) for cls in TAGS
 }
@@ -187,40 +195,40 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Any]).decode
 _decode_bodies: Final = msgspec.msgpack.Decoder(list[tuple[Literal[8], Data]]).decode
 
-#: A message in the form in which :func:`write` takes it.
+#: A message in the form that :func:`encode_batch` needs.
 Packed = msgspec.Raw | list[Any]
 
 
 def pack(message: Message) -> list[Any]:
-    """Return ``message`` as the ``[tag, body]`` that :func:`write` takes; bytes in it are not copied."""
+    """Return ``message`` as a ``[tag, body]`` pair for :func:`encode_batch`; bytes in it are not copied."""
     cls = type(message)
     return [TAGS[cls], _UNSTRUCTURE[cls](message)]
 
 
 def pack_data(call: int, data: bytes | memoryview, last: bool) -> list[Any]:
-    """Return what :func:`pack` does for such a ``Data``, which has to be a good one."""
+    """Return what :func:`pack` returns for such a ``Data``. The values are not validated."""
     return [TAGS[Data], {"call": call, "data": data, "last": last}]
 
 
-def freeze(message: Message) -> msgspec.Raw:
-    """Return ``message`` encoded, ready to become part of a batch."""
+def encode_part(message: Message) -> msgspec.Raw:
+    """Return ``message`` in its encoded form, as a part of a batch."""
     return msgspec.Raw(_encode(pack(message)))
 
 
-def write(batch: list[Packed]) -> bytes:
-    """Return the bytes of a batch. Payloads are copied once, into the result."""
+def encode_batch(batch: list[Packed]) -> bytes:
+    """Return the bytes of a batch. Bodies are copied once, into the result."""
     return _encode(batch)
 
 
 def encode(messages: Iterable[Message]) -> bytes:
-    """Return the batch of ``messages`` as the content of one binary websocket message.
+    """Return ``messages`` as one batch, the content of one binary websocket message.
 
     Raises:
         ValueError: it would be larger than ``MAX_MESSAGE``.
     """
-    data = write([pack(message) for message in messages])
+    data = encode_batch([pack(message) for message in messages])
     if len(data) > MAX_MESSAGE:
-        raise ValueError(f"a batch of {len(data)} bytes; the peer takes at most {MAX_MESSAGE}")
+        raise ValueError(f"a batch of {len(data)} bytes; at most {MAX_MESSAGE} are allowed")
     return data
 
 
@@ -228,12 +236,12 @@ def decode(data: bytes) -> list[Message]:
     """Return the messages of one binary websocket message, in order.
 
     Raises:
-        ProtocolError: ``data`` is not a batch of well-formed messages. Nothing else is ever raised, and no
-            message of such a batch is used: what precedes a mistake cannot be trusted either.
+        ProtocolError: ``data`` is not a batch of valid messages. Nothing else is ever raised. No message of such a
+            batch is used: those before the invalid one cannot be trusted either.
     """
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"a batch of {len(data)} bytes; at most {MAX_MESSAGE} are allowed")
-    if bodies := _only_data(data):
+    if bodies := _decode_only_data(data):
         return bodies
     try:
         batch = _decode(data)
@@ -244,9 +252,9 @@ def decode(data: bytes) -> list[Message]:
     messages: list[Message] = []
     for pair in batch:
         if type(pair) is not list or len(pair) != 2:
-            raise ProtocolError("a batch holds something that is not a pair of tag and body")
+            raise ProtocolError("a batch with an element that is not a pair of tag and body")
         tag, body = pair
-        # The type first: True and 1.0 would find the entry of 1.
+        # The type first, since True and 1.0 are equal to the key 1.
         if type(tag) is not int:
             raise ProtocolError(f"a tag that is not an integer but {type(tag).__name__}")
         if tag not in _STRUCTURE:
@@ -259,8 +267,8 @@ def decode(data: bytes) -> list[Message]:
     return messages
 
 
-def _only_data(data: bytes) -> list[Message] | None:
-    """Return the messages of a batch if all of them are good ``Data``."""
+def _decode_only_data(data: bytes) -> list[Message] | None:
+    """Return the messages of a batch if all of them are valid ``Data``, else ``None``."""
     try:
         return [piece for _, piece in _decode_bodies(data)]
     except Exception:
@@ -268,11 +276,11 @@ def _only_data(data: bytes) -> list[Message] | None:
 
 
 def _explain(exc: Exception, body: Any, cls: type[Message]) -> str:
-    """Say in one line what is wrong with ``body``."""
+    """Return in one line what is wrong with ``body``."""
     if type(body) is not dict:
-        return f"the body is no map but {type(body).__name__}"
+        return f"the body is not a map but {type(body).__name__}"
     if type(exc) is ValueError or cls is Data:
-        # One of our own bounds, or msgspec's opinion; both name the field.
+        # Raised by a validator of bounds.py, or by msgspec; both name the field.
         return str(exc)
     try:
         _explaining.structure(body, cls)

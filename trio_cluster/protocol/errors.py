@@ -1,8 +1,7 @@
-"""What ends a session: the peer said something that the protocol does not allow, or nothing at all.
+"""Errors that end a session: the peer violated the protocol, or sent nothing at all.
 
-Everything here is the peer's fault. What the local user of a session does wrong raises ``ValueError`` (a
-value that cannot be sent) or ``RuntimeError`` (a message in the wrong state), leaves the session as it was,
-and is a bug.
+All of them are the peer's fault. What the local caller of a session does wrong raises ``ValueError`` (a value that
+cannot be sent) or ``RuntimeError`` (a message in the wrong state), leaves the session as it was, and is a bug.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ __all__ = ["HandshakeError", "PeerSilent", "ProtocolError"]
 
 
 class ProtocolError(Exception):
-    """The peer broke the protocol; the session is over.
+    """The peer violated the protocol; the session is over.
 
     Attributes:
-        reason: one line for a log, and for the close frame that ends the link. It names the message, the
-            field and the state, and repeats nothing of unbounded size that the peer sent.
+        reason: one line for the log and for the close frame. It names the message, the field and the state, and repeats
+            nothing of unbounded size that the peer sent.
     """
 
     def __init__(self, reason: str) -> None:
@@ -24,8 +23,8 @@ class ProtocolError(Exception):
 
 
 class HandshakeError(ProtocolError):
-    """The peer is no trio_cluster node, or speaks no version of the protocol that we do; it will not mend."""
+    """The peer is not a trio_cluster node, or has no protocol version in common with this one; a retry is useless."""
 
 
 class PeerSilent(ProtocolError):
-    """Nothing at all came from the peer for longer than it may be silent."""
+    """No message came from the peer for longer than the silence timeout."""

@@ -1,4 +1,4 @@
-"""The master's end of a session: opens calls, sends their bodies, hears their answers."""
+"""The master's end of a session: opens calls, sends their bodies, and receives their answers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,18 @@ from .state import LastData, Role, State
 
 __all__ = ["MasterEvent", "MasterSession"]
 
-#: What :meth:`MasterSession.receive` tells.
+#: What :meth:`MasterSession.receive` returns.
 MasterEvent: TypeAlias = (
     Handshake | RegisterModel | UnregisterModel | Heartbeat | Drain | ForwardResponse | Data | Done | Failed
 )
 
 
 class MasterSession(Session[MasterEvent]):
-    """The master's end. See :class:`Session` for what both ends have, and ``state.py`` for the life of a
-    call.
+    """The master's end. See :class:`Session` for what both ends have, and ``state.py`` for the states of a call.
 
-    For each call that :meth:`open` gave a number there is exactly one ``Done`` or ``Failed`` event, unless
-    the session closes before. It means that the work has stopped, also for a call that was cancelled; between
-    the ``cancel`` and that event nothing else is told about the call.
+    For each call that :meth:`open` returned there is exactly one ``Done`` or ``Failed`` event, unless the session is
+    closed before. It means that the work has stopped, also for a call that was cancelled; between :meth:`cancel` and
+    that event there is no other event of the call.
     """
 
     _role: ClassVar[Role] = Role.MASTER
@@ -65,30 +64,29 @@ class MasterSession(Session[MasterEvent]):
         checked: bool = False,
         principal: str = "",
     ) -> int:
-        """Open a call and return its number. The body is to follow with :meth:`send_body`, even if it is
-        empty.
+        """Open a call and return its number. The body has to follow with :meth:`send_body`, even if it is empty.
 
         Args:
             endpoint, kind, model, content_type, headers, request_id: as in ``Request``.
-            timeout: the longest silence in seconds.
-            budget: seconds until the whole answer must be there; less than nothing counts as nothing.
-            size: bytes that the body will have; -1 if that is not known.
+            timeout: the idle timeout, in seconds.
+            budget: seconds until the whole answer must be there; negative values count as 0.
+            size: bytes that the body will have; -1 if that is not known yet.
             once: the body cannot be sent a second time, to another worker.
             checked: the body was validated; the worker need not do so again.
-            principal: the name of the key that the client showed; empty where none is required.
+            principal: the name of the key that the client sent; empty where no key is required.
 
         Raises:
-            InvalidRequest: something about the request is too large for the wire, or has no place on it.
-            Overloaded: the link has as many calls, or as much to write, as it can bear.
+            InvalidRequest: a value of the request is too large for the protocol, or not valid in it.
+            Overloaded: the link has too many calls, or too much to write.
             WorkerLost: the session is closed.
-            RuntimeError: the peer's handshake has not come yet.
+            RuntimeError: the peer's handshake has not been received yet.
         """
         if self.close_reason is not None:
             raise WorkerLost("unknown" if self.peer is None else self.peer.node_id, self.close_reason)
         if self.peer is None:
             raise RuntimeError("no call can be opened before the handshake")
-        # The worker is not to be blamed for what piles up here, so this stops well before a session is closed
-        # for it.
+        # The worker is not at fault for what is queued here. So this refuses calls well before the backlog would close
+        # the session.
         if len(self._calls) >= MAX_CALLS or self._outbox.backlog > MAX_BACKLOG // 4:
             raise Overloaded(f"The link to worker '{self.peer.node_id}' is full")
         call = self._highest + 1
@@ -118,36 +116,35 @@ class MasterSession(Session[MasterEvent]):
         return call
 
     def send_body(self, call: int, data: bytes | memoryview, *, last: bool = False) -> None:
-        """Queue bytes of a call's body, of any number; they are kept as they are until they have been sent.
+        """Queue any number of bytes of a call's body; they are not copied before they are sent.
 
-        Dropped without a word where nobody wants them any more: the worker has ended the call, or it was
-            cancelled.
+        They are dropped silently if the worker has ended the call, or the call was cancelled.
 
         Args:
             call: as :meth:`open` returned it.
             data: bytes, or a memoryview of bytes; must not change afterwards.
-            last: the body is complete with these.
+            last: the body is complete with these bytes.
 
         Raises:
-            RuntimeError: the body was complete, has another size than was announced, or the call was never
+            RuntimeError: the body was already complete, it does not have the announced size, or the call was never
                 opened.
         """
         record = self._record(call)
         if record is None or record.state is State.CANCELLING or not (data or last):
             return
-        following = self._state_after_sending(call, LastData if last else Data)
+        next_state = self._state_after_sending(call, LastData if last else Data)
         if not record.fits(len(data), last=last):
-            raise RuntimeError(f"call {call}: the body has not the size that was announced")
+            raise RuntimeError(f"call {call}: the body does not have the announced size")
         if record.missing > 0:
             record.missing -= len(data)
-        record.state = following
+        record.state = next_state
         self._outbox.push(call, data, last=last)
 
     def cancel(self, call: int, reason: str) -> None:
-        """Ask the worker to stop. What waits of the body is dropped, and of the answer nothing more is told.
+        """Ask the worker to stop. The queued body is dropped, and there are no more events of the answer.
 
-        Idempotent, and harmless for a call that has ended. The call stays open until the worker has really
-        stopped: ``receive`` tells it with ``Done`` or ``Failed``.
+        Idempotent, and without effect on a call that has ended. The call stays open until the worker has really
+        stopped: then :meth:`receive` returns its ``Done`` or ``Failed``.
 
         Raises:
             RuntimeError: the call was never opened.
@@ -160,24 +157,24 @@ class MasterSession(Session[MasterEvent]):
         self._outbox.post(Cancel(call, bounds.clip(reason)))
 
     def model_registered(self, name: str) -> None:
-        """Tell the worker that its model is now offered."""
+        """Confirm to the worker that its model is registered."""
         self._post(ModelRegistered(name))
 
     def model_rejected(self, name: str, reason: str) -> None:
-        """Tell the worker that its model is not offered, and why; a reason that is too long is cut."""
+        """Tell the worker that its model is not registered, and why; a reason that is too long is truncated."""
         self._post(ModelRejected(name, bounds.clip(reason)))
 
     def shut_down(self, reason: str) -> None:
-        """Ask the worker to stop: to finish its calls, say goodbye and not come back. Open calls are not touched.
+        """Ask the worker to finish its calls, close the link and not reconnect. Open calls go on.
 
-        It answers with a ``Drain`` event, and later with the end of the link.
+        The worker answers with ``Drain``, and later closes the link.
         """
         self._post(Shutdown(bounds.clip(reason)))
 
     def _receive_all(self, messages: Iterable[Message], events: list[Any]) -> None:
         for message in messages:
-            # What a master hears more often than everything else together, in the state in which it changes nothing; a
-            # call for each of them would cost as much as the rest of this.
+            # A master receives more of these than of all other messages together, and in this state they do not change
+            # the state. They are processed in place, since a function call for each would double the cost.
             if type(message) is Data and not message.last:
                 record, size = self._calls.get(message.call), len(message.data)
                 if record is not None and record.state is State.ANSWERING and size <= record.credit:
@@ -187,11 +184,11 @@ class MasterSession(Session[MasterEvent]):
                     continue
             self._receive_message(message, events)
 
-    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
+    def _receive_for_call(self, message: CallMessage, next_state: State, events: list[Any]) -> None:
         call = message.call
         record = self._calls[call]
-        record.state = following
-        wanted = following is not State.CANCELLING
+        record.state = next_state
+        wanted = next_state is not State.CANCELLING
         if isinstance(message, Done | Failed):
             del self._calls[call]
             self._outbox.drop(call)

@@ -1,10 +1,10 @@
-"""The words of the cluster protocol: frozen values, one class for each message.
+"""The messages of the cluster protocol: frozen values, one class for each message.
 
-Most of them are also what a session tells its user: where an event says no more than the message did, it is
-the message. Fields have bounds, which are checked whenever a message is made; see ``bounds.py``.
+Most of them are also the events that a session returns. Fields have limits, which are checked whenever a message is
+made; see ``bounds.py``.
 
-A later version of this package may add fields with defaults without a new protocol version; fields that a
-node does not know are ignored. Messages cannot be added that way: an unknown one ends the session.
+A later version of this package may add fields with defaults without a new protocol version; a node ignores fields that
+it does not know. Messages cannot be added that way: an unknown message ends the session.
 """
 
 from __future__ import annotations
@@ -47,17 +47,16 @@ __all__ = [
     "UnregisterModel",
 ]
 
-#: The first thing that either end says, so that neither takes another websocket service for a trio_cluster
-#: node.
+#: The first field of the first message, by which each end knows that the other is a trio_cluster node and not some
+#: other websocket service.
 MAGIC: Final = int.from_bytes(b"trioclus", "big")
-#: The versions of the protocol that this package speaks.
+#: The versions of the protocol that this package supports.
 PROTOCOL_MIN: Final = 1
 PROTOCOL_MAX: Final = 1
-#: The websocket subprotocol that goes with them.
+#: The websocket subprotocol for these versions.
 SUBPROTOCOL: Final = "trio-cluster.1"
 
-#: Bytes of a body in one ``Data`` at most. Larger pieces are slower to send, and stall everybody else
-#: meanwhile.
+#: Bytes of a body in one ``Data`` at most. Larger pieces are slower to send, and all other calls wait meanwhile.
 PIECE: Final = 64 * 1024
 
 _CALL: Final = bounds.integer(1, (1 << 63) - 1)
@@ -67,21 +66,21 @@ _COUNT: Final = bounds.integer(0, (1 << 31) - 1)
 
 @attrs.frozen
 class Handshake:
-    """Both ways, first of all: who I am and which versions of the protocol I speak."""
+    """Both ways, first: who the sender is, and which versions of the protocol it supports."""
 
     magic: int
     protocol_min: int = attrs.field(validator=_COUNT)
     protocol_max: int = attrs.field(validator=_COUNT)
     node_id: str = attrs.field(validator=bounds.name)
     version: str = attrs.field(validator=bounds.name)
-    """The version of the package, for people; nothing is decided by it."""
+    """The version of the package, for people; nothing depends on it."""
     instance: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
-    """Drawn by each process at its start: tells one that comes back from another that uses its name."""
+    """Drawn by each process at its start: tells a worker that reconnects from another process that uses its name."""
 
 
 @attrs.frozen
 class RegisterModel:
-    """Worker to master: I serve this model. Answered by ``ModelRegistered`` or ``ModelRejected``."""
+    """Worker to master: the worker serves this model. Answered by ``ModelRegistered`` or ``ModelRejected``."""
 
     name: str = attrs.field(validator=bounds.name)
     kind: str = attrs.field(validator=bounds.name)
@@ -91,44 +90,44 @@ class RegisterModel:
     options: dict[str, Any] = attrs.field(factory=dict, validator=bounds.json_object)
     """The fields of ``ChatModelOptions``."""
     also: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
-    """What it answers beside the routes of its kind."""
+    """What it answers beside the routes of its kind: ``extra_endpoints`` of ``ModelInfo``."""
 
     @classmethod
     def of(cls, info: ModelInfo) -> RegisterModel:
         """Return the message that announces ``info``.
 
         Raises:
-            ValueError: a field, for instance an extra one, is nothing that can be sent; the message names it.
+            ValueError: a field, for instance one in ``extra_fields``, cannot be sent; the message names it.
         """
         options = attrs.asdict(info.options, recurse=False)
         return cls(info.name, info.kind, info.owner, info.created, options, info.extra_endpoints)
 
     def info(self) -> ModelInfo:
-        """Return what is announced. Options that this version does not know are left out.
+        """Return the model. Options that this version does not know are left out.
 
         Raises:
-            ValueError: an option has a value of the wrong type, or the name is not one for a model; good for a
-                ``ModelRejected``. The kind is left for the caller to judge.
+            ValueError: an option has a value of the wrong type, or the name is not valid for a model; the text can be
+                the reason of a ``ModelRejected``. The kind is not checked.
         """
         known = {field.name for field in attrs.fields(ChatModelOptions)}
         try:
             options = ChatModelOptions(**{key: self.options[key] for key in known & self.options.keys()})
         except TypeError as exc:
-            # Only the first argument of attrs' error is for people.
+            # Only the first argument of the error that attrs raises is for people.
             raise ValueError(f"options: {exc.args[0]}") from exc
         return ModelInfo(self.name, self.kind, self.owner, self.created, options, self.also)  # type: ignore[arg-type]
 
 
 @attrs.frozen
 class ModelRegistered:
-    """Master to worker: from now on, requests for this model may come to you."""
+    """Master to worker: from now on, requests for this model may come."""
 
     name: str = attrs.field(validator=bounds.name)
 
 
 @attrs.frozen
 class ModelRejected:
-    """Master to worker: I will not offer this model, at least not yours."""
+    """Master to worker: the master does not offer this model, or not from this worker."""
 
     name: str = attrs.field(validator=bounds.name)
     reason: str = attrs.field(validator=bounds.text())
@@ -136,32 +135,33 @@ class ModelRejected:
 
 @attrs.frozen
 class UnregisterModel:
-    """Worker to master: no new requests for this model, please. Calls that are open go on."""
+    """Worker to master: send no new requests for this model. Open calls go on."""
 
     name: str = attrs.field(validator=bounds.name)
 
 
 @attrs.frozen
 class Heartbeat:
-    """Both ways: I am here. A worker says how busy it is; a master says zeros."""
+    """Both ways: the sender lives. A worker reports how busy it is; a master sends zeros."""
 
     running: int = attrs.field(default=0, validator=_COUNT)
     waiting: int = attrs.field(default=0, validator=_COUNT)
     capacity: int = attrs.field(default=0, validator=_COUNT)
     lag: float = attrs.field(default=0.0, validator=bounds.seconds)
-    """The longest time in seconds for which the sender did nothing but one thing since its last heartbeat."""
+    """The longest time, in seconds, for which the sender's event loop did only one thing since its last heartbeat."""
     blocked: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
-    """What the sender is doing that keeps it from everything else: it lives, and neither reads nor answers."""
+    """What blocks the sender's event loop right now: it lives, but neither reads nor answers. Empty if nothing does."""
     progress: tuple[tuple[int, int], ...] = attrs.field(default=(), validator=bounds.progress)
-    """Of each call: how many bytes of its answer there are by now, sent or not; -1 while it waits for a slot.
+    """For each call its number, and how many bytes of its answer exist by now, sent or not; -1 while it waits for a
+    slot.
 
-    When there are very many calls, some are left out.
+    If there are very many calls, some are left out.
     """
 
 
 @attrs.frozen
 class ForwardRequest:
-    """Master to worker: a new call. Its body follows in ``Data``, the last of them marked."""
+    """Master to worker: a new call. Its body follows in ``Data`` messages, the last of which is marked."""
 
     call: int = attrs.field(validator=_CALL)
     """Chosen by the master; each is greater than all before it on this link."""
@@ -172,17 +172,17 @@ class ForwardRequest:
     headers: dict[str, str] = attrs.field(validator=bounds.headers)
     request_id: str = attrs.field(validator=bounds.text(bounds.NAME_MAX))
     timeout: float | None = attrs.field(validator=bounds.seconds)
-    """The longest silence in seconds; ``None``: as long as you like."""
+    """Idle timeout: the longest silence, in seconds; ``None`` is no limit."""
     budget: float | None = attrs.field(validator=bounds.seconds)
-    """Seconds from now until the whole answer must be there; ``None``: no end."""
+    """Total timeout: seconds from now until the whole answer must be there; ``None`` is no limit."""
     size: int = attrs.field(validator=bounds.integer(-1, (1 << 63) - 1))
-    """Bytes of body that will follow; -1: not known yet."""
+    """Bytes of body that will follow; -1 if that is not known yet."""
     once: bool = False
     """The body is streamed through the master and cannot be replayed: the worker must not give the call back."""
     checked: bool = False
     """The master has validated the whole body: the worker need not do so again."""
     principal: str = attrs.field(default="", validator=bounds.optional_name)
-    """The name of the key that the client showed; empty where none is required."""
+    """The name of the key that the client sent; empty where no key is required."""
 
 
 @attrs.frozen
@@ -195,22 +195,22 @@ class ForwardResponse:
     headers: tuple[tuple[str, str], ...] = attrs.field(default=(), validator=bounds.headers)
 
 
-# A struct and no class of attrs, which take three to five times as long to make; of this one there are very many.
-# Nothing that it holds can refer back to it, so the garbage collector need not know of it.
+# A struct of msgspec, since an instance of an attrs class takes three to five times as long to create, and there are
+# very many of these. Nothing in it can refer back to it, so the garbage collector need not track it (`gc=False`).
 class Data(msgspec.Struct, frozen=True, gc=False):
     """Both ways: the next bytes of a body.
 
-    ``last`` ends the body of a request, and is never set in an answer: that ends with ``Done`` or ``Failed``.
+    ``last`` ends the body of a request. It is never set in an answer, which ends with ``Done`` or ``Failed``.
     """
 
     call: int
     data: bytes
-    """At most ``PIECE`` bytes. Empty, it is a sign of life of that call's answer."""
+    """At most ``PIECE`` bytes. Empty, it is a sign of life: the handler works, and there is nothing to send yet."""
     last: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.call < 1 << 63:
-            raise ValueError(f"call: lies outside 1 to {(1 << 63) - 1}")
+            raise ValueError(f"call: must be from 1 to {(1 << 63) - 1}, not {self.call}")
         if len(self.data) > PIECE:
             raise ValueError(f"data: longer than {PIECE} bytes")
 
@@ -221,7 +221,7 @@ class Done:
 
     call: int = attrs.field(validator=_CALL)
     usage: dict[str, int] = attrs.field(factory=dict, validator=bounds.usage)
-    """The tokens of the answer, by the names of the fields of ``Usage``; empty if nothing was reported. Names that the
+    """The tokens of the answer, by the names of the fields of ``Usage``; empty if none were reported. Names that the
     master does not know are ignored."""
 
     @classmethod
@@ -248,17 +248,17 @@ class Failed:
     param: str | None = attrs.field(validator=bounds.optional_text(bounds.NAME_MAX))
     retry_after: float | None = attrs.field(validator=bounds.seconds)
     retryable: bool = False
-    """The worker is at fault, and not the request: another one may be asked. Never derived from the code or the
-    status, which a handler chooses freely."""
+    """The worker is at fault and not the request, so the master may try another replica. Never derived from the code or
+    the status, which belong to the handler."""
     timed_out: bool = False
-    """A deadline of the request passed."""
+    """A deadline of the request has passed."""
 
     @classmethod
     def of(cls, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> Failed:
         """Return the message that carries ``error``.
 
-        It never raises. Errors come from handlers, and a call whose error cannot be sent would never end; so
-        what does not fit is cut, and what makes no sense is left out.
+        Never raises. Errors come from handlers, and a call whose error cannot be sent would never end; so what is too
+        long is truncated, and what is not valid is left out.
         """
         after = error.retry_after
         if not isinstance(after, int | float) or not 0.0 <= after < math.inf:
@@ -289,7 +289,7 @@ class Failed:
 
 @attrs.frozen
 class Cancel:
-    """Master to worker: nobody wants this answer any more. A ``Done`` or ``Failed`` is still owed."""
+    """Master to worker: the answer is not wanted any more. A ``Done`` or ``Failed`` is still due."""
 
     call: int = attrs.field(validator=_CALL)
     reason: str = attrs.field(validator=bounds.text())
@@ -297,7 +297,7 @@ class Cancel:
 
 @attrs.frozen
 class Grant:
-    """Both ways: my consumer has taken so many bytes of this call's body; as many more may be sent."""
+    """Both ways: the receiver's consumer has taken so many bytes of this call's body; as many more may be sent."""
 
     call: int = attrs.field(validator=_CALL)
     credit: int = attrs.field(validator=bounds.integer(1, WINDOW))
@@ -305,14 +305,14 @@ class Grant:
 
 @attrs.frozen
 class Drain:
-    """Both ways: I am about to stop. Open calls go on; there should be, or will be, no new ones."""
+    """Both ways: the sender is about to stop. Open calls go on; a worker wants no new ones, a master opens none."""
 
     reason: str = attrs.field(validator=bounds.text())
 
 
 @attrs.frozen
 class Shutdown:
-    """Master to worker: please stop. Finish what you have, say goodbye, and do not come back."""
+    """Master to worker: stop. Finish the open calls, close the link, and do not reconnect."""
 
     reason: str = attrs.field(validator=bounds.text())
 

@@ -1,26 +1,25 @@
-"""What waits to be written: control messages first, then bodies, each within its credit, taking turns.
+"""The queues of what is to be written: control messages first, then bodies, each within its credit, in turns.
 
 Theory of operation
 ===================
 
-Two kinds of queue. *Control* is everything that is small; it is encoded when it is posted, so that its
-size is known. *Streams* are the
-bodies, one for each call that has one under way; they hold the caller's own bytes and slices of them, never
-copies.
+There are two kinds of queue. *Control* holds every message that is small; it is encoded when it is posted, so that its
+size is known. *Streams* hold the bodies, one for each call that has one under way; they keep the caller's own bytes and
+slices of them, never copies.
 
-A batch takes control first, and turns to streams only when no control is left. Hence the order that each call
-needs: its head, which is control, is out before any of its data; its ``Done`` or ``Failed`` rides at the tail
-of its stream; and a ``Cancel`` goes ahead of everybody's data.
+A batch takes control messages first, and turns to streams only when none are left. That gives each call the order that
+it needs: its head, which is a control message, is written before any of its data; its ``Done`` or ``Failed`` is
+attached to the end of its stream; and a ``Cancel`` overtakes the data of all calls.
 
-Streams that can send take turns, one piece each. A piece is as many whole chunks as fit into ``PIECE`` and
-into the credit: putting a dozen tokens that wait into one message costs less than a dozen messages. A chunk
-is split only where it is longer than ``PIECE``. So a producer's small chunk, an SSE event for instance,
-arrives in one message and never in halves; the price is that a stream waits while its credit is smaller than
-its next piece. That wait always ends, because a receiver gives credit back before it holds back more than a
-quarter of the window, and a piece is never more than a quarter either.
+Streams that can send take turns (round robin), one piece each. A piece is as many whole chunks as fit into ``PIECE``
+and into the credit: joining a dozen waiting tokens into one message costs less than a dozen messages. A chunk is split
+only if it is longer than ``PIECE``. So a producer's small chunk, a server-sent event for instance, arrives in one
+message and is never split; the price is that a stream waits while its credit is smaller than its next piece. That wait
+always ends, because a receiver grants credit before it holds back more than a quarter of the window, and a piece is
+never more than a quarter either.
 
-Nothing here blocks, so nothing here bounds the streams. Whoever fills one is told by ``Batch.sent`` when
-bytes have gone, and must wait for that.
+Nothing here blocks, so the streams are not bounded here. The producer learns from ``Batch.sent`` how many bytes have
+been written, and must wait for that.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from typing import Final
 import attrs
 import msgspec
 
-from .codec import Packed, freeze, pack_data, write
+from .codec import Packed, encode_batch, encode_part, pack_data
 from .errors import ProtocolError
 from .messages import PIECE, WINDOW, Message
 
 __all__ = ["Batch", "Outbox"]
 
-# What a Data costs beside its bytes, about; so that a batch of many small ones ends somewhere too.
+# About what a Data costs beside its bytes, so that the size of a batch of many small ones is limited too.
 _OVERHEAD: Final = 32
-# Bytes of one body that are worth a message of their own.
-_PLENTY: Final = 8 * 1024
+# Bytes of one body that do not linger for more: they fill a message well enough.
+_BULK: Final = 8 * 1024
 
 
 @attrs.frozen
@@ -49,11 +48,11 @@ class Batch:
 
     data: bytes
     sent: tuple[tuple[int, int], ...]
-    """For each call of which the batch carries body bytes: its number, and how many."""
+    """For each call with body bytes in the batch: its number, and how many bytes."""
 
 
 class _Stream:
-    """The body that this end sends for one call, as far as it has not been sent."""
+    """What has not been sent yet of the body that this end sends for one call."""
 
     __slots__ = ("chunks", "complete", "credit", "size", "tail")
 
@@ -62,11 +61,12 @@ class _Stream:
         self.size = 0
         self.credit = WINDOW
         self.complete = False
-        """The last piece is to be marked."""
+        """The last piece is to be marked as such."""
         self.tail: msgspec.Raw | None = None
-        """What is to follow the last piece."""
+        """The message that is to follow the last piece."""
 
     def ready(self) -> bool:
+        """Whether a piece can be sent now."""
         if self.chunks:
             return self.credit >= min(len(self.chunks[0]), PIECE)
         return self.complete
@@ -94,30 +94,30 @@ class _Stream:
 
 
 class Outbox:
-    """The queues of one end of a link. See the top of this module for the theory."""
+    """The queues of one end of a link. See the top of this module."""
 
     def __init__(self) -> None:
         self._control: deque[msgspec.Raw] = deque()
         self._control_size = 0
         self._streams: dict[int, _Stream] = {}
-        # Those that can send now, in the order of their turns.
+        # The streams that can send now, in the order of their turns.
         self._turns: OrderedDict[int, _Stream] = OrderedDict()
-        # One of them has plenty to send.
-        self._plenty = False
+        # At least one of them has _BULK bytes to send.
+        self._has_bulk = False
 
     @property
     def backlog(self) -> int:
-        """How many bytes of control messages wait."""
+        """Bytes of control messages that are queued."""
         return self._control_size
 
     def queued(self, call: int) -> int:
-        """Return how many body bytes of ``call`` wait."""
+        """Return how many body bytes of ``call`` are queued."""
         stream = self._streams.get(call)
         return 0 if stream is None else stream.size
 
     def post(self, message: Message) -> None:
         """Queue a control message."""
-        self._append(freeze(message))
+        self._append(encode_part(message))
 
     def open(self, call: int) -> None:
         """Begin the stream of ``call``, with a full window of credit."""
@@ -126,8 +126,8 @@ class Outbox:
     def push(self, call: int, data: bytes | memoryview, *, last: bool = False) -> None:
         """Queue bytes of the body of ``call``; ``last`` completes the body, even without bytes.
 
-        An empty piece that is not the last is sent too, but not queued behind others: what it has to say,
-        they say, and if they cannot be sent it would only pile up.
+        An empty piece that is not the last, a sign of life, is sent as well, but it is not queued behind other pieces:
+        those are a sign of life themselves, and if they cannot be sent, empty ones would only accumulate.
         """
         stream = self._streams[call]
         if data or not (last or stream.chunks):
@@ -137,8 +137,8 @@ class Outbox:
         self._schedule(call, stream)
 
     def finish(self, call: int, message: Message) -> None:
-        """Queue ``message`` behind what waits of the body of ``call``, and end the stream with it."""
-        tail = freeze(message)
+        """Queue ``message`` behind the queued body of ``call``, and end the stream with it."""
+        tail = encode_part(message)
         stream = self._streams[call]
         if stream.chunks:
             stream.tail = tail
@@ -146,8 +146,8 @@ class Outbox:
             del self._streams[call]
             self._append(tail)
 
-    def cut(self, call: int) -> None:
-        """Drop what waits of the body of ``call``; what was to follow it still goes out, and now."""
+    def drop_body(self, call: int) -> None:
+        """Drop the queued body of ``call``. The message that was to follow it is sent at once."""
         stream = self._streams.get(call)
         if stream is None:
             return
@@ -160,15 +160,15 @@ class Outbox:
             self._append(stream.tail)
 
     def drop(self, call: int) -> None:
-        """End the stream of ``call``, if there is one, and forget all that waits of it."""
+        """Drop the stream of ``call``, if there is one, with all that is queued in it."""
         self._streams.pop(call, None)
         self._turns.pop(call, None)
 
     def credit(self, call: int, count: int) -> None:
-        """Let ``call`` send ``count`` more bytes; without effect once its stream has ended.
+        """Add ``count`` bytes to the credit of ``call``; without effect once its stream has ended.
 
         Raises:
-            ProtocolError: that would be more than the peer can have taken.
+            ProtocolError: the credit would exceed the window: more than the peer's consumer can have taken.
         """
         stream = self._streams.get(call)
         if stream is None:
@@ -179,50 +179,50 @@ class Outbox:
         self._schedule(call, stream)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         self._control.clear()
         self._control_size = 0
         self._streams.clear()
         self._turns.clear()
-        self._plenty = False
+        self._has_bulk = False
 
     @property
     def streams(self) -> int:
-        """How many bodies are under way, or waiting to begin."""
+        """How many bodies have not been sent completely, including those that have not begun."""
         return len(self._streams)
 
     @property
     def sendable(self) -> bool:
-        """Whether anything may be sent now."""
+        """Whether anything can be sent now."""
         return bool(self._control or self._turns)
 
     @property
     def urgent(self) -> bool:
-        """Whether what may be sent now is more than a few bytes of bodies."""
-        return self._plenty or self._control_size > 0
+        """Whether more can be sent now than a few bytes of bodies, which may linger."""
+        return self._has_bulk or self._control_size > 0
 
     @property
     def unsent(self) -> bool:
-        """Whether anything waits to be sent, be it for credit."""
+        """Whether anything is queued, including what waits for credit."""
         return bool(self._control) or any(each.chunks or each.tail for each in self._streams.values())
 
     def __bool__(self) -> bool:
-        """Whether there is anything at all, be it sendable now or not."""
+        """Whether a message is queued or a body is under way, whether or not it can be sent now."""
         return bool(self._control or self._streams)
 
     def next_batch(self, limit: int) -> Batch | None:
-        """Remove and return what to write next, about ``limit`` bytes; ``None`` if nothing may be sent."""
+        """Remove and return what to write next, about ``limit`` bytes; ``None`` if nothing can be sent."""
         batch: list[Packed] = []
         sent: dict[int, int] = {}
         size = 0
-        self._plenty = False
+        self._has_bulk = False
         while self._control and size < limit:
             message = self._control.popleft()
             length = len(message)
             self._control_size -= length
             size += length
             batch.append(message)
-        # Control that is left over means that size has reached the limit, so no data can overtake it here.
+        # If control messages are left, the size has reached the limit; so no data can overtake them here.
         while self._turns and size < limit:
             call, stream = self._turns.popitem(last=False)
             piece = stream.take()
@@ -238,7 +238,7 @@ class Outbox:
                 del self._streams[call]
             elif not drained:
                 self._schedule(call, stream)
-        return Batch(write(batch), tuple(sent.items())) if batch else None
+        return Batch(encode_batch(batch), tuple(sent.items())) if batch else None
 
     def _append(self, encoded: msgspec.Raw) -> None:
         self._control.append(encoded)
@@ -247,4 +247,4 @@ class Outbox:
     def _schedule(self, call: int, stream: _Stream) -> None:
         if stream.ready():
             self._turns[call] = stream
-            self._plenty = self._plenty or stream.size >= _PLENTY
+            self._has_bulk = self._has_bulk or stream.size >= _BULK

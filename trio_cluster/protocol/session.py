@@ -1,26 +1,26 @@
-"""One link's conversation as a value: bytes in, events out; decisions in, bytes out.
+"""The protocol's state on one link, as a value: bytes in, events out; decisions in, bytes out.
 
 Theory of operation
 ===================
 
-A session never does IO, never waits and has no clock. Whoever owns the link does three things with it:
+A session does no IO, never waits and has no clock. The owner of the link does three things with it:
 
-- every websocket message that arrives goes into ``receive``, which returns what it means as a list of events.
-  Events are messages (see ``messages.py``), less those that only the session itself needs;
-- whenever anything has happened (``receive``, ``tick``, or any method by which the local side says
-  something), ``next_message`` may have something to write, and is asked until it has not;
-- at ``deadline()``, ``tick`` is called.
+- It passes every websocket message that arrives to ``receive``, which returns what it means as a list of events. Events
+  are messages (see ``messages.py``), except for those that concern only the session itself.
+- Whenever something has happened (``receive``, ``tick``, or a method by which the local side sends something),
+  ``next_message`` may return something to write. The owner calls it until it returns ``None``.
+- At ``deadline()``, it calls ``tick``.
 
-All methods are synchronous and take effect completely or not at all. What the peer does wrong raises
-``ProtocolError`` and closes the session; what the local user does wrong raises ``ValueError`` or
-``RuntimeError`` and changes nothing. A closed session writes nothing and swallows whatever is still said to
-it, because handlers go on saying things for a moment after their link has gone.
+All methods are synchronous, and take effect completely or not at all. An error of the peer raises ``ProtocolError`` and
+closes the session; an error of the local caller raises ``ValueError`` or ``RuntimeError`` and changes nothing. A closed
+session writes nothing and ignores what is still sent with it, because handlers go on for a moment after their link has
+gone.
 
-Memory is bounded: by the window for each direction of each call, ``MAX_CALLS`` calls, and ``MAX_BACKLOG``
-bytes of control messages for a peer that sends and does not read. What the local side says of a body is
-bounded by the local side, which learns from ``Batch.sent`` how much of it has gone.
+Memory is bounded: by the window for each direction of each call, by ``MAX_CALLS`` calls, and by ``MAX_BACKLOG`` bytes
+of control messages for a peer that sends and does not read. What the local side has sent of a body is bounded by the
+local side, which learns from ``Batch.sent`` how much of it has been written.
 
-This module has what both ends share; the ends themselves are in ``master.py`` and ``worker.py``.
+This module has what both ends share; the two ends are in ``master.py`` and ``worker.py``.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ __all__ = ["MAX_BACKLOG", "MAX_CALLS", "Session"]
 
 #: Calls that may be open on one link at a time.
 MAX_CALLS: Final = 10_000
-#: Bytes of control messages that may wait for a peer which goes on sending and does not read what it gets.
+#: Bytes of control messages that may be queued for a peer that goes on sending and does not read.
 MAX_BACKLOG: Final = 16 * 1024 * 1024
 
-# The part of the window that a consumer must have taken before it is worth a Grant.
+# Bytes that the consumer must have taken before a Grant is sent for them.
 _GRANT_AT: Final = WINDOW // 4
 
 _CALL_MESSAGES: Final = (Data, Grant, ForwardRequest, ForwardResponse, Done, Failed, Cancel)
@@ -83,17 +83,17 @@ EventT = TypeVar("EventT")
 
 @attrs.define(eq=False)
 class CallRecord:
-    """What a session remembers of an open call: its state, and the account of the body that it hears."""
+    """What a session knows of an open call: its state, and the flow control of the body that it receives."""
 
     state: State
     credit: int = WINDOW
     """Bytes that the peer may still send."""
     unread: int = 0
-    """Bytes that have come and that the local consumer has not taken."""
-    taken: int = 0
-    """Bytes that it has taken and for which no credit has been given back yet."""
+    """Bytes that were received and that the local consumer has not taken."""
+    ungranted: int = 0
+    """Bytes that the consumer has taken and for which no credit has been granted yet."""
     missing: int = -1
-    """Bytes until the request's body has the size that was announced; -1: none was."""
+    """Bytes that are missing of the announced size of the request's body; -1 if no size was announced."""
 
     def fits(self, size: int, *, last: bool) -> bool:
         """Return whether ``size`` more bytes of the request's body agree with the announced size."""
@@ -101,22 +101,22 @@ class CallRecord:
 
 
 class Session(abc.ABC, Generic[EventT]):
-    """What both ends of a link do alike. Use :class:`MasterSession` or :class:`WorkerSession`.
+    """What the two ends of a link have in common. Use :class:`MasterSession` or :class:`WorkerSession`.
 
     Args:
-        node_id: the name of this node, told to the peer.
-        version: the version of the package, told to the peer for information.
+        node_id: the name of this node, sent to the peer.
+        version: the version of the package, sent to the peer for information.
         now: the time, in seconds on the same clock as in all later calls; only differences matter.
-        instance: tells the peer this process from another one of the same name.
+        instance: tells this process from another one of the same name.
         heartbeat_interval: seconds between heartbeats.
-        silence_timeout: seconds without any message from the peer after which it counts as gone. This also
-            bounds the wait for its handshake.
+        silence_timeout: seconds without any message from the peer after which it counts as lost. This also limits the
+            wait for its handshake.
 
     Attributes:
-        peer: the peer's handshake, once it has come.
-        protocol: the version that both ends speak, once that is settled.
-        peer_blocked: what keeps the peer from reading, as its last heartbeat says; empty if nothing does.
-        lag: seconds, for the next heartbeat to tell.
+        peer: the peer's handshake, once it has been received.
+        protocol: the version in use, once it has been negotiated.
+        peer_blocked: what blocks the peer's event loop, by its last heartbeat; empty if nothing does.
+        lag: the ``lag`` of the next heartbeat, in seconds.
         close_reason: why the session is over; ``None`` while it is not.
     """
 
@@ -148,15 +148,19 @@ class Session(abc.ABC, Generic[EventT]):
         self._outbox = Outbox()
         self._outbox.post(Handshake(MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance))
 
-    # The link's face
+    # For the owner of the link
 
     def receive(self, data: bytes, now: float) -> list[EventT]:
-        """Take in one websocket message and return what it means to the user of this session, in order.
+        """Process one websocket message and return its events, in order.
+
+        Args:
+            data: the content of the message.
+            now: the time at which it arrived, in seconds.
 
         Raises:
-            ProtocolError: the peer broke the protocol, or the session was closed before. The events of this
-                message are lost, but not the calls: afterwards ``open_calls`` has exactly those that the user
-                was told of and whose end the user was not told.
+            ProtocolError: the peer violated the protocol, or the session was closed before. The events of this message
+                are lost, but not the calls: afterwards ``open_calls`` has exactly those whose beginning was returned
+                as an event, and whose end was not.
         """
         if self.close_reason is not None:
             raise ProtocolError(self.close_reason)
@@ -164,7 +168,7 @@ class Session(abc.ABC, Generic[EventT]):
         events: list[Any] = []
         try:
             if self._outbox.backlog > MAX_BACKLOG:
-                raise ProtocolError("the peer sends, but does not read what it is sent")
+                raise ProtocolError("the peer sends but does not read")
             self._receive_all(decode(data), events)
         except ProtocolError as exc:
             for event in events:
@@ -179,22 +183,22 @@ class Session(abc.ABC, Generic[EventT]):
     def next_message(self, limit: int = PIECE) -> Batch | None:
         """Return what to write now as one binary websocket message, or ``None`` if there is nothing.
 
-        What it returns counts as sent: it must be written, or the link given up.
+        What is returned counts as sent: it must be written, or the link must be closed.
 
         Args:
-            limit: bytes after which nothing more is added, so that the result has about so many: it may
-                exceed them by the one message that was added last. 64 KiB are the most that counts.
+            limit: bytes after which nothing more is added: the result has about that many, and exceeds them at most by
+                the message that was added last. Values above 64 KiB count as 64 KiB.
         """
         if self.close_reason is not None:
             return None
         if self._heartbeat_due:
             self._outbox.post(attrs.evolve(self._own_heartbeat, lag=self.lag))
             self._heartbeat_due = False
-        # What is added last may be the largest message that there is, which has half of MAX_MESSAGE.
+        # The message that is added last may be the largest possible one, which has half of MAX_MESSAGE.
         return self._outbox.next_batch(max(1, min(limit, MAX_MESSAGE // 4)))
 
     def deadline(self) -> float:
-        """Return the time at which :meth:`tick` must be called next; endless once the session is closed."""
+        """Return the time at which :meth:`tick` must be called next; infinite once the session is closed."""
         if self.close_reason is not None:
             return math.inf
         return min(
@@ -202,9 +206,10 @@ class Session(abc.ABC, Generic[EventT]):
         )
 
     def tick(self, now: float) -> None:
-        """Do what time demands: queue a heartbeat, or notice that the peer has gone.
+        """Queue a heartbeat if one is due, or find that the peer is lost. Calling it too early does nothing.
 
-        Calling it early is harmless.
+        Args:
+            now: the time, in seconds.
 
         Raises:
             PeerSilent: nothing was received for ``silence_timeout``; the session is closed.
@@ -212,42 +217,47 @@ class Session(abc.ABC, Generic[EventT]):
         if self.close_reason is not None:
             return
         if now >= self._last_received + self._silence_timeout:
-            silent = PeerSilent(f"nothing was heard from the peer for {self.silence(now):.1f} s")
+            silent = PeerSilent(f"no message from the peer for {self.silence(now):.1f} s")
             self.close(silent.reason)
             raise silent
         if now >= self._last_heartbeat + self._heartbeat_interval:
             self._last_heartbeat = now
-            # A mark and not a message: one that cannot be written now is not joined by others.
+            # A flag and not a message: if it cannot be written for long, it is still only one heartbeat.
             self._heartbeat_due = True
 
     def queue_heartbeat(self) -> None:
-        """Give a sign of life with the next message, without waiting for the time to come."""
+        """Send a heartbeat with the next message, before it is due."""
         self._heartbeat_due = self.close_reason is None
 
     def heartbeat_while_blocked(self, lag: float, blocked: str) -> bytes:
-        """Return a heartbeat to write at once as one binary websocket message, past everything that waits.
+        """Return a heartbeat to write at once as one binary websocket message, ahead of everything that is queued.
 
-        It must not be the first message that is written. This reads what other methods write and changes nothing:
-        it is the one method that another thread may call.
+        It must not be the first message that is written. The method changes nothing in the session: it is the only one
+        that another thread may call.
 
         Args:
-            lag: seconds for which this end has been doing nothing but one thing.
-            blocked: what that is, for people; cut if it is too long.
+            lag: seconds for which the event loop of this end has been blocked.
+            blocked: what blocks it, for people; truncated if it is too long.
         """
         return encode([attrs.evolve(self._own_heartbeat, lag=lag, blocked=clip(blocked, NAME_MAX))])
 
     def silence(self, now: float) -> float:
-        """Return for how many seconds nothing has been heard from the peer."""
+        """Return for how many seconds nothing has been received from the peer."""
         return now - self._last_received
 
     def extend_silence_deadline(self, seconds: float, now: float) -> None:
-        """Take so much off the peer's silence: for so long it was this end that did not listen."""
+        """Shorten the silence of the peer by some seconds, during which this end did not read.
+
+        Args:
+            seconds: for how long this end did not read.
+            now: the time, in seconds.
+        """
         self._last_received = min(now, self._last_received + seconds)
 
     def close(self, reason: str) -> None:
-        """End the session: the link is gone, or is about to be. Idempotent; the first reason stays.
+        """End the session: the link is gone, or is about to be. Idempotent; the first reason counts.
 
-        Nothing is told to the peer. ``open_calls`` stays as it is, for the user to end what hangs on it.
+        Nothing is sent to the peer. ``open_calls`` stays as it is, so that the caller can end what depends on it.
         """
         if self.close_reason is None:
             self.close_reason = reason
@@ -263,10 +273,9 @@ class Session(abc.ABC, Generic[EventT]):
 
     @property
     def load(self) -> tuple[int, int, int]:
-        """Calls running, calls waiting, and capacity, as the next heartbeat will say. A master leaves it at
-        zeros.
+        """Running calls, waiting calls, and the capacity, for the next heartbeat. A master leaves them at zero.
 
-        Setting it to numbers that are negative raises ``ValueError``.
+        Setting it raises ``ValueError`` if a number is negative.
         """
         return (self._own_heartbeat.running, self._own_heartbeat.waiting, self._own_heartbeat.capacity)
 
@@ -278,37 +287,37 @@ class Session(abc.ABC, Generic[EventT]):
         )
 
     def report_progress(self, calls: Iterable[tuple[int, int]]) -> None:
-        """Let the next heartbeats say how far calls are.
+        """Set the progress of calls that the next heartbeats report.
 
         Args:
-            calls: for each its number and the bytes of its answer, or -1 while it waits for a slot. If there are
-                very many, only the first ones are told of.
+            calls: for each its number and the bytes of its answer, or -1 while it waits for a slot. If there are very
+                many, only the first ones are reported.
         """
         self._own_heartbeat = attrs.evolve(self._own_heartbeat, progress=tuple(islice(calls, PROGRESS_MAX)))
 
     @property
     def open_calls(self) -> tuple[int, ...]:
-        """The calls that have been opened and whose end has not been said or heard here."""
+        """The calls that have been opened, and whose end has neither been sent nor received."""
         return tuple(self._calls)
 
     @property
     def idle(self) -> bool:
-        """Whether no call is open and nothing waits to be sent."""
+        """Whether no call is open and nothing is queued."""
         return not (self._calls or self._outbox or self._heartbeat_due)
 
     @property
     def sendable(self) -> bool:
-        """Whether :meth:`next_message` has something to write now."""
+        """Whether :meth:`next_message` would return something now."""
         return self._heartbeat_due or self._outbox.sendable
 
     @property
     def urgent(self) -> bool:
-        """Whether some of it is more than a few bytes of a body, and should not wait for company."""
+        """Whether something of that should not linger: it is more than a few bytes of bodies."""
         return self._heartbeat_due or self._outbox.urgent
 
     @property
     def unsent(self) -> bool:
-        """Whether anything waits to be sent, be it for credit; never once the session is closed."""
+        """Whether anything is queued, including what waits for credit; never once the session is closed."""
         return self._outbox.unsent
 
     def state(self, call: int) -> State:
@@ -319,24 +328,24 @@ class Session(abc.ABC, Generic[EventT]):
         return State.ENDED if 0 < call <= self._highest else State.IDLE
 
     def queued(self, call: int) -> int:
-        """Return how many body bytes of ``call`` wait to be sent."""
+        """Return how many body bytes of ``call`` are queued."""
         return self._outbox.queued(call)
 
     def drain(self, reason: str) -> None:
-        """Tell the peer that this node is about to stop. Open calls are not touched."""
+        """Tell the peer that this node is about to stop. Open calls go on."""
         self._post(Drain(clip(reason)))
 
     def grant(self, call: int, count: int) -> bool:
-        """Say that the local consumer has taken ``count`` bytes of the body that comes in for ``call``.
+        """Record that the local consumer has taken ``count`` bytes of the body that is received for ``call``.
 
-        The peer is told when a quarter of the window has come together, and not at all when it has nothing
-        more to send. Harmless for calls that have ended or are being cancelled.
+        Credit is granted to the peer in steps of a quarter of the window, and not at all when it has nothing more to
+        send. Does nothing for calls that have ended or are being cancelled.
 
         Returns:
             Whether there is something to write now because of it.
 
         Raises:
-            RuntimeError: more was taken than has come, or the call was never opened.
+            RuntimeError: more was taken than was received, or the call was never opened.
         """
         record = self._calls.get(call)
         if record is None or self.close_reason is not None:
@@ -344,24 +353,24 @@ class Session(abc.ABC, Generic[EventT]):
         if record is None:
             return False
         if not 0 <= count <= record.unread:
-            raise RuntimeError(f"call {call}: {count} bytes taken of {record.unread} that had come")
+            raise RuntimeError(f"call {call}: {count} bytes taken of {record.unread} received")
         record.unread -= count
-        record.taken += count
-        if record.taken < _GRANT_AT or (record.state, Grant) not in SEND_TRANSITIONS[self._role]:
+        record.ungranted += count
+        if record.ungranted < _GRANT_AT or (record.state, Grant) not in SEND_TRANSITIONS[self._role]:
             return False
-        self._post(Grant(call, record.taken))
-        record.credit += record.taken
-        record.taken = 0
+        self._post(Grant(call, record.ungranted))
+        record.credit += record.ungranted
+        record.ungranted = 0
         return True
 
-    # For the two ends
+    # For the subclasses
 
     def _post(self, message: Message) -> None:
         if self.close_reason is None:
             self._outbox.post(message)
 
     def _record(self, call: int) -> CallRecord | None:
-        """Return what is remembered of ``call``; ``None`` if it has ended, or the session has.
+        """Return the record of ``call``; ``None`` if the call has ended, or the session has.
 
         Raises:
             RuntimeError: the call was never opened.
@@ -373,18 +382,18 @@ class Session(abc.ABC, Generic[EventT]):
             raise RuntimeError(f"call {call} was never opened")
         return record
 
-    def _state_after_sending(self, call: int, word: MessageKind) -> State:
-        """Return the state that saying ``word`` leads to.
+    def _state_after_sending(self, call: int, kind: MessageKind) -> State:
+        """Return the state of ``call`` after a message of this kind is sent.
 
         Raises:
-            RuntimeError: it may not be said now.
+            RuntimeError: it must not be sent in the present state.
         """
         state = self.state(call)
         try:
-            return SEND_TRANSITIONS[self._role][state, word]
+            return SEND_TRANSITIONS[self._role][state, kind]
         except KeyError:
             raise RuntimeError(
-                f"{word.__name__} cannot be said of call {call}, which is {state.value}"
+                f"{kind.__name__} cannot be sent for call {call}, which is {state.value}"
             ) from None
 
     def _receive_all(self, messages: Iterable[Message], events: list[Any]) -> None:
@@ -399,39 +408,39 @@ class Session(abc.ABC, Generic[EventT]):
             events.append(message)
         elif isinstance(message, _CALL_MESSAGES):
             state = self.state(message.call)
-            word: MessageKind = LastData if type(message) is Data and message.last else type(message)
-            following = RECEIVE_TRANSITIONS[self._role].get((state, word))
-            if following is None:
-                raise ProtocolError(f"{word.__name__} for call {message.call}, which is {state.value}")
-            self._receive_for_call(message, following, events)
+            kind: MessageKind = LastData if type(message) is Data and message.last else type(message)
+            next_state = RECEIVE_TRANSITIONS[self._role].get((state, kind))
+            if next_state is None:
+                raise ProtocolError(f"{kind.__name__} for call {message.call}, which is {state.value}")
+            self._receive_for_call(message, next_state, events)
         elif type(message) in LINK_MESSAGES[self._role]:
             if isinstance(message, Heartbeat):
                 self.peer_blocked = message.blocked
             events.append(message)
         else:
-            again = "a second" if isinstance(message, Handshake) else "a misdirected"
-            raise ProtocolError(f"{again} {type(message).__name__}")
+            problem = "a second" if isinstance(message, Handshake) else "the wrong end sent"
+            raise ProtocolError(f"{problem} {type(message).__name__}")
 
     def _on_handshake(self, peer: Handshake) -> None:
         if peer.magic != MAGIC:
-            raise HandshakeError("the peer is not a trio_cluster node: its magic number is another")
+            raise HandshakeError("the peer is not a trio_cluster node: it sent another magic number")
         version = min(PROTOCOL_MAX, peer.protocol_max)
         if version < max(PROTOCOL_MIN, peer.protocol_min):
             raise HandshakeError(
-                f"no common protocol version: {peer.node_id!r} (trio_cluster {peer.version}) speaks "
+                f"no common protocol version: {peer.node_id!r} (trio_cluster {peer.version}) supports "
                 f"{peer.protocol_min} to {peer.protocol_max}, this node {PROTOCOL_MIN} to {PROTOCOL_MAX}"
             )
         self.peer = peer
         self.protocol = version
 
     def _receive_body(self, record: CallRecord, piece: Data) -> None:
-        """Put a piece that came in on the account of its call."""
+        """Charge a received piece against the credit of its call."""
         size = len(piece.data)
         if size > record.credit:
-            raise ProtocolError(f"call {piece.call}: {size} bytes of data, with credit for {record.credit}")
+            raise ProtocolError(f"call {piece.call}: {size} bytes of data, but credit for {record.credit}")
         record.credit -= size
         record.unread += size
 
     @abc.abstractmethod
-    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
-        """Take in a message that the table allows, and which leads to the state ``following``."""
+    def _receive_for_call(self, message: CallMessage, next_state: State, events: list[Any]) -> None:
+        """Process a message of an open call that the table allows, and which leads to ``next_state``."""

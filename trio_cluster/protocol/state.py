@@ -3,38 +3,37 @@
 Theory of operation
 ===================
 
-A call is one request and one answer on a link. Both ends keep a state for it, and move it by what they
-themselves *say* and by what they *hear*. The words for the states are the same at both ends, but at any
-instant the two states may differ, because messages need time to get across:
+A call is one request and one answer on a link. Both ends keep a state for it, and move it by the messages that they
+*send* and *receive*. The states have the same names at both ends, but at any moment the two may differ, because
+messages take time to arrive:
 
 ``IDLE``        the call has not been opened
-``UPLOADING``   the request's body is under way, no answer yet
-``WAITING``     the request's body is complete, no answer yet
-``EARLY``       the answer has begun while the request's body is still under way
-``ANSWERING``   the request's body is complete, the answer is under way
-``CANCELLING``  the master has given the call up, the worker has not stopped yet
-``ENDED``       ``Done`` or ``Failed``: the work has stopped, and no more will be said by the worker
+``UPLOADING``   the request's body is being sent, the answer has not begun
+``WAITING``     the request's body is complete, the answer has not begun
+``EARLY``       the answer has begun while the request's body is still being sent
+``ANSWERING``   the request's body is complete, the answer is being sent
+``CANCELLING``  the master has cancelled the call, the worker has not stopped yet
+``ENDED``       ``Done`` or ``Failed``: the work has stopped, and the worker sends nothing more
 
-Saying is meant as handing to the outbox, not as writing to a socket: the body of a request that has been said
-completely may still wait there for credit. What an end says it says in order, so the other end hears it in
-order, with one exception, which is the point of it: ``Cancel`` goes ahead of a body, and then the rest of
-that body is never sent.
+To send means to put into the outbox, not to write to a socket: the body of a request that has been sent completely may
+still wait there for credit. Messages are received in the order in which they were sent, with one exception, which is
+intended: ``Cancel`` overtakes a body, and the rest of that body is then never written.
 
-There are four tables, for each role what it says and what it hears. A pair that is not in the table is a
-mistake: of the peer's, if heard, and then the session ends with ``ProtocolError``; of the local user's, if
-said, and then it raises ``RuntimeError``. What each end says is strict. What it hears has to allow for
-messages that crossed:
+There are four tables: for each role, what it sends and what it receives. A pair that is not in the table is an error.
+If it was received, it is an error of the peer, and the session ends with ``ProtocolError``; if it was to be sent, it is
+an error of the local caller, and ``RuntimeError`` is raised. The tables for sending are strict. Those for receiving
+have to allow for messages that crossed each other:
 
-- a master that has cancelled still hears an answer, until ``Done`` or ``Failed`` comes. It is dropped, and no
-  credit is given for it. That last message always comes, and is what frees the slot;
-- a worker that has ended a call still hears its body, credit for its answer, and a ``Cancel``. All are
-  ignored, except that the ``Cancel`` drops what still waits in the outbox.
+- A master that has cancelled a call still receives its answer, until ``Done`` or ``Failed`` arrives. The answer is
+  dropped, and no credit is granted for it. The last message always arrives, and frees the slot.
+- A worker that has ended a call still receives its body, credit for its answer, and a ``Cancel``. All are ignored,
+  except that the ``Cancel`` drops what still waits in the outbox.
 
-After its ``Done`` or ``Failed`` a worker never names the call again; after its ``Cancel`` a master never
-does. So a master's ``ENDED`` and a worker's ``CANCELLING`` hear nothing at all.
+After ``Done`` or ``Failed`` a worker never refers to the call again; after ``Cancel`` a master never does. So a
+master's ``ENDED`` and a worker's ``CANCELLING`` receive nothing at all.
 
-Ended calls need no memory. Each call's number is greater than all before it on the link; a number that is not
-open is ``ENDED`` if it is not greater than the greatest, else ``IDLE``.
+Ended calls take no memory. The number of each call is greater than all before it on the link; a number that is not open
+is ``ENDED`` if it is not greater than the greatest so far, else ``IDLE``.
 """
 
 from __future__ import annotations
@@ -80,9 +79,9 @@ class Role(enum.Enum):
     WORKER = "worker"
 
 
-# Of strings, which are hashed in C: the tables are asked for every message.
+# Strings, since they are hashed in C: the tables are read for every message.
 class State(enum.StrEnum):
-    """What has become of a call, seen from one end. See the top of this module."""
+    """The state of a call at one end. See the top of this module."""
 
     IDLE = "IDLE"
     UPLOADING = "UPLOADING"
@@ -94,10 +93,10 @@ class State(enum.StrEnum):
 
 
 class LastData:
-    """``Data`` with ``last`` set; the tables treat it as a message of its own."""
+    """``Data`` with ``last`` set; a message of its own in the tables."""
 
 
-#: What may stand in a table's column.
+#: A column of the tables.
 MessageKind: TypeAlias = type[
     ForwardRequest | ForwardResponse | Data | LastData | Done | Failed | Cancel | Grant
 ]
@@ -182,7 +181,7 @@ RECEIVE_TRANSITIONS: Final[Mapping[Role, Table]] = {
     Role.WORKER: _WORKER_RECEIVES,
 }
 
-#: What each role may hear about the link itself, once the handshake is over and in any order.
+#: The messages that concern no call: each role may receive them in any order after the handshake.
 LINK_MESSAGES: Final[Mapping[Role, frozenset[type]]] = {
     Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, Drain}),
     Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Shutdown}),
@@ -201,10 +200,9 @@ _COLUMNS: Final[tuple[MessageKind, ...]] = (
 
 
 def markdown(table: Table) -> str:
-    """Return ``table`` as a Markdown table: a row for each state, a column for each message, "·" for a
-    mistake.
+    """Return ``table`` as a Markdown table: a row for each state, a column for each message, "·" for an error.
 
-    Messages and states of which the whole table says nothing are left out.
+    Messages and states that do not occur in ``table`` are left out.
     """
     columns = [column for column in _COLUMNS if any(column is message for _, message in table)]
     rows = [state for state in State if any(state is before for before, _ in table)]

@@ -1,4 +1,4 @@
-"""The worker's end of a session: announces models, hears calls, answers them."""
+"""The worker's end of a session: registers models, receives calls, and answers them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .state import Role, State
 
 __all__ = ["WorkerEvent", "WorkerSession"]
 
-#: What :meth:`WorkerSession.receive` tells.
+#: What :meth:`WorkerSession.receive` returns.
 WorkerEvent: TypeAlias = (
     Handshake
     | ModelRegistered
@@ -47,27 +47,26 @@ WorkerEvent: TypeAlias = (
 
 
 class WorkerSession(Session[WorkerEvent]):
-    """The worker's end. See :class:`Session` for what both ends have, and ``state.py`` for the life of a
-    call.
+    """The worker's end. See :class:`Session` for what both ends have, and ``state.py`` for the states of a call.
 
-    Each call begins with a ``ForwardRequest`` event; ``Data`` events bring its body. The local side answers
-    with :meth:`respond`, :meth:`send` and then exactly one :meth:`done` or :meth:`fail`, or with :meth:`fail`
-    alone. It owes that end also after a ``Cancel`` event, once its work has really stopped; the master waits
-    for it. Nothing is told about a call after its ``Cancel``, nor after its end.
+    Each call begins with a ``ForwardRequest`` event; ``Data`` events bring its body. The local side answers with
+    :meth:`respond`, :meth:`send` and then exactly one :meth:`done` or :meth:`fail`, or with :meth:`fail` alone. That
+    end is due also after a ``Cancel`` event, once the work has really stopped; the master waits for it. There are no
+    events of a call after its ``Cancel``, nor after its end.
     """
 
     _role: ClassVar[Role] = Role.WORKER
 
     def register(self, model: ModelInfo) -> None:
-        """Announce a model. The answer is a ``ModelRegistered`` or ``ModelRejected`` event.
+        """Register a model. The answer is a ``ModelRegistered`` or ``ModelRejected`` event.
 
         Raises:
-            ValueError: something about it cannot be sent, for instance an extra field; the message names it.
+            ValueError: a field of it cannot be sent, for instance one in ``extra_fields``; the message names it.
         """
         self._post(RegisterModel.of(model))
 
     def unregister(self, name: str) -> None:
-        """Take a model back. Calls for it that are open, or on their way, are not touched."""
+        """Unregister a model. Calls for it that are open, or on their way, go on."""
         self._post(UnregisterModel(name))
 
     def respond(
@@ -78,57 +77,58 @@ class WorkerSession(Session[WorkerEvent]):
         Dropped if the call is being cancelled.
 
         Raises:
-            ValueError: a value that no HTTP response can have; the call can still fail.
-            RuntimeError: the answer has begun or ended before.
+            ValueError: a value that no HTTP response can have. :meth:`fail` may still be called.
+            RuntimeError: the answer has already begun, or has ended.
         """
-        if self._unwanted(call):
+        if self._is_dropped(call):
             return
-        following = self._state_after_sending(call, ForwardResponse)
+        next_state = self._state_after_sending(call, ForwardResponse)
         self._outbox.post(ForwardResponse(call, status, content_type, tuple(headers)))
-        self._calls[call].state = following
+        self._calls[call].state = next_state
 
     def send(self, call: int, data: bytes | memoryview) -> None:
-        """Queue bytes of the answer, of any number; they are kept as they are until they have been sent.
+        """Queue any number of bytes of the answer; they are not copied before they are sent.
 
-        What is given at once and has at most ``PIECE`` bytes arrives in one ``Data``, perhaps with its
+        What is passed in one call and has at most ``PIECE`` bytes arrives in one ``Data``, perhaps joined with its
         neighbours. Dropped if the call is being cancelled; such bytes never appear in a ``Batch.sent``.
 
         Args:
             call: as in the ``ForwardRequest``.
-            data: bytes, or a memoryview of bytes; must not change afterwards. Empty, it is a sign
-                of life of this call, which is sent unless bytes of it wait already.
+            data: bytes, or a memoryview of bytes; must not change afterwards. Empty, it is a sign of life of this call,
+                which is sent unless bytes of it are queued already.
 
         Raises:
             RuntimeError: the answer has not begun, or has ended.
         """
         record = self._calls.get(call)
-        # In this state, which it does not change, it is said more often than everything else together.
+        # The fast path: a worker sends more of these than of all other messages together, and in this state they do not
+        # change the state.
         if record is None or record.state is not State.ANSWERING or self.close_reason is not None:
-            if self._unwanted(call):
+            if self._is_dropped(call):
                 return
             self._calls[call].state = self._state_after_sending(call, Data)
         self._outbox.push(call, data)
 
     def done(self, call: int, usage: Usage | None = None) -> None:
-        """End the answer: it is complete, and the work for it has stopped. What is queued is sent before that.
+        """End the answer: it is complete, and the work has stopped. What is queued of it is sent first.
 
         Args:
             call: as in the ``ForwardRequest``.
-            usage: the tokens of the answer; ``None`` if nothing was reported.
+            usage: the tokens of the answer; ``None`` if none were reported.
 
         Raises:
-            RuntimeError: the answer has not begun (and the call is not being cancelled), or it has ended.
+            RuntimeError: the answer has not begun (and the call is not being cancelled), or has ended.
         """
         self._end(call, Done.of(call, usage))
 
     def fail(self, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
-        """End the answer with an error; the work has stopped. What is queued is sent before that.
+        """End the answer with an error; the work has stopped. What is queued of it is sent first.
 
         Args:
             call: as in the ``ForwardRequest``.
-            error: can always be sent: what is too long is truncated.
-            retryable: this node is at fault, and not the request: the master may ask another replica.
-            timed_out: a deadline of the request passed.
+            error: can always be sent, since what is too long is truncated.
+            retryable: this node is at fault and not the request, so the master may try another replica.
+            timed_out: a deadline of the request has passed.
 
         Raises:
             RuntimeError: the answer has ended.
@@ -143,35 +143,34 @@ class WorkerSession(Session[WorkerEvent]):
         del self._calls[call]
         self._outbox.finish(call, message)
 
-    def _unwanted(self, call: int) -> bool:
-        """Whether nobody would hear what is said of ``call``."""
+    def _is_dropped(self, call: int) -> bool:
+        """Return whether what is sent of the answer of ``call`` is dropped, since it is not wanted any more."""
         return self.close_reason is not None or self.state(call) is State.CANCELLING
 
-    def _receive_for_call(self, message: CallMessage, following: State, events: list[Any]) -> None:
+    def _receive_for_call(self, message: CallMessage, next_state: State, events: list[Any]) -> None:
         call = message.call
         if isinstance(message, ForwardRequest):
-            # Counted in streams: a call that has ended here is still the master's until all of it has been
-            # sent.
+            # Streams are counted, not calls: for the master, a call is open until all of its answer has been sent.
             if self._outbox.streams >= MAX_CALLS:
                 raise ProtocolError(f"more than {MAX_CALLS} open calls")
             self._highest = call
-            self._calls[call] = CallRecord(following, missing=message.size)
+            self._calls[call] = CallRecord(next_state, missing=message.size)
             self._outbox.open(call)
             events.append(message)
         elif isinstance(message, Grant):
             self._outbox.credit(call, message.credit)
-        elif following is State.ENDED:
+        elif next_state is State.ENDED:
             if isinstance(message, Cancel):
-                self._outbox.cut(call)
+                self._outbox.drop_body(call)
         else:
             record = self._calls[call]
             if isinstance(message, Data):
                 self._receive_body(record, message)
                 if not record.fits(len(message.data), last=message.last):
-                    raise ProtocolError(f"call {call}: the body has not the size that was announced")
+                    raise ProtocolError(f"call {call}: the body does not have the announced size")
                 if record.missing > 0:
                     record.missing -= len(message.data)
             elif isinstance(message, Cancel):
-                self._outbox.cut(call)
-            record.state = following
+                self._outbox.drop_body(call)
+            record.state = next_state
             events.append(message)
