@@ -269,14 +269,6 @@ async def test_a_reset_overtakes_and_destroys_what_is_under_way(autojump_clock: 
         await far.receive_some()
 
 
-async def test_closing_with_bytes_still_under_way_is_no_reset(autojump_clock: MockClock) -> None:
-    near, far, _ = await simulated_pair(SimulatedNetwork(latency=1.0))
-    await far.send_all(b"never arrives")
-    await trio.sleep(0.5)
-    await near.aclose()
-    assert await far.receive_some() == b""
-
-
 async def test_a_cut_is_an_end_of_file_at_both_ends() -> None:
     near, far, connection = await simulated_pair(SimulatedNetwork())
     await near.send_all(b"x")

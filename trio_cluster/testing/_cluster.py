@@ -67,7 +67,7 @@ class SimulatedNode:
         self._cluster.network.thaw(self.name)
 
     def stop(self) -> None:
-        """Ask it to drain and stop, as ``SIGTERM`` does. Synchronous; :attr:`over` is set when it has ended."""
+        """Ask it to drain and stop, as ``SIGTERM`` does. Synchronous; ``over`` is set when it has ended."""
         self.server.stop()
 
     @property
@@ -114,7 +114,7 @@ class SimulatedCluster:
 
     @property
     def answers(self) -> list[StreamingResponse]:
-        """Deprecated, the former name of :attr:`responses`."""
+        """Deprecated, the former name of ``responses``."""
         warn_renamed("SimulatedCluster.answers", "SimulatedCluster.responses")
         return self.responses
 
