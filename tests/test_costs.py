@@ -142,10 +142,10 @@ async def test_a_token_takes_the_fast_path_through_a_master(relay: Relay) -> Non
     check("a token alone, master", alone, ROUNDS, steps=1, calls=50)
     assert alone.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS}
 
-    # In company it wakes no task at all: the one that reads the link does everything.
-    company = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
-    check("a token in company, master", company, ROUNDS * STREAMS, steps=1 / STREAMS, calls=11)
-    assert company.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
+    # With others it wakes no task at all: the one that reads the link does everything.
+    together = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
+    check("a token with others, master", together, ROUNDS * STREAMS, steps=1 / STREAMS, calls=11)
+    assert together.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
 
 
 async def test_tokens_leave_nothing_behind_in_a_master(relay: Relay) -> None:
@@ -225,7 +225,7 @@ async def hear_tokens(master: FarMaster, tokens: int, mark: bytes = b"token ") -
         # Of its handler one step, and two of the writer: woken, and having let others come along.
         pytest.param(1, 3, 125, id="alone"),
         # Its handler's waking, and a part of the writer's. Among the calls are those of the handler and of its waiting.
-        pytest.param(STREAMS, 1.1, 53, id="in company"),
+        pytest.param(STREAMS, 1.1, 53, id="in together"),
     ],
 )
 async def test_a_token_on_its_way_out_of_a_worker(
@@ -246,7 +246,7 @@ async def test_a_token_on_its_way_out_of_a_worker(
     async def round_of_tokens() -> None:
         model.go()
         await hear_tokens(master, streams)
-        # Longer than a token waits for company, so that the next ones are not made to.
+        # Longer than a token lingers, so that the next ones are not made to.
         await trio.sleep(0.005)
 
     counted = await count(ROUNDS, round_of_tokens)
