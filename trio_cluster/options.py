@@ -220,6 +220,6 @@ class ClusterServerOptions:
     """What happens if a model is registered under a name that is served already. ``"reject"``: it is refused.
     ``"replicate"``: it becomes a further replica of that model."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
-    """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: not at all."""
+    """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""
