@@ -31,8 +31,9 @@ logger = logging.getLogger("trio_cluster.http")
 def create_app(node_context: NodeContext) -> QuartTrio:
     """Return the node's web application; :func:`put_gateway_in_front` must be called before it is served.
 
-    More routes may be added to it. They are behind the gateway, too: they require the API key, their bodies are read before
-    they run, an :class:`~trio_cluster.ApiError` that they raise is sent to the client, and websockets do not reach them.
+    More routes may be added to it. They are behind the gateway, too: they require the API key, their bodies are read
+    before they run, an :class:`~trio_cluster.ApiError` that they raise is sent to the client, and websockets do not
+    reach them.
     """
     app = make_app("trio_cluster.http")
     app.register_error_handler(ApiError, _on_api_error)
@@ -46,8 +47,8 @@ def create_app(node_context: NodeContext) -> QuartTrio:
 def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
     """Put the gateway in front of an application, and return the application.
 
-    The gateway replaces the application's own ASGI entry, so that everything that serves the application passes it, also a
-    test client or another server.
+    The gateway replaces the application's own ASGI entry, so that everything that serves the application passes it,
+    also a test client or another server.
     """
     has_route = path_lookup(app)
     replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route))

@@ -1,8 +1,8 @@
 """The OpenAPI 3.1 description of the node's HTTP API, served as ``GET /openapi.json``.
 
 The routes of models are described in ``openai/openapi.py``; the answers of the node's own routes are described by their
-types in ``views.py``. The description shows no model, no worker and no other state of the node, so no API key is required
-to read it.
+types in ``views.py``. The description shows no model, no worker and no other state of the node, so no API key is
+required to read it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ async def metrics_reply(node_context: NodeContext) -> Reply:
 
 
 class _Snapshot(Collector):
-    """Metrics that were read before. Metrics that other code of this process registers with Prometheus are not in it."""
+    """Metrics that were read before. Those that other code of this process registers with Prometheus are not in it."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)

@@ -1,8 +1,8 @@
 """The routes for operators: list all calls, cancel those of a request, and drain a worker.
 
-These routes require the API key, like all others. On a node without a key, everyone who can reach the node may use them,
-except web pages: a browser sends a POST on behalf of any page that is open in it, without asking the user, and adds the
-header ``Origin`` to it. None of these routes is meant for browsers, so requests with that header are refused.
+These routes require the API key, like all others. On a node without a key, everyone who can reach the node may use
+them, except web pages: a browser sends a POST on behalf of any page that is open in it, without asking the user, and
+adds the header ``Origin`` to it. None of these routes is meant for browsers, so requests with that header are refused.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
         found = router.calls_of(request_id)
         if not found:
-            raise ApiError(
-                404, f"No call of a request '{request_id}' is in progress", code="call_not_found"
-            )
+            raise ApiError(404, f"No call of a request '{request_id}' is in progress", code="call_not_found")
         wanted = [call for call in found if not call.ended]
         for call in wanted:
             call.cancel(reason, final=True)

@@ -1,7 +1,7 @@
 """The routes of the admin application that read the state of the node, and the list of models.
 
-The routes that models answer come from the table of endpoints, and the gateway answers them; a new endpoint needs no change
-here. A view returns a :class:`~trio_cluster.gateway.response.Reply`, made from one of the types in ``views.py``.
+The routes that models answer come from the table of endpoints, and the gateway answers them; a new endpoint needs no
+change here. A view returns a :class:`~trio_cluster.gateway.response.Reply`, made from one of the types in ``views.py``.
 """
 
 from __future__ import annotations

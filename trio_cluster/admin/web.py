@@ -2,11 +2,11 @@
 
 ``tests/admin/test_web.py`` holds the installed Quart, Quart-Trio and Werkzeug to what is assumed here:
 
-- ``Quart.handle_request`` may be overridden, and a request whose Host header is malformed raises ``BadHost`` in it, where
-  no error handler catches it;
+- ``Quart.handle_request`` may be overridden, and a request whose Host header is malformed raises ``BadHost`` in it,
+  where no error handler catches it;
 - ``app.asgi_app`` may be replaced, and is what every server and test client calls;
-- ``app.url_map`` is a Werkzeug map: ``strict_slashes``, ``merge_slashes`` and ``converters`` may be set before routes are
-  added, and ``bind(...).allowed_methods(path)`` tells which methods a path takes;
+- ``app.url_map`` is a Werkzeug map: ``strict_slashes``, ``merge_slashes`` and ``converters`` may be set before routes
+  are added, and ``bind(...).allowed_methods(path)`` tells which methods a path takes;
 - a response made without a content type has one, which may be deleted.
 """
 
@@ -49,8 +49,8 @@ class _Anything(BaseConverter):
 def make_app(name: str) -> QuartTrio:
     """Return a Quart-Trio application without routes.
 
-    Its time limits, size limits and redirects are off: the gateway has limits of its own, and a redirected POST costs the
-    client a second upload. Routes may use the converter ``anything``.
+    Its time limits, size limits and redirects are off: the gateway has limits of its own, and a redirected POST costs
+    the client a second upload. Routes may use the converter ``anything``.
     """
     app = _App(name, static_folder=None, template_folder=None)
     app.config["BODY_TIMEOUT"] = None
