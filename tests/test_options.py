@@ -334,8 +334,8 @@ def test_a_wrong_value_in_the_file_is_named_by_file_and_key(toml: str, expected:
         ("MAX_CONCURRENCY", "7.5", "expected a whole number, got '7.5'"),
         ("QUEUE_TIMEOUT", "5s", "expected a number of seconds, got '5s'"),
         ("ENABLE_CLUSTER", "maybe", "expected true or false, got 'maybe'"),
-        ("API_KEY", "", "is empty; leave it out to need none"),
-        ("CLUSTER_TOKEN", "", "is empty; leave it out to need none"),
+        ("API_KEY", "", "must not be empty; leave it out to require none"),
+        ("CLUSTER_TOKEN", "", "must not be empty; leave it out to require none"),
     ],
 )
 def test_a_wrong_variable_is_named(variable: str, text: str, expected: str, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ async def test_a_model_that_does_not_stop_is_logged_where_it_is_given_up_and_whe
     assert (await ask(cluster, "clings")).status == 504
     (line,) = log.lines()
     assert (line["logger"], line["request_id"]) == ("trio_cluster.http", "the-one")
-    assert line["message"] == "given up: silent for 5 s"
+    assert line["message"] == "timed out: silent for 5 s"
     assert line["node"] == ("local" if node is cluster.master.server else "w1")
     await trio.sleep(30)
 

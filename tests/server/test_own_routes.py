@@ -128,7 +128,7 @@ async def test_another_method_is_told_which_one_is_right(
     for path in ("/v1/tokenize", "/tokenize"):
         answer = await cluster.client().get(path)
         assert (answer.status, answer.headers["allow"]) == (405, "POST")
-        assert answer.error["message"] == f"{path} does not take GET"
+        assert answer.error["message"] == f"{path} does not allow GET"
 
 
 async def test_a_route_is_gone_with_its_model(

@@ -1,14 +1,15 @@
 """The gateway: the ASGI application that every request passes, in front of the admin application.
 
-What a request meets, in this order; each is a module here:
+A request passes these steps, in this order; each is a module here:
 
-1. ``cycle.py`` judges the request line, and answers a browser's preflight (``cors.py``).
-2. ``auth.py`` and ``limits.py``, the *admission*: every request passes these stages by its head alone.
-3. For a request for a model (``routes.py``) the *dispatch*: ``parse.py`` reads and checks the body (``body.py``), and
+1. ``cycle.py`` checks the request line, and answers a browser's preflight (``cors.py``).
+2. *Admission*: ``auth.py`` and ``limits.py``. Every request passes these stages before its body is read.
+3. *Dispatch*, for a request for a model (``routes.py``): ``parse.py`` reads and validates the body (``body.py``), and
    ``route.py`` opens the call.
-4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) where they can.
+4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) if
+   possible.
 
-What is not for a model goes to the application behind the gateway, which is not fast and need not be.
+A request that is not for a model goes to the application behind the gateway, which is slower and may be.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Gateway:
     Args:
         app: the ASGI application behind the gateway.
         node_context: the node; its options are read for each request.
-        has_route: tells whether the application has a path, whatever the method.
-        authenticator: finds out who sends a request; without it, the node's one key is required.
+        has_route: returns whether the application has a path, for any method.
+        authenticator: determines who sends a request; ``None``: the API key of the options is required.
 
     Attributes:
         app, node_context, has_route: as given.
@@ -66,7 +67,7 @@ class Gateway:
         """Serve one ASGI scope."""
         if scope["type"] == "http":
             cycle = RequestCycle(self, scope, receive, send)
-            # A connection's task serves one request after the other.
+            # Reset at the end, since the task of a connection serves one request after the other.
             token = current_request.set(cycle.context.request_id)
             try:
                 await cycle.run()
@@ -83,7 +84,7 @@ async def _refuse_websocket(scope: Scope, send: Send) -> None:
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1000})
         return
-    reply = error_reply(InvalidRequest("There are no websockets here", status=404))
+    reply = error_reply(InvalidRequest("This server has no websocket endpoints", status=404))
     head = reply_head(reply, RequestContext(scope["headers"]).request_id)
     head["headers"].append((b"connection", b"close"))
     await send({**head, "type": "websocket.http.response.start"})

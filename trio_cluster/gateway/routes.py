@@ -1,4 +1,4 @@
-"""Which paths are for models: the routes of the OpenAI API, and those that models add."""
+"""The paths that models answer: the routes of the OpenAI API, and custom routes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ MODEL_ROUTES: Final = {
 
 
 def own_route(path: str) -> str:
-    """Return the name of a route that is not in the OpenAI API, given a path of it with or without the prefix."""
+    """Return the name of a custom route, given its path with or without the prefix ``/v1``."""
     path = path.rstrip("/")
     return path if path.startswith("/v1/") else "/v1" + path

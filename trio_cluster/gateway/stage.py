@@ -1,4 +1,4 @@
-"""What a stage of the gateway is."""
+"""The interface of the gateway's stages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["Stage"]
 
 
 class Stage(Protocol):
-    """One step of admission. Stages run one after the other, each in the task of the request.
+    """One step that a request passes. The stages run one after the other, in the task of the request.
 
-    A stage may wait, for instance for a database. Whatever it finds out goes into the context, for the stages behind it.
+    A stage may wait, for instance for a database. It puts what it finds out into the context, for the stages after it.
     """
 
     async def admit(self, context: RequestContext) -> None:
-        """Let a request pass.
+        """Return to let a request pass.
 
         Raises:
-            ApiError: the request is refused; no later stage sees it.
+            ApiError: the request is refused; later stages do not see it.
         """
         ...
