@@ -337,3 +337,20 @@ def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
     command = "python3 -m venv .venv && .venv/bin/pip install -q nox && .venv/bin/nox"
     assert f"test_command='{command}'\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {
+        ".".join(("trio_cluster", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in INSIDE
+    }
+    below = {
+        name: {other for other in imported(path) if other in names and other != name}
+        for name, path in names.items()
+    }
+    # What imports nothing that is left is taken away, again and again; what remains is in a circle, or above one.
+    while free := [name for name, others in below.items() if not others & below.keys()]:
+        for name in free:
+            del below[name]
+    faces = {name for name in names if names[name].name == "__init__.py"}
+    assert sorted(below.keys() - faces) == []

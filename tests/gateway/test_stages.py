@@ -85,8 +85,8 @@ async def test_the_stages_stand_in_the_order_in_which_a_request_meets_them() -> 
         raise AssertionError
 
     gateway = Gateway(app, NodeContext(Router(), ClusterServerOptions()))
-    assert [type(stage) for stage in gateway.admission] == [Authenticate, LimitSize]
-    assert [type(stage) for stage in gateway.dispatch] == [Parse, Route]
+    assert [type(stage) for stage in gateway.pipeline.admission] == [Authenticate, LimitSize]
+    assert [type(stage) for stage in gateway.pipeline.dispatch] == [Parse, Route]
 
 
 class Directory:

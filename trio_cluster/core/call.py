@@ -26,14 +26,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import trio
 
 from ..errors import CallCancelled
 from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
-from .observer import Observers
 from .request import Request
 
 __all__ = ["Call", "Phase"]
@@ -41,6 +40,13 @@ __all__ = ["Call", "Phase"]
 #: How far a call is: it waits for the request's body; for a slot; for the first output; its answer has begun; its
 #: answer has ended, and the work has not stopped yet.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
+
+
+class Listening(Protocol):
+    """Who is told of the steps that a call itself takes; see ``observer.py``."""
+
+    queued: tuple[Callable[..., None], ...]
+    first_byte: tuple[Callable[..., None], ...]
 
 
 def _nothing(_: Any) -> None:
@@ -105,7 +111,7 @@ class Call:
         self.request = request
         self.served_by = served_by
         self.forwarded = forwarded
-        self.observers: Observers | None = None
+        self.observers: Listening | None = None
         self.body = ByteChannel(on_consumed=on_consumed, is_open=False, signs_of_life=True)
         self._on_cancel = on_cancel
         self._on_release: list[Callable[[], None]] = []

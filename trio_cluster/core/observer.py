@@ -10,12 +10,11 @@ exception would make the observed call fail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from .call import Call
-    from .outcome import Outcome
-    from .request import Request
+from .call import Call
+from .outcome import Outcome
+from .request import Request
 
 __all__ = ["Observer", "Observers"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -33,9 +33,7 @@ from .direct import Connection
 from .relay import relay
 from .response import Reply, error_reply, reply_head
 from .routes import MODEL_ROUTES, own_route
-
-if TYPE_CHECKING:
-    from .pipeline import Gateway
+from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
 
@@ -70,9 +68,9 @@ class RequestCycle:
         context: the request context.
     """
 
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
-        self._gateway = gateway
-        self._node_context = gateway.node_context
+    def __init__(self, pipeline: Pipeline, scope: Scope, receive: Receive, send: Send) -> None:
+        self._pipeline = pipeline
+        self._node_context = pipeline.node_context
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -97,7 +95,7 @@ class RequestCycle:
             if self._scope["method"] == "OPTIONS" and await self._answer_preflight():
                 return
             self._check_head()
-            for stage in self._gateway.admission:
+            for stage in self._pipeline.admission:
                 await stage.admit(context)
             context.endpoint = self._endpoint(context.path)
             if context.endpoint is None:
@@ -115,7 +113,7 @@ class RequestCycle:
             else:
                 scope = {**self._scope, "path": context.path}
                 context.attach_to(scope)
-                await self._gateway.app(scope, self._receive_for_app, self._send_for_app)
+                await self._pipeline.app(scope, self._receive_for_app, self._send_for_app)
         except* ClientLeft:
             self._left = True
         except* Exception as group:
@@ -160,7 +158,7 @@ class RequestCycle:
             return None
         path = path.rstrip("/")
         endpoint = MODEL_ROUTES.get(path)
-        if endpoint is not None or self._gateway.has_route(path):
+        if endpoint is not None or self._pipeline.has_route(path):
             return endpoint
         name = own_route(path)
         return endpoint_named(name) if self._node_context.router.catalog.answers(name) else None
@@ -169,7 +167,7 @@ class RequestCycle:
         """Answer a request for a model. It does not pass the web framework, which would double its cost."""
         context, body = self.context, self._request_body
         try:
-            for stage in self._gateway.dispatch:
+            for stage in self._pipeline.dispatch:
                 await stage.admit(context)
             reply = await relay(self._node_context, context)
         except ApiError as error:

@@ -27,7 +27,7 @@ from .node_context import NodeContext
 from .parse import Parse
 from .response import error_reply, reply_head
 from .route import Route
-from .stage import Stage
+from .stage import Pipeline
 
 __all__ = ["Gateway"]
 
@@ -42,9 +42,7 @@ class Gateway:
         authenticator: determines who sends a request; ``None``: the API key of the options is required.
 
     Attributes:
-        app, node_context, has_route: as given.
-        admission: the stages that every request passes before its body is read.
-        dispatch: the stages that a request for a model passes after that. The last one opens the call.
+        pipeline: the stages, and what is behind them.
     """
 
     def __init__(
@@ -54,19 +52,21 @@ class Gateway:
         has_route: Callable[[str], bool] = lambda path: True,
         authenticator: Authenticator | None = None,
     ) -> None:
-        self.app = app
-        self.node_context = node_context
-        self.has_route = has_route
-        self.admission: tuple[Stage, ...] = (
-            Authenticate(authenticator or SingleKey(node_context.options)),
-            LimitSize(node_context),
+        self.pipeline = Pipeline(
+            node_context,
+            admission=(
+                Authenticate(authenticator or SingleKey(node_context.options)),
+                LimitSize(node_context),
+            ),
+            dispatch=(Parse(node_context), Route(node_context)),
+            app=app,
+            has_route=has_route,
         )
-        self.dispatch: tuple[Stage, ...] = (Parse(node_context), Route(node_context))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         if scope["type"] == "http":
-            cycle = RequestCycle(self, scope, receive, send)
+            cycle = RequestCycle(self.pipeline, scope, receive, send)
             # Reset at the end, since the task of a connection serves one request after the other.
             token = current_request.set(cycle.context.request_id)
             try:
@@ -77,7 +77,7 @@ class Gateway:
         elif scope["type"] == "websocket":
             await _refuse_websocket(scope, send)
         else:
-            await self.app(scope, receive, send)
+            await self.pipeline.app(scope, receive, send)
 
 
 async def _refuse_websocket(scope: Scope, send: Send) -> None:

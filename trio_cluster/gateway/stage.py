@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from .context import RequestContext
+import attrs
 
-__all__ = ["Stage"]
+from ..http1.asgi import App
+from .context import RequestContext
+from .node_context import NodeContext
+
+__all__ = ["Pipeline", "Stage"]
 
 
 class Stage(Protocol):
@@ -22,3 +27,18 @@ class Stage(Protocol):
             ApiError: the request is refused; later stages do not see it.
         """
         ...
+
+
+@attrs.define
+class Pipeline:
+    """The stages of a gateway, and what is behind them."""
+
+    node_context: NodeContext
+    admission: tuple[Stage, ...]
+    """What every request passes before its body is read."""
+    dispatch: tuple[Stage, ...]
+    """What a request for a model passes after that; the last stage opens the call."""
+    app: App
+    """The application that answers what is not for a model."""
+    has_route: Callable[[str], bool]
+    """Tells whether the application has a path, whatever the method."""
