@@ -341,7 +341,9 @@ def test_ci_runs_what_the_readme_tells_people_to_run() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     names = {
-        ".".join(("trio_cluster", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        ".".join(("trio_cluster", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
         for path in INSIDE
     }
     below = {

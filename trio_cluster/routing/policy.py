@@ -1,7 +1,7 @@
 """Routing policies: which replica of a model a request goes to.
 
 A policy makes one decision. It sees the request and the replicas that may be chosen, and nothing of links or handlers.
-To add a policy, write a class like :class:`LeastBusy`, and pass an instance to the router.
+To add a policy, write a class like :class:`LeastBusy`, and plug it in: ``server.router.policy = MyPolicy()``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class RoutingPolicy(Protocol):
     def pick(self, replicas: Sequence[Backend], request: Request) -> Backend | None:
         """Return the replica that is to answer ``request``; ``None`` if ``replicas`` is empty.
 
-        Synchronous, and called for each request.
+        Synchronous, and called for each request. It must not raise. ``None`` refuses the request with 503
+        ``over_capacity``.
 
         Args:
-            replicas: those that are available and answer the request's endpoint, least recently used first.
-            request: ``request.parsed`` may be set or not.
+            replicas: those that are available and answer the request's endpoint, least recently used first; perhaps none.
+            request: ``request.parsed`` may be set or not; ``request.body`` is empty while ``request.upload`` is set.
         """
         ...
 

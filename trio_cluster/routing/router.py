@@ -136,13 +136,15 @@ class Router:
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,
             )
+        # Before anything is open: a policy that lacks its reason fails here.
+        why = self.policy.why
         call = backend.open(request)
         self.catalog.used(request.model, backend)
         self.live[call] = backend
         call.on_release(lambda: self._released(call))
         observers = call.observers = self.observers
         for listener in observers.routed:
-            listener(call, self.policy.why)
+            listener(call, why)
         if call.forwarded:
             for listener in observers.forwarded:
                 listener(call)
