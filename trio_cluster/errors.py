@@ -53,11 +53,10 @@ class ApiError(Exception):
         param: the field of the request that is at fault.
         retry_after: seconds after which the client may try again; sent as ``Retry-After``.
 
+    All arguments are attributes, too.
+
     Raises:
         ValueError: the status is not an error status.
-
-    Attributes:
-        status, message, code, type, param, retry_after: as given, or as the default is.
     """
 
     def __init__(

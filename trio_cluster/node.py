@@ -238,7 +238,7 @@ class Node:
         logger.warning("cancelling what did not finish in time", extra={"fields": fields})
         self._router.cancel_all(reason)
         # Time for the errors to reach the clients, and for the work to stop. Handlers that do not stop, and clients
-        # that do not read, are not waited for any longer.
+        # that do not read, are not waited for here any longer.
         with trio.move_on_after(CLOSE_TIMEOUT):
             await self._router.wait_idle()
             await wait_delivered()

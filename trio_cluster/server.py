@@ -89,8 +89,7 @@ class ClusterServer:
     def options(self) -> ClusterServerOptions:
         """All options. Most fields may be assigned to while the server runs, and apply at once.
 
-        Raises:
-            RuntimeError: the whole object is assigned to while the server runs.
+        Assigning another object while the server runs raises ``RuntimeError``.
         """
         return self._options
 
@@ -341,7 +340,7 @@ class ClusterServer:
 
     @property
     def app(self) -> QuartTrio | None:
-        """The Quart-Trio application, to which routes can be added. Workers have none (``None``)."""
+        """The Quart-Trio application, to which routes can be added; ``None`` on a worker, and while it does not run."""
         return None if self._node is None else self._node.app
 
     @property
