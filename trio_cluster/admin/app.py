@@ -18,7 +18,7 @@ from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
 from ..gateway.response import error_reply
-from ..gateway.routes import own_route
+from ..gateway.routes import custom_route
 from .operator import add_operator_routes
 from .routes import add_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond
@@ -61,7 +61,7 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
     """Answer an error that the framework raises: an unknown path, a wrong method, or a route that calls ``abort``."""
-    if error.code == 404 and node_context.router.catalog.answers(own_route(request.path)):
+    if error.code == 404 and node_context.router.catalog.answers(custom_route(request.path)):
         # A custom route. The framework does not know these, since models may be added and removed at any time.
         error = MethodNotAllowed(["POST"])
     status = error.code or 500

@@ -49,10 +49,10 @@ def answer_preflight(context: RequestContext, origins: str | None) -> Headers | 
         return None
     headers = cors_headers(context, origins)
     if any(name == b"access-control-allow-origin" for name, _ in headers):
-        asked = context.header(b"access-control-request-headers")
+        requested = context.header(b"access-control-request-headers")
         headers += [
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-            (b"access-control-allow-headers", asked or b"authorization, content-type"),
+            (b"access-control-allow-headers", requested or b"authorization, content-type"),
             (b"access-control-max-age", _MAX_AGE),
         ]
     return headers

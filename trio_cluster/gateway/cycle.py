@@ -32,7 +32,7 @@ from .cors import answer_preflight, cors_headers
 from .direct import Connection
 from .relay import relay
 from .response import Reply, error_reply, reply_head
-from .routes import MODEL_ROUTES, own_route
+from .routes import MODEL_ROUTES, custom_route
 from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
@@ -160,7 +160,7 @@ class RequestCycle:
         endpoint = MODEL_ROUTES.get(path)
         if endpoint is not None or self._pipeline.has_route(path):
             return endpoint
-        name = own_route(path)
+        name = custom_route(path)
         return endpoint_named(name) if self._node_context.router.catalog.answers(name) else None
 
     async def _answer_with_model(self) -> None:

@@ -28,7 +28,7 @@ __all__ = ["Parse"]
 
 #: Headers that are passed to the handler: those with which clients describe themselves, and the trace context (W3C
 #: Trace Context and Baggage). Others are passed if they begin with one of the prefixes below.
-_TRAVELLING: Final = frozenset(
+_FORWARDED: Final = frozenset(
     {"accept", "accept-language", "baggage", "traceparent", "tracestate", "user-agent"}
 )
 
@@ -60,7 +60,7 @@ class Parse:
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
         assert endpoint is not None
-        headers = _travelling_headers(context)
+        headers = _forwarded_headers(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
@@ -142,11 +142,11 @@ async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
     return await trio.to_thread.run_sync(function, body, *more, abandon_on_cancel=True)
 
 
-def _travelling_headers(context: RequestContext) -> dict[str, str]:
+def _forwarded_headers(context: RequestContext) -> dict[str, str]:
     """Return the headers that are passed to the handler. API keys and cookies are not."""
     headers: dict[str, str] = {}
     for raw, value in context.headers:
-        name = _travelling_name(raw)
+        name = _forwarded_name(raw)
         if name:
             text = value.decode("latin-1")
             headers[name] = f"{headers[name]}, {text}" if name in headers else text
@@ -155,10 +155,10 @@ def _travelling_headers(context: RequestContext) -> dict[str, str]:
 
 # Cached, since clients send the same few names with every request. Bounded, since they may send any others.
 @lru_cache(maxsize=256)
-def _travelling_name(raw: bytes) -> str:
+def _forwarded_name(raw: bytes) -> str:
     """Return the name of a header that is passed to the handler; empty if it is not."""
     name = raw.decode("latin-1")
-    if name in _TRAVELLING or (name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)):
+    if name in _FORWARDED or (name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)):
         return name
     return ""
 
