@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.server import serve_http
+from trio_cluster.hypercorn_server.server import serve_http as serve_with_hypercorn
 from trio_cluster.net.streams import TcpListener
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.health import Health
@@ -319,6 +320,9 @@ async def open_http_node(
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_http, app, [listener(sock)], render_refusal=render_refusal))
+        serve: Callable[..., Awaitable[None]] = partial(serve_http, render_refusal=render_refusal)
+        if node_context.options.server.http == "hypercorn":
+            serve = serve_with_hypercorn
+        await nursery.start(serve, app, [listener(sock)])
         yield node
         nursery.cancel_scope.cancel()

@@ -52,6 +52,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_body_size": 512 * 1024 * 1024,
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
+            "http": "lean",
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,
@@ -234,9 +235,11 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "on_conflict": "replicate",
         "heartbeat_interval": "7",
         "batch_wait": "0",
+        "http": "hypercorn",
     }
     plain: dict[str, object] = {
-        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0
+        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0,
+        "http": "hypercorn",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

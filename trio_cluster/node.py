@@ -39,6 +39,7 @@ from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
 from .http1.server import serve_http
+from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, local_address, port_of, shown_address
 from .options import ClusterMode, ClusterServerOptions
@@ -249,15 +250,28 @@ class Node:
         await nursery.start(self._serve_api, self._behind_gateway(self.app), listeners)
 
     async def _serve_api(self, app: App, listeners: Listeners, *, task_status: trio.TaskStatus[None]) -> None:
-        await serve_http(
+        await self._serve_http(app, listeners, self._api_may_end.wait, task_status=task_status)
+        self._api_ended.set()
+
+    async def _serve_http(
+        self,
+        app: App,
+        listeners: Listeners,
+        shutdown_trigger: Callable[[], Awaitable[object]],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        """Serve with the server that the options name."""
+        serve: Callable[..., Awaitable[None]] = functools.partial(serve_http, render_refusal=render_refusal)
+        if self._options.server.http == "hypercorn":
+            serve = serve_with_hypercorn
+        await serve(
             app,
             listeners,
-            render_refusal=render_refusal,
-            shutdown_trigger=self._api_may_end.wait,
+            shutdown_trigger=shutdown_trigger,
             grace=CLOSE_TIMEOUT,
             task_status=task_status,
         )
-        self._api_ended.set()
 
     def _behind_gateway(self, app: QuartTrio) -> App:
         # Quart's type of an ASGI application is narrower than the one that the gateway and the HTTP server use.
@@ -286,17 +300,8 @@ class Node:
             async with trio.open_nursery() as nursery:
                 if listeners:
                     app = self._behind_gateway(create_app(self._node_context))
-                    await nursery.start(
-                        functools.partial(
-                            serve_http,
-                            app,
-                            listeners,
-                            render_refusal=render_refusal,
-                            shutdown_trigger=trio.sleep_forever,
-                            grace=CLOSE_TIMEOUT,
-                        )
-                    )
-                    logger.info("serving this worker's own API", extra={"fields": {"url": self.url}})
+                    await nursery.start(self._serve_http, app, listeners, trio.sleep_forever)
+                    logger.info("this worker's own API", extra={"fields": {"url": self.url}})
                 await self._listen_changed.wait()
                 nursery.cancel_scope.cancel(reason="the listen address was changed")
             self.url = self.port = None

@@ -18,10 +18,20 @@ import attrs
 
 from .errors import OptionsError
 
-__all__ = ["ClusterMode", "ClusterServerOptions", "ConflictRule", "ServerOptions", "parse_boolean"]
+__all__ = [
+    "ClusterMode",
+    "ClusterServerOptions",
+    "ConflictRule",
+    "HttpServer",
+    "ServerOptions",
+    "parse_boolean",
+]
 
 #: What happens if a second node registers a model under a name that is served already.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
+
+#: Which server the API is served with.
+HttpServer: TypeAlias = Literal["lean", "hypercorn"]
 
 
 class ClusterMode(enum.StrEnum):
@@ -128,6 +138,11 @@ def _conflict_rule(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
 
 
+def _http_server(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(HttpServer):
+        raise OptionsError(f'{field.name}: must be "lean" or "hypercorn", got {value!r}')
+
+
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     if instance is None:
         return
@@ -185,6 +200,8 @@ class ServerOptions:
     """How many bytes a body may have that is kept in memory. All bodies are, except forms, which are streamed."""
     cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The origins of the web pages that may use the API: ``"*"``, or a list with commas; ``None``: no web page may."""
+    http: HttpServer = attrs.field(default="lean", validator=_http_server)
+    """The server of the API: ``"lean"``: the package's own, for HTTP/1.1; ``"hypercorn"``: for HTTP/1.1 and HTTP/2."""
 
 
 @attrs.define

@@ -140,7 +140,8 @@ class RequestCycle:
             ApiError: the request is refused.
         """
         context, version = self.context, self._scope["http_version"]
-        if version not in _VERSIONS:
+        http2 = version == "2" and self._node_context.options.server.http == "hypercorn"
+        if version not in _VERSIONS and not http2:
             raise InvalidRequest(f"HTTP/{version} is not supported; use HTTP/1.1", status=505)
         if (context.header(b"upgrade") or b"").lower() == b"websocket":
             raise InvalidRequest("This server has no websocket endpoints", status=404)
