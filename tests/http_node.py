@@ -1,4 +1,4 @@
-"""A node for the tests of the HTTP face: real hypercorn on loopback, and obedient backends."""
+"""A node for tests of the gateway and the admin application: the HTTP server on loopback, and scripted backends."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Served:
 
 
 class Backend:
-    """Does what ``script`` says when a call is opened, synchronously, and hands the calls out to the test."""
+    """A backend that runs ``script`` when a call is opened, synchronously, and passes the calls to the test."""
 
     def __init__(self, script: Callable[[Served], None] | None = None, name: str = "local") -> None:
         self.script = script
@@ -311,7 +311,7 @@ def listener(sock: socket.socket) -> TcpListener:
 async def open_http_node(
     script: Callable[[Served], None] | None = plain, **server: Any
 ) -> AsyncIterator[HttpNode]:
-    """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
+    """Serve a node with one chat model ``m``, whose backend runs ``script`` for each call."""
     node_context = NodeContext(
         Router(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
     )

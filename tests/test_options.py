@@ -215,7 +215,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
     )
 
 
-def test_the_base_holds_where_nobody_says_anything_and_is_left_alone(tmp_path: Path) -> None:
+def test_the_base_holds_where_no_source_sets_a_value_and_is_not_changed(tmp_path: Path) -> None:
     base = ClusterServerOptions(ServerOptions(port=1, owner="base"), on_conflict="replicate")
     options = load(None, {"TRIO_CLUSTER_PORT": "2"}, base=base, tmp_path=tmp_path)
     assert options == ClusterServerOptions(ServerOptions(port=2, owner="base"), on_conflict="replicate")
@@ -259,7 +259,7 @@ def test_a_misspelt_key_in_the_file_is_named_with_what_was_meant(tmp_path: Path)
     )
 
 
-def test_a_key_in_the_wrong_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_a_key_in_the_wrong_table_is_reported_with_the_right_one(tmp_path: Path) -> None:
     assert "max_concurrency: unknown key; did you mean server.max_concurrency?" in complaint(
         tmp_path, "max_concurrency = 7"
     )
@@ -368,7 +368,7 @@ def test_a_wrong_flag_is_named_as_it_is_typed(
     assert complaint(tmp_path, None, None, {field: value}).startswith(expected)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
     text = complaint(tmp_path, "drain_timeout = -1\n[server]\nport = -1", {"TRIO_CLUSTER_OWNER": ""})
     assert "cluster.toml: drain_timeout: " in text
     assert "cluster.toml: server.port: " in text

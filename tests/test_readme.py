@@ -1,4 +1,4 @@
-"""README and documentation say what is true: their code runs, and their tables are those of the code."""
+"""README and documentation are true: their code runs, and their tables are those of the code."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture
 async def node() -> AsyncIterator[HttpNode]:
-    """A node whose calls end only when they are told to."""
+    """A node whose calls end only when the test ends them."""
     async with open_http_node(script=None) as opened:
         yield opened
     assert not opened.router.live

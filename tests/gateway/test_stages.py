@@ -67,7 +67,7 @@ async def test_the_one_key_is_required_in_either_header(
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
 
 
-async def test_without_a_key_whoever_asks_is_anonymous() -> None:
+async def test_without_a_key_the_principal_is_anonymous() -> None:
     assert await SingleKey(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
 
 

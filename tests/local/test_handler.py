@@ -296,7 +296,7 @@ async def test_others_are_served_while_many_vectors_are_encoded(bench: Bench) ->
         nursery.cancel_scope.cancel()
     data = [event.data for event in events if isinstance(event, Data)]
     assert len(json.loads(b"".join(data))["data"]) == count
-    # Half a million numbers, eight thousand at a time; and what goes out waits for whoever takes it.
+    # Half a million numbers, eight thousand at a time; and the handler waits while a window is full.
     assert turns > 60
     assert max(map(len, data)) <= 66_000
 
@@ -304,7 +304,7 @@ async def test_others_are_served_while_many_vectors_are_encoded(bench: Bench) ->
 # What a model answers beside its kind
 
 
-async def test_a_handler_for_more_answers_that_and_the_first_one_what_it_did(bench: Bench) -> None:
+async def test_each_endpoint_of_a_model_is_answered_by_its_own_handler(bench: Bench) -> None:
     async def chat(request: ChatRequest) -> str:
         return "chat"
 
@@ -321,7 +321,7 @@ async def test_a_handler_for_more_answers_that_and_the_first_one_what_it_did(ben
     assert text(await everything(backend.open(Request("/v1/x", "custom", "m", body)))) == "own"
 
 
-def test_what_a_model_does_already_it_does_not_get_a_second_time() -> None:
+def test_an_endpoint_that_a_model_has_cannot_be_added_again() -> None:
     async def handler(request: Any) -> str:
         return ""
 

@@ -66,7 +66,7 @@ async def test_slots_are_given_in_the_order_of_asking(bench: Bench) -> None:
     assert order == list(range(6))
 
 
-async def test_who_waits_too_long_for_a_slot_gets_503_with_retry_after(
+async def test_a_call_that_waits_too_long_for_a_slot_gets_503_with_retry_after(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     async def waits(request: ChatRequest) -> str:
@@ -189,7 +189,7 @@ async def test_a_call_is_queued_until_it_has_its_slot(bench: Bench) -> None:
     assert isinstance((await everything(second))[-1], Done)
 
 
-async def test_a_budget_that_is_spent_in_the_queue_never_reaches_the_handler(
+async def test_a_total_timeout_that_passes_in_the_queue_never_reaches_the_handler(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     reached: list[str] = []

@@ -41,7 +41,7 @@ async def test_silence_before_the_first_output_is_504(bench: Bench, autojump_clo
     assert ended == ["x"]
 
 
-async def test_each_output_moves_the_deadline_on(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_each_output_restarts_the_idle_timer(bench: Bench, autojump_clock: MockClock) -> None:
     async def steady(request: ChatRequest) -> AsyncIterator[str]:
         for _ in range(10):
             await trio.sleep(2)
@@ -55,7 +55,7 @@ async def test_each_output_moves_the_deadline_on(bench: Bench, autojump_clock: M
     assert trio.current_time() - start == pytest.approx(23)
 
 
-async def test_the_shorter_of_the_requests_and_the_nodes_patience_counts(
+async def test_the_shorter_idle_timeout_of_request_and_node_counts(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     bench.options.server.default_timeout = 2.0
@@ -69,7 +69,7 @@ async def test_the_shorter_of_the_requests_and_the_nodes_patience_counts(
     assert trio.current_time() - start == pytest.approx(2)
 
 
-async def test_a_budget_ends_even_a_busy_answer(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_the_total_timeout_ends_even_a_busy_answer(bench: Bench, autojump_clock: MockClock) -> None:
     async def endless(request: ChatRequest) -> AsyncIterator[str]:
         while True:
             await trio.sleep(1)
@@ -208,7 +208,7 @@ async def test_a_generator_that_never_awaits_does_not_starve_the_others(bench: B
     await released(call)
 
 
-async def test_a_handler_that_never_waits_gives_way_after_a_few_pushes(bench: Bench) -> None:
+async def test_a_handler_that_never_waits_is_rescheduled_after_a_few_pushes(bench: Bench) -> None:
     pushed = 0
     seen: list[int] = []
 
@@ -258,7 +258,7 @@ async def test_a_handler_that_waits_for_each_piece_is_scheduled_once_for_it(benc
     assert isinstance((await everything(call))[-1], Done)
 
 
-async def test_a_push_notices_a_cancellation_even_if_it_gives_nobody_a_turn(bench: Bench) -> None:
+async def test_a_push_notices_a_cancellation_even_if_it_does_not_reschedule(bench: Bench) -> None:
     go = trio.Event()
     pushed: list[str] = []
 

@@ -81,9 +81,11 @@ def plain(events: list[Event]) -> str:
     return text(events)
 
 
-@pytest.mark.parametrize(("make", "body", "said"), [(asr_request, FORM, "400"), (chat_request, CHAT, "a b")])
+@pytest.mark.parametrize(
+    ("make", "body", "expected"), [(asr_request, FORM, "400"), (chat_request, CHAT, "a b")]
+)
 async def test_a_handler_begins_when_the_body_is_there(
-    make: Any, body: bytes, said: str, bench: Bench
+    make: Any, body: bytes, expected: str, bench: Bench
 ) -> None:
     upload = ByteChannel(len(body))
     call = bench.open(make(upload))
@@ -92,7 +94,7 @@ async def test_a_handler_begins_when_the_body_is_there(
     await wait_all_tasks_blocked()
     assert (call.phase, bench.started, bench.pool.running) == ("uploading", [], 0)
     upload.put(body[-1:], last=True)
-    assert said in plain(await everything(call))
+    assert expected in plain(await everything(call))
 
 
 async def test_a_body_that_is_still_coming_takes_no_slot(bench: Bench) -> None:
@@ -106,7 +108,7 @@ async def test_a_body_that_is_still_coming_takes_no_slot(bench: Bench) -> None:
     assert bench.pool.tasks == 0
 
 
-async def test_silence_does_not_count_while_the_body_is_coming(
+async def test_the_idle_timeout_does_not_count_while_the_body_is_arriving(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     upload = ByteChannel()
@@ -118,7 +120,9 @@ async def test_silence_does_not_count_while_the_body_is_coming(
     assert "400" in plain(await everything(call))
 
 
-async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_the_idle_timeout_counts_from_the_end_of_the_body(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
     upload = ByteChannel()
     call = bench.open(asr_request(upload), 100)
     await trio.sleep(100)
@@ -128,7 +132,9 @@ async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump
     assert trio.current_time() - began == 20.0
 
 
-async def test_the_budget_counts_while_the_body_is_coming(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_the_total_timeout_counts_while_the_body_is_arriving(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
     began = trio.current_time()
     closed: list[float] = []
     upload = ByteChannel()
@@ -187,7 +193,7 @@ async def test_a_form_that_the_master_has_checked_is_not_checked_again(bench: Be
             assert (await failure(call)).status == 400
 
 
-async def test_a_route_of_its_own_gets_the_form_and_its_bytes(bench: Bench) -> None:
+async def test_a_custom_route_gets_the_form_and_its_bytes(bench: Bench) -> None:
     async def handler(request: CustomRequest) -> str:
         return f"{len(request.body)} {len(request.files['file'][0])}"
 

@@ -120,7 +120,7 @@ async def test_an_unknown_path_stays_one(
         assert (answer.status, answer.error["type"]) == (404, "invalid_request_error")
 
 
-async def test_another_method_is_told_which_one_is_right(
+async def test_another_method_is_refused_with_the_right_one(
     cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     node.route("/v1/tokenize", "m", tokenize)

@@ -32,7 +32,8 @@ class RoutingPolicy(Protocol):
         ``over_capacity``.
 
         Args:
-            replicas: those that are available and answer the request's endpoint, least recently used first; perhaps none.
+            replicas: those that are available and answer the request's endpoint, least recently used first; perhaps
+                none.
             request: ``request.parsed`` may be set or not; ``request.body`` is empty while ``request.upload`` is set.
         """
         ...
