@@ -61,7 +61,7 @@ class RequestCycle:
     """One request on its way through the gateway, and its answer on the way back.
 
     Args:
-        gateway: the gateway whose stages the request passes.
+        pipeline: the stages that the request passes, and the application behind them.
         scope, receive, send: the ASGI arguments of the request.
 
     Attributes:

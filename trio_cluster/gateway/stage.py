@@ -1,4 +1,4 @@
-"""The interface of the gateway's stages."""
+"""The interface of the gateway's stages, and the pipeline that they form."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Stage(Protocol):
 
 @attrs.define
 class Pipeline:
-    """The stages of a gateway, and what is behind them."""
+    """The stages of a gateway, and the application behind them."""
 
     node_context: NodeContext
     admission: tuple[Stage, ...]
-    """What every request passes before its body is read."""
+    """The stages that every request passes before its body is read."""
     dispatch: tuple[Stage, ...]
-    """What a request for a model passes after that; the last stage opens the call."""
+    """The stages that a request for a model passes after that; the last one opens the call."""
     app: App
-    """The application that answers what is not for a model."""
+    """The ASGI application that answers requests that are not for a model."""
     has_route: Callable[[str], bool]
-    """Tells whether the application has a path, whatever the method."""
+    """Returns whether the application has a path, for any method."""

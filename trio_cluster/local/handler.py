@@ -157,7 +157,7 @@ class HandlerTask(CallTask):
         try:
             await self._read_request()
             await self._adapter(self.request, self)
-            await self._begin_to_end()
+            await self._put_early_parts()
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
@@ -191,7 +191,7 @@ class HandlerTask(CallTask):
         if self.call.begun:
             self.restart_idle_timer()
 
-    async def _begin_to_end(self) -> None:
+    async def _put_early_parts(self) -> None:
         """Put those parts of a large answer that the encoder gives before its end, one by one."""
         if self.call.end is None:
             for data in self._encoder.early():
