@@ -261,7 +261,7 @@ class Node:
         *,
         task_status: trio.TaskStatus[None],
     ) -> None:
-        """Serve with the server that the options name."""
+        """Serve an application with the HTTP server that the options name."""
         serve: Callable[..., Awaitable[None]] = functools.partial(serve_http, render_refusal=render_refusal)
         if self._options.server.http == "hypercorn":
             serve = serve_with_hypercorn
@@ -280,7 +280,7 @@ class Node:
     async def _end_api(self, nursery: trio.Nursery) -> None:
         """Stop the HTTP server, and then everything else that runs in the nursery."""
         self._api_may_end.set()
-        # The server gives its connections CLOSE_TIMEOUT to end (`grace` above), and then cancels them. Twice as long is
+        # The server gives its connections CLOSE_TIMEOUT to end (`grace`), and then cancels them. Twice as long is
         # enough for both, and for the application's `after_serving` functions; more is not waited for.
         with trio.move_on_after(2 * CLOSE_TIMEOUT):
             await self._api_ended.wait()
@@ -301,7 +301,7 @@ class Node:
                 if listeners:
                     app = self._behind_gateway(create_app(self._node_context))
                     await nursery.start(self._serve_http, app, listeners, trio.sleep_forever)
-                    logger.info("this worker's own API", extra={"fields": {"url": self.url}})
+                    logger.info("serving this worker's own API", extra={"fields": {"url": self.url}})
                 await self._listen_changed.wait()
                 nursery.cancel_scope.cancel(reason="the listen address was changed")
             self.url = self.port = None

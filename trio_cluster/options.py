@@ -30,7 +30,7 @@ __all__ = [
 #: What happens if a second node registers a model under a name that is served already.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
 
-#: Which server the API is served with.
+#: The HTTP server that serves the API.
 HttpServer: TypeAlias = Literal["lean", "hypercorn"]
 
 
