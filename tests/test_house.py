@@ -54,7 +54,7 @@ ISOLATED = {
     "trio_websocket": {"link/websocket.py"},
     "websockets": {"link/frames.py"},
     "wsproto": set(),
-    "hypercorn": {"hypercorn_server/server.py"},
+    "hypercorn": {"hypercorn_server/library.py"},
     "werkzeug": {"admin/app.py", "admin/web.py"},
 }
 # Which folders may know the web framework.
