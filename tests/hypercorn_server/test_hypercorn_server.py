@@ -135,7 +135,7 @@ async def node() -> AsyncIterator[HttpNode]:
     """A node whose calls wait for the test."""
     async with open_http_node(None, http="hypercorn") as opened:
         yield opened
-    assert not opened.registry.live, "a call has outlived its request"
+    assert not opened.router.live, "a call has outlived its request"
 
 
 async def begin(node: HttpNode, asked: Asked) -> Served:
@@ -533,6 +533,39 @@ async def test_a_send_that_the_application_cancels_does_not_harm_its_connection(
 
 
 # How it ends
+
+
+async def test_a_connection_is_forgotten_when_its_client_has_left(ask: Callable[..., Any]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    def tasks() -> list[str]:
+        found, left = [], [trio.lowlevel.current_root_task()]
+        while left:
+            task = left.pop()
+            assert task is not None
+            left += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+            found.append(task.name)
+        return [name for name in found if "hypercorn" in name]
+
+    sock = listening_socket()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_http, app, [listener(sock)])
+        before = tasks()
+        for _ in range(3):
+            async with ask(sock.getsockname()[1], CHAT) as asked:
+                if isinstance(asked, Http2Asked):
+                    await asked.over()
+                else:
+                    await asked.wire.answer()
+        # hypercorn itself would wait for as long as a connection may be idle.
+        with trio.fail_after(2):
+            while tasks() != before:
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
 
 
 class Stoppable:

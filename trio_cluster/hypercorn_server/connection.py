@@ -21,13 +21,10 @@ import socket
 from typing import Any, Final
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
 
 from ..http1.asgi import App, Receive, Scope, Send
 from ..net.streams import Address, ByteStream
+from .library import Config, ConnectionState, TCPServer, WorkerContext
 from .request import HypercornRequest
 
 __all__ = ["HypercornConnection"]
@@ -86,6 +83,7 @@ class HypercornConnection:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_ahead)
+                nursery.start_soon(self._end_when_gone, nursery.cancel_scope)
                 await self._server.run()
                 nursery.cancel_scope.cancel(reason="the connection is over")
         finally:
@@ -118,6 +116,12 @@ class HypercornConnection:
         # An answer that is being written now is of no use to anybody, and would wait for a client that does not read.
         self.close()
 
+    async def _end_when_gone(self, scope: trio.CancelScope) -> None:
+        """End hypercorn's part, which would still wait for as long as a connection may be idle."""
+        while self._requests or not self.gone:
+            await self._changed.park()
+        scope.cancel(reason="the client has left")
+
     def _lose(self) -> None:
         if self.gone:
             return
@@ -139,6 +143,7 @@ class HypercornConnection:
             await request.run()
         finally:
             del self._requests[request]
+            self._changed.unpark_all()
 
     # What hypercorn reads and writes
 

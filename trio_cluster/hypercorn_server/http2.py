@@ -14,13 +14,8 @@ writes as much as the client's flow control allows. Three things are amiss with 
   forgotten is an error there. So such a stream is reset after its end, which tells the client to stop (RFC 9113, 8.1);
   the protocol's library then ignores what is still under way.
 
-A client that takes nothing for as long as the kernel would wait for one on HTTP/1.1, is given up in the same way: its
-flow control is no matter of the kernel's.
-
-The hooks for that are no public interface of hypercorn, and are all here: an ASGI ``send`` is a bound method of an
-``HTTPStream``; that one's ``send`` is a bound method of an ``H2Protocol``; and of this the attributes ``connection``,
-``stream_buffers``, ``priority``, ``has_data`` and ``send`` are used. ``tests/hypercorn_server`` holds the installed
-version to it.
+A client that takes nothing for as long as the kernel would wait for it on HTTP/1.1 is dropped as well: the kernel knows
+nothing of the flow control of HTTP/2.
 """
 
 from __future__ import annotations
@@ -32,12 +27,10 @@ from typing import Final
 import h2.exceptions
 import trio
 from h2.errors import ErrorCodes
-from hypercorn.events import RawData
-from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol
-from hypercorn.protocol.http_stream import HTTPStream
 
 from ..http1.asgi import Send
 from ..http1.server import UNREAD_TIME
+from .library import BufferCompleteError, RawData, http2_stream
 
 __all__ = ["BoundedBuffer", "Http2Stream"]
 
@@ -54,14 +47,9 @@ class Http2Stream:
     """
 
     def __init__(self, send: Send, on_stuck: Callable[[str], None]) -> None:
-        stream = getattr(send, "__self__", None)
-        protocol = getattr(getattr(stream, "send", None), "__self__", None)
-        assert isinstance(stream, HTTPStream)
-        assert isinstance(protocol, H2Protocol)
-        self._id = stream.stream_id
-        self._protocol = protocol
+        self._protocol, self._id = http2_stream(send)
         self._buffer = BoundedBuffer(on_stuck)
-        protocol.stream_buffers[self._id] = self._buffer  # type: ignore[assignment]
+        self._protocol.stream_buffers[self._id] = self._buffer  # type: ignore[assignment]
 
     @property
     def ended(self) -> bool:

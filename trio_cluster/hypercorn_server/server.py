@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio.worker_context import WorkerContext
 
 from ..http1.asgi import App
 from ..http1.lifespan import open_lifespan
@@ -24,6 +22,7 @@ from ..net.connections import OpenConnection, serve_connections
 from ..net.sockets import Listeners, close_all
 from ..net.streams import ByteStream
 from .connection import HypercornConnection
+from .library import Config, WorkerContext
 
 __all__ = ["serve_http"]
 
