@@ -370,6 +370,47 @@ async def test_a_connection_without_keep_alive_is_closed(answer: bytes) -> None:
         assert len(server.visits) == 2
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "reused"),
+    [
+        ("200 OK", b"body", True),
+        ("404 Not Found", b"body", False),
+        ("413 Content Too Large", b"x" * 100_000, False),
+        ("500 Oops", b"body", False),
+        ("302 Found", b"body", False),
+        ("404 Not Found", b"", True),
+    ],
+)
+async def test_a_connection_is_kept_only_if_the_body_of_its_request_was_surely_read(
+    status: str, body: bytes, reused: bool
+) -> None:
+    async def script(visit: Visit) -> None:
+        while True:
+            await visit.request()
+            await visit.send(reply(b"x", status))
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        for _ in range(2):
+            assert (await send(client, body))[1] == b"x"
+        assert len(server.visits) == (1 if reused else 2)
+
+
+async def test_a_server_that_does_not_read_bodies_is_not_sent_another_request_on_that_connection() -> None:
+    """It would take the body of the first request for a request."""
+
+    async def script(visit: Visit) -> None:
+        while True:
+            head = await visit.head()
+            await visit.send(reply(head.target.encode(), "404 Not Found"))
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        smuggled = b"POST /v1/smuggled HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+        for _ in range(2):
+            assert (await send(client, smuggled))[1] == b"/v1/x"
+
+
 async def test_an_idle_connection_that_was_closed_is_not_used() -> None:
     async def script(visit: Visit) -> None:
         await visit.request()

@@ -575,6 +575,55 @@ async def test_an_incomplete_body_is_forwarded_as_it_arrives(size: int, renamed:
     assert received.headers.get("content-length") == (str(size) if sized else None)
 
 
+SMUGGLED = b"POST /v1/other HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("cut", [1, 30, 1000])
+async def test_the_preamble_and_the_epilogue_of_a_form_are_not_forwarded(
+    renamed: bool, streamed: bool, sized: bool, cut: int
+) -> None:
+    name = "gpu/m" if renamed else "m"
+    proper = form(('name="file"; filename="f"', b"\r\n--ab\r\n" * 40_000), ('name="model"', name.encode()))
+    sent = SMUGGLED + b"\r\n" + proper + SMUGGLED
+    upload = ByteChannel(len(sent) if sized else -1)
+    async with engine_with(mirror, ",prefix=gpu/" if renamed else "") as (server, raw, _):
+        call_request = request(
+            b"" if streamed else sent, "audio.transcriptions", name,
+            content_type="multipart/form-data; boundary=abc", upload=upload if streamed else None,
+        )  # fmt: skip
+        call = server.router.open(call_request)
+        if streamed:
+            # Cut through the preamble, and through the last delimiter.
+            end = len(sent) - len(SMUGGLED) - cut
+            for piece in (sent[:cut], sent[cut:end], sent[end : end + 2], sent[end + 2 :]):
+                upload.put(piece)
+            upload.put(b"", last=True)
+        outcome = await outcome_of(call)
+        assert outcome.body.rstrip(b"\r\n") == proper.replace(b"gpu/m", b"m").rstrip(b"\r\n")
+        (received,) = posts(raw)
+        if "content-length" in received.headers:
+            assert len(received.body) == int(received.headers["content-length"])
+
+
+async def test_a_form_without_a_delimiter_is_refused() -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        for upload in (None, ByteChannel(300_000)):
+            call_request = request(
+                SMUGGLED if upload is None else b"", "audio.transcriptions",
+                content_type="multipart/form-data; boundary=abc", upload=upload,
+            )  # fmt: skip
+            call = server.router.open(call_request)
+            if upload is not None:
+                upload.put(SMUGGLED * 6_000, last=True)
+            outcome = await outcome_of(call)
+            assert outcome.error is not None
+            assert outcome.error.status == 400
+        assert posts(raw) == []
+
+
 async def test_incomplete_json_of_a_renamed_model_is_forwarded_when_it_is_complete() -> None:
     upload = ByteChannel(-1)
     async with engine_with(mirror, ",prefix=gpu/") as (server, _, _):

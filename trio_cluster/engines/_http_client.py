@@ -6,7 +6,9 @@ Theory of operation
 *Lifetimes.* A request and its response belong to the task that calls :meth:`HttpClient.send`. However that call ends,
 by an error, by cancellation, or because the caller did not read the whole response, the connection is closed at once
 and synchronously. This is how the server learns that its work is not needed any more. A connection is kept alive for
-the next request only if the whole request was sent and the whole response was received.
+the next request only if the whole request was sent and the whole response was received, and, after a request with a
+body, only if the response is a 2xx: a server may refuse a request without reading its body, keep the connection, and
+take that body for the next request.
 
 *Stale connections.* An idle connection may have been closed by the server meanwhile. One that is readable (an EOF, or
 bytes without a request) is dropped before use. One that fails after the request was sent, but before any byte of a
@@ -263,6 +265,7 @@ class HttpClient:
             if (
                 connection.request_sent
                 and reader.complete
+                and (body == b"" or 200 <= reader.status < 300)
                 and reader.keep_alive
                 and not connection.write_failed
             ):

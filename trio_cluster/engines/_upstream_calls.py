@@ -1,7 +1,8 @@
 """Forwarding of calls to an upstream server: what of a request is sent to it, and what of its response comes back.
 
-Bodies are forwarded as they are, in both directions and in the pieces in which they arrive. Only the name of the model
-in a request is replaced, where the cluster calls the model by another name. Headers are forwarded if they are about the
+Bodies are forwarded as they are, in both directions and in the pieces in which they arrive, with two exceptions: the
+name of the model in a request is replaced, where the cluster calls the model by another name, and the preamble and the
+epilogue of a form are dropped. Headers are forwarded if they are about the
 content or about the API. Connection headers are not, because the connection ends here. Keys and cookies are not either:
 the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
@@ -22,6 +23,7 @@ from trio_cluster.errors import InvalidRequest, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form
 
+from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
@@ -190,8 +192,12 @@ async def _request_body(model: str, call: RawCall) -> tuple[Body, int]:
         body = await _read_body(call)
         if renamed:
             body = rewrite_form(body, request.content_type, model) if form else rewrite_json(body, model)
+        elif form:
+            body = trim_form(body, request.content_type)
         return body, len(body)
     if not renamed:
+        if form:
+            return await trim_streamed_form(call.receive, request.content_type, request.size)
         return call.receive, request.size
     rewriter = FormRewriter(request.content_type, model)
     ended = False
