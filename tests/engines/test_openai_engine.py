@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,7 +24,9 @@ from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
+from trio_cluster.engines._http_client import HttpClient
 from trio_cluster.engines._upstream_models import Naming, parse_model_list
+from trio_cluster.net import exhaustion
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -460,6 +464,54 @@ async def test_a_call_that_cannot_reach_the_server_triggers_a_poll() -> None:
         assert str(raw.port) not in outcome.error.message
         await wait_all_tasks_blocked(0.05)
         assert server.list_models() == []
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL]
+)
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_machine_without_room_for_a_connection_is_over_capacity_and_the_models_stay(
+    number: int, grouped: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.engines")
+    monkeypatch.setattr(exhaustion, "_QUIET", 0.2)
+    full = False
+    open_stream = HttpClient._open_stream
+
+    async def fail(client: HttpClient) -> trio.SocketStream:
+        if not full:
+            return await open_stream(client)
+        error = OSError(number, "what the system says")
+        if grouped:
+            # As `trio.open_tcp_stream` raises it for a name with several addresses.
+            raise OSError("all attempts failed") from ExceptionGroup("attempts", [OSError(111, "no"), error])
+        raise error
+
+    monkeypatch.setattr(HttpClient, "_open_stream", fail)
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b"{}", "200 OK", "application/json", "connection: close"))
+
+    async with engine_with(script, ",poll=0.1") as (server, _, upstream):
+        upstream.list = reply(b'{"data":[{"id":"m"}]}', "200 OK", "application/json", "connection: close")
+        await upstream.polled_again()
+        caplog.clear()
+        full = True
+        for _ in range(3):
+            outcome = await ask(server, request())
+            assert outcome.error is not None
+            assert (outcome.error.status, outcome.error.code) == (503, "over_capacity")
+            assert outcome.error.retry_after is not None
+            await trio.sleep(0.15)
+            assert server.list_models() == ["m"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert os.strerror(number) in caplog.text
+        full = False
+        assert (await ask(server, request())).error is None
+        await trio.sleep(0.5)
+        assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+        assert server.list_models() == ["m"]
 
 
 # Requests

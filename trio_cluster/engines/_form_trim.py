@@ -4,8 +4,8 @@ Both have no meaning (RFC 2046, section 5.1.1), and no client of an API sends th
 body of a request, and keeps its connection, takes what it finds there for the next request: a preamble can carry a
 whole one. Between the first delimiter and the last, every byte stays as it is.
 
-A declared length has to stay true, and the head with it is sent before the end of a streamed form is known. The epilogue
-of such a form is therefore replaced by line breaks, which HTTP servers skip in front of a request.
+A declared length has to stay true, and it is sent before the end of a streamed form is known. The epilogue of such a
+form is therefore replaced by line breaks, which HTTP servers skip in front of a request.
 """
 
 from __future__ import annotations

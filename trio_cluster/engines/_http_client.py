@@ -27,6 +27,7 @@ followed.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import select
 import socket
@@ -37,12 +38,15 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
+from trio_cluster.net.exhaustion import ExhaustionLog, exhausted_resource
 from trio_cluster.net.sockets import receive_when_ready
 
 from ._base_url import BaseURL
 from ._http_response import HttpError, IncompleteResponse, ResponseReader
 
-__all__ = ["Body", "ConnectFailed", "HttpClient", "HttpRequest", "HttpResponse"]
+__all__ = ["Body", "ConnectFailed", "HttpClient", "HttpRequest", "HttpResponse", "LocalExhaustion"]
+
+logger = logging.getLogger("trio_cluster.engines")
 
 #: A body in memory, or a function that returns the next piece of a streamed one, and ``b""`` at its end.
 Body: TypeAlias = bytes | Callable[[], Awaitable[bytes]]
@@ -55,6 +59,10 @@ _INLINE_BODY: Final = 64 * 1024
 
 class ConnectFailed(HttpError):
     """No connection could be made; nothing of the request was sent."""
+
+
+class LocalExhaustion(HttpError):
+    """This machine has no descriptor, memory or local port left. It says nothing about the server."""
 
 
 @attrs.frozen
@@ -131,6 +139,7 @@ class HttpClient:
         self._idle: list[_Connection] = []
         self._tls = ssl.create_default_context() if base.scheme == "https" else None
         self._family = _family(base.host)
+        self._exhaustion = ExhaustionLog(logger, f"connections to {base}")
 
     async def send(self, request: HttpRequest, handle_response: ResponseHandler) -> None:
         """Send a request, and call ``handle_response`` with the response, at most once.
@@ -144,6 +153,8 @@ class HttpClient:
 
         Raises:
             ConnectFailed: no connection could be made; ``handle_response`` was not called.
+            LocalExhaustion: this machine has no descriptor, memory or local port left. Logged here when it begins and
+                when it is over.
             IncompleteResponse: the connection ended before the response was complete.
             MalformedResponse: the server does not answer with HTTP/1.1.
             ValueError: a header of the request has a line break in it.
@@ -223,10 +234,14 @@ class HttpClient:
                     )
                     await stream.do_handshake()
             connected = True
+            self._exhaustion.succeeded()
             return _Connection(stream, raw)
         except trio.TooSlowError:
             raise ConnectFailed(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, trio.BrokenResourceError) as error:
+            if resource := exhausted_resource(error):
+                self._exhaustion.failed(resource)
+                raise LocalExhaustion(resource) from error
             raise ConnectFailed(_reason(error)) from error
         finally:
             if raw is not None and not connected:
@@ -420,6 +435,8 @@ class _Connection:
             else:
                 data = await receive_when_ready(self._socket, _READ_SIZE)
         except (trio.BrokenResourceError, OSError) as error:
+            if resource := exhausted_resource(error):
+                raise LocalExhaustion(resource) from error
             raise IncompleteResponse("the connection was lost") from error
         if data:
             self.reader.feed(data)

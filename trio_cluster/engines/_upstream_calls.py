@@ -7,7 +7,8 @@ content or about the API. Connection headers are not, because the connection end
 the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
 Every response is the call's answer, whatever its status. The call fails, with ``UpstreamLost``, only if there is no
-complete response.
+complete response, or with ``Overloaded`` if this machine has no room for the connection, which is not the server's
+fault.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from urllib.parse import quote
 
 from trio_cluster._version import __version__
 from trio_cluster.core.request import Request
-from trio_cluster.errors import InvalidRequest, UpstreamLost
+from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form
 
 from ._form_trim import trim_form, trim_streamed_form
-from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
+from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
@@ -112,6 +113,7 @@ class UpstreamCalls:
 
         Raises:
             UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            Overloaded: this machine has no descriptor, memory or local port left for the connection.
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
         request = call.request
@@ -125,6 +127,8 @@ class UpstreamCalls:
 
         try:
             await self._client.send(http_request, handle_response)
+        except LocalExhaustion as error:
+            raise Overloaded(f"This server is out of resources: {error}; try again shortly") from error
         except HttpError as error:
             self._on_lost()
             why = str(error)

@@ -27,7 +27,7 @@ import trio
 from trio_cluster.core.model import ChatModelOptions
 
 from ._engine import ModelServer
-from ._http_client import HttpClient, HttpRequest
+from ._http_client import HttpClient, HttpRequest, LocalExhaustion
 from ._http_response import HttpError
 from ._upstream_calls import UpstreamCalls, authorization
 
@@ -224,6 +224,9 @@ class UpstreamModels:
                 status, body = await self._client.fetch(
                     HttpRequest("GET", "/models", headers), _MAX_LIST_SIZE
                 )
+            except LocalExhaustion:
+                # Nothing was learned about the server.
+                return
             except HttpError as error:
                 self._unregister_all(f"its models cannot be listed: {error}")
                 return
