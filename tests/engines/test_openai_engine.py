@@ -174,6 +174,7 @@ async def released(call: Call) -> None:
         ("openai:http://host/v1,rename=a:c,b:c", "'b:c' contradicts"),
         ("openai:http://host/v1,rename=a:b\tc", "printable"),
         ("openai:http://host/v1,only=", "expected patterns"),
+        ("openai:http://host/v1,models=;", "expected names such as a;b"),
         ("openai:http://host/v1,prefix=", "expected some text"),
         ("openai:http://host/v1,max_concurrency=0", "from 1 to"),
         ("openai:http://host/v1,poll=0", "from 0.1 to"),
@@ -188,12 +189,13 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "secret")
     spec = parse_serve(
         "openai:http://[::1]:1/a,b/v1,key_env=UPSTREAM_KEY,prefix=gpu/,only=llama*,qwen?,"
-        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5"
+        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5,models=llama3:8b; qwen"
     )
     assert spec.argument == "http://[::1]:1/a,b/v1"
     assert dict(spec.options) == {
         "key": None,
         "key_env": "UPSTREAM_KEY",
+        "models": ("llama3:8b", "qwen"),
         "prefix": "gpu/",
         "only": ("llama*", "qwen?"),
         "rename": {"llama3:8b": "llama", "qwen": "q"},
@@ -270,6 +272,162 @@ def test_malformed_entries_are_skipped() -> None:
 def test_an_overlong_list_is_truncated() -> None:
     entries = [{"id": f"m{number}"} for number in range(2000)]
     assert len(parse_model_list(json.dumps(entries).encode())) == 1000
+
+
+@pytest.mark.parametrize(
+    ("bad", "names"),
+    [
+        (b'{"id":"b\\ud800"}', ["a", "c"]),
+        (b'{"id":"b","x":"\\udc00","y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":{"\\ud800":1},"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":1e400,"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":[NaN,-Infinity],"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","max_model_len":NaN,"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":' + b"9" * 5000 + b',"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b\xff","y":1}', ["a", "c"]),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_bad_entry_costs_no_other_and_a_bad_value_not_its_entry(
+    bad: bytes, names: list[str], mark: bytes
+) -> None:
+    models = parse_model_list(mark + b'{"data":[{"id":"a"},' + bad + b',{"id":"c"}]}')
+    assert list(models) == names
+    if "b" in models:
+        assert {name: value for name, value in models["b"].extra_fields.items() if value is not None} == {
+            "y": 1
+        }
+
+
+def test_the_models_that_are_wanted_are_taken_from_a_long_list() -> None:
+    entries = [{"id": f"m{number}"} for number in range(2500)]
+    models = parse_model_list(json.dumps(entries).encode())
+    assert (len(models), models.left_out) == (1000, 1500)
+    models = parse_model_list(json.dumps(entries).encode(), Naming(only=("m24*",)).takes)
+    assert "m2499" in models
+    assert models.left_out == 0
+
+
+async def test_a_number_that_changes_does_not_register_the_model_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = listing({"id": "m", "requests_running": 0, "seen": "12:00", "load": {"gpu": 0.5}})
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        registered = server.router.catalog.info("m")
+        count = len(caplog.records)
+        for number in range(3):
+            upstream.list = listing(
+                {"id": "m", "requests_running": number + 1, "seen": f"12:0{number + 1}", "load": {"gpu": 0.1}}
+            )
+            await upstream.polled_again()
+        assert server.router.catalog.info("m") is registered
+        assert len(caplog.records) == count
+
+
+async def test_a_long_list_is_a_short_log_line_and_says_what_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.engines")
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = listing(*[f"model-{number}" for number in range(1200)])
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        assert len(server.list_models()) == 1000
+        await upstream.polled_again(2)
+        warning, info = caplog.records
+        assert "1000 are served, 200 are left out" in warning.message
+        assert info.fields["models"] == 1000  # type: ignore[attr-defined]
+        assert "and 990 more" in info.fields["models_gained"]  # type: ignore[attr-defined]
+        upstream.list = listing("other")
+        await upstream.polled_again()
+        assert all(len(str(record.__dict__)) < 2000 for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "answer", [reply(b"", "404 Not Found"), reply(b"<html>"), reply(b"", "500 Oops"), listing("else")]
+)
+async def test_models_named_by_hand_are_served_while_the_server_answers_anything(answer: bytes) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = answer
+    spec = "models=a;b:8b,prefix=gpu/,poll=0.1"
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},{spec}"):
+        assert server.list_models() == ["gpu/a", "gpu/b:8b"]
+        await upstream.polled_again(2)
+        assert server.list_models() == ["gpu/a", "gpu/b:8b"]
+        raw.stop()
+        with trio.fail_after(2):
+            while server.list_models():
+                await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        reply(b"", "500 Oops"),
+        reply(b"", "404 Not Found"),
+        reply(b"", "401 Unauthorized"),
+        reply(b"<html>"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
+        b"SSH-2.0\r\n",
+    ],
+)
+async def test_one_failed_poll_is_not_a_loss(bad: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    withdrawn = []
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        upstream.polls += 1
+        upstream._polled.set()
+        # Every second poll fails.
+        await visit.send(bad if upstream.polls % 2 == 0 else listing("m"))
+
+    async with open_raw_server(script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        for _ in range(6):
+            await upstream.polled_again()
+            withdrawn.append(server.list_models() != ["m"])
+    assert not any(withdrawn)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_a_failed_poll_is_repeated_soon() -> None:
+    async def leave(visit: Visit) -> None:
+        await visit.request()
+        await visit.stream.aclose()
+
+    async with engine_with(leave, ",poll=3600") as (server, _, upstream):
+        upstream.list = reply(b"", "500 Oops")
+        # A call whose connection is lost has the server polled.
+        assert (await ask(server, request())).error is not None
+        await upstream.polled_again(2 - upstream.polls + 1)
+        assert server.list_models() == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_call_under_way_is_a_sign_of_life(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does one thing at a time does not answer polls meanwhile."""
+    monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
+    done = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        if begun:
+            await visit.send(CHUNKED + chunk(b"data: 1\n\n"))
+        await done.wait()
+        await visit.send(chunk(b"data: 2\n\n") + b"0\r\n\r\n" if begun else reply(b"{}"))
+
+    async with engine_with(script, ",poll=0.1") as (server, _, upstream):
+        call = server.router.open(request())
+        upstream.list = None
+        await upstream.polled_again(6)
+        assert server.list_models() == ["m"]
+        done.set()
+        outcome = await outcome_of(call)
+        assert outcome.error is None
+        # Without a call it is a loss again.
+        await upstream.polled_again(4)
+        assert server.list_models() == []
 
 
 async def test_models_are_registered_when_the_engine_has_started_and_unregistered_with_it() -> None:

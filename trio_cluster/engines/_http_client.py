@@ -44,7 +44,15 @@ from trio_cluster.net.sockets import receive_when_ready
 from ._base_url import BaseURL
 from ._http_response import HttpError, IncompleteResponse, ResponseReader
 
-__all__ = ["Body", "ConnectFailed", "HttpClient", "HttpRequest", "HttpResponse", "LocalExhaustion"]
+__all__ = [
+    "Body",
+    "ConnectFailed",
+    "ConnectTimeout",
+    "HttpClient",
+    "HttpRequest",
+    "HttpResponse",
+    "LocalExhaustion",
+]
 
 logger = logging.getLogger("trio_cluster.engines")
 
@@ -59,6 +67,10 @@ _INLINE_BODY: Final = 64 * 1024
 
 class ConnectFailed(HttpError):
     """No connection could be made; nothing of the request was sent."""
+
+
+class ConnectTimeout(ConnectFailed):
+    """The server did not accept the connection in time. It may be gone, or too busy to accept."""
 
 
 class LocalExhaustion(HttpError):
@@ -121,6 +133,7 @@ class HttpClient:
 
     Attributes:
         base: as given.
+        in_use: connections on which a request is under way.
     """
 
     def __init__(
@@ -132,6 +145,7 @@ class HttpClient:
         keepalive_expiry: float = 4.0,
     ) -> None:
         self.base = base
+        self.in_use = 0
         self._connect_timeout = connect_timeout
         self._max_keepalive = max_keepalive
         self._keepalive_expiry = keepalive_expiry
@@ -237,7 +251,7 @@ class HttpClient:
             self._exhaustion.succeeded()
             return _Connection(stream, raw)
         except trio.TooSlowError:
-            raise ConnectFailed(f"no connection within {self._connect_timeout:g} s") from None
+            raise ConnectTimeout(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, trio.BrokenResourceError) as error:
             if resource := exhausted_resource(error):
                 self._exhaustion.failed(resource)
@@ -269,6 +283,7 @@ class HttpClient:
         reader = connection.reader
         reader.start_next()
         connection.request_sent = False
+        self.in_use += 1
         try:
             if isinstance(body, bytes) and len(body) <= _INLINE_BODY:
                 await connection.send(self._head(request) + body)
@@ -277,6 +292,7 @@ class HttpClient:
             else:
                 await self._send_full_duplex(connection, request, handle_response)
         finally:
+            self.in_use -= 1
             if (
                 connection.request_sent
                 and reader.complete

@@ -90,13 +90,13 @@ class UpstreamCalls:
         client: sends the requests.
         key: the API key to send; ``None`` if the server requires none.
         on_lost: called, synchronously, when a call fails because the server cannot be reached or its response is
-            incomplete.
+            incomplete; the argument tells whether it cannot be reached.
 
     Attributes:
         activity: counts what is received from the server, heads and pieces of bodies. A change shows that it is alive.
     """
 
-    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[], None]) -> None:
+    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[bool], None]) -> None:
         self._client = client
         self._key = key
         self._on_lost = on_lost
@@ -130,7 +130,7 @@ class UpstreamCalls:
         except LocalExhaustion as error:
             raise Overloaded(f"This server is out of resources: {error}; try again shortly") from error
         except HttpError as error:
-            self._on_lost()
+            self._on_lost(isinstance(error, ConnectFailed))
             why = str(error)
             if isinstance(error, ConnectFailed):
                 why = f"it cannot be reached ({why})"
