@@ -163,7 +163,7 @@ async def released(call: Call) -> None:
         ("openai", "give the URL of the server's API: openai:http://127.0.0.1:8000/v1"),
         ("openai:", "give the URL of the server's API"),
         ("openai:127.0.0.1:8000", "expected a URL such as"),
-        ("openai:http://u:p@host/v1", "leave the user, the query and the fragment out"),
+        ("openai:http://u:p@host/v1", "leave the user and the fragment out"),
         ("openai:http://host/v1,key=", "some text"),
         ("openai:http://host/v1,key=two words", "no spaces"),
         ("openai:http://host/v1,key_env=NOT_THERE", "no environment variable 'NOT_THERE'"),
@@ -357,7 +357,7 @@ async def test_models_named_by_hand_are_served_while_the_server_answers_anything
         assert server.list_models() == ["gpu/a", "gpu/b:8b"]
         raw.stop()
         with trio.fail_after(2):
-            while server.list_models():
+            while server.list_models():  # noqa: ASYNC110
                 await trio.sleep(0.02)
 
 
@@ -713,6 +713,7 @@ async def test_no_request_leaves_the_base_url(endpoint: str) -> None:
 async def test_only_headers_about_the_content_and_the_api_are_forwarded() -> None:
     passed = {
         "accept": "text/event-stream", "user-agent": "a/1", "x-stainless-lang": "python", "x-custom": "caf\u00e9",
+        "traceparent": "00-1-2-01", "tracestate": "a=b", "baggage": "user=1", "idempotency-key": "k1",
         "openai-organization": "o", "anthropic-version": "2023-06-01", "x-ratelimit-tokens": "5",
     }  # fmt: skip
     kept = {

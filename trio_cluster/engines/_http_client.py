@@ -360,7 +360,7 @@ class HttpClient:
     def _head(self, request: HttpRequest) -> bytes:
         size = len(request.body) if isinstance(request.body, bytes) else request.size
         lines = [
-            f"{request.method} {self.base.path}{request.path} HTTP/1.1",
+            f"{request.method} {self.base.target(request.path)} HTTP/1.1",
             f"host: {self.base.authority}",
             "accept-encoding: identity",
         ]

@@ -31,7 +31,9 @@ from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 
-_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "user-agent"})
+_REQUEST_HEADERS: Final = frozenset(
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
+)
 _RESPONSE_HEADERS: Final = frozenset(
     {
         "cache-control",

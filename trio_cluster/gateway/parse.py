@@ -29,7 +29,7 @@ __all__ = ["Parse"]
 #: Headers that travel to the handler: what clients say of themselves, and the trace context (W3C Trace Context and
 #: Baggage). Others do if they begin with one of the prefixes below.
 _TRAVELLING: Final = frozenset(
-    {"accept", "accept-language", "baggage", "traceparent", "tracestate", "user-agent"}
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
 
 #: Seconds as they may stand in a header.
