@@ -29,7 +29,7 @@ __all__ = ["Parse"]
 #: Headers that are passed to the handler: those with which clients describe themselves, and the trace context (W3C
 #: Trace Context and Baggage). Others are passed if they begin with one of the prefixes below.
 _FORWARDED: Final = frozenset(
-    {"accept", "accept-language", "baggage", "traceparent", "tracestate", "user-agent"}
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
 
 #: A number of seconds in a header.
