@@ -203,7 +203,7 @@ def injectable(stream: ByteStream) -> InjectableStream:
 def heartbeats_while_blocked(
     stream: InjectableStream, every: float, frame: Frame, on_recovered: Callable[[], None]
 ) -> Iterator[None]:
-    """Watch ``stream`` for as long as the ``with`` statement lasts: heartbeats are sent on it while the loop is blocked.
+    """Watch ``stream`` during the ``with`` statement: heartbeats are sent on it while the event loop is blocked.
 
     To be entered and left in a task. After the ``with`` statement, the thread writes nothing more to the stream.
 
