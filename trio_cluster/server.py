@@ -6,8 +6,9 @@ which their handlers run) and makes a :class:`~trio_cluster.node.Node` for each 
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -337,6 +338,26 @@ class ClusterServer:
             self.worker_client.withdraw(name)
 
     # Running
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run this server as the command line would, as the whole program: the last line of a script. Blocks.
+
+        ``python models.py`` is ``trio-cluster run --app models:server``, and takes its flags; ``python models.py
+        master`` and ``python models.py worker HOST PORT`` are the other commands. Options come from this server, a file, the
+        environment and flags, later ones winning. The log goes to standard error. SIGTERM and Ctrl-C drain and stop, a
+        second one stops at once.
+
+        Args:
+            argv: the arguments; ``sys.argv[1:]`` if ``None``.
+
+        Raises:
+            SystemExit: it has failed, or help was asked for; errors have been printed, in one line. After a stop that
+                was asked for, this returns.
+        """
+        # The command line stands above this module, and is not loaded where it is not used.
+        program = importlib.import_module(".cli", __package__)
+        if code := program.run_application(self, argv):
+            raise SystemExit(code)
 
     def stop(self) -> None:
         """Ask for a graceful stop; the ``run*`` call returns when it is done.
