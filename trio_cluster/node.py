@@ -35,7 +35,8 @@ from .gateway.response import render_refusal
 from .http1.asgi import App
 from .http1.server import serve_http
 from .local.pool import HandlerPool
-from .net.sockets import Listeners, Network, local_address, port_of, shown_address
+from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
+from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
 
@@ -119,6 +120,7 @@ class Node:
         """
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
             started()
             await self._asked_to_stop.wait()
@@ -137,6 +139,7 @@ class Node:
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             started()
@@ -188,6 +191,14 @@ class Node:
             client.close(reason)
             await trio.sleep(CLOSE_TIMEOUT)
         visit.cancel(reason=reason)
+
+    async def _log_blocks(self) -> None:
+        """Log blocks of the event loop until cancelled; a worker's link does that for a worker."""
+        if not isinstance(self._network, Sockets):
+            # Time stands still while a simulated network's loop is blocked.
+            return
+        with log_blocks(self._options.heartbeat_interval):
+            await trio.sleep_forever()
 
     async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
         """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over.

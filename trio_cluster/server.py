@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import trio
 
@@ -179,7 +179,11 @@ class ClusterServer:
         self._models.register("moderation", name, handler, options)
 
     def chat(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`."""
+        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
+
+        Raises:
+            TypeError: there is no name, as in ``@server.chat`` without parentheses.
+        """
         return self._decorator("chat", name, options)
 
     def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
@@ -243,8 +247,12 @@ class ClusterServer:
 
         Raises:
             ValueError: the path is not one, belongs to the API, or is answered by this model already.
-            TypeError: the handler has none of the shapes.
+            TypeError: the handler has none of the shapes, or the path or the name of the model is no text.
         """
+        if not isinstance(path, str) or not isinstance(model, str):
+            raise TypeError(
+                "a route needs a path and the name of a model: write @server.route('/v1/...', 'model')"
+            )
         if handler is None:
             return partial(self.route, path, model)
         self._models.register_route(path, model, handler)
@@ -263,6 +271,11 @@ class ClusterServer:
         return self._router.catalog.info(name) is not None
 
     def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+        if not isinstance(cast("object", name), str):
+            function = getattr(name, "__name__", repr(name))
+            raise TypeError(
+                f"the decorator needs the name of the model: write @server.{kind}({function!r}) above {function}"
+            )
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
@@ -343,9 +356,9 @@ class ClusterServer:
         """Run this server as the command line would, as the whole program: the last line of a script. Blocks.
 
         ``python models.py`` is ``trio-cluster run --app models:server``, and takes its flags; ``python models.py
-        master`` and ``python models.py worker HOST PORT`` are the other commands. Options come from this server, a file, the
-        environment and flags, later ones winning. The log goes to standard error. SIGTERM and Ctrl-C drain and stop, a
-        second one stops at once.
+        master`` and ``python models.py worker HOST PORT`` are the other commands. Options come from this server, a
+        file, the environment and flags, later ones winning. The log goes to standard error. SIGTERM and Ctrl-C drain
+        and stop, a second one stops at once.
 
         Args:
             argv: the arguments; ``sys.argv[1:]`` if ``None``.

@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["main", "run_application"]
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
 
 #: Seconds between two polls of a worker that drains.
 _DRAIN_POLL: Final = 0.25
@@ -121,7 +124,10 @@ def _describe_error(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         frames = traceback.extract_tb(error.__traceback__)
         if frames:
-            text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}; see --log-level debug)"
+            # The user's own line rather than the one of this package that has refused what it does.
+            own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<"))]
+            frame = (own or frames)[-1]
+            text += f" ({Path(frame.filename).name}, line {frame.lineno}; see --log-level debug)"
     return " ".join(text.split())
 
 
