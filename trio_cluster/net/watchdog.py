@@ -26,8 +26,10 @@ takes the lock, and from then on the thread writes nothing to it. The same holds
 cannot write (see :class:`~trio_cluster.net.streams.ByteStream`). A simulated one needs no thread, since its time stands
 still while the loop is blocked.
 
-There is one thread for each event loop, which serves all links of it, and only while there are any. What it cannot
-help against is code that does not let other threads run, such as an extension that computes without releasing
+*Without a link* a block is logged all the same, see :func:`log_blocks`: it stops every answer of the node.
+
+There is one thread for each event loop, which serves all links of it, and only while something is watched. What it
+cannot help against is code that does not let other threads run, such as an extension that computes without releasing
 Python's interpreter lock.
 """
 
@@ -55,6 +57,7 @@ __all__ = [
     "blocking_frame",
     "heartbeats_while_blocked",
     "injectable",
+    "log_blocks",
     "take_max_lag",
 ]
 
@@ -216,12 +219,30 @@ def heartbeats_while_blocked(
     if stream.virtual_time:
         yield
         return
+    with _watch(_WatchedStream(stream, every, frame, on_recovered)):
+        yield
+
+
+@contextmanager
+def log_blocks(every: float) -> Iterator[None]:
+    """Log for as long as the block lasts when the event loop is blocked, also where there is no link.
+
+    To be entered and left in a task.
+
+    Args:
+        every: seconds after which a turn of the loop is called a block.
+    """
+    with _watch(_WatchedLoop(every)):
+        yield
+
+
+@contextmanager
+def _watch(watched: _Watched) -> Iterator[None]:
     try:
         watchdog = _watchdog.get()
     except LookupError:
         watchdog = _Watchdog()
         _watchdog.set(watchdog)
-    watched = _WatchedStream(stream, every, frame, on_recovered)
     watchdog.add(watched)
     try:
         yield
@@ -265,6 +286,34 @@ class _WatchedStream:
             self.told = since
         return bool(blocked_by)
 
+    def on_added(self) -> None:
+        self.stream.allow_injection(True)
+
+    def on_removed(self) -> None:
+        self.stream.allow_injection(False)
+
+
+@attrs.define(eq=False)
+class _WatchedLoop:
+    """In the place of a stream where there is none: blocks are only logged."""
+
+    every: float
+
+    def write_if_due(self, now: float, since: float, blocked_by: str) -> bool:
+        return False
+
+    def on_recovered(self) -> None:
+        pass
+
+    def on_added(self) -> None:
+        pass
+
+    def on_removed(self) -> None:
+        pass
+
+
+_Watched: TypeAlias = _WatchedStream | _WatchedLoop
+
 
 class _Watchdog(trio.abc.Instrument):
     """Watches one event loop, and beats for its links while that is blocked."""
@@ -272,8 +321,8 @@ class _Watchdog(trio.abc.Instrument):
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._loop = threading.get_ident()
-        self._watched: set[_WatchedStream] = set()
-        # For the set of watched streams; never held while something is done with one of them.
+        self._watched: set[_Watched] = set()
+        # For the set of what is watched; never held while something is done with one of them.
         self._lock = threading.Lock()
         self._stop = threading.Event()
         # Read by the thread as they are: a float or None, replaced at once.
@@ -295,8 +344,8 @@ class _Watchdog(trio.abc.Instrument):
         """Begin a turn."""
         self._since = time.monotonic()
 
-    def add(self, watched: _WatchedStream) -> None:
-        watched.stream.allow_injection(True)
+    def add(self, watched: _Watched) -> None:
+        watched.on_added()
         with self._lock:
             first = not self._watched
             self._watched.add(watched)
@@ -313,8 +362,8 @@ class _Watchdog(trio.abc.Instrument):
             except RuntimeError as error:
                 logger.warning("no signs of life while the event loop is blocked: %s", error)
 
-    def remove(self, watched: _WatchedStream) -> None:
-        watched.stream.allow_injection(False)
+    def remove(self, watched: _Watched) -> None:
+        watched.on_removed()
         with self._lock:
             self._watched.remove(watched)
             last = not self._watched
@@ -346,11 +395,11 @@ class _Watchdog(trio.abc.Instrument):
             if since is not None:
                 self._look(streams, since, time.monotonic())
 
-    def _snapshot(self) -> tuple[_WatchedStream, ...]:
+    def _snapshot(self) -> tuple[_Watched, ...]:
         with self._lock:
             return tuple(self._watched)
 
-    def _look(self, streams: tuple[_WatchedStream, ...], since: float, now: float) -> None:
+    def _look(self, streams: tuple[_Watched, ...], since: float, now: float) -> None:
         blocked_by, told = "", False
         for watched in streams:
             if now - since >= watched.every:
