@@ -205,6 +205,7 @@ class WorkerConnection:
             trio.current_time(),
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
+            admit=lambda handshake: not self._probed and self._holder_of_name(handshake) is None,
         )
         self.link = Link(
             self._stream,
@@ -294,18 +295,27 @@ class WorkerConnection:
             case ForwardResponse() | Done() | Failed():
                 worker.on_event(event)
 
-    def _on_handshake(self, handshake: Handshake) -> None:
-        """Let the worker join, in the place of an older connection of its own process, or refuse it."""
-        name = handshake.node_id
+    def _holder_of_name(self, handshake: Handshake) -> WorkerConnection | None:
+        """Return the connection of another process that is alive and has the name of this worker, if there is one."""
         for other in self._connections:
-            if other.worker is None or other.worker.name != name:
+            if other.worker is None or other.worker.name != handshake.node_id:
                 continue
             silence = other.session.silence(trio.current_time())
             alive = silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
             if alive and other.worker.instance != handshake.instance:
-                self.link.end(f"another worker named '{name}' is connected, from {other.address}")
-                return
-            other.link.end("replaced by a new connection of the same worker")
+                return other
+        return None
+
+    def _on_handshake(self, handshake: Handshake) -> None:
+        """Let the worker join, in the place of an older connection of its own process, or refuse it."""
+        name = handshake.node_id
+        holder = self._holder_of_name(handshake)
+        if holder is not None:
+            self.link.end(f"another worker named '{name}' is connected, from {holder.address}")
+            return
+        for other in list(self._connections):
+            if other.worker is not None and other.worker.name == name:
+                other.link.end("replaced by a new connection of the same worker")
         self.worker = RemoteWorker(name, self.session, self.link.wake, self.address)
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
