@@ -77,12 +77,15 @@ class Troubled(Listener):
     def __init__(self, *numbers: int) -> None:
         self.numbers = list(numbers)
         self.closed = False
+        self.again = trio.Event()
 
     async def accept(self) -> ByteStream:
         await trio.lowlevel.checkpoint()
         if self.numbers:
             raise OSError(self.numbers.pop(0), "trouble")
-        return await trio.sleep_forever()
+        await self.again.wait()
+        self.again = trio.Event()
+        return await self.accept()
 
     def accept_nowait(self) -> ByteStream:
         raise trio.WouldBlock
@@ -106,7 +109,49 @@ async def test_without_room_for_another_connection_it_is_tried_again_after_a_whi
         assert not troubled.closed
         nursery.cancel_scope.cancel()
     assert troubled.closed
-    assert [record.message for record in caplog.records] == ["no room for another connection: trouble"] * 2
+    assert [record.message for record in caplog.records] == [
+        "no room for more connections, they have to wait: trouble"
+    ]
+
+
+async def test_a_shortage_is_logged_when_it_begins_and_when_it_is_over(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    troubled = Troubled(*[errno.EMFILE] * 600)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_all, troubled, print)
+        await trio.sleep(62)
+        assert troubled.numbers == []
+        assert len(caplog.records) == 1
+        await trio.sleep(5)
+        begun, over = caplog.records
+        assert over.getMessage() == "there is room for connections again"
+        assert vars(over)["fields"]["lasted"] == pytest.approx(59.9)
+        troubled.numbers.append(errno.EMFILE)
+        troubled.again.set()
+        await trio.sleep(1)
+        assert [record.getMessage() for record in caplog.records[2:]] == [begun.getMessage()]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_that_cannot_be_served_is_closed_and_logged_and_the_others_are_accepted(
+    crowd: tuple[socket.socket, list[socket.socket]], caplog: pytest.LogCaptureFixture
+) -> None:
+    streams: list[ByteStream] = []
+
+    def admit(stream: ByteStream) -> None:
+        streams.append(stream)
+        raise RuntimeError("a bug")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_all, listener(crowd[0]), admit)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(streams) == 5
+    for client in crowd[1]:
+        client.settimeout(5)
+        assert client.recv(1) == b""
+    assert caplog.text.count("RuntimeError: a bug") == 5
 
 
 async def test_another_error_is_raised() -> None:

@@ -26,6 +26,7 @@ from ..core.model import KINDS
 from ..core.status import WorkerStatus
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
+from ..net.acceptor import accept_all
 from ..net.sockets import Listeners, shown_address
 from ..net.streams import ByteStream
 from ..net.watchdog import NotInjectable, injectable
@@ -96,7 +97,15 @@ class WorkerManager:
             listeners: listening; closed when this is cancelled.
             task_status: started as soon as connections are accepted.
         """
-        await trio.serve_listeners(self.serve_stream, list(listeners), task_status=task_status)
+        async with trio.open_nursery() as nursery:
+
+            def admit(stream: ByteStream) -> None:
+                nursery.start_soon(self.serve_stream, stream)
+
+            for listener in listeners:
+                nursery.start_soon(accept_all, listener, admit)
+            task_status.started()
+        raise AssertionError("unreachable: the listeners are served until this is cancelled")
 
     async def serve_stream(self, stream: ByteStream) -> None:
         """Serve one connection until its link is over, and close it. A checkpoint.
@@ -114,6 +123,10 @@ class WorkerManager:
             )
         except NotInjectable as error:
             logger.error("connection refused: %s", error)
+            return
+        except Exception:
+            logger.exception("a worker's connection failed")
+            stream.close()
             return
         self._connections[connection] = None
         try:
@@ -245,10 +258,18 @@ class WorkerConnection:
 
     def _on_events(self, events: Sequence[MasterEvent]) -> None:
         for event in events:
-            if not isinstance(event, Data):
-                self._on_event(event)
-            elif self.worker is not None:
-                self.worker.on_data(event)
+            try:
+                if not isinstance(event, Data):
+                    self._on_event(event)
+                elif self.worker is not None:
+                    self.worker.on_data(event)
+            except Exception:
+                worker = self.worker
+                if worker is None or not isinstance(event, Data | ForwardResponse | Done | Failed):
+                    raise
+                fields = {"worker": worker.name, "call": event.call}
+                logger.exception("a call failed unexpectedly", extra={"fields": fields})
+                worker.fail_after_error(event.call)
         if self.session.peer_blocked or (self.worker is not None and self.worker.health.stalled):
             self._update_health()
 

@@ -23,6 +23,7 @@ later, when the producer says so with :meth:`Call.release`; a slot is freed by t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -36,6 +37,8 @@ from .observer import Observers
 from .request import Request
 
 __all__ = ["Call", "Phase"]
+
+logger = logging.getLogger("trio_cluster.calls")
 
 #: For the body; for a slot; for the first output; the answer has begun; it is over, and the work is not.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
@@ -243,9 +246,14 @@ class Call:
         if self.end is None:
             self._finish(Failed(CallCancelled("the work ended without an answer")))
         self.released = True
-        for callback in self._on_release:
-            callback()
-        self._on_release.clear()
+        callbacks, self._on_release = self._on_release, []
+        for callback in callbacks:
+            # Each of them frees something: one that fails must not keep the others from it, nor end the task.
+            try:
+                callback()
+            except Exception:
+                fields = {"model": self.request.model, "request_id": self.request.request_id}
+                logger.exception("the end of a call failed", extra={"fields": fields})
 
     def on_release(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when the work has really stopped; at once if it already has."""
