@@ -139,6 +139,14 @@ class RawWorker:
         self._stream, _ = cluster.connect()
         self._protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
 
+    async def handshake(self, path: str = PATH, headers: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
+        """Ask for a websocket, and return the answer."""
+        request = WebSocketRequest(
+            host="master", target=path, subprotocols=[SUBPROTOCOL], extra_headers=list(headers)
+        )
+        await self._stream.send_all(self._protocol.send(request))
+        return bytes(await self._stream.receive_some())
+
     async def join(self, name: str, model: str, instance: str = "", path: str = PATH) -> None:
         """Connect, and register one model."""
         request = WebSocketRequest(host="master", target=path, subprotocols=[SUBPROTOCOL])
@@ -818,3 +826,18 @@ async def test_nothing_that_a_worker_sends_whose_name_is_taken_is_decoded(
     await RawWorker(cluster).join("w1", "m")
     await wait_all_tasks_blocked()
     assert decoded == []
+
+
+@pytest.mark.parametrize("origin", [b"http://evil.example", b"null", b"", b"http://master:9000"])
+@pytest.mark.parametrize("path", [PATH, PROBE_PATH, "/elsewhere"])
+@pytest.mark.parametrize("token", [None, "secret"])
+async def test_a_web_page_can_neither_join_nor_probe(
+    nursery: trio.Nursery, origin: bytes, path: str, token: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, cluster_token=token)
+    headers = ((b"Origin", origin), (b"Authorization", b"Bearer secret"))
+    answer = await RawWorker(cluster).handshake(path, headers)
+    assert answer.startswith(b"HTTP/1.1 403 ")
+    await wait_all_tasks_blocked()
+    assert "connection refused: no web page may connect here" in caplog.text
+    assert (await RawWorker(cluster).handshake(PROBE_PATH)).startswith(b"HTTP/1.1 101 ")

@@ -243,6 +243,10 @@ class WorkerConnection:
             self._deregister("the master was stopped")
 
     def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
+        # Every browser sends it, for every page, and no worker does. Otherwise any page that an operator looks at could
+        # join as a worker, and be sent the requests of others.
+        if "origin" in headers:
+            return Refusal(403, "no web page may connect here")
         if path == PROBE_PATH:
             self._probed = True
             self.link.close_when_flushed(_PROBED)
