@@ -269,6 +269,7 @@ def test_every_error_of_our_own_is_documented() -> None:
     }
     ours = [
         errors.ModelNotFound("m", []),
+        errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
         errors.ShuttingDown(),

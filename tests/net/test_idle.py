@@ -67,3 +67,18 @@ async def test_one_may_be_idle_again_after_nobody_was(limit: IdleTimeout, autoju
     limit.begin(one)
     await trio.sleep(50)
     assert one.expired[1:] == [pytest.approx(start + 10)]
+
+
+async def test_one_that_cannot_be_told_keeps_no_other_from_it(
+    limit: IdleTimeout, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(One):
+        def expire(self) -> None:
+            raise ZeroDivisionError
+
+    failing, other = Failing(), One()
+    limit.begin(failing)
+    limit.begin(other)
+    await trio.sleep(100)
+    assert len(other.expired) == 1
+    assert "ZeroDivisionError" in caplog.text

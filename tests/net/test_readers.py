@@ -263,3 +263,31 @@ async def test_what_a_stream_has_read_ahead_waits_during_a_pause_and_is_given_af
     assert one.fed == [b"ab"]
     one.reading.resume()
     assert one.fed == [b"ab", b"cd"]
+
+
+class Failing(TcpStream):
+    """A stream that fails in a way that no stream may."""
+
+    def read_nowait(self, limit: int) -> bytes:
+        raise ZeroDivisionError
+
+    async def read(self, limit: int) -> bytes:
+        await super().read(limit)
+        raise ZeroDivisionError
+
+
+async def test_a_stream_that_fails_in_an_unexpected_way_ends_its_own_reading_only(reader: Reader) -> None:
+    one, two = Connection(reader), Connection(reader)
+    for connection in (one, two):
+        connection.reading.begin()
+    await wait_all_tasks_blocked()
+    # Not before the reading has begun.
+    one.stream.__class__ = Failing
+    for _ in range(2):
+        for connection in (one, two):
+            connection.client.send(b"hello")
+        await settle()
+    assert [type(error) for error in one.failed] == [ZeroDivisionError]
+    assert (two.fed, two.failed) == ([b"hello"] * 2, [])
+    one.close()
+    two.close()

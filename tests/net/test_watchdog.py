@@ -584,3 +584,26 @@ async def test_a_close_is_the_last_word_on_a_link(peers: Any) -> None:
     block(6 * EVERY)
     assert isinstance(peer.hear()[-1], CloseConnection)
     assert session.close_reason
+
+
+async def test_a_link_that_fails_after_a_block_ends_neither_the_event_loop_nor_the_heartbeats(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    def no_frame(lag: float, blamed: str) -> bytes:
+        raise ZeroDivisionError("no frame")
+
+    other = Pair()
+    with other.far:
+        with heartbeats_while_blocked(pair.stream, EVERY, frame, fails):
+            block_until(lambda: len(lags(pair.received())) >= 2)
+            await trio.sleep(0.05)
+            assert "a link failed after its event loop was blocked" in caplog.text
+            with heartbeats_while_blocked(other.stream, EVERY, no_frame, nothing):
+                block(3 * EVERY)
+            assert "no frame" in caplog.text
+            before = len(lags(pair.received()))
+            block_until(lambda: len(lags(pair.received())) > before)
+        await other.stream.aclose()

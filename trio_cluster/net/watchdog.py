@@ -377,8 +377,12 @@ class _Watchdog(trio.abc.Instrument):
         return longest if self._since is None else max(longest, time.monotonic() - self._since)
 
     def _on_recovered(self, since: float) -> None:
-        for watched in self._watched:
-            watched.on_recovered()
+        for watched in self._snapshot():
+            try:
+                watched.on_recovered()
+            except Exception:
+                # Trio calls this itself, and an exception would end the whole event loop.
+                logger.exception("a link failed after its event loop was blocked")
         if self._recovered == since:
             return
         self._recovered = since
@@ -392,8 +396,13 @@ class _Watchdog(trio.abc.Instrument):
         while not stop.wait(min((watched.every for watched in streams), default=1.0) / _LOOKS):
             streams = self._snapshot()
             since = self._since
-            if since is not None:
+            if since is None:
+                continue
+            try:
                 self._look(streams, since, time.monotonic())
+            except Exception:
+                # The thread serves all links of the loop, which would be dropped one after the other without it.
+                logger.exception("a heartbeat of a blocked event loop failed")
 
     def _snapshot(self) -> tuple[_Watched, ...]:
         with self._lock:
