@@ -194,9 +194,10 @@ class Link:
             demux.return_to_library()
 
     async def _write(self, demux: FrameDemux) -> None:
-        last = -math.inf
+        last, sendable = -math.inf, True
         while True:
-            burst = self._next_burst()
+            burst = self._next_burst() if sendable else []
+            sendable = True
             if not burst:
                 if self._close_when_flushed is not None and not self._session.unsent:
                     self._end(LinkClosed(self._close_when_flushed))
@@ -221,8 +222,8 @@ class Link:
             self._handshake_sent.set()
             for batch in burst:
                 self._on_sent(batch.sent)
-            last = self._now()
-            if self._session.sendable:
+            last, sendable = self._now(), self._session.sendable
+            if sendable:
                 # Let other tasks add to the next batch first.
                 await trio.lowlevel.checkpoint()
 
