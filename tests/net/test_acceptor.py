@@ -58,7 +58,7 @@ async def test_others_have_their_turn_after_some(
     assert [accepted.count(turn) for turn in accepted] == [2, 2, 2, 2, 1]
 
 
-async def test_a_cancelled_acceptor_leaves_nobody_listening() -> None:
+async def test_a_cancelled_acceptor_leaves_no_open_listener() -> None:
     sock = listening_socket()
     address = sock.getsockname()
     async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Who has been idle for too long, and who has not."""
+"""Which connections have been idle for too long."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ async def test_time_counts_from_the_last_beginning(limit: IdleTimeout, autojump_
     assert one.expired == [pytest.approx(start + 17)]
 
 
-async def test_one_may_be_idle_again_after_nobody_was(limit: IdleTimeout, autojump_clock: MockClock) -> None:
+async def test_a_timeout_begins_again_after_none_was_running(
+    limit: IdleTimeout, autojump_clock: MockClock
+) -> None:
     one = One()
     limit.begin(one)
     await trio.sleep(50)

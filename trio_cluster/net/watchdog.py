@@ -63,8 +63,8 @@ __all__ = [
 
 logger = logging.getLogger("trio_cluster.pulse")
 
-#: Makes the frame that is written when the loop misses a beat: of the seconds that its turn has lasted so far, and of
-#: what blocks it ("" for a turn that is not long enough to be called a block). Called in the thread.
+#: Makes the frame that is written when the loop misses a heartbeat: of the seconds that its turn has lasted so far, and
+#: of what blocks it ("" for a turn that is not long enough to be called a block). Called in the thread.
 Frame: TypeAlias = Callable[[float, str], bytes]
 
 #: How often the thread looks, in an interval between two heartbeats.
@@ -225,7 +225,7 @@ def heartbeats_while_blocked(
 
 @contextmanager
 def log_blocks(every: float) -> Iterator[None]:
-    """Log for as long as the block lasts when the event loop is blocked, also where there is no link.
+    """Log during the ``with`` statement when the event loop is blocked, also where there is no link.
 
     To be entered and left in a task.
 
@@ -270,13 +270,18 @@ class _WatchedStream:
     frame: Frame
     on_recovered: Callable[[], None]
     told: float | None = None
-    """The beginning of the turn that has been called a block."""
+    """The beginning of the turn that the peer was told of as a block."""
 
     def write_if_due(self, now: float, since: float, blocked_by: str) -> bool:
         """Write a frame if it is time for one, or if the turn that began at ``since`` has just become a block.
 
+        Args:
+            now: the time, on the monotonic clock.
+            since: when the turn began, on the same clock.
+            blocked_by: what blocks the loop; empty while the turn is not long enough to be a block.
+
         Returns:
-            Whether the other end has been told of a block.
+            Whether the peer was told of a block.
         """
         is_news = bool(blocked_by) and self.told != since
         is_due = now - self.stream.last_frame >= self.every
@@ -316,7 +321,7 @@ _Watched: TypeAlias = _WatchedStream | _WatchedLoop
 
 
 class _Watchdog(trio.abc.Instrument):
-    """Watches one event loop, and beats for its links while that is blocked."""
+    """Watches one event loop, and sends heartbeats on its links while that is blocked."""
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -353,14 +358,14 @@ class _Watchdog(trio.abc.Instrument):
             self._since = time.monotonic()
             self._longest = 0.0
             trio.lowlevel.add_instrument(self)
-            # Its own event to stop by, so that one which is still on its way out is not called back.
+            # Each thread has an event of its own, so that one that is still ending is not started again.
             self._stop = threading.Event()
             try:
                 threading.Thread(
                     target=self._run, args=(self._stop,), name="trio_cluster watchdog", daemon=True
                 ).start()
             except RuntimeError as error:
-                logger.warning("no signs of life while the event loop is blocked: %s", error)
+                logger.warning("no heartbeats while the event loop is blocked: %s", error)
 
     def remove(self, watched: _Watched) -> None:
         watched.on_removed()
