@@ -18,10 +18,20 @@ import attrs
 
 from .errors import OptionsError
 
-__all__ = ["ClusterMode", "ClusterServerOptions", "ConflictRule", "ServerOptions", "parse_boolean"]
+__all__ = [
+    "ClusterMode",
+    "ClusterServerOptions",
+    "ConflictRule",
+    "ServerOptions",
+    "StreamFailure",
+    "parse_boolean",
+]
 
 #: What happens to a model name that somebody already serves.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
+
+#: What follows the error event of a stream that has failed.
+StreamFailure: TypeAlias = Literal["end", "abort"]
 
 
 class ClusterMode(enum.StrEnum):
@@ -127,6 +137,11 @@ def _conflict_rule(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
 
 
+def _stream_failure(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(StreamFailure):
+        raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
+
+
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     if instance is None:
         return
@@ -184,6 +199,9 @@ class ServerOptions:
     """How many bytes a body may have that is kept in memory: every one but a form, which streams to its worker."""
     cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """Whose web pages may use the API: ``"*"``, or origins with commas between them; without it, nobody's."""
+    stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)
+    """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
+    connection is broken off, for clients that do not know error events and must not take the stream for complete."""
 
 
 @attrs.define

@@ -46,8 +46,8 @@ class RequestContext:
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
         began: when the request arrived, on the monotonic clock.
-        aborted: the answer failed after it began; the connection must be broken off, so that the client does not take
-            the answer for a complete one.
+        aborted: the answer failed after it began, and the client was not told in its body; the connection must be
+            broken off, so that the client does not take the answer for a complete one.
     """
 
     __slots__ = (

@@ -4,9 +4,8 @@ A handler gives the same output as for a chat, with the same meaning; here it be
 happens as events. The encoder of plain answers ignores the events and writes the response at the end. That of streams
 writes each event, and the same response in the last one.
 
-There is no ``[DONE]``. A stream that ends with ``response.completed`` or ``response.incomplete`` is complete, and any
-other was cut. A stream that fails ends with an error event in the same form as on all routes, as long as the official
-clients raise for no other form.
+There is no ``[DONE]``. A stream that ends with ``response.completed`` or ``response.incomplete`` is complete. One that
+fails ends with ``response.failed``, which the gateway writes (see ``../failures.py``), and any other was cut.
 """
 
 from __future__ import annotations
