@@ -620,6 +620,20 @@ async def test_an_unknown_model_is_404_and_one_of_another_kind_400(node: HttpNod
     assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
+async def test_token_ids_need_a_model_that_asks_for_them(node: HttpNode) -> None:
+    body = {"prompt": [[1, 2], [3]], "max_tokens": 0}
+    async with node.client() as client:
+        response = await client.post("/v1/completions", json={"model": "m"} | body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "token_ids_not_supported")
+        assert error["param"] == "prompt"
+        node.add("tokens", accepts_token_ids=True)
+        response = await client.post("/v1/completions", json={"model": "tokens"} | body)
+        assert response.status_code == 200
+        response = await client.post("/v1/completions", json={"model": "tokens", "echo": True} | body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "echo")
+
+
 async def test_images_need_a_model_that_sees(node: HttpNode) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]

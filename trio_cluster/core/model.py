@@ -49,6 +49,8 @@ class ChatModelOptions:
         default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
     )
     extra_fields: dict[str, Any] = attrs.field(factory=dict, validator=_json_object)
+    accepts_token_ids: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    """The handler takes prompts of token ids (``ChatRequest.prompt_tokens``); without it they are refused with 400."""
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
