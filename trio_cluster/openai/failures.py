@@ -12,10 +12,10 @@ because clients ignore events that they do not know:
   clients raise; numbered like every event of this route;
 - messages (the Anthropic API, behind the engine): ``event: error`` with the error types of that API.
 
-The gateway writes this event, since only it knows what has been sent. It works on the bytes of the stream, because most
-streams come from another node, and many from another server. So two things are read from the bytes that were sent last:
-the number of the next event, and whether the stream has ended already. A server behind an engine may write its own error
-event and then close its connection; the client must see one error event and not two.
+The gateway writes this event, since only it knows what has been sent. It works on the bytes of the stream, because
+most streams come from another node, and many from another server. So two things are read from the bytes that were sent
+last: the number of the next event, and whether the stream has ended already. A server behind an engine may write its
+own error event and then close its connection; the client must see one error event and not two.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ class ChatRequest(ModelRequest):
     """The conversation, in the form of ``/v1/chat/completions``: dicts with ``role`` and, mostly, ``content``, which is
     text or a list of parts. Never empty."""
     prompt: str | None = None
-    """The bare prompt of a request to ``/v1/completions``, for models that need no chat template. Empty if the prompt is
-    one of token ids."""
+    """The bare prompt of a request to ``/v1/completions``, for models that need no chat template. Empty if the prompt
+    is one of token ids."""
     prompt_tokens: list[int] | None = None
     """The prompt of a request to ``/v1/completions`` that has token ids instead of text. Only models with
     ``accepts_token_ids`` get such requests; the text of the only message is empty then."""
@@ -98,8 +98,8 @@ class ChatRequest(ModelRequest):
     n: int = 1
     """The number of choices, 1 to 128. The ``index`` of an :class:`OutputChunk` is that of its choice, from 0."""
     stop: str | list[str] | None = None
-    """As it was sent: one sequence, or a list. The OpenAI API allows four; a handler that can take no more should refuse
-    the rest. :attr:`stop_sequences` is always a list."""
+    """As it was sent: one sequence, or a list. The OpenAI API allows four; a handler that can take no more should
+    refuse the rest. :attr:`stop_sequences` is always a list."""
     max_tokens: int | None = None
     """1 or more; see :attr:`token_limit`. For ``/v1/completions``, 16 if the client does not send it, and it may be 0:
     the prompt is to be read, and nothing to be generated."""
