@@ -73,11 +73,56 @@ async def cluster(cluster_seed: int, request: pytest.FixtureRequest) -> AsyncIte
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run tests that use the fixture by trio, in virtual time."""
-    for item in items if _has_pytest_trio(config) else ():
+    for number, item in enumerate(items) if _has_pytest_trio(config) else ():
         if "cluster" in getattr(item, "fixturenames", ()) and _uses_ours(item) and _is_async(item):
             marker = item.get_closest_marker("trio")
             run = None if marker is None else marker.kwargs.get("run")
+            items[number] = item = _taken_from_asyncio(item)
             item.add_marker(pytest.mark.trio(run=functools.partial(_run_virtually, run)), append=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the other half of :func:`pytest_fixture_setup`."""
+    config.pluginmanager.register(_FixtureFunctions(), "trio_cluster_fixture_functions")
+
+
+class _Hidden:
+    """A fixture's function, which does not look like one that pytest-asyncio would run."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__module__ = function.__module__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Keep async fixtures of tests that use the fixture away from pytest-asyncio.
+
+    In its mode ``auto`` it runs every async fixture in an asyncio loop, in whatever test. It decides that in a wrapper
+    of this hook, by the fixture's function, so that is hidden until all wrappers have run.
+    """
+    function = fixturedef.func
+    if request.scope != "function" or not _is_run_virtually(request.node) or not _is_async_function(function):
+        return (yield)
+    fixturedef.func = _Hidden(function)  # type: ignore[misc]
+    try:
+        return (yield)
+    finally:
+        fixturedef.func = function  # type: ignore[misc]
+
+
+class _FixtureFunctions:
+    """Shows the function of a fixture again, before pytest-trio sets the fixture up."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+        if isinstance(fixturedef.func, _Hidden):
+            fixturedef.func = fixturedef.func.function  # type: ignore[misc]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -121,6 +166,34 @@ def _uses_ours(item: pytest.Item) -> bool:
     info = getattr(item, "_fixtureinfo", None)
     definitions = getattr(info, "name2fixturedefs", {}).get("cluster", ())
     return info is None or (bool(definitions) and definitions[-1].func.__module__ == __name__)
+
+
+def _taken_from_asyncio(item: pytest.Item) -> pytest.Item:
+    """Return the test as a plain one, if pytest-asyncio has made it one that runs in an asyncio loop."""
+    if type(item) is pytest.Function or not isinstance(item, pytest.Function):
+        return item
+    if not any(marker.name == "asyncio" for marker in item.own_markers):
+        return item
+    plain: pytest.Function = pytest.Function.from_parent(
+        item.parent,
+        name=item.name,
+        callspec=getattr(item, "callspec", None),
+        callobj=item.obj,
+        fixtureinfo=getattr(item, "_fixtureinfo", None),
+        originalname=item.originalname,
+    )
+    plain.own_markers[:] = [marker for marker in item.own_markers if marker.name != "asyncio"]
+    return plain
+
+
+def _is_run_virtually(node: Any) -> bool:
+    marker = node.get_closest_marker("trio") if isinstance(node, pytest.Function) else None
+    run = None if marker is None else marker.kwargs.get("run")
+    return isinstance(run, functools.partial) and run.func is _run_virtually
+
+
+def _is_async_function(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _is_async(item: pytest.Item) -> bool:

@@ -226,3 +226,48 @@ def test_the_plugin_is_installed_and_costs_nothing_where_it_is_not_used() -> Non
         "assert not imported, imported"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_the_fixture_works_beside_pytest_asyncio(project: pytest.Pytester, mode: str) -> None:
+    pytest.importorskip("pytest_asyncio")
+    project.makeini(
+        f"[pytest]\nasyncio_mode = {mode}\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\n"
+    )
+    result = run(
+        project,
+        """
+    import asyncio
+
+    @pytest.fixture
+    async def model(cluster):
+        model = FakeModel(tokens=10, interval=50)
+        await start(cluster, model)
+        yield model
+        await trio.sleep(1)
+
+    async def test_hours(cluster: SimulatedCluster, model) -> None:
+        response = await cluster.client().chat("m")
+        assert response.report().text == model.text()
+        assert trio.current_time() == 9 * 50
+
+    @pytest.mark.parametrize("number", [1, 2])
+    async def test_numbers(cluster, number):
+        assert number in (1, 2)
+        await trio.sleep(1000)
+
+    class TestInside:
+        async def test_method(self, cluster):
+            await trio.sleep(1000)
+
+    @pytest.fixture
+    def plain():
+        return 7
+
+    @pytest.mark.asyncio
+    async def test_of_asyncio(plain):
+        await asyncio.sleep(0)
+        assert plain == 7
+        """,
+    )
+    result.assert_outcomes(passed=5)
