@@ -52,6 +52,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_body_size": 512 * 1024 * 1024,
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
+            "access_log": False,
             "http": "lean",
             "stream_failure": "end",
         },
@@ -233,6 +234,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
     in_server = field in attrs.fields_dict(ServerOptions)
     texts = {
         "enable_cluster": "false",
+        "access_log": "yes",
         "on_conflict": "replicate",
         "stream_failure": "abort",
         "heartbeat_interval": "7",
@@ -240,8 +242,8 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "http": "hypercorn",
     }
     plain: dict[str, object] = {
-        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0,
-        "http": "hypercorn",
+        "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
+        "batch_wait": 0, "http": "hypercorn",
         "stream_failure": "abort",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type

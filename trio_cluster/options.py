@@ -208,6 +208,8 @@ class ServerOptions:
     """How many bytes a body may have that is kept in memory. All bodies are, except forms, which are streamed."""
     cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The origins of the web pages that may use the API: ``"*"``, or a list with commas; ``None``: no web page may."""
+    access_log: bool = attrs.field(default=False, validator=_flag)
+    """Whether to log one line for each request, with its status and duration."""
     http: HttpServer = attrs.field(default="lean", validator=_http_server)
     """The server of the API: ``"lean"``: the package's own, for HTTP/1.1; ``"hypercorn"``: for HTTP/1.1 and HTTP/2."""
     stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)

@@ -130,3 +130,31 @@ def test_help_is_that_of_run(
     monkeypatch.setattr(sys, "argv", ["models.py"])
     ClusterServer().main(["--help"])
     assert "usage: models.py run" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("variables", "warned"),
+    [
+        ({}, True),
+        ({"TRIO_CLUSTER_API_KEY": "k"}, False),
+        ({"TRIO_CLUSTER_CLUSTER_TOKEN": "t"}, False),
+        ({"TRIO_CLUSTER_HOST": "127.0.0.1"}, False),
+    ],
+)
+def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_open(
+    variables: dict[str, str],
+    warned: bool,
+    program: Callable[..., Process],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRIO_CLUSTER_HOST")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    process = program(FIRST, "0")
+    process.wait_for("serving ")
+    process.popen.send_signal(signal.SIGTERM)
+    log = process.end()[1]
+    assert ("open to everyone" in log) is warned
+    everywhere = "TRIO_CLUSTER_HOST" not in variables
+    assert bool(re.search(r"from_other_machines=http://[\w.-]+:\d+", log)) is everywhere

@@ -155,7 +155,7 @@ def test_every_flag_reaches_its_option(main: Main, ran: list[Ran]) -> None:
     argv += ["--timeout", "inf", "--max-body-size", "1000", "--owner", "me", "--drain-timeout", "4"]
     argv += ["--api-key", "k", "--cluster-token", "t", "--internal-host", "::1", "--internal-port", "5"]
     argv += ["--worker-timeout", "7", "--heartbeat-interval", "6", "--on-conflict", "replicate"]
-    argv += ["--name", "w1"]
+    argv += ["--name", "w1", "--access-log"]
     assert main(*argv)[0] == 0
     assert ran[0].server.options == ClusterServerOptions(
         ServerOptions(
@@ -165,6 +165,7 @@ def test_every_flag_reaches_its_option(main: Main, ran: list[Ran]) -> None:
             queue_timeout=3.0,
             default_timeout=float("inf"),
             max_body_size=1000,
+            access_log=True,
             owner="me",
             api_key="k",
             worker_id="w1",
@@ -391,8 +392,8 @@ def test_an_error_in_the_import_of_an_application_is_not_bad_usage(
     ("line", "error"),
     [
         ("[server.register_chat('m', lambda request: '') for _ in (1, 2)]", "already served"),
-        ("server.register_tts('m', 7)", "a handler is a function, not 7"),
-        ("server.chat(' m')(lambda request: '')", "a model's name has"),
+        ("server.register_tts('m', 7)", "a handler must be a function, not 7"),
+        ("server.chat(' m')(lambda request: '')", "a model's name must have"),
     ],
 )
 def test_an_error_of_a_registration_names_the_user_s_line(

@@ -207,6 +207,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "HOW",
         "what follows the error event of a stream that failed: end or abort",
     )
+    options.add_argument(
+        "--access-log",
+        dest="access_log",
+        action="store_true",
+        default=None,
+        help="log one line for each request",
+    )
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
     add(

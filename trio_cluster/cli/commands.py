@@ -32,6 +32,7 @@ import attrs
 import trio
 
 from ..errors import ClusterError, OptionsError
+from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
 from . import logs
@@ -262,7 +263,23 @@ class _Announcer:
         fields: dict[str, object] = {"url": self.server.url, "mode": str(mode), "models": models}
         if mode is ClusterMode.MASTER:
             fields["workers_join_at"] = self.server.internal_port
+        options = self.server.options
+        everywhere = options.server.host in ("0.0.0.0", "::")
+        if everywhere:
+            fields["from_other_machines"] = (
+                f"http://{shown_address(outward_address(), self.server.port or 0)}"
+            )
         logger.info("serving", extra={"fields": fields})
+        missing = []
+        if options.server.api_key is None:
+            missing.append("use its models (set TRIO_CLUSTER_API_KEY)")
+        if mode is ClusterMode.MASTER and options.cluster_token is None:
+            missing.append("bring models of their own (set TRIO_CLUSTER_CLUSTER_TOKEN)")
+        if everywhere and len(missing) == (2 if mode is ClusterMode.MASTER else 1):
+            logger.warning(
+                "open to everyone: all who reach this machine may %s; or listen on this machine only: --host 127.0.0.1",
+                " and ".join(missing),
+            )
 
 
 async def _stop_on_signals(

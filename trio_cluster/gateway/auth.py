@@ -9,6 +9,7 @@ from ..core.log_context import current_principal
 from ..core.principal import ANONYMOUS, Principal
 from ..errors import ApiError
 from ..options import ClusterServerOptions
+from .access_log import RefusedKeys
 from .context import RequestContext
 
 __all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey"]
@@ -41,11 +42,17 @@ class Authenticate:
 
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
+        self._refused_keys = RefusedKeys()
 
     async def admit(self, context: RequestContext) -> None:
         """See ``Stage``."""
         if (context.path.rstrip("/") or "/") not in OPEN_PATHS:
-            context.principal = principal = await self._authenticator.authenticate(context)
+            try:
+                context.principal = principal = await self._authenticator.authenticate(context)
+            except ApiError as error:
+                if error.status == 401:
+                    self._refused_keys.refused(context, error.message)
+                raise
             if principal.name:
                 current_principal.set(principal.name)
 

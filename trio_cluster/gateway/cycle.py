@@ -91,6 +91,11 @@ class RequestCycle:
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
 
+    @property
+    def client_left(self) -> bool:
+        """Whether the client disconnected before the response was complete."""
+        return self._left
+
     async def run(self) -> None:
         """Admit the request and answer it. When this returns, the calls that were opened for it have ended."""
         context = self.context
@@ -109,6 +114,7 @@ class RequestCycle:
             await self._refuse(error_reply(error))
             return
         except ClientLeft:
+            self._left = True
             return
         try:
             if context.endpoint is not None:

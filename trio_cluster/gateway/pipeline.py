@@ -19,6 +19,7 @@ from collections.abc import Callable
 from ..core.log_context import current_principal, current_request
 from ..errors import InvalidRequest
 from ..http1.asgi import App, Receive, Scope, Send
+from .access_log import AccessLog
 from .auth import Authenticate, Authenticator, SingleKey
 from .context import RequestContext
 from .cycle import RequestCycle
@@ -66,12 +67,18 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         if scope["type"] == "http":
+            access_log = None
+            if self.pipeline.node_context.options.server.access_log:
+                access_log = AccessLog(send)
+                send = access_log.send
             cycle = RequestCycle(self.pipeline, scope, receive, send)
             # Reset at the end, since the task of a connection serves one request after the other.
             token = current_request.set(cycle.context.request_id)
             try:
                 await cycle.run()
             finally:
+                if access_log is not None:
+                    access_log.write(scope["method"], cycle.context, client_left=cycle.client_left)
                 current_request.reset(token)
                 current_principal.set("")
         elif scope["type"] == "websocket":

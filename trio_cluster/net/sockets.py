@@ -29,6 +29,7 @@ __all__ = [
     "close_all",
     "local_address",
     "open_pair",
+    "outward_address",
     "port_of",
     "receive_when_ready",
     "shown_address",
@@ -175,6 +176,21 @@ def shown_address(host: str, port: int) -> str:
 def local_address(host: str) -> str:
     """Return the host at which a process on this machine reaches a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def outward_address() -> str:
+    """Return the address under which other machines most likely reach this one; its name if there is no network.
+
+    It is the address that this machine would send from. Nothing is sent.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            # An address for documentation (RFC 5737), so that it is never in the same network.
+            sock.connect(("192.0.2.1", 9))
+            address: str = sock.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
+        return address
 
 
 def _listen(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socket.socket:

@@ -1,0 +1,77 @@
+"""The access log, and the trace of requests without a valid key."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from http_node import open_http_node
+
+from trio_cluster.gateway import access_log
+
+
+def lines(
+    caplog: pytest.LogCaptureFixture, logger: str = "trio_cluster.access"
+) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (record.message, record.fields)  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == logger
+    ]
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+async def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.access")
+    async with open_http_node(access_log=True, api_key="k") as node, node.client() as client:
+        key = {"Authorization": "Bearer k", "x-request-id": "r1"}
+        await client.post("/v1/chat/completions", json=CHAT, headers=key)
+        await client.post("/v1/chat/completions", json={**CHAT, "stream": True}, headers=key)
+        await client.post("/v1/chat/completions", json={**CHAT, "model": "none"}, headers=key)
+        await client.post("/v1/chat/completions", json=CHAT)
+        await client.get("/health")
+        await client.get("/nowhere", headers=key)
+    logged = lines(caplog)
+    assert [(text, fields["status"]) for text, fields in logged] == [
+        ("POST /v1/chat/completions", 200),
+        ("POST /v1/chat/completions", 200),
+        ("POST /v1/chat/completions", 404),
+        ("POST /v1/chat/completions", 401),
+        ("GET /health", 200),
+        ("GET /nowhere", 404),
+    ]
+    fields = logged[0][1]
+    assert (fields["model"], fields["request_id"], fields["principal"]) == ("m", "r1", "default")
+    assert fields["client"].startswith("127.0.0.1:")
+    assert 0 <= fields["seconds"] < 5
+    assert "ended" not in fields
+
+
+async def test_without_the_option_there_is_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.access")
+    async with open_http_node() as node, node.client() as client:
+        await client.get("/health")
+        node.node_context.options.server.access_log = True
+        await client.get("/health")
+    assert len(lines(caplog)) == 1
+
+
+async def test_a_wrong_key_leaves_a_trace_and_many_leave_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_http_node(api_key="right") as node, node.client() as client:
+        for _ in range(50):
+            assert (
+                await client.get("/v1/models", headers={"Authorization": "Bearer wrong"})
+            ).status_code == 401
+        ((text, fields),) = lines(caplog, "trio_cluster.http")
+        assert text == "a request was refused: The API key is not valid"
+        assert fields["client"].startswith("127.0.0.1:")
+        assert fields["path"] == "/v1/models"
+        assert "wrong" not in caplog.text
+        monkeypatch.setattr(access_log.time, "monotonic", lambda: 1e9)
+        await client.get("/v1/models")
+    assert lines(caplog, "trio_cluster.http")[1][1]["not_logged"] == 49
