@@ -7,7 +7,7 @@ Nothing in this client is specific to trio_cluster, apart from the field ``kind`
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import openai
@@ -83,8 +83,8 @@ def main(base_url: str, api_key: str) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(
-        arguments[0] if arguments else "http://127.0.0.1:8080/v1",
-        arguments[1] if len(arguments) > 1 else "not-needed",
-    )
+    parser = argparse.ArgumentParser(description="Send a request to every model of a cluster.")
+    parser.add_argument("base_url", nargs="?", default="http://127.0.0.1:8080/v1", metavar="BASE_URL")
+    parser.add_argument("api_key", nargs="?", default="not-needed", metavar="API_KEY")
+    arguments = parser.parse_args()
+    main(arguments.base_url, arguments.api_key)

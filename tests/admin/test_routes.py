@@ -55,6 +55,20 @@ async def test_a_model_for_every_route_does_not_get_what_the_node_answers_itself
         assert (await wire.answer()).status == 200
 
 
+async def test_a_model_for_every_route_does_not_make_other_paths_exist(node: HttpNode) -> None:
+    node.add("raw", kind="any")
+    async with node.connect() as wire:
+        for method, path, model, status in (
+            ("GET", "/api/tags", None, 404),
+            ("DELETE", "/v1/tokenize", None, 404),
+            ("POST", "/v1/chat/completion", "m", 404),
+            ("POST", "/v1/tokenize", "m", 404),
+            ("POST", "/v1/tokenize", "raw", 200),
+        ):
+            await wire.request(method, path, b"" if model is None else b'{"model": "%b"}' % model.encode())
+            assert (await wire.answer()).status == status, path
+
+
 async def test_a_body_is_looked_into_beforehand_only_while_a_model_wants_it_untouched(
     node: HttpNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -282,6 +282,12 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     [
         ("8080", "http://127.0.0.1:8080"),
         ("master:9000", "http://master:9000"),
+        ("master", "http://master:8080"),
+        ("master/v1", "http://master:8080"),
+        ("::1", "http://[::1]:8080"),
+        ("[::1]", "http://[::1]:8080"),
+        ("[::1]:9000", "http://[::1]:9000"),
+        ("http://master", "http://master"),
         ("https://master/v1/", "https://master"),
         ("http://master/behind/a/proxy/", "http://master/behind/a/proxy"),
         ("http://[::1]:8080", "http://[::1]:8080"),

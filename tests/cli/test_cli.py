@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -63,8 +65,12 @@ def test_help_shows_the_defaults_of_the_options(main: Main) -> None:
         (["worker"], "a worker needs something to serve"),
         (["worker", "10.0.0.1", "--host=0.0.0.0", "-a", "app:server"], "unrecognized arguments: --host"),
         (["worker", "8080", "-a", "app:server"], "HOST: expected the master's name or address"),
-        (["worker", "http://master:8080", "-a", "app:server"], "HOST: expected"),
-        (["worker", "master:8080", "-a", "app:server"], "HOST: expected"),
+        (["worker", "ftp://master:8080", "-a", "app:server"], "HOST: expected"),
+        (["worker", "https://master:8080", "-a", "app:server"], "HOST: workers connect without TLS"),
+        (["worker", "http://master/elsewhere", "-a", "app:server"], "HOST: expected"),
+        (["worker", "master:http", "-a", "app:server"], "HOST: expected"),
+        (["worker", "master:", "-a", "app:server"], "HOST: expected"),
+        (["worker", "master:8080", "9000", "-a", "app:server"], "PORT: 9000 is not the port of master:8080"),
         (["worker", "", "-a", "app:server"], "HOST: expected"),
         (
             ["worker", "master", "65000", "-a", "app:server"],
@@ -226,6 +232,57 @@ def test_master_hosts_are_names_or_addresses() -> None:
         ("::1", "::1"),
     ):
         assert arguments.master_host(text) == host
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["gpu"], ("gpu", 9080)),
+        (["gpu", "7000"], ("gpu", 8000)),
+        (["gpu:7000"], ("gpu", 8000)),
+        (["gpu:7000", "7000"], ("gpu", 8000)),
+        (["http://gpu:7000"], ("gpu", 8000)),
+        (["http://gpu:7000/v1/"], ("gpu", 8000)),
+        (["http://gpu"], ("gpu", 1080)),
+        (["[::1]:7000"], ("::1", 8000)),
+        (["http://[::1]:7000"], ("::1", 8000)),
+        (["::1"], ("::1", 9080)),
+        (["[::1]"], ("::1", 9080)),
+    ],
+)
+def test_the_master_of_a_worker_is_a_host_an_address_or_a_url(
+    words: list[str], where: tuple[str, int], main: Main, ran: list[Ran], place: Path
+) -> None:
+    (place / "app.py").write_text(APP)
+    assert main("worker", *words, "-a", "app:server")[0] == 0
+    assert [each.arguments for each in ran] == [where]
+
+
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    code = (
+        "import sys; from trio_cluster.cli import commands;"
+        "commands._COMMANDS['status'] = lambda arguments: print('w\\u00fcrker \\u5317') or 0;"
+        "sys.exit(commands.main(['status']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert done.stdout == b"w\\xfcrker \\u5317\n"
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = (
+        "import sys; from trio_cluster.cli import commands;"
+        "commands._COMMANDS['status'] = lambda arguments: [print('x' * 1000) for _ in range(1000)] and 0;"
+        "sys.exit(commands.main(['status']))"
+    )
+    popen = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert popen.stdout is not None
+    assert popen.stderr is not None
+    popen.stdout.readline()
+    popen.stdout.close()
+    with popen.stderr:
+        assert popen.stderr.read() == b""
+    assert popen.wait(timeout=20) == 0
 
 
 # Engines and the demo

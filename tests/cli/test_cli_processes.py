@@ -95,7 +95,7 @@ def test_the_module_is_the_command() -> None:
 
 
 @processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_gracefully_with_code_0(number: signal.Signals, start: Callable[..., Process]) -> None:
     process = start("master", "0", "--host", "127.0.0.1", "-a", "app:server")
     process.wait_for(r"serving .*url=http://127\.0\.0\.1:\d+.* mode=master models=echo,slow")
@@ -172,3 +172,24 @@ def test_a_refused_worker_ends_with_code_1_and_one_line(start: Callable[..., Pro
     one_line(log)
     master.popen.send_signal(signal.SIGTERM)
     assert master.end()[0] == 0
+
+
+@processes
+def test_the_port_for_workers_given_by_mistake_is_noticed(start: Callable[..., Process]) -> None:
+    master = start("master", "0", "--host", "127.0.0.1")
+    port = int(master.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1])
+    worker = start("worker", f"127.0.0.1:{port + 1000}", "-a", "app:server")
+    code, log = worker.end()
+    assert code == 1
+    assert log.endswith(
+        f"{port + 1000} is the master's port for workers; give the port of its API, which is {port},"
+        f" or --internal-port {port + 1000}\n"
+    )
+    status = subprocess.run(
+        [sys.executable, "-m", "trio_cluster", "status", f"127.0.0.1:{port + 1000}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert status.returncode == 1
+    assert f"the API is on {port}" in one_line(status.stderr)

@@ -296,6 +296,9 @@ def test_speech_is_sent_as_it_comes() -> None:
         ("wav", b"OggS", "audio/ogg"),
         ("pcm", OutputChunk.audio(b"fLaC"), "audio/flac"),
         ("flac", b"ID3", "audio/mpeg"),
+        ("wav", b"\0" * 12, "audio/pcm"),
+        ("opus", b"\1\2" * 100, "audio/pcm"),
+        ("mp3", b"\0" * 12, "audio/mpeg"),
     ],
 )
 def test_the_content_type_of_speech_is_what_it_is_and_else_what_was_asked_for(

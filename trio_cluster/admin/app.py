@@ -61,7 +61,7 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
     """Answer an error that the framework raises: an unknown path, a wrong method, or a route that calls ``abort``."""
-    if error.code == 404 and node_context.router.catalog.answers(custom_route(request.path)):
+    if error.code == 404 and node_context.router.catalog.declares(custom_route(request.path)):
         # A custom route. The framework does not know these, since models may be added and removed at any time.
         error = MethodNotAllowed(["POST"])
     status = error.code or 500

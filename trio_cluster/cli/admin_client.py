@@ -15,12 +15,19 @@ from collections.abc import Collection, Mapping
 from typing import IO, Any, Final
 from urllib.parse import urlsplit
 
+import trio
+
+from ..cluster.probe import check_is_cluster_server
 from ..errors import ClusterError
+from ..net.sockets import INTERNAL_OFFSET
 
 __all__ = ["node_url", "printable", "request_json"]
 
 #: Seconds that connecting may take, and every wait for more of the response.
 TIMEOUT: Final = 5.0
+
+#: The port of a host that is given without one, as for all commands.
+_DEFAULT_PORT: Final = 8080
 
 #: Bytes of the largest response; the status of a thousand workers with a hundred models each is smaller.
 _MAX_RESPONSE: Final = 16 * 1024 * 1024
@@ -30,7 +37,8 @@ def node_url(text: str) -> str:
     """Return the URL of a node.
 
     Args:
-        text: a URL, with or without ``/v1`` at its end; ``host:port``; or a port of this machine.
+        text: a URL, with or without ``/v1`` at its end; ``host:port``; a host, whose port is then 8080; or a port of
+            this machine.
 
     Raises:
         ValueError: it is none of these; the message says what is expected.
@@ -39,7 +47,12 @@ def node_url(text: str) -> str:
     if text.isascii() and text.isdigit():
         text = f"127.0.0.1:{text}"
     if "://" not in text:
-        text = f"http://{text}"
+        host, slash, path = text.partition("/")
+        if host.count(":") > 1 and "[" not in host:
+            host = f"[{host}]"
+        if host and (":" not in host or host.endswith("]")):
+            host = f"{host}:{_DEFAULT_PORT}"
+        text = f"http://{host}{slash}{path}"
     try:
         parts = urlsplit(text)
         parts.port  # noqa: B018  (reading it checks it)
@@ -105,7 +118,7 @@ def request_json(
         raise ClusterError(f"{node}: does not speak HTTP, check the port: {printable(error)}") from error
     content = _decode(body)
     if not set(expected) <= content.keys():
-        raise ClusterError(f"{node}: is not a trio_cluster node; check the URL")
+        raise ClusterError(f"{node}: is not a trio_cluster node; check the URL{_workers_port_hint(node)}")
     return content
 
 
@@ -138,7 +151,18 @@ def _refused(node: str, error: urllib.error.HTTPError, *, with_key: bool) -> Clu
         return ClusterError(f"{node}: access refused (HTTP {code}): {hint}")
     if code >= 500:
         return ClusterError(f"{node}: failed to answer (HTTP {code}); look into its log, or try again")
-    return ClusterError(f"{node}: is not a trio_cluster node (HTTP {code}); check the URL")
+    # A redirect is not followed, in no way.
+    hint = _workers_port_hint(node) if code >= 400 else ""
+    return ClusterError(f"{node}: is not a trio_cluster node (HTTP {code}); check the URL{hint}")
+
+
+def _workers_port_hint(node: str) -> str:
+    """Return what to try if the URL has the port for workers in it, which is 1000 above that of the API. Blocks."""
+    parts = urlsplit(node)
+    host, port = parts.hostname or "", parts.port or 0
+    if port <= INTERNAL_OFFSET or not trio.run(check_is_cluster_server, host, port):
+        return ""
+    return f": {port} is the port for workers, the API is on {port - INTERNAL_OFFSET}"
 
 
 def _is_this_machine(url: str) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -25,7 +26,7 @@ from ..options import ClusterServerOptions, ServerOptions
 from . import logs
 from .settings import load_options
 
-__all__ = ["log_settings", "master_host", "options_from", "parse_arguments"]
+__all__ = ["log_settings", "master_address", "master_host", "options_from", "parse_arguments"]
 
 _FIELDS: Final = {
     field.name: field for options in (ServerOptions, ClusterServerOptions) for field in attrs.fields(options)
@@ -105,7 +106,11 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
 
     worker = command("worker", "Serve models to a master.")
     worker.add_argument(
-        "master_host", nargs="?", default="127.0.0.1", metavar="HOST", help="default: %(default)s"
+        "master_host",
+        nargs="?",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the master's host, host:port or URL (default: %(default)s)",
     )
     _add_port(worker, whose="the master's external port")
     _add_serving_flags(worker, master=False, worker=True)
@@ -289,6 +294,41 @@ def master_host(text: str) -> str:
                 f"HOST: expected the master's name or address, and PORT after it, got {text!r}"
             ) from None
     return host
+
+
+def master_address(text: str) -> tuple[str, int | None]:
+    """Return the host of the master's machine and the port of its API.
+
+    Args:
+        text: what was given as HOST: a host as for :func:`master_host`, ``host:port``, or a URL, with or without
+            ``/v1``.
+
+    Returns:
+        The host without brackets, and the port; ``None`` if there is none in it.
+
+    Raises:
+        OptionsError: it is none of these, or a URL with another scheme than ``http``.
+    """
+    expected = OptionsError(
+        f"HOST: expected the master's name or address, host:port or a URL such as http://master:8080, got {text!r}"
+    )
+    is_url = "://" in text
+    # A bare IPv6 address has colons, and no port.
+    if not is_url and (text.count(":") != 1 and "]:" not in text):
+        return master_host(text), None
+    try:
+        parts = urlsplit(text if is_url else f"http://{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise expected from None
+    if parts.scheme == "https":
+        raise OptionsError("HOST: workers connect without TLS; give http://HOST:PORT, or HOST:PORT")
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    if parts.scheme != "http" or not host or path or parts.query or parts.username is not None:
+        raise expected
+    if port is None and not is_url:
+        raise expected
+    return master_host(host), 80 if port is None else port
 
 
 def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:

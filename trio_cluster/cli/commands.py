@@ -7,14 +7,16 @@ Theory of operation
 usage, which is a wrong flag, a wrong option from any source, an application that cannot be found, or a worker that has
 nothing to serve. An error is one line on standard error; its traceback is logged at level ``debug``.
 
-*Signals.* The first SIGINT or SIGTERM makes the server drain and stop. Before the server is up, it stops the process
-instead. The second one cancels everything. If a thread does not react to that, the third one kills the process.
+*Signals.* The first SIGINT, SIGTERM or SIGHUP (a terminal that was closed) makes the server drain and stop. Before the
+server is up, it stops the process instead. The second one cancels everything. If a thread does not react to that, the
+third one kills the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import os
@@ -31,13 +33,14 @@ from urllib.parse import quote
 import attrs
 import trio
 
+from ..cluster.probe import check_is_cluster_server
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
 from . import logs
 from .admin_client import node_url, printable, request_json
-from .arguments import log_settings, master_host, options_from, parse_arguments
+from .arguments import log_settings, master_address, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
 
@@ -81,13 +84,20 @@ def run_application(server: ClusterServer, argv: Sequence[str] | None = None) ->
 
 def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
     debug = False
+    _escape_what_cannot_be_encoded()
     try:
         arguments = parse_arguments(argv, None if application is None else Path(sys.argv[0]).name or "python")
         arguments.application = application
         level, log_format = log_settings(arguments)
         debug = level == "debug"
         logs.configure(level, log_format)
-        return _COMMANDS[arguments.command](arguments)
+        code = _COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who reads our output has read enough, as `head` does. What is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as exit:
         # Raised by argparse for --help and --version, and perhaps by the application while it is imported.
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
@@ -104,6 +114,13 @@ def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
         sentences = dict.fromkeys(_describe_error(cause) for cause in causes)
         print(f"trio-cluster: error: {'; '.join(sentences)}", file=sys.stderr)
         return 2 if all(isinstance(cause, OptionsError) for cause in causes) else 1
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """Let names that the terminal's encoding does not have be shown as escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -143,7 +160,13 @@ def _master(arguments: argparse.Namespace) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    host = master_host(arguments.master_host)
+    host, given_port = master_address(arguments.master_host)
+    if given_port is not None:
+        if arguments.port not in (None, given_port):
+            raise OptionsError(
+                f"PORT: {arguments.port} is not the port of {arguments.master_host}; give the port once"
+            )
+        arguments.port = given_port
     if arguments.app is None and arguments.application is None and not arguments.serve:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     server = _server(arguments)
@@ -155,7 +178,39 @@ def _worker(arguments: argparse.Namespace) -> int:
                 f"PORT: a master on port {port} has no port {port} + 1000 for workers; "
                 "give that port with --internal-port"
             )
-    return _serve(server, partial(server.run_as_worker, host, internal_port), arguments.serve)
+    run = partial(server.run_as_worker, host, internal_port)
+    if server.options.internal_port is None:
+        run = partial(_run_worker, server, host, port)
+    return _serve(server, run, arguments.serve)
+
+
+async def _run_worker(
+    server: ClusterServer, host: str, port: int, *, task_status: trio.TaskStatus[ClusterMode]
+) -> ClusterMode:
+    """Run a worker, and find out meanwhile whether it was given the port for workers instead of the API's.
+
+    Raises:
+        ClusterError: it was.
+    """
+    mistaken = False
+    mode = ClusterMode.WORKER
+    async with trio.open_nursery() as nursery:
+
+        async def probe() -> None:
+            nonlocal mistaken
+            if await check_is_cluster_server(host, port):
+                mistaken = True
+                nursery.cancel_scope.cancel(reason="the port is the one for workers")
+
+        nursery.start_soon(probe)
+        mode = await server.run_as_worker(host, port + 1000, task_status=task_status)
+        nursery.cancel_scope.cancel(reason="the worker has stopped")
+    if mistaken:
+        raise ClusterError(
+            f"{host}: {port} is the master's port for workers; give the port of its API, which is {port - 1000},"
+            f" or --internal-port {port}"
+        )
+    return mode
 
 
 def _server(arguments: argparse.Namespace) -> ClusterServer:
@@ -290,7 +345,9 @@ async def _stop_on_signals(
 ) -> None:
     """Stop ``server`` at the first signal; cancel ``scope`` at the second, or at the first if nothing runs yet."""
     stopping = False
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    # A terminal that is closed sends SIGHUP. Under nohup it is ignored, and stays so.
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
         task_status.started()
         async for number in signals:
             name = signal.Signals(number).name

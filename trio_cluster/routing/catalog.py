@@ -10,7 +10,7 @@ import attrs
 
 from ..core.model import Kind, ModelInfo
 from ..core.request import Request
-from ..errors import ModelNotFound, WrongKind
+from ..errors import InvalidRequest, ModelNotFound, WrongKind
 from .backend import Backend
 
 __all__ = ["Catalog", "NameTaken"]
@@ -175,17 +175,25 @@ class Catalog:
         Raises:
             ModelNotFound: no backend serves the model.
             WrongKind: the model does not answer the endpoint.
+            InvalidRequest: 404: only passthrough models answer the custom route, and this is none.
         """
         model = self._models.get(name)
         if model is None:
             raise ModelNotFound(name, list(self._models))
         if not model.info.answers(kind, endpoint):
+            if kind == "custom" and self.passthrough and not self.declares(endpoint):
+                # The path is only possible because of passthrough models, of which this is none: a typing error.
+                raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
             raise WrongKind(name, model.info.kind, endpoint if kind == "custom" else kind)
         return model.info
 
     def answers(self, endpoint: str) -> bool:
         """Return whether any model answers a custom route."""
         return any(model.info.answers("custom", endpoint) for model in self._models.values())
+
+    def declares(self, endpoint: str) -> bool:
+        """Return whether a model was registered for a custom route by name; passthrough models answer all of them."""
+        return any(endpoint in model.info.extra_endpoints for model in self._models.values())
 
     def _note_kind(self, info: ModelInfo) -> None:
         if info.kind == "any":

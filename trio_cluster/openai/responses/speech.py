@@ -33,6 +33,12 @@ _PIECE: Final = 48 * 1024
 _MAGIC: Final = ((b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"), (b"ID3", "audio/mpeg"))
 
 
+#: Formats whose first bytes are always recognised: what does not begin so is none of them, and most likely raw samples.
+_CONTAINERS: Final = frozenset({"audio/wav", "audio/flac", "audio/ogg"})
+#: Bytes that are needed for that.
+_HEADER: Final = 12
+
+
 def _recognise(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         return "audio/wav"
@@ -79,7 +85,7 @@ class PlainSpeech(_Speech):
     """The handler's bytes, as they are.
 
     The content type is the one of the first chunk; else the one that its header shows; else the one of the requested
-    format.
+    format, or that of raw samples if the format has a header which is not there.
     """
 
     def __init__(self, request: TTSRequest) -> None:
@@ -88,7 +94,11 @@ class PlainSpeech(_Speech):
         self.head = Head(200, self._requested)
 
     def _begin(self, chunk: OutputChunk) -> None:
-        self.head = Head(200, chunk.mime_type or _recognise(chunk.value) or self._requested)
+        mime_type = chunk.mime_type or _recognise(chunk.value)
+        if not mime_type:
+            raw = self._requested in _CONTAINERS and len(chunk.value) >= _HEADER
+            mime_type = _TYPES["pcm"] if raw else self._requested
+        self.head = Head(200, mime_type)
 
     def _send(self, data: bytes) -> bytes:
         return data
