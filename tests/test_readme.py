@@ -336,6 +336,18 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
     assert [file for file in files if not (path.parent / file).exists()] == []
 
 
+def test_the_messages_that_the_troubleshooting_page_explains_are_those_of_the_code() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trio_cluster").rglob("*.py"))
+    titles = ("Starting a node", "While it runs")
+    messages = [
+        row[0].strip("`")
+        for title in titles
+        for row in list(rows(section(page("troubleshooting.md"), title)))[1:]
+    ]
+    assert len(messages) > 10
+    assert [message for message in messages if message not in source] == []
+
+
 def test_every_page_can_be_found() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     index = page("index.md")
