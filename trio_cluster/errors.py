@@ -8,7 +8,8 @@ who starts a node: the ``run*`` methods raise them, and the command line prints 
 
 from __future__ import annotations
 
-from typing import Any
+from heapq import nsmallest
+from typing import Any, Final
 
 __all__ = [
     "ApiError",
@@ -96,11 +97,17 @@ class InvalidRequest(ApiError):
         super().__init__(status, message, param=param, code=code)
 
 
+#: Models that the message of a 404 lists at most.
+_LISTED_MODELS: Final = 50
+
+
 class ModelNotFound(ApiError):
     """No backend serves a model of this name; the message lists the available models."""
 
     def __init__(self, name: str, available: list[str]) -> None:
-        names = ", ".join(sorted(available)) or "none"
+        names = ", ".join(nsmallest(_LISTED_MODELS, available)) or "none"
+        if len(available) > _LISTED_MODELS:
+            names += f", and {len(available) - _LISTED_MODELS} more"
         super().__init__(
             404,
             f"The model '{name}' does not exist. Available models: {names}",

@@ -23,7 +23,7 @@ from trio_cluster.errors import ApiError, WorkerLost
 from trio_cluster.link.websocket import PATH, PROBE_PATH
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.openai import ChatRequest, OutputChunk
-from trio_cluster.protocol import MAGIC, SUBPROTOCOL, Handshake, Heartbeat, RegisterModel, encode
+from trio_cluster.protocol import MAGIC, SUBPROTOCOL, Handshake, Heartbeat, RegisterModel, decode, encode
 
 
 @pytest.fixture
@@ -154,6 +154,20 @@ class RawWorker:
         self._protocol.receive_data(bytes(await self._stream.receive_some()))
         hello = [Handshake(MAGIC, 1, 1, name, "1", instance), RegisterModel.of(ModelInfo(model, "chat"))]
         await self._stream.send_all(self._protocol.send(BytesMessage(encode(hello))))
+
+    async def send(self, message: bytes) -> None:
+        """Send one message."""
+        await self._stream.send_all(self._protocol.send(BytesMessage(message)))
+
+    async def take(self) -> list[Any]:
+        """Return the messages that have come."""
+        self._protocol.receive_data(bytes(await self._stream.receive_some()))
+        return [
+            each
+            for event in self._protocol.events()
+            if isinstance(event, BytesMessage) and event.message_finished
+            for each in decode(bytes(event.data))
+        ]
 
     async def take_everything(self) -> None:
         """Read until the connection is closed."""
@@ -509,9 +523,10 @@ async def test_another_process_may_take_the_name_of_a_worker_that_missed_its_hea
     nursery: trio.Nursery, autojump_clock: MockClock, after: float, replaced: bool
 ) -> None:
     cluster = MemoryCluster(nursery, heartbeat_interval=5, worker_timeout=30)
-    old, new = RawWorker(cluster), RawWorker(cluster)
+    old = RawWorker(cluster)
     await old.join("w1", "m", instance="one process")
     await trio.sleep(after)
+    new = RawWorker(cluster)
     await new.join("w1", "m", instance="another process")
     await wait_all_tasks_blocked()
     assert cluster.manager.workers["w1"].instance == ("another process" if replaced else "one process")

@@ -242,3 +242,27 @@ async def test_a_manager_survives_a_stream_that_fails_in_an_unexpected_way(
     assert isinstance(cluster.manager, WorkerManager)
     end = (await everything(cluster.router.open(chat_request("echo"))))[-1]
     assert isinstance(end, Done)
+
+
+async def test_a_leaked_cancellation_in_a_group_ends_that_call(
+    cluster: MemoryCluster, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaked: list[trio.Cancelled] = []
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled as error:
+            leaked.append(error)
+            raise
+
+    async def fails(_: object) -> None:
+        raise BaseExceptionGroup("of a scope that is gone", leaked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HandlerTask, "work", fails)
+        end = await end_of(cluster.router.open(chat_request("echo")))
+    assert end.error.status == 500
+    assert "a cancel scope of the handler leaked" in caplog.text
+    assert worker.error is None
+    assert await works(cluster)

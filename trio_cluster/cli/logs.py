@@ -96,14 +96,19 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
-def _escape(text: str) -> str:
-    """Escape control characters, and indent every line but the first, so that none can pass for a record."""
+def _escape(text: str, newline: str = "\\n") -> str:
+    """Escape control characters, newlines too: a record is one line, whatever text from outside is in it."""
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() else "\n    " if character == "\n" else repr(character)[1:-1]
+        character if character.isprintable() else newline if character == "\n" else repr(character)[1:-1]
         for character in text
     )
+
+
+def _indent(text: str) -> str:
+    """Return a traceback, which follows its record, so that none of its lines can pass for a record."""
+    return _escape("\n" + text, newline="\n    ")
 
 
 def _quote(value: object) -> str:
@@ -140,9 +145,9 @@ class _TextFormatter(logging.Formatter):
         else:
             line = f"{clock} {level:<8} {message}{fields}"
         if record.exc_info:
-            line += _escape("\n" + self.formatException(record.exc_info))
+            line += _indent(self.formatException(record.exc_info))
         if record.stack_info:
-            line += _escape("\n" + self.formatStack(record.stack_info))
+            line += _indent(self.formatStack(record.stack_info))
         return line
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Final, NoReturn
 
@@ -29,6 +30,7 @@ from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.acceptor import accept_all
 from ..net.sockets import Listeners, shown_address
 from ..net.streams import ByteStream
+from ..net.throttled_log import ThrottledLog
 from ..net.watchdog import NotInjectable, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
@@ -45,9 +47,9 @@ from ..protocol import (
     UnregisterModel,
 )
 from ..routing.catalog import Catalog
-from .remote_worker import RemoteWorker
+from .remote_worker import MAX_CAPACITY, RemoteWorker
 
-__all__ = ["WorkerConnection", "WorkerManager"]
+__all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "WorkerConnection", "WorkerManager"]
 
 logger = logging.getLogger("trio_cluster.workers")
 
@@ -57,6 +59,12 @@ _PROBED: Final = "probed"
 _ALIVE_HEARTBEATS: Final = 2.5
 #: The fraction of the worker timeout after which a silent worker gets no new calls.
 _SUSPECT_AFTER: Final = 0.5
+#: Seconds from a connection to the worker's handshake.
+HANDSHAKE_TIMEOUT: Final = 10.0
+#: Connections of which no worker has joined yet. One more, and the oldest of them is closed: a worker needs a moment.
+MAX_UNADMITTED: Final = 256
+#: Models of one worker.
+MAX_MODELS: Final = 1000
 
 
 class WorkerManager:
@@ -79,6 +87,8 @@ class WorkerManager:
         # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
         self._all_closed = trio.lowlevel.ParkingLot()
+        self._refusals = ThrottledLog(logger, "connections were refused")
+        self._refused_models = ThrottledLog(logger, "models were refused")
 
     @property
     def sessions(self) -> list[MasterSession]:
@@ -104,6 +114,8 @@ class WorkerManager:
 
             for listener in listeners:
                 nursery.start_soon(accept_all, listener, admit)
+            nursery.start_soon(self._refusals.run)
+            nursery.start_soon(self._refused_models.run)
             task_status.started()
         raise AssertionError("unreachable: the listeners are served until this is cancelled")
 
@@ -120,6 +132,8 @@ class WorkerManager:
                 self._node_id,
                 workers=self.workers,
                 connections=self._connections.keys(),
+                refusals=self._refusals,
+                refused_models=self._refused_models,
             )
         except NotInjectable as error:
             logger.error("connection refused: %s", error)
@@ -128,6 +142,7 @@ class WorkerManager:
             logger.exception("a worker's connection failed")
             stream.close()
             return
+        self._make_room()
         self._connections[connection] = None
         try:
             await connection.run()
@@ -138,6 +153,12 @@ class WorkerManager:
             self._connections.pop(connection, None)
             if not self._connections:
                 self._all_closed.unpark_all()
+
+    def _make_room(self) -> None:
+        """Close the oldest of the connections of which no worker has joined, if there are too many."""
+        unadmitted = [connection for connection in self._connections if not connection.joined]
+        for connection in unadmitted[: max(0, len(unadmitted) - MAX_UNADMITTED + 1)]:
+            connection.refuse(f"more than {MAX_UNADMITTED} connections without a worker")
 
     def drain(self, reason: str) -> None:
         """Tell all workers that this master is about to stop. Synchronous."""
@@ -185,12 +206,14 @@ class WorkerConnection:
         node_id: the name of this master.
         workers: the connected workers, by name. This connection adds its own, and removes it.
         connections: all connections of this master, this one included.
+        refusals, refused_models: where to log that this connection, or a model of its worker, is refused.
 
     Attributes:
         session: the master's half of the protocol.
         link: what carries it.
         address: where the peer connected from, for people.
         worker: the worker at the other end; ``None`` before it has joined, and after its link has ended.
+        joined: whether a worker has joined, be it that it has left again.
     """
 
     def __init__(
@@ -202,6 +225,8 @@ class WorkerConnection:
         *,
         workers: dict[str, RemoteWorker],
         connections: Collection[WorkerConnection],
+        refusals: ThrottledLog,
+        refused_models: ThrottledLog,
     ) -> None:
         self.address = _peer(stream)
         self.worker: RemoteWorker | None = None
@@ -210,8 +235,14 @@ class WorkerConnection:
         self._workers = workers
         self._connections = connections
         self._stream = injectable(stream)
+        self._refusals = refusals
+        self._refused_models = refused_models
         self._probed = False
         self._over = False
+        self._capacity_clipped = False
+        self.joined = False
+        self._joining = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT)
+        self._why_refused = f"no handshake of a worker within {HANDSHAKE_TIMEOUT:g} s"
         self.session = MasterSession(
             node_id,
             __version__,
@@ -234,13 +265,20 @@ class WorkerConnection:
     async def run(self) -> None:
         """Serve the connection until its link is over. A checkpoint. When cancelled, the worker is removed at once."""
         try:
-            await self.link.run(accept(self._stream, self._admit))
+            with self._joining:
+                await self.link.run(accept(self._stream, self._admit))
+            self._on_link_closed(LinkClosed(self._why_refused))
         except LinkClosed as closed:
             # Does something only if the link was never opened; otherwise the link has already called it.
             self._on_link_closed(closed)
         finally:
             # Does something only if this was cancelled: the master is being stopped.
             self._deregister("the master was stopped")
+
+    def refuse(self, why: str) -> None:
+        """Close the connection at once, before a worker has joined. Synchronous."""
+        self._why_refused = why
+        self._joining.cancel(reason=why)
 
     def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
         # Every browser sends it, for every page, and no worker does. Otherwise any page that an operator looks at could
@@ -308,6 +346,10 @@ class WorkerConnection:
         match event:
             case Heartbeat():
                 worker.on_heartbeat(event)
+                if event.capacity > MAX_CAPACITY and not self._capacity_clipped:
+                    self._capacity_clipped = True
+                    text = f"a capacity of {event.capacity} counts as {MAX_CAPACITY}"
+                    self._log(text, worker, level=logging.WARNING)
             case RegisterModel():
                 self._register(worker, event)
             case UnregisterModel():
@@ -341,6 +383,8 @@ class WorkerConnection:
         for other in list(self._connections):
             if other.worker is not None and other.worker.name == name:
                 other.link.end("replaced by a new connection of the same worker")
+        self.joined = True
+        self._joining.deadline = math.inf
         self.worker = RemoteWorker(name, self.session, self.link.wake, self.address)
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
@@ -350,13 +394,16 @@ class WorkerConnection:
             info = message.info()
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
+            if info.name not in worker.models and len(worker.models) >= MAX_MODELS:
+                raise ValueError(f"a worker may serve {MAX_MODELS} models at most")
             if info.name in worker.models:
                 self._catalog.update(info, worker)
             else:
                 self._catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
             self.session.model_rejected(message.name, str(refusal))
-            self._log(f"model refused: {refusal}", worker, level=logging.WARNING, model=message.name)
+            fields = {"worker": worker.name, "model": message.name}
+            self._refused_models.warning(f"model refused: {refusal}", fields)
             return
         worker.models[info.name] = info
         self.session.model_registered(info.name)
@@ -388,7 +435,7 @@ class WorkerConnection:
             text = f"worker left: {closed.why}"
             self._log(text, worker, level=level, calls_lost=worker.in_flight, **lost)
         elif not self._probed:
-            logger.warning("connection refused: %s", closed.why, extra={"fields": {"address": self.address}})
+            self._refusals.warning(f"connection refused: {closed.why}", {"address": self.address})
 
     @staticmethod
     def _log(text: str, worker: RemoteWorker, *, level: int = logging.INFO, **fields: Any) -> None:

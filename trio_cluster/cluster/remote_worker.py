@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import trio
 
@@ -35,7 +35,11 @@ from ..protocol import (
 )
 from ..routing.health import Health
 
-__all__ = ["CallEvent", "RemoteWorker"]
+__all__ = ["MAX_CAPACITY", "CallEvent", "RemoteWorker"]
+
+#: What a worker's capacity counts as at most. The load of a worker is the number of its calls divided by its capacity,
+#: so one with an absurd capacity would get all calls.
+MAX_CAPACITY: Final = 4096
 
 CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
 
@@ -181,7 +185,7 @@ class RemoteWorker:
         self.running, self.waiting, self.capacity = (
             heartbeat.running,
             heartbeat.waiting,
-            max(1, heartbeat.capacity),
+            min(max(1, heartbeat.capacity), MAX_CAPACITY),
         )
         self.lag = heartbeat.lag
         for call_id, count in heartbeat.progress:

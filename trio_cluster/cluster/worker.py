@@ -396,6 +396,9 @@ class MasterConnection:
         self._master_blocked = bool(blocked)
 
     def _on_model_rejected(self, name: str, reason: str) -> None:
+        if self._router.catalog.info(name) is None:
+            # It has been withdrawn meanwhile, or the master makes names up. What it refuses is kept.
+            return
         self._rejected_models[name] = reason
         logger.warning("the master refused a model: %s", reason, extra={"fields": {"model": name}})
 

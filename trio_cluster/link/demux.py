@@ -26,7 +26,7 @@ import trio
 
 from ..net.watchdog import InjectableStream
 from ..protocol import MAX_MESSAGE
-from .frames import FrameReader, frame
+from .frames import FrameReader, close_frame, frame
 
 __all__ = ["FrameDemux"]
 
@@ -36,6 +36,7 @@ _RECEIVE: Final = 64 * 1024
 _SWITCHED: Final = b"101"
 #: The first bytes of control frames.
 _CLOSE, _PING = 0x88, 0x89
+_CLOSE_FRAME: Final = b"\x88"
 
 
 class FrameDemux(trio.abc.Stream):
@@ -57,6 +58,7 @@ class FrameDemux(trio.abc.Stream):
         self._head = b""
         self._opened = False
         self._returned = False
+        self._return_after_close = False
         self._closing = False
         self._for_library: deque[bytes] = deque()
         self._library = trio.lowlevel.ParkingLot()
@@ -72,7 +74,8 @@ class FrameDemux(trio.abc.Stream):
             The message; ``None`` if there will be no more. The library knows the reason.
 
         Raises:
-            ProtocolError: what arrived is not a frame that the protocol allows.
+            FramingError: what came is not a message that a peer may send. After it, :meth:`fail` may be called in
+                place of :meth:`return_to_library`.
         """
         while True:
             message = self._reader.next_message()
@@ -90,12 +93,18 @@ class FrameDemux(trio.abc.Stream):
                 return None
             self._reader.feed(data)
 
-    def return_to_library(self) -> None:
+    def return_to_library(self, *, after_close: bool = False) -> None:
         """Receive no more messages, and let the library read the rest of the stream. Synchronous, idempotent.
 
         The rest is the close frame of the peer, or the end of the stream.
+
+        Args:
+            after_close: only when the library has sent a close frame. What it cannot read ends the websocket at once,
+                and then the peer would get none.
         """
-        if not self._returned:
+        if after_close and not self._closing:
+            self._return_after_close = True
+        elif not self._returned:
             self._returned = True
             rest = self._reader.take_remainder()
             if rest and not self._closing:
@@ -130,6 +139,26 @@ class FrameDemux(trio.abc.Stream):
             data, self._unsent = self._unsent, b""
             await self._stream.write(data)
 
+    async def fail(self, code: int, reason: str) -> None:
+        """Fail the websocket (RFC 6455, section 7.1.7): send a close frame, and drop what still comes. A checkpoint.
+
+        To be called after an error in what came: the library could make no more of it than the reader here, and would
+        close the connection without a word. What the peer sends is read until it closes its end, without limit, since
+        a connection that is closed with unread bytes in it is reset, and the peer may lose the close frame.
+
+        Args:
+            code: the close code.
+            reason: as much of it is sent as a close frame holds.
+        """
+        try:
+            async with self._sending:
+                await self._stream.write(close_frame(code, reason, masked=self._is_client))
+            while await self._read_stream(_RECEIVE):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # There is no one left to tell.
+            return
+
     def _check_open(self) -> None:
         if self._closing:
             raise trio.BrokenResourceError("the peer has closed the websocket")
@@ -160,8 +189,12 @@ class FrameDemux(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See ``trio.abc.SendStream``. The library and the link may send at the same time."""
-        async with self._sending:
-            await self._stream.write(data)
+        try:
+            async with self._sending:
+                await self._stream.write(data)
+        finally:
+            if self._return_after_close and data[:1] == _CLOSE_FRAME:
+                self.return_to_library()
 
     async def wait_send_all_might_not_block(self) -> None:
         """See ``trio.abc.SendStream``."""

@@ -15,20 +15,61 @@ from typing import Final
 
 from ..protocol.errors import ProtocolError
 
-__all__ = ["FrameReader", "choose_mask", "frame", "mask_in_python"]
+__all__ = [
+    "FrameReader",
+    "FramingError",
+    "choose_mask",
+    "close_frame",
+    "frame",
+    "mask_in_python",
+    "truncate_reason",
+]
 
 logger = logging.getLogger("trio_cluster.link")
 
 # Opcodes. Those of control frames have the highest of the four bits set, and the last one that is defined is pong.
 _CONTINUATION, _TEXT, _BINARY, _CONTROL, _LAST_CONTROL = 0x0, 0x1, 0x2, 0x8, 0xA
+_CLOSE: Final = 0x8
 # Bits of the first byte of a frame, and of the second.
 _FIN: Final = 0x80
 _RESERVED_BITS: Final = 0x70
 _MASK_BIT: Final = 0x80
 _KEY_SIZE: Final = 4
 _CONTROL_PAYLOAD_MAX: Final = 125
+# Close codes (RFC 6455, section 7.4.1).
+_PROTOCOL_ERROR, _UNSUPPORTED_DATA, _INVALID_DATA, _TOO_BIG = 1002, 1003, 1007, 1009
+# The codes that a close frame may carry: those that are registered, and those of applications. The others are reserved,
+# or stand for something that is never sent, such as 1006 for a connection that was lost. 1014 was registered later, and
+# the library refuses it.
+_SENDABLE_CODES: Final = frozenset({*range(1000, 1004), *range(1007, 1014), *range(3000, 5000)})
+#: Bytes of reason that fit into a close frame: 125, less 2 for the code.
+_CLOSE_REASON_MAX: Final = 123
 # Bytes to check a masking function with.
 _SAMPLE: Final = bytes(range(251))
+
+
+class FramingError(ProtocolError):
+    """The peer violated RFC 6455, or sent a frame that this protocol does not use.
+
+    Nothing more can be read of what it sends: where the next frame begins is not known.
+
+    Attributes:
+        code: the close code that says so (RFC 6455, section 7.4.1).
+    """
+
+    def __init__(self, reason: str, code: int = _PROTOCOL_ERROR) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def close_frame(code: int, reason: str, *, masked: bool) -> bytes:
+    """Return a close frame with as much of ``reason`` as it holds."""
+    return _frame(_FIN | _CLOSE, code.to_bytes(2, "big") + truncate_reason(reason).encode(), masked=masked)
+
+
+def truncate_reason(reason: str) -> str:
+    """Return as much of a reason as fits into a close frame."""
+    return reason.encode()[:_CLOSE_REASON_MAX].decode(errors="ignore")
 
 
 def frame(payload: bytes, *, masked: bool) -> bytes:
@@ -39,7 +80,11 @@ def frame(payload: bytes, *, masked: bool) -> bytes:
         masked: whether to mask it, as a client must. Each frame has a new, random key, so that a third party that has
             a say in what is sent cannot choose the bytes that intermediaries see (RFC 6455, section 10.3).
     """
-    head = _head(_FIN | _BINARY, len(payload), masked=masked)
+    return _frame(_FIN | _BINARY, payload, masked=masked)
+
+
+def _frame(first: int, payload: bytes, *, masked: bool) -> bytes:
+    head = _head(first, len(payload), masked=masked)
     if not masked:
         return head + payload
     key = secrets.token_bytes(_KEY_SIZE)
@@ -130,7 +175,7 @@ class FrameReader:
         """Return the next message, or ``None`` if it is not complete yet.
 
         Raises:
-            ProtocolError: a frame violates RFC 6455, or is one that this protocol does not use.
+            FramingError: a frame violates RFC 6455, or is one that this protocol does not use.
         """
         while True:
             data, position = self._data, self._position
@@ -147,7 +192,7 @@ class FrameReader:
                 size = int.from_bytes(data[start : start + width], "big")
                 start += width
                 if size < (126 if width == 2 else 1 << 16):
-                    raise ProtocolError("payload length not encoded in the minimal number of bytes")
+                    raise FramingError("payload length not encoded in the minimal number of bytes")
             self._check(first, second, size)
             if self._masked:
                 start += _KEY_SIZE
@@ -156,6 +201,8 @@ class FrameReader:
                 return None
             self._position = end
             if first >= _FIN | _CONTROL:
+                if first == _FIN | _CLOSE:
+                    self._check_close(data[start:end], data[start - _KEY_SIZE : start])
                 self._on_control(data[position:end])
                 continue
             payload = data[start:end]
@@ -171,32 +218,52 @@ class FrameReader:
                 self._fragments = None
                 return whole
 
+    def _check_close(self, payload: bytes, key: bytes) -> None:
+        """Check what a close frame says (RFC 6455, sections 5.5.1 and 7.4).
+
+        Raises:
+            FramingError: as :meth:`next_message`.
+        """
+        if not payload:
+            return
+        if self._masked:
+            payload = _mask(payload, key)
+        if len(payload) == 1:
+            raise FramingError("close frame with half a close code")
+        code = int.from_bytes(payload[:2], "big")
+        if code not in _SENDABLE_CODES:
+            raise FramingError(f"close frame with close code {code}, which must not be sent")
+        try:
+            payload[2:].decode()
+        except UnicodeDecodeError:
+            raise FramingError("close frame with a reason that is not UTF-8", _INVALID_DATA) from None
+
     def _check(self, first: int, second: int, size: int) -> None:
         """Check the header of a frame: its first two bytes and its payload length.
 
         Raises:
-            ProtocolError: as :meth:`next_message`.
+            FramingError: as :meth:`next_message`.
         """
         opcode = first & 0x0F
         if first & _RESERVED_BITS:
-            raise ProtocolError("reserved bit set, but no extension was negotiated")
+            raise FramingError("reserved bit set, but no extension was negotiated")
         if bool(second & _MASK_BIT) is not self._masked:
-            raise ProtocolError(
+            raise FramingError(
                 "unmasked frame from the client" if self._masked else "masked frame from the server"
             )
         if opcode == _TEXT:
-            raise ProtocolError("text message; this protocol is binary")
+            raise FramingError("text message; this protocol is binary", _UNSUPPORTED_DATA)
         if opcode > _LAST_CONTROL or _BINARY < opcode < _CONTROL:
-            raise ProtocolError(f"reserved opcode {opcode:#x}")
+            raise FramingError(f"reserved opcode {opcode:#x}")
         if opcode >= _CONTROL:
             if not first & _FIN:
-                raise ProtocolError("fragmented control frame")
+                raise FramingError("fragmented control frame")
             if size > _CONTROL_PAYLOAD_MAX:
-                raise ProtocolError(f"control frame payload longer than {_CONTROL_PAYLOAD_MAX} bytes")
+                raise FramingError(f"control frame payload longer than {_CONTROL_PAYLOAD_MAX} bytes")
             return
         if opcode == _CONTINUATION and self._fragments is None:
-            raise ProtocolError("unexpected continuation frame")
+            raise FramingError("unexpected continuation frame")
         if opcode != _CONTINUATION and self._fragments is not None:
-            raise ProtocolError("expected a continuation frame, not the start of another message")
+            raise FramingError("expected a continuation frame, not the start of another message")
         if size + len(self._fragments or b"") > self._limit:
-            raise ProtocolError(f"message longer than {self._limit} bytes")
+            raise FramingError(f"message longer than {self._limit} bytes", _TOO_BIG)

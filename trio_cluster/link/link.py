@@ -36,7 +36,7 @@ import trio
 from ..net.watchdog import InjectableStream, heartbeats_while_blocked, take_max_lag
 from ..protocol import Batch, HandshakeError, ProtocolError, Session
 from .demux import FrameDemux
-from .frames import frame
+from .frames import FramingError, frame
 from .websocket import LinkClosed, Opener, WebSocket, open_websocket
 
 __all__ = ["Link", "LinkClosed"]
@@ -100,6 +100,8 @@ class Link:
         self._closed: LinkClosed | None = None
         self._code = _NORMAL
         self._write_incomplete = False
+        # The peer has sent what is no websocket frame.
+        self._unreadable = False
         self._close_when_flushed: str | None = None
 
     def wake(self) -> None:
@@ -189,9 +191,15 @@ class Link:
                     self.wake()
         except ProtocolError as error:
             incompatible = isinstance(error, HandshakeError)
-            self._end(LinkClosed(f"protocol error: {error}", incompatible=incompatible), _PROTOCOL_ERROR)
-        finally:
+            code = error.code if isinstance(error, FramingError) else _PROTOCOL_ERROR
+            self._unreadable = isinstance(error, FramingError)
+            self._end(LinkClosed(f"protocol error: {error}", incompatible=incompatible), code)
+        else:
             demux.return_to_library()
+        finally:
+            if not self._unreadable:
+                # Nothing is left to do here unless this end closes the websocket.
+                demux.return_to_library(after_close=True)
 
     async def _write(self, demux: FrameDemux) -> None:
         last, sendable = -math.inf, True
@@ -296,7 +304,10 @@ class Link:
             return
         assert self._closed is not None
         with trio.move_on_after(_CLOSE_TIMEOUT):
-            await websocket.aclose(self._code, self._closed.why)
+            if self._unreadable:
+                await websocket.demux.fail(self._code, self._closed.why)
+            else:
+                await websocket.aclose(self._code, self._closed.why)
 
     def _end(self, closed: LinkClosed, code: int = _NORMAL) -> None:
         if self._closed is None:

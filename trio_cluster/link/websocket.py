@@ -61,6 +61,7 @@ from trio_websocket import (
 from ..net.watchdog import InjectableStream
 from ..protocol import SUBPROTOCOL
 from .demux import FrameDemux
+from .frames import truncate_reason
 
 __all__ = [
     "PATH",
@@ -80,8 +81,6 @@ PATH: Final = "/cluster"
 #: The path for a client that only checks whether this is a master: it reads the handshake and closes the connection.
 PROBE_PATH: Final = "/probe"
 
-#: Bytes of reason that fit into a close frame: 125, less 2 for the code.
-_CLOSE_REASON_MAX: Final = 123
 #: The code that stands for "no close frame was received".
 _ABNORMAL_CLOSURE: Final = 1006
 
@@ -182,7 +181,7 @@ class WebSocket:
             code: the close code.
             reason: as much of it is sent as a close frame holds.
         """
-        await self._connection.aclose(code, _truncate_reason(reason))
+        await self._connection.aclose(code, truncate_reason(reason))
 
 
 def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
@@ -277,11 +276,6 @@ async def open_websocket(opener: Opener, nursery: trio.Nursery, deadline_after: 
     return WebSocket(*opened, reader)
 
 
-def _truncate_reason(reason: str) -> str:
-    """Return as much of a reason as fits into a close frame."""
-    return reason.encode()[:_CLOSE_REASON_MAX].decode(errors="ignore")
-
-
 def _close_reason(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
     """Return why a websocket ended, given what the library raised and what its reader task raised, if anything."""
     reason = error.reason
@@ -301,7 +295,7 @@ def _handshake_failure(error: Exception | None) -> LinkClosed:
     if isinstance(error, ConnectionRejected):
         body = (error.body or b"").decode(errors="replace").strip()
         return LinkClosed(
-            _truncate_reason(body) or f"HTTP status {error.status_code}",
+            truncate_reason(body) or f"HTTP status {error.status_code}",
             by_peer=True,
             status=error.status_code,
         )

@@ -32,6 +32,11 @@ logger = logging.getLogger("trio_cluster.handlers")
 #: How many calls may wait for a slot. Further ones are refused at once: most of them would only wait to be refused.
 MAX_WAITING: Final = 1024
 
+
+def _is_interrupt(error: BaseException) -> bool:
+    return isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is not None
+
+
 MakeTask: TypeAlias = Callable[[Call, trio.CancelScope, ClusterServerOptions], CallTask]
 
 
@@ -125,10 +130,12 @@ class HandlerPool:
                 if not call_task.call.ended:
                     logger.warning("no answer in time: %s", error.message, extra=call_task.log_fields())
                 call_task.fail(error, timed_out=True)
-        except (trio.Cancelled, Exception) as error:  # noqa: ASYNC103
-            if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
+        except (trio.Cancelled, Exception, BaseExceptionGroup) as error:  # noqa: ASYNC103
+            if not isinstance(error, Exception) and (
+                trio.current_effective_deadline() == -math.inf or _is_interrupt(error)
+            ):
                 raise
-            if isinstance(error, trio.Cancelled | RuntimeError):
+            if isinstance(error, RuntimeError) or not isinstance(error, Exception):
                 # The handler opened a cancel scope around a `yield`, and the scope expired or was left while the
                 # handler was parked there. No scope that is still open catches its Cancelled.
                 text = "a cancel scope of the handler leaked"

@@ -164,7 +164,9 @@ class Router:
     def _released(self, call: Call) -> None:
         outcome = outcome_of(call)
         self.live.pop(call).health.record(outcome)
-        for listener in self.observers.ended:
-            listener(call, outcome)
-        if not self.live and self._idle:
-            self._idle.unpark_all()
+        try:
+            for listener in self.observers.ended:
+                listener(call, outcome)
+        finally:
+            if not self.live and self._idle:
+                self._idle.unpark_all()
