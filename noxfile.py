@@ -124,7 +124,9 @@ def versions(session: nox.Session, which: str) -> None:
         session.install("-q", "--upgrade", "--upgrade-strategy=eager", ".")
     session.run("pip", "freeze", "--exclude-editable")
     workers = min(os.cpu_count() or 1, 4) + 1
-    session.run("pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs)
+    session.run(
+        "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs
+    )
 
 
 @nox.session

@@ -99,6 +99,58 @@ def test_a_replica_must_be_of_the_same_kind_and_from_another_node() -> None:
         router.catalog.add(CHAT, Scripted("w1"), replicate=True)
 
 
+@pytest.mark.parametrize("any_first", [True, False])
+def test_a_replica_of_kind_any_may_stand_beside_a_handler(any_first: bool) -> None:
+    router, handler, upstream = Router(), Scripted("w1"), Scripted("w2")
+    replicas = [(CHAT, handler), (ModelInfo("m", "any"), upstream)]
+    for info, backend in replicas[::-1] if any_first else replicas:
+        router.catalog.add(info, backend, replicate=True)
+    catalog = router.catalog
+    shown = catalog.info("m")
+    assert shown is not None
+    assert shown.kind == "chat"
+    for _ in range(4):
+        router.open(request())
+    assert (len(handler.calls), len(upstream.calls)) == (2, 2)
+    router.open(attrs.evolve(request(kind="embedding"), endpoint="embeddings"))
+    assert len(upstream.calls) == 3, "only this one answers the route"
+    assert catalog.takes_untouched("m", "chat", "chat.completions") is None
+    assert catalog.takes_untouched("m", "embedding", "embeddings") is shown
+    assert catalog.answers("/v1/own")
+    with pytest.raises(NameTaken, match="as chat, not embedding"):
+        catalog.add(ModelInfo("m", "embedding"), Scripted("w3"), replicate=True)
+
+
+def test_a_model_is_shown_as_what_its_remaining_replicas_are() -> None:
+    router, handler, upstream = Router(), Scripted("w1"), Scripted("w2")
+    catalog = router.catalog
+    catalog.add(CHAT, handler)
+    catalog.add(ModelInfo("m", "any"), upstream, replicate=True)
+    catalog.remove("m", handler)
+    info = catalog.info("m")
+    assert info is not None
+    assert info.kind == "any"
+    assert catalog.takes_untouched("m", "chat", "chat.completions") is info
+    catalog.add(CHAT, handler, replicate=True)
+    catalog.remove("m", upstream)
+    info = catalog.info("m")
+    assert info is not None
+    assert info.kind == "chat"
+    assert catalog.passthrough == set()
+    with pytest.raises(WrongKind):
+        router.open(attrs.evolve(request(kind="embedding"), endpoint="embeddings"))
+
+
+def test_a_model_that_changes_its_kind_lets_others_try_again() -> None:
+    catalog, first, tries = Router().catalog, Scripted("w1"), list[str]()
+    catalog.add(CHAT, first)
+    catalog.retry_when_changed("m", Scripted("w2"), lambda: tries.append("w2"))
+    catalog.update(attrs.evolve(CHAT, owner="other"), first)
+    assert tries == []
+    catalog.update(ModelInfo("m", "embedding"), first)
+    assert tries == ["w2"]
+
+
 def test_the_least_busy_replica_serves() -> None:
     router, busy, idle = Router(), Scripted("w1", load=0.5), Scripted("w2", load=0.1)
     router.catalog.add(CHAT, busy)

@@ -119,8 +119,9 @@ async def _read_whole(
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
     if node_context.router.catalog.passthrough:
-        untouched = node_context.router.catalog.info(await _look(peek_model, body, content_type) or "")
-        if untouched is not None and untouched.kind == "any":
+        name = await _look(peek_model, body, content_type) or ""
+        untouched = node_context.router.catalog.takes_untouched(name, endpoint.kind, endpoint.name)
+        if untouched is not None:
             return untouched, None
     parsed = await _look(endpoint.parse, body, content_type, headers)
     info = node_context.router.catalog.check(parsed.model, endpoint.kind, endpoint.name)

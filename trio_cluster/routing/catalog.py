@@ -1,10 +1,17 @@
 """The catalogue: which models there are, and which backends serve them.
 
 A model may have several replicas: backends that serve the same name. What each of them says of the model may differ in
-the routes that it answers besides those of its kind; the catalogue lists what any of them answers.
+the routes that it answers besides those of its kind; the catalogue lists what any of them answers. A replica of the
+kind ``any``, which answers every route, may stand beside replicas of another kind. A request goes to the replicas that
+answer its endpoint.
+
+A model that was refused because of what others serve may be tried again when that changes: see
+:meth:`Catalog.retry_when_changed`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import attrs
 
@@ -26,7 +33,9 @@ class _Model:
     def __init__(self, info: ModelInfo) -> None:
         self.replicas: dict[Backend, ModelInfo] = {}
         self.info = info
-        """What its first replica said, and all that any replica answers."""
+        """What the first replica of another kind than ``any`` said, or else the first; and all that any of them answers."""
+        self.passthrough = False
+        """Whether a replica is of kind ``any``."""
 
     def put(self, info: ModelInfo, backend: Backend) -> None:
         self.replicas[backend] = info
@@ -36,8 +45,26 @@ class _Model:
         del self.replicas[backend]
         self._merge()
 
+    def conflict(self, info: ModelInfo, backend: Backend) -> ModelInfo | None:
+        """Return what a replica other than ``backend`` says that ``info`` is no replica of."""
+        for replica, other in self.replicas.items():
+            if replica is not backend and other.kind != info.kind and "any" not in (other.kind, info.kind):
+                return other
+        return None
+
+    def answers(self, kind: str, endpoint: str) -> bool:
+        """Tell whether any replica answers an endpoint."""
+        return self.info.answers(kind, endpoint) or self.passthrough
+
     def _merge(self) -> None:
-        extra = dict.fromkeys(each for info in self.replicas.values() for each in info.extra_endpoints)
+        infos = self.replicas.values()
+        if not infos:
+            return
+        kinds = {info.kind for info in infos}
+        self.passthrough = "any" in kinds
+        if self.info.kind not in kinds or (self.info.kind == "any" and len(kinds) > 1):
+            self.info = next((info for info in infos if info.kind != "any"), next(iter(infos)))
+        extra = dict.fromkeys(each for info in infos for each in info.extra_endpoints)
         if tuple(extra) != self.info.extra_endpoints:
             self.info = attrs.evolve(self.info, extra_endpoints=tuple(extra))
 
@@ -46,11 +73,13 @@ class Catalog:
     """The models of a node: its own and, on a master, those of its workers.
 
     Attributes:
-        passthrough: the names of the models of kind ``"any"``, which are to get requests as clients send them.
+        passthrough: the names of the models of which a replica is of kind ``"any"``.
     """
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
+        # By name: what to call when a replica of the model leaves or changes, in the order of asking.
+        self._retries: dict[str, dict[Backend, Callable[[], None]]] = {}
         self.passthrough: set[str] = set()
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
@@ -59,7 +88,8 @@ class Catalog:
         Args:
             info: what the model is.
             backend: who answers for it.
-            replicate: another model of the same name and kind is not a conflict, but a replica of this one.
+            replicate: another model of the same name is not a conflict, but a replica of this one, if both are of the
+                same kind or one of them is of kind ``"any"``.
 
         Raises:
             NameTaken: the name is taken.
@@ -67,20 +97,19 @@ class Catalog:
         model = self._models.get(info.name)
         if model is None:
             model = self._models[info.name] = _Model(info)
-            model.put(info, backend)
-            self._note_kind(info)
+            self._put(model, info, backend)
             return
         who = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
             raise NameTaken(f"a model named '{info.name}' is already served by {who}")
-        kind = model.info.kind
-        if kind != info.kind:
+        other = model.conflict(info, backend)
+        if other is not None:
             raise NameTaken(
-                f"a model named '{info.name}' is already served by {who}, as {kind}, not {info.kind}"
+                f"a model named '{info.name}' is already served by {who}, as {other.kind}, not {info.kind}"
             )
         if any(replica.name == backend.name for replica in model.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
-        model.put(info, backend)
+        self._put(model, info, backend)
 
     def update(self, info: ModelInfo, backend: Backend) -> None:
         """Take note that a model which ``backend`` serves is something else from now on.
@@ -89,15 +118,15 @@ class Catalog:
             NameTaken: it would be of another kind than its replicas are.
         """
         model = self._models[info.name]
-        others = [other for replica, other in model.replicas.items() if replica is not backend]
-        if any(other.kind != info.kind for other in others):
-            raise NameTaken(
-                f"a model named '{info.name}' is already served as {others[0].kind}, not {info.kind}"
-            )
-        if not others:
+        other = model.conflict(info, backend)
+        if other is not None:
+            raise NameTaken(f"a model named '{info.name}' is already served as {other.kind}, not {info.kind}")
+        if len(model.replicas) == 1:
             model.info = info
-        model.put(info, backend)
-        self._note_kind(info)
+        was = model.replicas[backend]
+        self._put(model, info, backend)
+        if was.kind != info.kind:
+            self._retry(info.name)
 
     def remove(self, name: str, backend: Backend) -> bool:
         """Take a model of ``backend`` out; calls that run go on. Return whether the backend served it."""
@@ -107,8 +136,35 @@ class Catalog:
         model.discard(backend)
         if not model.replicas:
             del self._models[name]
+        if not model.replicas or not model.passthrough:
             self.passthrough.discard(name)
+        self._retry(name)
         return True
+
+    def retry_when_changed(self, name: str, backend: Backend, retry: Callable[[], None]) -> None:
+        """Call ``retry`` each time a replica of a model leaves or becomes another kind of model.
+
+        That is when a model that could not be added or updated may no longer be in conflict.
+
+        Args:
+            name: the model.
+            backend: whose model it is; there is one such function for each model and backend.
+            retry: synchronous; called inside :meth:`remove` and :meth:`update`. It may add and update models, and ask
+                for another call or for none.
+        """
+        self._retries.setdefault(name, {})[backend] = retry
+
+    def retry_no_more(self, name: str, backend: Backend) -> None:
+        """Forget what :meth:`retry_when_changed` was asked to do. Idempotent."""
+        waiting = self._retries.get(name)
+        if waiting is not None:
+            waiting.pop(backend, None)
+            if not waiting:
+                del self._retries[name]
+
+    def _retry(self, name: str) -> None:
+        for retry in list(self._retries.get(name, {}).values()):
+            retry()
 
     def used(self, name: str, backend: Backend) -> None:
         """Take note that ``backend`` was just chosen: of equals, the others come first next time."""
@@ -169,16 +225,27 @@ class Catalog:
         model = self._models.get(name)
         if model is None:
             raise ModelNotFound(name, list(self._models))
-        if not model.info.answers(kind, endpoint):
+        if not model.answers(kind, endpoint):
             raise WrongKind(name, model.info.kind, endpoint if kind == "custom" else kind)
         return model.info
 
     def answers(self, endpoint: str) -> bool:
         """Tell whether any model answers an endpoint that is not one of the OpenAI API."""
-        return any(model.info.answers("custom", endpoint) for model in self._models.values())
+        return any(model.answers("custom", endpoint) for model in self._models.values())
 
-    def _note_kind(self, info: ModelInfo) -> None:
-        if info.kind == "any":
+    def takes_untouched(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo | None:
+        """Return what is known of a model if all its replicas that answer an endpoint are of kind ``"any"``.
+
+        These are to get requests as clients send them. Otherwise, or if there is no such model, return ``None``.
+        """
+        model = self._models.get(name)
+        if model is None or not model.passthrough:
+            return None
+        return None if model.info.kind != "any" and model.info.answers(kind, endpoint) else model.info
+
+    def _put(self, model: _Model, info: ModelInfo, backend: Backend) -> None:
+        model.put(info, backend)
+        if model.passthrough:
             self.passthrough.add(info.name)
         else:
             self.passthrough.discard(info.name)
