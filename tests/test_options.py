@@ -62,6 +62,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "on_conflict": "reject",
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
+        "state_dir": None,
     }
 
 

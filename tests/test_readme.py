@@ -251,6 +251,7 @@ def test_every_error_of_our_own_is_documented() -> None:
     }
     ours = [
         errors.ModelNotFound("m", []),
+        errors.ModelUnavailable("m"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
         errors.ShuttingDown(),

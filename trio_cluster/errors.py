@@ -19,6 +19,7 @@ __all__ = [
     "HandshakeRefused",
     "InvalidRequest",
     "ModelNotFound",
+    "ModelUnavailable",
     "OptionsError",
     "Overloaded",
     "ShuttingDown",
@@ -94,8 +95,22 @@ class InvalidRequest(ApiError):
         super().__init__(status, message, param=param, code=code)
 
 
+class ModelUnavailable(ApiError):
+    """No node serves the model now, and one did a short while ago: it is likely to be back soon."""
+
+    def __init__(self, name: str, *, retry_after: float = 3.0) -> None:
+        # With two retries, clients wait for longer than workers take to reconnect.
+        super().__init__(
+            503,
+            f"The model '{name}' is not available at the moment; try again shortly",
+            param="model",
+            code="model_unavailable",
+            retry_after=retry_after,
+        )
+
+
 class ModelNotFound(ApiError):
-    """Nobody serves a model of this name; the message lists what there is."""
+    """No node serves a model of this name, nor did one a short while ago; the message lists what there is."""
 
     def __init__(self, name: str, available: list[str]) -> None:
         there = ", ".join(sorted(available)) or "none"

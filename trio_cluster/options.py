@@ -220,3 +220,6 @@ class ClusterServerOptions:
     """How long a token may wait for others while its link is busy; it never does on an idle one."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""
+    state_dir: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """The directory for what a master keeps over a restart; without it, one below ``$XDG_STATE_HOME`` that its port
+    names, or ``~/.local/state``."""

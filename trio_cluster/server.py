@@ -376,7 +376,7 @@ class ClusterServer:
                     raise
                 refusal = error
             else:
-                return await self._run_as_master(external, internal, task_status)
+                return await self._run_as_master(external, internal, port, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
             if await is_master(self.network, host, internal_port, _PROBE_TIMEOUT):
@@ -404,8 +404,9 @@ class ClusterServer:
             ClusterPortError: a port cannot be had.
             RuntimeError: the server runs already.
         """
-        external, internal = await self._open_pair(self._options.server.port if port is None else port)
-        return await self._run_as_master(external, internal, task_status)
+        port = self._options.server.port if port is None else port
+        external, internal = await self._open_pair(port)
+        return await self._run_as_master(external, internal, port, task_status)
 
     async def run_as_worker(
         self, master_host: str, master_port: int, *, task_status: Started = trio.TASK_STATUS_IGNORED
@@ -456,11 +457,15 @@ class ClusterServer:
         return ClusterMode.STANDALONE
 
     async def _run_as_master(
-        self, external: Listeners, internal: Listeners, task_status: Started
+        self, external: Listeners, internal: Listeners, port: int, task_status: Started
     ) -> ClusterMode:
+        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
+        name = f"master-{port}" if port and isinstance(self.network, Sockets) else None
         try:
             with self._node_for(ClusterMode.MASTER) as node:
-                await node.serve_as_master(external, internal, lambda: task_status.started(node.mode))
+                await node.serve_as_master(
+                    external, internal, lambda: task_status.started(node.mode), state_name=name
+                )
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER

@@ -432,7 +432,7 @@ async def test_models_leave_the_master_and_come_back(caplog: pytest.LogCaptureFi
         behind.listing = reply(b"", "503 Loading")
         await become()
         response = await served.post(json=chat("m"))
-        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_unavailable")
         behind.listing = reply(b'{"data":[{"id":"m"},{"id":"n"}]}')
         await become("m", "n")
         behind.answer = answer_with(reply(b"{}"))

@@ -71,7 +71,7 @@ async def test_without_a_key_whoever_asks_is_anonymous() -> None:
     assert await SingleKey(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/health/", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/health", "/health/", "/metrics", "/openapi.json", "/ready"])
 async def test_open_paths_do_not_ask_the_authenticator(path: str) -> None:
     class Never:
         async def authenticate(self, context: RequestContext) -> Principal:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.core.answer import Done, Failed, Head
 from trio_cluster.core.call import Call
@@ -19,6 +19,7 @@ from trio_cluster.core.request import Request
 from trio_cluster.errors import (
     ApiError,
     ModelNotFound,
+    ModelUnavailable,
     Overloaded,
     ShuttingDown,
     TooSlow,
@@ -149,6 +150,87 @@ def test_a_model_that_changes_its_kind_lets_others_try_again() -> None:
     assert tries == []
     catalog.update(ModelInfo("m", "embedding"), first)
     assert tries == ["w2"]
+
+
+async def test_a_model_that_has_left_is_unavailable_for_two_minutes_and_then_unknown(
+    autojump_clock: MockClock,
+) -> None:
+    router, backend = Router(), Scripted("w1")
+    catalog = router.catalog
+    catalog.add(CHAT, backend)
+    catalog.add(CHAT, Scripted("w2"), replicate=True)
+    for replica in catalog.replicas("m"):
+        catalog.remove("m", replica)
+    await trio.sleep(119)
+    with pytest.raises(ModelUnavailable) as caught:
+        router.open(request())
+    assert (caught.value.status, caught.value.code) == (503, "model_unavailable")
+    assert caught.value.retry_after is not None
+    with pytest.raises(WrongKind):
+        router.open(request(kind="embedding"))
+    with pytest.raises(ModelNotFound):
+        router.open(request("never"))
+    await trio.sleep(2)
+    with pytest.raises(ModelNotFound):
+        router.open(request())
+    assert not catalog.absent
+
+
+async def test_a_model_that_comes_back_counts_anew(autojump_clock: MockClock) -> None:
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    router.catalog.remove("m", backend)
+    await trio.sleep(100)
+    router.catalog.add(CHAT, backend)
+    router.open(request())
+    assert not router.catalog.absent
+    router.catalog.remove("m", backend)
+    await trio.sleep(100)
+    with pytest.raises(ModelUnavailable):
+        router.open(request())
+
+
+async def test_the_routes_of_a_model_that_has_left_are_still_routes(autojump_clock: MockClock) -> None:
+    catalog, backend = Router().catalog, Scripted("w1")
+    catalog.add(ModelInfo("m", "custom", extra_endpoints=("/v1/own",)), backend)
+    catalog.remove("m", backend)
+    assert catalog.answers("/v1/own")
+    with pytest.raises(ModelUnavailable):
+        catalog.check("m", "custom", "/v1/own")
+    await trio.sleep(121)
+    assert not catalog.answers("/v1/own")
+
+
+async def test_names_that_are_remembered_are_bounded() -> None:
+    catalog, backend = Router().catalog, Scripted("w1")
+    for number in range(10_050):
+        info = ModelInfo(f"m{number}", "chat", created=0)
+        catalog.add(info, backend)
+        catalog.remove(info.name, backend)
+    assert len(list(catalog.absent)) == 10_000
+    assert catalog.absent.find("m0") is None
+
+
+async def test_another_run_does_not_know_what_left_in_the_one_before() -> None:
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    router.catalog.remove("m", backend)
+    router.accept()
+    with pytest.raises(ModelNotFound):
+        router.open(request())
+
+
+def test_a_node_is_ready_if_a_replica_can_be_given_calls() -> None:
+    catalog, first, second = Router().catalog, Scripted("w1"), Scripted("w2")
+    assert not catalog.ready()
+    catalog.add(CHAT, first)
+    assert catalog.ready()
+    assert catalog.ready("m")
+    assert not catalog.ready("other")
+    first.health.stall("blocked")
+    assert not catalog.ready()
+    catalog.add(CHAT, second, replicate=True)
+    assert catalog.ready("m")
 
 
 def test_the_least_busy_replica_serves() -> None:

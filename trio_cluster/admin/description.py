@@ -17,7 +17,7 @@ from .._version import __version__
 from ..core.model import KINDS
 from ..core.status import WorkerStatus
 from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
-from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, StatusView
+from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, ReadyView, StatusView
 
 __all__ = ["description"]
 
@@ -57,7 +57,16 @@ _REASON: Final = {
 }
 
 #: The types of answers; those that they refer to are found through them.
-_VIEWS: Final = (IndexView, HealthView, ModelsView, StatusView, CallsView, CancelView, WorkerStatus)
+_VIEWS: Final = (
+    IndexView,
+    HealthView,
+    ModelsView,
+    ReadyView,
+    StatusView,
+    CallsView,
+    CancelView,
+    WorkerStatus,
+)
 _REFERENCE: Final = "#/components/schemas/{name}"
 
 #: Headers of errors by status, beside those that every answer has.
@@ -105,6 +114,16 @@ def _node_paths() -> dict[str, Any]:
     drain["responses"]["202"] = drain["responses"].pop("200")
     health = _open("health", "Tell whether the node takes requests", _view(HealthView))
     health["responses"]["503"] = _answer(_view(HealthView), about="It is being stopped.")
+    ready = _open("ready", "Tell whether a model could be asked now", _view(ReadyView))
+    ready["parameters"] = [
+        {
+            "name": "model",
+            "in": "query",
+            "description": "The name of a model; without it, any model counts.",
+            "schema": {"type": "string"},
+        }
+    ]
+    ready["responses"]["503"] = _answer(_view(ReadyView), about="There is none.")
     metrics = _open("metrics", "Numbers for Prometheus", {"type": "string"})
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
@@ -113,10 +132,11 @@ def _node_paths() -> dict[str, Any]:
         "/v1/models": {"get": _operation("models", "List all models", models, 401)},
         "/v1/models/{model}": {
             "parameters": [model],
-            "get": _operation("model", "Look up one model", model_ref, 401, 404),
+            "get": _operation("model", "Look up one model", model_ref, 401, 404, 503),
         },
         "/": {"get": _open("index", "Say what this is", _view(IndexView))},
         "/health": {"get": health},
+        "/ready": {"get": ready},
         "/metrics": {"get": metrics},
         "/openapi.json": {"get": _open("openapi", "This description", {"type": "object"})},
         "/cluster/status": {"get": _operation("status", "The state of the node", _view(StatusView), 401)},

@@ -213,6 +213,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
+        add("--state-dir", "state_dir", str, "DIR", "the directory for what is kept over a restart")
     if worker:
         add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
         options.add_argument(

@@ -21,7 +21,15 @@ from ..core.call import Call
 from ..core.channel import ByteChannel
 from ..core.principal import Principal
 from ..core.request import Request
-from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ModelNotFound, ShuttingDown
+from ..errors import (
+    ApiError,
+    CallCancelled,
+    HandlerFailed,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnavailable,
+    ShuttingDown,
+)
 from ..options import ClusterServerOptions
 from ..protocol import Data as DataMessage, ForwardRequest, WorkerSession
 from ..routing.router import Router
@@ -98,8 +106,8 @@ class ForwardedCalls:
                 )
             )
         except ApiError as error:
-            # Nothing was started here, and another replica need not refuse for either of these two reasons.
-            retryable = isinstance(error, ShuttingDown | ModelNotFound)
+            # Nothing was started here, and another replica need not refuse for any of these reasons.
+            retryable = isinstance(error, ShuttingDown | ModelNotFound | ModelUnavailable)
             self._session.fail(call_id, error, retryable=retryable)
             self._wake()
             return

@@ -13,8 +13,9 @@ from .context import RequestContext
 
 __all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey"]
 
-#: Paths that require no key. They show states and numbers, and neither names nor contents.
-OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+#: Paths that require no key. They show states and numbers, and neither names nor contents. ``/ready`` tells whether a
+#: model is served whose name the client knows already: load balancers ask for that without a key.
+OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/ready"})
 
 #: Whoever shows the one API key of a node.
 _KEY_HOLDER: Final = Principal("default", "admin")

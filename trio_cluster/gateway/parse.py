@@ -118,13 +118,17 @@ async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
-    if node_context.router.catalog.passthrough:
+    catalog = node_context.router.catalog
+    if catalog.passthrough or catalog.absent:
         name = await _look(peek_model, body, content_type) or ""
-        untouched = node_context.router.catalog.takes_untouched(name, endpoint.kind, endpoint.name)
+        if catalog.absent.find(name) is not None:
+            # What a passthrough model takes may be more than is accepted below.
+            raise catalog.why_missing(name)
+        untouched = catalog.takes_untouched(name, endpoint.kind, endpoint.name)
         if untouched is not None:
             return untouched, None
     parsed = await _look(endpoint.parse, body, content_type, headers)
-    info = node_context.router.catalog.check(parsed.model, endpoint.kind, endpoint.name)
+    info = catalog.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(

@@ -5,6 +5,8 @@ the routes that it answers besides those of its kind; the catalogue lists what a
 kind ``any``, which answers every route, may stand beside replicas of another kind. A request goes to the replicas that
 answer its endpoint.
 
+A model whose last replica has left stays known for a while: see ``absence.py``.
+
 A model that was refused because of what others serve may be tried again when that changes: see
 :meth:`Catalog.retry_when_changed`.
 """
@@ -17,7 +19,8 @@ import attrs
 
 from ..core.model import Kind, ModelInfo
 from ..core.request import Request
-from ..errors import ModelNotFound, WrongKind
+from ..errors import ApiError, ModelNotFound, ModelUnavailable, WrongKind
+from .absence import AbsentModels
 from .backend import Backend
 
 __all__ = ["Catalog", "NameTaken"]
@@ -33,7 +36,10 @@ class _Model:
     def __init__(self, info: ModelInfo) -> None:
         self.replicas: dict[Backend, ModelInfo] = {}
         self.info = info
-        """What the first replica of another kind than ``any`` said, or else the first; and all that any of them answers."""
+        """What the first replica of another kind than ``any`` said, or else the first.
+
+        It has the routes that any replica answers.
+        """
         self.passthrough = False
         """Whether a replica is of kind ``any``."""
 
@@ -69,11 +75,17 @@ class _Model:
             self.info = attrs.evolve(self.info, extra_endpoints=tuple(extra))
 
 
+def _do_nothing() -> None:
+    return None
+
+
 class Catalog:
     """The models of a node: its own and, on a master, those of its workers.
 
     Attributes:
         passthrough: the names of the models of which a replica is of kind ``"any"``.
+        absent: the models that were served a short while ago, and are not now.
+        on_names_changed: called when a model is served that was not before, or is not served any more. Synchronous.
     """
 
     def __init__(self) -> None:
@@ -81,6 +93,8 @@ class Catalog:
         # By name: what to call when a replica of the model leaves or changes, in the order of asking.
         self._retries: dict[str, dict[Backend, Callable[[], None]]] = {}
         self.passthrough: set[str] = set()
+        self.absent = AbsentModels()
+        self.on_names_changed: Callable[[], None] = _do_nothing
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Serve a model from now on.
@@ -98,6 +112,8 @@ class Catalog:
         if model is None:
             model = self._models[info.name] = _Model(info)
             self._put(model, info, backend)
+            self.absent.discard(info.name)
+            self.on_names_changed()
             return
         who = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
@@ -136,6 +152,8 @@ class Catalog:
         model.discard(backend)
         if not model.replicas:
             del self._models[name]
+            self.absent.add(model.info)
+            self.on_names_changed()
         if not model.replicas or not model.passthrough:
             self.passthrough.discard(name)
         self._retry(name)
@@ -219,19 +237,36 @@ class Catalog:
         """Return what is known of a model that an endpoint for ``kind`` wants.
 
         Raises:
+            ModelUnavailable: no backend serves it now, and one did a short while ago.
             ModelNotFound: no backend serves it.
             WrongKind: it does not answer that endpoint.
         """
         model = self._models.get(name)
         if model is None:
-            raise ModelNotFound(name, list(self._models))
+            absent = self.absent.find(name)
+            if absent is not None and not absent.answers(kind, endpoint):
+                raise WrongKind(name, absent.kind, endpoint if kind == "custom" else kind)
+            raise self.why_missing(name)
         if not model.answers(kind, endpoint):
             raise WrongKind(name, model.info.kind, endpoint if kind == "custom" else kind)
         return model.info
 
     def answers(self, endpoint: str) -> bool:
-        """Tell whether any model answers an endpoint that is not one of the OpenAI API."""
-        return any(model.answers("custom", endpoint) for model in self._models.values())
+        """Tell whether any model answers an endpoint that is not one of the OpenAI API, or did a short while ago."""
+        return any(model.answers("custom", endpoint) for model in self._models.values()) or any(
+            info.answers("custom", endpoint) for info, _ in self.absent
+        )
+
+    def why_missing(self, name: str) -> ApiError:
+        """Return the error for a model that no backend serves."""
+        if self.absent.find(name) is not None:
+            return ModelUnavailable(name)
+        return ModelNotFound(name, list(self._models))
+
+    def ready(self, name: str | None = None) -> bool:
+        """Tell whether any backend could be given a request now, for one model or for any."""
+        models = self._models.values() if name is None else filter(None, [self._models.get(name)])
+        return any(replica.health.available for model in models for replica in model.replicas)
 
     def takes_untouched(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo | None:
         """Return what is known of a model if all its replicas that answer an endpoint are of kind ``"any"``.

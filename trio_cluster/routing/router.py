@@ -65,15 +65,18 @@ class Router:
         self._draining_reason = reason
 
     def accept(self) -> None:
-        """Take new calls again."""
+        """Take new calls again: another run of the node begins. What was served in the last one does not count."""
         self._draining_reason = None
+        self.catalog.absent.clear()
 
     def open(self, request: Request) -> Call:
         """Begin to answer ``request`` on the replica that the policy chooses. Synchronous.
 
         Raises:
             ShuttingDown: the node drains.
-            ModelNotFound, WrongKind: no backend serves the model, or none that does answers the endpoint.
+            ModelNotFound, ModelUnavailable: no backend serves the model; it was not served either a short while ago,
+                or it was.
+            WrongKind: no backend that serves the model answers the endpoint.
             Overloaded: none that does can be given a call now.
             ApiError: the backend refused. Nothing was started, in all of these cases.
         """
