@@ -174,6 +174,8 @@ class ServerOptions:
     """The longest silence: to the first output, and between outputs. ``math.inf`` sets no limit."""
     api_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
     """What clients must show as a bearer token; without it, nothing."""
+    operator_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
+    """What operators must show to see, cancel and drain; without it, they must be on the same machine."""
     worker_id: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The stable name of a worker; generated when empty."""
     owner: str = attrs.field(default="trio-cluster", validator=_text)

@@ -140,7 +140,9 @@ def _node_paths() -> dict[str, Any]:
         "/metrics": {"get": metrics},
         "/openapi.json": {"get": _open("openapi", "This description", {"type": "object"})},
         "/cluster/status": {"get": _operation("status", "The state of the node", _view(StatusView), 401)},
-        "/cluster/calls": {"get": _operation("calls", "The calls that are under way", _view(CallsView), 401)},
+        "/cluster/calls": {
+            "get": _operation("calls", "The calls that are under way", _view(CallsView), 401, 403)
+        },
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }

@@ -1,8 +1,9 @@
 """What an operator may do from outside: see every call, cancel some, and let a worker go.
 
-These routes need the key, as all others do. Where there is none, whoever reaches the node may use them, but a page
-of the web may not: a browser would post here on behalf of any page that is open in it, without being asked, and
-tells where the request comes from. Nothing here is for browsers, so such a request is refused.
+These routes need a principal that is an operator, which the gateway checks before they are reached; see
+``gateway/auth.py``. A client on the same machine may be one without a key, but a page of the web may not: a browser
+would post here on behalf of any page that is open in it, without being asked, and tells where the request comes from.
+Nothing here is for browsers, so such a request is refused.
 """
 
 from __future__ import annotations

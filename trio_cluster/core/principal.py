@@ -8,7 +8,7 @@ import attrs
 
 __all__ = ["ANONYMOUS", "Principal", "Role"]
 
-#: What a principal may do: ask models; also look at the node; everything.
+#: What a principal may do: ask models; also look at the calls of others, cancel them, and drain workers; everything.
 Role: TypeAlias = Literal["inference", "operator", "admin"]
 
 
@@ -18,7 +18,7 @@ class Principal:
 
     name: str = ""
     """The name of the key that was shown; empty where no key is required."""
-    role: Role = "admin"
+    role: Role = "inference"
 
 
 #: Whoever sends a request to a node that requires no key.

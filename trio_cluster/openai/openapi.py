@@ -39,7 +39,7 @@ ERROR: Final[Schema] = {
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
-    403: "A web page of another origin may not do this.",
+    403: "It is for operators, or it comes from a web page, which may not do this.",
     404: "There is no such route, model, call or worker.",
     405: "The route does not take this method.",
     408: "The body of the request did not arrive in time.",
