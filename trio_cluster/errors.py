@@ -18,6 +18,7 @@ __all__ = [
     "HandlerFailed",
     "HandshakeRefused",
     "InvalidRequest",
+    "LoopDetected",
     "ModelNotFound",
     "ModelUnavailable",
     "OptionsError",
@@ -119,6 +120,18 @@ class ModelNotFound(ApiError):
             f"The model '{name}' does not exist. Available models: {there}",
             param="model",
             code="model_not_found",
+        )
+
+
+class LoopDetected(ApiError):
+    """The request has passed this cluster already, or there is no way on that does not lead back to one it passed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            508,
+            f"The request for the model '{name}' goes in a circle: clusters serve each other's model of this name",
+            param="model",
+            code="loop_detected",
         )
 
 

@@ -7,7 +7,7 @@ which their handlers run) and makes a :class:`~trio_cluster.node.Node` for each 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -216,6 +216,7 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        via: Sequence[str] = (),
     ) -> None:
         """Serve a model that answers every route itself, bytes in and bytes out; for what relays to another server.
 
@@ -225,12 +226,14 @@ class ClusterServer:
                 sent has not been looked at, except for the name of the model.
             options: what ``/v1/models`` tells about it.
             max_concurrency: how many calls run at once; the slots of this process are not used. ``None``: any number.
+            via: the ids of the clusters through which the model comes, if the other server is a cluster: what it says
+                as ``trio_cluster_via`` in ``/v1/models``.
 
         Raises:
-            ValueError: the name is taken, or is not a name.
+            ValueError: the name is taken, or is not a name; or the model came through this cluster.
             TypeError: the handler is no coroutine function.
         """
-        self._models.register_raw(name, handler, options, max_concurrency)
+        self._models.register_raw(name, handler, options, max_concurrency, tuple(via))
 
     def route(self, path: str, model: str, handler: H | None = None) -> Any:
         """Let a model answer a route that the OpenAI API does not have; a decorator if ``handler`` is left out.

@@ -40,6 +40,11 @@ _MODEL: Final = {
             "required": ["vision"],
         },
         "context_window": {"type": "integer"},
+        "trio_cluster_via": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "The ids of the clusters that the model comes through; the last one is this.",
+        },
     },
     "required": ["id", "object", "created", "owned_by", "kind", "capabilities"],
 }

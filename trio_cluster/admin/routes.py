@@ -42,14 +42,15 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        entries = [info.entry() for info in node_context.router.catalog.infos()]
+        catalog = node_context.router.catalog
+        entries = [catalog.entry(info) for info in catalog.infos()]
         return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:
         info = node_context.router.catalog.info(name)
         if info is None:
             raise node_context.router.catalog.why_missing(name)
-        return respond(json_reply(info.entry()))
+        return respond(json_reply(node_context.router.catalog.entry(info)))
 
     for prefix in PREFIXES:
         app.add_url_rule(f"{prefix}/models", f"{prefix}models", list_models, methods=["GET"])

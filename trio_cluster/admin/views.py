@@ -149,7 +149,7 @@ def status_view(node_context: NodeContext) -> StatusView:
         mode=node_context.mode,
         uptime=round(node_context.uptime, 3),
         draining=router.draining_reason is not None,
-        models=[info.entry() | {"nodes": catalog.served_by(info.name)} for info in catalog.infos()],
+        models=[catalog.entry(info) | {"nodes": catalog.served_by(info.name)} for info in catalog.infos()],
         calls=CallCounters(**router.stats.counters(), in_flight=len(router.live)),
         version=own.version,
         slots=own.slots,

@@ -8,6 +8,8 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import attrs
 
+from .provenance import Via
+
 __all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
 
 #: What a model can do; named after the ``register_*`` methods of the server. ``custom`` answers only routes of its own,
@@ -74,6 +76,8 @@ class ModelInfo:
     options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
     extra_endpoints: tuple[str, ...] = ()
     """What it answers beside the routes of its kind: other kinds, and paths of routes of its own."""
+    via: Via = ()
+    """The other clusters through which it comes, the one where it is served first; see ``provenance.py``."""
 
     def answers(self, kind: str, endpoint: str) -> bool:
         """Tell whether it answers an endpoint, which is one for models of ``kind``."""

@@ -97,6 +97,7 @@ class ModelServer(Protocol):
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        via: Sequence[str] = (),
     ) -> Any:
         """Register a passthrough model, whose handler answers every route itself."""
         ...

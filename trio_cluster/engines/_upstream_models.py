@@ -25,6 +25,7 @@ import msgspec
 import trio
 
 from trio_cluster.core.model import ChatModelOptions
+from trio_cluster.core.provenance import VIA_FIELD, Via, read_via
 
 from ._engine import ModelServer
 from ._http_client import HttpClient, HttpRequest
@@ -60,6 +61,7 @@ _DROPPED_FIELDS: Final = frozenset(
         "permission",
         "root",
         *_CONTEXT_FIELDS[:1],
+        VIA_FIELD,
     }
 )
 #: Bytes of JSON that are copied of one entry, and levels of nesting in a field.

@@ -17,9 +17,11 @@ import trio
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
+from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, LoopDetected
 from ..openai import Endpoint, FormPeek, is_form, peek_model
+from ..routing.catalog import Catalog
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
@@ -59,6 +61,7 @@ class Parse:
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
         assert endpoint is not None
+        catalog = node_context.router.catalog
         headers = _travelling_headers(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
         idle_timeout, total_timeout = _timeouts(node_context, context)
@@ -67,12 +70,14 @@ class Parse:
         if not request_body.complete and is_form(content_type):
             context.spool = SpooledBody()
             model = await _find_model(request_body, content_type, first, context.spool)
-            info = node_context.router.catalog.check(model, endpoint.kind, endpoint.name)
+            info = catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
             body = first if request_body.complete else await _rest_of(request_body, first, node_context)
             info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        if VIA_HEADER in headers or info.name in catalog.passthrough:
+            headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
         context.request = Request(
             endpoint=endpoint.name,
             kind=endpoint.kind,
@@ -89,6 +94,18 @@ class Parse:
             upload=upload,
             principal=context.principal,
         )
+
+
+def _passed(via: str, model: str, catalog: Catalog) -> str:
+    """Return the clusters that a request has passed, this one included, as the value of a header.
+
+    Raises:
+        LoopDetected: this one is among them already, or they are too many.
+    """
+    passed = parse_via(via)
+    if catalog.cluster_id in passed or len(passed) >= MAX_CLUSTERS:
+        raise LoopDetected(model)
+    return format_via((*passed, catalog.cluster_id))
 
 
 async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:

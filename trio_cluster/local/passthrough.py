@@ -50,6 +50,11 @@ class RawCall(CallTask):
         """What is asked: endpoint, model, headers, and what is known of the body."""
         return self.call.request
 
+    @property
+    def time_left(self) -> float:
+        """Seconds that are left for the whole answer; infinite if the client has set no limit."""
+        return self.deadline - trio.current_time()
+
     async def receive(self) -> bytes:
         """Return what has come of the request's body since the last time, waiting for it; empty at its end.
 

@@ -5,6 +5,8 @@ the routes that it answers besides those of its kind; the catalogue lists what a
 kind ``any``, which answers every route, may stand beside replicas of another kind. A request goes to the replicas that
 answer its endpoint.
 
+What came through this cluster, from another one that serves its models, is not taken: it would be served in a circle.
+
 A model whose last replica has left stays known for a while: see ``absence.py``.
 
 A model that was refused because of what others serve may be tried again when that changes: see
@@ -14,20 +16,28 @@ A model that was refused because of what others serve may be tried again when th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import attrs
 
+from ..core import randomness
 from ..core.model import Kind, ModelInfo
+from ..core.provenance import VIA_FIELD, VIA_HEADER, parse_via
 from ..core.request import Request
 from ..errors import ApiError, ModelNotFound, ModelUnavailable, WrongKind
 from .absence import AbsentModels
 from .backend import Backend
 
-__all__ = ["Catalog", "NameTaken"]
+__all__ = ["Catalog", "ModelLoop", "NameTaken"]
 
 
 class NameTaken(ValueError):
     """A model of this name is already served, and may not be served a second time."""
+
+
+class ModelLoop(ValueError):
+    """A model came through this cluster: it would be served in a circle."""
 
 
 class _Model:
@@ -96,6 +106,11 @@ class Catalog:
         self.absent = AbsentModels()
         self.on_names_changed: Callable[[], None] = _do_nothing
 
+    @cached_property
+    def cluster_id(self) -> str:
+        """Tells this cluster from every other one; drawn when it is needed first, and anew by each process."""
+        return randomness.token(8)
+
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Serve a model from now on.
 
@@ -107,7 +122,9 @@ class Catalog:
 
         Raises:
             NameTaken: the name is taken.
+            ModelLoop: the model came through this cluster.
         """
+        self._refuse_loop(info)
         model = self._models.get(info.name)
         if model is None:
             model = self._models[info.name] = _Model(info)
@@ -132,7 +149,9 @@ class Catalog:
 
         Raises:
             NameTaken: it would be of another kind than its replicas are.
+            ModelLoop: the model came through this cluster.
         """
+        self._refuse_loop(info)
         model = self._models[info.name]
         other = model.conflict(info, backend)
         if other is not None:
@@ -194,6 +213,15 @@ class Catalog:
         model = self._models.get(name)
         return None if model is None else model.info
 
+    def entry(self, info: ModelInfo) -> dict[str, Any]:
+        """Return a model's entry in ``/v1/models``, with the clusters that a reader of it gets the model through.
+
+        Of several replicas the nearest counts. A request that would be sent in a circle does not go to the others.
+        """
+        model = self._models.get(info.name)
+        ways = [] if model is None else [replica.via for replica in model.replicas.values()]
+        return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]}
+
     def infos(self) -> list[ModelInfo]:
         """Return all models, sorted by name."""
         return [self._models[name].info for name in sorted(self._models)]
@@ -231,7 +259,16 @@ class Catalog:
                 and replica.name != avoid
             ):
                 found.append(replica)
+        if VIA_HEADER in request.headers:
+            passed = set(parse_via(request.headers[VIA_HEADER]))
+            found = [replica for replica in found if passed.isdisjoint(model.replicas[replica].via)]
         return found
+
+    def leads_back(self, request: Request) -> bool:
+        """Tell whether all replicas of a request's model come through a cluster that the request has passed."""
+        model = self._models.get(request.model)
+        passed = set(parse_via(request.headers.get(VIA_HEADER, "")))
+        return model is not None and not any(passed.isdisjoint(info.via) for info in model.replicas.values())
 
     def check(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo:
         """Return what is known of a model that an endpoint for ``kind`` wants.
@@ -277,6 +314,10 @@ class Catalog:
         if model is None or not model.passthrough:
             return None
         return None if model.info.kind != "any" and model.info.answers(kind, endpoint) else model.info
+
+    def _refuse_loop(self, info: ModelInfo) -> None:
+        if info.via and self.cluster_id in info.via:
+            raise ModelLoop(f"the model '{info.name}' came through this cluster, and would be served in a circle")
 
     def _put(self, model: _Model, info: ModelInfo, backend: Backend) -> None:
         model.put(info, backend)

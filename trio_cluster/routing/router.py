@@ -21,9 +21,10 @@ from ..core.answer import Failed
 from ..core.call import Call
 from ..core.observer import Observers
 from ..core.outcome import outcome_of
+from ..core.provenance import VIA_HEADER
 from ..core.request import Request
 from ..core.stats import CallStats
-from ..errors import Overloaded, ShuttingDown
+from ..errors import LoopDetected, Overloaded, ShuttingDown
 from .backend import Backend
 from .catalog import Catalog
 from .policy import LeastBusy, RoutingPolicy
@@ -77,6 +78,7 @@ class Router:
             ModelNotFound, ModelUnavailable: no backend serves the model; it was not served either a short while ago,
                 or it was.
             WrongKind: no backend that serves the model answers the endpoint.
+            LoopDetected: all that do lead back to a cluster that the request has passed.
             Overloaded: none that does can be given a call now.
             ApiError: the backend refused. Nothing was started, in all of these cases.
         """
@@ -133,6 +135,8 @@ class Router:
         if backend is None:
             # Only to find out why there is none.
             self.catalog.check(request.model, request.kind, request.endpoint)
+            if VIA_HEADER in request.headers and self.catalog.leads_back(request):
+                raise LoopDetected(request.model)
             raise Overloaded(
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,
