@@ -1,4 +1,4 @@
-"""README and documentation say what is true: their code runs, and their tables are those of the code."""
+"""README and documentation are true: their code runs, and their tables are those of the code."""
 
 from __future__ import annotations
 
@@ -252,6 +252,7 @@ def test_every_error_of_our_own_is_documented() -> None:
     ours = [
         errors.ModelNotFound("m", []),
         errors.ModelUnavailable("m"),
+        errors.LoopDetected("m"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
         errors.ShuttingDown(),
@@ -354,12 +355,9 @@ def test_the_files_and_folders_that_a_page_names_are_there(page: str) -> None:
     text = text.partition("## Old names")[0]
     named = set(PATH.findall(text))
     assert named
-    paths = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "trio_cluster").rglob("*.py")]
-    paths += [f"/{path.parent.relative_to(ROOT)}/" for path in (ROOT / "trio_cluster").rglob("*.py")]
-    paths += [
-        f"/{path.relative_to(ROOT)}"
-        for folder in ("tests", "bench")
-        for path in (ROOT / folder).rglob("*.py")
-    ]
+    paths: list[str] = []
+    for folder in ("trio_cluster", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            paths += [f"/{path.relative_to(ROOT)}", f"/{path.parent.relative_to(ROOT)}/"]
     missing = {name for name in named - NOT_OURS if not any(path.endswith(f"/{name}") for path in paths)}
     assert sorted(missing - {"docs/", "examples/"}) == []

@@ -1,4 +1,4 @@
-"""A call made into a reply: which status, when, and what becomes of the call when somebody goes away."""
+"""The reply of a call: its status, when it begins, and what becomes of the call when the client or the node is gone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SPEECH = json.dumps({"model": "voice", "input": "hi", "voice": "v"}).encode()
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Make the face give up after 0.1 s of silence."""
+    """Make the gateway time out after 0.1 s without output."""
     monkeypatch.setattr(deadlines, "GRACE", 0.05)
     return {"default_timeout": 0.05}
 
@@ -524,7 +524,7 @@ async def test_headers_of_the_same_name_are_joined(node: HttpNode) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "silence", "budget"),
+    ("headers", "idle_timeout", "total_timeout"),
     [
         ({"x-request-timeout": "2.5"}, 2.5, 2.5),
         ({"x-request-timeout": "600"}, 60.0, 600.0),
@@ -536,11 +536,11 @@ async def test_headers_of_the_same_name_are_joined(node: HttpNode) -> None:
     ],
 )
 async def test_clients_can_shorten_the_silence_and_limit_the_whole(
-    node: HttpNode, headers: dict[str, str], silence: float, budget: float
+    node: HttpNode, headers: dict[str, str], idle_timeout: float, total_timeout: float
 ) -> None:
     assert (await node.post(headers=headers)).status_code == 200
     request = (await node.backend.next()).request
-    assert (request.idle_timeout, request.total_timeout) == (silence, budget)
+    assert (request.idle_timeout, request.total_timeout) == (idle_timeout, total_timeout)
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "0.0", "nan", "inf", "1e3", "1_0", "9" * 400])
@@ -692,7 +692,7 @@ async def test_a_client_that_leaves_while_a_write_to_it_is_stuck_cancels_the_cal
         served = await node.backend.next()
         served.head(EVENTS)
         with trio.fail_after(5):
-            # Full means: a window's worth waits, since nobody takes any more.
+            # Full means that a window's worth waits, since no more is taken.
             while served.call.body.waiting_bytes < WINDOW:
                 served.data(b"x" * 65536 + b"\n\n")
                 for _ in range(20):
@@ -743,7 +743,7 @@ async def _leave(wire: Wire, how: str) -> None:
     wire.stream.socket.close()
 
 
-async def test_the_books_add_up_whatever_clients_do() -> None:
+async def test_the_counters_add_up_whatever_clients_do() -> None:
     async with open_http_node(None) as node:
         for number in range(20):
             async with node.connect() as wire:

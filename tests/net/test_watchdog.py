@@ -104,7 +104,7 @@ def lags(data: bytes) -> list[float]:
 
 
 def pulse_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "trio_cluster pulse"]
+    return [thread for thread in threading.enumerate() if thread.name == "trio_cluster watchdog"]
 
 
 @pytest.fixture(autouse=True)

@@ -213,7 +213,7 @@ async def test_run_without_a_cluster_is_standalone() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1000])
-async def test_a_port_that_somebody_else_has_is_named(which: int) -> None:
+async def test_a_port_that_another_program_has_is_named(which: int) -> None:
     port = free_pair()
     with socket.socket() as sock:
         sock.bind((HOST, port + which))
@@ -382,7 +382,7 @@ async def test_a_worker_that_is_stopped_finishes_its_calls_and_leaves() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_worker_that_is_drained_from_outside_stops_as_if_it_had_been_told_itself() -> None:
+async def test_a_worker_that_its_master_drains_stops_as_if_it_had_been_stopped_itself() -> None:
     master, worker = make(), make(worker_id="rack 1/w1")
     begun, go = trio.Event(), trio.Event()
 
@@ -410,10 +410,10 @@ async def test_a_worker_that_is_drained_from_outside_stops_as_if_it_had_been_tol
             async with httpx.AsyncClient(base_url=str(master.url)) as client:
                 accepted = await client.post("/cluster/workers/rack%201%2Fw1/drain")
                 assert accepted.status_code == 202
-                told = accepted.json()
-                assert (told["id"], told["draining"], told["in_flight"]) == ("rack 1/w1", True, 1)
+                drained = accepted.json()
+                assert (drained["id"], drained["draining"], drained["in_flight"]) == ("rack 1/w1", True, 1)
                 (listed,) = (await client.get("/cluster/status")).json()["workers"]
-                assert listed["instance"] == told["instance"]
+                assert listed["instance"] == drained["instance"]
                 refused = await client.post("/v1/chat/completions", json=ask("waits"))
                 assert refused.status_code == 503
             go.set()
@@ -492,7 +492,7 @@ def test_stop_is_harmless_while_nothing_runs() -> None:
 # Configuration while it runs
 
 
-async def test_a_key_that_is_set_is_wanted_at_once() -> None:
+async def test_a_key_that_is_set_is_required_at_once() -> None:
     server = make()
     server.register_chat("echo", echo)
     async with trio.open_nursery() as nursery:
@@ -526,7 +526,7 @@ async def test_more_concurrency_and_another_timeout_act_at_once() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_worker_serves_its_own_api_where_it_is_told_to() -> None:
+async def test_a_worker_serves_its_own_api_on_its_listen_address() -> None:
     master, worker = make(), make()
     worker.register_chat("echo", echo)
     worker.set_worker_listen_address(HOST)

@@ -184,6 +184,8 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "ORIGINS",
         "origins whose web pages may use the API: *, or a list with commas",
     )
+    if master:
+        add("--http", "http", str, "SERVER", "the server of the API: lean, or hypercorn for HTTP/2")
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
     add(

@@ -1,12 +1,14 @@
 """Forwarding of calls to an upstream server: what of a request is sent to it, and what of its response comes back.
 
-Bodies are forwarded as they are, in both directions and in the pieces in which they arrive. Only the name of the model
-in a request is replaced, where the cluster calls the model by another name. Headers are forwarded if they are about the
+Bodies are forwarded as they are, in both directions and in the pieces in which they arrive, with two exceptions: the
+name of the model in a request is replaced, where the cluster calls the model by another name, and the preamble and the
+epilogue of a form are dropped. Headers are forwarded if they are about the
 content or about the API. Connection headers are not, because the connection ends here. Keys and cookies are not either:
 the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
 Every response is the call's answer, whatever its status. The call fails, with ``UpstreamLost``, only if there is no
-complete response.
+complete response, or with ``Overloaded`` if this machine has no room for the connection, which is not the server's
+fault.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from typing import Final
 from urllib.parse import quote
 
 from trio_cluster._version import __version__
-from trio_cluster.core.request import Request
-from trio_cluster.errors import InvalidRequest, UpstreamLost
+from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, is_form
 
-from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
+from ._form_trim import trim_form, trim_streamed_form
+from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 
-_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "user-agent"})
+_REQUEST_HEADERS: Final = frozenset(
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
+)
 _RESPONSE_HEADERS: Final = frozenset(
     {
         "cache-control",
@@ -90,13 +94,13 @@ class UpstreamCalls:
         client: sends the requests.
         key: the API key to send; ``None`` if the server requires none.
         on_lost: called, synchronously, when a call fails because the server cannot be reached or its response is
-            incomplete.
+            incomplete; the argument tells whether it cannot be reached.
 
     Attributes:
         activity: counts what is received from the server, heads and pieces of bodies. A change shows that it is alive.
     """
 
-    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[], None]) -> None:
+    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[bool], None]) -> None:
         self._client = client
         self._key = key
         self._on_lost = on_lost
@@ -113,21 +117,22 @@ class UpstreamCalls:
 
         Raises:
             UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            Overloaded: this machine has no descriptor, memory or local port left for the connection.
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
         request = call.request
         body, size = await _request_body(model, call)
-        http_request = HttpRequest(
-            "POST", _path(request.endpoint), self._request_headers(call), body, size
-        )
+        http_request = HttpRequest("POST", _path(request.endpoint), self._request_headers(call), body, size)
 
         async def handle_response(response: HttpResponse) -> None:
             await self._forward_response(response, call)
 
         try:
             await self._client.send(http_request, handle_response)
+        except LocalExhaustion as error:
+            raise Overloaded(f"This server is out of resources: {error}; try again shortly") from error
         except HttpError as error:
-            self._on_lost()
+            self._on_lost(isinstance(error, ConnectFailed))
             why = str(error)
             if isinstance(error, ConnectFailed):
                 why = f"it cannot be reached ({why})"
@@ -197,8 +202,12 @@ async def _request_body(model: str, call: RawCall) -> tuple[Body, int]:
         body = await _read_body(call)
         if renamed:
             body = rewrite_form(body, request.content_type, model) if form else rewrite_json(body, model)
+        elif form:
+            body = trim_form(body, request.content_type)
         return body, len(body)
     if not renamed:
+        if form:
+            return await trim_streamed_form(call.receive, request.content_type, request.size)
         return call.receive, request.size
     rewriter = FormRewriter(request.content_type, model)
     ended = False

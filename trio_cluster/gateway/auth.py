@@ -1,7 +1,8 @@
-"""The authenticate stage: finds out who sends a request, and whether the client may use the path.
+"""The authenticate stage: determines who sends a request, and whether the sender may use the path.
 
-Every path below ``/cluster`` is for operators (:func:`is_for_operators`), so that a new one is protected without a word
-about it. It needs a principal whose role is more than ``"inference"``, whatever authenticator says so.
+Every path below ``/cluster`` except the status is for operators (:func:`is_for_operators`), so a route that is added
+there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
+authenticator determined the principal.
 """
 
 from __future__ import annotations
@@ -20,35 +21,39 @@ from .context import RequestContext
 
 __all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_for_operators"]
 
-#: Paths that require no key. They show states and numbers, and neither names nor contents. ``/ready`` tells whether a
-#: model is served whose name the client knows already: load balancers ask for that without a key.
+#: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
+#: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/ready"})
 
-#: The only path below ``/cluster`` that needs no operator: what models there are, and how busy the node is.
+#: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
 _STATUS: Final = "/cluster/status"
 
-#: A client that shows the API key of a node, and one that shows the operator key.
+#: The principals of requests that have the node's API key, and its operator key.
 _CLIENT: Final = Principal("default", "inference")
 _OPERATOR: Final = Principal("operator", "operator")
 
-#: Headers that proxies add. A request with one of them did not come from this machine, even if its connection did.
+#: Headers that proxies add. A request with one of them does not come from this machine, even if its connection does.
 _PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
 
 
 class Authenticator(Protocol):
-    """Finds out who sends a request."""
+    """Determines who sends a request."""
 
     async def authenticate(self, context: RequestContext) -> Principal:
-        """Return who sends the request. May wait.
+        """Return who sends the request. It may wait, for instance for a database.
 
         Raises:
-            ApiError: 401: no key was shown, or one that is not valid.
+            ApiError: 401: the request has no key, or one that is not valid.
         """
         ...
 
 
 class Authenticate:
-    """Puts the principal into the context, on every path that requires a key. See ``Stage``."""
+    """Puts the principal into the context, on every path that requires a key. See ``Stage``.
+
+    Args:
+        authenticator: determines the principal.
+    """
 
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
@@ -74,12 +79,12 @@ class Authenticate:
 
 
 class SingleKey:
-    """Requires the API key in the options, if there is one, and knows the operator key. See ``Authenticator``.
+    """Requires the API key of the options, if there is one, and knows the operator key. See ``Authenticator``.
 
-    The operator key is good for everything. Without one, clients on this machine may do what operators may.
+    The operator key allows everything. If the options have none, clients on this machine may do what operators may.
 
     Args:
-        options: read for each request, so that a key that is set acts at once.
+        options: read for each request, so that a new key applies to the next one.
     """
 
     def __init__(self, options: ClusterServerOptions) -> None:
@@ -91,7 +96,7 @@ class SingleKey:
         key, operator_key = options.api_key, options.operator_key
         if key is None and operator_key is None:
             return _with_role(ANONYMOUS, context)
-        given = shown_key(context)
+        given = key_of(context)
         if operator_key is not None:
             if given is not None and hmac.compare_digest(given, operator_key.encode()):
                 return _OPERATOR
@@ -137,8 +142,8 @@ def _is_local(context: RequestContext) -> bool:
     return address.is_loopback
 
 
-def shown_key(context: RequestContext) -> bytes | None:
-    """Return the key that a request shows, as a bearer token or, as clients of the Messages API do, in ``x-api-key``."""
+def key_of(context: RequestContext) -> bytes | None:
+    """Return the API key of a request: the bearer token or, as clients of the Messages API send it, ``x-api-key``."""
     scheme, _, given = (context.header(b"authorization") or b"").partition(b" ")
     if not scheme:
         return context.header(b"x-api-key") or None

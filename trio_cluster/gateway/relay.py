@@ -1,16 +1,17 @@
-"""The relay: makes a reply of the call that answers a request. It knows no web framework.
+"""The relay: makes the HTTP reply of the call that answers a request. It does not use the web framework.
 
-The only question is when to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
+Its main decision is when to send the status. That is done as late as possible, since until then a failure can be sent
+as a real 4xx or 5xx:
 
-- an event stream begins with its first event; a failure after that is one error event. So events are sent whole: an error
-  in the middle of one would be a part of it (see ``sse_buffer.py``);
-- audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
-- everything else is sent when it is complete. Only an answer that is larger than :data:`BUFFER_LIMIT` is begun earlier, so
-  that memory stays bounded.
+- An event stream begins with its first event. A failure after that is sent as one error event. An error event in the
+  middle of another event would be read as a part of it, so events are sent whole (see ``sse_buffer.py``).
+- Audio begins with its first bytes. A failure after that can be shown only by breaking the connection.
+- Everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
+  memory stays bounded.
 
-Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all else that is
-done to a token. An answer that failed aborts the context, and the gateway then ends the connection in a way that no client
-takes for the end of the answer.
+Once an answer has begun, all pieces that wait are sent in one write, since a write costs more than everything else that
+is done for a token. If an answer fails, its context is aborted, and the gateway ends the connection in a way that no
+client takes for the end of the answer.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from .sse_buffer import EventBuffer
 
 __all__ = ["BUFFER_LIMIT", "PING_INTERVAL", "relay"]
 
-#: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
+#: Bytes of an answer that are kept until it is complete; a larger answer is sent as it arrives.
 BUFFER_LIMIT: Final = 1 << 20
 
-#: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
-#: client, and to find out whether the client is still there.
+#: Seconds without output after which a comment is sent in an event stream: so that proxies do not close the connection,
+#: and to find out whether the client is still connected.
 PING_INTERVAL: Final = 10.0
 
-#: What describes the connection or the framing of the answer, or is set here.
+#: Headers of a handler's answer that are not passed on: they describe the connection or the framing, or are set here.
 _RESERVED_HEADERS: Final = frozenset(
     {
         "connection",
@@ -60,15 +61,16 @@ _RESERVED_HEADERS: Final = frozenset(
 
 
 async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
-    """Make a reply of the call that was opened for a request; retry it once elsewhere if its node failed.
+    """Make the reply of the call that was opened for a request. Waits for the head of the answer, or for all of it.
 
-    Calls that this opens belong to the context, also if it is cancelled.
+    If the node that has the call fails before the answer begins, the call is retried once on another replica. The new
+    call belongs to the context, too.
 
     Returns:
-        A reply whose body is complete, or still arrives.
+        A reply whose body is complete, or a :class:`StreamingBody`.
 
     Raises:
-        ApiError: what the client gets instead.
+        ApiError: the error that the client gets instead.
     """
     call, deadlines = context.call, context.deadlines
     event = await _next(call, deadlines, trio.current_time())
@@ -87,7 +89,11 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
 
 
 async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:
-    """Return the call's next event, or give the call up, which is silent since then."""
+    """Return the next event of a call, whose last output was at the trio time ``since``; cancel the call if it is late.
+
+    Raises:
+        TooSlow: a deadline has passed.
+    """
     with trio.move_on_at(deadlines.expires_at(since)):
         return await call.receive()
     raise deadlines.time_out(call)
@@ -97,16 +103,16 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
     """Decide how the answer that ``head`` begins is sent."""
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
-    # What is compressed cannot be looked into for where an event ends.
+    # In a compressed stream it cannot be seen where an event ends, so it is treated like audio.
     events = media_type == "text/event-stream" and not any(
         name.lower() == "content-encoding" for name, _ in head.headers
     )
-    as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
+    streamed = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]
     pieces = [call.body.receive_nowait()]
-    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= BUFFER_LIMIT:
+    while call.end is None and not streamed and sum(map(len, pieces)) <= BUFFER_LIMIT:
         event = await _next(call, deadlines, trio.current_time())
         if isinstance(event, Data):
             pieces += [bytes(event.data), call.body.receive_nowait()]
@@ -119,6 +125,11 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
+    """Return the headers of an answer that are passed on to the client, with names in lower case.
+
+    Raises:
+        HandlerFailed: HTTP cannot express the status or the content type.
+    """
     if not 200 <= head.status <= 599 or not HEADER_VALUE.fullmatch(head.content_type):
         raise HandlerFailed
     headers = [("content-type", head.content_type)]
@@ -134,11 +145,11 @@ class StreamingBody:
     """The body of an answer that has begun and is not complete. See ``Body``.
 
     Args:
-        call: its head has been received.
-        context: is aborted if the answer fails.
-        first: what was received of the body already.
+        call: the call; its head has been received.
+        context: the request context; it is aborted if the answer fails.
+        first: the part of the body that was received already.
         events: the body is a stream of server-sent events.
-        deadlines: how long the client waits.
+        deadlines: the deadlines of the answer.
     """
 
     def __init__(
@@ -155,7 +166,7 @@ class StreamingBody:
         self.complete = False
 
     async def receive(self) -> bytes:
-        """See ``Body``. The context was aborted if the end is not a good one."""
+        """See ``Body``. If the answer failed, the context is aborted at the end."""
         if self._over:
             raise trio.EndOfChannel
         while True:
@@ -172,7 +183,7 @@ class StreamingBody:
             if isinstance(end, Failed):
                 return self._fail(data, end.error)
             if end is None and trio.current_time() >= self._deadlines.expires_at(math.inf):
-                # A handler that shields itself from its deadline can go on after it.
+                # A handler that shields itself from cancellation can go on after its total timeout.
                 return self._fail(data, self._deadlines.time_out(self._call))
             self.complete = end is not None
             if data:
@@ -186,10 +197,10 @@ class StreamingBody:
             self._writer = DirectWriter(self._call.body, connection, self._events)
 
     def _take(self) -> bytes:
-        """Return all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
+        """Return all bytes that wait. Afterwards, if ``call.end`` is set, there will be no more."""
         body = self._call.body
         if body.pieces:
-            # Even an empty piece is a sign of life.
+            # An empty piece counts, too: it is a sign of life.
             self._waiting_since = None
         data = body.receive_nowait()
         if self._first:
@@ -197,9 +208,9 @@ class StreamingBody:
         return data
 
     async def _wait(self) -> bytes | None:
-        """Wait until there is something to take; return what to send if that is not so.
+        """Wait until there is something to take, and return ``None``; or return bytes that must be sent instead.
 
-        Only waiting counts as silence: while the client is slow, the model is not late.
+        The idle timeout counts only while this waits, and not while the client is slow to read.
         """
         writer = self._writer
         if writer is not None and writer.has_unsent:

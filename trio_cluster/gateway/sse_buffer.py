@@ -1,7 +1,7 @@
-"""Server-sent events are sent whole.
+"""A buffer that lets server-sent events be sent whole.
 
-A large event travels in pieces, and its answer may fail after half of them. An error event behind half an event would be
-a part of it to every client. So the beginning of an event is kept until the rest is there.
+A large event arrives in pieces, and the answer may fail in the middle of it. Clients would read an error event that
+follows half an event as a part of it. So the beginning of an event is kept until the rest has arrived.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ __all__ = ["EVENT_LIMIT", "EventBuffer"]
 #: before it is complete, there is no error event.
 EVENT_LIMIT: Final = 1 << 20
 
-#: What ends an event; servers elsewhere end their lines in any of the three ways that the standard allows.
+#: What ends an event. Upstream servers use any of the three line endings that the standard allows.
 _BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 class EventBuffer:
-    """What was received of an event that is not complete.
+    """Keeps the beginning of an event that is not complete.
 
     Attributes:
-        torn: a part of an event was sent, and not its end.
+        torn: an event was sent in part, and its end was not.
     """
 
     __slots__ = ("_rest", "torn")
@@ -32,12 +32,12 @@ class EventBuffer:
         self.torn = False
 
     def is_whole(self, data: bytes | memoryview) -> bool:
-        """Return whether ``data`` ends with the end of an event and may be sent without anything before it."""
+        """Return whether ``data`` ends with the end of an event, and nothing is kept that must be sent before it."""
         end = data if isinstance(data, bytes) else bytes(data[-4:])
         return end.endswith(_BLANK_LINES) and not (self._rest or self.torn)
 
     def add(self, data: bytes) -> bytes:
-        """Take in the next bytes, and return those that can be sent."""
+        """Add the next bytes of the stream, and return those that can be sent now."""
         data = self._rest + data
         size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
         if size:
@@ -50,6 +50,6 @@ class EventBuffer:
 
 
 def _after_last(data: bytes, mark: bytes) -> int:
-    """Return where what follows the last ``mark`` begins; 0 if there is none."""
+    """Return the position behind the last ``mark``; 0 if there is none."""
     found = data.rfind(mark)
     return 0 if found < 0 else found + len(mark)

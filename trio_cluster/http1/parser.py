@@ -64,7 +64,7 @@ class RequestParser:
             self._refuse(HttpRefusal(501, "The method of this request is not known here"))
         except httptools.HttpParserError as error:
             if data.startswith(_HTTP2):
-                self._refuse(HttpRefusal(505, "HTTP/2 is not spoken here; use HTTP/1.1"))
+                self._refuse(HttpRefusal(505, "HTTP/2 is not supported; use HTTP/1.1"))
             elif not self._over:
                 self._refuse(HttpRefusal(400, f"This is not a request in HTTP/1.1: {error}"))
         # A head that was read in one piece is done with, whatever its size; this ends one that goes on and on.

@@ -13,13 +13,13 @@ single exception, :class:`LinkClosed`, whatever happened.
 - *Every wait has a deadline*: the opening handshake, each write, and the closing handshake, after which the stream is
   closed by force.
 
-The five tasks: one reads; one waits for the library to report the end of the websocket; one writes; one keeps the
+The five tasks: one reads; one waits for trio-websocket to report the end of the websocket; one writes; one keeps the
 session's time; and one lets another thread send heartbeats while the event loop of this process is blocked (see
 ``net/watchdog.py``). What is to be written comes from the session: whenever the writer has been woken and the last
 write is done, it asks for a batch, so that everything that became ready meanwhile leaves in one write. Each task ends
 the link by giving the reason; the first reason counts.
 
-A peer is not dropped for time that was not its own. Time during which this end was blocked does not count as silence of
+A peer is not dropped for a delay of this end. Time during which this end was blocked does not count as silence of
 the peer, whose messages are still waiting to be read; and a peer that reports that it is blocked need not take what it
 is sent.
 """

@@ -19,10 +19,10 @@ the thread when the loop does not. So the thread completes a frame that the loop
 the loop completes one that the thread could not. A frame is never torn, and the lock is never held for longer than a
 write that does not block.
 
-*Why the thread may not outlive the link.* A descriptor that is closed is soon another connection's. Closing takes the
-lock; after it, and after the stream has been taken from the watchdog, the thread writes nothing to the stream.
+*Why the thread may not outlive the link.* A descriptor that is closed is soon another connection's. So closing a stream
+takes the lock, and from then on the thread writes nothing to it. The same holds once a stream is no longer watched.
 
-*On which connections?* On every one, or there is no link: :func:`injectable` refuses a connection on which a thread
+*On which connections?* On all of them: :func:`injectable` refuses a connection on which a thread
 cannot write (see :class:`~trio_cluster.net.streams.ByteStream`). A simulated one needs no thread, since its time stands
 still while the loop is blocked.
 
@@ -203,9 +203,9 @@ def injectable(stream: ByteStream) -> InjectableStream:
 def heartbeats_while_blocked(
     stream: InjectableStream, every: float, frame: Frame, on_recovered: Callable[[], None]
 ) -> Iterator[None]:
-    """Send heartbeats on ``stream`` for as long as the block lasts, whenever the event loop does not.
+    """Watch ``stream`` during the ``with`` statement: heartbeats are sent on it while the event loop is blocked.
 
-    To be entered and left in a task. When the block is left, nothing more of it will be written.
+    To be entered and left in a task. After the ``with`` statement, the thread writes nothing more to the stream.
 
     Args:
         stream: nothing is sent on one with virtual time, on which no heartbeat can be missing.
@@ -232,7 +232,7 @@ def heartbeats_while_blocked(
 def take_max_lag() -> float:
     """Return the length in seconds of this event loop's longest turn since the last time that this was called.
 
-    It is measured while there is any stream with a pulse, and 0 otherwise.
+    It is measured while any stream is watched, and 0 otherwise.
     """
     try:
         return _watchdog.get().take_max_lag()
@@ -273,13 +273,13 @@ class _Watchdog(trio.abc.Instrument):
         self._token = trio.lowlevel.current_trio_token()
         self._loop = threading.get_ident()
         self._watched: set[_WatchedStream] = set()
-        # For the set of pulses, and never held while anything is done with one of them.
+        # For the set of watched streams; never held while something is done with one of them.
         self._lock = threading.Lock()
         self._stop = threading.Event()
         # Read by the thread as they are: a float or None, replaced at once.
         self._since: float | None = None
         self._longest = 0.0
-        # The beginnings of the turns of which the log has been told that they are blocks, and that they are over.
+        # The beginning of the last turn that was logged as a block, and of the last one that was logged as over.
         self._blocked: float | None = None
         self._recovered: float | None = None
 
@@ -308,7 +308,7 @@ class _Watchdog(trio.abc.Instrument):
             self._stop = threading.Event()
             try:
                 threading.Thread(
-                    target=self._run, args=(self._stop,), name="trio_cluster pulse", daemon=True
+                    target=self._run, args=(self._stop,), name="trio_cluster watchdog", daemon=True
                 ).start()
             except RuntimeError as error:
                 logger.warning("no signs of life while the event loop is blocked: %s", error)
@@ -360,8 +360,8 @@ class _Watchdog(trio.abc.Instrument):
                 watched.write_if_due(now, since, "")
         is_news = bool(blocked_by) and self._blocked != since
         if told or is_news:
-            # Each time anew: in whatever order a frame of ours meets with what the loop itself is saying at the same
-            # moment, the last word will be that the loop runs.
+            # For each frame, and not once for each block: the loop may be sending something at the same moment, and
+            # the last heartbeat that the peer gets has to say that the loop runs.
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._on_recovered, since)
         # Last of all: the log may block as well.
@@ -371,7 +371,7 @@ class _Watchdog(trio.abc.Instrument):
             logger.warning("the event loop is blocked: %s", blocked_by, extra={"fields": fields})
 
 
-_watchdog: Final[trio.lowlevel.RunVar[_Watchdog]] = trio.lowlevel.RunVar("heart")
+_watchdog: Final[trio.lowlevel.RunVar[_Watchdog]] = trio.lowlevel.RunVar("watchdog")
 
 
 _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep

@@ -246,7 +246,7 @@ class Session(abc.ABC, Generic[EventT]):
         return now - self._last_received
 
     def extend_silence_deadline(self, seconds: float, now: float) -> None:
-        """Shorten the silence of the peer by some seconds, during which this end did not read.
+        """Give the peer more time: for some seconds it was this end that did not read.
 
         Args:
             seconds: for how long this end did not read.

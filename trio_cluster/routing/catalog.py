@@ -1,16 +1,13 @@
 """The catalogue: which models there are, and which backends serve them.
 
-A model may have several replicas: backends that serve the same name. What each of them says of the model may differ in
-the routes that it answers besides those of its kind; the catalogue lists what any of them answers. A replica of the
-kind ``any``, which answers every route, may stand beside replicas of another kind. A request goes to the replicas that
-answer its endpoint.
+A model may have several replicas: backends that serve the same name. They may differ in the endpoints that they answer
+besides those of the model's kind; the catalogue lists every endpoint that at least one of them answers. A replica of
+kind ``any``, which answers every endpoint, may stand beside replicas of one other kind. A request goes to the replicas
+that answer its endpoint.
 
-What came through this cluster, from another one that serves its models, is not taken: it would be served in a circle.
-
-A model whose last replica has left stays known for a while: see ``absence.py``.
-
-A model that was refused because of what others serve may be tried again when that changes: see
-:meth:`Catalog.retry_when_changed`.
+A model that came through this cluster, from another one that serves its models, is refused: requests would go in a
+circle. A model whose last replica has left stays known for a while; see ``absence.py``. A model that was refused
+because of others can be tried again when they change; see :meth:`Catalog.retry_when_changed`.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ __all__ = ["Catalog", "ModelLoop", "NameTaken"]
 
 
 class NameTaken(ValueError):
-    """A model of this name is already served, and may not be served a second time."""
+    """A model cannot be added or changed, because of another one that has the same name."""
 
 
 class ModelLoop(ValueError):
@@ -41,15 +38,13 @@ class ModelLoop(ValueError):
 
 
 class _Model:
-    """A model and its replicas, the one used longest ago first, each with what it says the model is."""
+    """A model and its replicas, least recently used first, each with its own description of the model."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.replicas: dict[Backend, ModelInfo] = {}
         self.info = info
-        """What the first replica of another kind than ``any`` said, or else the first.
-
-        It has the routes that any replica answers.
-        """
+        """The description by the first replica whose kind is not ``any``, or else by the first; with the extra
+        endpoints of all replicas."""
         self.passthrough = False
         """Whether a replica is of kind ``any``."""
 
@@ -93,9 +88,9 @@ class Catalog:
     """The models of a node: its own and, on a master, those of its workers.
 
     Attributes:
-        passthrough: the names of the models of which a replica is of kind ``"any"``.
+        passthrough: the names of the models of which a replica is a passthrough model (kind ``"any"``).
         absent: the models that were served a short while ago, and are not now.
-        on_names_changed: called when a model is served that was not before, or is not served any more. Synchronous.
+        on_names_changed: called when a name begins or ceases to be served. Synchronous.
     """
 
     def __init__(self) -> None:
@@ -112,16 +107,16 @@ class Catalog:
         return randomness.token(8)
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
-        """Serve a model from now on.
+        """Add a model of a backend.
 
         Args:
-            info: what the model is.
-            backend: who answers for it.
-            replicate: another model of the same name is not a conflict, but a replica of this one, if both are of the
+            info: the description of the model.
+            backend: the backend that serves it.
+            replicate: if a model of this name exists, add the backend as a further replica of it, if both are of the
                 same kind or one of them is of kind ``"any"``.
 
         Raises:
-            NameTaken: the name is taken.
+            NameTaken: a model of this name exists, and this one cannot be a replica of it.
             ModelLoop: the model came through this cluster.
         """
         self._refuse_loop(info)
@@ -132,23 +127,23 @@ class Catalog:
             self.absent.discard(info.name)
             self.on_names_changed()
             return
-        who = ", ".join(replica.name for replica in model.replicas)
+        servers = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
-            raise NameTaken(f"a model named '{info.name}' is already served by {who}")
+            raise NameTaken(f"a model named '{info.name}' is already served by {servers}")
         other = model.conflict(info, backend)
         if other is not None:
             raise NameTaken(
-                f"a model named '{info.name}' is already served by {who}, as {other.kind}, not {info.kind}"
+                f"a model named '{info.name}' is already served by {servers}, as {other.kind}, not {info.kind}"
             )
         if any(replica.name == backend.name for replica in model.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
         self._put(model, info, backend)
 
     def update(self, info: ModelInfo, backend: Backend) -> None:
-        """Take note that a model which ``backend`` serves is something else from now on.
+        """Replace a backend's description of a model that it serves.
 
         Raises:
-            NameTaken: it would be of another kind than its replicas are.
+            NameTaken: the kind would differ from that of the other replicas.
             ModelLoop: the model came through this cluster.
         """
         self._refuse_loop(info)
@@ -164,7 +159,11 @@ class Catalog:
             self._retry(info.name)
 
     def remove(self, name: str, backend: Backend) -> bool:
-        """Take a model of ``backend`` out; calls that run go on. Return whether the backend served it."""
+        """Remove a model of a backend; its running calls go on.
+
+        Returns:
+            Whether the backend served the model.
+        """
         model = self._models.get(name)
         if model is None or backend not in model.replicas:
             return False
@@ -204,12 +203,12 @@ class Catalog:
             retry()
 
     def used(self, name: str, backend: Backend) -> None:
-        """Take note that ``backend`` was just chosen: of equals, the others come first next time."""
+        """Record that a backend was chosen: it is now the most recently used replica of the model."""
         replicas = self._models[name].replicas
         replicas[backend] = replicas.pop(backend)
 
     def info(self, name: str) -> ModelInfo | None:
-        """Return what is known of a model, or ``None`` if no backend serves it."""
+        """Return the description of a model, or ``None`` if no backend serves it."""
         model = self._models.get(name)
         return None if model is None else model.info
 
@@ -223,7 +222,7 @@ class Catalog:
         return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]}
 
     def infos(self) -> list[ModelInfo]:
-        """Return all models, sorted by name."""
+        """Return the descriptions of all models, sorted by name."""
         return [self._models[name].info for name in sorted(self._models)]
 
     def names(self) -> list[str]:
@@ -236,22 +235,23 @@ class Catalog:
         return [] if model is None else sorted(replica.name for replica in model.replicas)
 
     def replicas(self, name: str) -> list[Backend]:
-        """Return the backends that serve a model, the one used longest ago first."""
+        """Return the backends that serve a model, least recently used first."""
         model = self._models.get(name)
         return [] if model is None else list(model.replicas)
 
     def candidates(self, request: Request, *, avoid: str = "") -> list[Backend]:
-        """Return the backends that may be given ``request``, the one used longest ago first.
+        """Return the backends that can be given a request now, least recently used first.
 
         Args:
-            request: its model, kind and endpoint count.
-            avoid: the name of a backend that may not.
+            request: its model, kind and endpoint are looked at.
+            avoid: the name of a backend to leave out.
         """
         found: list[Backend] = []
         model = self._models.get(request.model)
         if model is None:
             return found
-        # There may be hundreds of replicas, and this runs for each request: no call is made for each of them.
+        # There may be hundreds of replicas, and this runs for each request. So the usual case of ModelInfo.answers() is
+        # written out here: no function is called for each replica.
         for replica, info in model.replicas.items():
             if (
                 replica.health.available
@@ -271,12 +271,17 @@ class Catalog:
         return model is not None and not any(passed.isdisjoint(info.via) for info in model.replicas.values())
 
     def check(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo:
-        """Return what is known of a model that an endpoint for ``kind`` wants.
+        """Return the description of a model that a client asks for at an endpoint.
+
+        Args:
+            name: the model.
+            kind: the kind of models that the endpoint is for.
+            endpoint: the name of the endpoint, or the path of a custom route.
 
         Raises:
-            ModelUnavailable: no backend serves it now, and one did a short while ago.
-            ModelNotFound: no backend serves it.
-            WrongKind: it does not answer that endpoint.
+            ModelUnavailable: no backend serves the model now, and one did a short while ago.
+            ModelNotFound: no backend serves the model.
+            WrongKind: the model does not answer the endpoint.
         """
         model = self._models.get(name)
         if model is None:
@@ -289,7 +294,7 @@ class Catalog:
         return model.info
 
     def answers(self, endpoint: str) -> bool:
-        """Tell whether any model answers an endpoint that is not one of the OpenAI API, or did a short while ago."""
+        """Return whether any model answers a custom route, or did so a short while ago."""
         return any(model.answers("custom", endpoint) for model in self._models.values()) or any(
             info.answers("custom", endpoint) for info, _ in self.absent
         )
@@ -317,7 +322,9 @@ class Catalog:
 
     def _refuse_loop(self, info: ModelInfo) -> None:
         if info.via and self.cluster_id in info.via:
-            raise ModelLoop(f"the model '{info.name}' came through this cluster, and would be served in a circle")
+            raise ModelLoop(
+                f"the model '{info.name}' came through this cluster, and would be served in a circle"
+            )
 
     def _put(self, model: _Model, info: ModelInfo, backend: Backend) -> None:
         model.put(info, backend)
