@@ -188,6 +188,14 @@ def _parse_int(digits: str) -> int | None:
     return int(digits) if len(digits) <= 20 else None
 
 
+def _listed_via(body: bytes) -> dict[str, Via]:
+    """Return the clusters through which models come, as far as a list says so; any body is fine."""
+    try:
+        return parse_model_list(body).via
+    except ValueError:
+        return {}
+
+
 def _options(entry: dict[str, Any]) -> ChatModelOptions:
     meta = entry.get("meta")
     contexts = [entry.get(name) for name in _CONTEXT_FIELDS] + [
@@ -321,7 +329,9 @@ class UpstreamModels:
         if timeout.cancelled_caught:
             self._failed(f"it does not answer within {POLL_TIMEOUT:g} s", may_be_busy=True, activity=activity)
         elif self._named:
-            self._update(ModelList({name: ChatModelOptions() for name in self._named}))
+            models = ModelList({name: ChatModelOptions() for name in self._named})
+            models.via = _listed_via(body) if status == 200 else {}
+            self._update(models)
         elif status == 429:
             # It is alive, and asks to be polled less often.
             self._failures = 0
