@@ -47,7 +47,7 @@ class Http2Client:
         grants: whether credit is given back for what has come.
     """
 
-    def __init__(self, stream: trio.SocketStream, *, window: int) -> None:
+    def __init__(self, stream: trio.SocketStream, *, window: int, upgrade: bool = False) -> None:
         self.stream = stream
         self.answers: dict[int, Http2Answer] = {}
         self.closed = False
@@ -59,7 +59,8 @@ class Http2Client:
         self.protocol.local_settings = h2.settings.Settings(
             client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
         )
-        self.protocol.initiate_connection()
+        if not upgrade:
+            self.protocol.initiate_connection()
 
     async def send(self) -> None:
         """Send what the protocol has to say."""
@@ -72,7 +73,7 @@ class Http2Client:
         """Send a request, or the beginning of one; return its number."""
         number = self.protocol.get_next_available_stream_id()
         fields = [(":method", method), (":scheme", "http"), (":authority", "h"), (":path", path)]
-        if body is not None:
+        if body is not None and "content_type" not in headers:
             fields.append(("content-type", "application/json"))
         fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
         self.answers[number] = Http2Answer()
@@ -87,6 +88,21 @@ class Http2Client:
 
     async def post(self, value: Any, **headers: str) -> int:
         return await self.ask("POST", "/v1/chat/completions", json.dumps(value).encode(), **headers)
+
+    async def upload(self, number: int, data: bytes) -> None:
+        """Send the rest of a request, as fast as the server gives credit for it."""
+        while data:
+            size = min(
+                self.protocol.local_flow_control_window(number),
+                self.protocol.max_outbound_frame_size,
+                len(data),
+            )
+            if size:
+                self.protocol.send_data(number, data[:size], end_stream=size == len(data))
+                data = data[size:]
+                await self.send()
+            else:
+                await self.receive()
 
     async def reset(self, number: int) -> None:
         """Cancel a request."""
@@ -139,16 +155,19 @@ class Http2Client:
 
 
 @asynccontextmanager
-async def connect_http2(port: int, *, window: int = 65535) -> AsyncIterator[Http2Client]:
+async def connect_http2(
+    port: int, *, window: int = 65535, upgrade: bool = False
+) -> AsyncIterator[Http2Client]:
     """Connect to a server on this machine.
 
     Args:
         port: the server's.
         window: bytes of an answer that may come before credit is given back.
+        upgrade: the test begins the connection, with a request in HTTP/1.1.
     """
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     try:
-        client = Http2Client(stream, window=window)
+        client = Http2Client(stream, window=window, upgrade=upgrade)
         await client.send()
         yield client
     finally:

@@ -266,6 +266,6 @@ def test_a_request_and_a_token_do_not_travel_further_through_the_code(
     request, token = trio.run(walk.walk)
     print(request.describe(), token.describe(), sep="\n")
     assert request.calls <= 475, request.functions
-    assert request.moves <= 294, request.files
+    assert request.moves <= 293, request.files
     assert token.calls <= 76, token.functions
     assert token.moves <= 60, token.files

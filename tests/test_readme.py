@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -167,6 +168,23 @@ def test_commands_in_the_pages_are_understood(command: str) -> None:
         assert {pair.partition("=")[0] for pair in pairs} <= options.keys()
 
 
+def curls() -> Iterator[list[str]]:
+    for _, code in fences("sh"):
+        for line in code.replace("\\\n", " ").splitlines():
+            if line.startswith("curl "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("words", list(curls()), ids=" ".join)
+def test_curl_commands_in_the_pages_have_a_known_path_and_valid_json(words: list[str]) -> None:
+    (url,) = [word for word in words if word.startswith("http")]
+    path = "/" + url.partition("://")[2].partition("/")[2].partition("?")[0]
+    assert f"{path}`" in page("http-api.md") or path in page("cluster.md")
+    for flag, value in itertools.pairwise(words):
+        if flag in ("-d", "--data", "--json") and not value.startswith("@"):
+            assert isinstance(json.loads(value), dict)
+
+
 # Tables
 
 
@@ -253,6 +271,7 @@ def test_every_error_of_our_own_is_documented() -> None:
         errors.ModelNotFound("m", []),
         errors.ModelUnavailable("m"),
         errors.LoopDetected("m"),
+        errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
         errors.ShuttingDown(),

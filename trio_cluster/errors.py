@@ -137,6 +137,13 @@ class LoopDetected(ApiError):
         )
 
 
+class EndpointNotFound(ApiError):
+    """The node does not know a route, which a newer node has forwarded to it."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(404, f"This node does not know the route '{endpoint}'", code="endpoint_not_found")
+
+
 class WrongKind(ApiError):
     """The model exists, but does not answer this route.
 

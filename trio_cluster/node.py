@@ -44,7 +44,8 @@ from .http1.asgi import App
 from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .local.pool import HandlerPool
-from .net.sockets import Listeners, Network, local_address, port_of, shown_address
+from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
+from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
 
@@ -141,6 +142,7 @@ class Node:
         """
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
             started()
             await self._stop_requested.wait()
@@ -174,6 +176,7 @@ class Node:
             if memory is not None:
                 nursery.start_soon(memory.run)
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             started()
@@ -247,6 +250,14 @@ class Node:
             client.close(reason)
             await trio.sleep(CLOSE_TIMEOUT)
         serving.cancel(reason=reason)
+
+    async def _log_blocks(self) -> None:
+        """Log blocks of the event loop until cancelled; a worker's link does that for a worker."""
+        if not isinstance(self._network, Sockets):
+            # Time stands still while a simulated network's loop is blocked.
+            return
+        with log_blocks(self._options.heartbeat_interval):
+            await trio.sleep_forever()
 
     async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
         """Refuse new calls, let running ones finish, and cancel those that are left after ``drain_timeout``.

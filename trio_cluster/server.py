@@ -6,11 +6,12 @@ run), and makes a :class:`~trio_cluster.node.Node` for each run.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import trio
 
@@ -211,7 +212,11 @@ class ClusterServer:
         self._models.register("moderation", name, handler, options)
 
     def chat(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`."""
+        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
+
+        Raises:
+            TypeError: there is no name, as in ``@server.chat`` without parentheses.
+        """
         return self._decorator("chat", name, options)
 
     def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
@@ -283,8 +288,12 @@ class ClusterServer:
 
         Raises:
             ValueError: the path is not valid, belongs to the OpenAI API, or is answered by this model already.
-            TypeError: the handler has none of the shapes.
+            TypeError: the handler has none of the shapes, or the path or the name of the model is no text.
         """
+        if not isinstance(path, str) or not isinstance(model, str):
+            raise TypeError(
+                "a route needs a path and the name of a model: write @server.route('/v1/...', 'model')"
+            )
         if handler is None:
             return partial(self.route, path, model)
         self._models.register_route(path, model, handler)
@@ -307,6 +316,11 @@ class ClusterServer:
         return self._router.catalog.info(name) is not None
 
     def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+        if not isinstance(cast("object", name), str):
+            function = getattr(name, "__name__", repr(name))
+            raise TypeError(
+                f"the decorator needs the name of the model: write @server.{kind}({function!r}) above {function}"
+            )
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
@@ -382,6 +396,26 @@ class ClusterServer:
             self.worker_client.withdraw(name)
 
     # Running
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run this server as the command line would, as the whole program: the last line of a script. Blocks.
+
+        ``python models.py`` is ``trio-cluster run --app models:server``, and takes its flags; ``python models.py
+        master`` and ``python models.py worker HOST PORT`` are the other commands. Options come from this server, a
+        file, the environment and flags, later ones winning. The log goes to standard error. SIGTERM and Ctrl-C drain
+        and stop, a second one stops at once.
+
+        Args:
+            argv: the arguments; ``sys.argv[1:]`` if ``None``.
+
+        Raises:
+            SystemExit: it has failed, or help was asked for; errors have been printed, in one line. After a stop that
+                was asked for, this returns.
+        """
+        # The command line stands above this module, and is not loaded where it is not used.
+        program = importlib.import_module(".cli", __package__)
+        if code := program.run_application(self, argv):
+            raise SystemExit(code)
 
     def stop(self) -> None:
         """Request a graceful shutdown. Synchronous, idempotent; the ``run*`` method returns when it is done.

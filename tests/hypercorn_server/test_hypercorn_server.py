@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pytest
 import trio
-from http2_client import Http2Client, connect_http2
+from http2_client import Http2Answer, Http2Client, connect_http2
 from http_node import (
     CHAT,
     EVENTS,
@@ -25,8 +25,10 @@ from http_node import (
     listening_socket,
     open_http_node,
     plain,
+    raw_request,
 )
 
+from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
 from trio_cluster.errors import WorkerLost
 from trio_cluster.hypercorn_server import http2, server
 from trio_cluster.hypercorn_server.server import serve_http
@@ -355,6 +357,55 @@ async def test_what_still_comes_for_a_request_that_was_refused_is_ignored(
     assert caplog.records == []
 
 
+async def test_an_upload_that_does_not_say_how_long_it_is_streams_to_its_model() -> None:
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nhears\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n%b\r\n--x--\r\n'
+    ) % bytes(3_000_000)
+    taken = b""
+
+    async def take(served: Served) -> None:
+        nonlocal taken
+        upload = served.request.upload
+        assert upload is not None
+        assert upload.size == -1
+        while len(taken) < len(form):
+            while not upload.pieces:
+                await upload.reader.park()
+            data = upload.receive_nowait()
+            upload.consumed(len(data))
+            taken += data
+        served.head().data(b'{"text": "x"}').done()
+
+    async with open_http_node(None, http="hypercorn") as node, connect_http2(node.port) as client:
+        node.add("hears", "asr")
+        path, kind = "/v1/audio/transcriptions", "multipart/form-data; boundary=x"
+        number = await client.ask("POST", path, form[:10_000], ends=False, content_type=kind)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.upload, number, form[10_000:])
+            nursery.start_soon(take, await node.backend.next())
+        answer = await client.answer(number)
+    assert (answer.status, answer.body) == (200, b'{"text": "x"}')
+    assert taken == form
+
+
+async def test_a_client_may_upgrade_to_http2() -> None:
+    async with open_http_node(http="hypercorn") as node, connect_http2(node.port, upgrade=True) as client:
+        settings = client.protocol.initiate_upgrade_connection()
+        assert settings is not None
+        upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+        head = raw_request("GET", "/health", None, *upgrade, f"HTTP2-Settings: {settings.decode()}")
+        await client.stream.send_all(head)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += await client.stream.receive_some(1)
+        assert received.startswith(b"HTTP/1.1 101")
+        client.answers[1] = Http2Answer()
+        await client.send()
+        assert (await client.answer(1)).status == 200
+        assert (await client.answer(await client.post(CHAT))).body == PLAIN
+
+
 async def test_a_large_body_is_not_read_faster_than_it_is_taken() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -530,6 +581,24 @@ async def test_a_send_that_the_application_cancels_does_not_harm_its_connection(
             for _ in range(3):
                 assert (await client.answer(await client.ask("GET", "/"))).body == b"onetwo"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_node_serves_http2_if_its_options_say_so(nursery: trio.Nursery) -> None:
+    async def echo(request: ChatRequest) -> AsyncIterator[str]:
+        yield request.last_text
+
+    options = ServerOptions(host="127.0.0.1", http="hypercorn")
+    cluster_server = ClusterServer(ClusterServerOptions(server=options, drain_timeout=1.0))
+    cluster_server.register_chat("m", echo)
+    await nursery.start(cluster_server.run_as_master, 0)
+    assert cluster_server.port is not None
+    async with connect_http2(cluster_server.port) as client:
+        plain_answer, stream = [await client.answer(await client.post(body)) for body in (CHAT, STREAM)]
+    assert (plain_answer.status, stream.status) == (200, 200)
+    assert json.loads(plain_answer.body)["choices"][0]["message"]["content"] == "hi"
+    assert stream.body.endswith(b"data: [DONE]\n\n")
+    assert stream.ended
+    cluster_server.stop()
 
 
 # How it ends

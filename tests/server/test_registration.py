@@ -201,3 +201,20 @@ async def test_options_that_change_change_whose_the_models_are() -> None:
     server.register_raw("m", raw)
     server.options = worker("w", owner="somebody else").options
     assert server.router.catalog.infos()[0].owner == "somebody else"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["chat", "embedding", "asr", "tts", "image_generation", "image_edit", "rerank", "moderation"],
+)
+def test_a_decorator_without_parentheses_is_an_error_at_once(kind: str) -> None:
+    server = ClusterServer()
+
+    def mine(request: Any) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match=rf"write @server\.{kind}\('mine'\) above mine"):
+        getattr(server, kind)(mine)
+    with pytest.raises(TypeError, match=r"write @server\.route\("):
+        server.route("/v1/x", mine)  # type: ignore[arg-type]
+    assert server.list_models() == []

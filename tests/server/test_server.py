@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -597,3 +599,18 @@ def test_one_line_is_enough_to_run(capfd: pytest.CaptureFixture[str]) -> None:
         sock.listen()
         with pytest.raises(ClusterPortError):
             trio.run(server.run, sock.getsockname()[1])
+
+
+@pytest.mark.parametrize("mode", ["run_as_master", "run_as_standalone"])
+async def test_a_blocked_event_loop_is_logged_without_any_link(
+    mode: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ClusterServer()
+    server.options.server.host = "127.0.0.1"
+    server.options.heartbeat_interval = 0.1
+    await nursery.start(getattr(server, mode), 0)
+    time.sleep(0.3)  # noqa: ASYNC251  (what a beginner's handler does)
+    await trio.sleep(0.05)
+    blocked, recovered = (each for each in caplog.records if each.name == "trio_cluster.pulse")
+    assert re.search(r"the event loop is blocked: test_server\.py:\d+ in", blocked.message)
+    assert recovered.message == "the event loop runs again"

@@ -24,6 +24,7 @@ Opening and cancelling contain no ``await``, so there is no instant at which a c
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias
@@ -36,6 +37,8 @@ from .channel import ByteChannel
 from .request import Request
 
 __all__ = ["Call", "Phase"]
+
+logger = logging.getLogger("trio_cluster.calls")
 
 #: How far a call is: it waits for the request's body; for a slot; for the first output; its answer has begun; its
 #: answer has ended, and the work has not stopped yet.
@@ -258,9 +261,14 @@ class Call:
         if self.end is None:
             self._finish(Failed(CallCancelled("the work ended without an answer")))
         self.released = True
-        for callback in self._on_release:
-            callback()
-        self._on_release.clear()
+        callbacks, self._on_release = self._on_release, []
+        for callback in callbacks:
+            # Each of them frees something: one that fails must not keep the others from it, nor end the task.
+            try:
+                callback()
+            except Exception:
+                fields = {"model": self.request.model, "request_id": self.request.request_id}
+                logger.exception("the end of a call failed", extra={"fields": fields})
 
     def on_release(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when the work has really stopped; at once if it has. Synchronous; it must not raise."""

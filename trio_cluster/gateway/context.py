@@ -33,6 +33,7 @@ class RequestContext:
         headers: the headers of the request as they were received, with names in lower case.
         client: the address from which the request came, if it is known.
         path: the path of the URL; the gateway normalizes it, so that it begins with one slash.
+        http2: the request came over HTTP/2, where a body may come without any header that announces it.
 
     Attributes:
         headers, client, path: as given.
@@ -52,6 +53,7 @@ class RequestContext:
 
     __slots__ = (
         "_calls",
+        "_http2",
         "aborted",
         "began",
         "call",
@@ -73,7 +75,15 @@ class RequestContext:
     deadlines: ResponseDeadlines
     call: Call
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = "") -> None:
+    def __init__(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        client: str = "",
+        path: str = "",
+        *,
+        http2: bool = False,
+    ) -> None:
+        self._http2 = http2
         self.headers = list(headers)
         # If there are several headers of one name, the first one counts: it is put in last. The bound method of the
         # dict is used directly, since it is called many times for each request.
@@ -94,7 +104,7 @@ class RequestContext:
         length = self.header(b"content-length")
         if length is not None:
             return int(length)
-        return None if self.header(b"transfer-encoding") else 0
+        return None if self._http2 or self.header(b"transfer-encoding") else 0
 
     def attach_to(self, scope: MutableMapping[str, Any]) -> None:
         """Put the context into an ASGI scope, where :func:`request_context` finds it."""

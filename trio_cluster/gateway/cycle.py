@@ -77,7 +77,10 @@ class RequestCycle:
         self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
         client = scope.get("client")
         self.context = RequestContext(
-            scope["headers"], _shown_address(*client[:2]) if client else "", scope["path"]
+            scope["headers"],
+            _shown_address(*client[:2]) if client else "",
+            scope["path"],
+            http2=scope["http_version"] == "2",
         )
         self._request_body = self.context.request_body = RequestBody(
             receive, self._node_context.options.server.max_body_size, self._connection

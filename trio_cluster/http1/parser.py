@@ -1,8 +1,8 @@
-"""What comes in on a connection: requests, one after the other, and what is wrong with them.
+"""Parses what arrives on a connection into requests. No sockets, no tasks.
 
-No sockets and no tasks are known here. Bytes are put in with :meth:`Incoming.feed`, by whoever reads the connection;
-requests are taken out in their order, by whoever answers them, who may begin before a request is complete. What is not
-a request in HTTP/1.1 is kept as an error, for it is to be told after everything that came before it is answered.
+The connection's reader puts bytes in with :meth:`RequestParser.feed`. The connection's task takes requests out in their
+order, and may begin with one before its body is complete. What is not a request in HTTP/1.1 is kept as a refusal, which
+is to be sent after everything that arrived before it has been answered.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["HEAD_LIMIT", "RequestParser"]
 #: Bytes that the head of a request may have.
 HEAD_LIMIT: Final = 64 * 1024
 
-#: What a request counts for beside its body, so that a flood of small ones is held back too.
+#: Bytes that each request counts for in addition to its body, so that a flood of small ones is held back, too.
 _REQUEST_WEIGHT: Final = 1024
 _HTTP2: Final = b"PRI * HTTP/2"
-#: In the place of the latest request before the first one has begun.
+#: Stands for the latest request until the first one has begun.
 _NONE_YET: Final = RequestState()
 
 
@@ -30,11 +30,12 @@ class RequestParser:
     """The requests of one connection.
 
     Attributes:
-        requests: those whose heads have come and that nobody has taken yet, oldest first.
-        latest: the one that is coming, or came last; it may not even have a whole head.
-        refused: what is wrong with what came last. Nothing can be fed any more.
-        no_more: what follows the latest request is nobody's; set by whoever knows that the connection ends with it.
-        unread: for how much the requests and bodies count that have been put in and not been taken out.
+        requests: those whose heads are complete and that were not taken out yet, oldest first.
+        latest: the request that is arriving, or arrived last; its head may be incomplete.
+        refused: why what arrived last is not a request; ``None`` if it may be one. Nothing is fed after that.
+        no_more: whether what follows the latest request is to be ignored; may be set from outside, if the connection
+            ends with that request.
+        unread: bytes for which the requests and bodies count that were put in and not taken out.
     """
 
     __slots__ = ("_head_size", "_ignoring", "_parser", "latest", "no_more", "refused", "requests", "unread")
@@ -50,14 +51,14 @@ class RequestParser:
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
 
     def feed(self, data: bytes) -> None:
-        """Put in the next bytes; if they make no sense, there is ``refused`` afterwards."""
+        """Put in the next bytes. Afterwards, ``refused`` is set if they are not part of a request."""
         assert self._parser is not None
         if self._over:
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # Nobody here speaks anything else. The request is answered like any other, and is the last one.
+            # No other protocol is supported. The request is answered like any other, and is the last one.
             self.no_more = True
             self.latest.keep_alive = False
         except httptools.HttpParserInvalidMethodError:
@@ -67,31 +68,31 @@ class RequestParser:
                 self._refuse(HttpRefusal(505, "HTTP/2 is not supported; use HTTP/1.1"))
             elif not self._over:
                 self._refuse(HttpRefusal(400, f"This is not a request in HTTP/1.1: {error}"))
-        # A head that was read in one piece is done with, whatever its size; this ends one that goes on and on.
+        # A head that arrived in one piece is accepted, whatever its size; this stops one that goes on and on.
         if self._head_size > HEAD_LIMIT:
             limit = f"The head of the request has more than {HEAD_LIMIT} bytes"
             self._refuse(HttpRefusal(431, limit))
 
     def take_body(self, request: RequestState) -> bytes:
-        """Take out what has come of a request's body."""
+        """Take out what has arrived of a request's body, and return it."""
         body = request.body[0] if len(request.body) == 1 else b"".join(request.body)
         request.body.clear()
         self.unread -= len(body)
         return body
 
     def discard(self, request: RequestState) -> None:
-        """Take out what is left of a request, which has been answered."""
+        """Take out what is left of a request that has been answered."""
         self.unread -= _REQUEST_WEIGHT
         if request.body:
             self.take_body(request)
 
     def close(self) -> None:
-        """Let go of the parser, which refers to this: without it, it is gone now, and not when the collector comes."""
+        """Break the cycle of references with httptools' parser, so that this is freed now and not by the collector."""
         self._parser = None
 
     @property
     def _over(self) -> bool:
-        """Whether what comes is nobody's."""
+        """Whether what arrives is ignored."""
         return self._ignoring or (self.no_more and self.latest.complete)
 
     def _refuse(self, refusal: HttpRefusal) -> None:
@@ -132,7 +133,7 @@ class RequestParser:
             self._ignoring = True
             return
         if request.coded:
-            # The parser would take everything up to the end of the connection for the body.
+            # httptools would take everything up to the end of the connection for the body.
             self._refuse(HttpRefusal(501, "The only transfer encoding known here is 'chunked'"))
             return
         self.no_more = not request.keep_alive

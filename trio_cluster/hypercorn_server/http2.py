@@ -1,10 +1,10 @@
-"""What hypercorn lacks for one HTTP/2 stream: backpressure, and an end that says what kind of end it is.
+"""What hypercorn lacks for one HTTP/2 stream: backpressure, and a reset of a stream whose answer has no end.
 
 Theory of operation
 ===================
 
 hypercorn keeps what an application sends on an HTTP/2 stream in a buffer, from which one task for the whole connection
-writes as much as the client's flow control allows. Three things are amiss with that, and are put right from outside:
+writes as much as the client's flow control allows. It has three gaps, which are closed here:
 
 - *The buffer has no bound.* An attempt to write, which happens after each piece, lets the application go on even if
   nothing was written. So the stream is given another buffer, :class:`BoundedBuffer`, before anything is sent.

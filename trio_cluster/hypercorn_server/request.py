@@ -13,7 +13,8 @@ The application may rely on three things that hypercorn does not give:
   here sends, and nothing cancels it; the application only waits for it.
 - *A ``send`` ends when the client has left*, even one that is shielded from cancellation. The waiting is ended here.
 
-What an application has left unfinished when it returns is broken off by hypercorn on HTTP/1.1, and here on HTTP/2.
+If the application returns before it has ended its answer, hypercorn closes the connection in HTTP/1.1; in HTTP/2, the
+stream is reset here.
 """
 
 from __future__ import annotations

@@ -125,15 +125,27 @@ class HandlerPool:
                 if not call_task.call.ended:
                     logger.warning("no answer in time: %s", error.message, extra=call_task.log_fields())
                 call_task.fail(error, timed_out=True)
-        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
+        except (trio.Cancelled, Exception) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise
-            # The handler opened a cancel scope around a `yield`, and the scope expired or was left while the handler
-            # was parked there. No scope that is still open catches its Cancelled. Only this call is affected.
-            logger.exception("a cancel scope of the handler leaked", extra=call_task.log_fields())
-            call_task.fail(HandlerFailed())
+            if isinstance(error, trio.Cancelled | RuntimeError):
+                # The handler opened a cancel scope around a `yield`, and the scope expired or was left while the
+                # handler was parked there. No scope that is still open catches its Cancelled.
+                text = "a cancel scope of the handler leaked"
+            else:
+                text = "a call failed unexpectedly"
+            # Only this call is wrong; the others share its nursery.
+            logger.exception(text, extra=call_task.log_fields())
+            self._fail_after_error(call_task)
         finally:
             call_task.call.release()
+
+    def _fail_after_error(self, call_task: CallTask) -> None:
+        try:
+            call_task.fail(HandlerFailed())
+        except Exception:
+            # The consumer of the call is what fails. The call ends by its release.
+            logger.exception("a call could not be failed", extra=call_task.log_fields())
 
     async def _in_slot(self, call_task: CallTask) -> None:
         """Wait for a slot if the work needs one, do the work, and free the slot."""

@@ -31,7 +31,8 @@ async def accept_all(listener: Listener, admit: Callable[[ByteStream], object]) 
 
     Args:
         listener: where they come in; closed in the end.
-        admit: called with the stream of each, which is the callee's to close. Synchronous.
+        admit: called with the stream of each, which is the callee's to close. Synchronous. If it raises an exception,
+            that is logged, and the connection is closed.
 
     Raises:
         OSError: the listener is broken. A system that has no room for another connection is waited for; that is logged
@@ -51,8 +52,17 @@ async def accept_all(listener: Listener, admit: Callable[[ByteStream], object]) 
                 await trio.sleep(_WAIT_FOR_ROOM)
             else:
                 exhaustion.succeeded()
-                admit(stream)
+                _admit(stream, admit)
                 _accept_waiting(listener, admit)
+
+
+def _admit(stream: ByteStream, admit: Callable[[ByteStream], object]) -> None:
+    try:
+        admit(stream)
+    except Exception:
+        # It must not end the listener, and all other connections with it.
+        logger.exception("a connection could not be served")
+        stream.close()
 
 
 def _accept_waiting(listener: Listener, admit: Callable[[ByteStream], object]) -> None:
@@ -62,4 +72,4 @@ def _accept_waiting(listener: Listener, admit: Callable[[ByteStream], object]) -
         except (trio.WouldBlock, OSError, trio.ClosedResourceError):
             # No connection waits any more; or the next ``accept`` meets the same error, and decides what to do.
             return
-        admit(stream)
+        _admit(stream, admit)

@@ -151,6 +151,15 @@ class Router:
         self.catalog.used(request.model, backend)
         self.live[call] = backend
         call.on_release(lambda: self._released(call))
+        try:
+            self._tell_opened(call, why)
+        except Exception:
+            # The caller gets no call that it could cancel.
+            call.cancel("an internal error")
+            raise
+        return call
+
+    def _tell_opened(self, call: Call, why: str) -> None:
         observers = call.observers = self.observers
         for listener in observers.routed:
             listener(call, why)
@@ -160,7 +169,6 @@ class Router:
         if call.begun:
             for listener in observers.first_byte:
                 listener(call)
-        return call
 
     def _released(self, call: Call) -> None:
         outcome = outcome_of(call)
