@@ -542,7 +542,7 @@ async def test_a_server_that_is_killed_fails_its_streams_and_is_back_when_it_is_
             async with httpx.AsyncClient(base_url=master.url, trust_env=False, verify=False) as client:
                 return (await client.post("/v1/chat/completions", json=chat("m"))).status_code
 
-        assert await status_of_a_request() == 404
+        assert await status_of_a_request() == 503
         await upstream.start()
 
         async def answers() -> bool:
