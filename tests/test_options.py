@@ -54,6 +54,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
             "http": "lean",
+            "stream_failure": "end",
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,
@@ -235,6 +236,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
     texts = {
         "enable_cluster": "false",
         "on_conflict": "replicate",
+        "stream_failure": "abort",
         "heartbeat_interval": "7",
         "batch_wait": "0",
         "http": "hypercorn",
@@ -242,6 +244,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
     plain: dict[str, object] = {
         "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0,
         "http": "hypercorn",
+        "stream_failure": "abort",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")
@@ -321,6 +324,7 @@ def test_the_service_links_of_kubernetes_are_not_taken_for_options(tmp_path: Pat
         ("[server]\napi_key = 1234", "server.api_key: expected text"),
         ("drain_timeout = nan", "drain_timeout: expected a number of seconds, got nan"),
         ("drain_timeout = 1979-05-27", "drain_timeout: expected a number of seconds, got datetime.date"),
+        ("[server]\nstream_failure = 'x'", 'server.stream_failure: must be "end" or "abort", got \'x\''),
         ("enable_cluster = 'no'", "enable_cluster: expected true or false, got 'no'"),
         ("on_conflict = 'x'", 'on_conflict: must be "reject" or "replicate", got \'x\''),
         ("server = 5", "server: must be a table, [server]"),

@@ -24,6 +24,7 @@ __all__ = [
     "ConflictRule",
     "HttpServer",
     "ServerOptions",
+    "StreamFailure",
     "parse_boolean",
 ]
 
@@ -32,6 +33,8 @@ ConflictRule: TypeAlias = Literal["reject", "replicate"]
 
 #: The HTTP server that serves the API.
 HttpServer: TypeAlias = Literal["lean", "hypercorn"]
+#: What follows the error event of a stream that has failed.
+StreamFailure: TypeAlias = Literal["end", "abort"]
 
 
 class ClusterMode(enum.StrEnum):
@@ -143,6 +146,11 @@ def _http_server(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "lean" or "hypercorn", got {value!r}')
 
 
+def _stream_failure(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(StreamFailure):
+        raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
+
+
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     if instance is None:
         return
@@ -205,6 +213,9 @@ class ServerOptions:
     """The origins of the web pages that may use the API: ``"*"``, or a list with commas; ``None``: no web page may."""
     http: HttpServer = attrs.field(default="lean", validator=_http_server)
     """The server of the API: ``"lean"``: the package's own, for HTTP/1.1; ``"hypercorn"``: for HTTP/1.1 and HTTP/2."""
+    stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)
+    """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
+    connection is broken off, for clients that do not know error events and must not take the stream for complete."""
 
 
 @attrs.define

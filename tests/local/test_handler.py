@@ -25,6 +25,7 @@ from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.openai import ChatRequest, CustomRequest, OutputChunk
 from trio_cluster.options import ClusterServerOptions
+from trio_cluster.testing import read_stream
 
 
 async def test_a_handler_answers_with_head_data_and_done(bench: Bench) -> None:
@@ -334,3 +335,70 @@ def test_an_endpoint_that_a_model_has_cannot_be_added_again() -> None:
     with pytest.raises(TypeError):
         backend.add_endpoint("/v1/y", "no function")  # type: ignore[arg-type]
     assert backend.info.extra_endpoints == ("/v1/x",)
+
+
+# Several prompts
+
+
+def completion(prompts: list[str], *, stream: bool = False, **fields: Any) -> Request:
+    body = {"model": "m", "prompt": prompts, "stream": stream} | fields
+    return Request(endpoint="completions", kind="chat", model="m", body=json.dumps(body).encode())
+
+
+async def generates(request: ChatRequest) -> AsyncIterator[str]:
+    for letter in request.prompt or "":
+        yield letter.upper()
+
+
+async def returns(request: ChatRequest) -> str:
+    assert request.prompts is None
+    return request.last_text.upper()
+
+
+async def pushes(request: ChatRequest, provider: Provider) -> None:
+    await provider.push(request.last_text.upper())
+    provider.end()
+    with pytest.raises(trio.ClosedResourceError):
+        await provider.push("more")
+
+
+def in_a_thread(request: ChatRequest, provider: ThreadProvider) -> None:
+    provider.push(request.last_text.upper())
+    provider.end()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("handler", [generates, returns, pushes, in_a_thread])
+async def test_each_of_several_prompts_is_answered_in_one_slot(
+    bench: Bench, handler: Any, stream: bool
+) -> None:
+    call = bench.backend(handler).open(completion(["ab", "cd", "ef"], stream=stream))
+    events = text(await everything(call))
+    await released(call)
+    if stream:
+        assert read_stream(events.encode()).texts == {0: "AB", 1: "CD", 2: "EF"}
+    else:
+        assert [each["text"] for each in json.loads(events)["choices"]] == ["AB", "CD", "EF"]
+
+
+async def test_a_call_with_several_prompts_is_cancelled_and_fails_as_one(bench: Bench) -> None:
+    seen = []
+
+    async def waits(request: ChatRequest) -> str:
+        seen.append(request.prompt)
+        if request.prompt == "b":
+            await trio.sleep_forever()
+        return "x"
+
+    call = bench.backend(waits).open(completion(["a", "b", "c"]))
+    await trio.testing.wait_all_tasks_blocked()
+    call.cancel("client left")
+    await released(call)
+    assert seen == ["a", "b"]
+
+    async def fails(request: ChatRequest) -> str:
+        if request.prompt == "b":
+            raise ApiError(429, "not that one")
+        return "x"
+
+    assert (await failure(bench.backend(fails).open(completion(["a", "b", "c"])))).status == 429

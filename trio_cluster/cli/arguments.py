@@ -201,6 +201,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     )
     if master:
         add("--http", "http", str, "SERVER", "the server of the API: lean, or hypercorn for HTTP/2")
+    add(
+        "--stream-failure",
+        "stream_failure",
+        str,
+        "HOW",
+        "what follows the error event of a stream that failed: end or abort",
+    )
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
     add(

@@ -56,6 +56,8 @@ class ChatModelOptions:
     """The size of the context, in tokens; ``None``: not shown."""
     extra_fields: dict[str, Any] = attrs.field(factory=dict, validator=_json_object)
     """Further fields of the entry, as JSON values. They cannot replace those that every entry has."""
+    accepts_token_ids: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    """The handler takes prompts of token ids (``ChatRequest.prompt_tokens``); without it they are refused with 400."""
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from trio_cluster._version import __version__
 from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
-from trio_cluster.openai import ENDPOINTS, is_form
+from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
 
 from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
@@ -78,11 +78,8 @@ _MAX_CONTENT_TYPE: Final = 512
 #: an idle connection. Larger ones are streamed.
 _BUFFERED_BODY: Final = 256 * 1024
 
-#: Endpoints whose event streams end with ``[DONE]``.
-_ENDPOINTS_WITH_DONE: Final = frozenset({"chat.completions", "completions"})
-_DONE: Final = b"[DONE]"
-#: Bytes at the end of such a stream in which ``[DONE]`` is searched; comments may follow it.
-_DONE_WINDOW: Final = 256
+#: Endpoints whose event streams end with an event of a known type, whichever server writes them.
+_ENDPOINTS_WITH_END: Final = frozenset({"chat.completions", "completions", "responses", "/v1/messages"})
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
@@ -174,18 +171,20 @@ class UpstreamCalls:
         call.begin(response.status, content_type, _response_headers(response))
         receive, send = response.receive, call.send
         # The framing does not show whether such a body is complete, but the content does.
-        needs_done = (
+        end: EndDetector | None = None
+        endpoint = call.request.endpoint
+        if (
             response.close_delimited
-            and call.request.endpoint in _ENDPOINTS_WITH_DONE
+            and endpoint in _ENDPOINTS_WITH_END
             and content_type.lower().startswith("text/event-stream")
-        )
-        tail = b""
+        ):
+            end = EndDetector(endpoint_named(endpoint).failure)
         while piece := await receive():
             self.activity += 1
-            if needs_done:
-                tail = (tail + piece)[-_DONE_WINDOW:]
+            if end is not None:
+                end.feed(piece)
             await send(piece)
-        if needs_done and _DONE not in tail:
+        if end is not None and not end.has_ended:
             raise HttpError("the connection was closed before the stream was complete")
 
 

@@ -47,8 +47,8 @@ class RequestContext:
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
         began: the time at which the request arrived, by ``time.monotonic()``, in seconds.
-        aborted: the answer failed after it had begun, and the connection must be reset, so that the client does not
-            take the answer for a complete one.
+        aborted: the answer failed after it began, and the client was not told in its body; the connection must be
+            reset, so that the client does not take the answer for a complete one.
     """
 
     __slots__ = (

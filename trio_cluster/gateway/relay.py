@@ -3,15 +3,20 @@
 Its main decision is when to send the status. That is done as late as possible, since until then a failure can be sent
 as a real 4xx or 5xx:
 
-- An event stream begins with its first event. A failure after that is sent as one error event. An error event in the
-  middle of another event would be read as a part of it, so events are sent whole (see ``sse_buffer.py``).
-- Audio begins with its first bytes. A failure after that can be shown only by breaking the connection.
-- Everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
+- an event stream begins with its first event; a failure after that is one error event, in the grammar of the route (see
+  ``openai/failures.py``). So events are sent whole: an error in the middle of one would be a part of it (see
+  ``sse_buffer.py``);
+- audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
+- everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
   memory stays bounded.
 
-Once an answer has begun, all pieces that wait are sent in one write, since a write costs more than everything else that
-is done for a token. If an answer fails, its context is aborted, and the gateway ends the connection in a way that no
-client takes for the end of the answer.
+Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all else that is
+done to a token.
+
+A failure that the stream has reported in its own grammar is followed by the proper end of the body: several clients
+lose the reason if the connection breaks behind it. What could not be reported (audio, half an event, a grammar that is
+not known) aborts the context, and the gateway then ends the connection in a way that no client takes for the end of the
+answer. The option ``stream_failure`` can demand that always.
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ import trio
 from ..core.answer import Data, Done, Event, Failed, Head
 from ..core.call import Call
 from ..core.headers import HEADER_NAME, HEADER_VALUE
+from ..core.request import Request
 from ..errors import ApiError, HandlerFailed
-from ..openai import NO_PROXY_BUFFERING, PING, error_event
+from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING, PING
 from .context import RequestContext
 from .deadlines import ResponseDeadlines
 from .direct import Connection, DirectWriter
@@ -85,7 +91,7 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
             raise event.error
     if not isinstance(event, Head):  # the grammar of calls forbids it
         raise HandlerFailed
-    return await _reply(call, event, context, deadlines)
+    return await _reply(node_context, call, event, context)
 
 
 async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:
@@ -99,8 +105,9 @@ async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event
     raise deadlines.time_out(call)
 
 
-async def _reply(call: Call, head: Head, context: RequestContext, deadlines: ResponseDeadlines) -> Reply:
+async def _reply(node_context: NodeContext, call: Call, head: Head, context: RequestContext) -> Reply:
     """Decide how the answer that ``head`` begins is sent."""
+    deadlines = context.deadlines
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
     # In a compressed stream it cannot be seen where an event ends, so it is treated like audio.
@@ -121,7 +128,7 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
         raise call.end.error
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, StreamingBody(call, context, data, events, deadlines))
+    return Reply(head.status, headers, StreamingBody(node_context, call, context, data, events=events))
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -145,21 +152,25 @@ class StreamingBody:
     """The body of an answer that has begun and is not complete. See ``Body``.
 
     Args:
-        call: the call; its head has been received.
-        context: the request context; it is aborted if the answer fails.
-        first: the part of the body that was received already.
+        node_context: its options decide how a failed stream ends.
+        call: its head has been received.
+        context: is aborted if the answer fails, and the client cannot be told in the body.
+        first: what was received of the body already.
         events: the body is a stream of server-sent events.
-        deadlines: the deadlines of the answer.
     """
 
     def __init__(
-        self, call: Call, context: RequestContext, first: bytes, events: bool, deadlines: ResponseDeadlines
+        self, node_context: NodeContext, call: Call, context: RequestContext, first: bytes, *, events: bool
     ) -> None:
+        assert context.endpoint is not None
+        self._node_context = node_context
         self._call = call
         self._context = context
         self._first = first
-        self._events = EventBuffer() if events else None
-        self._deadlines = deadlines
+        self._grammar = context.endpoint.failure
+        self._events = EventBuffer(keep_first=self._grammar.needs_first) if events else None
+        self._knows_grammar = _knows_grammar(node_context, call.request)
+        self._deadlines = context.deadlines
         self._waiting_since: float | None = None
         self._writer: DirectWriter | None = None
         self._over = False
@@ -235,10 +246,35 @@ class StreamingBody:
         return PING if until < expires else None
 
     def _fail(self, data: bytes, error: ApiError) -> bytes:
+        """Return the last bytes of an answer that has failed: what is left of it, and the error event.
+
+        Raises:
+            trio.EndOfChannel: there are none.
+        """
         self._over = True
+        events = self._events
+        reported = events is not None and not events.torn
+        if events is not None and reported:
+            last = bytes(events.last)
+            # A server behind an engine may have ended the stream, and not its connection.
+            if not self._grammar.has_ended(last):
+                data += self._grammar.write(error, events.first, last)
+            reported = self._knows_grammar
+        if reported and self._node_context.options.server.stream_failure == "end":
+            self.complete = True
+            return data
         self._context.aborted = True
-        if self._events is not None and not self._events.torn:
-            data += error_event(error)
         if data:
             return data
         raise trio.EndOfChannel
+
+
+def _knows_grammar(node_context: NodeContext, request: Request) -> bool:
+    """Return whether the error events of a stream are those that its clients expect.
+
+    A server behind an engine may have routes of which nothing is known here.
+    """
+    if request.endpoint in KNOWN_STREAMS:
+        return True
+    info = node_context.router.catalog.info(request.model)
+    return info is not None and info.kind != "any"

@@ -156,13 +156,24 @@ class HandlerTask(CallTask):
         __traceback_info__ = f"handler of '{self.call.request.model}'"
         try:
             await self._read_request()
-            await self._adapter(self.request, self)
+            if getattr(self.request, "prompts", None) is not None:
+                await self._answer_parts()
+            else:
+                await self._adapter(self.request, self)
             await self._put_early_parts()
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
             self.fail(self.to_api_error(error))
+
+    async def _answer_parts(self) -> None:
+        """Run the handler for each of several prompts, one after the other in this slot."""
+        *parts, last = self.request.parts()
+        for part in parts:
+            await self._adapter(part, _PartProvider(self))
+            self._encoder.next_part()
+        await self._adapter(last, self)
 
     async def _read_request(self) -> None:
         """Parse the request, unless that has been done, and make the encoder of its answer."""
@@ -222,3 +233,21 @@ class HandlerTask(CallTask):
                 return
             self._next_sign = now + _SIGN_OF_LIFE
         self.call.body.put(data)
+
+
+class _PartProvider:
+    """The provider of one prompt of several, where it is not the last. Its end is not that of the answer. See
+    ``Provider``.
+    """
+
+    def __init__(self, task: HandlerTask) -> None:
+        self._task = task
+        self._ended = False
+
+    async def push(self, chunk: object) -> None:
+        if self._ended:
+            raise trio.ClosedResourceError("the output has been ended")
+        await self._task.push(chunk)
+
+    def end(self) -> None:
+        self._ended = True
