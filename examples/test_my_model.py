@@ -69,7 +69,7 @@ async def test_a_frozen_worker_is_dropped_and_accepted_again(cluster: SimulatedC
     await cluster.start_worker(server)
     cluster.workers["one"].freeze()
     await trio.sleep(60)
-    assert (await cluster.client().chat("m")).status == 404
+    assert (await cluster.client().chat("m")).status == 503
     cluster.workers["one"].thaw()
     await trio.sleep(60)
     assert (await cluster.client().chat("m")).report().ending == "finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -61,6 +62,13 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(root_level)
     package.setLevel(package_level)
+
+
+@pytest.fixture(autouse=True)
+def _state_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep masters that tests start away from the state of those of other tests, and from that of the user."""
+    home = tmp_path_factory.getbasetemp() / "state" / uuid.uuid4().hex
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
 
 
 @pytest.fixture

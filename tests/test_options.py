@@ -47,6 +47,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "queue_timeout": 5.0,
             "default_timeout": 60.0,
             "api_key": None,
+            "operator_key": None,
             "worker_id": None,
             "owner": "trio-cluster",
             "max_body_size": 512 * 1024 * 1024,
@@ -65,6 +66,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "on_conflict": "reject",
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
+        "state_dir": None,
     }
 
 

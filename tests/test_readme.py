@@ -269,6 +269,8 @@ def test_every_error_of_our_own_is_documented() -> None:
     }
     ours = [
         errors.ModelNotFound("m", []),
+        errors.ModelUnavailable("m"),
+        errors.LoopDetected("m"),
         errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),

@@ -19,7 +19,9 @@ __all__ = [
     "HandlerFailed",
     "HandshakeRefused",
     "InvalidRequest",
+    "LoopDetected",
     "ModelNotFound",
+    "ModelUnavailable",
     "OptionsError",
     "Overloaded",
     "ShuttingDown",
@@ -101,8 +103,22 @@ class InvalidRequest(ApiError):
 _LISTED_MODELS: Final = 50
 
 
+class ModelUnavailable(ApiError):
+    """No node serves the model now, and one did a short while ago: it is likely to be back soon."""
+
+    def __init__(self, name: str, *, retry_after: float = 3.0) -> None:
+        # With two retries, clients wait for longer than workers take to reconnect.
+        super().__init__(
+            503,
+            f"The model '{name}' is not available at the moment; try again shortly",
+            param="model",
+            code="model_unavailable",
+            retry_after=retry_after,
+        )
+
+
 class ModelNotFound(ApiError):
-    """No backend serves a model of this name; the message lists the available models."""
+    """No backend serves a model of this name, nor did one a short while ago; the message lists the available models."""
 
     def __init__(self, name: str, available: list[str]) -> None:
         names = ", ".join(nsmallest(_LISTED_MODELS, available)) or "none"
@@ -113,6 +129,18 @@ class ModelNotFound(ApiError):
             f"The model '{name}' does not exist. Available models: {names}",
             param="model",
             code="model_not_found",
+        )
+
+
+class LoopDetected(ApiError):
+    """The request has passed this cluster already, or there is no way on that does not lead back to one it passed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            508,
+            f"The request for the model '{name}' goes in a circle: clusters serve each other's model of this name",
+            param="model",
+            code="loop_detected",
         )
 
 

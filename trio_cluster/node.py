@@ -20,6 +20,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import trio
@@ -28,11 +29,13 @@ from msgspec import UNSET
 from ._version import __version__
 from .admin.app import create_app, put_gateway_in_front
 from .cluster.master import WorkerManager
+from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
+from .core.state_dir import StateDir, StateDirError, default_state_dir
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
@@ -151,6 +154,8 @@ class Node:
         listeners: Listeners,
         internal_listeners: Listeners,
         started: Callable[[], None],
+        *,
+        state_name: str | None = None,
     ) -> None:
         """Serve the API, and accept workers, until stopped.
 
@@ -158,11 +163,18 @@ class Node:
             listeners: the listeners for clients; closed at the end.
             internal_listeners: the listeners for workers; closed at the end.
             started: called when requests and workers are accepted. Synchronous.
+            state_name: the name of the state directory if the options have none; ``None``: there is none.
+
+        Raises:
+            StateDirError: the state directory of the options cannot be used.
         """
+        memory = self._model_memory(state_name)
         manager = WorkerManager(self._router.catalog, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
+            if memory is not None:
+                nursery.start_soon(memory.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await nursery.start(manager.serve, internal_listeners)
@@ -173,6 +185,23 @@ class Node:
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await manager.close_all("the master was stopped")
             await self._end_api(nursery)
+
+    def _model_memory(self, name: str | None) -> ModelMemory | None:
+        """Return the memory of models, with what is remembered restored; ``None`` if there is no place for it."""
+        given = self._options.state_dir
+        if given is None and name is None:
+            return None
+        try:
+            path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
+            memory = ModelMemory(self._router.catalog, StateDir(path))
+            memory.restore()
+            memory.save()
+        except StateDirError as error:
+            if given is not None:
+                raise
+            logger.warning("the names of models will not survive a restart: %s", error)
+            return None
+        return memory
 
     async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
         """Serve a master until stopped.

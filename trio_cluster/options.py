@@ -198,6 +198,9 @@ class ServerOptions:
     """The idle timeout: how long a model may take to its first output, and between outputs. ``math.inf``: no limit."""
     api_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
     """The API key that clients must send, as a bearer token; ``None``: none is required."""
+    operator_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
+    """The key that operators must send to see calls, cancel them and drain workers; ``None``: they must be on the same
+    machine."""
     worker_id: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The name of this node, which should not change when it is restarted; generated if it is not given."""
     owner: str = attrs.field(default="trio-cluster", validator=_text)
@@ -253,3 +256,6 @@ class ClusterServerOptions:
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""
+    state_dir: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """The directory for what a master keeps over a restart; without it, one below ``$XDG_STATE_HOME`` that its port
+    names, or ``~/.local/state``."""

@@ -254,6 +254,7 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        via: Sequence[str] = (),
     ) -> None:
         """Serve a passthrough model: it answers every route, with bytes in and bytes out. For relays to other servers.
 
@@ -263,12 +264,15 @@ class ClusterServer:
                 request has not been parsed, except to find the name of the model.
             options: what ``/v1/models`` shows about the model.
             max_concurrency: how many calls run at once; ``None``: any number. They do not take slots of this process.
+            via: the ids of the clusters through which the model comes, if the other server is a cluster: its
+                ``trio_cluster_via`` in ``/v1/models``.
 
         Raises:
-            ValueError: the name is taken or not valid, or ``max_concurrency`` is less than 1.
+            ValueError: the name is taken or not valid, the model came through this cluster, or
+                ``max_concurrency`` is less than 1.
             TypeError: the handler is not a coroutine function.
         """
-        self._models.register_raw(name, handler, options, max_concurrency)
+        self._models.register_raw(name, handler, options, max_concurrency, tuple(via))
 
     def route(self, path: str, model: str, handler: H | None = None) -> Any:
         """Let a model answer a route that is not part of the OpenAI API (a custom route).
@@ -453,7 +457,7 @@ class ClusterServer:
                     raise
                 refusal = error
             else:
-                return await self._run_as_master(external, internal, task_status)
+                return await self._run_as_master(external, internal, port, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
             if await is_master(self.network, host, internal_port, _PROBE_TIMEOUT):
@@ -483,8 +487,9 @@ class ClusterServer:
             ClusterPortError: it cannot listen on a port.
             RuntimeError: the server runs already.
         """
-        external, internal = await self._open_pair(self._options.server.port if port is None else port)
-        return await self._run_as_master(external, internal, task_status)
+        port = self._options.server.port if port is None else port
+        external, internal = await self._open_pair(port)
+        return await self._run_as_master(external, internal, port, task_status)
 
     async def run_as_worker(
         self, master_host: str, master_port: int, *, task_status: Started = trio.TASK_STATUS_IGNORED
@@ -535,11 +540,15 @@ class ClusterServer:
         return ClusterMode.STANDALONE
 
     async def _run_as_master(
-        self, external: Listeners, internal: Listeners, task_status: Started
+        self, external: Listeners, internal: Listeners, port: int, task_status: Started
     ) -> ClusterMode:
+        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
+        name = f"master-{port}" if port and isinstance(self.network, Sockets) else None
         try:
             with self._node_for(ClusterMode.MASTER) as node:
-                await node.serve_as_master(external, internal, lambda: task_status.started(node.mode))
+                await node.serve_as_master(
+                    external, internal, lambda: task_status.started(node.mode), state_name=name
+                )
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER

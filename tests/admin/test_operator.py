@@ -257,3 +257,49 @@ async def test_the_official_client_does_not_send_a_cancelled_request_again(
         await cancel(node, "r1")
     assert [error.code for error in errors] == ["cancelled"]
     assert node.router.stats.admitted == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/cluster/calls",
+        "//cluster/calls",
+        "/cluster//calls",
+        "/cluster/./calls",
+        "/x/../cluster/calls",
+        "/cluster%2Fcalls",
+        "/%63luster/calls",
+        "/CLUSTER/calls",
+        "/cluster/calls/",
+        "/cluster/calls?x=/health",
+        "/cluster/calls#/health",
+        "/cluster/calls;x=/health",
+        "http://host/cluster/calls",
+        "/health/../cluster/calls",
+        "/v1/cluster/calls",
+    ],
+)
+async def test_no_spelling_of_a_path_goes_around_the_operator_key(path: str) -> None:
+    async with open_http_node(script=None, api_key="k", operator_key="op") as node:
+        statuses = {}
+        for key in ("k", "op"):
+            async with node.connect() as wire:
+                await wire.request("GET", path, b"", f"authorization: Bearer {key}")
+                statuses[key] = (await wire.answer()).status
+        assert statuses["k"] in (400, 403, 404)
+        assert statuses["k"] == 403 or statuses["op"] != 200
+
+
+async def test_with_an_operator_key_the_key_of_clients_neither_cancels_nor_drains(
+    nursery: trio.Nursery,
+) -> None:
+    async with open_http_node(script=None, operator_key="op") as node:
+        served: Served = await nursery.start(Asking(node, "r1").run)
+        for key, status in (("wrong", 401), ("op", 200)):
+            answer = await cancel(node, "r1", authorization=f"Bearer {key}")
+            assert answer.status == status
+            assert served.call.ended == (status == 200)
+            async with node.client(headers={"authorization": f"Bearer {key}"}) as client:
+                response = await client.post("/cluster/workers/w/drain")
+            assert response.status_code == (404 if status == 200 else status)
+        served.call.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.parse
+from typing import Any
 
 import attrs
 import pytest
@@ -17,6 +18,32 @@ from trio_cluster.gateway.node_context import GaugeSample
 from trio_cluster.openai import ENDPOINTS, Endpoint, peek_model
 
 PATH = "/v1/chat/completions"
+
+
+async def test_a_node_is_ready_if_a_model_could_be_asked(node: HttpNode) -> None:
+    async with node.client() as client:
+
+        async def ask(path: str) -> tuple[int, dict[str, Any]]:
+            response = await client.get(path)
+            return response.status_code, response.json()
+
+        assert await ask("/ready?model=other") == (503, {"status": "no_model", "model": "other"})
+        node.router.catalog.remove("m", node.backend)
+        assert await ask("/ready") == (503, {"status": "no_model", "model": None})
+        assert (await client.get("/health")).status_code == 200
+        response = await client.get("/v1/models/m")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_unavailable")
+        assert response.headers["retry-after"] == "3"
+        response = await node.post({"not": "checked", "model": "m"})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_unavailable")
+        node.add("m")
+        assert await ask("/ready") == (200, {"status": "ready", "model": None})
+        assert await ask("/ready?model=m") == (200, {"status": "ready", "model": "m"})
+        node.backend.health.stall("blocked")
+        assert await ask("/ready?model=m") == (503, {"status": "no_model", "model": "m"})
+        node.backend.health.stall("")
+        node.router.drain("stopping")
+        assert await ask("/ready") == (503, {"status": "draining", "model": None})
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])

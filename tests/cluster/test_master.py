@@ -368,6 +368,73 @@ async def test_a_taken_model_is_refused_and_its_worker_stays(
     assert "refused" in caplog.text
 
 
+async def test_a_refused_model_is_taken_when_the_worker_that_had_the_name_leaves(
+    cluster: MemoryCluster,
+) -> None:
+    first = await cluster.start("w1", echo)
+    second, third = await cluster.start("w2", echo), await cluster.start("w3", echo)
+    first.scope.cancel()
+    await wait_all_tasks_blocked()
+    assert cluster.router.catalog.served_by("echo") == ["w2"]
+    assert second.client.rejected_models == {}
+    assert "w2" in third.client.rejected_models["echo"]
+    assert (second.dials, third.dials) == (1, 1)
+    assert text(await everything(cluster.router.open(chat_request("echo")))) != ""
+
+
+async def test_a_refused_model_is_taken_when_the_name_is_given_back(cluster: MemoryCluster) -> None:
+    first, second = await cluster.start("w1", echo), await cluster.start("w2", echo)
+    first.client.withdraw("echo")
+    await wait_all_tasks_blocked()
+    assert cluster.router.catalog.served_by("echo") == ["w2"]
+    assert second.client.rejected_models == {}
+
+
+async def test_a_refused_model_that_is_withdrawn_or_whose_worker_leaves_or_drains_is_not_taken(
+    cluster: MemoryCluster,
+) -> None:
+    first = await cluster.start("w1", echo)
+    withdrawn, gone, draining = [await cluster.start(f"w{number}", echo) for number in (2, 3, 4)]
+    withdrawn.client.withdraw("echo")
+    gone.scope.cancel()
+    draining.client.drain("stopping")
+    await wait_all_tasks_blocked()
+    first.scope.cancel()
+    await wait_all_tasks_blocked()
+    assert cluster.router.catalog.served_by("echo") == []
+    draining.client.close("stopped")
+
+
+async def test_a_replica_of_another_kind_is_taken_when_those_of_the_first_kind_are_gone(
+    nursery: trio.Nursery,
+) -> None:
+    cluster = MemoryCluster(nursery, on_conflict="replicate")
+    first, second = await cluster.start("w1", echo), await cluster.start("w2", echo)
+    third = await cluster.start("w3")
+    backend = HandlerBackend(ModelInfo("echo", "embedding"), echo, third.pool)
+    third.router.catalog.add(backend.info, backend)
+    third.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    first.scope.cancel()
+    await wait_all_tasks_blocked()
+    assert "w2" in third.client.rejected_models["echo"], "the reason is out of date"
+    second.scope.cancel()
+    await wait_all_tasks_blocked()
+    assert cluster.router.catalog.served_by("echo") == ["w3"]
+    assert third.client.rejected_models == {}
+
+
+async def test_a_refused_model_is_taken_when_the_option_changes(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    await cluster.start("w1", echo)
+    second = await cluster.start("w2", echo)
+    cluster.options.on_conflict = "replicate"
+    await trio.sleep(2 * cluster.options.heartbeat_interval)
+    assert cluster.router.catalog.served_by("echo") == ["w1", "w2"]
+    assert second.client.rejected_models == {}
+
+
 async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)
@@ -446,7 +513,7 @@ async def test_a_call_that_crosses_the_end_of_its_model_can_be_retried_on_anothe
     first.router.catalog.remove("echo", first.router.catalog.replicas("echo")[0])
     first.client.withdraw("echo")
     assert isinstance(last := (await everything(call))[-1], Failed)
-    assert last.error.status == 404
+    assert (last.error.status, last.error.code) == (503, "model_unavailable")
     again = cluster.router.reopen(call)
     assert again is not None
     assert again.served_by == "w2"

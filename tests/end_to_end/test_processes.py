@@ -77,7 +77,7 @@ async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
     assert failed.report.ending == "failed"
     assert failed.report.error is not None
     assert failed.report.error["code"] == "worker_lost"
-    assert (await ask(master, "b")).status_code == 404
+    assert (await ask(master, "b")).status_code == 503
     assert streams["a"].is_running
     assert streams["c"].is_running
 

@@ -477,7 +477,7 @@ async def test_models_leave_the_master_and_come_back(caplog: pytest.LogCaptureFi
         behind.listing = reply(b"", "503 Loading")
         await become()
         response = await served.post(json=chat("m"))
-        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_unavailable")
         behind.listing = reply(b'{"data":[{"id":"m"},{"id":"n"}]}')
         await become("m", "n")
         behind.answer = answer_with(reply(b"{}"))
@@ -587,7 +587,7 @@ async def test_a_server_that_is_killed_fails_its_streams_and_is_back_when_it_is_
             async with httpx.AsyncClient(base_url=master.url, trust_env=False, verify=False) as client:
                 return (await client.post("/v1/chat/completions", json=chat("m"))).status_code
 
-        assert await status_of_a_request() == 404
+        assert await status_of_a_request() == 503
         await upstream.start()
 
         async def answers() -> bool:

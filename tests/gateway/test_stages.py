@@ -43,9 +43,9 @@ def context_of(*headers: tuple[bytes, bytes], path: str = "/v1/models") -> Reque
 @pytest.mark.parametrize(
     ("headers", "principal"),
     [
-        ([(b"authorization", b"Bearer secret")], Principal("default", "admin")),
-        ([(b"authorization", b"bearer   secret ")], Principal("default", "admin")),
-        ([(b"x-api-key", b"secret")], Principal("default", "admin")),
+        ([(b"authorization", b"Bearer secret")], Principal("default", "inference")),
+        ([(b"authorization", b"bearer   secret ")], Principal("default", "inference")),
+        ([(b"x-api-key", b"secret")], Principal("default", "inference")),
         ([(b"authorization", b"Bearer wrong")], None),
         ([(b"authorization", b"Bearer")], None),
         ([(b"authorization", b"Basic secret")], None),
@@ -71,7 +71,82 @@ async def test_without_a_key_the_principal_is_anonymous() -> None:
     assert await SingleKey(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/health/", "/metrics", "/openapi.json"])
+OPERATORS_PATHS = [
+    "/cluster/calls",
+    "/cluster/calls/",
+    "/cluster/workers/w/drain",
+    "/cluster/what-comes-next",
+]
+
+
+def asked(path: str, client: str, key: str = "", **headers: str) -> RequestContext:
+    """Return the context of a request of a client with this address."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    if key:
+        fields["authorization"] = f"Bearer {key}"
+    return RequestContext(
+        [(name.encode(), value.encode()) for name, value in fields.items()], client=client, path=path
+    )
+
+
+async def status_of(context: RequestContext, **options: str) -> int:
+    """Return the status with which a request is refused, or 200."""
+    try:
+        await Authenticate(SingleKey(ClusterServerOptions(ServerOptions(**options)))).admit(context)  # type: ignore[arg-type]
+    except ApiError as error:
+        return {("invalid_api_key", 401): 401, ("role_required", 403): 403}[error.code or "", error.status]
+    return 200
+
+
+FAR, NEAR = "192.0.2.7:5000", "127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("path", OPERATORS_PATHS)
+@pytest.mark.parametrize("client", [FAR, NEAR])
+async def test_the_operator_key_is_required_for_what_concerns_others(path: str, client: str) -> None:
+    for keys in ({"operator_key": "op", "api_key": "k"}, {"operator_key": "op"}):
+        assert await status_of(asked(path, client, "op"), **keys) == 200
+        assert await status_of(asked(path, client), **keys) == 401
+        assert await status_of(asked(path, client, "wrong"), **keys) == 401
+        assert await status_of(asked("/v1/models", client, "op"), **keys) == 200
+        assert await status_of(asked("/cluster/status", client, "op"), **keys) == 200
+    assert await status_of(asked(path, client, "k"), operator_key="op", api_key="k") == 403
+    assert await status_of(asked("/cluster/status", client, "k"), operator_key="op", api_key="k") == 200
+    assert await status_of(asked("/v1/models", client), operator_key="op") == 200
+    assert await status_of(asked("/v1/models", client), operator_key="op", api_key="k") == 401
+
+
+@pytest.mark.parametrize("path", OPERATORS_PATHS)
+async def test_without_an_operator_key_operators_are_on_the_same_machine(path: str) -> None:
+    for near in (NEAR, "127.8.9.1:1", "[::1]:5000", "[::ffff:127.0.0.1]:5000", "client:1", ""):
+        assert await status_of(asked(path, near)) == 200
+        assert await status_of(asked(path, near, "k"), api_key="k") == 200
+        assert await status_of(asked(path, near), api_key="k") == 401
+    for far in (FAR, "10.0.0.1:1", "[2001:db8::1]:1", "[::ffff:10.0.0.1]:1", "[fe80::1%eth0]:1"):
+        assert await status_of(asked(path, far)) == 403
+        assert await status_of(asked(path, far, "k"), api_key="k") == 403
+        assert await status_of(asked("/cluster/status", far, "k"), api_key="k") == 200
+    for header in ("x_forwarded_for", "forwarded", "x_real_ip", "via"):
+        assert await status_of(asked(path, NEAR, **{header: "x"})) == 403
+
+
+@pytest.mark.parametrize(("role", "status"), [("inference", 403), ("operator", 200), ("admin", 200)])
+async def test_what_is_for_operators_is_decided_by_the_role_whatever_authenticator_gives_it(
+    role: Any, status: int
+) -> None:
+    class Gives:
+        async def authenticate(self, context: RequestContext) -> Principal:
+            return Principal("someone", role)
+
+    refused = 200
+    try:
+        await Authenticate(Gives()).admit(asked("/cluster/calls", FAR))
+    except ApiError as error:
+        refused = error.status
+    assert refused == status
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/health/", "/metrics", "/openapi.json", "/ready"])
 async def test_open_paths_do_not_ask_the_authenticator(path: str) -> None:
     class Never:
         async def authenticate(self, context: RequestContext) -> Principal:

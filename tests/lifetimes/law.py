@@ -62,11 +62,11 @@ CLIENTS: Final = {
     "left": "(it has left)",
     "complete": "the complete answer",
     "lost": "its connection ends",
-    "404": "404 `model_not_found`",
     "408": "408",
     "500": "500 `handler_failed`",
     "502": "502 `worker_lost`",
     "503 cancelled": "503 `cancelled`",
+    "503 model_unavailable": "503 `model_unavailable`",
     "503 shutting_down": "503 `shutting_down`",
     "504": "504 `timeout`",
 }
@@ -193,13 +193,13 @@ LAW: Final[dict[str, dict[str, Entry]]] = {
         running=Cell("503 cancelled", "cancelled", "0", "cancelled", "cancelled"),
     ),
     "worker_killed": _row(
-        uploading=Cell("404", "never", "0"),
+        uploading=Cell("503 model_unavailable", "never", "0"),
         forwarding=Cell("502", "never", "0", "worker_lost"),
         queued=Cell("502", "never", "0", "worker_lost"),
         running=Cell("502", "dies", "0", "worker_lost"),
     ),
     "worker_frozen": _row(
-        uploading=Cell("404", "never", "W"),
+        uploading=Cell("503 model_unavailable", "never", "W"),
         forwarding=Cell("502", "never", "W", "worker_lost"),
         queued=Cell("502", "never", "W", "worker_lost"),
         running=Cell("502", "frozen", "W", "worker_lost"),
@@ -231,7 +231,7 @@ LAW: Final[dict[str, dict[str, Entry]]] = {
         running=Cell("503 cancelled", "cancelled", "D", "cancelled", "cancelled"),
     ),
     "worker_drains": _row(
-        uploading=Cell("404", "never", "0"),
+        uploading=Cell("503 model_unavailable", "never", "0"),
         forwarding=Cell("503 shutting_down", "never", "0", "failed"),
         queued=_FINISHES,
         running=_FINISHES,

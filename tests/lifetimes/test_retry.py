@@ -331,6 +331,7 @@ CODES: Final = (
     "worker_lost",
     "upstream_lost",
     "model_not_found",
+    "model_unavailable",
     "over_capacity",
     "cancelled",
 )

@@ -565,7 +565,7 @@ async def test_the_time_that_a_slow_worker_takes_does_not_count_as_time_of_the_c
 
 @places
 @kinds
-async def test_a_model_that_is_gone_when_its_name_is_received_is_404_and_the_connection_stays_usable(
+async def test_a_model_that_has_left_when_its_name_is_received_is_503_and_the_connection_stays_usable(
     model: str, forwarded: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
     async with open_scenario(files, forwarded=forwarded) as scenario:
@@ -574,7 +574,7 @@ async def test_a_model_that_is_gone_when_its_name_is_received_is_404_and_the_con
         await trio.sleep(1)
         uploader.go_on.set()
         response = await uploader.end()
-        assert (response.status, response.error["code"]) == (404, "model_not_found")
+        assert (response.status, response.error["code"]) == (503, "model_unavailable")
         assert await uploader.send_another() == 200
         assert scenario.stats() == {}
 
@@ -768,7 +768,8 @@ async def test_a_worker_that_drains_in_the_middle_finishes_calls_that_cannot_be_
         if first:
             assert (response.status, scenario.stats()) == (200, {"completed": 1})
         else:
-            assert (response.status, scenario.stats()) == (404, {})
+            assert (response.status, response.error["code"]) == (503, "model_unavailable")
+            assert scenario.stats() == {}
         await scenario.cluster.workers["w"].over.wait()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.core.answer import Done, Failed, Head
 from trio_cluster.core.call import Call
@@ -19,6 +19,7 @@ from trio_cluster.core.request import Request
 from trio_cluster.errors import (
     ApiError,
     ModelNotFound,
+    ModelUnavailable,
     Overloaded,
     ShuttingDown,
     TooSlow,
@@ -97,6 +98,139 @@ def test_a_replica_must_be_of_the_same_kind_and_from_another_node() -> None:
         router.catalog.add(ModelInfo("m", "embedding"), Scripted("w2"), replicate=True)
     with pytest.raises(NameTaken, match="already serves"):
         router.catalog.add(CHAT, Scripted("w1"), replicate=True)
+
+
+@pytest.mark.parametrize("any_first", [True, False])
+def test_a_replica_of_kind_any_may_stand_beside_a_handler(any_first: bool) -> None:
+    router, handler, upstream = Router(), Scripted("w1"), Scripted("w2")
+    replicas = [(CHAT, handler), (ModelInfo("m", "any"), upstream)]
+    for info, backend in replicas[::-1] if any_first else replicas:
+        router.catalog.add(info, backend, replicate=True)
+    catalog = router.catalog
+    shown = catalog.info("m")
+    assert shown is not None
+    assert shown.kind == "chat"
+    for _ in range(4):
+        router.open(request())
+    assert (len(handler.calls), len(upstream.calls)) == (2, 2)
+    router.open(attrs.evolve(request(kind="embedding"), endpoint="embeddings"))
+    assert len(upstream.calls) == 3, "only this one answers the route"
+    assert catalog.takes_untouched("m", "chat", "chat.completions") is None
+    assert catalog.takes_untouched("m", "embedding", "embeddings") is shown
+    assert catalog.answers("/v1/own")
+    with pytest.raises(NameTaken, match="as chat, not embedding"):
+        catalog.add(ModelInfo("m", "embedding"), Scripted("w3"), replicate=True)
+
+
+def test_a_model_is_shown_as_what_its_remaining_replicas_are() -> None:
+    router, handler, upstream = Router(), Scripted("w1"), Scripted("w2")
+    catalog = router.catalog
+    catalog.add(CHAT, handler)
+    catalog.add(ModelInfo("m", "any"), upstream, replicate=True)
+    catalog.remove("m", handler)
+    info = catalog.info("m")
+    assert info is not None
+    assert info.kind == "any"
+    assert catalog.takes_untouched("m", "chat", "chat.completions") is info
+    catalog.add(CHAT, handler, replicate=True)
+    catalog.remove("m", upstream)
+    info = catalog.info("m")
+    assert info is not None
+    assert info.kind == "chat"
+    assert catalog.passthrough == set()
+    with pytest.raises(WrongKind):
+        router.open(attrs.evolve(request(kind="embedding"), endpoint="embeddings"))
+
+
+def test_a_model_that_changes_its_kind_lets_others_try_again() -> None:
+    catalog, first, tries = Router().catalog, Scripted("w1"), list[str]()
+    catalog.add(CHAT, first)
+    catalog.retry_when_changed("m", Scripted("w2"), lambda: tries.append("w2"))
+    catalog.update(attrs.evolve(CHAT, owner="other"), first)
+    assert tries == []
+    catalog.update(ModelInfo("m", "embedding"), first)
+    assert tries == ["w2"]
+
+
+async def test_a_model_that_has_left_is_unavailable_for_two_minutes_and_then_unknown(
+    autojump_clock: MockClock,
+) -> None:
+    router, backend = Router(), Scripted("w1")
+    catalog = router.catalog
+    catalog.add(CHAT, backend)
+    catalog.add(CHAT, Scripted("w2"), replicate=True)
+    for replica in catalog.replicas("m"):
+        catalog.remove("m", replica)
+    await trio.sleep(119)
+    with pytest.raises(ModelUnavailable) as caught:
+        router.open(request())
+    assert (caught.value.status, caught.value.code) == (503, "model_unavailable")
+    assert caught.value.retry_after is not None
+    with pytest.raises(WrongKind):
+        router.open(request(kind="embedding"))
+    with pytest.raises(ModelNotFound):
+        router.open(request("never"))
+    await trio.sleep(2)
+    with pytest.raises(ModelNotFound):
+        router.open(request())
+    assert not catalog.absent
+
+
+async def test_a_model_that_comes_back_counts_anew(autojump_clock: MockClock) -> None:
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    router.catalog.remove("m", backend)
+    await trio.sleep(100)
+    router.catalog.add(CHAT, backend)
+    router.open(request())
+    assert not router.catalog.absent
+    router.catalog.remove("m", backend)
+    await trio.sleep(100)
+    with pytest.raises(ModelUnavailable):
+        router.open(request())
+
+
+async def test_the_routes_of_a_model_that_has_left_are_still_routes(autojump_clock: MockClock) -> None:
+    catalog, backend = Router().catalog, Scripted("w1")
+    catalog.add(ModelInfo("m", "custom", extra_endpoints=("/v1/own",)), backend)
+    catalog.remove("m", backend)
+    assert catalog.answers("/v1/own")
+    with pytest.raises(ModelUnavailable):
+        catalog.check("m", "custom", "/v1/own")
+    await trio.sleep(121)
+    assert not catalog.answers("/v1/own")
+
+
+async def test_names_that_are_remembered_are_bounded() -> None:
+    catalog, backend = Router().catalog, Scripted("w1")
+    for number in range(10_050):
+        info = ModelInfo(f"m{number}", "chat", created=0)
+        catalog.add(info, backend)
+        catalog.remove(info.name, backend)
+    assert len(list(catalog.absent)) == 10_000
+    assert catalog.absent.find("m0") is None
+
+
+async def test_another_run_does_not_know_what_left_in_the_one_before() -> None:
+    router, backend = Router(), Scripted("w1")
+    router.catalog.add(CHAT, backend)
+    router.catalog.remove("m", backend)
+    router.accept()
+    with pytest.raises(ModelNotFound):
+        router.open(request())
+
+
+def test_a_node_is_ready_if_a_replica_can_be_given_calls() -> None:
+    catalog, first, second = Router().catalog, Scripted("w1"), Scripted("w2")
+    assert not catalog.ready()
+    catalog.add(CHAT, first)
+    assert catalog.ready()
+    assert catalog.ready("m")
+    assert not catalog.ready("other")
+    first.health.stall("blocked")
+    assert not catalog.ready()
+    catalog.add(CHAT, second, replicate=True)
+    assert catalog.ready("m")
 
 
 def test_the_least_busy_replica_serves() -> None:

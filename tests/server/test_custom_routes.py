@@ -131,13 +131,16 @@ async def test_another_method_is_refused_with_the_right_one(
         assert answer.error["message"] == f"{path} does not allow GET"
 
 
-async def test_a_route_is_gone_with_its_model(
+async def test_a_route_is_gone_two_minutes_after_its_model(
     cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     node.route("/v1/tokenize", "m", tokenize)
     await settle(cluster)
     assert node.unregister_model("m")
     await settle(cluster)
+    answer = await ask(cluster, "/v1/tokenize", text="x")
+    assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
+    await trio.sleep(121)
     assert (await ask(cluster, "/v1/tokenize", text="x")).status == 404
 
 

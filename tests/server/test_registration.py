@@ -179,7 +179,7 @@ async def test_a_raw_model_answers_every_route_of_the_api_and_others(cluster: Si
     assert answer.error["param"] == "model"
 
 
-async def test_a_raw_model_does_not_take_the_place_of_another_kind(
+async def test_a_raw_model_is_a_replica_of_one_of_another_kind_where_both_answer(
     cluster: SimulatedCluster, autojump_clock: MockClock
 ) -> None:
     first, second = node("w1"), node("w2")
@@ -190,8 +190,10 @@ async def test_a_raw_model_does_not_take_the_place_of_another_kind(
     await trio.sleep(1)
     client = second.worker_client
     assert client is not None
-    assert "as chat, not any" in client.rejected_models["m"]
-    assert b"chat" in (await ask(cluster, "/v1/chat/completions"))[1]
+    assert client.rejected_models == {}
+    answers = [(await ask(cluster, "/v1/chat/completions"))[1] for _ in range(4)]
+    assert sum(answer == b"chat.completions" for answer in answers) == 2
+    assert await ask(cluster, "/v1/embeddings") == (200, b"embeddings")
 
 
 async def test_options_that_change_change_whose_the_models_are() -> None:

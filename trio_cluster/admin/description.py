@@ -17,7 +17,7 @@ from .._version import __version__
 from ..core.model import KINDS
 from ..core.status import WorkerStatus
 from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
-from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, StatusView
+from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, ReadyView, StatusView
 
 __all__ = ["description"]
 
@@ -40,6 +40,11 @@ _MODEL: Final = {
             "required": ["vision"],
         },
         "context_window": {"type": "integer"},
+        "trio_cluster_via": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "The ids of the clusters that the model comes through; the last one is this.",
+        },
     },
     "required": ["id", "object", "created", "owned_by", "kind", "capabilities"],
 }
@@ -57,7 +62,16 @@ _REASON: Final = {
 }
 
 #: The types of the answers. Types that they refer to are added automatically.
-_VIEWS: Final = (IndexView, HealthView, ModelsView, StatusView, CallsView, CancelView, WorkerStatus)
+_VIEWS: Final = (
+    IndexView,
+    HealthView,
+    ModelsView,
+    ReadyView,
+    StatusView,
+    CallsView,
+    CancelView,
+    WorkerStatus,
+)
 _REFERENCE: Final = "#/components/schemas/{name}"
 
 #: Headers of errors by status, besides those that every answer has.
@@ -105,6 +119,18 @@ def _node_paths() -> dict[str, Any]:
     drain["responses"]["202"] = drain["responses"].pop("200")
     health = _open("health", "Check whether the node accepts requests", _view(HealthView))
     health["responses"]["503"] = _answer(_view(HealthView), about="The node is shutting down.")
+    ready = _open("ready", "Check whether a model can be asked now", _view(ReadyView))
+    ready["parameters"] = [
+        {
+            "name": "model",
+            "in": "query",
+            "description": "The name of a model; without it, any model counts.",
+            "schema": {"type": "string"},
+        }
+    ]
+    ready["responses"]["503"] = _answer(
+        _view(ReadyView), about="No model, or not this one, can be asked now."
+    )
     metrics = _open("metrics", "Get metrics in the Prometheus text format", {"type": "string"})
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
@@ -113,14 +139,17 @@ def _node_paths() -> dict[str, Any]:
         "/v1/models": {"get": _operation("models", "List all models", models, 401)},
         "/v1/models/{model}": {
             "parameters": [model],
-            "get": _operation("model", "Retrieve a model", model_ref, 401, 404),
+            "get": _operation("model", "Retrieve a model", model_ref, 401, 404, 503),
         },
         "/": {"get": _open("index", "Get information about this server", _view(IndexView))},
         "/health": {"get": health},
+        "/ready": {"get": ready},
         "/metrics": {"get": metrics},
         "/openapi.json": {"get": _open("openapi", "Get this OpenAPI description", {"type": "object"})},
         "/cluster/status": {"get": _operation("status", "Get the state of the node", _view(StatusView), 401)},
-        "/cluster/calls": {"get": _operation("calls", "List the calls in progress", _view(CallsView), 401)},
+        "/cluster/calls": {
+            "get": _operation("calls", "List the calls in progress", _view(CallsView), 401, 403)
+        },
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }

@@ -1,8 +1,9 @@
 """The routes for operators: list all calls, cancel those of a request, and drain a worker.
 
-These routes require the API key, like all others. On a node without a key, everyone who can reach the node may use
-them, except web pages: a browser sends a POST on behalf of any page that is open in it, without asking the user, and
-adds the header ``Origin`` to it. None of these routes is meant for browsers, so requests with that header are refused.
+These routes need a principal that is an operator. The gateway checks that before they are reached; see
+``gateway/auth.py``. A client on the same machine may be an operator without a key, but a web page may not: a browser
+sends a POST on behalf of any page that is open in it, without asking the user, and adds the header ``Origin`` to it.
+None of these routes is meant for browsers, so requests with that header are refused.
 """
 
 from __future__ import annotations

@@ -6,17 +6,18 @@ change here. A view returns a :class:`~trio_cluster.gateway.response.Reply`, mad
 
 from __future__ import annotations
 
+from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from ..errors import HandlerFailed, ModelNotFound
+from ..errors import HandlerFailed
 from ..gateway.node_context import NodeContext
 from ..gateway.response import JSON, Reply, json_reply
 from ..gateway.routes import MODEL_ROUTES, PREFIXES
 from ..openai import ENDPOINTS
 from .description import description
 from .metrics import metrics_reply
-from .views import HealthView, IndexView, ModelsView, status_view
+from .views import HealthView, IndexView, ModelsView, ReadyView, status_view
 from .web import respond
 
 __all__ = ["add_routes"]
@@ -41,14 +42,15 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        entries = [info.entry() for info in node_context.router.catalog.infos()]
+        catalog = node_context.router.catalog
+        entries = [catalog.entry(info) for info in catalog.infos()]
         return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:
         info = node_context.router.catalog.info(name)
         if info is None:
-            raise ModelNotFound(name, node_context.router.catalog.names())
-        return respond(json_reply(info.entry()))
+            raise node_context.router.catalog.why_missing(name)
+        return respond(json_reply(node_context.router.catalog.entry(info)))
 
     for prefix in PREFIXES:
         app.add_url_rule(f"{prefix}/models", f"{prefix}models", list_models, methods=["GET"])
@@ -65,6 +67,7 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
                     routes=["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
                     description="/openapi.json",
                     health="/health",
+                    ready="/ready",
                     metrics="/metrics",
                     status="/cluster/status",
                 )
@@ -81,6 +84,13 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         state = HealthView("draining" if draining else "ok", node_context.mode)
         return respond(json_reply(state, 503 if draining else 200))
 
+    async def ready() -> TrioResponse:
+        router, name = node_context.router, request.args.get("model")
+        draining = router.draining_reason is not None
+        if draining or not router.catalog.ready(name):
+            return respond(json_reply(ReadyView("draining" if draining else "no_model", name), 503))
+        return respond(json_reply(ReadyView("ready", name)))
+
     async def metrics() -> TrioResponse:
         return respond(await metrics_reply(node_context))
 
@@ -90,5 +100,6 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
     app.add_url_rule("/", "index", index, methods=["GET"])
     app.add_url_rule("/openapi.json", "openapi", described, methods=["GET"])
     app.add_url_rule("/health", "health", health, methods=["GET"])
+    app.add_url_rule("/ready", "ready", ready, methods=["GET"])
     app.add_url_rule("/metrics", "metrics", metrics, methods=["GET"])
     app.add_url_rule("/cluster/status", "status", status, methods=["GET"])

@@ -20,6 +20,7 @@ __all__ = [
     "HealthView",
     "IndexView",
     "ModelsView",
+    "ReadyView",
     "StatusView",
     "call_view",
     "status_view",
@@ -35,6 +36,7 @@ class IndexView:
     routes: list[str]
     description: str
     health: str
+    ready: str
     metrics: str
     status: str
 
@@ -45,6 +47,14 @@ class HealthView:
 
     status: Literal["ok", "draining"]
     mode: str
+
+
+@attrs.frozen
+class ReadyView:
+    """Whether there is a node that could answer a request now, for any model or for the one that was named."""
+
+    status: Literal["ready", "no_model", "draining"]
+    model: str | None
 
 
 @attrs.frozen
@@ -139,7 +149,7 @@ def status_view(node_context: NodeContext) -> StatusView:
         mode=node_context.mode,
         uptime=round(node_context.uptime, 3),
         draining=router.draining_reason is not None,
-        models=[info.entry() | {"nodes": catalog.served_by(info.name)} for info in catalog.infos()],
+        models=[catalog.entry(info) | {"nodes": catalog.served_by(info.name)} for info in catalog.infos()],
         calls=CallCounters(**router.stats.counters(), in_flight=len(router.live)),
         version=own.version,
         slots=own.slots,

@@ -150,6 +150,7 @@ def _add_url(parser: argparse.ArgumentParser, whose: str = "the node") -> None:
 def _add_admin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
     _add_option(parser, "--api-key", "api_key", str, "KEY", "the API key of the node")
+    _add_option(parser, "--operator-key", "operator_key", str, "KEY", "the operator key of the node")
 
 
 def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the OpenAI API") -> None:
@@ -230,6 +231,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     )
     add("--api-key", "api_key", str, "KEY", "the key that clients must send; better set TRIO_CLUSTER_API_KEY")
     add(
+        "--operator-key",
+        "operator_key",
+        str,
+        "KEY",
+        "the key for calls, cancel and drain; better set TRIO_CLUSTER_OPERATOR_KEY",
+    )
+    add(
         "--cluster-token",
         "cluster_token",
         str,
@@ -249,6 +257,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
+        add("--state-dir", "state_dir", str, "DIR", "the directory for what is kept over a restart")
     if worker:
         add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
         options.add_argument(

@@ -461,13 +461,13 @@ def _drain_progress(worker: dict[str, Any]) -> str:
 
 
 def _node_and_key(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Return the URL of the node that the command line names, and the API key to send to it."""
+    """Return the URL of the node that the command line names, and the key to send to it."""
     options = options_from(arguments)
     try:
         node = node_url(arguments.url if arguments.url is not None else str(options.server.port))
     except ValueError as error:
         raise OptionsError(f"URL: {error}") from error
-    return node, options.server.api_key
+    return node, options.server.operator_key or options.server.api_key
 
 
 def _request_status(node: str, key: str | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..errors import (
     HandlerFailed,
     InvalidRequest,
     ModelNotFound,
+    ModelUnavailable,
     ShuttingDown,
 )
 from ..openai import ENDPOINTS
@@ -110,7 +111,7 @@ class ForwardedCalls:
             )
         except ApiError as error:
             # Nothing was started here, and another replica need not refuse for any of these reasons.
-            retryable = isinstance(error, ShuttingDown | ModelNotFound | EndpointNotFound)
+            retryable = isinstance(error, ShuttingDown | ModelNotFound | ModelUnavailable | EndpointNotFound)
             self._session.fail(call_id, error, retryable=retryable)
             self._wake()
             return

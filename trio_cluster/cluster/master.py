@@ -6,6 +6,10 @@ master noticed: the new link replaces the old one, whose calls fail at once. If 
 long as the first one gives signs of life, and may try again; otherwise two machines with one name would replace each
 other forever.
 
+A model that is refused because of what others serve is kept, and registered as soon as the conflict is over: when the
+other worker leaves, or takes its model back. The worker is then told by ``ModelRegistered``, as it would have been at
+first.
+
 The order in which a lost worker is removed matters. First its models are taken out of the catalogue, so that no new
 call can be routed to it; then its calls fail, so that those which may be retried on another replica find the catalogue
 up to date.
@@ -46,7 +50,7 @@ from ..protocol import (
     RegisterModel,
     UnregisterModel,
 )
-from ..routing.catalog import Catalog
+from ..routing.catalog import Catalog, NameTaken
 from .remote_worker import MAX_CAPACITY, RemoteWorker
 
 __all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "WorkerConnection", "WorkerManager"]
@@ -243,6 +247,8 @@ class WorkerConnection:
         self.joined = False
         self._joining = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT)
         self._why_refused = f"no handshake of a worker within {HANDSHAKE_TIMEOUT:g} s"
+        # The models that were refused because of what others serve, with the reason that the worker knows.
+        self._refused: dict[str, tuple[RegisterModel, str]] = {}
         self.session = MasterSession(
             node_id,
             __version__,
@@ -257,7 +263,7 @@ class WorkerConnection:
             on_events=self._on_events,
             on_sent=self._on_sent,
             on_closed=self._on_link_closed,
-            before_tick=self._update_health,
+            before_tick=self._on_tick,
             timeout=options.worker_timeout,
             linger=options.batch_wait,
         )
@@ -319,6 +325,13 @@ class WorkerConnection:
         if self.worker is not None:
             self.worker.on_sent(counts)
 
+    def _on_tick(self) -> None:
+        self._update_health()
+        # The option `on_conflict` may have changed, which no event tells.
+        for message, _ in list(self._refused.values()):
+            if self.worker is not None:
+                self._register(self.worker, message, again=True)
+
     def _update_health(self) -> None:
         """Mark the worker as stalled if it reports that it is blocked or has been silent for long; or as well again."""
         worker = self.worker
@@ -353,11 +366,14 @@ class WorkerConnection:
             case RegisterModel():
                 self._register(worker, event)
             case UnregisterModel():
+                self._forget_refused(worker, event.name)
                 if worker.models.pop(event.name, None) is not None:
                     self._catalog.remove(event.name, worker)
                     self._log("model left", worker, model=event.name)
             case Drain():
                 worker.health.drain()
+                for name in list(self._refused):
+                    self._forget_refused(worker, name)
                 self._log(f"worker drains: {event.reason}", worker)
             case ForwardResponse() | Done() | Failed():
                 worker.on_event(event)
@@ -389,7 +405,14 @@ class WorkerConnection:
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 
-    def _register(self, worker: RemoteWorker, message: RegisterModel) -> None:
+    def _register(self, worker: RemoteWorker, message: RegisterModel, *, again: bool = False) -> None:
+        """Register a model and confirm it, or refuse it. A model in conflict with others is kept, and tried again.
+
+        Args:
+            worker: the one at the other end.
+            message: what it sent.
+            again: this is not the first try: the worker is told only what is new.
+        """
         try:
             info = message.info()
             if info.kind not in KINDS:
@@ -401,13 +424,30 @@ class WorkerConnection:
             else:
                 self._catalog.add(info, worker, replicate=self._options.on_conflict == "replicate")
         except ValueError as refusal:
-            self.session.model_rejected(message.name, str(refusal))
-            fields = {"worker": worker.name, "model": message.name}
-            self._refused_models.warning(f"model refused: {refusal}", fields)
+            known = self._refused.get(message.name)
+            reason = str(refusal)
+            if isinstance(refusal, NameTaken) and not worker.health.draining:
+                self._refused[message.name] = (message, reason)
+                self._catalog.retry_when_changed(message.name, worker, lambda: self._retry(worker, message))
+            else:
+                self._forget_refused(worker, message.name)
+            if known != (message, reason) or not again:
+                self.session.model_rejected(message.name, reason)
+                fields = {"worker": worker.name, "model": message.name}
+                self._refused_models.warning(f"model refused: {reason}", fields)
             return
+        self._forget_refused(worker, message.name)
         worker.models[info.name] = info
         self.session.model_registered(info.name)
         self._log("model registered", worker, model=info.name, kind=info.kind)
+
+    def _retry(self, worker: RemoteWorker, message: RegisterModel) -> None:
+        self._register(worker, message, again=True)
+        self.link.wake()
+
+    def _forget_refused(self, worker: RemoteWorker, name: str) -> None:
+        self._catalog.retry_no_more(name, worker)
+        self._refused.pop(name, None)
 
     def _on_link_closed(self, closed: LinkClosed) -> None:
         if not self._over:
@@ -420,6 +460,8 @@ class WorkerConnection:
         worker, self.worker = self.worker, None
         if worker is None:
             return
+        for name in list(self._refused):
+            self._forget_refused(worker, name)
         for name in worker.models:
             self._catalog.remove(name, worker)
         if self._workers.get(worker.name) is worker:

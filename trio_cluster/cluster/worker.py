@@ -50,7 +50,7 @@ logger = logging.getLogger("trio_cluster.client")
 
 #: The first bound of the wait before dialling again, and the last, in seconds.
 _BACKOFF_FIRST: Final = 0.5
-_BACKOFF_LAST: Final = 30.0
+_BACKOFF_LAST: Final = 5.0
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
 

@@ -8,6 +8,8 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import attrs
 
+from .provenance import Via
+
 __all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
 
 #: What a model can do; named after the ``register_*`` methods of the server. A model of kind ``custom`` answers only
@@ -86,6 +88,9 @@ class ModelInfo:
     options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
     extra_endpoints: tuple[str, ...] = ()
     """What the model answers besides the endpoints of its kind: other kinds, and paths of custom routes."""
+    via: Via = ()
+    """The ids of the other clusters through which the model comes, first the one that serves it; see
+    ``provenance.py``."""
 
     def answers(self, kind: str, endpoint: str) -> bool:
         """Return whether the model answers an endpoint.

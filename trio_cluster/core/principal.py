@@ -11,8 +11,8 @@ import attrs
 
 __all__ = ["ANONYMOUS", "Principal", "Role"]
 
-#: What a principal may do. ``inference``: send requests to models; ``operator``: also look at the state of the node;
-#: ``admin``: everything.
+#: What a principal may do. ``inference``: send requests to models; ``operator``: also see the calls of other clients,
+#: cancel them, and drain workers; ``admin``: everything.
 Role: TypeAlias = Literal["inference", "operator", "admin"]
 
 
@@ -22,8 +22,8 @@ class Principal:
 
     name: str = ""
     """The name of the API key that the request has; empty where no key is required."""
-    role: Role = "admin"
-    """What the principal may do. Not checked yet: the only key that a node can have allows everything."""
+    role: Role = "inference"
+    """What the principal may do; checked by the authenticate stage."""
 
 
 #: The principal of requests to a node that requires no key.

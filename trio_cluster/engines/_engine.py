@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
@@ -100,6 +100,7 @@ class ModelServer(Protocol):
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        via: Sequence[str] = (),
     ) -> Any:
         """Register a passthrough model, whose handler answers every route itself."""
         ...

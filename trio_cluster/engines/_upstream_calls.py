@@ -13,13 +13,13 @@ fault.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
 
 from trio_cluster._version import __version__
-from trio_cluster.core.request import Request
 from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
@@ -63,6 +63,8 @@ _BLOCKED_HEADERS: Final = frozenset(
         "x-rewrite-url",
     }
 )
+#: Seconds that an answer may take altogether.
+_TOTAL_TIMEOUT: Final = "x-request-timeout"
 _SECRET_HEADER: Final = re.compile(r"api-?key|access-?key|token$|auth|cookie|secret|password")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 #: Limits of the response headers that are forwarded: their number, and characters of all names and values together. The
@@ -117,9 +119,7 @@ class UpstreamCalls:
         """
         request = call.request
         body, size = await _request_body(model, call)
-        http_request = HttpRequest(
-            "POST", _path(request.endpoint), self._request_headers(request), body, size
-        )
+        http_request = HttpRequest("POST", _path(request.endpoint), self._request_headers(call), body, size)
 
         async def handle_response(response: HttpResponse) -> None:
             await self._forward_response(response, call)
@@ -135,12 +135,13 @@ class UpstreamCalls:
                 why = f"it cannot be reached ({why})"
             raise UpstreamLost(request.model, why) from error
 
-    def _request_headers(self, request: Request) -> list[tuple[str, str]]:
+    def _request_headers(self, call: RawCall) -> list[tuple[str, str]]:
+        request = call.request
         headers = [
             (name, value)
             for name, value in request.headers.items()
             if _is_forwarded(name, _REQUEST_HEADERS)
-            and name != "x-request-id"
+            and name not in ("x-request-id", _TOTAL_TIMEOUT)
             and _HEADER_VALUE.fullmatch(value)
         ]
         if request.content_type and _HEADER_VALUE.fullmatch(request.content_type):
@@ -149,6 +150,9 @@ class UpstreamCalls:
             headers.append(("user-agent", f"trio-cluster/{__version__}"))
         if request.request_id:
             headers.append(("x-request-id", request.request_id))
+        if call.time_left < math.inf:
+            # What the client has asked for began to run when it asked.
+            headers.append((_TOTAL_TIMEOUT, f"{max(0.001, call.time_left):.3f}"))
         if self._key is not None:
             headers += authorization(self._key)
             if request.endpoint.startswith("/v1/messages"):

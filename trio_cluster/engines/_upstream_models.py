@@ -29,13 +29,15 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
 
 import attrs
 import msgspec
 import trio
 
 from trio_cluster.core.model import ChatModelOptions
+from trio_cluster.core.provenance import VIA_FIELD, Via, read_via
 
 from ._engine import ModelServer
 from ._http_client import ConnectTimeout, HttpClient, HttpRequest, LocalExhaustion
@@ -75,6 +77,7 @@ _DROPPED_FIELDS: Final = frozenset(
         "permission",
         "root",
         *_CONTEXT_FIELDS[:1],
+        VIA_FIELD,
     }
 )
 #: Bytes of JSON that are copied of one entry, and levels of nesting in a field.
@@ -112,14 +115,23 @@ class Naming:
         return self.renamed.get(model) or self.prefix + model
 
 
+#: The server's name of a model, what its list says about the model, and the clusters through which it comes.
+_Listed: TypeAlias = tuple[str, ChatModelOptions, Via]
+
+
 class ModelList(dict[str, ChatModelOptions]):
     """The server's name of each model, with what the list says about it.
 
     Attributes:
+        via: the clusters through which a model comes, if the server is a cluster that says so.
         left_out: models that are wanted, and are not here because there are too many.
     """
 
     left_out = 0
+
+    def __init__(self, models: Mapping[str, ChatModelOptions] = MappingProxyType({})) -> None:
+        super().__init__(models)
+        self.via: dict[str, Via] = {}
 
 
 def parse_model_list(body: bytes, wanted: Callable[[str], bool] = bool) -> ModelList:
@@ -153,6 +165,8 @@ def parse_model_list(body: bytes, wanted: Callable[[str], bool] = bool) -> Model
             models.left_out += 1
         else:
             models[name] = _options(entry)
+            if via := read_via(entry.get(VIA_FIELD)):
+                models.via[name] = via
     return models
 
 
@@ -172,6 +186,14 @@ def _decode(body: bytes) -> Any:
 def _parse_int(digits: str) -> int | None:
     # Python refuses to convert very long ones; no such number can be passed on.
     return int(digits) if len(digits) <= 20 else None
+
+
+def _listed_via(body: bytes) -> dict[str, Via]:
+    """Return the clusters through which models come, as far as a list says so; any body is fine."""
+    try:
+        return parse_model_list(body).via
+    except ValueError:
+        return {}
 
 
 def _options(entry: dict[str, Any]) -> ChatModelOptions:
@@ -251,8 +273,8 @@ class UpstreamModels:
         self._max_concurrency = max_concurrency
         self._named = named
         self._calls = UpstreamCalls(client, key, self._on_lost)
-        # By the cluster's name: the server's name, and what its list says about the model.
-        self._registered: dict[str, tuple[str, ChatModelOptions]] = {}
+        # By the cluster's name.
+        self._registered: dict[str, _Listed] = {}
         # By the cluster's name: why the model could not be registered, as it was logged.
         self._conflicts: dict[str, str] = {}
         # Why there are no models, as it was logged; empty if there are.
@@ -307,7 +329,9 @@ class UpstreamModels:
         if timeout.cancelled_caught:
             self._failed(f"it does not answer within {POLL_TIMEOUT:g} s", may_be_busy=True, activity=activity)
         elif self._named:
-            self._update({name: ChatModelOptions() for name in self._named})
+            models = ModelList({name: ChatModelOptions() for name in self._named})
+            models.via = _listed_via(body) if status == 200 else {}
+            self._update(models)
         elif status == 429:
             # It is alive, and asks to be polled less often.
             self._failures = 0
@@ -375,13 +399,13 @@ class UpstreamModels:
                 extra={"fields": {"models_lost": _some(names)}},
             )
 
-    def _update(self, models: Mapping[str, ChatModelOptions]) -> None:
+    def _update(self, models: ModelList) -> None:
         """Register, unregister and replace models until they are those of ``models``."""
-        wanted: dict[str, tuple[str, ChatModelOptions]] = {}
+        wanted: dict[str, _Listed] = {}
         for model, options in models.items():
             name = self._naming.name(model)
             if name is not None:
-                wanted.setdefault(name, (model, options))
+                wanted.setdefault(name, (model, options, models.via.get(model, ())))
         self._failures = 0
         gone = [
             name
@@ -393,8 +417,8 @@ class UpstreamModels:
         self._conflicts = {name: why for name, why in self._conflicts.items() if name in wanted}
         new = [
             name
-            for name, (model, options) in wanted.items()
-            if name not in self._registered and self._register(name, model, options)
+            for name, listed in wanted.items()
+            if name not in self._registered and self._register(name, listed)
         ]
         if self._problem or new or gone:
             self._problem = ""
@@ -405,10 +429,15 @@ class UpstreamModels:
             }
             logger.info("the models of %s are served", self._client.base, extra={"fields": fields})
 
-    def _register(self, name: str, model: str, options: ChatModelOptions) -> bool:
+    def _register(self, name: str, listed: _Listed) -> bool:
+        model, options, via = listed
         try:
             self._server.register_raw(
-                name, partial(self._calls.forward, model), options, max_concurrency=self._max_concurrency
+                name,
+                partial(self._calls.forward, model),
+                options,
+                max_concurrency=self._max_concurrency,
+                via=via,
             )
         except ValueError as error:
             # Tried again at every poll, because the name may become free; logged once.
@@ -419,7 +448,7 @@ class UpstreamModels:
                     extra={"fields": {"model": name}},
                 )  # fmt: skip
             return False
-        self._registered[name] = (model, options)
+        self._registered[name] = listed
         return True
 
     def _unregister(self, name: str) -> None:
@@ -427,11 +456,12 @@ class UpstreamModels:
         self._server.unregister_model(name)
 
 
-def _same(one: tuple[str, ChatModelOptions], other: tuple[str, ChatModelOptions]) -> bool:
+def _same(one: _Listed, other: _Listed) -> bool:
     """Tell whether two entries are the same, apart from the fields that are only shown."""
-    (model, options), (other_model, others) = one, other
-    return (model, options.context_window, options.supports_vision) == (
+    (model, options, via), (other_model, others, other_via) = one, other
+    return (model, via, options.context_window, options.supports_vision) == (
         other_model,
+        other_via,
         others.context_window,
         others.supports_vision,
     )

@@ -1,9 +1,17 @@
-"""The authenticate stage: determines who sends a request."""
+"""The authenticate stage: determines who sends a request, and whether the sender may use the path.
+
+Every path below ``/cluster`` except the status is for operators (:func:`is_for_operators`), so a route that is added
+there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
+authenticator determined the principal.
+"""
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from typing import Final, Protocol
+
+import attrs
 
 from ..core.log_context import current_principal
 from ..core.principal import ANONYMOUS, Principal
@@ -12,13 +20,21 @@ from ..options import ClusterServerOptions
 from .access_log import RefusedKeys
 from .context import RequestContext
 
-__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey"]
+__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_for_operators"]
 
-#: Paths that require no key. They show states and figures, and neither names nor contents of requests.
-OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+#: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
+#: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
+OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/ready"})
 
-#: The principal of requests that have the node's API key.
-_KEY_HOLDER: Final = Principal("default", "admin")
+#: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
+_STATUS: Final = "/cluster/status"
+
+#: The principals of requests that have the node's API key, and its operator key.
+_CLIENT: Final = Principal("default", "inference")
+_OPERATOR: Final = Principal("operator", "operator")
+
+#: Headers that proxies add. A request with one of them does not come from this machine, even if its connection does.
+_PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
 
 
 class Authenticator(Protocol):
@@ -45,8 +61,13 @@ class Authenticate:
         self._refused_keys = RefusedKeys()
 
     async def admit(self, context: RequestContext) -> None:
-        """See ``Stage``."""
-        if (context.path.rstrip("/") or "/") not in OPEN_PATHS:
+        """See ``Stage``.
+
+        Raises:
+            ApiError: 401: as the authenticator says; 403: the path is for operators, and the principal is none.
+        """
+        path = context.path.rstrip("/") or "/"
+        if path not in OPEN_PATHS:
             try:
                 context.principal = principal = await self._authenticator.authenticate(context)
             except ApiError as error:
@@ -55,10 +76,19 @@ class Authenticate:
                 raise
             if principal.name:
                 current_principal.set(principal.name)
+            if principal.role == "inference" and is_for_operators(path):
+                raise ApiError(
+                    403,
+                    "This is for operators. Send the operator key of this node (option 'operator_key'); without such "
+                    "an option, only clients on the same machine, without a proxy, may do this",
+                    code="role_required",
+                )
 
 
 class SingleKey:
-    """Requires the API key of the options, if there is one. See ``Authenticator``.
+    """Requires the API key of the options, if there is one, and knows the operator key. See ``Authenticator``.
+
+    The operator key allows everything. If the options have none, clients on this machine may do what operators may.
 
     Args:
         options: read for each request, so that a new key applies to the next one.
@@ -69,19 +99,54 @@ class SingleKey:
 
     async def authenticate(self, context: RequestContext) -> Principal:
         """See ``Authenticator``."""
-        key = self._options.server.api_key
-        if key is None:
-            return ANONYMOUS
+        options = self._options.server
+        key, operator_key = options.api_key, options.operator_key
+        if key is None and operator_key is None:
+            return _with_role(ANONYMOUS, context)
         given = key_of(context)
+        if operator_key is not None:
+            if given is not None and hmac.compare_digest(given, operator_key.encode()):
+                return _OPERATOR
+            if key is None and not is_for_operators(context.path):
+                return ANONYMOUS
         if given is None:
             raise ApiError(
                 401,
                 "This server requires an API key: send it as 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
             )
-        if not hmac.compare_digest(given, key.encode()):
+        if key is None or not hmac.compare_digest(given, key.encode()):
             raise ApiError(401, "The API key is not valid", code="invalid_api_key")
-        return _KEY_HOLDER
+        return _CLIENT if operator_key is not None else _with_role(_CLIENT, context)
+
+
+def is_for_operators(path: str) -> bool:
+    """Tell whether a path, which begins with one slash, is for operators only."""
+    return path.startswith("/cluster") and path.rstrip("/") != _STATUS
+
+
+def _with_role(principal: Principal, context: RequestContext) -> Principal:
+    """Return a principal as one that may do everything, if it asks for what is for operators from this machine."""
+    if is_for_operators(context.path) and _is_local(context):
+        return attrs.evolve(principal, role="admin")
+    return principal
+
+
+def _is_local(context: RequestContext) -> bool:
+    """Tell whether a request was made on this machine.
+
+    A client without a numeric address has not come over a network: it is in this process, a test of an application or
+    of a simulated cluster.
+    """
+    if any(context.header(name) is not None for name in _PROXY_HEADERS):
+        return False
+    try:
+        address = ipaddress.ip_address(context.client.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return True
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
 
 
 def key_of(context: RequestContext) -> bytes | None:

@@ -17,9 +17,11 @@ import trio
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
+from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, LoopDetected
 from ..openai import Endpoint, FormPeek, is_form, peek_model
+from ..routing.catalog import Catalog
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
@@ -60,6 +62,7 @@ class Parse:
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
         assert endpoint is not None
+        catalog = node_context.router.catalog
         headers = _forwarded_headers(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
         idle_timeout, total_timeout = _timeouts(node_context, context)
@@ -68,12 +71,14 @@ class Parse:
         if not request_body.complete and is_form(content_type):
             context.spool = SpooledBody()
             model = await _find_model(request_body, content_type, first, context.spool)
-            info = node_context.router.catalog.check(model, endpoint.kind, endpoint.name)
+            info = catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
             body = first if request_body.complete else await _rest_of(request_body, first, node_context)
             info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        if VIA_HEADER in headers or info.name in catalog.passthrough:
+            headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
         context.request = Request(
             endpoint=endpoint.name,
             kind=endpoint.kind,
@@ -90,6 +95,18 @@ class Parse:
             upload=upload,
             principal=context.principal,
         )
+
+
+def _passed(via: str, model: str, catalog: Catalog) -> str:
+    """Return the clusters that a request has passed, this one included, as the value of a header.
+
+    Raises:
+        LoopDetected: this one is among them already, or they are too many.
+    """
+    passed = parse_via(via)
+    if catalog.cluster_id in passed or len(passed) >= MAX_CLUSTERS:
+        raise LoopDetected(model)
+    return format_via((*passed, catalog.cluster_id))
 
 
 async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
@@ -119,13 +136,18 @@ async def _find_model(request_body: RequestBody, content_type: str, first: bytes
 async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
-    """Return the model that a body is for, and the parsed body; ``None`` for a passthrough model."""
-    if node_context.router.catalog.passthrough:
-        found = node_context.router.catalog.info(await _parse(peek_model, body, content_type) or "")
-        if found is not None and found.kind == "any":
-            return found, None
+    """Return the model that a body is for, and the parsed body; ``None`` if only passthrough models answer."""
+    catalog = node_context.router.catalog
+    if catalog.passthrough or catalog.absent:
+        name = await _parse(peek_model, body, content_type) or ""
+        if catalog.absent.find(name) is not None:
+            # What a passthrough model takes may be more than is accepted below.
+            raise catalog.why_missing(name)
+        untouched = catalog.takes_untouched(name, endpoint.kind, endpoint.name)
+        if untouched is not None:
+            return untouched, None
     parsed = await _parse(endpoint.parse, body, content_type, headers)
-    info = node_context.router.catalog.check(parsed.model, endpoint.kind, endpoint.name)
+    info = catalog.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(

@@ -11,6 +11,7 @@ from typing import Final
 import attrs
 
 from ..core.model import ChatModelOptions, Kind, ModelInfo
+from ..core.provenance import Via
 from ..openai import custom_path
 from ..options import ClusterServerOptions
 from ..routing.router import Router
@@ -71,10 +72,15 @@ class LocalModels:
             self._add(HandlerBackend(self._info(kind, name, options), handler, self._pool))
 
     def register_raw(
-        self, name: str, handler: RawHandler, options: ChatModelOptions | None, max_concurrency: int | None
+        self,
+        name: str,
+        handler: RawHandler,
+        options: ChatModelOptions | None,
+        max_concurrency: int | None,
+        via: Via = (),
     ) -> None:
         """Serve a passthrough model; see ``ClusterServer.register_raw``."""
-        info = self._info("any", name, options)
+        info = attrs.evolve(self._info("any", name, options), via=via)
         self._add(RawBackend(info, handler, self._pool, max_concurrency))
 
     def register_route(self, path: str, model: str, handler: Handler) -> None:

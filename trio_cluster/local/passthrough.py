@@ -54,6 +54,11 @@ class RawCall(CallTask):
         """The request: endpoint, model, headers, and the size of the body if it is known."""
         return self.call.request
 
+    @property
+    def time_left(self) -> float:
+        """Seconds that are left for the whole answer; infinite if the client has set no limit."""
+        return self.deadline - trio.current_time()
+
     async def receive(self) -> bytes:
         """Return the bytes of the request's body that arrived since the last time, waiting for some; empty at its end.
 

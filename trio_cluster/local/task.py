@@ -68,6 +68,7 @@ class CallTask(abc.ABC):
         options: the node's; ``default_timeout`` is read once.
 
     Attributes:
+        deadline: the trio time at which the whole answer must be there.
         call: as given.
         slots: the work needs one of these slots; ``None``: it needs none.
     """
@@ -80,7 +81,7 @@ class CallTask(abc.ABC):
         self._idle_timeout = min(call.request.idle_timeout, options.server.default_timeout)
         # The bound method costs half of what trio.current_time() does, and is called for each piece of output.
         self._now = trio.lowlevel.current_clock().current_time
-        self._deadline = self._now() + call.request.total_timeout
+        self.deadline = self._now() + call.request.total_timeout
         self._turn_ends = -math.inf
         self._left_in_turn = 0
         self.restart_idle_timer()
@@ -95,11 +96,11 @@ class CallTask(abc.ABC):
 
     def restart_idle_timer(self) -> None:
         """Count the idle timeout from now on: the work is late if it produces nothing until then. Synchronous."""
-        self._scope.deadline = min(self._now() + self._idle_timeout, self._deadline)
+        self._scope.deadline = min(self._now() + self._idle_timeout, self.deadline)
 
     def pause_idle_timer(self) -> None:
         """Suspend the idle timeout until :meth:`restart_idle_timer`; the total timeout goes on. Synchronous."""
-        self._scope.deadline = self._deadline
+        self._scope.deadline = self.deadline
 
     # Trio sets `Task.custom_sleep_data` to None whenever it schedules the task, and leaves it alone while the task
     # runs. The attribute is for code that is about to sleep and keeps a note for its own abort function, as ParkingLot
@@ -140,7 +141,7 @@ class CallTask(abc.ABC):
 
     def timeout_error(self) -> TooSlow:
         """Return the error for the client when the scope's deadline has passed."""
-        if trio.current_time() >= self._deadline:
+        if trio.current_time() >= self.deadline:
             # Without the number of seconds: a part of the client's total timeout may have been spent on other nodes.
             return TooSlow("The answer was not complete within the total timeout of the request")
         return TooSlow(f"The model produced nothing for {self._idle_timeout:g} s")

@@ -39,7 +39,7 @@ ERROR: Final[Schema] = {
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
-    403: "A web page of another origin may not do this.",
+    403: "It is for operators, or it comes from a web page, which may not do this.",
     404: "There is no such route, model, call or worker.",
     405: "The route does not take this method.",
     408: "The body of the request did not arrive in time.",
@@ -50,10 +50,11 @@ ERRORS: Final[Mapping[int, str]] = {
     502: "The worker was lost before it had answered.",
     503: "No replica has capacity for the request, the server is being stopped, or the request was cancelled.",
     504: "There was no output for too long, or the time of the request has passed.",
+    508: "The request has passed this cluster already.",
 }
 
 #: The error statuses of routes of models. A handler may answer with others as well.
-_MODEL_ERRORS: Final = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
+_MODEL_ERRORS: Final = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504, 508)
 
 _ANY_OBJECT: Final[Schema] = members_of({"model": {"type": "string", "minLength": 1}}, ("model",))
 _JSON: Final = "application/json"

@@ -91,6 +91,8 @@ class RegisterModel:
     """The fields of ``ChatModelOptions``."""
     also: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
     """What it answers beside the routes of its kind: ``extra_endpoints`` of ``ModelInfo``."""
+    via: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
+    """The ids of the other clusters through which it comes: ``via`` of ``ModelInfo``."""
 
     @classmethod
     def of(cls, info: ModelInfo) -> RegisterModel:
@@ -100,7 +102,7 @@ class RegisterModel:
             ValueError: a field, for instance one in ``extra_fields``, cannot be sent; the message names it.
         """
         options = attrs.asdict(info.options, recurse=False)
-        return cls(info.name, info.kind, info.owner, info.created, options, info.extra_endpoints)
+        return cls(info.name, info.kind, info.owner, info.created, options, info.extra_endpoints, info.via)
 
     def info(self) -> ModelInfo:
         """Return the model. Options that this version does not know are left out.
@@ -115,7 +117,15 @@ class RegisterModel:
         except TypeError as exc:
             # Only the first argument of the error that attrs raises is for people.
             raise ValueError(f"options: {exc.args[0]}") from exc
-        return ModelInfo(self.name, self.kind, self.owner, self.created, options, self.also)  # type: ignore[arg-type]
+        return ModelInfo(
+            self.name,
+            self.kind,  # type: ignore[arg-type]
+            self.owner,
+            self.created,
+            options,
+            self.also,
+            self.via,
+        )
 
 
 @attrs.frozen

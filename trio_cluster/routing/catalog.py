@@ -1,23 +1,40 @@
 """The catalogue: which models there are, and which backends serve them.
 
 A model may have several replicas: backends that serve the same name. They may differ in the endpoints that they answer
-besides those of the model's kind; the catalogue lists every endpoint that at least one of them answers.
+besides those of the model's kind; the catalogue lists every endpoint that at least one of them answers. A replica of
+kind ``any``, which answers every endpoint, may stand beside replicas of one other kind. A request goes to the replicas
+that answer its endpoint.
+
+A model that came through this cluster, from another one that serves its models, is refused: requests would go in a
+circle. A model whose last replica has left stays known for a while; see ``absence.py``. A model that was refused
+because of others can be tried again when they change; see :meth:`Catalog.retry_when_changed`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
 import attrs
 
+from ..core import randomness
 from ..core.model import Kind, ModelInfo
+from ..core.provenance import VIA_FIELD, VIA_HEADER, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest, ModelNotFound, WrongKind
+from ..errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable, WrongKind
+from .absence import AbsentModels
 from .backend import Backend
 
-__all__ = ["Catalog", "NameTaken"]
+__all__ = ["Catalog", "ModelLoop", "NameTaken"]
 
 
 class NameTaken(ValueError):
     """A model cannot be added or changed, because of another one that has the same name."""
+
+
+class ModelLoop(ValueError):
+    """A model came through this cluster: it would be served in a circle."""
 
 
 class _Model:
@@ -26,7 +43,10 @@ class _Model:
     def __init__(self, info: ModelInfo) -> None:
         self.replicas: dict[Backend, ModelInfo] = {}
         self.info = info
-        """The first replica's description, with the extra endpoints of all replicas."""
+        """The description by the first replica whose kind is not ``any``, or else by the first; with the extra
+        endpoints of all replicas."""
+        self.passthrough = False
+        """Whether a replica is of kind ``any``."""
 
     def put(self, info: ModelInfo, backend: Backend) -> None:
         self.replicas[backend] = info
@@ -36,22 +56,55 @@ class _Model:
         del self.replicas[backend]
         self._merge()
 
+    def conflict(self, info: ModelInfo, backend: Backend) -> ModelInfo | None:
+        """Return what a replica other than ``backend`` says that ``info`` is no replica of."""
+        for replica, other in self.replicas.items():
+            if replica is not backend and other.kind != info.kind and "any" not in (other.kind, info.kind):
+                return other
+        return None
+
+    def answers(self, kind: str, endpoint: str) -> bool:
+        """Tell whether any replica answers an endpoint."""
+        return self.info.answers(kind, endpoint) or self.passthrough
+
     def _merge(self) -> None:
-        extra = dict.fromkeys(each for info in self.replicas.values() for each in info.extra_endpoints)
+        infos = self.replicas.values()
+        if not infos:
+            return
+        kinds = {info.kind for info in infos}
+        self.passthrough = "any" in kinds
+        if self.info.kind not in kinds or (self.info.kind == "any" and len(kinds) > 1):
+            self.info = next((info for info in infos if info.kind != "any"), next(iter(infos)))
+        extra = dict.fromkeys(each for info in infos for each in info.extra_endpoints)
         if tuple(extra) != self.info.extra_endpoints:
             self.info = attrs.evolve(self.info, extra_endpoints=tuple(extra))
+
+
+def _do_nothing() -> None:
+    return None
 
 
 class Catalog:
     """The models of a node: its own and, on a master, those of its workers.
 
     Attributes:
-        passthrough: the names of the passthrough models (kind ``"any"``), whose requests must not be parsed.
+        passthrough: the names of the models of which a replica is a passthrough model (kind ``"any"``).
+        absent: the models that were served a short while ago, and are not now.
+        on_names_changed: called when a name begins or ceases to be served. Synchronous.
     """
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
+        # By name: what to call when a replica of the model leaves or changes, in the order of asking.
+        self._retries: dict[str, dict[Backend, Callable[[], None]]] = {}
         self.passthrough: set[str] = set()
+        self.absent = AbsentModels()
+        self.on_names_changed: Callable[[], None] = _do_nothing
+
+    @cached_property
+    def cluster_id(self) -> str:
+        """Tells this cluster from every other one; drawn when it is needed first, and anew by each process."""
+        return randomness.token(8)
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
         """Add a model of a backend.
@@ -59,45 +112,51 @@ class Catalog:
         Args:
             info: the description of the model.
             backend: the backend that serves it.
-            replicate: if a model of this name and kind exists, add the backend as a further replica of it.
+            replicate: if a model of this name exists, add the backend as a further replica of it, if both are of the
+                same kind or one of them is of kind ``"any"``.
 
         Raises:
             NameTaken: a model of this name exists, and this one cannot be a replica of it.
+            ModelLoop: the model came through this cluster.
         """
+        self._refuse_loop(info)
         model = self._models.get(info.name)
         if model is None:
             model = self._models[info.name] = _Model(info)
-            model.put(info, backend)
-            self._note_kind(info)
+            self._put(model, info, backend)
+            self.absent.discard(info.name)
+            self.on_names_changed()
             return
         servers = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
             raise NameTaken(f"a model named '{info.name}' is already served by {servers}")
-        kind = model.info.kind
-        if kind != info.kind:
+        other = model.conflict(info, backend)
+        if other is not None:
             raise NameTaken(
-                f"a model named '{info.name}' is already served by {servers}, as {kind}, not {info.kind}"
+                f"a model named '{info.name}' is already served by {servers}, as {other.kind}, not {info.kind}"
             )
         if any(replica.name == backend.name for replica in model.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
-        model.put(info, backend)
+        self._put(model, info, backend)
 
     def update(self, info: ModelInfo, backend: Backend) -> None:
         """Replace a backend's description of a model that it serves.
 
         Raises:
             NameTaken: the kind would differ from that of the other replicas.
+            ModelLoop: the model came through this cluster.
         """
+        self._refuse_loop(info)
         model = self._models[info.name]
-        others = [other for replica, other in model.replicas.items() if replica is not backend]
-        if any(other.kind != info.kind for other in others):
-            raise NameTaken(
-                f"a model named '{info.name}' is already served as {others[0].kind}, not {info.kind}"
-            )
-        if not others:
+        other = model.conflict(info, backend)
+        if other is not None:
+            raise NameTaken(f"a model named '{info.name}' is already served as {other.kind}, not {info.kind}")
+        if len(model.replicas) == 1:
             model.info = info
-        model.put(info, backend)
-        self._note_kind(info)
+        was = model.replicas[backend]
+        self._put(model, info, backend)
+        if was.kind != info.kind:
+            self._retry(info.name)
 
     def remove(self, name: str, backend: Backend) -> bool:
         """Remove a model of a backend; its running calls go on.
@@ -111,8 +170,37 @@ class Catalog:
         model.discard(backend)
         if not model.replicas:
             del self._models[name]
+            self.absent.add(model.info)
+            self.on_names_changed()
+        if not model.replicas or not model.passthrough:
             self.passthrough.discard(name)
+        self._retry(name)
         return True
+
+    def retry_when_changed(self, name: str, backend: Backend, retry: Callable[[], None]) -> None:
+        """Call ``retry`` each time a replica of a model leaves or becomes another kind of model.
+
+        That is when a model that could not be added or updated may no longer be in conflict.
+
+        Args:
+            name: the model.
+            backend: whose model it is; there is one such function for each model and backend.
+            retry: synchronous; called inside :meth:`remove` and :meth:`update`. It may add and update models, and ask
+                for another call or for none.
+        """
+        self._retries.setdefault(name, {})[backend] = retry
+
+    def retry_no_more(self, name: str, backend: Backend) -> None:
+        """Forget what :meth:`retry_when_changed` was asked to do. Idempotent."""
+        waiting = self._retries.get(name)
+        if waiting is not None:
+            waiting.pop(backend, None)
+            if not waiting:
+                del self._retries[name]
+
+    def _retry(self, name: str) -> None:
+        for retry in list(self._retries.get(name, {}).values()):
+            retry()
 
     def used(self, name: str, backend: Backend) -> None:
         """Record that a backend was chosen: it is now the most recently used replica of the model."""
@@ -123,6 +211,15 @@ class Catalog:
         """Return the description of a model, or ``None`` if no backend serves it."""
         model = self._models.get(name)
         return None if model is None else model.info
+
+    def entry(self, info: ModelInfo) -> dict[str, Any]:
+        """Return a model's entry in ``/v1/models``, with the clusters that a reader of it gets the model through.
+
+        Of several replicas the nearest counts. A request that would be sent in a circle does not go to the others.
+        """
+        model = self._models.get(info.name)
+        ways = [] if model is None else [replica.via for replica in model.replicas.values()]
+        return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]}
 
     def infos(self) -> list[ModelInfo]:
         """Return the descriptions of all models, sorted by name."""
@@ -162,7 +259,16 @@ class Catalog:
                 and replica.name != avoid
             ):
                 found.append(replica)
+        if VIA_HEADER in request.headers:
+            passed = set(parse_via(request.headers[VIA_HEADER]))
+            found = [replica for replica in found if passed.isdisjoint(model.replicas[replica].via)]
         return found
+
+    def leads_back(self, request: Request) -> bool:
+        """Tell whether all replicas of a request's model come through a cluster that the request has passed."""
+        model = self._models.get(request.model)
+        passed = set(parse_via(request.headers.get(VIA_HEADER, "")))
+        return model is not None and not any(passed.isdisjoint(info.via) for info in model.replicas.values())
 
     def check(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo:
         """Return the description of a model that a client asks for at an endpoint.
@@ -173,14 +279,18 @@ class Catalog:
             endpoint: the name of the endpoint, or the path of a custom route.
 
         Raises:
+            ModelUnavailable: no backend serves the model now, and one did a short while ago.
             ModelNotFound: no backend serves the model.
             WrongKind: the model does not answer the endpoint.
             InvalidRequest: 404: only passthrough models answer the custom route, and this is none.
         """
         model = self._models.get(name)
         if model is None:
-            raise ModelNotFound(name, list(self._models))
-        if not model.info.answers(kind, endpoint):
+            absent = self.absent.find(name)
+            if absent is not None and not absent.answers(kind, endpoint):
+                raise WrongKind(name, absent.kind, endpoint if kind == "custom" else kind)
+            raise self.why_missing(name)
+        if not model.answers(kind, endpoint):
             if kind == "custom" and self.passthrough and not self.declares(endpoint):
                 # The path is only possible because of passthrough models, of which this is none: a typing error.
                 raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
@@ -188,15 +298,45 @@ class Catalog:
         return model.info
 
     def answers(self, endpoint: str) -> bool:
-        """Return whether any model answers a custom route."""
-        return any(model.info.answers("custom", endpoint) for model in self._models.values())
+        """Return whether any model answers a custom route, or did so a short while ago."""
+        return any(model.answers("custom", endpoint) for model in self._models.values()) or any(
+            info.answers("custom", endpoint) for info, _ in self.absent
+        )
 
     def declares(self, endpoint: str) -> bool:
         """Return whether a model was registered for a custom route by name; passthrough models answer all of them."""
         return any(endpoint in model.info.extra_endpoints for model in self._models.values())
 
-    def _note_kind(self, info: ModelInfo) -> None:
-        if info.kind == "any":
+    def why_missing(self, name: str) -> ApiError:
+        """Return the error for a model that no backend serves."""
+        if self.absent.find(name) is not None:
+            return ModelUnavailable(name)
+        return ModelNotFound(name, list(self._models))
+
+    def ready(self, name: str | None = None) -> bool:
+        """Tell whether any backend could be given a request now, for one model or for any."""
+        models = self._models.values() if name is None else filter(None, [self._models.get(name)])
+        return any(replica.health.available for model in models for replica in model.replicas)
+
+    def takes_untouched(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo | None:
+        """Return what is known of a model if all its replicas that answer an endpoint are of kind ``"any"``.
+
+        These are to get requests as clients send them. Otherwise, or if there is no such model, return ``None``.
+        """
+        model = self._models.get(name)
+        if model is None or not model.passthrough:
+            return None
+        return None if model.info.kind != "any" and model.info.answers(kind, endpoint) else model.info
+
+    def _refuse_loop(self, info: ModelInfo) -> None:
+        if info.via and self.cluster_id in info.via:
+            raise ModelLoop(
+                f"the model '{info.name}' came through this cluster, and would be served in a circle"
+            )
+
+    def _put(self, model: _Model, info: ModelInfo, backend: Backend) -> None:
+        model.put(info, backend)
+        if model.passthrough:
             self.passthrough.add(info.name)
         else:
             self.passthrough.discard(info.name)

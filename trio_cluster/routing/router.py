@@ -21,9 +21,10 @@ from ..core.answer import Failed
 from ..core.call import Call
 from ..core.observer import Observers
 from ..core.outcome import outcome_of
+from ..core.provenance import VIA_HEADER
 from ..core.request import Request
 from ..core.stats import CallStats
-from ..errors import Overloaded, ShuttingDown
+from ..errors import LoopDetected, Overloaded, ShuttingDown
 from .backend import Backend
 from .catalog import Catalog
 from .policy import LeastBusy, RoutingPolicy
@@ -65,8 +66,12 @@ class Router:
         self._draining_reason = reason
 
     def accept(self) -> None:
-        """Accept new calls again. Synchronous."""
+        """Accept new calls again, for another run of the node. Synchronous.
+
+        Models that left during the last run are forgotten.
+        """
         self._draining_reason = None
+        self.catalog.absent.clear()
 
     def open(self, request: Request) -> Call:
         """Begin to answer a request on the replica that the policy chooses. Synchronous.
@@ -74,7 +79,9 @@ class Router:
         Raises:
             ShuttingDown: the node drains.
             ModelNotFound: no backend serves the model.
+            ModelUnavailable: no backend serves the model now, and one did a short while ago.
             WrongKind: the model does not answer the endpoint.
+            LoopDetected: all its replicas lead back to a cluster that the request has passed.
             Overloaded: none of its replicas can be given a call now.
             ApiError: the backend refused the request.
 
@@ -132,6 +139,8 @@ class Router:
         if backend is None:
             # Raises the reason, if it is the request; otherwise the replicas are unavailable at the moment.
             self.catalog.check(request.model, request.kind, request.endpoint)
+            if VIA_HEADER in request.headers and self.catalog.leads_back(request):
+                raise LoopDetected(request.model)
             raise Overloaded(
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,

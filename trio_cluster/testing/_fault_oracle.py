@@ -86,7 +86,7 @@ class FaultOracle:
                 return self._may_be_refused(outcome)
             case "cancelled":
                 return self.fault_near(hosts, outcome, STOPS) or self.was_cancelled(outcome)
-            case "model_not_found":
+            case "model_unavailable":
                 model = next(model for model in self._plan.models if model.name == request.model)
                 # A model that one worker has unregistered is missing only if no other worker serves it either.
                 return all(

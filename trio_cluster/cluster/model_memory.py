@@ -1,0 +1,133 @@
+"""A master's memory of the models that it serves, over a restart.
+
+After a restart the workers come back one after the other, and a request for a model whose worker is not back yet should
+be repeated by its client. So a master writes into its state directory which models there are, and a master that starts
+takes those as models that have just left; see ``routing/absence.py``.
+
+The file is written when a model comes or goes, at most once a second. What cannot be written is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+import attrs
+import msgspec
+import trio
+
+from ..core.model import KINDS, ModelInfo
+from ..core.state_dir import StateDir, StateDirError
+from ..routing.absence import REMEMBERED
+from ..routing.catalog import Catalog
+
+__all__ = ["ModelMemory"]
+
+logger = logging.getLogger("trio_cluster.node")
+
+_FILE: Final = "models.json"
+#: Seconds between two writes.
+_PAUSE: Final = 1.0
+
+
+@attrs.frozen
+class _Entry:
+    """A model in the file."""
+
+    name: str
+    kind: str
+    endpoints: list[str] = attrs.field(factory=list)
+    left: float | None = None
+    """When its last replica left, in seconds since the epoch; ``None`` if it was served when the file was written."""
+
+
+class ModelMemory:
+    """Writes down which models a catalogue has, and reads it back.
+
+    Args:
+        catalog: the models of the master.
+        state_dir: where the file is.
+    """
+
+    def __init__(self, catalog: Catalog, state_dir: StateDir) -> None:
+        self._catalog = catalog
+        self._state_dir = state_dir
+        self._changed = trio.Event()
+        self._written = b""
+        self._failed = False
+
+    def restore(self) -> None:
+        """Let the catalogue know the models that the file names. Synchronous; reads a file.
+
+        A model that was served when its master ended counts from now, however long that is ago: its workers are
+        looking for the master. A file that cannot be understood is ignored.
+
+        Raises:
+            StateDirError: there is a file, and it cannot be read.
+        """
+        content = self._state_dir.read(_FILE)
+        try:
+            entries = [] if content is None else msgspec.json.decode(content, type=list[_Entry])
+        except msgspec.MsgspecError as error:
+            logger.warning("the names of models that were served are lost: %s: %s", _FILE, error)
+            return
+        now = time.time()
+        for entry in sorted(entries, key=lambda entry: entry.left or now):
+            age = 0.0 if entry.left is None else max(0.0, now - entry.left)
+            if age < REMEMBERED and entry.kind in KINDS and self._catalog.info(entry.name) is None:
+                try:
+                    info = ModelInfo(entry.name, entry.kind, extra_endpoints=tuple(entry.endpoints))
+                except (TypeError, ValueError):
+                    continue
+                self._catalog.absent.add(info, age=age)
+
+    def save(self) -> None:
+        """Write the file if it would not be the same. Blocks.
+
+        Raises:
+            StateDirError: it cannot be written.
+        """
+        content = self._content()
+        if content != self._written:
+            self._state_dir.write(_FILE, content)
+            self._written = content
+
+    async def run(self) -> None:
+        """Keep the file up to date until cancelled, and write it a last time then."""
+        self._catalog.on_names_changed = lambda: self._changed.set()
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                content = self._content()
+                if content != self._written:
+                    await trio.to_thread.run_sync(self._write, content)
+                await trio.sleep(_PAUSE)
+        finally:
+            self._catalog.on_names_changed = lambda: None
+            content = self._content()
+            if content != self._written:
+                self._write(content)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._state_dir.write(_FILE, content)
+        except StateDirError as error:
+            if not self._failed:
+                self._failed = True
+                logger.warning("the names of models will not survive a restart: %s", error)
+        else:
+            self._written = content
+            self._failed = False
+
+    def _content(self) -> bytes:
+        now = time.time()
+        entries = [_entry(info, None) for info in self._catalog.infos()]
+        # Whole seconds, so that the same models make the same content.
+        entries += [_entry(info, round(now - age)) for info, age in self._catalog.absent]
+        return msgspec.json.encode(entries)
+
+
+def _entry(info: ModelInfo, left: float | None) -> _Entry:
+    return _Entry(info.name, info.kind, list(info.extra_endpoints), left)

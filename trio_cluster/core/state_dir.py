@@ -1,0 +1,116 @@
+"""The directory for what must survive a restart of a node.
+
+It is private to its owner. A directory that others may write to is refused: what is read from it decides what the node
+does. Files are replaced as a whole, so that a reader, or a node that was killed while it wrote, finds the old content
+or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import ClusterError
+
+__all__ = ["StateDir", "StateDirError", "default_state_dir"]
+
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class StateDirError(ClusterError):
+    """The directory cannot be used; the message names it and says why."""
+
+
+def default_state_dir(environ: Mapping[str, str], name: str) -> Path:
+    """Return where the state of a node is kept if no option says so.
+
+    Args:
+        environ: the environment: ``XDG_STATE_HOME`` counts if it is an absolute path, as its specification demands.
+        name: of the node's own directory.
+
+    Raises:
+        StateDirError: the user has no home directory.
+    """
+    base = Path(environ.get("XDG_STATE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".local" / "state"
+        except RuntimeError:
+            raise StateDirError("there is no directory for the node's state: no home directory") from None
+    return base / "trio_cluster" / name
+
+
+class StateDir:
+    """A directory that this process may write to, and nobody but its owner. Everything here blocks.
+
+    Args:
+        path: created if it is missing, as are those above it, with access for their owner only.
+
+    Raises:
+        StateDirError: it cannot be created or used, or others may write to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._open()
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file; ``None`` if there is none.
+
+        Raises:
+            StateDirError: it cannot be read.
+        """
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(f"{name}: {error.strerror}") from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace the content of a file, or create it, readable for its owner only.
+
+        Raises:
+            StateDirError: it cannot be written; the old content is still there.
+        """
+        temporary = self.path / f".{name}.{os.getpid()}"
+        try:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(handle)
+                temporary.replace(self.path / name)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+        except OSError as error:
+            raise self._error(f"{name}: {error.strerror}") from error
+
+    def _open(self) -> None:
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(mode=0o700, exist_ok=True)
+        status = self.path.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise self._error("it is not a directory")
+        if hasattr(os, "geteuid"):
+            if status.st_uid != os.geteuid():
+                raise self._error("it belongs to another user")
+            if status.st_mode & _OTHERS_MAY_WRITE:
+                raise self._error("others may write to it; take that away with: chmod go-w")
+        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
+            raise self._error("it cannot be written to")
+
+    def _error(self, why: str) -> StateDirError:
+        return StateDirError(f"state_dir {self.path}: {why}")
