@@ -88,6 +88,7 @@ class RequestCycle:
         self._left = False  # the client is gone
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
+        self._closes = False  # a refusal ends the connection
 
     async def run(self) -> None:
         """Admit the request and answer it. The calls that were opened for it have been cancelled when this returns."""
@@ -144,6 +145,8 @@ class RequestCycle:
         if version not in _VERSIONS:
             raise InvalidRequest(f"HTTP/{version} is not spoken here; use HTTP/1.1", status=505)
         if (context.header(b"upgrade") or b"").lower() == b"websocket":
+            # What comes next on this connection may already be a frame.
+            self._closes = True
             raise InvalidRequest("There are no websockets here", status=404)
         path = context.path
         if "://" in path and not path.startswith("/"):
@@ -229,7 +232,7 @@ class RequestCycle:
         if request_body.left:
             return
         head = self._start(reply)
-        if not request_body.complete and self._scope["http_version"] in _VERSIONS:
+        if self._closes or (not request_body.complete and self._scope["http_version"] in _VERSIONS):
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
         await self._send({"type": "http.response.body", "body": reply.body, "more_body": True})

@@ -87,8 +87,8 @@ def reply_head(reply: Reply, request_id: str) -> Message:
 def render_refusal(refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:
     """Return the headers and the body of the answer to what was not a request: an error like every other.
 
-    It has a request id of its own, since there is no request that could have brought one.
+    It has the request id that the client has sent, if that had come before what is wrong, and otherwise a new one.
     """
     reply = error_reply(InvalidRequest(refusal.message, status=refusal.status))
     assert isinstance(reply.body, bytes)
-    return [*reply.headers, ("x-request-id", RequestContext(()).request_id)], reply.body
+    return [*reply.headers, ("x-request-id", RequestContext(refusal.headers).request_id)], reply.body
