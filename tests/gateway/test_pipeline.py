@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import tracemalloc
 from typing import Any
 
 import h2.config
@@ -13,6 +14,7 @@ import h2.events
 import pytest
 import trio
 from http_node import CHAT, PLAIN, HttpNode, open_http_node, raw_request
+from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.errors import ApiError
 from trio_cluster.gateway import body, cycle, pipeline
@@ -514,3 +516,61 @@ def _request() -> Any:
 
 async def _nothing(_: object) -> None:
     raise AssertionError("nothing was to be sent")
+
+
+# Bodies that are not read
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/", 405), ("POST", "/health", 405), ("PUT", "/metrics", 405), ("POST", "/openapi.json/", 405),
+        ("GET", "/health", 200), ("GET", "/v1/models", 200), ("POST", "/v1/models", 405), ("POST", "/nothing", 404),
+        ("OPTIONS", "/v1/chat/completions", 204),
+    ],
+)  # fmt: skip
+async def test_nothing_is_kept_of_a_body_that_is_not_read(method: str, path: str, status: int) -> None:
+    size = 8 << 20
+    async with open_http_node(cors_origins="*") as node, node.connect() as wire:
+        await wire.request(
+            method,
+            path,
+            None,
+            f"Content-Length: {size}",
+            "Access-Control-Request-Method: POST",
+            "Origin: https://a.example",
+        )
+        tracemalloc.start()
+        try:
+            await wire.send(bytes(size - 1))
+            await wait_all_tasks_blocked(0.05)
+            kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        await wire.send(b"x")
+        assert (await wire.answer(bodiless=status == 204)).status == status
+    assert kept < 1 << 20
+
+
+@pytest.mark.parametrize("key", ["wrong", None])
+async def test_a_client_without_the_key_is_not_told_to_send_its_body(key: str | None) -> None:
+    async with open_http_node(api_key="secret") as node, node.connect() as wire:
+        headers = ["Expect: 100-continue", f"Content-Length: {len(BODY)}", "Content-Type: application/json"]
+        if key is not None:
+            headers.append(f"Authorization: Bearer {key}")
+        await wire.request("POST", CHAT_PATH, None, *headers)
+        answer = await wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (401, "close")
+        await wire.stream.send_eof()
+        assert await wire.closed()
+
+
+async def test_a_client_with_the_key_is_told_to_send_its_body() -> None:
+    async with open_http_node(api_key="secret") as node, node.connect() as wire:
+        await wire.request(
+            "POST", CHAT_PATH, None, "Expect: 100-continue", f"Content-Length: {len(BODY)}",
+            "Content-Type: application/json", "Authorization: Bearer secret",
+        )  # fmt: skip
+        assert (await wire.head())[0] == 100
+        await wire.send(BODY)
+        assert (await wire.answer()).status == 200

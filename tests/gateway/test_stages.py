@@ -122,7 +122,7 @@ async def test_an_authenticator_may_wait_and_nothing_of_the_body_is_read_before_
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gateway = Gateway(app, node_context, lambda path: False, directory)
+    gateway = Gateway(app, node_context, lambda path, method=None: False, directory)
     for name, status in ((b"alice", 200), (b"mallory", 401)):
         began = trio.current_time()
         scope = {

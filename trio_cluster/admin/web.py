@@ -23,6 +23,7 @@ from werkzeug.routing import BaseConverter
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..errors import InvalidRequest
+from ..gateway.pipeline import HasRoute
 from ..gateway.response import Reply, error_reply
 from ..http1.asgi import App
 
@@ -62,12 +63,13 @@ def make_app(name: str) -> QuartTrio:
     return app
 
 
-def path_lookup(app: QuartTrio) -> Callable[[str], bool]:
-    """Return a function that tells whether the application has a path, whatever the method."""
+def path_lookup(app: QuartTrio) -> HasRoute:
+    """Return a function that tells whether the application has a path, and with a method, whether it has it for that."""
     paths = app.url_map.bind("localhost")
 
-    def has_route(path: str) -> bool:
-        return bool(paths.allowed_methods(path or "/"))
+    def has_route(path: str, method: str | None = None) -> bool:
+        methods = paths.allowed_methods(path or "/")
+        return bool(methods) if method is None else method in methods
 
     return has_route
 

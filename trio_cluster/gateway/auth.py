@@ -11,13 +11,18 @@ from ..errors import ApiError
 from ..options import ClusterServerOptions
 from .context import RequestContext
 
-__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey"]
+__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_open"]
 
 #: Paths that require no key. They show states and numbers, and neither names nor contents.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 
 #: Whoever shows the one API key of a node.
 _KEY_HOLDER: Final = Principal("default", "admin")
+
+
+def is_open(path: str) -> bool:
+    """Return whether a path requires no key."""
+    return (path.rstrip("/") or "/") in OPEN_PATHS
 
 
 class Authenticator(Protocol):
@@ -40,7 +45,7 @@ class Authenticate:
 
     async def admit(self, context: RequestContext) -> None:
         """See ``Stage``."""
-        if (context.path.rstrip("/") or "/") not in OPEN_PATHS:
+        if not is_open(context.path):
             context.principal = principal = await self._authenticator.authenticate(context)
             if principal.name:
                 current_principal.set(principal.name)

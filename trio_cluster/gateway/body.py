@@ -119,6 +119,19 @@ class RequestBody:
         """Take so much off the time that the whole body may take: nobody would have taken more of it."""
         self._last += seconds
 
+    async def skip(self, limit: int) -> None:
+        """Take the rest of a body that is not read by anything, and keep nothing of it.
+
+        Args:
+            limit: bytes that it may have.
+
+        Raises:
+            InvalidRequest, ClientLeft: as :meth:`next`.
+        """
+        self.limit = min(self.limit, limit)
+        while not self.complete:
+            await self.next()
+
     async def drop(self, limit: int, seconds: float) -> None:
         """Read on and keep nothing, until the body is complete, the client has left, or it is enough."""
         limit += self.received

@@ -2,6 +2,8 @@
 
 - *Order.* A request is judged by its head first (protocol version, key, declared length), and its body is read afterwards:
   a client without a key cannot make the node store anything.
+- *A body that is not read.* Nothing is kept of a body on a path that requires no key, of one that no route of the
+  application takes, and of a preflight's.
 - *An answer to an unread body.* An HTTP/1.1 connection whose request was answered before it was read cannot be used again,
   and closing it at once makes the client lose the answer. So a refusal first reads and drops a small rest; a large rest is
   answered at once, with ``Connection: close``, and read and dropped for a while before the connection is closed.
@@ -25,6 +27,7 @@ from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
 from ..openai import Endpoint, endpoint_named
+from .auth import is_open
 from .body import ClientLeft, RequestBody
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
@@ -51,6 +54,9 @@ LINGER_TIME = 10.0
 
 #: Milliseconds from the arrival of the request to the beginning of its answer.
 _PROCESSING: Final = "openai-processing-ms"
+
+#: Their requests have no content that would mean anything (RFC 9110, section 9.3).
+_BODILESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
@@ -101,9 +107,7 @@ class RequestCycle:
                 await stage.admit(context)
             context.endpoint = self._endpoint(context.path)
             if context.endpoint is None:
-                body = self._request_body
-                body.limit = min(body.limit, self._node_context.options.server.max_json_size)
-                self._body = await body.read(body.limit)
+                await self._take_body_for_app()
         except ApiError as error:
             await self._refuse(error_reply(error))
             return
@@ -134,6 +138,16 @@ class RequestCycle:
         elif context.aborted and self._scope["http_version"] == "1.0":
             # Without chunks, the end of the connection is the end of the answer.
             self._reset()
+
+    async def _take_body_for_app(self) -> None:
+        """Read the body for the application, or drop it while it comes if nothing in the application would read it."""
+        body, method, path = self._request_body, self._scope["method"], self.context.path
+        limit = self._node_context.options.server.max_json_size
+        if method in _BODILESS_METHODS or is_open(path) or not self._gateway.has_route(path, method):
+            await body.skip(limit)
+            return
+        body.limit = min(body.limit, limit)
+        self._body = await body.read(body.limit)
 
     def _judge_head(self) -> None:
         """Normalize the path of the context.
@@ -212,7 +226,7 @@ class RequestCycle:
         headers = answer_preflight(self.context, origins)
         if headers is None:
             return False
-        await self._request_body.read(self._request_body.limit)
+        await self._request_body.skip(self._node_context.options.server.max_json_size)
         headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": 204, "headers": headers})
         await self._send({"type": "http.response.body", "body": b""})
@@ -227,7 +241,8 @@ class RequestCycle:
         """Answer with ``reply``, whatever is still to come of the request's body."""
         request_body, length = self._request_body, self.context.declared_length()
         self._started = True
-        if length is None or length - request_body.received <= DRAIN_BYTES:
+        # A client that waits to be told to go on has not sent its body, and is not told to (RFC 9110, section 10.1.1).
+        if not self._awaits_continue and (length is None or length - request_body.received <= DRAIN_BYTES):
             await request_body.drop(DRAIN_BYTES, DRAIN_TIME)
         if request_body.left:
             return
@@ -256,6 +271,13 @@ class RequestCycle:
         # What may keep it is a client that does not read, and for that the socket has its own time limit.
         with trio.CancelScope(shield=True):
             await self._send(message)
+
+    @property
+    def _awaits_continue(self) -> bool:
+        if (self.context.header(b"expect") or b"").lower() != b"100-continue":
+            return False
+        arrived = self._connection is not None and self._connection.arrived
+        return not (arrived or self._request_body.received or self._request_body.complete)
 
     def _is_gone(self) -> bool:
         return self._connection is not None and self._connection.gone

@@ -13,7 +13,7 @@ What is not for a model goes to the application behind the gateway, which is not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from ..core.log_context import current_principal, current_request
 from ..errors import InvalidRequest
@@ -31,13 +31,21 @@ from .stage import Stage
 __all__ = ["Gateway"]
 
 
+class HasRoute(Protocol):
+    """Tells whether an application has a path."""
+
+    def __call__(self, path: str, method: str | None = None, /) -> bool:
+        """Return whether it has ``path`` for ``method``; without that, for any method."""
+        ...
+
+
 class Gateway:
     """See the top of this module. Called as an ASGI application.
 
     Args:
         app: the ASGI application behind the gateway.
         node_context: the node; its options are read for each request.
-        has_route: tells whether the application has a path, whatever the method.
+        has_route: tells whether the application has a path; with a method, whether it has it for that one.
         authenticator: finds out who sends a request; without it, the node's one key is required.
 
     Attributes:
@@ -50,7 +58,7 @@ class Gateway:
         self,
         app: App,
         node_context: NodeContext,
-        has_route: Callable[[str], bool] = lambda path: True,
+        has_route: HasRoute = lambda path, method=None: True,
         authenticator: Authenticator | None = None,
     ) -> None:
         self.app = app
