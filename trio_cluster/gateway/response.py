@@ -24,6 +24,8 @@ __all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal
 #: The header that says so.
 JSON: Final = ("content-type", "application/json")
 _UNAUTHORIZED: Final = 401
+#: Seconds that a client is told to wait, at most.
+_MAX_RETRY_AFTER: Final = 86_400
 
 
 class Body(Protocol):
@@ -66,13 +68,20 @@ def error_reply(error: ApiError) -> Reply:
     """Return the reply that an error is, with the headers that clients act on."""
     headers = [JSON]
     if error.retry_after is not None:
-        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
+        headers.append(("retry-after", _retry_after(error.retry_after)))
     if error.status == _UNAUTHORIZED:
         headers.append(("www-authenticate", "Bearer"))
     if isinstance(error, CallCancelled) and error.final:
         # The status alone would make the official clients send the request again.
         headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))
+
+
+def _retry_after(seconds: float) -> str:
+    """Return the value of the header. The number may come from a handler, on any node, and may be any."""
+    if not seconds > 1:  # NaN included
+        return "1"
+    return str(math.ceil(min(seconds, _MAX_RETRY_AFTER)))
 
 
 def reply_head(reply: Reply, request_id: str) -> Message:
