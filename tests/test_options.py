@@ -52,6 +52,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_body_size": 512 * 1024 * 1024,
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
+            "allowed_hosts": None,
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,

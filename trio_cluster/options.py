@@ -185,6 +185,10 @@ class ServerOptions:
     cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """Whose web pages may use the API: ``"*"``, or origins with commas between them; without it, nobody's."""
 
+    allowed_hosts: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """Names under which clients reach a server without a key, beside addresses and ``localhost``: with commas between
+    them, or ``"*"`` for any."""
+
 
 @attrs.define
 class ClusterServerOptions:

@@ -183,6 +183,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "ORIGINS",
         "origins whose web pages may use the API: *, or a list with commas",
     )
+    add(
+        "--allowed-hosts",
+        "allowed_hosts",
+        str,
+        "NAMES",
+        "host names under which a server without a key answers, with commas; addresses and localhost always do",
+    )
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
     add(

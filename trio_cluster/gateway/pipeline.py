@@ -3,7 +3,7 @@
 What a request meets, in this order; each is a module here:
 
 1. ``cycle.py`` judges the request line, and answers a browser's preflight (``cors.py``).
-2. ``auth.py`` and ``limits.py``, the *admission*: every request passes these stages by its head alone.
+2. ``auth.py``, ``origin.py`` and ``limits.py``, the *admission*: every request passes these stages by its head alone.
 3. For a request for a model (``routes.py``) the *dispatch*: ``parse.py`` reads and checks the body (``body.py``), and
    ``route.py`` opens the call.
 4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) where they can.
@@ -23,6 +23,7 @@ from .context import RequestContext
 from .cycle import RequestCycle
 from .limits import LimitSize
 from .node_context import NodeContext
+from .origin import CheckOrigin
 from .parse import Parse
 from .response import error_reply, reply_head
 from .route import Route
@@ -66,6 +67,7 @@ class Gateway:
         self.has_route = has_route
         self.admission: tuple[Stage, ...] = (
             Authenticate(authenticator or SingleKey(node_context.options)),
+            CheckOrigin(node_context),
             LimitSize(node_context),
         )
         self.dispatch: tuple[Stage, ...] = (Parse(node_context), Route(node_context))
