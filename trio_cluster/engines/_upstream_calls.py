@@ -28,7 +28,7 @@ from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 
-_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "user-agent"})
+_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "idempotency-key", "user-agent"})
 _RESPONSE_HEADERS: Final = frozenset(
     {
         "cache-control",

@@ -26,10 +26,10 @@ from .node_context import NodeContext
 
 __all__ = ["Parse"]
 
-#: Headers that travel to the handler: what clients say of themselves, and the trace context (W3C Trace Context and
-#: Baggage). Others do if they begin with one of the prefixes below.
+#: Headers that travel to the handler: what clients say of themselves, the key under which they repeat a request, and the
+#: trace context (W3C Trace Context and Baggage). Others do if they begin with one of the prefixes below.
 _TRAVELLING: Final = frozenset(
-    {"accept", "accept-language", "baggage", "traceparent", "tracestate", "user-agent"}
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
 
 #: Seconds as they may stand in a header.
@@ -60,6 +60,7 @@ class Parse:
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
         assert endpoint is not None
         headers = _travelling_headers(context)
+        _check_coding(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
@@ -88,6 +89,18 @@ class Parse:
             client=context.client,
             upload=upload,
             principal=context.principal,
+        )
+
+
+def _check_coding(context: RequestContext) -> None:
+    """Refuse a body that is compressed: it would be taken for malformed JSON."""
+    coding = (context.header(b"content-encoding") or b"").decode("latin-1").strip()
+    if coding.lower() not in ("", "identity"):
+        raise InvalidRequest(
+            f"Unsupported content encoding '{coding}': send the body without one",
+            status=415,
+            param="content-encoding",
+            code="unsupported_media_type",
         )
 
 
