@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 from http_node import CHAT, HttpNode, open_http_node, plain
 
 CHAT_PATH = "/v1/chat/completions"
@@ -99,3 +100,71 @@ async def test_the_key_under_which_a_request_is_repeated_travels(node: HttpNode)
     assert (await post(node, CHAT_PATH, json.dumps(CHAT).encode(), headers)).status_code == 200
     served = await node.backend.next()
     assert served.request.headers["idempotency-key"] == "k-1"
+
+
+# A model that is named twice
+
+
+TWICE = [
+    b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "model": "any"}',
+    b'{"model": "any", "messages": [{"role": "user", "content": "hi"}], "model": "m"}',
+    b'{"model": "m", "model": "m", "messages": [{"role": "user", "content": "hi"}]}',
+    b'{"model": "m", "mod\\u0065l": "any", "messages": [{"role": "user", "content": "hi"}]}',
+    b'{"\\u006Dodel": "m", "\\u006dodel": "any", "messages": [{"role": "user", "content": "hi"}]}',
+]
+
+
+@pytest.mark.parametrize("padding", [0, 2_000_000])
+@pytest.mark.parametrize("body", TWICE)
+async def test_json_that_names_its_model_twice_is_refused(node: HttpNode, body: bytes, padding: int) -> None:
+    answer = await post(node, CHAT_PATH, body.replace(b"hi", b"x" * padding + b"hi"), JSON)
+    assert (answer.status_code, error(answer)["param"]) == (400, "model")
+    assert "more than once" in error(answer)["message"]
+    assert node.backend.opened() == 0
+
+
+@pytest.mark.parametrize("model", ["m", "any"])
+async def test_a_model_further_inside_of_json_is_not_the_models_name(node: HttpNode, model: str) -> None:
+    metadata = {"model": "x", "\u00e9": '"model"'}
+    body = json.dumps(CHAT | {"model": model, "extra": [metadata, {"model": "model"}]}).encode()
+    assert (await post(node, CHAT_PATH, body, JSON)).status_code == 200
+
+
+SECOND = [field(b"model", b"any"), file(b"any").replace(b'"file"', b'"model"')]
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("model", [b"asr", b"any"])
+async def test_a_form_that_names_its_model_twice_is_refused(
+    node: HttpNode, model: bytes, second: bytes
+) -> None:
+    answer = await post(node, SPEECH_PATH, form(file(b"x"), second, model=model), FORM)
+    assert (answer.status_code, error(answer)["param"]) == (400, "model")
+    assert node.backend.opened() == 0
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("model", [b"asr", b"any"])
+async def test_a_large_form_that_names_its_model_twice_is_refused_when_it_does(
+    model: bytes, second: bytes
+) -> None:
+    async with open_http_node(lambda served: None) as node, trio.open_nursery() as nursery:
+        node.add("asr", "asr")
+        node.add("any", "any")
+
+        async def read() -> None:
+            served = await node.backend.next()
+            assert served.request.upload is not None
+            while await served.request.upload.receive():
+                pass
+
+        nursery.start_soon(read)
+        answer = await post(node, SPEECH_PATH, form(file(bytes(3_000_000)), second, model=model), FORM)
+        nursery.cancel_scope.cancel()
+    assert (answer.status_code, error(answer)["param"]) == (400, "model")
+    assert not node.router.live
+
+
+async def test_a_large_form_that_names_its_model_once_goes_through(node: HttpNode) -> None:
+    body = form(file(bytes(3_000_000)), field(b"language", b"model"))
+    assert (await post(node, SPEECH_PATH, body, FORM)).status_code == 200

@@ -35,29 +35,33 @@ class CheckOrigin:
 
     async def admit(self, context: RequestContext) -> None:
         """See ``Stage``."""
-        if context.principal.name or is_open(context.path):
+        if context.principal.name:
             return
         options, host = self._node_context.options.server, context.header(b"host")
         # Browsers always send a Host header; HTTP/1.0 need not have one.
         if host is not None and not _is_allowed_host(host, options.allowed_hosts):
             name = _host_name(host)
-            raise ApiError(
+            error = ApiError(
                 403,
                 "This server requires no API key, so it answers only under an address, localhost, or a name in "
                 f"'allowed_hosts', and '{name}' is none of these. Start it with --allowed-hosts {name}, or with a key",
                 code="host_not_allowed",
             )
-        origin = context.header(b"origin")
-        if (
-            origin is not None
-            and not _is_same_origin(origin, host)
-            and not is_allowed_origin(origin, options.cors_origins)
-        ):
-            raise ApiError(
+        else:
+            origin = context.header(b"origin")
+            if (
+                origin is None
+                or _is_same_origin(origin, host)
+                or is_allowed_origin(origin, options.cors_origins)
+            ):
+                return
+            error = ApiError(
                 403,
                 "This server requires no API key, so pages from elsewhere may not use it; 'cors_origins' can allow it",
                 code="foreign_origin",
             )
+        if not is_open(context.path):
+            raise error
 
 
 def _is_same_origin(origin: bytes, host: bytes | None) -> bool:

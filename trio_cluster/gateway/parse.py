@@ -19,7 +19,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..errors import InvalidRequest
-from ..openai import Endpoint, FormPeek, is_form, peek_model
+from ..openai import Endpoint, FormPeek, is_form, peek_model, require_one_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
@@ -65,9 +65,10 @@ class Parse:
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
         first = await request_body.read(SPOOL_THRESHOLD)
-        if not request_body.complete and is_form(content_type):
+        if not request_body.complete and _is_form(content_type):
             context.spool = SpooledBody()
-            model = await _find_model(request_body, content_type, first, context.spool)
+            context.form_peek = FormPeek(content_type)
+            model = await _find_model(request_body, context.form_peek, first, context.spool)
             info = node_context.router.catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
@@ -92,6 +93,12 @@ class Parse:
         )
 
 
+# Clients choose the header; those that are sent all the time are few.
+@lru_cache(maxsize=64)
+def _is_form(content_type: str) -> bool:
+    return is_form(content_type)
+
+
 def _check_coding(context: RequestContext) -> None:
     """Refuse a body that is compressed: it would be taken for malformed JSON."""
     coding = (context.header(b"content-encoding") or b"").decode("latin-1").strip()
@@ -112,8 +119,7 @@ async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeCo
     return await request_body.read(request_body.limit, first)
 
 
-async def _find_model(request_body: RequestBody, content_type: str, first: bytes, spool: SpooledBody) -> str:
-    peek = FormPeek(content_type)
+async def _find_model(request_body: RequestBody, peek: FormPeek, first: bytes, spool: SpooledBody) -> str:
     data = first
     while True:
         peek.feed(data)
@@ -131,6 +137,8 @@ async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
+    if not _is_form(content_type):
+        await _look(require_one_model, body)
     if node_context.router.catalog.passthrough:
         untouched = node_context.router.catalog.info(await _look(peek_model, body, content_type) or "")
         if untouched is not None and untouched.kind == "any":

@@ -28,7 +28,7 @@ class Route:
         """See ``Stage``. The calls that this opens belong to the context, also if it is cancelled.
 
         Raises:
-            ApiError: no replica can answer; or the body is too large, does not arrive in time, or is not taken in time.
+            ApiError: no replica can answer; the rest of a form is malformed or names another model; or the body is too large, does not arrive in time, or is not taken in time.
             ClientLeft: the client left in the middle of its body.
         """
         request, router = context.request, self._node_context.router
@@ -50,8 +50,9 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
 
     An answer that begins meanwhile waits for that: most of the time it is an error, and then no more is wanted.
     """
-    body, spool = context.request_body, context.spool
+    body, spool, peek = context.request_body, context.spool, context.form_peek
     assert spool is not None
+    assert peek is not None
     with trio.CancelScope() as scope:
         upload.on_close(partial(scope.cancel, reason="the backend wants no more of this body"))
         while data := await spool.take():
@@ -59,6 +60,7 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
             await _wait_for_room(context, upload)
         while not body.complete:
             data = await body.next()
+            peek.feed(data)
             upload.put(data, last=body.complete)
             await _wait_for_room(context, upload)
         if not upload.complete:

@@ -12,7 +12,7 @@ from .endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
 from .requests.forms import FormReader, is_form
-from .requests.peek import FormPeek, peek_model
+from .requests.peek import FormPeek, peek_model, require_one_model
 from .requests.types import (
     ASRRequest,
     ChatRequest,
@@ -62,5 +62,6 @@ __all__ = [
     "is_form",
     "peek_model",
     "read_object",
+    "require_one_model",
     "to_chunk",
 ]
