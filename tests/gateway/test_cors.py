@@ -14,6 +14,7 @@ from trio_cluster.errors import Overloaded
 PAGE = "https://page.example"
 OTHER = "https://other.example"
 EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after"}
+JSON = {"content-type": "application/json"}
 ASKS = {
     "origin": PAGE,
     "access-control-request-method": "POST",
@@ -100,7 +101,7 @@ async def check(node: HttpNode, path: str, status: int, **request: Any) -> httpx
 
 async def test_a_page_sees_answers_errors_and_refusals() -> None:
     async with open_http_node(cors_origins=PAGE, api_key="secret", max_body_size=10_000) as node:
-        key = {"authorization": "Bearer secret"}
+        key = {"authorization": "Bearer secret", "content-type": "application/json"}
         answers = [
             await check(node, "/v1/chat/completions", 200, json=CHAT, headers=key),
             await check(node, "/v1/models", 200, method="GET", headers=key),
@@ -171,7 +172,7 @@ async def test_the_time_until_an_answer_began_is_told_for_successes_and_errors()
         await later(await node.backend.next())
         for body in (b"nonsense", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}'):
             async with node.client() as client:
-                answers.append(await client.post("/v1/chat/completions", content=body))
+                answers.append(await client.post("/v1/chat/completions", content=body, headers=JSON))
     took = {answer.status_code: int(answer.headers["openai-processing-ms"]) for answer in answers}
     assert took.keys() == {200, 400, 404}
     assert took[200] >= 50

@@ -168,3 +168,37 @@ async def test_a_large_form_that_names_its_model_twice_is_refused_when_it_does(
 async def test_a_large_form_that_names_its_model_once_goes_through(node: HttpNode) -> None:
     body = form(file(bytes(3_000_000)), field(b"language", b"model"))
     assert (await post(node, SPEECH_PATH, body, FORM)).status_code == 200
+
+
+# Content types
+
+
+@pytest.mark.parametrize("model", ["m", "any"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "",
+        "text/json",
+        "x/y+json",
+    ],
+)
+async def test_what_a_page_can_send_without_asking_is_not_taken_for_json(
+    node: HttpNode, model: str, kind: str
+) -> None:
+    body = json.dumps(CHAT | {"model": model}).encode()
+    answer = await post(node, CHAT_PATH, body, {"content-type": kind} if kind else {})
+    assert (answer.status_code, error(answer)["param"]) == (415, "content-type")
+    assert "application/json" in error(answer)["message"]
+    assert node.backend.opened() == 0
+
+
+@pytest.mark.parametrize("model", ["m", "any"])
+@pytest.mark.parametrize(
+    "kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.x+json"]
+)
+async def test_json_is_json(node: HttpNode, model: str, kind: str) -> None:
+    body = json.dumps(CHAT | {"model": model}).encode()
+    assert (await post(node, CHAT_PATH, body, {"content-type": kind})).status_code == 200

@@ -103,7 +103,9 @@ async def test_a_body_declared_too_large_is_refused_by_its_length_and_the_rest_i
 
 async def test_a_body_that_grows_too_large_is_refused_when_it_does() -> None:
     async with open_http_node(max_body_size=100) as node, node.connect() as wire:
-        await wire.request("POST", CHAT_PATH, None, "Transfer-Encoding: chunked")
+        await wire.request(
+            "POST", CHAT_PATH, None, "Transfer-Encoding: chunked", "Content-Type: application/json"
+        )
         await wire.send(b"3c\r\n" + bytes(60) + b"\r\n" + b"3c\r\n" + bytes(60) + b"\r\n0\r\n\r\n")
         assert (await wire.answer()).status == 413
         await wire.request("POST", CHAT_PATH, BODY)
@@ -184,7 +186,9 @@ async def test_a_body_that_drips_has_a_time_limit_as_a_whole(monkeypatch: pytest
     monkeypatch.setattr(body, "BODY_TIMEOUT", 0.1)
     monkeypatch.setattr(cycle, "DRAIN_TIME", 0.05)
     async with open_http_node() as node, node.connect() as wire, trio.open_nursery() as nursery:
-        await wire.request("POST", CHAT_PATH, None, "Content-Length: 100000")
+        await wire.request(
+            "POST", CHAT_PATH, None, "Content-Length: 100000", "Content-Type: application/json"
+        )
 
         async def drip() -> None:
             while True:

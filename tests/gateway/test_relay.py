@@ -543,7 +543,7 @@ async def test_the_request_reaches_the_backend_as_it_was_sent(node: HttpNode) ->
     headers = {
         "User-Agent": "ua", "Accept": "a/b", "X-Mine": "1", "OpenAI-Organization": "org",
         "Authorization": "Bearer k", "Cookie": "c=1", "X-Api-Key": "k", "X-Auth-Token": "t",
-        "Connection": "keep-alive", "Content-Type": "application/json; charset=utf-8", "Host": "h",
+        "Connection": "keep-alive", "Content-Type": "application/json; charset=utf-8", "Host": "localhost",
     }  # fmt: skip
     body = b' {"model": "m",  "messages": [{"role": "user", "content": "hi"}], "mine": [1]} '
     async with node.client() as client:

@@ -23,6 +23,7 @@ from trio_cluster.gateway.auth import Authenticate, SingleKey
 from trio_cluster.gateway.context import RequestContext
 from trio_cluster.gateway.limits import LimitSize
 from trio_cluster.gateway.node_context import NodeContext
+from trio_cluster.gateway.origin import CheckOrigin
 from trio_cluster.gateway.parse import Parse
 from trio_cluster.gateway.pipeline import Gateway
 from trio_cluster.gateway.route import Route
@@ -85,7 +86,7 @@ async def test_the_stages_stand_in_the_order_in_which_a_request_meets_them() -> 
         raise AssertionError
 
     gateway = Gateway(app, NodeContext(Router(), ClusterServerOptions()))
-    assert [type(stage) for stage in gateway.admission] == [Authenticate, LimitSize]
+    assert [type(stage) for stage in gateway.admission] == [Authenticate, CheckOrigin, LimitSize]
     assert [type(stage) for stage in gateway.dispatch] == [Parse, Route]
 
 

@@ -19,7 +19,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..errors import InvalidRequest
-from ..openai import Endpoint, FormPeek, is_form, peek_model, require_one_model
+from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, require_one_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
@@ -62,10 +62,11 @@ class Parse:
         headers = _travelling_headers(context)
         _check_coding(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
+        form = _is_form(content_type)
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
         first = await request_body.read(SPOOL_THRESHOLD)
-        if not request_body.complete and _is_form(content_type):
+        if form and not request_body.complete:
             context.spool = SpooledBody()
             context.form_peek = FormPeek(content_type)
             model = await _find_model(request_body, context.form_peek, first, context.spool)
@@ -96,7 +97,24 @@ class Parse:
 # Clients choose the header; those that are sent all the time are few.
 @lru_cache(maxsize=64)
 def _is_form(content_type: str) -> bool:
-    return is_form(content_type)
+    """Return whether the body is a form; otherwise it is JSON, also for a model that wants it untouched.
+
+    A web page can send every other content type, and none, without asking first (CORS).
+
+    Raises:
+        InvalidRequest: it is neither (415).
+    """
+    if is_form(content_type):
+        return True
+    kind = media_type(content_type)
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise InvalidRequest(
+            f"Unsupported content type '{kind}': expected application/json",
+            status=415,
+            param="content-type",
+            code="unsupported_media_type",
+        )
+    return False
 
 
 def _check_coding(context: RequestContext) -> None:

@@ -11,7 +11,7 @@ the two together.
 from .endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
-from .requests.forms import FormReader, is_form
+from .requests.forms import FormReader, is_form, media_type
 from .requests.peek import FormPeek, peek_model, require_one_model
 from .requests.types import (
     ASRRequest,
@@ -60,6 +60,7 @@ __all__ = [
     "error_responses",
     "event",
     "is_form",
+    "media_type",
     "peek_model",
     "read_object",
     "require_one_model",
