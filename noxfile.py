@@ -124,7 +124,9 @@ def versions(session: nox.Session, which: str) -> None:
         session.install("-q", "--upgrade", "--upgrade-strategy=eager", ".")
     session.run("pip", "freeze", "--exclude-editable")
     workers = min(os.cpu_count() or 1, 4) + 1
-    session.run("pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs)
+    session.run(
+        "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs
+    )
 
 
 @nox.session
@@ -142,7 +144,7 @@ def bench(session: nox.Session) -> None:
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
     session.run("pytest", "-q", "tests/test_benchmarks.py", env={"BENCHMARKS": "1"})
-    for program in ("relay", "company", "cancellation", "upstream", "bulk", "scale"):
+    for program in ("relay", "linger", "cancellation", "upstream", "bulk", "scale"):
         session.run("python", f"bench/{program}.py", "--save", "bench.json", *session.posargs)
 
 

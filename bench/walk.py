@@ -2,8 +2,8 @@
 
     python bench/walk.py [--files]
 
-A master and a worker run in this process, on real sockets; a client asks for a plain and for a streamed chat answer on a
-kept connection. What is counted depends on nothing but the code: every call of a function of the package (a coroutine
+A master and a worker run in this process, on real sockets; a client asks for a plain and for a streamed chat answer on
+a kept connection. What is counted depends on nothing but the code: every call of a function of the package (a coroutine
 that is resumed is called again), how many files these functions are in, and how often one call is in another file than
 the call before it. The event loop's instrument, which runs once for each turn of the loop, is counted apart.
 """

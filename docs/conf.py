@@ -15,16 +15,13 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 nitpicky = True
 
-# What the signatures mention and this site does not describe. Other projects' inventories would have to be
-# fetched from the network at every build, so their names are not links.
+# Names that the signatures mention and this site does not describe. They are not links, since the inventories of other
+# projects would have to be fetched from the network at every build.
 nitpick_ignore_regex = [
-    ("py:.*", r"(trio|quart_trio|quart|h11|random|collections\.abc|contextlib|typing|pathlib|attr)\..*"),
-    (
-        "py:.*",
-        r"(QuartTrio|collections\.Counter|Counter|Handler|Kind|H|Started|WorkerManager|WorkerClient|ConflictRule|FinishReason|PATIENCE)",
-    ),
-    ("py:.*", r"trio_cluster\._?[a-z]+\..*"),
-    ("py:class", r"(optional|Any|ApiError|Literal.*|~?H)"),
+    ("py:.*", r"(collections|contextlib|h11|pathlib|random|trio|typing)\..*"),
+    ("py:class", "QuartTrio"),
+    # Private modules of this package. Names directly in its public modules must exist.
+    ("py:.*", r"trio_cluster\.(?!(engines|testing)\.[A-Za-z])\w+\..*"),
 ]
 
 autodoc_member_order = "bysource"
@@ -44,8 +41,8 @@ html_theme = "furo"
 html_title = f"trio_cluster {version}"
 
 
-# Napoleon takes "The longest silence: to the first output" under an attribute for a type and its description.
-# The text under attributes is prose here, so it is put back as it was.
+# Napoleon takes the first words of "The idle timeout: how long a model may take" under an attribute for a type. The
+# text under attributes is prose here, so it is put back as it was.
 _PROSE = frozenset({"attribute", "data", "property"})
 _as_written: dict[str, list[str]] = {}
 
@@ -61,6 +58,6 @@ def _put_back(app: Any, what: str, name: str, obj: object, options: object, line
 
 
 def setup(app: Any) -> None:
-    """Have napoleon's handler (priority 500) between the two."""
+    """Connect the two functions around napoleon's own handler, whose priority is 500."""
     app.connect("autodoc-process-docstring", _keep, priority=400)
     app.connect("autodoc-process-docstring", _put_back, priority=600)

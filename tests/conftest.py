@@ -1,4 +1,4 @@
-"""What the tests of more than one room need: fixtures, options, and the order in which they are run."""
+"""Fixtures and options that several folders of tests share, and the order in which tests are run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests with real processes first.
 
-    Whoever shares the tests out (pytest-xdist, worksteal) gives each worker a run of neighbours. So one of them gets
-    all of these, and never has more than one at a time; it waits for them while the others compute.
+    pytest-xdist (worksteal) gives each of its workers a run of neighbouring tests. So one worker gets all of these, and
+    never runs two of them at a time; it waits for processes while the other workers compute.
     """
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 

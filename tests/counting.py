@@ -1,8 +1,8 @@
-"""What a node does for something, counted; and the far ends of its connections, which only do what a test says.
+"""Counts what a node does, and provides the other ends of its connections, which do only what a test makes them do.
 
-Counts do not depend on the machine, nor on what else it does: how often tasks were scheduled, how many functions of
-Python were called in them, and which system calls they made. The far ends are plain sockets in the test's own task,
-which does not count; so everything that counts is the node's.
+The counts do not depend on the machine, nor on its load: how often tasks were scheduled, how many functions in Python
+were called in them, and which system calls they made. The other ends are plain sockets in the test's own task, which is
+not counted; so everything that is counted was done by the node.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _SYSTEM_CALLS: Final = {
 }
 
 
-#: Functions of this module that are called in the middle of what is counted.
+#: Functions of this module that are called while it counts, and are left out.
 _OURS: Final = {"after_task_step", "visible_write"}
 
 
 def make_writes_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let it be seen when a node writes: profiling does not see what one builtin calls for another.
+    """Make the writes of a node visible to the profiler, which does not see builtins that builtins call.
 
-    To be called before there are connections, which keep the function.
+    To be called before there are connections, since they keep a reference to the function.
     """
     write = os.write
 
@@ -73,7 +73,7 @@ class Counted:
     functions: Counter[str] = attrs.field(factory=Counter)
 
     def explain(self, times: int = 1) -> str:
-        """Return what there was most of, each divided by ``times``."""
+        """Return the most frequent functions and all system calls, with their counts divided by ``times``."""
         lines = [f"{self.steps / times:8.2f} steps, {self.calls / times:.2f} calls, of which"]
         lines += [f"{count / times:8.2f} {name}" for name, count in self.functions.most_common(60)]
         lines += [f"{count / times:8.2f} system call {name}" for name, count in self.system_calls.items()]
@@ -81,7 +81,7 @@ class Counted:
 
 
 class Counting(trio.abc.Instrument):
-    """Counts, within a ``with`` block, what all tasks do but the one that the block is in."""
+    """Counts what is done within a ``with`` block, by all tasks but the one that the block is in."""
 
     def __init__(self) -> None:
         self.counted = Counted()
@@ -116,7 +116,7 @@ class Counting(trio.abc.Instrument):
 
 
 class _FarEnd:
-    """A socket of the test's, and a websocket on it once it is open."""
+    """The other end of a connection: a socket of the test, with a websocket on it once that is open."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -134,14 +134,14 @@ class _FarEnd:
         """Send what the other end takes at once; the tests do not send more."""
         assert self.sock.send(data) == len(data)
 
-    async def hear(self) -> list[Any]:
-        """Return what has come, waiting for something."""
+    async def receive_events(self) -> list[Any]:
+        """Return the events that have arrived, and wait for some."""
         while not (events := self._take_in(await self.receive())):
             pass
         return events
 
-    def hear_at_once(self) -> list[Any]:
-        """Return what has come, if anything has."""
+    def receive_events_nowait(self) -> list[Any]:
+        """Return the events that have arrived; there may be none."""
         try:
             return self._take_in(self.sock.recv(1 << 20))
         except BlockingIOError:
@@ -155,8 +155,8 @@ class _FarEnd:
             events += self.session.receive(message, trio.current_time())
         return events
 
-    def say(self) -> None:
-        """Send what the session has to say."""
+    def flush(self) -> None:
+        """Send the messages of the session."""
         while (batch := self.session.next_message()) is not None:
             self.send(frame(batch.data, masked=isinstance(self.session, WorkerSession)))
 
@@ -181,8 +181,8 @@ class FarWorker(_FarEnd):
         self._reader = FrameReader(masked=False, limit=1 << 20, on_control=lambda _: None)
         self._reader.feed(head.partition(b"\r\n\r\n")[2])
         self.session.register(ModelInfo("m", "chat"))
-        self.say()
-        while not any(hasattr(event, "name") for event in await self.hear()):
+        self.flush()
+        while not any(hasattr(event, "name") for event in await self.receive_events()):
             pass
         return self
 
@@ -202,12 +202,12 @@ class FarMaster(_FarEnd):
         self.session = MasterSession(
             "far", "1", trio.current_time(), heartbeat_interval=900, silence_timeout=1000
         )
-        self.say()
+        self.flush()
         self._reader = FrameReader(masked=True, limit=1 << 20, on_control=lambda _: None)
-        while not any(hasattr(event, "owner") for event in await self.hear()):
+        while not any(hasattr(event, "owner") for event in await self.receive_events()):
             pass
         self.session.model_registered("m")
-        self.say()
+        self.flush()
         return self
 
 
@@ -226,7 +226,7 @@ class Client(_FarEnd):
         self.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     async def receive_until(self, mark: bytes) -> bytes:
-        """Return everything up to the end of what holds ``mark``."""
+        """Return what arrives until ``mark`` is in it."""
         while mark not in self.received:
             self.received += await self.receive()
         received, self.received = self.received, b""
@@ -234,5 +234,5 @@ class Client(_FarEnd):
 
 
 def has_counters() -> bool:
-    """Return whether this interpreter and system show what is counted here."""
+    """Return whether this interpreter and this system have what is needed for counting."""
     return sys.implementation.name == "cpython" and hasattr(select, "epoll") and sys.getprofile() is None

@@ -1,10 +1,10 @@
-"""A node for the tests of the HTTP face: real hypercorn on loopback, and obedient backends."""
+"""A node for tests of the gateway and the admin application: the HTTP server on loopback, and scripted backends."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from trio_cluster.errors import ApiError
 from trio_cluster.gateway.node_context import NodeContext
 from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.server import serve_http
+from trio_cluster.hypercorn_server.server import serve_http as serve_with_hypercorn
 from trio_cluster.net.streams import TcpListener
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.health import Health
@@ -95,7 +96,7 @@ class Served:
 
 
 class Backend:
-    """Does what ``script`` says when a call is opened, synchronously, and hands the calls out to the test."""
+    """A backend that runs ``script`` when a call is opened, synchronously, and passes the calls to the test."""
 
     def __init__(self, script: Callable[[Served], None] | None = None, name: str = "local") -> None:
         self.script = script
@@ -310,7 +311,7 @@ def listener(sock: socket.socket) -> TcpListener:
 async def open_http_node(
     script: Callable[[Served], None] | None = plain, **server: Any
 ) -> AsyncIterator[HttpNode]:
-    """Serve a node with one chat model ``m``, whose backend does what ``script`` says."""
+    """Serve a node with one chat model ``m``, whose backend runs ``script`` for each call."""
     node_context = NodeContext(
         Router(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
     )
@@ -319,6 +320,9 @@ async def open_http_node(
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_http, app, [listener(sock)], render_refusal=render_refusal))
+        serve: Callable[..., Awaitable[None]] = partial(serve_http, render_refusal=render_refusal)
+        if node_context.options.server.http == "hypercorn":
+            serve = serve_with_hypercorn
+        await nursery.start(serve, app, [listener(sock)])
         yield node
         nursery.cancel_scope.cancel()

@@ -20,7 +20,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 #: What is printed that nothing else prints.
 PROGRAMS = {
     "relay": "a pipe on trio",
-    "company": "it adds",
+    "linger": "it adds",
     "cancellation": "live streams",
     "upstream": "x pipe",
     "bulk": "forwarded, down: vectors, from lists",

@@ -2,7 +2,8 @@
 
 The bounds stand a little above what it takes today. If one of them is passed, something has become more expensive: the
 failure lists which functions were called how often for one token or request, the most frequent ones first. Compare that
-with the list of an earlier revision (set the bound to 0 to see it). If it is worth it, raise the bound, and say why.
+with the list of an earlier revision (set the bound to 0 to see it). If it is worth it, raise the bound, and explain
+why.
 
 What is counted is what the tasks of a node do: how often they are scheduled, how many functions in Python are called in
 them, and which system calls they make. The event loop's own waiting is not counted.
@@ -40,13 +41,13 @@ BODY: Final = b'{"model":"m","messages":[{"role":"user","content":"hello"}],"str
 
 
 def node() -> ClusterServer:
-    """Return a node that does nothing of its own accord while it is looked at."""
+    """Return a node that does nothing on its own during a test."""
     server = ServerOptions(host=HOST, max_concurrency=10 * STREAMS)
     return ClusterServer(ClusterServerOptions(server=server, heartbeat_interval=900.0, worker_timeout=1000.0))
 
 
 async def count(times: int, act: Callable[[], Awaitable[object]]) -> Counted:
-    """Count what it takes to do something so many times, when it has been done a few times before."""
+    """Count what it takes to do something so many times, after it has been done a few times."""
     for _ in range(3):
         await act()
     gc.collect()
@@ -63,7 +64,7 @@ def check(what: str, counted: Counted, times: int, *, steps: float, calls: float
 
 
 class Relay:
-    """A master, and the far ends of everything that it is connected to."""
+    """A master, and the other ends of all its connections."""
 
     def __init__(self, master: ClusterServer, worker: FarWorker) -> None:
         assert master.port is not None
@@ -73,10 +74,10 @@ class Relay:
         self.calls: list[int] = []
 
     async def next_call(self) -> int:
-        """Return the number of the next call, when all of its request has come."""
+        """Return the number of the next call, when all of its request has arrived."""
         call = 0
         while True:
-            for event in await self.worker.hear():
+            for event in await self.worker.receive_events():
                 call = event.call if isinstance(event, ForwardRequest) else call
                 if isinstance(event, Data) and event.last:
                     return call
@@ -91,15 +92,15 @@ class Relay:
         self.calls.append(await self.next_call())
         self.worker.session.respond(self.calls[-1], 200, "text/event-stream")
         self.worker.session.send(self.calls[-1], EVENT)
-        self.worker.say()
+        self.worker.flush()
         await client.receive_until(b"token ")
 
     async def send_tokens(self, streams: int) -> None:
         """Send a token in each of so many streams, in one message, and wait until their clients have them."""
         for call in self.calls[:streams]:
             self.worker.session.send(call, EVENT)
-        self.worker.say()
-        assert self.worker.hear_at_once() == []
+        self.worker.flush()
+        assert self.worker.receive_events_nowait() == []
         for client in self.clients[:streams]:
             assert (await client.receive_until(b"token ")).count(EVENT) == 1
 
@@ -109,7 +110,7 @@ class Relay:
         session.respond(call, 200, "application/json")
         session.send(call, ANSWER)
         session.done(call)
-        self.worker.say()
+        self.worker.flush()
         await client.receive_until(ANSWER)
 
 
@@ -130,22 +131,22 @@ async def relay(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> Async
 async def open_streams(relay: Relay) -> None:
     for _ in range(STREAMS):
         await relay.open_stream()
-    # The task of each has yet to see that there is nothing left for it to do.
+    # The task of each stream must still find out that it has nothing left to do.
     await trio.testing.wait_all_tasks_blocked()
 
 
 async def test_a_token_takes_the_fast_path_through_a_master(relay: Relay) -> None:
     await open_streams(relay)
 
-    # Alone in its message, it pays for that too.
+    # Alone in its message, a token also pays for the message.
     alone = await count(ROUNDS, lambda: relay.send_tokens(1))
     check("a token alone, master", alone, ROUNDS, steps=1, calls=50)
     assert alone.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS}
 
-    # In company it wakes no task at all: the one that reads the link does everything.
-    company = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
-    check("a token in company, master", company, ROUNDS * STREAMS, steps=1 / STREAMS, calls=11)
-    assert company.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
+    # With others, a token wakes no task at all: the task that reads the link does everything.
+    together = await count(ROUNDS, lambda: relay.send_tokens(STREAMS))
+    check("a token with others, master", together, ROUNDS * STREAMS, steps=1 / STREAMS, calls=11)
+    assert together.system_calls == {"read": ROUNDS, "modify": ROUNDS, "write": ROUNDS * STREAMS}
 
 
 async def test_tokens_leave_nothing_behind_in_a_master(relay: Relay) -> None:
@@ -167,8 +168,8 @@ async def test_a_plain_request_through_a_master(relay: Relay) -> None:
     client = relay.connect()
     counted = await count(ROUNDS, lambda: relay.ask(client))
     check("a plain request, master", counted, ROUNDS, steps=6, calls=455)
-    # One message to the worker, one answer to the client; and of each of them one that comes in. Whoever reads all
-    # clients asks which of them it was.
+    # One message to the worker and one from it, one request of the client and one answer to it. The task that reads for
+    # all clients polls once for which of them sent something.
     assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
 
 
@@ -176,14 +177,14 @@ async def test_opening_a_stream_on_a_connection_of_its_own_and_leaving_it(relay:
     async def open_and_leave() -> None:
         await relay.open_stream()
         relay.clients.pop().close()
-        # Its worker hears of it, and says that the work has stopped.
+        # The worker gets the cancellation, and reports that the work has stopped.
         call = relay.calls.pop()
         while not any(
-            isinstance(event, Cancel) and event.call == call for event in await relay.worker.hear()
+            isinstance(event, Cancel) and event.call == call for event in await relay.worker.receive_events()
         ):
             pass
         relay.worker.session.done(call)
-        relay.worker.say()
+        relay.worker.flush()
         await trio.testing.wait_all_tasks_blocked()
 
     counted = await count(ROUNDS, open_and_leave)
@@ -191,7 +192,7 @@ async def test_opening_a_stream_on_a_connection_of_its_own_and_leaving_it(relay:
 
 
 class Model:
-    """A model of which all calls wait for the test, and then give one token each."""
+    """A model whose calls wait for the test, and then put one token each."""
 
     def __init__(self) -> None:
         self._next = trio.Event()
@@ -207,25 +208,25 @@ class Model:
         now.set()
 
 
-async def hear_tokens(master: FarMaster, tokens: int, mark: bytes = b"token ") -> None:
-    """Take in so many tokens; they have all to come in one message."""
-    heard: list[Any] = []
-    while sum(event.data.count(mark) for event in heard if isinstance(event, Data)) < tokens:
-        assert not heard or mark != b"token ", "tokens that were made together came in two messages"
-        heard += await master.hear()
-    for event in heard:
+async def receive_tokens(master: FarMaster, tokens: int, mark: bytes = b"token ") -> None:
+    """Receive so many tokens; all of them must arrive in one message."""
+    events: list[Any] = []
+    while sum(event.data.count(mark) for event in events if isinstance(event, Data)) < tokens:
+        assert not events or mark != b"token ", "tokens that were made together came in two messages"
+        events += await master.receive_events()
+    for event in events:
         if isinstance(event, Data):
             master.session.grant(event.call, len(event.data))
-    master.say()
+    master.flush()
 
 
 @pytest.mark.parametrize(
     ("streams", "steps", "calls"),
     [
-        # Of its handler one step, and two of the writer: woken, and having let others come along.
+        # One step of its handler, and two of the link's writer: it wakes, and lingers for other tokens.
         pytest.param(1, 3, 125, id="alone"),
-        # Its handler's waking, and a part of the writer's. Among the calls are those of the handler and of its waiting.
-        pytest.param(STREAMS, 1.1, 53, id="in company"),
+        # The step of its handler, and a share of the writer's. The calls include those of the handler itself.
+        pytest.param(STREAMS, 1.1, 53, id="together"),
     ],
 )
 async def test_a_token_on_its_way_out_of_a_worker(
@@ -240,13 +241,13 @@ async def test_a_token_on_its_way_out_of_a_worker(
     for _ in range(streams):
         call = master.session.open(endpoint="chat.completions", kind="chat", model="m", size=len(BODY))
         master.session.send_body(call, BODY, last=True)
-    master.say()
-    await hear_tokens(master, streams, b"begun ")
+    master.flush()
+    await receive_tokens(master, streams, b"begun ")
 
     async def round_of_tokens() -> None:
         model.go()
-        await hear_tokens(master, streams)
-        # Longer than a token waits for company, so that the next ones are not made to.
+        await receive_tokens(master, streams)
+        # Longer than the linger, so that the next tokens find an idle link.
         await trio.sleep(0.005)
 
     counted = await count(ROUNDS, round_of_tokens)
@@ -265,6 +266,6 @@ def test_a_request_and_a_token_do_not_travel_further_through_the_code(
     request, token = trio.run(walk.walk)
     print(request.describe(), token.describe(), sep="\n")
     assert request.calls <= 475, request.functions
-    assert request.moves <= 294, request.files
+    assert request.moves <= 293, request.files
     assert token.calls <= 76, token.functions
     assert token.moves <= 60, token.files

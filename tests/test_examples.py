@@ -23,7 +23,7 @@ pytestmark = pytest.mark.processes
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 #: Seconds that anything may take; what is to be seen of it takes a fraction of one.
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
 class Program:
@@ -33,7 +33,7 @@ class Program:
         self.name = name
         self._errors = errors
         self._rest = b""
-        # Unset: a proxy, or options of ours, that somebody's shell may have.
+        # Unset: a proxy, or options of trio_cluster, that the shell may have.
         environment = {
             key: value
             for key, value in os.environ.items()
@@ -50,7 +50,7 @@ class Program:
     def next_line(self) -> str:
         """Return the next line that the program prints."""
         assert self._process.stdout is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
@@ -71,7 +71,7 @@ class Program:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal; the program must end well, and in time."""
         self._process.send_signal(number)
-        code = self._process.wait(timeout=PATIENCE)
+        code = self._process.wait(timeout=TIMEOUT)
         assert code == 0, self.complaints
         assert "Traceback" not in self.complaints
 
@@ -101,7 +101,7 @@ def start(tmp_path: Path) -> Iterator[Starter]:
 
 
 def url_in(line: str) -> str:
-    """Return the URL that a program says it serves."""
+    """Return the URL that a program prints that it serves."""
     found = re.search(r"http://\S+/v1", line)
     assert found, line
     return found[0]
@@ -111,7 +111,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get(url: str) -> Any:
-    with _opener.open(url, timeout=PATIENCE) as response:
+    with _opener.open(url, timeout=TIMEOUT) as response:
         return json.load(response)
 
 
@@ -121,7 +121,7 @@ def chat(base_url: str, model: str, text: str) -> str:
     request = urllib.request.Request(
         f"{base_url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with _opener.open(request, timeout=PATIENCE) as response:
+    with _opener.open(request, timeout=TIMEOUT) as response:
         answer = json.load(response)
     content = answer["choices"][0]["message"]["content"]
     assert isinstance(content, str)
@@ -130,7 +130,7 @@ def chat(base_url: str, model: str, text: str) -> str:
 
 def wait_for_model(base_url: str, model: str) -> None:
     """Ask for the list of models until there is one of this name."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if model in [entry["id"] for entry in get(f"{base_url}/models")["data"]]:
             return
@@ -159,7 +159,7 @@ def test_a_worker_brings_its_model_to_a_master_and_takes_it_away_again(start: St
 
 def test_a_worker_may_be_stopped_while_it_has_no_master(start: Starter, unused_port: int) -> None:
     worker = start("worker.py", "127.0.0.1", unused_port)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while "no link to the master" not in worker.complaints:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -197,14 +197,14 @@ def test_all_six_handler_shapes_answer(start: Starter) -> None:
 def test_the_client_gets_an_answer_from_a_model_of_every_kind(start: Starter) -> None:
     program = start("all_kinds.py", 0)
     client = start("client.py", url_in(program.next_line()))
-    said = dict(client.next_line().split(": ", 1) for _ in range(7))
-    assert said["reverser"] == "three two one "
-    assert said["stopwatch"] == "A sound of 0.30 seconds."
-    assert said["letters"].startswith("26 numbers each")
-    assert said["beeper"] == "9644 bytes of sound"
-    assert re.fullmatch(r"\d+ characters of base64", said["stripes"])
-    assert said["overlap"] == "text 1 is the best, with a score of 1.00"
-    assert said["shouting"] == "flagged"
+    answers = dict(client.next_line().split(": ", 1) for _ in range(7))
+    assert answers["reverser"] == "three two one "
+    assert answers["stopwatch"] == "A sound of 0.30 seconds."
+    assert answers["letters"].startswith("26 numbers each")
+    assert answers["beeper"] == "9644 bytes of sound"
+    assert re.fullmatch(r"\d+ characters of base64", answers["stripes"])
+    assert answers["overlap"] == "text 1 is the best, with a score of 1.00"
+    assert answers["shouting"] == "flagged"
     program.stop()
 
 
@@ -221,7 +221,7 @@ def test_the_tests_of_a_model_pass(tmp_path: Path) -> None:
         [*command, "-p", "no:cacheprovider", str(EXAMPLES / "test_my_model.py")],
         capture_output=True,
         text=True,
-        timeout=3 * PATIENCE,
+        timeout=3 * TIMEOUT,
     )
     assert result.returncode == 0, result.stdout
     assert "4 passed" in result.stdout
@@ -229,7 +229,7 @@ def test_the_tests_of_a_model_pass(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unused_port() -> int:
-    """A port on which nobody listens."""
+    """A port on which no program listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

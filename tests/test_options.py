@@ -53,6 +53,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
             "allowed_hosts": None,
+            "http": "lean",
+            "stream_failure": "end",
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,
@@ -215,7 +217,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
     )
 
 
-def test_the_base_holds_where_nobody_says_anything_and_is_left_alone(tmp_path: Path) -> None:
+def test_the_base_holds_where_no_source_sets_a_value_and_is_not_changed(tmp_path: Path) -> None:
     base = ClusterServerOptions(ServerOptions(port=1, owner="base"), on_conflict="replicate")
     options = load(None, {"TRIO_CLUSTER_PORT": "2"}, base=base, tmp_path=tmp_path)
     assert options == ClusterServerOptions(ServerOptions(port=2, owner="base"), on_conflict="replicate")
@@ -233,11 +235,15 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
     texts = {
         "enable_cluster": "false",
         "on_conflict": "replicate",
+        "stream_failure": "abort",
         "heartbeat_interval": "7",
         "batch_wait": "0",
+        "http": "hypercorn",
     }
     plain: dict[str, object] = {
-        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0
+        "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7, "batch_wait": 0,
+        "http": "hypercorn",
+        "stream_failure": "abort",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")
@@ -257,7 +263,7 @@ def test_a_misspelt_key_in_the_file_is_named_with_what_was_meant(tmp_path: Path)
     )
 
 
-def test_a_key_in_the_wrong_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_a_key_in_the_wrong_table_is_reported_with_the_right_one(tmp_path: Path) -> None:
     assert "max_concurrency: unknown key; did you mean server.max_concurrency?" in complaint(
         tmp_path, "max_concurrency = 7"
     )
@@ -317,6 +323,7 @@ def test_the_service_links_of_kubernetes_are_not_taken_for_options(tmp_path: Pat
         ("[server]\napi_key = 1234", "server.api_key: expected text"),
         ("drain_timeout = nan", "drain_timeout: expected a number of seconds, got nan"),
         ("drain_timeout = 1979-05-27", "drain_timeout: expected a number of seconds, got datetime.date"),
+        ("[server]\nstream_failure = 'x'", 'server.stream_failure: must be "end" or "abort", got \'x\''),
         ("enable_cluster = 'no'", "enable_cluster: expected true or false, got 'no'"),
         ("on_conflict = 'x'", 'on_conflict: must be "reject" or "replicate", got \'x\''),
         ("server = 5", "server: must be a table, [server]"),
@@ -335,8 +342,8 @@ def test_a_wrong_value_in_the_file_is_named_by_file_and_key(toml: str, expected:
         ("MAX_CONCURRENCY", "7.5", "expected a whole number, got '7.5'"),
         ("QUEUE_TIMEOUT", "5s", "expected a number of seconds, got '5s'"),
         ("ENABLE_CLUSTER", "maybe", "expected true or false, got 'maybe'"),
-        ("API_KEY", "", "is empty; leave it out to need none"),
-        ("CLUSTER_TOKEN", "", "is empty; leave it out to need none"),
+        ("API_KEY", "", "must not be empty; leave it out to require none"),
+        ("CLUSTER_TOKEN", "", "must not be empty; leave it out to require none"),
     ],
 )
 def test_a_wrong_variable_is_named(variable: str, text: str, expected: str, tmp_path: Path) -> None:
@@ -366,7 +373,7 @@ def test_a_wrong_flag_is_named_as_it_is_typed(
     assert complaint(tmp_path, None, None, {field: value}).startswith(expected)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
     text = complaint(tmp_path, "drain_timeout = -1\n[server]\nport = -1", {"TRIO_CLUSTER_OWNER": ""})
     assert "cluster.toml: drain_timeout: " in text
     assert "cluster.toml: server.port: " in text

@@ -1,8 +1,9 @@
-"""README and documentation say what is true: their code runs, and their tables are those of the code."""
+"""README and documentation are true: their code runs, and their tables are those of the code."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -167,6 +168,23 @@ def test_commands_in_the_pages_are_understood(command: str) -> None:
         assert {pair.partition("=")[0] for pair in pairs} <= options.keys()
 
 
+def curls() -> Iterator[list[str]]:
+    for _, code in fences("sh"):
+        for line in code.replace("\\\n", " ").splitlines():
+            if line.startswith("curl "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("words", list(curls()), ids=" ".join)
+def test_curl_commands_in_the_pages_have_a_known_path_and_valid_json(words: list[str]) -> None:
+    (url,) = [word for word in words if word.startswith("http")]
+    path = "/" + url.partition("://")[2].partition("/")[2].partition("?")[0]
+    assert f"{path}`" in page("http-api.md") or path in page("cluster.md")
+    for flag, value in itertools.pairwise(words):
+        if flag in ("-d", "--data", "--json") and not value.startswith("@"):
+            assert isinstance(json.loads(value), dict)
+
+
 # Tables
 
 
@@ -251,6 +269,7 @@ def test_every_error_of_our_own_is_documented() -> None:
     }
     ours = [
         errors.ModelNotFound("m", []),
+        errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
         errors.ShuttingDown(),
@@ -353,12 +372,9 @@ def test_the_files_and_folders_that_a_page_names_are_there(page: str) -> None:
     text = text.partition("## Old names")[0]
     named = set(PATH.findall(text))
     assert named
-    paths = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "trio_cluster").rglob("*.py")]
-    paths += [f"/{path.parent.relative_to(ROOT)}/" for path in (ROOT / "trio_cluster").rglob("*.py")]
-    paths += [
-        f"/{path.relative_to(ROOT)}"
-        for folder in ("tests", "bench")
-        for path in (ROOT / folder).rglob("*.py")
-    ]
+    paths: list[str] = []
+    for folder in ("trio_cluster", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            paths += [f"/{path.relative_to(ROOT)}", f"/{path.parent.relative_to(ROOT)}/"]
     missing = {name for name in named - NOT_OURS if not any(path.endswith(f"/{name}") for path in paths)}
     assert sorted(missing - {"docs/", "examples/"}) == []

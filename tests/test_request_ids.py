@@ -127,7 +127,7 @@ async def test_the_next_request_has_its_own(
     assert "request_id" not in log.lines()[0]
 
 
-async def test_a_connection_works_for_nobody_between_two_requests(cluster: SimulatedCluster) -> None:
+async def test_a_connection_has_no_request_id_between_two_requests(cluster: SimulatedCluster) -> None:
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -169,14 +169,14 @@ async def test_a_model_that_is_too_slow_is_logged_where_it_runs(
     assert "no answer in time" in line["message"]
 
 
-async def test_a_model_that_does_not_stop_is_logged_where_it_is_given_up_and_where_it_runs(
+async def test_a_model_that_does_not_stop_is_logged_where_it_times_out_and_where_it_runs(
     cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     log = Log()
     assert (await ask(cluster, "clings")).status == 504
     (line,) = log.lines()
     assert (line["logger"], line["request_id"]) == ("trio_cluster.http", "the-one")
-    assert line["message"] == "given up: silent for 5 s"
+    assert line["message"] == "timed out: silent for 5 s"
     assert line["node"] == ("local" if node is cluster.master.server else "w1")
     await trio.sleep(30)
 

@@ -1,8 +1,8 @@
 """Several machines, one OpenAI API.
 
-A master serves the HTTP API; workers anywhere keep one websocket to it, register their models and answer what is
-forwarded to them. A model is a function you write. No work outlives the request that asked for it, and no stream
-looks finished when it is not.
+A master serves the HTTP API. Workers on other machines each keep one websocket to the master, register their models
+there, and answer the requests that it forwards to them. A model is a function that you write. No work outlives the
+request that asked for it, and no stream looks finished when it is not.
 """
 
 from ._version import __version__

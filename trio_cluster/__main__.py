@@ -1,4 +1,4 @@
-"""``python -m trio_cluster`` is the ``trio-cluster`` command."""
+"""Makes ``python -m trio_cluster`` the ``trio-cluster`` command."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What can go wrong, and how each failure looks to a client.
+"""The errors of the package, in two families.
 
-Two families. :class:`ApiError` and its subclasses are answers: each knows the HTTP status, the ``type`` and the
-``code`` that the official OpenAI clients map to an exception class. They travel over the cluster's wire as plain
-fields, so that a failure on a worker reaches the client exactly as it was raised there. :class:`ClusterError` and
-its subclasses are for the person who starts a node: they come out of ``run*`` and end up as one line on a terminal.
+:class:`ApiError` and its subclasses are answers to a client: each has an HTTP status, and the ``type`` and ``code``
+that the official OpenAI clients map to an exception class. A worker sends them to its master as plain fields, so that
+an error reaches the client exactly as it was raised there. :class:`ClusterError` and its subclasses are for the person
+who starts a node: the ``run*`` methods raise them, and the command line prints them as one line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "WrongKind",
 ]
 
-# The ``type`` that goes with a status when nothing better is said; the words are the OpenAI API's own.
+# The default ``type`` for a status, as the OpenAI API names it.
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -43,15 +43,17 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error; raise it in a handler to give the client exactly this.
+    """An error as the client gets it. A handler that raises it answers the client with exactly this.
 
     Args:
         status: the HTTP status, 400 to 599.
-        message: for the person who reads it; shown to the client as it is.
+        message: for people; sent to the client as it is.
         code: a short machine-readable word, for instance ``"context_length_exceeded"``.
-        type: the family of the error; without it, the OpenAI API's usual one for the status.
-        param: the request field that is at fault.
-        retry_after: seconds after which trying again makes sense; sent as ``Retry-After``.
+        type: the family of the error; ``None``: the one that the OpenAI API uses for the status.
+        param: the field of the request that is at fault.
+        retry_after: seconds after which the client may try again; sent as ``Retry-After``.
+
+    All arguments are attributes, too.
 
     Raises:
         ValueError: the status is not an error status.
@@ -68,7 +70,7 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ) -> None:
         if not 400 <= status <= 599:
-            raise ValueError(f"an error's status lies between 400 and 599, not {status}")
+            raise ValueError(f"the status of an error must be 400 to 599, not {status}")
         super().__init__(message)
         self.status = status
         self.message = message
@@ -78,7 +80,7 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     def envelope(self) -> dict[str, Any]:
-        """Return the JSON object that every error of the OpenAI API is: ``{"error": {...}}``."""
+        """Return the error as the OpenAI API's JSON object: ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def __repr__(self) -> str:
@@ -86,7 +88,7 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The client sent something that cannot be served; ``param`` names the field."""
+    """The request is not valid; ``param`` names the field that is at fault."""
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
@@ -95,20 +97,33 @@ class InvalidRequest(ApiError):
 
 
 class ModelNotFound(ApiError):
-    """Nobody serves a model of this name; the message lists what there is."""
+    """No backend serves a model of this name; the message lists the available models."""
 
     def __init__(self, name: str, available: list[str]) -> None:
-        there = ", ".join(sorted(available)) or "none"
+        names = ", ".join(sorted(available)) or "none"
         super().__init__(
             404,
-            f"The model '{name}' does not exist. Available models: {there}",
+            f"The model '{name}' does not exist. Available models: {names}",
             param="model",
             code="model_not_found",
         )
 
 
+class EndpointNotFound(ApiError):
+    """The node does not know a route, which a newer node has forwarded to it."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(404, f"This node does not know the route '{endpoint}'", code="endpoint_not_found")
+
+
 class WrongKind(ApiError):
-    """The model exists, but it is not one for this route; ``wanted`` is a kind, or the path of a route of its own."""
+    """The model exists, but does not answer this route.
+
+    Args:
+        name: the model.
+        kind: its kind.
+        wanted: the kind that the route needs, or the path of the route if it is a custom one.
+    """
 
     def __init__(self, name: str, kind: str, wanted: str) -> None:
         message = f"The model '{name}' is of kind {kind}; this route needs one of kind {wanted}"
@@ -118,14 +133,14 @@ class WrongKind(ApiError):
 
 
 class Overloaded(ApiError):
-    """No slot became free in time, or too many already wait for one."""
+    """No slot became free in time, or too many calls wait for one already."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(503, message, code="over_capacity", retry_after=retry_after)
 
 
 class ShuttingDown(ApiError):
-    """The node is being stopped and takes no new work."""
+    """The node is about to stop and accepts no new requests."""
 
     def __init__(
         self, message: str = "The server is shutting down; try again shortly", *, retry_after: float = 5.0
@@ -134,7 +149,7 @@ class ShuttingDown(ApiError):
 
 
 class WorkerLost(ApiError):
-    """The worker that had this call is gone: killed, silent for too long, or cut off."""
+    """The master lost the worker that had this call: it was killed, was silent for too long, or its link broke."""
 
     def __init__(self, worker: str, why: str) -> None:
         super().__init__(502, f"The worker '{worker}' was lost before it finished: {why}", code="worker_lost")
@@ -148,24 +163,28 @@ class UpstreamLost(ApiError):
 
 
 class TooSlow(ApiError):
-    """Nothing came for longer than the request may be silent, or its whole time is used up."""
+    """The idle timeout or the total timeout of the request has passed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(504, message, code="timeout", type="timeout_error")
 
 
 class HandlerFailed(ApiError):
-    """The handler raised something that was not meant for the client; shows no internals."""
+    """The handler raised an error that is not an ``ApiError``; the client is shown nothing of it."""
 
     def __init__(self, message: str = "The model failed to answer this request") -> None:
         super().__init__(500, message, code="handler_failed")
 
 
 class CallCancelled(ApiError):
-    """The call was given up; its reason says by whom. A client sees it only if it is not the one who left.
+    """The call was cancelled. A client sees this error only if the call was cancelled by something else than itself.
+
+    Args:
+        reason: who cancelled the call and why.
+        final: the client should not repeat the request; sent as ``x-should-retry: false``.
 
     Attributes:
-        final: whoever gave it up does not want to see it again; clients that repeat failed requests are told so.
+        final: as given.
     """
 
     def __init__(self, reason: str, *, final: bool = False) -> None:
@@ -174,15 +193,15 @@ class CallCancelled(ApiError):
 
 
 class ClusterError(Exception):
-    """A node cannot start, or cannot go on. The message is one clear line for the person who runs it."""
+    """A node cannot start, or cannot go on. The message is one line for the person who runs it."""
 
 
 class ClusterPortError(ClusterError):
-    """A port that the node needs cannot be had.
+    """The node cannot listen on a port that it needs.
 
     Attributes:
-        port: which one.
-        taken: whether another process has it.
+        port: the port.
+        taken: whether another process has the port.
     """
 
     def __init__(self, port: int, why: str, *, taken: bool = False) -> None:
@@ -192,8 +211,8 @@ class ClusterPortError(ClusterError):
 
 
 class HandshakeRefused(ClusterError):
-    """The other end will not have us, or is not what we took it for; trying again would not help."""
+    """The master refused this worker, or what listens at its address is not a master. Trying again would not help."""
 
 
 class OptionsError(ClusterError, ValueError):
-    """A configuration value is unknown or wrong; the message names the key."""
+    """An option is unknown, or has a wrong value; the message names it."""

@@ -1,12 +1,16 @@
-"""What a process is while it runs: a master, a worker or a standalone server, in one nursery.
+"""A node: one run of a master, a worker or a standalone server, in one nursery.
 
-A node is made for one run and thrown away with it, so nothing of a run can be left over for the next. What outlives
-runs (the models, the options) is given to it.
+A node is made for one run and dropped with it, so that no state of a run is left for the next one. What outlives a run
+(the models, the pool, the options) is passed to it.
 
-Stopping. Cancelling whoever serves a node is always valid, and quick: handlers are cancelled, streams are cut, links
-are dropped. :meth:`Node.stop` is the graceful way, in this order: new requests are refused (503 and ``Retry-After``),
-those that run may finish for ``drain_timeout`` seconds, what is left is cancelled, which gives its clients an error,
-and then everything is closed.
+Stopping. The task that serves a node may be cancelled at any time. That is quick: handlers are cancelled, streams are
+cut, links are dropped. :meth:`Node.stop` stops it gracefully, in these steps:
+
+1. New requests are refused with 503 and ``Retry-After``, and the nodes at the other end of the links are notified.
+2. Running requests have ``drain_timeout`` seconds to finish.
+3. Those that are left are cancelled, and their clients get an error. They have ``CLOSE_TIMEOUT`` seconds for that.
+4. Links, connections and listeners are closed. A peer that does not react within ``CLOSE_TIMEOUT`` seconds is
+   disconnected, so that a shutdown ends in bounded time.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from msgspec import UNSET
 from ._version import __version__
 from .admin.app import create_app, put_gateway_in_front
 from .cluster.master import WorkerManager
+from .cluster.remote_worker import RemoteWorker
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
@@ -34,8 +39,10 @@ from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
 from .http1.server import serve_http
+from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .local.pool import HandlerPool
-from .net.sockets import Listeners, Network, local_address, port_of, shown_address
+from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
+from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
 
@@ -48,21 +55,34 @@ logger = logging.getLogger("trio_cluster.node")
 
 
 class Node:
-    """One run of a server.
+    """One run of a server. The method ``serve_as_*`` of its mode is to be called, once.
+
+    These attributes are ``None`` until the node serves, and in the modes that do not have them:
+
+    ===================  ==========  ========  ==========
+    attribute            standalone  master    worker
+    ===================  ==========  ========  ==========
+    ``url``, ``port``    yes         yes       if it has a listen address
+    ``app``              yes         yes
+    ``internal_port``                yes
+    ``worker_manager``               yes
+    ``worker_client``                          yes
+    ===================  ==========  ========  ==========
 
     Args:
-        mode: which part it plays; the ``serve_as_*`` method of that name is to be called, once.
+        mode: the role of the node.
         options: read at the time of use.
-        router: the models of this process, and on a master those of its workers.
-        pool: where this process's handlers run.
-        network: where it listens and connects.
+        router: the models of this process, and on a master those of its workers, too.
+        pool: runs the handlers of this process.
+        network: opens listeners and connections.
 
     Attributes:
-        url, port: where the API of this process is reached; ``None`` where there is none.
-        internal_port: where a master takes workers.
-        app: the Quart-trio application of a master or standalone server.
-        worker_manager: a master's workers.
-        worker_client: a worker's link to its master.
+        mode: as given.
+        url, port: where clients reach the API of this process.
+        app: the Quart-Trio application behind the gateway. A worker's own API has one, too, which is not public.
+        internal_port: the port on which a master listens for workers.
+        worker_manager: the workers of a master.
+        worker_client: a worker's connection to its master.
     """
 
     def __init__(
@@ -84,7 +104,7 @@ class Node:
         self._router = router
         self._pool = pool
         self._network = network
-        self._asked_to_stop = trio.Event()
+        self._stop_requested = trio.Event()
         self._api_may_end = trio.Event()
         self._api_ended = trio.Event()
         self._listen_address: tuple[str, int] | None = None
@@ -102,11 +122,11 @@ class Node:
         )
 
     def stop(self) -> None:
-        """Ask for a graceful stop. Idempotent."""
-        self._asked_to_stop.set()
+        """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
+        self._stop_requested.set()
 
     def listen_on(self, address: tuple[str, int] | None) -> None:
-        """Serve a worker's own API there from now on; ``None``: nowhere."""
+        """Serve the own API of a worker on this address from now on; ``None``: do not serve it. Synchronous."""
         self._listen_address = address
         self._listen_changed.set()
 
@@ -114,14 +134,15 @@ class Node:
         """Serve the API until stopped.
 
         Args:
-            listeners: listening; closed with the run.
-            started: called when everything answers.
+            listeners: the listeners for clients; closed at the end.
+            started: called when requests are accepted. Synchronous.
         """
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
             started()
-            await self._asked_to_stop.wait()
+            await self._stop_requested.wait()
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await self._end_api(nursery)
 
@@ -131,16 +152,23 @@ class Node:
         internal_listeners: Listeners,
         started: Callable[[], None],
     ) -> None:
-        """Serve the API, and take workers, until stopped; see :meth:`serve_as_standalone`."""
+        """Serve the API, and accept workers, until stopped.
+
+        Args:
+            listeners: the listeners for clients; closed at the end.
+            internal_listeners: the listeners for workers; closed at the end.
+            started: called when requests and workers are accepted. Synchronous.
+        """
         manager = WorkerManager(self._router.catalog, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._log_blocks)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             started()
-            await self._asked_to_stop.wait()
+            await self._stop_requested.wait()
             manager.drain("the master is being stopped")
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await manager.close_all("the master was stopped")
@@ -150,26 +178,27 @@ class Node:
         """Serve a master until stopped.
 
         Args:
-            host, port: the master's internal address.
-            started: called when the models are registered for the first time.
+            host, port: the address on which the master listens for workers.
+            started: called when the models are registered for the first time. Synchronous.
 
         Raises:
-            HandshakeRefused: there is no master that would have this worker.
-            ClusterPortError: the worker's own listen address cannot be had.
+            HandshakeRefused: the master refused this worker, or what listens at its address is not a master.
+            ClusterPortError: the node cannot listen on its listen address.
         """
         client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
-        visit = trio.CancelScope()
+        serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._serve_listen_address, listeners)
-            nursery.start_soon(self._stop_worker, client, visit)
-            with visit:
+            nursery.start_soon(self._stop_worker, client, serving)
+            with serving:
                 try:
                     await client.run(functools.partial(self._network.connect, host, port), host, started)
                 except HandshakeRefused as error:
+                    # Raised below, outside the nursery, which would wrap it in an exception group.
                     refused = error
             nursery.cancel_scope.cancel(reason="the worker was stopped")
         if refused is not None:
@@ -179,21 +208,37 @@ class Node:
         logger.info("the master asks this worker to stop: %s", reason)
         self.stop()
 
-    async def _stop_worker(self, client: WorkerClient, visit: trio.CancelScope) -> None:
-        await self._asked_to_stop.wait()
+    async def _stop_worker(self, client: WorkerClient, serving: trio.CancelScope) -> None:
+        """Wait until a stop is requested, and stop the worker gracefully."""
+        await self._stop_requested.wait()
         reason = "the worker was stopped"
         client.drain("the worker is being stopped")
         await self._drain("the worker is being stopped", client.wait_sent)
         if client.connected:
+            # client.run() returns when the link is closed, and the nursery is cancelled, which ends this sleep. A
+            # master that does not read what was sent last, or does not close the link, is disconnected at the end of
+            # it.
             client.close(reason)
             await trio.sleep(CLOSE_TIMEOUT)
-        visit.cancel(reason=reason)
+        serving.cancel(reason=reason)
+
+    async def _log_blocks(self) -> None:
+        """Log blocks of the event loop until cancelled; a worker's link does that for a worker."""
+        if not isinstance(self._network, Sockets):
+            # Time stands still while a simulated network's loop is blocked.
+            return
+        with log_blocks(self._options.heartbeat_interval):
+            await trio.sleep_forever()
 
     async def _drain(self, reason: str, wait_delivered: Callable[[], Awaitable[None]]) -> None:
-        """Refuse new calls, let those that run finish, and cancel what is left when the time for that is over.
+        """Refuse new calls, let running ones finish, and cancel those that are left after ``drain_timeout``.
 
-        A call has finished for whoever asked when its answer has left this node; its work may have ended long before
-        a slow client has taken all of that.
+        A call has finished when its work has stopped and its answer has left this node. If a client is slow to read,
+        that is long after the work has stopped.
+
+        Args:
+            reason: why calls are cancelled.
+            wait_delivered: waits until the answers have left this node.
         """
         self._router.drain("The server is shutting down; try again shortly")
         with trio.move_on_after(self._options.drain_timeout):
@@ -204,7 +249,8 @@ class Node:
         fields = {"calls": len(left), "request_ids": left[:MOST_IDS]}
         logger.warning("cancelling what did not finish in time", extra={"fields": fields})
         self._router.cancel_all(reason)
-        # Their clients are still to be told, and the work to stop; who ignores that is left behind.
+        # Time for the errors to reach the clients, and for the work to stop. Handlers that do not stop, and clients
+        # that do not read, are not waited for here any longer.
         with trio.move_on_after(CLOSE_TIMEOUT):
             await self._router.wait_idle()
             await wait_delivered()
@@ -212,25 +258,41 @@ class Node:
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
         self.app = create_app(self._node_context)
         self._set_address(self._options.server.host, listeners)
-        await nursery.start(self._serve_api, self._gated(self.app), listeners)
+        await nursery.start(self._serve_api, self._behind_gateway(self.app), listeners)
 
     async def _serve_api(self, app: App, listeners: Listeners, *, task_status: trio.TaskStatus[None]) -> None:
-        await serve_http(
+        await self._serve_http(app, listeners, self._api_may_end.wait, task_status=task_status)
+        self._api_ended.set()
+
+    async def _serve_http(
+        self,
+        app: App,
+        listeners: Listeners,
+        shutdown_trigger: Callable[[], Awaitable[object]],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        """Serve an application with the HTTP server that the options name."""
+        serve: Callable[..., Awaitable[None]] = functools.partial(serve_http, render_refusal=render_refusal)
+        if self._options.server.http == "hypercorn":
+            serve = serve_with_hypercorn
+        await serve(
             app,
             listeners,
-            render_refusal=render_refusal,
-            shutdown_trigger=self._api_may_end.wait,
+            shutdown_trigger=shutdown_trigger,
             grace=CLOSE_TIMEOUT,
             task_status=task_status,
         )
-        self._api_ended.set()
 
-    def _gated(self, app: QuartTrio) -> App:
-        # Quart's own description of ASGI is narrower than the one that a gate and a server need.
+    def _behind_gateway(self, app: QuartTrio) -> App:
+        # Quart's type of an ASGI application is narrower than the one that the gateway and the HTTP server use.
         return cast("App", put_gateway_in_front(app, self._node_context))
 
     async def _end_api(self, nursery: trio.Nursery) -> None:
+        """Stop the HTTP server, and then everything else that runs in the nursery."""
         self._api_may_end.set()
+        # The server gives its connections CLOSE_TIMEOUT to end (`grace`), and then cancels them. Twice as long is
+        # enough for both, and for the application's `after_serving` functions; more is not waited for.
         with trio.move_on_after(2 * CLOSE_TIMEOUT):
             await self._api_ended.wait()
         nursery.cancel_scope.cancel(reason="the server was stopped")
@@ -243,30 +305,21 @@ class Node:
         return listeners
 
     async def _serve_listen_address(self, listeners: Listeners) -> None:
-        """Serve a worker's own API, wherever it is wanted at the moment."""
+        """Serve the own API of a worker on its listen address, wherever :meth:`listen_on` moves it."""
         while True:
             self._listen_changed = trio.Event()
             async with trio.open_nursery() as nursery:
                 if listeners:
-                    app = self._gated(create_app(self._node_context))
-                    await nursery.start(
-                        functools.partial(
-                            serve_http,
-                            app,
-                            listeners,
-                            render_refusal=render_refusal,
-                            shutdown_trigger=trio.sleep_forever,
-                            grace=CLOSE_TIMEOUT,
-                        )
-                    )
-                    logger.info("this worker's own API", extra={"fields": {"url": self.url}})
+                    app = self._behind_gateway(create_app(self._node_context))
+                    await nursery.start(self._serve_http, app, listeners, trio.sleep_forever)
+                    logger.info("serving this worker's own API", extra={"fields": {"url": self.url}})
                 await self._listen_changed.wait()
-                nursery.cancel_scope.cancel(reason="another listen address was asked for")
+                nursery.cancel_scope.cancel(reason="the listen address was changed")
             self.url = self.port = None
             try:
                 listeners = await self._open_listen_address()
             except ClusterPortError as error:
-                logger.error("no API of this worker's own: %s", error)
+                logger.error("cannot serve this worker's own API: %s", error)
                 listeners = []
 
     def _set_address(self, host: str, listeners: Listeners) -> None:
@@ -275,7 +328,7 @@ class Node:
 
     def _drain_worker(self, name: str) -> WorkerStatus | None:
         manager = self.worker_manager
-        return None if manager is None else manager.drain_worker(name, "an operator asked for it")
+        return None if manager is None else manager.drain_worker(name, "requested by an operator")
 
     def _status(self) -> NodeStatus:
         manager, client, pool = self.worker_manager, self.worker_client, self._pool
@@ -290,41 +343,42 @@ class Node:
     def _gauges(self) -> list[GaugeSample]:
         pool, manager = self._pool, self.worker_manager
         gauges = [
-            GaugeSample("slots_running", "Handlers of this process that run.", pool.running),
+            GaugeSample("slots_running", "Handlers that run in this process.", pool.running),
             GaugeSample("slots_waiting", "Calls that wait for a slot of this process.", pool.waiting),
-            GaugeSample("slots_capacity", "Handlers of this process that may run at once.", pool.capacity),
+            GaugeSample("slots_capacity", "Handlers that may run in this process at once.", pool.capacity),
         ]
         if manager is not None:
             gauges.append(GaugeSample("workers", "Workers that are connected.", len(manager.workers)))
             for worker in manager.workers.values():
-                labels = {"worker": worker.name}
-                gauges += [
-                    GaugeSample("worker_in_flight", "Calls forwarded to a worker.", worker.in_flight, labels),
-                    GaugeSample(
-                        "worker_running", "Handlers that a worker says it runs.", worker.running, labels
-                    ),
-                    GaugeSample(
-                        "worker_waiting", "Calls that a worker says wait there.", worker.waiting, labels
-                    ),
-                    GaugeSample(
-                        "worker_capacity", "Handlers a worker runs at once.", worker.capacity, labels
-                    ),
-                    GaugeSample(
-                        "worker_lag_seconds", "How late a worker's event loop was.", worker.lag, labels
-                    ),
-                ]
-                gauges += [
-                    GaugeSample(
-                        "worker_state",
-                        "1 for the state in which a worker is.",
-                        worker.state == state,
-                        labels | {"state": state},
-                    )
-                    for state in WORKER_STATES
-                ]
+                gauges += _worker_gauges(worker)
         return gauges
 
 
+def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
+    labels = {"worker": worker.name}
+    samples: list[tuple[str, str, float]] = [
+        ("worker_in_flight", "Calls that are forwarded to a worker.", worker.in_flight),
+        ("worker_running", "Handlers that run on a worker, as of its last heartbeat.", worker.running),
+        (
+            "worker_waiting",
+            "Calls that wait for a slot on a worker, as of its last heartbeat.",
+            worker.waiting,
+        ),
+        ("worker_capacity", "Handlers that may run on a worker at once.", worker.capacity),
+        ("worker_lag_seconds", "The longest time that a worker's event loop was blocked lately.", worker.lag),
+    ]
+    states = [
+        GaugeSample(
+            "worker_state",
+            "1 for the current state of a worker, 0 for the others.",
+            worker.state == state,
+            labels | {"state": state},
+        )
+        for state in WORKER_STATES
+    ]
+    return [GaugeSample(name, about, value, labels) for name, about, value in samples] + states
+
+
 def _new_id() -> str:
-    """Return a name that tells a person which process it is, and that no other process has."""
+    """Return a name that shows people which process it is, and that no other process has."""
     return f"{socket.gethostname()}-{os.getpid()}-{randomness.token(3)}"

@@ -1,10 +1,10 @@
-"""Every knob of a node, with its unit and its default, on one screen.
+"""All options of a node, with their units and defaults.
 
-Two attrs classes hold the options: :class:`ServerOptions` is what any serving process has,
-:class:`ClusterServerOptions` adds what a cluster needs and contains the former. They are mutable, because a
-running node may be retuned, and every assignment is checked like a constructor's argument. A value of a wrong
-type is a ``TypeError``, one out of range an :class:`~trio_cluster.errors.OptionsError` (a ``ValueError``);
-both begin with the name of the option. Where values come from besides code is the business of ``cli/settings.py``.
+Two attrs classes hold the options: :class:`ServerOptions` has those of every serving process, and
+:class:`ClusterServerOptions` contains it and adds those of a cluster. They are mutable, because options of a running
+node may be changed, and every assignment is validated like an argument of the constructor. A value of a wrong type
+raises ``TypeError``, one out of range :class:`~trio_cluster.errors.OptionsError` (a ``ValueError``); both messages
+begin with the name of the option. ``cli/settings.py`` reads options from files, environment variables and flags.
 """
 
 from __future__ import annotations
@@ -18,14 +18,27 @@ import attrs
 
 from .errors import OptionsError
 
-__all__ = ["ClusterMode", "ClusterServerOptions", "ConflictRule", "ServerOptions", "parse_boolean"]
+__all__ = [
+    "ClusterMode",
+    "ClusterServerOptions",
+    "ConflictRule",
+    "HttpServer",
+    "ServerOptions",
+    "StreamFailure",
+    "parse_boolean",
+]
 
-#: What happens to a model name that somebody already serves.
+#: What happens if a second node registers a model under a name that is served already.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
+
+#: The HTTP server that serves the API.
+HttpServer: TypeAlias = Literal["lean", "hypercorn"]
+#: What follows the error event of a stream that has failed.
+StreamFailure: TypeAlias = Literal["end", "abort"]
 
 
 class ClusterMode(enum.StrEnum):
-    """The part that a node plays."""
+    """The role of a node in a cluster. The values are strings, so that ``mode == "master"`` holds, too."""
 
     MASTER = "master"
     WORKER = "worker"
@@ -38,11 +51,11 @@ _BOOLEANS: Final = {"yes": True, "true": True, "on": True, "1": True} | {
 
 
 def parse_boolean(text: str) -> bool:
-    """Convert the text of a boolean option: an environment variable's, or an engine's.
+    """Return the value of a boolean option that is given as text: by an environment variable, or to an engine.
 
     Args:
-        text: ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in any case, with or without
-            spaces around it.
+        text: ``yes``, ``true``, ``on``, ``1``, or ``no``, ``false``, ``off``, ``0``, in upper or lower case, with or
+            without spaces around it.
 
     Raises:
         ValueError: it is none of these.
@@ -53,7 +66,7 @@ def parse_boolean(text: str) -> bool:
         raise ValueError(f"expected yes or no, got '{text}'") from None
 
 
-# Validators. All but the last judge a value by itself; what loads settings asks them without an instance.
+# Validators. All but the last one need only the value; `cli/settings.py` calls them without an instance.
 
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -78,7 +91,7 @@ def _flag(instance: object, field: _Field, value: object) -> None:
 
 
 def _number(field: _Field, value: object) -> float:
-    # NaN compares false with everything, so it is refused here and not in each of the comparisons.
+    # NaN compares false with everything; refusing it here saves a check in each of the comparisons.
     if not isinstance(value, float) or math.isnan(value):
         raise TypeError(f"{field.name}: expected a number of seconds, got {value!r}")
     return value
@@ -112,12 +125,13 @@ def _text(instance: object, field: _Field, value: object) -> None:
 
 
 def _secret(instance: object, field: _Field, value: object) -> None:
-    # It travels in a header, where neither spaces nor letters beyond ASCII arrive as they were sent. An empty
-    # one is nearly always a variable that was not filled in, and would leave the door open without a word.
+    # Secrets are sent in a header, where neither spaces nor characters beyond ASCII arrive as they were sent. An empty
+    # one is nearly always an environment variable that was not filled in; accepting it would switch authentication off
+    # without a warning.
     if not isinstance(value, str):
         raise TypeError(f"{field.name}: expected text")
     if not value:
-        raise OptionsError(f"{field.name}: is empty; leave it out to need none")
+        raise OptionsError(f"{field.name}: must not be empty; leave it out to require none")
     if not all("!" <= character <= "~" for character in value):
         raise OptionsError(f"{field.name}: may only have visible ASCII characters, and no spaces")
 
@@ -125,6 +139,16 @@ def _secret(instance: object, field: _Field, value: object) -> None:
 def _conflict_rule(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(ConflictRule):
         raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
+
+
+def _http_server(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(HttpServer):
+        raise OptionsError(f'{field.name}: must be "lean" or "hypercorn", got {value!r}')
+
+
+def _stream_failure(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(StreamFailure):
+        raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
 
 
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
@@ -135,12 +159,12 @@ def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, v
     if worker_timeout <= heartbeat_interval:
         raise OptionsError(
             f"worker_timeout ({worker_timeout:g} s) must be longer than heartbeat_interval "
-            f"({heartbeat_interval:g} s), or every worker would be given up between two signs of life"
+            f"({heartbeat_interval:g} s), or every worker would time out between two heartbeats"
         )
 
 
 def _seconds(value: float) -> float:
-    """Make whole numbers floats; leave what is no number to the validator."""
+    """Convert whole numbers to floats; anything else is left to the validator."""
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**53 else (math.inf if value > 0 else -math.inf)
     return value
@@ -155,7 +179,7 @@ _optional = attrs.validators.optional
 
 @attrs.define
 class ServerOptions:
-    """What any serving process has. Durations are seconds.
+    """The options of every serving process. Durations are in seconds.
 
     Raises:
         TypeError: a value, given or assigned later, has a wrong type.
@@ -163,36 +187,43 @@ class ServerOptions:
     """
 
     host: str = attrs.field(default="0.0.0.0", validator=_text)
-    """The address that the OpenAI API listens on."""
+    """The address on which the OpenAI API listens."""
     port: int = attrs.field(default=8080, validator=_port)
     """The port of the OpenAI API; 0 picks a free one."""
     max_concurrency: int = attrs.field(default=10, validator=_count)
-    """How many requests this process's own handlers run at once."""
+    """How many requests the handlers of this process run at once."""
     queue_timeout: float = attrs.field(default=5.0, converter=_seconds, validator=_duration_or_zero)
-    """How long a request over that limit waits for a place; 0 refuses it at once."""
+    """How long a request over that limit waits for a slot; 0: it is refused at once."""
     default_timeout: float = attrs.field(default=60.0, converter=_seconds, validator=_duration_or_inf)
-    """The longest silence: to the first output, and between outputs. ``math.inf`` sets no limit."""
+    """The idle timeout: how long a model may take to its first output, and between outputs. ``math.inf``: no limit."""
     api_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
-    """What clients must show as a bearer token; without it, nothing."""
+    """The API key that clients must send, as a bearer token; ``None``: none is required."""
     worker_id: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
-    """The stable name of a worker; generated when empty."""
+    """The name of this node, which should not change when it is restarted; generated if it is not given."""
     owner: str = attrs.field(default="trio-cluster", validator=_text)
-    """What ``/v1/models`` gives as ``owned_by``."""
+    """What ``/v1/models`` shows as ``owned_by``."""
     max_body_size: int = attrs.field(default=512 * 1024 * 1024, validator=_count)
-    """How many bytes the body of a request may have; a larger one gets 413."""
+    """How many bytes the body of a request may have; a larger one is refused with 413."""
     max_json_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count)
-    """How many bytes a body may have that is kept in memory: every one but a form, which streams to its worker."""
+    """How many bytes a body may have that is kept in memory. All bodies are, except forms, which are streamed."""
     cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
-    """Whose web pages may use the API: ``"*"``, or origins with commas between them; without it, nobody's."""
+    """The origins of the web pages that may use the API: ``"*"``, or a list with commas; ``None``: no web page may."""
+    http: HttpServer = attrs.field(default="lean", validator=_http_server)
+    """The server of the API: ``"lean"``: the package's own, for HTTP/1.1; ``"hypercorn"``: for HTTP/1.1 and HTTP/2."""
+    stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)
+    """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
+    connection is broken off, for clients that do not know error events and must not take the stream for complete."""
 
-    allowed_hosts: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    allowed_hosts: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text)
+    )
     """Names under which clients reach a server without a key, beside addresses and ``localhost``: with commas between
     them, or ``"*"`` for any."""
 
 
 @attrs.define
 class ClusterServerOptions:
-    """What a node of a cluster has. Durations are seconds.
+    """The options of a node. Durations are in seconds.
 
     Raises:
         TypeError: a value, given or assigned later, has a wrong type.
@@ -202,25 +233,27 @@ class ClusterServerOptions:
     server: ServerOptions = attrs.field(
         factory=ServerOptions, validator=attrs.validators.instance_of(ServerOptions)
     )
+    """Those of every serving process."""
     enable_cluster: bool = attrs.field(default=True, validator=_flag)
-    """Whether ``run`` may be a master or a worker; otherwise it is a standalone server."""
+    """Whether ``run`` may become a master or a worker; otherwise it is a standalone server."""
     worker_timeout: float = attrs.field(
         default=30.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats]
     )
-    """How long the other end of a link may be silent before it is given up."""
+    """How long the other end of a link may be silent before the link is closed. Longer than ``heartbeat_interval``."""
     heartbeat_interval: float = attrs.field(
         default=5.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats]
     )
-    """How often each end of a link gives a sign of life."""
+    """The time between two heartbeats, which each end of a link sends."""
     internal_host: str | None = attrs.field(default=None, validator=_optional(_text))
-    """The address that workers connect to on a master; without it, the same as ``server.host``."""
+    """The address on which a master listens for workers; ``None``: ``server.host``."""
     internal_port: int | None = attrs.field(default=None, validator=_optional(_port))
-    """The port that workers connect to; without it, ``server.port + 1000``."""
+    """The port on which a master listens for workers; ``None``: ``server.port + 1000``."""
     cluster_token: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
-    """What workers must show to be let in; without it, nothing."""
+    """The secret that workers must send to join; ``None``: none is required."""
     on_conflict: ConflictRule = attrs.field(default="reject", validator=_conflict_rule)
-    """``"reject"``: a name that is served stays with who has it. ``"replicate"``: both serve it."""
+    """What happens if a model is registered under a name that is served already. ``"reject"``: it is refused.
+    ``"replicate"``: it becomes a further replica of that model."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
-    """How long a token may wait for others while its link is busy; it never does on an idle one."""
+    """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""

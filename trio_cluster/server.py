@@ -1,16 +1,17 @@
-"""The server: one object for every part that a process may play.
+"""The server: the object with which users register models and run a node in any role.
 
-``ClusterServer`` is what users hold. It keeps what outlives a run (the options, this process's models, the pool in
-which their handlers run) and makes a :class:`~trio_cluster.node.Node` for each run.
+``ClusterServer`` has what outlives a run (the options, the models of this process, the pool in which their handlers
+run), and makes a :class:`~trio_cluster.node.Node` for each run.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import trio
 
@@ -37,7 +38,9 @@ Started = trio.TaskStatus[ClusterMode]
 
 H = TypeVar("H", bound=Handler)
 
-#: A process that has just taken the port may not have its second one yet: ask again a few times.
+#: How often :meth:`ClusterServer.run` looks for a master if the port is taken, the seconds between two attempts, and
+#: those that an attempt may take. A master that is just starting may have the first port already and the second one not
+#: yet.
 _PROBE_TRIES: Final = 5
 _PROBE_PAUSE: Final = 0.1
 _PROBE_TIMEOUT: Final = 2.0
@@ -46,17 +49,20 @@ _PROBE_TIMEOUT: Final = 2.0
 class ClusterServer:
     """A master, a worker or a standalone server, and the models that this process serves.
 
+    Models may be registered before the server runs and while it runs. While it runs, everything here must be called
+    from inside the trio run in which it runs. Cancelling the task that runs it is always a valid way to stop it;
+    afterwards it can be run again, but not twice at the same time.
+
     Args:
-        options: all of them, or only the port of the API. They are the server's from now on.
-        network: where it listens and connects; sockets if ``None``. Tests give it a simulated one.
+        options: all options, or only the port of the API. The server uses this object and does not copy it.
+        network: opens listeners and connections; ``None``: real sockets. Tests pass a simulated network.
 
     Raises:
-        TypeError: ``options`` is neither.
-        OptionsError: the port is no port.
+        TypeError: ``options`` is neither a port nor ``ClusterServerOptions``.
+        OptionsError: the port is out of range.
 
-    Models may be registered before the server runs and while it runs. Apart from that, and from configuring it
-    before, everything here is to be called from inside the trio run in which the server runs. Cancelling the task
-    that runs it is always a valid way to stop it; afterwards it can run again, but not twice at a time.
+    Attributes:
+        network: as given.
     """
 
     def __init__(
@@ -82,37 +88,65 @@ class ClusterServer:
 
     @property
     def options(self) -> ClusterServerOptions:
-        """All options. Most of their fields may be assigned to while the server runs, and act at once."""
+        """All options. Most fields may be assigned to while the server runs, and apply at once.
+
+        Assigning another object while the server runs raises ``RuntimeError``.
+        """
         return self._options
 
     @options.setter
     def options(self, options: ClusterServerOptions) -> None:
         if self._node is not None:
-            raise RuntimeError("the options as a whole cannot be replaced while the server runs")
+            raise RuntimeError(
+                "the options object cannot be replaced while the server runs; assign to its fields instead"
+            )
         self._options = options
         self._pool.options = options
         self._pool.resize()
         self._models.replace_options(options)
 
     def set_max_concurrency(self, n: int) -> None:
-        """Let this process's handlers run ``n`` requests at once, from now on."""
+        """Set the number of requests that the handlers of this process run at once.
+
+        Args:
+            n: at least 1. If it is smaller than before, running requests go on.
+
+        Raises:
+            TypeError, OptionsError: ``n`` is not a number of at least 1.
+        """
         self._options.server.max_concurrency = n
         self._pool.resize()
 
     def set_timeout(self, seconds: float) -> None:
-        """Let handlers be silent for this long, in requests that come from now on."""
+        """Set the idle timeout of requests that arrive from now on.
+
+        Args:
+            seconds: how long a handler may take to its first output, and between outputs; ``math.inf``: no limit.
+
+        Raises:
+            TypeError, OptionsError: it is not a number of more than 0.
+        """
         self._options.server.default_timeout = seconds
 
     def set_api_key(self, key: str | None) -> None:
-        """Require this API key from now on; ``None``: require none."""
+        """Require this API key from now on.
+
+        Args:
+            key: visible ASCII characters without spaces; ``None``: require no key.
+
+        Raises:
+            TypeError, OptionsError: it is not such a key.
+        """
         self._options.server.api_key = key
 
     def set_worker_listen_address(self, host: str | None, port: int = 0) -> None:
-        """Serve a worker's own models on an address of its own too, for debugging on one machine.
+        """Let a worker also serve its own models on an address of its own, for debugging.
+
+        Without effect in the other modes. While the worker runs, its API moves to the new address.
 
         Args:
-            host: where to listen; ``None``: nowhere.
-            port: 0 picks a free one; ``url`` tells which.
+            host: the address to listen on; ``None``: do not listen.
+            port: 0 picks a free port; see :attr:`url`.
         """
         self._listen_address = None if host is None else (host, port)
         if self._node is not None:
@@ -121,15 +155,15 @@ class ClusterServer:
     # Models
 
     def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a chat model from now on; it answers ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``.
+        """Serve a chat model; it answers ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``.
 
         Args:
-            name: what clients call it.
-            handler: a function of one of the documented shapes, which gets a :class:`ChatRequest`.
-            options: what ``/v1/models`` tells about it.
+            name: the name of the model.
+            handler: a function of one of the documented shapes; it gets a :class:`ChatRequest`.
+            options: what ``/v1/models`` shows about the model.
 
         Raises:
-            ValueError: the name is taken, or is not a name.
+            ValueError: the name is taken or not valid.
             TypeError: the handler has none of the shapes.
         """
         self._models.register("chat", name, handler, options)
@@ -151,16 +185,16 @@ class ClusterServer:
     def register_image_generation(
         self, name: str, handler: Handler, options: ChatModelOptions | None = None
     ) -> None:
-        """Serve an image model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
+        """Serve an image generation model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
         self._models.register("image_generation", name, handler, options)
 
     def register_image_edit(
         self, name: str, handler: Handler, options: ChatModelOptions | None = None
     ) -> None:
-        """Serve a model that changes images, see :meth:`register_chat`; the handler gets an :class:`ImageEditRequest`.
+        """Serve a model that edits images, see :meth:`register_chat`; the handler gets an :class:`ImageEditRequest`.
 
-        One model may both make and change images: an image model of this process that has the name answers this, too,
-        and the other way round. What is told about it then stays as it is.
+        One model may both generate and edit images: if an image generation model of this process has the name, it
+        answers both from now on, and the other way round. Its options are then those of the first registration.
         """
         self._models.register("image_edit", name, handler, options)
 
@@ -173,12 +207,16 @@ class ClusterServer:
     ) -> None:
         """Serve a moderation model, see :meth:`register_chat`; the handler gets a :class:`ModerationRequest`.
 
-        It is asked about images only if its options say that it supports vision.
+        Requests with images are refused unless ``options`` has ``supports_vision``.
         """
         self._models.register("moderation", name, handler, options)
 
     def chat(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`."""
+        """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
+
+        Raises:
+            TypeError: there is no name, as in ``@server.chat`` without parentheses.
+        """
         return self._decorator("chat", name, options)
 
     def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
@@ -194,11 +232,11 @@ class ClusterServer:
         return self._decorator("tts", name, options)
 
     def image_generation(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate an image handler; see :meth:`register_image_generation`."""
+        """Decorate an image generation handler; see :meth:`register_image_generation`."""
         return self._decorator("image_generation", name, options)
 
     def image_edit(self, name: str, **options: Any) -> Callable[[H], H]:
-        """Decorate a handler that changes images; see :meth:`register_image_edit`."""
+        """Decorate a handler that edits images; see :meth:`register_image_edit`."""
         return self._decorator("image_edit", name, options)
 
     def rerank(self, name: str, **options: Any) -> Callable[[H], H]:
@@ -217,51 +255,68 @@ class ClusterServer:
         *,
         max_concurrency: int | None = None,
     ) -> None:
-        """Serve a model that answers every route itself, bytes in and bytes out; for what relays to another server.
+        """Serve a passthrough model: it answers every route, with bytes in and bytes out. For relays to other servers.
 
         Args:
-            name: what clients call it.
-            handler: a coroutine function that gets a :class:`~trio_cluster.RawCall` for each request. What the client
-                sent has not been looked at, except for the name of the model.
-            options: what ``/v1/models`` tells about it.
-            max_concurrency: how many calls run at once; the slots of this process are not used. ``None``: any number.
+            name: the name of the model.
+            handler: a coroutine function that gets a :class:`~trio_cluster.RawCall` for each request. The body of the
+                request has not been parsed, except to find the name of the model.
+            options: what ``/v1/models`` shows about the model.
+            max_concurrency: how many calls run at once; ``None``: any number. They do not take slots of this process.
 
         Raises:
-            ValueError: the name is taken, or is not a name.
-            TypeError: the handler is no coroutine function.
+            ValueError: the name is taken or not valid, or ``max_concurrency`` is less than 1.
+            TypeError: the handler is not a coroutine function.
         """
         self._models.register_raw(name, handler, options, max_concurrency)
 
     def route(self, path: str, model: str, handler: H | None = None) -> Any:
-        """Let a model answer a route that the OpenAI API does not have; a decorator if ``handler`` is left out.
+        """Let a model answer a route that is not part of the OpenAI API (a custom route).
 
         Args:
-            path: begins with ``/v1/``. Requests to it are POST, and have a field ``model``.
-            model: a model that this process serves, or a new one.
-            handler: a function of one of the documented shapes, which gets a :class:`CustomRequest`.
+            path: begins with ``/v1/``. Requests to it use POST, and have a field ``model``.
+            model: a model that this process serves, or the name of a new one.
+            handler: a function of one of the documented shapes; it gets a :class:`CustomRequest`. Left out: the method
+                returns a decorator.
+
+        Returns:
+            The handler, or the decorator.
 
         Raises:
-            ValueError: the path is not one, belongs to the API, or is answered by this model already.
-            TypeError: the handler has none of the shapes.
+            ValueError: the path is not valid, belongs to the OpenAI API, or is answered by this model already.
+            TypeError: the handler has none of the shapes, or the path or the name of the model is no text.
         """
+        if not isinstance(path, str) or not isinstance(model, str):
+            raise TypeError(
+                "a route needs a path and the name of a model: write @server.route('/v1/...', 'model')"
+            )
         if handler is None:
             return partial(self.route, path, model)
         self._models.register_route(path, model, handler)
         return handler
 
     def unregister_model(self, name: str) -> bool:
-        """Stop serving a model of this process; requests that run go on. Return whether there was one."""
+        """Stop serving a model of this process; running requests go on.
+
+        Returns:
+            Whether this process served a model of this name.
+        """
         return self._models.unregister(name)
 
     def list_models(self) -> list[str]:
-        """Return the names of all models, sorted: a master's own and its workers' together, a worker's own."""
+        """Return the names of all models, sorted. On a master, those of its workers are included."""
         return self._router.catalog.names()
 
     def has_model(self, name: str) -> bool:
-        """Tell whether a model of this name can be asked here."""
+        """Return whether this node can answer requests for a model. On a master, those of its workers are included."""
         return self._router.catalog.info(name) is not None
 
     def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+        if not isinstance(cast("object", name), str):
+            function = getattr(name, "__name__", repr(name))
+            raise TypeError(
+                f"the decorator needs the name of the model: write @server.{kind}({function!r}) above {function}"
+            )
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
@@ -279,12 +334,12 @@ class ClusterServer:
 
     @property
     def mode(self) -> ClusterMode | None:
-        """The part this server plays; ``None`` while it does not run."""
+        """The role of this server; ``None`` while it does not run."""
         return None if self._node is None else self._node.mode
 
     @property
     def url(self) -> str | None:
-        """Where this process's API is reached from this machine; ``None`` while it serves none."""
+        """The URL of this process's API, as seen from this machine; ``None`` while it serves none."""
         return None if self._node is None else self._node.url
 
     @property
@@ -294,38 +349,38 @@ class ClusterServer:
 
     @property
     def internal_port(self) -> int | None:
-        """The port on which a master takes workers; ``None`` in the other modes."""
+        """The port on which a master listens for workers; ``None`` in the other modes."""
         return None if self._node is None else self._node.internal_port
 
     @property
     def app(self) -> QuartTrio | None:
-        """The Quart-trio application of a master or standalone server, to which routes can be added."""
+        """The Quart-Trio application, to which routes can be added; ``None`` on a worker, and while it does not run."""
         return None if self._node is None else self._node.app
 
     @property
     def router(self) -> Router:
-        """The models that can be asked here, the calls that are live, and the counters of those that are over."""
+        """The models that this node can answer for, its live calls, and the counters of all calls."""
         return self._router
 
     @property
     def registry(self) -> Router:
         """The former name of :attr:`router`; deprecated."""
-        warnings.warn("ClusterServer.registry is called router", DeprecationWarning, stacklevel=2)
+        warnings.warn("ClusterServer.registry was renamed to router", DeprecationWarning, stacklevel=2)
         return self._router
 
     @property
     def pool(self) -> HandlerPool:
-        """The slots of this process and the tasks of its handlers."""
+        """The slots of this process, and the tasks of its handlers."""
         return self._pool
 
     @property
     def worker_manager(self) -> WorkerManager | None:
-        """A master's workers; ``None`` in the other modes."""
+        """The workers of a master; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_manager
 
     @property
     def worker_client(self) -> WorkerClient | None:
-        """A worker's link to its master; ``None`` in the other modes."""
+        """A worker's connection to its master; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_client
 
     def _announce(self, info: ModelInfo) -> None:
@@ -338,11 +393,31 @@ class ClusterServer:
 
     # Running
 
-    def stop(self) -> None:
-        """Ask for a graceful stop; the ``run*`` call returns when it is done.
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run this server as the command line would, as the whole program: the last line of a script. Blocks.
 
-        New requests are refused, running ones get ``drain_timeout`` seconds to finish, then they are cancelled.
-        Does nothing while the server does not run.
+        ``python models.py`` is ``trio-cluster run --app models:server``, and takes its flags; ``python models.py
+        master`` and ``python models.py worker HOST PORT`` are the other commands. Options come from this server, a
+        file, the environment and flags, later ones winning. The log goes to standard error. SIGTERM and Ctrl-C drain
+        and stop, a second one stops at once.
+
+        Args:
+            argv: the arguments; ``sys.argv[1:]`` if ``None``.
+
+        Raises:
+            SystemExit: it has failed, or help was asked for; errors have been printed, in one line. After a stop that
+                was asked for, this returns.
+        """
+        # The command line stands above this module, and is not loaded where it is not used.
+        program = importlib.import_module(".cli", __package__)
+        if code := program.run_application(self, argv):
+            raise SystemExit(code)
+
+    def stop(self) -> None:
+        """Request a graceful shutdown. Synchronous, idempotent; the ``run*`` method returns when it is done.
+
+        New requests are refused, running ones have ``drain_timeout`` seconds to finish, and are then cancelled. Without
+        effect while the server does not run.
         """
         if self._node is not None:
             self._node.stop()
@@ -350,18 +425,20 @@ class ClusterServer:
     async def run(
         self, port: int | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
     ) -> ClusterMode:
-        """Be the master if ``port`` is free, and a worker of the master that holds it if it is not.
+        """Run as the master if ``port`` is free, and as a worker if a master has it.
+
+        With ``enable_cluster=False``, run as a standalone server.
 
         Args:
-            port: the port of the API; without it, the one in the options, which is 8080 if nobody chose another.
-            task_status: started with the mode once the server serves, or is registered.
+            port: the port of the API; ``None``: the one in the options.
+            task_status: started with the mode, when requests are accepted or the worker's models are registered.
 
         Returns:
             The mode in which it ran, after it was stopped.
 
         Raises:
-            ClusterPortError: the port is held by something else than a trio_cluster master.
-            HandshakeRefused: the master that holds it does not take this worker.
+            ClusterPortError: another program than a trio_cluster master has the port, or another port is not available.
+            HandshakeRefused: the master refused this worker.
             RuntimeError: the server runs already.
         """
         if not self._options.enable_cluster:
@@ -371,7 +448,7 @@ class ClusterServer:
             try:
                 external, internal = await self._open_pair(port)
             except ClusterPortError as error:
-                # Any other port than the first one being taken is for a person to mend.
+                # If another port than the API's is taken, no master has the pair; only the user can resolve that.
                 if error.port != port or not error.taken:
                     raise
                 refusal = error
@@ -385,23 +462,25 @@ class ClusterServer:
                 await trio.sleep(_PROBE_PAUSE)
         raise ClusterPortError(
             port,
-            f"held by something that is not a trio_cluster master (nothing answers as one on {internal_port})",
+            "taken by a program that is not a trio_cluster master (none answers on port "
+            f"{internal_port}); stop that program, or choose another port",
         ) from refusal
 
     async def run_as_master(
         self, port: int | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
     ) -> ClusterMode:
-        """Serve the API on ``port`` and take workers on ``port + 1000``.
+        """Run as a master: serve the API on ``port``, and listen for workers on ``port + 1000``.
 
         Args:
-            port: 0 picks a free pair of ports, still 1000 apart.
-            task_status: started with the mode once it serves.
+            port: the port of the API; 0 picks a free pair of ports that are 1000 apart; ``None``: the one in the
+                options.
+            task_status: started with the mode when requests and workers are accepted.
 
         Returns:
             ``ClusterMode.MASTER``, after it was stopped.
 
         Raises:
-            ClusterPortError: a port cannot be had.
+            ClusterPortError: it cannot listen on a port.
             RuntimeError: the server runs already.
         """
         external, internal = await self._open_pair(self._options.server.port if port is None else port)
@@ -410,20 +489,20 @@ class ClusterServer:
     async def run_as_worker(
         self, master_host: str, master_port: int, *, task_status: Started = trio.TASK_STATUS_IGNORED
     ) -> ClusterMode:
-        """Serve this process's models to a master, and come back to it for as long as this runs.
+        """Run as a worker: serve the models of this process to a master, and reconnect whenever the link is lost.
 
         Args:
-            master_host: a name or an address.
+            master_host: the master's host name or address.
             master_port: the master's internal port.
-            task_status: started with the mode once the models are registered for the first time.
+            task_status: started with the mode when the models are registered for the first time.
 
         Returns:
             ``ClusterMode.WORKER``, after it was stopped.
 
         Raises:
-            HandshakeRefused: the master does not take this worker (wrong token, another protocol), or what is there
-                is not a master. Everything that a retry may mend is retried instead.
-            ClusterPortError: the worker's own listen address cannot be had.
+            HandshakeRefused: the master refused this worker (wrong token, incompatible protocol), or what listens there
+                is not a master. Failures that may pass, such as a master that cannot be reached, are retried instead.
+            ClusterPortError: it cannot listen on the address of :meth:`set_worker_listen_address`.
             RuntimeError: the server runs already.
         """
         with self._node_for(ClusterMode.WORKER) as node:
@@ -433,17 +512,17 @@ class ClusterServer:
     async def run_as_standalone(
         self, port: int | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
     ) -> ClusterMode:
-        """Serve the API on ``port`` with this process's models only.
+        """Run as a standalone server: serve the API on ``port``, with the models of this process only.
 
         Args:
-            port: 0 picks a free one.
-            task_status: started with the mode once it serves.
+            port: the port of the API; 0 picks a free one; ``None``: the one in the options.
+            task_status: started with the mode when requests are accepted.
 
         Returns:
             ``ClusterMode.STANDALONE``, after it was stopped.
 
         Raises:
-            ClusterPortError: the port cannot be had.
+            ClusterPortError: it cannot listen on the port.
             RuntimeError: the server runs already.
         """
         with self._node_for(ClusterMode.STANDALONE) as node:

@@ -1,4 +1,4 @@
-"""The description that the node publishes of itself: whole, valid, and open to everybody."""
+"""The OpenAPI description of the node: complete, valid, and readable without a key."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_every_route_is_described_and_nothing_else(node: HttpNode) -> None
         for method in item
         if method != "parameters"
     }
-    # Everything under /v1 also answers without it, which is said once.
+    # Every route under /v1 is also served without it, which is described once.
     truncate_reason = {
         (path.removeprefix("/v1"), method) for path, method in described if path.startswith("/v1")
     }

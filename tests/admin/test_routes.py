@@ -70,7 +70,7 @@ async def test_a_body_is_looked_into_beforehand_only_while_a_model_wants_it_unto
     assert (await node.post()).status_code == 200
     assert looked_at == 0
     node.add("raw", kind="any")
-    # Of no kind that is known here, but that is not for us to say.
+    # Of no kind that is known here, which the model itself has to judge.
     assert (await node.post({"model": "raw", "messages": 7})).status_code == 200
     assert (await node.post()).status_code == 200
     assert looked_at == 2
@@ -202,7 +202,7 @@ async def scrape(node: HttpNode) -> dict[str, float]:
     }
 
 
-async def test_the_metrics_are_the_books(node: HttpNode) -> None:
+async def test_the_metrics_are_the_counters(node: HttpNode) -> None:
     node.add("vectors", "embedding")
     node.add("other")
     await node.post()
@@ -249,7 +249,7 @@ async def test_the_metrics_show_what_the_node_adds(node: HttpNode) -> None:
     assert numbers["trio_cluster_workers"] == 2
 
 
-async def test_the_index_says_what_this_is(node: HttpNode) -> None:
+async def test_the_index_shows_what_this_server_is(node: HttpNode) -> None:
     async with node.client() as client:
         index = (await client.get("/")).json()
     assert index["name"] == "trio_cluster"

@@ -372,6 +372,10 @@ def test_an_interrupt_is_a_stop_as_asked(main: Main, monkeypatch: pytest.MonkeyP
         ),
         ("\n\nundefined", "NameError: name 'undefined' is not defined (app.py, line 3;"),
         ("def", "SyntaxError: "),
+        (
+            "from trio_cluster import ClusterServer\nserver = ClusterServer()\n@server.chat\ndef m(request): ...",
+            "TypeError: the decorator needs the name of the model: write @server.chat('m') above m (app.py, line 3;",
+        ),
     ],
 )
 def test_an_error_in_the_import_of_an_application_is_not_bad_usage(
@@ -381,3 +385,22 @@ def test_an_error_in_the_import_of_an_application_is_not_bad_usage(
     code, _, err = main("worker", "-a", "app:server")
     assert one_line(err).startswith(expected)
     assert code == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("[server.register_chat('m', lambda request: '') for _ in (1, 2)]", "already served"),
+        ("server.register_tts('m', 7)", "a handler is a function, not 7"),
+        ("server.chat(' m')(lambda request: '')", "a model's name has"),
+    ],
+)
+def test_an_error_of_a_registration_names_the_user_s_line(
+    line: str, error: str, main: Main, place: Path
+) -> None:
+    source = f"from trio_cluster import ClusterServer\nserver = ClusterServer()\n\n{line}\n"
+    (place / "app.py").write_text(source)
+    code, _, err = main("worker", "-a", "app:server")
+    assert code == 1
+    assert error in one_line(err)
+    assert "(app.py, line 4;" in one_line(err)

@@ -59,9 +59,9 @@ def start(place: Path) -> Iterator[Callable[..., Process]]:
     (place / "app.py").write_text(APP)
     started: list[Process] = []
 
-    def start(*argv: str) -> Process:
+    def start(*argv: str, program: str | None = None) -> Process:
         popen = subprocess.Popen(
-            [sys.executable, "-m", "trio_cluster", *argv],
+            [sys.executable, *(["-m", "trio_cluster"] if program is None else [program]), *argv],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

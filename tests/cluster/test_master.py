@@ -20,7 +20,7 @@ from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, WorkerLost
-from trio_cluster.link.websocket import PATH
+from trio_cluster.link.websocket import PATH, PROBE_PATH
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.openai import ChatRequest, OutputChunk
 from trio_cluster.protocol import MAGIC, SUBPROTOCOL, Handshake, Heartbeat, RegisterModel, encode
@@ -139,9 +139,17 @@ class RawWorker:
         self._stream, _ = cluster.connect()
         self._protocol = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
 
-    async def join(self, name: str, model: str, instance: str = "") -> None:
+    async def handshake(self, path: str = PATH, headers: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
+        """Ask for a websocket, and return the answer."""
+        request = WebSocketRequest(
+            host="master", target=path, subprotocols=[SUBPROTOCOL], extra_headers=list(headers)
+        )
+        await self._stream.send_all(self._protocol.send(request))
+        return bytes(await self._stream.receive_some())
+
+    async def join(self, name: str, model: str, instance: str = "", path: str = PATH) -> None:
         """Connect, and register one model."""
-        request = WebSocketRequest(host="master", target=PATH, subprotocols=[SUBPROTOCOL])
+        request = WebSocketRequest(host="master", target=path, subprotocols=[SUBPROTOCOL])
         await self._stream.send_all(self._protocol.send(request))
         self._protocol.receive_data(bytes(await self._stream.receive_some()))
         hello = [Handshake(MAGIC, 1, 1, name, "1", instance), RegisterModel.of(ModelInfo(model, "chat"))]
@@ -796,3 +804,40 @@ async def test_a_wrong_token_is_refused_and_logged_on_both_sides(
     assert cluster.router.catalog.names() == []
     right = await cluster.start("w2", echo, cluster_token="right")
     assert right.client.connected
+
+
+async def test_nothing_that_a_probe_sends_after_its_handshake_is_decoded(
+    cluster: MemoryCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("trio_cluster.protocol.session.decode", decoded.append)
+    probe = RawWorker(cluster)
+    await probe.join("w1", "m", path=PROBE_PATH)
+    await wait_all_tasks_blocked()
+    assert (decoded, cluster.manager.workers) == ([], {})
+
+
+async def test_nothing_that_a_worker_sends_whose_name_is_taken_is_decoded(
+    cluster: MemoryCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.start("w1", echo)
+    decoded: list[bytes] = []
+    monkeypatch.setattr("trio_cluster.protocol.session.decode", decoded.append)
+    await RawWorker(cluster).join("w1", "m")
+    await wait_all_tasks_blocked()
+    assert decoded == []
+
+
+@pytest.mark.parametrize("origin", [b"http://evil.example", b"null", b"", b"http://master:9000"])
+@pytest.mark.parametrize("path", [PATH, PROBE_PATH, "/elsewhere"])
+@pytest.mark.parametrize("token", [None, "secret"])
+async def test_a_web_page_can_neither_join_nor_probe(
+    nursery: trio.Nursery, origin: bytes, path: str, token: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = MemoryCluster(nursery, cluster_token=token)
+    headers = ((b"Origin", origin), (b"Authorization", b"Bearer secret"))
+    answer = await RawWorker(cluster).handshake(path, headers)
+    assert answer.startswith(b"HTTP/1.1 403 ")
+    await wait_all_tasks_blocked()
+    assert "connection refused: no web page may connect here" in caplog.text
+    assert (await RawWorker(cluster).handshake(PROBE_PATH)).startswith(b"HTTP/1.1 101 ")

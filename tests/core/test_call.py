@@ -94,7 +94,7 @@ def test_a_cancel_ends_the_answer_at_once_and_asks_the_producer_once() -> None:
     assert call.body.waiting_bytes == 0
 
 
-def test_what_is_put_after_a_cancel_vanishes() -> None:
+def test_events_that_are_put_after_a_cancel_are_dropped() -> None:
     call = Call(REQUEST)
     call.cancel("client left")
     call.put(Head())
@@ -115,7 +115,7 @@ def test_a_cancel_after_the_end_does_nothing() -> None:
     assert call.cancelled is None
 
 
-def test_a_call_tells_how_far_it_is() -> None:
+def test_the_phase_of_a_call() -> None:
     call = Call(REQUEST)
     assert call.phase == "waiting"
     call.queued = True
@@ -128,7 +128,7 @@ def test_a_call_tells_how_far_it_is() -> None:
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_whoever_cancels_says_whether_the_client_should_come_back(final: bool) -> None:
+def test_a_cancellation_decides_whether_the_client_should_try_again(final: bool) -> None:
     call = Call(REQUEST)
     call.cancel("enough", final=final)
     assert isinstance(call.end, Failed)
@@ -161,7 +161,7 @@ def test_sinks_get_first_what_waited_and_then_everything_as_it_is_put_and_say_wh
     assert sunk == [Head(), b"1", b"22", b"333", Done()]
 
 
-def test_a_sink_is_told_of_a_cancel() -> None:
+def test_a_sink_gets_the_end_of_a_cancelled_call() -> None:
     call = Call(REQUEST)
     sunk: list[Event] = []
     call.redirect(sunk.append, lambda data, last: False)
@@ -222,7 +222,7 @@ async def test_a_cancel_frees_a_producer_that_waits_for_room(nursery: trio.Nurse
     call.cancel("client left")
 
 
-def test_the_producer_is_told_of_bytes_when_they_are_taken_and_not_when_they_are_put() -> None:
+def test_the_producer_gets_credit_when_bytes_are_taken_and_not_when_they_are_put() -> None:
     taken: list[int] = []
     call = Call(REQUEST, on_consumed=taken.append)
     call.put(Head())
@@ -234,17 +234,17 @@ def test_the_producer_is_told_of_bytes_when_they_are_taken_and_not_when_they_are
     assert call.body.delivered == 5
 
 
-def test_release_tells_everybody_once_that_the_work_has_stopped() -> None:
+def test_release_calls_each_callback_once() -> None:
     call = Call(REQUEST)
-    told: list[str] = []
-    call.on_release(lambda: told.append("first"))
+    called: list[str] = []
+    call.on_release(lambda: called.append("first"))
     call.put(Head())
     call.put(Done())
-    assert told == []
+    assert called == []
     call.release()
     call.release()
-    call.on_release(lambda: told.append("late"))
-    assert told == ["first", "late"]
+    call.on_release(lambda: called.append("late"))
+    assert called == ["first", "late"]
 
 
 def test_work_that_stops_without_an_answer_has_failed() -> None:

@@ -106,30 +106,30 @@ def test_a_sink_gets_what_waits_and_then_what_comes() -> None:
     assert sink.pieces == [(b"ab", False), (b"c", False), (b"", True)]
 
 
-def test_a_sink_is_told_of_an_end_that_was_there_before_it() -> None:
+def test_a_sink_gets_an_end_that_was_put_before_it_was_set() -> None:
     upload, sink = ByteChannel(), Sink()
     upload.put(b"", last=True)
     upload.redirect(sink)
     assert sink.pieces == [(b"", True)]
 
 
-def test_a_sink_is_told_nothing_while_there_is_nothing() -> None:
+def test_a_sink_is_not_called_while_there_is_nothing() -> None:
     upload, sink = ByteChannel(), Sink()
     upload.redirect(sink)
     upload.put(b"")
     assert sink.pieces == []
 
 
-def test_who_wants_to_know_that_it_is_complete_is_told_once_it_is() -> None:
-    told: list[int] = []
+def test_on_complete_is_called_once_the_body_is_complete() -> None:
+    called: list[int] = []
     upload = ByteChannel()
-    upload.on_complete(lambda: told.append(upload.received))
+    upload.on_complete(lambda: called.append(upload.received))
     upload.put(b"ab")
-    assert told == []
+    assert called == []
     upload.put(b"c", last=True)
-    assert told == [3]
-    upload.on_complete(lambda: told.append(-1))
-    assert told == [3, -1]
+    assert called == [3]
+    upload.on_complete(lambda: called.append(-1))
+    assert called == [3, -1]
 
 
 # The producer
@@ -197,9 +197,9 @@ def test_more_of_a_complete_body_is_an_error() -> None:
 # Wanting no more
 
 
-async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(nursery: trio.Nursery) -> None:
-    upload, told, room = ByteChannel(), trio.Event(), trio.Event()
-    upload.on_close(told.set)
+async def test_closing_calls_on_close_and_releases_a_producer_that_waits(nursery: trio.Nursery) -> None:
+    upload, called, room = ByteChannel(), trio.Event(), trio.Event()
+    upload.on_close(called.set)
     upload.put(bytes(WINDOW))
 
     async def produce() -> None:
@@ -210,12 +210,12 @@ async def test_who_produces_is_told_that_nobody_wants_more_and_waits_no_longer(n
     await wait_all_tasks_blocked()
     assert not room.is_set()
     upload.close()
-    assert told.is_set()
+    assert called.is_set()
     await wait_all_tasks_blocked()
     assert room.is_set()
 
 
-async def test_what_comes_after_a_close_vanishes_and_gives_no_credit() -> None:
+async def test_what_is_put_after_a_close_is_dropped_and_gives_no_credit() -> None:
     credit: list[int] = []
     upload, sink = ByteChannel(on_consumed=credit.append), Sink()
     upload.redirect(sink)
@@ -226,21 +226,21 @@ async def test_what_comes_after_a_close_vanishes_and_gives_no_credit() -> None:
     assert (sink.data, credit, upload.received) == (b"a", [], 2)
 
 
-def test_closing_again_tells_nobody_again() -> None:
-    told: list[str] = []
+def test_closing_again_calls_nothing_again() -> None:
+    called: list[str] = []
     upload = ByteChannel()
-    upload.on_close(lambda: told.append("first"))
+    upload.on_close(lambda: called.append("first"))
     upload.close()
     upload.close()
-    assert told == ["first"]
-    upload.on_close(lambda: told.append("late"))
-    assert told == ["first", "late"]
+    assert called == ["first"]
+    upload.on_close(lambda: called.append("late"))
+    assert called == ["first", "late"]
 
 
-def test_the_end_of_a_call_whose_body_is_there_interrupts_nobody() -> None:
-    told: list[str] = []
+def test_the_end_of_a_call_whose_body_is_complete_does_not_close_it() -> None:
+    called: list[str] = []
     upload = ByteChannel()
-    upload.on_close(lambda: told.append("closed"))
+    upload.on_close(lambda: called.append("closed"))
     upload.put(b"a", last=True)
     upload.close()
-    assert told == []
+    assert called == []

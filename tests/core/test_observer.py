@@ -1,4 +1,4 @@
-"""Observers are told of what they ask for, and of nothing else."""
+"""Observers are called for the steps that they override, and for no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_step_that_no_observer_overrides_has_no_listeners() -> None:
     assert [getattr(observers, step) for step in steps] == [()] * len(steps)
 
 
-def test_an_observer_that_was_removed_is_told_nothing_more() -> None:
+def test_an_observer_that_was_removed_is_not_called_any_more() -> None:
     observers, first, second = Observers(), Ends(), Ends()
     observers.add(first)
     observers.add(second)
@@ -42,26 +42,26 @@ def test_an_observer_that_was_removed_is_told_nothing_more() -> None:
         observers.remove(first)
 
 
-def test_a_call_tells_when_it_waits_for_a_slot_and_when_its_answer_begins() -> None:
-    told: list[str] = []
+def test_observers_are_called_when_a_call_waits_for_a_slot_and_when_its_answer_begins() -> None:
+    called: list[str] = []
 
     class Steps(Observer):
         def on_queued(self, call: Call) -> None:
-            told.append("queued")
+            called.append("queued")
 
         def on_first_byte(self, call: Call) -> None:
-            told.append("first byte")
+            called.append("first byte")
 
     call = Call(REQUEST)
     call.observers = Observers()
     call.observers.add(Steps())
     call.set_queued(True)
     call.set_queued(False)
-    # What a worker reports again and again is told once.
+    # What a worker reports repeatedly is passed on once.
     for _ in range(2):
         call.report(queued=True, produced=0)
     call.report(queued=False, produced=0)
     call.put(Head())
     call.body.put(b"x")
     call.put(Done())
-    assert told == ["queued", "queued", "first byte"]
+    assert called == ["queued", "queued", "first byte"]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import trio
 
 pytest.importorskip("numpy")
 
+from trio_cluster import ClusterServer, OutputChunk
 from trio_cluster.demo import cluster, questions as asked, run_demo
 from trio_cluster.demo.snippets import how_to_try
 from trio_cluster.errors import ClusterError, ClusterPortError
@@ -143,7 +145,7 @@ async def test_a_taken_port_is_an_error_that_names_it(small: None) -> None:
     importlib.util.find_spec("xllamacpp") is not None, reason="its libraries are installed here"
 )
 async def test_missing_libraries_are_named_with_what_to_install() -> None:
-    with pytest.raises(ClusterError, match=r"install them with: pip install 'trio-cluster\[demo\]' .*needs"):
+    with pytest.raises(ClusterError, match=r"install them with: pip install .*'\.\[demo\]' .*needs"):
         await run_demo(0, check=True, out=io.StringIO())
 
 
@@ -158,6 +160,55 @@ def test_the_snippets_can_be_pasted() -> None:
     ]
     code, _, _ = python.partition("\nCtrl-C")
     compile(code, "snippet", "exec")
+
+
+def sound() -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"\0\0" * 800)
+    return buffer.getvalue()
+
+
+async def test_what_is_printed_runs(tmp_path: Path) -> None:
+    """Each shell command as it is printed, and the Python as a program and as it is typed into an interpreter."""
+    pytest.importorskip("openai")
+    server = ClusterServer()
+    server.options.server.host = "127.0.0.1"
+    server.register_chat("smollm2", lambda request: "It is large.")
+    server.register_embedding("all-MiniLM-L6-v2", lambda request: [[0.5, 1.0]] * len(request.inputs))
+    server.register_tts("hibari", lambda request: OutputChunk.audio(sound(), "audio/wav"))
+    server.register_asr("whisper-tiny.en", lambda request: f"{len(request.audio)} bytes")
+    server.register_image_generation("digits", lambda request: b"\x89PNG")
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+    async def run(*command: str, stdin: str = "") -> str:
+        done = await trio.run_process(
+            command, cwd=tmp_path, env=environment, stdin=stdin.encode(), capture_stdout=True,
+            capture_stderr=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+        assert b"Error" not in done.stderr, done.stderr
+        return done.stdout.decode()
+
+    with trio.fail_after(FAR):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run_as_standalone, 0)
+            printed = how_to_try(f"{server.url}/v1")
+            shell, _, python = printed.partition("# Python (pip install openai)\n")
+            commands = [part for part in shell.split("\n\n") if "curl " in part]
+            assert len(commands) == 5
+            for command in commands:
+                answer = await run("sh", "-c", command.replace("curl ", "curl --fail-with-body -sS "))
+                assert '"error"' not in answer
+            assert (tmp_path / "speech.wav").read_bytes() == sound()
+            code, _, _ = python.partition("\nCtrl-C")
+            said = f"It is large.{len(sound())} bytes\n"
+            assert await run(sys.executable, "-c", code) == said
+            assert (tmp_path / "seven.png").read_bytes() == b"\x89PNG"
+            # An interpreter ends a loop at an empty line only.
+            assert "It is large." in await run(sys.executable, "-i", "-q", stdin=code + "\n")
+            nursery.cancel_scope.cancel()
 
 
 @pytest.fixture

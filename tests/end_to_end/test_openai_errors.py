@@ -191,7 +191,7 @@ async def test_a_stream_that_fails_raises_after_what_came_before(served: Served)
 
 
 @pytest.mark.parametrize("model", ["failing", "failing/thread"])
-async def test_a_stream_that_fails_ends_in_one_error_event_and_a_broken_connection(
+async def test_a_stream_that_fails_ends_in_one_error_event_and_a_proper_end(
     served: Served, model: str
 ) -> None:
     answer = await served.stream(chat(model, stream=True, pieces=3, status=500))
@@ -199,7 +199,7 @@ async def test_a_stream_that_fails_ends_in_one_error_event_and_a_broken_connecti
     assert answer.report.text == "0 1 2 "
     assert answer.report.error is not None
     assert answer.report.error["code"] == "my_code"
-    assert not answer.whole
+    assert answer.whole
 
 
 async def test_a_plain_answer_is_an_error_also_if_the_handler_fails_after_its_first_output(

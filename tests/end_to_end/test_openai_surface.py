@@ -259,4 +259,4 @@ async def test_a_route_of_its_own_is_not_for_any_method(served: Served) -> None:
     async with served.http() as client:
         response: httpx.Response = await client.get("/v1/tokenize")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
-    assert response.json()["error"]["message"] == "/v1/tokenize does not take GET"
+    assert response.json()["error"]["message"] == "/v1/tokenize does not allow GET"

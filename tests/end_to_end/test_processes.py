@@ -361,7 +361,7 @@ async def test_a_worker_serves_its_own_models_on_an_address_of_its_own_if_it_is_
 ) -> None:
     master = await nodes.master(models="a")
     worker = await nodes.worker(master, "w", "--listen", "127.0.0.1:0", models="b", ready=False)
-    api = await worker.log("this worker's own API")
+    api = await worker.log("serving this worker's own API")
     await worker.log("registered with the master")
     own = Node(worker.process, "worker", int(api["url"].rpartition(":")[2]))
     assert await models(own) == {"b"}

@@ -342,18 +342,63 @@ HALF_AN_EVENT = b'data: {"choices":[{"ind'
     ],
     ids=["between chunks", "inside an event", "inside a chunk", "short", "close-delimited"],
 )
-async def test_a_stream_that_breaks_off_is_an_error_event_and_an_aborted_body(
+async def test_a_stream_that_breaks_off_is_an_error_event_and_a_proper_end(
     upstream: tuple[Served, RawServer, Behind], answer: bytes
 ) -> None:
     served, _, behind = upstream
     behind.answer = answer_with(answer, close=True)
     stream = await served.stream(chat("m", stream=True))
-    assert not stream.whole
+    assert stream.whole
     report = stream.report
     assert report.ending == "failed"
     assert report.error is not None
     assert report.error["code"] == "upstream_lost"
     assert len(report.events) == 1
+
+
+BLOCK = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
+STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
+TEXT = (
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":3}\n\n'
+)
+COMPLETED = (
+    b'event: response.completed\ndata: {"type":"response.completed","sequence_number":4,"response":'
+    b'{"output":["%s"]}}\n\n' % (b"x" * 100_000)
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "added"),
+    [
+        ("/v1/messages", BLOCK, b'event: error\ndata: {"type":"error","error":{"type":"api_error",'),
+        ("/v1/messages", BLOCK + STOP, None),
+        ("/v1/messages", BLOCK + OVERLOADED, None),
+        (
+            "/v1/responses",
+            TEXT,
+            b'event: response.failed\ndata: {"type":"response.failed","sequence_number":4,',
+        ),
+        ("/v1/responses", TEXT + COMPLETED, None),
+    ],
+    ids=["message", "whole message", "failed message", "response", "whole response"],
+)
+@pytest.mark.parametrize("framing", [b"", b"Transfer-Encoding: chunked\r\n"], ids=["close", "chunks"])
+async def test_a_stream_of_another_api_that_breaks_off_fails_in_its_own_grammar(
+    upstream: tuple[Served, RawServer, Behind],
+    framing: bytes,
+    path: str,
+    sent: bytes,
+    added: bytes | None,
+) -> None:
+    served, _, behind = upstream
+    body = chunk(sent) if framing else sent
+    behind.answer = answer_with(EVENTS + framing + b"\r\n" + body, close=True)
+    stream = await served.stream({"model": "m", "input": "x", "stream": True}, path)
+    assert stream.whole
+    assert stream.body.startswith(sent)
+    rest = stream.body.removeprefix(sent)
+    assert rest.startswith(added) and rest.count(b"event: ") == 1 if added else not rest
 
 
 async def test_a_plain_answer_that_breaks_off_is_a_502(upstream: tuple[Served, RawServer, Behind]) -> None:
@@ -383,7 +428,7 @@ async def test_a_server_that_freezes_is_a_deadline(begun: bool) -> None:
         with trio.fail_after(1):
             await closed.wait()
         if begun:
-            assert not stream.whole
+            assert stream.whole
             assert stream.report.error is not None
             assert stream.report.error["code"] == "timeout"
         else:
@@ -531,7 +576,7 @@ async def test_a_server_that_is_killed_fails_its_streams_and_is_back_when_it_is_
         stream: Stream = await nursery.start(Stream().read, master.url, chat("m", stream=True))
         upstream.process.send_signal(signal.SIGKILL)
         failed = await stream.end(within=1)
-        assert not failed.whole
+        assert failed.whole
         assert failed.report.ending == "failed"
         assert failed.report.error is not None
         assert failed.report.error["code"] == "upstream_lost"

@@ -49,6 +49,12 @@ def read(*pieces: bytes, eof: bool = False) -> tuple[ResponseReader, bytes]:
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc", False),
         (CHUNKED + b"2\r\nab\r\n1;x=y\r\nc\r\n0\r\nTrailer: t\r\n\r\n", b"abc", False),
+        (CHUNKED + b"000A ; x\r\n0123456789\r\n0\r\n\r\n", b"0123456789", False),
+        (
+            CHUNKED + b'A \r\n0123456789\r\n1\t;a = "b" ; c\r\n\r\r\n00 ;\r\nT: t\r\n\r\n',
+            b"0123456789\r",
+            False,
+        ),
         (b"HTTP/1.1 204 No Content\r\n\r\n", b"", False),
         (b"HTTP/1.1 200\r\nContent-Length: 0\r\nX: \r\n\r\n", b"", False),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na", b"a", False),
@@ -120,6 +126,16 @@ def test_bytes_after_a_response_are_dropped_and_prevent_keep_alive(surplus: byte
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
         CHUNKED + b"zz\r\n",
+        CHUNKED + b"0x1\r\na\r\n",
+        CHUNKED + b" 1\r\na\r\n",
+        CHUNKED + b"+1\r\na\r\n",
+        CHUNKED + b"1 1\r\na\r\n",
+        CHUNKED + b";x\r\n",
+        CHUNKED + b"1\na\r\n",
+        CHUNKED + b"1;x\ry\r\na\r\n",
+        CHUNKED + b"1\r\nab\r\n",
+        CHUNKED + b"1\r\na\n0\r\n\r\n",
+        CHUNKED + b"%x\r\n" % (1 << 64),
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * FRAMING_LIMIT,
         b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * (FRAMING_LIMIT // 6),
     ],
@@ -168,7 +184,6 @@ def test_a_base_url_is_parsed(url: str, expected: tuple[str, str, int, str], aut
         "http://host:70000/v1",
         "http://host:0/v1",
         "http://user:secret@host/v1",
-        "http://host/v1?key=x",
         "http://host/v1#x",
         "http://host/a b",
         "http://host/\r\nx: y",
@@ -237,6 +252,17 @@ async def test_a_request_is_sent_as_it_is() -> None:
         b"POST /v1/chat%%2Fx HTTP/1.1\r\nhost: 127.0.0.1:%d\r\naccept-encoding: identity\r\nx-a: 1\r\n"
         b"content-type: text/plain\r\ncontent-length: 5" % server.port
     )
+
+
+async def test_a_query_of_the_base_url_is_part_of_every_request_and_is_not_shown() -> None:
+    async with open_raw_server(echo) as server:
+        client = HttpClient(BaseURL.parse(f"{server.url}/?api-version=2024-06-01&sig=secret"))
+        await client.fetch(HttpRequest("POST", "/chat"), 100)
+        await client.fetch(HttpRequest("GET", "/models"), 100)
+        client.close()
+    query = "?api-version=2024-06-01&sig=secret"
+    assert [received.target for received in server.received] == [f"/v1/chat{query}", f"/v1/models{query}"]
+    assert "secret" not in f"{client.base} {client.base!r}"
 
 
 async def test_a_header_cannot_inject_another_one() -> None:
@@ -368,6 +394,47 @@ async def test_a_connection_without_keep_alive_is_closed(answer: bytes) -> None:
         assert (await send(client))[1] == b"a"
         assert (await send(client))[1] == b"a"
         assert len(server.visits) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reused"),
+    [
+        ("200 OK", b"body", True),
+        ("404 Not Found", b"body", False),
+        ("413 Content Too Large", b"x" * 100_000, False),
+        ("500 Oops", b"body", False),
+        ("302 Found", b"body", False),
+        ("404 Not Found", b"", True),
+    ],
+)
+async def test_a_connection_is_kept_only_if_the_body_of_its_request_was_surely_read(
+    status: str, body: bytes, reused: bool
+) -> None:
+    async def script(visit: Visit) -> None:
+        while True:
+            await visit.request()
+            await visit.send(reply(b"x", status))
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        for _ in range(2):
+            assert (await send(client, body))[1] == b"x"
+        assert len(server.visits) == (1 if reused else 2)
+
+
+async def test_a_server_that_does_not_read_bodies_is_not_sent_another_request_on_that_connection() -> None:
+    """It would take the body of the first request for a request."""
+
+    async def script(visit: Visit) -> None:
+        while True:
+            head = await visit.head()
+            await visit.send(reply(head.target.encode(), "404 Not Found"))
+
+    async with open_raw_server(script) as server:
+        client = client_of(server)
+        smuggled = b"POST /v1/smuggled HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+        for _ in range(2):
+            assert (await send(client, smuggled))[1] == b"/v1/x"
 
 
 async def test_an_idle_connection_that_was_closed_is_not_used() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,7 +24,9 @@ from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
+from trio_cluster.engines._http_client import HttpClient
 from trio_cluster.engines._upstream_models import Naming, parse_model_list
+from trio_cluster.net import exhaustion
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -159,7 +163,7 @@ async def released(call: Call) -> None:
         ("openai", "give the URL of the server's API: openai:http://127.0.0.1:8000/v1"),
         ("openai:", "give the URL of the server's API"),
         ("openai:127.0.0.1:8000", "expected a URL such as"),
-        ("openai:http://u:p@host/v1", "leave the user, the query and the fragment out"),
+        ("openai:http://u:p@host/v1", "leave the user and the fragment out"),
         ("openai:http://host/v1,key=", "some text"),
         ("openai:http://host/v1,key=two words", "no spaces"),
         ("openai:http://host/v1,key_env=NOT_THERE", "no environment variable 'NOT_THERE'"),
@@ -170,6 +174,7 @@ async def released(call: Call) -> None:
         ("openai:http://host/v1,rename=a:c,b:c", "'b:c' contradicts"),
         ("openai:http://host/v1,rename=a:b\tc", "printable"),
         ("openai:http://host/v1,only=", "expected patterns"),
+        ("openai:http://host/v1,models=;", "expected names such as a;b"),
         ("openai:http://host/v1,prefix=", "expected some text"),
         ("openai:http://host/v1,max_concurrency=0", "from 1 to"),
         ("openai:http://host/v1,poll=0", "from 0.1 to"),
@@ -184,12 +189,13 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "secret")
     spec = parse_serve(
         "openai:http://[::1]:1/a,b/v1,key_env=UPSTREAM_KEY,prefix=gpu/,only=llama*,qwen?,"
-        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5"
+        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5,models=llama3:8b; qwen"
     )
     assert spec.argument == "http://[::1]:1/a,b/v1"
     assert dict(spec.options) == {
         "key": None,
         "key_env": "UPSTREAM_KEY",
+        "models": ("llama3:8b", "qwen"),
         "prefix": "gpu/",
         "only": ("llama*", "qwen?"),
         "rename": {"llama3:8b": "llama", "qwen": "q"},
@@ -266,6 +272,162 @@ def test_malformed_entries_are_skipped() -> None:
 def test_an_overlong_list_is_truncated() -> None:
     entries = [{"id": f"m{number}"} for number in range(2000)]
     assert len(parse_model_list(json.dumps(entries).encode())) == 1000
+
+
+@pytest.mark.parametrize(
+    ("bad", "names"),
+    [
+        (b'{"id":"b\\ud800"}', ["a", "c"]),
+        (b'{"id":"b","x":"\\udc00","y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":{"\\ud800":1},"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":1e400,"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":[NaN,-Infinity],"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","max_model_len":NaN,"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b","x":' + b"9" * 5000 + b',"y":1}', ["a", "b", "c"]),
+        (b'{"id":"b\xff","y":1}', ["a", "c"]),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_bad_entry_costs_no_other_and_a_bad_value_not_its_entry(
+    bad: bytes, names: list[str], mark: bytes
+) -> None:
+    models = parse_model_list(mark + b'{"data":[{"id":"a"},' + bad + b',{"id":"c"}]}')
+    assert list(models) == names
+    if "b" in models:
+        assert {name: value for name, value in models["b"].extra_fields.items() if value is not None} == {
+            "y": 1
+        }
+
+
+def test_the_models_that_are_wanted_are_taken_from_a_long_list() -> None:
+    entries = [{"id": f"m{number}"} for number in range(2500)]
+    models = parse_model_list(json.dumps(entries).encode())
+    assert (len(models), models.left_out) == (1000, 1500)
+    models = parse_model_list(json.dumps(entries).encode(), Naming(only=("m24*",)).takes)
+    assert "m2499" in models
+    assert models.left_out == 0
+
+
+async def test_a_number_that_changes_does_not_register_the_model_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster")
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = listing({"id": "m", "requests_running": 0, "seen": "12:00", "load": {"gpu": 0.5}})
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        registered = server.router.catalog.info("m")
+        count = len(caplog.records)
+        for number in range(3):
+            upstream.list = listing(
+                {"id": "m", "requests_running": number + 1, "seen": f"12:0{number + 1}", "load": {"gpu": 0.1}}
+            )
+            await upstream.polled_again()
+        assert server.router.catalog.info("m") is registered
+        assert len(caplog.records) == count
+
+
+async def test_a_long_list_is_a_short_log_line_and_says_what_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.engines")
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = listing(*[f"model-{number}" for number in range(1200)])
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        assert len(server.list_models()) == 1000
+        await upstream.polled_again(2)
+        warning, info = caplog.records
+        assert "1000 are served, 200 are left out" in warning.message
+        assert info.fields["models"] == 1000  # type: ignore[attr-defined]
+        assert "and 990 more" in info.fields["models_gained"]  # type: ignore[attr-defined]
+        upstream.list = listing("other")
+        await upstream.polled_again()
+        assert all(len(str(record.__dict__)) < 2000 for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "answer", [reply(b"", "404 Not Found"), reply(b"<html>"), reply(b"", "500 Oops"), listing("else")]
+)
+async def test_models_named_by_hand_are_served_while_the_server_answers_anything(answer: bytes) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    upstream.list = answer
+    spec = "models=a;b:8b,prefix=gpu/,poll=0.1"
+    async with open_raw_server(upstream.script) as raw, serving(server, f"openai:{raw.url},{spec}"):
+        assert server.list_models() == ["gpu/a", "gpu/b:8b"]
+        await upstream.polled_again(2)
+        assert server.list_models() == ["gpu/a", "gpu/b:8b"]
+        raw.stop()
+        with trio.fail_after(2):
+            while server.list_models():  # noqa: ASYNC110
+                await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        reply(b"", "500 Oops"),
+        reply(b"", "404 Not Found"),
+        reply(b"", "401 Unauthorized"),
+        reply(b"<html>"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
+        b"SSH-2.0\r\n",
+    ],
+)
+async def test_one_failed_poll_is_not_a_loss(bad: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    upstream, server = Upstream(), ClusterServer()
+    withdrawn = []
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        upstream.polls += 1
+        upstream._polled.set()
+        # Every second poll fails.
+        await visit.send(bad if upstream.polls % 2 == 0 else listing("m"))
+
+    async with open_raw_server(script) as raw, serving(server, f"openai:{raw.url},poll=0.1"):
+        for _ in range(6):
+            await upstream.polled_again()
+            withdrawn.append(server.list_models() != ["m"])
+    assert not any(withdrawn)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_a_failed_poll_is_repeated_soon() -> None:
+    async def leave(visit: Visit) -> None:
+        await visit.request()
+        await visit.stream.aclose()
+
+    async with engine_with(leave, ",poll=3600") as (server, _, upstream):
+        upstream.list = reply(b"", "500 Oops")
+        # A call whose connection is lost has the server polled.
+        assert (await ask(server, request())).error is not None
+        await upstream.polled_again(2 - upstream.polls + 1)
+        assert server.list_models() == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_call_under_way_is_a_sign_of_life(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does one thing at a time does not answer polls meanwhile."""
+    monkeypatch.setattr(_upstream_models, "POLL_TIMEOUT", 0.1)
+    done = trio.Event()
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        if begun:
+            await visit.send(CHUNKED + chunk(b"data: 1\n\n"))
+        await done.wait()
+        await visit.send(chunk(b"data: 2\n\n") + b"0\r\n\r\n" if begun else reply(b"{}"))
+
+    async with engine_with(script, ",poll=0.1") as (server, _, upstream):
+        call = server.router.open(request())
+        upstream.list = None
+        await upstream.polled_again(6)
+        assert server.list_models() == ["m"]
+        done.set()
+        outcome = await outcome_of(call)
+        assert outcome.error is None
+        # Without a call it is a loss again.
+        await upstream.polled_again(4)
+        assert server.list_models() == []
 
 
 async def test_models_are_registered_when_the_engine_has_started_and_unregistered_with_it() -> None:
@@ -462,6 +624,54 @@ async def test_a_call_that_cannot_reach_the_server_triggers_a_poll() -> None:
         assert server.list_models() == []
 
 
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL]
+)
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_machine_without_room_for_a_connection_is_over_capacity_and_the_models_stay(
+    number: int, grouped: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.engines")
+    monkeypatch.setattr(exhaustion, "_QUIET", 0.2)
+    full = False
+    open_stream = HttpClient._open_stream
+
+    async def fail(client: HttpClient) -> trio.SocketStream:
+        if not full:
+            return await open_stream(client)
+        error = OSError(number, "what the system says")
+        if grouped:
+            # As `trio.open_tcp_stream` raises it for a name with several addresses.
+            raise OSError("all attempts failed") from ExceptionGroup("attempts", [OSError(111, "no"), error])
+        raise error
+
+    monkeypatch.setattr(HttpClient, "_open_stream", fail)
+
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b"{}", "200 OK", "application/json", "connection: close"))
+
+    async with engine_with(script, ",poll=0.1") as (server, _, upstream):
+        upstream.list = reply(b'{"data":[{"id":"m"}]}', "200 OK", "application/json", "connection: close")
+        await upstream.polled_again()
+        caplog.clear()
+        full = True
+        for _ in range(3):
+            outcome = await ask(server, request())
+            assert outcome.error is not None
+            assert (outcome.error.status, outcome.error.code) == (503, "over_capacity")
+            assert outcome.error.retry_after is not None
+            await trio.sleep(0.15)
+            assert server.list_models() == ["m"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert os.strerror(number) in caplog.text
+        full = False
+        assert (await ask(server, request())).error is None
+        await trio.sleep(0.5)
+        assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+        assert server.list_models() == ["m"]
+
+
 # Requests
 
 
@@ -503,6 +713,7 @@ async def test_no_request_leaves_the_base_url(endpoint: str) -> None:
 async def test_only_headers_about_the_content_and_the_api_are_forwarded() -> None:
     passed = {
         "accept": "text/event-stream", "user-agent": "a/1", "x-stainless-lang": "python", "x-custom": "caf\u00e9",
+        "traceparent": "00-1-2-01", "tracestate": "a=b", "baggage": "user=1", "idempotency-key": "k1",
         "openai-organization": "o", "anthropic-version": "2023-06-01", "x-ratelimit-tokens": "5",
     }  # fmt: skip
     kept = {
@@ -573,6 +784,55 @@ async def test_an_incomplete_body_is_forwarded_as_it_arrives(size: int, renamed:
     (received,) = posts(raw)
     sized = size > 0 and not renamed
     assert received.headers.get("content-length") == (str(size) if sized else None)
+
+
+SMUGGLED = b"POST /v1/other HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("cut", [1, 30, 1000])
+async def test_the_preamble_and_the_epilogue_of_a_form_are_not_forwarded(
+    renamed: bool, streamed: bool, sized: bool, cut: int
+) -> None:
+    name = "gpu/m" if renamed else "m"
+    proper = form(('name="file"; filename="f"', b"\r\n--ab\r\n" * 40_000), ('name="model"', name.encode()))
+    sent = SMUGGLED + b"\r\n" + proper + SMUGGLED
+    upload = ByteChannel(len(sent) if sized else -1)
+    async with engine_with(mirror, ",prefix=gpu/" if renamed else "") as (server, raw, _):
+        call_request = request(
+            b"" if streamed else sent, "audio.transcriptions", name,
+            content_type="multipart/form-data; boundary=abc", upload=upload if streamed else None,
+        )  # fmt: skip
+        call = server.router.open(call_request)
+        if streamed:
+            # Cut through the preamble, and through the last delimiter.
+            end = len(sent) - len(SMUGGLED) - cut
+            for piece in (sent[:cut], sent[cut:end], sent[end : end + 2], sent[end + 2 :]):
+                upload.put(piece)
+            upload.put(b"", last=True)
+        outcome = await outcome_of(call)
+        assert outcome.body.rstrip(b"\r\n") == proper.replace(b"gpu/m", b"m").rstrip(b"\r\n")
+        (received,) = posts(raw)
+        if "content-length" in received.headers:
+            assert len(received.body) == int(received.headers["content-length"])
+
+
+async def test_a_form_without_a_delimiter_is_refused() -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        for upload in (None, ByteChannel(300_000)):
+            call_request = request(
+                SMUGGLED if upload is None else b"", "audio.transcriptions",
+                content_type="multipart/form-data; boundary=abc", upload=upload,
+            )  # fmt: skip
+            call = server.router.open(call_request)
+            if upload is not None:
+                upload.put(SMUGGLED * 6_000, last=True)
+            outcome = await outcome_of(call)
+            assert outcome.error is not None
+            assert outcome.error.status == 400
+        assert posts(raw) == []
 
 
 async def test_incomplete_json_of_a_renamed_model_is_forwarded_when_it_is_complete() -> None:

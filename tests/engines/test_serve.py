@@ -246,3 +246,21 @@ async def test_a_cancellation_while_a_model_is_loaded_frees_it_again(toy: Toy) -
     assert scope.cancelled_caught
     assert toy.log in ([], ["loaded", "freed"])
     assert server.list_models() == []
+
+
+def test_the_hint_for_an_extra_of_this_package_installs_what_it_consists_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declared = [
+        "trio>=0.30",
+        "xllamacpp>=2026; extra == 'llama'",
+        'numpy>=1.26; extra == "llama"',
+        "onnxruntime>=1; extra == 'minilm'",
+        "trio-cluster[llama,minilm]; extra == 'demo'",
+    ]
+    monkeypatch.setattr(_engine, "requires", lambda _: declared)
+    assert _engine.install_command("trio-cluster[llama]") == (
+        "pip install 'xllamacpp>=2026' 'numpy>=1.26'; or, in a checkout, pip install '.[llama]'"
+    )
+    assert "'xllamacpp>=2026' 'numpy>=1.26' 'onnxruntime>=1'" in _engine.install_command("trio-cluster[demo]")
+    assert _engine.install_command("toys[all]") == "pip install 'toys[all]'"

@@ -1,4 +1,4 @@
-"""Requests as somebody might send them who means well, or nearly, or not at all: drawn from the API's own description.
+"""Random requests, from valid ones to bytes that are not HTTP, drawn from the API's own description.
 
 A request is bytes, and what it may be answered with. What it may never be answered with, 500 among others, the test
 knows that sends it.

@@ -93,7 +93,9 @@ async def test_the_whole_body_has_its_time(autojump_clock: MockClock) -> None:
     assert trio.current_time() - began == pytest.approx(BODY_TIMEOUT)
 
 
-async def test_time_in_which_nobody_listened_is_not_the_clients(autojump_clock: MockClock) -> None:
+async def test_time_for_which_the_backend_took_nothing_does_not_count_for_the_client(
+    autojump_clock: MockClock,
+) -> None:
     request_body = RequestBody(Client(*[b"a"] * 50, pause=10), 1000)
     await trio.sleep(500)
     request_body.extend_deadline(500)

@@ -123,7 +123,7 @@ async def test_closing_the_clients_stream_cancels_the_call() -> None:
         assert await (await node.backend.next()).wait_cancelled() == "client left"
 
 
-async def test_the_clients_own_patience_shortens_the_silence() -> None:
+async def test_the_read_timeout_of_a_client_shortens_the_idle_timeout() -> None:
     async with open_http_node(lambda served: served.head().data(ANSWER).done()) as node:
         async with node.openai() as client:
             await client.with_options(timeout=7.0).chat.completions.create(**CHAT)

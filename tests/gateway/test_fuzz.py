@@ -1,9 +1,9 @@
-"""Nothing that a client sends makes the server fail, hang, lose a call, or answer in a form that nobody expects.
+"""Nothing that a client sends makes the server fail, hang, lose a call, or answer in an unexpected form.
 
 The models never fail here, so there is no excuse for a 500. The clients send what ``drawn`` draws, to models that are
 at home or in a worker; most of that in virtual time, where a request that hangs is found at once.
 
-The same requests are drawn each time, so that nobody's unrelated change fails here. ``FUZZ=N`` draws N times as many,
+The same requests are drawn each time, so that an unrelated change does not fail here. ``FUZZ=N`` draws N times as many,
 and others each time; ``nox -s fuzz`` does that.
 """
 
@@ -85,7 +85,7 @@ class _Patient(Wire):
             pass  # a server that refuses a request need not read all of it
 
     async def final_answer(self, *, bodiless: bool = False) -> Answer:
-        """Return the answer that is meant, after all that only ask for patience."""
+        """Return the final answer, after all interim ones."""
         while True:
             while len(self._buffer) < len(CONTINUE):
                 assert await self.receive(), f"closed with no answer but {bytes(self._buffer)!r}"
@@ -106,22 +106,22 @@ class _Patient(Wire):
 
 def check(answer: Answer, sent: Sent, *, bodiless: bool) -> None:
     """Fail if ``sent`` must not be answered with this."""
-    told = (sent.data[:300], answer.status, answer.body[:300])
-    assert answer.status in (sent.allowed or REFUSALS | {200, 202, 204}), told
-    assert answer.whole or sent.is_impatient, told
+    shown = (sent.data[:300], answer.status, answer.body[:300])
+    assert answer.status in (sent.allowed or REFUSALS | {200, 202, 204}), shown
+    assert answer.whole or sent.is_impatient, shown
     request_id = answer.headers["x-request-id"]
-    # Where the head makes no sense, nobody looks for an id in it; and then the connection ends.
-    assert sent.request_id in (None, request_id) or answer.headers.get("connection") == "close", told
+    # An id in a head that is not valid is ignored, and then the connection ends.
+    assert sent.request_id in (None, request_id) or answer.headers.get("connection") == "close", shown
     if answer.status >= 400 and not bodiless:
-        assert answer.headers["content-type"] == "application/json", told
-        assert answer.error["message"], told
-        assert answer.error["type"] == "invalid_request_error" or answer.status not in CLIENTS_FAULT, told
+        assert answer.headers["content-type"] == "application/json", shown
+        assert answer.error["message"], shown
+        assert answer.error["type"] == "invalid_request_error" or answer.status not in CLIENTS_FAULT, shown
     elif answer.headers.get("content-type", "").startswith("text/event-stream") and answer.whole:
         blocks = answer.body.split(b"\n\n")
-        assert blocks[-1] == b"", told
-        assert not any(block.startswith(b'data: {"error"') for block in blocks), told
+        assert blocks[-1] == b"", shown
+        assert not any(block.startswith(b'data: {"error"') for block in blocks), shown
         if b"/images/" not in sent.data[:100] and b"/speech" not in sent.data[:100]:
-            assert read_stream(answer.body).ending == "finished", told
+            assert read_stream(answer.body).ending == "finished", shown
     elif answer.headers.get("content-type") == "application/json" and not bodiless:
         json.loads(answer.body)
 
@@ -132,7 +132,7 @@ async def converse(connect: Connect, course: list[Sent], *, half_close: bool = F
     Args:
         connect: opens a connection.
         course: what is sent.
-        half_close: say so where nothing more comes, instead of waiting until the server does not wait any longer.
+        half_close: close the sending side at the end, instead of waiting until the server times out.
     """
     left = list(course)
     while left:
@@ -178,7 +178,7 @@ async def _ask_raw(wire: _Patient, sent: Sent, half_close: bool) -> None:
             await wire.stream.send_eof()
     while not await wire.ended():
         if b"HEAD" in sent.data:
-            # Somewhere in there is an answer without a body, and nobody can tell where.
+            # One of them is an answer without a body, and it cannot be known which.
             return
         answer = await wire.final_answer()
         check(answer, sent, bodiless=False)

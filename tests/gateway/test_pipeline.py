@@ -1,4 +1,4 @@
-"""What the gate keeps out, and what it makes up for between the server and the framework."""
+"""Which requests the gateway refuses, and how a request ends, between the HTTP server and the web framework."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import trio
 from http_node import CHAT, PLAIN, HttpNode, open_http_node, raw_request
 from trio.testing import wait_all_tasks_blocked
 
+from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.gateway import body, cycle, pipeline
+from trio_cluster.gateway.context import request_context
 from trio_cluster.http1 import server
 
 BODY = json.dumps(CHAT).encode()
@@ -480,13 +482,13 @@ async def test_the_test_client_of_the_application_passes_the_gate_too() -> None:
         assert (await response.get_data()) == PLAIN
 
 
-async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_any_more() -> None:
-    # A route that has opened a call and returned, and whose body nobody ever asks for.
+async def test_a_call_ends_with_its_request_even_if_no_code_of_its_route_runs_any_more() -> None:
+    # A route that has opened a call and returned, and whose body is never read.
     async with open_http_node(None) as node:
         left = trio.Event()
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            context = _gate_exchange(scope)
+            context = request_context(scope)
             context.add_call(node.backend.open(_request()))
             left.set()
             await receive()
@@ -498,23 +500,15 @@ async def test_a_call_ends_with_its_exchange_even_if_no_code_of_its_route_runs_a
                 "type": "http", "http_version": "1.1", "method": "POST", "path": "/x", "headers": [],
             }  # fmt: skip
             send.send_nowait({"type": "http.request", "body": b""})
-            gate = pipeline.Gateway(app, node.node_context)
-            nursery.start_soon(functools.partial(gate, scope, receive.receive, _nothing))
+            gateway = pipeline.Gateway(app, node.node_context)
+            nursery.start_soon(functools.partial(gateway, scope, receive.receive, _nothing))
             await left.wait()
             served = await node.backend.next()
             send.send_nowait({"type": "http.disconnect"})
             assert await served.wait_cancelled() == "client left"
 
 
-def _gate_exchange(scope: Any) -> Any:
-    from trio_cluster.gateway.context import request_context
-
-    return request_context(scope)
-
-
-def _request() -> Any:
-    from trio_cluster.core.request import Request
-
+def _request() -> Request:
     return Request("chat.completions", "chat", "m", b"")
 
 

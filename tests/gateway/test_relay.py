@@ -1,4 +1,4 @@
-"""A call made into a reply: which status, when, and what becomes of the call when somebody goes away."""
+"""The reply of a call: its status, when it begins, and what becomes of the call when the client or the node is gone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from http_node import (
     Served,
     Wire,
     open_http_node,
+    plain,
     raw_request,
 )
 
@@ -41,7 +42,7 @@ SPEECH = json.dumps({"model": "voice", "input": "hi", "voice": "v"}).encode()
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Make the face give up after 0.1 s of silence."""
+    """Make the gateway time out after 0.1 s without output."""
     monkeypatch.setattr(deadlines, "GRACE", 0.05)
     return {"default_timeout": 0.05}
 
@@ -265,7 +266,7 @@ async def test_a_stream_that_fails_in_the_middle_of_an_event_ends_with_whole_eve
         served.fail(WorkerLost("w1", "killed"))
         while chunk := await wire.chunk():
             body += chunk
-        assert chunk is None
+        assert chunk == b""
         report = read_stream(body)
         assert (report.ending, report.text) == ("failed", "one")
 
@@ -330,12 +331,13 @@ async def test_the_last_piece_of_a_stream_and_its_end_are_one_message() -> None:
     assert (last["body"].count(b"two"), last["body"].endswith(DONE), last["more_body"]) == (1, True, False)
 
 
+@pytest.mark.parametrize("stream_failure", ["end", "abort"])
 @pytest.mark.parametrize("when", ["at once", "later"])
-async def test_a_stream_that_fails_ends_with_one_error_event_and_a_cut_connection(
-    when: str, caplog: pytest.LogCaptureFixture
+async def test_a_stream_that_fails_ends_with_one_error_event_and_as_the_option_says(
+    when: str, stream_failure: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = ApiError(500, "it broke", code="broken")
-    async with open_http_node(None) as node, node.connect() as wire:
+    async with open_http_node(None, stream_failure=stream_failure) as node, node.connect() as wire:
         if when == "at once":
             node.backend.script = lambda served: served.head(EVENTS).event("one").fail(error)
         await wire.request("POST", PATH, STREAM_BODY)
@@ -346,17 +348,158 @@ async def test_a_stream_that_fails_ends_with_one_error_event_and_a_cut_connectio
             await wire.head()
             body = await wire.chunk() or b""
             served.event("two").fail(error)
+            while chunk := await wire.chunk():
+                body += chunk
+            whole = chunk == b""
         else:
-            assert (await wire.head())[0] == 200
-        while chunk := await wire.chunk():
-            body += chunk
-        assert chunk is None, "the body must not end well"
+            answer = await wire.answer()
+            body, whole = answer.body, answer.whole
+        assert whole == (stream_failure == "end")
         events = body.split(b"\n\n")
         assert b"one" in events[0]
         assert json.loads(events[-2].removeprefix(b"data: ")) == error.envelope()
         assert b"[DONE]" not in body
         assert body.count(b'"error"') == 1
+        if stream_failure == "end":
+            # The connection can be used again.
+            node.backend.script = plain
+            assert (await ask(wire)).status == 200
     assert not caplog.records
+
+
+def numbered(number: int, kind: str, **members: object) -> bytes:
+    data = {"type": kind, "sequence_number": number} | members
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), json.dumps(data).encode())
+
+
+def typed(kind: str, **members: object) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), json.dumps({"type": kind} | members).encode())
+
+
+CREATED = numbered(0, "response.created", response={"id": "resp_1", "model": "m", "status": "in_progress"})
+ERROR = ApiError(429, "it broke", code="broken")
+ENVELOPE = ERROR.envelope()["error"]
+RESPONSE = json.dumps({"model": "m", "input": "hi", "stream": True}).encode()
+MESSAGE = json.dumps(STREAM | {"max_tokens": 5}).encode()
+IMAGE = json.dumps({"model": "m", "prompt": "hi", "stream": True}).encode()
+SPEECH_EVENTS = json.dumps({"model": "m", "input": "hi", "voice": "v", "stream_format": "sse"}).encode()
+
+#: Routes, requests, what has been sent, the name of the event that a failure is, and its members.
+GRAMMARS = {
+    "chat": (PATH, STREAM_BODY, b'data: {"choices":[]}\n\n', None, {"error": ENVELOPE}),
+    "responses": (
+        "/v1/responses",
+        RESPONSE,
+        CREATED + numbered(1, "response.output_text.delta", delta='"sequence_number": 9'),
+        "response.failed",
+        {
+            "type": "response.failed",
+            "sequence_number": 2,
+            "response": {
+                "id": "resp_1",
+                "model": "m",
+                "status": "failed",
+                "error": {"code": "broken", "message": "it broke"},
+            },
+            "error": ENVELOPE,
+        },
+    ),
+    "messages": (
+        "/v1/messages",
+        MESSAGE,
+        typed("content_block_delta"),
+        "error",
+        {
+            "type": "error",
+            "error": {"type": "rate_limit_error", "message": "it broke", "code": "broken"},
+        },
+    ),
+    "images": (
+        "/v1/images/generations",
+        IMAGE,
+        typed("image_generation.partial_image"),
+        "error",
+        {"type": "error", "error": ENVELOPE},
+    ),
+    "speech": (
+        "/v1/audio/speech",
+        SPEECH_EVENTS,
+        b'data: {"type":"speech.audio.delta"}\n\n',
+        None,
+        {"type": "error", "error": ENVELOPE},
+    ),
+}
+#: How servers behind an engine say that they have failed, where that is not the event that is written here.
+OWN_FAILURES = {
+    "chat": b'data: {"id":"c","choices":[],"error":{"message":"mine"}}\r\n\r\n',
+    "responses": numbered(2, "error", message="mine"),
+    "messages": typed("error", error={"type": "overloaded_error", "message": "mine"}),
+    "images": typed("error", error={"message": "mine"}),
+    "speech": b'data: {"type":"error","message":"mine"}\n\n',
+}
+ENDS = {
+    "chat": DONE,
+    "responses": numbered(2, "response.completed", response={"output": ["x" * 100_000]}),
+    "messages": typed("message_stop"),
+    "images": typed("image_generation.completed", b64_json="x" * 100_000),
+    "speech": b'data: {"type":"speech.audio.done"}\n\n',
+}
+
+
+async def failed_stream(route: str, *sent: bytes, **options: object) -> Answer:
+    """Let a stream of a route fail when the client has received all of ``sent``."""
+    path, body, *_ = GRAMMARS[route]
+    async with open_http_node(None, **options) as node:
+        node.router.catalog.remove("m", node.backend)
+        node.add("m", "any")
+        async with node.connect() as wire:
+            await wire.request("POST", path, body)
+            served = await node.backend.next()
+            served.head(EVENTS)
+            received = b""
+            await trio.testing.wait_all_tasks_blocked()
+            for piece in sent:
+                served.data(piece)
+                if not received:
+                    await wire.head()
+                while not received.endswith(piece):
+                    received += await wire.chunk() or b""
+            served.fail(ERROR)
+            while chunk := await wire.chunk():
+                received += chunk
+            return Answer(200, {}, received, whole=chunk == b"")
+
+
+@pytest.mark.parametrize("ping", [b"", PING])
+@pytest.mark.parametrize("route", GRAMMARS)
+async def test_a_stream_fails_in_the_grammar_of_its_route(route: str, ping: bytes) -> None:
+    *_, before, name, members = GRAMMARS[route]
+    pieces = [event + b"\n\n" for event in before.split(b"\n\n")[:-1]]
+    answer = await failed_stream(route, *pieces, *([ping] if ping else []))
+    assert answer.whole
+    event = answer.body.removeprefix(before + ping)
+    if name is not None:
+        assert event.startswith(b"event: %s\n" % name.encode())
+        event = event.partition(b"\n")[2]
+    assert json.loads(event.removeprefix(b"data: ")) == members
+
+
+@pytest.mark.parametrize("end", ["failed", "complete"])
+@pytest.mark.parametrize("route", GRAMMARS)
+async def test_what_has_ended_in_its_own_grammar_is_not_ended_again(route: str, end: str) -> None:
+    sent = GRAMMARS[route][2] + (OWN_FAILURES if end == "failed" else ENDS)[route]
+    for pieces in ([sent], [sent, PING], [PING + sent]):
+        answer = await failed_stream(route, *pieces)
+        assert (answer.body, answer.whole) == (b"".join(pieces), True)
+
+
+async def test_the_failure_of_a_stream_of_no_known_grammar_is_a_broken_connection() -> None:
+    async with open_http_node(None) as node, node.connect() as wire:
+        node.add("behind", "any")
+        await wire.request("POST", "/v1/threads", json.dumps({"model": "behind"}).encode())
+        served = await node.backend.next()
+        served.head(EVENTS).event("one").fail(ERROR)
+        assert not (await wire.answer()).whole
 
 
 async def test_a_stream_that_fails_before_its_first_event_is_a_real_status() -> None:
@@ -519,6 +662,20 @@ async def test_an_unknown_model_is_404_and_one_of_another_kind_400(node: HttpNod
     assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
+async def test_token_ids_need_a_model_that_asks_for_them(node: HttpNode) -> None:
+    body = {"prompt": [[1, 2], [3]], "max_tokens": 0}
+    async with node.client() as client:
+        response = await client.post("/v1/completions", json={"model": "m"} | body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "token_ids_not_supported")
+        assert error["param"] == "prompt"
+        node.add("tokens", accepts_token_ids=True)
+        response = await client.post("/v1/completions", json={"model": "tokens"} | body)
+        assert response.status_code == 200
+        response = await client.post("/v1/completions", json={"model": "tokens", "echo": True} | body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "echo")
+
+
 async def test_images_need_a_model_that_sees(node: HttpNode) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]
@@ -566,7 +723,7 @@ async def test_headers_of_the_same_name_are_joined(node: HttpNode) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "silence", "budget"),
+    ("headers", "idle_timeout", "total_timeout"),
     [
         ({"x-request-timeout": "2.5"}, 2.5, 2.5),
         ({"x-request-timeout": "600"}, 60.0, 600.0),
@@ -578,11 +735,11 @@ async def test_headers_of_the_same_name_are_joined(node: HttpNode) -> None:
     ],
 )
 async def test_clients_can_shorten_the_silence_and_limit_the_whole(
-    node: HttpNode, headers: dict[str, str], silence: float, budget: float
+    node: HttpNode, headers: dict[str, str], idle_timeout: float, total_timeout: float
 ) -> None:
     assert (await node.post(headers=headers)).status_code == 200
     request = (await node.backend.next()).request
-    assert (request.idle_timeout, request.total_timeout) == (silence, budget)
+    assert (request.idle_timeout, request.total_timeout) == (idle_timeout, total_timeout)
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "0.0", "nan", "inf", "1e3", "1_0", "9" * 400])
@@ -667,7 +824,7 @@ async def test_a_plain_answer_that_goes_silent_half_way_is_given_up_with_504(
         await (await node.backend.next()).wait_cancelled()
 
 
-async def test_a_stream_that_goes_silent_gets_an_error_event_and_is_cut(
+async def test_a_stream_that_goes_silent_gets_an_error_event_and_a_proper_end(
     impatient: dict[str, float],
 ) -> None:
     async with (
@@ -675,7 +832,7 @@ async def test_a_stream_that_goes_silent_gets_an_error_event_and_is_cut(
         node.connect() as wire,
     ):
         answer = await ask(wire, STREAM_BODY)
-        assert not answer.whole
+        assert answer.whole
         assert b'"timeout"' in answer.body.split(b"\n\n")[-2]
         await (await node.backend.next()).wait_cancelled()
 
@@ -690,7 +847,8 @@ async def test_comments_do_not_make_a_silent_stream_live_longer(
     ):
         with trio.fail_after(5):
             answer = await ask(wire, STREAM_BODY)
-        assert not answer.whole
+        assert answer.whole
+        assert b'"timeout"' in answer.body
         assert 1 <= answer.body.count(PING) <= 20
 
 
@@ -734,7 +892,7 @@ async def test_a_client_that_leaves_while_a_write_to_it_is_stuck_cancels_the_cal
         served = await node.backend.next()
         served.head(EVENTS)
         with trio.fail_after(5):
-            # Full means: a window's worth waits, since nobody takes any more.
+            # Full means that a window's worth waits, since no more is taken.
             while served.call.body.waiting_bytes < WINDOW:
                 served.data(b"x" * 65536 + b"\n\n")
                 for _ in range(20):
@@ -785,7 +943,7 @@ async def _leave(wire: Wire, how: str) -> None:
     wire.stream.socket.close()
 
 
-async def test_the_books_add_up_whatever_clients_do() -> None:
+async def test_the_counters_add_up_whatever_clients_do() -> None:
     async with open_http_node(None) as node:
         for number in range(20):
             async with node.connect() as wire:

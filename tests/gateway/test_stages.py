@@ -68,7 +68,7 @@ async def test_the_one_key_is_required_in_either_header(
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
 
 
-async def test_without_a_key_whoever_asks_is_anonymous() -> None:
+async def test_without_a_key_the_principal_is_anonymous() -> None:
     assert await SingleKey(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
 
 
@@ -86,8 +86,8 @@ async def test_the_stages_stand_in_the_order_in_which_a_request_meets_them() -> 
         raise AssertionError
 
     gateway = Gateway(app, NodeContext(Router(), ClusterServerOptions()))
-    assert [type(stage) for stage in gateway.admission] == [Authenticate, CheckOrigin, LimitSize]
-    assert [type(stage) for stage in gateway.dispatch] == [Parse, Route]
+    assert [type(stage) for stage in gateway.pipeline.admission] == [Authenticate, CheckOrigin, LimitSize]
+    assert [type(stage) for stage in gateway.pipeline.dispatch] == [Parse, Route]
 
 
 class Directory:

@@ -580,7 +580,7 @@ async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quiet
         with trio.fail_after(5):
             await wait_all_tasks_blocked()
             assert connection._parser.unread > UNREAD
-            # As the gate does with an answer that nobody may take for a complete one.
+            # As the gateway does with an answer that must not be taken for a complete one.
             connection.reset()
             done.set()
             with suppress(trio.BrokenResourceError):

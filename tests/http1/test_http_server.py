@@ -187,7 +187,7 @@ async def test_an_infinite_grace_waits_for_as_long_as_it_takes() -> None:
             await server.ended.wait()
 
 
-async def test_a_connection_that_fails_ends_nobody_elses(
+async def test_a_connection_that_fails_ends_no_other_one(
     node: HttpNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = Http1Connection.serve

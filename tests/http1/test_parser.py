@@ -1,4 +1,4 @@
-"""What comes in on a connection, without one: requests in their order, and what they count for."""
+"""The parser alone: requests in their order, and how many bytes they count for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_request_can_be_taken_before_its_body_is_complete() -> None:
     assert parser.take_body(request) == b"llo"
 
 
-def test_what_is_unread_is_nothing_when_all_has_been_taken_out_or_forgotten() -> None:
+def test_nothing_counts_as_unread_when_all_was_taken_out_or_discarded() -> None:
     parser = fed(POST * 3)
     assert parser.unread > 3 * len("hello")
     for request in parser.requests:
@@ -39,7 +39,7 @@ def test_what_is_unread_is_nothing_when_all_has_been_taken_out_or_forgotten() ->
     assert parser.unread == 0
 
 
-def test_what_follows_the_last_request_is_nobodys_and_counts_for_nothing() -> None:
+def test_what_follows_the_last_request_is_ignored_and_counts_for_nothing() -> None:
     for rest in (POST, POST[:-1], b"rubbish\r\n\r\n", b"\x00"):
         for pieces in ((LAST + rest,), (LAST, rest), (LAST + rest[:1], rest[1:])):
             parser = fed(*pieces)
@@ -49,7 +49,7 @@ def test_what_follows_the_last_request_is_nobodys_and_counts_for_nothing() -> No
             assert parser.unread == 0
 
 
-def test_whoever_knows_that_the_connection_ends_can_refuse_what_has_not_begun() -> None:
+def test_requests_that_have_not_begun_are_ignored_when_the_connection_is_to_end() -> None:
     parser = fed(POST + POST[:20])
     unread = parser.unread
     parser.no_more = True
@@ -60,7 +60,7 @@ def test_whoever_knows_that_the_connection_ends_can_refuse_what_has_not_begun() 
     assert parser.unread == unread
 
 
-def test_the_first_thing_that_is_wrong_is_what_is_told() -> None:
+def test_the_first_refusal_counts() -> None:
     parser = fed(POST, b"BREW / HTTP/1.1\r\n\r\n")
     assert len(parser.requests) == 1
     assert parser.refused is not None

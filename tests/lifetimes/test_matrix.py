@@ -73,12 +73,13 @@ HEADERS: Final = {
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
 #: The paths that a token can take: written to its client in the task that receives it, or not; waiting for others on a
-#: busy link, or not. The law is the same on all of them.
+#: busy link, or not; through the lean server, or hypercorn. The law is the same on all of them.
 PATHS: Final[dict[str, dict[str, Any]]] = {
     "fast": {},
     "slow": {"fast_path": False},
     "unbatched": {"batch_wait": 0.0},
     "slow_unbatched": {"fast_path": False, "batch_wait": 0.0},
+    "hypercorn": {"http": "hypercorn"},
 }
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
@@ -120,8 +121,8 @@ def other_paths(place: str, *, all_ways: bool) -> list[str]:
     """Return the other paths on which to test a cell, besides the one that nodes take by default."""
     if place == "local":
         # There is no link on which a token could wait.
-        return ["slow"]
-    return list(PATHS)[1:] if all_ways else ["slow", "unbatched"]
+        return ["slow", "hypercorn"]
+    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -323,9 +324,9 @@ class CellTest:
         else:
             assert response is not None
             assert response.status == 200
-            assert not response.complete, "it looks complete"
             if self.endpoint.delivery == "events":
                 report = response.report()
+                assert response.complete == (report.ending == "failed")
                 assert "".join(self.scenario.script.given).startswith(report.text)
                 assert report.finish_reasons == {}
                 if cell.client == "lost":
@@ -334,6 +335,7 @@ class CellTest:
                     assert report.error is not None
                     assert report.error["code"] == CODES[cell.client]
             else:
+                assert not response.complete, "it looks complete"
                 assert b"".join(self.scenario.script.given).startswith(response.body)
 
     def check_handler(self) -> None:

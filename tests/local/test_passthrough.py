@@ -244,7 +244,7 @@ async def test_each_piece_of_the_answer_moves_the_deadline_on(
     assert text(await everything(bench.open(slow))) == "xxx"
 
 
-async def test_silence_does_not_count_while_the_body_is_coming(
+async def test_the_idle_timeout_does_not_count_while_the_body_is_arriving(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
     upload = ByteChannel()
@@ -283,7 +283,7 @@ async def test_taking_the_body_is_no_silence(bench: Bench, autojump_clock: MockC
     assert isinstance((await everything(bench.open(slow, request(b"", upload))))[-1], Done)
 
 
-async def test_a_budget_ends_even_a_busy_answer(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_the_total_timeout_ends_even_a_busy_answer(bench: Bench, autojump_clock: MockClock) -> None:
     async def busy(call: RawCall) -> None:
         call.begin(200, "text/plain")
         while True:

@@ -1,224 +1,229 @@
-"""The task of a call: what it waits for, what time counts, and how a body gets into it."""
+"""The slots of a pool: how many calls run at once, and what becomes of those that wait."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
-import attrs
 import pytest
 import trio
-from memory_cluster import everything, text
+from handler_bench import Bench, echo, failure, released, request
+from memory_cluster import everything
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.answer import Done, Event, Failed, Head
-from trio_cluster.core.call import Call
-from trio_cluster.core.channel import ByteChannel
+from trio_cluster.core.answer import Done, Failed
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.request import Request
-from trio_cluster.errors import ApiError
+from trio_cluster.errors import Overloaded, ShuttingDown
 from trio_cluster.local.handler import HandlerBackend
-from trio_cluster.local.pool import HandlerPool
-from trio_cluster.openai import ASRRequest, ChatRequest, CustomRequest
-from trio_cluster.options import ClusterServerOptions, ServerOptions
-
-TYPE = "multipart/form-data; boundary=B"
-PART = b'--B\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
-FORM = PART % (b"model", b"", b"m") + PART % (b"file", b'; filename="a.wav"', b"RIFF" * 100) + b"--B--\r\n"
-CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "a b"}]}'
+from trio_cluster.local.pool import MAX_WAITING, HandlerPool
+from trio_cluster.openai import ChatRequest
+from trio_cluster.options import ClusterServerOptions
 
 
-def asr_request(upload: ByteChannel, **fields: Any) -> Request:
-    return Request("audio.transcriptions", "asr", "m", b"", TYPE, upload=upload, **fields)
+async def test_a_pool_that_is_not_served_opens_nothing() -> None:
+    pool = HandlerPool(ClusterServerOptions())
+    with pytest.raises(ShuttingDown):
+        HandlerBackend(ModelInfo("m", "chat"), echo, pool).open(request())
 
 
-def chat_request(upload: ByteChannel, **fields: Any) -> Request:
-    return Request("chat.completions", "chat", "m", b"", upload=upload, **fields)
+async def test_no_more_handlers_run_at_once_than_there_are_slots(bench: Bench) -> None:
+    go = trio.Event()
 
+    async def waits(request: ChatRequest) -> str:
+        await go.wait()
+        return "x"
 
-@attrs.define
-class Bench:
-    """A pool that is being served, and one model for sound and for chats on it."""
-
-    options: ClusterServerOptions
-    pool: HandlerPool
-    started: list[str] = attrs.field(factory=list)
-
-    def open(self, request: Request, sleeps: float = 0.0) -> Call:
-        async def listen(request: ASRRequest) -> str:
-            self.started.append("asr")
-            await trio.sleep(sleeps)
-            return str(len(request.audio))
-
-        async def chat(request: ChatRequest) -> AsyncIterator[str]:
-            self.started.append("chat")
-            yield request.last_text
-
-        handler: Any = listen if request.kind == "asr" else chat
-        return HandlerBackend(ModelInfo("m", request.kind), handler, self.pool).open(request)
-
-
-@pytest.fixture
-async def bench(nursery: trio.Nursery) -> Bench:
-    options = ClusterServerOptions(
-        server=ServerOptions(max_concurrency=1, queue_timeout=5.0, default_timeout=20.0)
-    )
-    pool = HandlerPool(options)
-    await nursery.start(pool.serve)
-    return Bench(options, pool)
-
-
-async def failure(call: Call) -> ApiError:
-    with trio.fail_after(1000):
-        (end,) = await everything(call)
-    assert isinstance(end, Failed)
-    return end.error
-
-
-def plain(events: list[Event]) -> str:
-    assert isinstance(events[0], Head)
-    assert isinstance(events[-1], Done)
-    return text(events)
-
-
-@pytest.mark.parametrize(("make", "body", "said"), [(asr_request, FORM, "400"), (chat_request, CHAT, "a b")])
-async def test_a_handler_begins_when_the_body_is_there(
-    make: Any, body: bytes, said: str, bench: Bench
-) -> None:
-    upload = ByteChannel(len(body))
-    call = bench.open(make(upload))
-    for at in range(len(body) - 1):
-        upload.put(body[at : at + 1])
+    calls = [bench.open(waits) for _ in range(5)]
     await wait_all_tasks_blocked()
-    assert (call.phase, bench.started, bench.pool.running) == ("uploading", [], 0)
-    upload.put(body[-1:], last=True)
-    assert said in plain(await everything(call))
+    assert (bench.pool.running, bench.pool.waiting) == (2, 3)
+    go.set()
+    for call in calls:
+        assert isinstance((await everything(call))[-1], Done)
+    assert (bench.pool.running, bench.pool.waiting) == (0, 0)
 
 
-async def test_a_body_that_is_still_coming_takes_no_slot(bench: Bench) -> None:
-    stuck = bench.open(asr_request(ByteChannel()))
-    await wait_all_tasks_blocked()
-    upload = ByteChannel()
-    upload.put(FORM, last=True)
-    assert "400" in plain(await everything(bench.open(asr_request(upload))))
-    stuck.cancel("enough")
-    await wait_all_tasks_blocked()
-    assert bench.pool.tasks == 0
+async def test_slots_are_given_in_the_order_of_asking(bench: Bench) -> None:
+    order: list[int] = []
+    go = trio.Event()
+
+    def numbered(number: int) -> Any:
+        async def handler(request: ChatRequest) -> str:
+            order.append(number)
+            await go.wait()
+            return "x"
+
+        return handler
+
+    bench.options.server.max_concurrency = 1
+    calls = []
+    for number in range(6):
+        calls.append(bench.open(numbered(number)))
+        await wait_all_tasks_blocked()
+    go.set()
+    for call in calls:
+        await everything(call)
+    assert order == list(range(6))
 
 
-async def test_silence_does_not_count_while_the_body_is_coming(
+async def test_a_call_that_waits_too_long_for_a_slot_gets_503_with_retry_after(
     bench: Bench, autojump_clock: MockClock
 ) -> None:
-    upload = ByteChannel()
-    call = bench.open(asr_request(upload))
-    for at in range(0, len(FORM), 100):
-        await trio.sleep(19)
-        upload.put(FORM[at : at + 100], last=at + 100 >= len(FORM))
-    await trio.sleep(100)
-    assert "400" in plain(await everything(call))
+    async def waits(request: ChatRequest) -> str:
+        await trio.sleep(20)
+        return "x"
 
-
-async def test_silence_counts_from_when_the_body_is_there(bench: Bench, autojump_clock: MockClock) -> None:
-    upload = ByteChannel()
-    call = bench.open(asr_request(upload), 100)
-    await trio.sleep(100)
-    upload.put(FORM, last=True)
-    began = trio.current_time()
-    assert (await failure(call)).status == 504
-    assert trio.current_time() - began == 20.0
-
-
-async def test_the_budget_counts_while_the_body_is_coming(bench: Bench, autojump_clock: MockClock) -> None:
-    began = trio.current_time()
-    closed: list[float] = []
-    upload = ByteChannel()
-    upload.on_close(lambda: closed.append(trio.current_time() - began))
-    error = await failure(bench.open(asr_request(upload, total_timeout=7.0)))
-    assert (error.status, closed) == (504, [7.0])
-    assert bench.started == []
-
-
-async def test_a_form_that_makes_no_sense_is_refused_before_the_rest_of_it_has_come(bench: Bench) -> None:
-    upload = ByteChannel()
-    call = bench.open(asr_request(upload))
-    upload.put(FORM[:-10] + b"\r\n--Bnonsense")
-    error = await failure(call)
-    assert (error.status, upload.closed, bench.started) == (400, True, [])
-
-
-async def test_a_body_of_another_type_is_refused_before_it_has_come(bench: Bench) -> None:
-    upload = ByteChannel()
-    request = attrs.evolve(asr_request(upload), content_type="application/json")
-    assert (await failure(bench.open(request))).status == 415
-    assert upload.closed
-
-
-@pytest.mark.parametrize("body", [FORM[:-10], FORM.replace(b'"file"', b'"fill"')], ids=["cut", "no file"])
-async def test_a_form_with_something_missing_is_refused_at_its_end(body: bytes, bench: Bench) -> None:
-    upload = ByteChannel()
-    call = bench.open(asr_request(upload))
-    upload.put(body, last=True)
-    assert (await failure(call)).status == 400
-    assert bench.started == []
-
-
-async def test_a_call_that_is_cancelled_while_its_body_is_coming_is_released_at_once(bench: Bench) -> None:
-    upload = ByteChannel()
-    call = bench.open(asr_request(upload))
-    upload.put(FORM[:50])
+    running = [bench.open(waits) for _ in range(2)]
     await wait_all_tasks_blocked()
-    call.cancel("the client left")
+    start = trio.current_time()
+    error = await failure(bench.open(waits))
+    assert trio.current_time() - start == pytest.approx(5.0)
+    assert (error.status, error.code) == (503, "over_capacity")
+    assert error.retry_after is not None
+    assert error.retry_after >= 1
+    for call in running:
+        assert isinstance((await everything(call))[-1], Done)
+
+
+async def test_a_bounded_number_of_calls_may_wait(bench: Bench) -> None:
+    async def waits(request: ChatRequest) -> str:
+        await trio.sleep_forever()
+        return "x"
+
+    for _ in range(2 + MAX_WAITING):
+        bench.open(waits)
     await wait_all_tasks_blocked()
-    assert (call.released, upload.closed, bench.pool.tasks) == (True, True, 0)
-    upload.put(FORM[50:], last=True)
+    with pytest.raises(Overloaded):
+        bench.open(waits)
+    assert bench.pool.waiting == MAX_WAITING
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_never_reaches_the_handler(bench: Bench) -> None:
+    reached: list[str] = []
+
+    async def waits(request: ChatRequest) -> str:
+        reached.append("x")
+        await trio.sleep_forever()
+        return "x"
+
+    for _ in range(2):
+        bench.open(waits)
     await wait_all_tasks_blocked()
-    assert bench.started == []
+    call = bench.open(waits)
+    await wait_all_tasks_blocked()
+    call.cancel("client left")
+    await released(call)
+    assert len(reached) == 2
+    assert bench.pool.waiting == 0
 
 
-async def test_a_route_of_its_own_gets_the_form_and_its_bytes(bench: Bench) -> None:
-    async def handler(request: CustomRequest) -> str:
-        return f"{len(request.body)} {len(request.files['file'][0])}"
+async def test_a_call_that_is_cancelled_before_its_task_runs_never_reaches_the_handler(bench: Bench) -> None:
+    reached: list[str] = []
 
-    upload = ByteChannel()
-    backend = HandlerBackend(
-        ModelInfo("m", "custom", extra_endpoints=("/v1/x",)), handler, bench.pool, "/v1/x"
-    )
-    call = backend.open(Request("/v1/x", "custom", "m", b"", TYPE, upload=upload))
-    upload.put(FORM[:100])
-    upload.put(FORM[100:], last=True)
-    assert plain(await everything(call)) == f"{len(FORM)} 400"
+    async def handler(request: ChatRequest) -> str:
+        reached.append("x")
+        return "x"
 
-
-# What a model answers beside its kind
+    call = bench.open(handler)
+    call.cancel("client left")
+    await released(call)
+    # A function without a checkpoint may have begun to run, but what it gave went nowhere.
+    assert isinstance(call.receive_nowait(), Failed)
+    assert bench.pool.running == 0
 
 
-async def test_a_handler_for_more_answers_that_and_the_first_one_what_it_did(bench: Bench) -> None:
-    async def chat(request: ChatRequest) -> str:
-        return "chat"
+async def test_more_slots_let_waiting_calls_run_at_once(bench: Bench) -> None:
+    async def waits(request: ChatRequest) -> str:
+        await trio.sleep_forever()
+        return "x"
 
-    async def own(request: CustomRequest) -> str:
-        return "own"
-
-    backend = HandlerBackend(ModelInfo("m", "chat"), chat, bench.pool)
-    backend.add_endpoint("/v1/x", own)
-    assert backend.info.extra_endpoints == ("/v1/x",)
-    assert backend.info.answers("custom", "/v1/x")
-    assert not backend.info.answers("custom", "/v1/y")
-    body = b'{"model": "m", "messages": [{"role": "user", "content": "a"}]}'
-    assert "chat" in plain(await everything(backend.open(Request("chat.completions", "chat", "m", body))))
-    assert plain(await everything(backend.open(Request("/v1/x", "custom", "m", body)))) == "own"
+    for _ in range(5):
+        bench.open(waits)
+    await wait_all_tasks_blocked()
+    bench.options.server.max_concurrency = 4
+    bench.pool.resize()
+    await wait_all_tasks_blocked()
+    assert (bench.pool.running, bench.pool.waiting, bench.pool.capacity) == (4, 1, 4)
 
 
-def test_what_a_model_does_already_it_does_not_get_a_second_time() -> None:
-    async def handler(request: Any) -> str:
-        return ""
+async def test_a_slot_is_freed_when_the_handler_has_stopped_and_not_when_it_was_asked_to(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    async def slow_to_leave(request: ChatRequest) -> AsyncIterator[str]:
+        try:
+            yield "x"
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(7)
 
-    backend = HandlerBackend(ModelInfo("m", "chat"), handler, HandlerPool(ClusterServerOptions()))
-    with pytest.raises(ValueError, match="answers chat already"):
-        backend.add_endpoint("chat", handler)
-    backend.add_endpoint("/v1/x", handler)
-    with pytest.raises(ValueError, match="answers /v1/x already"):
-        backend.add_endpoint("/v1/x", handler)
-    with pytest.raises(TypeError):
-        backend.add_endpoint("/v1/y", "no function")  # type: ignore[arg-type]
-    assert backend.info.extra_endpoints == ("/v1/x",)
+    call = bench.open(slow_to_leave)
+    await wait_all_tasks_blocked()
+    call.cancel("client left")
+    assert isinstance(call.receive_nowait(), Failed)
+    start = trio.current_time()
+    await wait_all_tasks_blocked()
+    assert (bench.pool.running, call.released) == (1, False)
+    await released(call)
+    assert trio.current_time() - start == pytest.approx(7)
+    assert bench.pool.running == 0
+
+
+async def test_a_call_is_queued_until_it_has_its_slot(bench: Bench) -> None:
+    go = trio.Event()
+
+    async def waits(request: ChatRequest) -> str:
+        await go.wait()
+        return "x"
+
+    bench.pool.options.server.max_concurrency = 1
+    first = bench.open(waits)
+    await wait_all_tasks_blocked()
+    second = bench.open(waits)
+    await wait_all_tasks_blocked()
+    assert (first.phase, second.phase) == ("waiting", "queued")
+    first.cancel("client left")
+    await wait_all_tasks_blocked()
+    assert second.phase == "waiting"
+    go.set()
+    assert isinstance((await everything(second))[-1], Done)
+
+
+async def test_a_total_timeout_that_passes_in_the_queue_never_reaches_the_handler(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    reached: list[str] = []
+
+    async def waits(request: ChatRequest) -> str:
+        reached.append("x")
+        await trio.sleep(100)
+        return "x"
+
+    bench.options.server.default_timeout = math.inf
+    for _ in range(2):
+        bench.open(waits)
+    await wait_all_tasks_blocked()
+    error = await failure(bench.open(waits, total_timeout=2))
+    assert error.status == 504
+    assert len(reached) == 2
+
+
+async def test_a_pool_that_is_stopped_cancels_its_handlers(nursery: trio.Nursery) -> None:
+    pool = HandlerPool(ClusterServerOptions())
+    cleaned: list[str] = []
+
+    async def waits(request: ChatRequest) -> str:
+        try:
+            await trio.sleep_forever()
+        finally:
+            cleaned.append("x")
+        return "x"
+
+    async with trio.open_nursery() as inner:
+        await inner.start(pool.serve)
+        call = HandlerBackend(ModelInfo("m", "chat"), waits, pool).open(request())
+        await wait_all_tasks_blocked()
+        inner.cancel_scope.cancel()
+    assert cleaned == ["x"]
+    assert call.released
+    assert isinstance(call.receive_nowait(), Failed)

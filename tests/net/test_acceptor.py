@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import AsyncIterator
 
@@ -57,7 +58,7 @@ async def test_others_have_their_turn_after_some(
     assert [accepted.count(turn) for turn in accepted] == [2, 2, 2, 2, 1]
 
 
-async def test_a_cancelled_acceptor_leaves_nobody_listening() -> None:
+async def test_a_cancelled_acceptor_leaves_no_open_listener() -> None:
     sock = listening_socket()
     address = sock.getsockname()
     async with trio.open_nursery() as nursery:
@@ -106,7 +107,53 @@ async def test_without_room_for_another_connection_it_is_tried_again_after_a_whi
         assert not troubled.closed
         nursery.cancel_scope.cancel()
     assert troubled.closed
-    assert [record.message for record in caplog.records] == ["no room for another connection: trouble"] * 2
+    (record,) = caplog.records
+    assert record.message.startswith(f"no room for another connection: {os.strerror(number)};")
+
+
+async def test_no_room_is_logged_when_it_begins_and_when_it_is_over(
+    crowd: tuple[socket.socket, list[socket.socket]],
+    autojump_clock: MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "trio_cluster.http")
+
+    class Recovering(Troubled):
+        async def accept(self) -> ByteStream:
+            if not self.numbers and not self.closed:
+                # Long after the last error.
+                await trio.sleep(60)
+                return await real.accept()
+            return await super().accept()
+
+    real = listener(crowd[0])
+    troubled = Recovering(*[errno.EMFILE] * 50)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_all, troubled, lambda stream: stream.close())
+        await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert caplog.records[1].message == "there is room for another connection again"
+
+
+async def test_a_connection_that_cannot_be_served_is_closed_and_logged_and_the_others_are_accepted(
+    crowd: tuple[socket.socket, list[socket.socket]], caplog: pytest.LogCaptureFixture
+) -> None:
+    streams: list[ByteStream] = []
+
+    def admit(stream: ByteStream) -> None:
+        streams.append(stream)
+        raise RuntimeError("a bug")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept_all, listener(crowd[0]), admit)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(streams) == 5
+    for client in crowd[1]:
+        client.settimeout(5)
+        assert client.recv(1) == b""
+    assert caplog.text.count("RuntimeError: a bug") == 5
 
 
 async def test_another_error_is_raised() -> None:

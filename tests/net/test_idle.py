@@ -1,4 +1,4 @@
-"""Who has been idle for too long, and who has not."""
+"""Which connections have been idle for too long."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ async def test_time_counts_from_the_last_beginning(limit: IdleTimeout, autojump_
     assert one.expired == [pytest.approx(start + 17)]
 
 
-async def test_one_may_be_idle_again_after_nobody_was(limit: IdleTimeout, autojump_clock: MockClock) -> None:
+async def test_a_timeout_begins_again_after_none_was_running(
+    limit: IdleTimeout, autojump_clock: MockClock
+) -> None:
     one = One()
     limit.begin(one)
     await trio.sleep(50)
@@ -67,3 +69,18 @@ async def test_one_may_be_idle_again_after_nobody_was(limit: IdleTimeout, autoju
     limit.begin(one)
     await trio.sleep(50)
     assert one.expired[1:] == [pytest.approx(start + 10)]
+
+
+async def test_one_that_cannot_be_told_keeps_no_other_from_it(
+    limit: IdleTimeout, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(One):
+        def expire(self) -> None:
+            raise ZeroDivisionError
+
+    failing, other = Failing(), One()
+    limit.begin(failing)
+    limit.begin(other)
+    await trio.sleep(100)
+    assert len(other.expired) == 1
+    assert "ZeroDivisionError" in caplog.text

@@ -1,4 +1,4 @@
-"""Who reads connections: that each gets what is its own, and nobody is disturbed by another one's trouble."""
+"""The readers: each connection gets its own data, and is not disturbed by the errors of another one."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ async def test_a_connection_that_breaks_is_one_that_ends(
     assert one.failed == []
 
 
-async def test_what_one_raises_is_its_own(reader: Reader, connect: Callable[..., Connection]) -> None:
+async def test_what_a_receiver_raises_concerns_its_own_connection_only(
+    reader: Reader, connect: Callable[..., Connection]
+) -> None:
     def bug(data: bytes) -> None:
         raise ZeroDivisionError
 
@@ -127,7 +129,7 @@ async def test_what_one_raises_is_its_own(reader: Reader, connect: Callable[...,
     assert two.failed == []
 
 
-async def test_nothing_is_read_during_a_pause_and_nobody_is_busy_with_it(
+async def test_nothing_is_read_during_a_pause_and_no_task_is_busy_with_it(
     reader: Reader, connect: Callable[..., Connection]
 ) -> None:
     one = connect(reader)
@@ -137,7 +139,7 @@ async def test_nothing_is_read_during_a_pause_and_nobody_is_busy_with_it(
     await settle()
     one.client.send(b"second")
     one.client.close()
-    # This would not come back if anybody was told again and again that there is something.
+    # This would not return if a task was woken again and again because there is something to read.
     await settle()
     assert one.fed == [b"first"]
     one.reading.resume()
@@ -158,7 +160,7 @@ async def test_a_reading_that_has_ended_does_not_begin_again(
     assert one.fed == []
 
 
-async def test_one_that_another_one_closes_is_not_read_any_more(
+async def test_a_connection_that_another_one_closes_is_not_read_any_more(
     shared: SharedReader, connect: Callable[..., Connection]
 ) -> None:
     one, two = connect(shared), connect(shared)
@@ -170,7 +172,7 @@ async def test_one_that_another_one_closes_is_not_read_any_more(
     assert sorted(one.fed + two.fed) == [b"both at once"]
 
 
-async def test_a_connection_that_somebody_else_has_too_is_forgotten(
+async def test_a_closed_connection_that_another_process_keeps_open_is_not_read(
     shared: SharedReader, connect: Callable[..., Connection]
 ) -> None:
     old = connect(shared)
@@ -185,14 +187,14 @@ async def test_a_connection_that_somebody_else_has_too_is_forgotten(
         if new.stream.descriptor != number:
             os.dup2(new.stream.descriptor, number)
         new.reading.begin()
-        old.client.send(b"for nobody")
+        old.client.send(b"for the closed one")
         await settle()
         assert new.fed == []
     finally:
         os.close(held)
 
 
-async def test_all_others_have_their_turn_after_some_connections(
+async def test_other_tasks_have_their_turn_after_some_connections(
     shared: SharedReader, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "_AT_ONCE", 3)
@@ -207,7 +209,7 @@ async def test_all_others_have_their_turn_after_some_connections(
     assert [seen.count(turn) for turn in seen] == [3] * 9
 
 
-async def test_when_nobody_reads_any_more_a_connection_may_still_end(
+async def test_a_connection_may_end_when_the_reader_has_ended(
     connect: Callable[..., Connection],
 ) -> None:
     reader = SharedReader()
@@ -263,3 +265,31 @@ async def test_what_a_stream_has_read_ahead_waits_during_a_pause_and_is_given_af
     assert one.fed == [b"ab"]
     one.reading.resume()
     assert one.fed == [b"ab", b"cd"]
+
+
+class Failing(TcpStream):
+    """A stream that fails in a way that no stream may."""
+
+    def read_nowait(self, limit: int) -> bytes:
+        raise ZeroDivisionError
+
+    async def read(self, limit: int) -> bytes:
+        await super().read(limit)
+        raise ZeroDivisionError
+
+
+async def test_a_stream_that_fails_in_an_unexpected_way_ends_its_own_reading_only(reader: Reader) -> None:
+    one, two = Connection(reader), Connection(reader)
+    for connection in (one, two):
+        connection.reading.begin()
+    await wait_all_tasks_blocked()
+    # Not before the reading has begun.
+    one.stream.__class__ = Failing
+    for _ in range(2):
+        for connection in (one, two):
+            connection.client.send(b"hello")
+        await settle()
+    assert [type(error) for error in one.failed] == [ZeroDivisionError]
+    assert (two.fed, two.failed) == ([b"hello"] * 2, [])
+    one.close()
+    two.close()

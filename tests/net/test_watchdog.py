@@ -36,7 +36,7 @@ EVERY = 0.05
 
 
 class Pair:
-    """A stream with a pulse, and the plain socket at its other end."""
+    """An injectable stream, and the plain socket at its other end."""
 
     def __init__(self) -> None:
         ours, self.far = socket.socketpair()
@@ -103,14 +103,14 @@ def lags(data: bytes) -> list[float]:
     return [float(each.split()[0]) for each in data.decode().strip("<>").split("><")] if data else []
 
 
-def pulse_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "trio_cluster pulse"]
+def watchdog_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "trio_cluster watchdog"]
 
 
 @pytest.fixture(autouse=True)
 def no_thread_of_an_earlier_test() -> None:
     """A thread ends a moment after the last stream that it was for."""
-    for thread in pulse_threads():
+    for thread in watchdog_threads():
         thread.join(5)
 
 
@@ -141,7 +141,7 @@ async def test_nothing_is_written_while_the_loop_runs_be_it_idle_or_busy(pair: P
     assert pair.received() == b""
 
 
-async def test_a_turn_shorter_than_the_interval_is_no_block_but_an_overdue_beat_is_made_up_for(
+async def test_a_turn_shorter_than_the_interval_is_no_block_but_an_overdue_heartbeat_is_sent(
     pair: Pair,
 ) -> None:
     with heartbeats_while_blocked(pair.stream, 1.0, frame, nothing):
@@ -177,16 +177,16 @@ async def test_every_stream_gets_its_own_frames_from_one_thread(pair: Pair) -> N
             heartbeats_while_blocked(pair.stream, EVERY, frame, nothing),
             heartbeats_while_blocked(other.stream, EVERY, lambda lag, blame: b"o", nothing),
         ):
-            assert len(pulse_threads()) == 1
+            assert len(watchdog_threads()) == 1
             block_until(lambda: len(lags(pair.received())) >= 2 and other.received().count(b"o") >= 2)
         await other.stream.aclose()
 
 
 async def test_the_thread_ends_with_the_last_stream_and_begins_anew_with_the_next(pair: Pair) -> None:
-    assert pulse_threads() == []
+    assert watchdog_threads() == []
     for _ in range(2):
         with heartbeats_while_blocked(pair.stream, EVERY, frame, nothing):
-            (thread,) = pulse_threads()
+            (thread,) = watchdog_threads()
             assert thread.daemon
             before = len(pair.received())
             block_until(lambda before=before: len(pair.received()) > before)
@@ -197,7 +197,7 @@ async def test_the_thread_ends_with_the_last_stream_and_begins_anew_with_the_nex
 async def test_a_stream_whose_time_stands_still_while_the_loop_is_blocked_needs_no_thread() -> None:
     ours, theirs = memory_pair()
     with heartbeats_while_blocked(injectable(ours), EVERY, frame, nothing):
-        assert pulse_threads() == []
+        assert watchdog_threads() == []
         block(3 * EVERY)
     with pytest.raises(trio.WouldBlock):
         theirs.read_nowait(1)
@@ -352,7 +352,7 @@ async def test_a_stream_whose_other_end_is_gone_is_left_to_the_loop(pair: Pair) 
             await pair.stream.write(b"x")
 
 
-async def test_a_stream_with_a_pulse_is_otherwise_the_stream_that_it_was(pair: Pair) -> None:
+async def test_an_injectable_stream_reads_and_waits_as_the_stream_under_it(pair: Pair) -> None:
     pair.far.send(b"hello")
     assert await pair.stream.read(100) == b"hello"
     await pair.stream.wait_writable()
@@ -413,7 +413,7 @@ def test_a_handler_that_is_in_a_library_is_named_by_its_own_function(tmp_path: P
     assert blame_during(run) == "handler of 'm' (models.py:2 in outer)"
 
 
-def test_whatever_a_model_or_a_file_is_called_the_blame_can_be_printed() -> None:
+def test_the_place_that_blocks_can_be_printed_whatever_characters_are_in_its_name() -> None:
     def run(over: threading.Event) -> None:
         __traceback_info__ = "handler of '\x1b[2J\n'"
         compute(over)
@@ -539,17 +539,17 @@ async def peers(nursery: trio.Nursery) -> AsyncIterator[Callable[[str], Any]]:
 
 
 @pytest.mark.parametrize("role", ["worker", "master"])
-async def test_a_link_beats_in_well_formed_frames_while_it_is_blocked_and_at_once_afterwards(
+async def test_a_link_sends_heartbeats_in_whole_frames_while_it_is_blocked_and_at_once_afterwards(
     peers: Any, role: str
 ) -> None:
     peer, session = await peers(role, 0.2)
     session.load = (2, 1, 4)
     await wait_all_tasks_blocked()
     assert isinstance(peer.messages()[0], Handshake)
-    beats: list[Any] = []
-    block_until(lambda: beats.extend(peer.messages()) or len(beats) >= 3)
-    assert all(isinstance(beat, Heartbeat) for beat in beats)
-    told = [beat for beat in beats if beat.blocked]
+    heartbeats: list[Any] = []
+    block_until(lambda: heartbeats.extend(peer.messages()) or len(heartbeats) >= 3)
+    assert all(isinstance(heartbeat, Heartbeat) for heartbeat in heartbeats)
+    told = [heartbeat for heartbeat in heartbeats if heartbeat.blocked]
     assert len(told) >= 2
     assert told[0].blocked.startswith("test_watchdog.py:")
     assert told[-1].lag > told[0].lag >= 0.2
@@ -584,3 +584,26 @@ async def test_a_close_is_the_last_word_on_a_link(peers: Any) -> None:
     block(6 * EVERY)
     assert isinstance(peer.hear()[-1], CloseConnection)
     assert session.close_reason
+
+
+async def test_a_link_that_fails_after_a_block_ends_neither_the_event_loop_nor_the_heartbeats(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    def no_frame(lag: float, blamed: str) -> bytes:
+        raise ZeroDivisionError("no frame")
+
+    other = Pair()
+    with other.far:
+        with heartbeats_while_blocked(pair.stream, EVERY, frame, fails):
+            block_until(lambda: len(lags(pair.received())) >= 2)
+            await trio.sleep(0.05)
+            assert "a link failed after its event loop was blocked" in caplog.text
+            with heartbeats_while_blocked(other.stream, EVERY, no_frame, nothing):
+                block(3 * EVERY)
+            assert "no frame" in caplog.text
+            before = len(lags(pair.received()))
+            block_until(lambda: len(lags(pair.received())) > before)
+        await other.stream.aclose()

@@ -59,7 +59,8 @@ def test_the_same_request_is_made_of_a_checked_form(name: str, data: st.DataObje
 #: Values that are read into something else, which few of the drawn ones are.
 CONVERTED: list[tuple[str, dict[str, Any]]] = [
     ("chat.completions", {"temperature": 1, "top_p": 1, "logit_bias": {"1": 5}, "stop": ["a"], "user": None}),
-    ("completions", {"prompt": ["one"], "logprobs": 2, "best_of": 2, "echo": True, "suffix": "s"}),
+    ("completions", {"prompt": ["one"], "logprobs": 2, "best_of": 2, "suffix": "s"}),
+    ("completions", {"prompt": [[1, 2], [3]], "max_tokens": 0}),
     ("embeddings", {"input": "a"}),
     ("embeddings", {"input": ["a", "b"]}),
     ("embeddings", {"input": [1, 2]}),

@@ -105,13 +105,24 @@ def test_the_newer_token_limit_wins() -> None:
 
 
 def test_a_completion_is_a_chat_of_one_message() -> None:
-    request = send("completions", prompt=["Once"], echo=True, suffix=".", logprobs=3, max_tokens=9)
+    request = send("completions", prompt=["Once"], suffix=".", logprobs=3, max_tokens=9)
     assert request.prompt == "Once"
     assert request.messages == [{"role": "user", "content": "Once"}]
     assert request.last_text == "Once"
     assert (request.logprobs, request.top_logprobs, request.max_tokens) == (True, 3, 9)
-    assert request.raw["echo"] is True
     assert request.raw["suffix"] == "."
+    assert (request.prompts, request.prompt_tokens, request.parts()) == (None, None, [request])
+    assert send("completions", echo=True).raw["echo"] is True
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], [[1, 2], [3]]])
+def test_several_prompts_are_as_many_requests(prompts: list[Any]) -> None:
+    parts = send("completions", prompt=prompts, n=2).parts()
+    assert [part.prompt_tokens or part.prompt for part in parts] == prompts
+    assert [part.last_text for part in parts] == [each if isinstance(each, str) else "" for each in prompts]
+    assert {(part.prompts, part.n) for part in parts} == {(None, 2)}
+    alone = send("completions", prompt=prompts[0])
+    assert (alone.prompt_tokens or alone.prompt, alone.prompts) == (prompts[0], None)
 
 
 def test_a_completion_has_the_documented_token_limit() -> None:

@@ -193,11 +193,86 @@ def test_tools_are_those_of_a_chat() -> None:
     ]
 
 
+#: What a coding agent sends: an MCP server, a tool that takes text, and tools of the server.
+GRAMMAR = {"syntax": "lark", "definition": "start: x"}
+AGENT_TOOLS = [
+    {"type": "function", "name": "shell", "parameters": {}},
+    {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"} | GRAMMAR},
+    {
+        "type": "namespace",
+        "name": "mcp__demo",
+        "description": "a demo",
+        "tools": [
+            {"type": "function", "name": "add", "description": "adds", "strict": False, "parameters": {}},
+            {"type": "web_search"},
+        ],
+    },
+    {"type": "namespace", "name": "mcp__other__", "tools": [{"type": "custom", "name": "say"}]},
+    {"type": "web_search", "external_web_access": False},
+    {"type": "mcp", "server_label": "x"},
+    {"type": "some_new_tool"},
+]
+
+
+def test_namespaces_are_flattened_and_tools_of_the_server_are_not_offered() -> None:
+    assert send("responses", tools=AGENT_TOOLS).tools == [
+        {"type": "function", "function": {"name": "shell", "parameters": {}}},
+        {
+            "type": "custom",
+            "custom": {"name": "apply_patch", "format": {"type": "grammar", "grammar": GRAMMAR}},
+        },
+        {
+            "type": "function",
+            "function": {"name": "mcp__demo__add", "description": "adds", "strict": False, "parameters": {}},
+        },
+        {"type": "custom", "custom": {"name": "mcp__other__say"}},
+    ]
+    assert send("responses", tools=AGENT_TOOLS[4:]).tools is None
+
+
+def test_calls_of_tools_in_namespaces_and_of_custom_tools_come_back_as_they_were_offered() -> None:
+    items = [
+        {"type": "function_call", "call_id": "1", "name": "add", "namespace": "mcp__demo", "arguments": "{}"},
+        {"type": "custom_tool_call", "call_id": "2", "name": "apply_patch", "input": "*** Begin"},
+        {"type": "function_call_output", "call_id": "1", "output": "3"},
+        {"type": "custom_tool_call_output", "call_id": "2", "output": "done"},
+    ]
+    assert send("responses", tools=AGENT_TOOLS, input=items).messages == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "mcp__demo__add", "arguments": "{}"}},
+                {"id": "2", "type": "custom", "custom": {"name": "apply_patch", "input": "*** Begin"}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "tool", "tool_call_id": "2", "content": "done"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("sent", "seen"),
     [
         ("auto", "auto"),
         ("required", "required"),
+        ({"type": "custom", "name": "f"}, {"type": "custom", "custom": {"name": "f"}}),
+        (
+            {"type": "function", "name": "f", "namespace": "n"},
+            {"type": "function", "function": {"name": "n__f"}},
+        ),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, "none"),
+        (
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "web_search"}, {"type": "custom", "name": "f"}],
+            },
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [{"type": "custom", "custom": {"name": "f"}}]},
+            },
+        ),
         ({"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}),
         (
             {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
@@ -282,13 +357,17 @@ def item(**members: Any) -> dict[str, Any]:
         ({"conversation": {"id": "conv_1"}}, "conversation", "not stored"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "not stored"),
         ({"background": True}, "background", "ends with the request"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "no tools of its own"),
-        ({"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "tools[1].type", "'mcp'"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice.type", "no tools of its own"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"type": "web_search"}]}},
+            "tool_choice.tools[0].type",
+            "'web_search'",
+        ),
         (item(type="item_reference", id="msg_1"), "input[1].id", "nothing is stored"),
-        (item(id="msg_1"), "input[1].id", "nothing is stored"),
+        (item(type="item_reference", id="rs_1"), "input[1].id", "providerOptions.openai.store"),
+        (item(id="msg_1"), "input[1].id", "openai.chat(...)"),
         (item(type="web_search_call", id="ws_1"), "input[1].type", "'web_search_call'"),
-        (item(type="custom_tool_call"), "input[1].type", "expected one of 'message'"),
+        (item(type="local_shell_call"), "input[1].type", "expected one of 'message'"),
         (
             part(type="input_image", file_id="file-1"),
             "input[0].content[0].file_id",
@@ -330,6 +409,10 @@ def test_what_needs_storage_or_server_tools_is_refused_with_a_reason(
         (item(type="function_call", name="f", arguments="{}"), "input[1].call_id"),
         (item(type="function_call", call_id="c", arguments="{}"), "input[1].name"),
         (item(type="function_call", call_id="c", name="f", arguments={}), "input[1].arguments"),
+        (item(type="function_call", call_id="c", name="f", arguments="", namespace=1), "input[1].namespace"),
+        (item(type="custom_tool_call"), "input[1].call_id"),
+        (item(type="custom_tool_call", call_id="c", name="f", input={}), "input[1].input"),
+        (item(type="custom_tool_call_output", call_id="c", output=1), "input[1].output"),
         (item(type="function_call_output", output="x"), "input[1].call_id"),
         (item(type="function_call_output", call_id="c"), "input[1].output"),
         (item(type="function_call_output", call_id="c", output=1), "input[1].output"),
@@ -340,6 +423,23 @@ def test_what_needs_storage_or_server_tools_is_refused_with_a_reason(
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].name"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{}]}]}, "tools[0].tools[0].type"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
+            "tools[0].tools[0].name",
+        ),
+        (
+            {
+                "tools": [
+                    {"type": "function", "name": "n__f"},
+                    {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+                ]
+            },
+            "tools",
+        ),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
@@ -362,4 +462,4 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], param: str) -> None:
 
 def test_an_unsupported_type_of_any_length_makes_a_short_message() -> None:
     assert len(refused("responses", **item(type="x" * 10_000)).message) < 300
-    assert len(refused("responses", tools=[{"type": "x" * 10_000}]).message) < 300
+    assert len(refused("responses", tool_choice={"type": "x" * 10_000}).message) < 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -509,3 +510,72 @@ def test_the_output_of_a_model_can_be_sent_back(values: list[Any]) -> None:
     assert [(call["name"], call["arguments"]) for call in calls] == [
         each for each in found if each[0][0] in "fw"
     ]
+
+
+# Tools in namespaces, and custom tools
+
+AGENT_TOOLS = [
+    {"type": "function", "name": "shell"},
+    {"type": "custom", "name": "apply_patch"},
+    {
+        "type": "namespace",
+        "name": "mcp__demo",
+        "description": "a demo",
+        "tools": [{"type": "function", "name": "add"}],
+    },
+    {"type": "web_search"},
+]
+AGENT_CALLS: list[Any] = [
+    OutputChunk.tool_call("shell", "{}", id="1"),
+    OutputChunk.tool_call("mcp__demo__add", '{"a":', id="2", index=1),
+    OutputChunk.tool_call("mcp__demo__add", "1}", index=1),
+    {
+        "tool_calls": [
+            {"index": 2, "id": "3", "type": "custom", "custom": {"name": "apply_patch", "input": "*"}}
+        ]
+    },
+    {"tool_calls": [{"index": 2, "custom": {"name": "apply_patch", "input": "**"}}]},
+    OutputChunk.tool_call("apply_patch", "as text", id="4", index=3),
+    OutputChunk.tool_call("add", "{}", id="5"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_come_back_under_the_names_that_the_client_knows(stream: bool) -> None:
+    request = send("responses", tools=AGENT_TOOLS, stream=stream)
+    body = answer("responses", request, AGENT_CALLS)
+    if stream:
+        events = read_stream(body).events
+        response = events[-1]["response"]
+        deltas = [each["delta"] for each in events if each["type"] == "response.custom_tool_call_input.delta"]
+        assert deltas == ["*", "**", "as text"]
+        done = [each["input"] for each in events if each["type"] == "response.custom_tool_call_input.done"]
+        assert done == ["***", "as text"]
+        added = [each["item"] for each in events if each["type"] == "response.output_item.added"]
+        assert [(each["name"], each.get("namespace")) for each in added[:2]] == [
+            ("shell", None),
+            ("add", "mcp__demo"),
+        ]
+        for event in events:
+            EVENT.validate_python(event, strict=True)
+    else:
+        response = json.loads(body)
+        Response.model_validate(response, strict=True)
+    seen = [
+        (
+            each["type"],
+            each["call_id"],
+            each["name"],
+            each.get("namespace"),
+            each.get("arguments", each.get("input")),
+        )
+        for each in response["output"]
+    ]
+    assert seen == [
+        ("function_call", "1", "shell", None, "{}"),
+        ("function_call", "2", "add", "mcp__demo", '{"a":1}'),
+        ("custom_tool_call", "3", "apply_patch", None, "***"),
+        ("custom_tool_call", "4", "apply_patch", None, "as text"),
+        ("function_call", "5", "add", None, "{}"),
+    ]
+    assert response["tools"][1:] == AGENT_TOOLS[1:]

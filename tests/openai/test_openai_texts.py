@@ -561,6 +561,71 @@ def test_echo_puts_the_prompt_before_the_text_of_a_completion() -> None:
     assert streamed([], "completions", **fields).text == "Once "
 
 
+TOKENS = [
+    {
+        "token": each,
+        "logprob": -0.5,
+        "bytes": list(each.encode()),
+        "top_logprobs": [{"token": each, "logprob": -0.5}, {"token": "x", "logprob": -2.0}],
+    }
+    for each in ("Hel", "lo")
+]
+LEGACY = {
+    "tokens": ["Hel", "lo"],
+    "token_logprobs": [-0.5, -0.5],
+    "top_logprobs": [{"Hel": -0.5, "x": -2.0}, {"lo": -0.5, "x": -2.0}],
+    "text_offset": [0, 3],
+}
+
+
+@pytest.mark.parametrize("given", ["chat", "legacy"])
+def test_logprobs_of_a_completion_have_the_form_of_that_route(given: str) -> None:
+    def pieces() -> list[Any]:
+        if given == "legacy":
+            return [{"text": "Hello", "logprobs": dict(LEGACY)}]
+        return [{"text": token["token"], "logprobs": {"content": [dict(token)]}} for token in TOKENS]
+
+    assert plain(pieces(), "completions", logprobs=2)["choices"][0]["logprobs"] == LEGACY
+    events = streamed(pieces(), "completions", logprobs=2).events
+    sent = [each["choices"][0]["logprobs"] for each in events if each["choices"][0]["logprobs"]]
+    assert {name: [value for each in sent for value in each[name]] for name in LEGACY} == LEGACY
+
+
+def test_alternatives_that_are_not_known_are_the_token_itself() -> None:
+    logprobs = {"content": [{"token": "a", "logprob": -1.0, "bytes": None, "top_logprobs": []}]}
+    answer = plain([{"text": "a", "logprobs": logprobs}], "completions", logprobs=0)
+    assert answer["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_choices_of_several_prompts_are_in_their_order(stream: bool) -> None:
+    request = send(
+        "completions", prompt=["A ", "B ", "C "], n=2, echo=True, stream=stream,
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    )  # fmt: skip
+    writer = encoder("completions", request)
+    sent = [
+        writer.encode(value) for value in ("one", OutputChunk.text_delta("two", 1), OutputChunk.usage(1, 2))
+    ]
+    writer.next_part()
+    writer.next_part()
+    sent += [writer.encode(value) for value in ("th", {"choices": [{"index": 1, "text": "four"}]}, "ree")]
+    with pytest.raises(ValueError, match="no choice 2"):
+        writer.encode(OutputChunk.text_delta("x", 2))
+    sent += [writer.encode(OutputChunk.usage(3, 4)), writer.finish()]
+    expected = {0: "A one", 1: "A two", 2: "B ", 4: "C three", 5: "C four"}
+    if stream:
+        report = read_stream(b"".join(sent))
+        assert dict(report.texts) == expected
+        assert set(report.finish_reasons) == set(expected)
+        usage = report.usage
+    else:
+        answer = json.loads(b"".join(sent))
+        assert {each["index"]: each["text"] for each in answer["choices"]} == expected
+        usage = answer["usage"]
+    assert usage == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+
+
 def test_a_completion_does_not_end_with_a_word_of_the_other_route() -> None:
     assert plain([{"tool_calls": [CALL]}], "completions")["choices"][0]["finish_reason"] == "stop"
 

@@ -26,7 +26,7 @@ TEXT_FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
     "temperature": ([*NOT_NUMBERS, -0.1, 2.1, 10**4000], [0, 2, 0.5]),
     "top_p": ([*NOT_NUMBERS, -0.1, 1.1], [0, 1, 0.5]),
     "n": ([*NOT_INTEGERS, 0, 129], [1, 128]),
-    "stop": ([1, True, {}, [1], ["a"] * 5], ["x", [], ["a"] * 4]),
+    "stop": ([1, True, {}, [1]], ["x", [], ["a"] * 4, ["a"] * 50]),
     "max_tokens": ([*NOT_INTEGERS, 0, -1], [1, 10**6]),
     "presence_penalty": ([*NOT_NUMBERS, -2.1, 2.1], [-2, 2]),
     "frequency_penalty": ([*NOT_NUMBERS, -2.1, 2.1], [-2, 2]),
@@ -60,7 +60,11 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     "completions": TEXT_FIELDS
     | {
-        "prompt": ([1, True, {}, [], ["a", "b"], [1, 2], [[1]], [None]], ["", "x", ["x"]]),
+        "max_tokens": ([*NOT_INTEGERS, -1], [0, 1, 10**6]),
+        "prompt": (
+            [1, True, {}, [], ["a", 1], [1, "a"], [[]], [[1], "a"], [-1], [True], [None], ["x"] * 1025],
+            ["", "x", ["x"], ["a", "b"], [1, 2], [[1], [2, 3]]],
+        ),
         "logprobs": ([*NOT_INTEGERS, -1, 6], [0, 5]),
         "best_of": ([*NOT_INTEGERS, 0, 21], [1]),
         "echo": (NOT_BOOLEANS, [True]),
@@ -346,9 +350,10 @@ def test_a_wrong_embedding_input_is_refused_with_its_place(value: Any, param: st
     assert refused("embeddings", input=value).param == param
 
 
-def test_several_prompts_and_token_ids_are_refused_in_words_that_help() -> None:
-    assert "one request for each" in refused("completions", prompt=["a", "b"]).message
-    assert "token ids" in refused("completions", prompt=[1, 2]).message
+def test_the_logprobs_of_an_echoed_prompt_are_refused_in_words_that_help() -> None:
+    error = refused("completions", prompt="a", echo=True, logprobs=1)
+    assert error.param == "logprobs"
+    assert "log probabilities of the prompt" in error.message
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import tracemalloc
 from typing import Any
 
@@ -164,8 +165,9 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (encode([Done(1)])[:-1], "not a msgpack array"),
         (encode([Done(1)]) + b"\x00", "not a msgpack array"),
         (b"\xdd\xff\xff\xff\xff", "not a msgpack array"),
-        (b"\x91" * 200_000, "not a msgpack array"),
-        (b"\x91\xa1\xff", "not a msgpack array"),
+        (b"\x91" * 200_000, "not a pair"),
+        (b"\x91\x92\x09" + b"\x91" * 200_000, "not a msgpack array"),
+        (b"\x91\xa1\xff", "not a pair"),
         (raw(), "an empty batch"),
         (raw(1), "not a pair"),
         (raw("ab"), "not a pair"),
@@ -182,7 +184,8 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([9, None]), "Done: the body is not a map but NoneType"),
         (raw([9, "call"]), "Done: the body is not a map but str"),
         (raw([9, {}]), "Done: no such field in call"),
-        (raw([9, {1: 2}]), "Done: no such field in call"),
+        (raw([9, {1: 2}]), "Done: a key that is not a string but int"),
+        (raw(*[[5, {}]] * 4097), "not a msgpack array of at most 4096 messages"),
     ],
 )
 def test_what_is_not_a_batch_is_refused_with_a_reason(data: bytes, reason: str) -> None:
@@ -379,6 +382,137 @@ def test_a_list_that_contains_itself_is_refused_before_it_takes_memory() -> None
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+# Work that is caused by bytes of a peer
+
+
+def colliding_keys(count: int) -> list[bytes]:
+    """Return encoded tuples of two integers that all have the same hash: CPython does not seed that of a tuple."""
+    mask = (1 << 64) - 1
+    one, two, five = 11400714785074694791, 14029467366897019727, 2870177450012600261
+    keys: list[bytes] = []
+    first = 0
+    wanted = pow(one, -1, 1 << 64) * 1234567 & mask
+    turned = (wanted >> 31 | wanted << 33) & mask
+    while len(keys) < count:
+        first += 1
+        state = (five + first * two) & mask
+        state = (state << 31 | state >> 33) & mask
+        second = (turned - state * one) * pow(two, -1, 1 << 64) & mask
+        if second < (1 << 61) - 1:
+            keys.append(msgspec.msgpack.encode((first, second)))
+    return keys
+
+
+def test_the_keys_of_the_attack_collide() -> None:
+    keys: list[Any] = [tuple(msgspec.msgpack.decode(key)) for key in colliding_keys(50)]
+    assert len({hash(key) for key in keys}) == 1
+    assert len(set(keys)) == 50
+
+
+def map_of(keys: list[bytes]) -> bytes:
+    return b"\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys)
+
+
+ATTACK = map_of(colliding_keys(15_500))
+REGISTER = b"\x85\xa4name\xa1n\xa4kind\xa4chat\xa5owner\xa1o\xa7created\x00\xa7options"
+
+
+@pytest.mark.parametrize(
+    ("data", "refused"),
+    [
+        (b"\x91\x92\x09\x82\xa4call\x01\xa5later" + ATTACK, None),
+        (b"\x91\x92\x09" + ATTACK, "a key that is not a string"),
+        (b"\x91" + ATTACK, "not a pair"),
+        (b"\x91\x92\x0f" + ATTACK, "unknown message"),
+        (b"\x91\x92" + ATTACK + b"\x80", "a tag that is not an integer"),
+        (b"\x91\x92\x08\x83\xa4call\x01\xa4data\xc4\x00\xa5later" + ATTACK, None),
+        (b"\x91\x92\x01" + REGISTER + b"\x81\xa1a" + ATTACK, "options: too large"),
+        (b"\x91\x92\x01" + REGISTER + b"\x81\xa1a\x91\x81\xa1b" + map_of(colliding_keys(4000)), "options: "),
+        (b"\x91\x92\x01" + REGISTER + ATTACK, "options: "),
+        (b"\x91\x92\x05\x81\xa8progress" + ATTACK, "progress"),
+        (raw([5, {"progress": [[1, 1]] * 60_000}]), "progress: more than 1024"),
+        (raw([9, {"call": 1, "usage": {str(i): 1 for i in range(20_000)}}]), "usage: more than 16"),
+        (
+            raw([7, {"call": 1, "status": 200, "content_type": "", "headers": [["a", "b"]] * 40_000}]),
+            "headers: more",
+        ),
+        (raw(*[[5, {}]] * 80_000), "at most 4096 messages"),
+        (
+            raw([1, {"name": "n", "kind": "k", "owner": "o", "created": 0, "options": {"a": [0] * 240_000}}]),
+            "too large",
+        ),
+    ],
+)
+def test_a_message_of_any_content_costs_a_few_milliseconds(data: bytes, refused: str | None) -> None:
+    assert 49_000 < len(data) < MAX_MESSAGE
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        try:
+            decode(data)
+            reason = None
+        except ProtocolError as error:
+            reason = error.reason
+        took.append(time.perf_counter() - began)
+        assert (reason is None) == (refused is None)
+        assert (refused or "") in (reason or "")
+    assert min(took) < 0.01
+
+
+def test_a_message_of_which_much_is_unknown_takes_no_memory_for_it() -> None:
+    data = raw([9, {"call": 1, "later": [[]] * 100_000}])
+    tracemalloc.start()
+    try:
+        assert decode(data) == [Done(1)]
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": {"b": {1: 2}}},
+        {"a": [{"b": [{None: 2}]}]},
+        {"a": {b"k": 1}},
+        {"a": {True: 1}},
+        {"a": {1.5: 1}},
+        {"a": {(1, 2): 1}},
+        {"": {"": {"": {(): 1}}}},
+    ],
+)
+def test_maps_have_string_keys_at_every_depth(value: dict[str, Any]) -> None:
+    body = {"name": "n", "kind": "k", "owner": "o", "created": 0, "options": value}
+    with pytest.raises(ProtocolError, match="options: contains a key that is not a string"):
+        decode(raw([1, body]))
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=40),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-(1 << 63), (1 << 64) - 1)
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(max_size=300),
+            lambda inner: (
+                st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=5), inner, max_size=20)
+            ),
+            max_leaves=30,
+        ),
+        max_size=20,
+    )
+)
+@settings(deadline=None)
+def test_any_json_object_arrives_as_it_was_sent(options: dict[str, Any]) -> None:
+    try:
+        message = RegisterModel("m", "chat", "o", 0, options)
+    except ValueError:
+        return
+    assert decode(encode([message])) == [message]
 
 
 # Errors and models on the wire

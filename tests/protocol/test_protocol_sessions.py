@@ -731,3 +731,35 @@ def test_a_closed_session_sends_nothing_receives_nothing_and_ignores_what_is_sti
     assert link.worker.open_calls == ()
     assert link.master.next_message() is None
     assert link.worker.next_message() is None
+
+
+# Before a peer is admitted
+
+
+def test_nothing_of_a_peer_that_is_not_admitted_is_decoded_beyond_its_handshake() -> None:
+    first = b"\x92" + encode([GREETING])[1:] + b"\x92\x09\x81\xa4call\xa1x"
+    refused = MasterSession("m", "1.0", 0.0, admit=lambda _: False)
+    assert refused.receive(first, 0.0) == [GREETING]
+    assert refused.receive(b"anything at all", 0.0) == []
+    assert refused.receive(encode([GREETING, Heartbeat()]), 0.0) == []
+    admitted = MasterSession("m", "1.0", 0.0)
+    with pytest.raises(ProtocolError, match="Done: expected int, got str in call"):
+        admitted.receive(first, 0.0)
+
+
+def test_what_comes_with_the_handshake_of_a_peer_that_is_admitted_is_received() -> None:
+    seen: list[Handshake] = []
+
+    def admit(handshake: Handshake) -> bool:
+        seen.append(handshake)
+        return True
+
+    master = MasterSession("m", "1.0", 0.0, admit=admit)
+    assert master.receive(encode([GREETING, Heartbeat(1)]), 0.0) == [GREETING, Heartbeat(1)]
+    assert seen == [GREETING]
+
+
+def test_a_peer_with_another_magic_number_is_not_asked_for_admission() -> None:
+    master = MasterSession("m", "1.0", 0.0, admit=pytest.fail)
+    with pytest.raises(ProtocolError, match="magic"):
+        master.receive(encode([Handshake(7, 1, 1, "w", "1.0")]), 0.0)

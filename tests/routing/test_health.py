@@ -35,7 +35,7 @@ def test_failures_in_a_row_are_those_of_the_replica_and_end_with_a_success() -> 
     health = Health()
     for outcome in ("timed_out", "worker_lost", "failed", "cancelled"):
         health.record(outcome)
-    # What a handler raised, and what a client gave up, says nothing about the replica.
+    # An error of a handler and a cancellation by a client are not failures of the replica.
     assert health.failures == 2
     health.record("completed")
     assert health.failures == 0

@@ -64,7 +64,7 @@ def test_a_model_that_is_added_can_be_asked() -> None:
     assert router.catalog.served_by("m") == ["w1"]
 
 
-def test_a_model_that_nobody_serves_is_not_found_and_the_message_lists_those_that_are() -> None:
+def test_a_model_that_is_not_served_is_not_found_and_the_message_lists_those_that_are() -> None:
     router = Router()
     router.catalog.add(ModelInfo("b", "chat"), Scripted("w1"))
     router.catalog.add(ModelInfo("a", "chat"), Scripted("w1"))
@@ -161,7 +161,7 @@ def test_a_draining_router_refuses_with_503() -> None:
         (None, "cancelled"),
     ],
 )
-def test_every_call_is_entered_once_under_the_way_it_ended(end: Done | Failed | None, entry: str) -> None:
+def test_every_call_is_counted_once_under_its_outcome(end: Done | Failed | None, entry: str) -> None:
     router, backend = Router(), Scripted("w1")
     router.catalog.add(CHAT, backend)
     call = router.open(request())
@@ -299,7 +299,7 @@ async def test_idle_is_when_the_work_of_every_call_has_stopped(nursery: trio.Nur
     assert idle.is_set()
 
 
-def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
+def test_the_catalogue_knows_its_passthrough_models() -> None:
     router, one, two = Router(), Scripted("w1"), Scripted("w2")
     untouched = ModelInfo("raw", "any")
     router.catalog.add(CHAT, one)
@@ -319,7 +319,7 @@ def test_it_is_known_whether_a_model_wants_what_clients_send_as_it_is() -> None:
 # What a model answers beside its kind
 
 
-def test_a_model_that_is_updated_is_what_it_is_said_to_be_now() -> None:
+def test_an_update_replaces_the_description_of_a_model() -> None:
     router, backend = Router(), Scripted("w1")
     router.catalog.add(CHAT, backend)
     assert not router.catalog.answers("/v1/x")
@@ -388,7 +388,7 @@ class LastOne:
 
 
 class Steps(Observer):
-    """Writes down every step that it is told of."""
+    """Records every step."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, ...]] = []
@@ -406,7 +406,7 @@ class Steps(Observer):
         self.steps.append(("ended", call.served_by, outcome))
 
 
-def test_another_policy_chooses_among_healthy_replicas_only_and_observers_learn_its_reason() -> None:
+def test_another_policy_chooses_among_available_replicas_and_observers_get_its_reason() -> None:
     router, steps = Router(LastOne()), Steps()
     router.observers.add(steps)
     replicas = [Scripted(name) for name in ("w1", "w2", "w3")]

@@ -1,4 +1,4 @@
-"""Registering models: what one node answers, what it tells its master, and what a master knows of replicas."""
+"""Registering models: what a node answers, what a worker announces, and what a master knows of replicas."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_making_and_changing_images_may_be_one_model_and_nothing_else_may() -> N
 # On a worker
 
 
-async def test_what_a_running_worker_answers_more_its_master_knows_at_once(
+async def test_an_endpoint_that_a_running_worker_adds_is_known_to_its_master_at_once(
     cluster: SimulatedCluster, autojump_clock: MockClock
 ) -> None:
     server = node("w1")
@@ -156,7 +156,7 @@ async def test_a_route_is_asked_of_those_replicas_that_answer_it(cluster: Simula
     for name in ("w1", "w3"):
         cluster.workers[name].stop()
         await cluster.workers[name].over.wait()
-    # Nobody is left who answers it, although the model is there.
+    # No replica is left that answers it, although the model is there.
     assert (await ask(cluster, "/v1/who"))[0] == 404
     assert (await ask(cluster, "/v1/chat/completions"))[0] == 200
 
@@ -199,3 +199,20 @@ async def test_options_that_change_change_whose_the_models_are() -> None:
     server.register_raw("m", raw)
     server.options = worker("w", owner="somebody else").options
     assert server.router.catalog.infos()[0].owner == "somebody else"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["chat", "embedding", "asr", "tts", "image_generation", "image_edit", "rerank", "moderation"],
+)
+def test_a_decorator_without_parentheses_is_an_error_at_once(kind: str) -> None:
+    server = ClusterServer()
+
+    def mine(request: Any) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match=rf"write @server\.{kind}\('mine'\) above mine"):
+        getattr(server, kind)(mine)
+    with pytest.raises(TypeError, match=r"write @server\.route\("):
+        server.route("/v1/x", mine)  # type: ignore[arg-type]
+    assert server.list_models() == []

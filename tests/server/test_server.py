@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -213,7 +215,7 @@ async def test_run_without_a_cluster_is_standalone() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1000])
-async def test_a_port_that_somebody_else_has_is_named(which: int) -> None:
+async def test_a_port_that_another_program_has_is_named(which: int) -> None:
     port = free_pair()
     with socket.socket() as sock:
         sock.bind((HOST, port + which))
@@ -344,8 +346,7 @@ async def test_past_the_drain_timeout_what_is_left_is_cancelled_with_an_error_ev
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run_as_standalone)
         async with httpx.AsyncClient(base_url=str(server.url)) as client:
-            with pytest.raises(httpx.RemoteProtocolError):
-                await listen(client)
+            await listen(client)
     assert stopped.is_set()
     assert b'"error"' in received
     assert b"[DONE]" not in received
@@ -382,7 +383,7 @@ async def test_a_worker_that_is_stopped_finishes_its_calls_and_leaves() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_worker_that_is_drained_from_outside_stops_as_if_it_had_been_told_itself() -> None:
+async def test_a_worker_that_its_master_drains_stops_as_if_it_had_been_stopped_itself() -> None:
     master, worker = make(), make(worker_id="rack 1/w1")
     begun, go = trio.Event(), trio.Event()
 
@@ -410,10 +411,10 @@ async def test_a_worker_that_is_drained_from_outside_stops_as_if_it_had_been_tol
             async with httpx.AsyncClient(base_url=str(master.url)) as client:
                 accepted = await client.post("/cluster/workers/rack%201%2Fw1/drain")
                 assert accepted.status_code == 202
-                told = accepted.json()
-                assert (told["id"], told["draining"], told["in_flight"]) == ("rack 1/w1", True, 1)
+                drained = accepted.json()
+                assert (drained["id"], drained["draining"], drained["in_flight"]) == ("rack 1/w1", True, 1)
                 (listed,) = (await client.get("/cluster/status")).json()["workers"]
-                assert listed["instance"] == told["instance"]
+                assert listed["instance"] == drained["instance"]
                 refused = await client.post("/v1/chat/completions", json=ask("waits"))
                 assert refused.status_code == 503
             go.set()
@@ -492,7 +493,7 @@ def test_stop_is_harmless_while_nothing_runs() -> None:
 # Configuration while it runs
 
 
-async def test_a_key_that_is_set_is_wanted_at_once() -> None:
+async def test_a_key_that_is_set_is_required_at_once() -> None:
     server = make()
     server.register_chat("echo", echo)
     async with trio.open_nursery() as nursery:
@@ -526,7 +527,7 @@ async def test_more_concurrency_and_another_timeout_act_at_once() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_worker_serves_its_own_api_where_it_is_told_to() -> None:
+async def test_a_worker_serves_its_own_api_on_its_listen_address() -> None:
     master, worker = make(), make()
     worker.register_chat("echo", echo)
     worker.set_worker_listen_address(HOST)
@@ -597,3 +598,18 @@ def test_one_line_is_enough_to_run(capfd: pytest.CaptureFixture[str]) -> None:
         sock.listen()
         with pytest.raises(ClusterPortError):
             trio.run(server.run, sock.getsockname()[1])
+
+
+@pytest.mark.parametrize("mode", ["run_as_master", "run_as_standalone"])
+async def test_a_blocked_event_loop_is_logged_without_any_link(
+    mode: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ClusterServer()
+    server.options.server.host = "127.0.0.1"
+    server.options.heartbeat_interval = 0.1
+    await nursery.start(getattr(server, mode), 0)
+    time.sleep(0.3)  # noqa: ASYNC251  (what a beginner's handler does)
+    await trio.sleep(0.05)
+    blocked, recovered = (each for each in caplog.records if each.name == "trio_cluster.pulse")
+    assert re.search(r"the event loop is blocked: test_server\.py:\d+ in", blocked.message)
+    assert recovered.message == "the event loop runs again"

@@ -92,7 +92,31 @@ def test_a_streamed_response_is_parsed_too(end: bytes, reason: str) -> None:
     assert (report.ending, report.text, report.finish_reasons) == ("finished", "Hi", {0: reason})
     assert report.usage == {"total_tokens": 2}
     assert read_stream(SAID + end[:-1]).ending == "cut"
-    assert read_stream(SAID + ERROR).ending == "failed"
+
+
+FAILED = {"status": "failed", "error": {"code": "c", "message": "no"}}
+INNER = {"message": "no", "type": "t", "param": None, "code": "c"}
+
+
+@pytest.mark.parametrize(
+    ("before", "failure"),
+    [
+        (SAID, response_event(1, "response.failed", response=FAILED, error=INNER)),
+        (event(type="transcript.text.delta", delta="a"), event(type="error", error=INNER)),
+        (event(type="speech.audio.delta", audio=""), event(type="error", error=INNER)),
+        (
+            b"event: image_edit.partial_image\n" + event(type="image_edit.partial_image"),
+            b"event: error\n" + event(type="error", error=INNER),
+        ),
+    ],
+)
+def test_a_stream_fails_in_the_form_of_its_own_events(before: bytes, failure: bytes) -> None:
+    report = read_stream(before + failure)
+    assert (report.ending, report.error) == ("failed", INNER)
+    with pytest.raises(StreamGrammarError, match=r"fails with|on this route|between images"):
+        read_stream(before + ERROR)
+    with pytest.raises(StreamGrammarError, match="on this route"):
+        read_stream(delta("a") + failure)
 
 
 def test_a_streamed_completion_is_parsed_too() -> None:
@@ -126,6 +150,8 @@ def test_a_streamed_completion_is_parsed_too() -> None:
         (response(1), "should have been number 0"),
         (SAID + SAID, "should have been number 1"),
         (response(0, "incomplete"), "is another one"),
+        (SAID + response_event(2, "response.failed", response=FAILED, error=INNER), "have been number 1"),
+        (SAID + response_event(1, "response.failed", response={}, error=INNER), "is another one"),
         (response(0, "completed", "steered"), "is another one"),
         (response(0) + DONE, "after the end"),
         (response(0) + ERROR, "after the end"),

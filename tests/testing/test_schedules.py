@@ -15,9 +15,9 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster.core.limits import WINDOW
-from trio_cluster.gateway import relay
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
+from trio_cluster.openai import failures
 from trio_cluster.protocol import MasterSession
 from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, open_cluster, run_schedule
@@ -178,7 +178,7 @@ def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finish_failed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "error_event", lambda error: b"data: [DONE]\n\n")
+    monkeypatch.setattr(failures, "error_event", lambda error: b"data: [DONE]\n\n")
 
 
 def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,13 +306,14 @@ def violations(plan: Plan, it: Outcome, *faults: tuple[str, str]) -> list[str]:
     [
         (outcome(stream("1.0 ", "1.0 ", end=STOP), complete=True), "with another text"),
         (outcome(stream("1.0 ", end=STOP), complete=True), "with another text"),
-        (outcome(stream("1.0 ", "2.1 ", end=LOST), complete=False), "with another text"),
+        (outcome(stream("1.0 ", "2.1 ", end=LOST), complete=True), "with another text"),
         (
             outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True, fails="api_error"),
             "of a model that failed",
         ),
         (outcome(stream("1.0 "), complete=True), "in a body with complete=True"),
-        (outcome(stream("1.0 ", end=LOST), complete=False), "an error without a cause"),
+        (outcome(stream("1.0 ", end=LOST), complete=True), "an error without a cause"),
+        (outcome(stream("1.0 ", end=LOST), complete=False), "was failed in a body with complete=False"),
         (outcome(stream("1.0 "), complete=False), "just ends"),
         (outcome(stream("1.0 ", end=STOP + LOST), complete=False), "breaks the grammar"),
         (outcome(b'{"choices":[{"message":{"content":"1.0 "}}]}', complete=True), "complete and is not"),
@@ -332,7 +333,7 @@ def test_the_checker_complains(plan: Plan, it: Outcome, complaint: str) -> None:
     ("it", "faults"),
     [
         (outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True), ()),
-        (outcome(stream("1.0 ", end=LOST), complete=False), [("worker killed", "w1")]),
+        (outcome(stream("1.0 ", end=LOST), complete=True), [("worker killed", "w1")]),
         (outcome(stream("1.0 "), complete=False), [("connection cut", "client-1")]),
         (
             outcome(

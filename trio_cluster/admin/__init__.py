@@ -1,1 +1,1 @@
-"""The admin application: models, health, metrics, the description of the API, and the routes for operators."""
+"""The admin application: the list of models, health, metrics, the OpenAPI description, and routes for operators."""

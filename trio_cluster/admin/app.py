@@ -1,6 +1,6 @@
-"""The admin application: everything that is not hot, served by Quart-Trio behind the gateway.
+"""The admin application: all routes that need not be fast, served by Quart-Trio behind the gateway.
 
-Every error leaves as an envelope of the OpenAI API.
+Every error is sent as the OpenAI API's error object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
 from ..gateway.response import error_reply
-from ..gateway.routes import own_route
+from ..gateway.routes import custom_route
 from .operator import add_operator_routes
 from .routes import add_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond
@@ -29,10 +29,11 @@ logger = logging.getLogger("trio_cluster.http")
 
 
 def create_app(node_context: NodeContext) -> QuartTrio:
-    """Return the node's web application; it needs :func:`put_gateway_in_front`.
+    """Return the node's web application; :func:`put_gateway_in_front` must be called before it is served.
 
-    More routes may be added to it. They are behind the gateway as well: they require the key, their bodies are read before
-    they run, an :class:`~trio_cluster.ApiError` that they raise is answered as such, and websockets do not get to them.
+    More routes may be added to it. They are behind the gateway, too: they require the API key, their bodies are read
+    before they run, an :class:`~trio_cluster.ApiError` that they raise is sent to the client, and websockets do not
+    reach them.
     """
     app = make_app("trio_cluster.http")
     app.register_error_handler(ApiError, _on_api_error)
@@ -46,8 +47,8 @@ def create_app(node_context: NodeContext) -> QuartTrio:
 def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio:
     """Put the gateway in front of an application, and return the application.
 
-    In front of the application itself, and not around it: whatever gets hold of the application, a test client or another
-    server, then has to pass the gateway as well.
+    The gateway replaces the application's own ASGI entry, so that everything that serves the application passes it,
+    also a test client or another server.
     """
     has_route = path_lookup(app)
     replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route))
@@ -59,18 +60,18 @@ async def _on_api_error(error: ApiError) -> TrioResponse:
 
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
-    """Answer what the framework has to say: unknown path, wrong method, or a route that aborts."""
-    if error.code == 404 and node_context.router.catalog.answers(own_route(request.path)):
-        # A route that the framework does not know, since models come and go.
+    """Answer an error that the framework raises: an unknown path, a wrong method, or a route that calls ``abort``."""
+    if error.code == 404 and node_context.router.catalog.answers(custom_route(request.path)):
+        # A custom route. The framework does not know these, since models may be added and removed at any time.
         error = MethodNotAllowed(["POST"])
     status = error.code or 500
     messages = {
         404: f"Unknown URL: {request.method} {request.path}",
-        405: f"{request.path} does not take {request.method}",
+        405: f"{request.path} does not allow {request.method}",
     }
     message = messages.get(status) or error.description or error.name
     reply = error_reply(ApiError(status, message))
-    # `Allow`, `Retry-After`, `WWW-Authenticate`: what the exception knows besides its own page.
+    # `Allow`, `Retry-After`, `WWW-Authenticate`: the headers of the exception, without that of its HTML page.
     reply.headers.extend(
         (name.lower(), value) for name, value in error.get_headers() if name.lower() != "content-type"
     )

@@ -1,8 +1,8 @@
-"""The description of the node's HTTP API, as ``GET /openapi.json`` gives it: OpenAPI 3.1.
+"""The OpenAPI 3.1 description of the node's HTTP API, served as ``GET /openapi.json``.
 
-The routes of models describe themselves (see ``openai/openapi.py``); the answers of the node's own routes are described by
-their types (see ``views.py``). The description shows no model, no worker and nothing else of what the node has, so nobody
-needs a key to read it.
+The routes of models are described in ``openai/openapi.py``; the answers of the node's own routes are described by their
+types in ``views.py``. The description shows no model, no worker and no other state of the node, so no API key is
+required to read it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, Sta
 __all__ = ["description"]
 
 _ABOUT: Final = """\
-The OpenAI API, served by a cluster of machines. Every route under `/v1` also answers without it. Fields that are not
-described here are passed on to the model as they are.
+The OpenAI API, served by a cluster of machines. Every route under `/v1` is also served without that prefix. Fields that
+are not described here are passed to the model unchanged.
 """
 
 _MODEL: Final = {
@@ -51,16 +51,16 @@ _REASON: Final = {
             "minLength": 1,
             "maxLength": 500,
             "pattern": "^[ -~]*$",
-            "description": "One line, for the client and the log.",
+            "description": "Why the request is cancelled: one line, for the client and the log.",
         }
     },
 }
 
-#: The types of answers; those that they refer to are found through them.
+#: The types of the answers. Types that they refer to are added automatically.
 _VIEWS: Final = (IndexView, HealthView, ModelsView, StatusView, CallsView, CancelView, WorkerStatus)
 _REFERENCE: Final = "#/components/schemas/{name}"
 
-#: Headers of errors by status, beside those that every answer has.
+#: Headers of errors by status, besides those that every answer has.
 _HEADERS: Final = {
     401: ("www-authenticate",),
     405: ("allow",),
@@ -71,10 +71,10 @@ _HEADERS: Final = {
 
 @cache
 def description(needs_key: bool) -> bytes:
-    """Return the whole of it as JSON.
+    """Return the description as JSON.
 
     Args:
-        needs_key: requests need a key here.
+        needs_key: this node requires an API key.
     """
     return msgspec.json.encode(
         {
@@ -94,18 +94,18 @@ def description(needs_key: bool) -> bytes:
 
 
 def _node_paths() -> dict[str, Any]:
-    model = _parameter("model", "The name of a model; it may have slashes in it.")
-    call = _parameter("request_id", "What `x-request-id` said.")
+    model = _parameter("model", "The name of a model. It may contain slashes.")
+    call = _parameter("request_id", "The `x-request-id` of the request.")
     worker = _parameter("name", "The name of a worker.")
     cancel = _operation("cancel", "Cancel all calls of a request", _view(CancelView), 400, 401, 403, 404, 413)
     cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
     drain = _operation(
-        "drain", "Have a worker finish its requests and stop", _view(WorkerStatus), 401, 403, 404
+        "drain", "Drain a worker: it finishes its requests and stops", _view(WorkerStatus), 401, 403, 404
     )
     drain["responses"]["202"] = drain["responses"].pop("200")
-    health = _open("health", "Tell whether the node takes requests", _view(HealthView))
-    health["responses"]["503"] = _answer(_view(HealthView), about="It is being stopped.")
-    metrics = _open("metrics", "Numbers for Prometheus", {"type": "string"})
+    health = _open("health", "Check whether the node accepts requests", _view(HealthView))
+    health["responses"]["503"] = _answer(_view(HealthView), about="The node is shutting down.")
+    metrics = _open("metrics", "Get metrics in the Prometheus text format", {"type": "string"})
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
     models = {"allOf": [_view(ModelsView), {"properties": {"data": {"items": model_ref}}}]}
@@ -113,14 +113,14 @@ def _node_paths() -> dict[str, Any]:
         "/v1/models": {"get": _operation("models", "List all models", models, 401)},
         "/v1/models/{model}": {
             "parameters": [model],
-            "get": _operation("model", "Look up one model", model_ref, 401, 404),
+            "get": _operation("model", "Retrieve a model", model_ref, 401, 404),
         },
-        "/": {"get": _open("index", "Say what this is", _view(IndexView))},
+        "/": {"get": _open("index", "Get information about this server", _view(IndexView))},
         "/health": {"get": health},
         "/metrics": {"get": metrics},
-        "/openapi.json": {"get": _open("openapi", "This description", {"type": "object"})},
-        "/cluster/status": {"get": _operation("status", "The state of the node", _view(StatusView), 401)},
-        "/cluster/calls": {"get": _operation("calls", "The calls that are under way", _view(CallsView), 401)},
+        "/openapi.json": {"get": _open("openapi", "Get this OpenAPI description", {"type": "object"})},
+        "/cluster/status": {"get": _operation("status", "Get the state of the node", _view(StatusView), 401)},
+        "/cluster/calls": {"get": _operation("calls", "List the calls in progress", _view(CallsView), 401)},
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }
@@ -132,7 +132,7 @@ def _view(view: type) -> dict[str, Any]:
 
 
 def _view_schemas() -> dict[str, Any]:
-    """Return the schemas of all answers that are types, by name."""
+    """Return the schemas of the types of all answers, by name."""
     _, schemas = msgspec.json.schema_components(_VIEWS, ref_template=_REFERENCE)
     for schema in schemas.values():
         if about := schema.get("description"):
@@ -150,12 +150,12 @@ def _operation(name: str, summary: str, schema: dict[str, Any], *errors: int) ->
 
 
 def _open(name: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Describe a route that needs no key."""
+    """Describe a route that requires no API key."""
     return _operation(name, summary, schema) | {"security": [{}]}
 
 
 def _answer(
-    schema: dict[str, Any], kind: str = "application/json", about: str = "As it is now."
+    schema: dict[str, Any], kind: str = "application/json", about: str = "Success."
 ) -> dict[str, Any]:
     return {
         "description": about,
@@ -182,20 +182,20 @@ def _headers() -> dict[str, Any]:
     text = {"type": "string"}
     return {
         "x-request-id": {
-            "description": "The id that the client gave the request, or one that was made up.",
+            "description": "The id of the request: the one that the client sent, or a generated one.",
             "required": True,
             "schema": text,
         },
         "retry-after": {
-            "description": "Seconds after which trying again makes sense.",
+            "description": "Seconds after which the request may be repeated.",
             "schema": {"type": "integer", "minimum": 1},
         },
         "x-should-retry": {
-            "description": "Whether a client that repeats failed requests should.",
+            "description": "`false`: the request should not be repeated.",
             "schema": {"type": "string", "enum": ["false"]},
         },
-        "www-authenticate": {"description": "How to send a key.", "required": True, "schema": text},
-        "allow": {"description": "The methods that the route takes.", "required": True, "schema": text},
+        "www-authenticate": {"description": "How to send an API key.", "required": True, "schema": text},
+        "allow": {"description": "The methods that the route allows.", "required": True, "schema": text},
     }
 
 
@@ -210,4 +210,4 @@ def _error_responses() -> dict[str, Any]:
         }
 
     named = {str(status): response(about, *_HEADERS.get(status, ())) for status, about in ERRORS.items()}
-    return named | {"error": response("Any other error, for instance one that a handler has chosen.")}
+    return named | {"error": response("Any other error, for instance one that a handler raises.")}

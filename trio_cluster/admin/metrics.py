@@ -1,7 +1,7 @@
-"""The numbers of a node, as Prometheus wants them.
+"""The metrics of a node, in the Prometheus text format.
 
-Nothing is counted here: the router has the counters, and a collector reads them when it is asked. So the
-numbers are of one instant and add up, and a request costs nothing for being counted.
+Nothing is counted here: the router has the counters, and a scrape reads them. So all values are of one instant and add
+up, and counting adds nothing to the cost of a request.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ __all__ = ["metrics_reply"]
 _PREFIX = "trio_cluster_"
 _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
 
-#: Numbers whose text takes so long to write that others would feel it; each worker has nine.
+#: From this many samples on, the text is written in a thread, since it would delay other requests; a worker has nine.
 _MANY: Final = 500
 
 
 async def metrics_reply(node_context: NodeContext) -> Reply:
-    """Return the text that a scrape gets: the numbers of one instant."""
-    numbers = _Numbers(_Reading(node_context).families())
-    if sum(len(family.samples) for family in numbers.collect()) < _MANY:
-        text = generate_latest(numbers)
+    """Return the answer to a scrape; all values are of one instant."""
+    snapshot = _Snapshot(_Metrics(node_context).families())
+    if sum(len(family.samples) for family in snapshot.collect()) < _MANY:
+        text = generate_latest(snapshot)
     else:
-        text = await trio.to_thread.run_sync(generate_latest, numbers, abandon_on_cancel=True)
+        text = await trio.to_thread.run_sync(generate_latest, snapshot, abandon_on_cancel=True)
     return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], text)
 
 
-class _Numbers(Collector):
-    """What has been collected. Nothing of this process that others may register is among it."""
+class _Snapshot(Collector):
+    """Metrics that were read before. Those that other code of this process registers with Prometheus are not in it."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -53,7 +53,9 @@ class _Numbers(Collector):
         return self._families
 
 
-class _Reading:
+class _Metrics:
+    """Reads the metrics of a node."""
+
     def __init__(self, node_context: NodeContext) -> None:
         self._node_context = node_context
 
@@ -64,20 +66,20 @@ class _Reading:
             _PREFIX + "calls_admitted", "Calls that were opened.", value=stats["admitted"]
         )
         ended = CounterMetricFamily(
-            _PREFIX + "calls_ended", "Calls whose work has stopped, by how they ended.", labels=["outcome"]
+            _PREFIX + "calls_ended", "Calls whose work has stopped, by outcome.", labels=["outcome"]
         )
         for outcome in _OUTCOMES:
             ended.add_metric([outcome], stats[outcome])
         yield ended
         yield CounterMetricFamily(
-            _PREFIX + "calls_retried", "Calls that were opened once more elsewhere.", value=stats["retried"]
+            _PREFIX + "calls_retried", "Calls that were retried on another replica.", value=stats["retried"]
         )
         yield GaugeMetricFamily(
             _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(router.live)
         )
         yield _histogram(
             "cancel_seconds",
-            "From giving a call up until its work had really stopped.",
+            "Time from cancelling a call until its work had really stopped.",
             router.stats.cancel_durations,
         )
         models = GaugeMetricFamily(_PREFIX + "models", "Models that are served, by kind.", labels=["kind"])
@@ -89,7 +91,7 @@ class _Reading:
             _PREFIX + "draining", "1 while new calls are refused.", value=router.draining_reason is not None
         )
         yield GaugeMetricFamily(
-            _PREFIX + "uptime_seconds", "How long the node has been up.", value=self._node_context.uptime
+            _PREFIX + "uptime_seconds", "Seconds since the node started.", value=self._node_context.uptime
         )
         yield from self._gauges()
 

@@ -1,8 +1,8 @@
-"""What an operator may do from outside: see every call, cancel some, and let a worker go.
+"""The routes for operators: list all calls, cancel those of a request, and drain a worker.
 
-These routes need the key, as all others do. Where there is none, whoever reaches the node may use them, but a page
-of the web may not: a browser would post here on behalf of any page that is open in it, without being asked, and
-tells where the request comes from. Nothing here is for browsers, so such a request is refused.
+These routes require the API key, like all others. On a node without a key, everyone who can reach the node may use
+them, except web pages: a browser sends a POST on behalf of any page that is open in it, without asking the user, and
+adds the header ``Origin`` to it. None of these routes is meant for browsers, so requests with that header are refused.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["add_operator_routes"]
 
 logger = logging.getLogger("trio_cluster.http")
 
-#: Characters of the reason for a cancellation. It is for a person, who reads it in an error or in a log.
+#: The maximum number of characters of the reason for a cancellation, which people read in an error or in a log.
 _REASON_MAX: Final = 500
-_NO_REASON: Final = "an operator asked for it"
+_NO_REASON: Final = "requested by an operator"
 
 
 def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
-    """Add the routes under ``/cluster`` that are for operators to ``app``."""
+    """Add the routes under ``/cluster`` that are for operators to an application."""
     router = node_context.router
 
     async def calls() -> TrioResponse:
@@ -44,9 +44,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
         found = router.calls_of(request_id)
         if not found:
-            raise ApiError(
-                404, f"There is no call of a request '{request_id}', or it has ended", code="call_not_found"
-            )
+            raise ApiError(404, f"No call of a request '{request_id}' is in progress", code="call_not_found")
         wanted = [call for call in found if not call.ended]
         for call in wanted:
             call.cancel(reason, final=True)
@@ -58,7 +56,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         _refuse_pages(request_context(request.scope))
         worker = node_context.drain_worker(name)
         if worker is None:
-            raise ApiError(404, f"There is no worker '{name}' here", code="worker_not_found")
+            raise ApiError(404, f"No worker '{name}' is connected", code="worker_not_found")
         return respond(json_reply(worker, 202))
 
     add = app.add_url_rule
@@ -69,11 +67,15 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
 def _refuse_pages(context: RequestContext) -> None:
     if context.header(b"origin") is not None:
-        raise ApiError(403, "Pages of the web may not do this", code="foreign_origin")
+        raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
 
 
 def _reason(body: bytes) -> str:
-    """Return the reason that the body of a request gives, if it has one."""
+    """Return the reason in the body of a request, or the default one.
+
+    Raises:
+        InvalidRequest: the body is not a JSON object, or the reason is not valid.
+    """
     reason = read_object(body).get("reason") if body.strip() else None
     if reason is None:
         return _NO_REASON

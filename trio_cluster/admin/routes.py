@@ -1,7 +1,7 @@
-"""The routes of the OpenAI API and of the node itself, as views of a Quart-Trio application.
+"""The routes of the admin application that read the state of the node, and the list of models.
 
-The routes for models come from the table of endpoints, and the gateway answers them; a new endpoint needs nothing here. What
-a view returns is a :class:`~trio_cluster.gateway.response.Reply`, made of one of the types in ``views.py``.
+The routes that models answer come from the table of endpoints, and the gateway answers them; a new endpoint needs no
+change here. A view returns a :class:`~trio_cluster.gateway.response.Reply`, made from one of the types in ``views.py``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["add_routes"]
 
 
 def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
-    """Add all routes to ``app``."""
+    """Add the routes to an application."""
     _add_model_routes(app)
     _add_models(app, node_context)
     _add_node(app, node_context)
 
 
 def _add_model_routes(app: QuartTrio) -> None:
-    """Let the framework know the routes that the gateway answers, to tell a wrong method from an unknown path."""
+    """Add the routes that the gateway answers, so that the framework can tell a wrong method from an unknown path."""
 
     async def answered_by_the_gateway() -> TrioResponse:
         raise HandlerFailed
@@ -76,7 +76,7 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         return respond(Reply(200, [JSON], description(needs_key)))
 
     async def health() -> TrioResponse:
-        # A load balancer must see a node that drains as one not to be used.
+        # 503 while the node drains, so that load balancers stop using it.
         draining = node_context.router.draining_reason is not None
         state = HealthView("draining" if draining else "ok", node_context.mode)
         return respond(json_reply(state, 503 if draining else 200))

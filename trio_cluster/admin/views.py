@@ -1,4 +1,4 @@
-"""The answers of the admin application as types: what they are encoded from, and what ``/openapi.json`` says of them."""
+"""The types of the admin application's answers. The JSON is encoded from them, and ``/openapi.json`` describes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @attrs.frozen
 class IndexView:
-    """What this server is, and where to look."""
+    """What this server is, and its routes."""
 
     name: str
     about: str
@@ -41,7 +41,7 @@ class IndexView:
 
 @attrs.frozen
 class HealthView:
-    """Whether the node takes requests."""
+    """Whether the node accepts requests."""
 
     status: Literal["ok", "draining"]
     mode: str
@@ -49,7 +49,7 @@ class HealthView:
 
 @attrs.frozen
 class ModelsView:
-    """The models that can be asked here; the entries are objects of the OpenAI API."""
+    """The models that are available on this node, as objects of the OpenAI API."""
 
     object: Literal["list"]
     data: list[dict[str, Any]]
@@ -57,7 +57,7 @@ class ModelsView:
 
 @attrs.frozen
 class CallCounters:
-    """How many calls there were since the node began, by how they ended.
+    """The number of calls since the node started, by outcome.
 
     ``admitted`` is always the sum of ``completed``, ``cancelled``, ``timed_out``, ``worker_lost``, ``failed`` and
     ``in_flight``.
@@ -80,7 +80,7 @@ class StatusView:
     node_id: str
     mode: str
     uptime: float
-    """Seconds since the node began."""
+    """Seconds since the node started."""
     draining: bool
     """Whether new calls are refused, because the node is about to stop."""
     models: list[dict[str, Any]]
@@ -95,39 +95,39 @@ class StatusView:
 
 @attrs.frozen
 class CallView:
-    """A call whose work has not stopped."""
+    """A call whose work has not stopped yet."""
 
     request_id: str
     model: str
     kind: str
     endpoint: str
     node: str
-    """Where the work is done: the name of a worker, or ``local``."""
+    """The node that does the work: the name of a worker, or ``local``."""
     phase: Phase
     age: float
     """Seconds since the call was opened."""
     produced: int
-    """Bytes of the answer that there are, as far as this node knows."""
+    """Bytes of the answer that were produced, as far as this node knows."""
     delivered: int
     """Bytes of the answer that the client has taken."""
     client: str | None
-    """The address that the request came from."""
+    """The address from which the request came."""
 
 
 @attrs.frozen
 class CallsView:
-    """The calls whose work has not stopped, oldest first."""
+    """The calls whose work has not stopped yet, oldest first."""
 
     calls: list[CallView]
 
 
 @attrs.frozen
 class CancelView:
-    """What became of a wish to cancel a request."""
+    """The result of cancelling a request."""
 
     request_id: str
     cancelled: int
-    """How many calls were cancelled; those that had ended already are not among them."""
+    """How many calls were cancelled, without those that had ended already."""
 
 
 def status_view(node_context: NodeContext) -> StatusView:
@@ -150,7 +150,7 @@ def status_view(node_context: NodeContext) -> StatusView:
 
 
 def call_view(call: Call) -> CallView:
-    """Return what there is to say about a call now."""
+    """Return the state of a call as it is now."""
     request = call.request
     return CallView(
         request_id=request.request_id,

@@ -1,5 +1,5 @@
 """The command line: the ``trio-cluster`` command, its arguments and options, and its log."""
 
-from .commands import main
+from .commands import main, run_application
 
-__all__ = ["main"]
+__all__ = ["main", "run_application"]

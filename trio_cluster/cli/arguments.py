@@ -11,6 +11,7 @@ import argparse
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,11 +34,17 @@ _FIELDS: Final = {
 _HOST_NAME: Final = re.compile(r"[\w.-]+")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+#: The commands that run a node.
+_SERVING: Final = frozenset({"run", "master", "worker"})
+
+
+def parse_arguments(argv: Sequence[str] | None, program: str | None = None) -> argparse.Namespace:
     """Parse a command line.
 
     Args:
         argv: the arguments; ``sys.argv[1:]`` if ``None``.
+        program: the name of a program that is an application itself (``python models.py ...``): only commands that run
+            a node make sense then, and without one it is ``run``.
 
     Returns:
         A namespace, in which ``command`` is the name of the command.
@@ -46,7 +53,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         OptionsError: the command line is wrong; the message says what, and which help to read.
         SystemExit: help or the version was asked for, and has been printed.
     """
-    return _parser().parse_args(argv)
+    if program is None:
+        return _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] not in (*_SERVING, "--version"):
+        given.insert(0, "run")
+    arguments = _parser(program).parse_args(given)
+    if arguments.app is not None:
+        raise OptionsError(f"--app: {program} is an application itself; leave it out")
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,8 +74,8 @@ class _Parser(argparse.ArgumentParser):
         raise OptionsError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="trio-cluster", description="Several machines, one OpenAI API.")
+def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
+    parser = _Parser(prog=program, description="Several machines, one OpenAI API.")
     parser.add_argument("--version", action="version", version=f"trio-cluster {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -189,6 +204,15 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         str,
         "NAMES",
         "host names under which a server without a key answers, with commas; addresses and localhost always do",
+    )
+    if master:
+        add("--http", "http", str, "SERVER", "the server of the API: lean, or hypercorn for HTTP/2")
+    add(
+        "--stream-failure",
+        "stream_failure",
+        str,
+        "HOW",
+        "what follows the error event of a stream that failed: end or abort",
     )
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")

@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -42,9 +43,11 @@ from .tables import describe_calls, describe_status
 if TYPE_CHECKING:
     from ..engines import ServeSpec
 
-__all__ = ["main"]
+__all__ = ["main", "run_application"]
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
 
 #: Seconds between two polls of a worker that drains.
 _DRAIN_POLL: Final = 0.25
@@ -59,9 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; see the top of this module. Errors have been printed.
     """
+    return _main(argv, None)
+
+
+def run_application(server: ClusterServer, argv: Sequence[str] | None = None) -> int:
+    """Run a server as the command line would; see :meth:`ClusterServer.main`.
+
+    Args:
+        server: what ``--app`` would name.
+        argv: the arguments, ``[run | master | worker] ...``; ``sys.argv[1:]`` if ``None``.
+
+    Returns:
+        The exit code; see the top of this module. Errors have been printed.
+    """
+    return _main(argv, server)
+
+
+def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
     debug = False
     try:
-        arguments = parse_arguments(argv)
+        arguments = parse_arguments(argv, None if application is None else Path(sys.argv[0]).name or "python")
+        arguments.application = application
         level, log_format = log_settings(arguments)
         debug = level == "debug"
         logs.configure(level, log_format)
@@ -103,7 +124,10 @@ def _describe_error(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         frames = traceback.extract_tb(error.__traceback__)
         if frames:
-            text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}; see --log-level debug)"
+            # The user's own line rather than the one of this package that has refused what it does.
+            own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<"))]
+            frame = (own or frames)[-1]
+            text += f" ({Path(frame.filename).name}, line {frame.lineno}; see --log-level debug)"
     return " ".join(text.split())
 
 
@@ -119,7 +143,7 @@ def _master(arguments: argparse.Namespace) -> int:
 
 def _worker(arguments: argparse.Namespace) -> int:
     host = master_host(arguments.master_host)
-    if arguments.app is None and not arguments.serve:
+    if arguments.app is None and arguments.application is None and not arguments.serve:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     server = _server(arguments)
     port, internal_port = server.options.server.port, server.options.internal_port
@@ -134,10 +158,10 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 
 def _server(arguments: argparse.Namespace) -> ClusterServer:
-    if arguments.app is None:
+    if arguments.app is None and arguments.application is None:
         server = ClusterServer(options_from(arguments))
     else:
-        server = _load_app(arguments.app)
+        server = arguments.application or _load_app(arguments.app)
         server.options = options_from(arguments, base=server.options)
     if getattr(arguments, "listen", None) is not None:
         server.set_worker_listen_address(*arguments.listen)
@@ -198,7 +222,7 @@ async def _serve_until_stopped(
             # One after the other, and before the server, so that a worker registers with all of its models.
             for spec in specs:
                 await nursery.start(serve_engine, spec, server)
-        await run(task_status=_Announcer(server))
+        await run(task_status=_Announcer(server, len(specs)))
         nursery.cancel_scope.cancel(reason="the server has stopped")
 
 
@@ -208,9 +232,14 @@ class _Announcer:
 
     The server is not started with ``nursery.start``, which raises an error if a task ends before it has called
     ``started()``. Stopping a server before it is up is not an error.
+
+    Attributes:
+        server: the server.
+        engines: how many engines serve on it.
     """
 
     server: ClusterServer
+    engines: int = 0
 
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
@@ -219,7 +248,15 @@ class _Announcer:
             client = self.server.worker_client
             accepted = [name for name in models if client is None or name not in client.rejected_models]
             logger.info("registered with the master", extra={"fields": {"models": accepted}})
-            if not models:
+            if len(accepted) < len(models):
+                logger.warning(
+                    "models of this worker are refused, because the master has others of that name; to have one"
+                    " model in several processes, start the master with --on-conflict replicate",
+                    extra={"fields": {"models": [name for name in models if name not in accepted]}},
+                )
+            if not models and self.engines:
+                logger.warning("this worker has no models yet: the servers behind --serve do not answer")
+            elif not models:
                 logger.warning("this worker has no models; give --app or --serve")
             return
         fields: dict[str, object] = {"url": self.server.url, "mode": str(mode), "models": models}

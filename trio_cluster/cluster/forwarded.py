@@ -21,9 +21,18 @@ from ..core.call import Call
 from ..core.channel import ByteChannel
 from ..core.principal import Principal
 from ..core.request import Request
-from ..errors import ApiError, CallCancelled, HandlerFailed, InvalidRequest, ModelNotFound, ShuttingDown
+from ..errors import (
+    ApiError,
+    CallCancelled,
+    EndpointNotFound,
+    HandlerFailed,
+    InvalidRequest,
+    ModelNotFound,
+    ShuttingDown,
+)
+from ..openai import ENDPOINTS
 from ..options import ClusterServerOptions
-from ..protocol import Data as DataMessage, ForwardRequest, WorkerSession
+from ..protocol import Data as DataMessage, ForwardRequest, State, WorkerSession
 from ..routing.router import Router
 
 __all__ = ["ForwardedCalls"]
@@ -79,6 +88,8 @@ class ForwardedCalls:
         """Open a call; its body follows in :meth:`on_data`. A call that cannot be opened fails at once."""
         call_id = opened.call
         try:
+            if opened.endpoint not in ENDPOINTS and not opened.endpoint.startswith("/"):
+                raise EndpointNotFound(opened.endpoint)
             if opened.size > self._options.server.max_body_size:
                 raise self._too_large()
             call = self._router.open(
@@ -98,8 +109,8 @@ class ForwardedCalls:
                 )
             )
         except ApiError as error:
-            # Nothing was started here, and another replica need not refuse for either of these two reasons.
-            retryable = isinstance(error, ShuttingDown | ModelNotFound)
+            # Nothing was started here, and another replica need not refuse for any of these reasons.
+            retryable = isinstance(error, ShuttingDown | ModelNotFound | EndpointNotFound)
             self._session.fail(call_id, error, retryable=retryable)
             self._wake()
             return
@@ -109,6 +120,19 @@ class ForwardedCalls:
             call.on_release(partial(self._non_replayable.discard, call_id))
         call.on_release(partial(self._released, call_id, call))
         call.redirect(partial(self._send, call_id, call), partial(self._send_piece, call_id))
+
+    def fail_after_error(self, call_id: int) -> None:
+        """End a call with 500, since what belongs to it raised an exception. The other calls go on.
+
+        Raises:
+            Exception: even that fails. The session is not to be trusted any more.
+        """
+        call = self.live.pop(call_id, None)
+        if self._session.state(call_id) is not State.ENDED:
+            self._session.fail(call_id, HandlerFailed())
+            self._wake()
+        if call is not None:
+            call.cancel("an internal error")
 
     def on_data(self, event: DataMessage) -> None:
         """Put the next piece of a request body into its call; the call fails if the body becomes too large."""

@@ -26,6 +26,7 @@ from ..core.model import KINDS
 from ..core.status import WorkerStatus
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
+from ..net.acceptor import accept_all
 from ..net.sockets import Listeners, shown_address
 from ..net.streams import ByteStream
 from ..net.watchdog import NotInjectable, injectable
@@ -96,7 +97,15 @@ class WorkerManager:
             listeners: listening; closed when this is cancelled.
             task_status: started as soon as connections are accepted.
         """
-        await trio.serve_listeners(self.serve_stream, list(listeners), task_status=task_status)
+        async with trio.open_nursery() as nursery:
+
+            def admit(stream: ByteStream) -> None:
+                nursery.start_soon(self.serve_stream, stream)
+
+            for listener in listeners:
+                nursery.start_soon(accept_all, listener, admit)
+            task_status.started()
+        raise AssertionError("unreachable: the listeners are served until this is cancelled")
 
     async def serve_stream(self, stream: ByteStream) -> None:
         """Serve one connection until its link is over, and close it. A checkpoint.
@@ -114,6 +123,10 @@ class WorkerManager:
             )
         except NotInjectable as error:
             logger.error("connection refused: %s", error)
+            return
+        except Exception:
+            logger.exception("a worker's connection failed")
+            stream.close()
             return
         self._connections[connection] = None
         try:
@@ -205,6 +218,7 @@ class WorkerConnection:
             trio.current_time(),
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
+            admit=lambda handshake: not self._probed and self._holder_of_name(handshake) is None,
         )
         self.link = Link(
             self._stream,
@@ -229,6 +243,10 @@ class WorkerConnection:
             self._deregister("the master was stopped")
 
     def _admit(self, path: str, headers: dict[str, str]) -> Refusal | None:
+        # Every browser sends it, for every page, and no worker does. Otherwise any page that an operator looks at could
+        # join as a worker, and be sent the requests of others.
+        if "origin" in headers:
+            return Refusal(403, "no web page may connect here")
         if path == PROBE_PATH:
             self._probed = True
             self.link.close_when_flushed(_PROBED)
@@ -244,10 +262,18 @@ class WorkerConnection:
 
     def _on_events(self, events: Sequence[MasterEvent]) -> None:
         for event in events:
-            if not isinstance(event, Data):
-                self._on_event(event)
-            elif self.worker is not None:
-                self.worker.on_data(event)
+            try:
+                if not isinstance(event, Data):
+                    self._on_event(event)
+                elif self.worker is not None:
+                    self.worker.on_data(event)
+            except Exception:
+                worker = self.worker
+                if worker is None or not isinstance(event, Data | ForwardResponse | Done | Failed):
+                    raise
+                fields = {"worker": worker.name, "call": event.call}
+                logger.exception("a call failed unexpectedly", extra={"fields": fields})
+                worker.fail_after_error(event.call)
         if self.session.peer_blocked or (self.worker is not None and self.worker.health.stalled):
             self._update_health()
 
@@ -294,18 +320,27 @@ class WorkerConnection:
             case ForwardResponse() | Done() | Failed():
                 worker.on_event(event)
 
-    def _on_handshake(self, handshake: Handshake) -> None:
-        """Let the worker join, in the place of an older connection of its own process, or refuse it."""
-        name = handshake.node_id
+    def _holder_of_name(self, handshake: Handshake) -> WorkerConnection | None:
+        """Return the connection of another process that is alive and has the name of this worker, if there is one."""
         for other in self._connections:
-            if other.worker is None or other.worker.name != name:
+            if other.worker is None or other.worker.name != handshake.node_id:
                 continue
             silence = other.session.silence(trio.current_time())
             alive = silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
             if alive and other.worker.instance != handshake.instance:
-                self.link.end(f"another worker named '{name}' is connected, from {other.address}")
-                return
-            other.link.end("replaced by a new connection of the same worker")
+                return other
+        return None
+
+    def _on_handshake(self, handshake: Handshake) -> None:
+        """Let the worker join, in the place of an older connection of its own process, or refuse it."""
+        name = handshake.node_id
+        holder = self._holder_of_name(handshake)
+        if holder is not None:
+            self.link.end(f"another worker named '{name}' is connected, from {holder.address}")
+            return
+        for other in list(self._connections):
+            if other.worker is not None and other.worker.name == name:
+                other.link.end("replaced by a new connection of the same worker")
         self.worker = RemoteWorker(name, self.session, self.link.wake, self.address)
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)

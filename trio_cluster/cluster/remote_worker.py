@@ -23,7 +23,7 @@ from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.status import WorkerState, WorkerStatus
-from ..errors import ShuttingDown, WorkerLost
+from ..errors import HandlerFailed, ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
     Done as DoneMessage,
@@ -31,6 +31,7 @@ from ..protocol import (
     ForwardResponse,
     Heartbeat,
     MasterSession,
+    State,
 )
 from ..routing.health import Health
 
@@ -206,6 +207,25 @@ class RemoteWorker:
                 if not call.ended:
                     call.put(Failed(event.error(), event.retryable, event.timed_out))
                 self._release(event.call)
+
+    def fail_after_error(self, call_id: int) -> None:
+        """End a call with 500, since what belongs to it raised an exception. The other calls go on.
+
+        Its work is asked to stop, unless it has stopped already.
+
+        Raises:
+            Exception: even that fails.
+        """
+        call = self._calls.get(call_id)
+        if call is None:
+            return
+        if not call.ended:
+            call.put(Failed(HandlerFailed("The request failed on the master")))
+        if self._session.state(call_id) is State.ENDED:
+            self._release(call_id)
+        else:
+            self._session.cancel(call_id, "an internal error of the master")
+            self._wake()
 
     def connection_lost(self, why: str) -> None:
         """Fail every call at once: the link is over, and nothing more will come."""

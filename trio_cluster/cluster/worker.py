@@ -221,6 +221,10 @@ class WorkerClient:
             if closed.incompatible:
                 raise HandshakeRefused(f"{host}: {closed.why}") from None
             return closed.why
+        except Exception:
+            # A bug in this package. It costs the link and its calls, and not the process with its models.
+            logger.exception("the link to the master failed")
+            return "an internal error"
         finally:
             self._connection = None
             self._sent.unpark_all()
@@ -340,7 +344,13 @@ class MasterConnection:
 
     def _on_events(self, events: Sequence[WorkerEvent]) -> None:
         for event in events:
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception:
+                if not isinstance(event, ForwardRequest | DataMessage | Cancel):
+                    raise
+                logger.exception("a call failed unexpectedly", extra={"fields": {"call": event.call}})
+                self._calls.fail_after_error(event.call)
 
     def _on_event(self, event: WorkerEvent) -> None:
         match event:

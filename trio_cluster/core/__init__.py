@@ -1,4 +1,4 @@
-"""The core that everything flows through: requests, answers, calls, models, and what is counted and observed.
+"""The core: requests, calls and their answers, byte channels, models, statistics and observers.
 
-No sockets and no protocol here, and of trio only its primitives for waiting. Read ``call.py`` first.
+There are no sockets and no protocol here, and of trio only its primitives for waiting. Read ``call.py`` first.
 """

@@ -1,6 +1,6 @@
 """The events of an answer: ``Head Data* (Done | Failed)``, or ``Failed`` alone.
 
-They are the same for a stream and for a plain answer, and for a handler in this process and one on a worker.
+They are the same for streams and for plain answers, and for handlers in this process and on workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Data", "Done", "Event", "Failed", "Head", "Usage"]
 
 @attrs.frozen
 class Usage:
-    """The tokens of one answer, as the handler or the server behind it reported them; 0 without a report."""
+    """The tokens of one answer, as the handler or the server behind it reported them; 0: not reported."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -28,18 +28,19 @@ class Usage:
 
 @attrs.frozen
 class Head:
-    """The beginning of an answer: no failure so far, and this is what the answer will be."""
+    """The beginning of an answer. Until it is put, a failure can still become an HTTP error of its own."""
 
     status: int = 200
+    """The HTTP status: 200 unless a passthrough model relays another one."""
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
 
 
 @attrs.frozen
 class Data:
-    """A piece of the answer's body, ready to be sent to the client as it is.
+    """A piece of the answer's body, encoded as it is sent to the client.
 
-    An empty piece is a sign of life: the handler works, and has nothing to show yet.
+    An empty piece is a sign of life: the handler is working, and has nothing to send yet.
     """
 
     data: bytes | memoryview
@@ -50,21 +51,21 @@ class Done:
     """The answer is complete."""
 
     usage: Usage | None = None
-    """``None``: nothing was reported."""
+    """``None``: the handler reported none."""
 
 
 @attrs.frozen
 class Failed:
     """The answer ends here, and is not complete.
 
-    What is decided about a failure is decided by these fields, and never by the code or the status of ``error``, which
-    a handler may choose freely.
+    Whether a call is retried, and under which outcome it is counted, is decided by these fields, never by the status or
+    the code of ``error``, which a handler may choose freely.
     """
 
     error: ApiError
     retryable: bool = False
-    """The node that had the call is at fault, and not the request: another replica may be asked, if nothing of the
-    answer was delivered."""
+    """The call failed because of the node that had it, not because of the request: it may be retried on another replica
+    if nothing of the answer was delivered."""
     timed_out: bool = False
     """A deadline of the request passed."""
 

@@ -1,44 +1,55 @@
-"""A call: one answer in the making, between the backend that makes it and whoever wants it.
+"""A call: one attempt to answer a request, between the backend that produces the answer and the code that consumes it.
 
 Theory of operation
 ===================
 
-Everything that can answer is a backend (``routing/backend.py``); opening a request there gives a :class:`Call`. A call has
-two sides.
+Everything that can answer is a backend (``routing/backend.py``); opening a request there returns a :class:`Call`. A
+call has two sides.
 
-*The producer's side* belongs to the backend. It puts a ``Head``, then the pieces of the body into :attr:`Call.body`, then
-``Done`` or ``Failed``. All of that is synchronous; backpressure is the channel's (see ``channel.py``).
+*The producer's side* belongs to the backend. It puts a ``Head``, then the pieces of the body into :attr:`Call.body`,
+then ``Done`` or ``Failed``. All of that is synchronous; the channel applies the backpressure (see ``channel.py``).
 
-*The consumer's side* belongs to whoever wants the answer. It pulls events with :meth:`Call.receive` and
-:meth:`Call.receive_nowait`, or has everything pushed into functions with :meth:`Call.redirect`. A call may change from the
-first to the second. A worker's link pushes, because waking a task costs more than everything else that happens to a token.
+*The consumer's side* belongs to the code that wants the answer: the gateway, or a worker's connection to its master. It
+pulls events with :meth:`Call.receive` and :meth:`Call.receive_nowait`, or has them pushed into functions with
+:meth:`Call.redirect`. A call may change from the first to the second. A worker's connection has them pushed, because
+waking a task costs more than everything else that is done for a token.
 
-The grammar of every answer is ``Head Data* (Done | Failed)``, or ``Failed`` alone. A producer that puts an event which
-does not fit has a bug, and gets ``RuntimeError``.
+The grammar of every answer is ``Head Data* (Done | Failed)``, or ``Failed`` alone. Putting an event that does not fit
+is a bug of the producer, and raises ``RuntimeError``.
 
-Opening and cancelling have no await in them, so there is no instant at which a cancellation can lose a call.
-:meth:`Call.cancel` ends the *answer* at once (the consumer sees ``Failed``) and asks the producer to stop. The *work* ends
-later, when the producer says so with :meth:`Call.release`; a slot is freed by that, never by the cancellation.
+Opening and cancelling contain no ``await``, so there is no instant at which a cancellation can lose a call.
+:meth:`Call.cancel` ends the *answer* at once (the consumer receives ``Failed``) and asks the producer to stop. The
+*work* ends later, when the producer calls :meth:`Call.release`; a slot is freed by that, never by the cancellation.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import trio
 
 from ..errors import CallCancelled
 from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
-from .observer import Observers
 from .request import Request
 
 __all__ = ["Call", "Phase"]
 
-#: For the body; for a slot; for the first output; the answer has begun; it is over, and the work is not.
+logger = logging.getLogger("trio_cluster.calls")
+
+#: How far a call is: it waits for the request's body; for a slot; for the first output; its answer has begun; its
+#: answer has ended, and the work has not stopped yet.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
+
+
+class Listening(Protocol):
+    """Who is told of the steps that a call itself takes; see ``observer.py``."""
+
+    queued: tuple[Callable[..., None], ...]
+    first_byte: tuple[Callable[..., None], ...]
 
 
 def _nothing(_: Any) -> None:
@@ -46,35 +57,37 @@ def _nothing(_: Any) -> None:
 
 
 class Call:
-    """One answer in the making. See the top of this module for the theory.
+    """One attempt to answer a request. See the top of this module.
 
     Args:
-        request: what is being answered.
+        request: the request that is answered.
         served_by: the name of the backend that answers.
         forwarded: the backend is on another node, and the request was handed to the link to it.
-        on_cancel: called once with the reason when the consumer cancels the call before it ended.
-        on_consumed: called with the number of body bytes that the consumer has taken since the last time.
+        on_cancel: called once with the reason when the consumer cancels the call before its answer has ended.
+            Synchronous; must not raise.
+        on_consumed: called with the number of bytes of the body that the consumer has taken since the last time.
+            Synchronous; must not raise.
 
     Attributes:
         request, served_by, forwarded: as given.
-        observers: are told of the steps of the call; set by the router when the call is open.
-        body: the pieces of the answer's body. ``body.delivered`` tells how much of the answer the consumer has taken.
-        begun: the head was put; an error can no longer become a status.
-        end: the event that ended the answer, ``None`` before.
+        observers: called at each step of the call; set by the router when the call is open.
+        body: the pieces of the answer's body. ``body.delivered`` is how many bytes the consumer has taken.
+        begun: the head was put, so that an error can no longer become a status.
+        end: the event that ended the answer; ``None`` before.
         released: the work has stopped.
-        cancelled: the reason it was cancelled with, or ``None``.
-        cancelled_at: when that was, on the monotonic clock. For people, as ``opened_at``.
-        opened_at: when it was opened, on the monotonic clock. For people: nothing is decided by it.
-        queued: it waits for a slot, as far as this node knows.
+        cancelled: the reason of the cancellation; ``None`` if there was none.
+        cancelled_at: the time of the cancellation, by ``time.monotonic()``, in seconds. For display only.
+        opened_at: the time at which the call was opened, by ``time.monotonic()``, in seconds. For display only.
+        queued: the call waits for a slot, as far as this node knows.
     """
 
     __slots__ = (
+        "_end_taken",
         "_head",
         "_on_cancel",
         "_on_release",
         "_reported",
         "_sink",
-        "_told_end",
         "begun",
         "body",
         "cancelled",
@@ -101,13 +114,13 @@ class Call:
         self.request = request
         self.served_by = served_by
         self.forwarded = forwarded
-        self.observers: Observers | None = None
+        self.observers: Listening | None = None
         self.body = ByteChannel(on_consumed=on_consumed, is_open=False, signs_of_life=True)
         self._on_cancel = on_cancel
         self._on_release: list[Callable[[], None]] = []
-        # Put, and not received.
+        # The head, if it was put and not received yet.
         self._head: Head | None = None
-        self._told_end = False
+        self._end_taken = False
         self._sink: Callable[[Event], None] | None = None
         self._reported = 0
         self.begun = False
@@ -121,60 +134,60 @@ class Call:
     # The consumer's side
 
     async def receive(self) -> Event:
-        """Return the next event, waiting for it if need be. A checkpoint.
+        """Return the next event, and wait for it if necessary. A checkpoint.
 
-        A cancelled ``receive`` loses nothing. It does not cancel the call: that is for the caller to decide.
+        A cancelled ``receive`` loses no event. It does not cancel the call; the caller decides whether to.
 
         Raises:
-            trio.EndOfChannel: ``Done`` or ``Failed`` was received before.
+            trio.EndOfChannel: ``Done`` or ``Failed`` has been received already.
         """
         if self._head is not None or self.body.pieces or self.end is not None:
             await trio.lowlevel.checkpoint()
         while (event := self._next()) is None:
-            if self._told_end:
+            if self._end_taken:
                 raise trio.EndOfChannel
             await self.body.reader.park()
         return event
 
     def receive_nowait(self) -> Event:
-        """Return the next event if there is one.
+        """Return the next event if there is one. Synchronous.
 
         Raises:
             trio.WouldBlock: there is none yet.
-            trio.EndOfChannel: there will be none.
+            trio.EndOfChannel: ``Done`` or ``Failed`` has been received already.
         """
         event = self._next()
         if event is None:
-            raise trio.EndOfChannel if self._told_end else trio.WouldBlock
+            raise trio.EndOfChannel if self._end_taken else trio.WouldBlock
         return event
 
     def redirect(
         self, sink: Callable[[Event], None], piece_sink: Callable[[bytes | memoryview, bool], bool]
     ) -> None:
-        """Give all further events to functions as they are put, and first those that wait.
+        """Pass the waiting events and all further ones to functions. Synchronous.
 
-        Both are called synchronously, in the task that puts, and must not raise.
+        Both functions are called in the task that puts an event. They must not wait and must not raise.
 
         Args:
-            sink: is given what begins and ends the answer.
-            piece_sink: is given the pieces of the body; see :meth:`ByteChannel.redirect`.
+            sink: called with the head and with the end of the answer.
+            piece_sink: called with the pieces of the body; see :meth:`ByteChannel.redirect`.
         """
         self._sink = sink
         if self._head is not None:
             head, self._head = self._head, None
             sink(head)
         self.body.redirect(piece_sink)
-        if self.end is not None and not self._told_end:
-            self._tell_end(self.end)
+        if self.end is not None and not self._end_taken:
+            self._pass_end(self.end)
 
     def cancel(self, reason: str, *, final: bool = False) -> None:
-        """Cancel the call. Synchronous, idempotent, harmless after the end, safe in ``finally``.
+        """Cancel the call. Synchronous, idempotent, without effect after the end; safe in ``finally``.
 
-        What waits is dropped, the next event is ``Failed``, and the producer is asked to stop.
+        Events that were not received are dropped, the next event is ``Failed``, and the producer is asked to stop.
 
         Args:
-            reason: who cancelled it and why, for logs and for the client if that is still there.
-            final: the client should not try again.
+            reason: who cancelled the call and why; for logs, and for the client if it is still connected.
+            final: the client should not repeat the request.
         """
         if self.ended:
             return
@@ -188,7 +201,9 @@ class Call:
     # The producer's side
 
     def put(self, event: Event) -> None:
-        """Add an event to the answer. Events after a cancellation are dropped: the consumer has seen the end.
+        """Add an event to the answer. Synchronous.
+
+        Events after a cancellation are dropped, since the cancellation has ended the answer.
 
         Raises:
             RuntimeError: the event does not fit the grammar.
@@ -219,36 +234,44 @@ class Call:
             self._finish(event)
 
     def report(self, *, queued: bool, produced: int) -> None:
-        """Take note of what the node that does the work says of the call: whether it waits for a slot, and how many
-        bytes of the answer there are.
+        """Record what a worker reported about the call. Synchronous.
+
+        Args:
+            queued: it waits for a slot there.
+            produced: how many bytes of the answer there are on the worker.
         """
         self._reported = produced
         if queued is not self.queued:
             self.set_queued(queued)
 
     def set_queued(self, queued: bool) -> None:
-        """Take note that the call waits for a slot, or waits no longer."""
+        """Record whether the call waits for a slot. Synchronous."""
         self.queued = queued
         if queued and self.observers is not None:
             for listener in self.observers.queued:
                 listener(self)
 
     def release(self) -> None:
-        """Say that the work has really stopped and holds nothing any more. Idempotent.
+        """Report that the work has really stopped and holds no slot any more. Synchronous, idempotent.
 
-        A producer that releases without having ended the answer has lost it; that is reported as ``Failed``.
+        If the producer has not ended the answer before, the answer ends with ``Failed``.
         """
         if self.released:
             return
         if self.end is None:
             self._finish(Failed(CallCancelled("the work ended without an answer")))
         self.released = True
-        for callback in self._on_release:
-            callback()
-        self._on_release.clear()
+        callbacks, self._on_release = self._on_release, []
+        for callback in callbacks:
+            # Each of them frees something: one that fails must not keep the others from it, nor end the task.
+            try:
+                callback()
+            except Exception:
+                fields = {"model": self.request.model, "request_id": self.request.request_id}
+                logger.exception("the end of a call failed", extra={"fields": fields})
 
     def on_release(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when the work has really stopped; at once if it already has."""
+        """Call ``callback`` when the work has really stopped; at once if it has. Synchronous; it must not raise."""
         if self.released:
             callback()
         else:
@@ -256,12 +279,12 @@ class Call:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer is over; the work may still be winding down."""
+        """Whether the answer has ended; the work may still be stopping."""
         return self.end is not None
 
     @property
     def phase(self) -> Phase:
-        """How far it is, for people: what it waits for, or whether its answer has begun, or is over."""
+        """How far the call is; for display only."""
         if self.ended:
             return "stopping"
         if self.begun:
@@ -272,7 +295,7 @@ class Call:
 
     @property
     def produced(self) -> int:
-        """How many bytes of the answer there are on the node that makes it, as far as that is known here. For people."""
+        """How many bytes of the answer its node has produced, as far as this node knows. For display only."""
         return max(self._reported, self.body.delivered + self.body.waiting_bytes)
 
     def _finish(self, event: Done | Failed) -> None:
@@ -281,10 +304,10 @@ class Call:
             self.request.upload.close()
         self.body.finish()
         if self._sink is not None:
-            self._tell_end(event)
+            self._pass_end(event)
 
-    def _tell_end(self, event: Done | Failed) -> None:
-        self._told_end = True
+    def _pass_end(self, event: Done | Failed) -> None:
+        self._end_taken = True
         sink, self._sink = self._sink, None
         assert sink is not None
         sink(event)
@@ -296,7 +319,7 @@ class Call:
             return head
         if self.body.pieces:
             return Data(self.body.next_piece())
-        if self.end is None or self._told_end:
+        if self.end is None or self._end_taken:
             return None
-        self._told_end = True
+        self._end_taken = True
         return self.end

@@ -1,29 +1,31 @@
-"""A bounded channel of bytes between one producer and one consumer, which may be on different sides of a link.
+"""A bounded channel of bytes, from one producer to one consumer.
 
 Theory of operation
 ===================
 
-Two bodies flow through a node: that of a request, from the client to whoever answers (``Request.upload``), and that of
-an answer, back to the client (``Call.body``). Both are this.
+Two bodies flow through a node: the body of a request, from the client to the backend (``Request.upload``), and the body
+of an answer, back to the client (``Call.body``). Both are channels. If the body crosses a link, each node that it
+passes has a channel for it.
 
-*The producer* puts pieces synchronously, so that a link's reader can hand over what arrived without waiting. A producer
-that can be slowed down awaits :meth:`ByteChannel.wait_room` between its puts; one that cannot (a link) relies on
-credit, which it extends through ``on_consumed``.
+*The producer* puts pieces synchronously, so that the reader of a link can hand over what arrived without waiting. A
+producer that can be slowed down awaits :meth:`ByteChannel.wait_room` between its puts; one that cannot (the reader of a
+link) relies on credit, which the peer is granted through ``on_consumed``.
 
 *The consumer* has three ways to take pieces, from the cheapest to the most convenient:
 
-- a *fast path*: a function that tries to pass a piece on at once, in the producer's task. It is tried while nothing
-  waits; a piece that it does not take waits as any other;
-- a *sink*: a function that is given every piece, and keeps those that cannot go on yet. What it keeps counts as waiting
-  until :meth:`ByteChannel.consumed` says that it has gone on;
+- a *fast path*: a function that tries to pass a piece on at once, in the producer's task. It is tried only while no
+  piece is waiting; a piece that it does not take waits like any other;
+- a *sink*: a function that is called with every piece, and keeps those that it cannot pass on yet. The bytes that it
+  keeps count as waiting until the consumer calls :meth:`ByteChannel.consumed` for them;
 - pulling: :meth:`ByteChannel.receive`, :meth:`ByteChannel.receive_nowait`.
 
-The first two exist because waking a task costs more than everything else that happens to a token.
+The first two exist because waking a task costs more than everything else that is done for a token.
 
-*Backpressure*: at most ``window`` bytes wait before the producer is held up. The consumer may want no more at any time
-(:meth:`ByteChannel.close`); then the producer is told, waits no longer, and what it still puts is dropped.
+*Backpressure*: when ``window`` bytes are waiting, :meth:`ByteChannel.wait_room` holds the producer up. The consumer may
+close the channel at any time (:meth:`ByteChannel.close`); then the producer is notified, no longer held up, and what it
+still puts is dropped.
 
-A channel has no failure of its own. A failure is an event of the call that the channel belongs to.
+A channel carries no errors. A failure is an event of the call that the channel belongs to.
 """
 
 from __future__ import annotations
@@ -44,25 +46,27 @@ def _nothing(_: int) -> None:
 
 
 class ByteChannel:
-    """See the top of this module.
+    """A bounded channel of bytes. See the top of this module.
 
     Args:
-        size: how many bytes will be put in all; -1 if that is not known.
+        size: how many bytes will be put in total; -1 if that is not known.
         on_consumed: called with the number of bytes that the consumer has taken since the last time.
-        is_open: pieces may be put. Otherwise not before :meth:`open`.
-        signs_of_life: empty pieces are passed on, to show that the producer works. Otherwise they are dropped.
+        is_open: pieces may be put at once; otherwise after :meth:`open`.
+        signs_of_life: empty pieces are passed on, to show that the producer is working; otherwise they are dropped.
+
+    All callbacks, sinks and fast paths are called synchronously, and must not raise.
 
     Attributes:
         size: as given.
-        window: bytes that may wait before the producer is held up. A test makes it smaller right after the channel was
-            made.
-        received: bytes that were put.
-        delivered: bytes that the consumer has taken.
-        waiting_bytes: bytes that were put and not taken; those that a sink keeps are among them.
+        window: how many bytes may wait before the producer is held up. Tests set it right after making the channel.
+        received: how many bytes were put.
+        delivered: how many bytes the consumer has taken.
+        waiting_bytes: how many bytes were put and not taken, including those that a sink keeps.
         complete: all bytes were put.
-        closed: the consumer wants no more.
-        pieces: those that wait, oldest first. To be looked at; :meth:`next_piece` and its like take them out.
-        reader: where a consumer parks until something is put, the body ends, or it is woken for another reason.
+        closed: the consumer has closed the channel.
+        pieces: the pieces that wait, oldest first. For reading only; :meth:`next_piece` and the other methods remove
+            them.
+        reader: where a consumer parks until something is put, the body ends, or :meth:`wake_reader` is called.
     """
 
     __slots__ = (
@@ -117,15 +121,15 @@ class ByteChannel:
     # The producer's side
 
     def open(self) -> None:
-        """Let pieces be put from now on."""
+        """Allow pieces to be put. Synchronous."""
         self._open = True
 
     def put(self, data: bytes | memoryview, *, last: bool = False) -> None:
-        """Add the next bytes. What is put after :meth:`close` is dropped.
+        """Add the next bytes. Synchronous. What is put after :meth:`close` is dropped.
 
         Args:
             data: may be empty.
-            last: the body is complete with these.
+            last: the body is complete with these bytes.
 
         Raises:
             RuntimeError: the channel is not open yet, or was complete already.
@@ -148,7 +152,7 @@ class ByteChannel:
             fast_path = self._fast_path
             if fast_path is None or self.pieces or not fast_path(data):
                 self.waiting_bytes += size
-                # One empty piece wakes the consumer as well as several.
+                # A single empty piece in the queue is enough to wake the consumer.
                 if size or not self.pieces:
                     self.pieces.append(data)
                 if self.reader:
@@ -161,29 +165,29 @@ class ByteChannel:
         self._on_consumed(size)
 
     async def wait_room(self) -> None:
-        """Wait until the consumer has taken enough of what waits, or wants no more. A checkpoint."""
+        """Wait until less than a window is waiting, or the consumer has closed the channel. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while self.waiting_bytes >= self.window and not self.closed:
             self._held = True
             await self._producer.park()
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when the consumer wants no more of an incomplete body; at once if that is so.
+        """Call ``callback`` when the consumer closes the channel before the body is complete; at once if it has.
 
-        There is one callback at a time.
+        A second callback replaces the first one.
         """
         self._on_close = callback
         if self.closed:
             callback()
 
     def on_consumed(self, callback: Callable[[int], None]) -> None:
-        """Call ``callback`` from now on with the number of bytes that were taken. There is one callback at a time."""
+        """Call ``callback`` with the number of bytes each time some were taken. It replaces an earlier one."""
         self._on_consumed = callback
 
     def finish(self) -> None:
-        """Put no more, without saying so to the consumer: the call's own end does that. Idempotent.
+        """End the body without passing the end to a sink, since the end of the call does that. Synchronous, idempotent.
 
-        A producer that waits for room waits no longer. What waits can still be received.
+        A producer that waits for room is released. Bytes that wait can still be received.
         """
         self.complete = True
         self._sink = self._fast_path = None
@@ -195,15 +199,15 @@ class ByteChannel:
     # The consumer's side
 
     def on_complete(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when all bytes were put; at once if they were. There is one callback at a time."""
+        """Call ``callback`` when all bytes were put; at once if they were. It replaces an earlier one."""
         self._on_complete = callback
         if self.complete:
             callback()
 
     async def receive(self) -> bytes:
-        """Return what was put since the last time, waiting for it if need be; empty at the end of the body.
+        """Return the bytes that were put since the last time, and wait for some if necessary; empty at the end.
 
-        A checkpoint. A cancelled ``receive`` loses nothing.
+        A checkpoint. A cancelled ``receive`` loses no bytes.
         """
         await trio.lowlevel.checkpoint()
         while not (self.waiting_bytes or self.complete):
@@ -211,7 +215,7 @@ class ByteChannel:
         return self.receive_nowait()
 
     def receive_nowait(self) -> bytes:
-        """Return what was put since the last time; empty also if there is more to come."""
+        """Return the bytes that were put since the last time; empty if there are none yet, too. Synchronous."""
         pieces = self.pieces
         data = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -220,13 +224,13 @@ class ByteChannel:
         return data
 
     def next_piece(self) -> bytes | memoryview:
-        """Return the next piece as it was put, perhaps an empty one; there must be one in :attr:`pieces`."""
+        """Return the next piece as it was put; it may be empty. Synchronous. There must be one in :attr:`pieces`."""
         data = self.pieces.popleft()
         self.consumed(len(data))
         return data
 
     async def read(self) -> bytes:
-        """Return the whole body, when it has come. A checkpoint."""
+        """Return the whole body, when all of it has arrived. A checkpoint."""
         # BytesIO.getvalue() shares the buffer that was written to; b"".join() would need twice the memory.
         whole = BytesIO()
         while piece := await self.receive():
@@ -234,10 +238,11 @@ class ByteChannel:
         return whole.getvalue()
 
     def redirect(self, sink: Callable[[bytes | memoryview, bool], bool]) -> None:
-        """Give what is put to ``sink``, as it is put, and first what waits.
+        """Pass what waits, and then everything that is put, to a function. Synchronous.
 
-        ``sink(data, last)`` is called synchronously in the producer's task and must not raise. It returns whether the
-        bytes have gone on; if not, they count as waiting until :meth:`consumed` is called for them.
+        Args:
+            sink: ``sink(data, last)`` is called in the producer's task. It returns ``True`` if it has passed the bytes
+                on. Otherwise it keeps them, and they count as waiting until :meth:`consumed` is called for them.
         """
         self._sink = sink
         data, complete = b"".join(self.pieces), self.complete
@@ -246,14 +251,16 @@ class ByteChannel:
             self.consumed(len(data))
 
     def set_fast_path(self, fast_path: Callable[[bytes | memoryview], bool] | None) -> None:
-        """Try ``fast_path`` on each piece that is put while nothing waits; it returns whether the piece has gone on.
+        """Try a function on each piece that is put while no other piece waits. Synchronous.
 
-        It is called synchronously in the producer's task and must not raise. It is dropped at the end of the body.
+        Args:
+            fast_path: ``fast_path(data)`` is called in the producer's task. It returns ``True`` if it has passed the
+                piece on; otherwise the piece waits. It is dropped at the end of the body. ``None``: use none.
         """
         self._fast_path = None if self.complete else fast_path
 
     def consumed(self, count: int) -> None:
-        """Say that ``count`` bytes that a sink kept have gone on. Consumers that receive need not call it."""
+        """Record that ``count`` bytes that a sink kept were passed on. Synchronous. For sinks only."""
         if self.closed:
             return
         self.waiting_bytes -= count
@@ -263,12 +270,12 @@ class ByteChannel:
         self._on_consumed(count)
 
     def wake_reader(self) -> None:
-        """Let whoever waits for something to read look again."""
+        """Wake the tasks that are parked at :attr:`reader`, so that they look again. Synchronous."""
         if self.reader:
             self.reader.unpark_all()
 
     def close(self) -> None:
-        """Want no more, and drop what waits. Idempotent."""
+        """Take no more bytes, and drop those that wait. Synchronous, idempotent."""
         if self.closed:
             return
         self.closed = True

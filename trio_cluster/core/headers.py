@@ -9,5 +9,5 @@ __all__ = ["HEADER_NAME", "HEADER_VALUE"]
 
 #: A field name: a token.
 HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-#: A field value: visible ASCII, spaces and tabs, and what older servers put into the upper half of Latin-1.
+#: A field value: visible ASCII, spaces and tabs, and the upper half of Latin-1, which older servers use.
 HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")

@@ -1,13 +1,13 @@
-"""What log records say about the request being worked on: context variables, set where work for a request begins.
+"""The request that a log record is about: context variables, set where work for a request begins.
 
-Modules log to ``logging.getLogger(__name__)`` and know nothing about formats. The message is a constant sentence that
-says what happened; the objects it happened to go into structured fields::
+Modules log to the loggers below ``trio_cluster`` and know nothing about formats. The message is a constant sentence
+that states what happened; the objects it happened to are structured fields::
 
     logger.info("worker joined", extra={"fields": {"worker": worker_id, "models": names}})
 
-The two context variables here follow a request through its tasks and into their threads. A formatter can therefore add
-them to every record, including those of a user's own handler and of the libraries below it. The command line's
-formatters, in ``cli/logs.py``, do so.
+The two context variables here follow a request through its tasks and into their threads. So a formatter can add them to
+every record, including those of a user's handler and of the libraries that it uses. The command line's formatters, in
+``cli/logs.py``, do so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 __all__ = ["MOST_IDS", "current_principal", "current_request"]
 
-#: How many request ids one record lists, at most, if it is about many requests.
+#: How many request ids a record lists at most, if it is about several requests.
 MOST_IDS: Final = 20
 
 #: The id of the request that the current task works for; empty outside of a request.

@@ -1,4 +1,4 @@
-"""What a model is, apart from the function that answers for it."""
+"""The description of a model: its name, kind and options, without the function that answers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import attrs
 
 __all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
 
-#: What a model can do; named after the ``register_*`` methods of the server. ``custom`` answers only routes of its own,
-#: ``any`` is whatever stands behind the node, and answers every route.
+#: What a model can do; named after the ``register_*`` methods of the server. A model of kind ``custom`` answers only
+#: its custom routes; one of kind ``any`` is a passthrough model, and answers every route.
 Kind: TypeAlias = Literal[
     "chat",
     "embedding",
@@ -39,44 +39,61 @@ def _json_object(instance: object, attribute: attrs.Attribute[Any], value: objec
 
 @attrs.frozen
 class ChatModelOptions:
-    """What ``/v1/models`` tells about a chat model, beyond its name.
+    """What ``/v1/models`` shows about a model besides its name, kind and owner.
 
-    ``extra_fields`` are shown as fields of the entry itself; they cannot replace those that every entry has.
+    Raises:
+        TypeError: a value has a wrong type.
+        ValueError: ``extra_fields`` cannot be encoded as JSON.
     """
 
     supports_vision: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    """Whether requests may contain images; requests with images to a model without it get 400."""
     context_window: int | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
     )
+    """The size of the context, in tokens; ``None``: not shown."""
     extra_fields: dict[str, Any] = attrs.field(factory=dict, validator=_json_object)
+    """Further fields of the entry, as JSON values. They cannot replace those that every entry has."""
+    accepts_token_ids: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    """The handler takes prompts of token ids (``ChatRequest.prompt_tokens``); without it they are refused with 400."""
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    # Names stand in URLs, in logs, on terminals and in the wire's messages, which bound them the same way.
+    # Names appear in URLs, in logs, on terminals and in messages of the cluster protocol, which has the same limits.
     if not isinstance(value, str):
-        raise TypeError(f"a model's name is text, not {value!r}")
+        raise TypeError(f"a model's name must be text, not {value!r}")
     if not 0 < len(value) <= 512 or not value.isprintable() or value != value.strip():
         shown = value if len(value) <= 40 else value[:40] + "..."
         raise ValueError(
-            f"a model's name has 1 to 512 printable characters and no spaces around them; {shown!r} has not"
+            f"a model's name must have 1 to 512 printable characters, and no spaces around them; got {shown!r}"
         )
 
 
 @attrs.frozen
 class ModelInfo:
-    """A model as the cluster knows it: what is announced to the master and listed to clients."""
+    """A model as the cluster knows it: announced to the master, and listed to clients.
+
+    Raises:
+        TypeError: the name is not text.
+        ValueError: the name is empty, too long or not printable.
+    """
 
     name: str = attrs.field(validator=_name)
     kind: Kind
     owner: str = "trio-cluster"
     created: int = attrs.field(factory=lambda: int(time.time()))
-    """Seconds since the epoch; given once, when the model is first registered, and carried along from then on."""
+    """When the model was first registered, in seconds since the epoch."""
     options: ChatModelOptions = attrs.field(factory=ChatModelOptions)
     extra_endpoints: tuple[str, ...] = ()
-    """What it answers beside the routes of its kind: other kinds, and paths of routes of its own."""
+    """What the model answers besides the endpoints of its kind: other kinds, and paths of custom routes."""
 
     def answers(self, kind: str, endpoint: str) -> bool:
-        """Tell whether it answers an endpoint, which is one for models of ``kind``."""
+        """Return whether the model answers an endpoint.
+
+        Args:
+            kind: the kind of models that the endpoint is for.
+            endpoint: the name of the endpoint, or the path of a custom route.
+        """
         return (
             self.kind == "any"
             or self.kind == kind != "custom"

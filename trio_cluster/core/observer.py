@@ -1,28 +1,26 @@
-"""Observers: told of every step of a call, in the order in which the steps happen.
+"""Observers: objects whose methods are called at every step of a call, in the order in which the steps happen.
 
-Counters, the story of a request, traces and records of usage are made from this, and from nothing else. An observer
-overrides the methods it needs. A step that no observer overrides costs the iteration over an empty tuple, so that what
-is not used is not paid for.
+Whatever is derived from the steps of calls, such as counters, traces or records of usage, is an observer. An observer
+overrides the methods that it needs. A step that no observer overrides costs only the iteration over an empty tuple.
 
-All methods are called synchronously, in the task where the step happens. They must not wait and must not raise; an
-exception would be the failure of the call that is observed.
+All methods are called synchronously, in the task where the step happens. They must not wait and must not raise: an
+exception would make the observed call fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from .call import Call
-    from .outcome import Outcome
-    from .request import Request
+from .call import Call
+from .outcome import Outcome
+from .request import Request
 
 __all__ = ["Observer", "Observers"]
 
 
 class Observer:
-    """Is told of the steps of every call of a node. On a worker these are the calls that its master forwards."""
+    """The base class of observers of a node's calls. On a worker these are the calls that its master forwards."""
 
     def on_admitted(self, request: Request) -> None:
         """A request passed all stages of the gateway and is about to be routed."""
@@ -32,30 +30,32 @@ class Observer:
 
         Args:
             call: ``call.served_by`` is the replica.
-            why: the policy's reason, for people.
+            why: the policy's reason, for display.
         """
 
     def on_queued(self, call: Call) -> None:
-        """The call waits for a slot, here or on the worker that has it."""
+        """The call waits for a slot, on this node or on the worker that serves it."""
 
     def on_forwarded(self, call: Call) -> None:
         """The request was handed to the link to the worker that serves the call."""
 
     def on_first_byte(self, call: Call) -> None:
-        """The answer has begun: its head is there, and the first output with it or behind it."""
+        """The answer has begun: its head was put; the first output comes with it or directly after it."""
 
     def on_retried(self, lost: Call, again: Call) -> None:
         """A call that failed before its answer began was opened once more, on another replica.
 
         Args:
-            lost: the call that failed; ``lost.end`` says why.
-            again: the call that takes its place.
+            lost: the call that failed; ``lost.end`` has the reason.
+            again: the call that replaces it.
         """
 
     def on_ended(self, call: Call, outcome: Outcome) -> None:
         """The work of the call has really stopped.
 
-        ``call.end`` is the last event of the answer, with the usage in it if the answer is complete.
+        Args:
+            call: ``call.end`` is the last event of the answer. If the answer is complete, it has the usage.
+            outcome: how the call ended.
         """
 
 
@@ -76,12 +76,12 @@ class Observers:
         self._collect()
 
     def add(self, observer: Observer) -> None:
-        """Tell ``observer`` of the steps that come from now on."""
+        """Call the methods of ``observer`` from now on."""
         self._all.append(observer)
         self._collect()
 
     def remove(self, observer: Observer) -> None:
-        """Tell ``observer`` nothing more.
+        """Call the methods of ``observer`` no longer.
 
         Raises:
             ValueError: it was not added.

@@ -1,4 +1,4 @@
-"""How a call ended, in one word."""
+"""The outcome of a call: how it ended, in one word."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcome: TypeAlias = Literal["completed", "cancelled", "timed_out", "worker_lost
 
 
 def outcome_of(call: Call) -> Outcome:
-    """Return how a call that is over ended."""
+    """Return the outcome of a call whose answer has ended."""
     end = call.end
     if call.cancelled is not None:
         return "cancelled"

@@ -1,4 +1,7 @@
-"""Who sends a request: found out by the gateway's authenticator, and carried with the request to the worker."""
+"""Principals: who sends a request.
+
+The gateway's authenticator determines the principal. It travels with the request to the worker.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import attrs
 
 __all__ = ["ANONYMOUS", "Principal", "Role"]
 
-#: What a principal may do: ask models; also look at the node; everything.
+#: What a principal may do. ``inference``: send requests to models; ``operator``: also look at the state of the node;
+#: ``admin``: everything.
 Role: TypeAlias = Literal["inference", "operator", "admin"]
 
 
@@ -17,9 +21,10 @@ class Principal:
     """Who sends a request."""
 
     name: str = ""
-    """The name of the key that was shown; empty where no key is required."""
+    """The name of the API key that the request has; empty where no key is required."""
     role: Role = "admin"
+    """What the principal may do. Not checked yet: the only key that a node can have allows everything."""
 
 
-#: Whoever sends a request to a node that requires no key.
+#: The principal of requests to a node that requires no key.
 ANONYMOUS: Final = Principal()

@@ -1,10 +1,10 @@
-"""Chance, in one place: the jitter of waits, and ids that must differ between processes.
+"""Random numbers: the jitter of waits, and ids that must differ between processes.
 
-It is not Python's own ``random``, which belongs to the user's program. Programs that serve models like to begin with
-``random.seed(0)``; with it, a hundred workers would draw the same jitter and come back as one, and two processes would
-draw the same id. Nothing here is a secret: whoever knows an id gains nothing by it.
+They do not come from Python's global ``random`` generator, which belongs to the user's program. Programs that serve
+models often begin with ``random.seed(0)``; a hundred workers that share a seed would draw the same jitter and reconnect
+at the same instant, and two processes would draw the same id. None of the ids is a secret; knowing one gives no access.
 
-The test kit seeds it, and then a simulation of a cluster draws the same numbers again.
+``trio_cluster.testing`` seeds the generator, so that a simulated cluster draws the same numbers again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import random
 
 __all__ = ["generator", "token", "uniform"]
 
-#: Where all chance comes from; seeded by the operating system.
+#: The generator of all random numbers in this package; seeded by the operating system.
 generator = random.Random()
 
 if hasattr(os, "register_at_fork"):
-    # Otherwise all children of one parent would draw the same ids.
+    # Otherwise all child processes of one parent would draw the same ids.
     os.register_at_fork(after_in_child=generator.seed)
 
 
@@ -28,5 +28,5 @@ def uniform(low: float, high: float) -> float:
 
 
 def token(size: int) -> str:
-    """Return an id of ``size`` random bytes, in hexadecimal."""
+    """Return an id of ``size`` random bytes, as hexadecimal digits."""
     return generator.randbytes(size).hex()

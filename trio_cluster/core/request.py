@@ -1,4 +1,4 @@
-"""A request for a model, as it flows through a node."""
+"""A request for a model, as the gateway, the router and the backends see it."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ __all__ = ["Request"]
 
 @attrs.frozen(eq=False)
 class Request:
-    """One request for one model, ready to be answered here or on any other node.
+    """One request for one model. It can be answered on this node or on any other.
 
-    ``body`` is what the client sent, byte for byte, and ``content_type`` says how to read it; nothing between the
-    client and the handler rewrites them. A body that is still arriving is ``upload``, and ``body`` is empty then.
+    ``body`` and ``content_type`` are what the client sent, byte for byte; nothing between the client and the handler
+    rewrites them. If the body is still arriving, it is in ``upload``, and ``body`` is empty.
     """
 
     endpoint: str
-    """The name of the route in the table of endpoints, for instance ``chat.completions``; of a route that is not in
-    the table, its path."""
+    """The name of the endpoint, for instance ``chat.completions``; for a custom route, its path."""
     kind: Kind
     """The kind of model that can answer."""
     model: str
+    """The name of the model."""
     body: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = attrs.field(factory=dict)
     """The client's headers that a handler may want, and the trace context; names in lower case."""
     request_id: str = ""
+    """The ``x-request-id`` of the request."""
     idle_timeout: float = math.inf
     """Seconds that may pass before the first output, and between two outputs."""
     total_timeout: float = math.inf
-    """Seconds from opening the call until the whole answer must be there."""
+    """Seconds from opening the call until the whole answer must be complete."""
     parsed: Any = None
-    """The body as the openai room has read it, if that was done on this node; it does not travel."""
+    """The parsed body, if it was parsed on this node; not forwarded."""
     checked: bool = False
-    """The body was validated by the master that forwarded it."""
+    """The body was validated already: by the gateway of this node, or by the master that forwarded the request."""
     client: str = ""
-    """The address that the request came from, for people; it does not travel."""
+    """The address from which the request came, for display; not forwarded."""
     upload: ByteChannel | None = None
-    """The body, if it was not complete when the request was made."""
+    """The body, if it was still arriving when the request was made."""
     principal: Principal = ANONYMOUS
-    """Who asks. A worker knows the name only."""
+    """Who sends the request. Only the name is forwarded to a worker."""
 
     @property
     def size(self) -> int:
-        """How many bytes the body has or will have; -1 if that is not known."""
+        """The size of the body in bytes, including what has not arrived yet; -1 if it is not known."""
         return len(self.body) if self.upload is None else self.upload.size
 
     @property
     def replayable(self) -> bool:
-        """Whether the request can be sent a second time; a body that was streamed through is gone."""
+        """Whether the request can be sent a second time. A body that was streamed through is not kept."""
         return self.upload is None

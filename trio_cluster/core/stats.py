@@ -1,7 +1,7 @@
-"""What is counted of calls: how many there were, how they ended, and how long cancellations took.
+"""Statistics of a node's calls: how many there were, how they ended, and how long cancellations took.
 
-Every call that was opened is counted once as admitted and, when its work has really stopped, once under its outcome, so
-that at any instant
+Every call that was opened is counted once as admitted and, when its work has really stopped, once under its outcome. So
+at every instant
 
     admitted = completed + cancelled + timed_out + worker_lost + failed + in flight
 """
@@ -23,10 +23,10 @@ __all__ = ["CallStats", "Histogram"]
 
 @attrs.define
 class Histogram:
-    """How long something took, by classes: enough to tell whether a promise about time is kept."""
+    """A histogram of durations."""
 
     BOUNDS: ClassVar = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-    """The upper bounds of the classes, in seconds. What took longer than the last one has a class of its own."""
+    """The upper bounds of the buckets, in seconds. One more bucket counts durations above the last bound."""
 
     counts: list[int] = attrs.field(factory=lambda: [0] * (len(Histogram.BOUNDS) + 1))
     total: float = 0.0
@@ -40,7 +40,7 @@ class Histogram:
 
 @attrs.define(eq=False)
 class CallStats(Observer):
-    """The counters of a node's calls. See the top of this module for the equation that holds between them."""
+    """The counters of a node's calls. The equation at the top of this module holds between them."""
 
     admitted: int = 0
     completed: int = 0
@@ -49,9 +49,9 @@ class CallStats(Observer):
     worker_lost: int = 0
     failed: int = 0
     retried: int = 0
-    """Calls that were opened a second time elsewhere; both openings are counted as admitted."""
+    """Calls that were opened a second time, on another replica; both are counted as admitted."""
     cancel_durations: Histogram = attrs.field(factory=Histogram)
-    """From cancelling a call until its work had really stopped, wherever it ran."""
+    """The time from cancelling a call until its work has really stopped, on whichever node it runs."""
 
     def counters(self) -> dict[str, int]:
         """Return the counters by name."""

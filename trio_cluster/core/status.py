@@ -1,6 +1,6 @@
-"""What a node says of its state, for people and dashboards: typed values, which are JSON objects in the admin API.
+"""The state of a node, for people and dashboards: typed values, which the admin API encodes as JSON objects.
 
-A field that is ``UNSET`` is left out of the JSON object.
+A field whose value is ``UNSET`` is left out of the JSON object.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from msgspec import UNSET, UnsetType
 
 __all__ = ["WORKER_STATES", "NodeStatus", "SlotStatus", "WorkerState", "WorkerStatus"]
 
-#: The state of a worker: well; all slots taken; alive, and unable to do anything; about to stop. The worst one that
-#: holds is shown. A worker that is lost is no worker any more.
+#: The state of a worker. ``ok``; ``busy``: all slots are taken; ``stalled``: it is connected, and cannot do anything;
+#: ``draining``: it takes no new calls, and stops when it has finished those that it has. Of several that apply, stalled
+#: is shown first, then draining. A worker that is lost is not listed any more.
 WorkerState: TypeAlias = Literal["ok", "busy", "stalled", "draining"]
 WORKER_STATES: tuple[WorkerState, ...] = ("ok", "busy", "stalled", "draining")
 
 
 @attrs.frozen
 class SlotStatus:
-    """The slots in which this process's handlers run."""
+    """The slots of this process."""
 
     running: int = 0
     """Handlers that hold a slot."""
@@ -35,41 +36,42 @@ class WorkerStatus:
     """A worker that is connected to a master."""
 
     id: str
-    """Its name."""
+    """The worker's name."""
     instance: str
-    """Drawn by its process at the start; tells it from another process of the same name."""
+    """A random id that its process drew at its start; different for another process of the same name."""
     address: str
-    """Where it connected from."""
+    """The address from which it connected."""
     state: WorkerState
     draining: bool
+    """Whether it takes no new calls, because it is about to stop."""
     stalled: str
-    """Why it can do nothing at the moment; empty if it can."""
+    """Why it cannot do anything at the moment; empty if it can."""
     models: list[str]
     """The names of the models that it serves, sorted."""
     running: int
-    """Handlers that run there, as it said last."""
+    """Handlers that run there, as of its last heartbeat."""
     waiting: int
-    """Calls that wait for a slot there, as it said last."""
+    """Calls that wait for a slot there, as of its last heartbeat."""
     capacity: int
     """Handlers that may run there at once."""
     in_flight: int
-    """Calls that this master has there."""
+    """Calls that this master has forwarded to it and whose work has not stopped."""
     lag: float
-    """Seconds for which its event loop was busy with one thing, at most, since its last heartbeat."""
+    """The longest time in seconds for which its event loop was blocked, as of its last heartbeat."""
     connected_for: float
     """Seconds since it joined."""
 
 
 @attrs.frozen
 class NodeStatus:
-    """What only the node itself knows of its state."""
+    """The part of a node's state that only the node itself knows."""
 
     version: str = ""
     """The version of the package."""
     slots: SlotStatus = attrs.field(factory=SlotStatus)
     workers: list[WorkerStatus] = attrs.field(factory=list)
-    """A master's workers, sorted by name."""
+    """The workers that are connected to this master, sorted by name."""
     connected: bool | UnsetType = UNSET
-    """Of a worker: whether it has a link to its master, with all models registered."""
+    """On a worker only: whether it has a link to its master and has registered its models there."""
     rejected_models: dict[str, str] | UnsetType = UNSET
-    """Of a worker: the models that its master refused, with the reasons."""
+    """On a worker only: the models that its master refused, with the reasons."""

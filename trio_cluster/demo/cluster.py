@@ -19,6 +19,7 @@ from typing import Final, TextIO, TypeVar
 import trio
 
 from trio_cluster.engines import parse_serve
+from trio_cluster.engines._engine import install_command
 from trio_cluster.engines._pinned_weights import WEIGHTS
 from trio_cluster.engines._weights import ensure_weights
 from trio_cluster.errors import ClusterError
@@ -74,7 +75,7 @@ async def run_demo(port: int, *, check: bool, host: str = "127.0.0.1", out: Text
                 parse_serve(spec)
     except ClusterError as error:
         raise ClusterError(
-            f"the demo needs more libraries; install them with: pip install 'trio-cluster[demo]' ({error})"
+            f"the demo needs more libraries; install them with: {install_command('trio-cluster[demo]')} ({error})"
         ) from error
     external, internal = await open_pair(Sockets(), host, port, host, None)
     # Only to find out early, with a clear error, whether both ports are free; the master opens them again.

@@ -34,6 +34,7 @@ client = openai.OpenAI(base_url="{url}", api_key="none")
 question = [{{"role": "user", "content": "Tell me about Paris."}}]
 for chunk in client.chat.completions.create(model="smollm2", messages=question, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
+
 vector = client.embeddings.create(model="all-MiniLM-L6-v2", input="one text").data[0].embedding
 speech = client.audio.speech.create(model="hibari", voice="alloy", input="Several machines can answer as one.")
 print(client.audio.transcriptions.create(model="whisper-tiny.en", file=("speech.wav", speech.content)).text)

@@ -13,17 +13,21 @@ __all__ = ["BaseURL"]
 class BaseURL:
     """The base URL of a server's API, ``http://host:port/some/prefix``.
 
+    A query (``?api-version=...``) is part of every request. It is not shown: it may hold a key.
+
     Attributes:
         scheme: ``http`` or ``https``.
         host: a name or an address; an IPv6 address without brackets.
         port: as given, or the default port of the scheme.
         path: the path prefix, percent-encoded as given, without a trailing slash.
+        query: what follows the question mark, percent-encoded as given; empty if there is none.
     """
 
     scheme: str
     host: str
     port: int
     path: str
+    query: str = attrs.field(default="", repr=False)
 
     @classmethod
     def parse(cls, url: str) -> BaseURL:
@@ -37,8 +41,8 @@ class BaseURL:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"expected a URL such as http://127.0.0.1:8000/v1, got '{url}'")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError(f"leave the user, the query and the fragment out of the URL: '{url}'")
+        if parts.username is not None or parts.fragment:
+            raise ValueError(f"leave the user and the fragment out of the URL: '{url}'")
         try:
             port = parts.port
         except ValueError:
@@ -46,7 +50,11 @@ class BaseURL:
         if port == 0:
             raise ValueError(f"the port must be a number from 1 to 65535: '{url}'")
         default = 443 if parts.scheme == "https" else 80
-        return cls(parts.scheme, parts.hostname, port or default, parts.path.rstrip("/"))
+        return cls(parts.scheme, parts.hostname, port or default, parts.path.rstrip("/"), parts.query)
+
+    def target(self, path: str) -> str:
+        """Return the request target for a path below this URL."""
+        return f"{self.path}{path}?{self.query}" if self.query else self.path + path
 
     @property
     def authority(self) -> str:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 from typing import Any, ClassVar, Final, Protocol
 
 import attrs
@@ -40,6 +40,7 @@ __all__ = [
     "ServedModel",
     "boolean",
     "fraction",
+    "install_command",
     "parse_serve",
     "serve_engine",
     "text",
@@ -62,6 +63,8 @@ BUILT_IN: Final = {
 
 # A comma separates options only if a key and an equals sign follow, so that paths and values may contain commas.
 _SEPARATOR: Final = re.compile(r",(?=\s*[A-Za-z_][\w-]*\s*=)")
+_EXTRA: Final = re.compile(r"(?P<package>[\w.-]+)\[(?P<extras>[\w., -]+)\]")
+_OWN_PACKAGE: Final = "trio-cluster"
 
 
 class ModelServer(Protocol):
@@ -326,13 +329,52 @@ def parse_serve(spec: str) -> ServeSpec:
     if missing:
         raise ClusterError(
             f"the engine '{name}' needs {' and '.join(missing)}, not installed here;"
-            f" install them with: pip install '{engine.extra}'"
+            f" install them with: {install_command(engine.extra)}"
         )
     try:
         engine.check(argument, options)
     except ValueError as error:
         raise OptionsError(f"{spec}: {error}") from error
     return ServeSpec(name, argument, options)
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, for messages.
+
+    This package may not be on the index that pip uses. For its own extras, the command names what they consist of,
+    which works wherever this package came from.
+
+    Args:
+        extra: a requirement such as ``my-package[my-extra]``.
+    """
+    parts = _EXTRA.fullmatch(extra)
+    if parts is None or parts["package"] != _OWN_PACKAGE:
+        return f"pip install '{extra}'"
+    try:
+        declared = requires(_OWN_PACKAGE) or []
+    except PackageNotFoundError:
+        declared = []
+    wanted = _members(parts["extras"], declared)
+    in_checkout = f"pip install '.[{parts['extras']}]'"
+    if not wanted:
+        return f"{in_checkout} (in a checkout)"
+    return f"pip install {' '.join(map(repr, wanted))}; or, in a checkout, {in_checkout}"
+
+
+def _members(extras: str, declared: list[str]) -> list[str]:
+    """Return the requirements that extras of this package consist of, those of nested ones included."""
+    found: dict[str, None] = {}
+    for extra in map(str.strip, extras.split(",")):
+        for line in declared:
+            requirement, _, marker = map(str.strip, line.partition(";"))
+            if marker.replace('"', "'") != f"extra == '{extra}'":
+                continue
+            nested = _EXTRA.fullmatch(requirement)
+            if nested is not None and nested["package"] == _OWN_PACKAGE:
+                found |= dict.fromkeys(_members(nested["extras"], declared))
+            else:
+                found[requirement] = None
+    return list(found)
 
 
 async def serve_engine(

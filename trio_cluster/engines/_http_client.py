@@ -6,7 +6,9 @@ Theory of operation
 *Lifetimes.* A request and its response belong to the task that calls :meth:`HttpClient.send`. However that call ends,
 by an error, by cancellation, or because the caller did not read the whole response, the connection is closed at once
 and synchronously. This is how the server learns that its work is not needed any more. A connection is kept alive for
-the next request only if the whole request was sent and the whole response was received.
+the next request only if the whole request was sent and the whole response was received, and, after a request with a
+body, only if the response is a 2xx: a server may refuse a request without reading its body, keep the connection, and
+take that body for the next request.
 
 *Stale connections.* An idle connection may have been closed by the server meanwhile. One that is readable (an EOF, or
 bytes without a request) is dropped before use. One that fails after the request was sent, but before any byte of a
@@ -25,6 +27,7 @@ followed.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import select
 import socket
@@ -35,12 +38,23 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
+from trio_cluster.net.exhaustion import ExhaustionLog, exhausted_resource
 from trio_cluster.net.sockets import receive_when_ready
 
 from ._base_url import BaseURL
 from ._http_response import HttpError, IncompleteResponse, ResponseReader
 
-__all__ = ["Body", "ConnectFailed", "HttpClient", "HttpRequest", "HttpResponse"]
+__all__ = [
+    "Body",
+    "ConnectFailed",
+    "ConnectTimeout",
+    "HttpClient",
+    "HttpRequest",
+    "HttpResponse",
+    "LocalExhaustion",
+]
+
+logger = logging.getLogger("trio_cluster.engines")
 
 #: A body in memory, or a function that returns the next piece of a streamed one, and ``b""`` at its end.
 Body: TypeAlias = bytes | Callable[[], Awaitable[bytes]]
@@ -53,6 +67,14 @@ _INLINE_BODY: Final = 64 * 1024
 
 class ConnectFailed(HttpError):
     """No connection could be made; nothing of the request was sent."""
+
+
+class ConnectTimeout(ConnectFailed):
+    """The server did not accept the connection in time. It may be gone, or too busy to accept."""
+
+
+class LocalExhaustion(HttpError):
+    """This machine has no descriptor, memory or local port left. It says nothing about the server."""
 
 
 @attrs.frozen
@@ -111,6 +133,7 @@ class HttpClient:
 
     Attributes:
         base: as given.
+        in_use: connections on which a request is under way.
     """
 
     def __init__(
@@ -122,6 +145,7 @@ class HttpClient:
         keepalive_expiry: float = 4.0,
     ) -> None:
         self.base = base
+        self.in_use = 0
         self._connect_timeout = connect_timeout
         self._max_keepalive = max_keepalive
         self._keepalive_expiry = keepalive_expiry
@@ -129,6 +153,7 @@ class HttpClient:
         self._idle: list[_Connection] = []
         self._tls = ssl.create_default_context() if base.scheme == "https" else None
         self._family = _family(base.host)
+        self._exhaustion = ExhaustionLog(logger, f"connections to {base}")
 
     async def send(self, request: HttpRequest, handle_response: ResponseHandler) -> None:
         """Send a request, and call ``handle_response`` with the response, at most once.
@@ -142,6 +167,8 @@ class HttpClient:
 
         Raises:
             ConnectFailed: no connection could be made; ``handle_response`` was not called.
+            LocalExhaustion: this machine has no descriptor, memory or local port left. Logged here when it begins and
+                when it is over.
             IncompleteResponse: the connection ended before the response was complete.
             MalformedResponse: the server does not answer with HTTP/1.1.
             ValueError: a header of the request has a line break in it.
@@ -221,10 +248,14 @@ class HttpClient:
                     )
                     await stream.do_handshake()
             connected = True
+            self._exhaustion.succeeded()
             return _Connection(stream, raw)
         except trio.TooSlowError:
-            raise ConnectFailed(f"no connection within {self._connect_timeout:g} s") from None
+            raise ConnectTimeout(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, trio.BrokenResourceError) as error:
+            if resource := exhausted_resource(error):
+                self._exhaustion.failed(resource)
+                raise LocalExhaustion(resource) from error
             raise ConnectFailed(_reason(error)) from error
         finally:
             if raw is not None and not connected:
@@ -252,6 +283,7 @@ class HttpClient:
         reader = connection.reader
         reader.start_next()
         connection.request_sent = False
+        self.in_use += 1
         try:
             if isinstance(body, bytes) and len(body) <= _INLINE_BODY:
                 await connection.send(self._head(request) + body)
@@ -260,9 +292,11 @@ class HttpClient:
             else:
                 await self._send_full_duplex(connection, request, handle_response)
         finally:
+            self.in_use -= 1
             if (
                 connection.request_sent
                 and reader.complete
+                and (body == b"" or 200 <= reader.status < 300)
                 and reader.keep_alive
                 and not connection.write_failed
             ):
@@ -326,7 +360,7 @@ class HttpClient:
     def _head(self, request: HttpRequest) -> bytes:
         size = len(request.body) if isinstance(request.body, bytes) else request.size
         lines = [
-            f"{request.method} {self.base.path}{request.path} HTTP/1.1",
+            f"{request.method} {self.base.target(request.path)} HTTP/1.1",
             f"host: {self.base.authority}",
             "accept-encoding: identity",
         ]
@@ -417,6 +451,8 @@ class _Connection:
             else:
                 data = await receive_when_ready(self._socket, _READ_SIZE)
         except (trio.BrokenResourceError, OSError) as error:
+            if resource := exhausted_resource(error):
+                raise LocalExhaustion(resource) from error
             raise IncompleteResponse("the connection was lost") from error
         if data:
             self.reader.feed(data)

@@ -4,8 +4,9 @@ Theory of operation
 ===================
 
 A :class:`ResponseReader` belongs to one connection and parses its responses one after the other. It is fed what comes
-off the socket, removes the framing (chunked coding or ``Content-Length``), and leaves the body as it is, whatever its
-content coding. All body bytes of one ``feed`` come out as one piece, because each piece costs the consumer a write.
+off the socket, removes the framing (``Content-Length``, or the chunked coding, see ``_chunked.py``), and leaves the
+body as it is, whatever its content coding. All body bytes of one ``feed`` come out as one piece, because each piece
+costs the consumer a write.
 
 What matters most is to tell a complete response from one that was cut off. A ``Content-Length`` or the last chunk
 says where the body ends. A response with neither is *close-delimited* (RFC 9112, section 6.3): its body ends with the
@@ -19,11 +20,14 @@ from typing import Final
 
 import httptools
 
+from ._chunked import ChunkDecoder, MalformedChunk
+
 __all__ = ["FRAMING_LIMIT", "HttpError", "IncompleteResponse", "MalformedResponse", "ResponseReader"]
 
 #: Bytes that may come in a row without being part of a body: a head, trailers, or chunk headers with extensions.
 FRAMING_LIMIT: Final = 64 * 1024
 
+_END_OF_HEAD: Final = b"\r\n\r\n"
 _BODILESS_STATUSES: Final = frozenset({204, 304})
 
 
@@ -54,10 +58,17 @@ class ResponseReader:
 
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._chunks: ChunkDecoder | None = None
         self.start_next()
 
     def start_next(self) -> None:
         """Reset the state for the response to the next request."""
+        if self._chunks is not None:
+            # The parser has not seen the body of the last response.
+            self._parser = httptools.HttpResponseParser(self)
+            self._chunks = None
+        # The last bytes of a head whose end has not been received.
+        self._head_tail = b""
         self.status = 0
         self.headers: list[tuple[str, str]] = []
         self.started = False
@@ -68,6 +79,7 @@ class ResponseReader:
         self._framing_bytes = 0
         self._fields: list[tuple[str, str]] = []
         self._unsupported_coding = False
+        self._is_chunked = False
 
     def feed(self, data: bytes) -> None:
         """Parse bytes from the socket.
@@ -77,6 +89,54 @@ class ResponseReader:
         """
         self.started = True
         self._framing_bytes += len(data)
+        if self._chunks is None and not self.status:
+            data = self._feed_head(data)
+        if self._chunks is not None:
+            self._feed_chunks(self._chunks, data)
+        elif data:
+            self._feed_parser(data)
+        if self._unsupported_coding:
+            raise MalformedResponse("the response has a transfer coding other than 'chunked'")
+        if self._framing_bytes > FRAMING_LIMIT and not self.complete:
+            raise MalformedResponse(
+                f"the head or the chunk framing of the response exceeds {FRAMING_LIMIT} bytes"
+            )
+
+    def _feed_head(self, data: bytes) -> bytes:
+        """Parse heads, up to the end of the final one, and return the bytes behind it."""
+        while not self.status:
+            seen = len(self._head_tail)
+            end = (self._head_tail + data).find(_END_OF_HEAD)
+            if end < 0:
+                self._head_tail = (self._head_tail + data)[-(len(_END_OF_HEAD) - 1) :]
+                self._feed_parser(data)
+                return b""
+            end += len(_END_OF_HEAD) - seen
+            self._head_tail = b""
+            self._feed_parser(data[:end])
+            data = data[end:]
+            if not data:
+                break
+        if self.status and self._is_chunked:
+            self._framing_bytes = len(data)
+            self._chunks = ChunkDecoder()
+        return data
+
+    def _feed_chunks(self, chunks: ChunkDecoder, data: bytes) -> None:
+        before = len(self._body)
+        try:
+            chunks.feed(data, self._body)
+        except MalformedChunk as error:
+            raise MalformedResponse(f"the response is not HTTP/1.1: {error}") from None
+        if len(self._body) > before:
+            self._framing_bytes = 0
+        if chunks.complete:
+            self.complete = True
+        if chunks.surplus:
+            # The connection is out of step and cannot be used again.
+            self.keep_alive = False
+
+    def _feed_parser(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -85,12 +145,6 @@ class ResponseReader:
             # Garbage after a complete response does not spoil it; `on_message_begin` has cleared `keep_alive`.
             if not self.complete:
                 raise MalformedResponse(f"the response is not HTTP/1.1: {error}") from None
-        if self._unsupported_coding:
-            raise MalformedResponse("the response has a transfer coding other than 'chunked'")
-        if self._framing_bytes > FRAMING_LIMIT and not self.complete:
-            raise MalformedResponse(
-                f"the head or the chunk framing of the response exceeds {FRAMING_LIMIT} bytes"
-            )
 
     def take(self) -> bytes:
         """Return the body bytes received since the last call; empty if there are none."""
@@ -147,6 +201,7 @@ class ResponseReader:
         )
         # `feed` raises for this: httptools would wrap an exception of a callback.
         self._unsupported_coding = bool(codings) and codings != ["chunked"]
+        self._is_chunked = codings == ["chunked"] and status not in _BODILESS_STATUSES
         self.keep_alive = self._parser.should_keep_alive()
         self._framing_bytes = 0
 

@@ -1,12 +1,14 @@
 """Forwarding of calls to an upstream server: what of a request is sent to it, and what of its response comes back.
 
-Bodies are forwarded as they are, in both directions and in the pieces in which they arrive. Only the name of the model
-in a request is replaced, where the cluster calls the model by another name. Headers are forwarded if they are about the
+Bodies are forwarded as they are, in both directions and in the pieces in which they arrive, with two exceptions: the
+name of the model in a request is replaced, where the cluster calls the model by another name, and the preamble and the
+epilogue of a form are dropped. Headers are forwarded if they are about the
 content or about the API. Connection headers are not, because the connection ends here. Keys and cookies are not either:
 the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
 Every response is the call's answer, whatever its status. The call fails, with ``UpstreamLost``, only if there is no
-complete response.
+complete response, or with ``Overloaded`` if this machine has no room for the connection, which is not the server's
+fault.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ from urllib.parse import quote
 
 from trio_cluster._version import __version__
 from trio_cluster.core.request import Request
-from trio_cluster.errors import InvalidRequest, UpstreamLost
+from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
-from trio_cluster.openai import ENDPOINTS, is_form
+from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
 
-from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse
+from ._form_trim import trim_form, trim_streamed_form
+from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
 
 __all__ = ["UpstreamCalls", "authorization"]
 
-_REQUEST_HEADERS: Final = frozenset({"accept", "accept-language", "idempotency-key", "user-agent"})
+_REQUEST_HEADERS: Final = frozenset(
+    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
+)
 _RESPONSE_HEADERS: Final = frozenset(
     {
         "cache-control",
@@ -71,11 +76,8 @@ _MAX_CONTENT_TYPE: Final = 512
 #: an idle connection. Larger ones are streamed.
 _BUFFERED_BODY: Final = 256 * 1024
 
-#: Endpoints whose event streams end with ``[DONE]``.
-_ENDPOINTS_WITH_DONE: Final = frozenset({"chat.completions", "completions"})
-_DONE: Final = b"[DONE]"
-#: Bytes at the end of such a stream in which ``[DONE]`` is searched; comments may follow it.
-_DONE_WINDOW: Final = 256
+#: Endpoints whose event streams end with an event of a known type, whichever server writes them.
+_ENDPOINTS_WITH_END: Final = frozenset({"chat.completions", "completions", "responses", "/v1/messages"})
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
@@ -87,13 +89,13 @@ class UpstreamCalls:
         client: sends the requests.
         key: the API key to send; ``None`` if the server requires none.
         on_lost: called, synchronously, when a call fails because the server cannot be reached or its response is
-            incomplete.
+            incomplete; the argument tells whether it cannot be reached.
 
     Attributes:
         activity: counts what is received from the server, heads and pieces of bodies. A change shows that it is alive.
     """
 
-    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[], None]) -> None:
+    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[bool], None]) -> None:
         self._client = client
         self._key = key
         self._on_lost = on_lost
@@ -110,6 +112,7 @@ class UpstreamCalls:
 
         Raises:
             UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            Overloaded: this machine has no descriptor, memory or local port left for the connection.
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
         request = call.request
@@ -123,8 +126,10 @@ class UpstreamCalls:
 
         try:
             await self._client.send(http_request, handle_response)
+        except LocalExhaustion as error:
+            raise Overloaded(f"This server is out of resources: {error}; try again shortly") from error
         except HttpError as error:
-            self._on_lost()
+            self._on_lost(isinstance(error, ConnectFailed))
             why = str(error)
             if isinstance(error, ConnectFailed):
                 why = f"it cannot be reached ({why})"
@@ -162,18 +167,20 @@ class UpstreamCalls:
         call.begin(response.status, content_type, _response_headers(response))
         receive, send = response.receive, call.send
         # The framing does not show whether such a body is complete, but the content does.
-        needs_done = (
+        end: EndDetector | None = None
+        endpoint = call.request.endpoint
+        if (
             response.close_delimited
-            and call.request.endpoint in _ENDPOINTS_WITH_DONE
+            and endpoint in _ENDPOINTS_WITH_END
             and content_type.lower().startswith("text/event-stream")
-        )
-        tail = b""
+        ):
+            end = EndDetector(endpoint_named(endpoint).failure)
         while piece := await receive():
             self.activity += 1
-            if needs_done:
-                tail = (tail + piece)[-_DONE_WINDOW:]
+            if end is not None:
+                end.feed(piece)
             await send(piece)
-        if needs_done and _DONE not in tail:
+        if end is not None and not end.has_ended:
             raise HttpError("the connection was closed before the stream was complete")
 
 
@@ -190,8 +197,12 @@ async def _request_body(model: str, call: RawCall) -> tuple[Body, int]:
         body = await _read_body(call)
         if renamed:
             body = rewrite_form(body, request.content_type, model) if form else rewrite_json(body, model)
+        elif form:
+            body = trim_form(body, request.content_type)
         return body, len(body)
     if not renamed:
+        if form:
+            return await trim_streamed_form(call.receive, request.content_type, request.size)
         return call.receive, request.size
     rewriter = FormRewriter(request.content_type, model)
     ended = False

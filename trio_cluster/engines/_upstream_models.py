@@ -3,19 +3,30 @@
 Theory of operation
 ===================
 
-The server's list of models is polled, and the registered models follow it. A server whose list cannot be read has no
-models: they are unregistered at once if it refuses connections or answers with an error, and after the second timeout
-in a row if it merely does not answer in time. A server that is too busy to answer the poll, but still answers calls,
-counts as alive. A call that finds the server unreachable triggers the next poll at once.
+The server's list of models is polled, and the registered models follow it. One failed poll is not a loss: the next one
+follows soon, and the models are unregistered when that fails too. A call that finds the server unreachable triggers the
+next poll at once, and counts as a failed one.
 
-Changes are logged, not polls: a situation that lasts is logged once.
+A server that is too busy for the poll, but still works on calls, counts as alive: a timeout or a lost connection does
+not count while something is received for calls, or while a call is under way on a connection that is open. What is
+definite (a refused connection, an answer that is an error) counts in any case.
+
+A model is registered anew when its name, its context size or its vision changes. What else its entry says is shown as
+it was when the model was registered: servers have counters and times there, which change with every poll.
+
+The models may be named by hand, for servers without a list. They are polled as well, but any answer shows that the
+server is there.
+
+Changes are logged, not polls: a situation that lasts is logged once, and of many names only some.
 """
 
 from __future__ import annotations
 
+import codecs
+import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Final
@@ -27,8 +38,8 @@ import trio
 from trio_cluster.core.model import ChatModelOptions
 
 from ._engine import ModelServer
-from ._http_client import HttpClient, HttpRequest
-from ._http_response import HttpError
+from ._http_client import ConnectTimeout, HttpClient, HttpRequest, LocalExhaustion
+from ._http_response import HttpError, IncompleteResponse
 from ._upstream_calls import UpstreamCalls, authorization
 
 __all__ = ["Naming", "UpstreamModels", "parse_model_list"]
@@ -39,10 +50,14 @@ logger = logging.getLogger("trio_cluster.engines")
 POLL_TIMEOUT: Final = 5.0
 #: The longest interval, in seconds, between polls of a server that does not let itself be polled (a 401, 404 or 429).
 MAX_BACKOFF: Final = 60.0
+#: The longest interval, in seconds, between a poll that has failed and the next one, while there are models to lose.
+RETRY_INTERVAL: Final = 1.0
+#: Names in one log line.
+_MAX_LOGGED: Final = 10
 
 #: The largest list of models that is accepted, in bytes.
 _MAX_LIST_SIZE: Final = 4 << 20
-#: Models that are taken from one list: more than any server has. Two clusters that list each other's models with a
+#: Models that are taken from one list. Two clusters that list each other's models with a
 #: prefix would otherwise add to them without end.
 _MAX_MODELS: Final = 1000
 
@@ -86,35 +101,77 @@ class Naming:
     only: tuple[str, ...] = ()
     renamed: Mapping[str, str] = attrs.field(factory=dict)
 
+    def takes(self, model: str) -> bool:
+        """Tell whether the server's ``model`` is not left out."""
+        return bool(model) and (not self.only or any(fnmatchcase(model, pattern) for pattern in self.only))
+
     def name(self, model: str) -> str | None:
         """Return the cluster's name for the server's ``model``; ``None`` if the model is left out."""
-        if self.only and not any(fnmatchcase(model, pattern) for pattern in self.only):
+        if not self.takes(model):
             return None
         return self.renamed.get(model) or self.prefix + model
 
 
-def parse_model_list(body: bytes) -> dict[str, ChatModelOptions]:
+class ModelList(dict[str, ChatModelOptions]):
+    """The server's name of each model, with what the list says about it.
+
+    Attributes:
+        left_out: models that are wanted, and are not here because there are too many.
+    """
+
+    left_out = 0
+
+
+def parse_model_list(body: bytes, wanted: Callable[[str], bool] = bool) -> ModelList:
     """Parse the response to ``GET /models``.
 
+    An entry that cannot be used costs that entry only, and a value in it that cannot be passed on costs that value.
+
+    Args:
+        body: the JSON; may begin with a byte order mark.
+        wanted: tells for the server's name of a model whether to take it.
+
     Returns:
-        The server's name of each model, with what the list says about it.
+        The first 1000 models that are wanted.
 
     Raises:
         ValueError: it is not a list of models; the message says why.
     """
-    try:
-        content = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("its list of models is not JSON") from None
+    content = _decode(body.removeprefix(codecs.BOM_UTF8))
     # Some servers leave out the object around the list.
     entries = content.get("data") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise ValueError("its list of models has no 'data'")
-    models: dict[str, ChatModelOptions] = {}
-    for entry in entries[:_MAX_MODELS]:
-        if isinstance(entry, dict) and isinstance(name := entry.get("id"), str) and name:
-            models.setdefault(name, _options(entry))
+    models = ModelList()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        name = entry.get("id")
+        if not isinstance(name, str) or name in models or not _is_text(name) or not wanted(name):
+            continue
+        if len(models) == _MAX_MODELS:
+            models.left_out += 1
+        else:
+            models[name] = _options(entry)
     return models
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    # What one bad value makes the strict decoder refuse (NaN, 1e400, half a surrogate pair) is taken here, and sorted
+    # out entry by entry.
+    try:
+        return json.loads(body.decode("utf-8", "replace"), parse_int=_parse_int)
+    except (ValueError, RecursionError):
+        raise ValueError("its list of models is not JSON") from None
+
+
+def _parse_int(digits: str) -> int | None:
+    # Python refuses to convert very long ones; no such number can be passed on.
+    return int(digits) if len(digits) <= 20 else None
 
 
 def _options(entry: dict[str, Any]) -> ChatModelOptions:
@@ -126,7 +183,7 @@ def _options(entry: dict[str, Any]) -> ChatModelOptions:
     extra: dict[str, Any] = {}
     room = _MAX_EXTRA_SIZE
     for name, value in entry.items():
-        if name not in _DROPPED_FIELDS and _is_small(value, _MAX_EXTRA_DEPTH):
+        if name not in _DROPPED_FIELDS and _is_text(name) and _is_small(value, _MAX_EXTRA_DEPTH):
             room -= len(msgspec.json.encode({name: value}))
             if room < 0:
                 break
@@ -143,16 +200,23 @@ def _vision(entry: dict[str, Any]) -> bool:
 
 
 def _is_small(value: Any, depth: int) -> bool:
-    """Tell whether a value fits into the messages that announce models: nesting, finite numbers, 64-bit integers."""
+    """Tell whether a value fits into the messages that announce models: nesting, finite numbers, 64 bits, text."""
     if isinstance(value, dict):
-        return depth > 0 and all(_is_small(each, depth - 1) for each in value.values())
+        return depth > 0 and all(
+            _is_text(name) and _is_small(each, depth - 1) for name, each in value.items()
+        )
     if isinstance(value, list):
         return depth > 0 and all(_is_small(each, depth - 1) for each in value)
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, int):
         return -(1 << 63) <= value < 1 << 63
-    return True
+    return not isinstance(value, str) or _is_text(value)
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a text can be encoded: it has no half of a surrogate pair, and was valid UTF-8."""
+    return value.isascii() or not ("\ufffd" in value or any("\ud800" <= each <= "\udfff" for each in value))
 
 
 class UpstreamModels:
@@ -165,6 +229,7 @@ class UpstreamModels:
         naming: the models' names there.
         poll_interval: seconds between two polls.
         max_concurrency: concurrent calls to one model; ``None`` sets no limit.
+        named: the server's names of its models, if its list is not to be used; empty: its list is used.
     """
 
     def __init__(
@@ -176,6 +241,7 @@ class UpstreamModels:
         *,
         poll_interval: float = 5.0,
         max_concurrency: int | None = None,
+        named: Collection[str] = (),
     ) -> None:
         self._client = client
         self._key = key
@@ -183,18 +249,22 @@ class UpstreamModels:
         self._naming = naming
         self._poll_interval = self._next_interval = poll_interval
         self._max_concurrency = max_concurrency
-        self._calls = UpstreamCalls(client, key, self.poll_soon)
+        self._named = named
+        self._calls = UpstreamCalls(client, key, self._on_lost)
         # By the cluster's name: the server's name, and what its list says about the model.
         self._registered: dict[str, tuple[str, ChatModelOptions]] = {}
         # By the cluster's name: why the model could not be registered, as it was logged.
         self._conflicts: dict[str, str] = {}
         # Why there are no models, as it was logged; empty if there are.
         self._problem = ""
-        self._timeouts = 0
+        # Failed polls in a row, and calls since the last good one that could not reach the server.
+        self._failures = 0
+        # How many models were left out because there are too many, as it was logged.
+        self._left_out = 0
         self._poll_requested = trio.Event()
 
-    def poll_soon(self) -> None:
-        """Poll the server without waiting for the end of the interval. Synchronous."""
+    def _on_lost(self, unreachable: bool) -> None:
+        self._failures += unreachable
         self._poll_requested.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -224,31 +294,69 @@ class UpstreamModels:
                 status, body = await self._client.fetch(
                     HttpRequest("GET", "/models", headers), _MAX_LIST_SIZE
                 )
+            except LocalExhaustion:
+                # Nothing was learned about the server.
+                return
             except HttpError as error:
-                self._unregister_all(f"its models cannot be listed: {error}")
+                self._failed(
+                    f"its models cannot be listed: {error}",
+                    may_be_busy=isinstance(error, ConnectTimeout | IncompleteResponse),
+                    activity=activity,
+                )
                 return
         if timeout.cancelled_caught:
-            self._timeouts += 1
-            if self._timeouts > 1 and self._calls.activity == activity:
-                self._unregister_all(f"it does not answer within {POLL_TIMEOUT:g} s")
-            return
-        self._timeouts = 0
-        if status == 429:
+            self._failed(f"it does not answer within {POLL_TIMEOUT:g} s", may_be_busy=True, activity=activity)
+        elif self._named:
+            self._update({name: ChatModelOptions() for name in self._named})
+        elif status == 429:
             # It is alive, and asks to be polled less often.
+            self._failures = 0
             self._back_off()
         elif status == 200:
             try:
-                models = parse_model_list(body)
+                models = parse_model_list(body, self._naming.takes)
             except ValueError as error:
-                self._unregister_all(str(error))
+                self._failed(str(error))
                 return
+            self._note_left_out(models.left_out)
             self._update(models)
         elif status in (401, 403, 404):
-            # The configuration has to be corrected first; polling often does not help.
-            self._back_off()
-            self._unregister_all(_NO_LIST if status == 404 else _KEY_REFUSED if self._key else _KEY_MISSING)
+            self._failed(
+                _NO_LIST if status == 404 else _KEY_REFUSED if self._key else _KEY_MISSING, back_off=True
+            )
         else:
-            self._unregister_all(f"it answers the request for its models with the status {status}")
+            self._failed(f"it answers the request for its models with the status {status}")
+
+    def _failed(
+        self, problem: str, *, may_be_busy: bool = False, activity: int = 0, back_off: bool = False
+    ) -> None:
+        """Take note of a failed poll, and unregister the models if it is not the first one.
+
+        Args:
+            problem: what is wrong.
+            may_be_busy: a server that works on calls may fail like this.
+            activity: what the calls' counter was before the poll.
+            back_off: the configuration has to be corrected first; polling often does not help.
+        """
+        if may_be_busy and (self._calls.activity != activity or self._client.in_use):
+            return
+        self._failures += 1
+        if self._registered and self._failures < 2:
+            self._next_interval = min(self._poll_interval, RETRY_INTERVAL)
+            return
+        if back_off:
+            self._back_off()
+        self._unregister_all(problem)
+
+    def _note_left_out(self, left_out: int) -> None:
+        if left_out and not self._left_out:
+            logger.warning(
+                "the list of %s has too many models: %d are served, %d are left out; choose with only=",
+                self._client.base,
+                _MAX_MODELS,
+                left_out,
+            )
+        self._left_out = left_out
 
     def _back_off(self) -> None:
         self._next_interval = max(self._poll_interval, min(MAX_BACKOFF, 6 * self._poll_interval))
@@ -264,7 +372,7 @@ class UpstreamModels:
                 "no models from %s: %s",
                 self._client.base,
                 problem,
-                extra={"fields": {"models_lost": sorted(names)}},
+                extra={"fields": {"models_lost": _some(names)}},
             )
 
     def _update(self, models: Mapping[str, ChatModelOptions]) -> None:
@@ -274,7 +382,12 @@ class UpstreamModels:
             name = self._naming.name(model)
             if name is not None:
                 wanted.setdefault(name, (model, options))
-        gone = [name for name, known in self._registered.items() if wanted.get(name) != known]
+        self._failures = 0
+        gone = [
+            name
+            for name, known in self._registered.items()
+            if name not in wanted or not _same(wanted[name], known)
+        ]
         for name in gone:
             self._unregister(name)
         self._conflicts = {name: why for name, why in self._conflicts.items() if name in wanted}
@@ -287,8 +400,8 @@ class UpstreamModels:
             self._problem = ""
             fields = {
                 "models": len(self._registered),
-                "models_gained": sorted(new),
-                "models_lost": sorted(set(gone) - set(new)),
+                "models_gained": _some(new),
+                "models_lost": _some(set(gone) - set(new)),
             }
             logger.info("the models of %s are served", self._client.base, extra={"fields": fields})
 
@@ -312,3 +425,21 @@ class UpstreamModels:
     def _unregister(self, name: str) -> None:
         del self._registered[name]
         self._server.unregister_model(name)
+
+
+def _same(one: tuple[str, ChatModelOptions], other: tuple[str, ChatModelOptions]) -> bool:
+    """Tell whether two entries are the same, apart from the fields that are only shown."""
+    (model, options), (other_model, others) = one, other
+    return (model, options.context_window, options.supports_vision) == (
+        other_model,
+        others.context_window,
+        others.supports_vision,
+    )
+
+
+def _some(names: Collection[str]) -> list[str]:
+    """Return names for a log line, sorted; of many only the first, and how many more there are."""
+    some = sorted(names)
+    if len(some) > _MAX_LOGGED:
+        some[_MAX_LOGGED:] = [f"and {len(some) - _MAX_LOGGED} more"]
+    return some

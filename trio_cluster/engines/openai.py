@@ -31,6 +31,13 @@ def _patterns(value: str) -> tuple[str, ...]:
     return patterns
 
 
+def _models(value: str) -> tuple[str, ...]:
+    models = tuple(dict.fromkeys(filter(None, (each.strip() for each in value.split(";")))))
+    if not models:
+        raise ValueError("expected names such as a;b, got nothing")
+    return models
+
+
 def _names(value: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for pair in value.split(","):
@@ -66,6 +73,7 @@ class _OpenAI(Engine):
     options: ClassVar[Mapping[str, Option]] = {
         "key": Option(_secret, None, "the API key that the server requires"),
         "key_env": Option(text, None, "the environment variable with that key"),
+        "models": Option(_models, (), "names of its models, a;b, if it has no list of them"),
         "prefix": Option(_prefix, "", "a prefix for the names of its models"),
         "only": Option(_patterns, (), "patterns for the names of the models to serve"),
         "rename": Option(_names, {}, "OLD:NEW,... new names of some models, without the prefix"),
@@ -101,6 +109,7 @@ class _OpenAI(Engine):
             naming,
             poll_interval=options["poll"],
             max_concurrency=options["max_concurrency"],
+            named=options["models"],
         )
         try:
             await models.run(task_status=task_status)

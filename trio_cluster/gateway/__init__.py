@@ -1,1 +1,1 @@
-"""The gateway: what a request for a model meets, in the order in which it meets it."""
+"""The gateway: what happens to a request between the HTTP server and the router. Read ``pipeline.py`` first."""

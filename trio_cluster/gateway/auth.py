@@ -1,4 +1,4 @@
-"""The authenticate stage: finds out who sends a request."""
+"""The authenticate stage: determines who sends a request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .context import RequestContext
 
 __all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_open"]
 
-#: Paths that require no key. They show states and numbers, and neither names nor contents.
+#: Paths that require no key. They show states and figures, and neither names nor contents of requests.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 
-#: Whoever shows the one API key of a node.
+#: The principal of requests that have the node's API key.
 _KEY_HOLDER: Final = Principal("default", "admin")
 
 
@@ -26,19 +26,23 @@ def is_open(path: str) -> bool:
 
 
 class Authenticator(Protocol):
-    """Finds out who sends a request."""
+    """Determines who sends a request."""
 
     async def authenticate(self, context: RequestContext) -> Principal:
-        """Return who sends the request. May wait.
+        """Return who sends the request. It may wait, for instance for a database.
 
         Raises:
-            ApiError: 401: no key was shown, or one that is not valid.
+            ApiError: 401: the request has no key, or one that is not valid.
         """
         ...
 
 
 class Authenticate:
-    """Puts the principal into the context, on every path that requires a key. See ``Stage``."""
+    """Puts the principal into the context, on every path that requires a key. See ``Stage``.
+
+    Args:
+        authenticator: determines the principal.
+    """
 
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
@@ -52,10 +56,10 @@ class Authenticate:
 
 
 class SingleKey:
-    """Requires the key in the options, if there is one. See ``Authenticator``.
+    """Requires the API key of the options, if there is one. See ``Authenticator``.
 
     Args:
-        options: read for each request, so that a key that is set acts at once.
+        options: read for each request, so that a new key applies to the next one.
     """
 
     def __init__(self, options: ClusterServerOptions) -> None:
@@ -66,7 +70,7 @@ class SingleKey:
         key = self._options.server.api_key
         if key is None:
             return ANONYMOUS
-        given = shown_key(context)
+        given = key_of(context)
         if given is None:
             raise ApiError(
                 401,
@@ -78,8 +82,8 @@ class SingleKey:
         return _KEY_HOLDER
 
 
-def shown_key(context: RequestContext) -> bytes | None:
-    """Return the key that a request shows, as a bearer token or, as clients of the Messages API do, in ``x-api-key``."""
+def key_of(context: RequestContext) -> bytes | None:
+    """Return the API key of a request: the bearer token or, as clients of the Messages API send it, ``x-api-key``."""
     scheme, _, given = (context.header(b"authorization") or b"").partition(b" ")
     if not scheme:
         return context.header(b"x-api-key") or None

@@ -1,9 +1,9 @@
-"""The body of a request, read from its connection: within limits, and no faster than it goes on.
+"""The body of a request, read from its connection: within limits, and no faster than its consumer takes it.
 
-A small body is read before anybody works on the request. A form with a large file in it is read as far as it takes to
-know its model, and what has come until then is kept; where the file comes first, as many clients have it, that may be
-all of it, so what is kept goes to the disk beyond :data:`SPOOL_THRESHOLD`. From then on the body streams to whoever answers, and a
-slow one slows the client.
+A small body is read completely before anything else is done for the request. A form with a large file is read until its
+model is known, and what has arrived until then is spooled. Many clients send the file before the field ``model``, so
+that may be the whole form; beyond :data:`SPOOL_THRESHOLD` the spool is on disk. The rest of the body is then streamed
+to the backend, and a slow backend slows the client.
 """
 
 from __future__ import annotations
@@ -32,33 +32,34 @@ __all__ = [
 
 logger = logging.getLogger("trio_cluster.http")
 
-#: Seconds that a client may be silent in the middle of its body, and that the whole body may take.
+#: Seconds for which a client may send nothing in the middle of its body, and that the whole body may take.
 BODY_IDLE_TIMEOUT = 30.0
 BODY_TIMEOUT = 600.0
 
-#: Bytes of a body that are kept in memory until it is known where it goes.
+#: Bytes of a body that are kept in memory until its model is known.
 SPOOL_THRESHOLD: Final = 1 << 20
 
-#: Bytes that are taken at a time of what was kept.
+#: Bytes that are read from the spool at a time.
 _BLOCK: Final = 256 * 1024
 
 
 class ClientLeft(Exception):
-    """The client has left in the middle of its request; there is nobody to answer."""
+    """The client has disconnected in the middle of its request, so there is no one to answer."""
 
 
 class RequestBody:
     """The body of one request.
 
     Args:
-        receive: the ASGI callable that brings it.
-        connection: where the body arrives, if that is known.
+        receive: the ASGI callable that returns the body.
+        limit: how many bytes the body may have.
+        connection: the connection on which the body arrives, if it is known.
 
     Attributes:
-        limit: how many bytes it may have.
-        received: how many have come.
-        complete: all of them have.
-        left: the client has left before that.
+        limit: as given; the parse stage lowers it for bodies that are kept in memory.
+        received: how many bytes have arrived.
+        complete: the whole body has arrived.
+        left: the client has disconnected before that.
     """
 
     def __init__(
@@ -73,21 +74,22 @@ class RequestBody:
         self.left = False
         self._receive = receive
         self._connection = connection
-        self._last = trio.current_time() + BODY_TIMEOUT
+        self._deadline = trio.current_time() + BODY_TIMEOUT
 
     async def next(self) -> bytes:
-        """Return the next piece of it, perhaps an empty one.
+        """Return the next piece of the body, which may be empty. May wait.
 
         Raises:
-            InvalidRequest: it does not come in time (408), or is larger than it may be (413).
-            ClientLeft: there will be no more.
+            InvalidRequest: the body does not arrive in time (408), or is larger than the limit (413).
+            ClientLeft: the client has disconnected.
         """
         if self._connection is not None and self._connection.arrived:
-            # Nearly always the body arrived together with its head. A deadline would cost more than the rest.
+            # The usual case: the body arrived together with the head. Setting a deadline would cost more than reading
+            # it.
             piece = await self._next()
         else:
             piece = b""
-            with trio.move_on_at(min(trio.current_time() + BODY_IDLE_TIMEOUT, self._last)) as scope:
+            with trio.move_on_at(min(trio.current_time() + BODY_IDLE_TIMEOUT, self._deadline)) as scope:
                 piece = await self._next()
             if scope.cancelled_caught:
                 raise InvalidRequest("The body of the request did not arrive in time", status=408)
@@ -98,17 +100,21 @@ class RequestBody:
         return piece
 
     async def read(self, most: int, first: bytes = b"") -> bytes:
-        """Return what comes until the body is complete, or more than ``most`` bytes have come of it.
+        """Return the body, or its beginning if it is larger than ``most`` bytes.
 
         Args:
-            most: counts what has come before, too.
-            first: what the answer is to begin with.
+            most: stop when more than this many bytes have arrived in total, those of earlier reads included.
+            first: bytes that were read before; the result begins with them.
+
+        Raises:
+            InvalidRequest: as for :meth:`next`.
+            ClientLeft: as for :meth:`next`.
         """
         if not (self.complete or first):
             first = await self.next()
         if self.complete or self.received > most:
             return first
-        # Such a file gives away what is in it; of pieces that are joined there would be two copies for a moment.
+        # BytesIO.getvalue() shares the buffer that was written to; b"".join() would need twice the memory.
         whole = BytesIO(first)
         whole.seek(len(first))
         while not self.complete and self.received <= most:
@@ -116,8 +122,8 @@ class RequestBody:
         return whole.getvalue()
 
     def extend_deadline(self, seconds: float) -> None:
-        """Take so much off the time that the whole body may take: nobody would have taken more of it."""
-        self._last += seconds
+        """Give the body so much more time: for that long the backend did not take any of it. Synchronous."""
+        self._deadline += seconds
 
     async def skip(self, limit: int) -> None:
         """Take the rest of a body that is not read by anything, and keep nothing of it.
@@ -133,7 +139,12 @@ class RequestBody:
             await self.next()
 
     async def drop(self, limit: int, seconds: float) -> None:
-        """Read on and keep nothing, until the body is complete, the client has left, or it is enough."""
+        """Read on and keep nothing, until the body is complete or the client has disconnected.
+
+        Args:
+            limit: stop after this many further bytes.
+            seconds: stop after this time.
+        """
         limit += self.received
         with trio.move_on_after(seconds):
             while not (self.complete or self.left) and self.received <= limit:
@@ -151,14 +162,17 @@ class RequestBody:
 
 
 def too_large(limit: int) -> ApiError:
-    """Return what to tell a client whose body is larger than it may be."""
+    """Return the error for a body that is larger than ``limit`` bytes."""
     return InvalidRequest(
-        f"The body of the request is larger than the {limit} bytes that are taken here", status=413
+        f"The body of the request is larger than the limit of this server, {limit} bytes", status=413
     )
 
 
 class SpooledBody:
-    """What has come of a body that does not yet know where it goes; forgotten at the end of a ``with`` block."""
+    """The part of a body that arrived before its model was known: in memory, or on disk if it is large.
+
+    Bytes are added, and then taken in the same order. The end of a ``with`` block drops what is left.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -172,33 +186,37 @@ class SpooledBody:
         self.close()
 
     def close(self) -> None:
-        """Drop what is kept. Synchronous, idempotent."""
+        """Drop what is left, and close the file. Synchronous, idempotent."""
         if self._file is not None:
             self._file.close()
 
     async def add(self, data: bytes, *, last: bool = False) -> None:
-        """Keep some more.
+        """Add bytes. May wait for the disk.
 
         Args:
-            data: goes to the disk, with what waits for that, when there is enough of it.
-            last: nothing will be added to it, so that it can as well stay in memory.
+            data: kept in memory until there are more than :data:`SPOOL_THRESHOLD` bytes, which are then written to
+                disk.
+            last: nothing will be added after this, so it stays in memory.
 
         Raises:
-            Overloaded: there is no room for it on the disk.
+            Overloaded: there is no room on the disk.
         """
         self._pieces.append(data)
         self._size += len(data)
         if self._size > SPOOL_THRESHOLD and not last:
-            # Not by the event loop, which others wait for; a write that is under way when the client leaves is waited
-            # for, since the file must not be closed under it.
+            # In a thread, so that other requests do not wait for the disk. If the client disconnects meanwhile, the
+            # write is awaited nevertheless, since the file must not be closed during it.
             await self._on_disk(self._spill, b"".join(self._pieces))
             self._pieces.clear()
             self._size = 0
 
     async def take(self) -> bytes:
-        """Return the next bytes of what was kept, not very many; empty if that was all.
+        """Return the next bytes, at most 256 KiB; empty at the end. May wait for the disk.
 
-        Nothing can be added any more.
+        Nothing can be added after the first ``take``.
+
+        Raises:
+            Overloaded: the disk cannot be read.
         """
         if self._file is not None:
             data = await self._on_disk(self._fetch, b"")
@@ -213,7 +231,7 @@ class SpooledBody:
         return b""
 
     async def in_thread(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
-        """Run a function that waits for the disk. Something else takes its place where events are to be repeated."""
+        """Run a function that waits for the disk. Simulations replace this method, so that they can be repeated."""
         return await trio.to_thread.run_sync(work, data)
 
     async def _on_disk(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
@@ -221,7 +239,7 @@ class SpooledBody:
             return await self.in_thread(work, data)
         except OSError as error:
             logger.error("an upload cannot be kept on the disk: %s", error)
-            raise Overloaded(f"There is no room for this upload: {error.strerror}") from error
+            raise Overloaded(f"There is no room for this upload on the server: {error.strerror}") from error
 
     def _spill(self, data: bytes) -> bytes:
         if self._file is None:
@@ -232,7 +250,7 @@ class SpooledBody:
 
     def _fetch(self, _: bytes) -> bytes:
         assert self._file is not None
-        # The first read turns the file round; what is in its buffer goes out with that.
+        # The first seek also flushes what was written.
         self._file.seek(self._read)
         data = self._file.read(_BLOCK)
         self._read += len(data)

@@ -1,9 +1,9 @@
-"""The context of one request: what the stages of the gateway find out about it, and the calls that it opened.
+"""The request context: what the stages of the gateway find out about a request, and the calls that were opened for it.
 
-The gateway makes a context for every request, hands it from stage to stage, and puts it into the ASGI scope, where the
-views of the admin application find it. Calls that are opened for the request belong to the context and are cancelled when
-it ends, in a ``finally`` of the gateway. That includes a client that leaves after a view has returned and before the first
-byte of its answer is asked for, when no code of the view runs any more.
+The gateway makes a context for every request, passes it from stage to stage, and puts it into the ASGI scope, where the
+views of the admin application find it. The calls that are opened for a request belong to its context, and are cancelled
+when the request ends, in a ``finally`` of the gateway. That also covers a client that disconnects after a view has
+returned and before the first byte of its answer is sent, when no code of the view runs any more.
 """
 
 from __future__ import annotations
@@ -27,32 +27,34 @@ _MAX_REQUEST_ID: Final = 128
 
 
 class RequestContext:
-    """One request and its answer.
+    """One HTTP request, and its answer.
 
     Args:
-        headers: the request's headers as they came, names in lower case.
-        client: the address that the request came from, if that is known.
-        path: what is asked for, normalized: it begins with one slash.
+        headers: the headers of the request as they were received, with names in lower case.
+        client: the address from which the request came, if it is known.
+        path: the path of the URL; the gateway normalizes it, so that it begins with one slash.
+        http2: the request came over HTTP/2, where a body may come without any header that announces it.
 
     Attributes:
         headers, client, path: as given.
-        header: a function that returns the first header of a name (lower case), or ``None``.
-        request_id: the client's own if it sent a usable one, otherwise a new one.
+        header: a function that returns the value of the first header of a name (in lower case), or ``None``.
+        request_id: the one that the client sent if it is usable, otherwise a new one.
         request_body: the body of the request; set by the gateway.
-        principal: who asks; set by the authenticate stage.
-        endpoint: what a model is asked for; set by the gateway, ``None`` for what the admin application answers.
+        principal: who sends the request; set by the authenticate stage.
+        endpoint: the endpoint of a request for a model; set by the gateway. ``None``: the admin application answers.
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
         form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
         request: the request as models see it; set by the parse stage.
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
-        began: when the request arrived, on the monotonic clock.
-        aborted: the answer failed after it began; the connection must be broken off, so that the client does not take
-            the answer for a complete one.
+        began: the time at which the request arrived, by ``time.monotonic()``, in seconds.
+        aborted: the answer failed after it began, and the client was not told in its body; the connection must be
+            reset, so that the client does not take the answer for a complete one.
     """
 
     __slots__ = (
         "_calls",
+        "_http2",
         "aborted",
         "began",
         "call",
@@ -75,10 +77,18 @@ class RequestContext:
     deadlines: ResponseDeadlines
     call: Call
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]], client: str = "", path: str = "") -> None:
+    def __init__(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        client: str = "",
+        path: str = "",
+        *,
+        http2: bool = False,
+    ) -> None:
+        self._http2 = http2
         self.headers = list(headers)
-        # The first of several headers of one name wins: it is put in last. The method of the dictionary serves as ours,
-        # since it is called many times for each request.
+        # If there are several headers of one name, the first one counts: it is put in last. The bound method of the
+        # dict is used directly, since it is called many times for each request.
         self.header: Callable[[bytes], bytes | None] = dict(reversed(self.headers)).get
         self.client = client
         self.path = path
@@ -92,23 +102,24 @@ class RequestContext:
         self._calls: list[Call] = []
 
     def declared_length(self) -> int | None:
-        """Return the length of the body if it is known; the server has checked that it is a number."""
+        """Return the size of the body in bytes; ``None`` if it is not known in advance."""
+        # The HTTP server has checked that it is a number.
         length = self.header(b"content-length")
         if length is not None:
             return int(length)
-        return None if self.header(b"transfer-encoding") else 0
+        return None if self._http2 or self.header(b"transfer-encoding") else 0
 
     def attach_to(self, scope: MutableMapping[str, Any]) -> None:
-        """Make the context findable from an ASGI scope."""
+        """Put the context into an ASGI scope, where :func:`request_context` finds it."""
         scope[_KEY] = self
 
     def add_call(self, call: Call) -> None:
-        """Make ``call`` the one that answers the request; it is cancelled when the context ends, if it has not ended."""
+        """Record that ``call`` answers the request. It is cancelled at the end of the request if it has not ended."""
         self.call = call
         self._calls.append(call)
 
     def cancel_calls(self, reason: str) -> None:
-        """Cancel all calls that have not ended. Synchronous, idempotent."""
+        """Cancel all calls of the request that have not ended. Synchronous, idempotent."""
         for call in self._calls:
             call.cancel(reason)
 

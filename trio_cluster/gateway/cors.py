@@ -1,4 +1,4 @@
-"""Browsers: which web pages may use the API, as the Fetch standard lets a server say it."""
+"""Cross-origin resource sharing (CORS): which web pages may use the API, as defined by the Fetch standard."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["answer_preflight", "cors_headers", "is_allowed_origin"]
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
-#: What a page may see of an answer beside its content type.
+#: The headers of an answer that a page may see besides those that it may always see.
 _EXPOSED: Final = b"x-request-id, openai-processing-ms, retry-after"
-#: Seconds for which a browser need not ask again.
+#: Seconds for which a browser may reuse the answer to a preflight.
 _MAX_AGE: Final = b"600"
 
 
 def cors_headers(context: RequestContext, origins: str | None) -> Headers:
-    """Return what an answer has to say to a browser; nothing if it was none that asked, or its page is not allowed.
+    """Return the CORS headers of an answer; none if the request has no ``Origin``.
 
     Args:
         context: the request.
-        origins: ``"*"``, or origins with commas between them; ``None``: nobody's.
+        origins: the option ``cors_origins``: ``"*"``, or a list with commas; ``None``: no origin is allowed.
     """
     origin = context.header(b"origin")
     if origin is None or origins is None:
         return []
     if origins.strip() == "*":
         return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", _EXPOSED)]
-    # The answer depends on who asks, which caches have to know, also where that one may not.
+    # The answer depends on the origin, also if it is refused, and caches must know that.
     headers = [(b"vary", b"origin")]
     if is_allowed_origin(origin, origins):
         headers += [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", _EXPOSED)]
@@ -43,22 +43,22 @@ def is_allowed_origin(origin: bytes, origins: str | None) -> bool:
 
 
 def answer_preflight(context: RequestContext, origins: str | None) -> Headers | None:
-    """Return the headers of the answer to a browser that asks whether it may ask; ``None`` if this is no such question.
+    """Return the headers of the answer to a preflight; ``None`` if the request is not a preflight.
 
-    It comes without a key, and is told nothing but what may be sent.
+    Browsers send preflights without an API key. The answer shows only which methods and headers may be sent.
 
     Args:
-        context: the request, which is one for ``OPTIONS``.
+        context: an ``OPTIONS`` request.
         origins: as for :func:`cors_headers`.
     """
     if origins is None or context.header(b"access-control-request-method") is None:
         return None
     headers = cors_headers(context, origins)
     if any(name == b"access-control-allow-origin" for name, _ in headers):
-        asked = context.header(b"access-control-request-headers")
+        requested = context.header(b"access-control-request-headers")
         headers += [
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-            (b"access-control-allow-headers", asked or b"authorization, content-type"),
+            (b"access-control-allow-headers", requested or b"authorization, content-type"),
             (b"access-control-max-age", _MAX_AGE),
         ]
     return headers

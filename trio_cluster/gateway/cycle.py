@@ -1,16 +1,17 @@
-"""One request/response cycle of the gateway: its admission, its answer, and its end, whatever way that comes.
+"""One request/response cycle of the gateway: the admission of a request, its answer, and its end.
 
-- *Order.* A request is judged by its head first (protocol version, key, declared length), and its body is read afterwards:
-  a client without a key cannot make the node store anything.
+- *Order.* The head of a request is checked first (protocol version, key, declared length), and its body is read
+  afterwards. So a client without a key cannot make the node store anything.
 - *A body that is not read.* Nothing is kept of a body on a path that requires no key, of one that no route of the
   application takes, and of a preflight's.
-- *An answer to an unread body.* An HTTP/1.1 connection whose request was answered before it was read cannot be used again,
-  and closing it at once makes the client lose the answer. So a refusal first reads and drops a small rest; a large rest is
-  answered at once, with ``Connection: close``, and read and dropped for a while before the connection is closed.
-- *The last byte.* The web framework cancels the request's tasks as soon as it has handed over the end of the answer, and a
-  cancelled write is the end of its connection. So the last write is shielded.
-- *Disconnects.* Whatever a request has opened ends with it, in a ``finally``.
-- *Aborting.* The web framework ends every body properly. The end of a body that failed is withheld, and the server then
+- *Answering an unread body.* An HTTP/1.1 connection whose request was answered before it was read cannot be used again,
+  and if it is closed at once, the client may lose the answer. So before a refusal is sent, a small rest of the body is
+  read and dropped. A large rest is refused at once, with ``Connection: close``, and then read and dropped for a while
+  before the connection is closed.
+- *The last byte.* The web framework cancels the request's tasks as soon as it has handed over the end of the answer,
+  and a cancelled write breaks the connection. So the last write is shielded.
+- *Disconnects.* The calls that were opened for a request are cancelled when it ends, in a ``finally``.
+- *Aborting.* The web framework ends every body properly. If an answer failed, that end is withheld, and the server
   closes the connection without the terminating chunk.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -34,25 +35,23 @@ from .cors import answer_preflight, cors_headers
 from .direct import Connection
 from .relay import relay
 from .response import Reply, error_reply, reply_head
-from .routes import MODEL_ROUTES, own_route
-
-if TYPE_CHECKING:
-    from .pipeline import Gateway
+from .routes import MODEL_ROUTES, custom_route
+from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
 
 logger = logging.getLogger("trio_cluster.http")
 
-#: How much of a refused request's body is read before the refusal is sent, so that the connection stays usable: bytes, and
-#: seconds.
+#: How much of a refused request's body is read before the refusal is sent, so that the connection can be used again: in
+#: bytes, and in seconds.
 DRAIN_BYTES = 1 << 25
 DRAIN_TIME = 2.0
 
-#: How much more is read after a refusal that ends the connection, so that the client gets to see the refusal.
+#: How much more is read after a refusal that ends the connection, so that the client can read it: in bytes and seconds.
 LINGER_BYTES = 1 << 27
 LINGER_TIME = 10.0
 
-#: Milliseconds from the arrival of the request to the beginning of its answer.
+#: The header with the milliseconds from the arrival of the request to the beginning of its answer.
 _PROCESSING: Final = "openai-processing-ms"
 
 #: Their requests have no content that would mean anything (RFC 9110, section 9.3).
@@ -60,7 +59,7 @@ _BODILESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
-#: A client sends many requests from one address.
+#: Cached, since a client sends many requests from one address.
 _shown_address = lru_cache(maxsize=1024)(shown_address)
 
 
@@ -68,42 +67,45 @@ class RequestCycle:
     """One request on its way through the gateway, and its answer on the way back.
 
     Args:
-        gateway: whose stages the request passes.
-        scope, receive, send: what ASGI gives for the request.
+        pipeline: the stages that the request passes, and the application behind them.
+        scope, receive, send: the ASGI arguments of the request.
 
     Attributes:
-        context: what is known of the request.
+        context: the request context.
     """
 
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
-        self._gateway = gateway
-        self._node_context = gateway.node_context
+    def __init__(self, pipeline: Pipeline, scope: Scope, receive: Receive, send: Send) -> None:
+        self._pipeline = pipeline
+        self._node_context = pipeline.node_context
         self._scope = scope
         self._receive = receive
         self._send = send
         self._connection: Connection | None = scope.get("state", {}).get(CONNECTION_KEY)
         client = scope.get("client")
         self.context = RequestContext(
-            scope["headers"], _shown_address(*client[:2]) if client else "", scope["path"]
+            scope["headers"],
+            _shown_address(*client[:2]) if client else "",
+            scope["path"],
+            http2=scope["http_version"] == "2",
         )
         self._request_body = self.context.request_body = RequestBody(
             receive, self._node_context.options.server.max_body_size, self._connection
         )
         self._body = b""  # for the application
-        self._handed_on = False  # the application was given the body
-        self._left = False  # the client is gone
+        self._handed_on = False  # the application has received the body
+        self._left = False  # the client has disconnected
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
         self._closes = False  # a refusal ends the connection
 
     async def run(self) -> None:
-        """Admit the request and answer it. The calls that were opened for it have been cancelled when this returns."""
+        """Admit the request and answer it. When this returns, the calls that were opened for it have ended."""
         context = self.context
         try:
             if self._scope["method"] == "OPTIONS" and await self._answer_preflight():
                 return
-            self._judge_head()
-            for stage in self._gateway.admission:
+            self._check_head()
+            for stage in self._pipeline.admission:
                 await stage.admit(context)
             context.endpoint = self._endpoint(context.path)
             if context.endpoint is None:
@@ -119,7 +121,7 @@ class RequestCycle:
             else:
                 scope = {**self._scope, "path": context.path}
                 context.attach_to(scope)
-                await self._gateway.app(scope, self._receive_for_app, self._send_for_app)
+                await self._pipeline.app(scope, self._receive_for_app, self._send_for_app)
         except* ClientLeft:
             self._left = True
         except* Exception as group:
@@ -129,69 +131,71 @@ class RequestCycle:
             )  # fmt: skip
         finally:
             self._left = self._left or self._is_gone()
-            context.cancel_calls("client left" if self._left else "the exchange has ended")
+            context.cancel_calls("client left" if self._left else "the request has ended")
             if context.spool is not None:
                 context.spool.close()
             self._node_context.end_answer(context)
         if not (self._started or self._left):
             await self._refuse(error_reply(HandlerFailed("The server failed to answer this request")))
         elif context.aborted and self._scope["http_version"] == "1.0":
-            # Without chunks, the end of the connection is the end of the answer.
+            # HTTP/1.0 has no chunks, so the client would take a closed connection for the end of the answer.
             self._reset()
 
     async def _take_body_for_app(self) -> None:
         """Read the body for the application, or drop it while it comes if nothing in the application would read it."""
         body, method, path = self._request_body, self._scope["method"], self.context.path
         limit = self._node_context.options.server.max_json_size
-        if method in _BODILESS_METHODS or is_open(path) or not self._gateway.has_route(path, method):
+        if method in _BODILESS_METHODS or is_open(path) or not self._pipeline.has_route(path, method):
             await body.skip(limit)
             return
         body.limit = min(body.limit, limit)
         self._body = await body.read(body.limit)
 
-    def _judge_head(self) -> None:
-        """Normalize the path of the context.
+    def _check_head(self) -> None:
+        """Check the version, the path and the upgrade of the request, and normalize the path of the context.
 
         Raises:
-            ApiError: the request is refused for its request line alone, or wants a websocket.
+            ApiError: the request is refused.
         """
         context, version = self.context, self._scope["http_version"]
-        if version not in _VERSIONS:
-            raise InvalidRequest(f"HTTP/{version} is not spoken here; use HTTP/1.1", status=505)
+        http2 = version == "2" and self._node_context.options.server.http == "hypercorn"
+        if version not in _VERSIONS and not http2:
+            raise InvalidRequest(f"HTTP/{version} is not supported; use HTTP/1.1", status=505)
         if (context.header(b"upgrade") or b"").lower() == b"websocket":
             # What comes next on this connection may already be a frame.
             self._closes = True
-            raise InvalidRequest("There are no websockets here", status=404)
+            raise InvalidRequest("This server has no websocket endpoints", status=404)
         path = context.path
         if "://" in path and not path.startswith("/"):
             path = "/" + path.partition("://")[2].partition("/")[2]
         if not path.startswith("/"):
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
-        # A base URL that ends with a slash makes two of them. The web framework does not see the difference.
+        # A client whose base URL ends with a slash sends two. The web framework would take that for an unknown path.
         context.path = "/" + path.lstrip("/")
 
     def _endpoint(self, path: str) -> Endpoint | None:
-        """Return what a model is asked for; ``None`` for what the application answers."""
+        """Return the endpoint of a request for a model; ``None`` if the application answers the request."""
         if self._scope["method"] != "POST":
             return None
         path = path.rstrip("/")
         endpoint = MODEL_ROUTES.get(path)
-        if endpoint is not None or self._gateway.has_route(path):
+        if endpoint is not None or self._pipeline.has_route(path):
             return endpoint
-        name = own_route(path)
+        name = custom_route(path)
         return endpoint_named(name) if self._node_context.router.catalog.answers(name) else None
 
     async def _answer_with_model(self) -> None:
-        """Answer without the web framework, which would take as long as all the rest."""
+        """Answer a request for a model. It does not pass the web framework, which would double its cost."""
         context, body = self.context, self._request_body
         try:
-            for stage in self._gateway.dispatch:
+            for stage in self._pipeline.dispatch:
                 await stage.admit(context)
             reply = await relay(self._node_context, context)
         except ApiError as error:
-            # The error is also what its call ended with; with a traceback, both would refer to each other.
+            # The call may keep this error as its end. With a traceback, the call and the error would refer to each
+            # other, and wait for the garbage collector.
             reply = error_reply(error.with_traceback(None))
-            # The backend need not wait for what is still to come of the body.
+            # Otherwise a backend would go on waiting for the rest of the body.
             context.cancel_calls("the request was refused")
         if _PROCESSING not in dict(reply.headers):
             took = time.monotonic() - context.began
@@ -221,7 +225,7 @@ class RequestCycle:
     # Answering
 
     async def _answer_preflight(self) -> bool:
-        """Answer a browser that asks what it may ask; return whether it was one."""
+        """Answer the request if it is a CORS preflight. Return whether it is one."""
         origins = self._node_context.options.server.cors_origins
         headers = answer_preflight(self.context, origins)
         if headers is None:
@@ -238,7 +242,7 @@ class RequestCycle:
         return head
 
     async def _refuse(self, reply: Reply) -> None:
-        """Answer with ``reply``, whatever is still to come of the request's body."""
+        """Answer with ``reply``, also if the body of the request has not been read."""
         request_body, length = self._request_body, self.context.declared_length()
         self._started = True
         # A client that waits to be told to go on has not sent its body, and is not told to (RFC 9110, section 10.1.1).
@@ -256,19 +260,19 @@ class RequestCycle:
         if request_body.complete or request_body.left:
             await self._send_last(end)
             return
-        # The server's reader may be waiting for room to hand over more of the body, and would wait for ever.
+        # The server's reader may be waiting for room for more of the body. It must go on for the last write to end.
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._drop_for_ever)
+            nursery.start_soon(self._drop_forever)
             await self._send_last(end)
             nursery.cancel_scope.cancel()
 
-    async def _drop_for_ever(self) -> None:
+    async def _drop_forever(self) -> None:
         while True:
             await self._receive()
 
     async def _send_last(self, message: Message) -> None:
         self._finished = True
-        # What may keep it is a client that does not read, and for that the socket has its own time limit.
+        # The write can block if the client does not read. The socket has a time limit of its own for that.
         with trio.CancelScope(shield=True):
             await self._send(message)
 
@@ -286,7 +290,7 @@ class RequestCycle:
         if self._connection is not None:
             self._connection.reset()
 
-    # What the application is given
+    # The ASGI callables of the application
 
     async def _receive_for_app(self) -> Message:
         if not self._handed_on:

@@ -1,8 +1,8 @@
-"""How long a client waits for its answer, as the gateway sees it.
+"""The deadlines of an answer, as the gateway enforces them.
 
-The node that runs the handler keeps the time, and its message is the better one. The deadlines here are what remains when
-that node fails to; they pass :data:`GRACE` later. All of them are counted from the opening of the call, also where that call
-was lost and was opened once more elsewhere: the client has not begun to wait anew.
+The node that runs the handler enforces the timeouts itself, and its error is the more precise one. The deadlines here
+apply if that node fails to; they are :data:`GRACE` later. All of them are counted from the first opening of the call,
+also if the call was lost and retried on another replica, since the client has been waiting all the time.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ __all__ = ["GRACE", "ResponseDeadlines"]
 
 logger = logging.getLogger("trio_cluster.http")
 
-#: Seconds that an answer may be later than its node should have allowed. Nodes give signs of life once a second.
+#: Seconds between the deadline of the node that runs the handler and the gateway's own. Signs of life come every
+#: second.
 GRACE: Final = 2.0
 
 
 @attrs.frozen
 class ResponseDeadlines:
-    """How long the client of one request waits."""
+    """The deadlines of one answer."""
 
     idle_timeout: float
     """Seconds that may pass without output."""
     total_timeout: float
     """Seconds for the whole answer."""
     began: float
-    """When the call was opened, in trio's time; what the client needed to send its request does not count."""
+    """The trio time at which the call was opened. The time that the client took to send its request does not count."""
 
     @property
     def time_left(self) -> float:
@@ -41,25 +42,25 @@ class ResponseDeadlines:
         return self.began + self.total_timeout - trio.current_time()
 
     def expires_at(self, since: float) -> float:
-        """Return the trio time at which an answer times out that has been silent since then."""
+        """Return the trio time at which the answer times out, if its last output was at the trio time ``since``."""
         return min(since + self.idle_timeout, self.began + self.total_timeout) + GRACE
 
     def time_out(self, call: Call) -> TooSlow:
-        """Cancel a call whose deadline has passed, and return the error for the client.
+        """Cancel a call whose deadline has passed, and return the error for the client. Synchronous.
 
-        The node should have reported it earlier, and did not; the client is told the time that it was promised.
+        The error names the timeout without the grace, since that is what the client asked for.
         """
         if self.time_left <= 0:
             reason = f"not complete within {self.total_timeout:g} s"
             error = TooSlow(f"The answer was not complete within {self.total_timeout:g} s")
         else:
             reason = f"silent for {self.idle_timeout:g} s"
-            error = TooSlow(f"The model gave nothing for {self.idle_timeout:g} s")
+            error = TooSlow(f"The model produced nothing for {self.idle_timeout:g} s")
         fields = {
             "model": call.request.model,
             "node": call.served_by,
             "request_id": call.request.request_id,
         }
-        logger.warning("given up: %s", reason, extra={"fields": fields})
+        logger.warning("timed out: %s", reason, extra={"fields": fields})
         call.cancel(reason)
         return error

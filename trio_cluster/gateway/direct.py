@@ -1,16 +1,18 @@
-"""The fast path of a token: from where it arrives to the client's socket, without waking a task.
+"""The fast path of a token: from where it is put to the client's socket, without waking a task.
 
-Waking a task, and going through a queue and the server for one piece of a stream, costs several times what the kernel
-takes to send it. So once an answer has begun and has caught up, the call's channel is given a fast path: a piece is
-framed and written where it is put, in the task that reads the worker's link or in the handler's own. That is done only
-while it changes nothing: the client keeps up (its socket takes the whole piece), nothing waits before it, the connection
-is between two writes, and the piece consists of whole events. Every other piece waits in the channel and takes the slow
-path, in order; the fast path is open again when the slow path has caught up.
+Waking a task, and passing one piece of a stream through a queue and the server, costs several times as much as the
+kernel needs to send it. So once an answer has begun and nothing of it waits, the call's channel gets a fast path: a
+piece is framed and written where it is put, in the task that reads the worker's link or in the task of the local
+handler. The fast path takes a piece only if the result is the same as on the slow path: the client keeps up (its socket
+takes the whole piece), no piece waits before it, the connection is between two writes, and the piece consists of whole
+events. Every other piece waits in the channel and takes the slow path, in order. The fast path is used again when the
+slow path has caught up.
 
-Accounting is the same on both paths. A piece counts as consumed when the socket has it; what waits for the slow path
-holds the handler back through the channel's window. A piece that the kernel took in part is finished by the slow path
-before anything else. Deadlines, comments, cancellation and the end of the answer are handled by the slow path alone: the
-task that sends the answer sleeps meanwhile, and looks when it wakes how long ago the last piece was written.
+The accounting is the same on both paths. A piece counts as consumed when the socket has it; what waits for the slow
+path holds the handler back through the channel's window. If the kernel took only a part of a piece, the slow path
+writes the rest before anything else. Deadlines, comments, cancellation and the end of the answer are handled by the
+slow path alone: the task that sends the answer sleeps meanwhile, and checks when it wakes how long ago the last piece
+was written.
 """
 
 from __future__ import annotations
@@ -27,25 +29,28 @@ __all__ = ["Connection", "DirectWriter"]
 
 
 class Connection(Protocol):
-    """The client's connection, as far as the gateway may see it."""
+    """The part of a client's connection that the gateway uses. The HTTP server provides it."""
 
     @property
     def gone(self) -> bool:
-        """Whether the client has left."""
+        """Whether the client has disconnected."""
         ...
 
     @property
     def arrived(self) -> bool:
-        """Whether something of the request's body waits to be received, or all of it has arrived."""
+        """Whether a part of the request's body waits to be received, or the whole body has arrived."""
         ...
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`send_nowait` would do something."""
+        """Whether :meth:`send_nowait` can be used now."""
         ...
 
     def send_nowait(self, body: bytes | memoryview) -> bool:
-        """Send a piece of the body now; return whether all of it was sent.
+        """Send a piece of the body. Synchronous.
+
+        Returns:
+            Whether the socket took all of it; if not, the connection keeps the rest for the next write.
 
         Raises:
             trio.WouldBlock: the connection is not ready.
@@ -53,7 +58,7 @@ class Connection(Protocol):
         ...
 
     def reset(self) -> None:
-        """Break the connection, so that the peer sees an error and not an end."""
+        """Reset the connection, so that the client sees an error and not the end of the answer. Synchronous."""
         ...
 
 
@@ -61,13 +66,13 @@ class DirectWriter:
     """Writes the pieces of one answer to the client's connection as they are put.
 
     Args:
-        body: the answer's channel, whose fast path this is from now on.
-        connection: where pieces are written.
-        events: tells whether a piece may be sent on its own; ``None`` if the answer has no events.
+        body: the answer's channel; its fast path is set to this writer.
+        connection: the connection to which pieces are written.
+        events: knows whether a piece may be sent on its own; ``None``: the answer is not a stream of events.
 
     Attributes:
-        last_activity: when something was last put while nothing waited, in trio's time.
-        has_unsent: the connection took a part of a piece; the slow path has to write the rest.
+        last_activity: the trio time at which a piece was last put while none waited.
+        has_unsent: the socket took only a part of a piece; the slow path must write the rest.
     """
 
     def __init__(self, body: ByteChannel, connection: Connection, events: EventBuffer | None) -> None:
@@ -88,7 +93,7 @@ class DirectWriter:
         if self._events is not None and not self._events.is_whole(data):
             return False
         try:
-            # If the connection is ready again, a slow write has taken along what was unsent.
+            # A connection that is ready has nothing unsent: a write of the slow path has taken the rest with it.
             self.has_unsent = not self._connection.send_nowait(data)
         except trio.WouldBlock:
             return False

@@ -1,4 +1,4 @@
-"""The limit stage: refuses what is more than a client may ask for, before the body is read."""
+"""The limit stage: refuses requests that exceed a limit, before their body is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["LimitSize"]
 class LimitSize:
     """Refuses a body whose declared length is larger than ``max_body_size``. See ``Stage``.
 
-    A body of unknown length is refused as soon as it has grown too large; see ``RequestBody``.
+    A body of unknown length is refused when it has become too large; see ``RequestBody``.
+
+    Args:
+        node_context: the node; its options are read for each request.
     """
 
     def __init__(self, node_context: NodeContext) -> None:

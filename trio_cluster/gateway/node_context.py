@@ -1,7 +1,7 @@
-"""What the gateway and the admin application may see of the node that they belong to.
+"""The node as the gateway and the admin application see it.
 
-Everything is asked for at the time of use: a key that is set, a limit that is changed or a model that appears acts on the
-next request. Nothing of the node is written here.
+Everything is read at the time of use, so that a new key, a changed limit or a new model applies to the next request.
+Nothing of the node is changed through it, except by ``drain_worker``.
 """
 
 from __future__ import annotations
@@ -24,62 +24,64 @@ __all__ = ["GaugeSample", "NodeContext"]
 class GaugeSample:
     """One value of a gauge that ``/metrics`` shows.
 
-    Samples of the same name are values of one gauge, told apart by their labels; all have the same label names.
+    Samples of the same name are values of one gauge, with different labels. They must have the same label names.
     """
 
     name: str
-    """What is measured, without the prefix ``trio_cluster_``; for instance ``worker_load``."""
+    """The name of the gauge without the prefix ``trio_cluster_``; for instance ``worker_in_flight``."""
     help: str
-    """One sentence for whoever reads the numbers."""
+    """One sentence that explains the gauge."""
     value: float
     labels: Mapping[str, str] = attrs.field(factory=dict)
 
 
-def _nobody(_: str) -> None:
+def _no_worker(_: str) -> None:
     return None
 
 
 @attrs.define(eq=False)
 class NodeContext:
-    """The node behind the gateway.
+    """The node to which the gateway belongs.
 
-    ``status`` returns what only the node knows of its state; ``gauges`` returns what ``GET /metrics`` shows besides the
-    counters of calls. Both are called for each such request and must not block; an exception from them is a 500 for that
-    request only.
-
-    ``drain_worker`` asks the worker of a name to finish its calls and stop, and returns its state, or ``None`` if there is
-    no such worker here.
+    Its functions are called for each request that needs them. They must not block; an exception from them is a 500 for
+    that request only.
     """
 
     router: Router
     options: ClusterServerOptions
     node_id: str = ""
+    """The name of the node."""
     mode: str = ""
+    """The role of the node; see ``ClusterMode``."""
     status: Callable[[], NodeStatus] = NodeStatus
+    """Returns the part of the node's state that only the node knows."""
     gauges: Callable[[], Iterable[GaugeSample]] = tuple
-    drain_worker: Callable[[str], WorkerStatus | None] = _nobody
+    """Returns what ``GET /metrics`` shows besides the counters of calls."""
+    drain_worker: Callable[[str], WorkerStatus | None] = _no_worker
+    """``drain_worker(name)`` asks a worker to finish its calls and stop, and returns its state; ``None``: there is no
+    worker of this name here."""
     started: float = attrs.field(factory=time.monotonic)
-    """When the node began, on the monotonic clock."""
+    """The time at which the node started, by ``time.monotonic()``, in seconds."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)
     _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
 
     def begin_answer(self, context: RequestContext) -> None:
-        """Take note that a call was opened for a request. Synchronous."""
+        """Record that a call was opened for a request. Synchronous."""
         self._answering.add(context)
 
     def end_answer(self, context: RequestContext) -> None:
-        """Take note that a request is over: its answer was written, or its client left. Synchronous, idempotent."""
+        """Record that a request has ended: its answer was written, or its client left. Synchronous, idempotent."""
         self._answering.discard(context)
         if not self._answering and self._answered:
             self._answered.unpark_all()
 
     async def wait_answered(self) -> None:
-        """Wait until the answers of all calls were written. A checkpoint."""
+        """Wait until all requests for which a call was opened have ended. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while self._answering:
             await self._answered.park()
 
     @property
     def uptime(self) -> float:
-        """Seconds since the node began."""
+        """Seconds since the node started."""
         return time.monotonic() - self.started

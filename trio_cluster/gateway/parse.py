@@ -1,7 +1,7 @@
-"""What a client asks, made into a request: its body, the headers that matter, and how long it waits.
+"""The parse stage: makes a request of the body, the headers and the timeouts that a client sent.
 
-Reading and checking happen once, here, and so before anybody's slot is taken. What is only passed through (a large
-upload, a body for another server) is looked at no further than to find its model.
+Bodies are parsed and validated once, here, before the request takes a slot. A body that only passes through (a large
+upload, or a request for a passthrough model) is parsed only as far as is necessary to find its model.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from .node_context import NodeContext
 
 __all__ = ["Parse"]
 
-#: Headers that travel to the handler: what clients say of themselves, the key under which they repeat a request, and the
-#: trace context (W3C Trace Context and Baggage). Others do if they begin with one of the prefixes below.
-_TRAVELLING: Final = frozenset(
+#: Headers that are passed to the handler: those with which clients describe themselves, the key under which they repeat
+#: a request, and the trace context (W3C Trace Context and Baggage). Others are passed if they begin with one of the
+#: prefixes below.
+_FORWARDED: Final = frozenset(
     {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
 
-#: Seconds as they may stand in a header.
+#: A number of seconds in a header.
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 
 
 class Parse:
-    """Makes a request of what a client sent. See ``Stage``.
+    """Makes the request of the context. See ``Stage``.
 
-    A body that arrived whole is checked, unless it is for a passthrough model. Of a form that is larger than that, only
-    the model is found out; what has arrived until then is put into the context's spool, and the rest has still to be
-    forwarded.
+    A body that has arrived completely is parsed and validated, unless it is for a passthrough model. A larger form is
+    read only until its model is known; what has arrived until then is in the context's spool, and the route stage
+    forwards it with the rest.
 
     Args:
-        node_context: the node; its models and its options count.
+        node_context: the node, for its models and options.
     """
 
     def __init__(self, node_context: NodeContext) -> None:
@@ -54,12 +55,13 @@ class Parse:
         """See ``Stage``.
 
         Raises:
-            ApiError: the request cannot be served.
-            ClientLeft: the client left in the middle of it.
+            ApiError: the request is not valid, or too large, or does not arrive in time; or its model does not exist or
+                does not answer the endpoint.
+            ClientLeft: the client disconnected in the middle of its request.
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
         assert endpoint is not None
-        headers = _travelling_headers(context)
+        headers = _forwarded_headers(context)
         _check_coding(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
         form = _is_form(content_type)
@@ -130,7 +132,7 @@ def _check_coding(context: RequestContext) -> None:
 
 
 async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
-    """Return a body that is kept in memory, of which ``first`` has come and more is to come."""
+    """Return a body that is kept in memory, given its beginning, and wait for the rest."""
     request_body.limit = min(request_body.limit, node_context.options.server.max_json_size)
     if request_body.received > request_body.limit:
         raise too_large(request_body.limit)
@@ -138,6 +140,7 @@ async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeCo
 
 
 async def _find_model(request_body: RequestBody, peek: FormPeek, first: bytes, spool: SpooledBody) -> str:
+    """Return the model that a form names, and put what was read until then into the spool."""
     data = first
     while True:
         peek.feed(data)
@@ -154,48 +157,60 @@ async def _find_model(request_body: RequestBody, peek: FormPeek, first: bytes, s
 async def _read_whole(
     node_context: NodeContext, endpoint: Endpoint, body: bytes, content_type: str, headers: dict[str, str]
 ) -> tuple[ModelInfo, Any]:
-    """Return the model that a body is for and, unless that wants it untouched, the body read and checked."""
+    """Return the model that a body is for, and the parsed body; ``None`` for a passthrough model."""
     if not _is_form(content_type):
-        await _look(require_one_model, body)
+        await _parse(require_one_model, body)
     if node_context.router.catalog.passthrough:
-        untouched = node_context.router.catalog.info(await _look(peek_model, body, content_type) or "")
-        if untouched is not None and untouched.kind == "any":
-            return untouched, None
-    parsed = await _look(endpoint.parse, body, content_type, headers)
+        found = node_context.router.catalog.info(await _parse(peek_model, body, content_type) or "")
+        if found is not None and found.kind == "any":
+            return found, None
+    parsed = await _parse(endpoint.parse, body, content_type, headers)
     info = node_context.router.catalog.check(parsed.model, endpoint.kind, endpoint.name)
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(
             f"The model '{info.name}' does not take images", param=where, code="vision_not_supported"
         )
+    if getattr(parsed, "prompt_tokens", None) is not None and not info.options.accepts_token_ids:
+        raise InvalidRequest(
+            f"The model '{info.name}' takes prompts of text, and none of token ids",
+            param="prompt",
+            code="token_ids_not_supported",
+        )
+    if getattr(parsed, "prompt_tokens", None) is not None and parsed.raw.get("echo"):
+        raise InvalidRequest(
+            "'echo' needs a prompt of text: the text of token ids is not known here",
+            param="echo",
+            code="unsupported_value",
+        )
     return info, parsed
 
 
-async def _look(look: Callable[..., Any], body: bytes, *more: Any) -> Any:
-    """Return what a function makes of a body; at a large one it looks in a thread."""
+async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    """Call a function that parses a body; in a thread, if the body is large."""
     if len(body) < PARSE_IN_THREAD:
-        return look(body, *more)
-    # Looking touches nothing else, so nobody needs to wait for it when the client has left.
-    return await trio.to_thread.run_sync(look, body, *more, abandon_on_cancel=True)
+        return function(body, *more)
+    # The thread can be abandoned if the client disconnects, since parsing has no side effects.
+    return await trio.to_thread.run_sync(function, body, *more, abandon_on_cancel=True)
 
 
-def _travelling_headers(context: RequestContext) -> dict[str, str]:
-    """Return the headers that a handler may want; keys and cookies are nobody's business but the gate's."""
+def _forwarded_headers(context: RequestContext) -> dict[str, str]:
+    """Return the headers that are passed to the handler. API keys and cookies are not."""
     headers: dict[str, str] = {}
     for raw, value in context.headers:
-        name = _travelling_name(raw)
+        name = _forwarded_name(raw)
         if name:
             text = value.decode("latin-1")
             headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
 
 
-# Clients choose the names; those that are sent all the time are few.
+# Cached, since clients send the same few names with every request. Bounded, since they may send any others.
 @lru_cache(maxsize=256)
-def _travelling_name(raw: bytes) -> str:
-    """Return the name of a header that travels; empty for one that does not."""
+def _forwarded_name(raw: bytes) -> str:
+    """Return the name of a header that is passed to the handler; empty if it is not."""
     name = raw.decode("latin-1")
-    if name in _TRAVELLING or (name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)):
+    if name in _FORWARDED or (name.startswith(("x-", "openai-", "anthropic-")) and not _is_secret(name)):
         return name
     return ""
 
@@ -205,18 +220,22 @@ def _is_secret(name: str) -> bool:
 
 
 def _timeouts(node_context: NodeContext, context: RequestContext) -> tuple[float, float]:
-    """Return how long the answer may be silent, and how long it may take altogether."""
+    """Return the idle timeout and the total timeout of a request, in seconds.
+
+    Raises:
+        InvalidRequest: ``x-request-timeout`` is not a number of seconds.
+    """
     idle_timeout, total_timeout = node_context.options.server.default_timeout, math.inf
     listens = context.header(b"x-stainless-read-timeout")
     if listens is not None:
-        # The official clients send this by themselves: a value that makes no sense is ignored, and not an error.
+        # The official clients send this header on their own, so a value that is not valid is ignored and not an error.
         idle_timeout = min(idle_timeout, _seconds(listens) or math.inf)
     asked = context.header(b"x-request-timeout")
     if asked is not None:
         seconds = _seconds(asked)
         if seconds is None:
             raise InvalidRequest(
-                f"x-request-timeout: expected seconds, more than 0; got {asked.decode('latin-1')!r}",
+                f"x-request-timeout: expected a number of seconds, more than 0; got {asked.decode('latin-1')!r}",
                 param="x-request-timeout",
             )
         total_timeout = seconds
@@ -225,6 +244,6 @@ def _timeouts(node_context: NodeContext, context: RequestContext) -> tuple[float
 
 
 def _seconds(value: bytes) -> float | None:
-    """Return a number of seconds more than 0; ``None`` if the value is none."""
+    """Return the number of seconds that a header has; ``None`` if it is not a number, or 0."""
     text = value.decode("latin-1").strip()
     return (float(text) or None) if _SECONDS.fullmatch(text) else None

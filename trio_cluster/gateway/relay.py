@@ -1,16 +1,22 @@
-"""The relay: makes a reply of the call that answers a request. It knows no web framework.
+"""The relay: makes the HTTP reply of the call that answers a request. It does not use the web framework.
 
-The only question is when to choose the status. As late as possible, since until then a failure is a real 4xx or 5xx:
+Its main decision is when to send the status. That is done as late as possible, since until then a failure can be sent
+as a real 4xx or 5xx:
 
-- an event stream begins with its first event; a failure after that is one error event. So events are sent whole: an error
-  in the middle of one would be a part of it (see ``sse_buffer.py``);
+- an event stream begins with its first event; a failure after that is one error event, in the grammar of the route (see
+  ``openai/failures.py``). So events are sent whole: an error in the middle of one would be a part of it (see
+  ``sse_buffer.py``);
 - audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
-- everything else is sent when it is complete. Only an answer that is larger than :data:`BUFFER_LIMIT` is begun earlier, so
-  that memory stays bounded.
+- everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
+  memory stays bounded.
 
 Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all else that is
-done to a token. An answer that failed aborts the context, and the gateway then ends the connection in a way that no client
-takes for the end of the answer.
+done to a token.
+
+A failure that the stream has reported in its own grammar is followed by the proper end of the body: several clients
+lose the reason if the connection breaks behind it. What could not be reported (audio, half an event, a grammar that is
+not known) aborts the context, and the gateway then ends the connection in a way that no client takes for the end of the
+answer. The option ``stream_failure`` can demand that always.
 """
 
 from __future__ import annotations
@@ -24,8 +30,9 @@ import trio
 from ..core.answer import Data, Done, Event, Failed, Head
 from ..core.call import Call
 from ..core.headers import HEADER_NAME, HEADER_VALUE
+from ..core.request import Request
 from ..errors import ApiError, HandlerFailed
-from ..openai import NO_PROXY_BUFFERING, PING, error_event
+from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING, PING
 from .context import RequestContext
 from .deadlines import ResponseDeadlines
 from .direct import Connection, DirectWriter
@@ -35,15 +42,15 @@ from .sse_buffer import EventBuffer
 
 __all__ = ["BUFFER_LIMIT", "PING_INTERVAL", "relay"]
 
-#: Bytes of an answer that are kept until it is complete; a larger one is sent as it comes.
+#: Bytes of an answer that are kept until it is complete; a larger answer is sent as it arrives.
 BUFFER_LIMIT: Final = 1 << 20
 
-#: Seconds of silence after which an event stream gets a comment: for whatever stands between here and the
-#: client, and to find out whether the client is still there.
+#: Seconds without output after which a comment is sent in an event stream: so that proxies do not close the connection,
+#: and to find out whether the client is still connected.
 PING_INTERVAL: Final = 10.0
 
-#: What describes the connection or the framing of the answer, is set here, or speaks for the whole origin: what a browser
-#: may do with it, now and later. A handler or a worker speaks for its answer only.
+#: Headers of a handler's answer that are not passed on: they describe the connection or the framing, are set here, or
+#: speak for the whole origin: what a browser may do with it, now and later.
 _RESERVED_HEADERS: Final = frozenset(
     {
         "alt-svc",
@@ -83,15 +90,16 @@ _CHECKED_HEADERS: Final = {
 
 
 async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
-    """Make a reply of the call that was opened for a request; retry it once elsewhere if its node failed.
+    """Make the reply of the call that was opened for a request. Waits for the head of the answer, or for all of it.
 
-    Calls that this opens belong to the context, also if it is cancelled.
+    If the node that has the call fails before the answer begins, the call is retried once on another replica. The new
+    call belongs to the context, too.
 
     Returns:
-        A reply whose body is complete, or still arrives.
+        A reply whose body is complete, or a :class:`StreamingBody`.
 
     Raises:
-        ApiError: what the client gets instead.
+        ApiError: the error that the client gets instead.
     """
     call, deadlines = context.call, context.deadlines
     event = await _next(call, deadlines, trio.current_time())
@@ -106,30 +114,35 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
             raise event.error
     if not isinstance(event, Head):  # the grammar of calls forbids it
         raise HandlerFailed
-    return await _reply(call, event, context, deadlines)
+    return await _reply(node_context, call, event, context)
 
 
 async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:
-    """Return the call's next event, or give the call up, which is silent since then."""
+    """Return the next event of a call, whose last output was at the trio time ``since``; cancel the call if it is late.
+
+    Raises:
+        TooSlow: a deadline has passed.
+    """
     with trio.move_on_at(deadlines.expires_at(since)):
         return await call.receive()
     raise deadlines.time_out(call)
 
 
-async def _reply(call: Call, head: Head, context: RequestContext, deadlines: ResponseDeadlines) -> Reply:
+async def _reply(node_context: NodeContext, call: Call, head: Head, context: RequestContext) -> Reply:
     """Decide how the answer that ``head`` begins is sent."""
+    deadlines = context.deadlines
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
-    # What is compressed cannot be looked into for where an event ends.
+    # In a compressed stream it cannot be seen where an event ends, so it is treated like audio.
     events = media_type == "text/event-stream" and not any(
         name.lower() == "content-encoding" for name, _ in head.headers
     )
-    as_it_comes = media_type == "text/event-stream" or media_type.startswith("audio/")
+    streamed = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]
     pieces = [call.body.receive_nowait()]
-    while call.end is None and not as_it_comes and sum(map(len, pieces)) <= BUFFER_LIMIT:
+    while call.end is None and not streamed and sum(map(len, pieces)) <= BUFFER_LIMIT:
         event = await _next(call, deadlines, trio.current_time())
         if isinstance(event, Data):
             pieces += [bytes(event.data), call.body.receive_nowait()]
@@ -138,10 +151,15 @@ async def _reply(call: Call, head: Head, context: RequestContext, deadlines: Res
         raise call.end.error
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, StreamingBody(call, context, data, events, deadlines))
+    return Reply(head.status, headers, StreamingBody(node_context, call, context, data, events=events))
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
+    """Return the headers of an answer that are passed on to the client, with names in lower case.
+
+    Raises:
+        HandlerFailed: HTTP cannot express the status or the content type.
+    """
     if not 200 <= head.status <= 599 or not HEADER_VALUE.fullmatch(head.content_type):
         raise HandlerFailed
     headers = [("content-type", head.content_type)]
@@ -160,28 +178,32 @@ class StreamingBody:
     """The body of an answer that has begun and is not complete. See ``Body``.
 
     Args:
+        node_context: its options decide how a failed stream ends.
         call: its head has been received.
-        context: is aborted if the answer fails.
+        context: is aborted if the answer fails, and the client cannot be told in the body.
         first: what was received of the body already.
         events: the body is a stream of server-sent events.
-        deadlines: how long the client waits.
     """
 
     def __init__(
-        self, call: Call, context: RequestContext, first: bytes, events: bool, deadlines: ResponseDeadlines
+        self, node_context: NodeContext, call: Call, context: RequestContext, first: bytes, *, events: bool
     ) -> None:
+        assert context.endpoint is not None
+        self._node_context = node_context
         self._call = call
         self._context = context
         self._first = first
-        self._events = EventBuffer() if events else None
-        self._deadlines = deadlines
+        self._grammar = context.endpoint.failure
+        self._events = EventBuffer(keep_first=self._grammar.needs_first) if events else None
+        self._knows_grammar = _knows_grammar(node_context, call.request)
+        self._deadlines = context.deadlines
         self._waiting_since: float | None = None
         self._writer: DirectWriter | None = None
         self._over = False
         self.complete = False
 
     async def receive(self) -> bytes:
-        """See ``Body``. The context was aborted if the end is not a good one."""
+        """See ``Body``. If the answer failed, the context is aborted at the end."""
         if self._over:
             raise trio.EndOfChannel
         while True:
@@ -198,7 +220,7 @@ class StreamingBody:
             if isinstance(end, Failed):
                 return self._fail(data, end.error)
             if end is None and trio.current_time() >= self._deadlines.expires_at(math.inf):
-                # A handler that shields itself from its deadline can go on after it.
+                # A handler that shields itself from cancellation can go on after its total timeout.
                 return self._fail(data, self._deadlines.time_out(self._call))
             self.complete = end is not None
             if data:
@@ -212,10 +234,10 @@ class StreamingBody:
             self._writer = DirectWriter(self._call.body, connection, self._events)
 
     def _take(self) -> bytes:
-        """Return all the bytes that wait. Afterwards ``call.end`` tells whether there can be more."""
+        """Return all bytes that wait. Afterwards, if ``call.end`` is set, there will be no more."""
         body = self._call.body
         if body.pieces:
-            # Even an empty piece is a sign of life.
+            # An empty piece counts, too: it is a sign of life.
             self._waiting_since = None
         data = body.receive_nowait()
         if self._first:
@@ -223,9 +245,9 @@ class StreamingBody:
         return data
 
     async def _wait(self) -> bytes | None:
-        """Wait until there is something to take; return what to send if that is not so.
+        """Wait until there is something to take, and return ``None``; or return bytes that must be sent instead.
 
-        Only waiting counts as silence: while the client is slow, the model is not late.
+        The idle timeout counts only while this waits, and not while the client is slow to read.
         """
         writer = self._writer
         if writer is not None and writer.has_unsent:
@@ -250,10 +272,35 @@ class StreamingBody:
         return PING if until < expires else None
 
     def _fail(self, data: bytes, error: ApiError) -> bytes:
+        """Return the last bytes of an answer that has failed: what is left of it, and the error event.
+
+        Raises:
+            trio.EndOfChannel: there are none.
+        """
         self._over = True
+        events = self._events
+        reported = events is not None and not events.torn
+        if events is not None and reported:
+            last = bytes(events.last)
+            # A server behind an engine may have ended the stream, and not its connection.
+            if not self._grammar.has_ended(last):
+                data += self._grammar.write(error, events.first, last)
+            reported = self._knows_grammar
+        if reported and self._node_context.options.server.stream_failure == "end":
+            self.complete = True
+            return data
         self._context.aborted = True
-        if self._events is not None and not self._events.torn:
-            data += error_event(error)
         if data:
             return data
         raise trio.EndOfChannel
+
+
+def _knows_grammar(node_context: NodeContext, request: Request) -> bool:
+    """Return whether the error events of a stream are those that its clients expect.
+
+    A server behind an engine may have routes of which nothing is known here.
+    """
+    if request.endpoint in KNOWN_STREAMS:
+        return True
+    info = node_context.router.catalog.info(request.model)
+    return info is not None and info.kind != "any"

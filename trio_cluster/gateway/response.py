@@ -1,7 +1,7 @@
-"""What is sent back: a status, headers, and a body that is there or still coming.
+"""Replies: a status, headers, and a body that is complete or still arriving.
 
-No web framework is known here. A failure becomes a reply in one place, so that a refusal by the gate, an
-unknown path and a model that failed all look the same to a client.
+The web framework is not used here. Errors become replies in one place, so that a refusal by the gateway, an unknown
+path and a model that failed all look the same to a client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .direct import Connection
 
 __all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal", "reply_head"]
 
-#: The header that says so.
+#: The content type of a JSON body, as a header.
 JSON: Final = ("content-type", "application/json")
 _UNAUTHORIZED: Final = 401
 #: Seconds that a client is told to wait, at most.
@@ -29,30 +29,30 @@ _MAX_RETRY_AFTER: Final = 86_400
 
 
 class Body(Protocol):
-    """A body that is still coming.
+    """A body that is still arriving.
 
     Attributes:
-        complete: there is nothing after the piece that was received last, and all is well.
+        complete: the piece that was received last is the end of the body, and the answer has not failed.
     """
 
     complete: bool
 
     async def receive(self) -> bytes:
-        """Return the next piece. An empty one says that the connection has something left over to write.
+        """Return the next piece, and wait for it. An empty piece means that the connection has unsent bytes to write.
 
         Raises:
-            trio.EndOfChannel: there are no more.
+            trio.EndOfChannel: the body has ended.
         """
         ...
 
     def enable_direct_write(self, connection: Connection | None) -> None:
-        """Send the pieces that come from now on past :meth:`receive`, if that can be done on ``connection``."""
+        """Let further pieces take the fast path to a connection, if it is possible. Synchronous, idempotent."""
         ...
 
 
 @attrs.frozen
 class Reply:
-    """An answer to one HTTP request. Header names are in lower case; the content type is one of them."""
+    """The answer to one HTTP request. Header names are in lower case; the content type is one of the headers."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -60,12 +60,12 @@ class Reply:
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:
-    """Return a reply that carries ``value`` as JSON: a mapping, or an object of an attrs class."""
+    """Return a reply whose body is ``value`` as JSON: a mapping, or an instance of an attrs class."""
     return Reply(status, [JSON], msgspec.json.encode(value))
 
 
 def error_reply(error: ApiError) -> Reply:
-    """Return the reply that an error is, with the headers that clients act on."""
+    """Return the reply for an error, with the headers that tell clients whether and when to try again."""
     headers = [JSON]
     if error.retry_after is not None:
         headers.append(("retry-after", _retry_after(error.retry_after)))
@@ -85,7 +85,7 @@ def _retry_after(seconds: float) -> str:
 
 
 def reply_head(reply: Reply, request_id: str) -> Message:
-    """Return the ASGI message that begins the answer which ``reply`` is."""
+    """Return the ASGI message ``http.response.start`` of a reply."""
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
     if isinstance(reply.body, bytes):
         headers.append((b"content-length", b"%d" % len(reply.body)))
@@ -94,9 +94,9 @@ def reply_head(reply: Reply, request_id: str) -> Message:
 
 
 def render_refusal(refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:
-    """Return the headers and the body of the answer to what was not a request: an error like every other.
+    """Return the headers and the body of the answer to bytes that are not a valid HTTP request.
 
-    It has the request id that the client has sent, if that had come before what is wrong, and otherwise a new one.
+    It looks like any other error. It has the request id that the client has sent, if that had come, or else a new one.
     """
     reply = error_reply(InvalidRequest(refusal.message, status=refusal.status))
     assert isinstance(reply.body, bytes)

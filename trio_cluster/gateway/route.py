@@ -15,21 +15,22 @@ __all__ = ["Route"]
 
 
 class Route:
-    """Opens the call, and sends what is still to come of a large form to whoever answers. See ``Stage``.
+    """Opens the call, and forwards the rest of a large form to its backend. See ``Stage``.
 
     Args:
-        node_context: the node whose router is asked.
+        node_context: the node, for its router.
     """
 
     def __init__(self, node_context: NodeContext) -> None:
         self._node_context = node_context
 
     async def admit(self, context: RequestContext) -> None:
-        """See ``Stage``. The calls that this opens belong to the context, also if it is cancelled.
+        """See ``Stage``. The call belongs to the context, also if this is cancelled.
 
         Raises:
-            ApiError: no replica can answer; the rest of a form is malformed or names another model; or the body is too large, does not arrive in time, or is not taken in time.
-            ClientLeft: the client left in the middle of its body.
+            ApiError: no replica can answer; the rest of a form is malformed or names another model; or the
+                body is too large, does not arrive in time, or is not taken in time.
+            ClientLeft: the client disconnected in the middle of its body.
         """
         request, router = context.request, self._node_context.router
         for listener in router.observers.admitted:
@@ -46,15 +47,15 @@ class Route:
 
 
 async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
-    """Send a body on as it arrives, until it is complete or the backend wants no more of it.
+    """Forward a body as it arrives, until it is complete or the backend takes no more of it.
 
-    An answer that begins meanwhile waits for that: most of the time it is an error, and then no more is wanted.
+    If an answer begins meanwhile, it is sent afterwards. Usually it is an error, and then the backend takes no more.
     """
     body, spool, peek = context.request_body, context.spool, context.form_peek
     assert spool is not None
     assert peek is not None
     with trio.CancelScope() as scope:
-        upload.on_close(partial(scope.cancel, reason="the backend wants no more of this body"))
+        upload.on_close(partial(scope.cancel, reason="the backend takes no more of this body"))
         while data := await spool.take():
             upload.put(data)
             await _wait_for_room(context, upload)
@@ -68,7 +69,11 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
 
 
 async def _wait_for_room(context: RequestContext, upload: ByteChannel) -> None:
-    """Wait until more of a body is wanted, or time the call out if it has taken nothing of the body for too long."""
+    """Wait until a channel has room for more of a body; time the call out if the backend takes nothing for too long.
+
+    Raises:
+        TooSlow: a deadline has passed.
+    """
     began = since = last_consumed = trio.current_time()
 
     def on_consumed(_: int) -> None:

@@ -1,4 +1,4 @@
-"""Which paths are for models: the routes of the OpenAI API, and those that models add."""
+"""The paths that models answer: the routes of the OpenAI API, and custom routes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 from ..openai import ENDPOINTS
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "own_route"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "custom_route"]
 
 #: Every route of the OpenAI API is served under each of these.
 PREFIXES: Final = ("/v1", "")
@@ -17,7 +17,7 @@ MODEL_ROUTES: Final = {
 }
 
 
-def own_route(path: str) -> str:
-    """Return the name of a route that is not in the OpenAI API, given a path of it with or without the prefix."""
+def custom_route(path: str) -> str:
+    """Return the name of a custom route, given its path with or without the prefix ``/v1``."""
     path = path.rstrip("/")
     return path if path.startswith("/v1/") else "/v1" + path

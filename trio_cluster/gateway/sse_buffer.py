@@ -1,11 +1,15 @@
-"""Server-sent events are sent whole.
+"""A buffer that lets server-sent events be sent whole.
 
-A large event travels in pieces, and its answer may fail after half of them. An error event behind half an event would be
-a part of it to every client. So the beginning of an event is kept until the rest is there.
+A large event arrives in pieces, and the answer may fail in the middle of it. Clients would read an error event that
+follows half an event as a part of it. So the beginning of an event is kept until the rest has arrived.
+
+What was sent last is kept too, as long as nothing else was sent: an error event may have to continue its numbering, and
+is left out if the stream has ended already (see ``openai/failures.py``).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 __all__ = ["EVENT_LIMIT", "EventBuffer"]
@@ -14,30 +18,49 @@ __all__ = ["EVENT_LIMIT", "EventBuffer"]
 #: before it is complete, there is no error event.
 EVENT_LIMIT: Final = 1 << 20
 
-#: What ends an event; servers elsewhere end their lines in any of the three ways that the standard allows.
+#: What ends an event. Upstream servers use any of the three line endings that the standard allows.
 _BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
+#: Bytes of the first event, and of what was sent last, that are kept. A failure is written with the help of them.
+KEPT_BYTES: Final = 1 << 16
+_HEAD_BYTES: Final = 1 << 10
+
+_COLON: Final = ord(":")
+
+
 class EventBuffer:
-    """What was received of an event that is not complete.
+    """What was received of an event that is not complete, and what is needed of those that were sent.
+
+    Args:
+        keep_first: keep the first event, too.
 
     Attributes:
         torn: a part of an event was sent, and not its end.
+        first: the first event; empty if it is not kept, or larger than :data:`KEPT_BYTES`.
+        last: the piece that was sent last and has an event in it. The beginning of a large piece is cut off.
     """
 
-    __slots__ = ("_rest", "torn")
+    __slots__ = ("_keep_first", "_rest", "first", "last", "torn")
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_first: bool = False) -> None:
+        self._keep_first = keep_first
         self._rest = b""
+        self.first = b""
+        self.last: bytes | memoryview = b""
         self.torn = False
 
     def is_whole(self, data: bytes | memoryview) -> bool:
-        """Return whether ``data`` ends with the end of an event and may be sent without anything before it."""
+        """Return whether ``data`` ends with the end of an event, and nothing is kept that must be sent before it."""
         end = data if isinstance(data, bytes) else bytes(data[-4:])
-        return end.endswith(_BLANK_LINES) and not (self._rest or self.torn)
+        if self._rest or self.torn or not end.endswith(_BLANK_LINES):
+            return False
+        if data[0] != _COLON or _has_event(data):
+            self.last = data
+        return True
 
     def add(self, data: bytes) -> bytes:
-        """Take in the next bytes, and return those that can be sent."""
+        """Add the next bytes of the stream, and return those that can be sent now."""
         data = self._rest + data
         size = max(_after_last(data, blank_line) for blank_line in _BLANK_LINES)
         if size:
@@ -46,10 +69,33 @@ class EventBuffer:
             self.torn = size < len(data)
             size = len(data)
         self._rest = data[size:]
-        return data[:size]
+        data = data[:size]
+        if data and not self.torn:
+            self._keep(data)
+        return data
+
+    def _keep(self, data: bytes) -> None:
+        """Keep what is needed of ``data``, which is about to be sent and ends with the end of an event."""
+        if self._keep_first:
+            self._keep_first = False
+            end = min((found for mark in _BLANK_LINES if (found := data.find(mark)) >= 0), default=0)
+            if end <= KEPT_BYTES:
+                self.first = data[:end]
+        if not _has_event(data):
+            return
+        if len(data) > KEPT_BYTES:
+            last = data[max(_after_last(data[:-4], blank_line) for blank_line in _BLANK_LINES) :]
+            # The type of an event is at its beginning, and its number may be at its end.
+            data = last if len(last) <= KEPT_BYTES else last[:_HEAD_BYTES] + last[_HEAD_BYTES - KEPT_BYTES :]
+        self.last = data
+
+
+def _has_event(data: bytes | memoryview) -> bool:
+    """Return whether ``data``, which begins where an event or a comment begins, has an event in it."""
+    return data[0] != _COLON or re.search(rb"[\r\n](?:data|event)", data) is not None
 
 
 def _after_last(data: bytes, mark: bytes) -> int:
-    """Return where what follows the last ``mark`` begins; 0 if there is none."""
+    """Return the position behind the last ``mark``; 0 if there is none."""
     found = data.rfind(mark)
     return 0 if found < 0 else found + len(mark)

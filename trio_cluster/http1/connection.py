@@ -3,24 +3,25 @@
 Theory of operation
 ===================
 
-A connection has one task, which takes one request after the other and runs the application for it. What comes in is
-put in from outside (``net/readers.py``): it goes through the parser (``parser.py``), and the task is woken. So the
-connection is always being read while an answer is under way, which is how it is known at once that a client has left,
-whatever the application is doing; the application is then cancelled.
+*One task answers.* A connection has one task, which takes one request after the other and runs the application for it.
 
-Reading stops only while more than :data:`UNREAD` bytes wait for the application, be they a body that it does not take
-or requests that came too early. That is the backpressure on uploads.
+*Another task reads.* A reader (``net/readers.py``) passes what arrives to :meth:`Http1Connection.data_received`, which
+runs the parser (``parser.py``) and wakes the connection's task. So the connection is read also while an answer is being
+sent, whatever the application is doing; if the client leaves, the application is cancelled at once.
 
-Writing. The head of an answer is kept until there is a body to go with it, since one write costs as much as two
-halves. Writes are ordinary trio: they wait for a slow client, and can be cancelled. A connection whose write was
-cancelled or failed is never written to again.
+*Backpressure on uploads.* Reading stops while more than :data:`UNREAD` bytes wait for the application, be they a body
+that it does not take or further requests.
 
-How an answer is framed is decided in ``framing.py``. An answer that the application does not end is not
-ended here either: the connection is closed, and a client that knows HTTP sees that something is missing.
+*Writing.* The head of an answer is kept until the first piece of its body, so that both are one write. Writes wait for
+a slow client, and can be cancelled. A connection whose write was cancelled or failed is never written to again. Pieces
+of a body may also be written past the task, on the fast path (:meth:`Http1Connection.send_nowait`).
 
-Why not hypercorn's own connection, under the same roof? It awaits in the middle of its state changes, shields its
-writes, spawns tasks for each request and writes a head and a body as two segments: 550 microseconds for a request
-that needs 150, and half of the cures in the gate. ``docs/design.md`` has the measurements.
+*The end.* How an answer is framed is decided in ``framing.py``. An answer that the application does not end is not
+ended here either: the connection is closed, and an HTTP client sees that something is missing.
+
+Why not hypercorn's connection? It awaits in the middle of its state changes, shields its writes, starts tasks for each
+request and writes a head and a body as two segments: 550 microseconds for a request that takes 150 here.
+``docs/design.md`` has the measurements. Where HTTP/2 is needed, ``hypercorn_server/`` takes the place of this folder.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["UNREAD", "Http1Connection"]
 #: Bytes that may wait for the application before the connection is read no further.
 UNREAD: Final = 256 * 1024
 
-#: Bytes of what nobody wants that are taken at a time.
+#: Bytes that are read at a time, and dropped, after a refusal.
 _RECEIVE: Final = 64 * 1024
 #: Seconds that a client has to read a refusal before the connection is closed.
 _LINGER_TIME: Final = 2.0
@@ -60,9 +61,15 @@ class Http1Connection:
         stream: the accepted connection; closed when it is over.
         app: the ASGI application.
         state: the application's lifespan state, given to each request, with this connection under ``CONNECTION_KEY``.
-        reader: reads it; must run for as long.
-        idle: bounds the time between requests, and for the head of one; likewise.
+        reader: reads the connection; must run until it is over.
+        idle: bounds the time between requests, and the time that the head of one may take; must run as well.
         render_refusal: makes the answer to what is not a request.
+
+    Attributes:
+        gone: whether the client has left, or the connection was closed here.
+
+    Raises:
+        OSError: the client has left already.
     """
 
     def __init__(
@@ -87,61 +94,71 @@ class Http1Connection:
         self._current: RequestState | None = None
         self._responder = trio.lowlevel.ParkingLot()
         self._serving = trio.CancelScope()
-        # No request is answered any more, not even one that has come.
+        # No further request is answered, not even one that has arrived.
         self._closing = False
         self._error: Exception | None = None
         self._left_over = b""
         # Writes to the stream, while a piece of a body may be written past the task: between two writes of a body that
         # is in chunks.
         self._direct_write: Callable[[bytes | memoryview], int] | None = None
-        # An answer has begun and not ended; a write has.
-        self._begun = self._torn = False
+        # An answer has begun and not ended.
+        self._begun = False
+        # A write has begun and not ended, or was cut off.
+        self._torn = False
         self.gone = False
 
-    # What others do to it
+    # For the server
 
     def close_when_idle(self) -> None:
-        """Take no more requests: close now if none is being answered, otherwise after it."""
+        """Take no more requests: close now if none is being answered, otherwise after it. Synchronous."""
         self._parser.no_more = self._closing = True
         if self._current is None and not self._parser.requests:
             self.close()
 
     def close(self) -> None:
-        """Close it now. What has been written is still delivered; whoever waits for it gets an error."""
+        """Close the connection now. Synchronous, idempotent.
+
+        What has been written is still delivered. The application is cancelled if it is answering a request.
+        """
         self._connection_lost()
         self._stream.close()
 
+    def expire(self) -> None:
+        """End the connection, which has been idle for too long. Synchronous."""
+        self._connection_lost()
+
+    # For the application
+
     def reset(self) -> None:
-        """Break it, so that the peer sees an error and not an end."""
+        """Break the connection, so that the peer gets an error instead of an end of file. Synchronous, idempotent."""
         self._connection_lost()
         self._stream.abort()
 
-    def expire(self) -> None:
-        """Give it up: it has been idle for too long."""
-        self._connection_lost()
-
     @property
     def arrived(self) -> bool:
-        """Whether something of the body of the request that is being answered waits to be received, or all has come."""
+        """Whether ``receive`` has something at once: a part of the current request's body, or the end of it."""
         request = self._current
         return request is not None and (bool(request.body) or request.complete)
 
-    # The short way for the pieces of a body, past tasks and ASGI
+    # The fast path for the pieces of a body, past tasks and ASGI
 
     @property
     def ready(self) -> bool:
-        """Whether the next piece of the body that is being sent can be given to :meth:`send_nowait`.
+        """Whether the next piece of the body that is being sent may be passed to :meth:`send_nowait`.
 
-        Not before the answer has begun, nor while a write is under way or has left something over.
+        It may not before the answer has begun, nor while a write is in progress or has left a rest.
         """
         return self._direct_write is not None
 
     def send_nowait(self, body: bytes | memoryview) -> bool:
-        """Send a piece of the body, which must not be empty, without waking a task.
+        """Send a piece of the body without waking a task. Synchronous.
+
+        Args:
+            body: the piece; must not be empty.
 
         Returns:
-            Whether all of it has gone. If not, the rest is kept here, and the next ordinary ``send`` takes it along;
-            until then nothing more can be sent this way.
+            Whether all of it was written. If not, the rest is kept here, and written before whatever the next ``send``
+            of the application sends; until then the connection is not :attr:`ready`.
 
         Raises:
             trio.WouldBlock: the connection is not :attr:`ready`.
@@ -149,7 +166,6 @@ class Http1Connection:
         write = self._direct_write
         if write is None:
             raise trio.WouldBlock
-        # In place of a call of chunk(): this is done for each token.
         data: bytes = b"%x\r\n%b\r\n" % (len(body), body)  # type: ignore[str-format]  # it takes both
         try:
             sent = write(data)
@@ -165,8 +181,10 @@ class Http1Connection:
     async def serve(self) -> None:
         """Serve the connection until it is over.
 
+        Cancelled, it closes the connection, and cancels the application.
+
         Raises:
-            Exception: what came in could not be handled, which is a bug.
+            Exception: the parser or the application failed, which is a bug.
         """
         try:
             self._reading.begin()
@@ -179,25 +197,25 @@ class Http1Connection:
                 await self._send_refusal(refused)
         finally:
             self.close()
-            # What refers to itself would be there until the garbage collector comes.
+            # Cycles of references would stay until the garbage collector runs.
             self._parser.close()
             self._state, self._error = {}, None
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
-        """See ``Listener``."""
+        """See ``Receiver``."""
         if not data:
             self._connection_lost()
             return
         parser = self._parser
-        # What follows the last request is nobody's; reading it shows when the client leaves.
+        # What follows the last request is read, too, though it is ignored: reading shows when the client leaves.
         parser.feed(data)
         if parser.refused is not None:
-            # The task answers what came before, says what is wrong, and ends the connection.
+            # The task answers what came before, then sends the refusal, and closes the connection.
             self._reading.end()
             if parser.latest is self._current:
-                # It is the body of the request that is being answered that makes no sense; there will be no more.
+                # The body of the request that is being answered is malformed; the rest of it will never come.
                 self._serving.cancel(reason="the request is malformed")
         elif parser.unread > UNREAD:
             self._reading.pause()
@@ -211,19 +229,19 @@ class Http1Connection:
             self._reading.resume()
 
     def read_failed(self, error: Exception) -> None:
-        """See ``Listener``."""
+        """See ``Receiver``."""
         self._error = error
         self._connection_lost()
 
     def _connection_lost(self) -> None:
-        """Tell whoever works for the client that it has left."""
+        """Cancel the application, or wake the task that waits for a request: the client has left."""
         if self.gone:
             return
         self.gone = True
         self._direct_write = None
         self._reading.end()
         if self._current is None:
-            # There is only the task that waits for a request.
+            # The task waits for a request.
             self._responder.unpark_all()
         else:
             self._serving.cancel(reason="client left")
@@ -238,7 +256,7 @@ class Http1Connection:
 
     @property
     def _is_idle(self) -> bool:
-        """Whether there is nothing to do before something comes in, or this is ended."""
+        """Whether there is nothing to do until data arrives or the connection is closed."""
         parser = self._parser
         return not (parser.requests or parser.refused or self._closing or self.gone)
 
@@ -305,7 +323,7 @@ class Http1Connection:
     async def _send(self, request: RequestState, message: Message) -> None:
         kind = message["type"]
         if self.gone:
-            # The application is cancelled; it must not run on because it never waits for anything but us.
+            # The application is cancelled; this lets it notice, even if it never waits for anything else.
             await trio.lowlevel.checkpoint()
         elif kind == "http.response.start":
             request.start = message
@@ -331,7 +349,7 @@ class Http1Connection:
     async def _write(self, data: bytes) -> None:
         self._direct_write = None
         if self._torn:
-            # The last write was cut off, so nothing that is written now would be read as what it is.
+            # The last write was cut off, so the client would misread whatever is written now.
             self._connection_lost()
             await trio.lowlevel.checkpoint()
             return
@@ -351,7 +369,7 @@ class Http1Connection:
         self._torn = False
 
     async def _send_refusal(self, refusal: HttpRefusal) -> None:
-        """Say what is wrong with what came, and see to it that the client can read that before the end."""
+        """Answer what is not a request, and give the client time to read the answer before the connection is closed."""
         headers, body = self._render_refusal(refusal)
         await self._write(refusal_response(refusal.status, headers, body))
         with trio.move_on_after(_LINGER_TIME):

@@ -1,7 +1,8 @@
-"""How a request and its answer stand on an HTTP/1.1 connection, and how an answer's body is framed.
+"""The state of a request and its answer on an HTTP/1.1 connection, and the framing of the answer's body.
 
-The framing is decided when the body begins: the answer's own ``content-length`` if it has one; its actual length if
-it comes in one piece; chunks; or, for HTTP/1.0, the end of the connection. HEAD, 204 and 304 have no body at all.
+The framing is decided when the body begins. It is the answer's own ``content-length``, if the answer has one; its
+actual length, if the body is one piece; chunks; or, for HTTP/1.0, the end of the connection. Answers to HEAD, and those
+with status 204 and 304, have no body.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 __all__ = ["RequestState", "pieces_to_write", "refusal_response", "response_head"]
 
-#: Bytes of a body from which copying them costs more than another write.
+#: Bytes of a piece of a body above which copying it costs more than another write.
 _LARGE: Final = 1024 * 1024
 
 _NO_CONTENT: Final = 204
@@ -26,7 +27,22 @@ _STATUS_LINES: Final = {
 
 
 class RequestState:
-    """A request as it comes in, and where its answer stands."""
+    """A request, as far as it has arrived, and the state of its answer.
+
+    Attributes:
+        method, target, version, headers: of the request line and the head; names of headers are in lower case.
+        keep_alive: whether the client wants to send another request on this connection.
+        expects_continue: whether the client waits for ``100 Continue`` before it sends the body.
+        coded: whether the body has a transfer encoding other than chunks.
+        body: pieces of the body that have arrived and were not taken.
+        complete: whether all of the body has arrived.
+        handed_over: whether the application has been given the end of the body.
+        start: the ASGI message that began the answer, if it has begun.
+        head_sent: whether the head of the answer was written.
+        chunked: whether the body of the answer is framed in chunks.
+        bodiless: whether the answer has no body.
+        answered: whether the answer has ended.
+    """
 
     __slots__ = (
         "answered",
@@ -54,14 +70,12 @@ class RequestState:
         self.headers: list[tuple[bytes, bytes]] = []
         self.keep_alive = True
         self.expects_continue = False
-        # In another way than in chunks.
         self.coded = False
         self.body: list[bytes] = []
         self.complete = False
         self.handed_over = False
         # What it counts for while it waits, without its body.
         self.weight = 0
-        # The answer
         self.start: Any = None
         self.head_sent = False
         self.chunked = False
@@ -70,16 +84,19 @@ class RequestState:
 
 
 def response_head(request: RequestState, size: int, more: bool, closing: bool) -> tuple[bytes, bool]:
-    """Return the head of the answer, now that it is known how its body begins, and decide the framing.
+    """Return the head of an answer whose body begins, and decide the framing.
 
     Args:
-        request: what is answered; its ``start`` is the message that began the answer.
+        request: what is answered; its ``start`` is set.
         size: bytes of the body's first piece.
-        more: whether another one follows.
-        closing: the connection is to end with this answer anyway.
+        more: whether another piece follows.
+        closing: whether the connection ends with this answer in any case.
 
     Returns:
         The head, and whether the connection ends with this answer.
+
+    Raises:
+        RuntimeError: the application has sent a body before a head.
     """
     if request.start is None:
         raise RuntimeError("a body before the head of an answer")
@@ -114,13 +131,13 @@ def response_head(request: RequestState, size: int, more: bool, closing: bool) -
 
 
 def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> list[bytes]:
-    """Return what is to be written, in order, for a piece of a body; of a large one no copy is made.
+    """Return what is to be written, in order, for one piece of a body. Large pieces are not copied.
 
     Args:
-        head: what goes before it.
-        body: may be empty.
-        chunked: the body is framed in chunks.
-        last: the body ends with it.
+        head: the head of the answer, if it was not written yet.
+        body: the piece; may be empty.
+        chunked: whether the body is framed in chunks.
+        last: whether the body ends with this piece.
     """
     before, after = head, b""
     if chunked:
@@ -134,14 +151,14 @@ def pieces_to_write(head: bytes, body: bytes, *, chunked: bool, last: bool) -> l
 
 
 def refusal_response(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
-    """Return a whole answer to something that never became a request; it ends the connection."""
+    """Return the whole answer to what is not a request. It announces the end of the connection."""
     lines = [_STATUS_LINES[status], b"content-length: %d\r\n" % len(body)]
     lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in (*headers, ("connection", "close"))]
     return b"".join([*lines, _date_line(), b"\r\n", body])
 
 
 class _Date:
-    """The date header of this second."""
+    """The ``date`` header of the current second, which is the same for all answers in it."""
 
     second = 0
     line = b""

@@ -3,8 +3,7 @@
 The application's lifespan is in ``lifespan.py``, one connection in ``connection.py``, what all servers do with their
 connections in ``net/connections.py``, and what reads them in ``net/readers.py``.
 
-A client that stops reading, on a connection that does not end for another reason, is dropped by the kernel, where that
-has such a limit.
+A client that stops reading is dropped by the kernel after :data:`UNREAD_TIME`, where the kernel has such a limit.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from .refusal import RenderRefusal, render_as_text
 
 __all__ = ["KEEP_ALIVE", "UNREAD_TIME", "serve_http"]
 
-#: Seconds that a connection may be idle between requests; longer than the usual load balancer's 60, which
-#: then is the one that closes, and never in the instant in which it sends. Also bounds how long a request's
-#: head may take.
+#: Seconds that a connection may be idle between requests, and that the head of a request may take. It is longer than
+#: the 60 of the usual load balancer, so that the load balancer closes the connection, and never in the moment in which
+#: it sends a request.
 KEEP_ALIVE: Final = 75.0
 
 #: Seconds that bytes may stay unread by the client before the connection is dropped.
@@ -44,15 +43,14 @@ async def serve_http(
     render_refusal: RenderRefusal = render_as_text,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve an ASGI application until ``shutdown_trigger`` returns, and then until its connections have
-    ended.
+    """Serve an ASGI application until ``shutdown_trigger`` returns, and then until its connections have ended.
 
-    From then on no new connection is taken, idle ones are closed, and requests that run have ``grace``
-    seconds to finish. What is left after that is cancelled, and its connections are closed. Cancelling this
-    function does the same without grace; the application's ``after_serving`` functions are then not run.
+    When ``shutdown_trigger`` has returned, no new connection is taken, idle ones are closed, and running requests have
+    ``grace`` seconds to finish. What is left after that is cancelled, and its connections are closed. Cancelling this
+    function does the same without grace; the application's lifespan is then cancelled, too, and not shut down.
 
     Args:
-        app: what to serve.
+        app: the ASGI application.
         listeners: where connections come in; they are closed in any case.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds that requests have to finish; may be infinite.

@@ -1,16 +1,19 @@
-"""What the websocket library is given for a stream: messages pass it by, and everything else goes through it.
+"""The stream under the websocket library: data frames bypass the library, and everything else passes through it.
 
-The library opens the websocket on it, answers pings, and says goodbye. In between, whoever owns the link reads and
-writes whole messages here, without the library: its reading takes two more tasks' turns and a general parser for each
-message, which costs more than everything that is done with a token.
+The library performs the opening and closing handshakes on this stream, and answers pings. In between, the link receives
+and sends whole messages here, without the library, which needs two more turns of the scheduler and a general parser for
+each message. That costs more than everything else that is done with a token.
 
-Three times follow each other. While the websocket is opened, the library reads the stream itself, but never beyond
-the end of the HTTP head: what follows is frames. Then messages are received here, and the library is given the
-control frames among them. When nobody receives messages any more, because the link is being ended, the library reads
-the stream itself again, to hear the other end's goodbye.
+A connection has three phases:
 
-What the other end says is never kept without bound here. Of the pings that the library has not answered yet only the
-last one counts, as the protocol allows; pongs, which nobody asked for, and what follows a goodbye mean nothing.
+1. *Opening handshake.* The library reads the stream, but never beyond the end of the HTTP head: what follows are
+frames.
+2. *Messages.* The link receives messages, and the library is given the control frames between them.
+3. *Closing handshake.* When the link receives no more messages, the library reads the rest, up to the close frame of
+   the peer.
+
+What the peer sends is never kept without bound. Of several pings that the library has not answered yet only the last
+one is kept, as RFC 6455 allows (5.5.3). Pongs, and what follows a close frame, are dropped.
 """
 
 from __future__ import annotations
@@ -27,20 +30,20 @@ from .frames import FrameReader, frame
 
 __all__ = ["FrameDemux"]
 
-#: As the library's parser sees it, which is content with bare newlines. It has three bytes at most.
+#: As the library's parser takes it, which accepts bare newlines. It has three bytes at most.
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _RECEIVE: Final = 64 * 1024
 _SWITCHED: Final = b"101"
-#: How control frames begin; that of the first kind is how the other end says goodbye.
-_GOODBYE, _PING = 0x88, 0x89
+#: The first bytes of control frames.
+_CLOSE, _PING = 0x88, 0x89
 
 
 class FrameDemux(trio.abc.Stream):
-    """A stream with a websocket on it.
+    """A stream that carries a websocket.
 
     Args:
         stream: the connection; closed with this stream.
-        is_client: this end has connected, and not the other one.
+        is_client: whether this end has connected to the other one.
     """
 
     def __init__(self, stream: InjectableStream, *, is_client: bool) -> None:
@@ -48,7 +51,7 @@ class FrameDemux(trio.abc.Stream):
         self._read_stream = stream.read
         self._is_client = is_client
         self._sending = trio.StrictFIFOLock()
-        # Frames that wait for their turn.
+        # Frames that flush() is to send.
         self._unsent = b""
         self._reader = FrameReader(masked=not is_client, limit=MAX_MESSAGE, on_control=self._on_control_frame)
         self._head = b""
@@ -61,21 +64,24 @@ class FrameDemux(trio.abc.Stream):
     # For the link
 
     async def receive(self) -> bytes | None:
-        """Return the next message; ``None`` if there will be none, of which the library knows the reason.
+        """Return the next message. A checkpoint if none has arrived. Cancelled, it loses nothing.
 
-        Whoever does not go on with it has to call :meth:`return_to_library`.
+        When no more messages are to be received, :meth:`return_to_library` has to be called.
+
+        Returns:
+            The message; ``None`` if there will be no more. The library knows the reason.
 
         Raises:
-            ProtocolError: what came is not a message that a peer of ours may send.
+            ProtocolError: what arrived is not a frame that the protocol allows.
         """
         while True:
             message = self._reader.next_message()
             if self._closing:
-                # What it has just found came after the goodbye.
+                # What was just found came after the close frame.
                 return None
             if message is not None:
                 return message
-            # In place: each function on the way to where it waits would be resumed for each message.
+            # No function in between: each coroutine on the way to where this waits would be resumed for each message.
             try:
                 data = await self._read_stream(_RECEIVE)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -85,9 +91,9 @@ class FrameDemux(trio.abc.Stream):
             self._reader.feed(data)
 
     def return_to_library(self) -> None:
-        """Receive no more messages, and let the library hear the rest: the other end's goodbye, or that there is none.
+        """Receive no more messages, and let the library read the rest of the stream. Synchronous, idempotent.
 
-        Idempotent.
+        The rest is the close frame of the peer, or the end of the stream.
         """
         if not self._returned:
             self._returned = True
@@ -97,10 +103,10 @@ class FrameDemux(trio.abc.Stream):
             self._library.unpark_all()
 
     def send_nowait(self, *messages: bytes) -> bool:
-        """Send messages, together, as far as that goes without waiting.
+        """Send messages in one write, as far as that goes without waiting. Synchronous.
 
         Returns:
-            Whether they have gone. If not, :meth:`flush` has to follow before anything else is sent here.
+            Whether all was written. If not, :meth:`flush` has to be called before anything else is sent here.
 
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
@@ -113,26 +119,26 @@ class FrameDemux(trio.abc.Stream):
         return self._stream.write_nowait(data)
 
     async def flush(self) -> None:
-        """Send what :meth:`send_nowait` could not. If it is cancelled, nothing more can be said.
+        """Send what :meth:`send_nowait` could not. A checkpoint. Cancelled, nothing more can be sent.
 
         Raises:
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
         """
         async with self._sending:
-            # Not before it is our turn: the library may just have answered a goodbye.
+            # Not before the lock is held: the library may just have answered a close frame.
             self._check_open()
             data, self._unsent = self._unsent, b""
             await self._stream.write(data)
 
     def _check_open(self) -> None:
         if self._closing:
-            raise trio.BrokenResourceError("the other end has said goodbye")
+            raise trio.BrokenResourceError("the peer has closed the websocket")
 
     def _on_control_frame(self, control: bytes) -> None:
         kind = control[0]
-        if self._closing or kind not in (_GOODBYE, _PING):
+        if self._closing or kind not in (_CLOSE, _PING):
             return
-        self._closing = kind == _GOODBYE
+        self._closing = kind == _CLOSE
         if self._for_library and not self._closing:
             self._for_library.pop()
         self._for_library.append(control)
@@ -153,7 +159,7 @@ class FrameDemux(trio.abc.Stream):
             await self._library.park()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See ``trio.abc.SendStream``. The library and the link may both be sending."""
+        """See ``trio.abc.SendStream``. The library and the link may send at the same time."""
         async with self._sending:
             await self._stream.write(data)
 
@@ -166,18 +172,18 @@ class FrameDemux(trio.abc.Stream):
         await self._stream.aclose()
 
     async def _receive_head(self) -> bytes:
-        """Give the library what belongs to the opening, and keep what follows it."""
+        """Return what belongs to the opening handshake, and keep what follows it."""
         data = await self._read_stream(_RECEIVE)
         before = len(self._head)
         self._head += data
-        # What the end has at most, less one byte, may have come before.
+        # All but the last byte of the end may have arrived before.
         end = _END_OF_HEAD.search(self._head, max(0, before - 2))
         if end is None:
-            # One that goes on and on is refused by the library.
+            # The library refuses a head that goes on and on.
             return data
         self._opened = True
         if self._is_client and self._head.split(b" ", 2)[1:2] != [_SWITCHED]:
-            # No websocket but an answer in HTTP, whose body is the library's.
+            # An HTTP response instead of a websocket; the library reads its body.
             self._returned = True
             return data
         size = end.end() - before

@@ -13,19 +13,20 @@ single exception, :class:`LinkClosed`, whatever happened.
 - *Every wait has a deadline*: the opening handshake, each write, and the closing handshake, after which the stream is
   closed by force.
 
-The five tasks: one reads; one waits for the library to report the end of the websocket; one writes; one keeps the
+The five tasks: one reads; one waits for trio-websocket to report the end of the websocket; one writes; one keeps the
 session's time; and one lets another thread send heartbeats while the event loop of this process is blocked (see
 ``net/watchdog.py``). What is to be written comes from the session: whenever the writer has been woken and the last
 write is done, it asks for a batch, so that everything that became ready meanwhile leaves in one write. Each task ends
 the link by giving the reason; the first reason counts.
 
-A peer is not dropped for time that was not its own. Time during which this end was blocked does not count as silence of
+A peer is not dropped for a delay of this end. Time during which this end was blocked does not count as silence of
 the peer, whose messages are still waiting to be read; and a peer that reports that it is blocked need not take what it
 is sent.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, TypeVar
@@ -40,10 +41,12 @@ from .websocket import LinkClosed, Opener, WebSocket, open_websocket
 
 __all__ = ["Link", "LinkClosed"]
 
+logger = logging.getLogger("trio_cluster.link")
+
 #: Seconds that the closing handshake may take before the stream is closed by force.
 _CLOSE_TIMEOUT: Final = 1.0
 # Close codes (RFC 6455, section 7.4.1).
-_NORMAL, _PROTOCOL_ERROR = 1000, 1002
+_NORMAL, _PROTOCOL_ERROR, _INTERNAL_ERROR = 1000, 1002, 1011
 #: Messages in one write at most.
 _BURST: Final = 4
 
@@ -143,6 +146,10 @@ class Link:
                 else:
                     await self._run_tasks(websocket)
                     await self._close(websocket)
+            except Exception:
+                # A bug in this package, or in what it calls. It ends this link and nothing else.
+                logger.exception("a link failed")
+                self._end_after_error()
             finally:
                 self._session.close("the link is over")
                 await trio.aclose_forcefully(self._stream)
@@ -160,6 +167,12 @@ class Link:
             nursery.start_soon(self._write, websocket.demux)
             nursery.start_soon(self._keep_time)
             nursery.start_soon(self._send_heartbeats_while_blocked, websocket)
+
+    def _end_after_error(self) -> None:
+        try:
+            self._end(LinkClosed("an internal error"), _INTERNAL_ERROR)
+        except Exception:
+            logger.exception("the end of a link failed")
 
     async def _watch_close(self, websocket: WebSocket) -> None:
         self._end(await websocket.wait_closed())
@@ -181,9 +194,10 @@ class Link:
             demux.return_to_library()
 
     async def _write(self, demux: FrameDemux) -> None:
-        last = -math.inf
+        last, sendable = -math.inf, True
         while True:
-            burst = self._next_burst()
+            burst = self._next_burst() if sendable else []
+            sendable = True
             if not burst:
                 if self._close_when_flushed is not None and not self._session.unsent:
                     self._end(LinkClosed(self._close_when_flushed))
@@ -208,8 +222,8 @@ class Link:
             self._handshake_sent.set()
             for batch in burst:
                 self._on_sent(batch.sent)
-            last = self._now()
-            if self._session.sendable:
+            last, sendable = self._now(), self._session.sendable
+            if sendable:
                 # Let other tasks add to the next batch first.
                 await trio.lowlevel.checkpoint()
 

@@ -1,1 +1,1 @@
-"""Local handlers: a function that a user wrote, in any of its shapes, made into a backend."""
+"""Local models: functions that a user wrote, in any of their shapes, made into backends."""

@@ -1,16 +1,15 @@
-"""The shapes a user's handler may have, each turned into the same thing: a coroutine that pushes.
+"""Adapters: a user's handler, in any of its shapes, becomes a coroutine function that pushes its output.
 
-A handler is a function a user wrote. It may yield pieces of output, return the whole of it, or push pieces into a
-provider; and it may be ``async`` or plain, in which case it runs in a thread. :func:`adapt` looks at the
-function once, when it is registered, and returns a *driver* ``async (request, provider)``, so that everything above
-knows one shape only.
+A handler is a function that a user wrote. It may yield pieces of output, return the whole output, or push pieces into a
+provider; and it may be an ``async def`` or a ``def``, which then runs in a thread. :func:`adapt` inspects the function
+once, when it is registered, and returns an *adapter* ``async (request, provider)``, so that the rest of the package
+knows a single shape.
 
-Cancellation. A driver is cancelled like any trio code. An ``async`` handler sees ``trio.Cancelled`` where it awaits,
-or ``GeneratorExit`` where it is parked in a ``yield``; its ``finally`` blocks run before the driver returns. A
-handler in a thread cannot be interrupted by anybody: it learns of the cancellation at its next ``push`` or
-``yield``, or where it calls ``trio.from_thread.check_cancelled()``, and the driver waits for it however long it
-takes. Abandoning the thread instead would free the slot while the work goes on, which is the very thing this
-project exists to prevent.
+Cancellation. An adapter is cancelled like any trio code. An ``async`` handler sees ``trio.Cancelled`` where it awaits,
+or ``GeneratorExit`` where it is parked in a ``yield``; its ``finally`` blocks run before the adapter returns. A handler
+in a thread cannot be interrupted: it learns of the cancellation at its next ``push`` or ``yield``, or where it calls
+``trio.from_thread.check_cancelled()``, and the adapter waits for it however long that takes. Abandoning the thread
+instead would free the slot while the work goes on, and that is what this project exists to prevent.
 """
 
 from __future__ import annotations
@@ -30,72 +29,75 @@ Handler: TypeAlias = Callable[..., Any]
 
 
 class Provider(Protocol):
-    """Where a handler puts its output; what an ``async`` push-style handler is given as its second argument."""
+    """Takes the output of a handler; the second argument of an ``async`` push-style handler."""
 
     async def push(self, chunk: object) -> None:
-        """Give a piece of output to the client, waiting while it is slow.
+        """Send a piece of output to the client, and wait while the client is slow to read.
 
-        A checkpoint as far as cancellation goes. Others get a turn here when the task has put a few pieces without
-        waiting for anything.
+        It checks for cancellation in every case. It lets other tasks run when this one has pushed a few pieces without
+        waiting for anything else, so that not every push costs a pass through the scheduler.
+
+        Args:
+            chunk: a piece of output, of the types that the model's kind allows.
 
         Raises:
-            TypeError, ValueError: the piece is not something this kind of model can answer with.
-            trio.ClosedResourceError: the output was ended.
-            trio.Cancelled: nobody wants the answer any more.
+            TypeError, ValueError: a model of this kind cannot answer with such a piece.
+            trio.ClosedResourceError: the output has been ended.
+            trio.Cancelled: the client has left, the call was cancelled, or it timed out.
         """
         ...
 
     def end(self) -> None:
-        """End the output: the answer is complete. Returning from the handler does the same."""
+        """End the output: the answer is complete. Returning from the handler does the same. Synchronous, idempotent."""
         ...
 
 
 class ThreadProvider:
-    """What a push-style handler that runs in a thread is given: like :class:`Provider`, without ``await``."""
+    """The second argument of a push-style handler that runs in a thread: like :class:`Provider`, without ``await``."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
 
     def push(self, chunk: object) -> None:
-        """Give a piece of output to the client; blocks while it is slow. Raises what ``Provider.push`` raises."""
+        """Send a piece of output to the client; block while the client is slow. Raises as ``Provider.push`` does."""
         trio.from_thread.run(self._provider.push, chunk)
 
     def end(self) -> None:
-        """End the output: the answer is complete. Returning from the handler does the same."""
+        """End the output: the answer is complete. Returning from the handler does the same. Idempotent."""
         trio.from_thread.run_sync(self._provider.end)
 
 
 Adapter: TypeAlias = Callable[[Any, Provider], Awaitable[None]]
 
-# Handlers in threads are bounded by the slots they hold, not by trio's default limit of 40 threads, which would let
-# a handler that waits for a thread look as if it ran.
+# Handlers in threads are limited by the slots that they hold. Trio's default limit of 40 threads would be a second
+# limit: a handler that waits for a thread would hold a slot, and be reported as running.
 _UNLIMITED = math.inf
 
 
 def adapt(handler: Handler) -> Adapter:
-    """Return a coroutine function that runs ``handler`` and pushes what it gives.
+    """Return a coroutine function that runs ``handler`` and pushes its output.
 
     Args:
         handler: a function, method, ``functools.partial`` or object with ``__call__``, of one of the shapes that the
             documentation lists.
 
     Raises:
-        TypeError: it has none of these shapes; the message says what was found.
+        TypeError: it has none of these shapes; the message names what was found.
     """
     if not callable(handler):
-        raise TypeError(f"a handler is a function, not {handler!r}")
+        raise TypeError(f"a handler must be a function, not {handler!r}")
     pushes = _takes_provider(handler)
     if _is(inspect.isasyncgenfunction, handler):
-        driver = _async_generator
+        adapter = _async_generator
     elif _is(inspect.iscoroutinefunction, handler):
-        driver = _async_push if pushes else _async_value
+        adapter = _async_push if pushes else _async_value
     elif _is(inspect.isgeneratorfunction, handler):
-        driver = _thread_generator
+        adapter = _thread_generator
     else:
-        driver = _thread_push if pushes else _thread_value
-    if pushes and driver in (_async_generator, _thread_generator):
+        adapter = _thread_push if pushes else _thread_value
+    if pushes and adapter in (_async_generator, _thread_generator):
         raise TypeError(f"{_name(handler)} both yields and takes a provider; it must do one or the other")
-    return functools.partial(driver, handler)
+    return functools.partial(adapter, handler)
 
 
 async def _async_generator(handler: Handler, request: Any, provider: Provider) -> None:
@@ -137,9 +139,9 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
     return await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(_UNLIMITED))
 
 
-def _is(question: Callable[[Any], bool], handler: Handler) -> bool:
-    """Ask ``inspect`` about a function, or about the ``__call__`` of an object that stands for one."""
-    return question(handler) or question(getattr(handler, "__call__", None))  # noqa: B004
+def _is(test: Callable[[Any], bool], handler: Handler) -> bool:
+    """Apply a test of ``inspect`` to a function, or to the ``__call__`` of an object that is used as one."""
+    return test(handler) or test(getattr(handler, "__call__", None))  # noqa: B004
 
 
 def _name(handler: Handler) -> str:
@@ -147,23 +149,23 @@ def _name(handler: Handler) -> str:
 
 
 def _takes_provider(handler: Handler) -> bool:
-    """Tell ``h(request, provider)`` from ``h(request)``.
+    """Return whether a handler is called as ``h(request, provider)``, and not as ``h(request)``.
 
     Raises:
-        TypeError: it can be called neither way.
+        TypeError: it can be called in neither way.
     """
     try:
         parameters = list(inspect.signature(handler).parameters.values())
     except ValueError:
-        # Builtins written in C may have no signature; they take what they are given.
+        # Functions written in C may have no signature. They are called with the request only.
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    demanding = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if demanding:
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if keywords:
         raise TypeError(
-            f"{_name(handler)} needs the keyword argument {demanding[0]}; a handler is given none"
+            f"{_name(handler)} requires the keyword argument {keywords[0]}; handlers are called without any"
         )
     if len(required) > 2 or not (positional or starred):
         raise TypeError(

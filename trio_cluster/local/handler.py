@@ -1,11 +1,11 @@
-"""A user's function made into a backend: errors, time, and the encoding of what it gives.
+"""Makes a backend of a user's function: reads its requests, encodes its output, and reports its errors.
 
-A handler's output is encoded where the model runs, piece by piece, so that whoever relays the answer need not look
-inside it.
+A handler's output is encoded on the node where the model runs, piece by piece, so that the nodes that relay the answer
+need not look inside it.
 
-A plain answer goes out in one piece at its end. So that nobody mistakes a long one for a dead one, its head is put
-with the first output, and output that has nothing to show yet becomes an empty ``Data``, once a second at most: a
-sign of life that costs the relay nothing and commits it to nothing.
+A plain answer is sent in one piece at its end. So that the gateway does not take a long one for a stalled one, its head
+is put with the first output, and output that has nothing to show yet becomes an empty ``Data``, once a second at most.
+The gateway takes that as a sign of life. It sends nothing to the client for it, and can still choose another status.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .adapters import Adapter, Handler, adapt
-from .pool import CallTask, HandlerPool, is_failure
+from .pool import HandlerPool
+from .task import CallTask, is_failure
 
 __all__ = ["HandlerBackend"]
 
@@ -38,17 +39,21 @@ _SIGN_OF_LIFE: Final = 1.0
 
 
 class HandlerBackend:
-    """One model that functions of this process answer for.
+    """A model whose requests are answered by functions of this process. See ``Backend``.
 
     Args:
         info: what the model is.
         handler: the function.
         pool: where its calls run.
-        capability: what the function answers: the endpoints of a kind, or the path of a route of its own. Without it,
-            those of the model's kind.
+        capability: what the function answers: a kind, for the endpoints of that kind, or the path of a custom route.
+            Without it, the model's own kind.
 
     Raises:
         TypeError: the function has none of the shapes that a handler may have.
+
+    Attributes:
+        info: what the model is, with the endpoints that were added.
+        health: see ``Backend``; always available.
     """
 
     name = LOCAL
@@ -60,11 +65,15 @@ class HandlerBackend:
         self._pool = pool
 
     def add_endpoint(self, capability: str, handler: Handler) -> None:
-        """Let another function answer more: another kind's endpoints, or a route of its own; ``info`` says so too.
+        """Let another function answer the endpoints of one more kind, or one more route. ``info`` is updated.
+
+        Args:
+            capability: a kind, or the path of a custom route.
+            handler: the function.
 
         Raises:
             TypeError: the function has none of the shapes that a handler may have.
-            ValueError: the model does that already.
+            ValueError: the model answers that already.
         """
         if capability in self._adapters:
             raise ValueError(f"the model '{self.info.name}' answers {capability} already")
@@ -80,14 +89,23 @@ class HandlerBackend:
         """See ``Backend``."""
         adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
-        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
+        def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return HandlerTask(call, scope, options, adapter, self._pool.slots)
 
-        return self._pool.start(request, answer)
+        return self._pool.start(request, make_task)
 
 
 class HandlerTask(CallTask):
-    """The provider of one call: encodes what the handler gives, and keeps the time."""
+    """One call that a handler answers, and the provider into which it pushes its output.
+
+    Args:
+        call, scope, options: see ``CallTask``.
+        adapter: runs the handler.
+        slots: the work needs one of these.
+
+    Attributes:
+        request: the request as the handler gets it; set when the work begins.
+    """
 
     request: Any
     _encoder: Encoder
@@ -109,7 +127,7 @@ class HandlerTask(CallTask):
         self._next_sign = -math.inf
 
     async def prepare(self) -> None:
-        """Wait for the body of the request: nobody works on it yet, so it needs no slot."""
+        """Wait for the body of the request. The handler cannot begin before that, so it takes no slot."""
         upload = self.call.request.upload
         if upload is None:
             return
@@ -120,34 +138,45 @@ class HandlerTask(CallTask):
             self._endpoint = endpoint_named(request.endpoint)
             parse_form = self._endpoint.parse_form
             if parse_form is None:
-                # A small one has come with its head; waiting for nothing would cost two turns of the scheduler.
+                # A small body has arrived with its head; upload.read() would cost two passes through the scheduler.
                 self._body = upload.receive_nowait() if upload.complete else await upload.read()
             else:
-                # Not when it is there: a large file would be copied, which stops everybody else meanwhile.
+                # Piece by piece, since parsing a large form at once would block the event loop while it is copied.
                 form = FormReader(request.content_type)
                 while piece := await upload.receive():
                     form.feed(piece)
-                self._parsed = parse_form(form.finish(), request.headers)
+                self._parsed = parse_form(form.finish(), request.headers, checked=request.checked)
         except Exception as error:
             self.fail(self.to_api_error(error))
         self.restart_idle_timer()
 
     async def work(self) -> None:
         """Run the handler once."""
-        # Read by whoever wants to know what the event loop is busy with; see `blocking_frame`.
+        # The watchdog names it in the log if this handler blocks the event loop; see `blocking_frame`.
         __traceback_info__ = f"handler of '{self.call.request.model}'"
         try:
             await self._read_request()
-            await self._adapter(self.request, self)
-            await self._begin_to_end()
+            if getattr(self.request, "prompts", None) is not None:
+                await self._answer_parts()
+            else:
+                await self._adapter(self.request, self)
+            await self._put_early_parts()
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
             self.fail(self.to_api_error(error))
 
+    async def _answer_parts(self) -> None:
+        """Run the handler for each of several prompts, one after the other in this slot."""
+        *parts, last = self.request.parts()
+        for part in parts:
+            await self._adapter(part, _PartProvider(self))
+            self._encoder.next_part()
+        await self._adapter(last, self)
+
     async def _read_request(self) -> None:
-        """Read the request, unless that has been done, and get ready to encode its answer."""
+        """Parse the request, unless that has been done, and make the encoder of its answer."""
         request = self.call.request
         endpoint = self._endpoint or endpoint_named(request.endpoint)
         parsed = self._parsed
@@ -173,8 +202,8 @@ class HandlerTask(CallTask):
         if self.call.begun:
             self.restart_idle_timer()
 
-    async def _begin_to_end(self) -> None:
-        """Put as much of the rest as is better not put in one piece."""
+    async def _put_early_parts(self) -> None:
+        """Put those parts of a large answer that the encoder gives before its end, one by one."""
         if self.call.end is None:
             for data in self._encoder.early():
                 self._put(data)
@@ -189,10 +218,10 @@ class HandlerTask(CallTask):
         self.call.put(Done(self._encoder.reported_usage))
 
     def _put(self, data: bytes) -> None:
-        """Put what the encoder made of a piece of output; of nothing, a sign of life.
+        """Put what the encoder made of a piece of output; if that is empty, put a sign of life.
 
-        A stream begins with something to show, since its head is what commits the client to a success. Until then
-        nothing that the handler does counts as output.
+        A stream begins with the first piece that is not empty, since its head commits the answer to a success. Output
+        before that does not restart the idle timer.
         """
         if not self.call.begun:
             if self._encoder.streaming and not data:
@@ -204,3 +233,21 @@ class HandlerTask(CallTask):
                 return
             self._next_sign = now + _SIGN_OF_LIFE
         self.call.body.put(data)
+
+
+class _PartProvider:
+    """The provider of one prompt of several, where it is not the last. Its end is not that of the answer. See
+    ``Provider``.
+    """
+
+    def __init__(self, task: HandlerTask) -> None:
+        self._task = task
+        self._ended = False
+
+    async def push(self, chunk: object) -> None:
+        if self._ended:
+            raise trio.ClosedResourceError("the output has been ended")
+        await self._task.push(chunk)
+
+    def end(self) -> None:
+        self._ended = True

@@ -1,6 +1,6 @@
-"""The models of this process: functions registered under names, and taken back.
+"""The models of this process: registers functions under names, and removes them again.
 
-A model that is registered while the server runs is served at once, and on a worker it is announced to the master.
+A model that is registered while the server runs is served at once; a worker announces it to its master.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class LocalModels:
 
     Args:
         options: read at the time of use.
-        router: where requests for the models come from.
+        router: its catalogue gets the models.
         pool: where their handlers run.
-        on_changed: called with a model that is new, or is something else from now on.
-        on_removed: called with the name of a model that is gone.
+        on_changed: called with the description of a model that is new or was changed. Synchronous.
+        on_removed: called with the name of a model that was removed. Synchronous.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class LocalModels:
         self._backends: dict[str, HandlerBackend | RawBackend] = {}
 
     def replace_options(self, options: ClusterServerOptions) -> None:
-        """Use other options from now on. Models say who owns them, and that may have changed."""
+        """Use other options from now on. The owner that the models show is updated with them."""
         self._options = options
         for backend in self._backends.values():
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
             self._router.catalog.update(backend.info, backend)
 
     def register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
-        """Serve a model of a kind of the OpenAI API from now on; see ``ClusterServer.register_chat``.
+        """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
-        An image model that has the name already answers the other image route too.
+        If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on.
         """
         backend = self._backends.get(name)
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
@@ -73,7 +73,7 @@ class LocalModels:
     def register_raw(
         self, name: str, handler: RawHandler, options: ChatModelOptions | None, max_concurrency: int | None
     ) -> None:
-        """Serve a passthrough model from now on; see ``ClusterServer.register_raw``."""
+        """Serve a passthrough model; see ``ClusterServer.register_raw``."""
         info = self._info("any", name, options)
         self._add(RawBackend(info, handler, self._pool, max_concurrency))
 
@@ -88,7 +88,11 @@ class LocalModels:
             self._add_endpoint(backend, path, handler)
 
     def unregister(self, name: str) -> bool:
-        """Stop serving a model; calls that run go on. Return whether there was one."""
+        """Stop serving a model; its running calls go on.
+
+        Returns:
+            Whether this process served a model of this name.
+        """
         backend = self._backends.pop(name, None)
         if backend is None:
             return False

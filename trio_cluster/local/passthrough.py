@@ -1,8 +1,7 @@
-"""A model that answers with bytes of its own making: a relay to another server, most of all.
+"""Passthrough models: the handler gets the bytes of a request and gives the bytes of the answer.
 
-Nothing of the request is looked at here, and nothing of the answer: what a handler of this kind is given and gives is
-HTTP content. It stands where a worker's far end would: whatever is behind it has its own queue, so a call of it
-takes none of the process's slots.
+Most of them relay requests to another server. Neither the request nor the answer is parsed here; both are HTTP content.
+The server behind the handler has a queue of its own, so a call takes none of the slots of this process.
 """
 
 from __future__ import annotations
@@ -21,13 +20,18 @@ from ..errors import UpstreamLost
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
-from .pool import CallTask, HandlerPool, is_failure
+from .pool import HandlerPool
+from .task import CallTask, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
 
 
 class RawCall(CallTask):
-    """One request and its answer, as a raw handler sees them."""
+    """One request and its answer, as a raw handler sees them.
+
+    The idle timeout counts while the handler is the one that is waited for: it is paused while the request's body is
+    still arriving, and while the client is slow to read.
+    """
 
     def __init__(
         self,
@@ -47,13 +51,13 @@ class RawCall(CallTask):
 
     @property
     def request(self) -> Request:
-        """What is asked: endpoint, model, headers, and what is known of the body."""
+        """The request: endpoint, model, headers, and the size of the body if it is known."""
         return self.call.request
 
     async def receive(self) -> bytes:
-        """Return what has come of the request's body since the last time, waiting for it; empty at its end.
+        """Return the bytes of the request's body that arrived since the last time, waiting for some; empty at its end.
 
-        While the body is coming, it is not the handler that is waited for.
+        A checkpoint. The idle timeout is paused until the body is complete.
         """
         upload = self.call.request.upload
         if upload is None:
@@ -65,27 +69,27 @@ class RawCall(CallTask):
         return data
 
     def begin(self, status: int, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        """Begin the answer; once, and before anything of its body.
+        """Begin the answer. To be called once, before the first :meth:`send`. Synchronous.
 
         Args:
-            status: 200 to 599. An error of the other server is an answer like any other.
+            status: 200 to 599. An error of the other server is passed on like any other answer.
             content_type: may be empty.
-            headers: what the client should see beside it. What belongs to the connection is left out by the relay.
+            headers: further headers for the client. The gateway leaves out those that describe the connection.
 
         Raises:
-            RuntimeError: it has begun already.
+            RuntimeError: the answer has begun already.
         """
         self.call.put(Head(status, content_type, headers))
         self._update_idle_timer()
 
     async def send(self, data: bytes) -> None:
-        """Give a piece of the answer's body to the client, as it is, waiting while it is slow.
+        """Send a piece of the answer's body to the client, as it is, and wait while the client is slow to read.
 
-        A checkpoint as ``Provider.push`` is one.
+        It checks for cancellation in every case, and lets other tasks run after a few pieces; see ``Provider.push``.
 
         Raises:
             RuntimeError: the answer has not begun.
-            trio.Cancelled: nobody wants it any more, or it took too long.
+            trio.Cancelled: the client has left, the call was cancelled, or it timed out.
         """
         self.call.body.put(data)
         await self.apply_backpressure()
@@ -103,12 +107,13 @@ class RawCall(CallTask):
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
-            answer = self.to_api_error(error)
-            # The class and not the code: only who knows that the server behind is gone raises this one.
-            self.fail(answer, retryable=isinstance(answer, UpstreamLost))
+            api_error = self.to_api_error(error)
+            # Decided by the class, since a handler may choose any code: this class is raised only by code that has seen
+            # the server behind the model fail.
+            self.fail(api_error, retryable=isinstance(api_error, UpstreamLost))
 
     def _update_idle_timer(self) -> None:
-        """Let the silence begin now, if it is the handler that is waited for."""
+        """Restart the idle timer; pause it instead while the request's body is still arriving."""
         upload = self.call.request.upload
         if upload is None or upload.complete:
             self.restart_idle_timer()
@@ -120,17 +125,17 @@ RawHandler: TypeAlias = Callable[[RawCall], Awaitable[None]]
 
 
 class RawBackend:
-    """A model that a raw handler answers for.
+    """A model whose requests are answered by a raw handler. See ``Backend``.
 
     Args:
         info: what the model is.
-        handler: a coroutine function; its return is the end of the answer, which it must have begun.
+        handler: a coroutine function. It must begin the answer, and the answer is complete when it returns.
         pool: where its calls run.
-        max_concurrency: how many of them at once; ``None``: any number.
+        max_concurrency: how many calls run at once; ``None``: any number.
 
     Raises:
-        TypeError: the handler is no coroutine function.
-        ValueError: a concurrency of less than 1.
+        TypeError: the handler is not a coroutine function.
+        ValueError: ``max_concurrency`` is less than 1.
     """
 
     name = LOCAL
@@ -141,7 +146,7 @@ class RawBackend:
         if not inspect.iscoroutinefunction(handler) and not inspect.iscoroutinefunction(
             getattr(handler, "__call__", None)  # noqa: B004
         ):
-            raise TypeError(f"a raw handler is a coroutine function, not {handler!r}")
+            raise TypeError(f"a raw handler must be a coroutine function (async def), not {handler!r}")
         if max_concurrency is not None and max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, not {max_concurrency}")
         self.info = info
@@ -152,22 +157,26 @@ class RawBackend:
         self._open = 0
 
     def add_endpoint(self, capability: str, handler: object) -> None:
-        """Refuse: whatever it is asked, the raw handler answers."""
+        """Refuse: the raw handler answers every route already.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(f"the model '{self.info.name}' answers every route already")
 
     @property
     def load(self) -> float:
         """See ``Backend``."""
-        # Without a limit nobody knows what is much; it is compared with others by the number of its calls.
+        # Without a limit there is no share of it; calls in hundredths compare such replicas by their number of calls.
         return self._open / (100 if self._slots is None else self._slots.total_tokens)
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
 
-        def answer(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
+        def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return RawCall(call, scope, options, self._handler, self._slots)
 
-        call = self._pool.start(request, answer)
+        call = self._pool.start(request, make_task)
         self._open += 1
         call.on_release(self._closed)
         return call

@@ -1,164 +1,49 @@
-"""The slots of a process, and one task for each call that it answers itself.
+"""The slots of a process, and one task for each call that the process answers itself.
 
-Every call has one task, in the pool's nursery, from the moment it is opened until its work has really stopped. The
-task waits until the request's body is there, then for a slot, and does the work inside the call's cancel scope. What
-the work is, an :class:`CallTask` knows: a user's handler, or a relay to another server.
+Every call has one task, in the pool's nursery, from the moment it is opened until its work has really stopped. The task
+waits until the request's body has arrived, then for a slot, and does the work inside the call's cancel scope. What the
+work is, a :class:`~trio_cluster.local.task.CallTask` knows.
 
-Time. The scope's deadline is the request's real deadline: the earlier of "nothing may be silent for longer than
-this" and "the whole answer must be there by then". Each piece of output moves the first one on. While the body is
-still coming, or the client is slow to read, the silence is the client's, and does not count.
-
-Slots are a ``trio.CapacityLimiter``: fair, resizable while calls run, and freed in the task's ``finally``, when the
-work has stopped. Not when somebody asked it to.
+Slots are a ``trio.CapacityLimiter``: fair, and resizable while calls run. A slot is freed in the task's ``finally``,
+when the work has stopped, and not when it was asked to stop.
 """
 
 from __future__ import annotations
 
-import abc
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import trio
 
-from ..core.answer import Failed
 from ..core.call import Call
 from ..core.log_context import current_principal, current_request
 from ..core.request import Request
-from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow
+from ..errors import HandlerFailed, Overloaded, ShuttingDown
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
+from .task import CallTask
 
-__all__ = ["MAX_OUTPUTS_PER_TURN", "MAX_WAITING", "CallTask", "HandlerPool", "is_failure"]
+__all__ = ["MAX_WAITING", "HandlerPool"]
 
 logger = logging.getLogger("trio_cluster.handlers")
 
-#: How many calls may wait for a slot; one more is refused at once, since it would only wait to be refused.
+#: How many calls may wait for a slot. Further ones are refused at once: most of them would only wait to be refused.
 MAX_WAITING: Final = 1024
-
-#: How many pieces of output a call may put, and for how many seconds, before the other tasks of its node run.
-MAX_OUTPUTS_PER_TURN: Final = 4
-TURN: Final = 0.0002
-
-
-def is_failure(error: BaseException) -> bool:
-    """Tell a handler that failed from one that was only cancelled, or interrupted from the keyboard.
-
-    A group may hold this call's Cancelled beside what the handler's own tasks raised. It may then be swallowed: it
-    has done what it is for, and nothing is awaited any more until the end of the call's task.
-    """
-    if not isinstance(error, BaseExceptionGroup):
-        return True
-    return error.subgroup(KeyboardInterrupt) is None and error.split(trio.Cancelled)[1] is not None
-
-
-def _api_error_in(error: BaseException) -> ApiError | None:
-    """Find the one ``ApiError`` in what a handler's own nursery raised, if that is all there is in it."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, ApiError) else None
-
-
-class CallTask(abc.ABC):
-    """One call's answer in the making: its time, and the work that makes it.
-
-    Attributes:
-        call: whose answer it is.
-        slots: what the work needs one of; ``None``: nothing.
-    """
-
-    slots: trio.CapacityLimiter | None
-
-    def __init__(self, call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> None:
-        self.call = call
-        self._scope = scope
-        self._idle_timeout = min(call.request.idle_timeout, options.server.default_timeout)
-        # Half as much as to look for the clock each time.
-        self._now = trio.lowlevel.current_clock().current_time
-        self._deadline = self._now() + call.request.total_timeout
-        self._turn_ends = -math.inf
-        self._left_in_turn = 0
-        self.restart_idle_timer()
-
-    @abc.abstractmethod
-    async def prepare(self) -> None:
-        """Do what needs no slot. Raises nothing but ``trio.Cancelled``."""
-
-    @abc.abstractmethod
-    async def work(self) -> None:
-        """Answer the call, in the slot that the caller holds. Raises nothing but ``trio.Cancelled``."""
-
-    def restart_idle_timer(self) -> None:
-        """Let the silence begin now: the work is late if nothing comes of it from now on."""
-        self._scope.deadline = min(self._now() + self._idle_timeout, self._deadline)
-
-    def pause_idle_timer(self) -> None:
-        """Let there be silence, until :meth:`restart_idle_timer`: it is not the work that is waited for."""
-        self._scope.deadline = self._deadline
-
-    async def apply_backpressure(self) -> None:
-        """Wait while the client is slow to take what has been put; its time does not count.
-
-        Looks for a cancellation in any case. Lets others run when the work has not done so itself for a while: one that
-        waits for each piece of its output need not be scheduled twice for it, and of one that never waits a few pieces
-        leave together, which costs everybody on their way a fraction of what each alone would.
-        """
-        if self.call.body.waiting_bytes >= self.call.body.window:
-            self.pause_idle_timer()
-            await self.call.body.wait_room()
-            return
-        task = trio.lowlevel.current_task()
-        # Trio makes this None whenever it schedules the task.
-        if task.custom_sleep_data is not self:
-            task.custom_sleep_data = self
-            self._left_in_turn = MAX_OUTPUTS_PER_TURN
-            self._turn_ends = self._now() + TURN
-        elif self._left_in_turn == 1 or self._now() >= self._turn_ends:
-            await trio.lowlevel.checkpoint()
-            return
-        self._left_in_turn -= 1
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    def timeout_error(self) -> TooSlow:
-        """Return what to tell the client when the scope's deadline has passed."""
-        if trio.current_time() >= self._deadline:
-            # Not the number: of what the client has given, other nodes may have used up a part.
-            return TooSlow("The answer was not complete within the time that its client gives it")
-        return TooSlow(f"The model gave nothing for {self._idle_timeout:g} s")
-
-    def fail(self, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
-        """End the answer with an error; without effect after its end. The flags are those of ``Failed``."""
-        if not self.call.ended:
-            self.call.put(Failed(error, retryable, timed_out))
-
-    def to_api_error(self, error: BaseException) -> ApiError:
-        """Return what the client is told of something that a handler raised; the rest is for the log."""
-        call_task = _api_error_in(error)
-        if call_task is None:
-            logger.error(
-                "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
-            )
-            return HandlerFailed()
-        return call_task
-
-    def log_fields(self) -> dict[str, Any]:
-        """Return what a log line about the call should carry."""
-        request = self.call.request
-        return {"fields": {"model": request.model, "request_id": request.request_id}}
-
 
 MakeTask: TypeAlias = Callable[[Call, trio.CancelScope, ClusterServerOptions], CallTask]
 
 
 class HandlerPool:
-    """The slots of this process and the nursery in which its calls are answered.
+    """The slots of this process, and the nursery in which its calls are answered.
 
     Args:
-        options: read at the time of use, so that a change acts at once on calls that come after it.
+        options: read at the time of use, so that a change applies to the calls that come after it.
 
     Attributes:
-        slots: what handlers run in.
+        options: as given; replaced as a whole only while nothing runs.
+        slots: the slots for handlers.
         waiting: how many calls wait for a slot.
     """
 
@@ -180,15 +65,19 @@ class HandlerPool:
 
     @property
     def tasks(self) -> int:
-        """How many calls have a task here: those that wait, those that run, and those that wind down."""
+        """How many calls have a task here: those that wait, those that run, and those that are stopping."""
         return 0 if self._nursery is None else len(self._nursery.child_tasks)
 
     def resize(self) -> None:
-        """Make the number of slots what the options say; handlers over a smaller one run on, but no new one starts."""
+        """Set the number of slots to ``max_concurrency``. Synchronous.
+
+        If there are fewer now, handlers that run over the new number go on, and no further one starts until they are
+        done.
+        """
         self.slots.total_tokens = self.options.server.max_concurrency
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run handlers until cancelled; then cancel those that run and wait until they have stopped."""
+        """Run calls until cancelled; then cancel those that run, and wait until their work has stopped."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
@@ -198,7 +87,11 @@ class HandlerPool:
                 self._nursery = None
 
     def start(self, request: Request, make_task: MakeTask) -> Call:
-        """Begin to answer ``request``.
+        """Open a call for ``request``, and start its task. Synchronous.
+
+        Args:
+            request: what is to be answered.
+            make_task: called with the call, its cancel scope and the options.
 
         Raises:
             ShuttingDown: the pool is not being served.
@@ -217,12 +110,12 @@ class HandlerPool:
         return call
 
     async def _run(self, call_task: CallTask, scope: trio.CancelScope) -> None:
-        """Be the task of one call. Whatever happens inside, the call is ended and released, and nothing leaks out."""
+        """Run the task of one call. However it ends, the call is ended and released, and the nursery sees no error."""
         request = call_task.call.request
         current_request.set(request.request_id)
         current_principal.set(request.principal.name)
-        # The scope's deadline cannot tell a handler that it is late once it shields itself; the relay's own deadline
-        # answers the client then, and the slot stays taken until the handler is really done.
+        # The scope's deadline does not stop a handler that shields itself. The gateway's own deadline then answers the
+        # client, and the slot stays taken until the handler is really done.
         try:
             with scope:
                 await call_task.prepare()
@@ -232,17 +125,30 @@ class HandlerPool:
                 if not call_task.call.ended:
                     logger.warning("no answer in time: %s", error.message, extra=call_task.log_fields())
                 call_task.fail(error, timed_out=True)
-        except (trio.Cancelled, RuntimeError) as error:  # noqa: ASYNC103
+        except (trio.Cancelled, Exception) as error:  # noqa: ASYNC103
             if isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
                 raise
-            # A scope that the handler opened around a `yield` expired, or was left, while the handler was parked
-            # there: its Cancelled belongs to nobody any more. Only this call is wrong.
-            logger.exception("a cancel scope of the handler leaked", extra=call_task.log_fields())
-            call_task.fail(HandlerFailed())
+            if isinstance(error, trio.Cancelled | RuntimeError):
+                # The handler opened a cancel scope around a `yield`, and the scope expired or was left while the
+                # handler was parked there. No scope that is still open catches its Cancelled.
+                text = "a cancel scope of the handler leaked"
+            else:
+                text = "a call failed unexpectedly"
+            # Only this call is wrong; the others share its nursery.
+            logger.exception(text, extra=call_task.log_fields())
+            self._fail_after_error(call_task)
         finally:
             call_task.call.release()
 
+    def _fail_after_error(self, call_task: CallTask) -> None:
+        try:
+            call_task.fail(HandlerFailed())
+        except Exception:
+            # The consumer of the call is what fails. The call ends by its release.
+            logger.exception("a call could not be failed", extra=call_task.log_fields())
+
     async def _in_slot(self, call_task: CallTask) -> None:
+        """Wait for a slot if the work needs one, do the work, and free the slot."""
         call, slots = call_task.call, call_task.slots
         if call.end is not None:
             return
@@ -275,5 +181,8 @@ class HandlerPool:
         )
 
     def _retry_after(self) -> float:
-        # Nobody knows how long handlers take; the wait that was just in vain is the best guess there is.
+        """Return the seconds after which a client should try again.
+
+        It is a guess, since it is unknown how long handlers take: as long as the wait that was just in vain.
+        """
         return max(1.0, min(self.options.server.queue_timeout, 60.0))

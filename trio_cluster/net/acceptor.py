@@ -7,13 +7,13 @@ are accepted with it, up to :data:`_AT_ONCE`.
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 import trio
 
+from .exhaustion import ExhaustionLog, exhausted_resource
 from .streams import ByteStream, Listener
 
 __all__ = ["accept_all"]
@@ -22,8 +22,6 @@ logger = logging.getLogger("trio_cluster.http")
 
 #: Connections that are accepted before all other tasks have their turn.
 _AT_ONCE: Final = 16
-#: The errors of a system that has no room for another connection, and may have later.
-_NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: Seconds until it is tried again then.
 _WAIT_FOR_ROOM: Final = 0.1
 
@@ -33,23 +31,38 @@ async def accept_all(listener: Listener, admit: Callable[[ByteStream], object]) 
 
     Args:
         listener: where they come in; closed in the end.
-        admit: called with the stream of each, which is the callee's to close. Synchronous.
+        admit: called with the stream of each, which is the callee's to close. Synchronous. If it raises an exception,
+            that is logged, and the connection is closed.
 
     Raises:
-        OSError: the listener is broken. A system that has no room for another connection is logged, and waited for.
+        OSError: the listener is broken. A system that has no room for another connection is waited for; that is logged
+            when it begins, and when it is over.
         trio.ClosedResourceError: the listener was closed by another task.
     """
+    exhaustion = ExhaustionLog(logger, "another connection")
     async with listener:
         while True:
             try:
-                admit(await listener.accept())
+                stream = await listener.accept()
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                resource = exhausted_resource(error)
+                if not resource:
                     raise
-                logger.error("no room for another connection: %s", error.strerror)
+                exhaustion.failed(resource)
                 await trio.sleep(_WAIT_FOR_ROOM)
             else:
+                exhaustion.succeeded()
+                _admit(stream, admit)
                 _accept_waiting(listener, admit)
+
+
+def _admit(stream: ByteStream, admit: Callable[[ByteStream], object]) -> None:
+    try:
+        admit(stream)
+    except Exception:
+        # It must not end the listener, and all other connections with it.
+        logger.exception("a connection could not be served")
+        stream.close()
 
 
 def _accept_waiting(listener: Listener, admit: Callable[[ByteStream], object]) -> None:
@@ -59,4 +72,4 @@ def _accept_waiting(listener: Listener, admit: Callable[[ByteStream], object]) -
         except (trio.WouldBlock, OSError, trio.ClosedResourceError):
             # No connection waits any more; or the next ``accept`` meets the same error, and decides what to do.
             return
-        admit(stream)
+        _admit(stream, admit)

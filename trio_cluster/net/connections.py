@@ -1,6 +1,6 @@
 """A server's connections: they come in, are served, and end with the server.
 
-A connection that fails, for whatever reason, ends no other one.
+A connection that fails ends no other one.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ Where there is no epoll, and for streams without a descriptor, each connection h
 
 from __future__ import annotations
 
+import logging
 import select
 from typing import Final, Protocol
 
@@ -44,6 +45,8 @@ import trio
 from .streams import ByteStream
 
 __all__ = ["Reader", "Reading", "Receiver", "SharedReader", "TaskReader", "has_epoll"]
+
+logger = logging.getLogger("trio_cluster.http")
 
 #: Connections that are read in one turn.
 _AT_ONCE: Final = 64
@@ -130,7 +133,7 @@ class SharedReader:
                 for descriptor, _ in self._epoll.poll(0, _AT_ONCE):
                     reading = self._readings.get(descriptor)
                     if reading is not None:
-                        reading.read_once()
+                        reading.read_safely()
         finally:
             self._readings.clear()
             self._epoll.close()
@@ -184,6 +187,13 @@ class _SharedReading:
             self._epoll.register(self._descriptor, select.EPOLLIN)
             self._readings[self._descriptor] = self
             self._paused = False
+
+    def read_safely(self) -> None:
+        """Do what :meth:`read_once` does, for a task that reads other connections too: an exception ends it."""
+        try:
+            self.read_once()
+        except Exception as error:
+            _fail(error, self._receiver, self)
 
     def read_once(self) -> None:
         """Take what there is, if anything; also what the stream has read ahead."""
@@ -250,6 +260,9 @@ class _TaskReading:
                     data = await self._stream.read(_RECEIVE)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     data = b""
+                except Exception as error:
+                    _fail(error, receiver, self)
+                    return
                 _hand_over(data, receiver, self)
                 while self._paused:
                     await self._resumed.park()
@@ -262,5 +275,14 @@ def _hand_over(data: bytes, receiver: Receiver, reading: Reading) -> None:
     try:
         receiver.data_received(data)
     except Exception as error:
+        _fail(error, receiver, reading)
+
+
+def _fail(error: Exception, receiver: Receiver | None, reading: Reading) -> None:
+    """End a reading that has raised something. It is the connection's, whose task then raises it."""
+    try:
         reading.end()
-        receiver.read_failed(error)
+        if receiver is not None:
+            receiver.read_failed(error)
+    except Exception:
+        logger.exception("the reading of a connection failed")

@@ -1,11 +1,11 @@
 """The network as a node uses it: ports to listen on, and connections to make.
 
-Ports are bound before anything else happens, so that one that cannot be had is known at once. A master needs two that
-lie 1000 apart. Both are bound, and listen, before the first request is served; a second process that finds the first
-port taken may therefore take the answer on the second one as final.
+Ports are bound before anything else happens, so that a port that is in use is reported at once. A master needs two
+ports that lie 1000 apart. Both are bound, and listen, before the first request is served. So a second process that
+finds the first port taken may take the answer on the second one as final.
 
-A node talks to a :class:`Network`, and only :class:`Sockets` knows that there are sockets. Tests give it another one,
-whose time and failures they control. What a network hands out is in ``streams.py``.
+A node uses a :class:`Network`; :class:`Sockets` is the real one, and tests use another, whose time and failures they
+control. The listeners and connections that a network returns are in ``streams.py``.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ __all__ = [
 #: The workers' port is the API's port plus this.
 INTERNAL_OFFSET: Final = 1000
 
+#: All listeners of one port: one for each address.
 Listeners: TypeAlias = Sequence[Listener]
 
-#: Clients that may come at once; those that find no place here try again after a second. Systems may allow fewer.
+#: Clients that may connect at once; those over it try again after a second. The system may allow fewer.
 _BACKLOG: Final = 4096
+#: Pairs of ports that are tried when both may be picked.
 _TRIES: Final = 50
 
 
 class Network(Protocol):
-    """What a node asks of its surroundings."""
+    """What a node needs of a network."""
 
     async def listen(self, host: str, port: int) -> Listeners:
-        """Listen on every address that ``host`` stands for. A checkpoint.
+        """Listen on every address of ``host``. A checkpoint.
 
         Args:
             host: a name or a numeric address; ``0.0.0.0`` and ``::`` are all addresses of their family.
             port: 0 picks a free one, the same for all addresses.
 
         Raises:
-            ClusterPortError: it cannot be had; nothing is left open.
+            ClusterPortError: the port cannot be opened; nothing is left open.
         """
         ...
 
@@ -102,18 +104,16 @@ class Sockets:
 async def open_pair(
     network: Network, host: str, port: int, internal_host: str, internal_port: int | None
 ) -> tuple[Listeners, Listeners]:
-    """Open a master's two ports.
+    """Open a master's two ports. A checkpoint.
 
     Args:
-        network: where.
-        host: where the API listens.
-        port: 0 picks a free one.
-        internal_host: where workers are let in.
-        internal_port: ``None`` is the API's port plus 1000, both picked anew until a free pair is found if ``port``
-            is 0.
+        network: where to listen. host: the address of the API. port: the port of the API; 0 picks a free one.
+        internal_host: the address for workers. internal_port: the port for workers. ``None`` is the API's port plus
+        1000; if ``port`` is 0, both are picked again
+            until a free pair is found.
 
     Raises:
-        ClusterPortError: one of them cannot be had; its ``port`` says which, and nothing is left open.
+        ClusterPortError: one of the ports cannot be opened; its ``port`` tells which, and nothing is left open.
     """
     last = port + INTERNAL_OFFSET
     if internal_port is None and last > 65535:
@@ -139,22 +139,26 @@ async def open_pair(
 
 
 def port_of(listeners: Listeners) -> int:
-    """Return the port that they listen on."""
+    """Return the port that all of the listeners have."""
     return listeners[0].local_address[1]
 
 
 def close_all(listeners: Listeners) -> None:
-    """Close them at once. Harmless for those that are closed."""
+    """Close all listeners. Synchronous; harmless for those that are closed."""
     for listener in listeners:
         listener.close()
 
 
 def why_not_connected(error: Exception) -> str:
-    """Say in a few words why a connection could not be made, given what the attempt raised."""
+    """Return in a few words why a connection could not be made.
+
+    Args:
+        error: what the attempt raised.
+    """
     if isinstance(error, trio.TooSlowError):
         return "it does not answer"
     cause: BaseException = error
-    # Trio tries several addresses, and joins what went wrong with each of them. One reason is enough.
+    # Trio tries several addresses, and raises the errors of all of them together. The first one is enough.
     if isinstance(cause, OSError) and cause.__cause__ is not None:
         cause = cause.__cause__
     while isinstance(cause, BaseExceptionGroup):
@@ -164,12 +168,12 @@ def why_not_connected(error: Exception) -> str:
 
 
 def shown_address(host: str, port: int) -> str:
-    """Return an address as people, logs and URLs have it: an IPv6 host in brackets."""
+    """Return an address for people, logs and URLs: an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def local_address(host: str) -> str:
-    """Return where a process on this machine reaches a server that listens on ``host``."""
+    """Return the host at which a process on this machine reaches a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
@@ -190,14 +194,21 @@ def _listen(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> soc
 
 
 async def receive_when_ready(sock: trio.socket.SocketType, most: int) -> bytes:
-    """Return what has come on a socket, at most so many bytes, waiting for it if need be; empty at its end.
+    """Wait until a socket has something to read, and return it. A checkpoint. Cancelled, it loses nothing.
 
-    First waiting and then reading is one system call, and one turn of the scheduler, less than a stream needs, which
-    has to try first: what comes token by token is hardly ever there.
+    It waits first and reads then. That is one system call, and one turn of the scheduler, less than trio's streams
+    need, which try first: what arrives token by token is hardly ever there already.
+
+    Args:
+        sock: the socket.
+        most: bytes that may be returned at most.
+
+    Returns:
+        What has arrived; empty at the end of the stream.
 
     Raises:
         OSError: the connection is broken.
-        trio.ClosedResourceError, ValueError: the socket was closed while it was waited for, or before.
+        trio.ClosedResourceError, ValueError: the socket was closed, while this waited or before.
     """
     while True:
         await trio.lowlevel.wait_readable(sock)

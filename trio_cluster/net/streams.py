@@ -12,7 +12,7 @@ something to wait for.
 between two ``ssl.MemoryBIO`` fits under this protocol, and three of its rules are there for that:
 
 - Bytes may be ready although the descriptor is not readable, since a record that was read holds more of them than were
-  asked for. That is :attr:`ByteStream.pending`; whoever waits for the descriptor must look at it before.
+  asked for. That is :attr:`ByteStream.pending`, which is to be checked before waiting for the descriptor.
 - Reading may have to write (a handshake, a key update). What the socket does not take then is kept, and goes out before
   anything that is written later; the reader does not wait for it.
 - Bytes that were encrypted cannot be taken back. So what :meth:`ByteStream.try_write` has not taken must come first in

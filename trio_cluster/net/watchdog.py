@@ -19,15 +19,17 @@ the thread when the loop does not. So the thread completes a frame that the loop
 the loop completes one that the thread could not. A frame is never torn, and the lock is never held for longer than a
 write that does not block.
 
-*Why the thread may not outlive the link.* A descriptor that is closed is soon another connection's. Closing takes the
-lock; after it, and after the stream has been taken from the watchdog, the thread writes nothing to the stream.
+*Why the thread may not outlive the link.* A descriptor that is closed is soon another connection's. So closing a stream
+takes the lock, and from then on the thread writes nothing to it. The same holds once a stream is no longer watched.
 
-*On which connections?* On every one, or there is no link: :func:`injectable` refuses a connection on which a thread
+*On which connections?* On all of them: :func:`injectable` refuses a connection on which a thread
 cannot write (see :class:`~trio_cluster.net.streams.ByteStream`). A simulated one needs no thread, since its time stands
 still while the loop is blocked.
 
-There is one thread for each event loop, which serves all links of it, and only while there are any. What it cannot
-help against is code that does not let other threads run, such as an extension that computes without releasing
+*Without a link* a block is logged all the same, see :func:`log_blocks`: it stops every answer of the node.
+
+There is one thread for each event loop, which serves all links of it, and only while something is watched. What it
+cannot help against is code that does not let other threads run, such as an extension that computes without releasing
 Python's interpreter lock.
 """
 
@@ -55,13 +57,14 @@ __all__ = [
     "blocking_frame",
     "heartbeats_while_blocked",
     "injectable",
+    "log_blocks",
     "take_max_lag",
 ]
 
 logger = logging.getLogger("trio_cluster.pulse")
 
-#: Makes the frame that is written when the loop misses a beat: of the seconds that its turn has lasted so far, and of
-#: what blocks it ("" for a turn that is not long enough to be called a block). Called in the thread.
+#: Makes the frame that is written when the loop misses a heartbeat: of the seconds that its turn has lasted so far, and
+#: of what blocks it ("" for a turn that is not long enough to be called a block). Called in the thread.
 Frame: TypeAlias = Callable[[float, str], bytes]
 
 #: How often the thread looks, in an interval between two heartbeats.
@@ -203,9 +206,9 @@ def injectable(stream: ByteStream) -> InjectableStream:
 def heartbeats_while_blocked(
     stream: InjectableStream, every: float, frame: Frame, on_recovered: Callable[[], None]
 ) -> Iterator[None]:
-    """Send heartbeats on ``stream`` for as long as the block lasts, whenever the event loop does not.
+    """Watch ``stream`` during the ``with`` statement: heartbeats are sent on it while the event loop is blocked.
 
-    To be entered and left in a task. When the block is left, nothing more of it will be written.
+    To be entered and left in a task. After the ``with`` statement, the thread writes nothing more to the stream.
 
     Args:
         stream: nothing is sent on one with virtual time, on which no heartbeat can be missing.
@@ -216,12 +219,30 @@ def heartbeats_while_blocked(
     if stream.virtual_time:
         yield
         return
+    with _watch(_WatchedStream(stream, every, frame, on_recovered)):
+        yield
+
+
+@contextmanager
+def log_blocks(every: float) -> Iterator[None]:
+    """Log during the ``with`` statement when the event loop is blocked, also where there is no link.
+
+    To be entered and left in a task.
+
+    Args:
+        every: seconds after which a turn of the loop is called a block.
+    """
+    with _watch(_WatchedLoop(every)):
+        yield
+
+
+@contextmanager
+def _watch(watched: _Watched) -> Iterator[None]:
     try:
         watchdog = _watchdog.get()
     except LookupError:
         watchdog = _Watchdog()
         _watchdog.set(watchdog)
-    watched = _WatchedStream(stream, every, frame, on_recovered)
     watchdog.add(watched)
     try:
         yield
@@ -232,7 +253,7 @@ def heartbeats_while_blocked(
 def take_max_lag() -> float:
     """Return the length in seconds of this event loop's longest turn since the last time that this was called.
 
-    It is measured while there is any stream with a pulse, and 0 otherwise.
+    It is measured while any stream is watched, and 0 otherwise.
     """
     try:
         return _watchdog.get().take_max_lag()
@@ -249,13 +270,18 @@ class _WatchedStream:
     frame: Frame
     on_recovered: Callable[[], None]
     told: float | None = None
-    """The beginning of the turn that has been called a block."""
+    """The beginning of the turn that the peer was told of as a block."""
 
     def write_if_due(self, now: float, since: float, blocked_by: str) -> bool:
         """Write a frame if it is time for one, or if the turn that began at ``since`` has just become a block.
 
+        Args:
+            now: the time, on the monotonic clock.
+            since: when the turn began, on the same clock.
+            blocked_by: what blocks the loop; empty while the turn is not long enough to be a block.
+
         Returns:
-            Whether the other end has been told of a block.
+            Whether the peer was told of a block.
         """
         is_news = bool(blocked_by) and self.told != since
         is_due = now - self.stream.last_frame >= self.every
@@ -265,21 +291,49 @@ class _WatchedStream:
             self.told = since
         return bool(blocked_by)
 
+    def on_added(self) -> None:
+        self.stream.allow_injection(True)
+
+    def on_removed(self) -> None:
+        self.stream.allow_injection(False)
+
+
+@attrs.define(eq=False)
+class _WatchedLoop:
+    """In the place of a stream where there is none: blocks are only logged."""
+
+    every: float
+
+    def write_if_due(self, now: float, since: float, blocked_by: str) -> bool:
+        return False
+
+    def on_recovered(self) -> None:
+        pass
+
+    def on_added(self) -> None:
+        pass
+
+    def on_removed(self) -> None:
+        pass
+
+
+_Watched: TypeAlias = _WatchedStream | _WatchedLoop
+
 
 class _Watchdog(trio.abc.Instrument):
-    """Watches one event loop, and beats for its links while that is blocked."""
+    """Watches one event loop, and sends heartbeats on its links while that is blocked."""
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._loop = threading.get_ident()
-        self._watched: set[_WatchedStream] = set()
-        # For the set of pulses, and never held while anything is done with one of them.
+        self._watched: set[_Watched] = set()
+        # For the set of what is watched; never held while something is done with one of them.
         self._lock = threading.Lock()
         self._stop = threading.Event()
         # Read by the thread as they are: a float or None, replaced at once.
         self._since: float | None = None
         self._longest = 0.0
-        # The beginnings of the turns of which the log has been told that they are blocks, and that they are over.
+        # The beginning of the last turn that was logged as a block, and of the last one that was logged as over.
         self._blocked: float | None = None
         self._recovered: float | None = None
 
@@ -295,8 +349,8 @@ class _Watchdog(trio.abc.Instrument):
         """Begin a turn."""
         self._since = time.monotonic()
 
-    def add(self, watched: _WatchedStream) -> None:
-        watched.stream.allow_injection(True)
+    def add(self, watched: _Watched) -> None:
+        watched.on_added()
         with self._lock:
             first = not self._watched
             self._watched.add(watched)
@@ -304,17 +358,17 @@ class _Watchdog(trio.abc.Instrument):
             self._since = time.monotonic()
             self._longest = 0.0
             trio.lowlevel.add_instrument(self)
-            # Its own event to stop by, so that one which is still on its way out is not called back.
+            # Each thread has an event of its own, so that one that is still ending is not started again.
             self._stop = threading.Event()
             try:
                 threading.Thread(
-                    target=self._run, args=(self._stop,), name="trio_cluster pulse", daemon=True
+                    target=self._run, args=(self._stop,), name="trio_cluster watchdog", daemon=True
                 ).start()
             except RuntimeError as error:
-                logger.warning("no signs of life while the event loop is blocked: %s", error)
+                logger.warning("no heartbeats while the event loop is blocked: %s", error)
 
-    def remove(self, watched: _WatchedStream) -> None:
-        watched.stream.allow_injection(False)
+    def remove(self, watched: _Watched) -> None:
+        watched.on_removed()
         with self._lock:
             self._watched.remove(watched)
             last = not self._watched
@@ -328,8 +382,12 @@ class _Watchdog(trio.abc.Instrument):
         return longest if self._since is None else max(longest, time.monotonic() - self._since)
 
     def _on_recovered(self, since: float) -> None:
-        for watched in self._watched:
-            watched.on_recovered()
+        for watched in self._snapshot():
+            try:
+                watched.on_recovered()
+            except Exception:
+                # Trio calls this itself, and an exception would end the whole event loop.
+                logger.exception("a link failed after its event loop was blocked")
         if self._recovered == since:
             return
         self._recovered = since
@@ -343,14 +401,19 @@ class _Watchdog(trio.abc.Instrument):
         while not stop.wait(min((watched.every for watched in streams), default=1.0) / _LOOKS):
             streams = self._snapshot()
             since = self._since
-            if since is not None:
+            if since is None:
+                continue
+            try:
                 self._look(streams, since, time.monotonic())
+            except Exception:
+                # The thread serves all links of the loop, which would be dropped one after the other without it.
+                logger.exception("a heartbeat of a blocked event loop failed")
 
-    def _snapshot(self) -> tuple[_WatchedStream, ...]:
+    def _snapshot(self) -> tuple[_Watched, ...]:
         with self._lock:
             return tuple(self._watched)
 
-    def _look(self, streams: tuple[_WatchedStream, ...], since: float, now: float) -> None:
+    def _look(self, streams: tuple[_Watched, ...], since: float, now: float) -> None:
         blocked_by, told = "", False
         for watched in streams:
             if now - since >= watched.every:
@@ -360,8 +423,8 @@ class _Watchdog(trio.abc.Instrument):
                 watched.write_if_due(now, since, "")
         is_news = bool(blocked_by) and self._blocked != since
         if told or is_news:
-            # Each time anew: in whatever order a frame of ours meets with what the loop itself is saying at the same
-            # moment, the last word will be that the loop runs.
+            # For each frame, and not once for each block: the loop may be sending something at the same moment, and
+            # the last heartbeat that the peer gets has to say that the loop runs.
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._on_recovered, since)
         # Last of all: the log may block as well.
@@ -371,7 +434,7 @@ class _Watchdog(trio.abc.Instrument):
             logger.warning("the event loop is blocked: %s", blocked_by, extra={"fields": fields})
 
 
-_watchdog: Final[trio.lowlevel.RunVar[_Watchdog]] = trio.lowlevel.RunVar("heart")
+_watchdog: Final[trio.lowlevel.RunVar[_Watchdog]] = trio.lowlevel.RunVar("watchdog")
 
 
 _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep

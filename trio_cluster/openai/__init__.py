@@ -8,7 +8,8 @@ not depend on responses, and an encoder knows of requests only their types. ``en
 the two together.
 """
 
-from .endpoints import ENDPOINTS, Endpoint, custom_path, endpoint_named
+from .endpoints import ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
+from .failures import EndDetector, FailureGrammar
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
 from .requests.forms import FormReader, is_form, media_type
@@ -34,6 +35,7 @@ __all__ = [
     "ENDPOINTS",
     "ERROR",
     "ERRORS",
+    "KNOWN_STREAMS",
     "NO_PROXY_BUFFERING",
     "PING",
     "ASRRequest",
@@ -41,7 +43,9 @@ __all__ = [
     "CustomRequest",
     "EmbeddingRequest",
     "Encoder",
+    "EndDetector",
     "Endpoint",
+    "FailureGrammar",
     "FinishReason",
     "FormPeek",
     "FormReader",

@@ -15,6 +15,14 @@ import attrs
 
 from trio_cluster.core.model import Kind
 
+from .failures import (
+    ERROR_OBJECT,
+    IMAGE_ERROR,
+    MESSAGE_ERROR,
+    RESPONSE_FAILED,
+    TYPED_ERROR,
+    FailureGrammar,
+)
 from .requests.custom import checked_path, read_custom
 from .requests.fields import Table
 from .requests.forms import Form
@@ -67,7 +75,7 @@ from .responses.speech import PlainSpeech, StreamedSpeech
 from .responses.text import ChatShape, CompletionShape, PlainText, StreamedText, TextShape
 from .responses.transcriptions import PlainTranscription, StreamedTranscription
 
-__all__ = ["ENDPOINTS", "Endpoint", "custom_path", "endpoint_named"]
+__all__ = ["ENDPOINTS", "KNOWN_STREAMS", "Endpoint", "custom_path", "endpoint_named"]
 
 
 _JSON: Final = ("application/json",)
@@ -110,6 +118,8 @@ class Endpoint:
     parse_form: _ParseForm | None = None
     """For routes that take only a form: ``parse_form(form, headers)`` does the same as ``parse``, with a form that has
     been read. The form is used up. ``checked`` is as for ``parse``."""
+    failure: FailureGrammar = ERROR_OBJECT
+    """How a stream of this route says that it has failed."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
@@ -175,7 +185,16 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 COMPLETION,
                 _JSON_OR_EVENTS,
             ),
-            Endpoint("responses", "/responses", "chat", read_response, _response, RESPONSE, _JSON_OR_EVENTS),
+            Endpoint(
+                "responses",
+                "/responses",
+                "chat",
+                read_response,
+                _response,
+                RESPONSE,
+                _JSON_OR_EVENTS,
+                failure=RESPONSE_FAILED,
+            ),
             Endpoint("embeddings", "/embeddings", "embedding", read_embedding, _embedding, EMBEDDING),
             Endpoint(
                 "audio.transcriptions",
@@ -186,6 +205,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 TRANSCRIPTION,
                 (*_JSON_OR_EVENTS, "text/plain", "text/vtt"),
                 transcription_of,
+                TYPED_ERROR,
             ),
             Endpoint(
                 "audio.translations",
@@ -196,6 +216,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 TRANSLATION,
                 (*_JSON, "text/plain", "text/vtt"),
                 translation_of,
+                TYPED_ERROR,
             ),
             Endpoint(
                 "audio.speech",
@@ -205,6 +226,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _speech,
                 SPEECH,
                 ("audio/*", "text/event-stream"),
+                failure=TYPED_ERROR,
             ),
             Endpoint(
                 "images.generations",
@@ -214,6 +236,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _image,
                 IMAGE_GENERATION,
                 _JSON_OR_EVENTS,
+                failure=IMAGE_ERROR,
             ),
             Endpoint(
                 "images.edits",
@@ -224,6 +247,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 IMAGE_EDIT,
                 _JSON_OR_EVENTS,
                 image_edit_of,
+                IMAGE_ERROR,
             ),
             Endpoint("rerank", "/rerank", "rerank", read_rerank, _rerank, RERANK),
             Endpoint("moderations", "/moderations", "moderation", read_moderation, _moderation, MODERATION),
@@ -231,6 +255,12 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
     }
 )
 
+
+#: Routes of other APIs that servers behind an engine answer, with streams in a grammar of their own.
+_OTHER_FAILURES: Final = {"/v1/messages": MESSAGE_ERROR}
+
+#: The names of the endpoints whose streams have a grammar that is known, whichever server answers.
+KNOWN_STREAMS: Final = frozenset({*ENDPOINTS, *_OTHER_FAILURES})
 
 #: Paths that cannot become custom routes.
 _TAKEN: Final = {"/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())}
@@ -264,4 +294,7 @@ def _custom(request: CustomRequest, *, response_id: str, created: int) -> Encode
 # Bounded, since the paths come from clients. Few of them are routes that a model answers.
 @lru_cache(maxsize=256)
 def _custom_endpoint(path: str) -> Endpoint:
-    return Endpoint(path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom)
+    failure = _OTHER_FAILURES.get(path, ERROR_OBJECT)
+    return Endpoint(
+        path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom, failure=failure
+    )

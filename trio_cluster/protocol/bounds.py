@@ -16,11 +16,14 @@ from trio_cluster.core.headers import HEADER_NAME, HEADER_VALUE
 
 __all__ = [
     "HEADERS_MAX",
+    "HEADER_COUNT_MAX",
+    "JSON_DEPTH_MAX",
     "JSON_MAX",
     "NAMES_MAX",
     "NAME_MAX",
     "PROGRESS_MAX",
     "TEXT_MAX",
+    "USAGE_MAX",
     "clip",
     "content_type",
     "headers",
@@ -47,10 +50,10 @@ HEADERS_MAX: Final = 32768
 #: The size of a JSON object: its characters, plus eight for each value.
 JSON_MAX: Final = 32768
 
-_HEADER_COUNT_MAX: Final = 128
-_JSON_DEPTH_MAX: Final = 16
+HEADER_COUNT_MAX: Final = 128
+JSON_DEPTH_MAX: Final = 16
 #: Entries of a usage report, and characters in the name of one.
-_USAGE_MAX: Final = 16
+USAGE_MAX: Final = 16
 _USAGE_NAME_MAX: Final = 64
 
 Validator = Callable[[Any, Any, Any], None]
@@ -141,8 +144,8 @@ def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None
 
 def usage(_: Any, attribute: Any, value: dict[str, int]) -> None:
     """Validate numbers of tokens, by name."""
-    if len(value) > _USAGE_MAX:
-        raise ValueError(f"{attribute.name}: more than {_USAGE_MAX} entries")
+    if len(value) > USAGE_MAX:
+        raise ValueError(f"{attribute.name}: more than {USAGE_MAX} entries")
     for key, count in value.items():
         if not 0 <= count < 1 << 53 or len(key) > _USAGE_NAME_MAX:
             raise ValueError(f"{attribute.name}: a number is out of range, or a name is too long")
@@ -159,8 +162,8 @@ def content_type(_: Any, attribute: Any, value: str) -> None:
 def headers(_: Any, attribute: Any, value: dict[str, str] | tuple[tuple[str, str], ...]) -> None:
     """Validate HTTP headers, in both forms in which messages carry them: they are forwarded unchanged."""
     pairs: Iterable[tuple[str, str]] = value.items() if isinstance(value, dict) else value
-    if len(value) > _HEADER_COUNT_MAX:
-        raise ValueError(f"{attribute.name}: more than {_HEADER_COUNT_MAX} headers")
+    if len(value) > HEADER_COUNT_MAX:
+        raise ValueError(f"{attribute.name}: more than {HEADER_COUNT_MAX} headers")
     room = HEADERS_MAX
     for key, content in pairs:
         room -= len(key) + len(content)
@@ -177,7 +180,7 @@ def json_object(_: Any, attribute: Any, value: dict[str, Any]) -> None:
     room = JSON_MAX
     level: list[Any] = [value]
     # Level by level and not recursively: the depth is chosen by the peer.
-    for _depth in range(_JSON_DEPTH_MAX):
+    for _depth in range(JSON_DEPTH_MAX):
         below: list[Any] = []
         for node in level:
             room -= 8
@@ -209,4 +212,4 @@ def json_object(_: Any, attribute: Any, value: dict[str, Any]) -> None:
         if not below:
             return
         level = below
-    raise ValueError(f"{attribute.name}: nested deeper than {_JSON_DEPTH_MAX}")
+    raise ValueError(f"{attribute.name}: nested deeper than {JSON_DEPTH_MAX}")

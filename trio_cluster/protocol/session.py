@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 
 import attrs
 
 from .bounds import NAME_MAX, PROGRESS_MAX, clip
-from .codec import MAX_MESSAGE, decode, encode
+from .codec import MAX_MESSAGE, decode, decode_handshake, encode
 from .errors import HandshakeError, PeerSilent, ProtocolError
 from .messages import (
     MAGIC,
@@ -111,6 +111,8 @@ class Session(abc.ABC, Generic[EventT]):
         heartbeat_interval: seconds between heartbeats.
         silence_timeout: seconds without any message from the peer after which it counts as lost. This also limits the
             wait for its handshake.
+        admit: given the peer's handshake, returns whether anything else of this peer is wanted. If not, its handshake
+            is still returned as an event, and nothing that follows it is decoded. Synchronous, and must not raise.
 
     Attributes:
         peer: the peer's handshake, once it has been received.
@@ -131,12 +133,15 @@ class Session(abc.ABC, Generic[EventT]):
         instance: str = "",
         heartbeat_interval: float = 5.0,
         silence_timeout: float = 30.0,
+        admit: Callable[[Handshake], bool] = lambda _: True,
     ) -> None:
         self.peer: Handshake | None = None
         self.protocol: int | None = None
         self.peer_blocked = ""
         self.lag = 0.0
         self.close_reason: str | None = None
+        self._admit = admit
+        self._refused = False
         self._own_heartbeat = Heartbeat()
         self._heartbeat_interval = heartbeat_interval
         self._silence_timeout = silence_timeout
@@ -166,10 +171,15 @@ class Session(abc.ABC, Generic[EventT]):
             raise ProtocolError(self.close_reason)
         self._last_received = now
         events: list[Any] = []
+        if self._refused:
+            return events
         try:
             if self._outbox.backlog > MAX_BACKLOG:
                 raise ProtocolError("the peer sends but does not read")
-            self._receive_all(decode(data), events)
+            if self.peer is None:
+                self._receive_first(data, events)
+            else:
+                self._receive_all(decode(data), events)
         except ProtocolError as exc:
             for event in events:
                 if isinstance(event, ForwardRequest):
@@ -246,7 +256,7 @@ class Session(abc.ABC, Generic[EventT]):
         return now - self._last_received
 
     def extend_silence_deadline(self, seconds: float, now: float) -> None:
-        """Shorten the silence of the peer by some seconds, during which this end did not read.
+        """Give the peer more time: for some seconds it was this end that did not read.
 
         Args:
             seconds: for how long this end did not read.
@@ -400,13 +410,18 @@ class Session(abc.ABC, Generic[EventT]):
         for message in messages:
             self._receive_message(message, events)
 
+    def _receive_first(self, data: bytes, events: list[Any]) -> None:
+        """Process the first batch: only its handshake, unless the peer is admitted."""
+        handshake, more = decode_handshake(data)
+        self._on_handshake(handshake)
+        events.append(handshake)
+        if not self._admit(handshake):
+            self._refused = True
+        elif more:
+            self._receive_all(decode(data)[1:], events)
+
     def _receive_message(self, message: Message, events: list[Any]) -> None:
-        if self.peer is None:
-            if not isinstance(message, Handshake):
-                raise ProtocolError(f"the first message must be Handshake, not {type(message).__name__}")
-            self._on_handshake(message)
-            events.append(message)
-        elif isinstance(message, _CALL_MESSAGES):
+        if isinstance(message, _CALL_MESSAGES):
             state = self.state(message.call)
             kind: MessageKind = LastData if type(message) is Data and message.last else type(message)
             next_state = RECEIVE_TRANSITIONS[self._role].get((state, kind))

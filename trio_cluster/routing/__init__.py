@@ -1,5 +1,5 @@
-"""Routing: which models there are, which replica a request goes to, how well each replica does, and the retry.
+"""Routing: the catalogue of models and replicas, the choice of a replica, its health, and the retry.
 
-``router.py`` opens calls; ``catalog.py`` knows names and replicas, ``policy.py`` chooses among them, and ``health.py``
-says which of them may be chosen.
+``router.py`` opens calls; ``catalog.py`` knows the models and their replicas, ``policy.py`` chooses among the replicas,
+and ``health.py`` records which of them may be chosen.
 """

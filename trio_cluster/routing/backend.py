@@ -1,4 +1,4 @@
-"""What a request can be routed to: a handler in this process, or a worker. The router sees no difference."""
+"""Backends: what a request can be routed to. A local handler and a worker look the same to the router."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .health import Health
 
 __all__ = ["LOCAL", "Backend"]
 
-#: The name of every backend in this process.
+#: The name of every backend of this process.
 LOCAL: Final = "local"
 
 
 class Backend(Protocol):
-    """Whatever can answer requests: a handler in this process, or a worker far away."""
+    """Answers requests for one or more models: a handler in this process, or a worker."""
 
     @property
     def name(self) -> str:
@@ -24,18 +24,18 @@ class Backend(Protocol):
 
     @property
     def load(self) -> float:
-        """How busy it is: calls it has, as a share of those it can run at once. May exceed 1."""
+        """The number of its calls, divided by the number that it can run at once. May exceed 1."""
         ...
 
     @property
     def health(self) -> Health:
-        """Whether it may be given new calls, and how well it does with them."""
+        """Whether it may be given new calls, and how its calls ended."""
         ...
 
     def open(self, request: Request) -> Call:
-        """Begin to answer ``request``. Synchronous: on return the call exists and can be cancelled.
+        """Begin to answer a request. Synchronous: on return the call exists and can be cancelled.
 
         Raises:
-            ApiError: it cannot be begun here; nothing was started.
+            ApiError: this backend cannot answer it now; nothing was started.
         """
         ...

@@ -1,7 +1,7 @@
 """The catalogue: which models there are, and which backends serve them.
 
-A model may have several replicas: backends that serve the same name. What each of them says of the model may differ in
-the routes that it answers besides those of its kind; the catalogue lists what any of them answers.
+A model may have several replicas: backends that serve the same name. They may differ in the endpoints that they answer
+besides those of the model's kind; the catalogue lists every endpoint that at least one of them answers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ __all__ = ["Catalog", "NameTaken"]
 
 
 class NameTaken(ValueError):
-    """A model of this name is already served, and may not be served a second time."""
+    """A model cannot be added or changed, because of another one that has the same name."""
 
 
 class _Model:
-    """A model and its replicas, the one used longest ago first, each with what it says the model is."""
+    """A model and its replicas, least recently used first, each with its own description of the model."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.replicas: dict[Backend, ModelInfo] = {}
         self.info = info
-        """What its first replica said, and all that any replica answers."""
+        """The first replica's description, with the extra endpoints of all replicas."""
 
     def put(self, info: ModelInfo, backend: Backend) -> None:
         self.replicas[backend] = info
@@ -46,7 +46,7 @@ class Catalog:
     """The models of a node: its own and, on a master, those of its workers.
 
     Attributes:
-        passthrough: the names of the models of kind ``"any"``, which are to get requests as clients send them.
+        passthrough: the names of the passthrough models (kind ``"any"``), whose requests must not be parsed.
     """
 
     def __init__(self) -> None:
@@ -54,15 +54,15 @@ class Catalog:
         self.passthrough: set[str] = set()
 
     def add(self, info: ModelInfo, backend: Backend, *, replicate: bool = False) -> None:
-        """Serve a model from now on.
+        """Add a model of a backend.
 
         Args:
-            info: what the model is.
-            backend: who answers for it.
-            replicate: another model of the same name and kind is not a conflict, but a replica of this one.
+            info: the description of the model.
+            backend: the backend that serves it.
+            replicate: if a model of this name and kind exists, add the backend as a further replica of it.
 
         Raises:
-            NameTaken: the name is taken.
+            NameTaken: a model of this name exists, and this one cannot be a replica of it.
         """
         model = self._models.get(info.name)
         if model is None:
@@ -70,23 +70,23 @@ class Catalog:
             model.put(info, backend)
             self._note_kind(info)
             return
-        who = ", ".join(replica.name for replica in model.replicas)
+        servers = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
-            raise NameTaken(f"a model named '{info.name}' is already served by {who}")
+            raise NameTaken(f"a model named '{info.name}' is already served by {servers}")
         kind = model.info.kind
         if kind != info.kind:
             raise NameTaken(
-                f"a model named '{info.name}' is already served by {who}, as {kind}, not {info.kind}"
+                f"a model named '{info.name}' is already served by {servers}, as {kind}, not {info.kind}"
             )
         if any(replica.name == backend.name for replica in model.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
         model.put(info, backend)
 
     def update(self, info: ModelInfo, backend: Backend) -> None:
-        """Take note that a model which ``backend`` serves is something else from now on.
+        """Replace a backend's description of a model that it serves.
 
         Raises:
-            NameTaken: it would be of another kind than its replicas are.
+            NameTaken: the kind would differ from that of the other replicas.
         """
         model = self._models[info.name]
         others = [other for replica, other in model.replicas.items() if replica is not backend]
@@ -100,7 +100,11 @@ class Catalog:
         self._note_kind(info)
 
     def remove(self, name: str, backend: Backend) -> bool:
-        """Take a model of ``backend`` out; calls that run go on. Return whether the backend served it."""
+        """Remove a model of a backend; its running calls go on.
+
+        Returns:
+            Whether the backend served the model.
+        """
         model = self._models.get(name)
         if model is None or backend not in model.replicas:
             return False
@@ -111,17 +115,17 @@ class Catalog:
         return True
 
     def used(self, name: str, backend: Backend) -> None:
-        """Take note that ``backend`` was just chosen: of equals, the others come first next time."""
+        """Record that a backend was chosen: it is now the most recently used replica of the model."""
         replicas = self._models[name].replicas
         replicas[backend] = replicas.pop(backend)
 
     def info(self, name: str) -> ModelInfo | None:
-        """Return what is known of a model, or ``None`` if no backend serves it."""
+        """Return the description of a model, or ``None`` if no backend serves it."""
         model = self._models.get(name)
         return None if model is None else model.info
 
     def infos(self) -> list[ModelInfo]:
-        """Return all models, sorted by name."""
+        """Return the descriptions of all models, sorted by name."""
         return [self._models[name].info for name in sorted(self._models)]
 
     def names(self) -> list[str]:
@@ -134,22 +138,23 @@ class Catalog:
         return [] if model is None else sorted(replica.name for replica in model.replicas)
 
     def replicas(self, name: str) -> list[Backend]:
-        """Return the backends that serve a model, the one used longest ago first."""
+        """Return the backends that serve a model, least recently used first."""
         model = self._models.get(name)
         return [] if model is None else list(model.replicas)
 
     def candidates(self, request: Request, *, avoid: str = "") -> list[Backend]:
-        """Return the backends that may be given ``request``, the one used longest ago first.
+        """Return the backends that can be given a request now, least recently used first.
 
         Args:
-            request: its model, kind and endpoint count.
-            avoid: the name of a backend that may not.
+            request: its model, kind and endpoint are looked at.
+            avoid: the name of a backend to leave out.
         """
         found: list[Backend] = []
         model = self._models.get(request.model)
         if model is None:
             return found
-        # There may be hundreds of replicas, and this runs for each request: no call is made for each of them.
+        # There may be hundreds of replicas, and this runs for each request. So the usual case of ModelInfo.answers() is
+        # written out here: no function is called for each replica.
         for replica, info in model.replicas.items():
             if (
                 replica.health.available
@@ -160,11 +165,16 @@ class Catalog:
         return found
 
     def check(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo:
-        """Return what is known of a model that an endpoint for ``kind`` wants.
+        """Return the description of a model that a client asks for at an endpoint.
+
+        Args:
+            name: the model.
+            kind: the kind of models that the endpoint is for.
+            endpoint: the name of the endpoint, or the path of a custom route.
 
         Raises:
-            ModelNotFound: no backend serves it.
-            WrongKind: it does not answer that endpoint.
+            ModelNotFound: no backend serves the model.
+            WrongKind: the model does not answer the endpoint.
         """
         model = self._models.get(name)
         if model is None:
@@ -174,7 +184,7 @@ class Catalog:
         return model.info
 
     def answers(self, endpoint: str) -> bool:
-        """Tell whether any model answers an endpoint that is not one of the OpenAI API."""
+        """Return whether any model answers a custom route."""
         return any(model.info.answers("custom", endpoint) for model in self._models.values())
 
     def _note_kind(self, info: ModelInfo) -> None:

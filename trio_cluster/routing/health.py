@@ -1,4 +1,4 @@
-"""How well a replica does: whether it may be given new calls, and how those that it had ended."""
+"""The health of a replica: whether it may be given new calls, and how its calls ended."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ __all__ = ["Health"]
 
 
 class Health:
-    """The state of one backend, kept by whoever watches it and read by the router.
+    """The health of one backend. The owner of the backend updates it, and the router reads it.
 
     Attributes:
-        available: new calls may be opened. A plain attribute, since it is read for each replica of each request.
-        draining: the backend is about to stop: it finishes what it has.
-        stalled: why it can do nothing at the moment, although it is not lost; empty if it can.
-        lost: why it is gone for good; ``None`` while it is not.
-        outcomes: how the calls ended that it had.
-        failures: calls in a row that ended because of the backend, and not because of what was asked.
+        available: new calls may be opened. An attribute and not a property, since it is read for each replica of each
+            request.
+        draining: the backend takes no new calls, finishes those that it has, and stops.
+        stalled: why the backend cannot do anything at the moment, although it is connected; empty if it can.
+        lost: why the connection to the backend was lost, for good; ``None`` while it was not.
+        outcomes: how many of its calls ended with each outcome.
+        failures: how many calls in a row failed because of the backend (lost or timed out). A completed call resets it.
     """
 
     __slots__ = ("available", "draining", "failures", "lost", "outcomes", "stalled")
@@ -32,22 +33,22 @@ class Health:
         self.failures = 0
 
     def drain(self) -> None:
-        """Take note that the backend is about to stop."""
+        """Record that the backend is about to stop."""
         self.draining = True
         self._update()
 
     def stall(self, reason: str) -> None:
-        """Take note of why the backend can do nothing; empty if it can do something again."""
+        """Record why the backend cannot do anything at the moment; empty: it can again."""
         self.stalled = reason
         self._update()
 
     def lose(self, reason: str) -> None:
-        """Take note that the backend is gone."""
+        """Record that the connection to the backend was lost."""
         self.lost = reason
         self._update()
 
     def record(self, outcome: Outcome) -> None:
-        """Take note of how a call of this backend ended."""
+        """Record the outcome of a call of this backend."""
         self.outcomes[outcome] += 1
         if outcome in ("worker_lost", "timed_out"):
             self.failures += 1

@@ -1,7 +1,7 @@
 """Routing policies: which replica of a model a request goes to.
 
-A policy is an object with one decision. It sees the replicas that may be chosen and the request, and nothing of links or
-handlers. To add one: write a class like :class:`LeastBusy`, and hand it to the router.
+A policy makes one decision. It sees the request and the replicas that may be chosen, and nothing of links or handlers.
+To add a policy, write a class like :class:`LeastBusy`, and plug it in: ``server.router.policy = MyPolicy()``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ class RoutingPolicy(Protocol):
     """Chooses among the replicas of a model.
 
     Attributes:
-        why: the reason for the last choice, for people.
+        why: the reason for the last choice, for display.
     """
 
     why: str
 
     def pick(self, replicas: Sequence[Backend], request: Request) -> Backend | None:
-        """Return the replica that is to answer ``request``; ``None`` if there is none to choose from.
+        """Return the replica that is to answer ``request``; ``None`` if ``replicas`` is empty.
 
-        Synchronous, and called for each request.
+        Synchronous, and called for each request. It must not raise. ``None`` refuses the request with 503
+        ``over_capacity``.
 
         Args:
-            replicas: those that are healthy and answer the request's endpoint, the one used longest ago first.
-            request: may have been parsed (``request.parsed``) or not.
+            replicas: those that are available and answer the request's endpoint, least recently used first; perhaps
+                none.
+            request: ``request.parsed`` may be set or not; ``request.body`` is empty while ``request.upload`` is set.
         """
         ...
 
 
 class LeastBusy:
-    """Chooses the replica with the smallest share of its slots taken; of equals, the one used longest ago."""
+    """Chooses the replica with the lowest load; of equals, the least recently used one, so that equals take turns."""
 
     why = "least busy"
 

@@ -1,13 +1,13 @@
-"""The router: opens calls on the replica that the policy chooses, retries once elsewhere, and drains.
+"""The router: opens calls on the replica that the policy chooses, retries a call once on another replica, and drains.
 
-One router serves a whole node: on a worker it has the node's own models, on a master those and the ones that workers
-registered. For whoever opens a call there is no difference between them.
+One router serves a whole node. On a worker it has the node's own models, on a master those and the models of its
+workers. To the caller that opens a call, they are the same.
 
-Opening is synchronous, as everywhere. Waiting for a slot is not done here: it is part of the call itself, on the node
-that runs the handler, so that a waiting call can be cancelled like a running one.
+Opening a call is synchronous. The router does not wait for a slot: that is part of the call, on the node that runs the
+handler, so that a waiting call can be cancelled like a running one.
 
-A retry happens in one place (:meth:`Router.reopen`), once, and only while nothing of the answer has begun. Whether a
-failed call may be retried is said by its ``Failed`` event, never derived from the error that a handler raised.
+A retry happens in one place (:meth:`Router.reopen`), once, and only if nothing of the answer has begun. Whether a
+failed call may be retried is a field of its ``Failed`` event. It is never derived from the error that a handler raised.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ __all__ = ["Router"]
 
 
 class Router:
-    """The calls of a node, and the way to its models.
+    """Routes the requests of a node to its models, and knows its live calls.
 
     Args:
-        policy: chooses among replicas; without it, the least busy one.
+        policy: chooses among replicas; ``None``: the least busy one.
 
     Attributes:
-        catalog: the models.
-        policy: as given; a new one acts on the next request.
-        observers: are told of every step of every call.
-        stats: counts every call.
-        live: the calls whose work has not stopped yet, each with the backend that does it.
+        catalog: the models and their replicas.
+        policy: as given; may be replaced, and then applies from the next request on.
+        observers: called at every step of every call.
+        stats: the counters of the node's calls; one of the observers.
+        live: the calls whose work has not stopped yet, each with its backend, oldest first.
     """
 
     def __init__(self, policy: RoutingPolicy | None = None) -> None:
@@ -57,44 +57,46 @@ class Router:
 
     @property
     def draining_reason(self) -> str | None:
-        """Why new calls are refused, because the node is about to stop; ``None`` while they are not."""
+        """The message with which new calls are refused, while the node drains; ``None`` while they are accepted."""
         return self._draining_reason
 
     def drain(self, reason: str) -> None:
-        """Refuse new calls from now on; calls that run go on."""
+        """Refuse new calls from now on, with this message; running calls go on. Synchronous."""
         self._draining_reason = reason
 
     def accept(self) -> None:
-        """Take new calls again."""
+        """Accept new calls again. Synchronous."""
         self._draining_reason = None
 
     def open(self, request: Request) -> Call:
-        """Begin to answer ``request`` on the replica that the policy chooses. Synchronous.
+        """Begin to answer a request on the replica that the policy chooses. Synchronous.
 
         Raises:
             ShuttingDown: the node drains.
-            ModelNotFound, WrongKind: no backend serves the model, or none that does answers the endpoint.
-            Overloaded: none that does can be given a call now.
-            ApiError: the backend refused. Nothing was started, in all of these cases.
+            ModelNotFound: no backend serves the model.
+            WrongKind: the model does not answer the endpoint.
+            Overloaded: none of its replicas can be given a call now.
+            ApiError: the backend refused the request.
+
+        After any of these, nothing was started.
         """
         return self._open(request, "")
 
     def reopen(self, call: Call, time_left: float = math.inf) -> Call | None:
-        """Open a call once more, on another replica, that failed because of the node which had it. Synchronous.
+        """Retry a call that failed because of the node that had it, on another replica. Synchronous.
 
         The caller guarantees that nothing of the answer was sent to the client, and that this is the first retry.
 
         Args:
-            call: the one that failed.
-            time_left: seconds that are left for the whole answer: the request's own time began to run when it was
-                opened first.
+            call: the call that failed.
+            time_left: seconds that are left for the whole answer. The total timeout counts from the first opening.
 
         Returns:
-            The new call, or ``None`` if this one may not be repeated: it failed because of what was asked, its body is
-            gone, its time is used up, or no other backend serves the model.
+            The new call; ``None`` if this one cannot be retried: its failure is not retryable, its body was streamed
+            and not kept, its time is used up, the node drains, or no other backend can be given the request.
 
         Raises:
-            ApiError: as :meth:`open` does.
+            ApiError: as for :meth:`open`.
         """
         if not (isinstance(call.end, Failed) and call.end.retryable):
             return None
@@ -109,11 +111,11 @@ class Router:
         return again
 
     def calls_of(self, request_id: str) -> list[Call]:
-        """Return the live calls of all requests that have this id, oldest first."""
+        """Return the live calls of all requests that have this id, oldest first. Clients may use an id repeatedly."""
         return [call for call in self.live if call.request.request_id == request_id]
 
     def cancel_all(self, reason: str) -> None:
-        """Cancel every call that is live. Synchronous."""
+        """Cancel all live calls. Synchronous."""
         for call in list(self.live):
             call.cancel(reason)
 
@@ -128,26 +130,36 @@ class Router:
             raise ShuttingDown(self._draining_reason)
         backend = self.policy.pick(self.catalog.candidates(request, avoid=avoid), request)
         if backend is None:
-            # Only to find out why there is none.
+            # Raises the reason, if it is the request; otherwise the replicas are unavailable at the moment.
             self.catalog.check(request.model, request.kind, request.endpoint)
             raise Overloaded(
                 f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
                 retry_after=2.0,
             )
+        # Before anything is open: a policy that lacks its reason fails here.
+        why = self.policy.why
         call = backend.open(request)
         self.catalog.used(request.model, backend)
         self.live[call] = backend
         call.on_release(lambda: self._released(call))
+        try:
+            self._tell_opened(call, why)
+        except Exception:
+            # The caller gets no call that it could cancel.
+            call.cancel("an internal error")
+            raise
+        return call
+
+    def _tell_opened(self, call: Call, why: str) -> None:
         observers = call.observers = self.observers
         for listener in observers.routed:
-            listener(call, self.policy.why)
+            listener(call, why)
         if call.forwarded:
             for listener in observers.forwarded:
                 listener(call)
         if call.begun:
             for listener in observers.first_byte:
                 listener(call)
-        return call
 
     def _released(self, call: Call) -> None:
         outcome = outcome_of(call)

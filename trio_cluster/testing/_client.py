@@ -56,7 +56,8 @@ class Response:
             StreamGrammarError: it breaks the grammar, or HTTP and the stream disagree about how it ended.
         """
         report = read_stream(self.body)
-        if self.complete != (report.ending == "finished"):
+        # How the body of a failed stream ends is an option.
+        if report.ending != "failed" and self.complete != (report.ending == "finished"):
             raise StreamGrammarError(
                 f"a stream that was {report.ending}, in a body that was complete={self.complete}"
             )

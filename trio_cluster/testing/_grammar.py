@@ -7,7 +7,9 @@ All that a client can know about a stream is how it ended. :func:`read_stream` p
 and reports which of three endings it had:
 
 - *finished*: ``data: [DONE]`` is the last event, and every choice had a ``finish_reason``, once;
-- *failed*: one error event is the last event, and there is no ``[DONE]``;
+- *failed*: one error event is the last event, and there is no ``[DONE]``. It has the form of its route: the error
+  object alone; with ``"type": "error"`` among the events of transcripts, speech and images, where those of images also
+  have the name ``error``; or ``response.failed``, with its number and with the error object;
 - *cut*: neither. The bytes just end, at the end of an event or in the middle of one.
 
 The events of ``/v1/responses`` have names and sequence numbers, which must be right, and instead of ``[DONE]`` the last
@@ -135,14 +137,11 @@ class _Reader:
             raise StreamGrammarError(f"{data!r}: not JSON: {exc}") from None
         if not isinstance(event, dict):
             raise StreamGrammarError(f"{data!r}: not an object")
-        if "error" in event:
-            if not isinstance(event["error"], dict) or "message" not in event["error"]:
-                raise StreamGrammarError(f"{data!r}: not an error envelope")
-            self._error = event["error"]
-            self.ending = "failed"
-            return
         if name is not None and event.get("type") != name:
             raise StreamGrammarError(f"{data!r}: its type is not its name {name!r}")
+        if "error" in event:
+            self._read_error(event, name, data)
+            return
         self._events.append(event)
         if event.get("usage") is not None:
             self._usage = event["usage"]
@@ -150,6 +149,32 @@ class _Reader:
             self._read_output(event, data)
         except (AttributeError, KeyError, TypeError) as exc:
             raise StreamGrammarError(f"{data!r}: not in the form of the API: {exc!r}") from None
+
+    def _read_error(self, event: dict[str, Any], name: str | None, data: bytes) -> None:
+        """Take the error event, which must have the form of the events before it."""
+        error = event["error"]
+        if not isinstance(error, dict) or "message" not in error:
+            raise StreamGrammarError(f"{data!r}: not an error envelope")
+        kinds = {"" if "choices" in each else str(each.get("type")) for each in self._events}
+        kind = event.get("type")
+        if any(each.startswith("response.") for each in kinds):
+            response = event.get("response")
+            if kind != "response.failed" or not isinstance(response, dict):
+                raise StreamGrammarError(f"{data!r}: a response fails with response.failed")
+            if event.get("sequence_number") != self._number:
+                raise StreamGrammarError(f"{data!r}: should have been number {self._number}")
+            if response.get("status") != "failed" or "message" not in (response.get("error") or {}):
+                raise StreamGrammarError(f"{data!r}: the status of the response is another one")
+        elif any(each.startswith("image_") for each in kinds):
+            if (name, kind) != ("error", "error"):
+                raise StreamGrammarError(f"{data!r}: an error between images has the name and the type error")
+        elif any(each.startswith(("transcript.", "speech.")) for each in kinds):
+            if (name, kind) != (None, "error"):
+                raise StreamGrammarError(f"{data!r}: an error on this route has no name, and the type error")
+        elif kinds and (name, kind) != (None, None):
+            raise StreamGrammarError(f"{data!r}: an error on this route has neither name nor type")
+        self._error = error
+        self.ending = "failed"
 
     def _read_output(self, event: dict[str, Any], data: bytes) -> None:
         if "choices" in event:

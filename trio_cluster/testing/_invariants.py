@@ -232,7 +232,7 @@ class Invariants(trio.abc.Instrument):
                 complaints.append(f"a finished stream with another text: {report.text[:200]!r}")
         elif not script.output.startswith(report.text):
             complaints.append(f"a stream that did not finish, with another text: {report.text[-200:]!r}")
-        if outcome.complete != (report.ending == "finished") and outcome.ending != "left":
+        if outcome.complete != (report.ending != "cut") and outcome.ending != "left":
             disconnected = self._oracle.was_disconnected(outcome)
             if outcome.complete or not disconnected:
                 complaints.append(

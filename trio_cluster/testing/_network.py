@@ -1,8 +1,8 @@
-"""A network of memory: hosts, connections between them, and everything that can happen to those.
+"""A network in memory: hosts, connections between them, and what can happen to connections.
 
-Holding the pipes of a connection is how silence is made. A partition holds those between two hosts; freezing a host
-holds all of its own, which from outside cannot be told from a process that was stopped by a signal: its kernel still
-takes what fits into the buffers, and nothing is ever answered. What was held arrives when it is let go.
+Silence is made by *holding* the pipes of connections. A partition holds those between two hosts. Freezing a host holds
+all of its own; from outside, that cannot be told from a process that was stopped by a signal: its kernel still accepts
+what fits into the buffers, and nothing is ever answered. What was held arrives when it is released.
 
 All times are trio's, so under a mock clock the network is as virtual as everything else.
 """
@@ -204,7 +204,7 @@ class SimulatedNetwork:
         return [each for each in self.connections if host in (each.client, each.server)]
 
     def freeze(self, host: str) -> None:
-        """Stop the machine: it neither sends nor receives, and nobody is told."""
+        """Stop the machine: it neither sends nor receives, and no other machine is told."""
         if host not in self._frozen:
             self._frozen.add(host)
             for connection in self.connections_of(host):
@@ -231,7 +231,7 @@ class SimulatedNetwork:
         self._changed.unpark_all()
 
     def unplug(self, host: str) -> None:
-        """Close whatever the machine has open, as its kernel does for a process that was killed."""
+        """Close all listeners and connections of the machine, as its kernel does for a process that was killed."""
         for address, listener in list(self._listeners.items()):
             if address[0] == host:
                 listener.close()

@@ -1,16 +1,17 @@
-"""One simulated connection: two pipes of bytes with a time of arrival, and the ends that look like sockets.
+"""One simulated connection: two pipes of bytes that take time to arrive, and the two ends.
 
 Theory of operation
 ===================
 
-A pipe is a queue of bytes, each with the time at which it arrives; it has a capacity, like the kernel's buffers, so
-that whoever writes to a peer that does not read is held up. An end of file travels behind the bytes. A reset overtakes
-them and destroys what is under way; what has arrived can still be read, as on Linux. Nothing at all arrives while the
-pipe is *held*.
+A pipe is a queue of bytes, each with the time at which it arrives. It has a capacity, like the kernel's buffers, so
+that a writer waits if its peer does not read. An end of file travels behind the bytes. A reset overtakes the bytes and
+destroys those that have not arrived; what has arrived can still be read, as on Linux. While the pipe is *held*, nothing
+arrives.
 
-Closing is what it is for sockets. What is sent to an end that was closed is taken once, since nobody knows yet, and is
-an error afterwards; and closing an end that has bytes unread resets the connection, which is how a client that leaves
-in the middle of a stream looks to its server, and how a server that hangs up too early loses its own last words.
+Closing is as for sockets. What is sent to an end that was closed is accepted once, since the sender cannot know yet,
+and is an error afterwards. Closing an end that has bytes unread resets the connection. That is how a client that leaves
+in the middle of a stream looks to its server, and how a server that closes too early destroys the end of its own
+answer.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ __all__ = ["CAPACITY", "Pipe", "SimulatedStream"]
 #: Bytes that are received at once, unless the receiver says how many.
 _RECEIVE: Final = 64 * 1024
 
-#: Bytes that a pipe takes from somebody whose peer does not read; about what Linux has on loopback.
+#: Bytes that a pipe accepts while its reader does not read; about what Linux has on loopback.
 CAPACITY: Final = 128 * 1024
 
 
 class Pipe:
-    """One direction of a connection."""
+    """One direction of a connection.
+
+    Args:
+        latency: seconds that bytes take to arrive; may be changed, for what is sent from then on.
+
+    Attributes:
+        latency: as given.
+        holds: how often :meth:`hold` was called without :meth:`release`.
+    """
 
     def __init__(self, latency: float) -> None:
         self.latency = latency
@@ -43,7 +52,7 @@ class Pipe:
         self._chunks: deque[tuple[float, bytes]] = deque()
         self._size = 0
         self._end: tuple[float, bool] | None = None
-        # From when on a writer knows that nobody reads any more.
+        # The time from which on a writer knows that its bytes are not read any more.
         self._refused_from = math.inf
         self._closed_writer = False
         self._closed_reader = False
@@ -108,7 +117,7 @@ class Pipe:
         return self._take(limit)
 
     def close_writer(self) -> None:
-        """Send no more; whoever still wants to gets an error."""
+        """Accept nothing more: sending is an error from now on."""
         self._closed_writer = True
         self._changed.unpark_all()
 
@@ -128,7 +137,7 @@ class Pipe:
         self._changed.unpark_all()
 
     def close_reader(self) -> bool:
-        """Read no more; whoever goes on sending learns that it is of no use. Return whether anything is unread."""
+        """Let nothing be read any more, which the writer learns when it goes on; return whether anything was unread."""
         unread = bool(self._chunks) and self._has_arrived(self._chunks[0][0])
         self._closed_reader = True
         self._drop_unread()
@@ -136,7 +145,7 @@ class Pipe:
         return unread
 
     def refuse(self) -> None:
-        """Let whoever writes know that nobody reads."""
+        """Let the writer know, when that has arrived, that its bytes are not read."""
         self._refuse_after(self.latency)
 
     def hold(self) -> None:
@@ -149,11 +158,11 @@ class Pipe:
 
     @property
     def waiting(self) -> int:
-        """Bytes that were sent and not received."""
+        """Bytes that were sent and not read yet."""
         return self._size
 
     def _drop_unread(self) -> None:
-        """Answer what comes in for a reader that is gone with a reset."""
+        """Drop what arrives for a reader that is gone, and let the writer know."""
         if self._closed_reader and self._chunks and not self.holds:
             self._chunks.clear()
             self._size = 0

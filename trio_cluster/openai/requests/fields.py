@@ -37,6 +37,8 @@ class OnlyIf:
     values: tuple[Any, ...]
     by_default: bool = False
     """Whether the field is allowed when the other field is absent."""
+    why: str = ""
+    """The reason, for the error message."""
 
     def check(self, known: Mapping[str, Any]) -> None:
         """Apply the rule; a field that is ``False`` counts as absent.
@@ -52,7 +54,7 @@ class OnlyIf:
             f"'{value}'" if isinstance(value, str) else dumps(value).decode() for value in self.values
         )
         raise InvalidRequest(
-            f"'{self.field}' is only allowed when '{self.other}' is {words}",
+            f"'{self.field}' is only allowed when '{self.other}' is {words}{self.why and ': '}{self.why}",
             param=self.field,
             code="invalid_value",
         )

@@ -63,8 +63,8 @@ def peek_model(body: bytes, content_type: str) -> str | None:
 def require_one_model(body: bytes) -> None:
     """Refuse a JSON text whose object has more than one member ``model``.
 
-    Decoders take the last one without a word, or the first. Nearly all texts are recognized without being decoded; a text
-    that is not JSON is left to its reader.
+    Decoders take the last one without a word, or the first. Nearly all texts are recognized without being decoded; a
+    text that is not JSON is left to its reader.
 
     Raises:
         InvalidRequest: there is more than one.
@@ -109,8 +109,8 @@ class FormPeek:
         """Take the next bytes of the form.
 
         Raises:
-            InvalidRequest: the form is malformed, it names its model more than once, or the name is longer than any, or not
-                UTF-8.
+            InvalidRequest: the form is malformed, it names its model more than once, or the name is longer than any, or
+                not UTF-8.
         """
         # The parser would take an empty piece for the end of the form.
         if not data or self._parser.closed:

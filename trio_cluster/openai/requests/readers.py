@@ -28,7 +28,15 @@ from .tables import (
     TRANSCRIPTION,
     TRANSLATION,
 )
-from .types import ASRRequest, ChatRequest, EmbeddingRequest, ImageEditRequest, ImageGenRequest, TTSRequest
+from .types import (
+    ASRRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    ImageEditRequest,
+    ImageGenRequest,
+    TTSRequest,
+    prompt_fields,
+)
 
 __all__ = [
     "image_edit_of",
@@ -91,18 +99,20 @@ def read_completion(
     """Read a request to ``/v1/completions``: a chat of one message, for any chat model to answer.
 
     ``echo``, ``suffix`` and ``best_of`` are checked and stay in ``raw``; a number of ``logprobs`` becomes
-    ``top_logprobs``.
+    ``top_logprobs``. Of several prompts, the first is that of the request; see :meth:`ChatRequest.parts`.
     """
     raw = read_json(body, content_type, checked=checked)
     known = COMPLETION.read(raw, checked=checked)
     for name in ("best_of", "echo", "suffix"):
         known.pop(name, None)
     logprobs = known.pop("logprobs", None)
+    prompts = known.pop("prompt")
     if logprobs is not None:
         known |= {"logprobs": True, "top_logprobs": logprobs}
     known.setdefault("max_tokens", _COMPLETION_TOKENS)
-    messages = [{"role": "user", "content": known["prompt"]}]
-    return ChatRequest(messages=messages, raw=raw, headers=headers, **known)
+    if len(prompts) > 1:
+        known["prompts"] = prompts
+    return ChatRequest(raw=raw, headers=headers, **prompt_fields(prompts[0]), **known)
 
 
 def read_embedding(

@@ -1,7 +1,8 @@
 """Requests to ``/v1/responses``, translated into chat requests.
 
 Everything that both forms can express is translated, so a chat handler need not know which route a request came by.
-Fields that need a server with storage, or with tools that it runs itself, are refused by name. Fields that only ask for
+Fields that need a server with storage are refused by name; tools that the server would run are not offered (see
+``responses_api_tools.py``). Fields that only ask for
 something to be stored or included, and change nothing about the answer, are accepted and ignored: ``store``, most of
 ``include``.
 """
@@ -23,19 +24,17 @@ from .checks import (
     Number,
     ObjectOf,
     OneOf,
-    missing,
     wrong_type,
 )
 from .fields import OnlyIf, Table
 from .readers import read_json
 from .responses_api_input import INPUT, of_type, present, unsupported
+from .responses_api_tools import TOOL_CHOICE, TOOLS
 from .schemas import Schema, any_of
 from .tables import METADATA
 from .types import ChatRequest
 
 __all__ = ["RESPONSE", "read_response"]
-
-_TYPED: Final = ObjectOf({"type": ANY_STRING}, ("type",))
 
 #: The value of ``include`` that asks for the log probabilities of the tokens.
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -49,76 +48,6 @@ def _refused(why: str, *, allowed: tuple[Any, ...] = ()) -> Check:
             raise unsupported(f"'{name}' is not supported: {why}", name)
 
     return Custom(check, {"enum": [*allowed] or [None]})
-
-
-# Tools
-
-_FUNCTION: Final = ObjectOf(
-    {"name": NOT_EMPTY, "description": ANY_STRING, "parameters": ANY_OBJECT, "strict": BOOLEAN}, ("name",)
-)
-_CHOICES: Final = OneOf(("none", "auto", "required"))
-_ALLOWED: Final = ObjectOf({"mode": OneOf(("auto", "required"))}, ("mode", "tools"))
-
-
-def _check_type(value: Any, name: str) -> None:
-    """Refuse a tool, or the choice of a tool, that is not one of the client's functions."""
-    kind = _TYPED(value, name)["type"]
-    if kind != "function":
-        raise unsupported(
-            f"'{name}' is a tool of type '{kind[:60]}', and the server has no tools of its own: "
-            "only tools of type 'function' are supported",
-            f"{name}.type",
-        )
-
-
-def _check_tool(value: Any, name: str) -> None:
-    _check_type(value, name)
-    _FUNCTION(value, name)
-
-
-def _convert_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": present(tool, _FUNCTION.members)}
-
-
-def _check_chosen(value: Any, name: str) -> None:
-    _check_type(value, name)
-    if value.get("name") is None:
-        raise missing(f"{name}.name")
-    NOT_EMPTY(value["name"], f"{name}.name")
-
-
-def _convert_chosen(value: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": value["name"]}}
-
-
-_CHOSEN: Final = ListOf(Custom(_check_chosen), least=1)
-
-
-def _check_tool_choice(value: Any, name: str) -> None:
-    if isinstance(value, str):
-        _CHOICES(value, name)
-    elif not isinstance(value, dict):
-        raise wrong_type(name, "a string or an object", value)
-    elif value.get("type") == "allowed_tools":
-        _ALLOWED(value, name)
-        _CHOSEN(value["tools"], f"{name}.tools")
-    else:
-        _check_chosen(value, name)
-
-
-def _convert_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(value, str):
-        return value
-    if value["type"] == "allowed_tools":
-        tools = [_convert_chosen(each) for each in value["tools"]]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": value["mode"], "tools": tools}}
-    return _convert_chosen(value)
-
-
-_TOOL_SCHEMA: Final = of_type("function", _FUNCTION.schema())
-_CHOICE_SCHEMA: Final = of_type("function", ObjectOf({"name": NOT_EMPTY}, ("name",)).schema())
-_ALLOWED_SCHEMA: Final = of_type("allowed_tools", _ALLOWED.schema())
-_ALLOWED_SCHEMA["properties"]["tools"] = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1}
 
 
 # Text
@@ -182,12 +111,8 @@ RESPONSE: Final = Table(
         "max_output_tokens": Integer(1),
         "max_tool_calls": Integer(1),
         "top_logprobs": Integer(0, 20),
-        "tools": ListOf(Custom(_check_tool, _TOOL_SCHEMA, _convert_tool), most=128),
-        "tool_choice": Custom(
-            _check_tool_choice,
-            any_of(_CHOICES.schema(), _CHOICE_SCHEMA, _ALLOWED_SCHEMA),
-            _convert_tool_choice,
-        ),
+        "tools": TOOLS,
+        "tool_choice": TOOL_CHOICE,
         "parallel_tool_calls": BOOLEAN,
         "text": Custom(_check_text, _TEXT_SCHEMA, _convert_text),
         "reasoning": _REASONING,
@@ -241,6 +166,9 @@ def read_response(
     if known.get("instructions"):
         messages = [{"role": "system", "content": known["instructions"]}, *messages]
     fields = {name: known[name] for name in _SAME if name in known} | known.get("text", {})
+    if not fields.get("tools", True):
+        # All tools were such as the server would have to run.
+        del fields["tools"]
     if "max_output_tokens" in known:
         fields["max_tokens"] = known["max_output_tokens"]
     if (effort := known.get("reasoning", {}).get("effort")) is not None:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 
 from trio_cluster.errors import InvalidRequest
 
+from ..tool_names import flat_name
 from .checks import (
     ANY_STRING,
     NOT_EMPTY,
@@ -160,7 +161,12 @@ def _convert_content(
 # Items
 
 _CALL: Final = ObjectOf(
-    {"call_id": NOT_EMPTY, "name": NOT_EMPTY, "arguments": ANY_STRING}, ("call_id", "name", "arguments")
+    {"call_id": NOT_EMPTY, "name": NOT_EMPTY, "arguments": ANY_STRING, "namespace": NOT_EMPTY},
+    ("call_id", "name", "arguments"),
+)
+_CUSTOM_CALL: Final = ObjectOf(
+    {"call_id": NOT_EMPTY, "name": NOT_EMPTY, "input": ANY_STRING, "namespace": NOT_EMPTY},
+    ("call_id", "name", "input"),
 )
 _OUTPUT: Final = ObjectOf({"call_id": NOT_EMPTY}, ("call_id", "output"))
 _TEXTS: Final = ListOf(_PART_TEXT)
@@ -210,9 +216,12 @@ class _Conversation:
         self._open_answer()["content"] = content
 
     def add_call(self, item: dict[str, Any]) -> None:
-        function = {"name": item["name"], "arguments": item["arguments"]}
-        call = {"id": item["call_id"], "type": "function", "function": function}
-        self._open_answer().setdefault("tool_calls", []).append(call)
+        name = flat_name(item.get("namespace"), item["name"])
+        if item["type"] == "custom_tool_call":
+            call = {"type": "custom", "custom": {"name": name, "input": item["input"]}}
+        else:
+            call = {"type": "function", "function": {"name": name, "arguments": item["arguments"]}}
+        self._open_answer().setdefault("tool_calls", []).append({"id": item["call_id"]} | call)
 
     def add_output(self, item: dict[str, Any]) -> None:
         self.end_answer()
@@ -247,6 +256,8 @@ _ITEMS: Final[dict[str, tuple[_Check, Callable[[_Conversation, dict[str, Any]], 
     "message": (_check_message, _Conversation.add_message),
     "function_call": (_CALL, _Conversation.add_call),
     "function_call_output": (_check_output, _Conversation.add_output),
+    "custom_tool_call": (_CUSTOM_CALL, _Conversation.add_call),
+    "custom_tool_call_output": (_check_output, _Conversation.add_output),
     "reasoning": (_REASONING, _Conversation.add_reasoning),
 }
 
@@ -271,7 +282,9 @@ def _check_item(item: Any, name: str) -> None:
         check(item, name)
     elif kind == "item_reference":
         raise unsupported(
-            f"'{name}' refers to an item, and nothing is stored here: send the item itself", f"{name}.id"
+            f"'{name}' refers to an item, and nothing is stored here: send the item itself. With the AI SDK, set "
+            "providerOptions.openai.store to false, or use openai.chat(...), which asks /v1/chat/completions",
+            f"{name}.id",
         )
     else:
         known = ", ".join(f"'{each}'" for each in _ITEMS)
@@ -335,6 +348,8 @@ def _input_schema() -> Schema:
         message,
         of_type("function_call", _CALL.schema()),
         of_type("function_call_output", _OUTPUT.schema(), {"output": content}),
+        of_type("custom_tool_call", _CUSTOM_CALL.schema()),
+        of_type("custom_tool_call_output", _OUTPUT.schema(), {"output": content}),
         of_type("reasoning", _REASONING.schema()),
     )
     return any_of({"type": "string"}, {"type": "array", "items": item, "minItems": 1})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from trio_cluster.errors import InvalidRequest
-
 from .checks import (
     ANY_OBJECT,
     ANY_STRING,
@@ -45,7 +43,8 @@ _INT64: Final = Integer(-(2**63), 2**63 - 1)
 
 # Chat and completions
 
-_STOP_LIST: Final = ListOf(ANY_STRING, most=4)
+#: The OpenAI API takes four; servers of this field take more, and so do many models.
+_STOP_LIST: Final = ListOf(ANY_STRING)
 _BIAS: Final = Number(-100, 100)
 _METADATA: Final = String(most=512)
 _MOST_METADATA: Final = 16
@@ -149,28 +148,30 @@ CHAT: Final = Table(
 )
 
 
+#: Prompts of one request; they are answered one after the other.
+_MOST_PROMPTS: Final = 1024
+_TOKENS: Final = ListOf(Integer(0, 2**63 - 1), least=1)
+_PROMPTS: Final = ListOf(ANY_STRING, least=1, most=_MOST_PROMPTS)
+_TOKEN_PROMPTS: Final = ListOf(_TOKENS, least=1, most=_MOST_PROMPTS)
+
+
 def _check_prompt(value: Any, name: str) -> None:
-    """Require a single text. A handler answers one prompt, and an error is better than an answer to one of several."""
-    if isinstance(value, list):
-        if not value:
-            raise wrong_value(name, "a string", value)
-        if isinstance(value[0], int | list):
-            raise InvalidRequest(
-                f"'{name}' must be text: token ids are not supported", param=name, code="invalid_type"
-            )
-        if len(value) > 1:
-            raise InvalidRequest(
-                f"'{name}' must be a single prompt: send one request for each of several prompts",
-                param=name,
-                code="invalid_value",
-            )
-        value = value[0]
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list):
+        raise wrong_type(name, "a string or an array", value)
+    if not value:
+        raise nothing_in(name, "prompt")
+    first = value[0]
+    if type(first) is int:
+        _TOKENS(value, name)
+    else:
+        (_TOKEN_PROMPTS if isinstance(first, list) else _PROMPTS)(value, name)
 
 
-def _convert_prompt(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else value[0]
+def _convert_prompt(value: Any) -> list[Any]:
+    """Return a list of texts or of lists of tokens, whichever of the four documented forms came."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
 COMPLETION: Final = Table(
@@ -179,22 +180,32 @@ COMPLETION: Final = Table(
         **_TEXT_FIELDS,
         "prompt": Custom(
             _check_prompt,
-            any_of(ANY_STRING.schema(), ListOf(ANY_STRING, least=1, most=1).schema()),
+            any_of(*(each.schema() for each in (ANY_STRING, _PROMPTS, _TOKENS, _TOKEN_PROMPTS))),
             _convert_prompt,
         ),
         "logprobs": Integer(0, 5),
         "best_of": Integer(1, 20),
+        "max_tokens": Integer(0),
         "echo": BOOLEAN,
         "suffix": ANY_STRING,
     },
-    rules=(_OPTIONS_OF_STREAMS,),
+    # Handlers give only what they have generated.
+    rules=(
+        _OPTIONS_OF_STREAMS,
+        OnlyIf(
+            "logprobs",
+            "echo",
+            (False,),
+            by_default=True,
+            why="the log probabilities of the prompt are not available",
+        ),
+    ),
 )
 
 
 # Embeddings
 
 _MOST_INPUTS: Final = 2048
-_TOKENS: Final = ListOf(Integer(0, 2**63 - 1), least=1)
 _TEXTS: Final = ListOf(NOT_EMPTY, least=1, most=_MOST_INPUTS)
 _TOKEN_LISTS: Final = ListOf(_TOKENS, least=1, most=_MOST_INPUTS)
 

@@ -61,6 +61,13 @@ def _has_image(parts: list[dict[str, Any]]) -> bool:
     return any(part.get("type") in _IMAGE_PARTS for part in parts)
 
 
+def prompt_fields(prompt: str | list[int]) -> dict[str, Any]:
+    """Return the attributes of a :class:`ChatRequest` with one prompt, as text or as token ids."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "messages": [{"role": "user", "content": prompt}]}
+    return {"prompt": "", "prompt_tokens": prompt, "messages": [{"role": "user", "content": ""}]}
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class ChatRequest(ModelRequest):
     """A request for text: to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/responses``.
@@ -73,7 +80,14 @@ class ChatRequest(ModelRequest):
     """The conversation, in the form of ``/v1/chat/completions``: dicts with ``role`` and, mostly, ``content``, which is
     text or a list of parts. Never empty."""
     prompt: str | None = None
-    """The bare prompt of a request to ``/v1/completions``, for models that need no chat template."""
+    """The bare prompt of a request to ``/v1/completions``, for models that need no chat template. Empty if the prompt
+    is one of token ids."""
+    prompt_tokens: list[int] | None = None
+    """The prompt of a request to ``/v1/completions`` that has token ids instead of text. Only models with
+    ``accepts_token_ids`` get such requests; the text of the only message is empty then."""
+    prompts: list[str] | list[list[int]] | None = None
+    """All prompts of a request to ``/v1/completions`` that has several. A handler is called for each of them, one after
+    the other in one slot, and need not care: in what it is given, this is ``None``."""
     stream: bool = False
     """The client wants the answer as a stream. A handler need not care: its output is encoded either way."""
     stream_options: dict[str, Any] | None = None
@@ -84,9 +98,11 @@ class ChatRequest(ModelRequest):
     n: int = 1
     """The number of choices, 1 to 128. The ``index`` of an :class:`OutputChunk` is that of its choice, from 0."""
     stop: str | list[str] | None = None
-    """As it was sent: one sequence, or a list of up to 4. :attr:`stop_sequences` is always a list."""
+    """As it was sent: one sequence, or a list. The OpenAI API allows four; a handler that can take no more should
+    refuse the rest. :attr:`stop_sequences` is always a list."""
     max_tokens: int | None = None
-    """1 or more; see :attr:`token_limit`. For ``/v1/completions``, 16 if the client does not send it."""
+    """1 or more; see :attr:`token_limit`. For ``/v1/completions``, 16 if the client does not send it, and it may be 0:
+    the prompt is to be read, and nothing to be generated."""
     max_completion_tokens: int | None = None
     """1 or more; see :attr:`token_limit`."""
     presence_penalty: float = 0.0
@@ -124,6 +140,12 @@ class ChatRequest(ModelRequest):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
+
+    def parts(self) -> list[ChatRequest]:
+        """Return the requests that a handler answers one after the other: one for each of ``prompts``."""
+        if self.prompts is None:
+            return [self]
+        return [attrs.evolve(self, prompts=None, **prompt_fields(prompt)) for prompt in self.prompts]
 
     @property
     def last_text(self) -> str:

@@ -313,9 +313,10 @@ class Choice:
         else:
             # The id, the type and the name of a call are sent once. Only the rest grows.
             call = {name: value for name, value in call.items() if name not in ("id", "type")}
-            function = call.get("function")
-            if isinstance(function, dict) and "name" in whole.get("function", ()):
-                function.pop("name", None)
+            for kind in ("function", "custom"):
+                tool = call.get(kind)
+                if isinstance(tool, dict) and "name" in (whole.get(kind) or ()):
+                    call[kind] = {name: value for name, value in tool.items() if name != "name"}
             _merge(whole, call)
         return {"index": index} | call
 

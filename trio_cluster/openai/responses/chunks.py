@@ -286,7 +286,7 @@ class OutputChunk:
             index: the choice.
 
         Raises:
-            ValueError: ``reason`` is not one of :data:`FinishReason`.
+            ValueError: ``reason`` is not one that the OpenAI API has.
         """
         if reason not in _REASONS:
             raise ValueError(f"a finish reason is one of {', '.join(sorted(_REASONS))}, not {reason!r}")

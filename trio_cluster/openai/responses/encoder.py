@@ -78,6 +78,13 @@ class Encoder:
         """Return one or more values that together mean the same as ``value``, and are each encoded in a short time."""
         return [value]
 
+    def next_part(self) -> None:
+        """Begin the answer to the next of several prompts: what is encoded from now on belongs to that one.
+
+        Only the answers to requests that can have several prompts implement this.
+        """
+        raise NotImplementedError
+
     def early(self) -> Iterable[bytes]:
         """Yield the parts of a large answer that are better sent before :meth:`finish`.
 

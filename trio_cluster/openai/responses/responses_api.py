@@ -4,9 +4,8 @@ A handler gives the same output as for a chat, with the same meaning; here it be
 happens as events. The encoder of plain answers ignores the events and writes the response at the end. That of streams
 writes each event, and the same response in the last one.
 
-There is no ``[DONE]``. A stream that ends with ``response.completed`` or ``response.incomplete`` is complete, and any
-other was cut. A stream that fails ends with an error event in the same form as on all routes, as long as the official
-clients raise for no other form.
+There is no ``[DONE]``. A stream that ends with ``response.completed`` or ``response.incomplete`` is complete. One that
+fails ends with ``response.failed``, which the gateway writes (see ``../failures.py``), and any other was cut.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from trio_cluster.core.model import Kind
 from ..json_values import dumps
 from ..requests.types import ChatRequest
 from ..sse import named_event
+from ..tool_names import CallName, callable_names
 from .choices import Choice, Delta, read_output
 from .chunks import OutputChunk
 from .delta_stream import DeltaEvent, DeltaStream
@@ -65,6 +65,7 @@ class _Response(Encoder):
         self._choice = Choice(0, token)
         self._items = Items(token, self._report)
         self._extras: dict[str, Any] = {}
+        self._names = callable_names(request.raw.get("tools"))
         self._begun = False
 
     def _report(self, kind: str, members: dict[str, Any]) -> None:
@@ -153,12 +154,17 @@ class _Response(Encoder):
         for piece in sendable.members.get("tool_calls", ()):
             index: int = piece["index"]
             whole = self._choice.tool_calls[index]
-            function, arguments = whole.get("function"), piece.get("function", {}).get("arguments") or ""
-            if function is None or not isinstance(arguments, str):
-                raise TypeError("a tool call in a response must be one of a function, its arguments text")
-            item = self._items.call(index, whole["id"], function.get("name") or "")
-            if arguments:
-                self._grow(item, arguments)
+            kind, member = ("custom", "input") if whole.get("custom") else ("function", "arguments")
+            tool, text = whole.get(kind), (piece.get(kind) or {}).get(member) or ""
+            if tool is None or not isinstance(text, str):
+                raise TypeError(
+                    "a tool call in a response must be one of a function, its arguments text, or of a custom tool"
+                )
+            flat = tool.get("name") or ""
+            name = self._names.get(flat) or CallName(flat, is_custom=kind == "custom")
+            item = self._items.call(index, whole["id"], name, is_custom=name.is_custom)
+            if text:
+                self._grow(item, text)
             if index in self._choice.whole_calls:
                 self._items.end(item)
 
@@ -194,7 +200,9 @@ class _Response(Encoder):
             "service_tier": "default",
             "store": False,
             "text": {"format": {"type": "text"}} | _given(asked.get("text")),
-            "tools": [_TOOL | tool for tool in asked.get("tools") or ()],
+            "tools": [
+                _TOOL | tool if tool["type"] == "function" else tool for tool in asked.get("tools") or ()
+            ],
             "usage": None if status == "in_progress" else self._usage_object(),
         }
         for name, default in _REPEATED.items():

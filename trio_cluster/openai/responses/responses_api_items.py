@@ -22,7 +22,9 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-__all__ = ["CALL", "REASONING", "REFUSAL", "TEXT", "Form", "Item", "Items", "Report"]
+from ..tool_names import CallName
+
+__all__ = ["CALL", "CUSTOM_CALL", "REASONING", "REFUSAL", "TEXT", "Form", "Item", "Items", "Report"]
 
 #: Takes the type of an event, and its other members.
 Report: TypeAlias = Callable[[str, dict[str, Any]], None]
@@ -48,6 +50,7 @@ TEXT: Final = Form("message", "msg", "response.output_text", "text", "output_tex
 REFUSAL: Final = Form("message", "msg", "response.refusal", "refusal", "refusal")
 REASONING: Final = Form("reasoning", "rs", "response.reasoning_text", "text", "reasoning_text")
 CALL: Final = Form("function_call", "fc", "response.function_call_arguments", "arguments", None)
+CUSTOM_CALL: Final = Form("custom_tool_call", "ctc", "response.custom_tool_call_input", "input", None)
 
 
 class Item:
@@ -61,10 +64,11 @@ class Item:
         logprobs: the log probabilities of the tokens of a message, in the form of this API.
         status: ``in_progress``, ``completed`` or ``incomplete``.
         call_id: the id of a call, which its result refers to.
-        name: the function of a call.
+        name: the function of a call, as the client knows it.
+        namespace: the namespace that it is in; ``None`` if it is in none.
     """
 
-    __slots__ = ("call_id", "form", "id", "index", "logprobs", "name", "pieces", "status")
+    __slots__ = ("call_id", "form", "id", "index", "logprobs", "name", "namespace", "pieces", "status")
 
     def __init__(self, form: Form, item_id: str, index: int) -> None:
         self.form = form
@@ -75,6 +79,7 @@ class Item:
         self.status = "in_progress"
         self.call_id = ""
         self.name = ""
+        self.namespace: str | None = None
 
     @property
     def text(self) -> str:
@@ -100,8 +105,9 @@ class Item:
     def whole(self) -> dict[str, Any]:
         """Return the item. While it is in progress it has no content, since other events announce its parts."""
         item: dict[str, Any] = {"id": self.id, "type": self.form.type, "status": self.status}
-        if self.form is CALL:
-            return item | {"call_id": self.call_id, "name": self.name, "arguments": self.text}
+        if self.form is CALL or self.form is CUSTOM_CALL:
+            call = {"call_id": self.call_id, "name": self.name, self.form.member: self.text}
+            return item | call | ({} if self.namespace is None else {"namespace": self.namespace})
         content = [] if self.status == "in_progress" else [self.part()]
         if self.form is REASONING:
             return item | {"summary": [], "content": content}
@@ -152,21 +158,22 @@ class Items:
             item = self.growing = self._begin(self._new(form))
         return item
 
-    def call(self, index: int, call_id: str, name: str) -> Item:
+    def call(self, index: int, call_id: str, name: CallName, *, is_custom: bool) -> Item:
         """Return the call of an index; begin it if necessary.
 
         Args:
             index: the client's index of the call.
             call_id: the id of a call that begins.
-            name: its function; empty if it is not known yet.
+            name: its tool, as the client knows it; with an empty name if it is not known yet.
+            is_custom: a call that begins is one of a custom tool.
         """
         item = self._calls.get(index)
         if item is None:
-            item = self._calls[index] = self._new(CALL)
-            item.call_id, item.name = call_id, name
+            item = self._calls[index] = self._new(CUSTOM_CALL if is_custom else CALL)
+            item.call_id, item.name, item.namespace = call_id, name.name, name.namespace
             self._begin(item)
         elif not item.name:
-            item.name = name
+            item.name, item.namespace = name.name, name.namespace
         return item
 
     def end(self, item: Item, status: str = "completed") -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
+import attrs
+
 from trio_cluster.core.model import Kind
 
 from ..json_values import dumps
 from ..requests.types import ChatRequest
 from ..sse import DONE, event
-from .choices import Choice, Delta, read_output
+from .choices import Choice, Delta, Output, read_output
 from .chunks import OutputChunk
 from .delta_stream import DeltaEvent, DeltaStream
 from .encoder import Encoder
@@ -109,17 +111,24 @@ class CompletionShape:
     part_object = "text_completion"
 
     def __init__(self, request: ChatRequest) -> None:
-        self._echo = (request.prompt or "") if request.raw.get("echo") else ""
+        self._n = request.n
+        self._echoed = (request.prompts or [request.prompt or ""]) if request.raw.get("echo") else []
+        # By choice, how much text the tokens with logprobs have had.
+        self._lengths: dict[int, int] = {}
+
+    def _echo(self, index: int) -> str:
+        return str(self._echoed[index // self._n]) if self._echoed else ""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         members = choice.members
         if choice.tool_calls:
             members["tool_calls"] = choice.all_calls
-        last = Delta(choice.index, self._echo + choice.text, members, choice.logprobs, choice.finish_reason)
-        return self.part(last)
+        text = self._echo(choice.index) + choice.text
+        return self.part(Delta(choice.index, text, members, choice.logprobs, choice.finish_reason))
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        return self.part(Delta(index, self._echo)) if self._echo else None
+        echo = self._echo(index)
+        return self.part(Delta(index, echo)) if echo else None
 
     def part(self, delta: Delta) -> dict[str, Any]:
         reason = delta.reason
@@ -129,9 +138,32 @@ class CompletionShape:
         return delta.members | {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": delta.logprobs,
+            "logprobs": self._logprobs(delta.index, delta.logprobs),
             "finish_reason": reason,
         }
+
+    def _logprobs(self, index: int, logprobs: Any) -> Any:
+        """Return log probabilities in the form of this route, given those of a chat; others as they are."""
+        tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+        if not isinstance(tokens, list):
+            return logprobs
+        legacy: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        length = self._lengths.get(index, len(self._echo(index)))
+        for token in tokens:
+            text = token.get("token") or ""
+            legacy["tokens"].append(text)
+            legacy["token_logprobs"].append(token.get("logprob"))
+            alternatives = token.get("top_logprobs") or [token]
+            legacy["top_logprobs"].append({each.get("token"): each.get("logprob") for each in alternatives})
+            legacy["text_offset"].append(length)
+            length += len(text)
+        self._lengths[index] = length
+        return legacy
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return b'{"index":%d,"text":' % index, b',"logprobs":null,"finish_reason":null}'
@@ -155,20 +187,37 @@ class _Text(Encoder):
         self._created = created
         self._model = request.model
         self._wanted = request.n
+        # The index of the first choice of the part that the handler answers now.
+        self._first = 0
         self._choices: dict[int, Choice] = {}
+
+    def next_part(self) -> None:
+        self._end_part()
+        self._first += self._wanted
+        self._usage.begin_part()
 
     def _choice(self, index: int) -> Choice:
         choice = self._choices.get(index)
         if choice is None:
-            if not 0 <= index < self._wanted:
-                raise ValueError(f"there is no choice {index}: the client asked for {self._wanted}")
+            if not 0 <= index - self._first < self._wanted:
+                given, wanted = index - self._first, self._wanted
+                raise ValueError(f"there is no choice {given}: the client asked for {wanted}")
             choice = self._choices[index] = Choice(index, self._id.rpartition("-")[2])
         return choice
 
-    def _all_choices(self) -> list[Choice]:
+    def _deltas(self, output: Output) -> list[Delta]:
+        """Return the deltas of a handler's object, with the indices of the answer's choices."""
+        if not self._first:
+            return output.deltas
+        return [attrs.evolve(delta, index=delta.index + self._first) for delta in output.deltas]
+
+    def _end_part(self) -> None:
         # A handler that gave nothing has answered with an empty text.
-        if not self._choices:
-            self._choice(0)
+        if not any(index >= self._first for index in self._choices):
+            self._choice(self._first)
+
+    def _all_choices(self) -> list[Choice]:
+        self._end_part()
         return [choice for _, choice in sorted(self._choices.items())]
 
     def _answer(self, kind: str, choices: list[dict[str, Any]], extras: dict[str, Any]) -> dict[str, Any]:
@@ -193,11 +242,11 @@ class PlainText(_Text):
         if chunk.kind == "json":
             output = read_output(chunk.value)
             self._usage.take_object(output.usage)
-            for delta in output.deltas:
+            for delta in self._deltas(output):
                 self._choice(delta.index).add(delta)
             self._extras |= output.extras
             return b""
-        choice = self._choice(chunk.index or 0)
+        choice = self._choice((chunk.index or 0) + self._first)
         if chunk.kind == "text_delta":
             choice.add_text(chunk.value)
         elif chunk.kind == "final_text":
@@ -231,20 +280,24 @@ class StreamedText(DeltaStream, _Text):
         super().__init__(shape, request, answer_id, created)
         options = request.stream_options or {}
         self._includes_usage = bool(options.get("include_usage"))
-        # By choice. The fast path, which is that of plain text for choice 0, is open while that can grow.
+        # By choice. The fast path, which is that of plain text for the first choice, is open while that can grow.
         self._text_events: dict[int, DeltaEvent] = {}
         self._reasoning_events: dict[int, DeltaEvent] = {}
+
+    def next_part(self) -> None:
+        super().next_part()
+        self._fast_path = None
 
     def _take(self, chunk: OutputChunk) -> bytes:
         if chunk.kind == "json":
             return self._take_object(chunk.value)
-        index = chunk.index or 0
+        index = (chunk.index or 0) + self._first
         if chunk.kind == "text_delta":
             return self._text(index, chunk.value)
         if chunk.kind == "final_text":
             opening = self._open(index)
             rest = self._choice(index).take_final(chunk.value)
-            if index == 0:
+            if index == self._first:
                 self._fast_path = None
             return opening + self._text_events[index].write(rest) if rest else opening
         if chunk.kind == "reasoning":
@@ -275,7 +328,7 @@ class StreamedText(DeltaStream, _Text):
         self._usage.take_object(output.usage)
         sent = b""
         parts = []
-        for delta in output.deltas:
+        for delta in self._deltas(output):
             sent += self._open(delta.index)
             choice = self._choice(delta.index)
             sendable = choice.add(delta)
@@ -287,8 +340,8 @@ class StreamedText(DeltaStream, _Text):
                 )
         if output.extras and not parts:
             # Clients read the first choice of every chunk, so there must be one. An empty delta adds nothing.
-            sent += self._open(0)
-            parts.append(self._shape.part(Delta(0)))
+            sent += self._open(self._first)
+            parts.append(self._shape.part(Delta(self._first)))
         if parts:
             sent += self._event(parts, output.extras)
         return sent
@@ -307,14 +360,14 @@ class StreamedText(DeltaStream, _Text):
         before, after = self._shape.around_reasoning(index)
         self._reasoning_events[index] = DeltaEvent(frame[:cut] + before, after + frame[cut:])
         self._text_events[index] = text
-        if index == 0:
+        if index == self._first:
             self._fast_path = text
         opening = self._shape.opening(index)
         return b"" if opening is None else self._event([opening], {})
 
     def _end(self, choice: Choice, reason: str) -> None:
         choice.reason = reason
-        if choice.index == 0:
+        if choice.index == self._first:
             self._fast_path = None
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any]) -> bytes:

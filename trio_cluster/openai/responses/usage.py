@@ -34,13 +34,19 @@ class UsageReport:
             remove them.
     """
 
-    __slots__ = ("_has_counts", "completion_tokens", "details", "prompt_tokens")
+    __slots__ = ("_before", "_has_counts", "completion_tokens", "details", "prompt_tokens")
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.details: dict[str, Any] = {}
         self._has_counts = False
+        # The counts of the parts of the answer that are complete.
+        self._before = (0, 0)
+
+    def begin_part(self) -> None:
+        """Add what is reported from now on to what has been reported, instead of replacing it."""
+        self._before = (self.prompt_tokens, self.completion_tokens)
 
     @property
     def total_tokens(self) -> int:
@@ -68,7 +74,8 @@ class UsageReport:
 
     def take_counts(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Take a report of two counts."""
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
+        read, written = self._before
+        self.prompt_tokens, self.completion_tokens = read + prompt_tokens, written + completion_tokens
         self._has_counts = True
 
     def take_object(self, usage: Any) -> None:

@@ -1,4 +1,4 @@
-"""What it costs and what it saves that tokens on a busy link wait for company.
+"""What it costs and what it saves that tokens linger on a busy link.
 
 Two clusters are up at the same time, one whose worker sends each token as soon as it can, and one with the default wait
 (``batch_wait``). They get the same load in turn, in several rounds. Told are the time that a token takes from the
@@ -9,7 +9,7 @@ There are two sorts of load. Tokens that are made *together* wait for the event 
 milliseconds, as those of one decoding step come together. Those that are made *by chance* are told to the loop by a
 thread, each at a moment of its own, as if each came from another machine.
 
-    python bench/company.py [--streams 16,64,256,1000] [--rounds 3] [--seconds 4] [--wait 0.001] [--quick] [--save FILE]
+    python bench/linger.py [--streams 16,64,256,1000] [--rounds 3] [--seconds 4] [--wait 0.001] [--quick] [--save FILE]
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main() -> None:
     before = weather()
     counts = [int(each) for each in arguments.streams.split(",")]
     clusters = trio.run(measure, [0.0, arguments.wait], counts, arguments.rounds, arguments.seconds)
-    print(f"tokens that wait for company, or not ({before}):")
+    print(f"tokens that linger, or not ({before}):")
     rows = []
     for streams, made in product(counts, MADE):
         for cluster in clusters:
@@ -128,7 +128,7 @@ def main() -> None:
             f"{waiting['master'] / without['master']:.2f} of the time, the worker "
             f"{waiting['worker'] / without['worker']:.2f}"
         )
-    save(arguments.save, "company", rows)
+    save(arguments.save, "linger", rows)
 
 
 if __name__ == "__main__":

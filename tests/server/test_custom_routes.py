@@ -120,7 +120,7 @@ async def test_an_unknown_path_stays_one(
         assert (answer.status, answer.error["type"]) == (404, "invalid_request_error")
 
 
-async def test_another_method_is_told_which_one_is_right(
+async def test_another_method_is_refused_with_the_right_one(
     cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
 ) -> None:
     node.route("/v1/tokenize", "m", tokenize)
@@ -128,7 +128,7 @@ async def test_another_method_is_told_which_one_is_right(
     for path in ("/v1/tokenize", "/tokenize"):
         answer = await cluster.client().get(path)
         assert (answer.status, answer.headers["allow"]) == (405, "POST")
-        assert answer.error["message"] == f"{path} does not take GET"
+        assert answer.error["message"] == f"{path} does not allow GET"
 
 
 async def test_a_route_is_gone_with_its_model(

@@ -1,0 +1,132 @@
+"""``server.main()``: a program that is its own command line."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import APP, Ran
+from test_cli_processes import Process, ask_slow, start  # noqa: F401
+
+from trio_cluster import ClusterServer
+from trio_cluster.options import ClusterServerOptions, ServerOptions
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+FIRST = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)[0]
+
+
+@pytest.fixture
+def program(
+    place: Path,
+    start: Callable[..., Process],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Process]:
+    """Start a program of its own, which gets its port from the arguments."""
+    monkeypatch.setenv("TRIO_CLUSTER_HOST", "127.0.0.1")
+
+    def run(source: str, *argv: str) -> Process:
+        (place / "models.py").write_text(source)
+        return start(*argv, program="models.py")
+
+    return run
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_program_of_the_readme_serves_and_ends_in_one_line(
+    number: signal.Signals, program: Callable[..., Process]
+) -> None:
+    assert "server.main()" in FIRST
+    process = program(FIRST, "0")
+    process.wait_for(r"serving .*url=http://127\.0\.0\.1:\d+.* models=echo")
+    before = process.logged
+    process.popen.send_signal(number)
+    code, log = process.end()
+    assert code == 0
+    assert log.removeprefix(before).count("\n") == 1
+
+
+@pytest.mark.processes
+def test_a_signal_lets_a_request_finish(program: Callable[..., Process]) -> None:
+    source = (
+        APP.replace("await trio.sleep_forever()", "await trio.sleep(1); yield ' done'") + "server.main()\n"
+    )
+    process = program(source, "0")
+    url = process.wait_for(r"serving .*url=(http://127\.0\.0\.1:\d+)")[1]
+    with ask_slow(url) as response:
+        process.popen.send_signal(signal.SIGTERM)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    assert process.end()[0] == 0
+
+
+@pytest.mark.processes
+def test_a_second_process_of_one_program_is_refused_and_says_what_to_do(
+    program: Callable[..., Process],
+) -> None:
+    first = program(FIRST, "0")
+    port = first.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1]
+    second = program(FIRST, port)
+    second.wait_for("--on-conflict replicate")
+
+
+@pytest.mark.processes
+def test_processes_of_one_program_are_replicas_if_they_are_to_be(program: Callable[..., Process]) -> None:
+    first = program(FIRST, "0", "--on-conflict", "replicate")
+    port = first.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1]
+    second = program(FIRST, port, "--on-conflict", "replicate")
+    second.wait_for(r"registered with the master models=echo")
+
+
+def test_main_takes_the_commands_that_run_a_node(place: Path, ran: list[Ran], restored_logging: None) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    server = ClusterServer(ClusterServerOptions(ServerOptions(port=7001)))
+    server.main([])
+    server.main(["7002", "--max-concurrency", "3"])
+    server.main(["master", "7003"])
+    server.main(["worker", "gpu", "7004"])
+    assert [(each.method, each.arguments) for each in ran] == [
+        ("run", (7001,)),
+        ("run", (7002,)),
+        ("run_as_master", (7003,)),
+        ("run_as_worker", ("gpu", 8004)),
+    ]
+    assert all(each.server is server for each in ran)
+    assert server.options.server.max_concurrency == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["status"], "PORT"),
+        (["--prot", "7"], "--prot"),
+        (["--app", "a:b"], "is an application itself"),
+        (["--host", ""], "host"),
+    ],
+)
+def test_bad_usage_is_one_line(
+    argv: list[str],
+    text: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["models.py"])
+    with pytest.raises(SystemExit) as caught:
+        ClusterServer().main(argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert text in error
+
+
+def test_help_is_that_of_run(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["models.py"])
+    ClusterServer().main(["--help"])
+    assert "usage: models.py run" in capsys.readouterr().out

@@ -1,0 +1,211 @@
+"""One connection on which hypercorn speaks HTTP.
+
+Theory of operation
+===================
+
+hypercorn is given something that looks like trio's stream of a socket, and reads and writes a
+:class:`~trio_cluster.net.streams.ByteStream` through it. What the law of lifetimes asks for and hypercorn does not do
+is done around that:
+
+- *It does not always read.* While a pipelined request waits, hypercorn reads no further, and does not learn that the
+  client has left. So the connection is read here, by a task of its own, at most :data:`_READ_AHEAD` bytes ahead of
+  hypercorn. When the connection ends, all of its requests are cancelled at once, whatever hypercorn is waiting for.
+- *Its writes are shielded from cancellation.* Closing the stream under a write ends it. The kernel does that for a
+  client that stops reading (see :meth:`~trio_cluster.net.streams.Listener.limit_unread_time`), and the server when it
+  has stopped.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+import trio
+
+from ..http1.asgi import App, Receive, Scope, Send
+from ..net.streams import Address, ByteStream
+from .library import Config, ConnectionState, TCPServer, WorkerContext
+from .request import HypercornRequest
+
+__all__ = ["HypercornConnection"]
+
+#: Bytes that may have been read and not been taken by hypercorn, before the connection is read no further.
+_READ_AHEAD: Final = 256 * 1024
+_RECEIVE: Final = 64 * 1024
+
+
+class HypercornConnection:
+    """One connection.
+
+    Args:
+        stream: the accepted connection; closed when it is over.
+        app: the ASGI application.
+        state: the application's lifespan state, given to each request.
+        config: hypercorn's configuration.
+        context: what hypercorn's connections have in common.
+
+    Attributes:
+        gone: the client has left, or the connection was closed here.
+
+    Raises:
+        OSError: the client has left already.
+    """
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        app: App,
+        state: dict[str, Any],
+        config: Config,
+        context: WorkerContext,
+    ) -> None:
+        self.gone = False
+        self._stream = stream
+        self._app = app
+        self._requests: dict[HypercornRequest, None] = {}
+        self._transport = _Transport(self, stream.peer_address, stream.local_address)
+        self._server = TCPServer(
+            self._run_app,  # type: ignore[arg-type]
+            config,
+            context,
+            ConnectionState(state),
+            self._transport,  # type: ignore[arg-type]
+        )
+        self._ahead = bytearray()
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def serve(self) -> None:
+        """Serve the connection until it is over.
+
+        Raises:
+            Exception: hypercorn could not handle what came in; perhaps in an exception group.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_ahead)
+                nursery.start_soon(self._end_when_gone, nursery.cancel_scope)
+                await self._server.run()
+                nursery.cancel_scope.cancel(reason="the connection is over")
+        finally:
+            self.close()
+
+    def close_when_idle(self) -> None:
+        """Do nothing: hypercorn's own context tells its connections to do that."""
+
+    def close(self) -> None:
+        """Close it now. Synchronous, idempotent. Requests that are being answered are cancelled."""
+        self._lose()
+        self._stream.close()
+
+    def abort(self) -> None:
+        """Break it, so that the peer gets an error instead of an end of file. Synchronous, idempotent."""
+        self._lose()
+        self._stream.abort()
+
+    async def _read_ahead(self) -> None:
+        data = b"?"
+        while data:
+            while len(self._ahead) > _READ_AHEAD:
+                await self._changed.park()
+            try:
+                data = await self._stream.read(_RECEIVE)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            self._ahead += data
+            self._changed.unpark_all()
+        # An answer that is being written now is of no use to anybody, and would wait for a client that does not read.
+        self.close()
+
+    async def _end_when_gone(self, scope: trio.CancelScope) -> None:
+        """End hypercorn's part, which would still wait for as long as a connection may be idle."""
+        while self._requests or not self.gone:
+            await self._changed.park()
+        scope.cancel(reason="the client has left")
+
+    def _lose(self) -> None:
+        if self.gone:
+            return
+        self.gone = True
+        self._changed.unpark_all()
+        for request in list(self._requests):
+            request.lose("client left")
+
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send, *_: object) -> None:
+        """Run the application for one request, or for a websocket, which it refuses."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self.gone:
+            return
+        request = HypercornRequest(self._app, scope, receive, send, self.abort)
+        self._requests[request] = None
+        try:
+            await request.run()
+        finally:
+            del self._requests[request]
+            self._changed.unpark_all()
+
+    # What hypercorn reads and writes
+
+    async def read(self, limit: int) -> bytes:
+        """Return what has been read ahead, waiting for it if need be; empty at the end. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while not (self._ahead or self.gone):
+            await self._changed.park()
+        data = bytes(self._ahead[:limit])
+        del self._ahead[:limit]
+        self._changed.unpark_all()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Write all of ``data``. A checkpoint.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is over.
+        """
+        try:
+            await self._stream.write(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.close()
+            raise
+
+    async def write_eof(self) -> None:
+        """See :meth:`ByteStream.write_eof <trio_cluster.net.streams.ByteStream.write_eof>`."""
+        await self._stream.write_eof()
+
+
+class _Transport:
+    """A connection under the names that hypercorn uses: those of ``trio.SocketStream``, as far as it needs them."""
+
+    def __init__(self, connection: HypercornConnection, peer: Address, local: Address) -> None:
+        self.socket = _Socket(peer, local)
+        self._connection = connection
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        return await self._connection.read(max_bytes)
+
+    async def send_all(self, data: bytes) -> None:
+        await self._connection.write(data)
+
+    async def send_eof(self) -> None:
+        await self._connection.write_eof()
+
+    async def aclose(self) -> None:
+        self._connection.close()
+        await trio.lowlevel.checkpoint()
+
+
+class _Socket:
+    """The addresses of a connection."""
+
+    family = socket.AF_INET
+
+    def __init__(self, peer: Address, local: Address) -> None:
+        self._peer = peer
+        self._local = local
+
+    def getpeername(self) -> Address:
+        return self._peer
+
+    def getsockname(self) -> Address:
+        return self._local

@@ -1,0 +1,51 @@
+"""What is used of hypercorn, all of it beyond its documentation. No other module of the package imports it.
+
+The assumptions, to which ``tests/hypercorn_server/test_hypercorn_library.py`` holds the installed version:
+
+1. ``TCPServer(app, config, context, state, stream).run()`` speaks HTTP/1.1 and HTTP/2 on one connection, and closes
+   it. Of the stream it uses ``receive_some``, ``send_all``, ``send_eof``, ``aclose``, and the family and addresses of
+   ``socket``. A stream without ``do_handshake`` is one without TLS.
+2. For each request it calls ``app(scope, receive, send, sync_spawn, call_soon)`` in a task of its own. ``receive``
+   gives the body, and ``http.disconnect`` when the client has left or the answer has ended. What is not received holds
+   up the reading of the whole connection.
+3. ``WorkerContext(None)`` is what the connections of a server have in common. Once its ``terminated`` is set, idle ones
+   close at once and the others when they become idle.
+4. A request's ``send`` is a bound method of an ``HTTPStream``, whose ``send`` is, in HTTP/2, a bound method of the
+   ``H2Protocol`` of its connection. That has the attributes ``connection`` (of the h2 library), ``stream_buffers`` and
+   ``priority`` (by the number of a stream), ``has_data`` (an event that wakes its writing task) and ``send``.
+5. What a request sends is pushed into the buffer of its stream; its end is ``set_complete()`` and ``drain()``. The
+   writing task calls ``pop(limit)``, asks whether the buffer is ``complete``, and writes the end of the stream then. If
+   ``pop`` raises ``h2.exceptions.StreamClosedError``, it closes the buffer and forgets the stream.
+"""
+
+from __future__ import annotations
+
+from hypercorn.config import Config
+from hypercorn.events import RawData
+from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol
+from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+
+from ..http1.asgi import Send
+
+__all__ = [
+    "BufferCompleteError",
+    "Config",
+    "ConnectionState",
+    "H2Protocol",
+    "RawData",
+    "TCPServer",
+    "WorkerContext",
+    "http2_stream",
+]
+
+
+def http2_stream(send: Send) -> tuple[H2Protocol, int]:
+    """Return the connection and the number of the stream to which the ``send`` of an HTTP/2 request writes."""
+    stream = getattr(send, "__self__", None)
+    assert isinstance(stream, HTTPStream)
+    protocol = getattr(stream.send, "__self__", None)
+    assert isinstance(protocol, H2Protocol)
+    return protocol, stream.stream_id
