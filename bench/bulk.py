@@ -234,7 +234,7 @@ async def context(port: int, body: Body) -> int:
     """Send it, and return how many bytes are answered."""
     async with await trio.open_tcp_stream(HOST, port) as stream:
         head = (
-            f"POST {body.path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {body.content_type}\r\n"
+            f"POST {body.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {body.content_type}\r\n"
             f"Content-Length: {body.length}\r\nx-size: {body.answer}\r\nConnection: close\r\n\r\n"
         )
         await stream.send_all(head.encode() + body.before)
@@ -264,7 +264,9 @@ class Pauses:
         message = {"role": "user", "content": "go"}
         body = json.dumps({"model": "tokens", "stream": True, "messages": [message]}).encode()
         async with await trio.open_tcp_stream(HOST, port) as stream:
-            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+            head = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             for _ in range(20):
                 await stream.receive_some()

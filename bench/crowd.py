@@ -28,7 +28,7 @@ def request(model: str, every: str) -> bytes:
     """Return what a client sends."""
     message = {"role": "user", "content": f"every {every}"}
     body = json.dumps({"model": model, "stream": True, "messages": [message]}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 

@@ -110,7 +110,7 @@ async def wait_for_model(port: int, model: str = "bench") -> None:
     with trio.fail_after(_PATIENCE):
         while True:
             async with await trio.open_tcp_stream(HOST, port) as stream:
-                head = f"GET /v1/models/{model} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+                head = f"GET /v1/models/{model} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 await stream.send_all(head.encode())
                 if (await stream.receive_some()).startswith(b"HTTP/1.1 200"):
                     return
@@ -270,7 +270,7 @@ class Crowd:
 async def ask(port: int, until: float, done: list[int], model: str = "bench") -> None:
     """Ask for plain answers on one connection, one after the other."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     async with await trio.open_tcp_stream(HOST, port) as stream:
         while trio.current_time() < until:
             await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -283,7 +283,7 @@ async def open_stream(port: int, number: int = 0) -> trio.SocketStream:
     message = {"role": "user", "content": str(number)}
     body = json.dumps({"model": "bench", "stream": True, "messages": [message]}).encode()
     stream = await trio.open_tcp_stream(HOST, port)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     await receive_until(stream, b"begun")
     return stream
@@ -341,7 +341,7 @@ async def cost_of_get(port: int, path: str, pid: int, times: int = 20) -> float:
     async with await trio.open_tcp_stream(HOST, port) as stream:
         before = cpu_seconds(pid)
         for _ in range(times):
-            await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
+            await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             await read_answer(stream)
         return (cpu_seconds(pid) - before) / times
 

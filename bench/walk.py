@@ -79,7 +79,7 @@ class Client:
     async def ask(self, *, stream: bool) -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": stream}
         data = json.dumps(body).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.sock.send(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
     async def receive_until(self, mark: bytes) -> None:

@@ -222,7 +222,7 @@ class Client(_FarEnd):
         """Ask the model ``m`` for a chat completion."""
         message = {"role": "user", "content": "hello"}
         body = json.dumps({"model": "m", "messages": [message], "stream": stream}).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     async def receive_until(self, mark: bytes) -> bytes:

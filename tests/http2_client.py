@@ -72,7 +72,7 @@ class Http2Client:
     ) -> int:
         """Send a request, or the beginning of one; return its number."""
         number = self.protocol.get_next_available_stream_id()
-        fields = [(":method", method), (":scheme", "http"), (":authority", "h"), (":path", path)]
+        fields = [(":method", method), (":scheme", "http"), (":authority", "localhost"), (":path", path)]
         if body is not None and "content_type" not in headers:
             fields.append(("content-type", "application/json"))
         fields += [(name.replace("_", "-"), value) for name, value in headers.items()]

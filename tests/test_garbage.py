@@ -57,7 +57,7 @@ async def ask(port: int, model: str, until: bytes, **extra: object) -> None:
     """Send a request, read until something has come, and leave."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}], **extra}).encode()
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         received = b""
         while until not in received:

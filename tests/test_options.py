@@ -54,6 +54,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "max_json_size": 64 * 1024 * 1024,
             "cors_origins": None,
             "access_log": False,
+            "allowed_hosts": None,
             "http": "lean",
             "stream_failure": "end",
         },

@@ -219,6 +219,12 @@ class ServerOptions:
     """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
     connection is broken off, for clients that do not know error events and must not take the stream for complete."""
 
+    allowed_hosts: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text)
+    )
+    """Names under which clients reach a server without a key, beside addresses and ``localhost``: with commas between
+    them, or ``"*"`` for any."""
+
 
 @attrs.define
 class ClusterServerOptions:

@@ -107,7 +107,9 @@ async def test_a_part_of_a_path_may_hold_slashes_and_slashes_are_not_merged(app:
 
 def test_a_path_is_found_whatever_the_method(app: QuartTrio) -> None:
     has_route = path_lookup(app)
-    assert has_route("/a/x/b"), broken("the map does not know the allowed methods")
+    assert has_route("/a/x/b"), broken("the map does not tell allowed methods")
+    assert has_route("/a/x/b", "GET"), broken("the map does not tell allowed methods")
+    assert not has_route("/a/x/b", "PATCH")
     assert not has_route("/a/x/c")
     assert not has_route("")
 

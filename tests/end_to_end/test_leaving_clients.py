@@ -44,7 +44,8 @@ async def asking(served: Served, body: dict[str, object]) -> AsyncIterator[trio.
 async def sent(served: Served, body: dict[str, Any]) -> AsyncIterator[trio.SocketStream]:
     """Have sent a request over a bare connection, of whose answer nothing is read."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     async with await trio.open_tcp_stream("127.0.0.1", served.front.port or 0) as stream:
         await stream.send_all(head.encode() + data)
         yield stream

@@ -105,8 +105,8 @@ async def test_a_client_that_resets_in_the_middle_of_its_upload_leaves_nothing_b
     for reset in (False, True):
         stream = await trio.open_tcp_stream("127.0.0.1", master.port)
         await stream.send_all(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
-            + b"x" * 500_000
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 500_000
         )
         if reset:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -124,7 +124,8 @@ async def test_a_client_that_resets_its_stream_stops_a_handler_in_another_proces
     body = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": true, "ticks": 10000}'
     for reset in (False, True):
         stream = await trio.open_tcp_stream("127.0.0.1", master.port)
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += b"Content-Length: %d\r\n\r\n" % len(body)
         await stream.send_all(head + body)
         await stream.receive_some()
         if reset:

@@ -48,7 +48,7 @@ class Upload:
         self._stream = stream
         length = len(self._before) + self._pieces * PIECE + len(self._after)
         head = (
-            "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: here\r\nX-Request-Id: the-one\r\n"
+            "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: the-one\r\n"
             f"Content-Type: multipart/form-data; boundary=B\r\nContent-Length: {length}\r\n\r\n"
         )
         await self._stream.send_all(head.encode() + self._before)

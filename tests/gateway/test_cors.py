@@ -14,6 +14,7 @@ from trio_cluster.errors import Overloaded
 PAGE = "https://page.example"
 OTHER = "https://other.example"
 EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after"}
+JSON = {"content-type": "application/json"}
 ASKS = {
     "origin": PAGE,
     "access-control-request-method": "POST",
@@ -56,9 +57,10 @@ async def test_a_page_that_is_not_listed_is_not_told_that_it_may() -> None:
 
 
 async def test_without_the_option_no_cors_header_is_sent() -> None:
-    async with open_http_node() as node, node.client() as client:
+    async with open_http_node(api_key="secret") as node, node.client() as client:
         asked = await client.options("/v1/chat/completions", headers=ASKS)
-        answered = await client.post("/v1/chat/completions", json=CHAT, headers={"origin": PAGE})
+        headers = {"origin": PAGE, "authorization": "Bearer secret"}
+        answered = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
         for answer in (asked, answered):
             assert not [
                 name for name in answer.headers if name.startswith("access-control-") or name == "vary"
@@ -99,7 +101,7 @@ async def check(node: HttpNode, path: str, status: int, **request: Any) -> httpx
 
 async def test_a_page_sees_answers_errors_and_refusals() -> None:
     async with open_http_node(cors_origins=PAGE, api_key="secret", max_body_size=10_000) as node:
-        key = {"authorization": "Bearer secret"}
+        key = {"authorization": "Bearer secret", "content-type": "application/json"}
         answers = [
             await check(node, "/v1/chat/completions", 200, json=CHAT, headers=key),
             await check(node, "/v1/models", 200, method="GET", headers=key),
@@ -129,8 +131,8 @@ async def test_a_page_sees_a_stream_and_its_failure() -> None:
 
 
 async def test_a_page_that_is_not_listed_gets_an_answer_that_its_browser_hides() -> None:
-    async with open_http_node(cors_origins=OTHER) as node:
-        answer = await node.post(headers={"origin": PAGE})
+    async with open_http_node(cors_origins=OTHER, api_key="secret") as node:
+        answer = await node.post(headers={"origin": PAGE, "authorization": "Bearer secret"})
         assert (answer.status_code, is_allowed(answer, PAGE), answer.headers["vary"]) == (
             200,
             False,
@@ -169,7 +171,7 @@ async def test_the_time_until_an_answer_began_is_told_for_successes_and_errors()
         await later(await node.backend.next())
         for body in (b"nonsense", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}'):
             async with node.client() as client:
-                answers.append(await client.post("/v1/chat/completions", content=body))
+                answers.append(await client.post("/v1/chat/completions", content=body, headers=JSON))
     took = {answer.status_code: int(answer.headers["openai-processing-ms"]) for answer in answers}
     assert took.keys() == {200, 400, 404}
     assert took[200] >= 50
@@ -213,3 +215,63 @@ async def test_a_key_may_come_as_x_api_key_where_there_is_no_authorization(
         if status == 200:
             # It is not passed on to handlers.
             assert "x-api-key" not in (await node.backend.next()).request.headers
+
+
+# Without a key
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "localhost:8080", "LOCALHOST", "a.localhost", "gpu-1",
+     "GPU-1:80", "llm.lan."],
+)  # fmt: skip
+async def test_without_a_key_a_node_answers_under_an_address_localhost_or_its_names(host: str) -> None:
+    async with open_http_node(allowed_hosts="gpu-1, llm.lan") as node:
+        assert (await node.post(headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["rebound.example", "127.0.0.1.example", "localhost.example:8080", "gpu-2", "1.2.3"]
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/cluster/status", "/cluster/calls", "/v1/nothing"])
+async def test_without_a_key_a_node_does_not_answer_under_any_other_name(host: str, path: str) -> None:
+    async with open_http_node(allowed_hosts="gpu-1") as node, node.client() as client:
+        answer = await client.get(path, headers={"host": host})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+        assert "--allowed-hosts" in answer.json()["error"]["message"]
+        assert (await node.post(headers={"host": host})).status_code == 403
+    assert node.backend.opened() == 0
+
+
+@pytest.mark.parametrize("options", [{"api_key": "secret"}, {"allowed_hosts": "*"}])
+async def test_with_a_key_or_on_demand_a_node_answers_under_every_name(options: dict[str, str]) -> None:
+    async with open_http_node(**options) as node:
+        headers = {"host": "llm.example", "authorization": "Bearer secret"}
+        assert (await node.post(headers=headers)).status_code == 200
+
+
+async def test_health_checks_may_use_any_name() -> None:
+    async with open_http_node() as node, node.client() as client:
+        for path in ("/health", "/metrics"):
+            assert (await client.get(path, headers={"host": "llm.example"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [(PAGE, 200), (OTHER, 403), ("null", 403), ("http://localhost:1", 403), ("http://localhost:8080", 200)],
+)
+async def test_without_a_key_a_page_from_elsewhere_may_not_start_work(origin: str, status: int) -> None:
+    async with open_http_node(cors_origins=PAGE) as node:
+        answer = await node.post(headers={"origin": origin, "host": "localhost:8080"})
+        assert answer.status_code == status
+        if status == 403:
+            assert answer.json()["error"]["code"] == "foreign_origin"
+    assert node.backend.opened() == (status == 200)
+
+
+async def test_without_a_key_a_page_from_elsewhere_may_not_send_a_form() -> None:
+    async with open_http_node() as node, node.client() as client:
+        answer = await client.post(
+            "/v1/audio/transcriptions", data={"model": "m"}, files={"file": b"x"}, headers={"origin": OTHER}
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")

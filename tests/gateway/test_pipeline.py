@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import tracemalloc
 from typing import Any
 
 import h2.config
@@ -13,6 +14,7 @@ import h2.events
 import pytest
 import trio
 from http_node import CHAT, PLAIN, HttpNode, open_http_node, raw_request
+from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
@@ -103,7 +105,9 @@ async def test_a_body_declared_too_large_is_refused_by_its_length_and_the_rest_i
 
 async def test_a_body_that_grows_too_large_is_refused_when_it_does() -> None:
     async with open_http_node(max_body_size=100) as node, node.connect() as wire:
-        await wire.request("POST", CHAT_PATH, None, "Transfer-Encoding: chunked")
+        await wire.request(
+            "POST", CHAT_PATH, None, "Transfer-Encoding: chunked", "Content-Type: application/json"
+        )
         await wire.send(b"3c\r\n" + bytes(60) + b"\r\n" + b"3c\r\n" + bytes(60) + b"\r\n0\r\n\r\n")
         assert (await wire.answer()).status == 413
         await wire.request("POST", CHAT_PATH, BODY)
@@ -184,7 +188,9 @@ async def test_a_body_that_drips_has_a_time_limit_as_a_whole(monkeypatch: pytest
     monkeypatch.setattr(body, "BODY_TIMEOUT", 0.1)
     monkeypatch.setattr(cycle, "DRAIN_TIME", 0.05)
     async with open_http_node() as node, node.connect() as wire, trio.open_nursery() as nursery:
-        await wire.request("POST", CHAT_PATH, None, "Content-Length: 100000")
+        await wire.request(
+            "POST", CHAT_PATH, None, "Content-Length: 100000", "Content-Type: application/json"
+        )
 
         async def drip() -> None:
             while True:
@@ -508,3 +514,61 @@ def _request() -> Request:
 
 async def _nothing(_: object) -> None:
     raise AssertionError("nothing was to be sent")
+
+
+# Bodies that are not read
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/", 405), ("POST", "/health", 405), ("PUT", "/metrics", 405), ("POST", "/openapi.json/", 405),
+        ("GET", "/health", 200), ("GET", "/v1/models", 200), ("POST", "/v1/models", 405), ("POST", "/nothing", 404),
+        ("OPTIONS", "/v1/chat/completions", 204),
+    ],
+)  # fmt: skip
+async def test_nothing_is_kept_of_a_body_that_is_not_read(method: str, path: str, status: int) -> None:
+    size = 8 << 20
+    async with open_http_node(cors_origins="*") as node, node.connect() as wire:
+        await wire.request(
+            method,
+            path,
+            None,
+            f"Content-Length: {size}",
+            "Access-Control-Request-Method: POST",
+            "Origin: https://a.example",
+        )
+        tracemalloc.start()
+        try:
+            await wire.send(bytes(size - 1))
+            await wait_all_tasks_blocked(0.05)
+            kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        await wire.send(b"x")
+        assert (await wire.answer(bodiless=status == 204)).status == status
+    assert kept < 1 << 20
+
+
+@pytest.mark.parametrize("key", ["wrong", None])
+async def test_a_client_without_the_key_is_not_told_to_send_its_body(key: str | None) -> None:
+    async with open_http_node(api_key="secret") as node, node.connect() as wire:
+        headers = ["Expect: 100-continue", f"Content-Length: {len(BODY)}", "Content-Type: application/json"]
+        if key is not None:
+            headers.append(f"Authorization: Bearer {key}")
+        await wire.request("POST", CHAT_PATH, None, *headers)
+        answer = await wire.answer()
+        assert (answer.status, answer.headers["connection"]) == (401, "close")
+        await wire.stream.send_eof()
+        assert await wire.closed()
+
+
+async def test_a_client_with_the_key_is_told_to_send_its_body() -> None:
+    async with open_http_node(api_key="secret") as node, node.connect() as wire:
+        await wire.request(
+            "POST", CHAT_PATH, None, "Expect: 100-continue", f"Content-Length: {len(BODY)}",
+            "Content-Type: application/json", "Authorization: Bearer secret",
+        )  # fmt: skip
+        assert (await wire.head())[0] == 100
+        await wire.send(BODY)
+        assert (await wire.answer()).status == 200

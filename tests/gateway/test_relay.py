@@ -149,6 +149,48 @@ async def test_the_status_and_headers_of_an_answer_are_the_handlers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Access-Control-Allow-Origin", "*"), ("access-control-allow-private-network", "true"),
+        ("Set-Cookie", "a=b"), ("Server", "theirs"), ("Strict-Transport-Security", "max-age=1"),
+        ("Alt-Svc", 'h3=":443"'), ("Clear-Site-Data", "*"), ("openai-processing-ms", "1e308"),
+        ("Retry-After", "-1"), ("Retry-After", "1e308"), ("retry-after-ms", "9" * 400),
+    ],
+)  # fmt: skip
+async def test_a_handler_does_not_speak_for_the_whole_origin(name: str, value: str) -> None:
+    def script(served: Served) -> None:
+        served.call.put(Head(200, "text/plain", ((name, value), ("x-mine", "1"))))
+        served.data(b"text").done()
+
+    async with open_http_node(script) as node, node.connect() as wire:
+        answer = await ask(wire)
+    assert answer.headers["x-mine"] == "1"
+    assert answer.headers.get(name.lower()) != value
+
+
+async def test_a_processing_time_that_makes_no_sense_is_replaced() -> None:
+    def script(served: Served) -> None:
+        served.call.put(Head(200, "text/plain", (("openai-processing-ms", "-1"), ("retry-after", "7"))))
+        served.data(b"text").done()
+
+    async with open_http_node(script) as node, node.connect() as wire:
+        answer = await ask(wire)
+    assert int(answer.headers["openai-processing-ms"]) >= 0
+    assert answer.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"),
+    [(1e308, "86400"), (float("inf"), "86400"), (float("nan"), "1"), (-5.0, "1"), (1.5, "2")],
+)
+async def test_how_long_a_client_is_told_to_wait_is_bounded(seconds: float, header: str) -> None:
+    error = ApiError(503, "busy", retry_after=seconds)
+    async with open_http_node(lambda served: served.fail(error)) as node:
+        response = await node.post()
+    assert (response.status_code, response.headers["retry-after"]) == (503, header)
+
+
+@pytest.mark.parametrize(
     ("status", "content_type"), [(101, "a/b"), (99, "a/b"), (1000, "a/b"), (200, "a\r\nb")]
 )
 async def test_an_impossible_head_is_a_500_and_the_call_is_given_up(status: int, content_type: str) -> None:
@@ -658,7 +700,7 @@ async def test_the_request_reaches_the_backend_as_it_was_sent(node: HttpNode) ->
     headers = {
         "User-Agent": "ua", "Accept": "a/b", "X-Mine": "1", "OpenAI-Organization": "org",
         "Authorization": "Bearer k", "Cookie": "c=1", "X-Api-Key": "k", "X-Auth-Token": "t",
-        "Connection": "keep-alive", "Content-Type": "application/json; charset=utf-8", "Host": "h",
+        "Connection": "keep-alive", "Content-Type": "application/json; charset=utf-8", "Host": "localhost",
     }  # fmt: skip
     body = b' {"model": "m",  "messages": [{"role": "user", "content": "hi"}], "mine": [1]} '
     async with node.client() as client:

@@ -23,6 +23,7 @@ from trio_cluster.gateway.auth import Authenticate, SingleKey
 from trio_cluster.gateway.context import RequestContext
 from trio_cluster.gateway.limits import LimitSize
 from trio_cluster.gateway.node_context import NodeContext
+from trio_cluster.gateway.origin import CheckOrigin
 from trio_cluster.gateway.parse import Parse
 from trio_cluster.gateway.pipeline import Gateway
 from trio_cluster.gateway.route import Route
@@ -160,7 +161,7 @@ async def test_the_stages_stand_in_the_order_in_which_a_request_meets_them() -> 
         raise AssertionError
 
     gateway = Gateway(app, NodeContext(Router(), ClusterServerOptions()))
-    assert [type(stage) for stage in gateway.pipeline.admission] == [Authenticate, LimitSize]
+    assert [type(stage) for stage in gateway.pipeline.admission] == [Authenticate, CheckOrigin, LimitSize]
     assert [type(stage) for stage in gateway.pipeline.dispatch] == [Parse, Route]
 
 
@@ -197,7 +198,7 @@ async def test_an_authenticator_may_wait_and_nothing_of_the_body_is_read_before_
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gateway = Gateway(app, node_context, lambda path: False, directory)
+    gateway = Gateway(app, node_context, lambda path, method=None: False, directory)
     for name, status in ((b"alice", 200), (b"mallory", 401)):
         began = trio.current_time()
         scope = {

@@ -367,6 +367,120 @@ async def test_what_is_not_http_1_1_is_refused_with_an_envelope_after_what_came_
     assert b"x-request-id:" in data
 
 
+UPGRADE = b"POST /u HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: 5\r\n\r\nhello",
+        b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+    ],
+)
+async def test_an_upgrade_that_is_not_taken_is_a_request_with_its_body(rest: bytes, connected: Way) -> None:
+    async with connected(echo) as (client, _):
+        await client.send_all(UPGRADE + rest[:-3])
+        await wait_all_tasks_blocked()
+        await client.send_all(rest[-3:] + LAST)
+        data = await everything(client)
+    assert data.index(b"/u|hello") < data.index(b"/last|")
+
+
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [
+        (b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+        (
+            b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            501,
+        ),
+        (b"GET /x HTTP/1.1\r\n\r\n", 400),
+        (b"GET /x HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+    ],
+)
+async def test_after_a_refusal_nothing_is_parsed_any_more(
+    refused: bytes, status: int, connected: Way
+) -> None:
+    async with connected(echo) as (client, _):
+        await client.send_all(GET + refused + POST + LAST)
+        await wait_all_tasks_blocked()
+        data = await client.receive_some()
+        await client.send_eof()
+        data += await everything(client)
+    assert data.startswith(b"HTTP/1.1 200 OK")
+    assert data.count(b"HTTP/1.1 ") == 2
+    assert data.index(b"/a|") < data.index(b"HTTP/1.1 %d " % status)
+
+
+async def test_trailers_change_nothing(connected: Way) -> None:
+    seen: list[Any] = []
+
+    async def look(scope: Any, receive: Any, send: Any) -> None:
+        await echo(scope, receive, send)
+        seen.extend(scope["headers"])
+
+    async with connected(look) as (client, _):
+        trailers = b"Authorization: Bearer k\r\nX-A: b\r\nConnection: close\r\nContent-Length: 3\r\n\r\n"
+        await client.send_all(CHUNKED[:-2] + trailers + LAST)
+        data = await everything(client)
+    assert data.count(b"HTTP/1.1 200 OK") == 2
+    assert {name for name, _ in seen} == {b"host", b"transfer-encoding", b"connection"}
+
+
+async def test_a_byte_behind_a_trailer_does_not_cancel_the_answer(connected: Way) -> None:
+    go = trio.Event()
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async with connected(waits) as (client, _):
+        await client.send_all(CHUNKED[:-2] + b"Connection: close\r\n\r\nG")
+        await wait_all_tasks_blocked()
+        go.set()
+        assert b"/c|hello" in await client.receive_some()
+
+
+async def test_http_1_0_is_not_told_to_continue(connected: Way) -> None:
+    async with connected(echo) as (client, _):
+        await client.send_all(b"POST /p HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        await wait_all_tasks_blocked()
+        await client.send_all(b"ok")
+        data = await everything(client)
+    assert data.startswith(b"HTTP/1.1 200 OK")
+    assert data.endswith(b"/p|ok")
+
+
+async def test_http_1_0_with_chunks_ends_its_connection(connected: Way) -> None:
+    async with connected(echo) as (client, _):
+        await client.send_all(CHUNKED.replace(b"1.1\r\n", b"1.0\r\nConnection: keep-alive\r\n") + GET)
+        data = await everything(client)
+    assert data.count(b"HTTP/1.1 200 OK") == 1
+    assert b"connection: close" in data
+
+
+async def test_an_answer_without_content_has_no_length(connected: Way) -> None:
+    async def no_content(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": [(b"Content-Length", b"4")]})
+        await send({"type": "http.response.body", "body": b"four"})
+
+    async with connected(no_content) as (client, _):
+        await client.send_all(LAST)
+        data = await everything(client)
+    assert b"ontent-length" not in data.lower()
+    assert data.endswith(b"\r\n\r\n")
+
+
+async def test_a_refusal_has_the_request_id_that_the_client_has_sent(connected: Way) -> None:
+    async with connected(echo) as (client, _):
+        await client.send_all(
+            b"POST / HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+        )
+        data = await client.receive_some()
+    assert data.startswith(b"HTTP/1.1 501 ")
+    assert b"x-request-id: mine\r\n" in data
+
+
 async def test_a_head_that_goes_on_and_on_is_refused(connected: Way) -> None:
     async with connected(echo) as (client, _):
         await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n")

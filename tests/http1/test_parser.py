@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from trio_cluster.http1.parser import RequestParser
+import tracemalloc
+
+import pytest
+
+from trio_cluster.http1.parser import HEAD_LIMIT, HEADER_LIMIT, RequestParser
 
 POST = b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -61,3 +65,55 @@ def test_the_first_refusal_counts() -> None:
     assert len(parser.requests) == 1
     assert parser.refused is not None
     assert parser.refused.status == 501
+
+
+@pytest.mark.parametrize(
+    "begins",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nA: ",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: ",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5;",
+    ],
+)
+def test_a_line_that_never_ends_costs_no_more_than_the_limit(begins: bytes) -> None:
+    parser = fed(begins)
+    fed_bytes, most = 0, 0
+    tracemalloc.start()
+    try:
+        while parser.refused is None and fed_bytes < 1 << 20:
+            parser.feed(b"a" * 1024)
+            fed_bytes += 1024
+            most = max(most, tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert parser.refused is not None
+    assert parser.refused.status == 431
+    assert fed_bytes <= HEAD_LIMIT + 1024
+    assert most < 3 * HEAD_LIMIT
+
+
+def test_small_headers_count_for_the_memory_that_they_take() -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A:\r\n" * (HEADER_LIMIT - 1) + b"\r\n"
+    tracemalloc.start()
+    try:
+        parser = fed(head * 50)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(parser.requests) == 50
+    assert parser.unread > 0.75 * taken
+    for request in parser.requests:
+        parser.discard(request)
+    assert parser.unread == 0
+
+
+def test_a_body_in_tiny_pieces_takes_not_much_more_than_its_bytes() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    parser = fed(head, *[b"1\r\na\r\n"] * 10_000)
+    (request,) = parser.requests
+    assert parser.unread - request.weight == 10_000
+    assert len(request.body) < 20
+    assert parser.take_body(request) == b"a" * 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -65,8 +66,12 @@ def test_the_model_is_found_behind_a_large_file() -> None:
     assert found(*(body[at : at + 65_536] for at in range(0, len(body), 65_536))) == "m"
 
 
-def test_the_first_of_two_models_is_taken() -> None:
-    assert found(form(("model", "a"), ("model", "b"))) == "a"
+@pytest.mark.parametrize("second", [("model", "b"), ("model", "a"), ("model", "m.txt", b"b")])
+def test_of_two_models_none_is_taken(second: Any) -> None:
+    with pytest.raises(InvalidRequest, match="more than once"):
+        found(form(("model", "a"), FILE, second))
+    with pytest.raises(InvalidRequest, match="more than once"):
+        peek_model(form(("model", "a"), FILE, second), FORM)
 
 
 def test_a_file_is_no_model() -> None:

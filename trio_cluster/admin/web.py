@@ -24,6 +24,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..errors import InvalidRequest
 from ..gateway.response import Reply, error_reply
+from ..gateway.stage import HasRoute
 from ..http1.asgi import App
 
 __all__ = ["make_app", "path_lookup", "replace_asgi_app", "respond"]
@@ -62,12 +63,13 @@ def make_app(name: str) -> QuartTrio:
     return app
 
 
-def path_lookup(app: QuartTrio) -> Callable[[str], bool]:
-    """Return a function that returns whether the application has a path, for any method."""
+def path_lookup(app: QuartTrio) -> HasRoute:
+    """Return a function that tells whether the application has a path, for any method or for one."""
     paths = app.url_map.bind("localhost")
 
-    def has_route(path: str) -> bool:
-        return bool(paths.allowed_methods(path or "/"))
+    def has_route(path: str, method: str | None = None) -> bool:
+        methods = paths.allowed_methods(path or "/")
+        return bool(methods) if method is None else method in methods
 
     return has_route
 

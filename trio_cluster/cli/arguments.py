@@ -204,6 +204,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "ORIGINS",
         "origins whose web pages may use the API: *, or a list with commas",
     )
+    add(
+        "--allowed-hosts",
+        "allowed_hosts",
+        str,
+        "NAMES",
+        "host names under which a server without a key answers, with commas; addresses and localhost always do",
+    )
     if master:
         add("--http", "http", str, "SERVER", "the server of the API: lean, or hypercorn for HTTP/2")
     add(

@@ -20,7 +20,7 @@ from ..options import ClusterServerOptions
 from .access_log import RefusedKeys
 from .context import RequestContext
 
-__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_for_operators"]
+__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_for_operators", "is_open"]
 
 #: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
 #: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
@@ -35,6 +35,11 @@ _OPERATOR: Final = Principal("operator", "operator")
 
 #: Headers that proxies add. A request with one of them does not come from this machine, even if its connection does.
 _PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
+
+
+def is_open(path: str) -> bool:
+    """Return whether a path requires no key."""
+    return (path.rstrip("/") or "/") in OPEN_PATHS
 
 
 class Authenticator(Protocol):
@@ -67,7 +72,7 @@ class Authenticate:
             ApiError: 401: as the authenticator says; 403: the path is for operators, and the principal is none.
         """
         path = context.path.rstrip("/") or "/"
-        if path not in OPEN_PATHS:
+        if not is_open(path):
             try:
                 context.principal = principal = await self._authenticator.authenticate(context)
             except ApiError as error:

@@ -125,6 +125,19 @@ class RequestBody:
         """Give the body so much more time: for that long the backend did not take any of it. Synchronous."""
         self._deadline += seconds
 
+    async def skip(self, limit: int) -> None:
+        """Take the rest of a body that is not read by anything, and keep nothing of it.
+
+        Args:
+            limit: bytes that it may have.
+
+        Raises:
+            InvalidRequest, ClientLeft: as :meth:`next`.
+        """
+        self.limit = min(self.limit, limit)
+        while not self.complete:
+            await self.next()
+
     async def drop(self, limit: int, seconds: float) -> None:
         """Read on and keep nothing, until the body is complete or the client has disconnected.
 

@@ -16,7 +16,7 @@ from ..core import randomness
 from ..core.call import Call
 from ..core.principal import ANONYMOUS
 from ..core.request import Request
-from ..openai import Endpoint
+from ..openai import Endpoint, FormPeek
 from .body import RequestBody, SpooledBody
 from .deadlines import ResponseDeadlines
 
@@ -43,6 +43,7 @@ class RequestContext:
         principal: who sends the request; set by the authenticate stage.
         endpoint: the endpoint of a request for a model; set by the gateway. ``None``: the admin application answers.
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
+        form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
         request: the request as models see it; set by the parse stage.
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
@@ -60,6 +61,7 @@ class RequestContext:
         "client",
         "deadlines",
         "endpoint",
+        "form_peek",
         "header",
         "headers",
         "path",
@@ -93,6 +95,7 @@ class RequestContext:
         self.principal = ANONYMOUS
         self.endpoint: Endpoint | None = None
         self.spool: SpooledBody | None = None
+        self.form_peek: FormPeek | None = None
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.began = time.monotonic()
         self.aborted = False

@@ -6,7 +6,7 @@ from typing import Final, TypeAlias
 
 from .context import RequestContext
 
-__all__ = ["answer_preflight", "cors_headers"]
+__all__ = ["answer_preflight", "cors_headers", "is_allowed_origin"]
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -28,12 +28,18 @@ def cors_headers(context: RequestContext, origins: str | None) -> Headers:
         return []
     if origins.strip() == "*":
         return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", _EXPOSED)]
-    allowed = {each.strip().rstrip("/").encode() for each in origins.split(",")}
     # The answer depends on the origin, also if it is refused, and caches must know that.
     headers = [(b"vary", b"origin")]
-    if origin in allowed:
+    if is_allowed_origin(origin, origins):
         headers += [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", _EXPOSED)]
     return headers
+
+
+def is_allowed_origin(origin: bytes, origins: str | None) -> bool:
+    """Return whether the pages of an origin may use the API; ``origins`` is as for :func:`cors_headers`."""
+    if origins is None or origins.strip() == "*":
+        return origins is not None
+    return origin in {each.strip().rstrip("/").encode() for each in origins.split(",")}
 
 
 def answer_preflight(context: RequestContext, origins: str | None) -> Headers | None:

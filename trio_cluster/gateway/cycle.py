@@ -2,6 +2,8 @@
 
 - *Order.* The head of a request is checked first (protocol version, key, declared length), and its body is read
   afterwards. So a client without a key cannot make the node store anything.
+- *A body that is not read.* Nothing is kept of a body on a path that requires no key, of one that no route of the
+  application takes, and of a preflight's.
 - *Answering an unread body.* An HTTP/1.1 connection whose request was answered before it was read cannot be used again,
   and if it is closed at once, the client may lose the answer. So before a refusal is sent, a small rest of the body is
   read and dropped. A large rest is refused at once, with ``Connection: close``, and then read and dropped for a while
@@ -26,6 +28,7 @@ from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
 from ..openai import Endpoint, endpoint_named
+from .auth import is_open
 from .body import ClientLeft, RequestBody
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
@@ -50,6 +53,9 @@ LINGER_TIME = 10.0
 
 #: The header with the milliseconds from the arrival of the request to the beginning of its answer.
 _PROCESSING: Final = "openai-processing-ms"
+
+#: Their requests have no content that would mean anything (RFC 9110, section 9.3).
+_BODILESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
@@ -90,6 +96,7 @@ class RequestCycle:
         self._left = False  # the client has disconnected
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
+        self._closes = False  # a refusal ends the connection
 
     @property
     def client_left(self) -> bool:
@@ -107,9 +114,7 @@ class RequestCycle:
                 await stage.admit(context)
             context.endpoint = self._endpoint(context.path)
             if context.endpoint is None:
-                body = self._request_body
-                body.limit = min(body.limit, self._node_context.options.server.max_json_size)
-                self._body = await body.read(body.limit)
+                await self._take_body_for_app()
         except ApiError as error:
             await self._refuse(error_reply(error))
             return
@@ -142,6 +147,16 @@ class RequestCycle:
             # HTTP/1.0 has no chunks, so the client would take a closed connection for the end of the answer.
             self._reset()
 
+    async def _take_body_for_app(self) -> None:
+        """Read the body for the application, or drop it while it comes if nothing in the application would read it."""
+        body, method, path = self._request_body, self._scope["method"], self.context.path
+        limit = self._node_context.options.server.max_json_size
+        if method in _BODILESS_METHODS or is_open(path) or not self._pipeline.has_route(path, method):
+            await body.skip(limit)
+            return
+        body.limit = min(body.limit, limit)
+        self._body = await body.read(body.limit)
+
     def _check_head(self) -> None:
         """Check the version, the path and the upgrade of the request, and normalize the path of the context.
 
@@ -153,6 +168,8 @@ class RequestCycle:
         if version not in _VERSIONS and not http2:
             raise InvalidRequest(f"HTTP/{version} is not supported; use HTTP/1.1", status=505)
         if (context.header(b"upgrade") or b"").lower() == b"websocket":
+            # What comes next on this connection may already be a frame.
+            self._closes = True
             raise InvalidRequest("This server has no websocket endpoints", status=404)
         path = context.path
         if "://" in path and not path.startswith("/"):
@@ -219,7 +236,7 @@ class RequestCycle:
         headers = answer_preflight(self.context, origins)
         if headers is None:
             return False
-        await self._request_body.read(self._request_body.limit)
+        await self._request_body.skip(self._node_context.options.server.max_json_size)
         headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": 204, "headers": headers})
         await self._send({"type": "http.response.body", "body": b""})
@@ -234,12 +251,13 @@ class RequestCycle:
         """Answer with ``reply``, also if the body of the request has not been read."""
         request_body, length = self._request_body, self.context.declared_length()
         self._started = True
-        if length is None or length - request_body.received <= DRAIN_BYTES:
+        # A client that waits to be told to go on has not sent its body, and is not told to (RFC 9110, section 10.1.1).
+        if not self._awaits_continue and (length is None or length - request_body.received <= DRAIN_BYTES):
             await request_body.drop(DRAIN_BYTES, DRAIN_TIME)
         if request_body.left:
             return
         head = self._start(reply)
-        if not request_body.complete and self._scope["http_version"] in _VERSIONS:
+        if self._closes or (not request_body.complete and self._scope["http_version"] in _VERSIONS):
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
         await self._send({"type": "http.response.body", "body": reply.body, "more_body": True})
@@ -263,6 +281,13 @@ class RequestCycle:
         # The write can block if the client does not read. The socket has a time limit of its own for that.
         with trio.CancelScope(shield=True):
             await self._send(message)
+
+    @property
+    def _awaits_continue(self) -> bool:
+        if (self.context.header(b"expect") or b"").lower() != b"100-continue":
+            return False
+        arrived = self._connection is not None and self._connection.arrived
+        return not (arrived or self._request_body.received or self._request_body.complete)
 
     def _is_gone(self) -> bool:
         return self._connection is not None and self._connection.gone

@@ -20,7 +20,7 @@ from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
 from ..errors import InvalidRequest, LoopDetected
-from ..openai import Endpoint, FormPeek, is_form, peek_model
+from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, require_one_model
 from ..routing.catalog import Catalog
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
@@ -28,8 +28,9 @@ from .node_context import NodeContext
 
 __all__ = ["Parse"]
 
-#: Headers that are passed to the handler: those with which clients describe themselves, and the trace context (W3C
-#: Trace Context and Baggage). Others are passed if they begin with one of the prefixes below.
+#: Headers that are passed to the handler: those with which clients describe themselves, the key under which they repeat
+#: a request, and the trace context (W3C Trace Context and Baggage). Others are passed if they begin with one of the
+#: prefixes below.
 _FORWARDED: Final = frozenset(
     {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
@@ -64,13 +65,16 @@ class Parse:
         assert endpoint is not None
         catalog = node_context.router.catalog
         headers = _forwarded_headers(context)
+        _check_coding(context)
         content_type = (context.header(b"content-type") or b"").decode("latin-1")
+        form = _is_form(content_type)
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
         first = await request_body.read(SPOOL_THRESHOLD)
-        if not request_body.complete and is_form(content_type):
+        if form and not request_body.complete:
             context.spool = SpooledBody()
-            model = await _find_model(request_body, content_type, first, context.spool)
+            context.form_peek = FormPeek(content_type)
+            model = await _find_model(request_body, context.form_peek, first, context.spool)
             info = catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
@@ -109,6 +113,41 @@ def _passed(via: str, model: str, catalog: Catalog) -> str:
     return format_via((*passed, catalog.cluster_id))
 
 
+# Clients choose the header; those that are sent all the time are few.
+@lru_cache(maxsize=64)
+def _is_form(content_type: str) -> bool:
+    """Return whether the body is a form; otherwise it is JSON, also for a model that wants it untouched.
+
+    A web page can send every other content type, and none, without asking first (CORS).
+
+    Raises:
+        InvalidRequest: it is neither (415).
+    """
+    if is_form(content_type):
+        return True
+    kind = media_type(content_type)
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise InvalidRequest(
+            f"Unsupported content type '{kind}': expected application/json",
+            status=415,
+            param="content-type",
+            code="unsupported_media_type",
+        )
+    return False
+
+
+def _check_coding(context: RequestContext) -> None:
+    """Refuse a body that is compressed: it would be taken for malformed JSON."""
+    coding = (context.header(b"content-encoding") or b"").decode("latin-1").strip()
+    if coding.lower() not in ("", "identity"):
+        raise InvalidRequest(
+            f"Unsupported content encoding '{coding}': send the body without one",
+            status=415,
+            param="content-encoding",
+            code="unsupported_media_type",
+        )
+
+
 async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
     """Return a body that is kept in memory, given its beginning, and wait for the rest."""
     request_body.limit = min(request_body.limit, node_context.options.server.max_json_size)
@@ -117,9 +156,8 @@ async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeCo
     return await request_body.read(request_body.limit, first)
 
 
-async def _find_model(request_body: RequestBody, content_type: str, first: bytes, spool: SpooledBody) -> str:
+async def _find_model(request_body: RequestBody, peek: FormPeek, first: bytes, spool: SpooledBody) -> str:
     """Return the model that a form names, and put what was read until then into the spool."""
-    peek = FormPeek(content_type)
     data = first
     while True:
         peek.feed(data)
@@ -138,6 +176,8 @@ async def _read_whole(
 ) -> tuple[ModelInfo, Any]:
     """Return the model that a body is for, and the parsed body; ``None`` if only passthrough models answer."""
     catalog = node_context.router.catalog
+    if not _is_form(content_type):
+        await _parse(require_one_model, body)
     if catalog.passthrough or catalog.absent:
         name = await _parse(peek_model, body, content_type) or ""
         if catalog.absent.find(name) is not None:

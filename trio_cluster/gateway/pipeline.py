@@ -3,7 +3,7 @@
 A request passes these steps, in this order; each is a module here:
 
 1. ``cycle.py`` checks the request line, and answers a browser's preflight (``cors.py``).
-2. *Admission*: ``auth.py`` and ``limits.py``. Every request passes these stages before its body is read.
+2. *Admission*: ``auth.py``, ``origin.py`` and ``limits.py``. Every request passes these stages before its body is read.
 3. *Dispatch*, for a request for a model (``routes.py``): ``parse.py`` reads and validates the body (``body.py``), and
    ``route.py`` opens the call.
 4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) if
@@ -14,8 +14,6 @@ A request that is not for a model goes to the application behind the gateway, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ..core.log_context import current_principal, current_request
 from ..errors import InvalidRequest
 from ..http1.asgi import App, Receive, Scope, Send
@@ -25,10 +23,11 @@ from .context import RequestContext
 from .cycle import RequestCycle
 from .limits import LimitSize
 from .node_context import NodeContext
+from .origin import CheckOrigin
 from .parse import Parse
 from .response import error_reply, reply_head
 from .route import Route
-from .stage import Pipeline
+from .stage import HasRoute, Pipeline
 
 __all__ = ["Gateway"]
 
@@ -39,7 +38,7 @@ class Gateway:
     Args:
         app: the ASGI application behind the gateway.
         node_context: the node; its options are read for each request.
-        has_route: returns whether the application has a path, for any method.
+        has_route: tells whether the application has a path; with a method, whether it has it for that one.
         authenticator: determines who sends a request; ``None``: the API key of the options is required.
 
     Attributes:
@@ -50,13 +49,14 @@ class Gateway:
         self,
         app: App,
         node_context: NodeContext,
-        has_route: Callable[[str], bool] = lambda path: True,
+        has_route: HasRoute = lambda path, method=None: True,
         authenticator: Authenticator | None = None,
     ) -> None:
         self.pipeline = Pipeline(
             node_context,
             admission=(
                 Authenticate(authenticator or SingleKey(node_context.options)),
+                CheckOrigin(node_context),
                 LimitSize(node_context),
             ),
             dispatch=(Parse(node_context), Route(node_context)),

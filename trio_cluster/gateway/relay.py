@@ -22,6 +22,7 @@ answer. The option ``stream_failure`` can demand that always.
 from __future__ import annotations
 
 import math
+import re
 from typing import Final
 
 import trio
@@ -48,15 +49,27 @@ BUFFER_LIMIT: Final = 1 << 20
 #: and to find out whether the client is still connected.
 PING_INTERVAL: Final = 10.0
 
-#: Headers of a handler's answer that are not passed on: they describe the connection or the framing, or are set here.
+#: Headers of a handler's answer that are not passed on: they describe the connection or the framing, are set here, or
+#: speak for the whole origin: what a browser may do with it, now and later.
 _RESERVED_HEADERS: Final = frozenset(
     {
+        "alt-svc",
+        "clear-site-data",
         "connection",
         "content-length",
         "content-type",
         "date",
         "keep-alive",
+        "nel",
         "proxy-connection",
+        "public-key-pins",
+        "report-to",
+        "reporting-endpoints",
+        "server",
+        "service-worker-allowed",
+        "set-cookie",
+        "set-cookie2",
+        "strict-transport-security",
         "te",
         "trailer",
         "transfer-encoding",
@@ -64,6 +77,16 @@ _RESERVED_HEADERS: Final = frozenset(
         "x-request-id",
     }
 )
+_RESERVED_PREFIX: Final = "access-control-"
+
+#: Headers that clients calculate with, and what may stand in them.
+_NUMBER: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_NUMBER_OR_DATE: Final = re.compile(r"[0-9]{1,6}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,30}")
+_CHECKED_HEADERS: Final = {
+    "openai-processing-ms": _NUMBER,
+    "retry-after": _NUMBER_OR_DATE,
+    "retry-after-ms": _NUMBER,
+}
 
 
 async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
@@ -143,7 +166,10 @@ def _headers(head: Head) -> list[tuple[str, str]]:
     for name, value in head.headers:
         if HEADER_NAME.fullmatch(name) and HEADER_VALUE.fullmatch(value):
             name = name.lower()
-            if name not in _RESERVED_HEADERS:
+            if name in _RESERVED_HEADERS or name.startswith(_RESERVED_PREFIX):
+                continue
+            expected = _CHECKED_HEADERS.get(name)
+            if expected is None or expected.fullmatch(value):
                 headers.append((name, value))
     return headers
 

@@ -24,6 +24,8 @@ __all__ = ["JSON", "Body", "Reply", "error_reply", "json_reply", "render_refusal
 #: The content type of a JSON body, as a header.
 JSON: Final = ("content-type", "application/json")
 _UNAUTHORIZED: Final = 401
+#: Seconds that a client is told to wait, at most.
+_MAX_RETRY_AFTER: Final = 86_400
 
 
 class Body(Protocol):
@@ -66,13 +68,20 @@ def error_reply(error: ApiError) -> Reply:
     """Return the reply for an error, with the headers that tell clients whether and when to try again."""
     headers = [JSON]
     if error.retry_after is not None:
-        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
+        headers.append(("retry-after", _retry_after(error.retry_after)))
     if error.status == _UNAUTHORIZED:
         headers.append(("www-authenticate", "Bearer"))
     if isinstance(error, CallCancelled) and error.final:
         # The status alone would make the official clients send the request again.
         headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))
+
+
+def _retry_after(seconds: float) -> str:
+    """Return the value of the header. The number may come from a handler, on any node, and may be any."""
+    if not seconds > 1:  # NaN included
+        return "1"
+    return str(math.ceil(min(seconds, _MAX_RETRY_AFTER)))
 
 
 def reply_head(reply: Reply, request_id: str) -> Message:
@@ -87,8 +96,8 @@ def reply_head(reply: Reply, request_id: str) -> Message:
 def render_refusal(refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:
     """Return the headers and the body of the answer to bytes that are not a valid HTTP request.
 
-    It looks like any other error. It has a new request id, since there is no request that could have one.
+    It looks like any other error. It has the request id that the client has sent, if that had come, or else a new one.
     """
     reply = error_reply(InvalidRequest(refusal.message, status=refusal.status))
     assert isinstance(reply.body, bytes)
-    return [*reply.headers, ("x-request-id", RequestContext(()).request_id)], reply.body
+    return [*reply.headers, ("x-request-id", RequestContext(refusal.headers).request_id)], reply.body

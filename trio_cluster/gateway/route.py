@@ -28,7 +28,8 @@ class Route:
         """See ``Stage``. The call belongs to the context, also if this is cancelled.
 
         Raises:
-            ApiError: no replica can answer; or the body is too large, does not arrive in time, or is not taken in time.
+            ApiError: no replica can answer; the rest of a form is malformed or names another model; or the
+                body is too large, does not arrive in time, or is not taken in time.
             ClientLeft: the client disconnected in the middle of its body.
         """
         request, router = context.request, self._node_context.router
@@ -50,8 +51,9 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
 
     If an answer begins meanwhile, it is sent afterwards. Usually it is an error, and then the backend takes no more.
     """
-    body, spool = context.request_body, context.spool
+    body, spool, peek = context.request_body, context.spool, context.form_peek
     assert spool is not None
+    assert peek is not None
     with trio.CancelScope() as scope:
         upload.on_close(partial(scope.cancel, reason="the backend takes no more of this body"))
         while data := await spool.take():
@@ -59,6 +61,7 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
             await _wait_for_room(context, upload)
         while not body.complete:
             data = await body.next()
+            peek.feed(data)
             upload.put(data, last=body.complete)
             await _wait_for_room(context, upload)
         if not upload.complete:

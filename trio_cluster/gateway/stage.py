@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import attrs
@@ -11,7 +10,7 @@ from ..http1.asgi import App
 from .context import RequestContext
 from .node_context import NodeContext
 
-__all__ = ["Pipeline", "Stage"]
+__all__ = ["HasRoute", "Pipeline", "Stage"]
 
 
 class Stage(Protocol):
@@ -29,6 +28,14 @@ class Stage(Protocol):
         ...
 
 
+class HasRoute(Protocol):
+    """Tells whether an application has a path."""
+
+    def __call__(self, path: str, method: str | None = None, /) -> bool:
+        """Return whether it has ``path`` for ``method``; without that, for any method."""
+        ...
+
+
 @attrs.define
 class Pipeline:
     """The stages of a gateway, and the application behind them."""
@@ -40,5 +47,5 @@ class Pipeline:
     """The stages that a request for a model passes after that; the last one opens the call."""
     app: App
     """The ASGI application that answers requests that are not for a model."""
-    has_route: Callable[[str], bool]
-    """Returns whether the application has a path, for any method."""
+    has_route: HasRoute
+    """Returns whether the application has a path; with a method, whether it has it for that one."""

@@ -193,7 +193,7 @@ class Http1Connection:
             if self._error is not None:
                 raise self._error
             refused = self._parser.refused
-            if refused is not None and not (self._begun or self._torn or self.gone):
+            if refused is not None and not (self._begun or self._torn or self._closing or self.gone):
                 await self._send_refusal(refused)
         finally:
             self.close()

@@ -18,7 +18,9 @@ __all__ = ["RequestState", "pieces_to_write", "refusal_response", "response_head
 #: Bytes of a piece of a body above which copying it costs more than another write.
 _LARGE: Final = 1024 * 1024
 
-_BODILESS: Final = frozenset({204, 304})
+_NO_CONTENT: Final = 204
+_BODILESS: Final = frozenset({_NO_CONTENT, 304})
+_FRAMING_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 _STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -58,6 +60,7 @@ class RequestState:
         "start",
         "target",
         "version",
+        "weight",
     )
 
     def __init__(self) -> None:
@@ -71,6 +74,8 @@ class RequestState:
         self.body: list[bytes] = []
         self.complete = False
         self.handed_over = False
+        # What it counts for while it waits, without its body.
+        self.weight = 0
         self.start: Any = None
         self.head_sent = False
         self.chunked = False
@@ -100,8 +105,11 @@ def response_head(request: RequestState, size: int, more: bool, closing: bool) -
     lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
     framed = said = False
     for name, value in request.start.get("headers", ()):
-        lines.append(b"%b: %b\r\n" % (name, value))
         lowered = name.lower()
+        if status == _NO_CONTENT and lowered in _FRAMING_HEADERS:
+            # Such an answer ends with its head (RFC 9110, section 8.6); a client that believed this would wait.
+            continue
+        lines.append(b"%b: %b\r\n" % (name, value))
         framed = framed or lowered == b"content-length"
         said = said or (lowered == b"connection" and value.lower() == b"close")
     closing = closing or said or not request.keep_alive

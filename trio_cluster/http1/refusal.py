@@ -17,10 +17,12 @@ class HttpRefusal:
     Attributes:
         status: the HTTP status of the answer, 400 to 599.
         message: for the person who reads the answer.
+        headers: what came of the headers before that, names in lower case.
     """
 
     status: int
     message: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 #: Returns the headers and the body of the answer to what was refused. The server adds the status line and the headers

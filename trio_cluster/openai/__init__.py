@@ -12,8 +12,8 @@ from .endpoints import ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint
 from .failures import EndDetector, FailureGrammar
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
-from .requests.forms import FormReader, is_form
-from .requests.peek import FormPeek, peek_model
+from .requests.forms import FormReader, is_form, media_type
+from .requests.peek import FormPeek, peek_model, require_one_model
 from .requests.types import (
     ASRRequest,
     ChatRequest,
@@ -64,7 +64,9 @@ __all__ = [
     "error_responses",
     "event",
     "is_form",
+    "media_type",
     "peek_model",
     "read_object",
+    "require_one_model",
     "to_chunk",
 ]

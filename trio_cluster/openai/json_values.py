@@ -8,6 +8,7 @@ represent: the encoder underneath would write ``null`` in their place, and a cli
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Final
 
 import msgspec
@@ -17,6 +18,14 @@ from trio_cluster.errors import InvalidRequest
 __all__ = ["dumps", "plain", "read_object"]
 
 _decoder: Final = msgspec.json.Decoder()
+_BOM: Final = b"\xef\xbb\xbf"
+#: An escape in a JSON text: a whole surrogate pair, half of one (the group), or any other.
+_ESCAPE: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+    rb"|\\.",
+    re.DOTALL,
+)
 
 
 def _foreign(value: Any) -> Any:
@@ -38,16 +47,37 @@ def read_object(body: bytes) -> dict[str, Any]:
     Raises:
         InvalidRequest: it is not JSON, or not an object.
     """
+    if body.startswith(_BOM):
+        raise InvalidRequest(
+            "The request body begins with a byte order mark (BOM), which JSON must not have; send UTF-8 without it",
+            code="invalid_json",
+        )
     try:
         value = _decoder.decode(body)
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply", code="invalid_json") from None
     except (msgspec.MsgspecError, ValueError) as exc:
         # ValueError covers text that is not UTF-8 and integers too long to convert.
-        raise InvalidRequest(f"The request body is not valid JSON: {exc}", code="invalid_json") from None
+        lone = _lone_surrogate(body)
+        if lone is not None:
+            # The decoder's own words for this are that the input was truncated.
+            raise InvalidRequest(
+                f"The request body is not valid JSON: {lone} is half of a surrogate pair, and no character by itself",
+                code="invalid_json",
+            ) from None
+        reason = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else str(exc)
+        raise InvalidRequest(f"The request body is not valid JSON: {reason}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object", code="invalid_json")
     return value
+
+
+def _lone_surrogate(body: bytes) -> str | None:
+    """Return the first escape of half a surrogate pair that stands alone; ``None`` if there is none."""
+    for escape in _ESCAPE.finditer(body):
+        if escape[1] is not None:
+            return escape[1].decode("ascii")
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -261,7 +261,7 @@ class SimulatedClient:
         self, stream: SimulatedStream, method: str, path: str, value: Any, headers: Mapping[str, str]
     ) -> StreamingResponse:
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
-        named = {"host": self._server, **self._headers, **headers}
+        named = {"host": "localhost", **self._headers, **headers}
         if value is not None:
             named = {"content-type": "application/json", "content-length": str(len(body)), **named}
         connection = h11.Connection(h11.CLIENT)

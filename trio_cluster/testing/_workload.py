@@ -118,7 +118,7 @@ async def _abort_upload(request: SimulatedRequest, network: SimulatedNetwork, po
     )
     stream = await network.host(request.host).connect("master", port)
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: master\r\ncontent-type: {content_type}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content_type}\r\n"
         f"content-length: {len(body)}\r\nx-request-id: r{request.number}\r\n\r\n"
     )
     try:

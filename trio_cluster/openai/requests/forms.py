@@ -86,7 +86,13 @@ def open_parser(content_type: str) -> PushMultipartParser:
 
 def malformed(error: ValueError) -> InvalidRequest:
     """Return the error for a client whose form the parser refuses."""
-    return InvalidRequest(f"The request body is not valid {_FORM}: {error}")
+    reason = str(error.args[0]) if error.args else "it makes no sense"
+    # The parser's words for these are those of a Python exception.
+    if isinstance(error, UnicodeEncodeError):
+        reason = "its boundary is not ASCII"
+    elif any(isinstance(cause, UnicodeDecodeError) for cause in (error, *error.args)):
+        reason = "the name of a field or of a file is not UTF-8"
+    return InvalidRequest(f"The request body is not valid {_FORM}: {reason}")
 
 
 def read_form(body: bytes, content_type: str) -> Form:

@@ -1,12 +1,14 @@
 """Finding the model that a request is for, without reading the rest of the request.
 
 A request that is only forwarded is not checked here: the node that answers it checks it. But its model decides to which
-node it goes.
+node it goes. So a model that is named twice is refused: of two names, this node would go by one, and the server that
+answers perhaps by the other.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from typing import Any, Final
 
 import msgspec
 from multipart import MultipartSegment  # type: ignore[import-untyped]
@@ -15,10 +17,22 @@ from trio_cluster.errors import InvalidRequest
 
 from .forms import is_form, malformed, open_parser
 
-__all__ = ["FormPeek", "peek_model"]
+__all__ = ["FormPeek", "peek_model", "require_one_model"]
 
 #: Bytes of a model's name that are read; no name is longer.
 _NAME_BYTES: Final = 4 * 512
+
+
+#: How the key ``model`` stands in a JSON text, and what every way to escape one of its letters begins with.
+_KEY: Final = b'"model"'
+_ESCAPED_LETTER: Final = b"\\u006"
+
+
+class _NamedTwice(InvalidRequest):
+    """The request names its model more than once."""
+
+    def __init__(self) -> None:
+        super().__init__("'model' is given more than once", param="model")
 
 
 class _Named(msgspec.Struct):
@@ -29,15 +43,47 @@ _json: Final = msgspec.json.Decoder(_Named)
 
 
 def peek_model(body: bytes, content_type: str) -> str | None:
-    """Return the model that a whole body names; ``None`` if it names none, or is malformed before the name."""
+    """Return the model that a whole body names; ``None`` if it names none, or is malformed before the name.
+
+    Raises:
+        InvalidRequest: it is a form that names its model more than once.
+    """
     try:
         if is_form(content_type):
             peek = FormPeek(content_type)
             peek.feed(body)
             return peek.model
         return _json.decode(body).model
+    except _NamedTwice:
+        raise
     except (InvalidRequest, msgspec.MsgspecError, ValueError, RecursionError):
         return None
+
+
+def require_one_model(body: bytes) -> None:
+    """Refuse a JSON text whose object has more than one member ``model``.
+
+    Decoders take the last one without a word, or the first. Nearly all texts are recognized without being decoded; a
+    text that is not JSON is left to its reader.
+
+    Raises:
+        InvalidRequest: there is more than one.
+    """
+    if body.count(_KEY) < 2 and _ESCAPED_LETTER not in body:
+        return
+    members: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        # Called for the outermost object last.
+        nonlocal members
+        members = pairs
+
+    try:
+        whole = json.loads(body, object_pairs_hook=keep)
+    except (ValueError, RecursionError):
+        return
+    if whole is None and sum(name == "model" for name, _ in members) > 1:
+        raise _NamedTwice
 
 
 class FormPeek:
@@ -57,26 +103,31 @@ class FormPeek:
         self.model: str | None = None
         self._parser = open_parser(content_type)
         self._value: bytearray | None = None
+        self._named = False
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the form. May be left out once the model is known.
+        """Take the next bytes of the form.
 
         Raises:
-            InvalidRequest: the form is malformed, or its model is longer than any name, or not UTF-8.
+            InvalidRequest: the form is malformed, it names its model more than once, or the name is longer than any, or
+                not UTF-8.
         """
         # The parser would take an empty piece for the end of the form.
-        if not data or self._parser.closed or self.model is not None:
+        if not data or self._parser.closed:
             return
         try:
             for event in self._parser.parse(data):
                 if isinstance(event, MultipartSegment):
-                    wanted = event.name == "model" and event.filename is None
-                    self._value = bytearray() if wanted else None
+                    named = event.name == "model"
+                    if named and self._named:
+                        raise _NamedTwice
+                    self._named = self._named or named
+                    self._value = bytearray() if named and event.filename is None else None
                 elif self._value is None:
                     continue
                 elif event is None:
                     self.model = self._value.decode()
-                    return
+                    self._value = None
                 else:
                     self._value += event
                     if len(self._value) > _NAME_BYTES:

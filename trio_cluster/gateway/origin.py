@@ -1,0 +1,89 @@
+"""The origin stage: what keeps web pages out of a server that requires no key.
+
+A page that is open in a browser near the server can send requests to it. Two checks stop that, where no key does:
+
+- *Origin.* A browser says which page a request comes from. A page from elsewhere is refused, unless ``cors_origins``
+  allows it: that its browser would hide the answer from it is not enough, since the work would have been done.
+- *Host.* With DNS rebinding, a page makes its own host name point to the server's address; to the browser, the server
+  is then a part of the page's site. But the Host header has the page's name. So it must be an address, ``localhost``,
+  or a name in ``allowed_hosts``; no page can have one of these names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import lru_cache
+
+from ..errors import ApiError
+from .auth import is_open
+from .context import RequestContext
+from .cors import is_allowed_origin
+from .node_context import NodeContext
+
+__all__ = ["CheckOrigin"]
+
+
+class CheckOrigin:
+    """Refuses requests without a key that come from a web page, or for an unknown host. See ``Stage``.
+
+    Paths that require no key where there is one show neither names nor contents, and are not checked: health checks and
+    metrics may be asked for under any name.
+    """
+
+    def __init__(self, node_context: NodeContext) -> None:
+        self._node_context = node_context
+
+    async def admit(self, context: RequestContext) -> None:
+        """See ``Stage``."""
+        if context.principal.name:
+            return
+        options, host = self._node_context.options.server, context.header(b"host")
+        # Browsers always send a Host header; HTTP/1.0 need not have one.
+        if host is not None and not _is_allowed_host(host, options.allowed_hosts):
+            name = _host_name(host)
+            error = ApiError(
+                403,
+                "This server requires no API key, so it answers only under an address, localhost, or a name in "
+                f"'allowed_hosts', and '{name}' is none of these. Start it with --allowed-hosts {name}, or with a key",
+                code="host_not_allowed",
+            )
+        else:
+            origin = context.header(b"origin")
+            if (
+                origin is None
+                or _is_same_origin(origin, host)
+                or is_allowed_origin(origin, options.cors_origins)
+            ):
+                return
+            error = ApiError(
+                403,
+                "This server requires no API key, so pages from elsewhere may not use it; 'cors_origins' can allow it",
+                code="foreign_origin",
+            )
+        if not is_open(context.path):
+            raise error
+
+
+def _is_same_origin(origin: bytes, host: bytes | None) -> bool:
+    return host is not None and origin.partition(b"://")[2].lower() == host.lower()
+
+
+# Clients choose the header; those that are sent all the time are few.
+@lru_cache(maxsize=64)
+def _is_allowed_host(host: bytes, allowed: str | None) -> bool:
+    name = _host_name(host)
+    names = {each.strip().lower() for each in (allowed or "").split(",")}
+    if name == "localhost" or name.endswith(".localhost") or name in names or "*" in names:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _host_name(host: bytes) -> str:
+    """Return the name or the address in a Host header, without its port; in lower case."""
+    text = host.decode("latin-1").lower()
+    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+    return name.removesuffix(".")
