@@ -100,8 +100,8 @@ WRONG = {
     ),
     "a tool that the server has not": Wrong(
         "responses.create",
-        {"model": "echo", "input": "what is new?", "tools": [{"type": "web_search"}]},
-        bad("unsupported_value", "tools[0].type"),
+        {"model": "echo", "input": "what is new?", "tool_choice": {"type": "web_search"}},
+        bad("unsupported_value", "tool_choice.type"),
     ),
     "nothing to rank": Wrong(
         "post",

@@ -223,7 +223,7 @@ async def test_the_same_handler_does_so_in_a_chat(with_agent: Served, stream: bo
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
         ({"input": []}, "input"),
         ({"temperature": 3}, "temperature"),

@@ -662,6 +662,75 @@ async def test_an_unknown_model_is_404_and_one_of_another_kind_400(node: HttpNod
     assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "endpoint"),
+    [
+        ("/v1/v1/chat/completions", CHAT, "chat.completions"),
+        ("/openai/v1/chat/completions", CHAT, "chat.completions"),
+        (
+            "/openai/deployments/m/chat/completions?api-version=2024-10-21",
+            {"messages": CHAT["messages"]},
+            "chat.completions",
+        ),
+        ("/openai/deployments/m/chat/completions/", CHAT | {"model": "gpt-4o"}, "chat.completions"),
+        ("/openai/deployments/org/m/completions", {"model": "x", "prompt": "x"}, "completions"),
+        ("/v2/rerank", {"model": "m", "query": "x", "documents": ["y"]}, "rerank"),
+    ],
+)
+async def test_paths_that_clients_of_other_servers_know(
+    node: HttpNode, path: str, body: dict[str, Any], endpoint: str
+) -> None:
+    node.router.catalog.remove("m", node.backend)
+    kind: Any = "rerank" if endpoint == "rerank" else "chat"
+    for name in ("m", "org/m"):
+        node.add(name, kind)
+    async with node.client() as client:
+        assert (await client.post(path, json=body)).status_code == 200
+    request = (await node.backend.next()).request
+    assert (request.endpoint, request.model) == (endpoint, "org/m" if "/org/" in path else "m")
+    # What the handler reads is what was routed by.
+    assert json.loads(request.body)["model"] == request.model
+
+
+async def test_the_model_of_a_form_must_be_that_of_its_path(node: HttpNode) -> None:
+    node.add("a", "asr")
+    node.add("b", "asr")
+    async with node.client() as client:
+        for size in (9, 3_000_000):
+            for model, status in (("a", 200), ("b", 400)):
+                response = await client.post(
+                    "/openai/deployments/a/audio/transcriptions",
+                    data={"model": model},
+                    files={"file": b"x" * size},
+                )
+                assert response.status_code == status
+                if status == 400:
+                    assert response.json()["error"]["param"] == "model"
+
+
+async def test_the_health_of_a_node_and_its_models_have_other_paths_too(node: HttpNode) -> None:
+    async with node.client() as client:
+        assert (await client.get("/v1/health")).json() == (await client.get("/health")).json()
+        for path in ("/openai/models?api-version=1", "/v1/v1/models", "/openai/v1/models"):
+            assert (await client.get(path)).json() == (await client.get("/v1/models")).json()
+        assert (await client.get("/openai/deployments/m/nothing")).status_code == 404
+
+
+async def test_the_key_of_an_azure_client_is_taken() -> None:
+    async with open_http_node(api_key="secret") as node, node.client() as client:
+        for key, status in (("secret", 200), ("wrong", 401)):
+            response = await client.post(PATH, json=CHAT, headers={"api-key": key})
+            assert response.status_code == status
+
+
+async def test_models_for_a_chat_are_listed_first(node: HttpNode) -> None:
+    node.add("a-voice", "tts")
+    node.add("z-chat")
+    async with node.client() as client:
+        models = (await client.get("/v1/models")).json()["data"]
+    assert [each["id"] for each in models] == ["m", "z-chat", "a-voice"]
+
+
 async def test_token_ids_need_a_model_that_asks_for_them(node: HttpNode) -> None:
     body = {"prompt": [[1, 2], [3]], "max_tokens": 0}
     async with node.client() as client:

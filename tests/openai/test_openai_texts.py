@@ -561,6 +561,12 @@ def test_echo_puts_the_prompt_before_the_text_of_a_completion() -> None:
     assert streamed([], "completions", **fields).text == "Once "
 
 
+def test_a_refusal_has_no_content() -> None:
+    message = plain([{"refusal": "no"}])["choices"][0]["message"]
+    assert (message["content"], message["refusal"]) == (None, "no")
+    assert plain(["a", {"refusal": "no"}])["choices"][0]["message"]["content"] == "a"
+
+
 TOKENS = [
     {
         "token": each,

@@ -253,7 +253,7 @@ def test_a_required_field_must_be_there(endpoint: str, field: str, value: Any) -
         ),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
         ([{"role": "assistant"}], "messages[0].content"),
-        ([{"role": "assistant", "content": None, "tool_calls": []}], "messages[0].content"),
+        ([{"role": "assistant", "content": None, "tool_calls": None}], "messages[0].content"),
         ([{"role": "assistant", "tool_calls": "x"}], "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": [{"type": "function"}]}], "messages[0].tool_calls[0].id"),
         ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].function"),
@@ -348,6 +348,38 @@ def test_what_is_inside_a_field_is_refused_with_its_place(fields: dict[str, Any]
 )
 def test_a_wrong_embedding_input_is_refused_with_its_place(value: Any, param: str) -> None:
     assert refused("embeddings", input=value).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"metadata": {"b": "x", "a": 1}}, "metadata.a"),
+        ({"metadata": {"a": None}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"logit_bias": {"1": 1, "2": "x"}}, "logit_bias.2"),
+        ({"logit_bias": {"2": 101}}, "logit_bias.2"),
+    ],
+)
+def test_a_wrong_member_of_an_object_is_named(fields: dict[str, Any], param: str) -> None:
+    assert refused("chat.completions", **fields).param == param
+
+
+def test_null_is_not_called_missing() -> None:
+    for message in ({"role": "user", "content": None}, {"role": "assistant", "content": None}):
+        error = refused("chat.completions", messages=[message])
+        assert (error.param, error.code) == ("messages[0].content", "invalid_type")
+        assert "null" in error.message
+    tools = [{"type": "function", "function": {"name": None}}]
+    assert "null" in refused("chat.completions", tools=tools).message
+    assert "Missing" in refused("chat.completions", messages=[{"role": "user"}]).message
+
+
+@pytest.mark.parametrize(
+    "members", [{"reasoning_content": "hm"}, {"tool_calls": []}, {"content": None, "refusal": ""}]
+)
+def test_an_assistants_message_may_have_anything_instead_of_a_content(members: dict[str, Any]) -> None:
+    message = {"role": "assistant"} | members
+    assert send("chat.completions", messages=[message]).messages == [message]
 
 
 def test_the_logprobs_of_an_echoed_prompt_are_refused_in_words_that_help() -> None:

@@ -6,6 +6,8 @@ change here. A view returns a :class:`~trio_cluster.gateway.response.Reply`, mad
 
 from __future__ import annotations
 
+from typing import Final
+
 from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
@@ -21,6 +23,9 @@ from .views import HealthView, IndexView, ModelsView, ReadyView, status_view
 from .web import respond
 
 __all__ = ["add_routes"]
+
+#: The kinds of models that can be chat models.
+_CHATS: Final = ("chat", "any")
 
 
 def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
@@ -42,8 +47,10 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
+        # Some clients take the first model for a chat.
         catalog = node_context.router.catalog
-        entries = [catalog.entry(info) for info in catalog.infos()]
+        infos = sorted(catalog.infos(), key=lambda info: info.kind not in _CHATS)
+        entries = [catalog.entry(info) for info in infos]
         return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:

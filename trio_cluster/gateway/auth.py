@@ -155,8 +155,10 @@ def _is_local(context: RequestContext) -> bool:
 
 
 def key_of(context: RequestContext) -> bytes | None:
-    """Return the API key of a request: the bearer token or, as clients of the Messages API send it, ``x-api-key``."""
+    """Return the API key of a request: the bearer token, ``x-api-key`` as clients of the Messages API send it, or
+    ``api-key`` as clients of Azure do.
+    """
     scheme, _, given = (context.header(b"authorization") or b"").partition(b" ")
     if not scheme:
-        return context.header(b"x-api-key") or None
+        return context.header(b"x-api-key") or context.header(b"api-key") or None
     return given.strip() if scheme.lower() == b"bearer" else None

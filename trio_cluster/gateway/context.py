@@ -41,6 +41,8 @@ class RequestContext:
         request_id: the one that the client sent if it is usable, otherwise a new one.
         request_body: the body of the request; set by the gateway.
         principal: who sends the request; set by the authenticate stage.
+        model_in_path: the model that the path names, which then counts more than that of the body; empty if the path
+            names none.
         endpoint: the endpoint of a request for a model; set by the gateway. ``None``: the admin application answers.
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
         form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
@@ -64,6 +66,7 @@ class RequestContext:
         "form_peek",
         "header",
         "headers",
+        "model_in_path",
         "path",
         "principal",
         "request",
@@ -92,6 +95,7 @@ class RequestContext:
         self.header: Callable[[bytes], bytes | None] = dict(reversed(self.headers)).get
         self.client = client
         self.path = path
+        self.model_in_path = ""
         self.principal = ANONYMOUS
         self.endpoint: Endpoint | None = None
         self.spool: SpooledBody | None = None

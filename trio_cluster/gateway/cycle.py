@@ -35,7 +35,7 @@ from .cors import answer_preflight, cors_headers
 from .direct import Connection
 from .relay import relay
 from .response import Reply, error_reply, reply_head
-from .routes import MODEL_ROUTES, custom_route
+from .routes import MODEL_ROUTES, canonical_path, custom_route
 from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
@@ -177,7 +177,8 @@ class RequestCycle:
         if not path.startswith("/"):
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
         # A client whose base URL ends with a slash sends two. The web framework would take that for an unknown path.
-        context.path = "/" + path.lstrip("/")
+        path = "/" + path.lstrip("/")
+        context.path, context.model_in_path = canonical_path(self._scope["method"], path)
 
     def _endpoint(self, path: str) -> Endpoint | None:
         """Return the endpoint of a request for a model; ``None`` if the application answers the request."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from ..core.channel import ByteChannel
@@ -20,7 +21,7 @@ from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
 from ..errors import InvalidRequest, LoopDetected
-from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, require_one_model
+from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
@@ -75,11 +76,14 @@ class Parse:
             context.spool = SpooledBody()
             context.form_peek = FormPeek(content_type)
             model = await _find_model(request_body, context.form_peek, first, context.spool)
+            _require_model_of_path(context, model)
             info = catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
             body = first if request_body.complete else await _rest_of(request_body, first, node_context)
+            if context.model_in_path:
+                body = await _parse(_with_model_of_path, body, content_type, context)
             info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
         if VIA_HEADER in headers or info.name in catalog.passthrough:
             headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
@@ -145,6 +149,25 @@ def _check_coding(context: RequestContext) -> None:
             status=415,
             param="content-encoding",
             code="unsupported_media_type",
+        )
+
+
+def _with_model_of_path(body: bytes, content_type: str, context: RequestContext) -> bytes:
+    """Return a body that asks for the model that the path names."""
+    model = peek_model(body, content_type)
+    if model == context.model_in_path:
+        return body
+    if is_form(content_type):
+        _require_model_of_path(context, model or "")
+    return msgspec.json.encode(read_object(body) | {"model": context.model_in_path})
+
+
+def _require_model_of_path(context: RequestContext, model: str) -> None:
+    """Refuse a form whose model is not that of the path: a form is passed on as it arrives."""
+    if context.model_in_path not in ("", model):
+        raise InvalidRequest(
+            f"The path names the model '{context.model_in_path}': the field 'model' of the form must be the same",
+            param="model",
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from ..openai import ENDPOINTS
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "custom_route"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "canonical_path", "custom_route"]
 
 #: Every route of the OpenAI API is served under each of these.
 PREFIXES: Final = ("/v1", "")
@@ -21,3 +22,43 @@ def custom_route(path: str) -> str:
     """Return the name of a custom route, given its path with or without the prefix ``/v1``."""
     path = path.rstrip("/")
     return path if path.startswith("/v1/") else "/v1" + path
+
+
+#: Other paths that clients know for what is served here.
+_ALIASES: Final = {"/v2/rerank": "/v1/rerank", "/openai/models": "/v1/models"}
+
+#: The prefixes in front of the last one, if there are several.
+_DOUBLED: Final = re.compile(r"^(?:/v1)+(?=/v1/)")
+
+#: In front of the name of a model and the path of a route, in the API of Azure.
+_DEPLOYMENTS: Final = "/openai/deployments/"
+
+
+def canonical_path(method: str, path: str) -> tuple[str, str]:
+    """Return the path that is served here for a path that clients of other servers know, and the model in it.
+
+    - ``/v2/rerank`` is ``/v1/rerank``, and ``GET /v1/health`` is ``/health``;
+    - a prefix that came twice, once from a base URL and once from the client, counts once;
+    - Azure has the model in the path: ``/openai/deployments/MODEL/chat/completions``.
+
+    Args:
+        method: the method of the request.
+        path: begins with one slash.
+
+    Returns:
+        The path, unchanged if it is no such path; and the name of the model, empty if the path has none.
+    """
+    if path.startswith("/openai/"):
+        if path.startswith(_DEPLOYMENTS):
+            rest = path.removeprefix(_DEPLOYMENTS).rstrip("/")
+            # The name of a model may have slashes in it.
+            ends = [each.path for each in ENDPOINTS.values() if rest.endswith(each.path)]
+            end = max(ends, key=len, default="")
+            if end and len(rest) > len(end):
+                return "/v1" + end, rest.removesuffix(end)
+        elif path.startswith("/openai/v1/"):
+            path = path.removeprefix("/openai")
+    path = _DOUBLED.sub("", path, count=1)
+    if path.rstrip("/") == "/v1/health" and method in ("GET", "HEAD"):
+        return "/health", ""
+    return _ALIASES.get(path.rstrip("/"), path), ""

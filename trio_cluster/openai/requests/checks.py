@@ -45,6 +45,7 @@ __all__ = [
     "OneOf",
     "String",
     "missing",
+    "missing_in",
     "nothing_in",
     "wrong_type",
     "wrong_value",
@@ -92,6 +93,19 @@ def wrong_value(name: str, expected: str, value: Any) -> InvalidRequest:
 def missing(name: str) -> InvalidRequest:
     """Return the error for a required field that is absent."""
     return InvalidRequest(f"Missing required field: '{name}'", param=name, code="missing_required_parameter")
+
+
+def missing_in(given: Mapping[str, Any], member: str, name: str) -> InvalidRequest:
+    """Return the error for a required member that an object does not have, or that is ``null``.
+
+    Args:
+        given: the object.
+        member: the name of the member in it.
+        name: what to call the member in errors.
+    """
+    if member not in given:
+        return missing(name)
+    return InvalidRequest(f"'{name}' is required, and must not be null", param=name, code="invalid_type")
 
 
 def nothing_in(name: str, item: str) -> InvalidRequest:
@@ -360,7 +374,7 @@ class ObjectOf(Check):
             raise wrong_type(name, "an object", value)
         for member in self.required:
             if value.get(member) is None:
-                raise missing(f"{name}.{member}")
+                raise missing_in(value, member, f"{name}.{member}")
         for member, check in self.members.items():
             each = value.get(member)
             if each is not None:

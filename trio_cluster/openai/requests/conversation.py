@@ -20,6 +20,7 @@ from .checks import (
     ObjectOf,
     OneOf,
     missing,
+    missing_in,
     nothing_in,
     wrong_type,
     wrong_value,
@@ -51,7 +52,7 @@ _FUNCTION_CALLED: Final = ObjectOf({"name": NOT_EMPTY, "arguments": ANY_STRING},
 def _check_member(value: dict[str, Any], name: str, member: str, check: Check) -> None:
     """Check a member that must be there."""
     if value.get(member) is None:
-        raise missing(f"{name}.{member}")
+        raise missing_in(value, member, f"{name}.{member}")
     check(value[member], f"{name}.{member}")
 
 
@@ -77,6 +78,7 @@ _TOOL_CALLS: Final = ListOf(
 _MEMBERS: Final[dict[str, Check]] = {
     "name": ANY_STRING,
     "refusal": ANY_STRING,
+    "reasoning_content": ANY_STRING,
     "tool_calls": _TOOL_CALLS,
     "tool_call_id": ANY_STRING,
     "function_call": _FUNCTION_CALLED,
@@ -87,7 +89,7 @@ _MEMBERS: Final[dict[str, Check]] = {
 _REQUIRED: Final = {"tool": "tool_call_id", "function": "name"}
 
 #: Members that an assistant's message may have instead of a content.
-_INSTEAD: Final = ("tool_calls", "function_call", "refusal", "audio")
+_INSTEAD: Final = ("tool_calls", "function_call", "refusal", "reasoning_content", "audio")
 
 
 def _check_messages(value: Any, name: str) -> None:
@@ -130,10 +132,10 @@ def _check_content(content: Any, message: dict[str, Any], name: str) -> None:
     elif content is not None:
         raise wrong_type(f"{name}.content", "a string or an array of parts", content)
     elif message["role"] == "assistant":
-        if not any(message.get(member) for member in _INSTEAD):
-            raise missing(f"{name}.content")
+        if all(message.get(member) is None for member in _INSTEAD):
+            raise missing_in(message, "content", f"{name}.content")
     elif message["role"] != "function":
-        raise missing(f"{name}.content")
+        raise missing_in(message, "content", f"{name}.content")
 
 
 def _check_parts(parts: list[Any], name: str) -> None:
@@ -170,10 +172,11 @@ def _describe_message() -> Schema:
         return members_of(members | {"role": role, "content": content} | narrower, ("role", *needed))
 
     some = {
-        "tool_calls": _TOOL_CALLS.schema() | {"minItems": 1},
+        "tool_calls": _TOOL_CALLS.schema(),
         "function_call": _FUNCTION_CALLED.schema(),
-        "refusal": NOT_EMPTY.schema(),
-        "audio": ANY_OBJECT.schema() | {"minProperties": 1},
+        "refusal": ANY_STRING.schema(),
+        "reasoning_content": ANY_STRING.schema(),
+        "audio": ANY_OBJECT.schema(),
     }
     return any_of(
         by(*(role for role in ROLES if role != "assistant" and role not in _REQUIRED)),

@@ -61,8 +61,8 @@ def _check_stop(value: Any, name: str) -> None:
 def _check_logit_bias(value: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
-    for bias in value.values():
-        _BIAS(bias, name)
+    for token, bias in value.items():
+        _BIAS(bias, f"{name}.{token[:_LONGEST_KEY]}")
 
 
 def _convert_logit_bias(value: dict[str, Any]) -> dict[str, float]:
@@ -77,7 +77,9 @@ def _check_metadata(value: Any, name: str) -> None:
     for key, each in value.items():
         if len(key) > _LONGEST_KEY:
             raise wrong_value(name, f"keys of at most {_LONGEST_KEY} characters", key)
-        _METADATA(each, name)
+        if each is None:
+            raise wrong_type(f"{name}.{key}", "a string", each)
+        _METADATA(each, f"{name}.{key}")
 
 
 def _check_function_call(value: Any, name: str) -> None:

@@ -66,7 +66,7 @@ class ChatShape:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None} | choice.members
         if choice.tool_calls:
             message["tool_calls"] = choice.all_calls
-        if not text and (choice.tool_calls or "function_call" in message):
+        if not text and (choice.tool_calls or "function_call" in message or message["refusal"]):
             message["content"] = None
         return {
             "index": choice.index,
