@@ -19,7 +19,7 @@ import trio.testing
 from recording_provider import RecordingProvider
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
-from trio_cluster.errors import ApiError, ClusterError
+from trio_cluster.errors import ApiError, ClusterError, InvalidRequest
 from trio_cluster.openai import ChatRequest
 from trio_cluster.server import ClusterServer
 
@@ -118,6 +118,45 @@ async def test_a_completion_sends_its_prompt_without_a_chat_template() -> None:
     assert pieces == [("text_delta", " upon", 0), ("finish", "length", 0), ("usage", (5, 2), None)]
     assert server.requests[0]["prompt"] == "Once"
     assert "messages" not in server.requests[0]
+
+
+def tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "word"),
+    [
+        (None, ["f", "g"], None),
+        ("auto", ["f", "g"], "auto"),
+        ("required", ["f", "g"], "required"),
+        ("none", None, None),
+        (tool("g"), ["g"], "required"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tool("f")]}}, ["f"], "auto"),
+    ],
+)
+async def test_the_choice_of_a_tool_is_not_left_out(choice: Any, offered: Any, word: Any) -> None:
+    server = FakeServer(delta("x"), delta(None, "stop"), USAGE)
+    await answer(model_of(server), chat(tools=[tool("f"), tool("g")], tool_choice=choice))
+    (body,) = server.requests
+    assert body.get("tools") == (None if offered is None else [tool(name) for name in offered])
+    assert body.get("tool_choice") == word
+
+
+async def test_the_choice_of_a_tool_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await answer(model_of(FakeServer()), chat(tools=[tool("f")], tool_choice=tool("g")))
+    assert caught.value.param == "tool_choice"
+
+
+async def test_tools_are_refused_if_the_model_would_not_see_them() -> None:
+    server = FakeServer(delta("x"), delta(None, "stop"), USAGE)
+    model = llama.Llama(100, server, trio.CapacityLimiter(1), takes_tools=False)
+    with pytest.raises(InvalidRequest, match="cannot use tools") as caught:
+        await answer(model, chat(tools=[tool("f")]))
+    assert (caught.value.status, caught.value.param) == (400, "tools")
+    assert text_of(await answer(model, chat(tools=[tool("f")], tool_choice="none"))) == "x"
+    assert text_of(await answer(model, chat(tools=[]))) == "x"
 
 
 @pytest.mark.parametrize(

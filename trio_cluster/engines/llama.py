@@ -47,7 +47,7 @@ _DEMO: Final = "smollm2"
 # Sent only if the client sets them: with the documented default, the model's own default is used. Small models do
 # better at a lower temperature than the API's default.
 _SAMPLING: Final = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-_PASSED_ON: Final = ("logit_bias", "tools", "tool_choice", "response_format", "reasoning_effort")
+_PASSED_ON: Final = ("logit_bias", "response_format", "reasoning_effort")
 
 # Fields of llama.cpp's own API that are passed on. Its other fields are not, because some of them select slots or
 # files.
@@ -125,11 +125,14 @@ class Llama:
 
     Attributes:
         context: the context size: the tokens that the prompt and the output of one request may have together.
+        takes_tools: its chat template has a place for tools. Otherwise llama.cpp would leave them out of the prompt, and
+            the model would answer as if there were none.
     """
 
     context: int
     _server: Any
     _slots: trio.CapacityLimiter
+    takes_tools: bool = True
 
     @classmethod
     def load(cls, path: str, options: Mapping[str, Any]) -> Llama:
@@ -167,13 +170,14 @@ class Llama:
         request = urllib.request.Request(
             f"{server.listening_address}/props", headers={"Authorization": f"Bearer {key}"}
         )
-        # The context size, which the model may limit, can only be read from that port.
+        # The context size, which the model may limit, and its template can only be read from that port.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             request, timeout=30
         ) as response:
             properties = json.load(response)
         context = int(properties["default_generation_settings"]["n_ctx"])
-        return cls(context, server, trio.CapacityLimiter(options["parallel"]))
+        takes_tools = _takes_tools(properties)
+        return cls(context, server, trio.CapacityLimiter(options["parallel"]), takes_tools)
 
     def close(self) -> None:
         """Drop the model. It is freed when the last request that uses it has ended. Synchronous."""
@@ -183,13 +187,20 @@ class Llama:
         """Handle a request; the handler that is registered. Cancellation waits for the current step of llama.cpp.
 
         Raises:
-            InvalidRequest: llama.cpp refuses the request, or the prompt does not fit into the context.
+            InvalidRequest: llama.cpp refuses the request, the prompt does not fit into the context, or the model cannot
+                use tools.
             HandlerFailed: llama.cpp has failed.
             ApiError: the model is being unloaded.
         """
         server = self._server
         if server is None:
             raise ApiError(503, "The model is being unloaded; try again shortly", code="shutting_down")
+        if not self.takes_tools and _tools(request):
+            raise InvalidRequest(
+                f"The model '{request.model}' cannot use tools: its chat template has no place for them",
+                param="tools",
+                code="tools_not_supported",
+            )
         prompt_tokens, completion_tokens = 0, 0
         for index in range(request.n):
             body = request_body(request, index)
@@ -220,7 +231,8 @@ def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
     for name in _PASSED_ON:
         if (value := getattr(request, name)) is not None:
             body[name] = value
-    if request.tools is not None:
+    if tools := _tools(request):
+        body |= tools
         body["parallel_tool_calls"] = request.parallel_tool_calls
     if request.token_limit is not None:
         body["max_tokens"] = request.token_limit
@@ -240,6 +252,42 @@ def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
     body["stream_options"] = {"include_usage": True}
     body["return_progress"] = True
     return body
+
+
+def _takes_tools(properties: dict[str, Any]) -> bool:
+    """Return whether a model's chat template has a place for tools, given what llama.cpp tells of the model."""
+    supported = (properties.get("chat_template_caps") or {}).get("supports_tools")
+    if isinstance(supported, bool):
+        return supported
+    # Older versions do not tell.
+    template = properties.get("chat_template")
+    return not isinstance(template, str) or "tools" in template or "chat_template_tool_use" in properties
+
+
+def _tools(request: ChatRequest) -> dict[str, Any]:
+    """Return the fields of llama.cpp's request that are about tools; empty if the model may use none.
+
+    llama.cpp knows only the words of ``tool_choice``, and ignores an object. So of a choice among some tools only these
+    are offered.
+
+    Raises:
+        InvalidRequest: the chosen tool is not among the tools.
+    """
+    tools, choice = request.tools, request.tool_choice
+    if not tools or choice == "none":
+        return {}
+    if not isinstance(choice, dict):
+        return {"tools": tools} if choice is None else {"tools": tools, "tool_choice": choice}
+    allowed = choice.get("allowed_tools") or {"mode": "required", "tools": [choice]}
+    names = {_tool_name(tool) for tool in allowed["tools"]}
+    offered = [tool for tool in tools if _tool_name(tool) in names]
+    if not offered:
+        raise InvalidRequest("'tool_choice' names a tool that is not among 'tools'", param="tool_choice")
+    return {"tools": offered, "tool_choice": allowed["mode"]}
+
+
+def _tool_name(tool: dict[str, Any]) -> Any:
+    return (tool.get(tool.get("type", "function")) or {}).get("name")
 
 
 def _generation(
