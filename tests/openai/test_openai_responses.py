@@ -579,3 +579,28 @@ def test_calls_come_back_under_the_names_that_the_client_knows(stream: bool) -> 
         ("function_call", "5", "add", None, "{}"),
     ]
     assert response["tools"][1:] == AGENT_TOOLS[1:]
+
+
+@pytest.mark.parametrize("asked", [{"summary": "auto"}, {"generate_summary": "concise"}])
+def test_reasoning_is_the_summary_where_one_is_asked_for(asked: dict[str, Any]) -> None:
+    values = [OutputChunk.reasoning("hm, "), OutputChunk.reasoning("so"), "a"]
+    item, message = answer_json("responses", send("responses", reasoning=asked), values)["output"]
+    assert item["summary"] == [{"type": "summary_text", "text": "hm, so"}]
+    assert (item["type"], item["content"], message["type"]) == ("reasoning", [], "message")
+    events = read_stream(answer("responses", send("responses", reasoning=asked, stream=True), values)).events
+    client: Any = ResponseStreamState(input_tools=omit, text_format=omit)
+    for event in events:
+        client.handle_event(EVENT.validate_python(event, strict=True))
+    assert [event["type"].removeprefix("response.") for event in events[2:9]] == [
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+        "output_item.done",
+    ]
+    assert events[8]["item"] | {"id": ""} == item | {"id": ""}
+    # What comes back to the server is the same reasoning.
+    again = send("responses", input=[item, message, {"role": "user", "content": "and?"}])
+    assert again.messages[0]["reasoning_content"] == "hm, so"

@@ -24,7 +24,7 @@ from .choices import Choice, Delta, read_output
 from .chunks import OutputChunk
 from .delta_stream import DeltaEvent, DeltaStream
 from .encoder import Encoder
-from .responses_api_items import REASONING, REFUSAL, TEXT, Form, Item, Items
+from .responses_api_items import REASONING, REFUSAL, SUMMARY, TEXT, Form, Item, Items
 
 __all__ = ["PlainResponse", "StreamedResponse"]
 
@@ -65,6 +65,9 @@ class _Response(Encoder):
         self._choice = Choice(0, token)
         self._items = Items(token, self._report)
         self._extras: dict[str, Any] = {}
+        reasoning = request.raw.get("reasoning") or {}
+        summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        self._reasoning = SUMMARY if summary else REASONING
         self._names = callable_names(request.raw.get("tools"))
         self._begun = False
 
@@ -100,7 +103,7 @@ class _Response(Encoder):
             self._add(TEXT, chunk.value)
         elif chunk.kind == "reasoning":
             choice.add_reasoning(chunk.value)
-            self._add(REASONING, chunk.value)
+            self._add(self._reasoning, chunk.value)
         elif chunk.kind == "final_text":
             self._take_final(chunk.value)
         elif chunk.kind == "tool_call":
@@ -142,7 +145,7 @@ class _Response(Encoder):
         # Some servers are changing the name, and give both meanwhile.
         reasoning = members.get("reasoning_content") or members.get("reasoning")
         if isinstance(reasoning, str):
-            self._add(REASONING, reasoning)
+            self._add(self._reasoning, reasoning)
         logprobs = _logprobs(delta.logprobs)
         if delta.text or logprobs:
             self._grow(self._items.text(TEXT), delta.text, logprobs)

@@ -24,7 +24,18 @@ import attrs
 
 from ..tool_names import CallName
 
-__all__ = ["CALL", "CUSTOM_CALL", "REASONING", "REFUSAL", "TEXT", "Form", "Item", "Items", "Report"]
+__all__ = [
+    "CALL",
+    "CUSTOM_CALL",
+    "REASONING",
+    "REFUSAL",
+    "SUMMARY",
+    "TEXT",
+    "Form",
+    "Item",
+    "Items",
+    "Report",
+]
 
 #: Takes the type of an event, and its other members.
 Report: TypeAlias = Callable[[str, dict[str, Any]], None]
@@ -44,11 +55,25 @@ class Form:
     """The name of the member with the text that grows."""
     part: str | None
     """The type of the content part that has this member; ``None``: the item itself has it."""
+    part_events: str = "response.content_part"
+    """The beginning of the types of the events about that part."""
+    index: str = "content_index"
+    """The member of an event with the place of that part."""
 
 
 TEXT: Final = Form("message", "msg", "response.output_text", "text", "output_text")
 REFUSAL: Final = Form("message", "msg", "response.refusal", "refusal", "refusal")
 REASONING: Final = Form("reasoning", "rs", "response.reasoning_text", "text", "reasoning_text")
+#: Reasoning for clients that have asked for a summary of it: most of them show nothing else.
+SUMMARY: Final = Form(
+    "reasoning",
+    "rs",
+    "response.reasoning_summary_text",
+    "text",
+    "summary_text",
+    "response.reasoning_summary_part",
+    "summary_index",
+)
 CALL: Final = Form("function_call", "fc", "response.function_call_arguments", "arguments", None)
 CUSTOM_CALL: Final = Form("custom_tool_call", "ctc", "response.custom_tool_call_input", "input", None)
 
@@ -90,7 +115,7 @@ class Item:
     def place(self) -> dict[str, Any]:
         """The members of an event that identify the item."""
         place: dict[str, Any] = {"item_id": self.id, "output_index": self.index}
-        return place if self.form.part is None else place | {"content_index": 0}
+        return place if self.form.part is None else place | {self.form.index: 0}
 
     @property
     def extras(self) -> dict[str, Any]:
@@ -111,13 +136,15 @@ class Item:
         content = [] if self.status == "in_progress" else [self.part()]
         if self.form is REASONING:
             return item | {"summary": [], "content": content}
+        if self.form is SUMMARY:
+            return item | {"summary": content, "content": []}
         return item | {"role": "assistant", "content": content}
 
     def beginning(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the events that begin the item; to be called while its text is empty."""
         yield "response.output_item.added", {"output_index": self.index, "item": self.whole()}
         if self.form.part is not None:
-            yield "response.content_part.added", self.place | {"part": self.part()}
+            yield f"{self.form.part_events}.added", self.place | {"part": self.part()}
 
     def ending(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the events that end the item; to be called when it is no longer in progress."""
@@ -128,7 +155,7 @@ class Item:
             done["logprobs"] = self.logprobs
         yield f"{self.form.events}.done", done
         if self.form.part is not None:
-            yield "response.content_part.done", self.place | {"part": self.part()}
+            yield f"{self.form.part_events}.done", self.place | {"part": self.part()}
         yield "response.output_item.done", {"output_index": self.index, "item": self.whole()}
 
 
