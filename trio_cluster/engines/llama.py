@@ -125,8 +125,8 @@ class Llama:
 
     Attributes:
         context: the context size: the tokens that the prompt and the output of one request may have together.
-        takes_tools: its chat template has a place for tools. Otherwise llama.cpp would leave them out of the prompt, and
-            the model would answer as if there were none.
+        takes_tools: its chat template has a place for tools. Otherwise llama.cpp would leave them out of the prompt,
+            and the model would answer as if there were none.
     """
 
     context: int
