@@ -219,19 +219,22 @@ async def test_a_client_that_sent_a_stray_byte_is_found_gone_at_once(node: HttpN
         assert await served.wait_cancelled() == "client left"
 
 
+@pytest.mark.parametrize("stream_failure", ["end", "abort"])
 async def test_a_worker_that_is_lost_in_the_middle_is_told_and_the_answer_does_not_look_finished(
-    node: HttpNode, ask: Callable[..., Any]
+    node: HttpNode, ask: Callable[..., Any], stream_failure: Any
 ) -> None:
+    node.node_context.options.server.stream_failure = stream_failure
     async with ask(node.port, STREAM) as asked:
         served = await begin(node, asked)
         served.fail(WorkerLost("w1", "the connection broke"))
         body, ended = await asked.over()
     assert b'"worker_lost"' in body
     assert b"[DONE]" not in body
-    assert not ended
+    assert ended == (stream_failure == "end")
 
 
 async def test_an_answer_that_is_broken_off_leaves_the_others_of_its_connection_alone(node: HttpNode) -> None:
+    node.node_context.options.server.stream_failure = "abort"
     async with connect_http2(node.port) as client:
         broken = Http2Asked(client, await client.post(STREAM))
         first = await begin(node, broken)
