@@ -35,7 +35,6 @@ BAD_REQUESTS: dict[str, tuple[Ask, str | None, str | None]] = {
     "a wrong type": (ask_chat(temperature="hot"), "temperature", "invalid_type"),
     "out of range": (ask_chat(n=1000), "n", None),
     "a role that is none": (ask_chat(messages=[{"role": "king", "content": ""}]), "messages[0].role", None),
-    "too many stops": (ask_chat(stop=["a", "b", "c", "d", "e"]), "stop", None),
     "images for the blind": (ask_chat(messages=[IMAGE]), "messages", "vision_not_supported"),
     "a model of another kind": (ask_chat("vectors"), "model", "model_kind_mismatch"),
     "a time limit that is none": (

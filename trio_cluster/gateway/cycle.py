@@ -177,8 +177,9 @@ class RequestCycle:
         if not path.startswith("/"):
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
         # A client whose base URL ends with a slash sends two. The web framework would take that for an unknown path.
-        path = "/" + path.lstrip("/")
-        context.path, context.model_in_path = canonical_path(self._scope["method"], path)
+        context.path = path = "/" + path.lstrip("/")
+        if path not in MODEL_ROUTES:
+            context.path, context.model_in_path = canonical_path(self._scope["method"], path)
 
     def _endpoint(self, path: str) -> Endpoint | None:
         """Return the endpoint of a request for a model; ``None`` if the application answers the request."""
