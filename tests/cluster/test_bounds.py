@@ -17,7 +17,7 @@ from trio_cluster.cluster.remote_worker import MAX_CAPACITY
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ModelNotFound
 from trio_cluster.link.websocket import PROBE_PATH
-from trio_cluster.net.throttled_log import LINES_PER_SECOND, ThrottledLog
+from trio_cluster.net.throttled_log import BURST, LINES_PER_SECOND, ThrottledLog
 from trio_cluster.protocol import (
     Heartbeat,
     ModelRejected,
@@ -110,7 +110,7 @@ async def test_a_worker_may_serve_a_thousand_models(
     refused = [answer for answer in answers if isinstance(answer, ModelRejected)]
     assert len(refused) == 601
     assert refused[0].reason == "a worker may serve 1000 models at most"
-    assert caplog.text.count("model refused") <= LINES_PER_SECOND
+    assert caplog.text.count("model refused") <= BURST
     # One that it serves may still change, and another one take the place of one that left.
     await raw.send(encode([RegisterModel.of(ModelInfo("m1", "chat", "me"))]))
     await wait_all_tasks_blocked()
@@ -163,8 +163,8 @@ async def test_refused_connections_cost_a_few_lines_a_second_and_are_counted(
         stream.close()
     await trio.sleep(3)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == LINES_PER_SECOND + 1
-    assert lines[-1] == f"{300 - LINES_PER_SECOND} more connections were refused"
+    assert len(lines) == BURST + 1
+    assert lines[-1] == f"{300 - BURST} more connections were refused"
 
 
 async def test_a_throttled_log_says_everything_that_comes_slowly(

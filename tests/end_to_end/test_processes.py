@@ -440,7 +440,9 @@ STRANGERS = {
     "a text message": Stranger(
         "protocol error: text message; this protocol is binary", frame=b"\x81\x85" + MASK + b"hello"
     ),
-    "no protocol": Stranger("protocol error: not a msgpack array", frame=b"\x82\x85" + MASK + b"hello"),
+    "no protocol": Stranger(
+        "protocol error: not a msgpack array of at most 4096 messages", frame=b"\x82\x85" + MASK + b"hello"
+    ),
 }
 
 

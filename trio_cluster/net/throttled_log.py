@@ -11,10 +11,12 @@ from typing import Any, Final
 
 import trio
 
-__all__ = ["LINES_PER_SECOND", "ThrottledLog"]
+__all__ = ["BURST", "LINES_PER_SECOND", "ThrottledLog"]
 
-#: Lines in a second at most; after a quiet time as many at once.
+#: Lines in a second at most, in the long run.
 LINES_PER_SECOND: Final = 5
+#: Lines at once at most, after a quiet time.
+BURST: Final = 20
 
 
 class ThrottledLog:
@@ -28,7 +30,7 @@ class ThrottledLog:
     def __init__(self, logger: logging.Logger, what: str) -> None:
         self._logger = logger
         self._what = what
-        self._left = float(LINES_PER_SECOND)
+        self._left = float(BURST)
         self._last = trio.current_time()
         self._suppressed = 0
         self._some_suppressed = trio.lowlevel.ParkingLot()
@@ -36,7 +38,7 @@ class ThrottledLog:
     def warning(self, text: str, fields: dict[str, Any]) -> None:
         """Log a line, unless there were too many. Synchronous."""
         now = trio.current_time()
-        self._left = min(LINES_PER_SECOND, self._left + (now - self._last) * LINES_PER_SECOND)
+        self._left = min(BURST, self._left + (now - self._last) * LINES_PER_SECOND)
         self._last = now
         if self._left < 1:
             self._suppressed += 1
