@@ -130,8 +130,8 @@ def add_models(server: ClusterServer, *, pause: float = 0.0) -> None:
         for word in request.input.split():
             yield word.encode()
 
-    server.chat("chat", supports_vision=True)(chat)
-    server.chat(ODD_MODEL, supports_vision=True)(chat)
+    server.chat("chat", supports_vision=True, accepts_token_ids=True)(chat)
+    server.chat(ODD_MODEL, supports_vision=True, accepts_token_ids=True)(chat)
     server.embedding("embedding")(_embedding)
     server.asr("asr")(_asr)
     server.tts("tts")(tts)

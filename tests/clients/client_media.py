@@ -262,7 +262,8 @@ SOUND: Final = {
         method="audio.speech.create",
         body={"model": "voice", "voice": "alloy", "input": "hey you", "response_format": "flac"},
         data=_SPOKEN,
-        content_type="audio/flac",
+        # The handler's bytes are no FLAC file.
+        content_type="audio/pcm",
     ),
     # Neither client reads these events; they hand over the bytes.
     "speech as events": Case(

@@ -78,7 +78,7 @@ WRONG = {
         headers={"x-request-timeout": "soon"},
     ),
     "a prompt of numbers": Wrong(
-        "completions.create", {"model": "echo", "prompt": [1, 2]}, bad("invalid_type", "prompt")
+        "completions.create", {"model": "echo", "prompt": [1, 2]}, bad("token_ids_not_supported", "prompt")
     ),
     "nothing to embed": Wrong(
         "embeddings.create", {"model": "vectors", "input": []}, bad("empty_array", "input")
@@ -138,7 +138,7 @@ WRONG = {
     "another type of body": Wrong(
         "post",
         chat(),
-        ("APIStatusError", 415, "unsupported_media_type", "invalid_request_error", None),
+        ("APIStatusError", 415, "unsupported_media_type", "invalid_request_error", "content-type"),
         positional=("/chat/completions",),
         headers={"content-type": "text/xml"},
     ),

@@ -312,10 +312,11 @@ async def test_the_file_of_a_form_may_stand_anywhere(served: Served, file_first:
     ("response_format", "content_type"),
     [
         ("mp3", "audio/mpeg"),
-        ("opus", "audio/ogg"),
         ("aac", "audio/aac"),
-        ("flac", "audio/flac"),
-        ("wav", "audio/wav"),
+        # The handler's bytes have no header of these formats: they are samples.
+        ("opus", "audio/pcm"),
+        ("flac", "audio/pcm"),
+        ("wav", "audio/pcm"),
         ("pcm", "audio/pcm"),
     ],
 )
@@ -395,8 +396,10 @@ async def test_a_model_can_come_and_go_while_the_server_runs(served: Served) -> 
         assert await answer() == "better than never"
         served.back.unregister_model("late")
         await until(lambda: not served.front.has_model("late"))
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.InternalServerError) as failure:
             await answer()
+        assert failure.value.status_code == 503
+        assert failure.value.code == "model_unavailable"
 
 
 async def test_every_route_is_there_without_the_prefix_too(served: Served) -> None:
@@ -409,7 +412,7 @@ async def test_every_route_is_there_without_the_prefix_too(served: Served) -> No
         await client.audio.speech.create(model="voice", voice="alloy", input="x")
         await client.images.generate(model="painter", prompt="x")
         assert (await client.models.retrieve("org/vision-model")).id == "org/vision-model"
-        assert [model.id async for model in client.models.list()] == served.front.list_models()
+        assert sorted([model.id async for model in client.models.list()]) == served.front.list_models()
 
 
 # The client without an event loop
@@ -433,7 +436,7 @@ async def test_the_synchronous_client_is_served_as_well(served: Served) -> None:
         ) as response:
             assert b"".join(response.iter_bytes()) == b"x" * 100
         assert client.images.generate(model="painter", prompt="x").data
-        assert [model.id for model in client.models.list()] == served.front.list_models()
+        assert sorted(model.id for model in client.models.list()) == served.front.list_models()
 
     await served.with_sync_client(ask)
 
@@ -463,6 +466,7 @@ class Question:
         skipped = ("date", "content-length", "transfer-encoding", "openai-processing-ms")
         headers = {name: value for name, value in response.headers.items() if name not in skipped}
         body = re.sub(rb'"id":"(chatcmpl|cmpl)-[0-9a-f]+"', rb'"id":"\1-X"', response.content)
+        body = re.sub(rb'"trio_cluster_via":\["[0-9a-f]+"\]', b'"trio_cluster_via":["X"]', body)
         return response.status_code, headers, re.sub(rb'"created":[0-9]+', b'"created":0', body)
 
 
