@@ -71,9 +71,9 @@ async def test_a_key_that_is_set_while_the_node_runs_acts_at_once(node: HttpNode
 
 async def test_health_metrics_and_the_index_need_no_key_and_everything_else_does() -> None:
     async with open_http_node(api_key="secret") as node, node.client() as client:
-        for path in ("/", "/health", "/health/", "/metrics"):
+        for path in ("/", "/health", "/health/", "/v1/health", "/metrics", "/ready"):
             assert (await client.get(path)).status_code == 200, path
-        for path in ("/v1/models", "/models", "/cluster/status", "/nowhere", "/health/x", "/v1/health"):
+        for path in ("/v1/models", "/models", "/cluster/status", "/nowhere", "/health/x", "/v1/nowhere"):
             assert (await client.get(path)).status_code == 401, path
 
 

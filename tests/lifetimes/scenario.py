@@ -292,7 +292,7 @@ class Caller:
     async def _send_and_receive(self) -> Response | None:
         body, content_type = self._endpoint.request(self._padding)
         headers = {
-            "host": "master",
+            "host": "localhost",
             "content-type": content_type,
             "content-length": str(len(body)),
             "x-request-id": REQUEST_ID,

@@ -93,7 +93,7 @@ class Uploader:
         self._pauses_at = pauses_at
         self._pace = pace
         length = {"transfer-encoding": "chunked"} if chunked else {"content-length": str(len(body))}
-        self._headers = {"host": "master", "content-type": "multipart/form-data; boundary=B", **length}
+        self._headers = {"host": "localhost", "content-type": "multipart/form-data; boundary=B", **length}
         self._headers |= {name.replace("_", "-"): value for name, value in headers.items()}
         self._stream: Any = None
         self._http = h11.Connection(h11.CLIENT)

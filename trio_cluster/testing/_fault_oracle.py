@@ -97,6 +97,16 @@ class FaultOracle:
                     )
                     for host in model.hosts
                 )
+            case "model_not_found":
+                # The simulated master has no directory for its state: after a restart it knows no names.
+                return bool(
+                    self._history.faults_on(
+                        frozenset(["master"]),
+                        outcome.began - 2 * _BACKOFF - self.aftermath,
+                        outcome.ended,
+                        frozenset({"master killed", "master stopped"}),
+                    )
+                )
             case _:
                 return False
 
