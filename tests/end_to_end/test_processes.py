@@ -334,7 +334,7 @@ async def test_a_port_that_something_else_holds_is_named_in_one_line(nodes: Node
         assert await node.exit_code() == 1
     assert node.entries == []
     [line] = node.noise
-    assert re.match(rf"trio-cluster: error: port {port + held}: .*(held by|in use)", line)
+    assert re.match(rf"trio-cluster: error: port {port + held}: .*(held by|taken by|in use)", line)
 
 
 @pytest.mark.parametrize("token", [(), ("--cluster-token", "wrong")], ids=["no token", "a wrong token"])
