@@ -71,8 +71,7 @@ class Authenticate:
         Raises:
             ApiError: 401: as the authenticator says; 403: the path is for operators, and the principal is none.
         """
-        path = context.path.rstrip("/") or "/"
-        if not is_open(path):
+        if not is_open(context.path):
             try:
                 context.principal = principal = await self._authenticator.authenticate(context)
             except ApiError as error:
@@ -81,7 +80,7 @@ class Authenticate:
                 raise
             if principal.name:
                 current_principal.set(principal.name)
-            if principal.role == "inference" and is_for_operators(path):
+            if principal.role == "inference" and is_for_operators(context.path):
                 raise ApiError(
                     403,
                     "This is for operators. Send the operator key of this node (option 'operator_key'); without such "

@@ -216,18 +216,19 @@ async def _read_whole(
         raise InvalidRequest(
             f"The model '{info.name}' does not take images", param=where, code="vision_not_supported"
         )
-    if getattr(parsed, "prompt_tokens", None) is not None and not info.options.accepts_token_ids:
-        raise InvalidRequest(
-            f"The model '{info.name}' takes prompts of text, and none of token ids",
-            param="prompt",
-            code="token_ids_not_supported",
-        )
-    if getattr(parsed, "prompt_tokens", None) is not None and parsed.raw.get("echo"):
-        raise InvalidRequest(
-            "'echo' needs a prompt of text: the text of token ids is not known here",
-            param="echo",
-            code="unsupported_value",
-        )
+    if getattr(parsed, "prompt_tokens", None) is not None:
+        if not info.options.accepts_token_ids:
+            raise InvalidRequest(
+                f"The model '{info.name}' takes prompts of text, and none of token ids",
+                param="prompt",
+                code="token_ids_not_supported",
+            )
+        if parsed.raw.get("echo"):
+            raise InvalidRequest(
+                "'echo' needs a prompt of text: the text of token ids is not known here",
+                param="echo",
+                code="unsupported_value",
+            )
     return info, parsed
 
 
