@@ -3,20 +3,20 @@
 Its main decision is when to send the status. That is done as late as possible, since until then a failure can be sent
 as a real 4xx or 5xx:
 
-- an event stream begins with its first event; a failure after that is one error event, in the grammar of the route (see
-  ``openai/failures.py``). So events are sent whole: an error in the middle of one would be a part of it (see
-  ``sse_buffer.py``);
-- audio begins with its first bytes; a failure after that can only be shown by breaking the connection;
-- everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
+- An event stream begins with its first event. A failure after that is sent as one error event, in the grammar of the
+  route (see ``openai/failures.py``). An error event in the middle of another event would be read as a part of it, so
+  events are sent whole (see ``sse_buffer.py``).
+- Audio begins with its first bytes. A failure after that can be shown only by breaking the connection.
+- Everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
   memory stays bounded.
 
-Once an answer has begun, everything that waits is taken and sent in one piece: a write costs more than all else that is
-done to a token.
+Once an answer has begun, all pieces that wait are sent in one write, since a write costs more than everything else that
+is done for a token.
 
 A failure that the stream has reported in its own grammar is followed by the proper end of the body: several clients
-lose the reason if the connection breaks behind it. What could not be reported (audio, half an event, a grammar that is
-not known) aborts the context, and the gateway then ends the connection in a way that no client takes for the end of the
-answer. The option ``stream_failure`` can demand that always.
+lose the reason if the connection breaks behind it. If a failure could not be reported (audio, half an event, a grammar
+that is not known), the context is aborted, and the gateway ends the connection in a way that no client takes for the
+end of the answer. The option ``stream_failure`` can demand that always.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ class StreamingBody:
 
     Args:
         node_context: its options decide how a failed stream ends.
-        call: its head has been received.
-        context: is aborted if the answer fails, and the client cannot be told in the body.
-        first: what was received of the body already.
+        call: the call; its head has been received.
+        context: the request context; it is aborted if the answer fails, and the client cannot be told in the body.
+        first: the part of the body that was received already.
         events: the body is a stream of server-sent events.
     """
 

@@ -3,8 +3,8 @@
 A large event arrives in pieces, and the answer may fail in the middle of it. Clients would read an error event that
 follows half an event as a part of it. So the beginning of an event is kept until the rest has arrived.
 
-What was sent last is kept too, as long as nothing else was sent: an error event may have to continue its numbering, and
-is left out if the stream has ended already (see ``openai/failures.py``).
+The piece that was sent last is kept too, until another one is sent: an error event may have to continue its numbering,
+and is left out if the stream has ended already (see ``openai/failures.py``).
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _COLON: Final = ord(":")
 
 
 class EventBuffer:
-    """What was received of an event that is not complete, and what is needed of those that were sent.
+    """Keeps the beginning of an event that is not complete, and what is needed of the events that were sent.
 
     Args:
         keep_first: keep the first event, too.
 
     Attributes:
-        torn: a part of an event was sent, and not its end.
+        torn: an event was sent in part, and its end was not.
         first: the first event; empty if it is not kept, or larger than :data:`KEPT_BYTES`.
-        last: the piece that was sent last and has an event in it. The beginning of a large piece is cut off.
+        last: the piece that was sent last and has an event in it. Of a large piece, only the last event is kept, and of
+            a large event its beginning and its end.
     """
 
     __slots__ = ("_keep_first", "_rest", "first", "last", "torn")
