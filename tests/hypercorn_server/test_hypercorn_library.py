@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -54,6 +55,8 @@ class Server:
     def __init__(self, nursery: trio.Nursery, app: App) -> None:
         ours, self.client = memory_pair()
         config = Config()
+        # With a name, the library would give that logger a handler and a level, for the whole process.
+        config.errorlog = logging.getLogger("hypercorn.error")
         self.context = WorkerContext(None)
         self.over = trio.Event()
         self._server = TCPServer(
