@@ -57,6 +57,8 @@ class HypercornRequest:
         self._abort = abort
         self._http2 = Http2Stream(send, self.lose) if scope["http_version"] == "2" else None
         self._running = trio.CancelScope()
+        # A step that was handed over has to be taken, even if all of this was cancelled in between.
+        self._taking_steps = trio.CancelScope(shield=True)
         # What has come of the body.
         self._pieces: list[bytes] = []
         self._unread = 0
@@ -187,18 +189,19 @@ class HypercornRequest:
         """Wait until what was sent is written, and let the client see that an answer without an end is none."""
         while self._step is not None:
             await self._step_changed.park()
+        self._taking_steps.cancel(reason="the application has ended")
         if self._http2 is not None and (self._started or self.gone) and not self._http2.ended:
             await self._http2.abort()
 
     async def _take_steps(self) -> None:
-        while True:
-            while self._step is None:
-                await self._step_changed.park()
-            try:
-                # It ends when the connection, or the stream on it, is closed.
-                with trio.CancelScope(shield=True):
+        with self._taking_steps:
+            while True:
+                while self._step is None:
+                    await self._step_changed.park()
+                try:
+                    # It ends when the connection, or the stream on it, is closed.
                     await self._step()
-            except Exception as error:
-                self._failure = error
-            self._step = None
-            self._step_changed.unpark_all()
+                except Exception as error:
+                    self._failure = error
+                self._step = None
+                self._step_changed.unpark_all()
