@@ -2,8 +2,8 @@
 
 ``tests/admin/test_web.py`` holds the installed Quart, Quart-Trio and Werkzeug to what is assumed here:
 
-- ``Quart.handle_request`` may be overridden, and a request whose Host header is malformed raises ``BadHost`` in it,
-  where no error handler catches it;
+- ``Quart.handle_request`` may be overridden, and a request whose Host header is malformed raises ``BadHost``: up to
+  Quart 0.22 in ``handle_request``, where no error handler catches it, and since 0.23 where error handlers do;
 - ``app.asgi_app`` may be replaced, and is what every server and test client calls;
 - ``app.url_map`` is a Werkzeug map: ``strict_slashes``, ``merge_slashes`` and ``converters`` may be set before routes
   are added, and ``bind(...).allowed_methods(path)`` tells which methods a path takes;
@@ -37,7 +37,11 @@ class _App(QuartTrio):
         try:
             return await super().handle_request(request)
         except BadHost:
-            return respond(error_reply(InvalidRequest("The Host header is not a valid host name")))
+            return _bad_host()
+
+
+def _bad_host(_error: BadHost | None = None) -> TrioResponse:
+    return respond(error_reply(InvalidRequest("The Host header is not a valid host name")))
 
 
 class _Anything(BaseConverter):
@@ -60,6 +64,7 @@ def make_app(name: str) -> QuartTrio:
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.url_map.converters["anything"] = _Anything
+    app.register_error_handler(BadHost, _bad_host)
     return app
 
 
