@@ -22,7 +22,7 @@ PACKAGE = ROOT / "trio_cluster"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("core", "options"),
-    ("net", "openai", "protocol", "routing"),
+    ("net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local"),
     ("cluster", "gateway", "hypercorn_server"),
     ("admin",),

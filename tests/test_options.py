@@ -57,6 +57,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "allowed_hosts": None,
             "http": "lean",
             "stream_failure": "end",
+            "tls": "off",
+            "tls_cert": None,
+            "tls_key": None,
+            "tls_name": None,
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,
@@ -68,6 +72,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
         "state_dir": None,
+        "ca_file": None,
+        "allow_anonymous_workers": False,
     }
 
 
@@ -243,11 +249,13 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "heartbeat_interval": "7",
         "batch_wait": "0",
         "http": "hypercorn",
+        "tls": "auto",
+        "allow_anonymous_workers": "yes",
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "http": "hypercorn",
-        "stream_failure": "abort",
+        "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

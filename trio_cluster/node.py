@@ -21,13 +21,15 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 from msgspec import UNSET
 
 from ._version import __version__
 from .admin.app import create_app, put_gateway_in_front
+from .admin.membership import Membership
+from .cluster.dialer import Dialer
 from .cluster.master import WorkerManager
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
@@ -41,20 +43,27 @@ from .errors import ClusterPortError, HandshakeRefused
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
+from .http1.framing import refusal_response
+from .http1.refusal import HttpRefusal
 from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .local.pool import HandlerPool
-from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
+from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
+from .net.tls import with_tls
 from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
+from .security.master_tls import MasterTls, open_tls
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
 
-__all__ = ["Node"]
+__all__ = ["TLS_REQUIRED", "Node"]
 
 logger = logging.getLogger("trio_cluster.node")
+
+#: The answer to a client that speaks HTTP where TLS is expected.
+TLS_REQUIRED: Final = "This port speaks TLS: use https:// in the URL"
 
 
 class Node:
@@ -78,6 +87,7 @@ class Node:
         router: the models of this process, and on a master those of its workers, too.
         pool: runs the handlers of this process.
         network: opens listeners and connections.
+        name: the name of the node if the options have none; ``None``: one is made up.
 
     Attributes:
         mode: as given.
@@ -95,6 +105,8 @@ class Node:
         router: Router,
         pool: HandlerPool,
         network: Network,
+        *,
+        name: str | None = None,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -112,7 +124,8 @@ class Node:
         self._api_ended = trio.Event()
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
-        self._id = options.server.worker_id or _new_id()
+        self._id = options.server.worker_id or name or _new_id()
+        self._tls: MasterTls | None = None
         router.accept()
         self._node_context = NodeContext(
             router=router,
@@ -133,13 +146,20 @@ class Node:
         self._listen_address = address
         self._listen_changed.set()
 
-    async def serve_as_standalone(self, listeners: Listeners, started: Callable[[], None]) -> None:
+    async def serve_as_standalone(
+        self, listeners: Listeners, started: Callable[[], None], *, state_name: str | None = None
+    ) -> None:
         """Serve the API until stopped.
 
         Args:
             listeners: the listeners for clients; closed at the end.
             started: called when requests are accepted. Synchronous.
+            state_name: the name of the state directory if the options have none; ``None``: there is none.
+
+        Raises:
+            ClusterError: TLS is not possible as the options ask for it.
         """
+        await self._open_tls(state_name)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
@@ -168,8 +188,11 @@ class Node:
         Raises:
             StateDirError: the state directory of the options cannot be used.
         """
-        memory = self._model_memory(state_name)
-        manager = WorkerManager(self._router.catalog, self._options, self._id)
+        state = self._open_state(state_name)
+        memory = None if state is None else self._model_memory(state)
+        self._tls = await open_tls(self._options, state)
+        is_revoked = (lambda _: False) if self._tls is None else self._tls.is_revoked
+        manager = WorkerManager(self._router.catalog, self._options, self._id, is_revoked)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with trio.open_nursery() as nursery:
@@ -177,6 +200,8 @@ class Node:
                 nursery.start_soon(memory.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
+            if self._tls is not None:
+                internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             started()
@@ -186,28 +211,42 @@ class Node:
             await manager.close_all("the master was stopped")
             await self._end_api(nursery)
 
-    def _model_memory(self, name: str | None) -> ModelMemory | None:
-        """Return the memory of models, with what is remembered restored; ``None`` if there is no place for it."""
+    def _open_state(self, name: str | None) -> StateDir | None:
+        """Return the directory for what must survive a restart; ``None`` if there is no place for it.
+
+        Raises:
+            StateDirError: the options name one that cannot be used.
+        """
         given = self._options.state_dir
         if given is None and name is None:
             return None
         try:
             path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
-            memory = ModelMemory(self._router.catalog, StateDir(path))
+            return StateDir(path)
+        except StateDirError as error:
+            if given is not None:
+                raise
+            logger.warning("the state of this node will not survive a restart: %s", error)
+            return None
+
+    def _model_memory(self, state: StateDir) -> ModelMemory | None:
+        """Return the memory of models, with what is remembered restored; ``None`` if it cannot be kept."""
+        memory = ModelMemory(self._router.catalog, state)
+        try:
             memory.restore()
             memory.save()
         except StateDirError as error:
-            if given is not None:
+            if self._options.state_dir is not None:
                 raise
             logger.warning("the names of models will not survive a restart: %s", error)
             return None
         return memory
 
-    async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
+    async def serve_as_worker(self, dialer: Dialer, started: Callable[[], None]) -> None:
         """Serve a master until stopped.
 
         Args:
-            host, port: the address on which the master listens for workers.
+            dialer: connects to the master.
             started: called when the models are registered for the first time. Synchronous.
 
         Raises:
@@ -216,16 +255,21 @@ class Node:
         """
         client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
+        if self._listen_address is not None:
+            await self._open_tls("worker")
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
         serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(dialer.run)
+            if self._tls is not None:
+                nursery.start_soon(self._tls.run)
             nursery.start_soon(self._serve_listen_address, listeners)
             nursery.start_soon(self._stop_worker, client, serving)
             with serving:
                 try:
-                    await client.run(functools.partial(self._network.connect, host, port), host, started)
+                    await client.run(dialer.connect, dialer.host, started)
                 except HandshakeRefused as error:
                     # Raised below, outside the nursery, which would wrap it in an exception group.
                     refused = error
@@ -285,9 +329,27 @@ class Node:
             await wait_delivered()
 
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
-        self.app = create_app(self._node_context)
+        manager = self.worker_manager
+        membership = None
+        if manager is not None:
+            membership = Membership(self._tls, self._outward_addresses, manager.drop_worker)
+        self.app = create_app(self._node_context, membership)
         self._set_address(self._options.server.host, listeners)
+        if self._tls is not None:
+            nursery.start_soon(self._tls.run)
+            listeners = self._with_tls(listeners)
         await nursery.start(self._serve_api, self._behind_gateway(self.app), listeners)
+
+    async def _open_tls(self, state_name: str | None) -> None:
+        """Get the certificates of a node that keeps nothing else."""
+        server = self._options.server
+        if server.tls != "off" or server.tls_cert is not None:
+            self._tls = await open_tls(self._options, self._open_state(state_name))
+
+    def _with_tls(self, listeners: Listeners) -> Listeners:
+        return (
+            listeners if self._tls is None else with_tls(listeners, self._tls.api_context, _plain_http_reply)
+        )
 
     async def _serve_api(self, app: App, listeners: Listeners, *, task_status: trio.TaskStatus[None]) -> None:
         await self._serve_http(app, listeners, self._api_may_end.wait, task_status=task_status)
@@ -340,7 +402,7 @@ class Node:
             async with trio.open_nursery() as nursery:
                 if listeners:
                     app = self._behind_gateway(create_app(self._node_context))
-                    await nursery.start(self._serve_http, app, listeners, trio.sleep_forever)
+                    await nursery.start(self._serve_http, app, self._with_tls(listeners), trio.sleep_forever)
                     logger.info("serving this worker's own API", extra={"fields": {"url": self.url}})
                 await self._listen_changed.wait()
                 nursery.cancel_scope.cancel(reason="the listen address was changed")
@@ -351,9 +413,18 @@ class Node:
                 logger.error("cannot serve this worker's own API: %s", error)
                 listeners = []
 
+    def _outward_addresses(self) -> list[str]:
+        """Return where workers on other machines reach the API, most likely first. Synchronous."""
+        server = self._options.server
+        assert self.port is not None
+        hosts = [name.strip() for name in (server.tls_name or "").split(",") if name.strip()]
+        hosts.append(outward_address() if server.host in ("0.0.0.0", "::") else server.host)
+        return [shown_address(host, self.port) for host in dict.fromkeys(hosts)]
+
     def _set_address(self, host: str, listeners: Listeners) -> None:
         self.port = port_of(listeners)
-        self.url = f"http://{shown_address(local_address(host), self.port)}"
+        scheme = "http" if self._tls is None else "https"
+        self.url = f"{scheme}://{shown_address(local_address(host), self.port)}"
 
     def _drain_worker(self, name: str) -> WorkerStatus | None:
         manager = self.worker_manager
@@ -406,6 +477,12 @@ def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
         for state in WORKER_STATES
     ]
     return [GaugeSample(name, about, value, labels) for name, about, value in samples] + states
+
+
+def _plain_http_reply() -> bytes:
+    refusal = HttpRefusal(400, TLS_REQUIRED)
+    headers, body = render_refusal(refusal)
+    return refusal_response(refusal.status, headers, body)
 
 
 def _new_id() -> str:

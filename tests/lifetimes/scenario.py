@@ -15,6 +15,7 @@ import trio
 
 from trio_cluster import ClusterServer
 from trio_cluster.core.call import Call
+from trio_cluster.net.sockets import Network
 from trio_cluster.testing import Response, SimulatedCluster, StreamingResponse, open_cluster, worker
 
 __all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Scenario", "Script", "open_scenario"]
@@ -276,7 +277,7 @@ class Caller:
 
     async def run(self) -> None:
         """Send the request, and receive its response."""
-        self._stream = await self._cluster.network.host("client").connect("master", 8080)
+        self._stream = await self._cluster.network_of("client").connect("master", 8080)
         self.asked_at = trio.current_time()
         try:
             self.response = await self._send_and_receive()
@@ -287,7 +288,10 @@ class Caller:
     def leave(self, *, reset: bool = False) -> None:
         """Close the connection, or reset it. Synchronous."""
         self.left = True
-        self._stream.close(reset=reset)
+        if reset:
+            self._stream.abort()
+        else:
+            self._stream.close()
 
     async def _send_and_receive(self) -> Response | None:
         body, content_type = self._endpoint.request(self._padding)
@@ -304,7 +308,7 @@ class Caller:
             headers=list((headers | self._headers).items()),
         )
         half = len(body) // 2
-        await self._stream.send_all((http.send(head) or b"") + (http.send(h11.Data(body[:half])) or b""))
+        await self._stream.write((http.send(head) or b"") + (http.send(h11.Data(body[:half])) or b""))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_rest, http, body[half:])
             await self.read_on.wait()
@@ -315,7 +319,7 @@ class Caller:
     async def _send_rest(self, http: h11.Connection, rest: bytes) -> None:
         await self.send_rest.wait()
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await self._stream.send_all(
+            await self._stream.write(
                 (http.send(h11.Data(rest)) or b"") + (http.send(h11.EndOfMessage()) or b"")
             )
 
@@ -323,7 +327,7 @@ class Caller:
         try:
             event = http.next_event()
             while event is h11.NEED_DATA:
-                http.receive_data(await self._stream.receive_some())
+                http.receive_data(await self._stream.read(1 << 16))
                 event = http.next_event()
             response = StreamingResponse(self._stream, http, event)
             with suppress(trio.EndOfChannel):
@@ -391,12 +395,13 @@ async def open_scenario(
     forwarded: bool,
     threaded: bool,
     fast_path: bool = True,
+    above: Callable[[Network], Network] = lambda network: network,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
     """Open a cluster that serves one model, on a worker or on the master itself."""
     script = Script(endpoint, phase)
     async with (
-        open_cluster(latency=LATENCY, fast_path=fast_path, **options) as cluster,
+        open_cluster(latency=LATENCY, fast_path=fast_path, above=above, **options) as cluster,
         trio.open_nursery() as nursery,
     ):
         back = worker("w", **options) if forwarded else cluster.master.server

@@ -7,6 +7,7 @@ from typing import Any, Final, cast
 import pytest
 import trio
 import trio.testing
+from certificates import TlsEverywhere
 from law import LAW, Cell, Impossible
 from scenario import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Scenario, open_scenario
 
@@ -73,13 +74,14 @@ HEADERS: Final = {
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
 #: The paths that a token can take: written to its client in the task that receives it, or not; waiting for others on a
-#: busy link, or not; through the lean server, or hypercorn. The law is the same on all of them.
+#: busy link, or not; through the lean server, or hypercorn; with TLS everywhere. The law is the same on all of them.
 PATHS: Final[dict[str, dict[str, Any]]] = {
     "fast": {},
     "slow": {"fast_path": False},
     "unbatched": {"batch_wait": 0.0},
     "slow_unbatched": {"fast_path": False, "batch_wait": 0.0},
     "hypercorn": {"http": "hypercorn"},
+    "tls": {"above": TlsEverywhere, "cluster_token": "secret"},
 }
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
@@ -121,8 +123,8 @@ def other_paths(place: str, *, all_ways: bool) -> list[str]:
     """Return the other paths on which to test a cell, besides the one that nodes take by default."""
     if place == "local":
         # There is no link on which a token could wait.
-        return ["slow", "hypercorn"]
-    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn"]
+        return ["slow", "hypercorn", "tls"]
+    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn", "tls"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

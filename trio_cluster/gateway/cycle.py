@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from ..core.join_paths import JOIN_PATHS, MAX_JOIN_BODY
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
@@ -154,7 +155,7 @@ class RequestCycle:
         if method in _BODILESS_METHODS or is_open(path) or not self._pipeline.has_route(path, method):
             await body.skip(limit)
             return
-        body.limit = min(body.limit, limit)
+        body.limit = min(body.limit, MAX_JOIN_BODY if path in JOIN_PATHS else limit)
         self._body = await body.read(body.limit)
 
     def _check_head(self) -> None:
