@@ -218,7 +218,8 @@ def _value(program: Bytecode, depth: int) -> Any:
     if kind == 5:
         return {"a": _value(program, depth + 1)}
     if kind == 6:
-        return [_value(program, depth + 1)] * program.byte()
+        # Not in itself: that would be a number of values with as many digits as it has levels.
+        return [_value(program, depth + 1)] * (program.byte() if depth == 0 else 2 if depth < 5 else 1)
     return {program.number(2): _value(program, depth + 1)}
 
 

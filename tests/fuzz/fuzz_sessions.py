@@ -8,11 +8,11 @@ target, which other messages arrive between them. Checked at each step:
   none, but for a peer that does not read.
 - Each call has the events that are documented, in their order, and exactly one end. ``open_calls`` has the calls that
   began and have not ended.
-- The calls and the queued control messages are bounded, and so is what is received of a call and not taken.
-- Nobody sends beyond the credit. (Of what is sent; what is queued is bounded by the local side.)
+- The number of open calls is bounded, and so is what is received of a call and not taken.
+- Neither end writes more of a body than it has credit for, and ``Batch.sent`` counts what it has written.
 
 At the end of a program all calls are ended, everything is delivered, and both sessions are idle; or they are closed,
-and the worker has no calls any more. All of it, three times if need be, has to keep within its CPU time.
+and the worker has no calls any more. The CPU time is proportional to the steps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = ["FINDINGS", "SEEDS", "check"]
 #: Bounds that a program can reach, in place of the real ones.
 _CALLS_MAX: Final = 12
 _BACKLOG_MAX: Final = 64 * 1024
-#: One call of the sessions, which the program and its checks surround.
+#: Steps of a program.
 _STEPS_MAX: Final = 600
 _NOISE: Final = bytes(range(251)) * 1100
 _SIZES: Final = [0, 1, 7, 200, 5000, PIECE - 1, PIECE, PIECE + 1, 100_000, WINDOW, WINDOW + 7]
@@ -445,21 +445,17 @@ class _Program:
         assert not self.worker.calls
 
     def finish_quietly(self) -> None:
-        for round_ in range(100):
+        """End all calls, and deliver everything, for which bodies may have to wait for credit many times."""
+        for _ in range(100):
             for end in (self.master, self.worker):
                 for number, call in end.calls.items():
                     if not call.cancelled:
                         end.session.grant(number, call.untaken)
                         call.untaken = 0
-            if round_ == 0:
-                for number in self.worker.calls:
-                    self.worker.session.fail(number, ApiError(500, "over"))
-                self.worker.calls.clear()
+            for number in self.worker.calls:
+                self.worker.session.fail(number, ApiError(500, "over"))
+            self.worker.calls.clear()
             self.exchange()
-            if round_ > 0:
-                for number in tuple(self.worker.calls):
-                    self.worker.session.fail(number, ApiError(500, "over"))
-                    del self.worker.calls[number]
             if any(end.session.close_reason is not None for end in (self.master, self.worker)):
                 return
             if self.master.session.idle and self.worker.session.idle:
