@@ -38,11 +38,14 @@ from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
 from .errors import ClusterPortError, HandshakeRefused
+from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
 from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
+from .limits.limiter import Limiter
+from .limits.memory import MemoryLimiter
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
 from .net.watchdog import log_blocks
@@ -78,6 +81,7 @@ class Node:
         router: the models of this process, and on a master those of its workers, too.
         pool: runs the handlers of this process.
         network: opens listeners and connections.
+        authenticator: determines who sends a request; ``None``: the API key of the options is required.
 
     Attributes:
         mode: as given.
@@ -95,6 +99,7 @@ class Node:
         router: Router,
         pool: HandlerPool,
         network: Network,
+        authenticator: Authenticator | None = None,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -122,7 +127,13 @@ class Node:
             status=self._status,
             gauges=self._gauges,
             drain_worker=self._drain_worker,
+            authenticator=authenticator,
         )
+
+    @property
+    def limiter(self) -> Limiter:
+        """Counts the requests of keys that have limits."""
+        return self._node_context.limiter
 
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
@@ -139,8 +150,13 @@ class Node:
         Args:
             listeners: the listeners for clients; closed at the end.
             started: called when requests are accepted. Synchronous.
+
+        Raises:
+            StateDirError: the state directory of the options cannot be used.
+            OptionsError: the limits cannot be counted where the options say.
         """
-        async with trio.open_nursery() as nursery:
+        limiter = self._node_context.limiter = self._new_limiter(self._state_dir(None))
+        async with limiter.opened(), trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
@@ -167,12 +183,15 @@ class Node:
 
         Raises:
             StateDirError: the state directory of the options cannot be used.
+            OptionsError: the limits cannot be counted where the options say.
         """
-        memory = self._model_memory(state_name)
+        state_dir = self._state_dir(state_name)
+        memory = None if state_dir is None else self._model_memory(state_dir)
+        limiter = self._node_context.limiter = self._new_limiter(state_dir)
         manager = WorkerManager(self._router.catalog, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with trio.open_nursery() as nursery:
+        async with limiter.opened(), trio.open_nursery() as nursery:
             if memory is not None:
                 nursery.start_soon(memory.run)
             await nursery.start(self._pool.serve)
@@ -186,22 +205,44 @@ class Node:
             await manager.close_all("the master was stopped")
             await self._end_api(nursery)
 
-    def _model_memory(self, name: str | None) -> ModelMemory | None:
-        """Return the memory of models, with what is remembered restored; ``None`` if there is no place for it."""
+    def _state_dir(self, name: str | None) -> StateDir | None:
+        """Return the directory for what must survive a restart; ``None`` if there is none."""
         given = self._options.state_dir
         if given is None and name is None:
             return None
         try:
             path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
-            memory = ModelMemory(self._router.catalog, StateDir(path))
+            return StateDir(path)
+        except StateDirError as error:
+            if given is not None:
+                raise
+            logger.warning(
+                "the names of models, and what keys have used, will not survive a restart: %s", error
+            )
+            return None
+
+    def _model_memory(self, state_dir: StateDir) -> ModelMemory | None:
+        """Return the memory of models, with what is remembered restored; ``None`` if it cannot be written."""
+        memory = ModelMemory(self._router.catalog, state_dir)
+        try:
             memory.restore()
             memory.save()
         except StateDirError as error:
-            if given is not None:
+            if self._options.state_dir is not None:
                 raise
             logger.warning("the names of models will not survive a restart: %s", error)
             return None
         return memory
+
+    def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
+        """Return what counts the requests of keys, with what was used before a restart."""
+        try:
+            return MemoryLimiter(state_dir=state_dir)
+        except StateDirError as error:
+            if self._options.state_dir is not None:
+                raise
+            logger.warning("what keys have used will not survive a restart: %s", error)
+            return MemoryLimiter()
 
     async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
         """Serve a master until stopped.
