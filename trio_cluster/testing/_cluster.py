@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import trio
 
+from ..gateway.auth import Authenticator
 from ..options import ClusterServerOptions, ServerOptions
 from ..server import ClusterServer
 from ._client import SimulatedClient, StreamingResponse
@@ -94,6 +95,8 @@ class SimulatedCluster:
     Attributes:
         network: the network that connects them.
         options: the master's options.
+        authenticator: determines who sends a request to a master that :meth:`start_master` makes; ``None``: the API
+            key of the options is required.
         master: the current master.
         workers: the current workers, by name.
         past: nodes that have been replaced by others.
@@ -107,6 +110,7 @@ class SimulatedCluster:
     ) -> None:
         self.network = network
         self.options = options
+        self.authenticator: Authenticator | None = None
         self.workers: dict[str, SimulatedNode] = {}
         self.past: list[SimulatedNode] = []
         self.responses: list[StreamingResponse] = []
@@ -137,6 +141,7 @@ class SimulatedCluster:
         """
         if server is None:
             server = ClusterServer(self.options)
+            server.authenticator = self.authenticator
         server.network = self.network.host("master")
         if hasattr(self, "master"):
             self.past.append(self.master)
@@ -204,7 +209,12 @@ def worker(name: str, **options: Any) -> ClusterServer:
 
 
 def open_cluster(
-    *, latency: float = 0.0, fast_path: bool = True, seed: int | None = None, **options: Any
+    *,
+    latency: float = 0.0,
+    fast_path: bool = True,
+    seed: int | None = None,
+    authenticator: Authenticator | None = None,
+    **options: Any,
 ) -> AbstractAsyncContextManager[SimulatedCluster]:
     """Open a cluster with a master that has no models, and no workers. The end of the block closes it, by force.
 
@@ -216,6 +226,8 @@ def open_cluster(
         fast_path: let tokens be written to their client in the task that receives them; see
             :class:`SimulatedNetwork`. Its former name, ``short_way``, is deprecated.
         seed: make the run reproducible; see :func:`seeded`.
+        authenticator: determines who sends a request, and which limits the sender has; ``None``: the API key of the
+            options is required, if there is one.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed. ``batch_wait`` is 0 if
             it is not given.
 
@@ -226,12 +238,16 @@ def open_cluster(
     if "short_way" in options:
         warn_renamed("open_cluster(short_way=...)", "fast_path=")
         fast_path = options.pop("short_way")
-    return _opened(latency, fast_path, seed, options)
+    return _opened(latency, fast_path, seed, authenticator, options)
 
 
 @asynccontextmanager
 async def _opened(
-    latency: float, fast_path: bool, seed: int | None, options: dict[str, Any]
+    latency: float,
+    fast_path: bool,
+    seed: int | None,
+    authenticator: Authenticator | None,
+    options: dict[str, Any],
 ) -> AsyncIterator[SimulatedCluster]:
     failure: Exception | None = None
     with threads_hold_clock(), nullcontext() if seed is None else seeded(seed):
@@ -239,6 +255,7 @@ async def _opened(
             # The default name would contain the number of this process, which is not reproducible.
             master = _options({"worker_id": "master"} | options)
             cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, fast_path=fast_path), master)
+            cluster.authenticator = authenticator
             await cluster.start_master()
             try:
                 yield cluster
