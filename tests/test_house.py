@@ -22,7 +22,7 @@ PACKAGE = ROOT / "trio_cluster"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("core", "options"),
-    ("net", "openai", "protocol", "routing", "security"),
+    ("limits", "net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local"),
     ("cluster", "gateway", "hypercorn_server"),
     ("admin",),
@@ -43,7 +43,9 @@ ONLY = {
     # The HTTP/1.1 server can be taken out and used alone.
     "http1": {"net"},
     # The gateway does not know how workers are reached.
-    "gateway": {"core", "errors", "http1", "net", "openai", "options", "routing"},
+    "gateway": {"core", "errors", "http1", "limits", "net", "openai", "options", "routing"},
+    # What a key has used follows from requests and calls, wherever they go.
+    "limits": {"core", "errors"},
     # A policy sees replicas and requests, and nothing of links or handlers.
     "routing": {"core", "errors"},
 }

@@ -40,6 +40,7 @@ from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
 from .errors import ClusterPortError, HandshakeRefused
+from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
@@ -47,6 +48,8 @@ from .http1.framing import refusal_response
 from .http1.refusal import HttpRefusal
 from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
+from .limits.limiter import Limiter
+from .limits.memory import MemoryLimiter
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
 from .net.tls import with_tls
@@ -87,6 +90,7 @@ class Node:
         router: the models of this process, and on a master those of its workers, too.
         pool: runs the handlers of this process.
         network: opens listeners and connections.
+        authenticator: determines who sends a request; ``None``: the API key of the options is required.
         name: the name of the node if the options have none; ``None``: one is made up.
 
     Attributes:
@@ -105,6 +109,7 @@ class Node:
         router: Router,
         pool: HandlerPool,
         network: Network,
+        authenticator: Authenticator | None = None,
         *,
         name: str | None = None,
     ) -> None:
@@ -135,7 +140,13 @@ class Node:
             status=self._status,
             gauges=self._gauges,
             drain_worker=self._drain_worker,
+            authenticator=authenticator,
         )
+
+    @property
+    def limiter(self) -> Limiter:
+        """Counts the requests of keys that have limits."""
+        return self._node_context.limiter
 
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
@@ -157,10 +168,12 @@ class Node:
             state_name: the name of the state directory if the options have none; ``None``: there is none.
 
         Raises:
-            ClusterError: TLS is not possible as the options ask for it.
+            ClusterError: TLS is not possible as the options ask for it, or the state directory of the options cannot be
+                used.
         """
         await self._open_tls(state_name)
-        async with trio.open_nursery() as nursery:
+        limiter = self._node_context.limiter = self._new_limiter(self._open_state(None))
+        async with limiter.opened(), trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
@@ -187,15 +200,17 @@ class Node:
 
         Raises:
             StateDirError: the state directory of the options cannot be used.
+            OptionsError: the limits cannot be counted where the options say.
         """
         state = self._open_state(state_name)
         memory = None if state is None else self._model_memory(state)
+        limiter = self._node_context.limiter = self._new_limiter(state)
         self._tls = await open_tls(self._options, state)
         is_revoked = (lambda _: False) if self._tls is None else self._tls.is_revoked
         manager = WorkerManager(self._router.catalog, self._options, self._id, is_revoked)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with trio.open_nursery() as nursery:
+        async with limiter.opened(), trio.open_nursery() as nursery:
             if memory is not None:
                 nursery.start_soon(memory.run)
             await nursery.start(self._pool.serve)
@@ -241,6 +256,16 @@ class Node:
             logger.warning("the names of models will not survive a restart: %s", error)
             return None
         return memory
+
+    def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
+        """Return what counts the requests of keys, with what was used before a restart."""
+        try:
+            return MemoryLimiter(state_dir=state_dir)
+        except StateDirError as error:
+            if self._options.state_dir is not None:
+                raise
+            logger.warning("what keys have used will not survive a restart: %s", error)
+            return MemoryLimiter()
 
     async def serve_as_worker(self, dialer: Dialer, started: Callable[[], None]) -> None:
         """Serve a master until stopped.

@@ -26,6 +26,8 @@ from .core import randomness
 from .core.model import ChatModelOptions, Kind, ModelInfo
 from .core.state_dir import StateDir, default_state_dir
 from .errors import ClusterError, ClusterPortError
+from .gateway.auth import Authenticator
+from .limits.limiter import Limiter
 from .local.adapters import Handler
 from .local.models import LocalModels
 from .local.passthrough import RawHandler
@@ -70,6 +72,8 @@ class ClusterServer:
 
     Attributes:
         network: as given.
+        authenticator: determines who sends a request, from the next run on; ``None``: the API key of the options is
+            required. Its principals may have limits.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class ClusterServer:
         )
         self._listen_address: tuple[str, int] | None = None
         self.network: Network = Sockets() if network is None else network
+        self.authenticator: Authenticator | None = None
         self._node: Node | None = None
 
     # Configuration
@@ -385,6 +390,11 @@ class ClusterServer:
         return self._pool
 
     @property
+    def limiter(self) -> Limiter | None:
+        """Counts the requests of keys that have limits; ``None`` while the server does not run."""
+        return None if self._node is None else self._node.limiter
+
+    @property
     def worker_manager(self) -> WorkerManager | None:
         """The workers of a master; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_manager
@@ -662,7 +672,9 @@ class ClusterServer:
     def _node_for(self, mode: ClusterMode, name: str | None = None) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
-        self._node = Node(mode, self._options, self._router, self._pool, self.network, name=name)
+        self._node = Node(
+            mode, self._options, self._router, self._pool, self.network, self.authenticator, name=name
+        )
         self._node.listen_on(self._listen_address)
         try:
             yield self._node

@@ -14,11 +14,24 @@ import h11
 import trio
 
 from trio_cluster import ClusterServer
+from trio_cluster.core.answer import Failed
 from trio_cluster.core.call import Call
+from trio_cluster.core.observer import Observer
+from trio_cluster.core.principal import Limits, Principal
 from trio_cluster.net.sockets import Network
 from trio_cluster.testing import Response, SimulatedCluster, StreamingResponse, open_cluster, worker
 
-__all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Scenario", "Script", "open_scenario"]
+__all__ = [
+    "ENDPOINTS",
+    "LATENCY",
+    "MODEL",
+    "Caller",
+    "Endpoint",
+    "LimitedKey",
+    "Scenario",
+    "Script",
+    "open_scenario",
+]
 
 #: Seconds from any machine to any other.
 LATENCY: Final = 0.01
@@ -345,6 +358,27 @@ class Caller:
 # The scenario
 
 
+class LimitedKey:
+    """An authenticator: all clients have one key, with limits that they do not reach."""
+
+    async def authenticate(self, context: Any) -> Principal:
+        limits = Limits(1000, 100_000_000, 100, 1_000_000_000, "day")
+        return Principal("limited", "admin", limits=limits)
+
+
+class ReservationWatch(Observer):
+    """Notes how many reservations there are when the work of a call has stopped."""
+
+    def __init__(self, call: Call, limiter: Any) -> None:
+        self._call = call
+        self._limiter = limiter
+        self.before = 0
+
+    def on_ended(self, call: Call, outcome: str) -> None:
+        if call is self._call:
+            self.before = self._limiter.open_reservations
+
+
 class Scenario:
     """Everything that one test needs: the cluster, the handler and the clients."""
 
@@ -357,6 +391,9 @@ class Scenario:
         self.nursery = nursery
         self.calls: dict[str, Call] = {}
         self.released: dict[str, float] = {}
+        #: For each call of a limited key on the master: reservations before its release, and after it; and whether
+        #: the request may still be retried then.
+        self.reserved: list[tuple[int, int, bool]] = []
         self._neighbour = trio.CancelScope()
 
     @property
@@ -382,6 +419,19 @@ class Scenario:
                 if name not in self.calls:
                     self.calls[name] = call
                     call.on_release(lambda name=name: self._release(name))  # type: ignore[misc]
+                    if name == "master" and call.request.principal.limits is not None:
+                        self._watch_reservation(call, server.limiter)
+
+    def _watch_reservation(self, call: Call, limiter: Any) -> None:
+        watch = ReservationWatch(call, limiter)
+        # Observers are told of the end of a call before anything else is freed by it.
+        self.master.router.observers.add(watch)
+
+        def released() -> None:
+            retryable = isinstance(call.end, Failed) and call.end.retryable and not call.begun
+            self.reserved.append((watch.before, limiter.open_reservations, retryable))
+
+        call.on_release(released)
 
     def _release(self, name: str) -> None:
         self.released[name] = trio.current_time()
@@ -396,12 +446,15 @@ async def open_scenario(
     threaded: bool,
     fast_path: bool = True,
     above: Callable[[Network], Network] = lambda network: network,
+    authenticator: Any = None,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
     """Open a cluster that serves one model, on a worker or on the master itself."""
     script = Script(endpoint, phase)
     async with (
-        open_cluster(latency=LATENCY, fast_path=fast_path, above=above, **options) as cluster,
+        open_cluster(
+            latency=LATENCY, fast_path=fast_path, above=above, authenticator=authenticator, **options
+        ) as cluster,
         trio.open_nursery() as nursery,
     ):
         back = worker("w", **options) if forwarded else cluster.master.server

@@ -58,7 +58,7 @@ def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio
     also a test client or another server.
     """
     has_route = path_lookup(app)
-    replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route))
+    replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route, node_context.authenticator))
     return app
 
 

@@ -13,8 +13,11 @@ import attrs
 import trio
 
 from ..core.status import NodeStatus, WorkerStatus
+from ..limits.limiter import Limiter
+from ..limits.memory import MemoryLimiter
 from ..options import ClusterServerOptions
 from ..routing.router import Router
+from .auth import Authenticator
 from .context import RequestContext
 
 __all__ = ["GaugeSample", "NodeContext"]
@@ -60,6 +63,10 @@ class NodeContext:
     drain_worker: Callable[[str], WorkerStatus | None] = _no_worker
     """``drain_worker(name)`` asks a worker to finish its calls and stop, and returns its state; ``None``: there is no
     worker of this name here."""
+    limiter: Limiter = attrs.field(factory=MemoryLimiter)
+    """Counts the requests of keys that have limits."""
+    authenticator: Authenticator | None = None
+    """Determines who sends a request; ``None``: the API key of the options is required."""
     started: float = attrs.field(factory=time.monotonic)
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)

@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import trio
 
+from ..gateway.auth import Authenticator
 from ..net.sockets import Network
 from ..options import ClusterServerOptions, ServerOptions
 from ..server import ClusterServer
@@ -95,6 +96,8 @@ class SimulatedCluster:
     Attributes:
         network: the network that connects them.
         options: the master's options.
+        authenticator: determines who sends a request to a master that :meth:`start_master` makes; ``None``: the API
+            key of the options is required.
         master: the current master.
         workers: the current workers, by name.
         past: nodes that have been replaced by others.
@@ -113,6 +116,7 @@ class SimulatedCluster:
         self.network = network
         self._above = above
         self.options = options
+        self.authenticator: Authenticator | None = None
         self.workers: dict[str, SimulatedNode] = {}
         self.past: list[SimulatedNode] = []
         self.responses: list[StreamingResponse] = []
@@ -147,6 +151,7 @@ class SimulatedCluster:
         """
         if server is None:
             server = ClusterServer(self.options)
+            server.authenticator = self.authenticator
         server.network = self.network_of("master")
         if hasattr(self, "master"):
             self.past.append(self.master)
@@ -219,6 +224,7 @@ def open_cluster(
     fast_path: bool = True,
     seed: int | None = None,
     above: Callable[[Network], Network] = lambda network: network,
+    authenticator: Authenticator | None = None,
     **options: Any,
 ) -> AbstractAsyncContextManager[SimulatedCluster]:
     """Open a cluster with a master that has no models, and no workers. The end of the block closes it, by force.
@@ -233,6 +239,8 @@ def open_cluster(
         seed: make the run reproducible; see :func:`seeded`.
         above: called with the network of each node and client; returns what it uses in its place, for instance one
             with TLS on each connection.
+        authenticator: determines who sends a request, and which limits the sender has; ``None``: the API key of the
+            options is required, if there is one.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed. ``batch_wait`` is 0 if
             it is not given.
 
@@ -243,7 +251,7 @@ def open_cluster(
     if "short_way" in options:
         warn_renamed("open_cluster(short_way=...)", "fast_path=")
         fast_path = options.pop("short_way")
-    return _opened(latency, fast_path, seed, above, options)
+    return _opened(latency, fast_path, seed, above, authenticator, options)
 
 
 @asynccontextmanager
@@ -252,6 +260,7 @@ async def _opened(
     fast_path: bool,
     seed: int | None,
     above: Callable[[Network], Network],
+    authenticator: Authenticator | None,
     options: dict[str, Any],
 ) -> AsyncIterator[SimulatedCluster]:
     failure: Exception | None = None
@@ -260,6 +269,7 @@ async def _opened(
             # The default name would contain the number of this process, which is not reproducible.
             master = _options({"worker_id": "master"} | options)
             cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, fast_path=fast_path), master, above)
+            cluster.authenticator = authenticator
             await cluster.start_master()
             try:
                 yield cluster
