@@ -68,6 +68,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
         "state_dir": None,
+        "database": None,
+        "usage_days": 90,
     }
 
 
@@ -243,10 +245,11 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "heartbeat_interval": "7",
         "batch_wait": "0",
         "http": "hypercorn",
+        "database": "sqlite:///keys.db",
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
-        "batch_wait": 0, "http": "hypercorn",
+        "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type

@@ -19,7 +19,8 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,8 @@ import trio
 from msgspec import UNSET
 
 from ._version import __version__
+from .accounts.accounts import Accounts, open_accounts
+from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
 from .cluster.master import WorkerManager
 from .cluster.model_memory import ModelMemory
@@ -124,6 +127,11 @@ class Node:
             drain_worker=self._drain_worker,
         )
 
+    @property
+    def requires_key(self) -> bool:
+        """Whether requests for models need an API key."""
+        return self._node_context.requires_key
+
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
         self._stop_requested.set()
@@ -133,14 +141,22 @@ class Node:
         self._listen_address = address
         self._listen_changed.set()
 
-    async def serve_as_standalone(self, listeners: Listeners, started: Callable[[], None]) -> None:
+    async def serve_as_standalone(
+        self, listeners: Listeners, started: Callable[[], None], *, state_name: str | None = None
+    ) -> None:
         """Serve the API until stopped.
 
         Args:
             listeners: the listeners for clients; closed at the end.
             started: called when requests are accepted. Synchronous.
+            state_name: the name of the state directory if the options have none; ``None``: there is none.
+
+        Raises:
+            StateDirError, StoreError: the state directory or the database of the options cannot be used.
         """
-        async with trio.open_nursery() as nursery:
+        async with self._open_accounts(state_name) as accounts, trio.open_nursery() as nursery:
+            if accounts is not None:
+                nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
@@ -166,15 +182,17 @@ class Node:
             state_name: the name of the state directory if the options have none; ``None``: there is none.
 
         Raises:
-            StateDirError: the state directory of the options cannot be used.
+            StateDirError, StoreError: the state directory or the database of the options cannot be used.
         """
         memory = self._model_memory(state_name)
         manager = WorkerManager(self._router.catalog, self._options, self._id)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with trio.open_nursery() as nursery:
+        async with self._open_accounts(state_name) as accounts, trio.open_nursery() as nursery:
             if memory is not None:
                 nursery.start_soon(memory.run)
+            if accounts is not None:
+                nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await nursery.start(manager.serve, internal_listeners)
@@ -186,14 +204,39 @@ class Node:
             await manager.close_all("the master was stopped")
             await self._end_api(nursery)
 
+    @asynccontextmanager
+    async def _open_accounts(self, name: str | None) -> AsyncIterator[Accounts | None]:
+        """Open the database of keys and usage for the length of a block; ``None`` if there is no place for it."""
+        options, context = self._options, self._node_context
+        given = options.database is not None or options.state_dir is not None
+        async with AsyncExitStack() as stack:
+            try:
+                database: str | Path | None = options.database
+                if database is None and (options.state_dir is not None or name is not None):
+                    database = StateDir(self._state_path(name)).path / "accounts.db"
+                if database is not None:
+                    context.accounts = await stack.enter_async_context(
+                        open_accounts(
+                            database, context.audit, self._router.observers, lambda: options.usage_days
+                        )
+                    )
+            except (StateDirError, StoreError) as error:
+                if given:
+                    raise
+                logger.warning("serving without keys and usage: %s", error)
+            yield context.accounts
+
+    def _state_path(self, name: str | None) -> Path:
+        given = self._options.state_dir
+        return default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
+
     def _model_memory(self, name: str | None) -> ModelMemory | None:
         """Return the memory of models, with what is remembered restored; ``None`` if there is no place for it."""
         given = self._options.state_dir
         if given is None and name is None:
             return None
         try:
-            path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
-            memory = ModelMemory(self._router.catalog, StateDir(path))
+            memory = ModelMemory(self._router.catalog, StateDir(self._state_path(name)))
             memory.restore()
             memory.save()
         except StateDirError as error:

@@ -357,6 +357,13 @@ class ClusterServer:
         return None if self._node is None else self._node.internal_port
 
     @property
+    def requires_key(self) -> bool:
+        """Whether clients must send an API key: there is the option ``api_key``, or a key was made."""
+        return self._options.server.api_key is not None or (
+            self._node is not None and self._node.requires_key
+        )
+
+    @property
     def app(self) -> QuartTrio | None:
         """The Quart-Trio application, to which routes can be added; ``None`` on a worker, and while it does not run."""
         return None if self._node is None else self._node.app
@@ -531,10 +538,12 @@ class ClusterServer:
             RuntimeError: the server runs already.
         """
         with self._node_for(ClusterMode.STANDALONE) as node:
-            host = self._options.server.host
-            listeners = await self.network.listen(host, self._options.server.port if port is None else port)
+            host, port = self._options.server.host, self._options.server.port if port is None else port
+            listeners = await self.network.listen(host, port)
             try:
-                await node.serve_as_standalone(listeners, lambda: task_status.started(node.mode))
+                await node.serve_as_standalone(
+                    listeners, lambda: task_status.started(node.mode), state_name=self._state_name(port)
+                )
             finally:
                 close_all(listeners)
         return ClusterMode.STANDALONE
@@ -542,16 +551,25 @@ class ClusterServer:
     async def _run_as_master(
         self, external: Listeners, internal: Listeners, port: int, task_status: Started
     ) -> ClusterMode:
-        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
-        name = f"master-{port}" if port and isinstance(self.network, Sockets) else None
         try:
             with self._node_for(ClusterMode.MASTER) as node:
                 await node.serve_as_master(
-                    external, internal, lambda: task_status.started(node.mode), state_name=name
+                    external,
+                    internal,
+                    lambda: task_status.started(node.mode),
+                    state_name=self._state_name(port),
                 )
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER
+
+    def _state_name(self, port: int) -> str | None:
+        """Return the name of the state directory of a node on this port, if the options have none.
+
+        A server that is standalone at first, and a master later, has the same keys.
+        """
+        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
+        return f"master-{port}" if port and isinstance(self.network, Sockets) else None
 
     async def _open_pair(self, port: int) -> tuple[Listeners, Listeners]:
         options = self._options

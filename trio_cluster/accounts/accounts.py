@@ -158,9 +158,7 @@ class Accounts:
         key = new_key()
         entry = _entry(principal, address, "key.rotate", name, {"grace": grace})
         until = time.time() + grace
-        await self._change(
-            lambda store: store.rotate_key(name, digest_of(key.encode()), until, entry), entry
-        )
+        await self._change(lambda store: store.rotate_key(name, digest_of(key.encode()), until, entry), entry)
         return key
 
     # Usage and audit
@@ -236,11 +234,13 @@ class Accounts:
 
     async def _clean_up_repeatedly(self) -> None:
         while True:
-            before = math.floor(time.time() / _DAY - self._usage_days()) * _DAY
             # What fails is tried again; the other two tasks log that the database is away.
             with suppress(StoreError):
-                await self._write(lambda store: store.delete_usage(before))
+                await self._write(self._delete_usage)
             await trio.sleep(_CLEANUP)
+
+    def _delete_usage(self, store: Store) -> None:
+        store.delete_usage(math.floor(time.time() / _DAY - self._usage_days()) * _DAY)
 
     async def _flush(self) -> None:
         async with self._flushing:

@@ -10,14 +10,23 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from ..core.principal import BudgetPeriod, Priority, Role
 from ..errors import ApiError, InvalidRequest
 from .keys import KeyRecord
 
-__all__ = ["RESERVED_NAMES", "read_grace", "read_name", "read_new", "read_changes", "read_time", "show_key", "show_time"]
+__all__ = [
+    "RESERVED_NAMES",
+    "read_changes",
+    "read_grace",
+    "read_name",
+    "read_new",
+    "read_time",
+    "show_key",
+    "show_time",
+]
 
 #: The names of the principals of the options ``api_key`` and ``operator_key``.
 RESERVED_NAMES: Final = frozenset({"default", "operator"})
@@ -130,7 +139,7 @@ def read_time(param: str, value: object) -> float:
         except ValueError:
             raise _wrong(param, f"{expected}, got {value[:64]!r}") from None
         if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=timezone.utc)
+            moment = moment.replace(tzinfo=UTC)
         try:
             seconds = moment.timestamp()
         except (OverflowError, ValueError):
@@ -146,7 +155,7 @@ def read_time(param: str, value: object) -> float:
 
 def show_time(seconds: float) -> str:
     """Return a time as ISO 8601 in UTC, in whole seconds."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def show_key(record: KeyRecord) -> dict[str, Any]:
@@ -184,7 +193,9 @@ def _read_models(param: str, value: object) -> tuple[str, ...]:
     if (
         not isinstance(value, list)
         or len(value) > _MAX_MODELS
-        or not all(isinstance(each, str) and 0 < len(each) <= _MAX_PATTERN and each.isprintable() for each in value)
+        or not all(
+            isinstance(each, str) and 0 < len(each) <= _MAX_PATTERN and each.isprintable() for each in value
+        )
     ):
         raise _wrong(
             param,

@@ -8,10 +8,10 @@ request that was retried is one row, with the worker that answered in the end. W
 not known when it ends, so its row is kept aside until the retry begins, or until two batches were taken meanwhile: the
 task that would retry the call has run by then.
 
-*Batches.* Rows are collected in memory. Every :data:`PAUSE` seconds they are written in one transaction, in a thread, so
-a node that is killed loses what was collected since. The path of a request has nothing to do with the database.
+*Batches.* Rows are collected in memory. Every :data:`PAUSE` seconds they are written in one transaction, in a thread.
+So a node that is killed loses what was collected since. The path of a request has nothing to do with the database.
 
-*Failures.* What cannot be written is kept, up to :data:`MAX_ROWS`; beyond that the oldest rows are dropped, and counted.
+*Failures.* What cannot be written is kept, up to :data:`MAX_ROWS`; beyond that the oldest rows are dropped and counted.
 The log says once that rows are kept, once that they are dropped, and once that it is over. A connection that breaks in
 the middle of a commit leaves it open whether the batch was written. So the same batch is tried again under the same
 number, and the database knows the number of the last batch of each writer (``Store.add_usage``): no row is lost, and

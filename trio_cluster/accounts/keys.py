@@ -117,7 +117,8 @@ class KeyTable:
             for digest in digests:
                 raw = bytes.fromhex(digest.digest)
                 expires_at = min(
-                    math.inf if moment is None else moment for moment in (record.expires_at, digest.expires_at)
+                    math.inf if moment is None else moment
+                    for moment in (record.expires_at, digest.expires_at)
                 )
                 entries[raw] = KeyEntry(raw, principal, expires_at, record.disabled)
                 if record.role == "admin" and not record.disabled:

@@ -3,9 +3,10 @@
 Theory of operation
 ===================
 
-The database says in ``tc_settings`` which version its schema has; version N is what the first N steps make. A store that
-is opened applies the steps that are missing, in one transaction, under a lock: of two masters that are started at once,
-the second one waits and finds nothing left to do. A database of a later version than this package knows is refused.
+The database says in ``tc_settings`` which version its schema has; version N is what the first N steps make. A store
+that is opened applies the steps that are missing, in one transaction, under a lock: of two masters that are started at
+once, the second one waits and finds nothing left to do. A database of a later version than this package knows is
+refused.
 
 A step that was released is never changed. So it does not use ``schema.py``, which has the tables as they are after the
 last step, but spells out what it adds. ``tests/accounts/test_migrations.py`` compares the two.
@@ -113,14 +114,8 @@ def _add_usage(connection: sa.Connection) -> None:
         metadata,
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
         sa.Column("time", sa.Float(53), nullable=False, index=True),
-        *(
-            sa.Column(name, sa.Text, nullable=False)
-            for name in ("key", "model", "alias", "worker", "route")
-        ),
-        *(
-            sa.Column(name, sa.BigInteger)
-            for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
-        ),
+        *(sa.Column(name, sa.Text, nullable=False) for name in ("key", "model", "alias", "worker", "route")),
+        *(sa.Column(name, sa.BigInteger) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")),
         sa.Column("outcome", sa.Text, nullable=False),
         sa.Column("first_byte", sa.Float(53)),
         sa.Column("duration", sa.Float(53), nullable=False),

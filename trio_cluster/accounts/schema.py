@@ -1,7 +1,7 @@
 """The tables of the database, as they are after the last migration.
 
-This module imports SQLAlchemy, and so do ``migrations.py`` and ``store.py``. They are loaded when a store is opened, and
-not before: a worker never needs them.
+This module imports SQLAlchemy, and so do ``migrations.py`` and ``store.py``. They are loaded when a store is opened,
+and not before: a worker never needs them.
 
 All names begin with ``tc_``, since a PostgreSQL database may have tables of other programs as well. Times are seconds
 since the epoch. Text is not limited in its length: what is stored is bounded where it enters the node.

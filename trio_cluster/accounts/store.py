@@ -1,7 +1,7 @@
 """The database: SQLite in a file of the node's state directory, or PostgreSQL, which several masters may share.
 
-Everything here blocks, and is called in threads. All statements are made with SQLAlchemy Core, so that they are the same
-for both databases.
+Everything here blocks, and is called in threads. All statements are made with SQLAlchemy Core, so that they are the
+same for both databases.
 
 A transaction that writes takes the lock of an SQLite database when it begins. Otherwise two of them that have read
 before they write would each wait for the other one, and one of them would fail.
@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
@@ -244,12 +244,12 @@ class Store:
             rows_from = _setting(connection, _ROWS_FROM)
             since = query.since if query.since is None or query.since >= rows_from else _floor(query.since)
             until = query.until if query.until is None or query.until >= rows_from else -_floor(-query.until)
-            for row in connection.execute(_sum_days(query, since, until)):
-                _merge(sums, query, row._mapping, None)
+            for row in connection.execute(_sum_days(query, since, until)).mappings():
+                _merge(sums, query, row, None)
             for begin, end in _partial_days(since, until):
                 day = _day(begin)
-                for row in connection.execute(_sum_rows(query, begin, end)):
-                    _merge(sums, query, row._mapping, day)
+                for row in connection.execute(_sum_rows(query, begin, end)).mappings():
+                    _merge(sums, query, row, day)
         return [
             dict(zip(query.group_by, group, strict=True)) | dict(zip(COUNTS, counts, strict=True))
             for group, counts in sorted(sums.items())
@@ -422,10 +422,10 @@ def _snapshot(connection: sa.Connection) -> KeySnapshot:
     for row in connection.execute(sa.select(schema.digests)):
         digests.setdefault(row.name, []).append(KeyDigest(row.digest, row.expires_at))
     keys = []
-    for row in connection.execute(sa.select(schema.keys).order_by(schema.keys.c.name)):
-        columns = dict(row._mapping)
+    for key in connection.execute(sa.select(schema.keys).order_by(schema.keys.c.name)).mappings():
+        columns: dict[str, Any] = {str(name): value for name, value in key.items()}
         columns["models"] = tuple(json.loads(columns["models"]))
-        keys.append((KeyRecord(**columns), digests.get(row.name, [])))
+        keys.append((KeyRecord(**columns), digests.get(columns["name"], [])))
     return KeySnapshot(changes, bool(_setting(connection, _REQUIRED)), keys)
 
 
@@ -434,7 +434,7 @@ def _floor(moment: float) -> float:
 
 
 def _day(moment: float) -> str:
-    return datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%d")
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d")
 
 
 def _fold(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
@@ -452,8 +452,7 @@ def _fold(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
             total = sums[group] = [0] * len(COUNTS)
         add_to_counts(row, total)
     return [
-        {"day": day, "key": key, "model": model, "worker": worker}
-        | dict(zip(COUNTS, total, strict=True))
+        {"day": day, "key": key, "model": model, "worker": worker} | dict(zip(COUNTS, total, strict=True))
         for (day, key, model, worker), total in sums.items()
     ]
 
@@ -511,7 +510,7 @@ def _sum_rows(query: UsageQuery, begin: float, end: float) -> sa.Select[Any]:
 
 
 def _merge(
-    sums: dict[tuple[str, ...], list[int]], query: UsageQuery, row: Mapping[str, Any], day: str | None
+    sums: dict[tuple[str, ...], list[int]], query: UsageQuery, row: Mapping[Any, Any], day: str | None
 ) -> None:
     """Add a row of sums to its group.
 

@@ -38,7 +38,7 @@ from ..errors import ClusterError, OptionsError
 from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
-from . import logs
+from . import account_commands, logs
 from .admin_client import node_url, printable, request_json
 from .arguments import log_settings, master_address, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
@@ -326,8 +326,10 @@ class _Announcer:
             )
         logger.info("serving", extra={"fields": fields})
         missing = []
-        if options.server.api_key is None:
-            missing.append("use its models (set TRIO_CLUSTER_API_KEY)")
+        if not self.server.requires_key:
+            missing.append(
+                "use its models (set TRIO_CLUSTER_API_KEY, or make keys with: trio-cluster keys create NAME)"
+            )
         if mode is ClusterMode.MASTER and options.cluster_token is None:
             missing.append("bring models of their own (set TRIO_CLUSTER_CLUSTER_TOKEN)")
         if everywhere and len(missing) == (2 if mode is ClusterMode.MASTER else 1):
@@ -397,7 +399,7 @@ def _calls(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
-    content = request_json(node, path, key, expected=("cancelled",), post={"reason": arguments.reason})
+    content = request_json(node, path, key, expected=("cancelled",), body={"reason": arguments.reason})
     count = content["cancelled"]
     if count == 0:
         print("no call was cancelled: the request has ended already, and its handler is about to stop")
@@ -411,7 +413,7 @@ def _drain(arguments: argparse.Namespace) -> int:
     path = f"/cluster/workers/{quote(arguments.worker, safe='')}/drain"
 
     def drain() -> dict[str, Any]:
-        return request_json(node, path, key, expected=("id", "instance", "in_flight"), post={})
+        return request_json(node, path, key, expected=("id", "instance", "in_flight"), body={})
 
     worker = drain()
     if arguments.no_wait:
@@ -422,6 +424,14 @@ def _drain(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise ClusterError(f"stopped waiting; the worker '{arguments.worker}' drains on") from None
     return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    return account_commands.keys(arguments, *_node_and_key(arguments))
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    return account_commands.usage(arguments, *_node_and_key(arguments))
 
 
 def _wait_until_drained(
@@ -483,4 +493,6 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "calls": _calls,
     "cancel": _cancel,
     "drain": _drain,
+    "keys": _keys,
+    "usage": _usage,
 }
