@@ -42,7 +42,7 @@ logger = logging.getLogger("trio_cluster.accounts")
 #: Seconds between two batches; less than a second, since writing one takes time, too.
 PAUSE: Final = 0.75
 
-#: Rows that are kept while they cannot be written; about 500 bytes each.
+#: Rows that are kept while they cannot be written, beside a batch; about 500 bytes each.
 MAX_ROWS: Final = 50_000
 
 #: Rows of a batch, at most: the lock of the database is held for a few hundredths of a second.
@@ -127,14 +127,14 @@ class Journal(Observer):
             self._drop()
 
     def _drop(self) -> None:
-        while self._rows and len(self._rows) + len(self._batch) > MAX_ROWS:
-            self._rows.popleft()
-            if self.dropped == self._dropped_before:
-                logger.error(
-                    "the usage of requests is lost from now on, the oldest first: %d wait for the database",
-                    MAX_ROWS,
-                )
-            self.dropped += 1
+        """Drop the oldest row, but not of the batch that is being written: it may be there already."""
+        self._rows.popleft()
+        if self.dropped == self._dropped_before:
+            logger.error(
+                "the usage of requests is lost from now on, the oldest first: %d wait for the database",
+                MAX_ROWS,
+            )
+        self.dropped += 1
 
     # Writing
 
@@ -162,7 +162,6 @@ class Journal(Observer):
             try:
                 await self._write(self._writer, self._number, self._batch)
             except StoreError as error:
-                self._drop()
                 if not self._failing:
                     self._failing = True
                     logger.error("the usage of requests cannot be written, and is kept in memory: %s", error)

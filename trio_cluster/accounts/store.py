@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -85,6 +85,10 @@ class Store:
         self.name: str
         self._engine = self._create_engine(database)
         self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        # Made once, since making them costs more than executing them.
+        self._note_batch = _note_batch(self._insert)
+        self._add_to_days = _add_to_days(self._insert)
+        self._add_usage = _add_usage(self._engine)
         try:
             self._prepare()
         except BaseException:
@@ -178,43 +182,23 @@ class Store:
             batch: counts its batches up.
             rows: of this batch.
         """
-        writers = schema.usage_writers
+        # In one order, so that two masters never wait for each other's rows.
+        days = sorted(_fold(rows), key=lambda row: tuple(row[name] for name in GROUPS))
         with self._write() as connection:
-            note = self._insert(writers).values(writer=writer, batch=batch, time=time.time())
+            note = {"writer": writer, "batch": batch, "time": time.time()}
             # One statement, which waits for another try of the same batch that is still being committed.
-            noted = note.on_conflict_do_update(
-                index_elements=[writers.c.writer],
-                set_={"batch": note.excluded.batch, "time": note.excluded.time},
-                where=writers.c.batch < note.excluded.batch,
-            )
-            if connection.scalar(noted.returning(writers.c.batch)) is None:
-                return
-            self._add_rows(connection, rows)
-            days = self._insert(schema.usage_days)
-            add = days.on_conflict_do_update(
-                index_elements=[schema.usage_days.c[name] for name in ("day", "key", "model", "worker")],
-                set_={name: schema.usage_days.c[name] + days.excluded[name] for name in COUNTS},
-            )
-            # In one order, so that two masters never wait for each other's rows.
-            connection.execute(add, sorted(_fold(rows), key=lambda row: tuple(row[name] for name in GROUPS)))
+            if connection.scalar(self._note_batch, note) is not None:
+                self._add_rows(connection, rows)
+                connection.execute(self._add_to_days, days)
 
     def _add_rows(self, connection: sa.Connection, rows: Sequence[UsageRow]) -> None:
         # This is most of what the journal costs, so it is done in the cheapest way of each database.
-        names = list(UsageRow.__annotations__)
-        columns = [schema.usage.c[name] for name in names]
-        insert = sa.insert(schema.usage)
-        if connection.dialect.name == "sqlite":
+        if isinstance(self._add_usage, str):
             # `connection.execute` would look at each value of each row, which takes as long as SQLite itself.
-            statement = insert.compile(connection, column_keys=names)
-            values = list(map(itemgetter(*statement.positiontup or ()), rows))
-            connection.exec_driver_sql(str(statement), values)
+            connection.exec_driver_sql(self._add_usage, list(map(_VALUES, rows)))
         else:
             # One statement with one value, instead of one for each row.
-            record = sa.func.json_to_recordset(sa.cast(sa.bindparam("rows", sa.Text), postgresql.JSON))
-            table = record.table_valued(*(sa.column(each.name, each.type) for each in columns))
-            source = sa.select(table.render_derived(with_types=True))
-            rows_as_json = msgspec.json.encode(rows).decode()
-            connection.execute(insert.from_select(names, source), {"rows": rows_as_json})
+            connection.execute(self._add_usage, {"rows": msgspec.json.encode(rows).decode()})
 
     def delete_usage(self, before: float) -> None:
         """Delete the rows of whole days; their sums stay.
@@ -305,7 +289,7 @@ class Store:
                 options["connect_args"] = {"connect_timeout": _CONNECT_TIMEOUT, "prepare_threshold": None}
                 options |= {"pool_pre_ping": True, "pool_size": 4, "max_overflow": 2, "pool_timeout": 5}
             engine = sa.create_engine(url, **options)
-        except sa.exc.ArgumentError:
+        except (sa.exc.ArgumentError, ValueError):
             # Its message has the whole URL in it.
             raise StoreError("database: expected a URL such as postgresql://USER@HOST/NAME") from None
         except ModuleNotFoundError as error:
@@ -380,6 +364,45 @@ class Store:
         ]
         if rows:
             connection.execute(self._insert(schema.audit).on_conflict_do_nothing(), rows)
+
+
+_ROW: Final = tuple(UsageRow.__annotations__)
+_VALUES: Final = itemgetter(*_ROW)
+
+
+def _note_batch(insert: Callable[..., Any]) -> sa.Executable:
+    """Return the statement that notes the number of a batch. It returns nothing if that is not a new one."""
+    writers = schema.usage_writers
+    note = insert(writers)
+    result: sa.Executable = note.on_conflict_do_update(
+        index_elements=[writers.c.writer],
+        set_={"batch": note.excluded.batch, "time": note.excluded.time},
+        where=writers.c.batch < note.excluded.batch,
+    ).returning(writers.c.batch)
+    return result
+
+
+def _add_to_days(insert: Callable[..., Any]) -> sa.Executable:
+    """Return the statement that adds to the sums of days."""
+    days = schema.usage_days
+    add = insert(days)
+    result: sa.Executable = add.on_conflict_do_update(
+        index_elements=[days.c[name] for name in ("day", "key", "model", "worker")],
+        set_={name: days.c[name] + add.excluded[name] for name in COUNTS},
+    )
+    return result
+
+
+def _add_usage(engine: sa.Engine) -> str | sa.Executable:
+    """Return the statement that adds rows: for SQLite as text, with values in the order of ``_ROW``."""
+    rows = schema.usage
+    if engine.dialect.name == "sqlite":
+        statement = sa.insert(rows).compile(engine, column_keys=_ROW)
+        assert tuple(statement.positiontup or ()) == _ROW
+        return str(statement)
+    record = sa.func.json_to_recordset(sa.cast(sa.bindparam("rows", sa.Text), postgresql.JSON))
+    table = record.table_valued(*(sa.column(name, rows.c[name].type) for name in _ROW))
+    return sa.insert(rows).from_select(_ROW, sa.select(table.render_derived(with_types=True)))
 
 
 def _create_file(path: Path) -> None:
