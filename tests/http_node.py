@@ -49,6 +49,7 @@ WORKER = WorkerStatus(
     in_flight=1,
     lag=0.0,
     connected_for=1.5,
+    admitted="token",
 )
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = CHAT | {"stream": True}

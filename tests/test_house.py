@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("core", "options"),
     ("accounts",),
-    ("net", "openai", "protocol", "routing"),
+    ("limits", "net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local"),
     ("cluster", "gateway", "hypercorn_server"),
     ("admin",),
@@ -43,10 +43,12 @@ PROGRAMS = {"__main__.py", "demo/node.py"}
 ONLY = {
     # The HTTP/1.1 server can be taken out and used alone.
     "http1": {"net"},
-    # The gateway does not know how workers are reached.
-    "gateway": {"accounts", "core", "errors", "http1", "net", "openai", "options", "routing"},
     # The database knows nothing of HTTP, nor of links.
     "accounts": {"core", "errors"},
+    # The gateway does not know how workers are reached.
+    "gateway": {"accounts", "core", "errors", "http1", "limits", "net", "openai", "options", "routing"},
+    # What a key has used follows from requests and calls, wherever they go.
+    "limits": {"core", "errors"},
     # A policy sees replicas and requests, and nothing of links or handlers.
     "routing": {"core", "errors"},
 }

@@ -57,6 +57,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "allowed_hosts": None,
             "http": "lean",
             "stream_failure": "end",
+            "tls": "off",
+            "tls_cert": None,
+            "tls_key": None,
+            "tls_name": None,
         },
         "enable_cluster": True,
         "worker_timeout": 30.0,
@@ -70,6 +74,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "state_dir": None,
         "database": None,
         "usage_days": 90,
+        "ca_file": None,
+        "allow_anonymous_workers": False,
     }
 
 
@@ -246,11 +252,13 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "batch_wait": "0",
         "http": "hypercorn",
         "database": "sqlite:///keys.db",
+        "tls": "auto",
+        "allow_anonymous_workers": "yes",
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
-        "stream_failure": "abort",
+        "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

@@ -24,6 +24,8 @@ __all__ = [
     "ModelUnavailable",
     "OptionsError",
     "Overloaded",
+    "QuotaExceeded",
+    "RateLimited",
     "ShuttingDown",
     "TooSlow",
     "UpstreamLost",
@@ -58,9 +60,15 @@ class ApiError(Exception):
 
     All arguments are attributes, too.
 
+    Attributes:
+        final: the client should not repeat the request; sent as ``x-should-retry: false``.
+
     Raises:
         ValueError: the status is not an error status.
     """
+
+    # The status alone makes the official clients send some requests again.
+    final: bool = False
 
     def __init__(
         self,
@@ -181,6 +189,39 @@ class Overloaded(ApiError):
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(503, message, code="over_capacity", retry_after=retry_after)
+
+
+class RateLimited(ApiError):
+    """The key of the request has reached one of its limits.
+
+    Args:
+        message: for people.
+        kind: the limit: ``requests``, ``tokens`` or ``concurrency``; sent as the ``type`` of the error.
+        retry_after_ms: milliseconds after which the client may try again; ``None``: the request can never be admitted.
+
+    Attributes:
+        retry_after_ms: as given; sent as ``retry-after-ms``, and rounded up to seconds as ``Retry-After``.
+    """
+
+    def __init__(self, message: str, *, kind: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(
+            429,
+            message,
+            code="rate_limit_exceeded",
+            type=kind,
+            retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+        )
+        self.retry_after_ms = retry_after_ms
+        self.final = retry_after_ms is None
+
+
+class QuotaExceeded(ApiError):
+    """The key of the request has used up its budget for the calendar period."""
+
+    final = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(429, message, code="insufficient_quota", type="insufficient_quota")
 
 
 class ShuttingDown(ApiError):

@@ -22,7 +22,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 from msgspec import UNSET
@@ -31,6 +31,8 @@ from ._version import __version__
 from .accounts.accounts import Accounts, open_accounts
 from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
+from .admin.membership import Membership
+from .cluster.dialer import Dialer
 from .cluster.master import WorkerManager
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
@@ -41,23 +43,33 @@ from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
 from .errors import ClusterPortError, HandshakeRefused
+from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .http1.asgi import App
+from .http1.framing import refusal_response
+from .http1.refusal import HttpRefusal
 from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
+from .limits.limiter import Limiter
+from .limits.memory import MemoryLimiter
 from .local.pool import HandlerPool
-from .net.sockets import Listeners, Network, Sockets, local_address, port_of, shown_address
+from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
+from .net.tls import with_tls
 from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
+from .security.master_tls import MasterTls, open_tls
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
 
-__all__ = ["Node"]
+__all__ = ["TLS_REQUIRED", "Node"]
 
 logger = logging.getLogger("trio_cluster.node")
+
+#: The answer to a client that speaks HTTP where TLS is expected.
+TLS_REQUIRED: Final = "This port speaks TLS: use https:// in the URL"
 
 
 class Node:
@@ -81,6 +93,8 @@ class Node:
         router: the models of this process, and on a master those of its workers, too.
         pool: runs the handlers of this process.
         network: opens listeners and connections.
+        authenticator: determines who sends a request; ``None``: the API key of the options is required.
+        name: the name of the node if the options have none; ``None``: one is made up.
 
     Attributes:
         mode: as given.
@@ -98,6 +112,9 @@ class Node:
         router: Router,
         pool: HandlerPool,
         network: Network,
+        authenticator: Authenticator | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -115,7 +132,8 @@ class Node:
         self._api_ended = trio.Event()
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
-        self._id = options.server.worker_id or _new_id()
+        self._id = options.server.worker_id or name or _new_id()
+        self._tls: MasterTls | None = None
         router.accept()
         self._node_context = NodeContext(
             router=router,
@@ -125,12 +143,18 @@ class Node:
             status=self._status,
             gauges=self._gauges,
             drain_worker=self._drain_worker,
+            authenticator=authenticator,
         )
 
     @property
     def requires_key(self) -> bool:
         """Whether requests for models need an API key."""
         return self._node_context.requires_key
+
+    @property
+    def limiter(self) -> Limiter:
+        """Counts the requests of keys that have limits."""
+        return self._node_context.limiter
 
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
@@ -142,7 +166,12 @@ class Node:
         self._listen_changed.set()
 
     async def serve_as_standalone(
-        self, listeners: Listeners, started: Callable[[], None], *, state_name: str | None = None
+        self,
+        listeners: Listeners,
+        started: Callable[[], None],
+        *,
+        state_name: str | None = None,
+        keeps_state: bool = False,
     ) -> None:
         """Serve the API until stopped.
 
@@ -150,11 +179,16 @@ class Node:
             listeners: the listeners for clients; closed at the end.
             started: called when requests are accepted. Synchronous.
             state_name: the name of the state directory if the options have none; ``None``: there is none.
+            keeps_state: it is for keys, usage and what was used of limits, and not only for certificates.
 
         Raises:
-            StateDirError, StoreError: the state directory or the database of the options cannot be used.
+            ClusterError: TLS is not possible as the options ask for it, or the state directory or the database of the
+                options cannot be used.
         """
-        async with self._open_accounts(state_name) as accounts, trio.open_nursery() as nursery:
+        await self._open_tls(state_name)
+        state = self._open_state(state_name if keeps_state else None)
+        limiter = self._node_context.limiter = self._new_limiter(state)
+        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
             if accounts is not None:
                 nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
@@ -183,18 +217,25 @@ class Node:
 
         Raises:
             StateDirError, StoreError: the state directory or the database of the options cannot be used.
+            OptionsError: the limits cannot be counted where the options say.
         """
-        memory = self._model_memory(state_name)
-        manager = WorkerManager(self._router.catalog, self._options, self._id)
+        state = self._open_state(state_name)
+        memory = None if state is None else self._model_memory(state)
+        limiter = self._node_context.limiter = self._new_limiter(state)
+        self._tls = await open_tls(self._options, state)
+        is_revoked = (lambda _: False) if self._tls is None else self._tls.is_revoked
+        manager = WorkerManager(self._router.catalog, self._options, self._id, is_revoked)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with self._open_accounts(state_name) as accounts, trio.open_nursery() as nursery:
+        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
             if memory is not None:
                 nursery.start_soon(memory.run)
             if accounts is not None:
                 nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
+            if self._tls is not None:
+                internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             started()
@@ -205,52 +246,76 @@ class Node:
             await self._end_api(nursery)
 
     @asynccontextmanager
-    async def _open_accounts(self, name: str | None) -> AsyncIterator[Accounts | None]:
-        """Open the database of keys and usage for the length of a block; ``None`` if there is no place for it."""
+    async def _open_accounts(self, state: StateDir | None) -> AsyncIterator[Accounts | None]:
+        """Open the database of keys and usage for the length of a block; ``None`` if there is no place for it.
+
+        Raises:
+            StoreError: the options name one that cannot be used.
+        """
         options, context = self._options, self._node_context
-        given = options.database is not None or options.state_dir is not None
+        database: str | Path | None = options.database
+        if database is None and state is not None:
+            database = state.path / "accounts.db"
         async with AsyncExitStack() as stack:
-            try:
-                database: str | Path | None = options.database
-                if database is None and (options.state_dir is not None or name is not None):
-                    database = StateDir(self._state_path(name)).path / "accounts.db"
-                if database is not None:
-                    context.accounts = await stack.enter_async_context(
-                        open_accounts(
-                            database, context.audit, self._router.observers, lambda: options.usage_days
-                        )
-                    )
-            except (StateDirError, StoreError) as error:
-                if given:
-                    raise
-                logger.warning("serving without keys and usage: %s", error)
+            if database is not None:
+                opening = open_accounts(
+                    database, context.audit, self._router.observers, lambda: options.usage_days
+                )
+                try:
+                    context.accounts = await stack.enter_async_context(opening)
+                except StoreError as error:
+                    if options.database is not None or options.state_dir is not None:
+                        raise
+                    logger.warning("serving without keys and usage: %s", error)
             yield context.accounts
 
-    def _state_path(self, name: str | None) -> Path:
-        given = self._options.state_dir
-        return default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
+    def _open_state(self, name: str | None) -> StateDir | None:
+        """Return the directory for what must survive a restart; ``None`` if there is no place for it.
 
-    def _model_memory(self, name: str | None) -> ModelMemory | None:
-        """Return the memory of models, with what is remembered restored; ``None`` if there is no place for it."""
+        Raises:
+            StateDirError: the options name one that cannot be used.
+        """
         given = self._options.state_dir
         if given is None and name is None:
             return None
         try:
-            memory = ModelMemory(self._router.catalog, StateDir(self._state_path(name)))
+            path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
+            return StateDir(path)
+        except StateDirError as error:
+            if given is not None:
+                raise
+            what = "" if self._options.database is not None else "serving without keys and usage, and "
+            logger.warning("%sthe state of this node will not survive a restart: %s", what, error)
+            return None
+
+    def _model_memory(self, state: StateDir) -> ModelMemory | None:
+        """Return the memory of models, with what is remembered restored; ``None`` if it cannot be kept."""
+        memory = ModelMemory(self._router.catalog, state)
+        try:
             memory.restore()
             memory.save()
         except StateDirError as error:
-            if given is not None:
+            if self._options.state_dir is not None:
                 raise
             logger.warning("the names of models will not survive a restart: %s", error)
             return None
         return memory
 
-    async def serve_as_worker(self, host: str, port: int, started: Callable[[], None]) -> None:
+    def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
+        """Return what counts the requests of keys, with what was used before a restart."""
+        try:
+            return MemoryLimiter(state_dir=state_dir)
+        except StateDirError as error:
+            if self._options.state_dir is not None:
+                raise
+            logger.warning("what keys have used will not survive a restart: %s", error)
+            return MemoryLimiter()
+
+    async def serve_as_worker(self, dialer: Dialer, started: Callable[[], None]) -> None:
         """Serve a master until stopped.
 
         Args:
-            host, port: the address on which the master listens for workers.
+            dialer: connects to the master.
             started: called when the models are registered for the first time. Synchronous.
 
         Raises:
@@ -259,16 +324,21 @@ class Node:
         """
         client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
+        if self._listen_address is not None:
+            await self._open_tls("worker")
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
         serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(dialer.run)
+            if self._tls is not None:
+                nursery.start_soon(self._tls.run)
             nursery.start_soon(self._serve_listen_address, listeners)
             nursery.start_soon(self._stop_worker, client, serving)
             with serving:
                 try:
-                    await client.run(functools.partial(self._network.connect, host, port), host, started)
+                    await client.run(dialer.connect, dialer.host, started)
                 except HandshakeRefused as error:
                     # Raised below, outside the nursery, which would wrap it in an exception group.
                     refused = error
@@ -328,9 +398,27 @@ class Node:
             await wait_delivered()
 
     async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
-        self.app = create_app(self._node_context)
+        manager = self.worker_manager
+        membership = None
+        if manager is not None:
+            membership = Membership(self._tls, self._outward_addresses, manager.drop_worker)
+        self.app = create_app(self._node_context, membership)
         self._set_address(self._options.server.host, listeners)
+        if self._tls is not None:
+            nursery.start_soon(self._tls.run)
+            listeners = self._with_tls(listeners)
         await nursery.start(self._serve_api, self._behind_gateway(self.app), listeners)
+
+    async def _open_tls(self, state_name: str | None) -> None:
+        """Get the certificates of a node that keeps nothing else."""
+        server = self._options.server
+        if server.tls != "off" or server.tls_cert is not None:
+            self._tls = await open_tls(self._options, self._open_state(state_name))
+
+    def _with_tls(self, listeners: Listeners) -> Listeners:
+        return (
+            listeners if self._tls is None else with_tls(listeners, self._tls.api_context, _plain_http_reply)
+        )
 
     async def _serve_api(self, app: App, listeners: Listeners, *, task_status: trio.TaskStatus[None]) -> None:
         await self._serve_http(app, listeners, self._api_may_end.wait, task_status=task_status)
@@ -383,7 +471,7 @@ class Node:
             async with trio.open_nursery() as nursery:
                 if listeners:
                     app = self._behind_gateway(create_app(self._node_context))
-                    await nursery.start(self._serve_http, app, listeners, trio.sleep_forever)
+                    await nursery.start(self._serve_http, app, self._with_tls(listeners), trio.sleep_forever)
                     logger.info("serving this worker's own API", extra={"fields": {"url": self.url}})
                 await self._listen_changed.wait()
                 nursery.cancel_scope.cancel(reason="the listen address was changed")
@@ -394,9 +482,18 @@ class Node:
                 logger.error("cannot serve this worker's own API: %s", error)
                 listeners = []
 
+    def _outward_addresses(self) -> list[str]:
+        """Return where workers on other machines reach the API, most likely first. Synchronous."""
+        server = self._options.server
+        assert self.port is not None
+        hosts = [name.strip() for name in (server.tls_name or "").split(",") if name.strip()]
+        hosts.append(outward_address() if server.host in ("0.0.0.0", "::") else server.host)
+        return [shown_address(host, self.port) for host in dict.fromkeys(hosts)]
+
     def _set_address(self, host: str, listeners: Listeners) -> None:
         self.port = port_of(listeners)
-        self.url = f"http://{shown_address(local_address(host), self.port)}"
+        scheme = "http" if self._tls is None else "https"
+        self.url = f"{scheme}://{shown_address(local_address(host), self.port)}"
 
     def _drain_worker(self, name: str) -> WorkerStatus | None:
         manager = self.worker_manager
@@ -449,6 +546,12 @@ def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
         for state in WORKER_STATES
     ]
     return [GaugeSample(name, about, value, labels) for name, about, value in samples] + states
+
+
+def _plain_http_reply() -> bytes:
+    refusal = HttpRefusal(400, TLS_REQUIRED)
+    headers, body = render_refusal(refusal)
+    return refusal_response(refusal.status, headers, body)
 
 
 def _new_id() -> str:

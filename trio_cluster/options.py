@@ -25,6 +25,7 @@ __all__ = [
     "HttpServer",
     "ServerOptions",
     "StreamFailure",
+    "TlsMode",
     "parse_boolean",
 ]
 
@@ -33,6 +34,8 @@ ConflictRule: TypeAlias = Literal["reject", "replicate"]
 
 #: The HTTP server that serves the API.
 HttpServer: TypeAlias = Literal["lean", "hypercorn"]
+#: Where a node's certificate comes from: there is none; or the node makes an authority and a certificate of its own.
+TlsMode: TypeAlias = Literal["off", "auto"]
 #: What follows the error event of a stream that has failed.
 StreamFailure: TypeAlias = Literal["end", "abort"]
 
@@ -159,6 +162,11 @@ def _stream_failure(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
 
 
+def _tls_mode(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(TlsMode):
+        raise OptionsError(f'{field.name}: must be "off" or "auto", got {value!r}')
+
+
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     if instance is None:
         return
@@ -227,6 +235,15 @@ class ServerOptions:
     """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
     connection is broken off, for clients that do not know error events and must not take the stream for complete."""
 
+    tls: TlsMode = attrs.field(default="off", validator=_tls_mode)
+    """Whether both ports speak TLS. ``"auto"``: with a certificate that the node makes and renews, by an authority of
+    its own in ``state_dir``. With ``tls_cert``, they speak TLS in any case."""
+    tls_cert: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """A PEM file with the certificate to show, and those between it and its authority. Read again when it changes."""
+    tls_key: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """A PEM file with the private key of ``tls_cert``; ``None``: it is in the same file."""
+    tls_name: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """Names and addresses, with commas, that a certificate of the node's own is for, besides those of the machine."""
     allowed_hosts: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_text)
     )
@@ -280,3 +297,7 @@ class ClusterServerOptions:
     ``sqlite:///PATH``; ``None``: in SQLite in the state directory."""
     usage_days: int = attrs.field(default=90, validator=_count)
     """How many days the row of each request is kept. The sums of days are kept for ever."""
+    ca_file: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
+    allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag)
+    """Whether a master with TLS admits workers that have neither a certificate nor the ``cluster_token``."""

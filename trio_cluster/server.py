@@ -6,7 +6,10 @@ run), and makes a :class:`~trio_cluster.node.Node` for each run.
 
 from __future__ import annotations
 
+import datetime
 import importlib
+import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +18,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import trio
 
+from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
 from .cluster.master import WorkerManager
 from .cluster.probe import is_master
 from .cluster.worker import WorkerClient
+from .core import randomness
 from .core.model import ChatModelOptions, Kind, ModelInfo
-from .errors import ClusterPortError
+from .core.state_dir import StateDir, default_state_dir
+from .errors import ClusterError, ClusterPortError
+from .gateway.auth import Authenticator
+from .limits.limiter import Limiter
 from .local.adapters import Handler
 from .local.models import LocalModels
 from .local.passthrough import RawHandler
@@ -28,6 +36,7 @@ from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.router import Router
+from .security.contexts import client_context, path_of, unverified_context
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -63,6 +72,8 @@ class ClusterServer:
 
     Attributes:
         network: as given.
+        authenticator: determines who sends a request, from the next run on; ``None``: the API key of the options is
+            required. Its principals may have limits.
     """
 
     def __init__(
@@ -82,6 +93,7 @@ class ClusterServer:
         )
         self._listen_address: tuple[str, int] | None = None
         self.network: Network = Sockets() if network is None else network
+        self.authenticator: Authenticator | None = None
         self._node: Node | None = None
 
     # Configuration
@@ -385,6 +397,11 @@ class ClusterServer:
         return self._pool
 
     @property
+    def limiter(self) -> Limiter | None:
+        """Counts the requests of keys that have limits; ``None`` while the server does not run."""
+        return None if self._node is None else self._node.limiter
+
+    @property
     def worker_manager(self) -> WorkerManager | None:
         """The workers of a master; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_manager
@@ -467,8 +484,12 @@ class ClusterServer:
                 return await self._run_as_master(external, internal, port, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
-            if await is_master(self.network, host, internal_port, _PROBE_TIMEOUT):
-                return await self.run_as_worker(host, internal_port, task_status=task_status)
+            encrypted = self._options.server.tls != "off" or self._options.server.tls_cert is not None
+            network = TlsNetwork(self.network, unverified_context()) if encrypted else self.network
+            if await is_master(network, host, internal_port, _PROBE_TIMEOUT):
+                if self._options.server.tls != "off" and self._options.cluster_token is None:
+                    return await self._run_as_neighbour(host, port, internal_port, task_status)
+                return await self.run_as_worker(host, internal_port, tls=encrypted, task_status=task_status)
             if tries_left:
                 await trio.sleep(_PROBE_PAUSE)
         raise ClusterPortError(
@@ -499,13 +520,20 @@ class ClusterServer:
         return await self._run_as_master(external, internal, port, task_status)
 
     async def run_as_worker(
-        self, master_host: str, master_port: int, *, task_status: Started = trio.TASK_STATUS_IGNORED
+        self,
+        master_host: str,
+        master_port: int,
+        *,
+        tls: bool = False,
+        task_status: Started = trio.TASK_STATUS_IGNORED,
     ) -> ClusterMode:
         """Run as a worker: serve the models of this process to a master, and reconnect whenever the link is lost.
 
         Args:
             master_host: the master's host name or address.
             master_port: the master's internal port.
+            tls: whether to connect with TLS. The master's certificate must be for ``master_host``, by an authority that
+                the system or the option ``ca_file`` trusts.
             task_status: started with the mode when the models are registered for the first time.
 
         Returns:
@@ -515,10 +543,89 @@ class ClusterServer:
             HandshakeRefused: the master refused this worker (wrong token, incompatible protocol), or what listens there
                 is not a master. Failures that may pass, such as a master that cannot be reached, are retried instead.
             ClusterPortError: it cannot listen on the address of :meth:`set_worker_listen_address`.
+            ClusterError: ``ca_file`` cannot be used.
             RuntimeError: the server runs already.
         """
-        with self._node_for(ClusterMode.WORKER) as node:
-            await node.serve_as_worker(master_host, master_port, lambda: task_status.started(node.mode))
+        network = self.network
+        if tls:
+            ca_file = path_of(self._options.ca_file)
+            context = await trio.to_thread.run_sync(lambda: client_context(ca_file=ca_file))
+            network = TlsNetwork(network, context)
+        return await self._run_as_worker(Dialer(network, master_host, master_port), None, task_status)
+
+    async def run_as_member(
+        self, token: str | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
+    ) -> ClusterMode:
+        """Run as a worker of a cluster that it was invited to, or has joined before; see :meth:`run_as_worker`.
+
+        Joining makes a private key and gets a certificate for it, which are kept in ``state_dir``, and are shown to the
+        master from then on.
+
+        Args:
+            token: what ``trio-cluster invite`` has printed; ``None``: the worker has joined before.
+            task_status: as for :meth:`run_as_worker`.
+
+        Returns:
+            ``ClusterMode.WORKER``, after it was stopped.
+
+        Raises:
+            ClusterError: the token is not valid, or was refused; no master could be reached; or what is kept cannot be
+                used. The message says which.
+            HandshakeRefused, ClusterPortError, RuntimeError: as :meth:`run_as_worker`.
+        """
+        # The package that makes certificates is an extra.
+        try:
+            security = importlib.import_module(".security.joining", __package__)
+            membership = importlib.import_module(".security.membership", __package__)
+        except ImportError as error:
+            raise ClusterError(
+                "to join a cluster, the package cryptography is needed: pip install 'trio-cluster[tls]'"
+            ) from error
+        directory = path_of(self._options.state_dir) or default_state_dir(os.environ, "worker")
+
+        def open_membership() -> Any:
+            state = StateDir(directory)
+            if token is not None:
+                name = self._options.server.worker_id or f"{socket.gethostname()[:40]}-{randomness.token(3)}"
+                return state, security.join(state, token, name)
+            return state, membership.load_membership(state)
+
+        state, found = await trio.to_thread.run_sync(open_membership, abandon_on_cancel=True)
+        if found is None:
+            raise ClusterError(
+                f"this worker has not joined a cluster (there is nothing in {state.path}); "
+                "give the master's HOST PORT, or join with --join TOKEN"
+            )
+        member, certificate = found
+        if self._options.server.worker_id not in (None, member.name):
+            raise ClusterError(
+                f"this worker has joined as '{member.name}'; leave --name out, or join again with a new invitation"
+            )
+        addresses = [security.split_address(address) for address in member.addresses]
+        internal_port = self._options.internal_port
+        dialer = MemberDialer(self.network, state, member, certificate, addresses, internal_port)
+        return await self._run_as_worker(dialer, member.name, task_status)
+
+    async def _run_as_neighbour(
+        self, host: str, port: int, internal_port: int, task_status: Started
+    ) -> ClusterMode:
+        """Run as a worker of the master on this machine, whose state is also this process's own."""
+        path = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
+        membership = importlib.import_module(".security.membership", __package__)
+
+        def open_membership() -> Any:
+            return membership.neighbour(StateDir(path), datetime.datetime.now(datetime.UTC))
+
+        member, certificate = await trio.to_thread.run_sync(open_membership)
+        try:
+            dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
+        finally:
+            certificate.unlink(missing_ok=True)
+        return await self._run_as_worker(dialer, member.name, task_status)
+
+    async def _run_as_worker(self, dialer: Dialer, name: str | None, task_status: Started) -> ClusterMode:
+        with self._node_for(ClusterMode.WORKER, name) as node:
+            await node.serve_as_worker(dialer, lambda: task_status.started(node.mode))
         return ClusterMode.WORKER
 
     async def run_as_standalone(
@@ -538,11 +645,15 @@ class ClusterServer:
             RuntimeError: the server runs already.
         """
         with self._node_for(ClusterMode.STANDALONE) as node:
-            host, port = self._options.server.host, self._options.server.port if port is None else port
+            host = self._options.server.host
+            port = self._options.server.port if port is None else port
             listeners = await self.network.listen(host, port)
             try:
                 await node.serve_as_standalone(
-                    listeners, lambda: task_status.started(node.mode), state_name=self._state_name(port)
+                    listeners,
+                    lambda: task_status.started(node.mode),
+                    state_name=f"standalone-{port}",
+                    keeps_state=self._keeps_state(port),
                 )
             finally:
                 close_all(listeners)
@@ -557,19 +668,16 @@ class ClusterServer:
                     external,
                     internal,
                     lambda: task_status.started(node.mode),
-                    state_name=self._state_name(port),
+                    state_name=f"master-{port}" if self._keeps_state(port) else None,
                 )
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER
 
-    def _state_name(self, port: int) -> str | None:
-        """Return the name of the state directory of a node on this port, if the options have none.
-
-        A server that is standalone at first, and a master later, has the same keys.
-        """
+    def _keeps_state(self, port: int) -> bool:
+        """Tell whether a node on this port has a state directory, if the options have none."""
         # On a port that is another one each time, or in a simulation, there is nothing to come back to.
-        return f"master-{port}" if port and isinstance(self.network, Sockets) else None
+        return port != 0 and isinstance(self.network, Sockets)
 
     async def _open_pair(self, port: int) -> tuple[Listeners, Listeners]:
         options = self._options
@@ -577,10 +685,12 @@ class ClusterServer:
         return await open_pair(self.network, options.server.host, port, internal_host, options.internal_port)
 
     @contextmanager
-    def _node_for(self, mode: ClusterMode) -> Iterator[Node]:
+    def _node_for(self, mode: ClusterMode, name: str | None = None) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
-        self._node = Node(mode, self._options, self._router, self._pool, self.network)
+        self._node = Node(
+            mode, self._options, self._router, self._pool, self.network, self.authenticator, name=name
+        )
         self._node.listen_on(self._listen_address)
         try:
             yield self._node

@@ -193,7 +193,7 @@ async def test_a_form_for_a_model_that_a_key_may_not_use_is_refused(node: HttpNo
 
 
 async def test_what_each_role_may_do(node: HttpNode) -> None:
-    admin = await make(node, "root", role="admin")
+    admin = await make(node, "boss", role="admin")
     keys = {"admin": admin}
     for role in ("inference", "operator"):
         keys[role] = await make(node, role[:4], admin, role=role)
@@ -204,14 +204,14 @@ async def test_what_each_role_may_do(node: HttpNode) -> None:
         ("GET", "/cluster/usage"): {"operator", "admin"},
         ("GET", "/cluster/audit"): {"admin"},
         ("GET", "/cluster/keys"): {"admin"},
-        ("GET", "/cluster/keys/root"): {"admin"},
+        ("GET", "/cluster/keys/boss"): {"admin"},
         ("GET", "/cluster/keys/"): {"admin"},
     }
     for (method, path), roles in routes.items():
         for role, key in keys.items():
             expected = (200, None) if role in roles else (403, "role_required")
             assert await Asking(node, key).status(method, path) == expected, (path, role)
-    for path in ("/cluster/keys", "/cluster/keys/root/rotate"):
+    for path in ("/cluster/keys", "/cluster/keys/boss/rotate"):
         assert await Asking(node, keys["operator"]).status("POST", path, {}) == (403, "role_required")
 
 
@@ -375,7 +375,7 @@ async def test_who_has_done_what_is_an_entry_and_a_line(
 ) -> None:
     caplog.set_level("INFO")
     node.node_context.drain_worker = lambda name: WORKER
-    admin = await make(node, "root", role="admin")
+    admin = await make(node, "boss", role="admin")
     asking = Asking(node, admin)
     await make(node, "a", admin, models=["m"])
     await asking("PATCH", "/cluster/keys/a", {"weight": 2})
@@ -398,10 +398,10 @@ async def test_who_has_done_what_is_an_entry_and_a_line(
         ("key.rotate", "a", {"grace": 5.0}),
         ("key.change", "a", {"weight": 2.0}),
         ("key.create", "a", {"role": "inference", "models": ["m"]}),
-        ("key.create", "root", {"role": "admin"}),
+        ("key.create", "boss", {"role": "admin"}),
     ]
     assert [(each["action"], each["target"], each["details"]) for each in entries] == expected
-    assert [each["principal"] for each in entries] == ["root"] * 6 + [""]
+    assert [each["principal"] for each in entries] == ["boss"] * 6 + [""]
     assert all(each["address"].startswith("127.0.0.1:") for each in entries)
     lines = [record.getMessage() for record in caplog.records if record.name == "trio_cluster.audit"]
     assert lines == [f"audit: {action}" for action, _, _ in reversed(expected)]

@@ -39,11 +39,12 @@ Main: TypeAlias = Callable[..., tuple[int, str, str]]
 
 @attrs.define
 class Ran:
-    """Which ``run*`` method was called, its arguments, and the server."""
+    """Which ``run*`` method was called, its arguments, the server, and whether it was to connect with TLS."""
 
     method: str
     arguments: tuple[Any, ...]
     server: ClusterServer
+    tls: bool = False
 
 
 def one_line(err: str) -> str:

@@ -51,13 +51,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
     calls: list[Ran] = []
 
     def fake(method: str) -> Any:
-        async def run(self: ClusterServer, *arguments: Any, task_status: Any) -> ClusterMode:
-            calls.append(Ran(method, arguments, self))
+        async def run(
+            self: ClusterServer, *arguments: Any, tls: bool = False, task_status: Any
+        ) -> ClusterMode:
+            calls.append(Ran(method, arguments, self, tls))
             await trio.lowlevel.checkpoint()
             return ClusterMode.MASTER
 
         return run
 
-    for method in ("run", "run_as_master", "run_as_worker"):
+    for method in ("run", "run_as_master", "run_as_worker", "run_as_member"):
         monkeypatch.setattr(ClusterServer, method, fake(method))
     return calls

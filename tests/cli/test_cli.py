@@ -66,7 +66,6 @@ def test_help_shows_the_defaults_of_the_options(main: Main) -> None:
         (["worker", "10.0.0.1", "--host=0.0.0.0", "-a", "app:server"], "unrecognized arguments: --host"),
         (["worker", "8080", "-a", "app:server"], "HOST: expected the master's name or address"),
         (["worker", "ftp://master:8080", "-a", "app:server"], "HOST: expected"),
-        (["worker", "https://master:8080", "-a", "app:server"], "HOST: workers connect without TLS"),
         (["worker", "http://master/elsewhere", "-a", "app:server"], "HOST: expected"),
         (["worker", "master:http", "-a", "app:server"], "HOST: expected"),
         (["worker", "master:", "-a", "app:server"], "HOST: expected"),
@@ -248,6 +247,8 @@ def test_master_hosts_are_names_or_addresses() -> None:
         (["http://[::1]:7000"], ("::1", 8000)),
         (["::1"], ("::1", 9080)),
         (["[::1]"], ("::1", 9080)),
+        (["https://gpu:7000"], ("gpu", 8000)),
+        (["https://gpu/v1"], ("gpu", 1443)),
     ],
 )
 def test_the_master_of_a_worker_is_a_host_an_address_or_a_url(
@@ -255,7 +256,39 @@ def test_the_master_of_a_worker_is_a_host_an_address_or_a_url(
 ) -> None:
     (place / "app.py").write_text(APP)
     assert main("worker", *words, "-a", "app:server")[0] == 0
-    assert [each.arguments for each in ran] == [where]
+    assert [(each.arguments, each.tls) for each in ran] == [(where, words[0].startswith("https"))]
+
+
+@pytest.mark.parametrize("words", [["gpu", "--tls"], ["gpu:8080", "--tls"], ["https://gpu:8080", "--tls"]])
+def test_a_worker_connects_with_tls_if_it_is_told_to(
+    words: list[str], main: Main, ran: list[Ran], place: Path
+) -> None:
+    (place / "app.py").write_text(APP)
+    assert main("worker", *words, "-a", "app:server")[0] == 0
+    assert [(each.method, each.arguments, each.tls) for each in ran] == [
+        ("run_as_worker", ("gpu", 9080), True)
+    ]
+
+
+def test_a_worker_that_is_invited_joins_and_one_that_has_joined_goes_on(
+    main: Main, ran: list[Ran], place: Path
+) -> None:
+    (place / "app.py").write_text(APP)
+    state = place / "state"
+    common = ("-a", "app:server", "--state-dir", str(state))
+    assert main("worker", "--join", "tcj-abc", *common)[0] == 0
+    state.mkdir()
+    (state / "membership.json").touch()
+    assert main("worker", *common)[0] == 0
+    assert main("worker", "gpu", *common)[0] == 0
+    assert [(each.method, each.arguments) for each in ran] == [
+        ("run_as_member", ("tcj-abc",)),
+        ("run_as_member", ()),
+        ("run_as_worker", ("gpu", 9080)),
+    ]
+    for words in (["gpu", "--join", "t"], ["--tls", "--join", "t"]):
+        code, _, err = main("worker", *words, *common)
+        assert (code, "--join: the invitation says where the master is" in one_line(err)) == (2, True)
 
 
 def test_what_the_terminal_cannot_show_is_escaped() -> None:

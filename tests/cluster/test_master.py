@@ -679,6 +679,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "in_flight": 0,
         "lag": 0.0,
         "connected_for": 6.0,
+        "admitted": "open",
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         status.state = "busy"  # type: ignore[misc]

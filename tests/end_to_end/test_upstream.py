@@ -21,6 +21,10 @@ from scripted import Trace
 from served import PLACEMENTS, Placement, Served, chat, until
 
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster.core.answer import Done as DoneEvent, Usage
+from trio_cluster.core.call import Call
+from trio_cluster.core.observer import Observer
+from trio_cluster.core.outcome import Outcome
 from trio_cluster.engines import parse_serve, serve_engine
 
 LISTING = reply(
@@ -284,6 +288,98 @@ async def test_requests_share_a_connection_one_after_the_other(
     assert len(raw.visits) <= 2
 
 
+# Usage
+
+
+class Ends(Observer):
+    """Keeps how calls ended on a node."""
+
+    def __init__(self) -> None:
+        self.usages: list[Usage | None] = []
+
+    def on_ended(self, call: Call, outcome: Outcome) -> None:
+        assert isinstance(call.end, DoneEvent)
+        self.usages.append(call.end.usage)
+
+
+def events(*values: str) -> bytes:
+    return b"".join(b"data: %b\n\n" % value.encode() for value in values)
+
+
+TOKEN = '{"choices":[{"index":0,"delta":{"content":"x"}}]}'
+EXTRA = '{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":6}}}'
+NEWER = '"usage":{"input_tokens":7,"output_tokens":3,"input_tokens_details":{"cached_tokens":6}}'
+APART = '"usage":{"input_tokens":1,"cache_read_input_tokens":6,"output_tokens":%d}'
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answer", "kept"),
+    [
+        ("chat/completions", {}, EXTRA, ""),
+        ("chat/completions", {"stream": True}, (TOKEN, EXTRA, "[DONE]"), EXTRA),
+        (
+            "chat/completions",
+            {"stream": True, "stream_options": {"include_usage": True}},
+            (TOKEN, EXTRA, "[DONE]"),
+            "",
+        ),
+        ("completions", {"prompt": "x"}, EXTRA, ""),
+        ("completions", {"prompt": "x", "stream": True}, (EXTRA, "[DONE]"), EXTRA),
+        ("responses", {"input": "x"}, "{" + NEWER + "}", ""),
+        (
+            "responses",
+            {"input": "x", "stream": True},
+            ('{"type":"response.completed","response":{' + NEWER + "}}",),
+            "",
+        ),
+        ("messages", {}, "{%s}" % (APART % 3), ""),
+        (
+            "messages",
+            {"stream": True},
+            (
+                '{"type":"message_start","message":{%s}}' % (APART % 1),
+                '{"type":"message_delta","usage":{"output_tokens":3}}',
+                '{"type":"message_stop"}',
+            ),
+            "",
+        ),
+        ("images/generations", {"prompt": "x"}, '{"data":[],' + NEWER + "}", ""),
+    ],
+)
+async def test_the_usage_of_an_answer_is_known_on_the_node_that_was_asked(
+    upstream: tuple[Served, RawServer, Behind],
+    path: str,
+    fields: dict[str, Any],
+    answer: str | tuple[str, ...],
+    kept: str,
+) -> None:
+    served, _, behind = upstream
+    ends = Ends()
+    served.front.router.observers.add(ends)
+    if isinstance(answer, str):
+        content = answer.encode()
+        behind.answer = answer_with(reply(content, "200 OK", "application/json"))
+    else:
+        content = events(*answer)
+        behind.answer = answer_with(CHUNKED, *map(chunk, (content[:40], content[40:])), b"0\r\n\r\n")
+    response = await served.post(f"/v1/{path}", json={"model": "m", "messages": []} | fields)
+    assert response.content == content.replace(events(kept), b"") if kept else response.content == content
+    await until(lambda: ends.usages != [])
+    assert ends.usages == [Usage(7, 3, 6)]
+
+
+async def test_usage_that_the_server_does_not_report_is_unknown(
+    upstream: tuple[Served, RawServer, Behind],
+) -> None:
+    served, _, behind = upstream
+    ends = Ends()
+    served.front.router.observers.add(ends)
+    behind.answer = answer_with(CHUNKED, chunk(events(TOKEN, "[DONE]")), b"0\r\n\r\n")
+    await served.stream(chat("m", stream=True))
+    await until(lambda: ends.usages != [])
+    assert ends.usages == [None]
+
+
 # What the server says is what the client hears
 
 
@@ -339,8 +435,9 @@ HALF_AN_EVENT = b'data: {"choices":[{"ind'
         CHUNKED + b"fff\r\n" + STREAM[2],
         EVENTS + b"Content-Length: 5000\r\n\r\n" + STREAM[2],
         EVENTS + b"\r\n" + STREAM[2],
+        CHUNKED + chunk(STREAM[2] + events(EXTRA)),
     ],
-    ids=["between chunks", "inside an event", "inside a chunk", "short", "close-delimited"],
+    ids=["between chunks", "inside an event", "inside a chunk", "short", "close-delimited", "before [DONE]"],
 )
 async def test_a_stream_that_breaks_off_is_an_error_event_and_a_proper_end(
     upstream: tuple[Served, RawServer, Behind], answer: bytes

@@ -92,6 +92,30 @@ def test_the_chunks_of_one_feed_come_out_joined_and_unchanged(
     assert reader.keep_alive
 
 
+def feed(reader: ResponseReader, raw: bytes, size: int) -> None:
+    for start in range(0, len(raw), size):
+        reader.feed(raw[start : start + size])
+
+
+@pytest.mark.parametrize("status", [b"000", b"002", b"099"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_response_with_a_status_below_100_is_not_an_interim_one(status: bytes, size: int) -> None:
+    raw = b"HTTP/1.1 " + status + b" OK\r\nContent-Length: 3\r\n\r\nabc" + CLOSE_DELIMITED
+    reader = ResponseReader()
+    with pytest.raises(MalformedResponse, match="status"):
+        feed(reader, raw, size)
+    assert reader.take() == b""
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_nothing_is_taken_of_a_body_in_an_unsupported_coding_however_it_arrives(size: int) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc"
+    reader = ResponseReader()
+    with pytest.raises(MalformedResponse, match="transfer coding"):
+        feed(reader, raw, size)
+    assert reader.take() == b""
+
+
 @given(st.integers(0, 200))
 def test_a_response_that_is_truncated_anywhere_is_incomplete(cut: int) -> None:
     raw = CHUNKED + b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n"

@@ -178,6 +178,7 @@ async def released(call: Call) -> None:
         ("openai:http://host/v1,prefix=", "expected some text"),
         ("openai:http://host/v1,max_concurrency=0", "from 1 to"),
         ("openai:http://host/v1,poll=0", "from 0.1 to"),
+        ("openai:http://host/v1,usage=guess", "expected ask or observe, got 'guess'"),
     ],
 )
 def test_a_wrong_spec_is_refused_before_anything_starts(spec: str, message: str) -> None:
@@ -200,6 +201,7 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "only": ("llama*", "qwen?"),
         "rename": {"llama3:8b": "llama", "qwen": "q"},
         "max_concurrency": 3,
+        "usage": "ask",
         "poll": 0.5,
     }
 

@@ -14,10 +14,24 @@ import h11
 import trio
 
 from trio_cluster import ClusterServer
+from trio_cluster.core.answer import Failed
 from trio_cluster.core.call import Call
+from trio_cluster.core.observer import Observer
+from trio_cluster.core.principal import Limits, Principal
+from trio_cluster.net.sockets import Network
 from trio_cluster.testing import Response, SimulatedCluster, StreamingResponse, open_cluster, worker
 
-__all__ = ["ENDPOINTS", "LATENCY", "MODEL", "Caller", "Endpoint", "Scenario", "Script", "open_scenario"]
+__all__ = [
+    "ENDPOINTS",
+    "LATENCY",
+    "MODEL",
+    "Caller",
+    "Endpoint",
+    "LimitedKey",
+    "Scenario",
+    "Script",
+    "open_scenario",
+]
 
 #: Seconds from any machine to any other.
 LATENCY: Final = 0.01
@@ -276,7 +290,7 @@ class Caller:
 
     async def run(self) -> None:
         """Send the request, and receive its response."""
-        self._stream = await self._cluster.network.host("client").connect("master", 8080)
+        self._stream = await self._cluster.network_of("client").connect("master", 8080)
         self.asked_at = trio.current_time()
         try:
             self.response = await self._send_and_receive()
@@ -287,7 +301,10 @@ class Caller:
     def leave(self, *, reset: bool = False) -> None:
         """Close the connection, or reset it. Synchronous."""
         self.left = True
-        self._stream.close(reset=reset)
+        if reset:
+            self._stream.abort()
+        else:
+            self._stream.close()
 
     async def _send_and_receive(self) -> Response | None:
         body, content_type = self._endpoint.request(self._padding)
@@ -304,7 +321,7 @@ class Caller:
             headers=list((headers | self._headers).items()),
         )
         half = len(body) // 2
-        await self._stream.send_all((http.send(head) or b"") + (http.send(h11.Data(body[:half])) or b""))
+        await self._stream.write((http.send(head) or b"") + (http.send(h11.Data(body[:half])) or b""))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_rest, http, body[half:])
             await self.read_on.wait()
@@ -315,7 +332,7 @@ class Caller:
     async def _send_rest(self, http: h11.Connection, rest: bytes) -> None:
         await self.send_rest.wait()
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await self._stream.send_all(
+            await self._stream.write(
                 (http.send(h11.Data(rest)) or b"") + (http.send(h11.EndOfMessage()) or b"")
             )
 
@@ -323,7 +340,7 @@ class Caller:
         try:
             event = http.next_event()
             while event is h11.NEED_DATA:
-                http.receive_data(await self._stream.receive_some())
+                http.receive_data(await self._stream.read(1 << 16))
                 event = http.next_event()
             response = StreamingResponse(self._stream, http, event)
             with suppress(trio.EndOfChannel):
@@ -341,6 +358,27 @@ class Caller:
 # The scenario
 
 
+class LimitedKey:
+    """An authenticator: all clients have one key, with limits that they do not reach."""
+
+    async def authenticate(self, context: Any) -> Principal:
+        limits = Limits(1000, 100_000_000, 100, 1_000_000_000, "day")
+        return Principal("limited", "admin", limits=limits)
+
+
+class ReservationWatch(Observer):
+    """Notes how many reservations there are when the work of a call has stopped."""
+
+    def __init__(self, call: Call, limiter: Any) -> None:
+        self._call = call
+        self._limiter = limiter
+        self.before = 0
+
+    def on_ended(self, call: Call, outcome: str) -> None:
+        if call is self._call:
+            self.before = self._limiter.open_reservations
+
+
 class Scenario:
     """Everything that one test needs: the cluster, the handler and the clients."""
 
@@ -353,6 +391,9 @@ class Scenario:
         self.nursery = nursery
         self.calls: dict[str, Call] = {}
         self.released: dict[str, float] = {}
+        #: For each call of a limited key on the master: reservations before its release, and after it; and whether
+        #: the request may still be retried then.
+        self.reserved: list[tuple[int, int, bool]] = []
         self._neighbour = trio.CancelScope()
 
     @property
@@ -378,6 +419,19 @@ class Scenario:
                 if name not in self.calls:
                     self.calls[name] = call
                     call.on_release(lambda name=name: self._release(name))  # type: ignore[misc]
+                    if name == "master" and call.request.principal.limits is not None:
+                        self._watch_reservation(call, server.limiter)
+
+    def _watch_reservation(self, call: Call, limiter: Any) -> None:
+        watch = ReservationWatch(call, limiter)
+        # Observers are told of the end of a call before anything else is freed by it.
+        self.master.router.observers.add(watch)
+
+        def released() -> None:
+            retryable = isinstance(call.end, Failed) and call.end.retryable and not call.begun
+            self.reserved.append((watch.before, limiter.open_reservations, retryable))
+
+        call.on_release(released)
 
     def _release(self, name: str) -> None:
         self.released[name] = trio.current_time()
@@ -391,12 +445,16 @@ async def open_scenario(
     forwarded: bool,
     threaded: bool,
     fast_path: bool = True,
+    above: Callable[[Network], Network] = lambda network: network,
+    authenticator: Any = None,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
     """Open a cluster that serves one model, on a worker or on the master itself."""
     script = Script(endpoint, phase)
     async with (
-        open_cluster(latency=LATENCY, fast_path=fast_path, **options) as cluster,
+        open_cluster(
+            latency=LATENCY, fast_path=fast_path, above=above, authenticator=authenticator, **options
+        ) as cluster,
         trio.open_nursery() as nursery,
     ):
         back = worker("w", **options) if forwarded else cluster.master.server

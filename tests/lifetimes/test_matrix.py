@@ -7,8 +7,19 @@ from typing import Any, Final, cast
 import pytest
 import trio
 import trio.testing
+from certificates import TlsEverywhere
 from law import LAW, Cell, Impossible
-from scenario import ENDPOINTS, LATENCY, REQUEST_ID, Caller, Endpoint, Phase, Scenario, open_scenario
+from scenario import (
+    ENDPOINTS,
+    LATENCY,
+    REQUEST_ID,
+    Caller,
+    Endpoint,
+    LimitedKey,
+    Phase,
+    Scenario,
+    open_scenario,
+)
 
 from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
 from trio_cluster.gateway.cycle import DRAIN_TIME
@@ -73,13 +84,16 @@ HEADERS: Final = {
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
 #: The paths that a token can take: written to its client in the task that receives it, or not; waiting for others on a
-#: busy link, or not; through the lean server, or hypercorn. The law is the same on all of them.
+#: busy link, or not; through the lean server, or hypercorn; with TLS everywhere. The law is the same on all of them.
 PATHS: Final[dict[str, dict[str, Any]]] = {
     "fast": {},
     "slow": {"fast_path": False},
     "unbatched": {"batch_wait": 0.0},
     "slow_unbatched": {"fast_path": False, "batch_wait": 0.0},
     "hypercorn": {"http": "hypercorn"},
+    "tls": {"above": TlsEverywhere, "cluster_token": "secret"},
+    # The key of the client has limits, and every request a reservation.
+    "limited": {"authenticator": LimitedKey()},
 }
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
@@ -121,8 +135,8 @@ def other_paths(place: str, *, all_ways: bool) -> list[str]:
     """Return the other paths on which to test a cell, besides the one that nodes take by default."""
     if place == "local":
         # There is no link on which a token could wait.
-        return ["slow", "hypercorn"]
-    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn"]
+        return ["slow", "hypercorn", "tls", "limited"]
+    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn", "tls", "limited"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -298,6 +312,7 @@ class CellTest:
         self.check_handler()
         self.check_bounds()
         self.check_stats()
+        self.check_reservations()
 
     def check_client(self) -> None:
         caller, cell, response = self.caller, self.cell, self.caller.response
@@ -390,6 +405,17 @@ class CellTest:
         if self.forwarded and cell.worker:
             stats = scenario.back.router.stats.counters()
             assert stats[cell.worker] >= 1, stats
+
+    def check_reservations(self) -> None:
+        """Check that a limited request held its reservation until its work had stopped, and no longer."""
+        scenario = self.scenario
+        others = 1 if self.phase == "queued" else 0
+        for before, after, retryable in scenario.reserved:
+            assert before in (1, 1 + others)
+            assert retryable or after < before
+        limiter = scenario.master.limiter
+        if limiter is not None:
+            assert (limiter.open_reservations, limiter.open_tokens) == (0, 0)
 
 
 CODES: Final = {

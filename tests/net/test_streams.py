@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import trio
+from certificates import client_side, server_side
 from http_node import listening_socket
 from memory_streams import memory_pair
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.net.sockets import Sockets, close_all, port_of
 from trio_cluster.net.streams import ByteStream, TcpListener, TcpStream
+from trio_cluster.net.tls import TlsStream
+from trio_cluster.security.authority import MASTER_NAME
 from trio_cluster.testing import SimulatedNetwork
 
 Ends = tuple[ByteStream, ByteStream]
@@ -43,7 +46,29 @@ async def memory() -> Ends:
     return memory_pair()
 
 
-@pytest.fixture(params=[tcp, simulated, memory])
+async def encrypted(ends: Ends) -> Ends:
+    """Return TLS on a connection, after the handshakes of both ends."""
+    near = TlsStream(ends[0], client_side(), server_name=MASTER_NAME)
+    far = TlsStream(ends[1], server_side())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.handshake)
+        nursery.start_soon(far.handshake)
+    return near, far
+
+
+async def tls_on_tcp() -> Ends:
+    return await encrypted(await tcp())
+
+
+async def tls_on_simulated() -> Ends:
+    return await encrypted(await simulated())
+
+
+async def tls_on_memory() -> Ends:
+    return await encrypted(await memory())
+
+
+@pytest.fixture(params=[tcp, simulated, memory, tls_on_tcp, tls_on_simulated, tls_on_memory])
 async def ends(request: pytest.FixtureRequest) -> AsyncIterator[Ends]:
     connect: Callable[[], Awaitable[Ends]] = request.param
     near, far = await connect()
@@ -51,7 +76,7 @@ async def ends(request: pytest.FixtureRequest) -> AsyncIterator[Ends]:
         yield near, far
 
 
-@pytest.fixture(params=[tcp, simulated])
+@pytest.fixture(params=[tcp, simulated, tls_on_tcp, tls_on_simulated])
 async def bounded(request: pytest.FixtureRequest) -> AsyncIterator[Ends]:
     """Give the ends of a connection that does not take any number of bytes."""
     connect: Callable[[], Awaitable[Ends]] = request.param

@@ -21,6 +21,7 @@ from ..gateway.pipeline import Gateway
 from ..gateway.response import error_reply
 from ..gateway.routes import custom_route
 from .accounts import add_account_routes
+from .membership import Membership, add_membership_routes
 from .operator import add_operator_routes
 from .routes import add_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond
@@ -30,12 +31,16 @@ __all__ = ["create_app", "put_gateway_in_front"]
 logger = logging.getLogger("trio_cluster.http")
 
 
-def create_app(node_context: NodeContext) -> QuartTrio:
+def create_app(node_context: NodeContext, membership: Membership | None = None) -> QuartTrio:
     """Return the node's web application; :func:`put_gateway_in_front` must be called before it is served.
 
     More routes may be added to it. They are behind the gateway, too: they require the API key, their bodies are read
     before they run, an :class:`~trio_cluster.ApiError` that they raise is sent to the client, and websockets do not
     reach them.
+
+    Args:
+        node_context: the node.
+        membership: what a master needs to invite workers; ``None``: this is no master.
     """
     app = make_app("trio_cluster.http")
     app.register_error_handler(ApiError, _on_api_error)
@@ -45,6 +50,8 @@ def create_app(node_context: NodeContext) -> QuartTrio:
     add_routes(app, node_context)
     add_operator_routes(app, node_context)
     add_account_routes(app, node_context)
+    if membership is not None:
+        add_membership_routes(app, membership)
     return app
 
 
@@ -55,7 +62,7 @@ def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio
     also a test client or another server.
     """
     has_route = path_lookup(app)
-    replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route))
+    replace_asgi_app(app, lambda inner: Gateway(inner, node_context, has_route, node_context.authenticator))
     return app
 
 

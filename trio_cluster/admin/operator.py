@@ -22,7 +22,7 @@ from ..openai import read_object
 from .views import CallsView, CancelView, call_view
 from .web import respond
 
-__all__ = ["add_operator_routes"]
+__all__ = ["add_operator_routes", "refuse_pages"]
 
 #: The maximum number of characters of the reason for a cancellation, which people read in an error or in a log.
 _REASON_MAX: Final = 500
@@ -38,7 +38,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def cancel(request_id: str) -> TrioResponse:
         context = request_context(request.scope)
-        _refuse_pages(context)
+        refuse_pages(context)
         reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
         found = router.calls_of(request_id)
         if not found:
@@ -53,7 +53,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def drain(name: str) -> TrioResponse:
         context = request_context(request.scope)
-        _refuse_pages(context)
+        refuse_pages(context)
         worker = node_context.drain_worker(name)
         if worker is None:
             raise ApiError(404, f"No worker '{name}' is connected", code="worker_not_found")
@@ -66,7 +66,12 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
 
 
-def _refuse_pages(context: RequestContext) -> None:
+def refuse_pages(context: RequestContext) -> None:
+    """Refuse a request that a web page has sent.
+
+    Raises:
+        ApiError: 403.
+    """
     if context.header(b"origin") is not None:
         raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from ..errors import OptionsError
-from .admin_client import printable, request_json
+from .admin_client import NodeAddress, printable, request_json
 from .tables import describe_keys, describe_usage
 
 __all__ = ["keys", "usage"]
@@ -29,12 +29,12 @@ _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
 _NO_LIMIT: Final = frozenset({"none", "never"})
 
 
-def keys(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def keys(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     """Run ``trio-cluster keys ...``; return the exit code.
 
     Args:
         arguments: of the command line.
-        node: the node's URL.
+        node: where the node is.
         key: the key to send to it.
 
     Raises:
@@ -44,7 +44,7 @@ def keys(arguments: argparse.Namespace, node: str, key: str | None) -> int:
     return _KEYS[arguments.keys_command](arguments, node, key)
 
 
-def usage(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def usage(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     """Run ``trio-cluster usage``; see :func:`keys`."""
     parameters = {
         name: value
@@ -92,13 +92,13 @@ def _cell(value: object) -> str:
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
-def _create(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _create(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     fields = {"name": arguments.name, **_fields(arguments)}
     content = request_json(node, "/cluster/keys", key, expected=("key", *_KEY), body=fields)
     return _print_new(content, "made; this is the only time that it is shown")
 
 
-def _rotate(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _rotate(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     grace = 0 if arguments.grace is None else _seconds("--grace", arguments.grace)
     content = request_json(
         node, f"{_path(arguments)}/rotate", key, expected=("key", *_KEY), body={"grace": grace}
@@ -117,18 +117,18 @@ def _print_new(content: Mapping[str, Any], what: str) -> int:
     return 0
 
 
-def _list(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _list(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     content = request_json(node, "/cluster/keys", key, expected=("data",))
     print(json.dumps(content, indent=2) if arguments.json else describe_keys(content))
     return 0
 
 
-def _show(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _show(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     _print_key(request_json(node, _path(arguments), key, expected=_KEY))
     return 0
 
 
-def _change(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _change(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     changes = _fields(arguments)
     if arguments.disabled is not None:
         changes["disabled"] = arguments.disabled == "yes"
@@ -138,7 +138,7 @@ def _change(arguments: argparse.Namespace, node: str, key: str | None) -> int:
     return 0
 
 
-def _revoke(arguments: argparse.Namespace, node: str, key: str | None) -> int:
+def _revoke(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
     request_json(node, _path(arguments), key, expected=("revoked",), method="DELETE")
     print(f"key '{arguments.name}': revoked")
     return 0
@@ -202,7 +202,7 @@ def _expiry(text: str) -> Any:
     return int(time.time()) + _seconds("--expires", text)
 
 
-_KEYS: Final[Mapping[str, Callable[[argparse.Namespace, str, str | None], int]]] = {
+_KEYS: Final[Mapping[str, Callable[[argparse.Namespace, NodeAddress, str | None], int]]] = {
     "create": _create,
     "list": _list,
     "show": _show,

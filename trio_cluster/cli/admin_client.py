@@ -9,19 +9,25 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import urlsplit
 
+import attrs
 import trio
 
 from ..cluster.probe import check_is_cluster_server
 from ..errors import ClusterError
 from ..net.sockets import INTERNAL_OFFSET
+from ..net.tls import why_refused
+from ..node import TLS_REQUIRED
+from ..security.contexts import client_context
 
-__all__ = ["node_url", "printable", "request_json"]
+__all__ = ["NodeAddress", "node_url", "printable", "request_json"]
 
 #: Seconds that connecting may take, and every wait for more of the response.
 TIMEOUT: Final = 5.0
@@ -65,8 +71,21 @@ def node_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
+@attrs.frozen
+class NodeAddress:
+    """Where a node is, and whom to trust if that is with TLS."""
+
+    url: str
+    """From :func:`node_url`."""
+    ca_file: Path | None = None
+    """Authorities to trust besides those of the system."""
+
+    def __str__(self) -> str:
+        return self.url
+
+
 def request_json(
-    node: str,
+    address: NodeAddress,
     path: str,
     api_key: str | None,
     *,
@@ -77,7 +96,7 @@ def request_json(
     """Send a request to a node, and return the JSON object of its response. Blocks.
 
     Args:
-        node: the node's URL, from :func:`node_url`.
+        address: the node.
         path: the path below it, percent-encoded.
         api_key: the key to send, if any.
         expected: the keys that the response of a trio_cluster node has.
@@ -87,6 +106,7 @@ def request_json(
     Raises:
         ClusterError: the node cannot be reached, refuses the key or the request, or is not a trio_cluster node.
     """
+    node = address.url
     request = urllib.request.Request(node + path, headers={"Accept": "application/json"}, method=method)
     if body is not None:
         request.data = json.dumps(body).encode()
@@ -94,6 +114,8 @@ def request_json(
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
     handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    if node.startswith("https:"):
+        handlers.append(urllib.request.HTTPSHandler(context=client_context(ca_file=address.ca_file)))
     if _is_this_machine(node):
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
@@ -112,6 +134,8 @@ def request_json(
             raise ClusterError(
                 f"{node}: no answer within {TIMEOUT:g} seconds; check that the node runs"
             ) from error
+        if isinstance(error.reason, ssl.SSLError):
+            raise ClusterError(f"{node}: {_tls_failure(error.reason)}") from error
         reason = getattr(error.reason, "strerror", None) or error.reason
         raise ClusterError(
             f"{node}: cannot be reached: {reason}; check the URL and that the node runs"
@@ -122,6 +146,15 @@ def request_json(
     if not set(expected) <= content.keys():
         raise ClusterError(f"{node}: is not a trio_cluster node; check the URL{_workers_port_hint(node)}")
     return content
+
+
+def _tls_failure(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not accepted: {error.verify_message}; give its authority with --ca-file (a master's "
+            "own is ca.pem in its state_dir)"
+        )
+    return f"no TLS there ({why_refused(error)}); give http:// if it has none"
 
 
 def printable(value: object) -> str:
@@ -144,6 +177,8 @@ def _refused(node: str, error: urllib.error.HTTPError, *, with_key: bool) -> Clu
     except (OSError, http.client.HTTPException):
         details = None
     code = error.code
+    if isinstance(details, dict) and str(details.get("message")).startswith(TLS_REQUIRED):
+        return ClusterError(f"{node}: {TLS_REQUIRED}")
     if isinstance(details, dict) and details.get("code") and code != 401:
         # The node itself refuses the request, for instance because it knows no such worker.
         return ClusterError(f"{node}: {printable(details.get('message'))}")

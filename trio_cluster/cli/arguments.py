@@ -120,11 +120,18 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     worker.add_argument(
         "master_host",
         nargs="?",
-        default="127.0.0.1",
         metavar="HOST",
-        help="the master's host, host:port or URL (default: %(default)s)",
+        help="the master's host, host:port or URL (default: the cluster that it has joined, else 127.0.0.1)",
     )
     _add_port(worker, whose="the master's external port")
+    worker.add_argument(
+        "--tls", dest="connect_tls", action="store_true", help="connect with TLS, as https://HOST:PORT does"
+    )
+    worker.add_argument(
+        "--join",
+        metavar="TOKEN",
+        help="join the cluster of an invitation, which `trio-cluster invite` prints",
+    )
     _add_serving_flags(worker, master=False, worker=True)
 
     status = command("status", "Show the workers, models and load of a running node.")
@@ -169,6 +176,31 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     formats.add_argument("--csv", action="store_true", help="print lines for a spreadsheet")
     formats.add_argument("--json", action="store_true", help="print the JSON of the node")
     _add_admin_flags(usage)
+    invite = command("invite", "Invite a worker: print the line to paste on its machine.")
+    _add_url(invite, whose="the master")
+    invite.add_argument(
+        "-n", "--name", metavar="NAME", help="the name of the worker (default: it chooses one)"
+    )
+    invite.add_argument(
+        "--expires", metavar="TIME", default="1h", help="30m, 1h, 2d... (default: %(default)s)"
+    )
+    invite.add_argument(
+        "--address",
+        action="append",
+        metavar="HOST:PORT",
+        help="where the worker reaches the API of the master; may be given several times (default: found out)",
+    )
+    _add_admin_flags(invite)
+
+    revoke = command("revoke", "End the link of a worker, and refuse its certificate for ever.")
+    revoke.add_argument("worker", metavar="WORKER", help="its name, as `status` shows it")
+    _add_url(revoke, whose="its master")
+    _add_admin_flags(revoke)
+
+    ca = command("ca", "Look after the authority of a master's cluster.")
+    ca.add_argument("action", choices=["rotate"], help="replace it; the old one is trusted for 100 days more")
+    _add_url(ca, whose="the master")
+    _add_admin_flags(ca)
     return parser
 
 
@@ -229,6 +261,10 @@ def _add_admin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
     _add_option(parser, "--api-key", "api_key", str, "KEY", "the API key of the node")
     _add_option(parser, "--operator-key", "operator_key", str, "KEY", "the operator key of the node")
+    _add_option(
+        parser, "--ca-file", "ca_file", str, "FILE", "authorities to trust besides those of the system"
+    )
+    _add_option(parser, "--state-dir", "state_dir", str, "DIR", "the node's, if it is on this machine")
 
 
 def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the OpenAI API") -> None:
@@ -342,7 +378,6 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
-        add("--state-dir", "state_dir", str, "DIR", "the directory for what is kept over a restart")
         add(
             "--database",
             "database",
@@ -351,7 +386,26 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "where keys and usage are kept, if not in the state directory",
         )
         add("--usage-days", "usage_days", int, "DAYS", "how long the row of each request is kept")
+        add(
+            "--tls",
+            "tls",
+            str,
+            "MODE",
+            "auto: both ports speak TLS, with a certificate that is made for it; or off",
+        )
+        add("--tls-cert", "tls_cert", str, "FILE", "the certificate of both ports, in PEM; turns TLS on")
+        add("--tls-key", "tls_key", str, "FILE", "its private key, in PEM")
+        add("--tls-name", "tls_name", str, "NAMES", "further names and addresses for its own certificate")
+        options.add_argument(
+            "--allow-anonymous-workers",
+            dest="allow_anonymous_workers",
+            action="store_true",
+            default=None,
+            help="with TLS: admit workers without certificate and token",
+        )
+    add("--state-dir", "state_dir", str, "DIR", "the directory for what is kept over a restart")
     if worker:
+        add("--ca-file", "ca_file", str, "FILE", "authorities to trust besides those of the system")
         add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
         options.add_argument(
             "-l",
@@ -398,18 +452,18 @@ def master_host(text: str) -> str:
     return host
 
 
-def master_address(text: str) -> tuple[str, int | None]:
-    """Return the host of the master's machine and the port of its API.
+def master_address(text: str) -> tuple[str, int | None, bool]:
+    """Return the host of the master's machine, the port of its API, and whether it is to be connected to with TLS.
 
     Args:
         text: what was given as HOST: a host as for :func:`master_host`, ``host:port``, or a URL, with or without
             ``/v1``.
 
     Returns:
-        The host without brackets, and the port; ``None`` if there is none in it.
+        The host without brackets; the port, ``None`` if there is none in it; and whether it is an ``https`` URL.
 
     Raises:
-        OptionsError: it is none of these, or a URL with another scheme than ``http``.
+        OptionsError: it is none of these, or a URL with another scheme than ``http`` or ``https``.
     """
     expected = OptionsError(
         f"HOST: expected the master's name or address, host:port or a URL such as http://master:8080, got {text!r}"
@@ -417,20 +471,19 @@ def master_address(text: str) -> tuple[str, int | None]:
     is_url = "://" in text
     # A bare IPv6 address has colons, and no port.
     if not is_url and (text.count(":") != 1 and "]:" not in text):
-        return master_host(text), None
+        return master_host(text), None, False
     try:
         parts = urlsplit(text if is_url else f"http://{text}")
         host, port = parts.hostname, parts.port
     except ValueError:
         raise expected from None
-    if parts.scheme == "https":
-        raise OptionsError("HOST: workers connect without TLS; give http://HOST:PORT, or HOST:PORT")
     path = parts.path.rstrip("/").removesuffix("/v1")
-    if parts.scheme != "http" or not host or path or parts.query or parts.username is not None:
+    if parts.scheme not in ("http", "https") or not host or path or parts.query or parts.username is not None:
         raise expected
     if port is None and not is_url:
         raise expected
-    return master_host(host), 80 if port is None else port
+    tls = parts.scheme == "https"
+    return master_host(host), port or (443 if tls else 80), tls
 
 
 def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:

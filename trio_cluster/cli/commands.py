@@ -28,18 +28,20 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import attrs
 import trio
 
 from ..cluster.probe import check_is_cluster_server
+from ..core.state_dir import default_state_dir
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
+from ..security.contexts import path_of
 from ..server import ClusterServer
 from . import account_commands, logs
-from .admin_client import node_url, printable, request_json
+from .admin_client import NodeAddress, node_url, printable, request_json
 from .arguments import log_settings, master_address, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
 __all__ = ["main", "run_application"]
 
 logger = logging.getLogger(__name__)
+
+#: Addresses that only this machine reaches.
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
 
@@ -160,15 +165,26 @@ def _master(arguments: argparse.Namespace) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    host, given_port = master_address(arguments.master_host)
+    if arguments.app is None and arguments.application is None and not arguments.serve:
+        raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
+    if arguments.join is not None:
+        if arguments.master_host is not None or arguments.connect_tls:
+            raise OptionsError("--join: the invitation says where the master is; leave HOST out")
+        server = _server(arguments)
+        return _serve(server, partial(server.run_as_member, arguments.join), arguments.serve)
+    if arguments.master_host is None:
+        server = _server(arguments)
+        if _has_joined(server.options.state_dir):
+            return _serve(server, server.run_as_member, arguments.serve)
+        arguments.master_host = "127.0.0.1"
+    host, given_port, tls = master_address(arguments.master_host)
+    tls = tls or arguments.connect_tls
     if given_port is not None:
         if arguments.port not in (None, given_port):
             raise OptionsError(
                 f"PORT: {arguments.port} is not the port of {arguments.master_host}; give the port once"
             )
         arguments.port = given_port
-    if arguments.app is None and arguments.application is None and not arguments.serve:
-        raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     server = _server(arguments)
     port, internal_port = server.options.server.port, server.options.internal_port
     if internal_port is None:
@@ -178,14 +194,14 @@ def _worker(arguments: argparse.Namespace) -> int:
                 f"PORT: a master on port {port} has no port {port} + 1000 for workers; "
                 "give that port with --internal-port"
             )
-    run = partial(server.run_as_worker, host, internal_port)
+    run = partial(server.run_as_worker, host, internal_port, tls=tls)
     if server.options.internal_port is None:
-        run = partial(_run_worker, server, host, port)
+        run = partial(_run_worker, server, host, port, tls)
     return _serve(server, run, arguments.serve)
 
 
 async def _run_worker(
-    server: ClusterServer, host: str, port: int, *, task_status: trio.TaskStatus[ClusterMode]
+    server: ClusterServer, host: str, port: int, tls: bool, *, task_status: trio.TaskStatus[ClusterMode]
 ) -> ClusterMode:
     """Run a worker, and find out meanwhile whether it was given the port for workers instead of the API's.
 
@@ -203,7 +219,7 @@ async def _run_worker(
                 nursery.cancel_scope.cancel(reason="the port is the one for workers")
 
         nursery.start_soon(probe)
-        mode = await server.run_as_worker(host, port + 1000, task_status=task_status)
+        mode = await server.run_as_worker(host, port + 1000, tls=tls, task_status=task_status)
         nursery.cancel_scope.cancel(reason="the worker has stopped")
     if mistaken:
         raise ClusterError(
@@ -211,6 +227,12 @@ async def _run_worker(
             f" or --internal-port {port}"
         )
     return mode
+
+
+def _has_joined(state_dir: str | None) -> bool:
+    """Tell whether the worker of this machine has joined a cluster."""
+    directory = path_of(state_dir) or default_state_dir(os.environ, "worker")
+    return (directory / "membership.json").exists()
 
 
 def _server(arguments: argparse.Namespace) -> ClusterServer:
@@ -321,16 +343,23 @@ class _Announcer:
         options = self.server.options
         everywhere = options.server.host in ("0.0.0.0", "::")
         if everywhere:
+            scheme = (self.server.url or "").partition(":")[0]
             fields["from_other_machines"] = (
-                f"http://{shown_address(outward_address(), self.server.port or 0)}"
+                f"{scheme}://{shown_address(outward_address(), self.server.port or 0)}"
             )
         logger.info("serving", extra={"fields": fields})
+        encrypted = (self.server.url or "").startswith("https:")
+        if not encrypted and options.server.host not in _LOOPBACK:
+            logger.warning(
+                "not encrypted: keys, prompts and answers can be read on the network; --tls auto changes that"
+            )
         missing = []
         if not self.server.requires_key:
             missing.append(
                 "use its models (set TRIO_CLUSTER_API_KEY, or make keys with: trio-cluster keys create NAME)"
             )
-        if mode is ClusterMode.MASTER and options.cluster_token is None:
+        workers_need_nothing = not encrypted or options.allow_anonymous_workers
+        if mode is ClusterMode.MASTER and options.cluster_token is None and workers_need_nothing:
             missing.append("bring models of their own (set TRIO_CLUSTER_CLUSTER_TOKEN)")
         if everywhere and len(missing) == (2 if mode is ClusterMode.MASTER else 1):
             logger.warning(
@@ -470,17 +499,61 @@ def _drain_progress(worker: dict[str, Any]) -> str:
     return f"{printable(worker['id'])} drains: {count} {'request' if count == '1' else 'requests'} in flight"
 
 
-def _node_and_key(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Return the URL of the node that the command line names, and the key to send to it."""
+def _node_and_key(arguments: argparse.Namespace) -> tuple[NodeAddress, str | None]:
+    """Return the node that the command line names, and the key to send to it."""
     options = options_from(arguments)
+    server = options.server
+    encrypted = server.tls != "off" or server.tls_cert is not None
+    default = f"{'https' if encrypted else 'http'}://127.0.0.1:{server.port}"
     try:
-        node = node_url(arguments.url if arguments.url is not None else str(options.server.port))
+        url = node_url(arguments.url if arguments.url is not None else default)
     except ValueError as error:
         raise OptionsError(f"URL: {error}") from error
-    return node, options.server.operator_key or options.server.api_key
+    ca_file = path_of(options.ca_file) or _own_authority(url, path_of(options.state_dir))
+    return NodeAddress(url, ca_file), server.operator_key or server.api_key
 
 
-def _request_status(node: str, key: str | None) -> dict[str, Any]:
+def _own_authority(url: str, state_dir: Path | None) -> Path | None:
+    """Return the file with the authority of the node at ``url``, if that is this user's on this machine."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or parts.hostname not in _LOOPBACK:
+        return None
+    names = (f"master-{parts.port or 443}", f"standalone-{parts.port or 443}")
+    directories = [state_dir] if state_dir else [default_state_dir(os.environ, name) for name in names]
+    return next((path for each in directories if (path := each / "ca.pem").exists()), None)
+
+
+def _invite(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    wanted = {"name": arguments.name, "expires": arguments.expires, "addresses": arguments.address}
+    post = {name: value for name, value in wanted.items() if value is not None}
+    invitation = request_json(node, "/cluster/invites", key, expected=("token", "command"), body=post)
+    # Only the line to paste goes to standard output.
+    where, until = ", ".join(map(printable, invitation["addresses"])), printable(invitation["expires_at"])
+    print(f"valid once, until {until}; the worker connects to {where}", file=sys.stderr)
+    print(printable(invitation["command"]))
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    path = f"/cluster/workers/{quote(arguments.worker, safe='')}/revoke"
+    content = request_json(node, path, key, expected=("revoked", "was_connected"), body={})
+    name = printable(arguments.worker)
+    print(f"{name} is refused from now on" if content["revoked"] else f"{name} had no certificate")
+    if content["was_connected"]:
+        print("its link was ended")
+    return 0
+
+
+def _ca(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    content = request_json(node, "/cluster/ca/rotate", key, expected=("fingerprint",), body={})
+    print(f"the new authority is {printable(content['fingerprint'])}; invitations for the old one are void")
+    return 0
+
+
+def _request_status(node: NodeAddress, key: str | None) -> dict[str, Any]:
     return request_json(node, "/cluster/status", key, expected=("mode", "models", "calls"))
 
 
@@ -495,4 +568,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "drain": _drain,
     "keys": _keys,
     "usage": _usage,
+    "invite": _invite,
+    "revoke": _revoke,
+    "ca": _ca,
 }

@@ -17,10 +17,9 @@ up to date.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NoReturn
 
 import trio
@@ -32,6 +31,7 @@ from ..core.status import WorkerStatus
 from ..link.link import Link, LinkClosed
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.acceptor import accept_all
+from ..net.handshakes import Handshakes
 from ..net.sockets import Listeners, shown_address
 from ..net.streams import ByteStream
 from ..net.throttled_log import ThrottledLog
@@ -51,6 +51,7 @@ from ..protocol import (
     UnregisterModel,
 )
 from ..routing.catalog import Catalog, NameTaken
+from .admission import Admitted, Doorkeeper
 from .remote_worker import MAX_CAPACITY, RemoteWorker
 
 __all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "WorkerConnection", "WorkerManager"]
@@ -78,21 +79,30 @@ class WorkerManager:
         catalog: where their models are registered.
         options: read at the time of use.
         node_id: the name of this master.
+        is_revoked: tells whether the certificate with a serial number was revoked.
 
     Attributes:
         workers: the connected workers, by name.
     """
 
-    def __init__(self, catalog: Catalog, options: ClusterServerOptions, node_id: str) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        options: ClusterServerOptions,
+        node_id: str,
+        is_revoked: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.workers: dict[str, RemoteWorker] = {}
         self._catalog = catalog
         self._options = options
         self._node_id = node_id
+        self._doorkeeper = Doorkeeper(options, is_revoked)
         # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
         self._all_closed = trio.lowlevel.ParkingLot()
         self._refusals = ThrottledLog(logger, "connections were refused")
         self._refused_models = ThrottledLog(logger, "models were refused")
+        self._handshakes = Handshakes(logger)
 
     @property
     def sessions(self) -> list[MasterSession]:
@@ -120,6 +130,7 @@ class WorkerManager:
                 nursery.start_soon(accept_all, listener, admit)
             nursery.start_soon(self._refusals.run)
             nursery.start_soon(self._refused_models.run)
+            nursery.start_soon(self._handshakes.run)
             task_status.started()
         raise AssertionError("unreachable: the listeners are served until this is cancelled")
 
@@ -128,12 +139,15 @@ class WorkerManager:
 
         Nothing is raised but cancellation, whatever the peer sends.
         """
+        if stream.needs_handshake and not await self._handshakes.perform(stream):
+            return
         try:
             connection = WorkerConnection(
                 stream,
                 self._catalog,
                 self._options,
                 self._node_id,
+                doorkeeper=self._doorkeeper,
                 workers=self.workers,
                 connections=self._connections.keys(),
                 refusals=self._refusals,
@@ -184,6 +198,18 @@ class WorkerManager:
         logger.info("worker is asked to stop: %s", reason, extra={"fields": fields})
         return worker.status()
 
+    def drop_worker(self, name: str, reason: str) -> bool:
+        """End the link of a worker at once; its calls fail. Synchronous.
+
+        Returns:
+            Whether a worker of this name was connected.
+        """
+        for connection in list(self._connections):
+            if connection.worker is not None and connection.worker.name == name:
+                connection.link.end(reason)
+                return True
+        return False
+
     async def close_all(self, reason: str) -> None:
         """Close all links as soon as what is queued has been sent, and wait for that. A checkpoint.
 
@@ -208,6 +234,7 @@ class WorkerConnection:
         catalog: where the worker's models are registered.
         options: read at the time of use.
         node_id: the name of this master.
+        doorkeeper: decides whether the worker may join.
         workers: the connected workers, by name. This connection adds its own, and removes it.
         connections: all connections of this master, this one included.
         refusals, refused_models: where to log that this connection, or a model of its worker, is refused.
@@ -227,6 +254,7 @@ class WorkerConnection:
         options: ClusterServerOptions,
         node_id: str,
         *,
+        doorkeeper: Doorkeeper,
         workers: dict[str, RemoteWorker],
         connections: Collection[WorkerConnection],
         refusals: ThrottledLog,
@@ -238,6 +266,9 @@ class WorkerConnection:
         self._options = options
         self._workers = workers
         self._connections = connections
+        self._doorkeeper = doorkeeper
+        self._admitted = Admitted("open")
+        self._tls = stream.tls
         self._stream = injectable(stream)
         self._refusals = refusals
         self._refused_models = refused_models
@@ -297,11 +328,10 @@ class WorkerConnection:
             return None
         if path != PATH:
             return Refusal(404, f"workers connect to {PATH}")
-        token = self._options.cluster_token
-        if token is not None:
-            shown = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(shown, b"Bearer " + token.encode("ascii")):
-                return Refusal(401, "wrong or missing cluster token")
+        decision = self._doorkeeper.admit(headers, self._tls)
+        if isinstance(decision, Refusal):
+            return decision
+        self._admitted = decision
         return None
 
     def _on_events(self, events: Sequence[MasterEvent]) -> None:
@@ -391,7 +421,10 @@ class WorkerConnection:
 
     def _on_handshake(self, handshake: Handshake) -> None:
         """Let the worker join, in the place of an older connection of its own process, or refuse it."""
-        name = handshake.node_id
+        name, own_name = handshake.node_id, self._admitted.name
+        if own_name not in (None, name):
+            self.link.end(f"the certificate is for the worker '{own_name}', and not for '{name}'")
+            return
         holder = self._holder_of_name(handshake)
         if holder is not None:
             self.link.end(f"another worker named '{name}' is connected, from {holder.address}")
@@ -401,7 +434,7 @@ class WorkerConnection:
                 other.link.end("replaced by a new connection of the same worker")
         self.joined = True
         self._joining.deadline = math.inf
-        self.worker = RemoteWorker(name, self.session, self.link.wake, self.address)
+        self.worker = RemoteWorker(name, self.session, self.link.wake, self.address, self._admitted.how)
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 

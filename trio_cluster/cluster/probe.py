@@ -15,6 +15,8 @@ from ..link.websocket import PROBE_PATH, dial
 from ..net.sockets import Network, Sockets
 from ..net.watchdog import injectable
 from ..protocol import Handshake, WorkerEvent, WorkerSession
+from ..security.contexts import unverified_context
+from .dialer import TlsNetwork
 
 __all__ = ["check_is_cluster_server", "is_master"]
 
@@ -31,7 +33,13 @@ async def check_is_cluster_server(host: str, internal_port: int, timeout: float 
     Returns:
         ``True`` if a peer there completed the handshake of the cluster protocol.
     """
-    return await is_master(Sockets(), host, internal_port, timeout)
+    # A port that speaks TLS ends a connection without it at once.
+    encrypted = TlsNetwork(Sockets(), unverified_context())
+    with trio.move_on_after(timeout):
+        return await is_master(Sockets(), host, internal_port, timeout) or await is_master(
+            encrypted, host, internal_port, timeout
+        )
+    return False
 
 
 async def is_master(network: Network, host: str, internal_port: int, patience: float) -> bool:

@@ -22,7 +22,7 @@ from ..core.call import Call
 from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..core.status import WorkerState, WorkerStatus
+from ..core.status import Admission, WorkerState, WorkerStatus
 from ..errors import HandlerFailed, ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
@@ -60,9 +60,17 @@ class RemoteWorker:
         health: whether it may be given calls; kept by the connection that watches it.
     """
 
-    def __init__(self, name: str, session: MasterSession, wake: Callable[[], None], address: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: MasterSession,
+        wake: Callable[[], None],
+        address: str,
+        admitted: Admission = "open",
+    ) -> None:
         self.name = name
         self.address = address
+        self.admitted: Admission = admitted
         self.models: dict[str, ModelInfo] = {}
         self.connected_at = trio.current_time()
         self.running = 0
@@ -120,6 +128,7 @@ class RemoteWorker:
             in_flight=self.in_flight,
             lag=round(self.lag, 3),
             connected_for=round(trio.current_time() - self.connected_at, 3),
+            admitted=self.admitted,
         )
 
     def request_shutdown(self, reason: str) -> None:

@@ -415,7 +415,7 @@ class MasterConnection:
 
 
 def _refusal(host: str, closed: LinkClosed) -> str:
-    if closed.status == 401:
+    if closed.status in (401, 403):
         return f"{host}: {closed.why}"
     return (
         f"{host}: this is not the port on which a trio_cluster master takes workers ({closed.why}); "

@@ -97,6 +97,17 @@ class StateDir:
         except OSError as error:
             raise self._error(f"{name}: {error.strerror}") from error
 
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one.
+
+        Raises:
+            StateDirError: it cannot be removed.
+        """
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._error(f"{name}: {error.strerror}") from error
+
     def _open(self) -> None:
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         for path in reversed(missing):

@@ -10,13 +10,16 @@ from typing import Literal, TypeAlias
 import attrs
 from msgspec import UNSET, UnsetType
 
-__all__ = ["WORKER_STATES", "NodeStatus", "SlotStatus", "WorkerState", "WorkerStatus"]
+__all__ = ["WORKER_STATES", "Admission", "NodeStatus", "SlotStatus", "WorkerState", "WorkerStatus"]
 
 #: The state of a worker. ``ok``; ``busy``: all slots are taken; ``stalled``: it is connected, and cannot do anything;
 #: ``draining``: it takes no new calls, and stops when it has finished those that it has. Of several that apply, stalled
 #: is shown first, then draining. A worker that is lost is not listed any more.
 WorkerState: TypeAlias = Literal["ok", "busy", "stalled", "draining"]
 WORKER_STATES: tuple[WorkerState, ...] = ("ok", "busy", "stalled", "draining")
+
+#: How a worker was admitted.
+Admission: TypeAlias = Literal["certificate", "token", "open"]
 
 
 @attrs.frozen
@@ -60,6 +63,8 @@ class WorkerStatus:
     """The longest time in seconds for which its event loop was blocked, as of its last heartbeat."""
     connected_for: float
     """Seconds since it joined."""
+    admitted: Admission
+    """How it was admitted: by its certificate, by the cluster token, or without either."""
 
 
 @attrs.frozen

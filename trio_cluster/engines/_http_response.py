@@ -28,6 +28,7 @@ __all__ = ["FRAMING_LIMIT", "HttpError", "IncompleteResponse", "MalformedRespons
 FRAMING_LIMIT: Final = 64 * 1024
 
 _END_OF_HEAD: Final = b"\r\n\r\n"
+_LOWEST_STATUS: Final = 100
 _BODILESS_STATUSES: Final = frozenset({204, 304})
 
 
@@ -78,7 +79,8 @@ class ResponseReader:
         self._body: list[bytes] = []
         self._framing_bytes = 0
         self._fields: list[tuple[str, str]] = []
-        self._unsupported_coding = False
+        # What is wrong with the head, though the parser accepts it.
+        self._problem = ""
         self._is_chunked = False
 
     def feed(self, data: bytes) -> None:
@@ -91,12 +93,13 @@ class ResponseReader:
         self._framing_bytes += len(data)
         if self._chunks is None and not self.status:
             data = self._feed_head(data)
+        if self._problem:
+            # Before the body is parsed: nothing of it can be taken, however much of it came with the head.
+            raise MalformedResponse(self._problem)
         if self._chunks is not None:
             self._feed_chunks(self._chunks, data)
         elif data:
             self._feed_parser(data)
-        if self._unsupported_coding:
-            raise MalformedResponse("the response has a transfer coding other than 'chunked'")
         if self._framing_bytes > FRAMING_LIMIT and not self.complete:
             raise MalformedResponse(
                 f"the head or the chunk framing of the response exceeds {FRAMING_LIMIT} bytes"
@@ -104,7 +107,7 @@ class ResponseReader:
 
     def _feed_head(self, data: bytes) -> bytes:
         """Parse heads, up to the end of the final one, and return the bytes behind it."""
-        while not self.status:
+        while not (self.status or self._problem):
             seen = len(self._head_tail)
             end = (self._head_tail + data).find(_END_OF_HEAD)
             if end < 0:
@@ -188,6 +191,10 @@ class ResponseReader:
         if self.complete:
             return
         fields, self._fields = self._fields, []
+        if status < _LOWEST_STATUS:
+            # Such a response is not interim: the parser would read a body, which would become part of the next one's.
+            self._problem = f"the response has the status {status}"
+            return
         if status < 200:
             # An interim response; the final one follows.
             return
@@ -199,8 +206,9 @@ class ResponseReader:
             and status not in _BODILESS_STATUSES
             and all(name != "content-length" for name, _ in fields)
         )
-        # `feed` raises for this: httptools would wrap an exception of a callback.
-        self._unsupported_coding = bool(codings) and codings != ["chunked"]
+        if codings and codings != ["chunked"]:
+            # `feed` raises for this: httptools would wrap an exception of a callback.
+            self._problem = "the response has a transfer coding other than 'chunked'"
         self._is_chunked = codings == ["chunked"] and status not in _BODILESS_STATUSES
         self.keep_alive = self._parser.should_keep_alive()
         self._framing_bytes = 0

@@ -1,25 +1,35 @@
 """Forwarding of calls to an upstream server: what of a request is sent to it, and what of its response comes back.
 
-Bodies are forwarded as they are, in both directions and in the pieces in which they arrive, with two exceptions: the
-name of the model in a request is replaced, where the cluster calls the model by another name, and the preamble and the
-epilogue of a form are dropped. Headers are forwarded if they are about the
+Bodies are forwarded as they are, in both directions and in the pieces in which they arrive, with three exceptions: the
+name of the model in a request is replaced, where the cluster calls the model by another name; the preamble and the
+epilogue of a form are dropped; and a stream of chat or completions is asked to end with its usage, where the client has
+not asked for that, and the event with the usage is kept from the client. Headers are forwarded if they are about the
 content or about the API. Connection headers are not, because the connection ends here. Keys and cookies are not either:
 the client's are not meant for the upstream server, and the upstream server's are not meant for the client.
 
 Every response is the call's answer, whatever its status. The call fails, with ``UpstreamLost``, only if there is no
 complete response, or with ``Overloaded`` if this machine has no room for the connection, which is not the server's
 fault.
+
+A server that does not know ``stream_options`` may refuse the whole request. If its refusal (400 or 422) names that
+field, a request that the engine has changed is sent once more as the client wrote it. If that succeeds, the server is
+not asked for usage again.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import quote
 
+import attrs
+import trio
+
 from trio_cluster._version import __version__
+from trio_cluster.core.limits import PARSE_IN_THREAD
 from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
@@ -28,8 +38,12 @@ from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
 from ._model_field import FormRewriter, rewrite_form, rewrite_json
+from ._usage_reader import usage_reader
+from ._usage_request import ask_for_usage
 
 __all__ = ["UpstreamCalls", "authorization"]
+
+logger = logging.getLogger("trio_cluster.engines")
 
 _REQUEST_HEADERS: Final = frozenset(
     {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
@@ -78,6 +92,16 @@ _MAX_CONTENT_TYPE: Final = 512
 #: an idle connection. Larger ones are streamed.
 _BUFFERED_BODY: Final = 256 * 1024
 
+#: Endpoints whose streams have usage only if it is asked for, and the size (bytes) of the bodies up to which it is: to
+#: ask for it, the body must be complete.
+_ASKED_ENDPOINTS: Final = frozenset({"chat.completions", "completions"})
+_ASKED_BODY: Final = 4 * 1024 * 1024
+#: What a server answers that does not know a field of the request; how many bytes of that are read, and what names the
+#: field there.
+_REFUSALS: Final = frozenset({400, 422})
+_REFUSAL_LIMIT: Final = 64 * 1024
+_REFUSED_FIELD: Final = re.compile(rb"stream_options|include_usage")
+
 #: Endpoints whose event streams end with an event of a known type, whichever server writes them.
 _ENDPOINTS_WITH_END: Final = frozenset({"chat.completions", "completions", "responses", "/v1/messages"})
 
@@ -92,15 +116,26 @@ class UpstreamCalls:
         key: the API key to send; ``None`` if the server requires none.
         on_lost: called, synchronously, when a call fails because the server cannot be reached or its response is
             incomplete; the argument tells whether it cannot be reached.
+        asks_for_usage: ask for the usage of streams whose client has not asked for it.
 
     Attributes:
         activity: counts what is received from the server, heads and pieces of bodies. A change shows that it is alive.
     """
 
-    def __init__(self, client: HttpClient, key: str | None, on_lost: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        client: HttpClient,
+        key: str | None,
+        on_lost: Callable[[bool], None],
+        *,
+        asks_for_usage: bool = True,
+    ) -> None:
         self._client = client
         self._key = key
         self._on_lost = on_lost
+        self._asks_for_usage = asks_for_usage
+        # The models and endpoints for which the server does not accept being asked.
+        self._refuse_asking: set[tuple[str, str]] = set()
         self.activity = 0
 
     async def forward(self, model: str, call: RawCall) -> None:
@@ -118,14 +153,20 @@ class UpstreamCalls:
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
         request = call.request
-        body, size = await _request_body(model, call)
-        http_request = HttpRequest("POST", _path(request.endpoint), self._request_headers(call), body, size)
-
-        async def handle_response(response: HttpResponse) -> None:
-            await self._forward_response(response, call)
-
+        key = (model, request.endpoint)
+        asks = (
+            self._asks_for_usage
+            and request.endpoint in _ASKED_ENDPOINTS
+            and 0 <= request.size <= _ASKED_BODY
+            and not is_form(request.content_type)
+            and key not in self._refuse_asking
+        )
+        body, size = await _request_body(model, call, whole=asks)
+        asking = await _asking(body) if asks and isinstance(body, bytes) else None
         try:
-            await self._client.send(http_request, handle_response)
+            if asking is not None and await self._send(call, asking, len(asking), asked=True) is not None:
+                return
+            status = await self._send(call, body, size)
         except LocalExhaustion as error:
             raise Overloaded(f"This server is out of resources: {error}; try again shortly") from error
         except HttpError as error:
@@ -134,6 +175,40 @@ class UpstreamCalls:
             if isinstance(error, ConnectFailed):
                 why = f"it cannot be reached ({why})"
             raise UpstreamLost(request.model, why) from error
+        if asking is not None and status == 200:
+            self._refuse_asking.add(key)
+            logger.warning(
+                "%s does not take 'stream_options': the usage of streams is unknown unless clients ask for it",
+                self._client.base,
+                extra={"fields": {"model": request.model, "endpoint": request.endpoint}},
+            )
+
+    async def _send(self, call: RawCall, body: Body, size: int, *, asked: bool = False) -> int | None:
+        """Send the request of a call, and forward the response.
+
+        Args:
+            call: the call.
+            body, size: the body and its size.
+            asked: the body asks for usage, and the client did not.
+
+        Returns:
+            The status; ``None`` if the server refuses to be asked for usage, and nothing was forwarded.
+        """
+        status: int | None = None
+
+        async def handle_response(response: HttpResponse) -> None:
+            nonlocal status
+            if asked and response.status in _REFUSALS:
+                beginning = await _beginning_of(response)
+                if _REFUSED_FIELD.search(beginning) is not None:
+                    return
+                response = attrs.evolve(response, receive=_with_beginning(beginning, response.receive))
+            status = response.status
+            await self._forward_response(response, call, asked=asked)
+
+        request = HttpRequest("POST", _path(call.request.endpoint), self._request_headers(call), body, size)
+        await self._client.send(request, handle_response)
+        return status
 
     def _request_headers(self, call: RawCall) -> list[tuple[str, str]]:
         request = call.request
@@ -159,7 +234,7 @@ class UpstreamCalls:
                 headers.append(("x-api-key", self._key))
         return headers
 
-    async def _forward_response(self, response: HttpResponse, call: RawCall) -> None:
+    async def _forward_response(self, response: HttpResponse, call: RawCall, *, asked: bool) -> None:
         self.activity += 1
         if 300 <= response.status < 400:
             raise HttpError(f"it answered with a redirect ({response.status}), which is not followed")
@@ -179,13 +254,22 @@ class UpstreamCalls:
             and content_type.lower().startswith("text/event-stream")
         ):
             end = EndDetector(endpoint_named(endpoint).failure)
+        usage = usage_reader(
+            endpoint, response.status, content_type, response.header("content-encoding"), asked=asked
+        )
         while piece := await receive():
             self.activity += 1
             if end is not None:
                 end.feed(piece)
-            await send(piece)
+            # Also if the reader keeps all of it: an empty piece is a sign of life.
+            await send(piece if usage is None else usage.feed(piece))
         if end is not None and not end.has_ended:
             raise HttpError("the connection was closed before the stream was complete")
+        if usage is not None:
+            if rest := usage.end():
+                await send(rest)
+            if (tokens := usage.usage) is not None:
+                call.report_usage(**attrs.asdict(tokens))
 
 
 def authorization(key: str) -> list[tuple[str, str]]:
@@ -193,11 +277,47 @@ def authorization(key: str) -> list[tuple[str, str]]:
     return [("authorization", f"Bearer {key}")]
 
 
-async def _request_body(model: str, call: RawCall) -> tuple[Body, int]:
-    """Return the body to send, with the server's name of the model in it, and its size; -1 if that is not known."""
+async def _beginning_of(response: HttpResponse) -> bytes:
+    """Receive the beginning of a response, which is all of it if it is an error message of the usual size."""
+    beginning = b""
+    while len(beginning) < _REFUSAL_LIMIT and (piece := await response.receive()):
+        beginning += piece
+    return beginning
+
+
+def _with_beginning(
+    beginning: bytes, receive: Callable[[], Awaitable[bytes]]
+) -> Callable[[], Awaitable[bytes]]:
+    """Return a function that receives what was received already, and then the rest."""
+
+    async def receive_all() -> bytes:
+        nonlocal beginning
+        if beginning:
+            piece, beginning = beginning, b""
+            return piece
+        return await receive()
+
+    return receive_all
+
+
+async def _asking(body: bytes) -> bytes | None:
+    """Return the body with a request for usage in it; ``None`` if it is to be sent as it is."""
+    if len(body) < PARSE_IN_THREAD:
+        return ask_for_usage(body)
+    return await trio.to_thread.run_sync(ask_for_usage, body, abandon_on_cancel=True)
+
+
+async def _request_body(model: str, call: RawCall, *, whole: bool) -> tuple[Body, int]:
+    """Return the body to send, with the server's name of the model in it, and its size; -1 if that is not known.
+
+    Args:
+        model: the server's name.
+        call: the call.
+        whole: the body must be in memory.
+    """
     request = call.request
     renamed, form = model != request.model, is_form(request.content_type)
-    if 0 <= request.size <= _BUFFERED_BODY or (renamed and not form):
+    if whole or 0 <= request.size <= _BUFFERED_BODY or (renamed and not form):
         body = await _read_body(call)
         if renamed:
             body = rewrite_form(body, request.content_type, model) if form else rewrite_json(body, model)

@@ -252,6 +252,7 @@ class UpstreamModels:
         poll_interval: seconds between two polls.
         max_concurrency: concurrent calls to one model; ``None`` sets no limit.
         named: the server's names of its models, if its list is not to be used; empty: its list is used.
+        asks_for_usage: see ``UpstreamCalls``.
     """
 
     def __init__(
@@ -264,6 +265,7 @@ class UpstreamModels:
         poll_interval: float = 5.0,
         max_concurrency: int | None = None,
         named: Collection[str] = (),
+        asks_for_usage: bool = True,
     ) -> None:
         self._client = client
         self._key = key
@@ -272,7 +274,7 @@ class UpstreamModels:
         self._poll_interval = self._next_interval = poll_interval
         self._max_concurrency = max_concurrency
         self._named = named
-        self._calls = UpstreamCalls(client, key, self._on_lost)
+        self._calls = UpstreamCalls(client, key, self._on_lost, asks_for_usage=asks_for_usage)
         # By the cluster's name.
         self._registered: dict[str, _Listed] = {}
         # By the cluster's name: why the model could not be registered, as it was logged.

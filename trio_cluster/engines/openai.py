@@ -22,6 +22,8 @@ from ._upstream_models import Naming, UpstreamModels
 __all__ = ["engine"]
 
 _EXAMPLE: Final = "openai:http://127.0.0.1:8000/v1"
+#: Ask the server for the usage of a stream where the client does not, or only read what is in the answers.
+_USAGE: Final = ("ask", "observe")
 
 
 def _patterns(value: str) -> tuple[str, ...]:
@@ -61,6 +63,12 @@ def _check_name(name: str) -> None:
     ModelInfo(name=name, kind="any")
 
 
+def _usage(value: str) -> str:
+    if value not in _USAGE:
+        raise ValueError(f"expected {' or '.join(_USAGE)}, got '{value}'")
+    return value
+
+
 def _secret(value: str) -> str:
     if not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError("a key has only visible ASCII characters and no spaces")
@@ -78,6 +86,7 @@ class _OpenAI(Engine):
         "only": Option(_patterns, (), "patterns for the names of the models to serve"),
         "rename": Option(_names, {}, "OLD:NEW,... new names of some models, without the prefix"),
         "max_concurrency": Option(whole_number(1, 100_000), None, "concurrent requests to one model"),
+        "usage": Option(_usage, "ask", "observe: never ask the server for the usage of a stream"),
         "poll": Option(fraction(0.1, 3600), 5.0, "seconds between two polls of its list of models"),
     }
 
@@ -110,6 +119,7 @@ class _OpenAI(Engine):
             poll_interval=options["poll"],
             max_concurrency=options["max_concurrency"],
             named=options["models"],
+            asks_for_usage=options["usage"] == "ask",
         )
         try:
             await models.run(task_status=task_status)

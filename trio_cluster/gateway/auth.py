@@ -1,6 +1,7 @@
 """The authenticate stage: determines who sends a request, and whether the sender may use the path.
 
-Every path below ``/cluster`` except the status is for operators (:func:`is_for_operators`), so a route that is added
+Every path below ``/cluster`` is for operators (:func:`is_for_operators`), except the status and those with which
+workers join, so a route that is added
 there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
 authenticator determined the principal. Keys and the audit log are for admins (:func:`is_for_admins`).
 
@@ -21,6 +22,7 @@ from typing import Final, Protocol
 import attrs
 
 from ..accounts.keys import KeyTable
+from ..core.join_paths import JOIN_PATHS
 from ..core.log_context import current_principal
 from ..core.principal import ANONYMOUS, Principal
 from ..errors import ApiError, ModelNotFound
@@ -98,7 +100,7 @@ class Authenticate:
             ApiError: 401: as the authenticator says; 403: the path is for operators or admins, and the principal is
                 none; 429: too many wrong keys came from this address.
         """
-        if not is_open(context.path):
+        if not is_open(context.path) and context.path not in JOIN_PATHS:
             try:
                 context.principal = principal = await self._authenticator.authenticate(context)
             except ApiError as error:
@@ -204,7 +206,7 @@ def hide_models(principal: Principal, error: ApiError) -> ApiError:
 
 def is_for_operators(path: str) -> bool:
     """Tell whether a path, which begins with one slash, is for operators only."""
-    return path.startswith("/cluster") and path.rstrip("/") != _STATUS
+    return path.startswith("/cluster") and path.rstrip("/") != _STATUS and path not in JOIN_PATHS
 
 
 def is_for_admins(path: str) -> bool:

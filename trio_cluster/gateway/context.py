@@ -16,6 +16,8 @@ from ..core import randomness
 from ..core.call import Call
 from ..core.principal import ANONYMOUS
 from ..core.request import Request
+from ..limits.account import LimitState
+from ..limits.reservation import Reservation
 from ..openai import Endpoint, FormPeek
 from .body import RequestBody, SpooledBody
 from .deadlines import ResponseDeadlines
@@ -47,6 +49,9 @@ class RequestContext:
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
         form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
         request: the request as models see it; set by the parse stage.
+        reservation: what the request holds of the limits of its key; ``None`` if the key has none, or they were not
+            reached yet. Set by the key limits stage.
+        limit_state: what was left of these limits then.
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
         began: the time at which the request arrived, by ``time.monotonic()``, in seconds.
@@ -66,12 +71,14 @@ class RequestContext:
         "form_peek",
         "header",
         "headers",
+        "limit_state",
         "model_in_path",
         "path",
         "principal",
         "request",
         "request_body",
         "request_id",
+        "reservation",
         "spool",
     )
 
@@ -100,6 +107,8 @@ class RequestContext:
         self.endpoint: Endpoint | None = None
         self.spool: SpooledBody | None = None
         self.form_peek: FormPeek | None = None
+        self.reservation: Reservation | None = None
+        self.limit_state: LimitState | None = None
         self.request_id = _request_id(self.header(b"x-request-id"))
         self.began = time.monotonic()
         self.aborted = False
@@ -121,11 +130,18 @@ class RequestContext:
         """Record that ``call`` answers the request. It is cancelled at the end of the request if it has not ended."""
         self.call = call
         self._calls.append(call)
+        if self.reservation is not None:
+            self.reservation.follow(call)
 
     def cancel_calls(self, reason: str) -> None:
-        """Cancel all calls of the request that have not ended. Synchronous, idempotent."""
+        """Cancel all calls of the request that have not ended. No others may be opened for it. Synchronous, idempotent.
+
+        What is reserved for the request is freed when the work of its calls has stopped.
+        """
         for call in self._calls:
             call.cancel(reason)
+        if self.reservation is not None:
+            self.reservation.end_request()
 
 
 def request_context(scope: Mapping[str, Any]) -> RequestContext:

@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from ..core.join_paths import JOIN_PATHS, MAX_JOIN_BODY
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
@@ -33,6 +34,7 @@ from .body import ClientLeft, RequestBody
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
 from .direct import Connection
+from .key_limits import limit_headers
 from .relay import relay
 from .response import Reply, error_reply, reply_head
 from .routes import MODEL_ROUTES, canonical_path, custom_route
@@ -154,7 +156,7 @@ class RequestCycle:
         if method in _BODILESS_METHODS or is_open(path) or not self._pipeline.has_route(path, method):
             await body.skip(limit)
             return
-        body.limit = min(body.limit, limit)
+        body.limit = min(body.limit, MAX_JOIN_BODY if path in JOIN_PATHS else limit)
         self._body = await body.read(body.limit)
 
     def _check_head(self) -> None:
@@ -196,7 +198,8 @@ class RequestCycle:
         """Answer a request for a model. It does not pass the web framework, which would double its cost."""
         context, body = self.context, self._request_body
         try:
-            for stage in self._pipeline.dispatch:
+            pipeline = self._pipeline
+            for stage in pipeline.dispatch if context.principal.limits is None else pipeline.limited_dispatch:
                 await stage.admit(context)
             reply = await relay(self._node_context, context)
         except ApiError as error:
@@ -213,6 +216,8 @@ class RequestCycle:
             return
         self._started = True
         head = self._start(reply)
+        if context.principal.limits is not None:
+            head["headers"] += await limit_headers(self._node_context, context)
         if not body.complete:
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
@@ -259,6 +264,8 @@ class RequestCycle:
         if request_body.left:
             return
         head = self._start(reply)
+        if self.context.principal.limits is not None:
+            head["headers"] += await limit_headers(self._node_context, self.context)
         if self._closes or (not request_body.complete and self._scope["http_version"] in _VERSIONS):
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
@@ -317,6 +324,8 @@ class RequestCycle:
             if not any(name.lower() == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
             headers += cors_headers(self.context, self._node_context.options.server.cors_origins)
+            if self.context.principal.limits is not None:
+                headers += await limit_headers(self._node_context, self.context)
             await self._send({**message, "headers": headers})
         elif message["type"] != "http.response.body" or message.get("more_body", False):
             await self._send(message)

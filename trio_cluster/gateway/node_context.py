@@ -15,8 +15,11 @@ import trio
 from ..accounts.accounts import Accounts
 from ..accounts.audit import AuditLog
 from ..core.status import NodeStatus, WorkerStatus
+from ..limits.limiter import Limiter
+from ..limits.memory import MemoryLimiter
 from ..options import ClusterServerOptions
 from ..routing.router import Router
+from .auth import Authenticator
 from .context import RequestContext
 
 __all__ = ["GaugeSample", "NodeContext"]
@@ -66,6 +69,10 @@ class NodeContext:
     """The keys and the usage; ``None``: the node has no database. Not to be changed after the gateway was made."""
     audit: AuditLog = attrs.field(factory=AuditLog)
     """Records what operators and admins do."""
+    limiter: Limiter = attrs.field(factory=MemoryLimiter)
+    """Counts the requests of keys that have limits."""
+    authenticator: Authenticator | None = None
+    """Determines who sends a request; ``None``: the API key of the options is required."""
     started: float = attrs.field(factory=time.monotonic)
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)

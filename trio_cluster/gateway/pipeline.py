@@ -4,8 +4,8 @@ A request passes these steps, in this order; each is a module here:
 
 1. ``cycle.py`` checks the request line, and answers a browser's preflight (``cors.py``).
 2. *Admission*: ``auth.py``, ``origin.py`` and ``limits.py``. Every request passes these stages before its body is read.
-3. *Dispatch*, for a request for a model (``routes.py``): ``parse.py`` reads and validates the body (``body.py``), and
-   ``route.py`` opens the call.
+3. *Dispatch*, for a request for a model (``routes.py``): ``parse.py`` reads and validates the body (``body.py``),
+   ``key_limits.py`` admits the request if its key has limits, and ``route.py`` opens the call.
 4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) if
    possible.
 
@@ -21,6 +21,7 @@ from .access_log import AccessLog
 from .auth import ApiKeys, Authenticate, Authenticator
 from .context import RequestContext
 from .cycle import RequestCycle
+from .key_limits import ReserveLimits
 from .limits import LimitSize
 from .node_context import NodeContext
 from .origin import CheckOrigin
@@ -55,6 +56,7 @@ class Gateway:
         if authenticator is None:
             accounts = node_context.accounts
             authenticator = ApiKeys(node_context.options, None if accounts is None else accounts.table)
+        parse, route = Parse(node_context), Route(node_context)
         self.pipeline = Pipeline(
             node_context,
             admission=(
@@ -62,7 +64,8 @@ class Gateway:
                 CheckOrigin(node_context),
                 LimitSize(node_context),
             ),
-            dispatch=(Parse(node_context), Route(node_context)),
+            dispatch=(parse, route),
+            limited_dispatch=(parse, ReserveLimits(node_context), route),
             app=app,
             has_route=has_route,
         )

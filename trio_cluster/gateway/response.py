@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 import attrs
 import msgspec
 
-from ..errors import ApiError, CallCancelled, InvalidRequest
+from ..errors import ApiError, InvalidRequest, RateLimited
 from ..http1.asgi import Message
 from ..http1.refusal import HttpRefusal
 from ..openai import error_body
@@ -69,10 +69,11 @@ def error_reply(error: ApiError) -> Reply:
     headers = [JSON]
     if error.retry_after is not None:
         headers.append(("retry-after", _retry_after(error.retry_after)))
+        if isinstance(error, RateLimited):
+            headers.append(("retry-after-ms", str(error.retry_after_ms)))
     if error.status == _UNAUTHORIZED:
         headers.append(("www-authenticate", "Bearer"))
-    if isinstance(error, CallCancelled) and error.final:
-        # The status alone would make the official clients send the request again.
+    if error.final:
         headers.append(("x-should-retry", "false"))
     return Reply(error.status, headers, error_body(error))
 

@@ -45,6 +45,8 @@ class Pipeline:
     """The stages that every request passes before its body is read."""
     dispatch: tuple[Stage, ...]
     """The stages that a request for a model passes after that; the last one opens the call."""
+    limited_dispatch: tuple[Stage, ...]
+    """The same for the requests of a key that has limits."""
     app: App
     """The ASGI application that answers requests that are not for a model."""
     has_route: HasRoute

@@ -87,6 +87,7 @@ class Http1Connection:
         self._render_refusal = render_refusal
         self._client = stream.peer_address
         self._server = stream.local_address
+        self._scheme = "http" if stream.tls is None else "https"
         self._parser = RequestParser()
         self._reading = reader.reading(stream, self)
         self._is_paused = False
@@ -294,7 +295,7 @@ class Http1Connection:
             "asgi": _ASGI,
             "http_version": request.version,
             "method": request.method,
-            "scheme": "http",
+            "scheme": self._scheme,
             "path": unquote(path) if "%" in path else path,
             "raw_path": target,
             "query_string": query,

@@ -47,6 +47,9 @@ _SMALL: Final = 1024
 #: The method of the preface of HTTP/2.
 _HTTP2: Final = b"PRI"
 _END_OF_HEAD: Final = b"\r\n\r\n"
+#: How the first line of a request ends, by its version.
+_PROTOCOLS: Final = {"1.1": b" HTTP/1.1\r\n", "1.0": b" HTTP/1.0\r\n"}
+_PROTOCOL_SIZE: Final = len(b" HTTP/1.1\r\n")
 #: A host and perhaps a port (RFC 3986, section 3.2): an IPv6 address in brackets, or a name, or an IPv4 address.
 _HOST: Final = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?"
@@ -76,6 +79,8 @@ class RequestParser:
         "_in_body",
         "_is_chunked",
         "_left",
+        "_line_complete",
+        "_line_end",
         "_tail",
         "latest",
         "no_more",
@@ -95,6 +100,8 @@ class RequestParser:
         self._head_size = 0
         self._head_ended = False
         self._tail = b""  # the last bytes of what came of it, in which its end may have begun
+        self._line_end = b""  # the last bytes of its first line, which has the protocol
+        self._line_complete = False
         self._host: bytes | None = None
         # The body that is coming, or the one that the head announces
         self._in_body = False
@@ -141,6 +148,7 @@ class RequestParser:
                 self._head_size += skipped
                 if self._head_size > HEAD_LIMIT:
                     self._refuse_large_head()
+                    return at
                 if at == len(data):
                     return at
             head = self._head = httptools.HttpRequestParser(self)
@@ -154,11 +162,18 @@ class RequestParser:
         ends = stop > 0
         if not ends:
             stop = len(data)
+        # What is within the limit is parsed all the same: what is wrong with it must not depend on how it arrives.
+        limit = at + HEAD_LIMIT - self._head_size
+        too_large = stop > limit
+        if too_large:
+            ends, stop = False, limit
         self._head_size += stop - at
-        if self._head_size > HEAD_LIMIT:
-            self._refuse_large_head()
-            return stop
         piece = data if at == 0 and stop == len(data) else data[at:stop]
+        if not self._line_complete:
+            newline = piece.find(b"\n") + 1
+            self._line_complete = newline > 0
+            line = piece[: newline or len(piece)][-_PROTOCOL_SIZE:]
+            self._line_end = (self._line_end + line)[-_PROTOCOL_SIZE:] if self._line_end else line
         try:
             head.feed_data(piece)
         except httptools.HttpParserUpgrade:
@@ -170,6 +185,8 @@ class RequestParser:
             self._refuse_head(str(error))
         if ends is not self._head_ended:
             self._refuse_head("the end of its head is not clear")
+        if too_large:
+            self._refuse_large_head()
         if not ends:
             self._tail = (self._tail + piece[-3:])[-3:]
         elif self.refused is None:
@@ -188,6 +205,7 @@ class RequestParser:
         request.complete = not self._in_body
         self.requests.append(request)
         self._head, self._head_size, self._head_ended, self._tail = None, 0, False, b""
+        self._line_end, self._line_complete = b"", False
         self._host, self._is_chunked = None, False
 
     def _feed_body(self, data: bytes, at: int) -> int:
@@ -267,7 +285,11 @@ class RequestParser:
         request.method = head.get_method().decode("ascii")
         request.version = head.get_http_version()
         request.keep_alive = head.should_keep_alive()
-        if request.coded:
+        if self._line_end != _PROTOCOLS.get(request.version):
+            # llhttp also accepts RTSP and ICE, which it reports as HTTP; HTTP/2.0; and HTTP/0.9, in which the line has
+            # no version and may end in anything.
+            self._refuse(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
+        elif request.coded:
             self._refuse(501, "The only transfer encoding known here is 'chunked'")
         elif self._host is None and request.version == "1.1":
             self._refuse(400, "The request has no Host header")

@@ -63,7 +63,8 @@ class HypercornConnection:
         self._stream = stream
         self._app = app
         self._requests: dict[HypercornRequest, None] = {}
-        self._transport = _Transport(self, stream.peer_address, stream.local_address)
+        transport = _Transport if stream.tls is None else _TlsTransport
+        self._transport = transport(self, stream.peer_address, stream.local_address)
         self._server = TCPServer(
             self._run_app,  # type: ignore[arg-type]
             config,
@@ -145,6 +146,11 @@ class HypercornConnection:
             del self._requests[request]
             self._changed.unpark_all()
 
+    @property
+    def alpn(self) -> str | None:
+        """The protocol that TLS has negotiated."""
+        return None if self._stream.tls is None else self._stream.tls.alpn
+
     # What hypercorn reads and writes
 
     async def read(self, limit: int) -> bytes:
@@ -193,6 +199,20 @@ class _Transport:
     async def aclose(self) -> None:
         self._connection.close()
         await trio.lowlevel.checkpoint()
+
+
+class _TlsTransport(_Transport):
+    """A connection with TLS, under the names of ``trio.SSLStream``. Its handshake has been done."""
+
+    @property
+    def transport_stream(self) -> _TlsTransport:
+        return self
+
+    async def do_handshake(self) -> None:
+        pass
+
+    def selected_alpn_protocol(self) -> str | None:
+        return self._connection.alpn
 
 
 class _Socket:

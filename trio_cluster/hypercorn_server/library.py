@@ -4,7 +4,8 @@ The assumptions, to which ``tests/hypercorn_server/test_hypercorn_library.py`` h
 
 1. ``TCPServer(app, config, context, state, stream).run()`` speaks HTTP/1.1 and HTTP/2 on one connection, and closes
    it. Of the stream it uses ``receive_some``, ``send_all``, ``send_eof``, ``aclose``, and the family and addresses of
-   ``socket``. A stream without ``do_handshake`` is one without TLS.
+   ``socket``. A stream without ``do_handshake`` is one without TLS; of one with it, the methods ``do_handshake`` and
+   ``selected_alpn_protocol`` and the ``socket`` of ``transport_stream`` are used, too.
 2. For each request it calls ``app(scope, receive, send, sync_spawn, call_soon)`` in a task of its own. ``receive``
    gives the body, and ``http.disconnect`` when the client has left or the answer has ended. What is not received holds
    up the reading of the whole connection.

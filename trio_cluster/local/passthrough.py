@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import trio
 
-from ..core.answer import Done, Head
+from ..core.answer import Done, Head, Usage
 from ..core.call import Call
 from ..core.model import ModelInfo
 from ..core.request import Request
@@ -44,6 +44,7 @@ class RawCall(CallTask):
         super().__init__(call, scope, options)
         self.slots = slots
         self._handler = handler
+        self._usage: Usage | None = None
         self._body = call.request.body
         if call.request.upload is not None:
             self._update_idle_timer()
@@ -100,6 +101,36 @@ class RawCall(CallTask):
         await self.apply_backpressure()
         self._update_idle_timer()
 
+    def report_usage(
+        self,
+        prompt_tokens: int,
+        completion_tokens: int = 0,
+        *,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
+    ) -> None:
+        """Report the tokens of the answer, for metering. Synchronous. The last report counts.
+
+        They are not sent to the client, whose answer is what :meth:`send` was given. Without a report they are unknown,
+        and nothing is estimated.
+
+        Args:
+            prompt_tokens: tokens read, those from a cache included.
+            completion_tokens: tokens written, reasoning included.
+            cached_tokens: those of ``prompt_tokens`` that were read from a prompt cache.
+            reasoning_tokens: those of ``completion_tokens`` that were spent on reasoning.
+
+        Raises:
+            TypeError: a count is not an integer.
+            ValueError: a count is negative.
+        """
+        for count in (prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens):
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise TypeError(f"a number of tokens must be an integer, not {count!r}")
+            if count < 0:
+                raise ValueError(f"a number of tokens must not be negative: {count}")
+        self._usage = Usage(prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens)
+
     async def prepare(self) -> None:
         """See ``CallTask``."""
 
@@ -108,7 +139,7 @@ class RawCall(CallTask):
         try:
             await self._handler(self)
             if not self.call.ended:
-                self.call.put(Done())
+                self.call.put(Done(self._usage))
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise

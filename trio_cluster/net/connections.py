@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 import trio
 
 from .acceptor import accept_all
+from .handshakes import Handshakes
 from .sockets import Listeners
 from .streams import ByteStream
 
@@ -74,6 +75,8 @@ class _Connections:
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Connection, None] = {}
         self._empty = trio.Event()
+        self._handshakes = Handshakes(logger)
+        self._stopping = False
 
     async def serve(
         self,
@@ -84,6 +87,7 @@ class _Connections:
     ) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._close_when_cancelled)
+            nursery.start_soon(self._handshakes.run)
             admit = partial(self._admit, nursery, prepare(nursery))
             async with trio.open_nursery() as acceptors:
                 for listener in listeners:
@@ -91,6 +95,7 @@ class _Connections:
                 task_status.started()
                 await shutdown_trigger()
                 acceptors.cancel_scope.cancel(reason="the server takes no more connections")
+            self._stopping = True
             for connection in list(self._open):
                 connection.close_when_idle()
             with trio.move_on_after(self._grace) if math.isfinite(self._grace) else trio.CancelScope():
@@ -100,6 +105,24 @@ class _Connections:
             nursery.cancel_scope.cancel(reason="the server has stopped")
 
     def _admit(self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream) -> None:
+        if stream.needs_handshake:
+            nursery.start_soon(self._serve_after_handshake, nursery, open_connection, stream)
+        else:
+            self._open_connection(nursery, open_connection, stream)
+
+    async def _serve_after_handshake(
+        self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream
+    ) -> None:
+        if await self._handshakes.perform(stream):
+            try:
+                self._open_connection(nursery, open_connection, stream)
+            except Exception:
+                logger.exception("a connection could not be served")
+                stream.close()
+
+    def _open_connection(
+        self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream
+    ) -> None:
         try:
             connection = open_connection(stream)
         except OSError:
@@ -107,6 +130,9 @@ class _Connections:
             stream.close()
             return
         self._open[connection] = None
+        if self._stopping:
+            # Its handshake was begun before, and has only ended now.
+            connection.close_when_idle()
         nursery.start_soon(self._serve_one, connection)
 
     async def _serve_one(self, connection: Connection) -> None:

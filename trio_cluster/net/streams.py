@@ -8,16 +8,15 @@ else that happens to a token, so what is called for each token reads and writes 
 :meth:`ByteStream.try_write` and :meth:`ByteStream.read_nowait` do what can be done now. Tasks wait only where there is
 something to wait for.
 
-*What a TLS stream has to do.* Nothing here says that a byte of the stream is a byte on the socket; an ``ssl.SSLObject``
-between two ``ssl.MemoryBIO`` fits under this protocol, and three of its rules are there for that:
+*What TLS needs.* Nothing here says that a byte of the stream is a byte on the socket; ``tls.py`` puts an
+``ssl.SSLObject`` under this protocol, and three of its rules are there for that:
 
 - Bytes may be ready although the descriptor is not readable, since a record that was read holds more of them than were
   asked for. That is :attr:`ByteStream.pending`, which is to be checked before waiting for the descriptor.
-- Reading may have to write (a handshake, a key update). What the socket does not take then is kept, and goes out before
-  anything that is written later; the reader does not wait for it.
+- Reading may have to write (a key update). What the socket does not take then is kept, and goes out before anything
+  that is written later; the reader does not wait for it.
 - Bytes that were encrypted cannot be taken back. So what :meth:`ByteStream.try_write` has not taken must come first in
-  the next write, as with OpenSSL itself: the stream may have encrypted it already, and counts it when its last
-  ciphertext is with the kernel.
+  the next write: the stream may have encrypted it already, and counts it when its last ciphertext is with the kernel.
 
 *What another thread may do.* While the event loop is blocked, the watchdog's thread writes to a link (``watchdog.py``).
 It calls :meth:`ByteStream.try_write` under a lock that it shares with all other writers of that stream. A stream on
@@ -33,15 +32,38 @@ import struct
 from abc import abstractmethod
 from typing import Any, Final, TypeAlias
 
+import attrs
 import trio
 
-__all__ = ["Address", "ByteStream", "Listener", "TcpListener", "TcpStream"]
+__all__ = ["Address", "ByteStream", "Listener", "PeerCertificate", "TcpListener", "TcpStream", "TlsSession"]
 
 #: A host, numeric unless the network is simulated, and a port. What IPv6 adds to these two is left out.
 Address: TypeAlias = tuple[str, int]
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _CLOSED: Final = -1
+
+
+@attrs.frozen
+class PeerCertificate:
+    """A certificate that was shown in a TLS handshake, and is from an authority that is trusted."""
+
+    name: str
+    """The common name of its subject."""
+    serial: str
+    """Its serial number, in lower case hexadecimal digits."""
+
+
+@attrs.frozen
+class TlsSession:
+    """What a TLS handshake has agreed on."""
+
+    version: str
+    """For instance ``"TLSv1.3"``."""
+    alpn: str | None
+    """The protocol that was negotiated (ALPN); ``None``: the client offered none that the server speaks."""
+    peer: PeerCertificate | None
+    """The certificate that the peer has shown, verified; ``None``: it has shown none."""
 
 
 class ByteStream(trio.abc.AsyncResource):
@@ -52,19 +74,34 @@ class ByteStream(trio.abc.AsyncResource):
     Attributes:
         descriptor: becomes readable when there is something to read, so that many streams can be waited for together;
             ``None`` if only :meth:`read` can wait. Valid until the stream is closed.
-        pending: whether :meth:`read_nowait` has something although the descriptor may not be readable.
         writes_directly: whether a fast path may be built on :meth:`try_write`, past the task that writes otherwise. The
             simulated network can turn this off.
         injectable: whether another thread may call :meth:`try_write` while the event loop is blocked.
         virtual_time: whether the time on this connection is the event loop's own, as in a simulation: no time passes
             for the peer while the loop is blocked.
+        needs_handshake: whether :meth:`handshake` has to be awaited before the stream is used.
+        tls: what a TLS handshake has agreed on; ``None`` on a connection without TLS, and before the handshake.
     """
 
     descriptor: int | None
-    pending: bool
     writes_directly: bool
     injectable: bool
     virtual_time: bool
+    tls: TlsSession | None = None
+    needs_handshake: bool = False
+
+    @property
+    @abstractmethod
+    def pending(self) -> bool:
+        """Whether :meth:`read_nowait` has something although the descriptor may not be readable."""
+
+    async def handshake(self) -> None:
+        """Do what has to be done before the first byte of content, if :attr:`needs_handshake`. A checkpoint then.
+
+        Raises:
+            trio.BrokenResourceError: it failed, or the connection broke; the stream is to be closed.
+            trio.ClosedResourceError: this end was closed.
+        """
 
     @property
     @abstractmethod

@@ -28,6 +28,7 @@ from .requests.types import (
 )
 from .responses.chunks import FinishReason, OutputChunk, to_chunk
 from .responses.encoder import Encoder
+from .responses.usage import read_usage
 from .sse import DONE, NO_PROXY_BUFFERING, PING, error_body, error_event, event
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "media_type",
     "peek_model",
     "read_object",
+    "read_usage",
     "require_one_model",
     "to_chunk",
 ]

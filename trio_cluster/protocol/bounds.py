@@ -70,8 +70,11 @@ def clip(text: object, limit: int = TEXT_MAX) -> str:
 
 def _check_encodable(name: str, value: str) -> None:
     # Lone surrogates have no encoding. No text that was received has any, and most texts are ASCII.
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name}: contains a character that cannot be encoded")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: contains a character that cannot be encoded") from None
 
 
 def integer(lowest: int, highest: int) -> Validator:

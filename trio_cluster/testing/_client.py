@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import h11
 import trio
 
 from ..gateway.routes import MODEL_ROUTES
+from ..net.sockets import Network
+from ..net.streams import ByteStream
 from ._deprecation import warn_renamed
 from ._grammar import StreamGrammarError, StreamReport, read_stream
-from ._network import Host
-from ._streams import SimulatedStream
 
 __all__ = ["Response", "SimulatedClient", "StreamingResponse", "check_streams"]
+
+#: Bytes that are read at a time.
+_RECEIVE: Final = 64 * 1024
 
 
 @attrs.frozen
@@ -77,7 +80,7 @@ class StreamingResponse:
     """
 
     def __init__(
-        self, stream: SimulatedStream, connection: h11.Connection, head: h11.Response, path: str = ""
+        self, stream: ByteStream, connection: h11.Connection, head: h11.Response, path: str = ""
     ) -> None:
         self.path = path
         self.status: int = head.status_code
@@ -132,7 +135,7 @@ class StreamingResponse:
 
     def reset(self) -> None:
         """Reset the connection, as a client does that crashes with bytes unread. Synchronous."""
-        self._stream.close(reset=True)
+        self._stream.abort()
 
 
 def check_streams(responses: Iterable[StreamingResponse]) -> None:
@@ -159,7 +162,7 @@ class SimulatedClient:
     """A client of one simulated node.
 
     Args:
-        host: the machine that the client runs on.
+        network: that of the machine that the client runs on.
         server: the name of the node's machine.
         port: the node's port.
         headers: sent with every request.
@@ -169,7 +172,7 @@ class SimulatedClient:
 
     def __init__(
         self,
-        host: Host,
+        network: Network,
         server: str,
         port: int,
         headers: Mapping[str, str] | None = None,
@@ -180,7 +183,7 @@ class SimulatedClient:
         if on_answer is not None:
             warn_renamed("SimulatedClient(on_answer=...)", "on_response=")
             on_response = on_answer
-        self._host = host
+        self._network = network
         self._server = server
         self._port = port
         self._headers = dict(headers or {})
@@ -251,14 +254,14 @@ class SimulatedClient:
         Raises:
             OSError: nothing listens, or the connection was lost before the response.
         """
-        stream = await self._host.connect(self._server, self._port)
+        stream = await self._network.connect(self._server, self._port)
         try:
             yield await self._send_request(stream, method, path, value, headers or {})
         finally:
             stream.close()
 
     async def _send_request(
-        self, stream: SimulatedStream, method: str, path: str, value: Any, headers: Mapping[str, str]
+        self, stream: ByteStream, method: str, path: str, value: Any, headers: Mapping[str, str]
     ) -> StreamingResponse:
         body = b"" if value is None else value if isinstance(value, bytes) else json.dumps(value).encode()
         named = {"host": "localhost", **self._headers, **headers}
@@ -270,7 +273,7 @@ class SimulatedClient:
         end = (connection.send(h11.Data(body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
         # A server that refuses a request may have answered before it has read all of it.
         with suppress(trio.BrokenResourceError):
-            await stream.send_all(request + end)
+            await stream.write(request + end)
         event = await _next_event(stream, connection)
         while isinstance(event, h11.InformationalResponse):
             event = await _next_event(stream, connection)
@@ -281,13 +284,13 @@ class SimulatedClient:
         return response
 
 
-async def _next_event(stream: SimulatedStream, connection: h11.Connection) -> Any:
+async def _next_event(stream: ByteStream, connection: h11.Connection) -> Any:
     """Return the next event, or ``None`` if the connection was lost instead."""
     while True:
         try:
             event = connection.next_event()
             if event is not h11.NEED_DATA:
                 return event
-            connection.receive_data(await stream.receive_some())
+            connection.receive_data(await stream.read(_RECEIVE))
         except (h11.RemoteProtocolError, trio.BrokenResourceError):
             return None

@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 import trio
 
+from ..gateway.auth import Authenticator
+from ..net.sockets import Network
 from ..options import ClusterServerOptions, ServerOptions
 from ..server import ClusterServer
 from ._client import SimulatedClient, StreamingResponse
@@ -94,6 +96,8 @@ class SimulatedCluster:
     Attributes:
         network: the network that connects them.
         options: the master's options.
+        authenticator: determines who sends a request to a master that :meth:`start_master` makes; ``None``: the API
+            key of the options is required.
         master: the current master.
         workers: the current workers, by name.
         past: nodes that have been replaced by others.
@@ -103,10 +107,16 @@ class SimulatedCluster:
     master: SimulatedNode
 
     def __init__(
-        self, nursery: trio.Nursery, network: SimulatedNetwork, options: ClusterServerOptions
+        self,
+        nursery: trio.Nursery,
+        network: SimulatedNetwork,
+        options: ClusterServerOptions,
+        above: Callable[[Network], Network],
     ) -> None:
         self.network = network
+        self._above = above
         self.options = options
+        self.authenticator: Authenticator | None = None
         self.workers: dict[str, SimulatedNode] = {}
         self.past: list[SimulatedNode] = []
         self.responses: list[StreamingResponse] = []
@@ -123,6 +133,10 @@ class SimulatedCluster:
         """All current nodes, including ended ones that were not replaced."""
         return [self.master, *self.workers.values()]
 
+    def network_of(self, name: str) -> Network:
+        """Return the network as the node or client of this name uses it. Synchronous."""
+        return self._above(self.network.host(name))
+
     async def start_master(self, server: ClusterServer | None = None) -> SimulatedNode:
         """Start a master, and wait until it serves. It replaces one that has ended. A checkpoint.
 
@@ -137,7 +151,8 @@ class SimulatedCluster:
         """
         if server is None:
             server = ClusterServer(self.options)
-        server.network = self.network.host("master")
+            server.authenticator = self.authenticator
+        server.network = self.network_of("master")
         if hasattr(self, "master"):
             self.past.append(self.master)
         self.master = SimulatedNode(self, "master", server)
@@ -163,7 +178,7 @@ class SimulatedCluster:
         name = server.options.server.worker_id
         if name is None:
             raise ValueError("a simulated worker needs a worker_id")
-        server.network = self.network.host(name)
+        server.network = self.network_of(name)
         node = SimulatedNode(self, name, server)
         if name in self.workers:
             self.past.append(self.workers[name])
@@ -190,7 +205,7 @@ class SimulatedCluster:
             name: of the machine that it runs on.
             headers: sent with every request.
         """
-        return SimulatedClient(self.network.host(name), "master", PORT, headers, self.responses.append)
+        return SimulatedClient(self.network_of(name), "master", PORT, headers, self.responses.append)
 
 
 def worker(name: str, **options: Any) -> ClusterServer:
@@ -204,7 +219,13 @@ def worker(name: str, **options: Any) -> ClusterServer:
 
 
 def open_cluster(
-    *, latency: float = 0.0, fast_path: bool = True, seed: int | None = None, **options: Any
+    *,
+    latency: float = 0.0,
+    fast_path: bool = True,
+    seed: int | None = None,
+    above: Callable[[Network], Network] = lambda network: network,
+    authenticator: Authenticator | None = None,
+    **options: Any,
 ) -> AbstractAsyncContextManager[SimulatedCluster]:
     """Open a cluster with a master that has no models, and no workers. The end of the block closes it, by force.
 
@@ -216,6 +237,10 @@ def open_cluster(
         fast_path: let tokens be written to their client in the task that receives them; see
             :class:`SimulatedNetwork`. Its former name, ``short_way``, is deprecated.
         seed: make the run reproducible; see :func:`seeded`.
+        above: called with the network of each node and client; returns what it uses in its place, for instance one
+            with TLS on each connection.
+        authenticator: determines who sends a request, and which limits the sender has; ``None``: the API key of the
+            options is required, if there is one.
         options: the master's, fields of ``ServerOptions`` and ``ClusterServerOptions`` mixed. ``batch_wait`` is 0 if
             it is not given.
 
@@ -226,19 +251,25 @@ def open_cluster(
     if "short_way" in options:
         warn_renamed("open_cluster(short_way=...)", "fast_path=")
         fast_path = options.pop("short_way")
-    return _opened(latency, fast_path, seed, options)
+    return _opened(latency, fast_path, seed, above, authenticator, options)
 
 
 @asynccontextmanager
 async def _opened(
-    latency: float, fast_path: bool, seed: int | None, options: dict[str, Any]
+    latency: float,
+    fast_path: bool,
+    seed: int | None,
+    above: Callable[[Network], Network],
+    authenticator: Authenticator | None,
+    options: dict[str, Any],
 ) -> AsyncIterator[SimulatedCluster]:
     failure: Exception | None = None
     with threads_hold_clock(), nullcontext() if seed is None else seeded(seed):
         async with trio.open_nursery() as nursery:
             # The default name would contain the number of this process, which is not reproducible.
             master = _options({"worker_id": "master"} | options)
-            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, fast_path=fast_path), master)
+            cluster = SimulatedCluster(nursery, SimulatedNetwork(latency, fast_path=fast_path), master, above)
+            cluster.authenticator = authenticator
             await cluster.start_master()
             try:
                 yield cluster

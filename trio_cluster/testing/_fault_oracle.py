@@ -12,8 +12,10 @@ import math
 from typing import Final
 
 from ._history import FaultSpan, History
+from ._limited_keys import LimitedKeys
 from ._plan import Plan, SimulatedRequest
 from ._scripts import MARGIN
+from ._simulation import FIRST_PROBE
 from ._workload import SLOW_READS, Outcome
 
 __all__ = ["CONNECTION_FAULTS", "STOPS", "WORKER_FAULTS", "FaultOracle"]
@@ -82,6 +84,8 @@ class FaultOracle:
             case "over_capacity":
                 # A worker whose heartbeats are late gets no new calls.
                 return self._was_full(outcome) or self.fault_near(hosts, outcome, WORKER_FAULTS)
+            case "rate_limit_exceeded":
+                return self._plan.limited_keys and LimitedKeys(FIRST_PROBE).is_limited(request.number)
             case "shutting_down":
                 return self._may_be_refused(outcome)
             case "cancelled":

@@ -71,6 +71,7 @@ class Invariants(trio.abc.Instrument):
                 self._check_stats(process)
                 self._check_slots(process)
                 self._check_memory(process)
+                self._check_reservations(process)
         self._check_workers()
         self._check_time()
 
@@ -98,6 +99,21 @@ class Invariants(trio.abc.Instrument):
             upload = call.request.upload
             if upload is not None and upload.waiting_bytes > limit:
                 self._report(f"{process.name}: {upload.waiting_bytes} bytes of one upload wait")
+
+    def _check_reservations(self, process: ProcessRun) -> None:
+        """Check that each request of a limited key that has a call holds a reservation."""
+        limiter = process.server.limiter
+        if limiter is None or not self._plan.limited_keys:
+            return
+        limited = {
+            call.request.request_id
+            for call in process.server.router.live
+            if call.request.principal.limits is not None
+        }
+        if len(limited) > limiter.open_reservations:
+            self._report(
+                f"{process.name}: {limiter.open_reservations} reservations for {len(limited)} limited requests"
+            )
 
     def _check_time(self) -> None:
         now = self._history.now

@@ -155,6 +155,7 @@ class Plan:
         seconds: for how long requests and faults begin.
         latency: of the network, in seconds one way.
         fast_path: tokens are written to their client in the task that receives them.
+        limited_keys: two thirds of the clients have keys with limits.
         options: of all nodes.
         slots: of each node.
         models: all models, and the nodes that serve them.
@@ -165,6 +166,7 @@ class Plan:
     seconds: float
     latency: float
     fast_path: bool
+    limited_keys: bool
     options: dict[str, Any]
     slots: dict[str, int]
     models: tuple[ModelSpec, ...]
@@ -220,6 +222,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         seconds=seconds,
         latency=latency,
         fast_path=seed % 3 != 0,
+        limited_keys=seed % 2 == 1,
         options=options,
         slots=slots,
         models=models,

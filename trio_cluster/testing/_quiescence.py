@@ -1,8 +1,8 @@
 """Quiescence: what must be gone when no request is in progress, and the stats that must always balance.
 
 A cluster is quiescent when there are no tasks of requests, no slots taken, no calls in any router or on any link,
-nothing queued on any link, and no connection that only one of its ends still holds open. Anything that is left then has
-outlived the request it was for: an orphan.
+nothing queued on any link, nothing reserved of the limits of any key, and no connection that only one of its ends still
+holds open. Anything that is left then has outlived the request it was for: an orphan.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _orphans(cluster: SimulatedCluster) -> list[str]:
     orphans = [
         line
         for node in _nodes(cluster)
-        for find in (_calls, _links, _unbalanced_stats)
+        for find in (_calls, _links, _reservations, _unbalanced_stats)
         for line in find(node)
     ]
     orphans += [
@@ -166,6 +166,15 @@ def _links(node: SimulatedNode) -> Iterator[str]:
             yield f"{node.name}: calls {session.open_calls} open on the link with {peer}"
         elif not session.idle:
             yield f"{node.name}: unsent messages on the link with {peer}"
+
+
+def _reservations(node: SimulatedNode) -> Iterator[str]:
+    limiter = node.server.limiter
+    if limiter is not None and (limiter.open_reservations or limiter.open_tokens):
+        yield (
+            f"{node.name}: {limiter.open_reservations} reservations of limits, "
+            f"which hold {limiter.open_tokens} tokens"
+        )
 
 
 def _tasks(node: SimulatedNode, connections: int) -> Iterator[str]:

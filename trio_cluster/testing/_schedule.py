@@ -32,7 +32,7 @@ from ._quiescence import OrphansLeft, assert_no_orphans
 from ._scripted_models import ScriptedModels
 from ._scripts import Script, ScriptedFailure
 from ._seed import seeded
-from ._simulation import Simulation
+from ._simulation import FIRST_PROBE, Simulation
 from ._workload import Outcome, send_request
 
 __all__ = ["ScheduleFailed", "ScheduleReport", "run_schedule"]
@@ -42,9 +42,6 @@ _TAIL: Final = 60
 
 #: Seconds within which a cluster has recovered when the last fault is over; a worker reconnects within 30.
 _RECOVERY_TIME: Final = 60.0
-
-#: The number of the first request that checks the recovered cluster.
-_FIRST_PROBE: Final = 10_000
 
 
 @attrs.frozen
@@ -222,7 +219,7 @@ def _orphans(simulation: Simulation) -> list[str]:
 async def _probe(run: _Run) -> None:
     """Send each node as many requests at once as it has slots, then each model one request after another."""
     plan, history, models = run.plan, run.history, run.models
-    numbers = itertools.count(_FIRST_PROBE)
+    numbers = itertools.count(FIRST_PROBE)
     outcomes: list[Outcome] = []
 
     async def ask(model: ModelSpec) -> None:

@@ -15,10 +15,14 @@ import trio
 from ..server import ClusterServer
 from ._cluster import SimulatedCluster, SimulatedNode, worker
 from ._history import History
+from ._limited_keys import LimitedKeys
 from ._plan import Plan
 from ._scripted_models import ScriptedModels
 
-__all__ = ["MAX_IGNORED_CANCELLATION", "ProcessRun", "Simulation"]
+__all__ = ["FIRST_PROBE", "MAX_IGNORED_CANCELLATION", "ProcessRun", "Simulation"]
+
+#: The number of the first request that checks the recovered cluster.
+FIRST_PROBE: Final = 10_000
 
 #: Seconds for which a handler continues after it was cancelled, at most.
 MAX_IGNORED_CANCELLATION: Final = 3.0
@@ -102,6 +106,8 @@ class Simulation:
             if name in model.hosts:
                 self.register(server, model.name, name, number)
         if name == "master":
+            if self.plan.limited_keys:
+                server.authenticator = LimitedKeys(FIRST_PROBE)
             node = await self.cluster.start_master(server)
         else:
             node = await self.cluster.start_worker(server, wait=False)

@@ -4,17 +4,21 @@ A handler reports them with ``OutputChunk.usage``, as two counts, or in a dict, 
 (``prompt_tokens`` or ``input_tokens``, ``completion_tokens`` or ``output_tokens``, and details). The report has two
 readers. The client gets it in the form of its route, with the details as they came. The node gets a
 :class:`~trio_cluster.core.answer.Usage`, for metering: four numbers, and nothing else.
+
+Usage objects that another server has written are read here too (:func:`read_usage`), with more patience: what cannot be
+read is no error, because the client gets the object in any case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from trio_cluster.core.answer import Usage
 
 from .chunks import OutputChunk
 
-__all__ = ["UsageReport"]
+__all__ = ["UsageReport", "read_usage"]
 
 _READ: Final = ("prompt_tokens", "input_tokens")
 _WRITTEN: Final = ("completion_tokens", "output_tokens")
@@ -61,16 +65,7 @@ class UsageReport:
         """
         if not self._has_counts:
             return None
-        cached = self._detail(("prompt_tokens_details", "input_tokens_details"), "cached_tokens")
-        return Usage(
-            prompt_tokens=_bounded(self.prompt_tokens),
-            completion_tokens=_bounded(self.completion_tokens),
-            # The second name is Anthropic's, which some servers use beside the OpenAI API's counts.
-            cached_tokens=cached or _bounded(self.details.get("cache_read_input_tokens")),
-            reasoning_tokens=self._detail(
-                ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"
-            ),
-        )
+        return _usage(self.prompt_tokens, self.completion_tokens, self.details)
 
     def take_counts(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Take a report of two counts."""
@@ -115,13 +110,60 @@ class UsageReport:
             "total_tokens": self.total_tokens,
         }
 
-    def _detail(self, objects: tuple[str, ...], member: str) -> int:
-        """Return a count out of the first of these objects that has it; 0 if none has."""
-        for name in objects:
-            each = self.details.get(name)
-            if isinstance(each, dict) and (count := _bounded(each.get(member))):
-                return count
-        return 0
+
+def read_usage(usage: Mapping[str, Any], *, prompt_only: bool = False, apart: bool = False) -> Usage | None:
+    """Return the tokens in a usage object that another server has written. Never fails.
+
+    Args:
+        usage: the object.
+        prompt_only: the answer has no tokens of its own (embeddings, ranks), so that a total alone is that of the
+            prompt.
+        apart: the prompt's count is without the tokens that were read from a cache or written to one, as on the
+            Anthropic API's routes.
+
+    Returns:
+        ``None`` if the object has no counts, for instance because the server counts seconds.
+    """
+    counts = {name: _count(usage.get(name)) for name in (*_READ, *_WRITTEN, "total_tokens")}
+    read = [count for name in _READ if (count := counts[name]) is not None]
+    written = [count for name in _WRITTEN if (count := counts[name]) is not None]
+    total = counts["total_tokens"]
+    if prompt_only and not read and total is not None:
+        read = [total]
+    if not read and not written:
+        return None
+    prompt = read[-1] if read else 0
+    if apart:
+        prompt += _bounded(usage.get("cache_read_input_tokens"))
+        prompt += _bounded(usage.get("cache_creation_input_tokens"))
+    return _usage(prompt, written[-1] if written else 0, usage)
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, details: Mapping[str, Any]) -> Usage:
+    cached = _detail(details, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens")
+    return Usage(
+        prompt_tokens=_bounded(prompt_tokens),
+        completion_tokens=_bounded(completion_tokens),
+        # The second name is Anthropic's, which some servers use beside the OpenAI API's counts.
+        cached_tokens=cached or _bounded(details.get("cache_read_input_tokens")),
+        reasoning_tokens=_detail(
+            details, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"
+        ),
+    )
+
+
+def _detail(details: Mapping[str, Any], objects: tuple[str, ...], member: str) -> int:
+    """Return a count out of the first of these objects that has it; 0 if none has."""
+    for name in objects:
+        each = details.get(name)
+        if isinstance(each, dict) and (count := _bounded(each.get(member))):
+            return count
+    return 0
+
+
+def _count(value: Any) -> int | None:
+    """Return a count as it is; ``None`` for what is no count."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _bounded(value: Any) -> int:

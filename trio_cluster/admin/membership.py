@@ -1,0 +1,227 @@
+"""The routes with which workers join a cluster, and those with which operators invite and revoke them.
+
+Three of them need no key. The certificates of the authority are public. A worker that joins shows the secret of its
+invitation instead, and one that renews its certificate signs its request with the key of the old one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import attrs
+from quart import request
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+
+from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
+from ..core.state_dir import StateDirError
+from ..errors import ApiError, InvalidRequest
+from ..gateway.context import RequestContext, request_context
+from ..gateway.response import Reply, json_reply
+from ..openai import read_object
+from ..security.durations import parse_duration
+from ..security.invitations import JoinRefused
+from ..security.master_tls import Granted, MasterTls, TlsUnavailable
+from .operator import refuse_pages
+from .web import respond
+
+__all__ = ["Membership", "add_membership_routes"]
+
+logger = logging.getLogger("trio_cluster.tls")
+
+#: How long an invitation is valid if it is not said, and at most; in seconds.
+_EXPIRES: Final = 3600.0
+_EXPIRES_MAX: Final = 30 * 86400.0
+#: Addresses in one invitation at most.
+_MAX_ADDRESSES: Final = 16
+
+
+@attrs.frozen
+class Membership:
+    """What these routes need of a master."""
+
+    tls: MasterTls | None
+    """Its certificates; ``None``: it has none."""
+    addresses: Callable[[], Sequence[str]]
+    """Returns where its API is, ``host:port``, for workers on other machines."""
+    drop_worker: Callable[[str, str], bool]
+    """``drop_worker(name, reason)`` ends the link of a worker; returns whether it was connected."""
+
+
+def add_membership_routes(app: QuartTrio, membership: Membership) -> None:
+    """Add the routes to an application."""
+
+    def tls() -> MasterTls:
+        if membership.tls is None:
+            raise ApiError(
+                409,
+                "This master has no TLS, so it can invite no workers; start it with --tls auto",
+                code="tls_required",
+            )
+        return membership.tls
+
+    async def authority() -> TrioResponse:
+        found = tls().authority
+        if found is None:
+            raise ApiError(404, "This master has no authority of its own", code="no_authority")
+        return respond(Reply(200, [("content-type", "application/x-pem-file")], found.trusted.encode()))
+
+    async def join() -> TrioResponse:
+        body = await _body()
+        secret, wanted = _text(body, "secret"), _text(body, "request")
+        granted = await _granting(tls().join(secret, wanted, _text(body, "name")), "a worker was refused")
+        fields = {"worker": granted.name, "address": request_context(request.scope).client}
+        logger.info("a worker has joined the cluster", extra={"fields": fields})
+        return respond(json_reply(granted))
+
+    async def renew() -> TrioResponse:
+        body = await _body()
+        certificate, wanted = _text(body, "certificate"), _text(body, "request")
+        granted = await _granting(tls().renew(certificate, wanted), "a certificate was not renewed")
+        logger.info("the certificate of a worker was renewed", extra={"fields": {"worker": granted.name}})
+        return respond(json_reply(granted))
+
+    async def invite() -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        body = await _body()
+        name = _text(body, "name") if body.get("name") is not None else None
+        expires, addresses = _expires(body), _addresses(body) or list(membership.addresses())
+        with _as_api_errors():
+            token = (await tls().invite(addresses, name, expires)).encode()
+        ends = datetime.datetime.fromtimestamp(time.time() + expires, datetime.UTC)
+        content = {
+            "token": token,
+            "command": f"trio-cluster worker --join {token}",
+            "name": name,
+            "addresses": addresses,
+            "expires_at": ends.isoformat(timespec="seconds"),
+        }
+        _log_act("a worker was invited", context, worker=name, addresses=addresses, expires_in=expires)
+        return respond(json_reply(content, 201))
+
+    async def revoke(name: str) -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        with _as_api_errors():
+            known = await tls().revoke(name)
+        connected = membership.drop_worker(name, "the certificate of this worker was revoked")
+        if not (known or connected):
+            raise ApiError(404, f"No worker '{name}' was invited here", code="worker_not_found")
+        _log_act("a worker was revoked", context, worker=name, was_connected=connected)
+        return respond(json_reply({"name": name, "revoked": known, "was_connected": connected}))
+
+    async def rotate() -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        with _as_api_errors():
+            fingerprint = await tls().rotate()
+        _log_act("the authority was replaced", context, fingerprint=fingerprint)
+        return respond(json_reply({"fingerprint": fingerprint}))
+
+    add = app.add_url_rule
+    add(CA_PATH, "authority", authority, methods=["GET"])
+    add(JOIN_PATH, "join", join, methods=["POST"])
+    add(RENEW_PATH, "renew", renew, methods=["POST"])
+    add("/cluster/invites", "invite", invite, methods=["POST"])
+    add("/cluster/workers/<anything:name>/revoke", "revoke", revoke, methods=["POST"])
+    add("/cluster/ca/rotate", "rotate", rotate, methods=["POST"])
+
+
+@contextmanager
+def _as_api_errors() -> Iterator[None]:
+    """Raise what stands in the way of a request as the error that the client gets."""
+    try:
+        yield
+    except TlsUnavailable as error:
+        raise ApiError(409, str(error), code="tls_required") from error
+    except JoinRefused as error:
+        raise ApiError(403, str(error), code="invitation_refused") from error
+    except StateDirError as error:
+        raise ApiError(500, str(error), code="state_not_writable") from error
+
+
+async def _granting(granting: Awaitable[Granted], what: str) -> Granted:
+    """Return what a worker is granted, or log and raise why it is not."""
+    context = request_context(request.scope)
+    try:
+        with _as_api_errors():
+            return await granting
+    except ApiError as error:
+        _log_refusal(what, error, context)
+        raise
+    except ValueError as error:
+        _log_refusal(what, error, context)
+        raise InvalidRequest(str(error), param="request", code="invalid_value") from error
+
+
+def _log_refusal(what: str, error: Exception, context: RequestContext) -> None:
+    logger.warning("%s: %s", what, error, extra={"fields": {"address": context.client}})
+
+
+def _log_act(text: str, context: RequestContext, **fields: Any) -> None:
+    fields |= {"by": context.principal.name or "a client on this machine", "from": context.client}
+    logger.info(text, extra={"fields": fields})
+
+
+async def _body() -> dict[str, Any]:
+    content = await request.get_data(cache=True, as_text=False, parse_form_data=False)
+    return read_object(content) if content.strip() else {}
+
+
+def _text(body: dict[str, Any], field: str) -> str:
+    value = body.get(field)
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{field}: expected text", param=field, code="invalid_value")
+    return value
+
+
+def _expires(body: dict[str, Any]) -> float:
+    value = body.get("expires")
+    if value is None:
+        return _EXPIRES
+    seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, str):
+        try:
+            seconds = parse_duration(value)
+        except ValueError as error:
+            raise InvalidRequest(f"expires: {error}", param="expires", code="invalid_value") from error
+    if seconds is None or not 0 < seconds <= _EXPIRES_MAX:
+        raise InvalidRequest(
+            "expires: expected seconds, or a text such as 30m, 1h or 2d; at most 30d",
+            param="expires",
+            code="invalid_value",
+        )
+    return seconds
+
+
+def _addresses(body: dict[str, Any]) -> list[str]:
+    value = body.get("addresses")
+    if value is None:
+        return []
+    if (
+        not isinstance(value, list)
+        or not 0 < len(value) <= _MAX_ADDRESSES
+        or not all(isinstance(each, str) and _is_address(each) for each in value)
+    ):
+        raise InvalidRequest(
+            f"addresses: expected a list of 1 to {_MAX_ADDRESSES} texts HOST:PORT",
+            param="addresses",
+            code="invalid_value",
+        )
+    return value
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return (
+        bool(colon and host and text.isprintable())
+        and port.isascii()
+        and port.isdigit()
+        and 0 < int(port) < 65536
+    )

@@ -1,0 +1,67 @@
+"""Which workers a master admits: by the certificate that they have shown, by the token, or without either.
+
+Without TLS, a master admits whoever knows the token, and everybody if there is none: that is for one machine, or for a
+network of one's own. With TLS a worker has to show one of the two, unless the option ``allow_anonymous_workers`` says
+otherwise; the port may then be open to the internet.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+import attrs
+
+from ..core.status import Admission
+from ..link.websocket import Refusal
+from ..net.streams import TlsSession
+from ..options import ClusterServerOptions
+
+__all__ = ["Admitted", "Doorkeeper"]
+
+
+@attrs.frozen
+class Admitted:
+    """A worker that may join."""
+
+    how: Admission
+    name: str | None = None
+    """The name that it must have; ``None``: any."""
+
+
+def _never(_: str) -> bool:
+    return False
+
+
+@attrs.frozen
+class Doorkeeper:
+    """Decides which workers are admitted."""
+
+    options: ClusterServerOptions
+    """Read at the time of use."""
+    is_revoked: Callable[[str], bool] = _never
+    """Tells whether the certificate with this serial number was revoked."""
+
+    def admit(self, headers: dict[str, str], tls: TlsSession | None) -> Admitted | Refusal:
+        """Decide about a worker that asks to join. Synchronous.
+
+        Args:
+            headers: of the opening handshake; names in lower case.
+            tls: what its TLS handshake has agreed on; ``None`` without TLS.
+        """
+        if tls is not None and tls.peer is not None:
+            if self.is_revoked(tls.peer.serial):
+                return Refusal(403, f"the certificate of the worker '{tls.peer.name}' was revoked")
+            return Admitted("certificate", tls.peer.name)
+        token = self.options.cluster_token
+        if token is not None:
+            shown = headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(shown, b"Bearer " + token.encode("ascii")):
+                return Refusal(401, "wrong or missing cluster token")
+            return Admitted("token")
+        if tls is not None and not self.options.allow_anonymous_workers:
+            return Refusal(
+                401,
+                "this master admits workers with an invitation (trio-cluster invite) or with the cluster token",
+            )
+        return Admitted("open")

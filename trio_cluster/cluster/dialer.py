@@ -1,0 +1,157 @@
+"""How a worker connects to its master: with or without TLS, and as a member of the cluster if it has joined."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
+
+from ..core.state_dir import StateDir
+from ..net.sockets import INTERNAL_OFFSET, Listeners, Network
+from ..net.streams import ByteStream
+from ..net.tls import connect_tls
+from ..security.contexts import client_context
+
+if TYPE_CHECKING:
+    from ..security.membership import Membership
+
+__all__ = ["Dialer", "MemberDialer", "TlsNetwork"]
+
+logger = logging.getLogger("trio_cluster.tls")
+
+#: Seconds between two looks at whether the certificate is to be renewed; and after a failure.
+_RENEWAL: Final = 6 * 3600.0
+_RENEWAL_RETRY: Final = 600.0
+
+
+class TlsNetwork:
+    """A network on which connections to others are made with TLS. See ``Network``.
+
+    Args:
+        network: what is below.
+        context: says whom to trust.
+        server_name: what the server's certificate must be for; ``None``: the host that is connected to.
+    """
+
+    def __init__(self, network: Network, context: ssl.SSLContext, server_name: str | None = None) -> None:
+        self._network = network
+        self._context = context
+        self._server_name = server_name
+
+    async def listen(self, host: str, port: int) -> Listeners:
+        """See ``Network``; without TLS, which is a matter of who serves the connections."""
+        return await self._network.listen(host, port)
+
+    async def connect(self, host: str, port: int) -> ByteStream:
+        """See ``Network``."""
+        stream = await self._network.connect(host, port)
+        return await connect_tls(stream, self._context, self._server_name or host)
+
+
+class Dialer:
+    """Connects to a master.
+
+    Args:
+        network: opens connections, with TLS if the master speaks it.
+        host, port: where the master listens for workers.
+
+    Attributes:
+        host: the master's name, for its ``Host`` header and for logs.
+    """
+
+    def __init__(self, network: Network, host: str, port: int) -> None:
+        self.host = host
+        self._network = network
+        self._port = port
+
+    async def connect(self) -> ByteStream:
+        """Return a new connection. A checkpoint.
+
+        Raises:
+            OSError: it cannot be made; the message says why.
+        """
+        return await self._network.connect(self.host, self._port)
+
+    async def run(self) -> NoReturn:
+        """Do what has to be done meanwhile, until cancelled."""
+        await trio.sleep_forever()
+
+
+class MemberDialer(Dialer):
+    """Connects as a worker that was invited, and renews its certificate.
+
+    Args:
+        network: opens connections, without TLS.
+        state: where the membership is kept; ``None``: it is not renewed.
+        membership: as it is kept.
+        certificate: the file with its key and certificate.
+        addresses: where the API of the master is; the first that can be connected to is used.
+        internal_port: the port for workers; ``None``: 1000 above that of the API.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        state: StateDir | None,
+        membership: Membership,
+        certificate: Path,
+        addresses: Sequence[tuple[str, int]],
+        internal_port: int | None,
+    ) -> None:
+        super().__init__(network, *addresses[0])
+        self._state = state
+        self._membership = membership
+        self._certificate = certificate
+        self._addresses = addresses
+        self._internal_port = internal_port
+        self._context = self._make_context()
+
+    def _make_context(self) -> ssl.SSLContext:
+        return client_context(authority=self._membership.authority, certificate=self._certificate)
+
+    async def connect(self) -> ByteStream:
+        """See ``Dialer``."""
+        # Only a worker that has joined needs the package that makes certificates.
+        from ..security.authority import MASTER_NAME
+
+        network = TlsNetwork(self._network, self._context, MASTER_NAME)
+        failure: OSError | None = None
+        for host, port in self._addresses:
+            try:
+                stream = await network.connect(host, self._internal_port or port + INTERNAL_OFFSET)
+            except OSError as error:
+                failure = failure or error
+            else:
+                self.host = host
+                return stream
+        assert failure is not None
+        raise failure
+
+    async def run(self) -> NoReturn:
+        """Renew the certificate in time, until cancelled."""
+        if self._state is None:
+            await trio.sleep_forever()
+        while True:
+            pause = await self._renew(self._state)
+            await trio.sleep(pause)
+
+    async def _renew(self, state: StateDir) -> float:
+        """Renew the certificate if that is due. Return the seconds until the next look."""
+        from ..security.joining import renew_if_due
+
+        try:
+            renewed = await trio.to_thread.run_sync(
+                renew_if_due, state, self._membership, abandon_on_cancel=True
+            )
+        except Exception as error:
+            logger.warning("the certificate of this worker could not be checked: %s", error)
+            return _RENEWAL_RETRY
+        if renewed != self._membership:
+            self._membership = renewed
+            self._context = self._make_context()
+            logger.info("the certificate of this worker was renewed")
+        return _RENEWAL

@@ -1,0 +1,85 @@
+"""The key limits stage: admits a request within the limits of its key, and says in every answer what is left of them.
+
+It comes after the parse stage, since how many tokens a request may use follows from its body, and before anything is
+opened for it. What it reserves belongs to the request context, which ends the reservation with the request; the calls
+of the request hold it until their work has really stopped (``limits/reservation.py``).
+
+Requests of keys without limits do not pass this stage.
+"""
+
+from __future__ import annotations
+
+from ..limits.account import LimitState, Standing
+from ..limits.limiter import Refused
+from .context import RequestContext
+from .node_context import NodeContext
+
+__all__ = ["ReserveLimits", "limit_headers"]
+
+_Headers = list[tuple[bytes, bytes]]
+
+
+class ReserveLimits:
+    """Reserves what the request may use. See ``Stage``.
+
+    Args:
+        node_context: the node, for its limiter.
+    """
+
+    def __init__(self, node_context: NodeContext) -> None:
+        self._node_context = node_context
+
+    async def admit(self, context: RequestContext) -> None:
+        """See ``Stage``.
+
+        Raises:
+            ApiError: the key is over one of its limits (429), or they cannot be counted at the moment (503).
+        """
+        principal = context.principal
+        if principal.limits is None:
+            return
+        try:
+            reservation = await self._node_context.limiter.reserve(
+                principal, principal.limits, context.request
+            )
+        except Refused as refused:
+            context.limit_state = refused.state
+            raise refused.error from None
+        context.reservation = reservation
+        context.limit_state = reservation.state
+
+
+async def limit_headers(node_context: NodeContext, context: RequestContext) -> _Headers:
+    """Return the headers that say what is left of the limits of a key; none if it has no limits.
+
+    May be a checkpoint; waits for a second at most.
+    """
+    principal, state = context.principal, context.limit_state
+    if principal.limits is None:
+        return []
+    if state is None:
+        # The request ended before it came to the stage, or is not for a model.
+        state = await node_context.limiter.state(principal, principal.limits)
+    return _headers(state)
+
+
+def _headers(state: LimitState) -> _Headers:
+    headers: _Headers = []
+    for name, standing in ((b"requests", state.requests), (b"tokens", state.tokens)):
+        if standing is not None:
+            headers += [
+                (b"x-ratelimit-limit-" + name, b"%d" % standing.limit),
+                (b"x-ratelimit-remaining-" + name, b"%d" % standing.remaining),
+                (b"x-ratelimit-reset-" + name, _reset(standing)),
+            ]
+    return headers
+
+
+def _reset(standing: Standing) -> bytes:
+    """Return a duration as the OpenAI API writes it: ``12ms``, ``1s``, ``1.5s``, ``6m0s``."""
+    milliseconds = -(-standing.reset // 1000)
+    if milliseconds < 1000:
+        return b"%dms" % milliseconds if milliseconds else b"0s"
+    minutes, rest = divmod(milliseconds, 60_000)
+    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return (f"{minutes}m" if minutes else "").encode() + f"{seconds}s".encode()

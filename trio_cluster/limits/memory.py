@@ -1,0 +1,170 @@
+"""Counting in the memory of this process; with a state directory, over restarts of it, too (``ledger.py``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
+
+import trio
+
+from ..core.answer import Usage
+from ..core.call import Call
+from ..core.principal import Limits, Principal
+from ..core.request import Request
+from ..core.state_dir import StateDir
+from .account import Account, Demand, Grant, LimitState, Refusal
+from .estimate import Estimator
+from .ledger import Ledger
+from .limiter import refused
+from .reservation import Reservation
+
+__all__ = ["MINUTE", "MemoryLimiter"]
+
+#: The length of the sliding window, in seconds.
+MINUTE: Final = 60.0
+
+#: Seconds between two times at which accounts are saved or forgotten.
+_PAUSE: Final = 1.0
+#: Accounts that are kept without looking whether they are empty.
+_MANY: Final = 1000
+
+
+def _seconds_now() -> float:
+    return trio.current_time()
+
+
+class MemoryLimiter:
+    """See ``Limiter``. Neither :meth:`reserve` nor :meth:`state` is a checkpoint.
+
+    Args:
+        window: the length of the sliding window, in seconds.
+        state_dir: where what was used is kept; ``None``: nowhere.
+        estimator: of the tokens of requests; ``None``: a new one.
+        clock: the steady clock of the windows, in seconds; ``None``: that of trio.
+        wall_clock: the time of the calendar, in seconds since the epoch.
+
+    Raises:
+        StateDirError: the state directory cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        window: float = MINUTE,
+        state_dir: StateDir | None = None,
+        *,
+        estimator: Estimator | None = None,
+        clock: Callable[[], float] | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._window = round(window * 1_000_000)
+        self._clock = _seconds_now if clock is None else clock
+        self._wall_clock = wall_clock
+        self._estimator = Estimator() if estimator is None else estimator
+        self._accounts: dict[str, Account] = {}
+        self._many = _MANY
+        self._work = trio.Event()
+        self._ledger: Ledger | None = None
+        if state_dir is not None:
+            now = self._now()
+            self._ledger = Ledger(state_dir, round(wall_clock() * 1_000_000) - now)
+            self._accounts = self._ledger.restore(self._window, now)
+
+    async def reserve(self, principal: Principal, limits: Limits, request: Request) -> Reservation:
+        """See ``Limiter``."""
+        demand = self._estimator.estimate(request)
+        return self.reserve_nowait(principal.name, limits, demand)
+
+    def reserve_nowait(self, key: str, limits: Limits, demand: Demand) -> Reservation:
+        """Reserve what a request may use. Synchronous.
+
+        Raises:
+            Refused: the request is over a limit.
+        """
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = Account(self._window)
+            if len(self._accounts) > self._many:
+                self._work.set()
+        granted = account.reserve(limits, demand, self._now(), self._wall_clock())
+        if isinstance(granted, Refusal):
+            raise refused(granted, limits)
+        if self._ledger is not None:
+            self._ledger.note(key, granted.time, 1, granted.tokens, granted.period)
+            if self._ledger.wants_snapshot:
+                self._work.set()
+        return Reservation(
+            demand,
+            granted.tokens,
+            granted.state,
+            partial(self._settle, key, account, granted),
+            self._learn,
+        )
+
+    def _settle(self, key: str, account: Account, grant: Grant, tokens: int | None, counts: bool) -> None:
+        used = grant.tokens if tokens is None else tokens
+        now = self._now()
+        more = account.settle(grant, used, now, counts=counts)
+        if self._ledger is not None and (used != grant.tokens or not counts):
+            requests, less = 0 if counts else -1, min(0, used - grant.tokens)
+            if less or requests:
+                self._ledger.note(key, grant.time, requests, less, grant.period)
+            if more:
+                self._ledger.note(key, now, 0, more, grant.period)
+
+    def _learn(self, call: Call, usage: Usage) -> None:
+        self._estimator.learn(call.request, usage)
+
+    async def state(self, principal: Principal, limits: Limits) -> LimitState:
+        """See ``Limiter``."""
+        account = self._accounts.get(principal.name)
+        if account is None:
+            account = Account(self._window)
+        return account.state(limits, self._now())
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """See ``Limiter``. Entering and leaving it are no checkpoints."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._maintain)
+                yield
+                nursery.cancel_scope.cancel(reason="the node has ended")
+        finally:
+            if self._ledger is not None:
+                self._ledger.save(self._accounts)
+                self._ledger.close()
+
+    async def _maintain(self) -> None:
+        """Forget accounts that are empty, and save them when the log has grown.
+
+        A node without keys that have limits has no timer for that.
+        """
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            self._forget_empty()
+            self._many = max(_MANY, 2 * len(self._accounts))
+            if self._ledger is not None and self._ledger.wants_snapshot:
+                await self._ledger.save_in_thread(self._accounts)
+            await trio.sleep(_PAUSE)
+
+    def _forget_empty(self) -> None:
+        now, wall = self._now(), self._wall_clock()
+        for key in [key for key, account in self._accounts.items() if account.is_empty(now, wall)]:
+            del self._accounts[key]
+
+    @property
+    def open_reservations(self) -> int:
+        """See ``Limiter``."""
+        return sum(account.slots for account in self._accounts.values())
+
+    @property
+    def open_tokens(self) -> int:
+        """See ``Limiter``."""
+        return sum(account.reserved for account in self._accounts.values())
+
+    def _now(self) -> int:
+        return round(self._clock() * 1_000_000)

@@ -1,0 +1,1 @@
+"""Who a node is and whom it trusts: certificates, the cluster's authority, invitations, and contexts for TLS."""

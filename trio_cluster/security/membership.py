@@ -1,0 +1,148 @@
+"""What a worker that was invited keeps: its key, its certificate, whom it trusts, and where its master is.
+
+Theory of operation
+===================
+
+Joining has three steps, and may be killed between any two of them:
+
+1. The worker makes a private key and keeps it, with a digest of the token that it is for (``joining.json``).
+2. It sends a request for a certificate with the secret. A master that has answered before answers again, since the key
+   is the same.
+3. It keeps what it was given (``membership.json``), and forgets the first file.
+
+Starting with the same token again finds the membership, and uses it. OpenSSL reads keys from files only, so the key and
+the certificate are written to a file of their own, too (``worker.pem``); that one is made anew when it differs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from ..core.state_dir import StateDir, StateDirError
+from .authority import RENEW_BEFORE, Authority, certificate_ends, make_request, request_for
+
+__all__ = ["Membership", "begin_joining", "load_membership", "neighbour", "save_membership", "token_digest"]
+
+_VERSION: Final = 1
+_FILE: Final = "membership.json"
+_JOINING: Final = "joining.json"
+_PEM: Final = "worker.pem"
+
+
+@attrs.frozen
+class Membership:
+    """The membership of a worker in a cluster."""
+
+    name: str
+    """The name of the worker."""
+    addresses: tuple[str, ...]
+    """Where the API of the master is, ``host:port``."""
+    authority: str
+    """The certificates of the authorities that are trusted, in PEM."""
+    certificate: str
+    """The certificate of the worker, in PEM."""
+    key: str = attrs.field(repr=False)
+    """Its private key, in PEM."""
+    token: str
+    """The digest of the token with which it has joined."""
+
+    def needs_renewal(self, now: datetime.datetime) -> bool:
+        """Tell whether the certificate ends soon."""
+        return now + RENEW_BEFORE > certificate_ends(self.certificate)
+
+    def request(self) -> str:
+        """Return a request for a new certificate, for the same key."""
+        return request_for(self.key, self.name)
+
+
+def token_digest(token: str) -> str:
+    """Return the digest under which a token is remembered."""
+    return hashlib.sha256("".join(token.split()).encode()).hexdigest()
+
+
+def load_membership(state: StateDir) -> tuple[Membership, Path] | None:
+    """Return the membership that is kept, and the file with the key and the certificate. Blocks.
+
+    Raises:
+        StateDirError: it cannot be read, is damaged, or was written by a later version.
+    """
+    content = state.read(_FILE)
+    if content is None:
+        return None
+    path = state.path / _FILE
+    try:
+        data: dict[str, Any] = json.loads(content)
+        if data.pop("version") > _VERSION:
+            raise StateDirError(f"{path}: it was written by a later version of trio_cluster")
+        membership = Membership(**data | {"addresses": tuple(data["addresses"])})
+        certificate_ends(membership.certificate)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateDirError(f"{path}: it is damaged ({error!r}); remove it, and join again") from error
+    pem = (membership.key + membership.certificate).encode()
+    if state.read(_PEM) != pem:
+        state.write(_PEM, pem)
+    return membership, state.path / _PEM
+
+
+def neighbour(state: StateDir, now: datetime.datetime) -> tuple[Membership, Path]:
+    """Return a membership for another process of a master's machine, which may read the authority's key. Blocks.
+
+    It is for one run, and not kept: the file with the key and certificate is to be removed when it has been read.
+
+    Args:
+        state: the master's.
+        now: the time, in UTC.
+
+    Raises:
+        StateDirError: the authority cannot be read.
+    """
+    authority = Authority(state, now)
+    name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+    key, request = make_request(name)
+    certificate, _ = authority.worker_certificate(request, name, now)
+    file = f".{name}.pem"
+    state.write(file, (key + certificate).encode())
+    return Membership(name, (), authority.trusted, certificate, key, ""), state.path / file
+
+
+def save_membership(state: StateDir, membership: Membership) -> None:
+    """Keep a membership. Blocks.
+
+    Raises:
+        StateDirError: it cannot be written; what was kept before is still there.
+    """
+    content = {"version": _VERSION, **attrs.asdict(membership)}
+    state.write(_FILE, json.dumps(content, indent=1).encode())
+    state.remove(_JOINING)
+
+
+def begin_joining(state: StateDir, token: str, name: str) -> tuple[str, str]:
+    """Return the private key for joining with a token, and a request for a certificate; both in PEM. Blocks.
+
+    The key is kept, so that the next attempt with the same token has the same key.
+
+    Raises:
+        StateDirError: it cannot be kept.
+    """
+    digest = token_digest(token)
+    content = state.read(_JOINING)
+    if content is not None:
+        try:
+            kept = json.loads(content)
+            if kept["token"] == digest:
+                return kept["key"], request_for(kept["key"], name)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            # Half a key of an older version, or of a damaged disk: nothing was granted for it that is kept.
+            pass
+    key, request = make_request(name)
+    state.write(_JOINING, json.dumps({"version": _VERSION, "token": digest, "key": key}, indent=1).encode())
+    return key, request
