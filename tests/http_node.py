@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ import httpx
 import openai
 import trio
 
+from trio_cluster.accounts.accounts import open_accounts
 from trio_cluster.admin.app import create_app, put_gateway_in_front
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.call import Call
@@ -310,12 +312,25 @@ def listener(sock: socket.socket) -> TcpListener:
 
 @asynccontextmanager
 async def open_http_node(
-    script: Callable[[Served], None] | None = plain, **server: Any
+    script: Callable[[Served], None] | None = plain, *, database: str | Path | None = None, **server: Any
 ) -> AsyncIterator[HttpNode]:
     """Serve a node with one chat model ``m``, whose backend runs ``script`` for each call."""
     node_context = NodeContext(
         Router(), ClusterServerOptions(server=ServerOptions(**server)), "node-1", "standalone"
     )
+    async with AsyncExitStack() as stack:
+        if database is not None:
+            node_context.accounts = await stack.enter_async_context(
+                open_accounts(database, node_context.audit, node_context.router.observers, lambda: 90)
+            )
+        node = await stack.enter_async_context(_open(node_context, script))
+        yield node
+
+
+@asynccontextmanager
+async def _open(
+    node_context: NodeContext, script: Callable[[Served], None] | None
+) -> AsyncIterator[HttpNode]:
     app = put_gateway_in_front(create_app(node_context), node_context)
     sock = listening_socket()
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
@@ -325,5 +340,7 @@ async def open_http_node(
         if node_context.options.server.http == "hypercorn":
             serve = serve_with_hypercorn
         await nursery.start(serve, app, [listener(sock)])
+        if node_context.accounts is not None:
+            nursery.start_soon(node_context.accounts.run)
         yield node
         nursery.cancel_scope.cancel()

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "trio_cluster"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
     ("core", "options"),
+    ("accounts",),
     ("limits", "net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local"),
     ("cluster", "gateway", "hypercorn_server"),
@@ -42,8 +43,10 @@ PROGRAMS = {"__main__.py", "demo/node.py"}
 ONLY = {
     # The HTTP/1.1 server can be taken out and used alone.
     "http1": {"net"},
+    # The database knows nothing of HTTP, nor of links.
+    "accounts": {"core", "errors"},
     # The gateway does not know how workers are reached.
-    "gateway": {"core", "errors", "http1", "limits", "net", "openai", "options", "routing"},
+    "gateway": {"accounts", "core", "errors", "http1", "limits", "net", "openai", "options", "routing"},
     # What a key has used follows from requests and calls, wherever they go.
     "limits": {"core", "errors"},
     # A policy sees replicas and requests, and nothing of links or handlers.
@@ -51,12 +54,14 @@ ONLY = {
 }
 
 # The modules that may import a library of whose private or undocumented parts some are used. Each module says which,
-# and a test of its own holds the installed version to it.
+# and a test of its own holds the installed version to it. And SQLAlchemy, which is loaded when a database is opened.
 ISOLATED = {
     "trio_websocket": {"link/websocket.py"},
     "websockets": {"link/frames.py"},
     "wsproto": set(),
     "hypercorn": {"hypercorn_server/library.py"},
+    "sqlalchemy": {"accounts/migrations.py", "accounts/schema.py", "accounts/store.py"},
+    "psycopg": set(),
     "werkzeug": {"admin/app.py", "admin/web.py"},
 }
 # Which folders may know the web framework.

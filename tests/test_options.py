@@ -72,6 +72,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
         "state_dir": None,
+        "database": None,
+        "usage_days": 90,
         "ca_file": None,
         "allow_anonymous_workers": False,
     }
@@ -249,12 +251,13 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "heartbeat_interval": "7",
         "batch_wait": "0",
         "http": "hypercorn",
+        "database": "sqlite:///keys.db",
         "tls": "auto",
         "allow_anonymous_workers": "yes",
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
-        "batch_wait": 0, "http": "hypercorn",
+        "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type

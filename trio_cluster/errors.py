@@ -126,9 +126,18 @@ class ModelUnavailable(ApiError):
 
 
 class ModelNotFound(ApiError):
-    """No backend serves a model of this name, nor did one a short while ago; the message lists the available models."""
+    """No backend serves a model of this name, nor did one a short while ago; the message lists the available models.
+
+    Args:
+        name: the model.
+        available: the names of all models.
+
+    Both are attributes, too.
+    """
 
     def __init__(self, name: str, available: list[str]) -> None:
+        self.name = name
+        self.available = available
         names = ", ".join(nsmallest(_LISTED_MODELS, available)) or "none"
         if len(available) > _LISTED_MODELS:
             names += f", and {len(available) - _LISTED_MODELS} more"

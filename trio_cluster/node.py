@@ -19,7 +19,8 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -27,6 +28,8 @@ import trio
 from msgspec import UNSET
 
 from ._version import __version__
+from .accounts.accounts import Accounts, open_accounts
+from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
 from .admin.membership import Membership
 from .cluster.dialer import Dialer
@@ -144,6 +147,11 @@ class Node:
         )
 
     @property
+    def requires_key(self) -> bool:
+        """Whether requests for models need an API key."""
+        return self._node_context.requires_key
+
+    @property
     def limiter(self) -> Limiter:
         """Counts the requests of keys that have limits."""
         return self._node_context.limiter
@@ -158,7 +166,12 @@ class Node:
         self._listen_changed.set()
 
     async def serve_as_standalone(
-        self, listeners: Listeners, started: Callable[[], None], *, state_name: str | None = None
+        self,
+        listeners: Listeners,
+        started: Callable[[], None],
+        *,
+        state_name: str | None = None,
+        keeps_state: bool = False,
     ) -> None:
         """Serve the API until stopped.
 
@@ -166,14 +179,18 @@ class Node:
             listeners: the listeners for clients; closed at the end.
             started: called when requests are accepted. Synchronous.
             state_name: the name of the state directory if the options have none; ``None``: there is none.
+            keeps_state: it is for keys, usage and what was used of limits, and not only for certificates.
 
         Raises:
-            ClusterError: TLS is not possible as the options ask for it, or the state directory of the options cannot be
-                used.
+            ClusterError: TLS is not possible as the options ask for it, or the state directory or the database of the
+                options cannot be used.
         """
         await self._open_tls(state_name)
-        limiter = self._node_context.limiter = self._new_limiter(self._open_state(None))
-        async with limiter.opened(), trio.open_nursery() as nursery:
+        state = self._open_state(state_name if keeps_state else None)
+        limiter = self._node_context.limiter = self._new_limiter(state)
+        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
+            if accounts is not None:
+                nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
@@ -199,7 +216,7 @@ class Node:
             state_name: the name of the state directory if the options have none; ``None``: there is none.
 
         Raises:
-            StateDirError: the state directory of the options cannot be used.
+            StateDirError, StoreError: the state directory or the database of the options cannot be used.
             OptionsError: the limits cannot be counted where the options say.
         """
         state = self._open_state(state_name)
@@ -210,9 +227,11 @@ class Node:
         manager = WorkerManager(self._router.catalog, self._options, self._id, is_revoked)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with limiter.opened(), trio.open_nursery() as nursery:
+        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
             if memory is not None:
                 nursery.start_soon(memory.run)
+            if accounts is not None:
+                nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._log_blocks)
             if self._tls is not None:
@@ -225,6 +244,30 @@ class Node:
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await manager.close_all("the master was stopped")
             await self._end_api(nursery)
+
+    @asynccontextmanager
+    async def _open_accounts(self, state: StateDir | None) -> AsyncIterator[Accounts | None]:
+        """Open the database of keys and usage for the length of a block; ``None`` if there is no place for it.
+
+        Raises:
+            StoreError: the options name one that cannot be used.
+        """
+        options, context = self._options, self._node_context
+        database: str | Path | None = options.database
+        if database is None and state is not None:
+            database = state.path / "accounts.db"
+        async with AsyncExitStack() as stack:
+            if database is not None:
+                opening = open_accounts(
+                    database, context.audit, self._router.observers, lambda: options.usage_days
+                )
+                try:
+                    context.accounts = await stack.enter_async_context(opening)
+                except StoreError as error:
+                    if options.database is not None or options.state_dir is not None:
+                        raise
+                    logger.warning("serving without keys and usage: %s", error)
+            yield context.accounts
 
     def _open_state(self, name: str | None) -> StateDir | None:
         """Return the directory for what must survive a restart; ``None`` if there is no place for it.
@@ -241,7 +284,8 @@ class Node:
         except StateDirError as error:
             if given is not None:
                 raise
-            logger.warning("the state of this node will not survive a restart: %s", error)
+            what = "" if self._options.database is not None else "serving without keys and usage, and "
+            logger.warning("%sthe state of this node will not survive a restart: %s", what, error)
             return None
 
     def _model_memory(self, state: StateDir) -> ModelMemory | None:

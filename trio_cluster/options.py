@@ -139,6 +139,14 @@ def _secret(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f"{field.name}: may only have visible ASCII characters, and no spaces")
 
 
+def _database(instance: object, field: _Field, value: object) -> None:
+    # The URL may have a password in it, so no message repeats it.
+    if not isinstance(value, str):
+        raise TypeError(f"{field.name}: expected text")
+    if not value.isprintable() or not value.startswith(("postgresql://", "postgres://", "sqlite:///")):
+        raise OptionsError(f"{field.name}: must be postgresql://USER@HOST/NAME, or sqlite:///PATH")
+
+
 def _conflict_rule(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(ConflictRule):
         raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
@@ -282,6 +290,13 @@ class ClusterServerOptions:
     state_dir: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The directory for what a master keeps over a restart; without it, one below ``$XDG_STATE_HOME`` that its port
     names, or ``~/.local/state``."""
+    database: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_database), repr=False
+    )
+    """Where keys, usage and the audit log are kept: ``postgresql://...``, which several masters may share, or
+    ``sqlite:///PATH``; ``None``: in SQLite in the state directory."""
+    usage_days: int = attrs.field(default=90, validator=_count)
+    """How many days the row of each request is kept. The sums of days are kept for ever."""
     ca_file: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
     allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag)

@@ -369,6 +369,13 @@ class ClusterServer:
         return None if self._node is None else self._node.internal_port
 
     @property
+    def requires_key(self) -> bool:
+        """Whether clients must send an API key: there is the option ``api_key``, or a key was made."""
+        return self._options.server.api_key is not None or (
+            self._node is not None and self._node.requires_key
+        )
+
+    @property
     def app(self) -> QuartTrio | None:
         """The Quart-Trio application, to which routes can be added; ``None`` on a worker, and while it does not run."""
         return None if self._node is None else self._node.app
@@ -643,7 +650,10 @@ class ClusterServer:
             listeners = await self.network.listen(host, port)
             try:
                 await node.serve_as_standalone(
-                    listeners, lambda: task_status.started(node.mode), state_name=f"standalone-{port}"
+                    listeners,
+                    lambda: task_status.started(node.mode),
+                    state_name=f"standalone-{port}",
+                    keeps_state=self._keeps_state(port),
                 )
             finally:
                 close_all(listeners)
@@ -652,16 +662,22 @@ class ClusterServer:
     async def _run_as_master(
         self, external: Listeners, internal: Listeners, port: int, task_status: Started
     ) -> ClusterMode:
-        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
-        name = f"master-{port}" if port and isinstance(self.network, Sockets) else None
         try:
             with self._node_for(ClusterMode.MASTER) as node:
                 await node.serve_as_master(
-                    external, internal, lambda: task_status.started(node.mode), state_name=name
+                    external,
+                    internal,
+                    lambda: task_status.started(node.mode),
+                    state_name=f"master-{port}" if self._keeps_state(port) else None,
                 )
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER
+
+    def _keeps_state(self, port: int) -> bool:
+        """Tell whether a node on this port has a state directory, if the options have none."""
+        # On a port that is another one each time, or in a simulation, there is nothing to come back to.
+        return port != 0 and isinstance(self.network, Sockets)
 
     async def _open_pair(self, port: int) -> tuple[Listeners, Listeners]:
         options = self._options

@@ -59,13 +59,13 @@ async def test_it_needs_no_key_shows_no_models_and_says_whether_others_need_a_ke
 
 async def test_every_route_is_described_and_nothing_else(node: HttpNode) -> None:
     def plain(path: str) -> str:
-        return re.sub(r"<\w+:(\w+)>|\{(\w+)\}", "*", path)
+        return re.sub(r"<(?:\w+:)?(\w+)>|\{(\w+)\}", "*", path)
 
     routes = {
         (plain(rule.rule), method.lower())
         for rule in node.app.url_map.iter_rules()
         for method in rule.methods or ()
-        if method in ("GET", "POST")
+        if method in ("GET", "POST", "PATCH", "DELETE")
     }
     described = {
         (plain(path), method)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from http_node import open_http_node
 
-from trio_cluster.gateway import access_log
+from trio_cluster.gateway import access_log, failed_attempts
 
 
 def lines(
@@ -62,6 +62,7 @@ async def test_without_the_option_there_is_no_line(caplog: pytest.LogCaptureFixt
 async def test_a_wrong_key_leaves_a_trace_and_many_leave_one(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(failed_attempts, "FREE", 100)
     async with open_http_node(api_key="right") as node, node.client() as client:
         for _ in range(50):
             assert (

@@ -19,7 +19,7 @@ from trio_cluster.core.observer import Observer
 from trio_cluster.core.outcome import Outcome
 from trio_cluster.core.principal import ANONYMOUS, Principal
 from trio_cluster.core.request import Request
-from trio_cluster.gateway.auth import Authenticate, SingleKey
+from trio_cluster.gateway.auth import ApiKeys, Authenticate
 from trio_cluster.gateway.context import RequestContext
 from trio_cluster.gateway.limits import LimitSize
 from trio_cluster.gateway.node_context import NodeContext
@@ -44,9 +44,9 @@ def context_of(*headers: tuple[bytes, bytes], path: str = "/v1/models") -> Reque
 @pytest.mark.parametrize(
     ("headers", "principal"),
     [
-        ([(b"authorization", b"Bearer secret")], Principal("default", "inference")),
-        ([(b"authorization", b"bearer   secret ")], Principal("default", "inference")),
-        ([(b"x-api-key", b"secret")], Principal("default", "inference")),
+        ([(b"authorization", b"Bearer secret")], Principal("default", "admin")),
+        ([(b"authorization", b"bearer   secret ")], Principal("default", "admin")),
+        ([(b"x-api-key", b"secret")], Principal("default", "admin")),
         ([(b"authorization", b"Bearer wrong")], None),
         ([(b"authorization", b"Bearer")], None),
         ([(b"authorization", b"Basic secret")], None),
@@ -59,7 +59,7 @@ def context_of(*headers: tuple[bytes, bytes], path: str = "/v1/models") -> Reque
 async def test_the_one_key_is_required_in_either_header(
     headers: list[tuple[bytes, bytes]], principal: Principal | None
 ) -> None:
-    key = SingleKey(ClusterServerOptions(ServerOptions(api_key="secret")))
+    key = ApiKeys(ClusterServerOptions(ServerOptions(api_key="secret")))
     if principal is not None:
         assert await key.authenticate(context_of(*headers)) == principal
         return
@@ -69,7 +69,7 @@ async def test_the_one_key_is_required_in_either_header(
 
 
 async def test_without_a_key_the_principal_is_anonymous() -> None:
-    assert await SingleKey(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
+    assert await ApiKeys(ClusterServerOptions()).authenticate(context_of()) == ANONYMOUS
 
 
 OPERATORS_PATHS = [
@@ -93,7 +93,7 @@ def asked(path: str, client: str, key: str = "", **headers: str) -> RequestConte
 async def status_of(context: RequestContext, **options: str) -> int:
     """Return the status with which a request is refused, or 200."""
     try:
-        await Authenticate(SingleKey(ClusterServerOptions(ServerOptions(**options)))).admit(context)  # type: ignore[arg-type]
+        await Authenticate(ApiKeys(ClusterServerOptions(ServerOptions(**options)))).admit(context)  # type: ignore[arg-type]
     except ApiError as error:
         return {("invalid_api_key", 401): 401, ("role_required", 403): 403}[error.code or "", error.status]
     return 200
@@ -118,14 +118,17 @@ async def test_the_operator_key_is_required_for_what_concerns_others(path: str, 
 
 
 @pytest.mark.parametrize("path", OPERATORS_PATHS)
-async def test_without_an_operator_key_operators_are_on_the_same_machine(path: str) -> None:
+async def test_without_an_operator_key_operators_have_the_api_key_or_are_on_the_same_machine(
+    path: str,
+) -> None:
     for near in (NEAR, "127.8.9.1:1", "[::1]:5000", "[::ffff:127.0.0.1]:5000", "client:1", ""):
         assert await status_of(asked(path, near)) == 200
         assert await status_of(asked(path, near, "k"), api_key="k") == 200
         assert await status_of(asked(path, near), api_key="k") == 401
     for far in (FAR, "10.0.0.1:1", "[2001:db8::1]:1", "[::ffff:10.0.0.1]:1", "[fe80::1%eth0]:1"):
         assert await status_of(asked(path, far)) == 403
-        assert await status_of(asked(path, far, "k"), api_key="k") == 403
+        # The API key is an admin's, unless there is an operator key.
+        assert await status_of(asked(path, far, "k"), api_key="k") == 200
         assert await status_of(asked("/cluster/status", far, "k"), api_key="k") == 200
     for header in ("x_forwarded_for", "forwarded", "x_real_ip", "via"):
         assert await status_of(asked(path, NEAR, **{header: "x"})) == 403

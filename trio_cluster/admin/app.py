@@ -13,12 +13,14 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from ..accounts.errors import StoreError
 from ..errors import ApiError, HandlerFailed
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
 from ..gateway.response import error_reply
 from ..gateway.routes import custom_route
+from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
 from .operator import add_operator_routes
 from .routes import add_routes
@@ -42,10 +44,12 @@ def create_app(node_context: NodeContext, membership: Membership | None = None) 
     """
     app = make_app("trio_cluster.http")
     app.register_error_handler(ApiError, _on_api_error)
+    app.register_error_handler(StoreError, _on_store_error)
     app.register_error_handler(HTTPException, partial(_on_http_exception, node_context))
     app.register_error_handler(Exception, _on_exception)
     add_routes(app, node_context)
     add_operator_routes(app, node_context)
+    add_account_routes(app, node_context)
     if membership is not None:
         add_membership_routes(app, membership)
     return app
@@ -64,6 +68,15 @@ def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio
 
 async def _on_api_error(error: ApiError) -> TrioResponse:
     return respond(error_reply(error))
+
+
+async def _on_store_error(error: StoreError) -> TrioResponse:
+    # The message may name files and machines, which is for the log.
+    logger.warning("%s %s failed: %s", request.method, request.path, error)
+    unavailable = ApiError(
+        503, "The database cannot be reached; try again shortly", code="database_unavailable", retry_after=5.0
+    )
+    return respond(error_reply(unavailable))
 
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:

@@ -8,16 +8,33 @@ required to read it.
 from __future__ import annotations
 
 import inspect
+import typing
 from functools import cache
 from typing import Any, Final
 
 import msgspec
 
 from .._version import __version__
+from ..accounts.usage_row import COUNTS, GROUPS
 from ..core.model import KINDS
+from ..core.principal import BudgetPeriod, Priority, Role
 from ..core.status import WorkerStatus
 from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
-from .views import CallsView, CancelView, HealthView, IndexView, ModelsView, ReadyView, StatusView
+from .views import (
+    AuditView,
+    CallsView,
+    CancelView,
+    HealthView,
+    IndexView,
+    KeysView,
+    KeyView,
+    ModelsView,
+    NewKeyView,
+    ReadyView,
+    RevokedView,
+    StatusView,
+    UsageView,
+)
 
 __all__ = ["description"]
 
@@ -71,7 +88,70 @@ _VIEWS: Final = (
     CallsView,
     CancelView,
     WorkerStatus,
+    KeysView,
+    KeyView,
+    NewKeyView,
+    RevokedView,
+    UsageView,
+    AuditView,
 )
+#: What is counted for each group of requests.
+_COUNTS: Final = {"type": "object", "properties": {name: {"type": "integer"} for name in COUNTS}}
+
+_COUNT: Final = {"type": ["integer", "null"], "minimum": 1, "maximum": 2**53 - 1}
+_KEY_FIELDS: Final = {
+    "models": {
+        "type": ["array", "null"],
+        "items": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[ -~]*$"},
+        "maxItems": 100,
+        "description": "Patterns of the names of the models that may be used; empty: all models.",
+    },
+    "role": {"type": "string", "enum": list(typing.get_args(Role))},
+    "requests_per_minute": _COUNT,
+    "tokens_per_minute": _COUNT,
+    "max_concurrency": _COUNT,
+    "budget": {
+        "type": ["object", "null"],
+        "properties": {
+            "tokens": {"type": "integer", "minimum": 1, "maximum": 2**53 - 1},
+            "per": {"type": "string", "enum": list(typing.get_args(BudgetPeriod))},
+        },
+        "required": ["tokens", "per"],
+        "additionalProperties": False,
+    },
+    "priority": {"type": "string", "enum": list(typing.get_args(Priority))},
+    "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000},
+    "expires_at": {
+        "type": ["integer", "null"],
+        "minimum": 0,
+        "maximum": 253402300799,
+        "description": "Seconds since the epoch; or text: a time in the format of ISO 8601.",
+    },
+    "disabled": {"type": "boolean"},
+}
+_NEW_KEY: Final = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}$"},
+        **_KEY_FIELDS,
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+_CHANGES: Final = {"type": "object", "properties": _KEY_FIELDS, "additionalProperties": False}
+_GRACE: Final = {
+    "type": "object",
+    "properties": {
+        "grace": {
+            "type": ["number", "null"],
+            "minimum": 0,
+            "maximum": 366 * 86400,
+            "description": "For how many seconds the old key is valid beside the new one; 0 by default.",
+        }
+    },
+    "additionalProperties": False,
+}
+
 _REFERENCE: Final = "#/components/schemas/{name}"
 
 #: Headers of errors by status, besides those that every answer has.
@@ -135,11 +215,47 @@ def _node_paths() -> dict[str, Any]:
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
     models = {"allOf": [_view(ModelsView), {"properties": {"data": {"items": model_ref}}}]}
+    usage = {"allOf": [_view(UsageView), {"properties": {"data": {"items": _COUNTS}}}]}
+    key = _parameter("name", "The name of a key.")
+    create_key = _operation("create_key", "Make an API key", _view(NewKeyView), 400, 401, 403, 409, 413, 503)
+    create_key["requestBody"] = {"required": True, "content": {"application/json": {"schema": _NEW_KEY}}}
+    create_key["responses"]["201"] = create_key["responses"].pop("200")
+    change_key = _operation("change_key", "Change an API key", _view(KeyView), 400, 401, 403, 404, 413, 503)
+    change_key["requestBody"] = {"content": {"application/json": {"schema": _CHANGES}}}
+    rotate_key = _operation(
+        "rotate_key", "Replace an API key by a new one", _view(NewKeyView), 400, 401, 403, 404, 413, 503
+    )
+    rotate_key["requestBody"] = {"content": {"application/json": {"schema": _GRACE}}}
+    all_usage = _operation("usage", "Sum up the usage of all keys", usage, 400, 401, 403, 503)
+    own_usage = _operation("own_usage", "Sum up the usage of this key", usage, 400, 401, 503)
+    all_usage["parameters"] = own_usage["parameters"] = [
+        _query("since", "Requests from this time on, in the format of ISO 8601."),
+        _query("until", "Requests before this time."),
+        _query("group_by", f"What to group by: some of {', '.join(GROUPS)}, with commas between them."),
+    ]
+    audit = _operation(
+        "audit", "List what operators and admins have done", _view(AuditView), 400, 401, 403, 503
+    )
+    audit["parameters"] = [_query("limit", "Entries at most, from 1 to 10000; 100 by default.", "integer")]
     return {
+        "/cluster/keys": {
+            "get": _operation("keys", "List the API keys", _view(KeysView), 401, 403, 503),
+            "post": create_key,
+        },
+        "/cluster/keys/{name}": {
+            "parameters": [key],
+            "get": _operation("key", "Retrieve an API key", _view(KeyView), 401, 403, 404, 503),
+            "patch": change_key,
+            "delete": _operation("revoke_key", "Revoke an API key", _view(RevokedView), 401, 403, 404, 503),
+        },
+        "/cluster/keys/{name}/rotate": {"parameters": [key], "post": rotate_key},
+        "/cluster/usage": {"get": all_usage},
+        "/v1/usage": {"get": own_usage},
+        "/cluster/audit": {"get": audit},
         "/v1/models": {"get": _operation("models", "List all models", models, 401)},
         "/v1/models/{model}": {
             "parameters": [model],
-            "get": _operation("model", "Retrieve a model", model_ref, 401, 404, 503),
+            "get": _operation("model", "Retrieve a model", model_ref, 401, 403, 404, 503),
         },
         "/": {"get": _open("index", "Get information about this server", _view(IndexView))},
         "/health": {"get": health},
@@ -201,6 +317,10 @@ def _parameter(name: str, about: str) -> dict[str, Any]:
         "description": about,
         "schema": {"type": "string", "minLength": 1},
     }
+
+
+def _query(name: str, about: str, kind: str = "string") -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": about, "schema": {"type": kind}}
 
 
 def _refer(names: list[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ None of these routes is meant for browsers, so requests with that header are ref
 
 from __future__ import annotations
 
-import logging
 from typing import Final
 
 from quart import request
@@ -24,8 +23,6 @@ from .views import CallsView, CancelView, call_view
 from .web import respond
 
 __all__ = ["add_operator_routes", "refuse_pages"]
-
-logger = logging.getLogger("trio_cluster.http")
 
 #: The maximum number of characters of the reason for a cancellation, which people read in an error or in a log.
 _REASON_MAX: Final = 500
@@ -49,15 +46,18 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         wanted = [call for call in found if not call.ended]
         for call in wanted:
             call.cancel(reason, final=True)
-        fields = {"request_id": request_id, "calls": len(wanted)}
-        logger.info("cancelled by an operator: %s", reason, extra={"fields": fields})
+        node_context.audit.record(
+            context.principal, context.client, "request.cancel", request_id, reason=reason, calls=len(wanted)
+        )
         return respond(json_reply(CancelView(request_id, len(wanted))))
 
     async def drain(name: str) -> TrioResponse:
-        refuse_pages(request_context(request.scope))
+        context = request_context(request.scope)
+        refuse_pages(context)
         worker = node_context.drain_worker(name)
         if worker is None:
             raise ApiError(404, f"No worker '{name}' is connected", code="worker_not_found")
+        node_context.audit.record(context.principal, context.client, "worker.drain", name)
         return respond(json_reply(worker, 202))
 
     add = app.add_url_rule

@@ -13,6 +13,8 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from ..errors import HandlerFailed
+from ..gateway.auth import hide_models, may_use, require_model
+from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import JSON, Reply, json_reply
 from ..gateway.routes import MODEL_ROUTES, PREFIXES
@@ -49,14 +51,18 @@ def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
         # Some clients take the first model for a chat.
         catalog = node_context.router.catalog
-        infos = sorted(catalog.infos(), key=lambda info: info.kind not in _CHATS)
+        principal = request_context(request.scope).principal
+        infos = [info for info in catalog.infos() if may_use(principal, info.name)]
+        infos.sort(key=lambda info: info.kind not in _CHATS)
         entries = [catalog.entry(info) for info in infos]
         return respond(json_reply(ModelsView("list", entries)))
 
     async def retrieve_model(name: str) -> TrioResponse:
+        principal = request_context(request.scope).principal
+        require_model(principal, name)
         info = node_context.router.catalog.info(name)
         if info is None:
-            raise node_context.router.catalog.why_missing(name)
+            raise hide_models(principal, node_context.router.catalog.why_missing(name))
         return respond(json_reply(node_context.router.catalog.entry(info)))
 
     for prefix in PREFIXES:
@@ -82,8 +88,7 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         )
 
     async def described() -> TrioResponse:
-        needs_key = node_context.options.server.api_key is not None
-        return respond(Reply(200, [JSON], description(needs_key)))
+        return respond(Reply(200, [JSON], description(node_context.requires_key)))
 
     async def health() -> TrioResponse:
         # 503 while the node drains, so that load balancers stop using it.
@@ -102,7 +107,8 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         return respond(await metrics_reply(node_context))
 
     async def status() -> TrioResponse:
-        return respond(json_reply(status_view(node_context)))
+        principal = request_context(request.scope).principal
+        return respond(json_reply(status_view(node_context, principal)))
 
     app.add_url_rule("/", "index", index, methods=["GET"])
     app.add_url_rule("/openapi.json", "openapi", described, methods=["GET"])

@@ -9,19 +9,28 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from ..core.call import Call, Phase
+from ..core.principal import BudgetPeriod, Principal, Priority, Role
 from ..core.status import SlotStatus, WorkerStatus
+from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
 
 __all__ = [
+    "AuditEntryView",
+    "AuditView",
     "CallCounters",
     "CallView",
     "CallsView",
     "CancelView",
     "HealthView",
     "IndexView",
+    "KeyView",
+    "KeysView",
     "ModelsView",
+    "NewKeyView",
     "ReadyView",
+    "RevokedView",
     "StatusView",
+    "UsageView",
     "call_view",
     "status_view",
 ]
@@ -140,20 +149,109 @@ class CancelView:
     """How many calls were cancelled, without those that had ended already."""
 
 
-def status_view(node_context: NodeContext) -> StatusView:
-    """Return the state of a node as it is now."""
+@attrs.frozen
+class BudgetView:
+    """How many tokens may be used in each calendar period (UTC)."""
+
+    tokens: int
+    per: BudgetPeriod
+
+
+@attrs.frozen(kw_only=True)
+class KeyView:
+    """An API key, without the key itself. ``null`` stands for no limit."""
+
+    name: str
+    models: list[str]
+    """Patterns of the names of the models that may be used; empty: all models."""
+    role: Role
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    max_concurrency: int | None
+    budget: BudgetView | None
+    priority: Priority
+    weight: float
+    expires_at: str | None
+    """In the format of ISO 8601."""
+    disabled: bool
+    created_at: str
+    """In the format of ISO 8601."""
+
+
+@attrs.frozen(kw_only=True)
+class NewKeyView(KeyView):
+    """An API key that was just made, with the key itself, which is kept nowhere."""
+
+    key: str = attrs.field(repr=False)
+
+
+@attrs.frozen
+class KeysView:
+    """All API keys, sorted by name."""
+
+    object: Literal["list"]
+    data: list[KeyView]
+
+
+@attrs.frozen
+class RevokedView:
+    """An API key was revoked."""
+
+    name: str
+    revoked: Literal[True]
+
+
+@attrs.frozen
+class UsageView:
+    """The usage of each group: what it is grouped by, and counts."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+
+
+@attrs.frozen(kw_only=True)
+class AuditEntryView:
+    """One action of an operator or an admin."""
+
+    time: str
+    """In the format of ISO 8601."""
+    principal: str
+    """The name of the key; empty for a client on the same machine that needed none."""
+    address: str
+    action: str
+    target: str
+    details: dict[str, Any]
+
+
+@attrs.frozen
+class AuditView:
+    """The last actions of operators and admins, newest first."""
+
+    object: Literal["list"]
+    data: list[AuditEntryView]
+
+
+def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
+    """Return the state of a node as it is now, without the models that a principal may not use."""
     router, own = node_context.router, node_context.status()
     catalog = router.catalog
+    infos, workers = catalog.infos(), own.workers
+    if principal.models:
+        infos = [info for info in infos if may_use(principal, info.name)]
+        workers = [
+            attrs.evolve(worker, models=[name for name in worker.models if may_use(principal, name)])
+            for worker in workers
+        ]
     return StatusView(
         node_id=node_context.node_id,
         mode=node_context.mode,
         uptime=round(node_context.uptime, 3),
         draining=router.draining_reason is not None,
-        models=[catalog.entry(info) | {"nodes": catalog.served_by(info.name)} for info in catalog.infos()],
+        models=[catalog.entry(info) | {"nodes": catalog.served_by(info.name)} for info in infos],
         calls=CallCounters(**router.stats.counters(), in_flight=len(router.live)),
         version=own.version,
         slots=own.slots,
-        workers=own.workers,
+        workers=workers,
         connected=own.connected,
         rejected_models=own.rejected_models,
     )

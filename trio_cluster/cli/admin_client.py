@@ -90,7 +90,8 @@ def request_json(
     api_key: str | None,
     *,
     expected: Collection[str],
-    post: Mapping[str, Any] | None = None,
+    body: Mapping[str, Any] | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """Send a request to a node, and return the JSON object of its response. Blocks.
 
@@ -99,15 +100,16 @@ def request_json(
         path: the path below it, percent-encoded.
         api_key: the key to send, if any.
         expected: the keys that the response of a trio_cluster node has.
-        post: the JSON object to POST; ``None`` makes it a GET, which changes nothing.
+        body: the JSON object to send, if any.
+        method: of the request; ``None``: POST if there is a body, and otherwise GET, which changes nothing.
 
     Raises:
         ClusterError: the node cannot be reached, refuses the key or the request, or is not a trio_cluster node.
     """
     node = address.url
-    request = urllib.request.Request(node + path, headers={"Accept": "application/json"})
-    if post is not None:
-        request.data = json.dumps(post).encode()
+    request = urllib.request.Request(node + path, headers={"Accept": "application/json"}, method=method)
+    if body is not None:
+        request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
@@ -119,7 +121,7 @@ def request_json(
     opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
-            body = response.read(_MAX_RESPONSE + 1)
+            received = response.read(_MAX_RESPONSE + 1)
     except urllib.error.HTTPError as error:
         with error:
             raise _refused(node, error, with_key=api_key is not None) from error
@@ -140,7 +142,7 @@ def request_json(
         ) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ClusterError(f"{node}: does not speak HTTP, check the port: {printable(error)}") from error
-    content = _decode(body)
+    content = _decode(received)
     if not set(expected) <= content.keys():
         raise ClusterError(f"{node}: is not a trio_cluster node; check the URL{_workers_port_hint(node)}")
     return content

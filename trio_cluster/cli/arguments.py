@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from .._version import __version__
+from ..core.principal import Priority, Role
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
@@ -70,6 +72,16 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, also if URL stands behind a flag: `keys create NAME --role admin URL`.
+
+        argparse takes a positional that may be left out for left out if the one before it is followed by a flag.
+        """
+        found, left = super().parse_known_args(args, namespace)
+        if len(left) == 1 and not left[0].startswith("-") and getattr(found, "url", "") is None:
+            found.url = left.pop()
+        return found, left
 
     def error(self, message: str) -> NoReturn:
         raise OptionsError(f"{message}; see {self.prog} --help")
@@ -146,6 +158,24 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     drain.add_argument("--no-wait", action="store_true", help="do not wait")
     _add_admin_flags(drain)
 
+    _add_keys(command("keys", "Make, show, change and revoke API keys."))
+
+    usage = command("usage", "Show the usage of models: requests and tokens.")
+    _add_url(usage)
+    usage.add_argument(
+        "--since", metavar="TIME", help="requests from this time on, such as 2026-12-31 (UTC); default: all"
+    )
+    usage.add_argument("--until", metavar="TIME", help="requests before this time; default: all")
+    usage.add_argument(
+        "--group-by",
+        default="key,model",
+        metavar="WHAT,...",
+        help="some of key, model, worker, day (default: %(default)s)",
+    )
+    formats = usage.add_mutually_exclusive_group()
+    formats.add_argument("--csv", action="store_true", help="print lines for a spreadsheet")
+    formats.add_argument("--json", action="store_true", help="print the JSON of the node")
+    _add_admin_flags(usage)
     invite = command("invite", "Invite a worker: print the line to paste on its machine.")
     _add_url(invite, whose="the master")
     invite.add_argument(
@@ -172,6 +202,53 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     _add_url(ca, whose="the master")
     _add_admin_flags(ca)
     return parser
+
+
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    commands = keys.add_subparsers(required=True, metavar="COMMAND", dest="keys_command")
+
+    def command(name: str, text: str, *, named: bool = True) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=text, description=text)
+        if named:
+            subparser.add_argument("name", metavar="NAME", help="the name of the key")
+        _add_url(subparser)
+        _add_admin_flags(subparser)
+        # Without a default, or it would replace what was given before the name of this command.
+        subparser.add_argument("--log-level", choices=logs.LEVELS, default=argparse.SUPPRESS)
+        subparser.add_argument("--log-format", choices=logs.FORMATS, default=argparse.SUPPRESS)
+        return subparser
+
+    _add_key_fields(command("create", "Make a key, and print it, this once."))
+    show_all = command("list", "Show all keys.", named=False)
+    show_all.add_argument("--json", action="store_true", help="print the JSON of the node")
+    command("show", "Show a key.")
+    change = command("change", "Change a key; what is not given stays as it is.")
+    _add_key_fields(change)
+    change.add_argument("--disabled", choices=("yes", "no"), help="whether the key is refused for now")
+    command("revoke", "Delete a key: it is refused from now on.")
+    rotate = command("rotate", "Replace a key by a new one, and print that, this once.")
+    rotate.add_argument(
+        "--grace", metavar="TIME", help="how long the old one works beside the new one: 12h, 1d (default: 0)"
+    )
+
+
+def _add_key_fields(parser: argparse.ArgumentParser) -> None:
+    # Their names in the namespace differ from those of the options of a node.
+    def add(flag: str, metavar: str, text: str, **more: Any) -> None:
+        parser.add_argument(
+            flag, dest=f"key_{flag[2:].replace('-', '_')}", metavar=metavar, help=text, **more
+        )
+
+    roles, priorities = typing.get_args(Role), typing.get_args(Priority)
+    add("--models", "GLOB,...", "names of models, * for anything (default: all models)")
+    add("--role", "ROLE", f"{', '.join(roles)} (default: inference)", choices=roles)
+    add("--requests-per-minute", "N", "requests in any 60 seconds, or none (default: any number)")
+    add("--tokens-per-minute", "N", "tokens in any 60 seconds, or none (default: any number)")
+    add("--max-concurrency", "N", "requests at the same time, or none (default: any number)")
+    add("--budget", "TOKENS/PERIOD", "tokens in each day, week or month (UTC), or none")
+    add("--priority", "PRIORITY", f"{', '.join(priorities)} (default: normal)", choices=priorities)
+    add("--weight", "W", "its share of busy models, relative to others (default: 1)", type=float)
+    add("--expires", "WHEN", "after a time such as 30d, at a date such as 2026-12-31, or never")
 
 
 def _add_url(parser: argparse.ArgumentParser, whose: str = "the node") -> None:
@@ -301,6 +378,14 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
+        add(
+            "--database",
+            "database",
+            str,
+            "URL",
+            "where keys and usage are kept, if not in the state directory",
+        )
+        add("--usage-days", "usage_days", int, "DAYS", "how long the row of each request is kept")
         add(
             "--tls",
             "tls",

@@ -40,7 +40,7 @@ from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
 from ..security.contexts import path_of
 from ..server import ClusterServer
-from . import logs
+from . import account_commands, logs
 from .admin_client import NodeAddress, node_url, printable, request_json
 from .arguments import log_settings, master_address, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
@@ -354,8 +354,10 @@ class _Announcer:
                 "not encrypted: keys, prompts and answers can be read on the network; --tls auto changes that"
             )
         missing = []
-        if options.server.api_key is None:
-            missing.append("use its models (set TRIO_CLUSTER_API_KEY)")
+        if not self.server.requires_key:
+            missing.append(
+                "use its models (set TRIO_CLUSTER_API_KEY, or make keys with: trio-cluster keys create NAME)"
+            )
         workers_need_nothing = not encrypted or options.allow_anonymous_workers
         if mode is ClusterMode.MASTER and options.cluster_token is None and workers_need_nothing:
             missing.append("bring models of their own (set TRIO_CLUSTER_CLUSTER_TOKEN)")
@@ -426,7 +428,7 @@ def _calls(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
-    content = request_json(node, path, key, expected=("cancelled",), post={"reason": arguments.reason})
+    content = request_json(node, path, key, expected=("cancelled",), body={"reason": arguments.reason})
     count = content["cancelled"]
     if count == 0:
         print("no call was cancelled: the request has ended already, and its handler is about to stop")
@@ -440,7 +442,7 @@ def _drain(arguments: argparse.Namespace) -> int:
     path = f"/cluster/workers/{quote(arguments.worker, safe='')}/drain"
 
     def drain() -> dict[str, Any]:
-        return request_json(node, path, key, expected=("id", "instance", "in_flight"), post={})
+        return request_json(node, path, key, expected=("id", "instance", "in_flight"), body={})
 
     worker = drain()
     if arguments.no_wait:
@@ -451,6 +453,14 @@ def _drain(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise ClusterError(f"stopped waiting; the worker '{arguments.worker}' drains on") from None
     return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    return account_commands.keys(arguments, *_node_and_key(arguments))
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    return account_commands.usage(arguments, *_node_and_key(arguments))
 
 
 def _wait_until_drained(
@@ -517,7 +527,7 @@ def _invite(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     wanted = {"name": arguments.name, "expires": arguments.expires, "addresses": arguments.address}
     post = {name: value for name, value in wanted.items() if value is not None}
-    invitation = request_json(node, "/cluster/invites", key, expected=("token", "command"), post=post)
+    invitation = request_json(node, "/cluster/invites", key, expected=("token", "command"), body=post)
     # Only the line to paste goes to standard output.
     where, until = ", ".join(map(printable, invitation["addresses"])), printable(invitation["expires_at"])
     print(f"valid once, until {until}; the worker connects to {where}", file=sys.stderr)
@@ -528,7 +538,7 @@ def _invite(arguments: argparse.Namespace) -> int:
 def _revoke(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/workers/{quote(arguments.worker, safe='')}/revoke"
-    content = request_json(node, path, key, expected=("revoked", "was_connected"), post={})
+    content = request_json(node, path, key, expected=("revoked", "was_connected"), body={})
     name = printable(arguments.worker)
     print(f"{name} is refused from now on" if content["revoked"] else f"{name} had no certificate")
     if content["was_connected"]:
@@ -538,7 +548,7 @@ def _revoke(arguments: argparse.Namespace) -> int:
 
 def _ca(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
-    content = request_json(node, "/cluster/ca/rotate", key, expected=("fingerprint",), post={})
+    content = request_json(node, "/cluster/ca/rotate", key, expected=("fingerprint",), body={})
     print(f"the new authority is {printable(content['fingerprint'])}; invitations for the old one are void")
     return 0
 
@@ -556,6 +566,8 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "calls": _calls,
     "cancel": _cancel,
     "drain": _drain,
+    "keys": _keys,
+    "usage": _usage,
     "invite": _invite,
     "revoke": _revoke,
     "ca": _ca,

@@ -1,4 +1,4 @@
-"""The tables of ``trio-cluster status`` and ``trio-cluster calls``, made from a node's JSON.
+"""The tables of ``trio-cluster status``, ``calls``, ``keys list`` and ``usage``, made from a node's JSON.
 
 The JSON was written by another machine, so nothing in it is trusted to be there, to be of the right type, or to be fit
 for a terminal.
@@ -11,7 +11,7 @@ from typing import Any
 
 from .admin_client import printable
 
-__all__ = ["describe_calls", "describe_status"]
+__all__ = ["describe_calls", "describe_keys", "describe_status", "describe_usage"]
 
 
 def describe_status(status: Mapping[str, Any]) -> str:
@@ -64,6 +64,50 @@ def describe_calls(content: Mapping[str, Any]) -> str:
             for call in calls
         ],
     )
+
+
+def describe_keys(content: Mapping[str, Any]) -> str:
+    """Return the table for ``GET /cluster/keys``, without a line break at the end."""
+    keys = _rows(content, "data")
+    if not keys:
+        return "no keys"
+    titles = "NAME", "ROLE", "MODELS", "REQUESTS/MIN", "TOKENS/MIN", "CONCURRENCY", "BUDGET", "PRIORITY"
+    return _table(
+        (*titles, "WEIGHT", "EXPIRES", "DISABLED"),
+        [
+            (
+                _cell(key.get("name")),
+                _cell(key.get("role")),
+                _cell(key.get("models") or "all"),
+                _cell(key.get("requests_per_minute")),
+                _cell(key.get("tokens_per_minute")),
+                _cell(key.get("max_concurrency")),
+                _budget(key.get("budget")),
+                _cell(key.get("priority")),
+                _cell(key.get("weight")),
+                _cell(key.get("expires_at")),
+                "yes" if key.get("disabled") else "no",
+            )
+            for key in keys
+        ],
+    )
+
+
+def describe_usage(content: Mapping[str, Any], groups: Sequence[str]) -> str:
+    """Return the table for ``GET /cluster/usage``, without a line break at the end."""
+    rows = _rows(content, "data")
+    if not rows:
+        return "no requests"
+    counts = "requests", "completed", "failed", "cancelled", "prompt_tokens", "completion_tokens"
+    columns = [*groups, *counts, "cached_tokens", "usage_unknown"]
+    titles = [column.upper().replace("_", " ") for column in columns]
+    return _table(titles, [[_cell(row.get(column)) for column in columns] for row in rows])
+
+
+def _budget(budget: object) -> str:
+    if not isinstance(budget, Mapping):
+        return "-"
+    return f"{_cell(budget.get('tokens'))}/{_cell(budget.get('per'))}"
 
 
 def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:

@@ -3,26 +3,46 @@
 Every path below ``/cluster`` is for operators (:func:`is_for_operators`), except the status and those with which
 workers join, so a route that is added
 there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
-authenticator determined the principal.
+authenticator determined the principal. Keys and the audit log are for admins (:func:`is_for_admins`).
+
+Who is an admin. The first thing that is done on a new node is to make a key, and that cannot take one. So a client on
+the same machine needs no key for what is below ``/cluster`` as long as there is no admin: no option ``api_key`` or
+``operator_key``, and no valid key of the role ``admin``. If the last admin key is lost, one of the two options mends
+that; if it has expired or was revoked, the machine itself is the admin again.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import time
+from fnmatch import fnmatchcase
 from typing import Final, Protocol
 
 import attrs
 
+from ..accounts.keys import KeyTable
 from ..core.join_paths import JOIN_PATHS
 from ..core.log_context import current_principal
 from ..core.principal import ANONYMOUS, Principal
-from ..errors import ApiError
+from ..errors import ApiError, ModelNotFound
 from ..options import ClusterServerOptions
 from .access_log import RefusedKeys
 from .context import RequestContext
+from .failed_attempts import FailedAttempts
 
-__all__ = ["OPEN_PATHS", "Authenticate", "Authenticator", "SingleKey", "is_for_operators", "is_open"]
+__all__ = [
+    "OPEN_PATHS",
+    "ApiKeys",
+    "Authenticate",
+    "Authenticator",
+    "hide_models",
+    "is_for_admins",
+    "is_for_operators",
+    "is_open",
+    "may_use",
+    "require_model",
+]
 
 #: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
 #: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
@@ -31,9 +51,14 @@ OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/re
 #: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
 _STATUS: Final = "/cluster/status"
 
-#: The principals of requests that have the node's API key, and its operator key.
+#: What admins only may do. Whatever begins like one of these is for them.
+_FOR_ADMINS: Final = ("/cluster/keys", "/cluster/audit")
+
+#: The principals of requests that have the API key of the options: where there is an operator key, and where there is
+#: none; and of requests that have the operator key.
 _CLIENT: Final = Principal("default", "inference")
-_OPERATOR: Final = Principal("operator", "operator")
+_DEFAULT: Final = Principal("default", "admin")
+_OPERATOR: Final = Principal("operator", "admin")
 
 #: Headers that proxies add. A request with one of them does not come from this machine, even if its connection does.
 _PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
@@ -66,12 +91,14 @@ class Authenticate:
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
         self._refused_keys = RefusedKeys()
+        self._failed_attempts = FailedAttempts()
 
     async def admit(self, context: RequestContext) -> None:
         """See ``Stage``.
 
         Raises:
-            ApiError: 401: as the authenticator says; 403: the path is for operators, and the principal is none.
+            ApiError: 401: as the authenticator says; 403: the path is for operators or admins, and the principal is
+                none; 429: too many wrong keys came from this address.
         """
         if not is_open(context.path) and context.path not in JOIN_PATHS:
             try:
@@ -79,56 +106,112 @@ class Authenticate:
             except ApiError as error:
                 if error.status == 401:
                     self._refused_keys.refused(context, error.message)
+                    if key_of(context) is not None:
+                        await self._failed_attempts.refused(context.client)
                 raise
             if principal.name:
                 current_principal.set(principal.name)
-            if principal.role == "inference" and is_for_operators(context.path):
-                raise ApiError(
-                    403,
-                    "This is for operators. Send the operator key of this node (option 'operator_key'); without such "
-                    "an option, only clients on the same machine, without a proxy, may do this",
-                    code="role_required",
-                )
+            if principal.role != "admin" and is_for_operators(context.path):
+                _check_role(principal, context.path)
 
 
-class SingleKey:
-    """Requires the API key of the options, if there is one, and knows the operator key. See ``Authenticator``.
+def _check_role(principal: Principal, path: str) -> None:
+    if principal.role == "inference":
+        raise ApiError(
+            403,
+            "This is for operators: send a key of the role 'operator' or 'admin', or the operator key of this node "
+            "(option 'operator_key'). Only where there is neither, clients on the same machine, without a proxy, may "
+            "do this without a key",
+            code="role_required",
+        )
+    if is_for_admins(path):
+        raise ApiError(403, "This is for admins: send a key of the role 'admin'", code="role_required")
 
-    The operator key allows everything. If the options have none, clients on this machine may do what operators may.
+
+class ApiKeys:
+    """Knows the API key and the operator key of the options, and the keys that were made. See ``Authenticator``.
+
+    Nothing is required if there is no API key and no key was ever made. The operator key allows everything. The API key
+    does, too, unless there is an operator key: then it is for clients.
 
     Args:
         options: read for each request, so that a new key applies to the next one.
+        table: the keys that were made; ``None``: there is no database.
     """
 
-    def __init__(self, options: ClusterServerOptions) -> None:
+    def __init__(self, options: ClusterServerOptions, table: KeyTable | None = None) -> None:
         self._options = options
+        self._table = KeyTable() if table is None else table
 
     async def authenticate(self, context: RequestContext) -> Principal:
         """See ``Authenticator``."""
-        options = self._options.server
+        options, table = self._options.server, self._table
         key, operator_key = options.api_key, options.operator_key
-        if key is None and operator_key is None:
+        if key is None and operator_key is None and not table.required:
             return _with_role(ANONYMOUS, context)
         given = key_of(context)
-        if operator_key is not None:
-            if given is not None and hmac.compare_digest(given, operator_key.encode()):
+        if given is not None:
+            if operator_key is not None and hmac.compare_digest(given, operator_key.encode()):
                 return _OPERATOR
-            if key is None and not is_for_operators(context.path):
-                return ANONYMOUS
-        if given is None:
-            raise ApiError(
-                401,
-                "This server requires an API key: send it as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
-        if key is None or not hmac.compare_digest(given, key.encode()):
+            if key is not None and hmac.compare_digest(given, key.encode()):
+                return _DEFAULT if operator_key is None else _CLIENT
+            entry = table.find(given)
+            if entry is not None:
+                if entry.disabled:
+                    raise ApiError(401, "This API key is disabled", code="invalid_api_key")
+                if entry.expires_at <= time.time():
+                    raise ApiError(401, "This API key has expired", code="invalid_api_key")
+                return entry.principal
+        if key is None and not table.required and not is_for_operators(context.path):
+            return ANONYMOUS
+        if given is not None:
             raise ApiError(401, "The API key is not valid", code="invalid_api_key")
-        return _CLIENT if operator_key is not None else _with_role(_CLIENT, context)
+        if key is None and operator_key is None and not table.has_admin:
+            principal = _with_role(ANONYMOUS, context)
+            if principal.role == "admin":
+                return principal
+        raise ApiError(
+            401,
+            "This server requires an API key: send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+        )
+
+
+def may_use(principal: Principal, model: str) -> bool:
+    """Tell whether a principal may use a model, which need not exist."""
+    return not principal.models or any(fnmatchcase(model, pattern) for pattern in principal.models)
+
+
+def require_model(principal: Principal, model: str) -> None:
+    """Refuse a model that a principal may not use, whether it exists or not.
+
+    Raises:
+        ApiError: 403.
+    """
+    if model and not may_use(principal, model):
+        raise ApiError(
+            403,
+            f"This API key may not use the model '{model}'",
+            code="model_not_allowed",
+            param="model",
+        )
+
+
+def hide_models(principal: Principal, error: ApiError) -> ApiError:
+    """Return an error without the names of models that a principal may not use."""
+    if principal.models and isinstance(error, ModelNotFound):
+        return ModelNotFound(error.name, [name for name in error.available if may_use(principal, name)])
+    return error
 
 
 def is_for_operators(path: str) -> bool:
     """Tell whether a path, which begins with one slash, is for operators only."""
     return path.startswith("/cluster") and path.rstrip("/") != _STATUS and path not in JOIN_PATHS
+
+
+def is_for_admins(path: str) -> bool:
+    """Tell whether a path, which begins with one slash, is for admins only."""
+    return path.startswith(_FOR_ADMINS)
 
 
 def _with_role(principal: Principal, context: RequestContext) -> Principal:

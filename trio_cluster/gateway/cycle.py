@@ -29,7 +29,7 @@ from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
 from ..openai import Endpoint, endpoint_named
-from .auth import is_open
+from .auth import hide_models, is_open
 from .body import ClientLeft, RequestBody
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
@@ -205,7 +205,7 @@ class RequestCycle:
         except ApiError as error:
             # The call may keep this error as its end. With a traceback, the call and the error would refer to each
             # other, and wait for the garbage collector.
-            reply = error_reply(error.with_traceback(None))
+            reply = error_reply(hide_models(context.principal, error).with_traceback(None))
             # Otherwise a backend would go on waiting for the rest of the body.
             context.cancel_calls("the request was refused")
         if _PROCESSING not in dict(reply.headers):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 import attrs
 import trio
 
+from ..accounts.accounts import Accounts
+from ..accounts.audit import AuditLog
 from ..core.status import NodeStatus, WorkerStatus
 from ..limits.limiter import Limiter
 from ..limits.memory import MemoryLimiter
@@ -63,6 +65,10 @@ class NodeContext:
     drain_worker: Callable[[str], WorkerStatus | None] = _no_worker
     """``drain_worker(name)`` asks a worker to finish its calls and stop, and returns its state; ``None``: there is no
     worker of this name here."""
+    accounts: Accounts | None = None
+    """The keys and the usage; ``None``: the node has no database. Not to be changed after the gateway was made."""
+    audit: AuditLog = attrs.field(factory=AuditLog)
+    """Records what operators and admins do."""
     limiter: Limiter = attrs.field(factory=MemoryLimiter)
     """Counts the requests of keys that have limits."""
     authenticator: Authenticator | None = None
@@ -87,6 +93,12 @@ class NodeContext:
         await trio.lowlevel.checkpoint()
         while self._answering:
             await self._answered.park()
+
+    @property
+    def requires_key(self) -> bool:
+        """Whether requests for models need an API key."""
+        accounts = self.accounts
+        return self.options.server.api_key is not None or (accounts is not None and accounts.table.required)
 
     @property
     def uptime(self) -> float:

@@ -23,6 +23,7 @@ from ..core.request import Request
 from ..errors import InvalidRequest, LoopDetected
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
+from .auth import require_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
@@ -77,6 +78,7 @@ class Parse:
             context.form_peek = FormPeek(content_type)
             model = await _find_model(request_body, context.form_peek, first, context.spool)
             _require_model_of_path(context, model)
+            require_model(context.principal, model)
             info = catalog.check(model, endpoint.kind, endpoint.name)
             size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
@@ -84,7 +86,12 @@ class Parse:
             body = first if request_body.complete else await _rest_of(request_body, first, node_context)
             if context.model_in_path:
                 body = await _parse(_with_model_of_path, body, content_type, context)
+            if context.principal.models:
+                # Before anything is said about the model. A body without one is refused below.
+                require_model(context.principal, await _parse(peek_model, body, content_type) or "")
             info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        if context.principal.models:
+            require_model(context.principal, info.name)
         if VIA_HEADER in headers or info.name in catalog.passthrough:
             headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
         context.request = Request(

@@ -18,7 +18,7 @@ from ..core.log_context import current_principal, current_request
 from ..errors import InvalidRequest
 from ..http1.asgi import App, Receive, Scope, Send
 from .access_log import AccessLog
-from .auth import Authenticate, Authenticator, SingleKey
+from .auth import ApiKeys, Authenticate, Authenticator
 from .context import RequestContext
 from .cycle import RequestCycle
 from .key_limits import ReserveLimits
@@ -40,7 +40,7 @@ class Gateway:
         app: the ASGI application behind the gateway.
         node_context: the node; its options are read for each request.
         has_route: tells whether the application has a path; with a method, whether it has it for that one.
-        authenticator: determines who sends a request; ``None``: the API key of the options is required.
+        authenticator: determines who sends a request; ``None``: the keys of the options and of the node's accounts.
 
     Attributes:
         pipeline: the stages, and what is behind them.
@@ -53,11 +53,14 @@ class Gateway:
         has_route: HasRoute = lambda path, method=None: True,
         authenticator: Authenticator | None = None,
     ) -> None:
+        if authenticator is None:
+            accounts = node_context.accounts
+            authenticator = ApiKeys(node_context.options, None if accounts is None else accounts.table)
         parse, route = Parse(node_context), Route(node_context)
         self.pipeline = Pipeline(
             node_context,
             admission=(
-                Authenticate(authenticator or SingleKey(node_context.options)),
+                Authenticate(authenticator),
                 CheckOrigin(node_context),
                 LimitSize(node_context),
             ),

@@ -39,10 +39,11 @@ ERROR: Final[Schema] = {
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request cannot be served as it is; `param` names the field.",
     401: "The key is missing or wrong.",
-    403: "It is for operators, or it comes from a web page, which may not do this.",
-    404: "There is no such route, model, call or worker.",
+    403: "It is for operators, the key may not use the model, or it comes from a web page, which may not do this.",
+    404: "There is no such route, model, call, worker or key.",
     405: "The route does not take this method.",
     408: "The body of the request did not arrive in time.",
+    409: "The name is taken.",
     413: "The body of the request is too large.",
     415: "The content type is not the one that the route takes.",
     429: "The model reports too many requests.",
@@ -54,7 +55,7 @@ ERRORS: Final[Mapping[int, str]] = {
 }
 
 #: The error statuses of routes of models. A handler may answer with others as well.
-_MODEL_ERRORS: Final = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504, 508)
+_MODEL_ERRORS: Final = (400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504, 508)
 
 _ANY_OBJECT: Final[Schema] = members_of({"model": {"type": "string", "minLength": 1}}, ("model",))
 _JSON: Final = "application/json"

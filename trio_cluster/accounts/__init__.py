@@ -1,0 +1,1 @@
+"""Accounts: API keys, the usage journal and the audit log, and the database that keeps them."""
