@@ -264,6 +264,20 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
+        add(
+            "--limits",
+            "limits",
+            str,
+            "URL",
+            "the Redis or Valkey server where several masters count the requests of keys with limits together",
+        )
+        add(
+            "--limits-failure",
+            "limits_failure",
+            str,
+            "HOW",
+            "what happens to such requests while that server is away: allow or refuse",
+        )
         add("--state-dir", "state_dir", str, "DIR", "the directory for what is kept over a restart")
     if worker:
         add("-n/--name", "worker_id", str, "NAME", "the worker's stable id; generated if left out")
