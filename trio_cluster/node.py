@@ -53,6 +53,7 @@ from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .limits.limiter import Limiter
 from .limits.memory import MemoryLimiter
+from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
 from .net.tls import with_tls
@@ -303,6 +304,8 @@ class Node:
 
     def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
         """Return what counts the requests of keys, with what was used before a restart."""
+        if self._options.limits is not None:
+            return RedisLimiter(self._options.limits, refuse=self._options.limits_failure == "refuse")
         try:
             return MemoryLimiter(state_dir=state_dir)
         except StateDirError as error:

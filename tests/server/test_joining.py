@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +27,19 @@ from trio_cluster.errors import ClusterError
 from trio_cluster.security.invitations import Token
 
 HOST = "127.0.0.1"
+
+
+def free_pair() -> int:
+    """Return a port that was free a moment ago, and whose second one was too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind((HOST, 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind((HOST, port + 1000))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:
@@ -246,7 +260,7 @@ async def test_a_worker_without_a_certificate_and_without_a_token_is_refused(
 ) -> None:
     assert master.server.internal_port is not None
     worker = make(tmp_path / "worker", ca_file=str(master.place / "ca.pem"))
-    with pytest.raises(HandshakeRefused, match="with an invitation .* or with the cluster token"):
+    with pytest.raises(HandshakeRefused, match="with the cluster token"):
         await worker.run_as_worker(HOST, master.server.internal_port, tls=True)
     master.server.options.allow_anonymous_workers = True
     async with trio.open_nursery() as nursery:
@@ -341,15 +355,7 @@ async def test_a_port_with_tls_is_recognized_as_a_masters(master: Master) -> Non
 async def test_a_second_process_of_the_same_user_joins_by_itself(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
-    with socket.socket() as first, socket.socket() as second:
-        while True:
-            first.bind((HOST, 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind((HOST, port + 1000))
-            except (OSError, OverflowError):
-                continue
-            break
+    port = free_pair()
     one = make(tmp_path, tls="auto")
     two = make(tmp_path, tls="auto")
     two.register_chat("echo", echo)
@@ -359,7 +365,7 @@ async def test_a_second_process_of_the_same_user_joins_by_itself(
     status = (await Master(one, tmp_path).ask("GET", "/cluster/status")).json()
     assert [each["admitted"] for each in status["workers"]] == ["certificate"]
     # Its key is not left behind.
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 async def test_standalone_servers_have_tls_too(tmp_path: Path, nursery: trio.Nursery) -> None:
