@@ -25,7 +25,7 @@ from trio_cluster.core.principal import Principal
 from trio_cluster.core.request import Request
 
 COSTS = st.integers(1, 2 * LARGEST_PART)
-SHARES = st.sampled_from([0.0025, 0.25, 1.0, 2.0, 3.5, 4.0, 400.0])
+SHARES = st.sampled_from([0.00025, 0.0025, 0.25, 1.0, 2.0, 3.5, 4.0, 400.0, 4000.0])
 
 
 def drain(queue: FairQueue[Any]) -> Iterator[Any]:
@@ -222,7 +222,7 @@ def test_what_was_granted_for_a_cancelled_request_is_not_for_others() -> None:
     assert taken.index("b") <= 12
 
 
-@pytest.mark.parametrize("share", [0.0025, 400.0])
+@pytest.mark.parametrize("share", [0.00025, 0.0025, 400.0, 4000.0])
 def test_a_request_is_taken_in_a_few_steps_whatever_it_costs(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,10 +307,10 @@ def test_a_queue_is_never_longer_than_its_bound(steps: list[tuple[str, float, bo
         (Principal(), 1.0),
         (Principal(weight=3, priority="high"), 12.0),
         (Principal(weight=2, priority="low"), 0.5),
-        (Principal(weight=0), 0.01),
-        (Principal(weight=-math.inf), 0.01),
-        (Principal(weight=math.nan), 0.01),
-        (Principal(weight=math.inf), 100.0),
+        (Principal(weight=0), 0.001),
+        (Principal(weight=-math.inf), 0.001),
+        (Principal(weight=math.nan), 0.001),
+        (Principal(weight=math.inf), 1000.0),
     ],
 )
 def test_the_share_of_a_principal(principal: Principal, share: float) -> None:

@@ -67,8 +67,8 @@ QUANTUM: Final = 64
 PRIORITY_FACTORS: Final[dict[Priority, float]] = {"high": 4.0, "normal": 1.0, "low": 0.25}
 
 #: Weights out of this range count as the nearest one in it.
-_LEAST_WEIGHT: Final = 0.01
-_MOST_WEIGHT: Final = 100.0
+_LEAST_WEIGHT: Final = 0.001
+_MOST_WEIGHT: Final = 1000.0
 
 #: Bytes of a request for which one token is estimated.
 _BYTES_PER_TOKEN: Final = 4
