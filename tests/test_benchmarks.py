@@ -25,6 +25,7 @@ PROGRAMS = {
     "upstream": "x pipe",
     "bulk": "forwarded, down: vectors, from lists",
     "scale": "with replicas us",
+    "limits": "limits, in memory and on disk",
 }
 
 

@@ -71,6 +71,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "on_conflict": "reject",
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
+        "limits": None,
+        "limits_failure": "allow",
         "state_dir": None,
         "database": None,
         "usage_days": 90,
@@ -167,6 +169,9 @@ def test_a_value_of_a_wrong_type_is_a_type_error(field: str, value: Any) -> None
         ("drain_timeout", -1, OptionsError),
         ("batch_wait", -0.001, OptionsError),
         ("batch_wait", 0.2, OptionsError),
+        ("limits", "http://here", OptionsError),
+        ("limits", 6379, TypeError),
+        ("limits_failure", "ignore", OptionsError),
         ("server", 8080, TypeError),
     ],
 )
@@ -254,11 +259,14 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "database": "sqlite:///keys.db",
         "tls": "auto",
         "allow_anonymous_workers": "yes",
+        "limits": "redis://r/1",
+        "limits_failure": "refuse",
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
+        "limits": "redis://r/1", "limits_failure": "refuse",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

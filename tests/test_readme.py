@@ -274,6 +274,8 @@ def test_every_error_of_our_own_is_documented() -> None:
         errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
         errors.Overloaded(""),
+        errors.QuotaExceeded(""),
+        errors.RateLimited("", kind="requests"),
         errors.ShuttingDown(),
         errors.WorkerLost("w", ""),
         errors.UpstreamLost("m", ""),

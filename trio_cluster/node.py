@@ -41,7 +41,7 @@ from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir
-from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus
+from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus, most_waiting
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
@@ -53,6 +53,7 @@ from .http1.server import serve_http
 from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .limits.limiter import Limiter
 from .limits.memory import MemoryLimiter
+from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
 from .net.tls import with_tls
@@ -303,6 +304,8 @@ class Node:
 
     def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
         """Return what counts the requests of keys, with what was used before a restart."""
+        if self._options.limits is not None:
+            return RedisLimiter(self._options.limits, refuse=self._options.limits_failure == "refuse")
         try:
             return MemoryLimiter(state_dir=state_dir)
         except StateDirError as error:
@@ -503,7 +506,7 @@ class Node:
         manager, client, pool = self.worker_manager, self.worker_client, self._pool
         return NodeStatus(
             version=__version__,
-            slots=SlotStatus(pool.running, pool.waiting, pool.capacity),
+            slots=SlotStatus(pool.running, pool.waiting, pool.capacity, most_waiting(pool.waiting_by)),
             workers=[] if manager is None else manager.status(),
             connected=UNSET if client is None else client.connected,
             rejected_models=UNSET if client is None else dict(client.rejected_models),
@@ -514,6 +517,11 @@ class Node:
         gauges = [
             GaugeSample("slots_running", "Handlers that run in this process.", pool.running),
             GaugeSample("slots_waiting", "Calls that wait for a slot of this process.", pool.waiting),
+            GaugeSample(
+                "slots_waiting_principals",
+                "Principals of which calls wait for a slot of this process.",
+                len(pool.waiting_by),
+            ),
             GaugeSample("slots_capacity", "Handlers that may run in this process at once.", pool.capacity),
         ]
         if manager is not None:

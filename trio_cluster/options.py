@@ -23,6 +23,7 @@ __all__ = [
     "ClusterServerOptions",
     "ConflictRule",
     "HttpServer",
+    "LimitsFailure",
     "ServerOptions",
     "StreamFailure",
     "TlsMode",
@@ -36,6 +37,8 @@ ConflictRule: TypeAlias = Literal["reject", "replicate"]
 HttpServer: TypeAlias = Literal["lean", "hypercorn"]
 #: Where a node's certificate comes from: there is none; or the node makes an authority and a certificate of its own.
 TlsMode: TypeAlias = Literal["off", "auto"]
+#: What happens to requests of keys with limits while the server that counts them is away.
+LimitsFailure: TypeAlias = Literal["allow", "refuse"]
 #: What follows the error event of a stream that has failed.
 StreamFailure: TypeAlias = Literal["end", "abort"]
 
@@ -155,6 +158,19 @@ def _conflict_rule(instance: object, field: _Field, value: object) -> None:
 def _http_server(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(HttpServer):
         raise OptionsError(f'{field.name}: must be "lean" or "hypercorn", got {value!r}')
+
+
+def _redis_url(instance: object, field: _Field, value: object) -> None:
+    # The URL may have a password in it, so no message repeats it.
+    if not isinstance(value, str):
+        raise TypeError(f"{field.name}: expected text")
+    if not value.isprintable() or not value.startswith(("redis://", "rediss://")):
+        raise OptionsError(f"{field.name}: must be redis://HOST:PORT/NUMBER, or rediss:// for TLS")
+
+
+def _limits_failure(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(LimitsFailure):
+        raise OptionsError(f'{field.name}: must be "allow" or "refuse", got {value!r}')
 
 
 def _stream_failure(instance: object, field: _Field, value: object) -> None:
@@ -287,6 +303,14 @@ class ClusterServerOptions:
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""
+    limits: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_redis_url), repr=False
+    )
+    """Where the requests and tokens of keys with limits are counted: ``redis://...`` or ``rediss://...``, which several
+    masters may share; ``None``: in the memory of the master, and in its state directory over a restart."""
+    limits_failure: LimitsFailure = attrs.field(default="allow", validator=_limits_failure)
+    """What happens to requests of keys with limits while the server of ``limits`` is away. ``"allow"``: each master
+    counts them in its own memory. ``"refuse"``: they are refused with 503."""
     state_dir: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """The directory for what a master keeps over a restart; without it, one below ``$XDG_STATE_HOME`` that its port
     names, or ``~/.local/state``."""

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cluster import MemoryCluster, Worker, everything, text
-from trio.testing import wait_all_tasks_blocked
+from memory_cluster import MemoryCluster, Worker, chat_request, everything, text
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.core.answer import Done, Failed
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
+from trio_cluster.core.fair_queue import estimated_cost, share_of
 from trio_cluster.core.limits import WINDOW
+from trio_cluster.core.log_context import current_principal
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.core.principal import ANONYMOUS, Principal
+from trio_cluster.core.principal import ANONYMOUS, Principal, Priority
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
 from trio_cluster.local.passthrough import RawBackend, RawCall
+from trio_cluster.openai import ChatRequest
 
 
 def request(body: bytes = b"", upload: ByteChannel | None = None, **fields: Any) -> Request:
@@ -102,6 +105,47 @@ async def test_the_name_of_the_principal_travels(principal: Principal, remote: R
     remote.go_on.set()
     await everything(remote.open(request(b"x", principal=principal)))
     assert remote.calls[0].request.principal.name == principal.name
+
+
+@pytest.mark.parametrize("priority", ["high", "normal", "low"])
+@pytest.mark.parametrize("weight", [1.0, 0.5, 7, 1e300, -1.0])
+async def test_what_decides_when_a_request_is_served_travels(
+    weight: float, priority: Priority, remote: RemoteModel
+) -> None:
+    remote.go_on.set()
+    principal = Principal("alice", "admin", weight=weight, priority=priority)
+    await everything(remote.open(request(b"x", principal=principal, max_tokens=1 << 30)))
+    (call,) = remote.calls
+    assert call.request.principal == Principal("alice", weight=weight, priority=priority)
+    assert call.request.max_tokens == 1 << 30
+    assert share_of(call.request.principal) == share_of(principal)
+    assert estimated_cost(call.request) == estimated_cost(request(b"x", max_tokens=1 << 30))
+
+
+async def test_waiting_calls_of_principals_are_served_in_turns_on_the_worker(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    order: list[str] = []
+
+    async def slow(_: ChatRequest) -> str:
+        order.append(current_principal.get())
+        await trio.sleep(1)
+        return "x"
+
+    cluster = MemoryCluster(nursery)
+    worker = await cluster.start("w1", slow, heartbeat_interval=0.1)
+    worker.options.server.max_concurrency = 1
+    calls = []
+    for name in "aaaab":
+        calls.append(cluster.router.open(chat_request("slow", principal=Principal(name))))
+        await wait_all_tasks_blocked()
+    await trio.sleep(0.5)
+    (status,) = cluster.manager.status()
+    assert (status.waiting, status.waiting_by) == (4, {"a": 3, "b": 1})
+    for call in calls:
+        await everything(call)
+    assert "".join(order) == "aabaa"
+    assert cluster.manager.status()[0].waiting_by == {}
 
 
 async def test_no_more_than_a_window_is_sent_to_a_handler_that_does_not_read(remote: RemoteModel) -> None:

@@ -680,6 +680,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "lag": 0.0,
         "connected_for": 6.0,
         "admitted": "open",
+        "waiting_by": {},
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         status.state = "busy"  # type: ignore[misc]

@@ -129,4 +129,4 @@ async def test_a_cancelled_request_stops_in_the_middle(monkeypatch: pytest.Monke
         await begun.wait()
         nursery.cancel_scope.cancel()
     assert 3 <= steps < 900
-    assert model._slots.borrowed_tokens == 0
+    assert model._slots.running == 0

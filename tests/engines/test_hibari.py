@@ -14,6 +14,7 @@ np = pytest.importorskip("numpy")
 
 from trio_cluster.engines.hibari import Speaker  # noqa: E402
 from trio_cluster.errors import ApiError  # noqa: E402
+from trio_cluster.local.slots import Slots  # noqa: E402
 from trio_cluster.openai import TTSRequest  # noqa: E402
 
 
@@ -34,7 +35,7 @@ class FakeVoice:
 
 
 def speaker() -> Speaker:
-    return Speaker(FakeVoice(), trio.CapacityLimiter(1))
+    return Speaker(FakeVoice(), Slots(1))
 
 
 async def say(text: str = "One. Two.", **fields: Any) -> tuple[list[bytes], str]:
@@ -97,4 +98,4 @@ async def test_a_cancelled_request_stops_after_its_sentence() -> None:
         await output.first.wait()
         nursery.cancel_scope.cancel()
     assert len(model._voice.spoken) < 20
-    assert model._slots.borrowed_tokens == 0
+    assert model._slots.running == 0

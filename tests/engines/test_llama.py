@@ -20,6 +20,7 @@ from recording_provider import RecordingProvider
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
 from trio_cluster.errors import ApiError, ClusterError, InvalidRequest
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ChatRequest
 from trio_cluster.server import ClusterServer
 
@@ -63,7 +64,7 @@ class FakeServer:
 
 
 def model_of(server: Any, slots: int = 1) -> llama.Llama:
-    return llama.Llama(context=100, server=server, slots=trio.CapacityLimiter(slots))
+    return llama.Llama(context=100, server=server, slots=Slots(slots))
 
 
 async def answer(model: llama.Llama, request: ChatRequest) -> list[tuple[str, Any, int | None]]:
@@ -151,7 +152,7 @@ async def test_the_choice_of_a_tool_that_is_not_there_is_refused() -> None:
 
 async def test_tools_are_refused_if_the_model_would_not_see_them() -> None:
     server = FakeServer(delta("x"), delta(None, "stop"), USAGE)
-    model = llama.Llama(100, server, trio.CapacityLimiter(1), takes_tools=False)
+    model = llama.Llama(100, server, Slots(1), takes_tools=False)
     with pytest.raises(InvalidRequest, match="cannot use tools") as caught:
         await answer(model, chat(tools=[tool("f")]))
     assert (caught.value.status, caught.value.param) == (400, "tools")
@@ -436,7 +437,7 @@ class TestWithLlamaCpp:
         with trio.move_on_after(0.05):
             await answer(model, chat(text, max_tokens=100_000, raw={"ignore_eos": True}))
         began = trio.current_time()
-        assert model._slots.borrowed_tokens == 0
+        assert model._slots.running == 0
         await answer(model, chat(max_tokens=1))
         assert trio.current_time() - began < 2.0
 

@@ -9,8 +9,12 @@ from contextlib import aclosing
 import pytest
 import trio
 import trio.testing
+from trio.testing import wait_all_tasks_blocked
 
+from trio_cluster.core.principal import Principal
+from trio_cluster.core.request import Request
 from trio_cluster.engines import Outlet, ThreadStream, _threads
+from trio_cluster.local.slots import Slots, answered_request
 
 
 class Work:
@@ -32,7 +36,7 @@ class Work:
 
 
 async def test_results_arrive_in_order_and_then_the_end() -> None:
-    async with ThreadStream(Work(200), trio.CapacityLimiter(1)) as values:
+    async with ThreadStream(Work(200), Slots(1)) as values:
         assert [value async for value in values] == list(range(1, 201))
 
 
@@ -41,7 +45,7 @@ async def test_an_error_is_raised_after_the_results_before_it() -> None:
         outlet.put("one")
         raise LookupError("no two")
 
-    async with ThreadStream(work, trio.CapacityLimiter(1)) as values:
+    async with ThreadStream(work, Slots(1)) as values:
         assert await anext(values) == "one"
         with pytest.raises(LookupError, match="no two"):
             await anext(values)
@@ -49,18 +53,18 @@ async def test_an_error_is_raised_after_the_results_before_it() -> None:
 
 async def test_leaving_stops_the_work_and_waits_until_it_has_ended() -> None:
     work = Work()
-    limiter = trio.CapacityLimiter(1)
-    async with ThreadStream(work, limiter, bound=2) as values:
+    slots = Slots(1)
+    async with ThreadStream(work, slots, bound=2) as values:
         async for value in values:
             if value == 5:
                 break
     assert work.ended.is_set()
-    assert limiter.borrowed_tokens == 0
+    assert slots.running == 0
 
 
 async def test_a_slow_consumer_blocks_the_work_at_the_bound() -> None:
     work = Work()
-    async with ThreadStream(work, trio.CapacityLimiter(1), bound=3) as values:
+    async with ThreadStream(work, Slots(1), bound=3) as values:
         assert await anext(values) == 1
         with trio.fail_after(5):
             while work.made < 5:
@@ -82,7 +86,7 @@ async def test_a_cancelled_consumer_leaves_no_thread_behind() -> None:
         work.ended.set()
 
     async def read() -> None:
-        async with ThreadStream(blocking, trio.CapacityLimiter(1)) as values:
+        async with ThreadStream(blocking, Slots(1)) as values:
             async for value in values:
                 if value == 3:
                     reading.set()
@@ -99,7 +103,7 @@ async def test_closing_a_generator_at_its_yield_stops_the_work() -> None:
     work = Work()
 
     async def handler() -> AsyncIterator[int]:
-        async with ThreadStream(work, trio.CapacityLimiter(1)) as values:
+        async with ThreadStream(work, Slots(1)) as values:
             async for value in values:
                 yield value
 
@@ -116,22 +120,22 @@ async def test_puts_after_the_end_do_not_block() -> None:
         for number in range(20):
             refused.append(outlet.put(number))
 
-    async with ThreadStream(stubborn, trio.CapacityLimiter(1), bound=1):
+    async with ThreadStream(stubborn, Slots(1), bound=1):
         pass
     assert refused[-1] is False
     assert len(refused) == 20
 
 
 async def test_waiting_for_a_slot_can_be_cancelled_and_starts_nothing() -> None:
-    limiter = trio.CapacityLimiter(1)
+    slots = Slots(1)
     second = Work()
-    async with ThreadStream(Work(), limiter, bound=1):
+    async with ThreadStream(Work(), slots, bound=1):
         with trio.move_on_after(0.05) as scope:
-            async with ThreadStream(second, limiter):
+            async with ThreadStream(second, slots):
                 pytest.fail("there is only one slot")
         assert scope.cancelled_caught
     assert second.made == 0
-    assert limiter.borrowed_tokens == 0
+    assert slots.running == 0
 
 
 async def test_a_blocking_step_is_interrupted() -> None:
@@ -144,7 +148,7 @@ async def test_a_blocking_step_is_interrupted() -> None:
         assert interrupted.wait(5)
 
     with trio.fail_after(5):
-        async with ThreadStream(work, trio.CapacityLimiter(1)):
+        async with ThreadStream(work, Slots(1)):
             await trio.to_thread.run_sync(blocked.wait)
     assert interrupted.is_set()
 
@@ -159,7 +163,7 @@ async def test_an_interrupt_function_that_is_registered_too_late_is_called_at_on
             begin.wait()
         outlet.interrupt_with(lambda: called.append("late"))
 
-    async with ThreadStream(work, trio.CapacityLimiter(1)):
+    async with ThreadStream(work, Slots(1)):
         begin.set()
     assert called == ["late"]
 
@@ -168,13 +172,34 @@ async def test_a_thread_that_does_not_stop_keeps_its_slot_until_it_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_threads, "STOP_TIMEOUT", 0.05)
-    limiter = trio.CapacityLimiter(1)
+    slots = Slots(1)
     stuck = threading.Event()
-    async with ThreadStream(lambda outlet: stuck.wait(), limiter, name="stuck"):
+    async with ThreadStream(lambda outlet: stuck.wait(), slots, name="stuck"):
         pass
-    assert limiter.borrowed_tokens == 1
+    assert slots.running == 1
     assert "stuck" in caplog.text
     stuck.set()
     with trio.fail_after(5):
-        await limiter.acquire()
-    limiter.release()
+        assert await slots.acquire(Request("e", "chat", "m", b""))
+    slots.release()
+
+
+async def test_slots_are_given_fairly_between_the_principals_of_the_requests() -> None:
+    slots = Slots(1)
+    go = threading.Event()
+    order: list[str] = []
+
+    async def use(name: str) -> None:
+        answered_request.set(Request("e", "chat", "m", b"", principal=Principal(name)))
+        async with ThreadStream(lambda outlet: go.wait(), slots) as values:
+            order.append(name)
+            async for _ in values:
+                pass
+
+    async with trio.open_nursery() as nursery:
+        for name in "aaab":
+            nursery.start_soon(use, name)
+            await wait_all_tasks_blocked()
+        go.set()
+    assert "".join(order) == "aaba"
+    assert (slots.running, slots.waiting) == (0, 0)

@@ -16,6 +16,7 @@ from trio_cluster.engines import whisper  # noqa: E402
 from trio_cluster.engines.audio import mel, wav  # noqa: E402
 from trio_cluster.engines.whisper import Segment, split_segments  # noqa: E402
 from trio_cluster.errors import ApiError  # noqa: E402
+from trio_cluster.local.slots import Slots  # noqa: E402
 from trio_cluster.openai import ASRRequest  # noqa: E402
 
 END, NO_TIMES = 90, 99
@@ -109,7 +110,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(*results: Any, multilingual: bool = False) -> whisper.Whisper:
         fake = FakeModel(*results, multilingual=multilingual)
-        return whisper.Whisper(fake, Tokens(), trio.CapacityLimiter(1), 1, 7200)
+        return whisper.Whisper(fake, Tokens(), Slots(1), 1, 7200)
 
     return make
 
@@ -209,7 +210,7 @@ async def test_a_cancelled_request_stops_after_its_window(
         nursery.cancel_scope.cancel()
         proceed.set()
     assert len(whole._model.prompts) == 1
-    assert whole._slots.borrowed_tokens == 0
+    assert whole._slots.running == 0
 
 
 def test_the_window_length_is_the_same_everywhere() -> None:

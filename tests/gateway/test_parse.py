@@ -202,3 +202,35 @@ async def test_what_a_page_can_send_without_asking_is_not_taken_for_json(
 async def test_json_is_json(node: HttpNode, model: str, kind: str) -> None:
     body = json.dumps(CHAT | {"model": model}).encode()
     assert (await post(node, CHAT_PATH, body, {"content-type": kind})).status_code == 200
+
+
+# How long the answer may be
+
+
+@pytest.mark.parametrize("model", ["m", "any"])
+@pytest.mark.parametrize(
+    ("fields", "max_tokens"),
+    [
+        ({}, 0),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 7, "max_tokens": 5}, 7),
+        ({"max_tokens": 5, "n": 3}, 15),
+        ({"max_tokens": None, "n": 3}, 0),
+    ],
+)
+async def test_the_longest_answer_of_a_request_is_known(
+    node: HttpNode, model: str, fields: dict[str, Any], max_tokens: int
+) -> None:
+    body = json.dumps(CHAT | {"model": model} | fields).encode()
+    assert (await post(node, CHAT_PATH, body, JSON)).status_code == 200
+    assert (await node.backend.next()).request.max_tokens == max_tokens
+
+
+@pytest.mark.parametrize("value", ["5", 5.5, True, -5, 1 << 40, [5], {}])
+@pytest.mark.parametrize("name", ["max_tokens", "n"])
+async def test_what_says_nothing_about_the_length_is_not_refused_for_a_passthrough_model(
+    node: HttpNode, name: str, value: Any
+) -> None:
+    body = json.dumps({"model": "any", name: value}).encode()
+    assert (await post(node, CHAT_PATH, body, JSON)).status_code == 200
+    assert (await node.backend.next()).request.max_tokens == 0

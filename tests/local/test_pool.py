@@ -16,7 +16,8 @@ from trio_cluster.core.answer import Done, Failed
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import Overloaded, ShuttingDown
 from trio_cluster.local.handler import HandlerBackend
-from trio_cluster.local.pool import MAX_WAITING, HandlerPool
+from trio_cluster.local.pool import HandlerPool
+from trio_cluster.local.slots import MAX_WAITING
 from trio_cluster.openai import ChatRequest
 from trio_cluster.options import ClusterServerOptions
 

@@ -60,6 +60,7 @@ EXAMPLES: list[Message] = [
         1, "chat.completions", "chat", "echo", "application/json", {"x-a": "é"}, "r", 60.0, 0.5, 9
     ),
     ForwardRequest((1 << 63) - 1, "e", "chat", "m", "", {}, "", None, None, -1),
+    ForwardRequest(1, "e", "chat", "m", "", {}, "", None, None, 0, True, True, "alice", 2.5, -1, 1 << 30),
     ForwardResponse(7, 200, "text/event-stream", (("x-a", "1"), ("x-a", "2"))),
     ForwardResponse(7, 201, "audio/wav"),
     Data(7, b"\x00\xff" * 100),

@@ -188,11 +188,11 @@ def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     run = HandlerPool._in_slot
 
-    async def in_slot(self: HandlerPool, answer: Any) -> None:
+    async def in_slot(self: HandlerPool, answer: Any, slots: Any) -> None:
         try:
-            await run(self, answer)
+            await run(self, answer, slots)
         except trio.Cancelled:
-            self.slots.acquire_on_behalf_of_nowait(object())
+            self.slots.running += 1
             raise
 
     monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)

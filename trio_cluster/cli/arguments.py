@@ -379,6 +379,20 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "what happens to a model name that is served already: reject or replicate",
         )
         add(
+            "--limits",
+            "limits",
+            str,
+            "URL",
+            "the Redis or Valkey server where several masters count the requests of keys with limits together",
+        )
+        add(
+            "--limits-failure",
+            "limits_failure",
+            str,
+            "HOW",
+            "what happens to such requests while that server is away: allow or refuse",
+        )
+        add(
             "--database",
             "database",
             str,

@@ -104,7 +104,16 @@ class ForwardedCalls:
                     request_id=opened.request_id,
                     idle_timeout=math.inf if opened.timeout is None else opened.timeout,
                     checked=opened.checked,
-                    principal=Principal(opened.principal),
+                    principal=Principal(
+                        opened.principal,
+                        weight=opened.weight,
+                        priority="normal"
+                        if not opened.priority
+                        else "high"
+                        if opened.priority > 0
+                        else "low",
+                    ),
+                    max_tokens=opened.max_tokens,
                     total_timeout=math.inf if opened.budget is None else opened.budget,
                     upload=ByteChannel(opened.size, on_consumed=partial(self._consumed, call_id)),
                 )

@@ -11,6 +11,7 @@ body that is still being received counts as consumed when it has been sent to th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final, TypeAlias
@@ -21,8 +22,9 @@ from ..core.answer import Done, Failed, Head
 from ..core.call import Call
 from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
+from ..core.principal import PRIORITIES
 from ..core.request import Request
-from ..core.status import Admission, WorkerState, WorkerStatus
+from ..core.status import Admission, WorkerState, WorkerStatus, most_waiting
 from ..errors import HandlerFailed, ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
@@ -126,6 +128,9 @@ class RemoteWorker:
             waiting=self.waiting,
             capacity=self.capacity,
             in_flight=self.in_flight,
+            waiting_by=most_waiting(
+                Counter(call.request.principal.name for call in self._calls.values() if call.queued)
+            ),
             lag=round(self.lag, 3),
             connected_for=round(trio.current_time() - self.connected_at, 3),
             admitted=self.admitted,
@@ -141,7 +146,7 @@ class RemoteWorker:
         """See ``Backend``."""
         if self.health.lost is not None:
             raise WorkerLost(self.name, self.health.lost)
-        session, wake, upload = self._session, self._wake, request.upload
+        session, wake, upload, principal = self._session, self._wake, request.upload, request.principal
         call_id = session.open(
             endpoint=request.endpoint,
             kind=request.kind,
@@ -154,7 +159,10 @@ class RemoteWorker:
             size=len(request.body) if upload is None else upload.size,
             once=upload is not None,
             checked=request.checked,
-            principal=request.principal.name,
+            principal=principal.name,
+            weight=principal.weight,
+            priority=PRIORITIES[principal.priority],
+            max_tokens=request.max_tokens,
         )
 
         def cancel(reason: str) -> None:

@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 import attrs
 
-__all__ = ["ANONYMOUS", "BudgetPeriod", "Limits", "Principal", "Priority", "Role"]
+__all__ = ["ANONYMOUS", "PRIORITIES", "BudgetPeriod", "Limits", "Principal", "Priority", "Role"]
 
 #: What a principal may do. ``inference``: send requests to models; ``operator``: also see the calls of other clients,
 #: cancel them, and drain workers; ``admin``: everything.
@@ -18,6 +18,9 @@ Role: TypeAlias = Literal["inference", "operator", "admin"]
 
 #: In which order waiting requests of several principals are served, as far as fairness allows.
 Priority: TypeAlias = Literal["high", "normal", "low"]
+
+#: Priorities as they travel to a worker.
+PRIORITIES: Final[dict[Priority, int]] = {"high": 1, "normal": 0, "low": -1}
 
 #: The calendar period, in UTC, that a budget is for; a week begins on Monday.
 BudgetPeriod: TypeAlias = Literal["day", "week", "month"]

@@ -48,7 +48,10 @@ class Request:
     upload: ByteChannel | None = None
     """The body, if it was still arriving when the request was made."""
     principal: Principal = ANONYMOUS
-    """Who sends the request. Only the name is forwarded to a worker."""
+    """Who sends the request. The name, the weight and the priority are forwarded to a worker."""
+    max_tokens: int = 0
+    """Tokens that the answer may have, as far as the request says so; 0: it does not. For the order in which requests
+    are served, and for nothing else."""
 
     @property
     def size(self) -> int:

@@ -5,12 +5,25 @@ A field whose value is ``UNSET`` is left out of the JSON object.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from heapq import nsmallest
+from typing import Final, Literal, TypeAlias
 
 import attrs
 from msgspec import UNSET, UnsetType
 
-__all__ = ["WORKER_STATES", "Admission", "NodeStatus", "SlotStatus", "WorkerState", "WorkerStatus"]
+__all__ = [
+    "WORKER_STATES",
+    "Admission",
+    "NodeStatus",
+    "SlotStatus",
+    "WorkerState",
+    "WorkerStatus",
+    "most_waiting",
+]
+
+#: Principals that are listed.
+_MOST_PRINCIPALS: Final = 20
 
 #: The state of a worker. ``ok``; ``busy``: all slots are taken; ``stalled``: it is connected, and cannot do anything;
 #: ``draining``: it takes no new calls, and stops when it has finished those that it has. Of several that apply, stalled
@@ -32,6 +45,14 @@ class SlotStatus:
     """Calls that wait for a slot."""
     capacity: int = 0
     """Handlers that may run at once."""
+    waiting_by: dict[str, int] = attrs.field(factory=dict)
+    """How many of the calls that wait each principal has, by the names of their keys; empty for requests without one.
+    The 20 principals with the most."""
+
+
+def most_waiting(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the largest of the counts of principals, the largest first; those that are equal by name."""
+    return dict(nsmallest(_MOST_PRINCIPALS, counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 @attrs.frozen
@@ -65,6 +86,9 @@ class WorkerStatus:
     """Seconds since it joined."""
     admitted: Admission
     """How it was admitted: by its certificate, by the cluster token, or without either."""
+    waiting_by: dict[str, int] = attrs.field(factory=dict)
+    """How many of this master's calls wait for a slot there, by the names of their keys, as of its last heartbeat. The
+    20 principals with the most."""
 
 
 @attrs.frozen

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
-import trio
 
 from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ImageGenRequest, OutputChunk
 
 from ..engines import LoadingEngine, Option, Outlet, ServedModel, ThreadStream, fraction, text, whole_number
@@ -66,7 +66,7 @@ class Digits:
     """The loaded model."""
 
     _weights: Mapping[str, Any]
-    _slots: trio.CapacityLimiter
+    _slots: Slots
     _steps: int
     _guidance: float
 
@@ -86,7 +86,7 @@ class Digits:
             weights = diffusion.load(_WEIGHTS)
         except OSError as error:
             raise ClusterError(f"cannot read the model's weights, reinstall trio-cluster: {error}") from error
-        return cls(weights, trio.CapacityLimiter(options["parallel"]), options["steps"], options["guidance"])
+        return cls(weights, Slots(options["parallel"]), options["steps"], options["guidance"])
 
     async def draw(self, request: ImageGenRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation waits for the current step.

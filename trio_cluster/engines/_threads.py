@@ -35,7 +35,14 @@ from typing import Final, Generic, TypeVar
 import trio
 from outcome import Error, Outcome
 
+from trio_cluster.core.request import Request
+from trio_cluster.errors import Overloaded
+from trio_cluster.local.slots import Slots, answered_request
+
 __all__ = ["Outlet", "ThreadStream"]
+
+#: What a thread that is started outside of a call works for.
+_NO_REQUEST: Final = Request("", "custom", "", b"")
 
 T = TypeVar("T")
 
@@ -124,30 +131,32 @@ class ThreadStream(Generic[T]):
     """The results that ``work`` produces in a thread, as an async iterator.
 
     Use it as an async context manager, once, and iterate inside; every iteration is a checkpoint. Entering waits for a
-    slot of ``limiter``, which can be cancelled, and starts the thread. Leaving closes the stream and waits, shielded
+    slot of ``slots``, which can be cancelled, and starts the thread. Leaving closes the stream and waits, shielded
     from cancellation, until the thread has ended, for at most 30 seconds.
 
     Args:
         work: called in a thread with an :class:`Outlet`. An exception that it raises is raised by the iteration, after
             the results that were put before.
-        limiter: bounds the number of threads. A slot is held until the thread has ended.
+        slots: bounds the number of threads. A slot is held until the thread has ended. Those that wait for one are
+            served fairly between principals, on behalf of the request that the current task answers.
         name: the name of the thread, for debuggers and lists of threads.
         bound: how many results may wait in the queue.
 
     Raises:
         RuntimeError: on entering, if it was entered before.
+        Overloaded: on entering, if too many wait.
     """
 
     def __init__(
         self,
         work: Callable[[Outlet[T]], object],
-        limiter: trio.CapacityLimiter,
+        slots: Slots,
         *,
         name: str = "engine",
         bound: int = _BOUND,
     ) -> None:
         self._work: Callable[[Outlet[T]], object] | None = work
-        self._limiter = limiter
+        self._slots = slots
         self._name = name
         self._bound = bound
         self._ended = False
@@ -160,7 +169,8 @@ class ThreadStream(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             raise RuntimeError("a ThreadStream can be entered only once")
-        await self._limiter.acquire_on_behalf_of(self)
+        if not await self._slots.acquire(answered_request.get() or _NO_REQUEST):
+            raise Overloaded("Too many requests wait for this model")
         token = trio.lowlevel.current_trio_token()
 
         # The run can be finished only if the thread has outlasted the stop timeout. No task waits for it then.
@@ -179,7 +189,7 @@ class ThreadStream(Generic[T]):
         try:
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
         except BaseException:
-            self._limiter.release_on_behalf_of(self)
+            self._slots.release()
             raise
         return self
 
@@ -216,5 +226,5 @@ class ThreadStream(Generic[T]):
     def _end(self, error: BaseException | None) -> None:
         self._ended = True
         self._error = error
-        self._limiter.release_on_behalf_of(self)
+        self._slots.release()
         self._parked.unpark_all()

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import attrs
-import trio
 
 from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import OutputChunk, TTSRequest
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -57,7 +57,7 @@ class Speaker:
     """A loaded voice."""
 
     _voice: Any
-    _slots: trio.CapacityLimiter
+    _slots: Slots
 
     @classmethod
     def load(cls, options: Mapping[str, Any]) -> Speaker:
@@ -78,7 +78,7 @@ class Speaker:
         except Exception as error:
             # The library and onnxruntime below it may raise anything; none of it lets the engine serve.
             raise ClusterError(f"cannot load Hibari's voice: {error}") from error
-        return cls(voice, trio.CapacityLimiter(options["parallel"]))
+        return cls(voice, Slots(options["parallel"]))
 
     async def speak(self, request: TTSRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation waits for the current sentence.

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
-import trio
 
 from trio_cluster.core.model import ChatModelOptions
 from trio_cluster.errors import ApiError, ClusterError, HandlerFailed, InvalidRequest
 from trio_cluster.local.adapters import Provider
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ChatRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -131,7 +131,7 @@ class Llama:
 
     context: int
     _server: Any
-    _slots: trio.CapacityLimiter
+    _slots: Slots
     takes_tools: bool = True
 
     @classmethod
@@ -177,7 +177,7 @@ class Llama:
             properties = json.load(response)
         context = int(properties["default_generation_settings"]["n_ctx"])
         takes_tools = _takes_tools(properties)
-        return cls(context, server, trio.CapacityLimiter(options["parallel"]), takes_tools)
+        return cls(context, server, Slots(options["parallel"]), takes_tools)
 
     def close(self) -> None:
         """Drop the model. It is freed when the last request that uses it has ended. Synchronous."""

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
-import trio
 
 from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import EmbeddingRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, boolean, text, whole_number
@@ -76,7 +76,7 @@ class MiniLM:
 
     _session: Any
     _tokenizer: Any
-    _slots: trio.CapacityLimiter
+    _slots: Slots
     _batch: int
     _max_tokens: int
     _truncate: bool
@@ -109,7 +109,7 @@ class MiniLM:
         # Both libraries raise plain Exception.
         except Exception as error:
             raise ClusterError(f"cannot load the embedding model in '{folder}': {error}") from error
-        slots = trio.CapacityLimiter(options["parallel"])
+        slots = Slots(options["parallel"])
         return cls(session, tokenizer, slots, options["batch"], options["max_tokens"], options["truncate"])
 
     async def embed(self, request: EmbeddingRequest, provider: Provider) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
-import trio
 
 from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ASRRequest, OutputChunk
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
@@ -112,7 +112,7 @@ class Whisper:
 
     _model: Any
     _tokenizer: Any
-    _slots: trio.CapacityLimiter
+    _slots: Slots
     _beam: int
     _max_seconds: int
 
@@ -143,7 +143,7 @@ class Whisper:
         # The tokenizers library raises plain Exception.
         except Exception as error:
             raise ClusterError(f"cannot load the Whisper model in '{folder}': {error}") from error
-        return cls(model, tokenizer, trio.CapacityLimiter(parallel), options["beam"], options["max_seconds"])
+        return cls(model, tokenizer, Slots(parallel), options["beam"], options["max_seconds"])
 
     async def transcribe(self, request: ASRRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation waits for the current window.

@@ -37,6 +37,9 @@ _FORWARDED: Final = frozenset(
     {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
 )
 
+#: Limits of an answer's tokens from here on are taken for none.
+_MOST_TOKENS: Final = 1 << 31
+
 #: A number of seconds in a header.
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 
@@ -94,6 +97,15 @@ class Parse:
             require_model(context.principal, info.name)
         if VIA_HEADER in headers or info.name in catalog.passthrough:
             headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
+        # Written out here, since a function would cost every request a move through the code.
+        fields = _peek_fields(body) if parsed is None else parsed.raw
+        max_tokens = (
+            fields.get("max_completion_tokens") or fields.get("max_tokens") or fields.get("max_output_tokens")
+        )
+        if type(max_tokens) is not int or not 0 < max_tokens < _MOST_TOKENS:
+            max_tokens = 0
+        elif type(count := fields.get("n")) is int and 1 < count < _MOST_TOKENS // max_tokens:
+            max_tokens *= count
         context.request = Request(
             endpoint=endpoint.name,
             kind=endpoint.kind,
@@ -109,7 +121,30 @@ class Parse:
             client=context.client,
             upload=upload,
             principal=context.principal,
+            max_tokens=max_tokens,
         )
+
+
+class _Fields(msgspec.Struct):
+    """What is read of a body that is not parsed here. Everything else is skipped."""
+
+    max_completion_tokens: Any = None
+    max_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+
+
+_fields: Final = msgspec.json.Decoder(_Fields)
+
+
+def _peek_fields(body: bytes) -> dict[str, Any]:
+    """Return the fields of a body that say how long the answer may be; none if it is no JSON, or large."""
+    if not body or len(body) >= PARSE_IN_THREAD:
+        return {}
+    try:
+        return msgspec.structs.asdict(_fields.decode(body))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return {}
 
 
 def _passed(via: str, model: str, catalog: Catalog) -> str:

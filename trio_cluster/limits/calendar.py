@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from functools import lru_cache
+from typing import Final
 
 from ..core.principal import BudgetPeriod
 
 __all__ = ["period_of"]
+
+_EPOCH: Final = datetime.date(1970, 1, 1).toordinal()
 
 
 def period_of(per: BudgetPeriod, at: float) -> str:
@@ -16,7 +20,13 @@ def period_of(per: BudgetPeriod, at: float) -> str:
         per: which kind of period.
         at: in seconds since the epoch.
     """
-    day = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    return _period(per, int(at // 86_400))
+
+
+# Cached, since it is the same for a whole day.
+@lru_cache(maxsize=16)
+def _period(per: BudgetPeriod, days: int) -> str:
+    day = datetime.date.fromordinal(_EPOCH + days)
     if per == "day":
         return day.strftime("%Y-%m-%d")
     if per == "week":

@@ -127,15 +127,22 @@ class MemoryLimiter:
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """See ``Limiter``. Entering and leaving it are no checkpoints."""
+        failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._maintain)
-                yield
+                try:
+                    yield
+                except Exception as error:
+                    # Nothing else in this nursery raises, so the error of the block needs no group around it.
+                    failure = error
                 nursery.cancel_scope.cancel(reason="the node has ended")
         finally:
             if self._ledger is not None:
                 self._ledger.save(self._accounts)
                 self._ledger.close()
+        if failure is not None:
+            raise failure
 
     async def _maintain(self) -> None:
         """Forget accounts that are empty, and save them when the log has grown.

@@ -90,9 +90,9 @@ class HandlerBackend:
         adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return HandlerTask(call, scope, options, adapter, self._pool.slots)
+            return HandlerTask(call, scope, options, adapter)
 
-        return self._pool.start(request, make_task)
+        return self._pool.start(request, make_task, self._pool.slots)
 
 
 class HandlerTask(CallTask):
@@ -101,7 +101,6 @@ class HandlerTask(CallTask):
     Args:
         call, scope, options: see ``CallTask``.
         adapter: runs the handler.
-        slots: the work needs one of these.
 
     Attributes:
         request: the request as the handler gets it; set when the work begins.
@@ -116,10 +115,8 @@ class HandlerTask(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         adapter: Adapter,
-        slots: trio.CapacityLimiter,
     ) -> None:
         super().__init__(call, scope, options)
-        self.slots = slots
         self._adapter = adapter
         self._body = call.request.body
         self._parsed = call.request.parsed

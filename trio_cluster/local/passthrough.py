@@ -21,6 +21,7 @@ from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .pool import HandlerPool
+from .slots import Slots
 from .task import CallTask, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
@@ -39,10 +40,8 @@ class RawCall(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         handler: RawHandler,
-        slots: trio.CapacityLimiter | None,
     ) -> None:
         super().__init__(call, scope, options)
-        self.slots = slots
         self._handler = handler
         self._usage: Usage | None = None
         self._body = call.request.body
@@ -189,7 +188,7 @@ class RawBackend:
         self._handler = handler
         self.health = Health()
         self._pool = pool
-        self._slots = None if max_concurrency is None else trio.CapacityLimiter(max_concurrency)
+        self._slots = None if max_concurrency is None else Slots(max_concurrency)
         self._open = 0
 
     def add_endpoint(self, capability: str, handler: object) -> None:
@@ -204,15 +203,15 @@ class RawBackend:
     def load(self) -> float:
         """See ``Backend``."""
         # Without a limit there is no share of it; calls in hundredths compare such replicas by their number of calls.
-        return self._open / (100 if self._slots is None else self._slots.total_tokens)
+        return self._open / (100 if self._slots is None else self._slots.capacity)
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return RawCall(call, scope, options, self._handler, self._slots)
+            return RawCall(call, scope, options, self._handler)
 
-        call = self._pool.start(request, make_task)
+        call = self._pool.start(request, make_task, self._slots)
         self._open += 1
         call.on_release(self._closed)
         return call

@@ -4,16 +4,18 @@ Every call has one task, in the pool's nursery, from the moment it is opened unt
 waits until the request's body has arrived, then for a slot, and does the work inside the call's cancel scope. What the
 work is, a :class:`~trio_cluster.local.task.CallTask` knows.
 
-Slots are a ``trio.CapacityLimiter``: fair, and resizable while calls run. A slot is freed in the task's ``finally``,
-when the work has stopped, and not when it was asked to stop.
+Slots are given to those that wait by fair queueing between principals (``slots.py``), and their number can be changed
+while calls run. A slot is freed in the task's ``finally``, when the work has stopped, and not when it was asked to
+stop.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import trio
 
@@ -23,14 +25,12 @@ from ..core.request import Request
 from ..errors import HandlerFailed, Overloaded, ShuttingDown
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
+from .slots import MAX_WAITING, Slots, answered_request
 from .task import CallTask
 
-__all__ = ["MAX_WAITING", "HandlerPool"]
+__all__ = ["HandlerPool"]
 
 logger = logging.getLogger("trio_cluster.handlers")
-
-#: How many calls may wait for a slot. Further ones are refused at once: most of them would only wait to be refused.
-MAX_WAITING: Final = 1024
 
 
 def _is_interrupt(error: BaseException) -> bool:
@@ -49,24 +49,26 @@ class HandlerPool:
     Attributes:
         options: as given; replaced as a whole only while nothing runs.
         slots: the slots for handlers.
-        waiting: how many calls wait for a slot.
+        waiting: how many calls wait for a slot, those of models with slots of their own included.
+        waiting_by: how many of these each principal has, by name.
     """
 
     def __init__(self, options: ClusterServerOptions) -> None:
         self.options = options
-        self.slots = trio.CapacityLimiter(options.server.max_concurrency)
+        self.slots = Slots(options.server.max_concurrency)
         self._nursery: trio.Nursery | None = None
         self.waiting = 0
+        self.waiting_by: Counter[str] = Counter()
 
     @property
     def running(self) -> int:
         """How many handlers hold a slot."""
-        return int(self.slots.borrowed_tokens)
+        return self.slots.running
 
     @property
     def capacity(self) -> int:
         """How many handlers may run at once."""
-        return int(self.slots.total_tokens)
+        return self.slots.capacity
 
     @property
     def tasks(self) -> int:
@@ -79,7 +81,7 @@ class HandlerPool:
         If there are fewer now, handlers that run over the new number go on, and no further one starts until they are
         done.
         """
-        self.slots.total_tokens = self.options.server.max_concurrency
+        self.slots.resize(self.options.server.max_concurrency)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run calls until cancelled; then cancel those that run, and wait until their work has stopped."""
@@ -91,40 +93,42 @@ class HandlerPool:
             finally:
                 self._nursery = None
 
-    def start(self, request: Request, make_task: MakeTask) -> Call:
+    def start(self, request: Request, make_task: MakeTask, slots: Slots | None) -> Call:
         """Open a call for ``request``, and start its task. Synchronous.
 
         Args:
             request: what is to be answered.
             make_task: called with the call, its cancel scope and the options.
+            slots: the work needs one of these; ``None``: it needs none.
 
         Raises:
             ShuttingDown: the pool is not being served.
-            Overloaded: too many calls wait already.
+            Overloaded: too many calls wait already, and the principal has its share of them.
         """
         if self._nursery is None:
             raise ShuttingDown
-        if self.capacity != self.options.server.max_concurrency:
+        if self.slots.capacity != self.options.server.max_concurrency:
             self.resize()
-        if self.waiting >= MAX_WAITING:
-            raise Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
+        if self.waiting >= MAX_WAITING and slots is not None and not slots.has_room(request.principal):
+            raise self._queue_full()
         scope = trio.CancelScope()
         call = Call(request, served_by=LOCAL, on_cancel=lambda reason: scope.cancel(reason=reason))
         call_task = make_task(call, scope, self.options)
-        self._nursery.start_soon(self._run, call_task, scope, name=f"answer {request.model}")
+        self._nursery.start_soon(self._run, call_task, scope, slots, name=f"answer {request.model}")
         return call
 
-    async def _run(self, call_task: CallTask, scope: trio.CancelScope) -> None:
+    async def _run(self, call_task: CallTask, scope: trio.CancelScope, slots: Slots | None) -> None:
         """Run the task of one call. However it ends, the call is ended and released, and the nursery sees no error."""
         request = call_task.call.request
         current_request.set(request.request_id)
         current_principal.set(request.principal.name)
+        answered_request.set(request)
         # The scope's deadline does not stop a handler that shields itself. The gateway's own deadline then answers the
         # client, and the slot stays taken until the handler is really done.
         try:
             with scope:
                 await call_task.prepare()
-                await self._in_slot(call_task)
+                await self._in_slot(call_task, slots)
             if scope.cancelled_caught:
                 error = call_task.timeout_error()
                 if not call_task.call.ended:
@@ -154,36 +158,54 @@ class HandlerPool:
             # The consumer of the call is what fails. The call ends by its release.
             logger.exception("a call could not be failed", extra=call_task.log_fields())
 
-    async def _in_slot(self, call_task: CallTask) -> None:
+    async def _in_slot(self, call_task: CallTask, slots: Slots | None) -> None:
         """Wait for a slot if the work needs one, do the work, and free the slot."""
-        call, slots = call_task.call, call_task.slots
+        call = call_task.call
         if call.end is not None:
             return
         if slots is None:
             await call_task.work()
             return
+        if slots.running < slots.capacity:
+            slots.running += 1
+        elif not await self._wait(call_task, slots):
+            return
         try:
-            slots.acquire_on_behalf_of_nowait(call)
-        except trio.WouldBlock:
-            self.waiting += 1
-            call.set_queued(True)
-            try:
-                with trio.move_on_after(self.options.server.queue_timeout) as wait:
-                    await slots.acquire_on_behalf_of(call)
-            finally:
-                self.waiting -= 1
-                call.set_queued(False)
-            if wait.cancelled_caught:
-                call_task.fail(self._over_capacity(slots))
-                return
-        try:
-            await call_task.work()
+            # It may have ended between being given the slot and running again.
+            if call.end is None:
+                await call_task.work()
         finally:
-            slots.release_on_behalf_of(call)
+            slots.running -= 1
+            if self.waiting:
+                slots.hand_over()
 
-    def _over_capacity(self, slots: trio.CapacityLimiter) -> Overloaded:
+    async def _wait(self, call_task: CallTask, slots: Slots) -> bool:
+        """Wait for a slot, and return whether the call has one. Otherwise it has failed."""
+        call = call_task.call
+        name = call.request.principal.name
+        has_slot = False
+        self.waiting += 1
+        self.waiting_by[name] += 1
+        call.set_queued(True)
+        try:
+            with trio.move_on_after(self.options.server.queue_timeout) as timeout:
+                has_slot = await slots.wait(call.request)
+        finally:
+            self.waiting -= 1
+            self.waiting_by[name] -= 1
+            if not self.waiting_by[name]:
+                del self.waiting_by[name]
+            call.set_queued(False)
+        if not has_slot:
+            call_task.fail(self._over_capacity(slots) if timeout.cancelled_caught else self._queue_full())
+        return has_slot
+
+    def _queue_full(self) -> Overloaded:
+        return Overloaded(f"{MAX_WAITING} requests are waiting already", retry_after=self._retry_after())
+
+    def _over_capacity(self, slots: Slots) -> Overloaded:
         return Overloaded(
-            f"All {int(slots.total_tokens)} slots stayed busy for {self.options.server.queue_timeout:g} s",
+            f"All {slots.capacity} slots stayed busy for {self.options.server.queue_timeout:g} s",
             retry_after=self._retry_after(),
         )
 

@@ -70,10 +70,7 @@ class CallTask(abc.ABC):
     Attributes:
         deadline: the trio time at which the whole answer must be there.
         call: as given.
-        slots: the work needs one of these slots; ``None``: it needs none.
     """
-
-    slots: trio.CapacityLimiter | None
 
     def __init__(self, call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> None:
         self.call = call

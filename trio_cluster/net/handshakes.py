@@ -60,7 +60,7 @@ class Handshakes:
                 try:
                     await stream.handshake()
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                    why = str(error)
+                    why = str(error) or "the connection was lost"
             why = why or self._running[scope]
             if scope.cancelled_caught:
                 why = why or f"it was not complete within {HANDSHAKE_TIMEOUT:g} s"

@@ -428,7 +428,8 @@ async def connect_tls(stream: ByteStream, context: ssl.SSLContext, server_name: 
         await tls.handshake()
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         tls.close()
-        raise ConnectionError(f"TLS: {error}") from error
+        # Without its cause, which people would be shown in its place.
+        raise ConnectionError(f"TLS: {str(error) or 'the connection was lost'}") from None
     except BaseException:
         tls.close()
         raise

@@ -63,6 +63,9 @@ class MasterSession(Session[MasterEvent]):
         once: bool = False,
         checked: bool = False,
         principal: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+        max_tokens: int = 0,
     ) -> int:
         """Open a call and return its number. The body has to follow with :meth:`send_body`, even if it is empty.
 
@@ -74,6 +77,7 @@ class MasterSession(Session[MasterEvent]):
             once: the body cannot be sent a second time, to another worker.
             checked: the body was validated; the worker need not do so again.
             principal: the name of the key that the client sent; empty where no key is required.
+            weight, priority, max_tokens: as in ``ForwardRequest``.
 
         Raises:
             InvalidRequest: a value of the request is too large for the protocol, or not valid in it.
@@ -106,6 +110,9 @@ class MasterSession(Session[MasterEvent]):
                     once,
                     checked,
                     principal,
+                    weight,
+                    priority,
+                    max_tokens,
                 )
             )
         except ValueError as exc:

@@ -193,6 +193,14 @@ class ForwardRequest:
     """The master has validated the whole body: the worker need not do so again."""
     principal: str = attrs.field(default="", validator=bounds.optional_name)
     """The name of the key that the client sent; empty where no key is required."""
+    # These have no validators: every value is taken for the nearest one that means something, where it is used.
+    weight: float = 1.0
+    """The principal's share of a node that is busy, relative to the weights of others that wait."""
+    priority: int = 0
+    """The principal's priority: 1 is high, 0 normal, -1 low."""
+    max_tokens: int = 0
+    """Tokens that the answer may have, as far as the request says so; 0: it does not. It is part of the cost by which
+    waiting requests are served."""
 
 
 @attrs.frozen

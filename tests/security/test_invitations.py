@@ -1,0 +1,137 @@
+"""Invitations: a token works once, and what is kept about it is enough to say why it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+
+from trio_cluster.core.state_dir import StateDir, StateDirError
+from trio_cluster.security import invitations
+from trio_cluster.security.invitations import JoinRefused, Members, Token, TokenError
+
+NOW = 1_800_000_000.0
+ADDRESSES = ["gpu.lan:8080", "[fd00::1]:8080"]
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> Members:
+    return Members(StateDir(tmp_path))
+
+
+def invite(members: Members, name: str | None = None) -> Token:
+    return members.invite(ADDRESSES, "ab" * 32, name=name, expires=NOW + 3600, now=NOW)
+
+
+def join(members: Members, token: Token, key: str, serial: str, name: str = "w1") -> str:
+    given_name = members.check_invitation(token.secret, key, name, NOW)
+    members.record(given_name, key, serial, token.secret)
+    return given_name
+
+
+@given(
+    addresses=st.lists(st.text(min_size=1), min_size=1, max_size=4),
+    authority=st.text(),
+    secret=st.text(min_size=1),
+)
+def test_a_token_is_one_word_that_can_be_read_again(
+    addresses: list[str], authority: str, secret: str
+) -> None:
+    token = Token(tuple(addresses), authority, secret)
+    word = token.encode()
+    assert word.isascii()
+    assert not any(character.isspace() for character in word)
+    assert Token.decode(f" {word}\n") == token
+
+
+def test_a_part_of_a_token_is_not_taken_for_a_whole_one(members: Members) -> None:
+    word = invite(members).encode()
+    for cut in range(len(word)):
+        with pytest.raises(TokenError):
+            Token.decode(word[:cut])
+    for place in range(4, len(word)):
+        changed = word[:place] + ("A" if word[place] != "A" else "B") + word[place + 1 :]
+        # The last letter may have bits that are not used.
+        try:
+            assert Token.decode(changed) == Token.decode(word)
+        except TokenError:
+            continue
+    with pytest.raises(TokenError, match="no invitation; one begins with tcj-"):
+        Token.decode("tc-abcdef")
+
+
+def test_the_secret_is_neither_kept_nor_shown(members: Members, tmp_path: Path) -> None:
+    token = invite(members)
+    assert token.secret not in (tmp_path / "members.json").read_text()
+    assert token.secret not in repr(token)
+
+
+def test_a_token_works_once_and_for_the_same_key_again(members: Members, tmp_path: Path) -> None:
+    token = invite(members)
+    assert join(members, token, "key", "1") == "w1"
+    # The worker was killed before it had kept the answer. It asks again, also after the master was restarted.
+    assert join(members, token, "key", "2") == "w1"
+    again = Members(StateDir(tmp_path))
+    assert join(again, token, "key", "3") == "w1"
+    with pytest.raises(JoinRefused, match="was used already"):
+        again.check_invitation(token.secret, "another key", "w2", NOW)
+
+
+def test_why_a_token_is_refused_is_said(members: Members) -> None:
+    token, named = invite(members), invite(members, "gpu")
+    with pytest.raises(JoinRefused, match="has expired"):
+        members.check_invitation(token.secret, "key", "w1", NOW + 3600)
+    with pytest.raises(JoinRefused, match="not known to this master"):
+        members.check_invitation("guess", "key", "w1", NOW)
+    assert members.revoke("gpu")
+    with pytest.raises(JoinRefused, match="was revoked"):
+        members.check_invitation(named.secret, "key", "w1", NOW)
+
+
+def test_a_name_belongs_to_one_key_until_it_is_revoked(members: Members) -> None:
+    first, second = invite(members, "gpu"), invite(members)
+    assert join(members, first, "key", "1", "ignored") == "gpu"
+    with pytest.raises(JoinRefused, match="a worker 'gpu' already"):
+        members.check_invitation(second.secret, "another key", "gpu", NOW)
+    assert members.revoke("gpu")
+    assert join(members, second, "another key", "2", "gpu") == "gpu"
+    assert (members.is_revoked("1"), members.is_revoked("2")) == (True, False)
+
+
+def test_what_was_revoked_stays_so_after_a_restart_and_is_not_renewed(
+    members: Members, tmp_path: Path
+) -> None:
+    join(members, invite(members), "key", "1")
+    members.check_renewal("w1", "1", "key")
+    with pytest.raises(JoinRefused, match="has another key"):
+        members.check_renewal("w1", "1", "stolen")
+    members.record("w1", "key", "2")
+    assert members.revoke("w1")
+    assert not members.revoke("nobody")
+    again = Members(StateDir(tmp_path))
+    assert again.is_revoked("1")
+    assert again.is_revoked("2")
+    with pytest.raises(JoinRefused, match="was revoked"):
+        again.check_renewal("w1", "2", "key")
+
+
+def test_invitations_are_bounded(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invitations, "MAX_INVITATIONS", 3)
+    for _ in range(3):
+        invite(members)
+    with pytest.raises(JoinRefused, match="3 invitations already"):
+        invite(members)
+    # Those that have ended long ago make room.
+    late = NOW + 3600 + 31 * 86400
+    members.invite(ADDRESSES, "ab", name=None, expires=late + 1, now=late)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"version": 1}'])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "members.json").write_bytes(damage)
+    with pytest.raises(StateDirError, match=r"members\.json: it is damaged"):
+        Members(StateDir(tmp_path))
+    (tmp_path / "members.json").write_bytes(b'{"version": 2}')
+    with pytest.raises(StateDirError, match="later version"):
+        Members(StateDir(tmp_path))
