@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from http_node import HttpNode, open_http_node
+from private_postgres import PrivatePostgres, open_postgres
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,6 +70,13 @@ def _state_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     """Keep masters that tests start away from the state of those of other tests, and from that of the user."""
     home = tmp_path_factory.getbasetemp() / "state" / uuid.uuid4().hex
     monkeypatch.setenv("XDG_STATE_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PrivatePostgres]:
+    """A PostgreSQL server for all tests that want one; they are skipped where it is not installed."""
+    with open_postgres() as server:
+        yield server
 
 
 @pytest.fixture

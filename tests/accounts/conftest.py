@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from private_postgres import PrivatePostgres, open_postgres
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PrivatePostgres]:
-    """A PostgreSQL server for all tests."""
-    with open_postgres() as server:
-        yield server
+from private_postgres import PrivatePostgres
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -211,7 +211,14 @@ async def test_what_each_role_may_do(node: HttpNode) -> None:
         for role, key in keys.items():
             expected = (200, None) if role in roles else (403, "role_required")
             assert await Asking(node, key).status(method, path) == expected, (path, role)
-    for path in ("/cluster/keys", "/cluster/keys/boss/rotate"):
+    for path in (
+        "/cluster/keys",
+        "/cluster/keys/boss/rotate",
+        "/cluster/invites",
+        "/cluster/ca/rotate",
+        "/cluster/workers/w1/revoke",
+        "/cluster/workers/w1/revoke/",
+    ):
         assert await Asking(node, keys["operator"]).status("POST", path, {}) == (403, "role_required")
 
 

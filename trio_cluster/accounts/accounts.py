@@ -207,6 +207,11 @@ class Accounts:
                 await self._flush()
             if left := self.journal.waiting:
                 logger.error("the usage of the last requests is lost", extra={"fields": {"requests": left}})
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                # Threads that were abandoned still use connections, which would not be closed.
+                for limiter in (self._writing, self._reading):
+                    for _ in range(int(limiter.total_tokens)):
+                        await limiter.acquire_on_behalf_of(object())
             self._store.close()
 
     async def _write_repeatedly(self) -> None:

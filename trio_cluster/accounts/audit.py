@@ -92,4 +92,7 @@ class AuditLog:
             "target": entry.target,
             **entry.details,
         }
+        if entry.action.startswith("request."):
+            # Not that of the request with which it was asked for.
+            fields["request_id"] = entry.target
         logger.info("audit: %s", entry.action, extra={"fields": fields})

@@ -51,7 +51,7 @@ def create_app(node_context: NodeContext, membership: Membership | None = None) 
     add_operator_routes(app, node_context)
     add_account_routes(app, node_context)
     if membership is not None:
-        add_membership_routes(app, membership)
+        add_membership_routes(app, membership, node_context.audit)
     return app
 
 

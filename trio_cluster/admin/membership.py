@@ -18,6 +18,7 @@ from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
+from ..accounts.audit import AuditLog
 from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
 from ..core.state_dir import StateDirError
 from ..errors import ApiError, InvalidRequest
@@ -53,8 +54,8 @@ class Membership:
     """``drop_worker(name, reason)`` ends the link of a worker; returns whether it was connected."""
 
 
-def add_membership_routes(app: QuartTrio, membership: Membership) -> None:
-    """Add the routes to an application."""
+def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLog) -> None:
+    """Add the routes to an application; what operators do is recorded."""
 
     def tls() -> MasterTls:
         if membership.tls is None:
@@ -102,7 +103,14 @@ def add_membership_routes(app: QuartTrio, membership: Membership) -> None:
             "addresses": addresses,
             "expires_at": ends.isoformat(timespec="seconds"),
         }
-        _log_act("a worker was invited", context, worker=name, addresses=addresses, expires_in=expires)
+        audit.record(
+            context.principal,
+            context.client,
+            "worker.invite",
+            name or "",
+            addresses=addresses,
+            expires_in=expires,
+        )
         return respond(json_reply(content, 201))
 
     async def revoke(name: str) -> TrioResponse:
@@ -113,7 +121,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership) -> None:
         connected = membership.drop_worker(name, "the certificate of this worker was revoked")
         if not (known or connected):
             raise ApiError(404, f"No worker '{name}' was invited here", code="worker_not_found")
-        _log_act("a worker was revoked", context, worker=name, was_connected=connected)
+        audit.record(context.principal, context.client, "worker.revoke", name, was_connected=connected)
         return respond(json_reply({"name": name, "revoked": known, "was_connected": connected}))
 
     async def rotate() -> TrioResponse:
@@ -121,7 +129,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership) -> None:
         refuse_pages(context)
         with _as_api_errors():
             fingerprint = await tls().rotate()
-        _log_act("the authority was replaced", context, fingerprint=fingerprint)
+        audit.record(context.principal, context.client, "authority.rotate", "", fingerprint=fingerprint)
         return respond(json_reply({"fingerprint": fingerprint}))
 
     add = app.add_url_rule
@@ -162,11 +170,6 @@ async def _granting(granting: Awaitable[Granted], what: str) -> Granted:
 
 def _log_refusal(what: str, error: Exception, context: RequestContext) -> None:
     logger.warning("%s: %s", what, error, extra={"fields": {"address": context.client}})
-
-
-def _log_act(text: str, context: RequestContext, **fields: Any) -> None:
-    fields |= {"by": context.principal.name or "a client on this machine", "from": context.client}
-    logger.info(text, extra={"fields": fields})
 
 
 async def _body() -> dict[str, Any]:

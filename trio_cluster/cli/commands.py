@@ -34,6 +34,7 @@ import attrs
 import trio
 
 from ..cluster.probe import check_is_cluster_server
+from ..core.redaction import without_keys
 from ..core.state_dir import default_state_dir
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import outward_address, shown_address
@@ -117,7 +118,7 @@ def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
         if debug:
             logger.debug("the command failed", exc_info=error)
         sentences = dict.fromkeys(_describe_error(cause) for cause in causes)
-        print(f"trio-cluster: error: {'; '.join(sentences)}", file=sys.stderr)
+        print(without_keys(f"trio-cluster: error: {'; '.join(sentences)}"), file=sys.stderr)
         return 2 if all(isinstance(cause, OptionsError) for cause in causes) else 1
 
 

@@ -12,7 +12,7 @@ fields, from the context variables of ``core/log_context.py``. That includes the
 from a thread, and those of the libraries below it.
 
 Much of what is logged comes from outside: the name of a model, the id of a worker. Neither format lets such text start
-a line of its own or reach the terminal as a control sequence.
+a line of its own or reach the terminal as a control sequence. Neither shows an API key, wherever it comes from.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
 from ..core.log_context import current_principal, current_request
+from ..core.redaction import without_keys
 
 __all__ = ["FORMATS", "LEVELS", "configure"]
 
@@ -148,7 +149,7 @@ class _TextFormatter(logging.Formatter):
             line += _indent(self.formatException(record.exc_info))
         if record.stack_info:
             line += _indent(self.formatStack(record.stack_info))
-        return line
+        return without_keys(line)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -168,7 +169,7 @@ class _JsonFormatter(logging.Formatter):
             entry["traceback"] = self.formatException(record.exc_info)
         if record.stack_info:
             entry["stack"] = self.formatStack(record.stack_info)
-        return json.dumps(entry)
+        return without_keys(json.dumps(entry))
 
 
 def _plain(value: object) -> object:

@@ -3,7 +3,8 @@
 Every path below ``/cluster`` is for operators (:func:`is_for_operators`), except the status and those with which
 workers join, so a route that is added
 there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
-authenticator determined the principal. Keys and the audit log are for admins (:func:`is_for_admins`).
+authenticator determined the principal. Keys, the audit log, and who belongs to the cluster are for admins
+(:func:`is_for_admins`).
 
 Who is an admin. The first thing that is done on a new node is to make a key, and that cannot take one. So a client on
 the same machine needs no key for what is below ``/cluster`` as long as there is no admin: no option ``api_key`` or
@@ -51,8 +52,8 @@ OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/re
 #: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
 _STATUS: Final = "/cluster/status"
 
-#: What admins only may do. Whatever begins like one of these is for them.
-_FOR_ADMINS: Final = ("/cluster/keys", "/cluster/audit")
+#: What admins only may do. Whatever begins like one of these is for them, and revoking a worker.
+_FOR_ADMINS: Final = ("/cluster/keys", "/cluster/audit", "/cluster/invites", "/cluster/ca/")
 
 #: The principals of requests that have the API key of the options: where there is an operator key, and where there is
 #: none; and of requests that have the operator key.
@@ -211,6 +212,8 @@ def is_for_operators(path: str) -> bool:
 
 def is_for_admins(path: str) -> bool:
     """Tell whether a path, which begins with one slash, is for admins only."""
+    if path.startswith("/cluster/workers/"):
+        return path.rstrip("/").endswith("/revoke")
     return path.startswith(_FOR_ADMINS)
 
 

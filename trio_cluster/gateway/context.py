@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 from ..core import randomness
 from ..core.call import Call
 from ..core.principal import ANONYMOUS
+from ..core.redaction import has_key
 from ..core.request import Request
 from ..limits.account import LimitState
 from ..limits.reservation import Reservation
@@ -155,5 +156,8 @@ def request_context(scope: Mapping[str, Any]) -> RequestContext:
 
 def _request_id(offered: bytes | None) -> str:
     if offered and len(offered) <= _MAX_REQUEST_ID and all(0x20 <= byte <= 0x7E for byte in offered):
-        return offered.decode("ascii")
+        request_id = offered.decode("ascii")
+        # It is logged and stored, so it must not be a key.
+        if not has_key(request_id):
+            return request_id
     return "req_" + randomness.token(16)

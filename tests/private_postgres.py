@@ -59,7 +59,15 @@ class PrivatePostgres:
         """Start the server, and wait until it takes connections."""
         options = f"-k {self.directory} -c listen_addresses='' -c fsync=off -c max_connections=50"
         log = str(self.directory / "log")
-        self._run("pg_ctl", "-D", self._data, "-o", options, "-l", log, "-w", "start")
+        # After a kill, the memory of the old server may be in use for a moment, and the new one refuses to start.
+        for tries_left in reversed(range(50)):
+            try:
+                self._run("pg_ctl", "-D", self._data, "-o", options, "-l", log, "-w", "start")
+                return
+            except subprocess.CalledProcessError:
+                if not tries_left:
+                    raise
+                time.sleep(0.2)
 
     def kill(self) -> None:
         """Kill the server and its connections, without any chance to clean up."""
@@ -70,8 +78,6 @@ class PrivatePostgres:
         for process in (pid, *map(int, children)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        # The next start looks whether the memory of this one is still in use.
-        time.sleep(0.3)
 
     def stop(self) -> None:
         """Stop the server."""
@@ -81,7 +87,8 @@ class PrivatePostgres:
         command = [str(self._programs / program), *arguments]
         if os.geteuid() == 0:
             command = ["runuser", "-u", _USER, "--", *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=60)
+        quiet = subprocess.DEVNULL
+        subprocess.run(command, check=True, stdout=quiet, stderr=quiet, cwd="/", timeout=60)
 
 
 @contextlib.contextmanager
