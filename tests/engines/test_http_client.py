@@ -110,7 +110,7 @@ def feed(reader: ResponseReader, raw: bytes, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 1000])
 def test_an_interim_response_has_no_body_and_a_status_from_100(head: bytes, size: int) -> None:
     reader = ResponseReader()
-    with pytest.raises(MalformedResponse, match="status|interim"):
+    with pytest.raises(MalformedResponse, match=r"status|interim"):
         feed(reader, head + b"abc" + CLOSE_DELIMITED, size)
     assert reader.take() == b""
 
