@@ -67,7 +67,7 @@ async def open_office(directory: Path) -> AsyncIterator[Office]:
                 office.served.append(current_principal.get())
                 await office.go.wait()
                 yield "x"
-                yield OutputChunk.usage(7, 3)
+                yield OutputChunk.usage(7, request.max_tokens)
 
             worker.register_chat("m", answer)
             await nursery.start(worker.run_as_worker, "127.0.0.1", master.internal_port)
@@ -112,7 +112,7 @@ async def test_the_usage_of_each_key_is_what_its_answers_reported(tmp_path: Path
         await office.add_key("b")
         office.go.set()
         for name in "aab":
-            assert (await office.ask(name)).status_code == 200
+            assert (await office.ask(name, max_tokens=3)).status_code == 200
 
         async def rows() -> dict[str, tuple[int, int]]:
             answer = await office.client.get("/cluster/usage?group_by=key", headers=ADMIN)
