@@ -14,7 +14,7 @@ from ..limits.limiter import Refused
 from .context import RequestContext
 from .node_context import NodeContext
 
-__all__ = ["ReserveLimits", "limit_headers"]
+__all__ = ["ReserveLimits", "with_limit_headers"]
 
 _Headers = list[tuple[bytes, bytes]]
 
@@ -49,18 +49,21 @@ class ReserveLimits:
         context.limit_state = reservation.state
 
 
-async def limit_headers(node_context: NodeContext, context: RequestContext) -> _Headers:
-    """Return the headers that say what is left of the limits of a key; none if it has no limits.
+async def with_limit_headers(
+    node_context: NodeContext, context: RequestContext, headers: _Headers
+) -> _Headers:
+    """Return the headers of an answer with those that say what is left of the limits of its key.
 
-    May be a checkpoint; waits for a second at most.
+    A server behind a model may have limits of its own, and say so in the same headers. A client that has limits here is
+    told these. May be a checkpoint; waits for a second at most.
     """
     principal, state = context.principal, context.limit_state
     if principal.limits is None:
-        return []
+        return headers
     if state is None:
         # The request ended before it came to the stage, or is not for a model.
         state = await node_context.limiter.state(principal, principal.limits)
-    return _headers(state)
+    return [header for header in headers if not header[0].startswith(b"x-ratelimit-")] + _headers(state)
 
 
 def _headers(state: LimitState) -> _Headers:
