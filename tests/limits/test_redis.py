@@ -18,12 +18,14 @@ from trio_cluster.core.answer import Done, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.principal import Limits, Principal
 from trio_cluster.core.request import Request
+from trio_cluster.core.state_dir import StateDir
 from trio_cluster.errors import ApiError, OptionsError
 from trio_cluster.limits.account import Account, Demand, Grant, Refusal
 from trio_cluster.limits.calendar import period_of
 from trio_cluster.limits.limiter import Refused
 from trio_cluster.limits.redis import RedisLimiter
 from trio_cluster.limits.reservation import Reservation
+from trio_cluster.security.authority import Authority
 
 pytest.importorskip("coredis", reason="the extra 'redis' is not installed")
 pytestmark = [
@@ -428,6 +430,30 @@ async def test_a_budget_of_several_masters(shared: RedisServer) -> None:
         last = await reserve(one, "budget", limits, 1)
         assert last.tokens == 3
         assert (await refusal(two, "budget", limits, 1)).code == "insufficient_quota"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_a_server_with_tls_is_verified(
+    tmp_path: Path, trusted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("cryptography", reason="the extra 'tls' is not installed")
+    authority = Authority(StateDir(tmp_path / "authority"), datetime.datetime.now(datetime.UTC))
+    content = authority.server_certificate(["127.0.0.1"], datetime.datetime.now(datetime.UTC)).read_text()
+    split = content.index("-----BEGIN CERTIFICATE")
+    certificate, key, ca = (tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem"))
+    key.write_text(content[:split])
+    certificate.write_text(content[split:])
+    ca.write_bytes((tmp_path / "authority" / "ca.pem").read_bytes())
+    tls = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-ca-cert-file", str(ca))
+    with redis_server(tmp_path, *tls, "--tls-auth-clients", "no") as server:
+        limiter = RedisLimiter(server.url + (f"?ssl_ca_certs={ca}" if trusted else ""), refuse=True)
+        async with limiter.opened():
+            if trusted:
+                finish(await reserve(limiter, "k", Limits(requests_per_minute=2)), None)
+            else:
+                with pytest.raises(ApiError, match="cannot be checked"):
+                    await reserve(limiter, "k", Limits(requests_per_minute=2))
+    assert ("certificate" in caplog.text.lower()) != trusted
 
 
 @pytest.mark.parametrize("url", ["http://x", "redis://x:port", "redis"])
