@@ -9,7 +9,9 @@ Requests of keys without limits do not pass this stage.
 
 from __future__ import annotations
 
-from ..limits.account import LimitState, Standing
+from functools import lru_cache
+
+from ..limits.account import LimitState
 from ..limits.limiter import Refused
 from .context import RequestContext
 from .node_context import NodeContext
@@ -73,14 +75,16 @@ def _headers(state: LimitState) -> _Headers:
             headers += [
                 (b"x-ratelimit-limit-" + name, b"%d" % standing.limit),
                 (b"x-ratelimit-remaining-" + name, b"%d" % standing.remaining),
-                (b"x-ratelimit-reset-" + name, _reset(standing)),
+                (b"x-ratelimit-reset-" + name, _duration(standing.reset)),
             ]
     return headers
 
 
-def _reset(standing: Standing) -> bytes:
+# Cached, since most answers have the whole minute.
+@lru_cache(maxsize=64)
+def _duration(microseconds: int) -> bytes:
     """Return a duration as the OpenAI API writes it: ``12ms``, ``1s``, ``1.5s``, ``6m0s``."""
-    milliseconds = -(-standing.reset // 1000)
+    milliseconds = -(-microseconds // 1000)
     if milliseconds < 1000:
         return b"%dms" % milliseconds if milliseconds else b"0s"
     minutes, rest = divmod(milliseconds, 60_000)
