@@ -63,6 +63,7 @@ BRIEF = [
     "--ignore=tests/openai",
     "--ignore=tests/testing/test_schedules.py",
     "--ignore=tests/protocol",
+    "--ignore=tests/limits",
     "-m",
     "not processes",
 ]

@@ -3,9 +3,10 @@
 Opens all streams at once. Prints ``opened`` and for each stream the seconds until its first token, then ``failed N``;
 for every line that it reads, ``tokens N``, which is how many have come; and ends when its standard input does. With
 ``--stamped``, tokens tell when they were made, and for every line it prints ``delays`` and, for each token that has
-come since the last one, the seconds from then to here. With ``--by-chance``, they are made at any moment.
+come since the last one, the seconds from then to here. With ``--by-chance``, they are made at any moment. With
+``--tls``, clients speak TLS, and do their handshakes one after the other.
 
-    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped] [--by-chance]
+    python bench/crowd.py PORT STREAMS SECONDS-BETWEEN-TOKENS MODEL,MODEL... [--stamped] [--by-chance] [--tls]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import select
 import socket
+import ssl
 import sys
 import time
 
@@ -32,6 +34,32 @@ def request(model: str, every: str) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
+def encrypt(client: socket.socket, port: int) -> ssl.SSLSocket:
+    """Connect a client, and return it with TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client.setblocking(True)
+    client.connect(("127.0.0.1", port))
+    encrypted = context.wrap_socket(client)
+    encrypted.setblocking(False)
+    return encrypted
+
+
+def receive(client: socket.socket) -> bytes | None:
+    """Return what has come; ``None``: nothing of use, as a part of a record is."""
+    data = b""
+    try:
+        data = client.recv(65536)
+        # What was read from the socket, and not returned, makes no socket readable.
+        while isinstance(client, ssl.SSLSocket) and client.pending():
+            data += client.recv(65536)
+    except ssl.SSLWantReadError:
+        return data or None
+    except OSError:
+        return data
+    return data
+
+
 def main() -> None:
     """Be the crowd."""
     stamped = "--stamped" in sys.argv
@@ -47,11 +75,15 @@ def main() -> None:
         client = socket.socket()
         client.setblocking(False)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        started = time.perf_counter()
+        if "--tls" in sys.argv:
+            client = encrypt(client, port)
+        else:
+            client.connect_ex(("127.0.0.1", port))
         where = client.fileno()
         clients[where] = client
         asks[where] = requests[number % len(requests)]
-        began[where] = time.perf_counter()
-        client.connect_ex(("127.0.0.1", port))
+        began[where] = started
         poll.register(where, select.EPOLLOUT)
     first: dict[int, float] = {}
     waiting = set(clients)
@@ -76,10 +108,9 @@ def main() -> None:
                     waiting.discard(where)
                     poll.unregister(where)
             else:
-                try:
-                    data = os.read(where, 65536)
-                except OSError:
-                    data = b""
+                data = receive(clients[where])
+                if data is None:
+                    continue
                 tokens += data.count(MARK)
                 if stamped:
                     now = time.monotonic_ns()

@@ -16,7 +16,7 @@ from typing import Final
 
 import attrs
 import trio
-from running import HOST, ask, family, free_port, group, run, wait_for_port
+from running import HOST, TLS_PORTS, ask, family, free_port, group, run, wait_for_port
 
 NGINX: Final = """
 daemon off; worker_processes 1; pid nginx.pid; error_log error.log warn; worker_rlimit_nofile 20000;
@@ -33,6 +33,12 @@ http {{
   }}
 }}
 """
+
+#: The same with TLS.
+NGINX_TLS: Final = NGINX.replace(
+    "listen 127.0.0.1:{port} backlog=4096;",
+    "listen 127.0.0.1:{port} ssl backlog=4096; ssl_certificate {certificate}; ssl_certificate_key {certificate};",
+)
 
 HAPROXY: Final = """
 global
@@ -77,8 +83,11 @@ _ROUTER: Final = (
     *("--log-level", "error"),
 )
 
+NGINX_PLAIN: Final = Peer("nginx", ("nginx", "-c", "{file}", "-p", "{folder}"), NGINX)
+NGINX_WITH_TLS: Final = Peer("nginx, TLS", NGINX_PLAIN.command, NGINX_TLS)
+
 PEERS: Final = (
-    Peer("nginx", ("nginx", "-c", "{file}", "-p", "{folder}"), NGINX),
+    NGINX_PLAIN,
     Peer("haproxy", ("haproxy", "-f", "{file}"), HAPROXY),
     Peer("sglang-router", ("sglang-router", "launch", *_ROUTER)),
     Peer("vllm-router", ("vllm-router", *_ROUTER)),
@@ -97,11 +106,21 @@ def installed(peer: Peer) -> bool:
 
 
 @asynccontextmanager
-async def running(peer: Peer, backend: int) -> AsyncIterator[tuple[int, Callable[[], list[int]]]]:
-    """Run a peer before a backend; give its port, and what tells its processes."""
+async def running(
+    peer: Peer, backend: int, certificate: str = ""
+) -> AsyncIterator[tuple[int, Callable[[], list[int]]]]:
+    """Run a peer before a backend; give its port, and what tells its processes. A certificate turns TLS on."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        values = {"port": port, "second": free_port(), "backend": backend, "folder": folder}
+        values = {
+            "port": port,
+            "second": free_port(),
+            "backend": backend,
+            "folder": folder,
+            "certificate": certificate,
+        }
+        if certificate:
+            TLS_PORTS.add(port)
         path = Path(folder) / "configuration"
         path.write_text(peer.configuration.format(**values))
         command = [word.format(file=path, **values) for word in peer.command]
@@ -115,11 +134,11 @@ async def running(peer: Peer, backend: int) -> AsyncIterator[tuple[int, Callable
 
 
 async def try_to_run(
-    peer: Peer, backend: int, stack: AsyncExitStack
+    peer: Peer, backend: int, stack: AsyncExitStack, certificate: str = ""
 ) -> tuple[int, Callable[[], list[int]]] | None:
     """Run a peer until the stack is left, if it comes up."""
     try:
-        return await stack.enter_async_context(running(peer, backend))
+        return await stack.enter_async_context(running(peer, backend, certificate))
     except BaseExceptionGroup as group_of_one:
         if group_of_one.split(trio.TooSlowError)[1] is not None:
             raise

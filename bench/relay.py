@@ -12,6 +12,10 @@ which does nothing but take bytes from one socket and put them into another.
 - *MB*: resident memory with the most streams.
 
     python bench/relay.py [--streams 64,256,1000] [--rounds 3] [--seconds 4] [--quick] [--save FILE]
+    python bench/relay.py --tls ...
+
+With ``--tls``, it is this project and nginx, each with and without TLS; the ratio is to the same without TLS. A master
+with TLS has it on both ports, so that a token is decrypted and encrypted again.
 """
 
 from __future__ import annotations
@@ -19,14 +23,16 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import attrs
 import trio
-from peers import PEERS, installed, try_to_run
+from peers import NGINX_PLAIN, NGINX_WITH_TLS, PEERS, installed, try_to_run
 from running import (
+    TLS_PORTS,
     cost_of_requests,
     cpu_seconds,
     crowd,
@@ -101,6 +107,46 @@ async def start_systems(nursery: trio.Nursery, stack: AsyncExitStack) -> list[Sy
     return systems
 
 
+async def start_with_and_without_tls(nursery: trio.Nursery, stack: AsyncExitStack) -> list[System]:
+    """Start what is compared with and without TLS; the one without comes first."""
+    backend = await start(nursery, "backend.py")
+    nursery.start_soon(drop, backend.lines)
+    state = stack.enter_context(tempfile.TemporaryDirectory())
+    systems = []
+    for tls in (False, True):
+        flags = ("--tls", "auto", "--state-dir", state, "--allow-anonymous-workers") if tls else ()
+        port, master = await start_master(nursery, *flags)
+        if tls:
+            TLS_PORTS.add(port)
+        worker = await start(nursery, "worker.py", port, *(("--tls", f"{state}/ca.pem") if tls else ()))
+        nursery.start_soon(drop, worker.lines)
+        name = "trio_cluster: master, a handler on a worker" + ", TLS" * tls
+        systems.append(System(name, port, lambda pid=master.pid: [pid]))  # type: ignore[misc]
+    for peer in (NGINX_PLAIN, NGINX_WITH_TLS):
+        if not installed(peer):
+            print("nginx is not installed, and skipped")
+            break
+        certificate = f"{state}/server.pem" if peer is NGINX_WITH_TLS else ""
+        found = await try_to_run(peer, backend.port, stack, certificate)
+        if found is None:
+            print(f"{peer.name} does not come up, and is skipped")
+        else:
+            systems.append(System(peer.name, *found))
+    return systems
+
+
+def report_tls(systems: list[System], counts: list[int]) -> str:
+    """Return a line for each figure of each pair."""
+    lines = []
+    for plain, tls in zip(systems[::2], systems[1::2], strict=True):
+        for name in ("request", f"open {counts[-1]}", *(f"token {count}" for count in counts)):
+            before, after = plain.median(name), tls.median(name)
+            lines.append(
+                f"{plain.name:45} {name:12} {before:8.1f} us, with TLS {after:8.1f} us ({after / before:.2f}x)"
+            )
+    return "\n".join(lines)
+
+
 async def measure(system: System, counts: Iterable[int], seconds: float) -> None:
     """Give one system the whole load once."""
     pids = system.pids()
@@ -152,12 +198,19 @@ async def compare(arguments: Any) -> None:
     before = weather()
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(group())
-        systems = await start_systems(nursery, stack)
+        if arguments.tls:
+            systems = await start_with_and_without_tls(nursery, stack)
+        else:
+            systems = await start_systems(nursery, stack)
         for system in systems:
             await cost_of_requests(system.port, 0.3, system.pids())
         for _ in range(arguments.rounds):
             for system in systems:
                 await measure(system, arguments.streams, arguments.seconds)
+        if arguments.tls:
+            print(f"CPU in the middle, {arguments.rounds} rounds ({before}):")
+            print(report_tls(systems, arguments.streams), flush=True)
+            return
         print(f"CPU in the middle, {arguments.rounds} rounds ({before}); in brackets the ratio to the pipe:")
         print(report(systems, arguments.streams), flush=True)
     save(
@@ -175,6 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--tls", action="store_true", help="what TLS costs, here and in nginx")
     parser.add_argument("--quick", action="store_true", help="only see whether it works")
     parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()

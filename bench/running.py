@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ async def wait_for_model(port: int, model: str = "bench") -> None:
     """Wait until a node has a model."""
     with trio.fail_after(_PATIENCE):
         while True:
-            async with await trio.open_tcp_stream(HOST, port) as stream:
+            async with await connect(port) as stream:
                 head = f"GET /v1/models/{model} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 await stream.send_all(head.encode())
                 if (await stream.receive_some()).startswith(b"HTTP/1.1 200"):
@@ -224,6 +225,7 @@ async def crowd(
             str(streams),
             str(every),
             ",".join(models),
+            *(["--tls"] if port in TLS_PORTS else []),
             *flags,
         ]
         process = await run(nursery, command)
@@ -267,29 +269,45 @@ class Crowd:
         return spent / max(1, count), count / took
 
 
+#: The ports that speak TLS.
+TLS_PORTS: set[int] = set()
+
+
+async def connect(port: int) -> trio.abc.HalfCloseableStream:
+    """Return a new connection, with TLS if the port speaks that."""
+    plain = await trio.open_tcp_stream(HOST, port)
+    if port not in TLS_PORTS:
+        return plain
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    stream: Any = trio.SSLStream(plain, context, https_compatible=True)
+    await stream.do_handshake()
+    return stream  # type: ignore[no-any-return]
+
+
 async def ask(port: int, until: float, done: list[int], model: str = "bench") -> None:
     """Ask for plain answers on one connection, one after the other."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hello"}]}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    async with await trio.open_tcp_stream(HOST, port) as stream:
+    async with await connect(port) as stream:
         while trio.current_time() < until:
             await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             await read_answer(stream)
             done[0] += 1
 
 
-async def open_stream(port: int, number: int = 0) -> trio.SocketStream:
+async def open_stream(port: int, number: int = 0) -> trio.abc.HalfCloseableStream:
     """Ask for a stream, and return the connection when its first token has come."""
     message = {"role": "user", "content": str(number)}
     body = json.dumps({"model": "bench", "stream": True, "messages": [message]}).encode()
-    stream = await trio.open_tcp_stream(HOST, port)
+    stream = await connect(port)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     await stream.send_all(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     await receive_until(stream, b"begun")
     return stream
 
 
-async def receive_until(stream: trio.SocketStream, mark: bytes) -> bytes:
+async def receive_until(stream: trio.abc.HalfCloseableStream, mark: bytes) -> bytes:
     """Return what comes until ``mark`` has come."""
     received = b""
     while mark not in received:
@@ -309,7 +327,7 @@ async def first_token(port: int) -> float:
     return took
 
 
-async def read_answer(stream: trio.SocketStream) -> bytes:
+async def read_answer(stream: trio.abc.HalfCloseableStream) -> bytes:
     """Return the body of an answer that tells its length, or comes in chunks."""
     received = await receive_until(stream, b"\r\n\r\n")
     head, _, body = received.partition(b"\r\n\r\n")
@@ -333,7 +351,7 @@ async def cost_of_requests(port: int, seconds: float, pids: Iterable[int], conne
     async with trio.open_nursery() as nursery:
         for _ in range(connections):
             nursery.start_soon(ask, port, trio.current_time() + seconds, done)
-    return (cpu_seconds(*pids) - before) / done[0]
+    return (cpu_seconds(*pids) - before) / max(1, done[0])
 
 
 async def cost_of_get(port: int, path: str, pid: int, times: int = 20) -> float:

@@ -12,6 +12,7 @@ and with ``--replicas`` also ``bench``.
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import logging
 import os
@@ -127,6 +128,7 @@ async def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--models", type=int, default=0)
     parser.add_argument("--replicas", action="store_true")
+    parser.add_argument("--tls", metavar="CA_FILE", help="connect with TLS, and trust this authority")
     parser.add_argument("--batch-wait", type=float, default=ClusterServerOptions().batch_wait)
     arguments = parser.parse_args()
     # That the master ends before its workers is how every measurement ends.
@@ -134,7 +136,9 @@ async def main() -> None:
     async with trio.open_nursery() as nursery:
         for number in range(arguments.first, arguments.first + arguments.workers):
             one = worker(number, arguments.models, arguments.batch_wait, replicas=arguments.replicas)
-            await nursery.start(one.run_as_worker, HOST, arguments.port + 1000)
+            one.options.ca_file = arguments.tls
+            run = functools.partial(one.run_as_worker, tls=arguments.tls is not None)
+            await nursery.start(run, HOST, arguments.port + 1000)
         print("port", arguments.port, flush=True)
 
 

@@ -432,3 +432,47 @@ def test_an_interrupted_drain_ends_with_code_1(
     code, _, err = main("drain", "gpu 1", str(port))
     assert code == 1
     assert one_line(err) == "stopped waiting; the worker 'gpu 1' drains on"
+
+
+def test_status_shows_who_waits(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    slots = {"running": 1, "waiting": 3, "capacity": 1, "waiting_by": {"alice": 2, "": 1}}
+    node[0].body = json.dumps(STATUS | {"slots": slots}).encode()
+    _, out, _ = main("status", str(node[1]))
+    assert "slots: 1 running, 3 waiting, 1 capacity\nwaiting by key: alice 2, without a key 1\n" in out
+
+
+def test_an_invitation_is_the_only_line_on_standard_output(
+    main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    invitation = {
+        "token": "tcj-abc",
+        "command": "trio-cluster worker --join tcj-abc",
+        "addresses": ["gpu.lan:8080"],
+        "expires_at": "2030-01-01T00:00:00+00:00",
+    }
+    node[0].body = json.dumps(invitation).encode()
+    code, out, err = main(
+        "invite", str(node[1]), "--name", "w", "--expires", "2d", "--address", "a:1", "--address", "b:2"
+    )
+    assert (code, out) == (0, "trio-cluster worker --join tcj-abc\n")
+    assert err == "valid once, until 2030-01-01T00:00:00+00:00; the worker connects to gpu.lan:8080\n"
+    assert node[0].posted[-1][::2] == (
+        "/cluster/invites",
+        {"name": "w", "expires": "2d", "addresses": ["a:1", "b:2"]},
+    )
+
+
+def test_revoking_a_worker_says_what_has_happened(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    node[0].body = json.dumps({"name": "a/b", "revoked": True, "was_connected": True}).encode()
+    assert main("revoke", "a/b", str(node[1]))[:2] == (
+        0,
+        "a/b is refused from now on\nits link was ended\n",
+    )
+    assert node[0].posted[-1][0] == "/cluster/workers/a%2Fb/revoke"
+
+
+def test_an_authority_is_replaced(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    node[0].body = json.dumps({"fingerprint": "ab12"}).encode()
+    code, out, _ = main("ca", "rotate", str(node[1]))
+    assert (code, "the new authority is ab12" in out) == (0, True)
+    assert node[0].posted[-1][0] == "/cluster/ca/rotate"

@@ -97,14 +97,29 @@ def feed(reader: ResponseReader, raw: bytes, size: int) -> None:
         reader.feed(raw[start : start + size])
 
 
-@pytest.mark.parametrize("status", [b"000", b"002", b"099"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 000 OK\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 002 OK\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 099 OK\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
 @pytest.mark.parametrize("size", [1, 1000])
-def test_a_response_with_a_status_below_100_is_not_an_interim_one(status: bytes, size: int) -> None:
-    raw = b"HTTP/1.1 " + status + b" OK\r\nContent-Length: 3\r\n\r\nabc" + CLOSE_DELIMITED
+def test_an_interim_response_has_no_body_and_a_status_from_100(head: bytes, size: int) -> None:
     reader = ResponseReader()
-    with pytest.raises(MalformedResponse, match="status"):
-        feed(reader, raw, size)
+    with pytest.raises(MalformedResponse, match=r"status|interim"):
+        feed(reader, head + b"abc" + CLOSE_DELIMITED, size)
     assert reader.take() == b""
+
+
+def test_an_interim_response_may_say_that_it_has_no_body() -> None:
+    reader, body = read(
+        b"HTTP/1.1 100 Continue\r\nContent-Length: 0\r\n\r\n" + CHUNKED + b"1\r\na\r\n0\r\n\r\n"
+    )
+    assert (reader.complete, reader.keep_alive, body) == (True, True, b"a")
 
 
 @pytest.mark.parametrize("size", [1, 1000])

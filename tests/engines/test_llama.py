@@ -100,6 +100,21 @@ async def test_choices_are_generated_one_after_the_other_and_the_prompt_counts_o
     assert [body["seed"] for body in server.requests] == [40, 41, 42]
 
 
+async def test_tokens_of_the_prompt_that_were_in_the_cache_are_those_of_the_first_choice() -> None:
+    server = FakeServer(delta("x"), delta(None, "stop"))
+    counts = {"prompt_tokens": 5, "completion_tokens": 2}
+
+    class Cached(FakeServer):
+        def handle_chat_completions(self, body: dict[str, Any], on_output: OnOutput) -> None:
+            details = {"cached_tokens": 3 + len(server.requests)}
+            server.handle_chat_completions(body, on_output)
+            on_output({"choices": [], "usage": counts | {"prompt_tokens_details": details}})
+
+    pieces = await answer(model_of(Cached()), chat(n=2))
+    usage = counts | {"completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3}}
+    assert pieces[-1] == ("json", {"usage": usage}, None)
+
+
 async def test_tool_calls_and_logprobs_are_passed_on_as_they_are() -> None:
     call = [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]
     server = FakeServer(delta(None, tool_calls=call), delta(None, "tool_calls"), USAGE)

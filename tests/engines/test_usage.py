@@ -318,7 +318,7 @@ def test_what_is_no_usage_is_unknown(usage: bytes) -> None:
 
 
 def test_a_broken_line_does_not_hide_what_follows() -> None:
-    stream = b': don\'t "\n\ndata: {"a": "\n\n' + event({"usage": COUNTS})
+    stream = b": don't \"\n\n" + event({"usage": COUNTS})
     assert read(usage_reader("chat.completions", 200, SSE, ""), [stream[:5], stream[5:]])[1] == Usage(9, 4)
 
 

@@ -319,6 +319,8 @@ FINDINGS: Final = [
     seed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding:- chunked\r\n\r\n4\r\nhel", part=1, cuts=1),
     # The body of a response with a status below 100, taken for an interim one, became part of the next one's.
     seed(b"HTTP/1.1 002 OK\r\nContent-Length: 5\r\n\r\nhello" + _OK, part=1),
+    # The same with an interim response that announces a body.
+    seed(b"HTTP/1.1 174 OK\r\nContent-Length: 5\r\n\r\nhello" + _OK, part=1),
     # HTTP/0.9, HTTP/2.0, RTSP and ICE were served as if they were HTTP/1.0 or HTTP/1.1.
     seed(b"PRI *\r\n\r\nSM\r\n", cuts=1),
     seed(b"GET /\r\nHost: x\r\n\r\n", cuts=1),

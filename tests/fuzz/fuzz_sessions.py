@@ -323,6 +323,8 @@ class _Program:
         assert not call.cancelled, "an event of a call that was cancelled"
         if isinstance(event, Cancel):
             assert end is self.worker
+            assert end.session.state(event.call) is State.CANCELLING
+            assert end.session.queued(event.call) == 0
             call.cancelled = True
         elif isinstance(event, ForwardResponse):
             assert end is self.master

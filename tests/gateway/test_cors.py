@@ -13,7 +13,11 @@ from trio_cluster.errors import Overloaded
 
 PAGE = "https://page.example"
 OTHER = "https://other.example"
-EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after"}
+EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after", "retry-after-ms"} | {
+    f"x-ratelimit-{what}-{kind}"
+    for what in ("limit", "remaining", "reset")
+    for kind in ("requests", "tokens")
+}
 JSON = {"content-type": "application/json"}
 ASKS = {
     "origin": PAGE,

@@ -10,7 +10,7 @@ import attrs
 import pytest
 import trio
 
-from trio_cluster import ApiError, ChatRequest, OutputChunk
+from trio_cluster import ApiError, ChatRequest, OutputChunk, RawCall
 from trio_cluster.core.principal import Limits, Principal
 from trio_cluster.gateway.auth import key_of
 from trio_cluster.gateway.context import RequestContext
@@ -283,6 +283,30 @@ async def test_a_retried_request_counts_once(autojump_clock: trio.testing.MockCl
         assert results[0].status == 200
         response = await each.ask()
         assert response.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_limits_of_a_server_behind_a_model_are_not_taken_for_those_of_the_key(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scene(Limits(requests_per_minute=9, tokens_per_minute=1000), forwarded=False) as each:
+
+        async def relay(call: RawCall) -> None:
+            await call.receive()
+            theirs = (("x-ratelimit-remaining-requests", "77"), ("x-ratelimit-limit-images", "5"))
+            call.begin(429, "application/json", theirs)
+            await call.send(b'{"error": {"message": "theirs", "type": "x", "param": null, "code": "theirs"}}')
+
+        each.cluster.master.server.register_raw("raw", relay)
+        for _ in range(3):
+            limited = await each.client().chat("raw", "hi", stream=False, max_tokens=900)
+            assert (limited.status, limited.error["code"]) == (429, "theirs")
+        assert [limited.headers[name] for name in limited.headers if name.startswith("x-ratelimit-rem")] == [
+            "6",
+            limited.headers["x-ratelimit-remaining-tokens"],
+        ]
+        assert "x-ratelimit-limit-images" not in limited.headers
+        free = await each.client("free").chat("raw", "hi", stream=False)
+        assert free.headers["x-ratelimit-remaining-requests"] == "77"
 
 
 async def test_a_lost_worker_frees_everything(autojump_clock: trio.testing.MockClock) -> None:

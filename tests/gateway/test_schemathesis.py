@@ -26,11 +26,15 @@ pytestmark = pytest.mark.skipif(
 
 KEY = "a-key"
 
-# What is sent in a form is text, so that of a wrong type there is nothing left to see.
+# What is sent in a form is text, so that of a wrong type there is nothing left to see. 503 is an answer of /ready.
 CONFIGURATION = """\
 [[operations]]
 include-path-regex = "{forms}"
 checks.negative_data_rejection.enabled = false
+
+[[operations]]
+include-path = "/ready"
+checks.not_a_server_error.enabled = false
 """
 
 

@@ -27,20 +27,22 @@ def _free_port() -> int:
 class RedisServer:
     """The server. Everything here blocks, for moments."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *tls: str) -> None:
         self._directory = directory
+        self._tls = tls
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"{'rediss' if self._tls else 'redis'}://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         assert REDIS is not None
         self._process = subprocess.Popen(
-            [REDIS, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._directory),
+            [REDIS, "--bind", "127.0.0.1", "--dir", str(self._directory),
+             *(("--port", "0", "--tls-port") if self._tls else ("--port",)), str(self.port), *self._tls,
              "--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--daemonize", "no"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -52,7 +54,7 @@ class RedisServer:
                 socket.create_connection(("127.0.0.1", self.port), 1) as client,
             ):
                 client.sendall(b"PING\r\n")
-                if client.recv(100).startswith(b"+PONG"):
+                if self._tls or client.recv(100).startswith(b"+PONG"):
                     return
             assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.02)
@@ -75,8 +77,14 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server(directory: Path) -> Iterator[RedisServer]:
-    server = RedisServer(directory)
+def redis_server(directory: Path, *tls: str) -> Iterator[RedisServer]:
+    """Run a server for the length of a block.
+
+    Args:
+        directory: for its files.
+        tls: options, with which it speaks TLS.
+    """
+    server = RedisServer(directory, *tls)
     try:
         yield server
     finally:

@@ -23,7 +23,7 @@ from trio_cluster.gateway.context import RequestContext
 from trio_cluster.limits.limiter import Limiter
 from trio_cluster.testing import SimulatedCluster, open_cluster, settle, worker
 
-REQUESTS: Final = int(os.environ.get("LEAK_REQUESTS", "800"))
+REQUESTS: Final = int(os.environ.get("LEAK_REQUESTS", "600"))
 
 LIMITS: Final = (
     Limits(requests_per_minute=5000, tokens_per_minute=10**8, max_concurrency=30),
@@ -226,7 +226,7 @@ async def test_nothing_is_reserved_in_redis_either(redis_url: str) -> None:
     options = OPTIONS | {"limits": redis_url}
     async with open_cluster(authenticator=Keys(), **options) as cluster:
         load = Load(cluster, 2)
-        await load.play(min(REQUESTS, 150))
+        await load.play(min(REQUESTS, 80))
         await settle(cluster)
         limiter = cluster.master.server.limiter
         assert limiter is not None

@@ -65,6 +65,16 @@ def test_a_complete_answer_that_reports_nothing_counts_as_reserved() -> None:
     assert booked.settled == [(None, True)]
 
 
+def test_an_error_of_the_server_behind_a_model_counts_as_nothing() -> None:
+    booked = Booked()
+    call = booked.open()
+    call.put(Head(429))
+    call.put(Data(b"no"))
+    call.put(Done())
+    call.release()
+    assert booked.settled == [(0, True)]
+
+
 @pytest.mark.parametrize("how", ["cancelled", "failed", "released"])
 def test_nothing_before_the_first_byte(how: str) -> None:
     booked = Booked()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import attrs
@@ -22,7 +23,7 @@ from trio_cluster.core.request import Request
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.local.passthrough import RawBackend, RawCall
 from trio_cluster.local.slots import MAX_WAITING, Slots
-from trio_cluster.openai import ChatRequest
+from trio_cluster.openai import ChatRequest, OutputChunk
 
 A, B, C = Principal("a"), Principal("b"), Principal("c")
 
@@ -231,6 +232,30 @@ async def test_long_answers_are_fewer_answers(bench: Bench, autojump_clock: Mock
         recorder.open(B, 975)
     order = await recorder.finish()
     assert order[:50].count("b") == pytest.approx(40, abs=2)
+
+
+async def test_a_principal_is_charged_for_what_its_answers_report(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    recorder = Recorder(bench)
+
+    def open_call(principal: Principal, tokens: int | None) -> None:
+        async def handler(_: ChatRequest) -> AsyncIterator[Any]:
+            recorder.order.append(principal.name)
+            await trio.sleep(1)
+            yield "x"
+            if tokens is not None:
+                yield OutputChunk.usage(tokens // 2, tokens - tokens // 2)
+
+        backend = HandlerBackend(ModelInfo("m", "chat"), handler, bench.pool)
+        recorder.calls.append(backend.open(asked(principal, 1000)))
+
+    for _ in range(60):
+        open_call(A, 4000)
+        open_call(B, None)
+    order = await recorder.finish()
+    # What is not reported is not guessed: B is charged as estimated, which is a quarter of what A takes.
+    assert order[:50].count("b") == pytest.approx(40, abs=3)
 
 
 @given(

@@ -33,8 +33,19 @@ def describe_status(status: Mapping[str, Any]) -> str:
     for title in ("slots", "calls"):
         counts = status.get(title)
         if isinstance(counts, Mapping) and counts:
-            shown = (f"{_cell(count)} {_cell(name).replace('_', ' ')}" for name, count in counts.items())
+            shown = [
+                f"{_cell(count)} {_cell(name).replace('_', ' ')}"
+                for name, count in counts.items()
+                if not isinstance(count, Mapping)
+            ]
             lines.append(f"{title}: {', '.join(shown)}")
+            waiting = counts.get("waiting_by")
+            if isinstance(waiting, Mapping) and waiting:
+                by_key = (
+                    f"{_cell(key) if key else 'without a key'} {_cell(count)}"
+                    for key, count in waiting.items()
+                )
+                lines.append(f"waiting by key: {', '.join(by_key)}")
     sections = ["\n".join(lines)]
     if status.get("mode") == "master" or workers:
         sections.append(_worker_table(workers) if workers else "no workers")

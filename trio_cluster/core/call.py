@@ -73,6 +73,7 @@ class Call:
         observers: called at each step of the call; set by the router when the call is open.
         body: the pieces of the answer's body. ``body.delivered`` is how many bytes the consumer has taken.
         begun: the head was put, so that an error can no longer become a status.
+        status: of the head; 0 before.
         end: the event that ended the answer; ``None`` before.
         released: the work has stopped.
         cancelled: the reason of the cancellation; ``None`` if there was none.
@@ -100,6 +101,7 @@ class Call:
         "released",
         "request",
         "served_by",
+        "status",
     )
 
     def __init__(
@@ -124,6 +126,7 @@ class Call:
         self._sink: Callable[[Event], None] | None = None
         self._reported = 0
         self.begun = False
+        self.status = 0
         self.end: Done | Failed | None = None
         self.released = False
         self.cancelled: str | None = None
@@ -219,6 +222,7 @@ class Call:
             if self.begun:
                 raise RuntimeError("a second Head")
             self.begun = True
+            self.status = event.status
             self.body.open()
             if self._sink is not None:
                 self._sink(event)

@@ -12,6 +12,10 @@ Robin, 1995.)
 *Cost* is what a request will probably take, in tokens; see :func:`estimated_cost`. So a principal whose requests are
 long gets fewer of them served, not more of the node.
 
+*Settling.* When a request has ended and its usage is known, its flow, if anything waits in it, is charged for the
+tokens that were more than estimated, or gets back those that were less (:meth:`FairQueue.settle`). So a principal gains
+little by requests that do not say how long their answers may be.
+
 *Weight.* A flow's share of what is served is its weight divided by the weights of all that wait. Priority multiplies
 the weight (:data:`PRIORITY_FACTORS`). It is not a strict order, which would starve principals of low priority for as
 long as others are busy.
@@ -22,8 +26,9 @@ flow, with weight ``v``, cost at most::
 
     L * v / w  +  2 * QUANTUM * v  +  the largest cost of one request of that flow
 
-The first term is the other flow's share of the time, and the rest is less than one request of usual size on top. This
-holds whatever the others do: come later, leave, come back, or send any number of requests.
+The first term is the other flow's share of the time; the rest is one request, and two quanta. This holds whatever the
+others do: come later, leave, come back, or send any number of requests. What is settled meanwhile counts as cost: for
+the other flow with its sign, and in ``L`` if it is owed.
 
 *One principal* is served in the order in which its requests came, which is what the queue does for a node without keys.
 
@@ -67,8 +72,8 @@ QUANTUM: Final = 64
 PRIORITY_FACTORS: Final[dict[Priority, float]] = {"high": 4.0, "normal": 1.0, "low": 0.25}
 
 #: Weights out of this range count as the nearest one in it.
-_LEAST_WEIGHT: Final = 0.01
-_MOST_WEIGHT: Final = 100.0
+_LEAST_WEIGHT: Final = 0.001
+_MOST_WEIGHT: Final = 1000.0
 
 #: Bytes of a request for which one token is estimated.
 _BYTES_PER_TOKEN: Final = 4
@@ -79,6 +84,9 @@ _PROMPT_ONLY: Final = frozenset({"embedding", "rerank", "moderation"})
 #: Tokens that are estimated at most for the prompt, and for the answer. The bytes of an image or a recording are no
 #: text, and the largest request is part of the bound on waiting.
 LARGEST_PART: Final = 16_384
+
+#: Units of cost that a flow can owe.
+_MOST_DEBT: Final = 2 * LARGEST_PART
 
 T = TypeVar("T")
 
@@ -133,7 +141,7 @@ class Flow(Generic[T]):
         name: the principal's name.
         share: its weight, as of its latest request.
         waiting: its items, first come first.
-        deficit: units of cost that it has been granted and has not used.
+        deficit: units of cost that it has been granted and has not used; negative: it owes them.
         in_turn: it has been granted a quantum in its present turn.
     """
 
@@ -228,6 +236,18 @@ class FairQueue(Generic[T]):
         if not flow.waiting:
             del self._flows[flow.name]
             self._ring.remove(flow)
+
+    def settle(self, name: str, difference: float) -> None:
+        """Charge a principal for an item that has been taken. Without effect if nothing of it waits.
+
+        Args:
+            name: the principal's name.
+            difference: by how much the item has cost more than estimated; negative: less.
+        """
+        flow = self._flows.get(name)
+        if flow is not None:
+            most = max(flow.deficit, flow.first().cost, QUANTUM * flow.share)
+            flow.deficit = max(-_MOST_DEBT, min(flow.deficit - difference, most))
 
     def pop(self) -> T:
         """Remove the item that is next, and return it.

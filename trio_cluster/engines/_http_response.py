@@ -29,6 +29,7 @@ FRAMING_LIMIT: Final = 64 * 1024
 
 _END_OF_HEAD: Final = b"\r\n\r\n"
 _LOWEST_STATUS: Final = 100
+_FRAMING_FIELDS: Final = frozenset({"content-length", "transfer-encoding"})
 _BODILESS_STATUSES: Final = frozenset({204, 304})
 
 
@@ -192,11 +193,13 @@ class ResponseReader:
             return
         fields, self._fields = self._fields, []
         if status < _LOWEST_STATUS:
-            # Such a response is not interim: the parser would read a body, which would become part of the next one's.
             self._problem = f"the response has the status {status}"
             return
         if status < 200:
-            # An interim response; the final one follows.
+            # An interim response; the final one follows. It has no body (RFC 9110, section 15.2). The parser would read
+            # one all the same, and what it read would become part of the next response's.
+            if any(name in _FRAMING_FIELDS and value.strip("0") for name, value in fields):
+                self._problem = f"the interim response {status} announces a body"
             return
         self.status = status
         self.headers = fields

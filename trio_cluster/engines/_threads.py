@@ -144,7 +144,7 @@ class ThreadStream(Generic[T]):
 
     Raises:
         RuntimeError: on entering, if it was entered before.
-        Overloaded: on entering, if too many wait.
+        ApiError: on entering, if too many wait: a 503.
     """
 
     def __init__(

@@ -202,6 +202,7 @@ class Llama:
                 code="tools_not_supported",
             )
         prompt_tokens, completion_tokens = 0, 0
+        details: dict[str, Any] = {}
         for index in range(request.n):
             body = request_body(request, index)
             generate = server.handle_chat_completions if request.prompt is None else server.handle_completions
@@ -212,11 +213,15 @@ class Llama:
                     if usage := chunk.get("usage"):
                         # Every choice reports the prompt again, which counts once.
                         prompt_tokens = usage["prompt_tokens"]
+                        if not index and (of_prompt := usage.get("prompt_tokens_details")):
+                            # The other choices find the prompt of the first one in the cache.
+                            details = {"prompt_tokens_details": of_prompt}
                         completion_tokens += usage["completion_tokens"]
                     for choice in chunk.get("choices", ()):
                         for piece in _pieces(choice, index):
                             await provider.push(piece)
-        await provider.push(OutputChunk.usage(prompt_tokens, completion_tokens))
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        await provider.push({"usage": counts | details} if details else OutputChunk.usage(**counts))
 
 
 def request_body(request: ChatRequest, index: int) -> dict[str, Any]:

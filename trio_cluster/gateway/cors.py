@@ -11,7 +11,11 @@ __all__ = ["answer_preflight", "cors_headers", "is_allowed_origin"]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 #: The headers of an answer that a page may see besides those that it may always see.
-_EXPOSED: Final = b"x-request-id, openai-processing-ms, retry-after"
+_EXPOSED: Final = (
+    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
 #: Seconds for which a browser may reuse the answer to a preflight.
 _MAX_AGE: Final = b"600"
 

@@ -34,7 +34,7 @@ from .body import ClientLeft, RequestBody
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
 from .direct import Connection
-from .key_limits import limit_headers
+from .key_limits import with_limit_headers
 from .relay import relay
 from .response import Reply, error_reply, reply_head
 from .routes import MODEL_ROUTES, canonical_path, custom_route
@@ -217,7 +217,7 @@ class RequestCycle:
         self._started = True
         head = self._start(reply)
         if context.principal.limits is not None:
-            head["headers"] += await limit_headers(self._node_context, context)
+            head["headers"] = await with_limit_headers(self._node_context, context, head["headers"])
         if not body.complete:
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
@@ -265,7 +265,7 @@ class RequestCycle:
             return
         head = self._start(reply)
         if self.context.principal.limits is not None:
-            head["headers"] += await limit_headers(self._node_context, self.context)
+            head["headers"] = await with_limit_headers(self._node_context, self.context, head["headers"])
         if self._closes or (not request_body.complete and self._scope["http_version"] in _VERSIONS):
             head["headers"].append((b"connection", b"close"))
         await self._send(head)
@@ -325,7 +325,7 @@ class RequestCycle:
                 headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
             headers += cors_headers(self.context, self._node_context.options.server.cors_origins)
             if self.context.principal.limits is not None:
-                headers += await limit_headers(self._node_context, self.context)
+                headers = await with_limit_headers(self._node_context, self.context, headers)
             await self._send({**message, "headers": headers})
         elif message["type"] != "http.response.body" or message.get("more_body", False):
             await self._send(message)

@@ -9,12 +9,14 @@ Requests of keys without limits do not pass this stage.
 
 from __future__ import annotations
 
-from ..limits.account import LimitState, Standing
+from functools import lru_cache
+
+from ..limits.account import LimitState
 from ..limits.limiter import Refused
 from .context import RequestContext
 from .node_context import NodeContext
 
-__all__ = ["ReserveLimits", "limit_headers"]
+__all__ = ["ReserveLimits", "with_limit_headers"]
 
 _Headers = list[tuple[bytes, bytes]]
 
@@ -49,18 +51,21 @@ class ReserveLimits:
         context.limit_state = reservation.state
 
 
-async def limit_headers(node_context: NodeContext, context: RequestContext) -> _Headers:
-    """Return the headers that say what is left of the limits of a key; none if it has no limits.
+async def with_limit_headers(
+    node_context: NodeContext, context: RequestContext, headers: _Headers
+) -> _Headers:
+    """Return the headers of an answer with those that say what is left of the limits of its key.
 
-    May be a checkpoint; waits for a second at most.
+    A server behind a model may have limits of its own, and say so in the same headers. A client that has limits here is
+    told these. May be a checkpoint; waits for a second at most.
     """
     principal, state = context.principal, context.limit_state
     if principal.limits is None:
-        return []
+        return headers
     if state is None:
         # The request ended before it came to the stage, or is not for a model.
         state = await node_context.limiter.state(principal, principal.limits)
-    return _headers(state)
+    return [header for header in headers if not header[0].startswith(b"x-ratelimit-")] + _headers(state)
 
 
 def _headers(state: LimitState) -> _Headers:
@@ -70,14 +75,16 @@ def _headers(state: LimitState) -> _Headers:
             headers += [
                 (b"x-ratelimit-limit-" + name, b"%d" % standing.limit),
                 (b"x-ratelimit-remaining-" + name, b"%d" % standing.remaining),
-                (b"x-ratelimit-reset-" + name, _reset(standing)),
+                (b"x-ratelimit-reset-" + name, _duration(standing.reset)),
             ]
     return headers
 
 
-def _reset(standing: Standing) -> bytes:
+# Cached, since most answers have the whole minute.
+@lru_cache(maxsize=64)
+def _duration(microseconds: int) -> bytes:
     """Return a duration as the OpenAI API writes it: ``12ms``, ``1s``, ``1.5s``, ``6m0s``."""
-    milliseconds = -(-standing.reset // 1000)
+    milliseconds = -(-microseconds // 1000)
     if milliseconds < 1000:
         return b"%dms" % milliseconds if milliseconds else b"0s"
     minutes, rest = divmod(milliseconds, 60_000)

@@ -144,7 +144,14 @@ class Account:
         if limits.budget_tokens is not None:
             period = self.period
             self.period_tokens += most
-        return Grant(most, now, entry, period, self.state(limits, now))
+        # What was just added is what counts longest.
+        rpm, window = limits.requests_per_minute, log.window
+        requests = None if rpm is None else Standing(rpm, rpm - log.requests, window)
+        tokens = None
+        if per_minute is not None:
+            reset = window if most else log.reset_of_tokens(now)
+            tokens = Standing(per_minute, per_minute - log.tokens, reset)
+        return Grant(most, now, entry, period, LimitState(requests, tokens))
 
     def _refusal(self, limits: Limits, tokens: int, now: int) -> Refusal | None:
         """Return the refusal that lasts longest, if there is one."""

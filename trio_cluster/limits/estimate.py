@@ -43,7 +43,7 @@ _TEMPLATE_TOKENS: Final = 16
 #: Pairs of a key and a model that are remembered, and recent answers of each.
 _REMEMBERED: Final = 4096
 _RECENT: Final = 64
-#: Recent answers without which they are not judged by.
+#: Answers after which the recent ones are judged by anew, and without which they are not judged by.
 _ENOUGH: Final = 8
 _MARGIN: Final = 1.25
 
@@ -74,6 +74,8 @@ class _Recent:
     """What 95 of 100 answers stayed below; 0: not known yet."""
     share: float = 0.0
     """The largest share, with a margin; 0: not known yet."""
+    learnt: int = 0
+    """Answers so far."""
 
 
 class Estimator:
@@ -111,16 +113,17 @@ class Estimator:
             if len(self._recent) > _REMEMBERED:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(key)
+        recent.learnt += 1
         if usage.completion_tokens:
             recent.answers.append(usage.completion_tokens)
-            if len(recent.answers) >= _ENOUGH:
+            if recent.learnt % _ENOUGH == 0 and len(recent.answers) >= _ENOUGH:
                 ordered = sorted(recent.answers)
                 recent.answer = min(_LONGEST_GUESS, ordered[(len(ordered) - 1) * 95 // 100])
         size, media = _text_size(request)
         if usage.prompt_tokens and size and not media:
             text_tokens = max(1, usage.prompt_tokens - _TEMPLATE_TOKENS)
             recent.shares.append(min(1.0, text_tokens / size))
-            if len(recent.shares) >= _ENOUGH:
+            if recent.learnt % _ENOUGH == 0 and len(recent.shares) >= _ENOUGH:
                 recent.share = min(1.0, _MARGIN * max(recent.shares))
 
 

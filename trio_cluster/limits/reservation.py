@@ -14,6 +14,7 @@ the call                                                     counts as
 ===========================================================  ========================================================
 is complete, and its usage is known                          that usage
 is complete, and its usage is not known                      all that was reserved: nothing is guessed
+is complete, and is an error of the server behind the model  nothing, unless its usage is known
 has failed, or was cancelled, before its answer began        nothing
 has failed, or was cancelled, after that                     the estimate for the prompt, and a token for every two
                                                              bytes of the answer so far; at most what was reserved
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from ..core.answer import Done, Failed, Usage
 from ..core.call import Call
@@ -41,6 +42,10 @@ __all__ = ["Reservation", "Settle"]
 #: ``settle(tokens, counts)``: called once, when a reservation is over. ``tokens``: that were used; ``None``: those that
 #: were reserved. ``counts``: whether it counts as a request. Synchronous; must not raise.
 Settle: TypeAlias = Callable[[int | None, bool], None]
+
+
+#: A passthrough model relays answers of this status, and of higher ones, which are errors.
+_FIRST_ERROR: Final = 400
 
 
 def _no_lesson(_: Call, usage: Usage) -> None:
@@ -126,7 +131,7 @@ class Reservation:
         end = call.end
         if isinstance(end, Done):
             if end.usage is None:
-                return None
+                return None if call.status < _FIRST_ERROR else 0
             self._learn(call, end.usage)
             return end.usage.prompt_tokens + end.usage.completion_tokens
         if not call.begun:

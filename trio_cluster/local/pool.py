@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import trio
 
+from ..core.answer import Done
 from ..core.call import Call
 from ..core.log_context import current_principal, current_request
 from ..core.request import Request
@@ -35,6 +36,12 @@ logger = logging.getLogger("trio_cluster.handlers")
 
 def _is_interrupt(error: BaseException) -> bool:
     return isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is not None
+
+
+def _settle(call: Call, slots: Slots) -> None:
+    """Correct what a call was charged for its slot by what it has reported."""
+    if isinstance(call.end, Done) and call.end.usage is not None:
+        slots.settle(call.request, call.end.usage)
 
 
 MakeTask: TypeAlias = Callable[[Call, trio.CancelScope, ClusterServerOptions], CallTask]
@@ -166,7 +173,8 @@ class HandlerPool:
         if slots is None:
             await call_task.work()
             return
-        if slots.running < slots.capacity:
+        has_waited = slots.running >= slots.capacity
+        if not has_waited:
             slots.running += 1
         elif not await self._wait(call_task, slots):
             return
@@ -177,6 +185,8 @@ class HandlerPool:
         finally:
             slots.running -= 1
             if self.waiting:
+                if has_waited:
+                    _settle(call, slots)
                 slots.hand_over()
 
     async def _wait(self, call_task: CallTask, slots: Slots) -> bool:

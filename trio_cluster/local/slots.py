@@ -19,6 +19,7 @@ from typing import Final
 import attrs
 import trio
 
+from ..core.answer import Usage
 from ..core.fair_queue import FairQueue, QueueFull, estimated_cost, share_of
 from ..core.principal import Principal
 from ..core.request import Request
@@ -116,6 +117,16 @@ class Slots:
         """Free a slot, and hand it to the next call that waits. Synchronous."""
         self.running -= 1
         self.hand_over()
+
+    def settle(self, request: Request, usage: Usage) -> None:
+        """Take note of what a call that has waited did cost. Synchronous.
+
+        Args:
+            request: what the call was for.
+            usage: the tokens of its answer. Those from a prompt cache cost nothing.
+        """
+        cost = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
+        self._queue.settle(request.principal.name, cost - estimated_cost(request))
 
     def hand_over(self) -> None:
         """Hand the slots that are free to the calls that wait. Synchronous."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ..core.principal import Limits, Principal
+from ..core.principal import Limits, Principal, Priority
 from ..gateway.context import RequestContext
 
 __all__ = ["LimitedKeys"]
@@ -21,6 +21,8 @@ _LIMITS: Final = (
     Limits(tokens_per_minute=100_000, max_concurrency=4),
     None,
 )
+#: Weight and priority of each.
+_SHARES: Final[tuple[tuple[float, Priority], ...]] = ((1.0, "high"), (0.5, "low"), (3.0, "normal"))
 
 
 class LimitedKeys:
@@ -39,7 +41,9 @@ class LimitedKeys:
         number = int(found[1]) if found is not None else self._first_probe
         if not self.is_limited(number):
             return Principal("unlimited", "admin")
-        return Principal(f"key-{number % len(_LIMITS)}", limits=_LIMITS[number % len(_LIMITS)])
+        index = number % len(_LIMITS)
+        weight, priority = _SHARES[index]
+        return Principal(f"key-{index}", limits=_LIMITS[index], weight=weight, priority=priority)
 
     def is_limited(self, number: int) -> bool:
         """Tell whether the client of this number has a key with limits."""
