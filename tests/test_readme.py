@@ -232,6 +232,17 @@ def test_every_flag_is_documented_with_the_commands_that_have_it() -> None:
     assert documented == there
 
 
+def test_every_command_and_flag_of_keys_is_documented() -> None:
+    (keys,) = [parser for command, parser in subparsers() if command == "keys"]
+    (action,) = [each for each in keys._actions if isinstance(each, argparse._SubParsersAction)]
+    text = page("keys.md")
+    shared = set(re.findall(r"`(--?[a-z-]+)", section(page("cli.md"), "Flags")))
+    for command, parser in action.choices.items():
+        assert f"trio-cluster keys {command} " in text
+        flags = {flag for each in parser._actions for flag in each.option_strings} - shared
+        assert [flag for flag in flags if flag not in text] == [], command
+
+
 def test_every_command_is_documented() -> None:
     text = page("cli.md")
     assert [command for command, _ in subparsers() if f"trio-cluster {command} " not in text] == []

@@ -1,4 +1,4 @@
-"""Keys, usage and the audit log over HTTP, and what a key may do."""
+"""The routes for keys, usage and the audit log, and what a key may do."""
 
 from __future__ import annotations
 
