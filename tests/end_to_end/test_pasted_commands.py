@@ -98,7 +98,9 @@ def commands_of(page: str) -> Iterator[Command]:
         for line in fence.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] == ["export"]:
-                variables.update(word.split("=", 1) for word in words[1:])
+                variables.update(
+                    (name, value) for name, _, value in (word.partition("=") for word in words[1:])
+                )
                 continue
             while words:
                 end = words.index("&&") if "&&" in words else len(words)
