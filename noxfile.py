@@ -215,6 +215,7 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; a warning is an error."""
+    """Build the documentation; a warning is an error. Its search must find what people search for."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "docs"))
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "scripts/check_search.py", "docs/_build/html")
