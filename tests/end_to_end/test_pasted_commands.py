@@ -7,7 +7,7 @@ first. Only this is changed in a command:
   tests listen nowhere else.
 - The servers behind an engine (ports 8000, 8090, 11434) are a node of the test.
 - A command that asks a node, and names none, gets the URL of the page's master.
-- The workers, models and calls that a command names are there.
+- The workers, models, calls, certificates and tokens that a command names are there.
 
 What cannot be run is in ``NOT_RUN``, with the reason. A command that is neither run nor listed there fails a test.
 """
@@ -31,7 +31,7 @@ import attrs
 import httpx
 import pytest
 import trio
-from nodes import Node, Nodes, open_nodes
+from nodes import Node, Nodes, free_pair, open_nodes
 from served import until
 
 import trio_cluster
@@ -130,6 +130,14 @@ class Story:
     upstream: Node
     master: Node | None = None
     calls: list[trio.Process] = attrs.field(factory=list)
+    token: str = ""
+    """The last token of an invitation."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Variables that keep the nodes' state, and a trusted certificate, in the directory of the test."""
+        folder = self.nodes.directory
+        return {"XDG_STATE_HOME": str(folder / "state"), "SSL_CERT_FILE": str(folder / "trusted.pem")}
 
     async def run(self, command: Command) -> None:
         """Run a command as the page has it."""
@@ -140,11 +148,11 @@ class Story:
         assert program.endswith("trio-cluster"), f"neither run nor listed in NOT_RUN: {command}"
         name, words = words[0], words[1:]
         if name in ("master", "run"):
-            await self._start_master(name, words, command.variables)
+            await self._start_master(name, words, {**command.variables, **self.variables})
         elif name == "worker":
-            await self._start_worker(words, command.variables)
+            await self._start_worker(words, {**command.variables, **self.variables})
         else:
-            await self._ask(name, words, command.variables)
+            await self._ask(name, words, {**command.variables, **self.variables})
 
     async def the_master(self) -> Node:
         if self.master is None:
@@ -157,16 +165,23 @@ class Story:
                 node.send(signal.SIGINT)
                 node.send(signal.SIGINT)
                 await node.exit_code()
-        words = [("0" if word == "8080" else word) for word in words]
+        # The state of a master has its place by the port.
+        words = [(str(free_pair()) if word in ("8080", "8443") else word) for word in words]
+        if "--tls-cert" in words:
+            self._make_certificate()
         self.master = await self.nodes.start(name, *words, variables=variables)
 
     async def _start_worker(self, words: list[str], variables: dict[str, str]) -> None:
         master = await self.the_master()
         before = await self._models(variables)
-        _host, _port, *options = words
+        options = list(words) if words[0].startswith("-") else words[2:]
         spec = re.compile(r"http://127\.0\.0\.1:\d+/v1")
         options = [spec.sub(f"{self.upstream.url}/v1", word) for word in options]
-        await self.nodes.start("worker", "127.0.0.1", master.port, *options, variables=variables)
+        if "--join" in options:
+            options[options.index("--join") + 1] = self.token
+        else:
+            options = ["127.0.0.1", str(master.port), *options]
+        await self.nodes.start("worker", *options, variables=variables)
 
         async def has_new_models() -> bool:
             return await self._models(variables) > before
@@ -176,16 +191,19 @@ class Story:
     async def _models(self, variables: dict[str, str]) -> set[str]:
         master = await self.the_master()
         key = variables.get("TRIO_CLUSTER_API_KEY", "sk-for-clients")
-        async with httpx.AsyncClient(trust_env=False, headers={"authorization": f"Bearer {key}"}) as http:
-            answer = (await http.get(f"{master.url}/v1/models")).json()
+        headers = {"authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(trust_env=False, verify=False, headers=headers) as http:
+            answer = (await http.get(f"{url_of(master)}/v1/models")).json()
         return {model["id"] for model in answer["data"]}
 
     async def _ask(self, name: str, words: list[str], variables: dict[str, str]) -> None:
         """Run a command that asks the master."""
         master = await self.the_master()
-        words = [re.sub(r"http://[\w.-]+:8080", master.url, word) for word in words]
+        words = [re.sub(r"^https?://[\w.-]+:8080", url_of(master), word) for word in words]
         if not any(word.startswith("http") for word in words):
-            words.insert(1 if name in ("cancel", "drain") else 0, master.url)
+            words.insert(1 if name in ("cancel", "drain") else 0, url_of(master))
+        if name == "revoke":
+            await self._have_invited(words[0], variables)
         if name == "drain":
             await self._have_worker(words[0])
         if name == "cancel":
@@ -203,11 +221,36 @@ class Story:
                 check=False,
             )
         assert completed.returncode == 0, completed.stderr.decode()
+        if name == "invite":
+            (self.token,) = re.findall(r"tcj-\S+", completed.stdout.decode())
+
+    async def _have_invited(self, name: str, variables: dict[str, str]) -> None:
+        """Have a worker join with a token, under a name."""
+        await self._ask("invite", ["--name", name], variables)
+        (self.nodes.directory / "slow.py").write_text(SLOW)
+        await self._start_worker(["--join", self.token, "--app", "slow:server"], variables)
+
+    def _make_certificate(self) -> None:
+        """Make a certificate for this machine, which commands trust from now on."""
+        command = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+        ]
+        command += ["-keyout", "privkey.pem", "-out", "fullchain.pem", "-days", "2", "-subj", "/CN=test"]
+        command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run(command, check=True, capture_output=True, cwd=self.nodes.directory)
+        shutil.copy(self.nodes.directory / "fullchain.pem", self.nodes.directory / "trusted.pem")
 
     async def _have_worker(self, name: str) -> None:
         master = await self.the_master()
         async with httpx.AsyncClient(trust_env=False) as http:
-            status = (await http.get(f"{master.url}/cluster/status")).json()
+            status = (await http.get(f"{url_of(master)}/cluster/status")).json()
         if name not in {worker["id"] for worker in status["workers"]}:
             (self.nodes.directory / "slow.py").write_text(SLOW)
             await self.nodes.start("worker", "127.0.0.1", master.port, "--app", "slow:server", "--name", name)
@@ -215,21 +258,31 @@ class Story:
     async def _have_call(self, request_id: str) -> None:
         master = await self.the_master()
         body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
-        command = ["curl", "-sN", f"{master.url}/v1/chat/completions", "-H", f"x-request-id: {request_id}"]
+        command = [
+            "curl",
+            "-sN",
+            f"{url_of(master)}/v1/chat/completions",
+            "-H",
+            f"x-request-id: {request_id}",
+        ]
         command += ["-H", "content-type: application/json", "-d", json.dumps(body)]
         self.calls.append(await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL))
 
         async def is_there() -> bool:
             async with httpx.AsyncClient(trust_env=False) as http:
-                calls = (await http.get(f"{master.url}/cluster/calls")).json()["calls"]
+                calls = (await http.get(f"{url_of(master)}/cluster/calls")).json()["calls"]
             return request_id in {call["request_id"] for call in calls}
 
         await until(is_there, within=5)
 
     async def _curl(self, words: list[str]) -> None:
         master = await self.the_master()
-        words = [re.sub(r"^http://[\w.-]+:8080", master.url, word) for word in words]
-        assert any(word.startswith(master.url) for word in words), words
+        url, state = url_of(master), self.variables["XDG_STATE_HOME"]
+        words = [re.sub(r"^https?://[\w.-]+:8080", url, word) for word in words]
+        words = [
+            re.sub(r"^~/\.local/state/(.*)-8080/", rf"{state}/\1-{master.port}/", word) for word in words
+        ]
+        assert any(word.startswith(url) for word in words), words
         with trio.fail_after(30):
             completed = await trio.run_process(
                 ["curl", "--fail-with-body", "--noproxy", "*", "-sS", *words],
@@ -243,6 +296,13 @@ class Story:
             assert completed.stdout.endswith(b"data: [DONE]\n\n")
 
 
+def url_of(master: Node) -> str:
+    """Return the URL of a master as it has logged it itself."""
+    (entry,) = master.logged("serving")
+    url: str = entry["url"]
+    return url
+
+
 @pytest.fixture
 async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
     """Where processes are started."""
@@ -254,6 +314,8 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
 async def test_the_commands_of_a_page_do_what_it_says(page: str, nodes: Nodes) -> None:
     if shutil.which("curl") is None:
         pytest.skip("there is no curl on this machine")
+    if page == "tls.md":
+        pytest.importorskip("cryptography", reason="the extra tls is not installed")
     for name, code in applications_of(page).items():
         (nodes.directory / name).write_text(code)
     for code in re.findall(r"^```toml\n(.*?)^```", PAGES["cluster.md"].read_text("utf-8"), re.M | re.S)[:1]:
