@@ -53,6 +53,8 @@ NOT_RUN: Final = {
     r"vllm serve": "another program, which needs a GPU; never run",
     r"docker run": "another program, a large image; never run",
     r"ssh": "needs another machine",
+    r".*TRIO_CLUSTER_DATABASE=postgresql": "needs PostgreSQL; the tests of usage have one where it is installed",
+    r".*TRIO_CLUSTER_LIMITS=redis": "needs Redis; the tests of limits have one where it is installed",
     r"curl https://api.example.net": "needs a reverse proxy with TLS; test_proxies.py asks through one",
 }
 
@@ -86,15 +88,19 @@ class Command:
     @property
     def why_not(self) -> str | None:
         """Why it is not run; ``None`` if it is."""
-        text = " ".join(self.words)
-        return next((reason for pattern, reason in NOT_RUN.items() if re.match(pattern, text)), None)
+        return next((reason for pattern, reason in NOT_RUN.items() if self.matches(pattern)), None)
+
+    def matches(self, pattern: str) -> bool:
+        """Tell whether a pattern matches the command, or the variables of its environment."""
+        variables = "".join(f"{name}={value} " for name, value in self.variables.items())
+        return any(re.match(pattern, text) for text in (" ".join(self.words), variables))
 
 
 def commands_of(page: str) -> Iterator[Command]:
-    """Yield the commands of a page, in order."""
+    """Yield the commands of a page, in order. What is exported holds for all that follows, as in one shell."""
     text = PAGES[page].read_text(encoding="utf-8")
+    variables: dict[str, str] = {}
     for fence in re.findall(r"^```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S):
-        variables: dict[str, str] = {}
         for line in fence.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:1] == ["export"]:
@@ -132,6 +138,8 @@ class Story:
     calls: list[trio.Process] = attrs.field(factory=list)
     token: str = ""
     """The last token of an invitation."""
+    key: str = "sk-for-clients"
+    """The first key that was made."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -143,7 +151,7 @@ class Story:
         """Run a command as the page has it."""
         program, *words = command.words
         if program == "curl":
-            await self._curl(words)
+            await self._curl(words, command.variables)
             return
         assert program.endswith("trio-cluster"), f"neither run nor listed in NOT_RUN: {command}"
         name, words = words[0], words[1:]
@@ -156,7 +164,7 @@ class Story:
 
     async def the_master(self) -> Node:
         if self.master is None:
-            self.master = await self.nodes.master()
+            self.master = await self.nodes.start("master", free_pair(), variables=self.variables)
         return self.master
 
     async def _start_master(self, name: str, words: list[str], variables: dict[str, str]) -> None:
@@ -190,7 +198,7 @@ class Story:
 
     async def _models(self, variables: dict[str, str]) -> set[str]:
         master = await self.the_master()
-        key = variables.get("TRIO_CLUSTER_API_KEY", "sk-for-clients")
+        key = variables.get("TRIO_CLUSTER_API_KEY", self.key).replace("tc-...", self.key)
         headers = {"authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(trust_env=False, verify=False, headers=headers) as http:
             answer = (await http.get(f"{url_of(master)}/v1/models")).json()
@@ -201,7 +209,7 @@ class Story:
         master = await self.the_master()
         words = [re.sub(r"^https?://[\w.-]+:8080", url_of(master), word) for word in words]
         if not any(word.startswith("http") for word in words):
-            words.insert(1 if name in ("cancel", "drain") else 0, url_of(master))
+            words.append(url_of(master))
         if name == "revoke":
             await self._have_invited(words[0], variables)
         if name == "drain":
@@ -211,6 +219,8 @@ class Story:
             await self._have_call(words[0])
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TRIO_CLUSTER_")}
         environ |= {"PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
+        # A page shows keys that begin so, and are shorter.
+        environ = {name: value.replace("tc-...", self.key) for name, value in environ.items()}
         with trio.fail_after(30):
             completed = await trio.run_process(
                 [sys.executable, "-m", "trio_cluster", name, *words],
@@ -221,6 +231,8 @@ class Story:
                 check=False,
             )
         assert completed.returncode == 0, completed.stderr.decode()
+        if name == "keys" and self.key == "sk-for-clients":
+            (self.key,) = re.findall(r"\btc-\S+", completed.stdout.decode())
         if name == "invite":
             (self.token,) = re.findall(r"tcj-\S+", completed.stdout.decode())
 
@@ -275,8 +287,10 @@ class Story:
 
         await until(is_there, within=5)
 
-    async def _curl(self, words: list[str]) -> None:
+    async def _curl(self, words: list[str], variables: dict[str, str]) -> None:
         master = await self.the_master()
+        key = variables.get("TRIO_CLUSTER_API_KEY", self.key).replace("tc-...", self.key)
+        words = [word.replace("$TRIO_CLUSTER_API_KEY", key) for word in words]
         url, state = url_of(master), self.variables["XDG_STATE_HOME"]
         words = [re.sub(r"^https?://[\w.-]+:8080", url, word) for word in words]
         words = [
@@ -334,8 +348,7 @@ async def test_the_commands_of_a_page_do_what_it_says(page: str, nodes: Nodes) -
 
 
 def test_every_reason_not_to_run_a_command_is_needed() -> None:
-    texts = [" ".join(command.words) for command in COMMANDS]
-    unused = [pattern for pattern in NOT_RUN if not any(re.match(pattern, text) for text in texts)]
+    unused = [pattern for pattern in NOT_RUN if not any(each.matches(pattern) for each in COMMANDS)]
     assert unused == []
 
 
