@@ -19,7 +19,7 @@ EXPECTED: Final = {
     "authentication": "cluster",
     "load balancing": "cluster",
     "failover": "cluster",
-    "rate limit": "deployment",
+    "rate limit": "limits",
     "health check": "cluster",
     "docker": "install",
 }

@@ -166,10 +166,10 @@ SETUPS: Final[list[Setup]] = [nginx_deployment, nginx_cluster, caddy]
 
 
 @asynccontextmanager
-async def open_proxy(setup: Setup, folder: Path) -> AsyncIterator[Proxy]:
+async def open_proxy(setup: Setup, folder: Path, api_key: str | None = "a-key") -> AsyncIterator[Proxy]:
     """Run a proxy in front of a master with one worker."""
     port = unused_port()
-    async with open_served("forwarded", api_key="a-key") as served:
+    async with open_served("forwarded", api_key=api_key) as served:
         assert served.front.port is not None
         command, url = setup(folder, served.front.port, port)
         environ = {
@@ -270,13 +270,20 @@ async def test_a_large_upload_passes(proxy: Proxy) -> None:
     assert sizes == [8 << 20]
 
 
-async def test_a_client_behind_the_proxy_is_not_taken_for_one_on_this_machine(proxy: Proxy) -> None:
-    async with proxy.client() as client:
-        calls = await client.get("/cluster/calls")
-        drained = await client.post("/cluster/workers/w1/drain")
-        assert (calls.status_code, drained.status_code) == (403, 403)
-        assert calls.json()["error"]["code"] == "role_required"
-        assert (await client.get("/cluster/status")).status_code == 200
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.__name__)
+async def test_a_client_behind_the_proxy_is_not_taken_for_one_on_this_machine(
+    setup: Setup, tmp_path: Path
+) -> None:
+    # Without any key, clients on the same machine are admins.
+    async with open_proxy(setup, tmp_path, api_key=None) as proxy:
+        async with proxy.client() as client:
+            calls = await client.get("/cluster/calls")
+            drained = await client.post("/cluster/workers/w1/drain")
+            assert (calls.status_code, drained.status_code) == (403, 403)
+            assert calls.json()["error"]["code"] == "role_required"
+            assert (await client.get("/cluster/status")).status_code == 200
+        async with proxy.served.http() as client:
+            assert (await client.get("/cluster/calls")).status_code == 200
 
 
 async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:
