@@ -703,6 +703,25 @@ async def test_every_route_has_its_own_path_on_the_server(endpoint: str, target:
     assert (received.target, received.body, received.headers["content-type"]) == (target, body, "x/y; z")
 
 
+@pytest.mark.parametrize("query", ["", "api-version=1&a=%0d%0aHost:%20x", "a=1?b"])
+@pytest.mark.parametrize("endpoint", ["chat.completions", "/v1/tokenize"])
+async def test_the_query_is_forwarded(endpoint: str, query: str) -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        assert (await ask(server, request(endpoint=endpoint, query=query))).error is None
+    (received,) = posts(raw)
+    assert received.target.partition("?")[2] == query
+    assert "host:" not in received.target
+
+
+@pytest.mark.parametrize("query", ["a=\r\nx: 1", "a b", "a=\n", "a=\0", "a=\u00e9", "a#b"])
+async def test_a_query_that_would_end_the_request_line_is_not_sent(query: str) -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        outcome = await ask(server, request(query=query))
+        assert outcome.error is not None
+        assert outcome.error.status == 400
+        assert posts(raw) == []
+
+
 @pytest.mark.parametrize("endpoint", ["/v1/../admin", "/v1/./x", "/admin", "/v1", "/v1x/y", "unheard.of"])
 async def test_no_request_leaves_the_base_url(endpoint: str) -> None:
     async with engine_with(mirror) as (server, raw, _):

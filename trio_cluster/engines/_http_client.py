@@ -84,6 +84,7 @@ class HttpRequest:
     Attributes:
         method: in capitals.
         path: what follows the base URL's path, percent-encoded.
+        query: added to the base URL's query, percent-encoded; without a question mark.
         headers: (name, value) pairs. The client adds ``Host``, ``Accept-Encoding`` and the framing headers.
         body: in memory, or streamed.
         size: the length of a streamed body in bytes; -1 if it is not known. Ignored for a body in memory.
@@ -94,6 +95,7 @@ class HttpRequest:
     headers: Sequence[tuple[str, str]] = ()
     body: Body = b""
     size: int = -1
+    query: str = ""
 
 
 @attrs.frozen
@@ -360,7 +362,7 @@ class HttpClient:
     def _head(self, request: HttpRequest) -> bytes:
         size = len(request.body) if isinstance(request.body, bytes) else request.size
         lines = [
-            f"{request.method} {self.base.target(request.path)} HTTP/1.1",
+            f"{request.method} {self.base.target(request.path, request.query)} HTTP/1.1",
             f"host: {self.base.authority}",
             "accept-encoding: identity",
         ]

@@ -27,6 +27,7 @@ from .auth import require_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
+from .query import forwarded_query
 
 __all__ = ["Parse"]
 
@@ -63,7 +64,7 @@ class Parse:
 
         Raises:
             ApiError: the request is not valid, or too large, or does not arrive in time; or its model does not exist or
-                does not answer the endpoint.
+                does not answer the endpoint; or its query cannot be passed on.
             ClientLeft: the client disconnected in the middle of its request.
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
@@ -122,6 +123,7 @@ class Parse:
             upload=upload,
             principal=context.principal,
             max_tokens=max_tokens,
+            query=forwarded_query(context.query, info.name) if context.query else "",
         )
 
 

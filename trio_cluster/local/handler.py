@@ -24,7 +24,7 @@ from ..core.call import Call
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..openai import Encoder, Endpoint, FormReader, endpoint_named
+from ..openai import CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -182,6 +182,8 @@ class HandlerTask(CallTask):
             parse = partial(endpoint.parse, *arguments, checked=request.checked)
             parsed = parse() if len(self._body) < PARSE_IN_THREAD else await trio.to_thread.run_sync(parse)
         self._body, self._parsed = b"", None
+        if request.query and isinstance(parsed, CustomRequest):
+            parsed = attrs.evolve(parsed, query=request.query)
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 
