@@ -41,6 +41,16 @@ async def start(cluster: SimulatedCluster) -> None:
     await trio.sleep(2)
 
 
+def make_older(directory: Path, seconds: float) -> None:
+    """Let time pass for what was written down, which has the machine's time: a mock clock does not move that."""
+    path = directory / "models.json"
+    entries = json.loads(path.read_text())
+    for entry in entries:
+        if entry["left"] is not None:
+            entry["left"] -= seconds
+    path.write_text(json.dumps(entries))
+
+
 @pytest.mark.parametrize("ends", ["kill", "stop"])
 async def test_models_are_unavailable_and_not_unknown_while_workers_return_after_a_restart(
     ends: str, tmp_path: Path, autojump_clock: MockClock
@@ -70,6 +80,38 @@ async def test_a_worker_returns_within_five_seconds_of_a_long_outage(
             await trio.sleep(5.2)
             assert await ask(cluster, "m") == (200, None)
             cluster.master.kill()
+
+
+@pytest.mark.parametrize("ends", ["kill", "stop", "stop, and kill while it stops"])
+async def test_a_long_outage_of_the_master_does_not_count_as_absence_of_its_models(
+    ends: str, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_cluster(state_dir=str(tmp_path / "s")) as cluster:
+        await start(cluster)
+        for end in ends.split(", and "):
+            getattr(cluster.master, end.split()[0])()
+            await trio.sleep(0 if end == "stop" else 1)
+        await cluster.master.over.wait()
+        await trio.sleep(3600)
+        make_older(tmp_path / "s", 3600)
+        await cluster.start_master(ClusterServer(attrs.evolve(cluster.options)))
+        assert await ask(cluster, "m") in [(200, None), (503, "model_unavailable")]
+        await trio.sleep(5.2)
+        assert await ask(cluster, "m") == (200, None)
+
+
+async def test_a_model_that_left_before_its_master_was_stopped_is_unknown_after_a_long_outage(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_cluster(state_dir=str(tmp_path / "s")) as cluster:
+        await start(cluster)
+        cluster.workers["w"].kill()
+        await trio.sleep(30)
+        cluster.master.stop()
+        await cluster.master.over.wait()
+        make_older(tmp_path / "s", 200)
+        await cluster.start_master(ClusterServer(attrs.evolve(cluster.options)))
+        assert await ask(cluster, "m") == (404, "model_not_found")
 
 
 async def test_a_model_that_does_not_return_is_unknown_after_two_minutes(

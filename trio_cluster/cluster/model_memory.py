@@ -4,6 +4,9 @@ After a restart the workers come back one after the other, and a request for a m
 be repeated by its client. So a master writes into its state directory which models there are, and a master that starts
 takes those as models that have just left; see ``routing/absence.py``.
 
+A master that stops closes the links of its workers first, so all their models leave before its end. Models that leave
+as late as that are written down as served: otherwise the absence of the master would count as theirs.
+
 The file is written when a model comes or goes, at most once a second. What cannot be written is logged once.
 """
 
@@ -17,6 +20,7 @@ import attrs
 import msgspec
 import trio
 
+from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS, ModelInfo
 from ..core.state_dir import StateDir, StateDirError
 from ..routing.absence import REMEMBERED
@@ -29,6 +33,9 @@ logger = logging.getLogger("trio_cluster.node")
 _FILE: Final = "models.json"
 #: Seconds between two writes.
 _PAUSE: Final = 1.0
+#: Seconds from the moment at which a master that stops begins to close its links to its end, and some to spare. The
+#: links and the clients' connections are given CLOSE_TIMEOUT each, and the latter are closed by force in as much again.
+_LAST_SECONDS: Final = 4 * CLOSE_TIMEOUT
 
 
 @attrs.frozen
@@ -106,7 +113,7 @@ class ModelMemory:
                 await trio.sleep(_PAUSE)
         finally:
             self._catalog.on_names_changed = lambda: None
-            content = self._content()
+            content = self._content(still_served=_LAST_SECONDS)
             if content != self._written:
                 self._write(content)
 
@@ -121,11 +128,19 @@ class ModelMemory:
             self._written = content
             self._failed = False
 
-    def _content(self) -> bytes:
+    def _content(self, *, still_served: float = 0.0) -> bytes:
+        """Return what is to be in the file.
+
+        Args:
+            still_served: a model that left less than so many seconds ago counts as served.
+        """
         now = time.time()
         entries = [_entry(info, None) for info in self._catalog.infos()]
         # Whole seconds, so that the same models make the same content.
-        entries += [_entry(info, round(now - age)) for info, age in self._catalog.absent]
+        entries += [
+            _entry(info, None if age < still_served else round(now - age))
+            for info, age in self._catalog.absent
+        ]
         return msgspec.json.encode(entries)
 
 
