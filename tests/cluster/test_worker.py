@@ -86,7 +86,7 @@ async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
     worker = Worker(cluster, "w1")
     cluster.nursery.start_soon(worker.run)
     await trio.sleep(120)
-    assert bounds[:8] == [0.5, 1, 2, 4, 5, 5, 5, 5]
+    assert bounds[:8] == [0.5, 1, 2, 4, 4.5, 4.5, 4.5, 4.5]
     cluster.refusing = False
     await worker.registered.wait()
     bounds.clear()
