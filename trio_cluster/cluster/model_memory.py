@@ -40,7 +40,7 @@ _LAST_SECONDS: Final = 4 * CLOSE_TIMEOUT
 
 @attrs.frozen
 class _Entry:
-    """A model in the file."""
+    """A model in the file, or a part of one that is away; a model may have several entries."""
 
     name: str
     kind: str
@@ -82,12 +82,12 @@ class ModelMemory:
         now = time.time()
         for entry in sorted(entries, key=lambda entry: entry.left or now):
             age = 0.0 if entry.left is None else max(0.0, now - entry.left)
-            if age < REMEMBERED and entry.kind in KINDS and self._catalog.info(entry.name) is None:
+            if age < REMEMBERED and entry.kind in KINDS:
                 try:
                     info = ModelInfo(entry.name, entry.kind, extra_endpoints=tuple(entry.endpoints))
                 except (TypeError, ValueError):
                     continue
-                self._catalog.absent.add(info, age=age)
+                self._catalog.remember(info, age=age)
 
     def save(self) -> None:
         """Write the file if it would not be the same. Blocks.
@@ -135,7 +135,11 @@ class ModelMemory:
             still_served: a model that left less than so many seconds ago counts as served.
         """
         now = time.time()
-        entries = [_entry(info, None) for info in self._catalog.infos()]
+        infos = self._catalog.infos()
+        entries = [_entry(info, None) for info in infos]
+        # A passthrough model beside replicas of another kind, which name the model. It answers everything.
+        beside = [info for info in infos if info.kind != "any" and info.name in self._catalog.passthrough]
+        entries += [_Entry(info.name, "any") for info in beside]
         # Whole seconds, so that the same models make the same content.
         entries += [
             _entry(info, None if age < still_served else round(now - age))

@@ -20,7 +20,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest, LoopDetected
+from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model
@@ -245,9 +245,9 @@ async def _read_whole(
         await _parse(require_one_model, body)
     if catalog.passthrough or catalog.absent:
         name = await _parse(peek_model, body, content_type) or ""
-        if catalog.absent.find(name) is not None:
+        if catalog.is_away(name, endpoint.kind, endpoint.name):
             # What a passthrough model takes may be more than is accepted below.
-            raise catalog.why_missing(name)
+            raise ModelUnavailable(name)
         untouched = catalog.takes_untouched(name, endpoint.kind, endpoint.name)
         if untouched is not None:
             return untouched, None
