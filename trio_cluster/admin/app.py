@@ -22,6 +22,7 @@ from ..gateway.response import error_reply
 from ..gateway.routes import custom_route
 from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
+from ..net.threads import thread_shortage
 from .operator import add_operator_routes
 from .routes import add_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond
@@ -99,6 +100,9 @@ async def _on_http_exception(node_context: NodeContext, error: HTTPException) ->
 
 
 async def _on_exception(error: Exception) -> TrioResponse:
+    # The framework runs a plain function in a thread.
+    if (shortage := thread_shortage(error)) is not None:
+        return respond(error_reply(shortage))
     logger.error(
         "the route of %s %s failed", request.method, request.path, exc_info=error,
         extra={"fields": {"request_id": request_context(request.scope).request_id}},

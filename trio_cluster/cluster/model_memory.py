@@ -23,6 +23,7 @@ import trio
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS, ModelInfo
 from ..core.state_dir import StateDir, StateDirError
+from ..net.threads import NoThread, run_in_thread
 from ..routing.absence import REMEMBERED
 from ..routing.catalog import Catalog
 
@@ -109,7 +110,10 @@ class ModelMemory:
                 self._changed = trio.Event()
                 content = self._content()
                 if content != self._written:
-                    await trio.to_thread.run_sync(self._write, content)
+                    try:
+                        await run_in_thread(self._write, content)
+                    except NoThread:
+                        self._write(content)
                 await trio.sleep(_PAUSE)
         finally:
             self._catalog.on_names_changed = lambda: None

@@ -28,6 +28,7 @@ import trio
 
 from trio_cluster.core.model import ChatModelOptions, Kind
 from trio_cluster.errors import ClusterError, OptionsError
+from trio_cluster.net.threads import NoThread, run_in_thread
 from trio_cluster.options import parse_boolean
 
 __all__ = [
@@ -263,11 +264,17 @@ class LoadingEngine(Engine):
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """See :meth:`Engine.serve`."""
-        opened = self.open(await self.prepare(argument, options), options)
+        try:
+            opened = self.open(await self.prepare(argument, options), options)
+        except NoThread as error:
+            raise ClusterError(f"the model cannot be loaded: {error.message}") from error
         # Loading cannot be interrupted. A cancellation that arrives meanwhile takes effect after it, and the model is
         # freed.
         with trio.CancelScope(shield=True):
-            model = await trio.to_thread.run_sync(opened.__enter__)
+            try:
+                model = await run_in_thread(opened.__enter__)
+            except NoThread as error:
+                raise ClusterError(f"the model cannot be loaded: {error.message}") from error
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             with _registered(model, server):
@@ -275,7 +282,11 @@ class LoadingEngine(Engine):
                 await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(partial(opened.__exit__, None, None, None))
+                free = partial(opened.__exit__, None, None, None)
+                try:
+                    await run_in_thread(free)
+                except NoThread:
+                    free()
 
 
 @contextmanager

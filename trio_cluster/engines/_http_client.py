@@ -252,10 +252,13 @@ class HttpClient:
             return _Connection(stream, raw)
         except trio.TooSlowError:
             raise ConnectTimeout(f"no connection within {self._connect_timeout:g} s") from None
-        except (OSError, trio.BrokenResourceError) as error:
+        except (OSError, trio.BrokenResourceError, RuntimeError) as error:
+            # A RuntimeError: names are resolved in a thread.
             if resource := exhausted_resource(error):
                 self._exhaustion.failed(resource)
                 raise LocalExhaustion(resource) from error
+            if isinstance(error, RuntimeError):
+                raise
             raise ConnectFailed(_reason(error)) from error
         finally:
             if raw is not None and not connected:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import msgspec
-import trio
 
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
@@ -21,6 +20,7 @@ from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
 from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
+from ..net.threads import run_in_thread
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model
@@ -279,7 +279,7 @@ async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
     if len(body) < PARSE_IN_THREAD:
         return function(body, *more)
     # The thread can be abandoned if the client disconnects, since parsing has no side effects.
-    return await trio.to_thread.run_sync(function, body, *more, abandon_on_cancel=True)
+    return await run_in_thread(partial(function, body, *more), abandon_on_cancel=True)
 
 
 def _forwarded_headers(context: RequestContext) -> dict[str, str]:

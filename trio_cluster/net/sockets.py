@@ -20,6 +20,7 @@ import trio
 
 from ..errors import ClusterPortError
 from .streams import ByteStream, Listener, TcpListener, TcpStream
+from .threads import thread_shortage
 
 __all__ = [
     "INTERNAL_OFFSET",
@@ -83,6 +84,11 @@ class Sockets:
             )
         except OSError as error:
             raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
+        except RuntimeError as error:
+            # Names are resolved in a thread.
+            if thread_shortage(error) is None:
+                raise
+            raise ClusterPortError(port, f"cannot listen on '{host}': {error}") from error
         listeners: list[TcpListener] = []
         try:
             for family, kind, proto, _, address in dict.fromkeys(found):
@@ -99,7 +105,13 @@ class Sockets:
 
     async def connect(self, host: str, port: int) -> ByteStream:
         """See ``Network``."""
-        return TcpStream(await trio.open_tcp_stream(host, port))
+        try:
+            return TcpStream(await trio.open_tcp_stream(host, port))
+        except RuntimeError as error:
+            # Names are resolved in a thread.
+            if thread_shortage(error) is None:
+                raise
+            raise OSError(errno.EAGAIN, str(error)) from None
 
 
 async def open_pair(
