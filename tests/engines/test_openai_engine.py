@@ -19,6 +19,7 @@ from thread_shortage import no_threads
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster import ApiError, ClusterServer, OptionsError
+from trio_cluster.core import exhaustion
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
@@ -27,7 +28,6 @@ from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
 from trio_cluster.engines._http_client import HttpClient
 from trio_cluster.engines._upstream_models import Naming, parse_model_list
-from trio_cluster.net import exhaustion
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -242,7 +242,7 @@ async def test_a_model_that_cannot_be_loaded_registers_nothing(toy: Toy) -> None
 
 async def test_without_a_thread_a_model_is_not_loaded_and_one_that_is_loaded_is_freed(toy: Toy) -> None:
     server = ClusterServer()
-    with no_threads(), pytest.raises(ClusterError, match=r"cannot be loaded: .* can start no more threads"):
+    with no_threads(), pytest.raises(ClusterError, match="can start no more threads"):
         await serve_engine(parse_serve("toy"), server)
     assert (server.list_models(), toy.log) == ([], [])
     with ExitStack() as shortage:

@@ -15,8 +15,8 @@ from trio.testing import MockClock
 from trio_cluster import ChatRequest, ClusterServer
 from trio_cluster.admin import metrics
 from trio_cluster.core.limits import PARSE_IN_THREAD
+from trio_cluster.core.threads import NoThread
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
-from trio_cluster.net.threads import NoThread
 from trio_cluster.testing import SimulatedCluster, open_cluster, settle, worker
 
 SHORTAGE = (503, "over_capacity")

@@ -14,6 +14,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from ..accounts.errors import StoreError
+from ..core.threads import thread_shortage
 from ..errors import ApiError, HandlerFailed
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
@@ -22,7 +23,6 @@ from ..gateway.response import error_reply
 from ..gateway.routes import custom_route
 from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
-from ..net.threads import thread_shortage
 from .operator import add_operator_routes
 from .routes import add_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond

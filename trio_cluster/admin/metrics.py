@@ -20,9 +20,9 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from ..core.stats import Histogram
+from ..core.threads import NoThread, run_in_thread
 from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
-from ..net.threads import NoThread, run_in_thread
 
 __all__ = ["metrics_reply"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from ..core.state_dir import StateDir
+from ..core.threads import run_in_thread
 from ..net.sockets import INTERNAL_OFFSET, Listeners, Network
 from ..net.streams import ByteStream
 from ..net.tls import connect_tls
@@ -144,9 +145,7 @@ class MemberDialer(Dialer):
         from ..security.joining import renew_if_due
 
         try:
-            renewed = await trio.to_thread.run_sync(
-                renew_if_due, state, self._membership, abandon_on_cancel=True
-            )
+            renewed = await run_in_thread(renew_if_due, state, self._membership, abandon_on_cancel=True)
         except Exception as error:
             logger.warning("the certificate of this worker could not be checked: %s", error)
             return _RENEWAL_RETRY

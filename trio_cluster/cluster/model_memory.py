@@ -23,7 +23,7 @@ import trio
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS, ModelInfo
 from ..core.state_dir import StateDir, StateDirError
-from ..net.threads import NoThread, run_in_thread
+from ..core.threads import NoThread, run_in_thread
 from ..routing.absence import REMEMBERED
 from ..routing.catalog import Catalog
 

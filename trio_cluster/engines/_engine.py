@@ -27,8 +27,8 @@ import attrs
 import trio
 
 from trio_cluster.core.model import ChatModelOptions, Kind
+from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
 from trio_cluster.errors import ClusterError, OptionsError
-from trio_cluster.net.threads import NoThread, run_in_thread
 from trio_cluster.options import parse_boolean
 
 __all__ = [
@@ -264,17 +264,11 @@ class LoadingEngine(Engine):
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """See :meth:`Engine.serve`."""
-        try:
-            opened = self.open(await self.prepare(argument, options), options)
-        except NoThread as error:
-            raise ClusterError(f"the model cannot be loaded: {error.message}") from error
+        opened = self.open(await self.prepare(argument, options), options)
         # Loading cannot be interrupted. A cancellation that arrives meanwhile takes effect after it, and the model is
         # freed.
         with trio.CancelScope(shield=True):
-            try:
-                model = await run_in_thread(opened.__enter__)
-            except NoThread as error:
-                raise ClusterError(f"the model cannot be loaded: {error.message}") from error
+            model = await start_in_thread(opened.__enter__)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             with _registered(model, server):

@@ -38,7 +38,7 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
-from trio_cluster.net.exhaustion import ExhaustionLog, exhausted_resource
+from trio_cluster.core.exhaustion import ExhaustionLog, exhausted_resource
 from trio_cluster.net.sockets import receive_when_ready
 
 from ._base_url import BaseURL

@@ -36,9 +36,9 @@ import trio
 from outcome import Error, Outcome
 
 from trio_cluster.core.request import Request
+from trio_cluster.core.threads import thread_shortage
 from trio_cluster.errors import Overloaded
 from trio_cluster.local.slots import Slots, answered_request
-from trio_cluster.net.threads import thread_shortage
 
 __all__ = ["Outlet", "ThreadStream"]
 

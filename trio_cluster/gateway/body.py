@@ -16,9 +16,9 @@ from typing import IO, Final
 
 import trio
 
+from ..core.threads import run_in_thread
 from ..errors import ApiError, InvalidRequest, Overloaded
 from ..http1.asgi import Receive
-from ..net.threads import run_in_thread
 from .direct import Connection
 
 __all__ = [

@@ -19,8 +19,8 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
+from ..core.threads import run_in_thread
 from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
-from ..net.threads import run_in_thread
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model

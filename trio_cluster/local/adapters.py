@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 
 import trio
 
-from ..net.threads import run_in_thread
+from ..core.threads import run_in_thread
 
 __all__ = ["Adapter", "Handler", "Provider", "ThreadProvider", "adapt"]
 

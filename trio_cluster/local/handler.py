@@ -24,7 +24,7 @@ from ..core.call import Call
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..net.threads import NoThread, run_in_thread
+from ..core.threads import NoThread, run_in_thread
 from ..openai import Encoder, Endpoint, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL

@@ -24,9 +24,9 @@ import trio
 
 from ..core.answer import Failed
 from ..core.call import Call
+from ..core.exhaustion import exhausted_resource
+from ..core.threads import thread_shortage
 from ..errors import ApiError, HandlerFailed, Overloaded, TooSlow
-from ..net.exhaustion import exhausted_resource
-from ..net.threads import thread_shortage
 from ..options import ClusterServerOptions
 
 __all__ = ["MAX_OUTPUTS_PER_TURN", "TURN", "CallTask", "is_failure"]

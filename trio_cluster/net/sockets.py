@@ -18,9 +18,9 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
+from ..core.threads import thread_shortage
 from ..errors import ClusterPortError
 from .streams import ByteStream, Listener, TcpListener, TcpStream
-from .threads import thread_shortage
 
 __all__ = [
     "INTERNAL_OFFSET",

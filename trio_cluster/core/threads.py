@@ -4,7 +4,7 @@ The system limits threads: for a user (``ulimit -u``), for a container (the cgro
 then raises a ``RuntimeError``, in the middle of whatever wanted the thread. That is no bug, and no fault of the request
 that meets it. It is an exhausted resource like any other (see ``exhaustion.py``): it costs that request, which gets
 503, and nothing else. So the package starts threads only by :func:`run_in_thread`, or converts the error by
-:func:`thread_shortage`; ``tests/net/test_run_in_thread.py`` looks for others.
+:func:`thread_shortage`; ``tests/core/test_run_in_thread.py`` looks for others.
 
 Work that is short and must be done is done in the event loop then: the caller catches :class:`NoThread`.
 """
@@ -17,10 +17,10 @@ from typing import Final, TypeVar, TypeVarTuple
 
 import trio
 
-from ..errors import Overloaded
+from ..errors import ClusterError, Overloaded
 from .exhaustion import ExhaustionLog, exhausted_resource
 
-__all__ = ["NoThread", "run_in_thread", "thread_shortage"]
+__all__ = ["NoThread", "run_in_thread", "start_in_thread", "thread_shortage"]
 
 logger = logging.getLogger("trio_cluster.node")
 
@@ -94,3 +94,16 @@ async def run_in_thread(
     if log is not None:
         log.succeeded()
     return result
+
+
+async def start_in_thread(function: Callable[[*Ts], T], *args: *Ts, abandon_on_cancel: bool = False) -> T:
+    """Do what :func:`run_in_thread` does for a node that starts, and cannot without it. A checkpoint.
+
+    Raises:
+        ClusterError: there is no thread for it; the function was not called.
+        BaseException: what the function raised.
+    """
+    try:
+        return await run_in_thread(function, *args, abandon_on_cancel=abandon_on_cancel)
+    except NoThread as error:
+        raise ClusterError(error.message) from error

@@ -13,12 +13,13 @@ from thread_shortage import no_threads
 from trio.testing import MockClock
 
 import trio_cluster
+from trio_cluster import ClusterError
+from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
 from trio_cluster.net.sockets import Sockets, why_not_connected
-from trio_cluster.net.threads import NoThread, run_in_thread
 
 PACKAGE = Path(trio_cluster.__file__).parent
 #: Where threads are started, each with an answer to the question what happens if there is none. The demo is a program.
-STARTERS = {"net/threads.py", "net/watchdog.py", "engines/_threads.py", "demo/cluster.py", "demo/node.py"}
+STARTERS = {"core/threads.py", "net/watchdog.py", "engines/_threads.py", "demo/cluster.py", "demo/node.py"}
 
 
 def test_threads_are_started_nowhere_else() -> None:
@@ -46,6 +47,12 @@ async def test_without_a_thread_it_is_not_called_and_the_next_one_is_when_there_
     assert called == []
     await run_in_thread(called.append, "y")
     assert called == ["y"]
+
+
+async def test_a_node_that_cannot_start_without_a_thread_says_so_in_one_line() -> None:
+    assert await start_in_thread(divmod, 7, 2) == (3, 1)
+    with no_threads(), pytest.raises(ClusterError, match="This server can start no more threads"):
+        await start_in_thread(divmod, 7, 2)
 
 
 async def test_the_same_error_of_the_function_itself_is_its_own() -> None:
