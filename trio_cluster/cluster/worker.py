@@ -127,6 +127,7 @@ class WorkerClient:
                 on_registered()
 
         while not self._draining.is_set():
+            began = trio.current_time()
             try:
                 why = await self._serve_once(connect, host, registered)
             finally:
@@ -138,6 +139,9 @@ class WorkerClient:
                     )
                 break
             delay = randomness.uniform(0, bound)
+            if not was_connected:
+                # It counts from the beginning of the attempt, which a master that does not answer makes a long one.
+                delay = max(0.0, delay - (trio.current_time() - began))
             bound = min(2 * bound, _BACKOFF_LAST)
             fields = {"master": host, "retry_in": round(delay, 2)}
             text = "lost the master: %s" if was_connected else "no link to the master: %s"
