@@ -189,3 +189,22 @@ async def test_the_names_of_models_are_written_down_without_a_thread(
             await trio.sleep(2)
         assert b'"waits"' in (tmp_path / "s" / "models.json").read_bytes()
         assert cluster.master.error is None
+
+
+async def test_a_node_with_accounts_goes_on_without_threads_and_writes_usage_down_later(
+    autojump_clock: MockClock, tmp_path: Any
+) -> None:
+    async with open_cluster(state_dir=str(tmp_path / "s"), operator_key="o") as cluster:
+        await cluster.start_worker(with_models(worker("w1")))
+        # Threads that work at this moment would be used again.
+        await trio.sleep(3)
+        with no_threads():
+            assert await ask(cluster, "waits") == (200, None)
+            await trio.sleep(10)
+            answer = await cluster.client(authorization="Bearer o").get("/cluster/usage")
+            assert (answer.status, answer.error["code"]) == (503, "database_unavailable")
+        await trio.sleep(10)
+        assert cluster.master.error is None
+        answer = await cluster.client(authorization="Bearer o").get("/cluster/usage")
+        assert answer.status == 200
+        assert [row["requests"] for row in answer.json()["data"]] == [1]
