@@ -15,9 +15,11 @@ import pytest
 import trio
 from raw_server import RawServer, Received, Script, Visit, open_raw_server, reply
 from test_model_field import form
+from thread_shortage import no_threads
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster import ApiError, ClusterServer, OptionsError
+from trio_cluster.core import exhaustion
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
@@ -26,7 +28,6 @@ from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
 from trio_cluster.engines._http_client import HttpClient
 from trio_cluster.engines._upstream_models import Naming, parse_model_list
-from trio_cluster.net import exhaustion
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -672,6 +673,27 @@ async def test_a_machine_without_room_for_a_connection_is_over_capacity_and_the_
         await trio.sleep(0.5)
         assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
         assert server.list_models() == ["m"]
+
+
+async def test_a_name_that_cannot_be_resolved_for_want_of_a_thread_costs_no_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server, upstream = ClusterServer(), Upstream()
+    upstream.list = reply(b'{"data":[{"id":"m"}]}', "200 OK", "application/json", "connection: close")
+    async with (
+        open_raw_server(upstream.script) as raw,
+        serving(server, f"openai:http://localhost:{raw.port}/v1,poll=0.1"),
+    ):
+        assert server.list_models() == ["m"]
+        with no_threads():
+            await trio.sleep(0.5)
+            assert server.list_models() == ["m"]
+            outcome = await ask(server, request())
+        assert outcome.error is not None
+        assert (outcome.error.status, outcome.error.code) == (503, "over_capacity")
+        await trio.sleep(0.3)
+        assert server.list_models() == ["m"]
+    assert caplog.text.count("no room for connections to") == 1
 
 
 # Requests

@@ -38,7 +38,7 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
-from trio_cluster.net.exhaustion import ExhaustionLog, exhausted_resource
+from trio_cluster.core.exhaustion import ExhaustionLog, exhausted_resource
 from trio_cluster.net.sockets import receive_when_ready
 
 from ._base_url import BaseURL
@@ -254,10 +254,13 @@ class HttpClient:
             return _Connection(stream, raw)
         except trio.TooSlowError:
             raise ConnectTimeout(f"no connection within {self._connect_timeout:g} s") from None
-        except (OSError, trio.BrokenResourceError) as error:
+        except (OSError, trio.BrokenResourceError, RuntimeError) as error:
+            # A RuntimeError: names are resolved in a thread.
             if resource := exhausted_resource(error):
                 self._exhaustion.failed(resource)
                 raise LocalExhaustion(resource) from error
+            if isinstance(error, RuntimeError):
+                raise
             raise ConnectFailed(_reason(error)) from error
         finally:
             if raw is not None and not connected:

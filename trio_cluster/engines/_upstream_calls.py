@@ -26,11 +26,11 @@ from typing import Final
 from urllib.parse import quote
 
 import attrs
-import trio
 
 from trio_cluster._version import __version__
 from trio_cluster.core.headers import QUERY
 from trio_cluster.core.limits import PARSE_IN_THREAD
+from trio_cluster.core.threads import run_in_thread
 from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
@@ -307,7 +307,7 @@ async def _asking(body: bytes) -> bytes | None:
     """Return the body with a request for usage in it; ``None`` if it is to be sent as it is."""
     if len(body) < PARSE_IN_THREAD:
         return ask_for_usage(body)
-    return await trio.to_thread.run_sync(ask_for_usage, body, abandon_on_cancel=True)
+    return await run_in_thread(ask_for_usage, body, abandon_on_cancel=True)
 
 
 async def _request_body(model: str, call: RawCall, *, whole: bool) -> tuple[Body, int]:

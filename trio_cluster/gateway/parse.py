@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import msgspec
-import trio
 
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest, LoopDetected
+from ..core.threads import run_in_thread
+from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model
@@ -247,9 +247,9 @@ async def _read_whole(
         await _parse(require_one_model, body)
     if catalog.passthrough or catalog.absent:
         name = await _parse(peek_model, body, content_type) or ""
-        if catalog.absent.find(name) is not None:
+        if catalog.is_away(name, endpoint.kind, endpoint.name):
             # What a passthrough model takes may be more than is accepted below.
-            raise catalog.why_missing(name)
+            raise ModelUnavailable(name)
         untouched = catalog.takes_untouched(name, endpoint.kind, endpoint.name)
         if untouched is not None:
             return untouched, None
@@ -281,7 +281,7 @@ async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
     if len(body) < PARSE_IN_THREAD:
         return function(body, *more)
     # The thread can be abandoned if the client disconnects, since parsing has no side effects.
-    return await trio.to_thread.run_sync(function, body, *more, abandon_on_cancel=True)
+    return await run_in_thread(partial(function, body, *more), abandon_on_cancel=True)
 
 
 def _forwarded_headers(context: RequestContext) -> dict[str, str]:
