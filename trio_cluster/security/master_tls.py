@@ -239,6 +239,7 @@ class MasterTls:
         def grant() -> Granted:
             from .authority import requested_key_digest
 
+            members.check_secret(secret)
             key = requested_key_digest(request)
             given = members.check_invitation(secret, key, name, time.time())
             certificate, serial = authority.worker_certificate(request, given, _now())
