@@ -190,7 +190,7 @@ class ThreadStream(Generic[T]):
         self._queue: _Queue[T] = _Queue(self._bound, wake)
         try:
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
-        except BaseException as error:
+        except Exception as error:
             self._slots.release()
             shortage = thread_shortage(error)
             if shortage is None:
