@@ -92,7 +92,7 @@ class Estimator:
         self._recent: OrderedDict[tuple[str, str], _Recent] = OrderedDict()
 
     async def estimate_request(self, request: Request) -> Demand:
-        """Return the tokens that a request may use. A checkpoint only if its body is so large that a thread reads it."""
+        """Return the tokens that a request may use. A checkpoint only if its body is large: then a thread reads it."""
         if len(request.body) < PARSE_IN_THREAD:
             return self.estimate(request)
         return await trio.to_thread.run_sync(self.estimate, request, abandon_on_cancel=True)
