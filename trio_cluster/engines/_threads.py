@@ -144,9 +144,8 @@ class ThreadStream(Generic[T]):
         bound: how many results may wait in the queue.
 
     Raises:
-        NoThread: on entering, if the system starts no further thread.
+        ApiError: on entering, if the system starts no further thread, or if too many wait: a 503.
         RuntimeError: on entering, if it was entered before.
-        ApiError: on entering, if too many wait: a 503.
     """
 
     def __init__(
