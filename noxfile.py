@@ -196,8 +196,8 @@ def engines(session: nox.Session) -> None:
 
 @nox.session
 def clients(session: nox.Session) -> None:
-    """Hold the server to the official clients for Python and for Node, which needs node and npm."""
-    session.install("-q", ".[llama]", *GROUPS(PYPROJECT, "test"))
+    """Test with the official clients for Python and for Node, and with others; needs node (22 or later) and npm."""
+    session.install("-q", ".[llama]", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "clients"))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy("tests/clients/node/package.json", folder)
         session.run(
@@ -215,6 +215,7 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; a warning is an error."""
+    """Build the documentation; a warning is an error. Its search must find what people search for."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "docs"))
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "scripts/check_search.py", "docs/_build/html")

@@ -39,6 +39,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"trio_cluster {version}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 
 # Napoleon takes the first words of "The idle timeout: how long a model may take" under an attribute for a type. The

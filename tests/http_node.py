@@ -23,8 +23,8 @@ from trio_cluster.core.model import ChatModelOptions, Kind, ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.core.status import WorkerStatus
 from trio_cluster.errors import ApiError
+from trio_cluster.gateway.access_log import RefusedRequests
 from trio_cluster.gateway.node_context import NodeContext
-from trio_cluster.gateway.response import render_refusal
 from trio_cluster.http1.server import serve_http
 from trio_cluster.hypercorn_server.server import serve_http as serve_with_hypercorn
 from trio_cluster.net.streams import TcpListener
@@ -336,7 +336,9 @@ async def _open(
     node = HttpNode(node_context, sock.getsockname()[1], Backend(script), app)
     node.add("m")
     async with trio.open_nursery() as nursery:
-        serve: Callable[..., Awaitable[None]] = partial(serve_http, render_refusal=render_refusal)
+        serve: Callable[..., Awaitable[None]] = partial(
+            serve_http, render_refusal=RefusedRequests(node_context.options).render
+        )
         if node_context.options.server.http == "hypercorn":
             serve = serve_with_hypercorn
         await nursery.start(serve, app, [listener(sock)])

@@ -24,6 +24,8 @@ import trio
 from counting import HOST, Client, Counted, Counting, FarMaster, FarWorker, has_counters, make_writes_visible
 
 from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster.core.principal import Limits, Principal
+from trio_cluster.gateway.auth import ApiKeys
 from trio_cluster.options import ClusterMode
 from trio_cluster.protocol import Cancel, Data, ForwardRequest
 
@@ -170,6 +172,20 @@ async def test_a_plain_request_through_a_master(relay: Relay) -> None:
     check("a plain request, master", counted, ROUNDS, steps=6, calls=455)
     # One message to the worker and one from it, one request of the client and one answer to it. The task that reads for
     # all clients polls once for which of them sent something.
+    assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
+
+
+async def test_a_plain_request_of_a_key_with_limits(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = Principal("k", limits=Limits(10**9, 10**9, 10**9, 10**12))
+
+    async def authenticate(self: ApiKeys, context: Any) -> Principal:
+        return limited
+
+    monkeypatch.setattr(ApiKeys, "authenticate", authenticate)
+    client = relay.connect()
+    counted = await count(ROUNDS, lambda: relay.ask(client))
+    # No other task is woken for it, and nothing else is written: this master has no directory for its state.
+    check("a plain request with limits, master", counted, ROUNDS, steps=6, calls=510)
     assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
 
 

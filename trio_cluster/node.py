@@ -43,6 +43,7 @@ from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus, most_waiting
 from .errors import ClusterPortError, HandshakeRefused
+from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
@@ -436,7 +437,9 @@ class Node:
         task_status: trio.TaskStatus[None],
     ) -> None:
         """Serve an application with the HTTP server that the options name."""
-        serve: Callable[..., Awaitable[None]] = functools.partial(serve_http, render_refusal=render_refusal)
+        serve: Callable[..., Awaitable[None]] = functools.partial(
+            serve_http, render_refusal=RefusedRequests(self._options).render
+        )
         if self._options.server.http == "hypercorn":
             serve = serve_with_hypercorn
         await serve(

@@ -25,6 +25,7 @@ from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.model import ChatModelOptions, Kind, ModelInfo
 from .core.state_dir import StateDir, default_state_dir
+from .core.threads import start_in_thread
 from .errors import ClusterError, ClusterPortError
 from .gateway.auth import Authenticator
 from .limits.limiter import Limiter
@@ -549,7 +550,7 @@ class ClusterServer:
         network = self.network
         if tls:
             ca_file = path_of(self._options.ca_file)
-            context = await trio.to_thread.run_sync(lambda: client_context(ca_file=ca_file))
+            context = await start_in_thread(lambda: client_context(ca_file=ca_file))
             network = TlsNetwork(network, context)
         return await self._run_as_worker(Dialer(network, master_host, master_port), None, task_status)
 
@@ -590,7 +591,7 @@ class ClusterServer:
                 return state, security.join(state, token, name)
             return state, membership.load_membership(state)
 
-        state, found = await trio.to_thread.run_sync(open_membership, abandon_on_cancel=True)
+        state, found = await start_in_thread(open_membership, abandon_on_cancel=True)
         if found is None:
             raise ClusterError(
                 f"this worker has not joined a cluster (there is nothing in {state.path}); "
@@ -616,7 +617,7 @@ class ClusterServer:
         def open_membership() -> Any:
             return membership.neighbour(StateDir(path), datetime.datetime.now(datetime.UTC))
 
-        member, certificate = await trio.to_thread.run_sync(open_membership)
+        member, certificate = await start_in_thread(open_membership)
         try:
             dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
         finally:

@@ -11,11 +11,15 @@ import pytest
 from http_node import CHAT, PLAIN, WORKER, HttpNode, open_http_node
 from prometheus_client.parser import text_string_to_metric_families
 
-from trio_cluster.core.status import NodeStatus
+from trio_cluster.admin.views import status_view
+from trio_cluster.core.principal import Principal
+from trio_cluster.core.status import NodeStatus, SlotStatus
 from trio_cluster.errors import HandlerFailed
 from trio_cluster.gateway import parse
-from trio_cluster.gateway.node_context import GaugeSample
+from trio_cluster.gateway.node_context import GaugeSample, NodeContext
 from trio_cluster.openai import ENDPOINTS, Endpoint, peek_model
+from trio_cluster.options import ClusterServerOptions
+from trio_cluster.routing.router import Router
 
 PATH = "/v1/chat/completions"
 
@@ -295,3 +299,20 @@ async def test_the_index_shows_what_this_server_is(node: HttpNode) -> None:
         index = (await client.get("/")).json()
     assert index["name"] == "trio_cluster"
     assert PATH in index["routes"]
+
+
+def test_who_waits_is_for_operators_and_a_key_sees_itself() -> None:
+    waiting = {"alice": 3, "bob": 1, "": 2}
+
+    def shown(principal: Principal) -> list[dict[str, int]]:
+        status = NodeStatus(
+            slots=SlotStatus(waiting=6, waiting_by=waiting),
+            workers=[attrs.evolve(WORKER, waiting_by=waiting)],
+        )
+        view = status_view(NodeContext(Router(), ClusterServerOptions(), status=lambda: status), principal)
+        return [view.slots.waiting_by, view.workers[0].waiting_by]
+
+    assert shown(Principal("ops", "operator")) == [waiting, waiting]
+    assert shown(Principal("alice")) == [{"alice": 3}] * 2
+    assert shown(Principal("carol")) == [{}] * 2
+    assert shown(Principal()) == [{"": 2}] * 2

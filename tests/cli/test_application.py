@@ -134,17 +134,19 @@ def test_help_is_that_of_run(
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("variables", "warned"),
+    ("variables", "open_for"),
     [
-        ({}, True),
-        ({"TRIO_CLUSTER_API_KEY": "k"}, False),
-        ({"TRIO_CLUSTER_CLUSTER_TOKEN": "t"}, False),
-        ({"TRIO_CLUSTER_HOST": "127.0.0.1"}, False),
+        ({}, {"not encrypted", "without a key", "without a token"}),
+        ({"TRIO_CLUSTER_API_KEY": "k"}, {"not encrypted", "without a token"}),
+        ({"TRIO_CLUSTER_CLUSTER_TOKEN": "t"}, {"not encrypted", "without a key"}),
+        ({"TRIO_CLUSTER_TLS": "auto"}, {"without a key"}),
+        ({"TRIO_CLUSTER_TLS": "auto", "TRIO_CLUSTER_API_KEY": "k"}, set()),
+        ({"TRIO_CLUSTER_HOST": "127.0.0.1"}, set()),
     ],
 )
 def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_open(
     variables: dict[str, str],
-    warned: bool,
+    open_for: set[str],
     program: Callable[..., Process],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -155,6 +157,8 @@ def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_ope
     process.wait_for("serving ")
     process.popen.send_signal(signal.SIGTERM)
     log = process.end()[1]
-    assert ("open to everyone" in log) is warned
+    assert log.count("open on the network") == bool(open_for)
+    for phrase in ("not encrypted", "without a key", "without a token"):
+        assert (phrase in log) is (phrase in open_for)
     everywhere = "TRIO_CLUSTER_HOST" not in variables
-    assert bool(re.search(r"from_other_machines=http://[\w.-]+:\d+", log)) is everywhere
+    assert bool(re.search(r"from_other_machines=https?://[\w.-]+:\d+", log)) is everywhere

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cluster import MemoryCluster, echo
+from memory_cluster import MemoryCluster, Worker, echo
 from memory_streams import MemoryStream
 from test_master import RawWorker
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -117,6 +117,41 @@ async def test_a_worker_may_serve_a_thousand_models(
     info = cluster.router.catalog.info("m1")
     assert info is not None
     assert info.owner == "me"
+
+
+async def test_a_model_beyond_the_thousandth_is_taken_when_another_one_is_gone(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = Worker(cluster, "w1")
+    for number in range(MAX_MODELS + 2):
+        worker.serve(f"m{number:04}", echo)
+    cluster.nursery.start_soon(worker.run)
+    await worker.registered.wait()
+    client = worker.client
+    assert list(client.rejected_models) == ["m1000", "m1001"]
+    client.withdraw("m0005")
+    await trio.sleep(2 * cluster.options.heartbeat_interval)
+    assert list(client.rejected_models) == ["m1001"]
+    assert cluster.router.catalog.served_by("m1000") == ["w1"]
+    assert len(cluster.manager.workers["w1"].models) == MAX_MODELS
+
+
+async def test_models_that_are_refused_and_kept_are_bounded(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    raw = RawWorker(cluster)
+    await raw.join("w1", "m0")
+    circle = (cluster.router.catalog.cluster_id,)
+    refused = 0
+    for begin in range(1, 2 * MAX_MODELS, 400):
+        infos = [ModelInfo(f"m{number}", "chat", via=circle) for number in range(begin, begin + 400)]
+        await raw.send(encode([RegisterModel.of(info) for info in infos]))
+        await wait_all_tasks_blocked()
+        refused += sum(isinstance(answer, ModelRejected) for answer in await raw.take())
+    assert refused == 2 * MAX_MODELS
+    cluster.router.catalog.cluster_id = "another"  # type: ignore[misc]
+    await trio.sleep(2 * cluster.options.heartbeat_interval)
+    assert len(cluster.manager.workers["w1"].models) == MAX_MODELS
 
 
 async def test_a_capacity_is_bounded_and_that_is_logged_once(

@@ -148,6 +148,13 @@ async def test_waiting_calls_of_principals_are_served_in_turns_on_the_worker(
     assert cluster.manager.status()[0].waiting_by == {}
 
 
+@pytest.mark.parametrize("query", ["", "api-version=1&a=%0d%0a"])
+async def test_the_query_travels(query: str, remote: RemoteModel) -> None:
+    remote.go_on.set()
+    await everything(remote.open(request(b"x", query=query)))
+    assert remote.calls[0].request.query == query
+
+
 async def test_no_more_than_a_window_is_sent_to_a_handler_that_does_not_read(remote: RemoteModel) -> None:
     upload = ByteChannel()
     call = remote.open(request(upload=upload))

@@ -435,6 +435,23 @@ async def test_a_refused_model_is_taken_when_the_option_changes(
     assert second.client.rejected_models == {}
 
 
+async def test_a_model_that_was_refused_for_a_circle_is_taken_when_there_is_none_any_more(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker, catalog = await cluster.start("w1"), cluster.router.catalog
+    backend = HandlerBackend(ModelInfo("m", "chat", via=(catalog.cluster_id,)), echo, worker.pool)
+    worker.router.catalog.add(backend.info, backend)
+    worker.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    assert "came through this cluster" in worker.client.rejected_models["m"]
+    await trio.sleep(2 * cluster.options.heartbeat_interval)
+    assert catalog.served_by("m") == []
+    catalog.cluster_id = "another"  # type: ignore[misc]
+    await trio.sleep(2 * cluster.options.heartbeat_interval)
+    assert catalog.served_by("m") == ["w1"]
+    assert worker.client.rejected_models == {}
+
+
 async def test_with_replicas_both_serve_and_one_may_go(nursery: trio.Nursery) -> None:
     cluster = MemoryCluster(nursery, on_conflict="replicate")
     first = await cluster.start("w1", echo)

@@ -15,7 +15,7 @@ import trio
 from nodes import free_pair
 from trio.testing import MockClock
 
-from trio_cluster import ClusterServer
+from trio_cluster import ClusterServer, RawCall
 from trio_cluster.cluster.model_memory import ModelMemory
 from trio_cluster.core.state_dir import StateDir, StateDirError
 from trio_cluster.routing.catalog import Catalog
@@ -39,6 +39,16 @@ async def start(cluster: SimulatedCluster) -> None:
     await cluster.start_worker(server)
     assert await ask(cluster, "m") == (200, None)
     await trio.sleep(2)
+
+
+def make_older(directory: Path, seconds: float) -> None:
+    """Let time pass for what was written down, which has the machine's time: a mock clock does not move that."""
+    path = directory / "models.json"
+    entries = json.loads(path.read_text())
+    for entry in entries:
+        if entry["left"] is not None:
+            entry["left"] -= seconds
+    path.write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize("ends", ["kill", "stop"])
@@ -72,6 +82,38 @@ async def test_a_worker_returns_within_five_seconds_of_a_long_outage(
             cluster.master.kill()
 
 
+@pytest.mark.parametrize("ends", ["kill", "stop", "stop, and kill while it stops"])
+async def test_a_long_outage_of_the_master_does_not_count_as_absence_of_its_models(
+    ends: str, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_cluster(state_dir=str(tmp_path / "s")) as cluster:
+        await start(cluster)
+        for end in ends.split(", and "):
+            getattr(cluster.master, end.split()[0])()
+            await trio.sleep(0 if end == "stop" else 1)
+        await cluster.master.over.wait()
+        await trio.sleep(3600)
+        make_older(tmp_path / "s", 3600)
+        await cluster.start_master(ClusterServer(attrs.evolve(cluster.options)))
+        assert await ask(cluster, "m") in [(200, None), (503, "model_unavailable")]
+        await trio.sleep(5.2)
+        assert await ask(cluster, "m") == (200, None)
+
+
+async def test_a_model_that_left_before_its_master_was_stopped_is_unknown_after_a_long_outage(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_cluster(state_dir=str(tmp_path / "s")) as cluster:
+        await start(cluster)
+        cluster.workers["w"].kill()
+        await trio.sleep(30)
+        cluster.master.stop()
+        await cluster.master.over.wait()
+        make_older(tmp_path / "s", 200)
+        await cluster.start_master(ClusterServer(attrs.evolve(cluster.options)))
+        assert await ask(cluster, "m") == (404, "model_not_found")
+
+
 async def test_a_model_that_does_not_return_is_unknown_after_two_minutes(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
@@ -84,6 +126,40 @@ async def test_a_model_that_does_not_return_is_unknown_after_two_minutes(
         assert await ask(cluster, "m") == (503, "model_unavailable")
         await trio.sleep(2)
         assert await ask(cluster, "m") == (404, "model_not_found")
+
+
+async def test_what_only_one_replica_answers_is_unavailable_until_that_one_has_returned(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async def ask_at(path: str) -> int:
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        return (await cluster.client().post(path, body)).status
+
+    async def answer(call: RawCall) -> None:
+        call.begin(200, "application/json")
+        await call.send(b"{}")
+
+    async with open_cluster(state_dir=str(tmp_path / "s"), on_conflict="replicate") as cluster:
+        for name in ("w1", "w2", "w3"):
+            server = worker(name)
+            if name == "w3":
+                server.register_raw("m", answer)
+            else:
+                server.register_chat("m", echo)
+            if name == "w2":
+                server.route("/v1/own", "m", echo)
+            await cluster.start_worker(server)
+        paths = ("/v1/chat/completions", "/v1/own", "/v1/embeddings")
+        assert [await ask_at(path) for path in paths] == [200] * 3
+        await trio.sleep(2)
+        for name in ("w2", "w3"):
+            cluster.workers[name].kill()
+        cluster.master.kill()
+        await cluster.start_master(ClusterServer(attrs.evolve(cluster.options)))
+        await trio.sleep(5.2)
+        assert [await ask_at(path) for path in paths] == [200, 503, 503]
+        await trio.sleep(121)
+        assert [await ask_at(path) for path in paths] == [200, 404, 400]
 
 
 async def test_without_a_state_directory_a_simulated_master_remembers_nothing(

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything, forever
+from memory_streams import MemoryStream
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster import check_is_cluster_server
@@ -86,13 +87,31 @@ async def test_the_waits_between_attempts_double_up_to_a_bound_with_full_jitter(
     worker = Worker(cluster, "w1")
     cluster.nursery.start_soon(worker.run)
     await trio.sleep(120)
-    assert bounds[:8] == [0.5, 1, 2, 4, 5, 5, 5, 5]
+    assert bounds[:8] == [0.5, 1, 2, 4, 4.5, 4.5, 4.5, 4.5]
     cluster.refusing = False
     await worker.registered.wait()
     bounds.clear()
     worker.cut()
     await trio.sleep(0.1)
     assert bounds == [0.5]
+
+
+async def test_an_attempt_that_has_taken_long_is_followed_by_the_next_one_at_once(
+    cluster: MemoryCluster, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dials: list[float] = []
+
+    async def silence() -> MemoryStream:
+        dials.append(trio.current_time())
+        await trio.sleep_forever()
+        raise AssertionError
+
+    worker = Worker(cluster, "w1", worker_timeout=10)
+    monkeypatch.setattr(worker, "_connect", silence)
+    began = trio.current_time()
+    cluster.nursery.start_soon(worker.run)
+    await trio.sleep(55)
+    assert [dial - began for dial in dials] == [0, 10, 20, 30, 40, 50]
 
 
 async def test_closing_sends_what_is_queued_and_returns(cluster: MemoryCluster) -> None:

@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import httpx
@@ -196,7 +197,14 @@ class Nodes:
         self._nursery = nursery
         (directory / "app.py").write_text(APP)
 
-    async def start(self, command: str, *arguments: str | int, models: str = "", ready: bool = True) -> Node:
+    async def start(
+        self,
+        command: str,
+        *arguments: str | int,
+        models: str = "",
+        ready: bool = True,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> Node:
         """Start one.
 
         Args:
@@ -204,6 +212,7 @@ class Nodes:
             arguments: of the command; all that matter to every node are added.
             models: the names of its models; without any it serves none.
             ready: wait until it is.
+            variables: of its environment, beside those that it has anyway.
         """
         words = [command, *map(str, arguments), "--log-format", "json"]
         if command != "worker":
@@ -211,7 +220,7 @@ class Nodes:
         if models:
             words += ["--app", "app:server"]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TRIO_CLUSTER_")}
-        environ |= {"MODELS": models, "PYTHONPATH": str(Path(trio_cluster.__file__).parents[1])}
+        environ |= {"MODELS": models, "PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
         process = await trio.lowlevel.open_process(
             [sys.executable, "-W", "error", "-m", "trio_cluster", *words],
             cwd=self.directory,

@@ -304,6 +304,23 @@ async def test_a_query_of_the_base_url_is_part_of_every_request_and_is_not_shown
     assert "secret" not in f"{client.base} {client.base!r}"
 
 
+@pytest.mark.parametrize(
+    ("base", "given", "sent"),
+    [
+        ("", "", ""),
+        ("", "a=1&a=2", "?a=1&a=2"),
+        ("?v=1", "", "?v=1"),
+        ("?v=1", "a=1", "?v=1&a=1"),
+        ("?v=1&w", "a=1&v=2&w=3&%76=4&vv=5", "?v=1&w&a=1&vv=5"),
+        ("?v=1", "v=2", "?v=1"),
+    ],
+)
+def test_a_parameter_of_the_base_url_counts_more_than_one_of_a_request(
+    base: str, given: str, sent: str
+) -> None:
+    assert BaseURL.parse(f"http://h/v1{base}").target("/x", given) == "/v1/x" + sent
+
+
 async def test_a_header_cannot_inject_another_one() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)

@@ -15,9 +15,11 @@ import pytest
 import trio
 from raw_server import RawServer, Received, Script, Visit, open_raw_server, reply
 from test_model_field import form
+from thread_shortage import no_threads
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster import ApiError, ClusterServer, OptionsError
+from trio_cluster.core import exhaustion
 from trio_cluster.core.answer import Data, Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
@@ -26,7 +28,6 @@ from trio_cluster.core.request import Request
 from trio_cluster.engines import _upstream_models, parse_serve, serve_engine
 from trio_cluster.engines._http_client import HttpClient
 from trio_cluster.engines._upstream_models import Naming, parse_model_list
-from trio_cluster.net import exhaustion
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = EVENTS + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -674,6 +675,27 @@ async def test_a_machine_without_room_for_a_connection_is_over_capacity_and_the_
         assert server.list_models() == ["m"]
 
 
+async def test_a_name_that_cannot_be_resolved_for_want_of_a_thread_costs_no_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server, upstream = ClusterServer(), Upstream()
+    upstream.list = reply(b'{"data":[{"id":"m"}]}', "200 OK", "application/json", "connection: close")
+    async with (
+        open_raw_server(upstream.script) as raw,
+        serving(server, f"openai:http://localhost:{raw.port}/v1,poll=0.1"),
+    ):
+        assert server.list_models() == ["m"]
+        with no_threads():
+            await trio.sleep(0.5)
+            assert server.list_models() == ["m"]
+            outcome = await ask(server, request())
+        assert outcome.error is not None
+        assert (outcome.error.status, outcome.error.code) == (503, "over_capacity")
+        await trio.sleep(0.3)
+        assert server.list_models() == ["m"]
+    assert caplog.text.count("no room for connections to") == 1
+
+
 # Requests
 
 
@@ -701,6 +723,25 @@ async def test_every_route_has_its_own_path_on_the_server(endpoint: str, target:
     assert outcome.body == body
     (received,) = posts(raw)
     assert (received.target, received.body, received.headers["content-type"]) == (target, body, "x/y; z")
+
+
+@pytest.mark.parametrize("query", ["", "api-version=1&a=%0d%0aHost:%20x", "a=1?b"])
+@pytest.mark.parametrize("endpoint", ["chat.completions", "/v1/tokenize"])
+async def test_the_query_is_forwarded(endpoint: str, query: str) -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        assert (await ask(server, request(endpoint=endpoint, query=query))).error is None
+    (received,) = posts(raw)
+    assert received.target.partition("?")[2] == query
+    assert "host:" not in received.target
+
+
+@pytest.mark.parametrize("query", ["a=\r\nx: 1", "a b", "a=\n", "a=\0", "a=\u00e9", "a#b"])
+async def test_a_query_that_would_end_the_request_line_is_not_sent(query: str) -> None:
+    async with engine_with(mirror) as (server, raw, _):
+        outcome = await ask(server, request(query=query))
+        assert outcome.error is not None
+        assert outcome.error.status == 400
+        assert posts(raw) == []
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/../admin", "/v1/./x", "/admin", "/v1", "/v1x/y", "unheard.of"])

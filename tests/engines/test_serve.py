@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
+from thread_shortage import no_threads
 
 from trio_cluster.cli.settings import load_options
 from trio_cluster.core.model import ChatModelOptions
@@ -236,6 +238,19 @@ async def test_a_model_that_cannot_be_loaded_registers_nothing(toy: Toy) -> None
         async with trio.open_nursery() as nursery:
             await nursery.start(serve_engine, parse_serve("toy"), server)
     assert server.list_models() == []
+
+
+async def test_without_a_thread_a_model_is_not_loaded_and_one_that_is_loaded_is_freed(toy: Toy) -> None:
+    server = ClusterServer()
+    with no_threads(), pytest.raises(ClusterError, match="can start no more threads"):
+        await serve_engine(parse_serve("toy"), server)
+    assert (server.list_models(), toy.log) == ([], [])
+    with ExitStack() as shortage:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_engine, parse_serve("toy"), server)
+            shortage.enter_context(no_threads())
+            nursery.cancel_scope.cancel()
+    assert toy.log == ["loaded", "freed"]
 
 
 async def test_a_cancellation_while_a_model_is_loaded_frees_it_again(toy: Toy) -> None:

@@ -9,10 +9,12 @@ from contextlib import aclosing
 import pytest
 import trio
 import trio.testing
+from thread_shortage import no_threads
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.core.principal import Principal
 from trio_cluster.core.request import Request
+from trio_cluster.core.threads import NoThread
 from trio_cluster.engines import Outlet, ThreadStream, _threads
 from trio_cluster.local.slots import Slots, answered_request
 
@@ -38,6 +40,16 @@ class Work:
 async def test_results_arrive_in_order_and_then_the_end() -> None:
     async with ThreadStream(Work(200), Slots(1)) as values:
         assert [value async for value in values] == list(range(1, 201))
+
+
+async def test_without_a_thread_nothing_is_done_and_the_slot_is_free() -> None:
+    work, slots = Work(3), Slots(1)
+    with no_threads(), pytest.raises(NoThread):
+        async with ThreadStream(work, slots):
+            pass
+    assert (work.made, slots.running) == (0, 0)
+    async with ThreadStream(work, slots) as values:
+        assert [value async for value in values] == [1, 2, 3]
 
 
 async def test_an_error_is_raised_after_the_results_before_it() -> None:

@@ -136,6 +136,7 @@ async def test_a_short_recording_is_one_window(model: Any) -> None:
     assert answer["text"] == " w1 w2"
     assert [(s["start"], s["end"], s["text"]) for s in answer["segments"]] == [(0.0, 2.0, " w1 w2")]
     assert (answer["language"], answer["duration"]) == ("en", 5.0)
+    assert answer["usage"] == {"type": "duration", "seconds": 5}
 
 
 async def test_the_next_window_begins_after_the_last_closed_segment_and_has_the_text_before_it(
@@ -187,7 +188,8 @@ async def test_other_formats_are_refused_by_name(model: Any) -> None:
 
 async def test_an_empty_recording_has_no_text(model: Any) -> None:
     answer = await transcribe(model(), 0)
-    assert answer == {"text": "", "segments": [], "language": "en", "duration": 0.0}
+    usage = {"type": "duration", "seconds": 0}
+    assert answer == {"text": "", "segments": [], "language": "en", "duration": 0.0, "usage": usage}
 
 
 async def test_a_cancelled_request_stops_after_its_window(

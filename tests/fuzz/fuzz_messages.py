@@ -218,8 +218,9 @@ def _value(program: Bytecode, depth: int) -> Any:
     if kind == 5:
         return {"a": _value(program, depth + 1)}
     if kind == 6:
-        # Not in itself: that would be a number of values with as many digits as it has levels.
-        return [_value(program, depth + 1)] * (program.byte() if depth == 0 else 2 if depth < 5 else 1)
+        item = _value(program, depth + 1)
+        # As often as fits; in a list in a list, that is soon once.
+        return [item] * min(program.byte(), 2 * MAX_MESSAGE // len(msgspec.msgpack.encode(item)))
     return {program.number(2): _value(program, depth + 1)}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any
 
 import pytest
-from http_node import open_http_node
+import trio
+from http_node import HttpNode, open_http_node
 
 from trio_cluster.gateway import access_log, failed_attempts
 
@@ -76,3 +78,41 @@ async def test_a_wrong_key_leaves_a_trace_and_many_leave_one(
         monkeypatch.setattr(access_log.time, "monotonic", lambda: 1e9)
         await client.get("/v1/models")
     assert lines(caplog, "trio_cluster.http")[1][1]["not_logged"] == 49
+
+
+def send(node: HttpNode, data: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", node.port)) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        received = b""
+        while more := sock.recv(1000):
+            received += more
+    return received
+
+
+async def test_what_is_not_a_request_is_a_line_and_many_are_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.access")
+    async with open_http_node(access_log=True) as node:
+        answer = await trio.to_thread.run_sync(
+            send, node, b"GET / HTTP/1.1\r\nx-request-id: r7\r\nHost: a b\r\n\r\n"
+        )
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        ((text, fields),) = lines(caplog)
+        assert (text, fields["status"], fields["request_id"]) == ("not a valid HTTP request", 400, "r7")
+        assert fields["client"].startswith("127.0.0.1:")
+        assert fields["reason"].encode() in answer
+        for _ in range(20):
+            await trio.to_thread.run_sync(send, node, b"\x16\x03\x01 this is TLS\r\n\r\n")
+        assert len(lines(caplog)) == 1
+        monkeypatch.setattr(access_log.time, "monotonic", lambda: 1e9)
+        await trio.to_thread.run_sync(send, node, b"nonsense\r\n\r\n")
+    assert lines(caplog)[1][1]["not_logged"] == 20
+
+
+async def test_without_the_option_what_is_not_a_request_is_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.access")
+    async with open_http_node() as node:
+        assert b" 501 " in await trio.to_thread.run_sync(send, node, b"nonsense\r\n\r\n")
+    assert lines(caplog) == []

@@ -102,6 +102,32 @@ async def test_the_key_under_which_a_request_is_repeated_travels(node: HttpNode)
     assert served.request.headers["idempotency-key"] == "k-1"
 
 
+# The query
+
+
+@pytest.mark.parametrize("http", ["lean", "hypercorn"])
+@pytest.mark.parametrize("model", ["m", "any"])
+async def test_the_query_is_part_of_the_request(http: str, model: str) -> None:
+    async with open_http_node(http=http) as node:
+        node.add("any", "any")
+        body = json.dumps(CHAT | {"model": model}).encode()
+        for query in ("", "?", "?a=%0d%0ab&api-key=secret&c"):
+            assert (await post(node, CHAT_PATH + query, body, JSON)).status_code == 200
+            served = await node.backend.next()
+            assert served.request.query == ("a=%0d%0ab&c" if "c" in query else "")
+        answer = await post(node, CHAT_PATH + "?model=other", body, JSON)
+        assert (answer.status_code, error(answer)["param"]) == (400, "model")
+        assert (await post(node, CHAT_PATH + "?a=" + "x" * 8192, body, JSON)).status_code == 414
+        assert node.backend.opened() == 0
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000])
+async def test_the_query_of_a_form_is_part_of_the_request(node: HttpNode, size: int) -> None:
+    answer = await post(node, SPEECH_PATH + "?a=1", form(file(b"x" * size), model=b"any"), FORM)
+    assert answer.status_code == 200
+    assert (await node.backend.next()).request.query == "a=1"
+
+
 # A model that is named twice
 
 

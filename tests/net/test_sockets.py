@@ -8,6 +8,7 @@ import socket
 import pytest
 import trio
 
+from trio_cluster.net import sockets
 from trio_cluster.net.sockets import Sockets, local_address, shown_address, why_not_connected
 
 REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
@@ -84,3 +85,42 @@ def test_an_ipv6_host_is_shown_in_brackets(host: str, shown: str) -> None:
 )
 def test_a_server_on_all_addresses_is_reached_by_the_local_one(host: str, local: str) -> None:
     assert local_address(host) == local
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_machine_that_did_not_answer_is_found_soon_after_it_does(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "_PATIENCE", (0.1, 0.15))
+    with socket.socket() as listening, socket.socket() as first:
+        listening.bind(("127.0.0.1", 0))
+        # With a full queue the system answers nothing to further connections.
+        listening.listen(0)
+        port = listening.getsockname()[1]
+        first.connect(("127.0.0.1", port))
+        found: list[float] = []
+
+        async def connect() -> None:
+            stream = await Sockets().connect(host, port)
+            found.append(trio.current_time())
+            stream.close()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            # The system itself would ask again 1 s after it has begun.
+            await trio.sleep(0.4)
+            assert found == []
+            listening.accept()[0].close()
+            returned = trio.current_time()
+        assert found[0] - returned < 0.5
+
+
+async def test_a_machine_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_PATIENCE", (0.05, 0.05))
+    monkeypatch.setattr(sockets, "_ATTEMPTS", 3)
+    with socket.socket() as listening, socket.socket() as first:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        first.connect(listening.getsockname())
+        with trio.fail_after(1), pytest.raises(TimeoutError):
+            await Sockets().connect("127.0.0.1", listening.getsockname()[1])

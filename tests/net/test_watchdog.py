@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.lowlevel
 import wsproto
+from certificates import client_side, server_side
 from memory_streams import MemoryStream, memory_pair
 from trio.testing import wait_all_tasks_blocked
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Request
@@ -23,6 +24,7 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Requ
 from trio_cluster.link.link import Link, LinkClosed
 from trio_cluster.link.websocket import accept, dial
 from trio_cluster.net.streams import TcpStream
+from trio_cluster.net.tls import TlsStream
 from trio_cluster.net.watchdog import (
     NotInjectable,
     blocking_frame,
@@ -31,6 +33,7 @@ from trio_cluster.net.watchdog import (
     take_max_lag,
 )
 from trio_cluster.protocol import Handshake, Heartbeat, MasterSession, WorkerSession, decode
+from trio_cluster.security.authority import MASTER_NAME
 
 EVERY = 0.05
 
@@ -129,6 +132,34 @@ async def test_frames_are_written_while_the_loop_is_blocked_and_say_by_what(pair
     assert len(told) <= told[-1] / EVERY + 1
     # The first one may be written before the loop has arrived in the function.
     assert pair.received().count(b" in block_until>") >= len(told) - 1
+
+
+async def test_frames_are_written_in_tls_too_and_in_order_with_those_of_the_loop() -> None:
+    ours, theirs = socket.socketpair()
+    near, far = (
+        TcpStream(trio.SocketStream(trio.socket.from_stdlib_socket(each))) for each in (ours, theirs)
+    )
+    client, server = TlsStream(near, client_side(), server_name=MASTER_NAME), TlsStream(far, server_side())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.handshake)
+        nursery.start_soon(server.handshake)
+    stream, received = injectable(client), bytearray()
+
+    def told() -> int:
+        with contextlib.suppress(trio.WouldBlock):
+            received.extend(server.read_nowait(1 << 16))
+        return received.count(b"<")
+
+    async with server, stream:
+        with heartbeats_while_blocked(stream, EVERY, frame, nothing):
+            await stream.write(b"[before]")
+            block_until(lambda: told() >= 3)
+        await stream.write(b"[after]")
+        while not received.endswith(b"[after]"):
+            received += await server.read(1 << 16)
+    assert received.startswith(b"[before]<")
+    between = lags(bytes(received[len("[before]") : -len("[after]")]))
+    assert between == sorted(between)
 
 
 async def test_nothing_is_written_while_the_loop_runs_be_it_idle_or_busy(pair: Pair) -> None:

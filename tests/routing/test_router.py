@@ -201,6 +201,86 @@ async def test_the_routes_of_a_model_that_has_left_are_still_routes(autojump_clo
     assert not catalog.answers("/v1/own")
 
 
+OWN = ModelInfo("m", "chat", extra_endpoints=("/v1/own",))
+ANY = ModelInfo("m", "any")
+
+
+@pytest.mark.parametrize("left", [OWN, ANY, attrs.evolve(OWN, kind="custom")], ids=["more", "any", "custom"])
+async def test_an_endpoint_whose_replicas_have_left_is_unavailable_although_the_model_is_there(
+    left: ModelInfo, autojump_clock: MockClock
+) -> None:
+    router, gone, stays = Router(), Scripted("w1"), Scripted("w2")
+    catalog = router.catalog
+    catalog.add(left, gone)
+    other = ModelInfo("m", "custom", extra_endpoints=("/v1/other",))
+    stays_as = other if left.kind == "custom" else CHAT
+    catalog.add(stays_as, stays, replicate=True)
+    catalog.remove("m", gone)
+    own = attrs.evolve(request(kind="custom"), endpoint="/v1/own")
+    for seconds in (0, 119):
+        await trio.sleep(seconds)
+        assert catalog.answers("/v1/own")
+        with pytest.raises(ModelUnavailable):
+            catalog.check("m", "custom", "/v1/own")
+        with pytest.raises(ModelUnavailable):
+            router.open(own)
+    await trio.sleep(2)
+    assert not catalog.answers("/v1/own")
+    with pytest.raises(WrongKind):
+        router.open(own)
+    catalog.check("m", stays_as.kind, "/v1/other")
+
+
+async def test_an_endpoint_that_returns_is_not_remembered_and_one_that_does_not_is(
+    autojump_clock: MockClock,
+) -> None:
+    catalog = Router().catalog
+    backends = [Scripted("w1"), Scripted("w2")]
+    infos = [OWN, attrs.evolve(OWN, extra_endpoints=("/v1/other",))]
+    for info, backend in zip(infos, backends, strict=True):
+        catalog.add(info, backend, replicate=True)
+    for backend in backends:
+        catalog.remove("m", backend)
+    # As after a restart of the master: one replica is back, and the other one is not.
+    catalog.add(infos[0], backends[0])
+    catalog.check("m", "custom", "/v1/own")
+    with pytest.raises(ModelUnavailable):
+        catalog.check("m", "custom", "/v1/other")
+    catalog.add(infos[1], backends[1], replicate=True)
+    catalog.check("m", "custom", "/v1/other")
+    assert not catalog.absent
+
+
+async def test_a_replica_that_comes_and_goes_does_not_keep_alive_what_another_one_answered(
+    autojump_clock: MockClock,
+) -> None:
+    catalog, stays, gone, flaps = Router().catalog, Scripted("w1"), Scripted("w2"), Scripted("w3")
+    other = attrs.evolve(OWN, extra_endpoints=("/v1/other",))
+    catalog.add(CHAT, stays)
+    catalog.add(OWN, gone, replicate=True)
+    catalog.remove("m", gone)
+    for _ in range(3):
+        await trio.sleep(41)
+        catalog.add(other, flaps, replicate=True)
+        catalog.remove("m", flaps)
+    with pytest.raises(WrongKind):
+        catalog.check("m", "custom", "/v1/own")
+    with pytest.raises(ModelUnavailable):
+        catalog.check("m", "custom", "/v1/other")
+
+
+async def test_a_replica_of_which_others_answer_everything_leaves_no_trace() -> None:
+    catalog, backends, changes = Router().catalog, [Scripted("w1"), Scripted("w2")], list[str]()
+    for backend in backends:
+        catalog.add(OWN, backend, replicate=True)
+    catalog.on_names_changed = lambda: changes.append("changed")
+    catalog.remove("m", backends[0])
+    assert not catalog.absent
+    assert changes == []
+    catalog.update(attrs.evolve(OWN, extra_endpoints=("/v1/own", "/v1/new")), backends[1])
+    assert changes == ["changed"]
+
+
 async def test_names_that_are_remembered_are_bounded() -> None:
     catalog, backend = Router().catalog, Scripted("w1")
     for number in range(10_050):

@@ -135,3 +135,22 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: bytes)
     (tmp_path / "members.json").write_bytes(b'{"version": 2}')
     with pytest.raises(StateDirError, match="later version"):
         Members(StateDir(tmp_path))
+
+
+def test_the_certificates_of_a_worker_are_bounded_and_all_are_revoked(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invitations, "MAX_CERTIFICATES", 3)
+    join(members, invite(members), "key", "0")
+    for number in (1, 2):
+        members.record("w1", "key", str(number))
+    with pytest.raises(JoinRefused, match="has had 3 certificates"):
+        members.record("w1", "key", "3")
+    members.revoke("w1")
+    assert [members.is_revoked(str(number)) for number in range(3)] == [True] * 3
+
+
+def test_nothing_is_computed_for_a_secret_that_is_not_known(members: Members) -> None:
+    members.check_secret(invite(members).secret)
+    with pytest.raises(JoinRefused, match="not known to this master"):
+        members.check_secret("guess")

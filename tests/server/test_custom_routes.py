@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster import ApiError, ChatRequest, ClusterServer, CustomRequest, OutputChunk, Provider
+from trio_cluster import ApiError, ChatRequest, ClusterServer, CustomRequest, OutputChunk, Provider, RawCall
 from trio_cluster.testing import (
     FakeModel,
     SimulatedCluster,
@@ -331,3 +331,53 @@ async def test_a_moderation_model_gets_images_if_it_can_see(
     refused = await ask(cluster, "/v1/moderations", model="blind", input=image)
     assert (refused.status, refused.error["param"]) == (400, "input")
     assert refused.error["code"] == "vision_not_supported"
+
+
+# The query
+
+
+@pytest.mark.parametrize("kind", ["route", "raw"])
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", ""),
+        ("?", ""),
+        ("?verbose=1&a=%0d%0aHost:%20x&key=secret", "verbose=1&a=%0d%0aHost:%20x"),
+        ("?a=1?b", "a=1?b"),
+    ],
+)
+async def test_the_query_reaches_the_handler(
+    cluster: SimulatedCluster,
+    node: ClusterServer,
+    kind: str,
+    query: str,
+    expected: str,
+    autojump_clock: MockClock,
+) -> None:
+    async def raw(call: RawCall) -> None:
+        call.begin(200, "text/plain")
+        await call.send(call.request.query.encode() + b"|")
+
+    if kind == "raw":
+        node.register_raw("m", raw)
+    else:
+
+        @node.route("/v1/tokenize", "m")
+        async def tell(request: CustomRequest) -> str:
+            return request.query + "|"
+
+        assert callable(tell)
+    await settle(cluster)
+    answer = await ask(cluster, "/v1/tokenize" + query)
+    assert (answer.status, answer.body.decode()) == (200, expected + "|")
+
+
+async def test_a_query_is_refused_before_it_reaches_a_handler(
+    cluster: SimulatedCluster, node: ClusterServer, autojump_clock: MockClock
+) -> None:
+    node.route("/v1/tokenize", "m", tokenize)
+    await settle(cluster)
+    answer = await ask(cluster, "/v1/tokenize?model=other", text="x")
+    assert (answer.status, answer.error["param"]) == (400, "model")
+    answer = await ask(cluster, "/v1/tokenize?" + "a" * 9000, text="x")
+    assert answer.status == 414

@@ -387,3 +387,14 @@ async def test_http2_is_negotiated_where_it_is_served(tmp_path: Path, nursery: t
         await stream.do_handshake()
         assert stream.selected_alpn_protocol() == "h2"
     assert (await Master(server, tmp_path).ask("GET", "/v1/models")).http_version == "HTTP/1.1"
+
+
+async def test_requests_to_join_that_are_refused_cost_one_line(
+    master: Master, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"secret": "guess", "request": "none", "name": "w"}
+    for _ in range(5):
+        response = await master.ask("POST", "/cluster/join", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "invitation_refused")
+    assert caplog.text.count("this invitation is not known to this master") == 1
+    assert "guess" not in caplog.text

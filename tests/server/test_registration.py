@@ -140,7 +140,9 @@ async def test_it_knows_it_after_the_link_was_lost_too(
         assert (await ask(cluster, path))[0] == 200
 
 
-async def test_a_route_is_asked_of_those_replicas_that_answer_it(cluster: SimulatedCluster) -> None:
+async def test_a_route_is_asked_of_those_replicas_that_answer_it(
+    cluster: SimulatedCluster, autojump_clock: MockClock
+) -> None:
     for name in ("w1", "w2", "w3"):
         server = node(name)
 
@@ -157,8 +159,40 @@ async def test_a_route_is_asked_of_those_replicas_that_answer_it(cluster: Simula
         cluster.workers[name].stop()
         await cluster.workers[name].over.wait()
     # No replica is left that answers it, although the model is there.
-    assert (await ask(cluster, "/v1/who"))[0] == 404
+    assert (await ask(cluster, "/v1/who"))[0] == 503
     assert (await ask(cluster, "/v1/chat/completions"))[0] == 200
+    await trio.sleep(121)
+    assert (await ask(cluster, "/v1/who"))[0] == 404
+
+
+async def test_what_an_engine_answered_beside_a_handler_is_unavailable_while_the_engine_is_away(
+    cluster: SimulatedCluster, autojump_clock: MockClock
+) -> None:
+    first, second = node("w1"), node("w2")
+    first.register_chat("m", chat)
+    second.register_raw("m", raw)
+    await cluster.start_worker(first)
+    await cluster.start_worker(second)
+    paths = ("/v1/embeddings", "/v1/tokenize")
+    for path in paths:
+        assert (await ask(cluster, path))[0] == 200
+    cluster.workers["w2"].kill()
+    await trio.sleep(1)
+    for path in paths:
+        answer = await cluster.client().post(path, {"model": "m", "unusual": True})
+        assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
+        assert "retry-after" in answer.headers
+    assert (await ask(cluster, "/v1/chat/completions"))[0] == 200
+    again = node("w2")
+    again.register_raw("m", raw)
+    await cluster.start_worker(again)
+    for path in paths:
+        assert (await ask(cluster, path))[0] == 200
+    assert not cluster.master.server.router.catalog.absent
+    again.unregister_model("m")
+    await trio.sleep(121)
+    assert (await ask(cluster, "/v1/embeddings"))[0] == 400
+    assert (await ask(cluster, "/v1/tokenize"))[0] == 404
 
 
 async def test_a_raw_model_answers_every_route_of_the_api_and_others(cluster: SimulatedCluster) -> None:

@@ -31,9 +31,12 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def run(project: pytest.Pytester, tests: str, *arguments: str) -> pytest.RunResult:
+def run(
+    project: pytest.Pytester, tests: str, *arguments: str, with_asyncio: bool = False
+) -> pytest.RunResult:
+    """Run tests in a project of their own, without pytest-asyncio unless the project has set it up."""
     project.makepyfile(PRELUDE + tests)
-    return project.runpytest_inprocess(*arguments)
+    return project.runpytest_inprocess(*arguments, *(() if with_asyncio else ("-p", "no:asyncio")))
 
 
 @pytest.mark.parametrize("trio_mode", [True, False])
@@ -230,7 +233,7 @@ def test_the_plugin_is_installed_and_costs_nothing_where_it_is_not_used() -> Non
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
 def test_the_fixture_works_beside_pytest_asyncio(project: pytest.Pytester, mode: str) -> None:
-    pytest.importorskip("pytest_asyncio")
+    pytest.importorskip("pytest_asyncio", reason="pytest-asyncio is not installed; the group 'test' has it")
     project.makeini(
         f"[pytest]\nasyncio_mode = {mode}\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\n"
     )
@@ -269,5 +272,6 @@ def test_the_fixture_works_beside_pytest_asyncio(project: pytest.Pytester, mode:
         await asyncio.sleep(0)
         assert plain == 7
         """,
+        with_asyncio=True,
     )
     result.assert_outcomes(passed=5)

@@ -26,6 +26,7 @@ import trio
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.observer import Observers
 from ..core.principal import Principal
+from ..core.threads import NoThread, run_in_thread, start_in_thread
 from ..errors import ApiError
 from .audit import AuditEntry, AuditLog
 from .errors import StoreError
@@ -287,9 +288,11 @@ class Accounts:
     async def _in_thread(
         self, function: Callable[[Store], T], limiter: trio.CapacityLimiter, *, abandon: bool
     ) -> T:
-        return await trio.to_thread.run_sync(
-            function, self._store, limiter=limiter, abandon_on_cancel=abandon
-        )
+        try:
+            return await run_in_thread(function, self._store, limiter=limiter, abandon_on_cancel=abandon)
+        except NoThread as error:
+            # For the tasks that keep the accounts that is what any other failure of the database is.
+            raise StoreError(f"the database cannot be asked: {error.message}") from error
 
 
 @asynccontextmanager
@@ -314,7 +317,7 @@ async def open_accounts(
         store: Store = module.Store(database)
         return store
 
-    store = await trio.to_thread.run_sync(open_store)
+    store = await start_in_thread(open_store)
     accounts = Accounts(store, audit, usage_days)
     try:
         await accounts.load()

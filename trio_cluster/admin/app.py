@@ -14,6 +14,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from ..accounts.errors import StoreError
+from ..core.threads import thread_shortage
 from ..errors import ApiError, HandlerFailed
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
@@ -99,6 +100,9 @@ async def _on_http_exception(node_context: NodeContext, error: HTTPException) ->
 
 
 async def _on_exception(error: Exception) -> TrioResponse:
+    # The framework runs a plain function in a thread.
+    if (shortage := thread_shortage(error)) is not None:
+        return respond(error_reply(shortage))
     logger.error(
         "the route of %s %s failed", request.method, request.path, exc_info=error,
         extra={"fields": {"request_id": request_context(request.scope).request_id}},

@@ -22,7 +22,8 @@ from ..accounts.audit import AuditLog
 from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
 from ..core.state_dir import StateDirError
 from ..errors import ApiError, InvalidRequest
-from ..gateway.context import RequestContext, request_context
+from ..gateway.access_log import RefusedKeys
+from ..gateway.context import request_context
 from ..gateway.response import Reply, json_reply
 from ..openai import read_object
 from ..security.durations import parse_duration
@@ -56,6 +57,7 @@ class Membership:
 
 def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLog) -> None:
     """Add the routes to an application; what operators do is recorded."""
+    refusals = RefusedKeys()
 
     def tls() -> MasterTls:
         if membership.tls is None:
@@ -75,7 +77,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def join() -> TrioResponse:
         body = await _body()
         secret, wanted = _text(body, "secret"), _text(body, "request")
-        granted = await _granting(tls().join(secret, wanted, _text(body, "name")), "a worker was refused")
+        granted = await _granting(tls().join(secret, wanted, _text(body, "name")), refusals)
         fields = {"worker": granted.name, "address": request_context(request.scope).client}
         logger.info("a worker has joined the cluster", extra={"fields": fields})
         return respond(json_reply(granted))
@@ -83,7 +85,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def renew() -> TrioResponse:
         body = await _body()
         certificate, wanted = _text(body, "certificate"), _text(body, "request")
-        granted = await _granting(tls().renew(certificate, wanted), "a certificate was not renewed")
+        granted = await _granting(tls().renew(certificate, wanted), refusals)
         logger.info("the certificate of a worker was renewed", extra={"fields": {"worker": granted.name}})
         return respond(json_reply(granted))
 
@@ -154,22 +156,18 @@ def _as_api_errors() -> Iterator[None]:
         raise ApiError(500, str(error), code="state_not_writable") from error
 
 
-async def _granting(granting: Awaitable[Granted], what: str) -> Granted:
+async def _granting(granting: Awaitable[Granted], refusals: RefusedKeys) -> Granted:
     """Return what a worker is granted, or log and raise why it is not."""
-    context = request_context(request.scope)
     try:
         with _as_api_errors():
-            return await granting
+            try:
+                return await granting
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="request", code="invalid_value") from error
     except ApiError as error:
-        _log_refusal(what, error, context)
+        # Anybody can cause such lines, so they are few.
+        refusals.refused(request_context(request.scope), error.message)
         raise
-    except ValueError as error:
-        _log_refusal(what, error, context)
-        raise InvalidRequest(str(error), param="request", code="invalid_value") from error
-
-
-def _log_refusal(what: str, error: Exception, context: RequestContext) -> None:
-    logger.warning("%s: %s", what, error, extra={"fields": {"address": context.client}})
 
 
 async def _body() -> dict[str, Any]:

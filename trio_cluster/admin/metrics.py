@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-import trio
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -21,6 +20,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from ..core.stats import Histogram
+from ..core.threads import NoThread, run_in_thread
 from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
 
@@ -39,7 +39,11 @@ async def metrics_reply(node_context: NodeContext) -> Reply:
     if sum(len(family.samples) for family in snapshot.collect()) < _MANY:
         text = generate_latest(snapshot)
     else:
-        text = await trio.to_thread.run_sync(generate_latest, snapshot, abandon_on_cancel=True)
+        try:
+            text = await run_in_thread(generate_latest, snapshot, abandon_on_cancel=True)
+        except NoThread:
+            # What is wrong is looked for just then.
+            text = generate_latest(snapshot)
     return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], text)
 
 

@@ -231,11 +231,24 @@ class AuditView:
     data: list[AuditEntryView]
 
 
+def _own_only(waiting_by: dict[str, int], principal: Principal) -> dict[str, int]:
+    return {name: count for name, count in waiting_by.items() if name == principal.name}
+
+
 def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
-    """Return the state of a node as it is now, without the models that a principal may not use."""
+    """Return the state of a node as it is now, without what is not for a principal.
+
+    That is models that it may not use, and unless it is an operator, the names of others that wait.
+    """
     router, own = node_context.router, node_context.status()
     catalog = router.catalog
-    infos, workers = catalog.infos(), own.workers
+    infos, workers, slots = catalog.infos(), own.workers, own.slots
+    if principal.role == "inference":
+        slots = attrs.evolve(slots, waiting_by=_own_only(slots.waiting_by, principal))
+        workers = [
+            attrs.evolve(each, waiting_by=_own_only(each.waiting_by, principal)) if each.waiting_by else each
+            for each in workers
+        ]
     if principal.models:
         infos = [info for info in infos if may_use(principal, info.name)]
         workers = [
@@ -250,7 +263,7 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
         models=[catalog.entry(info) | {"nodes": catalog.served_by(info.name)} for info in infos],
         calls=CallCounters(**router.stats.counters(), in_flight=len(router.live)),
         version=own.version,
-        slots=own.slots,
+        slots=slots,
         workers=workers,
         connected=own.connected,
         rejected_models=own.rejected_models,

@@ -349,24 +349,28 @@ class _Announcer:
                 f"{scheme}://{shown_address(outward_address(), self.server.port or 0)}"
             )
         logger.info("serving", extra={"fields": fields})
-        encrypted = (self.server.url or "").startswith("https:")
-        if not encrypted and options.server.host not in _LOOPBACK:
+        if options.server.host not in _LOOPBACK and (open_for := self._open_for(mode)):
             logger.warning(
-                "not encrypted: keys, prompts and answers can be read on the network; --tls auto changes that"
+                "open on the network: %s; or listen on this machine only, with --host 127.0.0.1",
+                "; ".join(open_for),
             )
-        missing = []
+
+    def _open_for(self, mode: ClusterMode) -> list[str]:
+        """Return what anybody may do who reaches this node, and how that is changed."""
+        options = self.server.options
+        encrypted = (self.server.url or "").startswith("https:")
+        found = []
+        if not encrypted:
+            found.append("keys, prompts and answers are not encrypted (start it with --tls auto)")
         if not self.server.requires_key:
-            missing.append(
-                "use its models (set TRIO_CLUSTER_API_KEY, or make keys with: trio-cluster keys create NAME)"
+            found.append(
+                "its models can be used without a key (set TRIO_CLUSTER_API_KEY, or make keys with: "
+                "trio-cluster keys create NAME)"
             )
         workers_need_nothing = not encrypted or options.allow_anonymous_workers
         if mode is ClusterMode.MASTER and options.cluster_token is None and workers_need_nothing:
-            missing.append("bring models of their own (set TRIO_CLUSTER_CLUSTER_TOKEN)")
-        if everywhere and len(missing) == (2 if mode is ClusterMode.MASTER else 1):
-            logger.warning(
-                "open to everyone: all who reach this machine may %s; or listen on this machine only: --host 127.0.0.1",
-                " and ".join(missing),
-            )
+            found.append("workers can join without a token (set TRIO_CLUSTER_CLUSTER_TOKEN, or use TLS)")
+        return found
 
 
 async def _stop_on_signals(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
+import os
 import ssl
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from ..core.state_dir import StateDir
+from ..core.threads import run_in_thread
 from ..net.sockets import INTERNAL_OFFSET, Listeners, Network
 from ..net.streams import ByteStream
 from ..net.tls import connect_tls
@@ -26,6 +31,8 @@ logger = logging.getLogger("trio_cluster.tls")
 #: Seconds between two looks at whether the certificate is to be renewed; and after a failure.
 _RENEWAL: Final = 6 * 3600.0
 _RENEWAL_RETRY: Final = 600.0
+#: Seconds for one of several addresses, with the resolution of its name and the handshake of TLS.
+_SILENCE: Final = 8.0
 
 
 class TlsNetwork:
@@ -89,7 +96,8 @@ class MemberDialer(Dialer):
         state: where the membership is kept; ``None``: it is not renewed.
         membership: as it is kept.
         certificate: the file with its key and certificate.
-        addresses: where the API of the master is; the first that can be connected to is used.
+        addresses: where the API of the master is. They are tried in turn, the one that was connected to last first; one
+            that does not answer does not keep the worker from the others.
         internal_port: the port for workers; ``None``: 1000 above that of the API.
     """
 
@@ -106,7 +114,7 @@ class MemberDialer(Dialer):
         self._state = state
         self._membership = membership
         self._certificate = certificate
-        self._addresses = addresses
+        self._addresses = deque(addresses)
         self._internal_port = internal_port
         self._context = self._make_context()
 
@@ -120,13 +128,20 @@ class MemberDialer(Dialer):
 
         network = TlsNetwork(self._network, self._context, MASTER_NAME)
         failure: OSError | None = None
-        for host, port in self._addresses:
+        for _ in range(len(self._addresses)):
+            host, port = self._addresses[0]
+            # Before the attempt: if nothing answers there until the caller gives up, the next one is elsewhere.
+            self._addresses.rotate(-1)
             try:
-                stream = await network.connect(host, self._internal_port or port + INTERNAL_OFFSET)
+                with trio.fail_after(_SILENCE if len(self._addresses) > 1 else math.inf):
+                    stream = await network.connect(host, self._internal_port or port + INTERNAL_OFFSET)
             except OSError as error:
                 failure = failure or error
+            except trio.TooSlowError:
+                failure = failure or TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             else:
                 self.host = host
+                self._addresses.rotate(1)
                 return stream
         assert failure is not None
         raise failure
@@ -144,9 +159,7 @@ class MemberDialer(Dialer):
         from ..security.joining import renew_if_due
 
         try:
-            renewed = await trio.to_thread.run_sync(
-                renew_if_due, state, self._membership, abandon_on_cancel=True
-            )
+            renewed = await run_in_thread(renew_if_due, state, self._membership, abandon_on_cancel=True)
         except Exception as error:
             logger.warning("the certificate of this worker could not be checked: %s", error)
             return _RENEWAL_RETRY

@@ -114,6 +114,7 @@ class ForwardedCalls:
                         else "low",
                     ),
                     max_tokens=opened.max_tokens,
+                    query=opened.query,
                     total_timeout=math.inf if opened.budget is None else opened.budget,
                     upload=ByteChannel(opened.size, on_consumed=partial(self._consumed, call_id)),
                 )

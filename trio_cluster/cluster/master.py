@@ -6,9 +6,10 @@ master noticed: the new link replaces the old one, whose calls fail at once. If 
 long as the first one gives signs of life, and may try again; otherwise two machines with one name would replace each
 other forever.
 
-A model that is refused because of what others serve is kept, and registered as soon as the conflict is over: when the
-other worker leaves, or takes its model back. The worker is then told by ``ModelRegistered``, as it would have been at
-first.
+A model that is refused for a reason that can pass is kept, and registered as soon as the reason is gone. What others
+serve is looked at when a worker leaves, or takes its model back; the rest (the limit of models, a circle of clusters,
+the option ``on_conflict``) with each heartbeat. The worker is then told by ``ModelRegistered``, as it would have been
+at first.
 
 The order in which a lost worker is removed matters. First its models are taken out of the catalogue, so that no new
 call can be routed to it; then its calls fail, so that those which may be retried on another replica find the catalogue
@@ -50,7 +51,7 @@ from ..protocol import (
     RegisterModel,
     UnregisterModel,
 )
-from ..routing.catalog import Catalog, NameTaken
+from ..routing.catalog import Catalog, ModelLoop, NameTaken
 from .admission import Admitted, Doorkeeper
 from .remote_worker import MAX_CAPACITY, RemoteWorker
 
@@ -68,8 +69,12 @@ _SUSPECT_AFTER: Final = 0.5
 HANDSHAKE_TIMEOUT: Final = 10.0
 #: Connections of which no worker has joined yet. One more, and the oldest of them is closed: a worker needs a moment.
 MAX_UNADMITTED: Final = 256
-#: Models of one worker.
+#: Models of one worker, and as many that are refused and kept.
 MAX_MODELS: Final = 1000
+
+
+class _TooManyModels(ValueError):
+    """A worker serves as many models as it may."""
 
 
 class WorkerManager:
@@ -278,7 +283,7 @@ class WorkerConnection:
         self.joined = False
         self._joining = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT)
         self._why_refused = f"no handshake of a worker within {HANDSHAKE_TIMEOUT:g} s"
-        # The models that were refused because of what others serve, with the reason that the worker knows.
+        # The models that were refused for a reason that can pass, with the reason that the worker knows.
         self._refused: dict[str, tuple[RegisterModel, str]] = {}
         self.session = MasterSession(
             node_id,
@@ -357,7 +362,7 @@ class WorkerConnection:
 
     def _on_tick(self) -> None:
         self._update_health()
-        # The option `on_conflict` may have changed, which no event tells.
+        # What no event tells may have changed: the option `on_conflict`, the number of the worker's models.
         for message, _ in list(self._refused.values()):
             if self.worker is not None:
                 self._register(self.worker, message, again=True)
@@ -439,7 +444,7 @@ class WorkerConnection:
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 
     def _register(self, worker: RemoteWorker, message: RegisterModel, *, again: bool = False) -> None:
-        """Register a model and confirm it, or refuse it. A model in conflict with others is kept, and tried again.
+        """Register a model and confirm it, or refuse it. One that might be registered later is kept, and tried again.
 
         Args:
             worker: the one at the other end.
@@ -451,7 +456,7 @@ class WorkerConnection:
             if info.kind not in KINDS:
                 raise ValueError(f"this master knows no models of kind '{info.kind}'")
             if info.name not in worker.models and len(worker.models) >= MAX_MODELS:
-                raise ValueError(f"a worker may serve {MAX_MODELS} models at most")
+                raise _TooManyModels(f"a worker may serve {MAX_MODELS} models at most")
             if info.name in worker.models:
                 self._catalog.update(info, worker)
             else:
@@ -459,7 +464,7 @@ class WorkerConnection:
         except ValueError as refusal:
             known = self._refused.get(message.name)
             reason = str(refusal)
-            if isinstance(refusal, NameTaken) and not worker.health.draining:
+            if self._may_pass(refusal, message.name) and not worker.health.draining:
                 self._refused[message.name] = (message, reason)
                 self._catalog.retry_when_changed(message.name, worker, lambda: self._retry(worker, message))
             else:
@@ -473,6 +478,12 @@ class WorkerConnection:
         worker.models[info.name] = info
         self.session.model_registered(info.name)
         self._log("model registered", worker, model=info.name, kind=info.kind)
+
+    def _may_pass(self, refusal: ValueError, name: str) -> bool:
+        """Tell whether a model is to be tried again that was refused. Peers choose the names, so they are bounded."""
+        if not isinstance(refusal, NameTaken | ModelLoop | _TooManyModels):
+            return False
+        return name in self._refused or len(self._refused) < MAX_MODELS
 
     def _retry(self, worker: RemoteWorker, message: RegisterModel) -> None:
         self._register(worker, message, again=True)

@@ -4,6 +4,9 @@ After a restart the workers come back one after the other, and a request for a m
 be repeated by its client. So a master writes into its state directory which models there are, and a master that starts
 takes those as models that have just left; see ``routing/absence.py``.
 
+A master that stops closes the links of its workers first, so all their models leave before its end. Models that leave
+as late as that are written down as served: otherwise the absence of the master would count as theirs.
+
 The file is written when a model comes or goes, at most once a second. What cannot be written is logged once.
 """
 
@@ -17,8 +20,10 @@ import attrs
 import msgspec
 import trio
 
+from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS, ModelInfo
 from ..core.state_dir import StateDir, StateDirError
+from ..core.threads import NoThread, run_in_thread
 from ..routing.absence import REMEMBERED
 from ..routing.catalog import Catalog
 
@@ -29,11 +34,14 @@ logger = logging.getLogger("trio_cluster.node")
 _FILE: Final = "models.json"
 #: Seconds between two writes.
 _PAUSE: Final = 1.0
+#: Seconds from the moment at which a master that stops begins to close its links to its end, and some to spare. The
+#: links and the clients' connections are given CLOSE_TIMEOUT each, and the latter are closed by force in as much again.
+_LAST_SECONDS: Final = 4 * CLOSE_TIMEOUT
 
 
 @attrs.frozen
 class _Entry:
-    """A model in the file."""
+    """A model in the file, or a part of one that is away; a model may have several entries."""
 
     name: str
     kind: str
@@ -75,12 +83,12 @@ class ModelMemory:
         now = time.time()
         for entry in sorted(entries, key=lambda entry: entry.left or now):
             age = 0.0 if entry.left is None else max(0.0, now - entry.left)
-            if age < REMEMBERED and entry.kind in KINDS and self._catalog.info(entry.name) is None:
+            if age < REMEMBERED and entry.kind in KINDS:
                 try:
                     info = ModelInfo(entry.name, entry.kind, extra_endpoints=tuple(entry.endpoints))
                 except (TypeError, ValueError):
                     continue
-                self._catalog.absent.add(info, age=age)
+                self._catalog.remember(info, age=age)
 
     def save(self) -> None:
         """Write the file if it would not be the same. Blocks.
@@ -102,11 +110,14 @@ class ModelMemory:
                 self._changed = trio.Event()
                 content = self._content()
                 if content != self._written:
-                    await trio.to_thread.run_sync(self._write, content)
+                    try:
+                        await run_in_thread(self._write, content)
+                    except NoThread:
+                        self._write(content)
                 await trio.sleep(_PAUSE)
         finally:
             self._catalog.on_names_changed = lambda: None
-            content = self._content()
+            content = self._content(still_served=_LAST_SECONDS)
             if content != self._written:
                 self._write(content)
 
@@ -121,11 +132,23 @@ class ModelMemory:
             self._written = content
             self._failed = False
 
-    def _content(self) -> bytes:
+    def _content(self, *, still_served: float = 0.0) -> bytes:
+        """Return what is to be in the file.
+
+        Args:
+            still_served: a model that left less than so many seconds ago counts as served.
+        """
         now = time.time()
-        entries = [_entry(info, None) for info in self._catalog.infos()]
+        infos = self._catalog.infos()
+        entries = [_entry(info, None) for info in infos]
+        # A passthrough model beside replicas of another kind, which name the model. It answers everything.
+        beside = [info for info in infos if info.kind != "any" and info.name in self._catalog.passthrough]
+        entries += [_Entry(info.name, "any") for info in beside]
         # Whole seconds, so that the same models make the same content.
-        entries += [_entry(info, round(now - age)) for info, age in self._catalog.absent]
+        entries += [
+            _entry(info, None if age < still_served else round(now - age))
+            for info, age in self._catalog.absent
+        ]
         return msgspec.json.encode(entries)
 
 

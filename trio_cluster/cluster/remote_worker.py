@@ -163,6 +163,7 @@ class RemoteWorker:
             weight=principal.weight,
             priority=PRIORITIES[principal.priority],
             max_tokens=request.max_tokens,
+            query=request.query,
         )
 
         def cancel(reason: str) -> None:

@@ -3,7 +3,8 @@
 Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled
 at once, since there is no one left to answer; then the worker waits and dials again. The wait is exponential with full
 jitter (uniform between zero and a bound that doubles), so that a hundred workers whose master was restarted do not
-reconnect as one.
+reconnect as one. Of 500 workers whose master has been away for minutes, fewer than 60 dial in any tenth of a second,
+and all are back 5 s after its return (``tests/cluster/test_returning_workers.py``).
 
 A worker that drains serves its link to the end and does not dial again: it would only register its models once more,
 just to have them removed.
@@ -48,9 +49,10 @@ __all__ = ["WorkerClient"]
 
 logger = logging.getLogger("trio_cluster.client")
 
-#: The first bound of the wait before dialling again, and the last, in seconds.
+#: The first bound of the wait before dialling again, and the last, in seconds. Workers have to be back within 5 s of
+#: their master's return: a worker may have dialled just before, and needs a moment for connection and handshake.
 _BACKOFF_FIRST: Final = 0.5
-_BACKOFF_LAST: Final = 5.0
+_BACKOFF_LAST: Final = 4.5
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
 
@@ -125,6 +127,7 @@ class WorkerClient:
                 on_registered()
 
         while not self._draining.is_set():
+            began = trio.current_time()
             try:
                 why = await self._serve_once(connect, host, registered)
             finally:
@@ -136,6 +139,9 @@ class WorkerClient:
                     )
                 break
             delay = randomness.uniform(0, bound)
+            if not was_connected:
+                # It counts from the beginning of the attempt, which a master that does not answer makes a long one.
+                delay = max(0.0, delay - (trio.current_time() - began))
             bound = min(2 * bound, _BACKOFF_LAST)
             fields = {"master": host, "retry_in": round(delay, 2)}
             text = "lost the master: %s" if was_connected else "no link to the master: %s"

@@ -52,6 +52,9 @@ class Request:
     max_tokens: int = 0
     """Tokens that the answer may have, as far as the request says so; 0: it does not. For the order in which requests
     are served, and for nothing else."""
+    query: str = ""
+    """The query of the URL, without the question mark, percent-encoded as the client sent it; empty if there is none.
+    Keys in it are left out."""
 
     @property
     def size(self) -> int:

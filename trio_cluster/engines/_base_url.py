@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import attrs
 
@@ -52,9 +52,20 @@ class BaseURL:
         default = 443 if parts.scheme == "https" else 80
         return cls(parts.scheme, parts.hostname, port or default, parts.path.rstrip("/"), parts.query)
 
-    def target(self, path: str) -> str:
-        """Return the request target for a path below this URL."""
-        return f"{self.path}{path}?{self.query}" if self.query else self.path + path
+    def target(self, path: str, query: str = "") -> str:
+        """Return the request target for a path below this URL.
+
+        Args:
+            path: percent-encoded.
+            query: added to the query of this URL, without those of its parameters that this URL has too. Of two
+                parameters of one name some servers take the first, and others the last.
+        """
+        if query and self.query:
+            own = set(_names(self.query))
+            given = zip(_names(query), query.split("&"), strict=True)
+            query = "&".join([self.query, *(parameter for name, parameter in given if name not in own)])
+        query = query or self.query
+        return f"{self.path}{path}?{query}" if query else self.path + path
 
     @property
     def authority(self) -> str:
@@ -64,3 +75,7 @@ class BaseURL:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}{self.path}"
+
+
+def _names(query: str) -> list[str]:
+    return [unquote_plus(parameter.partition("=")[0]) for parameter in query.split("&")]

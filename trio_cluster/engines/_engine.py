@@ -27,6 +27,7 @@ import attrs
 import trio
 
 from trio_cluster.core.model import ChatModelOptions, Kind
+from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
 from trio_cluster.errors import ClusterError, OptionsError
 from trio_cluster.options import parse_boolean
 
@@ -267,7 +268,7 @@ class LoadingEngine(Engine):
         # Loading cannot be interrupted. A cancellation that arrives meanwhile takes effect after it, and the model is
         # freed.
         with trio.CancelScope(shield=True):
-            model = await trio.to_thread.run_sync(opened.__enter__)
+            model = await start_in_thread(opened.__enter__)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             with _registered(model, server):
@@ -275,7 +276,11 @@ class LoadingEngine(Engine):
                 await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(partial(opened.__exit__, None, None, None))
+                free = partial(opened.__exit__, None, None, None)
+                try:
+                    await run_in_thread(free)
+                except NoThread:
+                    free()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from typing import Final, TypeAlias
 import attrs
 import trio
 
-from trio_cluster.net.exhaustion import ExhaustionLog, exhausted_resource
+from trio_cluster.core.exhaustion import ExhaustionLog, exhausted_resource
 from trio_cluster.net.sockets import receive_when_ready
 
 from ._base_url import BaseURL
@@ -84,6 +84,7 @@ class HttpRequest:
     Attributes:
         method: in capitals.
         path: what follows the base URL's path, percent-encoded.
+        query: added to the base URL's query, percent-encoded; without a question mark.
         headers: (name, value) pairs. The client adds ``Host``, ``Accept-Encoding`` and the framing headers.
         body: in memory, or streamed.
         size: the length of a streamed body in bytes; -1 if it is not known. Ignored for a body in memory.
@@ -94,6 +95,7 @@ class HttpRequest:
     headers: Sequence[tuple[str, str]] = ()
     body: Body = b""
     size: int = -1
+    query: str = ""
 
 
 @attrs.frozen
@@ -252,10 +254,13 @@ class HttpClient:
             return _Connection(stream, raw)
         except trio.TooSlowError:
             raise ConnectTimeout(f"no connection within {self._connect_timeout:g} s") from None
-        except (OSError, trio.BrokenResourceError) as error:
+        except (OSError, trio.BrokenResourceError, RuntimeError) as error:
+            # A RuntimeError: names are resolved in a thread.
             if resource := exhausted_resource(error):
                 self._exhaustion.failed(resource)
                 raise LocalExhaustion(resource) from error
+            if isinstance(error, RuntimeError):
+                raise
             raise ConnectFailed(_reason(error)) from error
         finally:
             if raw is not None and not connected:
@@ -360,7 +365,7 @@ class HttpClient:
     def _head(self, request: HttpRequest) -> bytes:
         size = len(request.body) if isinstance(request.body, bytes) else request.size
         lines = [
-            f"{request.method} {self.base.target(request.path)} HTTP/1.1",
+            f"{request.method} {self.base.target(request.path, request.query)} HTTP/1.1",
             f"host: {self.base.authority}",
             "accept-encoding: identity",
         ]

@@ -36,6 +36,7 @@ import trio
 from outcome import Error, Outcome
 
 from trio_cluster.core.request import Request
+from trio_cluster.core.threads import thread_shortage
 from trio_cluster.errors import Overloaded
 from trio_cluster.local.slots import Slots, answered_request
 
@@ -143,6 +144,7 @@ class ThreadStream(Generic[T]):
         bound: how many results may wait in the queue.
 
     Raises:
+        NoThread: on entering, if the system starts no further thread.
         RuntimeError: on entering, if it was entered before.
         ApiError: on entering, if too many wait: a 503.
     """
@@ -188,9 +190,16 @@ class ThreadStream(Generic[T]):
         self._queue: _Queue[T] = _Queue(self._bound, wake)
         try:
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
-        except BaseException:
+        except BaseException as error:
             self._slots.release()
-            raise
+            shortage = thread_shortage(error)
+            if shortage is None:
+                raise
+            try:
+                raise shortage from None
+            finally:
+                # Otherwise the error and this frame would refer to each other.
+                del shortage
         return self
 
     def __aiter__(self) -> ThreadStream[T]:

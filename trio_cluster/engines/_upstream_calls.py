@@ -26,10 +26,11 @@ from typing import Final
 from urllib.parse import quote
 
 import attrs
-import trio
 
 from trio_cluster._version import __version__
+from trio_cluster.core.headers import QUERY
 from trio_cluster.core.limits import PARSE_IN_THREAD
+from trio_cluster.core.threads import run_in_thread
 from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
 from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
@@ -206,8 +207,10 @@ class UpstreamCalls:
             status = response.status
             await self._forward_response(response, call, asked=asked)
 
-        request = HttpRequest("POST", _path(call.request.endpoint), self._request_headers(call), body, size)
-        await self._client.send(request, handle_response)
+        request = call.request
+        path, query = _path(request.endpoint), _query(request.query)
+        http_request = HttpRequest("POST", path, self._request_headers(call), body, size, query)
+        await self._client.send(http_request, handle_response)
         return status
 
     def _request_headers(self, call: RawCall) -> list[tuple[str, str]]:
@@ -304,7 +307,7 @@ async def _asking(body: bytes) -> bytes | None:
     """Return the body with a request for usage in it; ``None`` if it is to be sent as it is."""
     if len(body) < PARSE_IN_THREAD:
         return ask_for_usage(body)
-    return await trio.to_thread.run_sync(ask_for_usage, body, abandon_on_cancel=True)
+    return await run_in_thread(ask_for_usage, body, abandon_on_cancel=True)
 
 
 async def _request_body(model: str, call: RawCall, *, whole: bool) -> tuple[Body, int]:
@@ -364,6 +367,17 @@ def _path(endpoint: str) -> str:
     if path == endpoint or not path.startswith("/") or {".", ".."} & set(path.split("/")):
         raise InvalidRequest(f"Unknown URL: {endpoint!r}", status=404)
     return quote(path, safe=_SAFE_IN_PATH)
+
+
+def _query(query: str) -> str:
+    """Return the query of a request as it is sent to the server.
+
+    Raises:
+        InvalidRequest: it would end the request line. No query that came through a gateway does.
+    """
+    if not QUERY.fullmatch(query):
+        raise InvalidRequest("The query of the URL is not valid")
+    return query
 
 
 def _is_forwarded(name: str, listed: frozenset[str]) -> bool:

@@ -270,7 +270,12 @@ class EventReader:
         return self._scanner.usage
 
     def feed(self, piece: bytes) -> bytes:
-        if not self._in_line and piece.endswith(b"\n") and not _has_usage(piece):
+        # Written out, since this is done for every token.
+        if (
+            not self._in_line
+            and piece.endswith(b"\n")
+            and (_KEY not in piece or _USAGE.search(piece) is None)
+        ):
             return piece
         scanner = self._scanner
         first, *rest = piece.split(b"\n")

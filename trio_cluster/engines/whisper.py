@@ -11,6 +11,7 @@ Only WAV files are read (see ``engines/audio/wav.py``); other formats are refuse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,7 +211,9 @@ class Whisper:
                     return
                 earlier = (*earlier, *(token for segment in segments for token in segment.tokens))
                 position += max(round(settled * mel.RATE), mel.RATE)
-            outlet.put({"language": detected or language or "", "duration": duration})
+            # As the API reports it for Whisper, in whole seconds.
+            usage = {"type": "duration", "seconds": math.ceil(duration)}
+            outlet.put({"language": detected or language or "", "duration": duration, "usage": usage})
 
         return work
 

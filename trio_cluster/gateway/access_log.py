@@ -1,4 +1,4 @@
-"""The access log: one line for each request, and a few for requests that show no valid key.
+"""The access log: one line for each request, and a few for requests without a valid key or without valid HTTP.
 
 The line of a request is written when the request is over, so that it has the status and the duration. The fast path
 writes tokens past the ASGI ``send`` function; only the head of a response has to pass it for that.
@@ -11,14 +11,18 @@ import time
 from typing import Final
 
 from ..http1.asgi import Message, Send
+from ..http1.refusal import HttpRefusal
+from ..net.sockets import shown_address
+from ..options import ClusterServerOptions
 from .context import RequestContext
+from .response import render_refusal
 
-__all__ = ["AccessLog", "RefusedKeys"]
+__all__ = ["AccessLog", "RefusedKeys", "RefusedRequests"]
 
 access_logger = logging.getLogger("trio_cluster.access")
 logger = logging.getLogger("trio_cluster.http")
 
-#: Seconds between two lines about requests without a valid key.
+#: Seconds between two lines about requests of one of these kinds.
 _QUIET: Final = 10.0
 
 
@@ -75,8 +79,7 @@ class RefusedKeys:
     """
 
     def __init__(self) -> None:
-        self._quiet_until = 0.0
-        self._unlogged = 0
+        self._limit = _OneLine()
 
     def refused(self, context: RequestContext, why: str) -> None:
         """Take note of a request that was refused.
@@ -85,16 +88,58 @@ class RefusedKeys:
             context: of the request.
             why: the message of the refusal, which does not have the key.
         """
-        now = time.monotonic()
-        if now < self._quiet_until:
-            self._unlogged += 1
+        if (unlogged := self._limit.unlogged()) is None:
             return
         fields: dict[str, object] = {
             "client": context.client,
             "path": context.path,
             "request_id": context.request_id,
+            **unlogged,
         }
-        if self._unlogged:
-            fields["not_logged"] = self._unlogged
-        self._quiet_until, self._unlogged = now + _QUIET, 0
         logger.warning("a request was refused: %s", why, extra={"fields": fields})
+
+
+class RefusedRequests:
+    """Answers what is not a valid HTTP request, and logs it, if there is an access log. Synchronous.
+
+    The HTTP server refuses such bytes before there is a request that the gateway could log. Lines are bounded like
+    those of :class:`RefusedKeys`: what is sent by a scanner is rarely HTTP.
+
+    Args:
+        options: read for each refusal.
+    """
+
+    def __init__(self, options: ClusterServerOptions) -> None:
+        self._options = options
+        self._limit = _OneLine()
+
+    def render(self, refusal: HttpRefusal) -> tuple[list[tuple[str, str]], bytes]:
+        """Return the headers and the body of the answer. See ``RenderRefusal``."""
+        headers, body = render_refusal(refusal)
+        if self._options.server.access_log and (unlogged := self._limit.unlogged()) is not None:
+            fields: dict[str, object] = {
+                "client": shown_address(*refusal.client) if refusal.client else "",
+                "status": refusal.status,
+                "request_id": dict(headers)["x-request-id"],
+                "reason": refusal.message,
+                **unlogged,
+            }
+            access_logger.info("not a valid HTTP request", extra={"fields": fields})
+        return headers, body
+
+
+class _OneLine:
+    """Allows one line at once, and then one in :data:`_QUIET` seconds."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+        self._unlogged = 0
+
+    def unlogged(self) -> dict[str, int] | None:
+        """Return the field that counts the lines which were left out since the last one, or ``None``: no line now."""
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._unlogged += 1
+            return None
+        count, self._unlogged, self._quiet_until = self._unlogged, 0, now + _QUIET
+        return {"not_logged": count} if count else {}

@@ -16,6 +16,7 @@ from typing import IO, Final
 
 import trio
 
+from ..core.threads import run_in_thread
 from ..errors import ApiError, InvalidRequest, Overloaded
 from ..http1.asgi import Receive
 from .direct import Connection
@@ -199,7 +200,7 @@ class SpooledBody:
             last: nothing will be added after this, so it stays in memory.
 
         Raises:
-            Overloaded: there is no room on the disk.
+            Overloaded: there is no room on the disk, or no thread to write to it.
         """
         self._pieces.append(data)
         self._size += len(data)
@@ -216,7 +217,7 @@ class SpooledBody:
         Nothing can be added after the first ``take``.
 
         Raises:
-            Overloaded: the disk cannot be read.
+            Overloaded: the disk cannot be read, or there is no thread to do so.
         """
         if self._file is not None:
             data = await self._on_disk(self._fetch, b"")
@@ -232,7 +233,7 @@ class SpooledBody:
 
     async def in_thread(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         """Run a function that waits for the disk. Simulations replace this method, so that they can be repeated."""
-        return await trio.to_thread.run_sync(work, data)
+        return await run_in_thread(work, data)
 
     async def _on_disk(self, work: Callable[[bytes], bytes], data: bytes) -> bytes:
         try:

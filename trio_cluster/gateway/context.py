@@ -36,10 +36,11 @@ class RequestContext:
         headers: the headers of the request as they were received, with names in lower case.
         client: the address from which the request came, if it is known.
         path: the path of the URL; the gateway normalizes it, so that it begins with one slash.
+        query: what follows the path and a question mark in the URL, as it was received.
         http2: the request came over HTTP/2, where a body may come without any header that announces it.
 
     Attributes:
-        headers, client, path: as given.
+        headers, client, path, query: as given.
         header: a function that returns the value of the first header of a name (in lower case), or ``None``.
         request_id: the one that the client sent if it is usable, otherwise a new one.
         request_body: the body of the request; set by the gateway.
@@ -76,6 +77,7 @@ class RequestContext:
         "model_in_path",
         "path",
         "principal",
+        "query",
         "request",
         "request_body",
         "request_id",
@@ -94,6 +96,7 @@ class RequestContext:
         client: str = "",
         path: str = "",
         *,
+        query: bytes = b"",
         http2: bool = False,
     ) -> None:
         self._http2 = http2
@@ -103,6 +106,7 @@ class RequestContext:
         self.header: Callable[[bytes], bytes | None] = dict(reversed(self.headers)).get
         self.client = client
         self.path = path
+        self.query = query
         self.model_in_path = ""
         self.principal = ANONYMOUS
         self.endpoint: Endpoint | None = None

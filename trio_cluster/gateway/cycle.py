@@ -88,6 +88,7 @@ class RequestCycle:
             scope["headers"],
             _shown_address(*client[:2]) if client else "",
             scope["path"],
+            query=scope.get("query_string", b""),
             http2=scope["http_version"] == "2",
         )
         self._request_body = self.context.request_body = RequestBody(

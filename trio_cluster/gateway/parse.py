@@ -9,24 +9,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import msgspec
-import trio
 
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
-from ..errors import InvalidRequest, LoopDetected
+from ..core.threads import run_in_thread
+from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
+from .query import forwarded_query
 
 __all__ = ["Parse"]
 
@@ -63,7 +64,7 @@ class Parse:
 
         Raises:
             ApiError: the request is not valid, or too large, or does not arrive in time; or its model does not exist or
-                does not answer the endpoint.
+                does not answer the endpoint; or its query cannot be passed on.
             ClientLeft: the client disconnected in the middle of its request.
         """
         node_context, request_body, endpoint = self._node_context, context.request_body, context.endpoint
@@ -122,6 +123,7 @@ class Parse:
             upload=upload,
             principal=context.principal,
             max_tokens=max_tokens,
+            query=forwarded_query(context.query, info.name) if context.query else "",
         )
 
 
@@ -245,9 +247,9 @@ async def _read_whole(
         await _parse(require_one_model, body)
     if catalog.passthrough or catalog.absent:
         name = await _parse(peek_model, body, content_type) or ""
-        if catalog.absent.find(name) is not None:
+        if catalog.is_away(name, endpoint.kind, endpoint.name):
             # What a passthrough model takes may be more than is accepted below.
-            raise catalog.why_missing(name)
+            raise ModelUnavailable(name)
         untouched = catalog.takes_untouched(name, endpoint.kind, endpoint.name)
         if untouched is not None:
             return untouched, None
@@ -279,7 +281,7 @@ async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
     if len(body) < PARSE_IN_THREAD:
         return function(body, *more)
     # The thread can be abandoned if the client disconnects, since parsing has no side effects.
-    return await trio.to_thread.run_sync(function, body, *more, abandon_on_cancel=True)
+    return await run_in_thread(partial(function, body, *more), abandon_on_cancel=True)
 
 
 def _forwarded_headers(context: RequestContext) -> dict[str, str]:

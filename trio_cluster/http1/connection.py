@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import unquote
 
+import attrs
 import trio
 
 from ..net.idle import IdleTimeout
@@ -371,7 +372,7 @@ class Http1Connection:
 
     async def _send_refusal(self, refusal: HttpRefusal) -> None:
         """Answer what is not a request, and give the client time to read the answer before the connection is closed."""
-        headers, body = self._render_refusal(refusal)
+        headers, body = self._render_refusal(attrs.evolve(refusal, client=self._client))
         await self._write(refusal_response(refusal.status, headers, body))
         with trio.move_on_after(_LINGER_TIME):
             try:

@@ -18,11 +18,13 @@ class HttpRefusal:
         status: the HTTP status of the answer, 400 to 599.
         message: for the person who reads the answer.
         headers: what came of the headers before that, names in lower case.
+        client: the address and the port of the client, if they are known.
     """
 
     status: int
     message: str
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    client: tuple[str, int] | None = None
 
 
 #: Returns the headers and the body of the answer to what was refused. The server adds the status line and the headers

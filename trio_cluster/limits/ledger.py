@@ -26,9 +26,9 @@ from typing import Final
 
 import attrs
 import msgspec
-import trio
 
 from ..core.state_dir import StateDir, StateDirError
+from ..core.threads import NoThread, run_in_thread
 from .account import Account
 from .window import Entry
 
@@ -183,7 +183,10 @@ class Ledger:
             # What changes from here on is in the new log.
             self._begin_log(self._number + 1)
             content = self._encode(accounts, self._number)
-            await trio.to_thread.run_sync(self._write, content)
+            try:
+                await run_in_thread(self._write, content)
+            except NoThread:
+                self._write(content)
         except (OSError, StateDirError) as error:
             self._fail(str(error))
 

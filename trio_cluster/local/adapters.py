@@ -23,6 +23,8 @@ from typing import Any, Protocol, TypeAlias
 
 import trio
 
+from ..core.threads import run_in_thread
+
 __all__ = ["Adapter", "Handler", "Provider", "ThreadProvider", "adapt"]
 
 Handler: TypeAlias = Callable[..., Any]
@@ -136,7 +138,7 @@ async def _thread_push(handler: Handler, request: Any, provider: Provider) -> No
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
-    return await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(_UNLIMITED))
+    return await run_in_thread(function, limiter=trio.CapacityLimiter(_UNLIMITED))
 
 
 def _is(test: Callable[[Any], bool], handler: Handler) -> bool:

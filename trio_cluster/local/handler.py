@@ -24,7 +24,8 @@ from ..core.call import Call
 from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..openai import Encoder, Endpoint, FormReader, endpoint_named
+from ..core.threads import NoThread, run_in_thread
+from ..openai import CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -162,7 +163,8 @@ class HandlerTask(CallTask):
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
                 raise
-            self.fail(self.to_api_error(error))
+            # Without a thread the handler has not been called. Another node may have one.
+            self.fail(self.to_api_error(error), retryable=isinstance(error, NoThread) and not self.call.begun)
 
     async def _answer_parts(self) -> None:
         """Run the handler for each of several prompts, one after the other in this slot."""
@@ -180,8 +182,10 @@ class HandlerTask(CallTask):
         if parsed is None:
             arguments = (self._body, request.content_type, request.headers)
             parse = partial(endpoint.parse, *arguments, checked=request.checked)
-            parsed = parse() if len(self._body) < PARSE_IN_THREAD else await trio.to_thread.run_sync(parse)
+            parsed = parse() if len(self._body) < PARSE_IN_THREAD else await run_in_thread(parse)
         self._body, self._parsed = b"", None
+        if request.query and isinstance(parsed, CustomRequest):
+            parsed = attrs.evolve(parsed, query=request.query)
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 

@@ -51,7 +51,7 @@ class RawCall(CallTask):
 
     @property
     def request(self) -> Request:
-        """The request: endpoint, model, headers, and the size of the body if it is known."""
+        """The request: endpoint, model, headers, query, and the size of the body if it is known."""
         return self.call.request
 
     @property

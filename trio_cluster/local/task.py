@@ -24,7 +24,9 @@ import trio
 
 from ..core.answer import Failed
 from ..core.call import Call
-from ..errors import ApiError, HandlerFailed, TooSlow
+from ..core.exhaustion import exhausted_resource
+from ..core.threads import thread_shortage
+from ..errors import ApiError, HandlerFailed, Overloaded, TooSlow
 from ..options import ClusterServerOptions
 
 __all__ = ["MAX_OUTPUTS_PER_TURN", "TURN", "CallTask", "is_failure"]
@@ -152,15 +154,18 @@ class CallTask(abc.ABC):
         """Return the error for the client, given what a handler raised.
 
         An ``ApiError`` goes to the client as it is. Anything else is logged with its traceback, and becomes a
-        ``HandlerFailed`` that shows nothing of it.
+        ``HandlerFailed`` that shows nothing of it. What says that this machine has run out of something is no failure
+        of the model: it becomes an ``Overloaded``.
         """
-        api_error = _api_error_in(error)
-        if api_error is None:
-            logger.error(
-                "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
-            )
-            return HandlerFailed()
-        return api_error
+        api_error = _api_error_in(error) or thread_shortage(error)
+        if api_error is not None:
+            return api_error
+        logger.error(
+            "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
+        )
+        if resource := exhausted_resource(error):
+            return Overloaded(f"This server is out of resources: {resource}; try again shortly")
+        return HandlerFailed()
 
     def log_fields(self) -> dict[str, Any]:
         """Return what a log line about the call should carry, as the ``extra`` argument of a logging call."""

@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from .exhaustion import ExhaustionLog, exhausted_resource
+from ..core.exhaustion import ExhaustionLog, exhausted_resource
 from .streams import ByteStream, Listener
 
 __all__ = ["accept_all"]

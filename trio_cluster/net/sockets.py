@@ -18,6 +18,8 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
+from ..core import randomness
+from ..core.threads import thread_shortage
 from ..errors import ClusterPortError
 from .streams import ByteStream, Listener, TcpListener, TcpStream
 
@@ -44,6 +46,11 @@ Listeners: TypeAlias = Sequence[Listener]
 
 #: Clients that may connect at once; those over it try again after a second. The system may allow fewer.
 _BACKLOG: Final = 4096
+#: Seconds after which a machine that does not answer is asked anew. The bounds differ, so that workers whose master has
+#: returned do not connect in the same instant.
+_PATIENCE: Final = (2.0, 4.0)
+#: How often it is asked at most: about two minutes, as long as the system would try.
+_ATTEMPTS: Final = 40
 #: Pairs of ports that are tried when both may be picked.
 _TRIES: Final = 50
 
@@ -83,6 +90,11 @@ class Sockets:
             )
         except OSError as error:
             raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
+        except RuntimeError as error:
+            # Names are resolved in a thread.
+            if thread_shortage(error) is None:
+                raise
+            raise ClusterPortError(port, f"cannot listen on '{host}': {error}") from error
         listeners: list[TcpListener] = []
         try:
             for family, kind, proto, _, address in dict.fromkeys(found):
@@ -99,7 +111,22 @@ class Sockets:
 
     async def connect(self, host: str, port: int) -> ByteStream:
         """See ``Network``."""
-        return TcpStream(await trio.open_tcp_stream(host, port))
+        began = trio.current_time()
+        try:
+            # A name may take longer than the patience below, and would never be resolved if that counted.
+            await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            resolving = trio.current_time() - began
+            # A machine that is off does not answer, and the system asks it again after 1, 2, 4, 8 ... seconds. When it
+            # is back, that would be noticed late. So this asks anew.
+            for _ in range(_ATTEMPTS):
+                with trio.move_on_after(resolving + randomness.uniform(*_PATIENCE)):
+                    return TcpStream(await trio.open_tcp_stream(host, port))
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        except RuntimeError as error:
+            # Names are resolved in a thread.
+            if thread_shortage(error) is None:
+                raise
+            raise OSError(errno.EAGAIN, str(error)) from None
 
 
 async def open_pair(

@@ -330,6 +330,9 @@ class _Watchdog(trio.abc.Instrument):
         # For the set of what is watched; never held while something is done with one of them.
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._runs = False
+        # Whether the last attempt to start the thread has failed, which is logged once.
+        self._has_failed = False
         # Read by the thread as they are: a float or None, replaced at once.
         self._since: float | None = None
         self._longest = 0.0
@@ -360,12 +363,23 @@ class _Watchdog(trio.abc.Instrument):
             trio.lowlevel.add_instrument(self)
             # Each thread has an event of its own, so that one that is still ending is not started again.
             self._stop = threading.Event()
-            try:
-                threading.Thread(
-                    target=self._run, args=(self._stop,), name="trio_cluster watchdog", daemon=True
-                ).start()
-            except RuntimeError as error:
+            self._runs = False
+        if not self._runs:
+            # The first time, or each time as long as the system starts no further thread.
+            self._runs = self._start()
+
+    def _start(self) -> bool:
+        try:
+            threading.Thread(
+                target=self._run, args=(self._stop,), name="trio_cluster watchdog", daemon=True
+            ).start()
+        except RuntimeError as error:
+            if not self._has_failed:
                 logger.warning("no heartbeats while the event loop is blocked: %s", error)
+            self._has_failed = True
+            return False
+        self._has_failed = False
+        return True
 
     def remove(self, watched: _Watched) -> None:
         watched.on_removed()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from trio_cluster.core.headers import HEADER_NAME, HEADER_VALUE
+from trio_cluster.core.headers import HEADER_NAME, HEADER_VALUE, QUERY, QUERY_MAX
 
 __all__ = [
     "HEADERS_MAX",
@@ -33,6 +33,7 @@ __all__ = [
     "names",
     "optional_text",
     "progress",
+    "query",
     "seconds",
     "text",
 ]
@@ -176,6 +177,12 @@ def headers(_: Any, attribute: Any, value: dict[str, str] | tuple[tuple[str, str
             raise ValueError(f"{attribute.name}: not a valid header name: {key[:40]!r}")
         if not HEADER_VALUE.fullmatch(content):
             raise ValueError(f"{attribute.name}: the value of {key[:40]!r} is not a valid header value")
+
+
+def query(_: Any, attribute: Any, value: str) -> None:
+    """Validate the query of a URL. It becomes part of a request line, so it may contain nothing that ends one."""
+    if value and (len(value) > QUERY_MAX or not QUERY.fullmatch(value)):
+        raise ValueError(f"{attribute.name}: longer than {QUERY_MAX} characters, or not the query of a URL")
 
 
 def json_object(_: Any, attribute: Any, value: dict[str, Any]) -> None:

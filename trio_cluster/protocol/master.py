@@ -66,11 +66,12 @@ class MasterSession(Session[MasterEvent]):
         weight: float = 1.0,
         priority: int = 0,
         max_tokens: int = 0,
+        query: str = "",
     ) -> int:
         """Open a call and return its number. The body has to follow with :meth:`send_body`, even if it is empty.
 
         Args:
-            endpoint, kind, model, content_type, headers, request_id: as in ``Request``.
+            endpoint, kind, model, content_type, headers, request_id, query: as in ``Request``.
             timeout: the idle timeout, in seconds.
             budget: seconds until the whole answer must be there; negative values count as 0.
             size: bytes that the body will have; -1 if that is not known yet.
@@ -113,6 +114,7 @@ class MasterSession(Session[MasterEvent]):
                     weight,
                     priority,
                     max_tokens,
+                    query,
                 )
             )
         except ValueError as exc:

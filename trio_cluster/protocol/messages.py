@@ -201,6 +201,8 @@ class ForwardRequest:
     max_tokens: int = 0
     """Tokens that the answer may have, as far as the request says so; 0: it does not. It is part of the cost by which
     waiting requests are served."""
+    query: str = attrs.field(default="", validator=bounds.query)
+    """The query of the URL, without the question mark; empty if there is none."""
 
 
 @attrs.frozen

@@ -6,8 +6,9 @@ kind ``any``, which answers every endpoint, may stand beside replicas of one oth
 that answer its endpoint.
 
 A model that came through this cluster, from another one that serves its models, is refused: requests would go in a
-circle. A model whose last replica has left stays known for a while; see ``absence.py``. A model that was refused
-because of others can be tried again when they change; see :meth:`Catalog.retry_when_changed`.
+circle. A model whose last replica has left stays known for a while, and so does an endpoint of a model that has lost
+the last replica that answers it; see ``absence.py``. A model that was refused because of others can be tried again when
+they change; see :meth:`Catalog.retry_when_changed`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ class _Model:
         """Tell whether any replica answers an endpoint."""
         return self.info.answers(kind, endpoint) or self.passthrough
 
+    def replaces(self, info: ModelInfo) -> bool:
+        """Tell whether the replicas answer everything that another one answered."""
+        if self.passthrough or info.kind == "any":
+            return self.passthrough
+        answered = {info.kind, *info.extra_endpoints} - {"custom"}
+        return answered <= {self.info.kind, *self.info.extra_endpoints}
+
+    @property
+    def answered(self) -> tuple[str, tuple[str, ...], bool]:
+        """Changes when the replicas together answer other endpoints than before."""
+        return self.info.kind, self.info.extra_endpoints, self.passthrough
+
     def _merge(self) -> None:
         infos = self.replicas.values()
         if not infos:
@@ -89,8 +102,8 @@ class Catalog:
 
     Attributes:
         passthrough: the names of the models of which a replica is a passthrough model (kind ``"any"``).
-        absent: the models that were served a short while ago, and are not now.
-        on_names_changed: called when a name begins or ceases to be served. Synchronous.
+        absent: the models, and the parts of models, that were served a short while ago, and are not now.
+        on_names_changed: called when a name begins or ceases to be served, or an endpoint of it. Synchronous.
     """
 
     def __init__(self) -> None:
@@ -123,9 +136,7 @@ class Catalog:
         model = self._models.get(info.name)
         if model is None:
             model = self._models[info.name] = _Model(info)
-            self._put(model, info, backend)
-            self.absent.discard(info.name)
-            self.on_names_changed()
+            self._put(model, info, backend, before=None)
             return
         servers = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
@@ -137,7 +148,7 @@ class Catalog:
             )
         if any(replica.name == backend.name for replica in model.replicas):
             raise NameTaken(f"'{backend.name}' already serves a model named '{info.name}'")
-        self._put(model, info, backend)
+        self._put(model, info, backend, before=model.answered)
 
     def update(self, info: ModelInfo, backend: Backend) -> None:
         """Replace a backend's description of a model that it serves.
@@ -151,10 +162,11 @@ class Catalog:
         other = model.conflict(info, backend)
         if other is not None:
             raise NameTaken(f"a model named '{info.name}' is already served as {other.kind}, not {info.kind}")
+        before, was = model.answered, model.replicas[backend]
         if len(model.replicas) == 1:
             model.info = info
-        was = model.replicas[backend]
-        self._put(model, info, backend)
+        self._put(model, info, backend, before=before)
+        self._remember(model, was)
         if was.kind != info.kind:
             self._retry(info.name)
 
@@ -167,8 +179,11 @@ class Catalog:
         model = self._models.get(name)
         if model is None or backend not in model.replicas:
             return False
+        was = model.replicas[backend]
         model.discard(backend)
-        if not model.replicas:
+        if model.replicas:
+            self._remember(model, was)
+        else:
             del self._models[name]
             self.absent.add(model.info)
             self.on_names_changed()
@@ -176,6 +191,17 @@ class Catalog:
             self.passthrough.discard(name)
         self._retry(name)
         return True
+
+    def remember(self, info: ModelInfo, *, age: float = 0.0) -> None:
+        """Take a model for one that has left, unless all that it answered is answered.
+
+        Args:
+            info: the model; its kind and its extra endpoints are what it answered.
+            age: seconds since it left.
+        """
+        model = self._models.get(info.name)
+        if model is None or not model.replaces(info):
+            self.absent.add(info, age=age)
 
     def retry_when_changed(self, name: str, backend: Backend, retry: Callable[[], None]) -> None:
         """Call ``retry`` each time a replica of a model leaves or becomes another kind of model.
@@ -279,23 +305,34 @@ class Catalog:
             endpoint: the name of the endpoint, or the path of a custom route.
 
         Raises:
-            ModelUnavailable: no backend serves the model now, and one did a short while ago.
+            ModelUnavailable: no backend answers the endpoint with the model now, and one did a short while ago.
             ModelNotFound: no backend serves the model.
             WrongKind: the model does not answer the endpoint.
             InvalidRequest: 404: only passthrough models answer the custom route, and this is none.
         """
         model = self._models.get(name)
-        if model is None:
-            absent = self.absent.find(name)
-            if absent is not None and not absent.answers(kind, endpoint):
-                raise WrongKind(name, absent.kind, endpoint if kind == "custom" else kind)
-            raise self.why_missing(name)
-        if not model.answers(kind, endpoint):
-            if kind == "custom" and self.passthrough and not self.declares(endpoint):
-                # The path is only possible because of passthrough models, of which this is none: a typing error.
-                raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
-            raise WrongKind(name, model.info.kind, endpoint if kind == "custom" else kind)
-        return model.info
+        if model is not None and model.answers(kind, endpoint):
+            return model.info
+        if self.absent.answered(name, kind, endpoint):
+            raise ModelUnavailable(name)
+        info = self.absent.find(name) if model is None else model.info
+        if info is None:
+            raise ModelNotFound(name, list(self._models))
+        if model is not None and kind == "custom" and self.passthrough and not self.declares(endpoint):
+            # The path is only possible because of passthrough models, of which this is none: a typing error.
+            raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
+        raise WrongKind(name, info.kind, endpoint if kind == "custom" else kind)
+
+    def is_away(self, name: str, kind: Kind, endpoint: str = "") -> bool:
+        """Tell whether no replica of a model answers an endpoint now, and one did a short while ago.
+
+        Args:
+            name, kind, endpoint: see :meth:`check`.
+        """
+        if not self.absent.answered(name, kind, endpoint):
+            return False
+        model = self._models.get(name)
+        return model is None or not model.answers(kind, endpoint)
 
     def answers(self, endpoint: str) -> bool:
         """Return whether any model answers a custom route, or did so a short while ago."""
@@ -334,9 +371,20 @@ class Catalog:
                 f"the model '{info.name}' came through this cluster, and would be served in a circle"
             )
 
-    def _put(self, model: _Model, info: ModelInfo, backend: Backend) -> None:
+    def _put(
+        self, model: _Model, info: ModelInfo, backend: Backend, *, before: tuple[object, ...] | None
+    ) -> None:
         model.put(info, backend)
         if model.passthrough:
             self.passthrough.add(info.name)
         else:
             self.passthrough.discard(info.name)
+        if model.answered != before:
+            self.absent.discard_answered(info.name, model.replaces)
+            self.on_names_changed()
+
+    def _remember(self, model: _Model, was: ModelInfo) -> None:
+        """Remember what a replica answered that has left or changed, if no other one of the model answers it."""
+        if not model.replaces(was):
+            self.absent.add(was)
+            self.on_names_changed()

@@ -28,15 +28,26 @@ import attrs
 
 from ..core.state_dir import StateDir, StateDirError
 
-__all__ = ["MAX_INVITATIONS", "Invitation", "JoinRefused", "Members", "Token", "TokenError"]
+__all__ = [
+    "MAX_CERTIFICATES",
+    "MAX_INVITATIONS",
+    "Invitation",
+    "JoinRefused",
+    "Members",
+    "Token",
+    "TokenError",
+]
 
 _PREFIX: Final = "tcj-"
+_NOT_KNOWN: Final = "this invitation is not known to this master; make a new one with: trio-cluster invite"
 _VERSION: Final = 1
 _FILE: Final = "members.json"
 #: Seconds for which an invitation that is over is remembered, to be able to say why it is refused.
 _REMEMBERED: Final = 30 * 86400.0
 #: Invitations that are kept at most, those included that are over.
 MAX_INVITATIONS: Final = 10_000
+#: Certificates of one worker. All of them are kept, so that all can be revoked; one every 60 days is what is needed.
+MAX_CERTIFICATES: Final = 1000
 
 
 class TokenError(ValueError):
@@ -179,6 +190,15 @@ class Members:
             if invitation.expires + _REMEMBERED < now:
                 del self._invitations[digest]
 
+    def check_secret(self, secret: str) -> None:
+        """Refuse what nobody was invited with, before anything is computed for it.
+
+        Raises:
+            JoinRefused: there is no such invitation.
+        """
+        if _digest(secret) not in self._invitations:
+            raise JoinRefused(_NOT_KNOWN)
+
     def check_invitation(self, secret: str, key: str, wanted_name: str, now: float) -> str:
         """Check whether a worker that shows the secret of an invitation may join.
 
@@ -197,7 +217,7 @@ class Members:
         invitation = self._invitations.get(_digest(secret))
         new = "make a new one with: trio-cluster invite"
         if invitation is None:
-            raise JoinRefused(f"this invitation is not known to this master; {new}")
+            raise JoinRefused(_NOT_KNOWN)
         if invitation.revoked:
             raise JoinRefused(f"this invitation was revoked; {new}")
         if invitation.used_by is not None and invitation.used_by != key:
@@ -220,10 +240,15 @@ class Members:
             key: the digest of its public key.
             serial: the serial number of the certificate.
             secret: of the invitation that was used; ``None``: the certificate was renewed.
+
+        Raises:
+            JoinRefused: the worker has had too many.
         """
         member = self._members.get(name)
         if member is None or member.key != key:
             member = self._members[name] = _Member(key)
+        if len(member.serials) >= MAX_CERTIFICATES:
+            raise JoinRefused(f"the worker '{name}' has had {MAX_CERTIFICATES} certificates; invite it anew")
         member.serials.append(serial)
         if secret is not None:
             self._invitations[_digest(secret)].used_by = key

@@ -34,6 +34,7 @@ import attrs
 import trio
 
 from ..core.state_dir import StateDir
+from ..core.threads import run_in_thread, start_in_thread
 from ..errors import ClusterError, OptionsError
 from ..options import ClusterServerOptions
 from .contexts import path_of, server_context
@@ -195,7 +196,7 @@ class MasterTls:
     async def _do(self, function: Callable[..., T], *args: object) -> T:
         """Call a function in a thread, when no other one runs; it is not left alone when this is cancelled."""
         async with self._one_at_a_time:
-            return await trio.to_thread.run_sync(function, *args)
+            return await run_in_thread(function, *args)
 
     # For operators and workers
 
@@ -238,6 +239,7 @@ class MasterTls:
         def grant() -> Granted:
             from .authority import requested_key_digest
 
+            members.check_secret(secret)
             key = requested_key_digest(request)
             given = members.check_invitation(secret, key, name, time.time())
             certificate, serial = authority.worker_certificate(request, given, _now())
@@ -342,7 +344,7 @@ async def open_tls(options: ClusterServerOptions, state: StateDir | None) -> Mas
         names = own_names(server.host, [*extra, *([options.internal_host] if options.internal_host else [])])
         return MasterTls(state, names, certificate=certificate, key=key, alpn=alpn)
 
-    return await trio.to_thread.run_sync(make)
+    return await start_in_thread(make)
 
 
 def _show_to_members(context: ssl.SSLContext, own: ssl.SSLContext) -> None:

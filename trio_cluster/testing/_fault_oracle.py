@@ -21,7 +21,7 @@ from ._workload import SLOW_READS, Outcome
 __all__ = ["CONNECTION_FAULTS", "STOPS", "WORKER_FAULTS", "FaultOracle"]
 
 #: Seconds that a worker waits at most before it tries to reconnect.
-_BACKOFF: Final = 30.0
+_BACKOFF: Final = 5.0
 
 #: Faults after which a node refuses new requests.
 STOPS: Final = frozenset({"worker stopped", "worker drained", "master stopped"})

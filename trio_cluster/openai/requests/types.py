@@ -351,6 +351,9 @@ class CustomRequest(ModelRequest):
 
     path: str
     """The path of the route, as it was registered."""
+    query: str = ""
+    """The query of the URL, without the question mark, percent-encoded as the client sent it; empty if there is none.
+    ``urllib.parse.parse_qs`` takes it apart. Keys, and a ``model`` that repeats the one of the body, are left out."""
     stream: bool = False
     """The client wants each piece of the answer as a separate event."""
     body: bytes = attrs.field(default=b"", repr=False)

@@ -1,8 +1,8 @@
 """Resources that this process or its machine has run out of: how that is recognized, and logged.
 
-A connection that cannot be made, or accepted, because there is no descriptor, no memory or no local port left says
-nothing about the other side. It must not be taken for a loss of the peer. It also happens again and again while it
-lasts, so it is logged when it begins and when it is over, not each time.
+A connection that cannot be made, or accepted, because there is no descriptor, no memory, no thread or no local port
+left says nothing about the other side. It must not be taken for a loss of the peer. It also happens again and again
+while it lasts, so it is logged when it begins and when it is over, not each time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import trio
 __all__ = ["ExhaustionLog", "exhausted_resource"]
 
 _ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
+#: How Python says that the system starts no further thread. It has no class and no number.
+_NO_THREAD: Final = "can't start new thread"
 #: Seconds without such an error after which a success means that it is over.
 _QUIET: Final = 5.0
 
@@ -33,6 +35,8 @@ def exhausted_resource(error: BaseException) -> str:
         return os.strerror(errno.ENOMEM) if error.errno == socket.EAI_MEMORY else ""
     if isinstance(error, OSError) and error.errno in _ERRNOS:
         return os.strerror(error.errno)
+    if isinstance(error, RuntimeError) and error.args == (_NO_THREAD,):
+        return _NO_THREAD
     return "" if error.__cause__ is None else exhausted_resource(error.__cause__)
 
 
@@ -58,10 +62,12 @@ class ExhaustionLog:
         """
         if self._last is None:
             self._failures = 0
+            limit = "ulimit -u, or pids of the container" if resource == _NO_THREAD else "ulimit -n"
             self._logger.error(
-                "no room for %s: %s; raise the limit (ulimit -n), or send fewer requests at once",
+                "no room for %s: %s; raise the limit (%s), or send fewer requests at once",
                 self._what,
                 resource,
+                limit,
             )
         self._last = trio.current_time()
         self._failures += 1

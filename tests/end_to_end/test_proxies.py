@@ -1,0 +1,338 @@
+"""The configurations of reverse proxies in the pages, each in the program that it is for, in front of a real cluster.
+
+The pages' text is used as it stands, apart from names, ports and certificates. A program that is not installed skips
+its tests: nginx and caddy are looked for on the path. ``TRIO_CLUSTER_TEST_CADDY`` may name the program of Caddy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import attrs
+import httpx
+import pytest
+import trio
+from served import Served, chat, open_served, until
+
+from trio_cluster import ASRRequest
+from trio_cluster.cli.arguments import parse_arguments
+
+pytestmark = [
+    pytest.mark.processes,
+    # Its streams leave their async generators to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Async generator '(httpx|httpcore):ResourceWarning"),
+]
+
+DOCS: Final = Path(__file__).parents[2] / "docs"
+
+#: What nginx needs around the part that a page shows.
+NGINX: Final = """\
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    {text}
+}}
+"""
+
+
+def fence(page: str, beginning: str) -> str:
+    """Return the only code block of a page that begins with a text."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    (found,) = [block for block in blocks if block.startswith(beginning)]
+    assert isinstance(found, str)
+    return found
+
+
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def replaced(text: str, **pairs: tuple[str, str]) -> str:
+    """Return a text with some parts replaced, each of which must be there."""
+    for old, new in pairs.values():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+@attrs.frozen
+class Proxy:
+    """A proxy that runs, and what is behind it."""
+
+    served: Served
+    url: str
+    hides_broken_answers: bool = False
+
+    def client(self) -> httpx.AsyncClient:
+        """Return a client that takes the test's certificate, whoever has signed it."""
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        headers = {"authorization": "Bearer a-key"}
+        return httpx.AsyncClient(
+            base_url=self.url, verify=context, trust_env=False, timeout=10, headers=headers
+        )
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate, and return it and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=api.example.net"]
+    command += ["-addext", "subjectAltName=DNS:api.example.net,IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+def nginx_deployment(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
+    cert, key = certificate(folder)
+    live = "/etc/letsencrypt/live/api.example.net"
+    text = replaced(
+        fence("deployment.md", "limit_req_zone"),
+        listen=("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        cert=(f"{live}/fullchain.pem", str(cert)),
+        key=(f"{live}/privkey.pem", str(key)),
+        upstream=("http://127.0.0.1:8080", f"http://127.0.0.1:{upstream}"),
+    )
+    return _nginx(folder, text), f"https://127.0.0.1:{port}"
+
+
+def nginx_cluster(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
+    location = replaced(
+        fence("cluster.md", "location / {"),
+        upstream=("http://127.0.0.1:8080", f"http://127.0.0.1:{upstream}"),
+    )
+    text = f"server {{ listen 127.0.0.1:{port}; {location} }}"
+    return _nginx(folder, text), f"http://127.0.0.1:{port}"
+
+
+def _nginx(folder: Path, text: str) -> list[str]:
+    program = shutil.which("nginx")
+    if program is None:
+        pytest.skip("nginx is not installed")
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, text=text))
+    return [program, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+
+
+def caddy(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
+    program = os.environ.get("TRIO_CLUSTER_TEST_CADDY") or shutil.which("caddy")
+    if program is None:
+        pytest.skip("caddy is not installed")
+    cert, key = certificate(folder)
+    text = replaced(
+        fence("deployment.md", "api.example.net {"),
+        site=("api.example.net {", f"https://127.0.0.1:{port} {{\n    tls {cert} {key}\n    bind 127.0.0.1"),
+        upstream=("reverse_proxy 127.0.0.1:8080", f"reverse_proxy 127.0.0.1:{upstream}"),
+    )
+    general = "{\n    admin off\n    auto_https disable_redirects\n}\n"
+    (folder / "Caddyfile").write_text(general + text)
+    return [program, "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"], (
+        f"https://127.0.0.1:{port}"
+    )
+
+
+def _is_old(program: str) -> bool:
+    """Tell whether a Caddy is one that docs/deployment.md warns of."""
+    version = subprocess.run([program, "version"], capture_output=True, text=True, check=True).stdout
+    numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
+    assert numbers is not None, version
+    return tuple(map(int, numbers.groups())) < (2, 7, 6)
+
+
+Setup = Callable[[Path, int, int], tuple[list[str], str]]
+SETUPS: Final[list[Setup]] = [nginx_deployment, nginx_cluster, caddy]
+
+
+@asynccontextmanager
+async def open_proxy(setup: Setup, folder: Path, api_key: str | None = "a-key") -> AsyncIterator[Proxy]:
+    """Run a proxy in front of a master with one worker."""
+    port = unused_port()
+    async with open_served("forwarded", api_key=api_key) as served:
+        assert served.front.port is not None
+        command, url = setup(folder, served.front.port, port)
+        environ = {
+            **os.environ,
+            "HOME": str(folder),
+            "XDG_DATA_HOME": str(folder),
+            "XDG_CONFIG_HOME": str(folder),
+        }
+        with (folder / "output").open("wb") as output:
+            process = await trio.lowlevel.open_process(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+            )
+            try:
+                proxy = Proxy(served, url, setup is caddy and _is_old(command[0]))
+
+                async def answers() -> bool:
+                    assert process.poll() is None, (folder / "output").read_text()
+                    try:
+                        async with proxy.client() as client:
+                            return (await client.get("/health")).status_code == 200
+                    except httpx.TransportError:
+                        return False
+
+                await until(answers, within=10)
+                yield proxy
+            finally:
+                process.send_signal(signal.SIGTERM)
+                with trio.CancelScope(shield=True), trio.move_on_after(5):
+                    await process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    with trio.CancelScope(shield=True):
+                        await process.wait()
+
+
+@pytest.fixture(params=SETUPS, ids=lambda setup: setup.__name__)
+async def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Proxy]:
+    async with open_proxy(request.param, tmp_path) as running:
+        yield running
+
+
+async def test_the_words_of_a_stream_come_one_by_one(proxy: Proxy) -> None:
+    body = chat("pausing", stream=True)
+    async with proxy.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        received = ""
+        pieces = response.aiter_text()
+        with trio.fail_after(5):
+            while "one moment" not in received:
+                received += await anext(pieces)
+        # The model waits for this: what came before it did not wait for anything.
+        assert "please" not in received
+        proxy.served.trace.released.set()
+        async for piece in pieces:
+            received += piece
+    assert received.endswith("data: [DONE]\n\n")
+
+
+async def test_a_client_that_leaves_the_proxy_stops_the_handler(proxy: Proxy) -> None:
+    body = chat("endless/async-push", stream=True)
+    async with proxy.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        await anext(response.aiter_raw())
+    assert await proxy.served.trace.ended(within=5) == "cancelled"
+
+
+async def test_a_broken_answer_is_broken_behind_the_proxy_too(proxy: Proxy) -> None:
+    if proxy.hides_broken_answers:
+        pytest.skip("this version of Caddy ends broken answers properly; docs/deployment.md warns of it")
+    body = {"model": "failing/voice", "voice": "v", "input": "x"}
+    async with proxy.client() as client:
+        with pytest.raises(httpx.TransportError):
+            await client.post("/v1/audio/speech", json=body)
+
+
+async def test_a_stream_that_fails_has_its_reason_behind_the_proxy(proxy: Proxy) -> None:
+    body = chat("failing", stream=True, pieces=2, status=500)
+    async with proxy.client() as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.text.endswith("\n\n")
+    assert '"code":"my_code"' in answer.text
+    assert "[DONE]" not in answer.text
+
+
+async def test_a_large_upload_passes(proxy: Proxy) -> None:
+    sizes = []
+
+    @proxy.served.back.asr("listener")
+    async def listener(request: ASRRequest) -> str:
+        sizes.append(len(request.audio))
+        return "heard"
+
+    await until(lambda: proxy.served.front.has_model("listener"))
+    async with proxy.client() as client:
+        answer = await client.post(
+            "/v1/audio/transcriptions", data={"model": "listener"}, files={"file": ("a.wav", bytes(8 << 20))}
+        )
+    assert answer.json() == {"text": "heard"}
+    assert sizes == [8 << 20]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.__name__)
+async def test_a_client_behind_the_proxy_is_not_taken_for_one_on_this_machine(
+    setup: Setup, tmp_path: Path
+) -> None:
+    # Without any key, clients on the same machine are admins.
+    async with open_proxy(setup, tmp_path, api_key=None) as proxy:
+        async with proxy.client() as client:
+            calls = await client.get("/cluster/calls")
+            drained = await client.post("/cluster/workers/w1/drain")
+            assert (calls.status_code, drained.status_code) == (403, 403)
+            assert calls.json()["error"]["code"] == "role_required"
+            assert (await client.get("/cluster/status")).status_code == 200
+        async with proxy.served.http() as client:
+            assert (await client.get("/cluster/calls")).status_code == 200
+
+
+async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:
+    async with proxy.client() as client:
+        answer = await client.post(
+            "/v1/chat/completions", json=chat("echo"), headers={"authorization": "Bearer wrong"}
+        )
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+# What else the pages show
+
+
+def test_the_unit_is_valid(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    command = tmp_path / "trio-cluster"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    unit = tmp_path / "trio-cluster-worker.service"
+    text = replaced(
+        fence("cluster.md", "[Unit]"),
+        command=("/srv/models/.venv/bin/trio-cluster", str(command)),
+        folder=("WorkingDirectory=/srv/models", f"WorkingDirectory={tmp_path}"),
+    )
+    unit.write_text(text)
+    result = subprocess.run([program, "verify", str(unit)], capture_output=True, text=True)
+    complaints = [line for line in result.stderr.splitlines() if unit.name in line]
+    assert (result.returncode, complaints) == (0, [])
+
+
+def test_the_container_file_has_only_known_instructions_and_a_command_that_is_understood() -> None:
+    # Nothing on a usual machine checks such a file without building it; this is no more than a reading of it.
+    lines = [line.partition(" ") for line in fence("install.md", "FROM ").splitlines()]
+    assert {name for name, _, _ in lines} <= {
+        "FROM",
+        "COPY",
+        "RUN",
+        "EXPOSE",
+        "CMD",
+        "ENV",
+        "USER",
+        "WORKDIR",
+    }
+    values = {name: value for name, _, value in lines}
+    program, *arguments = json.loads(values["CMD"])
+    assert program == "trio-cluster"
+    port = int(parse_arguments(arguments).port)
+    assert values["EXPOSE"].split() == [str(port), str(port + 1000)]
