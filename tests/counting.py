@@ -218,11 +218,13 @@ class Client(_FarEnd):
         super().__init__(socket.create_connection((HOST, port)))
         self.received = b""
 
-    def ask(self, *, stream: bool) -> None:
-        """Ask the model ``m`` for a chat completion."""
+    def ask(self, *, stream: bool, key: str = "") -> None:
+        """Ask the model ``m`` for a chat completion, with an API key if there is one."""
         message = {"role": "user", "content": "hello"}
         body = json.dumps({"model": "m", "messages": [message], "stream": stream}).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        if key:
+            head += f"Authorization: Bearer {key}\r\n"
         self.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     async def receive_until(self, mark: bytes) -> bytes:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import socket
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +70,9 @@ def check(what: str, counted: Counted, times: int, *, steps: float, calls: float
 class Relay:
     """A master, and the other ends of all its connections."""
 
+    #: The API key that :meth:`ask` sends.
+    key = ""
+
     def __init__(self, master: ClusterServer, worker: FarWorker) -> None:
         assert master.port is not None
         self.port: int = master.port
@@ -107,7 +112,7 @@ class Relay:
             assert (await client.receive_until(b"token ")).count(EVENT) == 1
 
     async def ask(self, client: Client) -> None:
-        client.ask(stream=False)
+        client.ask(stream=False, key=self.key)
         call, session = await self.next_call(), self.worker.session
         session.respond(call, 200, "application/json")
         session.send(call, ANSWER)
@@ -187,6 +192,43 @@ async def test_a_plain_request_of_a_key_with_limits(relay: Relay, monkeypatch: p
     # No other task is woken for it, and nothing else is written: this master has no directory for its state.
     check("a plain request with limits, master", counted, ROUNDS, steps=6, calls=510)
     assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
+
+
+async def test_a_plain_request_with_a_key_and_a_row_of_usage(
+    monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    # So that no batch is written and no look taken while it is counted; both are done about once a second.
+    monkeypatch.setattr("trio_cluster.accounts.accounts.PAUSE", 900.0)
+    monkeypatch.setattr("trio_cluster.accounts.accounts.LOOK", 900.0)
+    make_writes_visible(monkeypatch)
+    master = node()
+    master.options.state_dir = str(tmp_path / "state")
+    await nursery.start(master.run_as_master, 0)
+    assert master.internal_port is not None
+    worker = await FarWorker.connect(master.internal_port)
+    relay = Relay(master, worker)
+    created = await post_json(relay.port, "/cluster/keys", {"name": "a"})
+    relay.key = created["key"]
+    client = relay.connect()
+    counted = await count(ROUNDS, lambda: relay.ask(client))
+    # Four calls more than without a key, a database and a journal.
+    check("a plain request with a key, master", counted, ROUNDS, steps=6, calls=460)
+    for end in (client, worker):
+        end.close()
+    nursery.cancel_scope.cancel()
+
+
+async def post_json(port: int, path: str, content: Any) -> Any:
+    """Send a request to the node of this test, and return the JSON of the response."""
+
+    def blocking() -> Any:
+        request = urllib.request.Request(f"http://{HOST}:{port}{path}", json.dumps(content).encode())
+        request.add_header("Content-Type", "application/json")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=10) as response:
+            return json.load(response)
+
+    return await trio.to_thread.run_sync(blocking)
 
 
 async def test_opening_a_stream_on_a_connection_of_its_own_and_leaving_it(relay: Relay) -> None:

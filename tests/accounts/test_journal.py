@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import trio
@@ -11,7 +11,7 @@ import trio
 from trio_cluster.accounts import journal as module
 from trio_cluster.accounts.errors import StoreError
 from trio_cluster.accounts.journal import Journal
-from trio_cluster.accounts.usage_row import UsageRow
+from trio_cluster.accounts.usage_row import COLUMNS, UsageRow
 from trio_cluster.core.answer import Done, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.model import ModelInfo
@@ -21,12 +21,15 @@ from trio_cluster.errors import ApiError, WorkerLost
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
 
+#: A row by the names of its columns.
+Row: TypeAlias = dict[str, Any]
+
 
 class Database:
     """Keeps what it is given; fails while it is told to."""
 
     def __init__(self) -> None:
-        self.batches: list[tuple[int, list[UsageRow]]] = []
+        self.batches: list[tuple[int, list[Row]]] = []
         self.tried: list[tuple[str, int, int]] = []
         self.broken = False
 
@@ -35,10 +38,10 @@ class Database:
         self.tried.append((writer, number, len(rows)))
         if self.broken:
             raise StoreError("database x: gone")
-        self.batches.append((number, list(rows)))
+        self.batches.append((number, [dict(zip(COLUMNS, row, strict=True)) for row in rows]))
 
     @property
-    def rows(self) -> list[UsageRow]:
+    def rows(self) -> list[Row]:
         return [row for _, rows in self.batches for row in rows]
 
 
@@ -77,15 +80,14 @@ class Node:
         call.put(Done(usage))
         call.release()
 
-    async def flushed(self) -> list[UsageRow]:
+    async def flushed(self) -> list[Row]:
         self.journal.take_decided()
         await self.journal.flush()
         return self.database.rows
 
 
-def of(row: UsageRow, *names: str) -> tuple[Any, ...]:
-    columns: dict[str, Any] = {**row}
-    return tuple(columns[name] for name in names)
+def of(row: Row, *names: str) -> tuple[Any, ...]:
+    return tuple(row[name] for name in names)
 
 
 TOKENS = "prompt_tokens", "completion_tokens", "cached_tokens"

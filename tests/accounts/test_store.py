@@ -18,7 +18,7 @@ from trio_cluster.accounts.audit import AuditEntry
 from trio_cluster.accounts.errors import StoreError
 from trio_cluster.accounts.keys import KeyDigest, KeyRecord, digest_of
 from trio_cluster.accounts.store import Store
-from trio_cluster.accounts.usage_row import COUNTS, UsageQuery, UsageRow, add_to_counts
+from trio_cluster.accounts.usage_row import COLUMNS, COUNTS, UsageQuery, UsageRow
 from trio_cluster.errors import ApiError
 
 DAY = 86_400.0
@@ -53,7 +53,7 @@ def row(moment: float, **columns: Any) -> UsageRow:
         "duration": 1.5,
         "request_id": "req_1",
     }
-    return values | columns  # type: ignore[return-value]
+    return tuple((values | columns)[name] for name in COLUMNS)  # type: ignore[return-value]
 
 
 def names(store: Store) -> list[str]:
@@ -246,15 +246,28 @@ def expected(rows: list[UsageRow], query: UsageQuery) -> list[dict[str, Any]]:
     """Return the sums as they are by definition."""
     sums: dict[tuple[Any, ...], list[int]] = {}
     for each in rows:
-        if (query.since is None or each["time"] >= query.since) and (
-            query.until is None or each["time"] < query.until
-        ):
-            if query.key is not None and each["key"] != query.key:
-                continue
-            day = time.strftime("%Y-%m-%d", time.gmtime(each["time"]))
-            columns: dict[str, Any] = {**each, "day": day}
-            group = tuple(columns[name] for name in query.group_by)
-            add_to_counts(each, sums.setdefault(group, [0] * len(COUNTS)))
+        columns: dict[str, Any] = dict(zip(COLUMNS, each, strict=True))
+        moment, outcome = columns["time"], columns["outcome"]
+        if query.since is not None and moment < query.since:
+            continue
+        if query.until is not None and moment >= query.until:
+            continue
+        if query.key is not None and columns["key"] != query.key:
+            continue
+        columns["day"] = time.strftime("%Y-%m-%d", time.gmtime(moment))
+        counts = {
+            "requests": 1,
+            "completed": outcome == "completed",
+            "failed": outcome not in ("completed", "cancelled"),
+            "cancelled": outcome == "cancelled",
+            "prompt_tokens": columns["prompt_tokens"] or 0,
+            "completion_tokens": columns["completion_tokens"] or 0,
+            "cached_tokens": columns["cached_tokens"] or 0,
+            "usage_unknown": columns["prompt_tokens"] is columns["completion_tokens"] is None,
+        }
+        total = sums.setdefault(tuple(columns[name] for name in query.group_by), [0] * len(COUNTS))
+        for index, name in enumerate(COUNTS):
+            total[index] += counts[name]
     return [
         dict(zip(query.group_by, group, strict=True)) | dict(zip(COUNTS, total, strict=True))
         for group, total in sorted(sums.items())

@@ -40,7 +40,7 @@ __all__ = ["MAX_ROWS", "PAUSE", "Journal"]
 logger = logging.getLogger("trio_cluster.accounts")
 
 #: Seconds between two batches; less than a second, since writing one takes time, too.
-PAUSE: Final = 0.75
+PAUSE: Final = 0.8
 
 #: Rows that are kept while they cannot be written, beside a batch; about 500 bytes each.
 MAX_ROWS: Final = 50_000
@@ -100,21 +100,25 @@ class Journal(Observer):
         begun = self._begun.pop(call, None)
         request, end = call.request, call.end
         usage = end.usage if type(end) is Done else None
-        row: UsageRow = {
-            "time": time.time() - (now - opened),
-            "key": request.principal.name,
-            "model": request.model,
-            "alias": "",
-            "worker": call.served_by,
-            "route": request.endpoint,
-            "prompt_tokens": None if usage is None else usage.prompt_tokens,
-            "completion_tokens": None if usage is None else usage.completion_tokens,
-            "cached_tokens": None if usage is None else usage.cached_tokens,
-            "outcome": outcome,
-            "first_byte": None if begun is None else begun - opened,
-            "duration": now - opened,
-            "request_id": request.request_id,
-        }
+        if usage is None:
+            prompt = completion = cached = None
+        else:
+            prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+        row = (
+            time.time() - (now - opened),
+            request.principal.name,
+            request.model,
+            "",
+            call.served_by,
+            request.endpoint,
+            prompt,
+            completion,
+            cached,
+            outcome,
+            None if begun is None else begun - opened,
+            now - opened,
+            request.request_id,
+        )
         if outcome != "completed" and type(end) is Failed and end.retryable:
             if call in self._replaced:
                 self._replaced.discard(call)

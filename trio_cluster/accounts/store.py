@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,11 +32,9 @@ from .audit import AuditEntry
 from .errors import StoreError
 from .keys import KeyDigest, KeyRecord
 from .migrations import SchemaTooNew, migrate
-from .usage_row import COUNTS, GROUPS, UsageQuery, UsageRow, add_to_counts
+from .usage_row import COLUMNS, COUNTS, DAY, UsageQuery, UsageRow, fold
 
 __all__ = ["KeySnapshot", "Store"]
-
-_DAY: Final = 86_400
 
 #: Seconds that SQLite waits for another process that writes; that connecting to PostgreSQL may take; and that a
 #: statement may run there.
@@ -56,7 +53,7 @@ _WRITES: Final = "trio_cluster_writes"
 #: Names in ``tc_settings``.
 _CHANGES: Final = "key_changes"
 _REQUIRED: Final = "keys_required"
-_ROWS_FROM: Final = "usage_rows_from"
+COLUMNSS_FROM: Final = "usage_rows_from"
 
 
 @attrs.frozen
@@ -183,7 +180,11 @@ class Store:
             rows: of this batch.
         """
         # In one order, so that two masters never wait for each other's rows.
-        days = sorted(_fold(rows), key=lambda row: tuple(row[name] for name in GROUPS))
+        days = [
+            {"day": _day(day * DAY), "key": key, "model": model, "worker": worker}
+            | dict(zip(COUNTS, total, strict=True))
+            for (day, key, model, worker), total in sorted(fold(rows).items())
+        ]
         with self._write() as connection:
             note = {"writer": writer, "batch": batch, "time": time.time()}
             # One statement, which waits for another try of the same batch that is still being committed.
@@ -195,10 +196,10 @@ class Store:
         # This is most of what the journal costs, so it is done in the cheapest way of each database.
         if isinstance(self._add_usage, str):
             # `connection.execute` would look at each value of each row, which takes as long as SQLite itself.
-            connection.exec_driver_sql(self._add_usage, list(map(_VALUES, rows)))
+            connection.exec_driver_sql(self._add_usage, list(rows))
         else:
             # One statement with one value, instead of one for each row.
-            connection.execute(self._add_usage, {"rows": msgspec.json.encode(rows).decode()})
+            connection.execute(self._add_usage, {"rows": _as_json(rows)})
 
     def delete_usage(self, before: float) -> None:
         """Delete the rows of whole days; their sums stay.
@@ -209,7 +210,7 @@ class Store:
         rows = schema.usage
         old = sa.select(rows.c.id).where(rows.c.time < before).limit(_DELETED)
         with self._write() as connection:
-            self._set(connection, _ROWS_FROM, int(before))
+            self._set(connection, COLUMNSS_FROM, int(before))
             stale = schema.usage_writers.c.time < before
             connection.execute(sa.delete(schema.usage_writers).where(stale))
         while True:
@@ -225,7 +226,7 @@ class Store:
         """
         sums: dict[tuple[str, ...], list[int]] = {}
         with self._read() as connection:
-            rows_from = _setting(connection, _ROWS_FROM)
+            rows_from = _setting(connection, COLUMNSS_FROM)
             since = query.since if query.since is None or query.since >= rows_from else _floor(query.since)
             until = query.until if query.until is None or query.until >= rows_from else -_floor(-query.until)
             for row in connection.execute(_sum_days(query, since, until)).mappings():
@@ -366,8 +367,9 @@ class Store:
             connection.execute(self._insert(schema.audit).on_conflict_do_nothing(), rows)
 
 
-_ROW: Final = tuple(UsageRow.__annotations__)
-_VALUES: Final = itemgetter(*_ROW)
+def _as_json(rows: Sequence[UsageRow]) -> str:
+    """Return rows as a JSON array of objects."""
+    return msgspec.json.encode([dict(zip(COLUMNS, row, strict=True)) for row in rows]).decode()
 
 
 def _note_batch(insert: Callable[..., Any]) -> sa.Executable:
@@ -394,15 +396,15 @@ def _add_to_days(insert: Callable[..., Any]) -> sa.Executable:
 
 
 def _add_usage(engine: sa.Engine) -> str | sa.Executable:
-    """Return the statement that adds rows: for SQLite as text, with values in the order of ``_ROW``."""
+    """Return the statement that adds rows: for SQLite as text, with values in the order of ``COLUMNS``."""
     rows = schema.usage
     if engine.dialect.name == "sqlite":
-        statement = sa.insert(rows).compile(engine, column_keys=_ROW)
-        assert tuple(statement.positiontup or ()) == _ROW
+        statement = sa.insert(rows).compile(engine, column_keys=COLUMNS)
+        assert tuple(statement.positiontup or ()) == COLUMNS
         return str(statement)
     record = sa.func.json_to_recordset(sa.cast(sa.bindparam("rows", sa.Text), postgresql.JSON))
-    table = record.table_valued(*(sa.column(name, rows.c[name].type) for name in _ROW))
-    return sa.insert(rows).from_select(_ROW, sa.select(table.render_derived(with_types=True)))
+    table = record.table_valued(*(sa.column(name, rows.c[name].type) for name in COLUMNS))
+    return sa.insert(rows).from_select(COLUMNS, sa.select(table.render_derived(with_types=True)))
 
 
 def _create_file(path: Path) -> None:
@@ -453,38 +455,18 @@ def _snapshot(connection: sa.Connection) -> KeySnapshot:
 
 
 def _floor(moment: float) -> float:
-    return moment // _DAY * _DAY
+    return moment // DAY * DAY
 
 
 def _day(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d")
 
 
-def _fold(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
-    """Return the sums of rows, by day, key, model and worker."""
-    names: dict[float, str] = {}
-    sums: dict[tuple[str, ...], list[int]] = {}
-    for row in rows:
-        number = row["time"] // _DAY
-        day = names.get(number)
-        if day is None:
-            day = names[number] = _day(row["time"])
-        group = day, row["key"], row["model"], row["worker"]
-        total = sums.get(group)
-        if total is None:
-            total = sums[group] = [0] * len(COUNTS)
-        add_to_counts(row, total)
-    return [
-        {"day": day, "key": key, "model": model, "worker": worker} | dict(zip(COUNTS, total, strict=True))
-        for (day, key, model, worker), total in sums.items()
-    ]
-
-
 def _partial_days(since: float | None, until: float | None) -> list[tuple[float, float]]:
     """Return the parts of an interval that are less than a day, each within one day."""
     ends = []
     if since is not None and since != _floor(since):
-        end = _floor(since) + _DAY
+        end = _floor(since) + DAY
         if until is not None and until <= end:
             return [(since, until)]
         ends.append((since, end))

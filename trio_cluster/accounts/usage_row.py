@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, TypedDict
+from collections.abc import Iterable
+from typing import Final, TypeAlias
 
 import attrs
 
-__all__ = ["COUNTS", "GROUPS", "UsageQuery", "UsageRow", "add_to_counts"]
+__all__ = ["COLUMNS", "COUNTS", "DAY", "GROUPS", "UsageQuery", "UsageRow", "fold"]
+
+#: Seconds of a day.
+DAY: Final = 86_400
 
 #: What usage can be grouped by.
 GROUPS: Final = ("key", "model", "worker", "day")
@@ -25,44 +29,72 @@ COUNTS: Final = (
 )
 
 
-class UsageRow(TypedDict):
-    """One request that is over: the columns of a row. A dict, since one is made for every request."""
+#: One request that is over: the columns of a row, in the order of :data:`COLUMNS`. A plain tuple, since one is made for
+#: every request:
+#:
+#: - ``time``: when the request was handed to a model, in seconds since the epoch;
+#: - ``key``: the name of the principal; empty where no key is required;
+#: - ``model``: the model that answered;
+#: - ``alias``: the name that the client asked for, if it was another one;
+#: - ``worker``: the worker that answered, or ``local``;
+#: - ``route``: the name of the endpoint;
+#: - ``prompt_tokens``, ``completion_tokens``, ``cached_tokens``: as reported; ``None``: not known;
+#: - ``outcome``: see ``core/outcome.py``;
+#: - ``first_byte``: seconds until the answer began; ``None``: it did not;
+#: - ``duration``: seconds until the work had stopped;
+#: - ``request_id``.
+UsageRow: TypeAlias = tuple[
+    float,
+    str,
+    str,
+    str,
+    str,
+    str,
+    int | None,
+    int | None,
+    int | None,
+    str,
+    float | None,
+    float,
+    str,
+]
 
-    time: float
-    """When the request was handed to a model, in seconds since the epoch."""
-    key: str
-    """The name of the principal; empty where no key is required."""
-    model: str
-    """The model that answered."""
-    alias: str
-    """The name that the client asked for, if it was another one."""
-    worker: str
-    """The worker that answered, or ``local``."""
-    route: str
-    """The name of the endpoint."""
-    prompt_tokens: int | None
-    """As reported; ``None``: not known."""
-    completion_tokens: int | None
-    cached_tokens: int | None
-    outcome: str
-    """See ``core/outcome.py``."""
-    first_byte: float | None
-    """Seconds until the answer began; ``None``: it did not."""
-    duration: float
-    """Seconds until the work had stopped."""
-    request_id: str
+COLUMNS: Final = (
+    "time",
+    "key",
+    "model",
+    "alias",
+    "worker",
+    "route",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "outcome",
+    "first_byte",
+    "duration",
+    "request_id",
+)
 
 
-def add_to_counts(row: UsageRow, total: list[int]) -> None:
-    """Add a row to counts, which are in the order of :data:`COUNTS`."""
-    outcome, prompt, completion = row["outcome"], row["prompt_tokens"], row["completion_tokens"]
-    total[0] += 1
-    total[1 if outcome == "completed" else 3 if outcome == "cancelled" else 2] += 1
-    total[4] += prompt or 0
-    total[5] += completion or 0
-    total[6] += row["cached_tokens"] or 0
-    if prompt is None and completion is None:
-        total[7] += 1
+def fold(rows: Iterable[UsageRow]) -> dict[tuple[int, str, str, str], list[int]]:
+    """Return the sums of rows, in the order of :data:`COUNTS`, by day, key, model and worker.
+
+    A day is the number of days since the epoch.
+    """
+    sums: dict[tuple[int, str, str, str], list[int]] = {}
+    for time, key, model, _, worker, _, prompt, completion, cached, outcome, _, _, _ in rows:
+        group = int(time // DAY), key, model, worker
+        total = sums.get(group)
+        if total is None:
+            total = sums[group] = [0] * len(COUNTS)
+        total[0] += 1
+        total[1 if outcome == "completed" else 3 if outcome == "cancelled" else 2] += 1
+        total[4] += prompt or 0
+        total[5] += completion or 0
+        total[6] += cached or 0
+        if prompt is None and completion is None:
+            total[7] += 1
+    return sums
 
 
 @attrs.frozen
