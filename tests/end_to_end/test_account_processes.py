@@ -191,13 +191,11 @@ async def test_keys_are_in_nothing_that_a_node_writes(nodes: Nodes, tmp_path: Pa
         for number, key in enumerate(secrets):
             for header in headers:
                 value = f"Bearer {key}" if header == "authorization" else key
-                for valid in ({}, {"authorization": f"Bearer {admin}"}):
-                    sent = valid | {header: value}
-                    await client.post("/v1/chat/completions", json=bodies[number % len(bodies)], headers=sent)
-                    await client.get("/v1/models", headers=sent)
-                    if key is not wrong or valid:
-                        continue
-                    break
+                # Alone it is the key of the request; a few that are not valid, or the node would slow them down.
+                if header in ("authorization", "x-api-key", "api-key"):
+                    await client.get("/v1/models", headers={header: value})
+                sent = {header: value} | {"authorization": f"Bearer {admin}"}
+                await client.post("/v1/chat/completions", json=bodies[number % len(bodies)], headers=sent)
             for body in bodies:
                 await client.post(
                     "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {admin}"}

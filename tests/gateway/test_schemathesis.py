@@ -18,6 +18,7 @@ import trio
 from obliging import LONGEST_VECTOR, MODELS, Placement, open_obliging
 
 from trio_cluster.admin.description import description
+from trio_cluster.gateway import failed_attempts
 from trio_cluster.openai import ENDPOINTS
 
 pytestmark = pytest.mark.skipif(
@@ -53,8 +54,10 @@ def narrowed() -> dict[str, Any]:
 
 @pytest.mark.parametrize("placement", ["local", "forwarded"])
 async def test_schemathesis_finds_nothing(
-    placement: Placement, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    placement: Placement, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # It tries wrong keys with every operation, and would be slowed down.
+    monkeypatch.setattr(failed_attempts, "FREE", 1_000_000)
     forms = "|".join(f"/v1{each.path}$" for each in ENDPOINTS.values() if each.table and each.table.is_form)
     config, document = tmp_path / "schemathesis.toml", tmp_path / "openapi.json"
     config.write_text(CONFIGURATION.format(forms=forms))

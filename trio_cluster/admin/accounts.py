@@ -118,11 +118,11 @@ def _accounts(node_context: NodeContext) -> Accounts:
     """Return the accounts of the node.
 
     Raises:
-        ApiError: 503: it has none.
+        ApiError: 409: it has none.
     """
     if node_context.accounts is None:
         raise ApiError(
-            503,
+            409,
             "This node keeps no keys and no usage, since it has no database; set the option 'state_dir' or 'database'",
             code="no_database",
         )

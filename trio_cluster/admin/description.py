@@ -220,33 +220,37 @@ def _node_paths() -> dict[str, Any]:
     create_key = _operation("create_key", "Make an API key", _view(NewKeyView), 400, 401, 403, 409, 413, 503)
     create_key["requestBody"] = {"required": True, "content": {"application/json": {"schema": _NEW_KEY}}}
     create_key["responses"]["201"] = create_key["responses"].pop("200")
-    change_key = _operation("change_key", "Change an API key", _view(KeyView), 400, 401, 403, 404, 413, 503)
+    change_key = _operation(
+        "change_key", "Change an API key", _view(KeyView), 400, 401, 403, 404, 409, 413, 503
+    )
     change_key["requestBody"] = {"content": {"application/json": {"schema": _CHANGES}}}
     rotate_key = _operation(
-        "rotate_key", "Replace an API key by a new one", _view(NewKeyView), 400, 401, 403, 404, 413, 503
+        "rotate_key", "Replace an API key by a new one", _view(NewKeyView), 400, 401, 403, 404, 409, 413, 503
     )
     rotate_key["requestBody"] = {"content": {"application/json": {"schema": _GRACE}}}
-    all_usage = _operation("usage", "Sum up the usage of all keys", usage, 400, 401, 403, 503)
-    own_usage = _operation("own_usage", "Sum up the usage of this key", usage, 400, 401, 503)
+    all_usage = _operation("usage", "Sum up the usage of all keys", usage, 400, 401, 403, 409, 503)
+    own_usage = _operation("own_usage", "Sum up the usage of this key", usage, 400, 401, 409, 503)
     all_usage["parameters"] = own_usage["parameters"] = [
         _query("since", "Requests from this time on, in the format of ISO 8601."),
         _query("until", "Requests before this time."),
         _query("group_by", f"What to group by: some of {', '.join(GROUPS)}, with commas between them."),
     ]
     audit = _operation(
-        "audit", "List what operators and admins have done", _view(AuditView), 400, 401, 403, 503
+        "audit", "List what operators and admins have done", _view(AuditView), 400, 401, 403, 409, 503
     )
     audit["parameters"] = [_query("limit", "Entries at most, from 1 to 10000; 100 by default.", "integer")]
     return {
         "/cluster/keys": {
-            "get": _operation("keys", "List the API keys", _view(KeysView), 401, 403, 503),
+            "get": _operation("keys", "List the API keys", _view(KeysView), 401, 403, 409, 503),
             "post": create_key,
         },
         "/cluster/keys/{name}": {
             "parameters": [key],
-            "get": _operation("key", "Retrieve an API key", _view(KeyView), 401, 403, 404, 503),
+            "get": _operation("key", "Retrieve an API key", _view(KeyView), 401, 403, 404, 409, 503),
             "patch": change_key,
-            "delete": _operation("revoke_key", "Revoke an API key", _view(RevokedView), 401, 403, 404, 503),
+            "delete": _operation(
+                "revoke_key", "Revoke an API key", _view(RevokedView), 401, 403, 404, 409, 503
+            ),
         },
         "/cluster/keys/{name}/rotate": {"parameters": [key], "post": rotate_key},
         "/cluster/usage": {"get": all_usage},

@@ -43,7 +43,7 @@ ERRORS: Final[Mapping[int, str]] = {
     404: "There is no such route, model, call, worker or key.",
     405: "The route does not take this method.",
     408: "The body of the request did not arrive in time.",
-    409: "The name is taken.",
+    409: "The name is taken, or this node does not do that.",
     413: "The body of the request is too large.",
     415: "The content type is not the one that the route takes.",
     429: "The model reports too many requests.",
