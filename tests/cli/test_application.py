@@ -149,8 +149,10 @@ def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_ope
     open_for: set[str],
     program: Callable[..., Process],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.delenv("TRIO_CLUSTER_HOST")
+    monkeypatch.setenv("TRIO_CLUSTER_STATE_DIR", str(tmp_path / "state"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     process = program(FIRST, "0")

@@ -290,12 +290,14 @@ class Story:
     async def _curl(self, words: list[str], variables: dict[str, str]) -> None:
         master = await self.the_master()
         key = variables.get("TRIO_CLUSTER_API_KEY", self.key).replace("tc-...", self.key)
-        words = [word.replace("$TRIO_CLUSTER_API_KEY", key) for word in words]
+        words = [re.sub(r"\$(TRIO_CLUSTER_API_)?KEY\b", key, word) for word in words]
         url, state = url_of(master), self.variables["XDG_STATE_HOME"]
         words = [re.sub(r"^https?://[\w.-]+:8080", url, word) for word in words]
         words = [
             re.sub(r"^~/\.local/state/(.*)-8080/", rf"{state}/\1-{master.port}/", word) for word in words
         ]
+        authority = f"{state}/trio_cluster/master-{master.port}/ca.pem"
+        words = [authority if word == "ca.pem" else word for word in words]
         assert any(word.startswith(url) for word in words), words
         with trio.fail_after(30):
             completed = await trio.run_process(

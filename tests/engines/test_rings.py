@@ -123,7 +123,7 @@ async def test_all_is_as_before_soon_after_one_of_them_was_restarted(
     for away in (0.2, 60.0):
         port = await ring.end(number)
         began = trio.current_time()
-        while trio.current_time() < began + min(away, 20):
+        while trio.current_time() < began + min(away, 5):
             for other in {0, 1, 2} - {number}:
                 with trio.fail_after(3):
                     assert await ask(ring.masters[other]) in MEANWHILE
@@ -136,9 +136,9 @@ async def test_all_is_as_before_soon_after_one_of_them_was_restarted(
             for master in ring.masters:
                 with trio.fail_after(3):
                     assert await ask(master) in MEANWHILE
-            await trio.sleep(0.5)
+            await trio.sleep(1)
         await trio.sleep_until(returned + SETTLED)
-        for _ in range(3):
+        for _ in range(2):
             await ring.is_as_it_should_be()
             await trio.sleep(POLL)
 

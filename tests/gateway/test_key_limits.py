@@ -322,3 +322,25 @@ async def test_a_lost_worker_frees_everything(autojump_clock: trio.testing.MockC
             each.cluster.workers["w"].kill()
         assert results[0].status == 502
         assert each.open == (0, 0)
+
+
+@pytest.mark.parametrize("failure", ["refuse", "allow"])
+async def test_while_limits_cannot_be_counted_the_option_decides(failure: str) -> None:
+    """In real time: the attempts to reach the server are real."""
+    pytest.importorskip("coredis", reason="the extra 'redis' is not installed")
+    keys = Keys({"k": Limits(requests_per_minute=1), "free": None})
+    options = {"limits": "redis://127.0.0.1:1", "limits_failure": failure}
+    async with open_cluster(authenticator=keys, **options) as cluster:
+        cluster.master.server.register_chat("m", Model().answer)
+        limited = cluster.client(authorization="Bearer k")
+        first, second = [await limited.chat("m", stream=False) for _ in range(2)]
+        if failure == "refuse":
+            assert (first.status, first.error["code"]) == (503, "limits_unavailable")
+            assert first.headers["retry-after"] == "1"
+        else:
+            # Each master counts alone.
+            assert (first.status, second.status) == (200, 429)
+        assert first.headers["x-ratelimit-limit-requests"] == "1"
+        free = await cluster.client(authorization="Bearer free").chat("m", stream=False)
+        assert free.status == 200
+        await settle(cluster)

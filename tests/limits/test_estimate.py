@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from trio_cluster.core.answer import Usage
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.principal import Principal
 from trio_cluster.core.request import Request
+from trio_cluster.limits.account import Demand
 from trio_cluster.limits.estimate import MEDIA_TOKENS, UNKNOWN_ANSWER, Estimator
 
 TEMPLATE = 16
@@ -93,6 +96,38 @@ def test_images_and_audio_are_not_text() -> None:
     asked = request({"messages": [{"role": "user", "content": [image, audio, "x" * 1000]}]})
     demand = Estimator().estimate(asked)
     assert 2 * MEDIA_TOKENS + 500 < demand.prompt < 2 * MEDIA_TOKENS + 1000
+
+
+def test_a_large_body_is_not_searched_for_long() -> None:
+    many = {"messages": [{"role": "user", "content": list(range(200_000))} for _ in range(5)]}
+    deep: Any = "x"
+    for _ in range(50_000):
+        deep = [deep]
+    asked = request(many)
+    for fields in (many, {"messages": [{"a": "b"}] * 9_000}, {"messages": deep}):
+        large = Request("x", "chat", "m", asked.body, parsed=SimpleNamespace(raw=fields))
+        began = time.process_time()
+        assert Estimator().estimate(large).prompt == TEMPLATE + len(asked.body) // 2
+        assert time.process_time() - began < 0.05
+
+
+async def test_a_large_body_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    estimator = Estimator()
+
+    def estimate(asked: Request) -> Demand:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return Demand(1)
+
+    monkeypatch.setattr(estimator, "estimate", estimate)
+    for size in (10, 2_000_000):
+        assert (await estimator.estimate_request(Request("x", "any", "m", bytes(size)))).tokens == 1
+    assert threads == [True, False]
+
+
+def test_to_count_tokens_costs_none() -> None:
+    asked = Request("/messages/count_tokens", "custom", "m", b'{"messages": []}')
+    assert Estimator().estimate(asked).tokens == 0
 
 
 def test_what_is_remembered_is_bounded() -> None:

@@ -365,7 +365,7 @@ async def test_a_second_process_of_the_same_user_joins_by_itself(
     status = (await Master(one, tmp_path).ask("GET", "/cluster/status")).json()
     assert [each["admitted"] for each in status["workers"]] == ["certificate"]
     # Its key is not left behind.
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".") and name.endswith(".pem")]
 
 
 async def test_standalone_servers_have_tls_too(tmp_path: Path, nursery: trio.Nursery) -> None:

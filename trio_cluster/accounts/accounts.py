@@ -330,7 +330,8 @@ async def open_accounts(
         yield accounts
     finally:
         observers.remove(accounts.journal)
-        await accounts.close()
+        with trio.move_on_after(2 * CLOSE_TIMEOUT, shield=True):
+            await accounts.close()
         audit.keep_no_longer()
 
 

@@ -144,9 +144,8 @@ class ThreadStream(Generic[T]):
         bound: how many results may wait in the queue.
 
     Raises:
-        NoThread: on entering, if the system starts no further thread.
+        ApiError: on entering, if the system starts no further thread, or if too many wait: a 503.
         RuntimeError: on entering, if it was entered before.
-        ApiError: on entering, if too many wait: a 503.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class ThreadStream(Generic[T]):
         self._queue: _Queue[T] = _Queue(self._bound, wake)
         try:
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
-        except BaseException as error:
+        except Exception as error:
             self._slots.release()
             shortage = thread_shortage(error)
             if shortage is None:

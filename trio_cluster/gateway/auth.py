@@ -102,14 +102,21 @@ class Authenticate:
                 none; 429: too many wrong keys came from this address.
         """
         if not is_open(context.path) and context.path not in JOIN_PATHS:
+            refusal: ApiError | None = None
             try:
                 context.principal = principal = await self._authenticator.authenticate(context)
             except ApiError as error:
-                if error.status == 401:
-                    self._refused_keys.refused(context, error.message)
+                refusal = error
+            if refusal is not None:
+                if refusal.status == 401:
+                    self._refused_keys.refused(context, refusal.message)
                     if key_of(context) is not None:
                         await self._failed_attempts.refused(context.client)
-                raise
+                try:
+                    raise refusal
+                finally:
+                    # Otherwise the error and this frame would refer to each other.
+                    del refusal
             if principal.name:
                 current_principal.set(principal.name)
             if principal.role != "admin" and is_for_operators(context.path):

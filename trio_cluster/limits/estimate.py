@@ -20,8 +20,10 @@ from typing import Any, Final
 
 import attrs
 import msgspec
+import trio
 
 from ..core.answer import Usage
+from ..core.limits import PARSE_IN_THREAD
 from ..core.request import Request
 from .account import Demand
 
@@ -49,7 +51,12 @@ _MARGIN: Final = 1.25
 
 #: A body of more bytes is searched for images and audio.
 _SEARCHED: Final = 16 * 1024
+#: Values in a body that are looked at for that, so that a large one does not hold up other requests; the rest counts as
+#: text.
+_LOOKED_AT: Final = 10_000
 
+#: Routes of servers behind a model on which tokens are only counted.
+_COUNTING: Final = ("/count_tokens", "/tokenize", "/detokenize")
 _WITH_ANSWER: Final = frozenset({"chat", "custom", "any"})
 _WITH_PROMPT: Final = _WITH_ANSWER | {"embedding", "rerank", "moderation"}
 
@@ -79,14 +86,20 @@ class _Recent:
 
 
 class Estimator:
-    """Estimates what requests may use, and learns from what they have used. Synchronous."""
+    """Estimates what requests may use, and learns from what they have used."""
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[str, str], _Recent] = OrderedDict()
 
+    async def estimate_request(self, request: Request) -> Demand:
+        """Return the tokens that a request may use. A checkpoint only if its body is large: then a thread reads it."""
+        if len(request.body) < PARSE_IN_THREAD:
+            return self.estimate(request)
+        return await trio.to_thread.run_sync(self.estimate, request, abandon_on_cancel=True)
+
     def estimate(self, request: Request) -> Demand:
-        """Return the tokens that a request may use."""
-        if request.kind not in _WITH_PROMPT:
+        """Return the tokens that a request may use. Synchronous."""
+        if request.kind not in _WITH_PROMPT or request.endpoint.endswith(_COUNTING):
             return Demand()
         recent = self._recent.get((request.principal.name, request.model))
         size, media = _text_size(request)
@@ -105,7 +118,7 @@ class Estimator:
         return Demand(prompt + answer, least, prompt)
 
     def learn(self, request: Request, usage: Usage) -> None:
-        """Take note of what a request has used, of whose answer that is known."""
+        """Take note of what a request has used, of whose answer that is known. Synchronous."""
         key = (request.principal.name, request.model)
         recent = self._recent.get(key)
         if recent is None:
@@ -135,19 +148,21 @@ def _text_size(request: Request) -> tuple[int, int]:
     raw = getattr(request.parsed, "raw", None)
     if not isinstance(raw, dict):
         return size, 0
-    media, media_bytes = 0, 0
+    media, media_bytes, looked_at = 0, 0, 0
     waiting: list[Any] = [raw]
-    while waiting:
+    while waiting and looked_at < _LOOKED_AT:
         value = waiting.pop()
+        looked_at += 1
         if isinstance(value, dict):
             audio = value.get("input_audio")
             if isinstance(audio, dict) and isinstance(audio.get("data"), str):
                 media += 1
                 media_bytes += len(audio["data"])
-            else:
+            elif len(value) < _LOOKED_AT:
                 waiting.extend(value.values())
         elif isinstance(value, list):
-            waiting.extend(value)
+            if len(value) < _LOOKED_AT:
+                waiting.extend(value)
         elif isinstance(value, str) and value.startswith("data:"):
             media += 1
             media_bytes += len(value)

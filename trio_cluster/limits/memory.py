@@ -37,7 +37,7 @@ def _seconds_now() -> float:
 
 
 class MemoryLimiter:
-    """See ``Limiter``. Neither :meth:`reserve` nor :meth:`state` is a checkpoint.
+    """See ``Limiter``. :meth:`state` is no checkpoint, and :meth:`reserve` is none unless the body is large.
 
     Args:
         window: the length of the sliding window, in seconds.
@@ -74,7 +74,7 @@ class MemoryLimiter:
 
     async def reserve(self, principal: Principal, limits: Limits, request: Request) -> Reservation:
         """See ``Limiter``."""
-        demand = self._estimator.estimate(request)
+        demand = await self._estimator.estimate_request(request)
         return self.reserve_nowait(principal.name, limits, demand)
 
     def reserve_nowait(self, key: str, limits: Limits, demand: Demand) -> Reservation:

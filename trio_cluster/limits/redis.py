@@ -141,7 +141,7 @@ class RedisLimiter:
 
     async def reserve(self, principal: Principal, limits: Limits, request: Request) -> Reservation:
         """See ``Limiter``."""
-        demand = self._estimator.estimate(request)
+        demand = await self._estimator.estimate_request(request)
         key, number = principal.name, f"{self._name}{next(self._numbers)}"
         reply = await self._ask(key, self._reserve_fields(number, limits, demand))
         if reply is None:

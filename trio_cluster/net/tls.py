@@ -143,9 +143,8 @@ class TlsStream(ByteStream):
             except ssl.SSLWantReadError:
                 await self._write_outgoing()
             except ssl.SSLError as error:
-                # The alert that tells the peer what is wrong.
-                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self._write_outgoing()
+                # The alert, which tells the peer what is wrong. A new connection takes so little at once.
+                self._flush_quietly()
                 raise TlsHandshakeFailed(why_refused(error)) from error
             else:
                 break
