@@ -407,13 +407,35 @@ class TestWithLlamaCpp:
 
     async def test_it_answers_and_counts(self, model: llama.Llama) -> None:
         pieces = await answer(model, chat(max_tokens=12, raw={"ignore_eos": True}))
-        assert pieces[-2:] == [("finish", "length", 0), ("usage", (19, 12), None)]
+        usage = {
+            "prompt_tokens": 19,
+            "completion_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+        assert pieces[-2:] == [("finish", "length", 0), ("json", {"usage": usage}, None)]
         assert len(text_of(pieces)) >= 1
 
     async def test_a_seed_makes_it_repeatable(self, model: llama.Llama) -> None:
         request = chat(max_tokens=20, seed=3, temperature=1.0, raw={"temperature": 1.0, "ignore_eos": True})
         first, second = [await answer(model, request) for _ in range(2)]
         assert text_of(first) == text_of(second)
+
+    async def test_a_prompt_may_be_token_ids_and_those_that_do_not_exist_are_refused(
+        self, model: llama.Llama
+    ) -> None:
+        def of_ids(*ids: int) -> ChatRequest:
+            asked: Any = {"temperature": 0.0, "ignore_eos": True}
+            return chat(prompt="", prompt_tokens=list(ids), max_tokens=5, temperature=0.0, raw=asked)
+
+        pieces = await answer(model, of_ids(5, 6, 7))
+        usage = pieces[-1][1]["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 5)
+        for wrong in (-1, 10**9):
+            with pytest.raises(ApiError) as caught:
+                await answer(model, of_ids(5, wrong))
+            assert caught.value.status == 400
+        # It goes on.
+        assert text_of(await answer(model, of_ids(5, 6, 7))) == text_of(pieces)
 
     async def test_its_context_is_the_configured_one_and_its_limit_an_error(self, model: llama.Llama) -> None:
         assert model.context == 1024

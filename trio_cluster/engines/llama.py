@@ -111,7 +111,12 @@ class _Llama(LoadingEngine):
             _DEMO if argument.endswith(WEIGHTS[_DEMO].files[0].name) else Path(argument).stem
         )
         try:
-            yield ServedModel(name, "chat", model.chat, ChatModelOptions(context_window=model.context))
+            yield ServedModel(
+                name,
+                "chat",
+                model.chat,
+                ChatModelOptions(context_window=model.context, accepts_token_ids=True),
+            )
         finally:
             model.close()
 
@@ -252,7 +257,8 @@ def request_body(request: ChatRequest, index: int) -> dict[str, Any]:
     if request.prompt is None:
         body["messages"] = request.messages
     else:
-        body["prompt"] = request.prompt
+        # llama.cpp takes token ids as they are, and refuses those that its vocabulary does not have.
+        body["prompt"] = request.prompt if request.prompt_tokens is None else request.prompt_tokens
     body["stream"] = True
     body["stream_options"] = {"include_usage": True}
     body["return_progress"] = True
