@@ -40,6 +40,7 @@ _MAX_PATTERN: Final = 256
 _MAX_COUNT: Final = 2**53 - 1
 _MAX_WEIGHT: Final = 1000.0
 _MAX_GRACE: Final = 366 * 86_400.0
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 #: The end of the year 9999, which is the last one that can be shown.
 _LAST_MOMENT: Final = 253_402_300_799.0
 
@@ -126,8 +127,8 @@ def read_time(param: str, value: object) -> float:
 
     Args:
         param: the name of the field, for the error.
-        value: a date or a time in the format of ISO 8601, in UTC if it does not say otherwise; or seconds since the
-            epoch.
+        value: a date or a time in the format of ISO 8601, in UTC if it does not say otherwise, before 1970 is the
+            beginning of 1970; or seconds since the epoch.
 
     Raises:
         InvalidRequest: it is neither.
@@ -135,15 +136,13 @@ def read_time(param: str, value: object) -> float:
     expected = "expected a time such as 2026-12-31 or 2026-12-31T18:00:00Z"
     if isinstance(value, str):
         try:
-            moment = datetime.fromisoformat(value.strip())
+            moment = datetime.fromisoformat(value.strip().upper())
         except ValueError:
             raise _wrong(param, f"{expected}, got {value[:64]!r}") from None
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
-        try:
-            seconds = moment.timestamp()
-        except (OverflowError, ValueError):
-            raise _wrong(param, expected) from None
+        # Years that are far away may be written with a zone that leads out of those that can be shown.
+        seconds = min(max((moment - _EPOCH).total_seconds(), 0.0), _LAST_MOMENT)
     elif _is_number(value):
         seconds = float(typing.cast("float", value))
     else:

@@ -98,6 +98,9 @@ _VIEWS: Final = (
 #: What is counted for each group of requests.
 _COUNTS: Final = {"type": "object", "properties": {name: {"type": "integer"} for name in COUNTS}}
 
+#: A time is given in one of these formats.
+_TIMES: Final = [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]
+
 _COUNT: Final = {"type": ["integer", "null"], "minimum": 1, "maximum": 2**53 - 1}
 _KEY_FIELDS: Final = {
     "models": {
@@ -122,10 +125,8 @@ _KEY_FIELDS: Final = {
     "priority": {"type": "string", "enum": list(typing.get_args(Priority))},
     "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000},
     "expires_at": {
-        "type": ["integer", "null"],
-        "minimum": 0,
-        "maximum": 253402300799,
-        "description": "Seconds since the epoch; or text: a time in the format of ISO 8601.",
+        "anyOf": [{"type": "null"}, {"type": "number", "minimum": 0, "maximum": 253402300799}, *_TIMES],
+        "description": "A date or a time, or seconds since the epoch.",
     },
     "disabled": {"type": "boolean"},
 }
@@ -228,17 +229,28 @@ def _node_paths() -> dict[str, Any]:
         "rotate_key", "Replace an API key by a new one", _view(NewKeyView), 400, 401, 403, 404, 409, 413, 503
     )
     rotate_key["requestBody"] = {"content": {"application/json": {"schema": _GRACE}}}
+    groups = "|".join(GROUPS)
     all_usage = _operation("usage", "Sum up the usage of all keys", usage, 400, 401, 403, 409, 503)
     own_usage = _operation("own_usage", "Sum up the usage of this key", usage, 400, 401, 409, 503)
     all_usage["parameters"] = own_usage["parameters"] = [
-        _query("since", "Requests from this time on, in the format of ISO 8601."),
-        _query("until", "Requests before this time."),
-        _query("group_by", f"What to group by: some of {', '.join(GROUPS)}, with commas between them."),
+        _query("since", "Requests from this date or time on.", {"anyOf": _TIMES}),
+        _query("until", "Requests before this date or time.", {"anyOf": _TIMES}),
+        _query(
+            "group_by",
+            "What to group by, with commas between them.",
+            {"type": "string", "pattern": f"^(({groups})(,({groups}))*)?$"},
+        ),
     ]
     audit = _operation(
         "audit", "List what operators and admins have done", _view(AuditView), 400, 401, 403, 409, 503
     )
-    audit["parameters"] = [_query("limit", "Entries at most, from 1 to 10000; 100 by default.", "integer")]
+    audit["parameters"] = [
+        _query(
+            "limit",
+            "Entries at most, from 1 to 10000; 100 by default.",
+            {"type": "integer", "minimum": 1, "maximum": 10_000},
+        )
+    ]
     return {
         "/cluster/keys": {
             "get": _operation("keys", "List the API keys", _view(KeysView), 401, 403, 409, 503),
@@ -323,8 +335,8 @@ def _parameter(name: str, about: str) -> dict[str, Any]:
     }
 
 
-def _query(name: str, about: str, kind: str = "string") -> dict[str, Any]:
-    return {"name": name, "in": "query", "description": about, "schema": {"type": kind}}
+def _query(name: str, about: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": about, "schema": schema}
 
 
 def _refer(names: list[str]) -> dict[str, Any]:
