@@ -59,6 +59,8 @@ _CALLS_MAX: Final = 12
 _BACKLOG_MAX: Final = 64 * 1024
 #: Steps of a program.
 _STEPS_MAX: Final = 600
+#: Bytes of all bodies that a program queues. What is queued is bounded by the local side, which here is the program.
+_BODIES_MAX: Final = 4 * 1024 * 1024
 _NOISE: Final = bytes(range(251)) * 1100
 _SIZES: Final = [0, 1, 7, 200, 5000, PIECE - 1, PIECE, PIECE + 1, 100_000, WINDOW, WINDOW + 7]
 _LIMITS: Final = [1, 300, PIECE, 1 << 30]
@@ -135,6 +137,7 @@ class _Program:
         self.code = Bytecode(given.data[: 16 * 1024])
         self.foreign = given.part % 2 == 1
         self.spoiled = False
+        self.room = _BODIES_MAX
         self.now = 0.0
         self.master = _End(MasterSession("m", "1", 0.0))
         self.worker = _End(WorkerSession("w", "1", 0.0))
@@ -176,6 +179,12 @@ class _Program:
         """Return the number of a call, mostly of one that was opened."""
         highest = max(1, *self.master.calls, *self.worker.calls, 1)
         return 1 + self.code.byte() % (highest + 1) if self.code.byte() < 224 else self.code.byte() - 3
+
+    def some_size(self) -> int:
+        """Return a number of bytes to send. All of a program's bodies together have a limit."""
+        size = min(self.code.pick(_SIZES), self.room)
+        self.room -= size
+        return size
 
     def local(self, end: _End, action: Callable[[], Any]) -> Any:
         """Do something at one end, which is refused without effect, or done. Return the result."""
@@ -352,7 +361,7 @@ class _Program:
             self.master.calls[call] = _Call()
 
     def send_body(self) -> None:
-        call, size, last = self.some_call(), self.code.pick(_SIZES), self.code.byte() % 4 == 0
+        call, size, last = self.some_call(), self.some_size(), self.code.byte() % 4 == 0
         self.local(self.master, lambda: self.master.session.send_body(call, _NOISE[:size], last=last))
 
     def cancel(self) -> None:
@@ -371,7 +380,7 @@ class _Program:
         self.local(self.worker, lambda: self.worker.session.respond(call, status, kind, [("a", "b")]))
 
     def send(self) -> None:
-        call, size = self.some_call(), self.code.pick(_SIZES)
+        call, size = self.some_call(), self.some_size()
         self.local(self.worker, lambda: self.worker.session.send(call, memoryview(_NOISE)[:size]))
 
     def done(self) -> None:
