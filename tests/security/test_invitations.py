@@ -116,6 +116,33 @@ def test_what_was_revoked_stays_so_after_a_restart_and_is_not_renewed(
         again.check_renewal("w1", "2", "key")
 
 
+@pytest.mark.parametrize("name", [None, "w1"])
+def test_a_worker_that_was_revoked_does_not_join_again_with_its_token(
+    members: Members, tmp_path: Path, name: str | None
+) -> None:
+    token = invite(members, name)
+    join(members, token, "key", "1")
+    assert members.revoke("w1")
+    for each in (members, Members(StateDir(tmp_path))):
+        for wanted in ("w1", "w2"):
+            with pytest.raises(JoinRefused, match="was revoked"):
+                each.check_invitation(token.secret, "key", wanted, NOW)
+    # Nor with the same key by another invitation, nor when another worker has got its name.
+    with pytest.raises(JoinRefused, match="'w1' was revoked"):
+        members.check_invitation(invite(members, name).secret, "key", "w1", NOW)
+    join(members, invite(members, name), "another key", "2")
+    with pytest.raises(JoinRefused, match="was revoked"):
+        members.check_invitation(token.secret, "key", "w1", NOW)
+
+
+def test_a_worker_that_joins_again_with_its_token_has_the_same_name(members: Members) -> None:
+    token = invite(members)
+    join(members, token, "key", "1", "w1")
+    assert join(members, token, "key", "2", "w2") == "w1"
+    members.revoke("w1")
+    assert members.is_revoked("2")
+
+
 def test_invitations_are_bounded(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invitations, "MAX_INVITATIONS", 3)
     for _ in range(3):

@@ -8,8 +8,8 @@ authority, and a secret of 256 bits. The worker makes sure by the fingerprint th
 sends the secret, and it sends it inside TLS. The master keeps only a digest of it.
 
 *A token works once.* It is bound to the public key of the first worker that uses it. The same worker may ask again with
-the same key, for instance because it was killed before it had kept the answer, and gets a certificate again; anybody
-else is told that the token was used.
+the same key, for instance because it was killed before it had kept the answer, and gets a certificate again, for the
+same name; anybody else is told that the token was used. When the worker is revoked, so is the token.
 
 Everything is in one file, ``members.json``, that is replaced as a whole before anything is answered.
 """
@@ -104,7 +104,7 @@ class Invitation:
     """An invitation, as the master keeps it. Times are Unix times."""
 
     name: str | None
-    """The name that the worker will have; ``None``: the worker says."""
+    """The name that the worker has or will have; ``None``: the worker says, when it joins."""
     expires: float
     used_by: str | None = None
     """The digest of the public key of the worker that has used it."""
@@ -230,6 +230,8 @@ class Members:
             raise JoinRefused(
                 f"there is a worker '{name}' already; revoke it first, or choose another name with --name"
             )
+        if member is not None and member.revoked and member.key == key:
+            raise JoinRefused(f"the worker '{name}' was revoked")
         return name
 
     def record(self, name: str, key: str, serial: str, secret: str | None = None) -> None:
@@ -251,7 +253,9 @@ class Members:
             raise JoinRefused(f"the worker '{name}' has had {MAX_CERTIFICATES} certificates; invite it anew")
         member.serials.append(serial)
         if secret is not None:
-            self._invitations[_digest(secret)].used_by = key
+            invitation = self._invitations[_digest(secret)]
+            # The name, too: with another one, the worker would get certificates that nobody knows to revoke.
+            invitation.used_by, invitation.name = key, name
         self._save()
 
     def check_renewal(self, name: str, serial: str, key: str) -> None:
@@ -284,7 +288,8 @@ class Members:
             member.revoked = True
             self._revoked.update(member.serials)
         for invitation in self._invitations.values():
-            if invitation.name == name and invitation.used_by is None:
+            # Those that were used as well: they would give the worker a new certificate.
+            if invitation.name == name:
                 found = invitation.revoked = True
         if found:
             self._save()
