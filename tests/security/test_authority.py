@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import ssl
@@ -181,3 +182,58 @@ def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StateDirError, match="written by a later version"):
         Authority(StateDir(tmp_path), NOW)
     assert path.read_text() == later
+
+
+def test_a_rotation_that_cannot_be_kept_has_not_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateDir(tmp_path)
+    authority = Authority(state, NOW)
+    before = authority.trusted
+
+    def full(name: str, content: bytes) -> None:
+        raise StateDirError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "write", full)
+        with pytest.raises(StateDirError):
+            authority.rotate(NOW)
+    assert authority.trusted == before == Authority(StateDir(tmp_path), NOW).trusted
+
+
+def replaced(pem: str, old: str, new: str) -> str:
+    """Return a certificate, or a request for one, in which some bytes are others; both in hexadecimal digits."""
+    first, *lines, last = pem.strip().splitlines()
+    content = base64.b64decode("".join(lines))
+    assert bytes.fromhex(old) in content
+    content = content.replace(bytes.fromhex(old), bytes.fromhex(new), 1)
+    return f"{first}\n{base64.encodebytes(content).decode()}{last}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("a003020102", "a003020107", id="version"),
+        pytest.param("0603551d0f", "0603551d13", id="an extension that is there twice"),
+        pytest.param("06082a8648ce3d040302", "06082a8648ce3d040309", id="signature"),
+        pytest.param("06082a8648ce3d030107", "06082a8648ce3d030109", id="curve"),
+    ],
+)
+def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    authority = Authority(StateDir(tmp_path), NOW)
+    certificate, _ = authority.worker_certificate(make_request("w1")[1], "w1", NOW)
+    with pytest.raises(RequestRefused):
+        authority.key_of_worker(replaced(certificate, old, new), NOW)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("020100", "020107", id="version"),
+        pytest.param("06082a8648ce3d030107", "06082a8648ce3d030109", id="curve"),
+        pytest.param("06082a8648ce3d040302", "06082a8648ce3d040309", id="signature"),
+    ],
+)
+def test_a_request_that_cannot_be_read_is_refused(old: str, new: str) -> None:
+    with pytest.raises(RequestRefused):
+        requested_key_digest(replaced(make_request("w1")[1], old, new))

@@ -73,6 +73,17 @@ _CA: Final = "ca.pem"
 _SERVER: Final = "server.pem"
 _MAX_NAME: Final = 64
 
+#: What parsing a certificate, or a request for one, may raise. Some of these are no ``ValueError``.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
 
 class RequestRefused(ValueError):
     """A request for a certificate cannot be granted; the message says why."""
@@ -175,8 +186,11 @@ class Authority:
         Args:
             now: the time, in UTC.
             grace: how long the old one is still trusted.
+
+        Raises:
+            StateDirError: it cannot be kept; the old one stays.
         """
-        old = self._current
+        before = old, _, _ = self._current, self._bridge, self._retired
         new = _make_authority(now)
         bridge = _sign(
             old,
@@ -186,9 +200,14 @@ class Authority:
             ends=min(now + grace, old.parsed.not_valid_after_utc),
             extensions=[(x509.BasicConstraints(ca=True, path_length=0), True), (_usage(signs=True), True)],
         )
-        self._retired.insert(0, _Retired(old.certificate, (now + grace).timestamp()))
-        self._current, self._bridge = new, _pem(bridge)
-        self._save()
+        retired = _Retired(old.certificate, (now + grace).timestamp())
+        self._current, self._bridge, self._retired = new, _pem(bridge), [retired, *self._retired]
+        try:
+            self._save()
+        except BaseException:
+            # Certificates by an authority that is gone after the next start would be worth nothing then.
+            self._current, self._bridge, self._retired = before
+            raise
         self._export()
 
     def server_certificate(self, names: Iterable[str], now: datetime.datetime) -> Path:
@@ -224,7 +243,7 @@ class Authority:
         try:
             certificate = x509.load_pem_x509_certificates(content)[0]
             names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (ValueError, x509.ExtensionNotFound, IndexError):
+        except (*_UNREADABLE, IndexError):
             return False
         if not _is_issued_by(certificate, self._current.parsed):
             return False
@@ -249,7 +268,7 @@ class Authority:
             parsed = x509.load_pem_x509_certificate(certificate.encode())
             (name,) = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
             usage = parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        except (ValueError, x509.ExtensionNotFound) as error:
+        except _UNREADABLE as error:
             raise RequestRefused("this is no certificate of a worker in PEM") from error
         if ExtendedKeyUsageOID.CLIENT_AUTH not in usage or not any(
             _is_issued_by(parsed, each) for each in x509.load_pem_x509_certificates(self.trusted.encode())
@@ -341,7 +360,7 @@ def _key_digest(key: ec.EllipticCurvePublicKey) -> str:
 def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*_UNREADABLE, InvalidSignature):
         return False
     return True
 
@@ -350,7 +369,7 @@ def _requested_key(request: str) -> ec.EllipticCurvePublicKey:
     try:
         parsed = x509.load_pem_x509_csr(request.encode())
         public, signed = parsed.public_key(), parsed.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _UNREADABLE as error:
         raise RequestRefused("this is no request for a certificate in PEM") from error
     if not signed:
         raise RequestRefused("the request for a certificate is not signed with its key")
