@@ -57,8 +57,9 @@ def test_without_a_length_it_is_a_guess(length: Any) -> None:
 
 
 def test_a_body_that_is_not_json_here() -> None:
-    demand = Estimator().estimate(Request("x", "any", "m", b"not json"))
-    assert demand.tokens == TEMPLATE + 4 + UNKNOWN_ANSWER
+    for body in (b"not json", b'{"n":"\xff"' + b"}"):
+        demand = Estimator().estimate(Request("x", "any", "m", body))
+        assert demand.tokens == TEMPLATE + len(body) // 2 + UNKNOWN_ANSWER
 
 
 def test_what_has_no_answer_or_no_tokens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 import trio
 
 from trio_cluster.core.principal import Limits, Principal
-from trio_cluster.core.state_dir import StateDir
+from trio_cluster.core.state_dir import StateDir, StateDirError
 from trio_cluster.limits import ledger as ledger_module
 from trio_cluster.limits.account import Demand
 from trio_cluster.limits.limiter import Refused
@@ -146,15 +147,28 @@ def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     counts = limiter(path, clock)
     assert ask(counts) is not None
     log = next(path.glob("limits.*.log"))
-    log.write_bytes(log.read_bytes() + b'["k",18000000')
+    log.write_bytes(log.read_bytes() + b'["\xff",1,1,1]\n["k",18000000')
     assert left(after_restart(path, clock, tmp_path)) == 4
 
 
+def test_a_log_that_cannot_be_begun_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    state = StateDir(tmp_path / "state")
+    monkeypatch.setattr(ledger_module.os, "open", full)
+    with pytest.raises(StateDirError, match=r"limits\.0\.log: No space left"):
+        MemoryLimiter(60.0, state, clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"version": "\xff"}'])
 def test_a_snapshot_that_is_none_is_logged_and_the_log_still_counts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     path = tmp_path / "state"
-    StateDir(path).write("limits.json", b"{")
+    StateDir(path).write("limits.json", content)
     clock = Clock()
     with caplog.at_level(logging.WARNING):
         assert left(limiter(path, clock)) == 5

@@ -182,7 +182,8 @@ def _named_length(request: Request) -> tuple[int | None, int]:
     else:
         try:
             fields = msgspec.json.decode(request.body, type=_Fields)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            # ValueError: text that is not UTF-8.
             return None, 1
         names = (fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens)
         n = fields.n

@@ -107,7 +107,8 @@ class Ledger:
         if content is not None:
             try:
                 snapshot = msgspec.json.decode(content, type=_Snapshot)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, ValueError) as error:
+                # ValueError: text that is not UTF-8.
                 logger.warning("what keys have used is lost: %s: %s", _SNAPSHOT, error)
             else:
                 self._number = snapshot.number
@@ -120,12 +121,17 @@ class Ledger:
         while (log := self._state_dir.read(_log_name(self._number))) is not None:
             for line in log.split(b"\n"):
                 # The last line may be cut: its request was not admitted yet.
-                with suppress(msgspec.MsgspecError):
+                with suppress(msgspec.MsgspecError, ValueError):
                     change = msgspec.json.decode(line, type=_Change)
                     self._apply(restored, change, window, now)
             self._number += 1
         accounts = {key: one.account for key, one in restored.items()}
-        self._begin_log(self._number)
+        try:
+            self._begin_log(self._number)
+        except OSError as error:
+            raise StateDirError(
+                f"state_dir {self._state_dir.path}: {_log_name(self._number)}: {error.strerror}"
+            ) from error
         self.save(accounts)
         return accounts
 
