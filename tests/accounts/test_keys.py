@@ -90,6 +90,8 @@ def test_a_key_is_shown_as_it_was_set() -> None:
     ("field", "value"),
     [
         ("name", None),
+        pytest.param("weight", 10**400, id="a long weight"),
+        pytest.param("expires_at", 10**400, id="a late end"),
         ("name", ""),
         ("name", "a b"),
         ("name", "x" * 65),

@@ -183,7 +183,13 @@ def _wrong(param: str, expected: str, code: str = "invalid_value") -> InvalidReq
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether a value is a finite number that a ``float`` can have; JSON has integers of any length."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _read_models(param: str, value: object) -> tuple[str, ...]:

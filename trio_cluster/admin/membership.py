@@ -186,7 +186,8 @@ def _expires(body: dict[str, Any]) -> float:
     value = body.get("expires")
     if value is None:
         return _EXPIRES
-    seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    # Compared before it is made a float, which an integer of JSON may be too long for.
+    seconds = value if isinstance(value, int | float) and not isinstance(value, bool) else None
     if isinstance(value, str):
         try:
             seconds = parse_duration(value)
@@ -198,7 +199,7 @@ def _expires(body: dict[str, Any]) -> float:
             param="expires",
             code="invalid_value",
         )
-    return seconds
+    return float(seconds)
 
 
 def _addresses(body: dict[str, Any]) -> list[str]:
@@ -224,5 +225,6 @@ def _is_address(text: str) -> bool:
         bool(colon and host and text.isprintable())
         and port.isascii()
         and port.isdigit()
+        and len(port) <= 5
         and 0 < int(port) < 65536
     )
