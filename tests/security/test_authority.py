@@ -97,6 +97,14 @@ def test_a_certificate_of_a_master_is_kept_until_it_is_old_or_lacks_a_name(tmp_p
     assert path.read_text() != second
 
 
+def test_a_certificate_that_was_made_while_the_clock_was_ahead_is_made_again(tmp_path: Path) -> None:
+    authority = Authority(StateDir(tmp_path), NOW)
+    path = authority.server_certificate([], NOW + 365 * DAY)
+    authority.server_certificate([], NOW)
+    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    assert certificate.not_valid_before_utc <= NOW
+
+
 async def test_master_and_worker_accept_each_other(tmp_path: Path) -> None:
     authority = Authority(StateDir(tmp_path), NOW)
     server = server_context(

@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -132,6 +133,23 @@ async def test_a_change_is_noticed_within_seconds_and_a_failure_is_logged_once(
             await until(lambda: tls.api_context() is not first)
             nursery.cancel_scope.cancel()
     assert caplog.text.count("there is no certificate and private key in PEM") == 1
+
+
+async def test_a_clock_that_is_set_back_does_not_put_off_the_look_at_the_age_of_the_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_cluster.security.master_tls._LOOK", 0.01)
+    tls = made(tmp_path / "state")
+    first = tls.api_context()
+    now = time.time()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tls.run)
+            await trio.sleep(0.1)
+            assert tls.api_context() is first
+            monkeypatch.setattr(time, "time", lambda: now - 365 * 86400)
+            await until(lambda: tls.api_context() is not first)
+            nursery.cancel_scope.cancel()
 
 
 async def test_members_are_shown_the_certificate_of_the_authority_and_others_that_of_the_operator(

@@ -249,7 +249,12 @@ class Authority:
             return False
         held = {str(name) for name in names.get_values_for_type(x509.DNSName)}
         held |= {str(address) for address in names.get_values_for_type(x509.IPAddress)}
-        return wanted <= held and now + RENEW_BEFORE < certificate.not_valid_after_utc
+        # One that was made while the clock was ahead is of no use yet.
+        return (
+            wanted <= held
+            and certificate.not_valid_before_utc <= now
+            and now + RENEW_BEFORE < certificate.not_valid_after_utc
+        )
 
     def key_of_worker(self, certificate: str, now: datetime.datetime) -> tuple[str, str, str]:
         """Check a worker's certificate.

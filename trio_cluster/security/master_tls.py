@@ -141,7 +141,8 @@ class MasterTls:
         while True:
             await trio.sleep(_LOOK)
             # By the clock on the wall, since a machine that was suspended has not counted the time.
-            renew = time.time() - checked > _RENEWAL_CHECK
+            # One that was set back does not put the next look off.
+            renew = not 0 <= time.time() - checked <= _RENEWAL_CHECK
             if renew:
                 checked = time.time()
             try:
