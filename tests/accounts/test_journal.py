@@ -104,6 +104,14 @@ async def test_a_request_is_a_row_with_what_was_reported() -> None:
     assert 0 <= row["first_byte"] <= row["duration"] < 5
 
 
+async def test_what_no_request_can_have_used_is_bounded() -> None:
+    # Otherwise some of them would add up to more than a database can count.
+    node = Node()
+    node.complete(node.open("r1"), Usage(2**53 - 1, 4, 2**70))
+    (row,) = await node.flushed()
+    assert of(row, *TOKENS) == (2**31 - 1, 4, 2**31 - 1)
+
+
 async def test_what_nothing_has_reported_is_unknown() -> None:
     node = Node()
     node.complete(node.open())

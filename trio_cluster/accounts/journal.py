@@ -45,6 +45,10 @@ PAUSE: Final = 0.8
 #: Rows that are kept while they cannot be written, beside a batch; about 500 bytes each.
 MAX_ROWS: Final = 50_000
 
+#: Tokens of a request, at most. What is more is a mistake, or a lie, and counts as this many: otherwise the sum of some
+#: such requests would be more than a database can count, and nothing could be written any more.
+_MOST_TOKENS: Final = 2**31 - 1
+
 #: Rows of a batch, at most: the lock of the database is held for a few hundredths of a second.
 _BATCH: Final = 5000
 
@@ -104,6 +108,10 @@ class Journal(Observer):
             prompt = completion = cached = None
         else:
             prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+            if prompt > _MOST_TOKENS or completion > _MOST_TOKENS or cached > _MOST_TOKENS:
+                prompt, completion, cached = (
+                    min(each, _MOST_TOKENS) for each in (prompt, completion, cached)
+                )
         row = (
             time.time() - (now - opened),
             request.principal.name,
