@@ -24,6 +24,7 @@ from trio_cluster.security.authority import (
     certificate_ends,
     fingerprint,
     make_request,
+    request_for,
     requested_key_digest,
 )
 from trio_cluster.security.contexts import client_context, server_context
@@ -245,3 +246,15 @@ def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path, old: str, 
 def test_a_request_that_cannot_be_read_is_refused(old: str, new: str) -> None:
     with pytest.raises(RequestRefused):
         requested_key_digest(replaced(make_request("w1")[1], old, new))
+
+
+def ascii_start(text: str) -> str:
+    return ascii(text[:4])
+
+
+@pytest.mark.parametrize("name", ["", "w" * 65, "\u65e5" * 22, "\udcff" * 64], ids=ascii_start)
+def test_any_name_can_be_asked_for_and_the_master_refuses_what_is_none(tmp_path: Path, name: str) -> None:
+    key, request = make_request(name)
+    assert requested_key_digest(request) == requested_key_digest(request_for(key, "w1"))
+    with pytest.raises(RequestRefused, match="the name of a worker has 1 to 64"):
+        Authority(StateDir(tmp_path), NOW).worker_certificate(request, name, NOW)

@@ -315,6 +315,8 @@ async def test_a_request_to_join_is_small(master: Master) -> None:
         ({"addresses": ["gpu:" + "1" * 5000]}, "addresses"),
         ({"addresses": "gpu:1"}, "addresses"),
         ({"name": 7}, "name"),
+        ({"name": "w" * 65}, "name"),
+        ({"name": "a\nb"}, "name"),
     ],
 )
 async def test_a_bad_invitation_is_a_clear_400(master: Master, body: dict[str, Any], param: str) -> None:

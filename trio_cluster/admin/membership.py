@@ -96,7 +96,10 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
         name = _text(body, "name") if body.get("name") is not None else None
         expires, addresses = _expires(body), _addresses(body) or list(membership.addresses())
         with _as_api_errors():
-            token = (await tls().invite(addresses, name, expires)).encode()
+            try:
+                token = (await tls().invite(addresses, name, expires)).encode()
+            except ValueError as error:
+                raise InvalidRequest(f"name: {error}", param="name", code="invalid_value") from error
         ends = datetime.datetime.fromtimestamp(time.time() + expires, datetime.UTC)
         content = {
             "token": token,

@@ -48,6 +48,7 @@ __all__ = [
     "Authority",
     "RequestRefused",
     "certificate_ends",
+    "check_worker_name",
     "fingerprint",
     "make_request",
     "request_for",
@@ -71,6 +72,7 @@ _VERSION: Final = 1
 _FILE: Final = "authority.json"
 _CA: Final = "ca.pem"
 _SERVER: Final = "server.pem"
+#: Bytes of the name of a worker in UTF-8, as X.509 limits a common name.
 _MAX_NAME: Final = 64
 
 #: What parsing a certificate, or a request for one, may raise. Some of these are no ``ValueError``.
@@ -299,8 +301,7 @@ class Authority:
         Raises:
             RequestRefused: the request or the name is not valid.
         """
-        if not 0 < len(name) <= _MAX_NAME or not name.isprintable() or name != name.strip():
-            raise RequestRefused(f"the name of a worker has 1 to {_MAX_NAME} printable characters")
+        check_worker_name(name)
         certificate = _sign(
             self._current,
             subject=_subject(name),
@@ -325,6 +326,18 @@ def fingerprint(certificate: str) -> str:
     return x509.load_pem_x509_certificate(certificate.encode()).fingerprint(hashes.SHA256()).hex()
 
 
+def check_worker_name(name: str) -> None:
+    """Refuse what cannot be the name of a worker in a certificate.
+
+    Raises:
+        RequestRefused: it cannot.
+    """
+    if not name.isprintable() or name != name.strip() or not 0 < len(name.encode()) <= _MAX_NAME:
+        raise RequestRefused(
+            f"the name of a worker has 1 to {_MAX_NAME} printable characters, and not more bytes in UTF-8"
+        )
+
+
 def make_request(name: str) -> tuple[str, str]:
     """Make a private key, and a request for a certificate for it. Returns both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -332,10 +345,14 @@ def make_request(name: str) -> tuple[str, str]:
 
 
 def request_for(key: str, name: str) -> str:
-    """Return a request for a certificate for a private key; both in PEM."""
+    """Return a request for a certificate for a private key; both in PEM.
+
+    The name in it is for those who read it; what does not fit is cut off, and the master decides about the name.
+    """
     private = serialization.load_pem_private_key(key.encode(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
-    request = x509.CertificateSigningRequestBuilder().subject_name(_subject(name[:_MAX_NAME]))
+    short = name.encode(errors="replace")[:_MAX_NAME].decode(errors="ignore") or "worker"
+    request = x509.CertificateSigningRequestBuilder().subject_name(_subject(short))
     return request.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 

@@ -211,10 +211,15 @@ class MasterTls:
 
         Raises:
             TlsUnavailable: there is no authority.
+            RequestRefused: no worker can have this name.
             JoinRefused: there are too many invitations.
             StateDirError: it cannot be kept.
         """
         authority, members = self._need_authority()
+        if name is not None:
+            from .authority import check_worker_name
+
+            check_worker_name(name)
         now = time.time()
         return await self._do(
             lambda: members.invite(
