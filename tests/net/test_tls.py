@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,25 @@ async def test_a_client_that_speaks_something_else_is_refused(garbage: bytes) ->
     near.close()
     with pytest.raises(trio.BrokenResourceError):
         await TlsStream(far, server_side(), plain_reply=reply).handshake()
+
+
+async def test_a_client_that_asks_for_a_name_that_is_not_ascii_costs_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    context = server_side()
+    context.sni_callback = lambda *_: None
+    begin, hello = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_side().wrap_bio(begin, hello, server_hostname="gpu.lan")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    near, far = memory_pair()
+    await near.write(hello.read().replace(b"gpu.lan", b"\xff" * 7))
+    with pytest.raises(TlsHandshakeFailed, match="a name that no server can have"):
+        await TlsStream(far, context).handshake()
+    assert reported == []
+    assert sys.unraisablehook == reported.append
 
 
 async def test_a_failed_connection_is_an_os_error_that_says_why() -> None:

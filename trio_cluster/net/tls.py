@@ -29,9 +29,10 @@ that is read or written before is an error of its caller.
 from __future__ import annotations
 
 import ssl
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import trio
@@ -139,7 +140,8 @@ class TlsStream(ByteStream):
         first = True
         while True:
             try:
-                self._ssl.do_handshake()
+                with _quiet_about_names():
+                    self._ssl.do_handshake()
             except ssl.SSLWantReadError:
                 await self._write_outgoing()
             except ssl.SSLError as error:
@@ -435,6 +437,26 @@ async def connect_tls(stream: ByteStream, context: ssl.SSLContext, server_name: 
     return tls
 
 
+@contextmanager
+def _quiet_about_names() -> Iterator[None]:
+    """Keep Python from writing a traceback to stderr if a client asks for a name that is not ASCII.
+
+    A context that chooses certificates by name (``sni_callback``) fails for such a client, as it should. Python reports
+    that as an exception that cannot be raised, so any client could fill the log. Synchronous.
+    """
+    hook = sys.unraisablehook
+
+    def report(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, UnicodeDecodeError):
+            hook(what)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 #: What OpenSSL's reasons mean, for people. Others are shown as they are.
 _REASONS: Final = {
     "TLSV1_ALERT_UNKNOWN_CA": "the peer does not trust the authority of this certificate",
@@ -448,6 +470,7 @@ _REASONS: Final = {
     "NO_SHARED_CIPHER": "there is no cipher that both ends have",
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "the peer found no way to encrypt that both ends have",
     "WRONG_VERSION_NUMBER": "the peer does not speak TLS",
+    "CALLBACK_FAILED": "it asks for a name that no server can have",
     "HTTP_REQUEST": "it speaks HTTP without TLS",
     "UNEXPECTED_EOF_WHILE_READING": "the peer has left",
 }
