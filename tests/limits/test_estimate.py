@@ -14,7 +14,7 @@ from trio_cluster.core.answer import Usage
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.principal import Principal
 from trio_cluster.core.request import Request
-from trio_cluster.limits.account import Demand
+from trio_cluster.limits.account import MOST_TOKENS, Demand
 from trio_cluster.limits.estimate import MEDIA_TOKENS, UNKNOWN_ANSWER, Estimator
 
 TEMPLATE = 16
@@ -47,6 +47,12 @@ def test_of_each_of_several_answers_and_prompts() -> None:
     assert demand.tokens - demand.prompt == 60
     tokens = Estimator().estimate(request({"max_tokens": 10, "prompt": [1, 2, 3]}))
     assert tokens.tokens - tokens.prompt == 10
+
+
+def test_a_number_of_any_length_is_one_that_can_be_counted() -> None:
+    for fields in ({"max_tokens": 10**400}, {"max_tokens": 2**50, "n": 2**50}):
+        demand = Estimator().estimate(request(fields))
+        assert (demand.tokens, demand.least) == (MOST_TOKENS, MOST_TOKENS)
 
 
 @pytest.mark.parametrize("length", [None, "many", -1, True, 0, 1.5])

@@ -466,3 +466,15 @@ def test_a_missing_library_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(__import__("sys").modules, "coredis", None)
     with pytest.raises(OptionsError, match="pip install coredis"):
         RedisLimiter("redis://127.0.0.1")
+
+
+async def test_no_number_of_a_client_or_a_model_stops_the_counting(shared: RedisServer) -> None:
+    limits = Limits(requests_per_minute=2000, budget_tokens=2**53 - 1)
+    limiter = RedisLimiter(shared.url, refuse=True)
+    async with limiter.opened():
+        for key, key_limits in (("long", limits), ("longer", Limits(requests_per_minute=2000))):
+            for _ in range(20):
+                finish(await reserve(limiter, key, key_limits, 10**30), Usage(2**53 - 1, 2**53 - 1))
+        # Otherwise this would be refused, since the limits could not be counted.
+        await reserve(limiter, "other", Limits(requests_per_minute=1))
+        assert (await refusal(limiter, "other", Limits(requests_per_minute=1))).status == 429

@@ -13,7 +13,7 @@ ended, its reservation is *settled*: the slot is free, and the tokens are what w
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import attrs
 
@@ -21,7 +21,11 @@ from ..core.principal import Limits
 from .calendar import period_of
 from .window import Entry, SlidingLog
 
-__all__ = ["Account", "Demand", "Grant", "LimitState", "Refusal", "RefusalKind", "Standing"]
+__all__ = ["MOST_TOKENS", "Account", "Demand", "Grant", "LimitState", "Refusal", "RefusalKind", "Standing"]
+
+#: Tokens that are counted of one request, at most. Clients may name any number, and so may models; the sums of what
+#: they name must be numbers that a Redis server can count, since another one stops the counting for all keys.
+MOST_TOKENS: Final = 1 << 40
 
 #: Why a request is refused. ``size``: it can never be admitted; ``budget``: the period's tokens are used up.
 RefusalKind: TypeAlias = Literal["requests", "tokens", "concurrency", "size", "budget"]

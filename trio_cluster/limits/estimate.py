@@ -25,7 +25,7 @@ import trio
 from ..core.answer import Usage
 from ..core.limits import PARSE_IN_THREAD
 from ..core.request import Request
-from .account import Demand
+from .account import MOST_TOKENS, Demand
 
 __all__ = ["BYTES_PER_TOKEN", "MEDIA_TOKENS", "UNKNOWN_ANSWER", "Estimator"]
 
@@ -115,7 +115,7 @@ class Estimator:
             else:
                 known = recent.answer if recent is not None else 0
                 answer = (known or UNKNOWN_ANSWER) * count
-        return Demand(prompt + answer, least, prompt)
+        return Demand(min(prompt + answer, MOST_TOKENS), min(least, MOST_TOKENS), prompt)
 
     def learn(self, request: Request, usage: Usage) -> None:
         """Take note of what a request has used, of whose answer that is known. Synchronous."""

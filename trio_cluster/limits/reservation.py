@@ -34,7 +34,7 @@ from typing import Final, TypeAlias
 
 from ..core.answer import Done, Failed, Usage
 from ..core.call import Call
-from .account import Demand, LimitState
+from .account import MOST_TOKENS, Demand, LimitState
 from .estimate import BYTES_PER_TOKEN
 
 __all__ = ["Reservation", "Settle"]
@@ -133,7 +133,7 @@ class Reservation:
             if end.usage is None:
                 return None if call.status < _FIRST_ERROR else 0
             self._learn(call, end.usage)
-            return end.usage.prompt_tokens + end.usage.completion_tokens
+            return min(end.usage.prompt_tokens + end.usage.completion_tokens, MOST_TOKENS)
         if not call.begun:
             return 0
         return min(self.tokens, self._demand.prompt + call.produced // BYTES_PER_TOKEN)
