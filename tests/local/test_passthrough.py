@@ -117,6 +117,15 @@ async def test_an_answer_out_of_order_is_a_failure(
     assert "failed" in caplog.text
 
 
+@pytest.mark.parametrize("count", [-1, 2**53, 10**19])
+async def test_a_number_of_tokens_that_cannot_be_counted_is_a_failure(count: int, bench: Bench) -> None:
+    async def handler(call: RawCall) -> None:
+        call.report_usage(1, cached_tokens=count)
+        call.begin(200, "")
+
+    assert (await failure(bench.open(handler))).code == "handler_failed"
+
+
 @pytest.mark.parametrize("begun", [False, True])
 async def test_an_api_error_is_told_as_it_was_raised(begun: bool, bench: Bench) -> None:
     async def handler(call: RawCall) -> None:

@@ -121,13 +121,16 @@ class RawCall(CallTask):
 
         Raises:
             TypeError: a count is not an integer.
-            ValueError: a count is negative.
+            ValueError: a count is negative, or 2**53 or more.
         """
         for count in (prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens):
             if not isinstance(count, int) or isinstance(count, bool):
                 raise TypeError(f"a number of tokens must be an integer, not {count!r}")
             if count < 0:
                 raise ValueError(f"a number of tokens must not be negative: {count}")
+            # Refused here, where the handler learns of it: no message to a master can carry it.
+            if count >= 1 << 53:
+                raise ValueError(f"a number of tokens must be less than 2**53: {count}")
         self._usage = Usage(prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens)
 
     async def prepare(self) -> None:
