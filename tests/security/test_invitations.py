@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, strategies as st
 from trio_cluster.core.state_dir import StateDir, StateDirError
 from trio_cluster.security import invitations
 from trio_cluster.security.invitations import JoinRefused, Members, Token, TokenError
+from trio_cluster.security.joining import JoinFailed, join as join_cluster
 
 NOW = 1_800_000_000.0
 ADDRESSES = ["gpu.lan:8080", "[fd00::1]:8080"]
@@ -59,6 +62,20 @@ def test_a_part_of_a_token_is_not_taken_for_a_whole_one(members: Members) -> Non
             continue
     with pytest.raises(TokenError, match="no invitation; one begins with tcj-"):
         Token.decode("tc-abcdef")
+
+
+@pytest.mark.parametrize(
+    "content", ['[5, "ab", "cd"]', '["gpu:1", "ab", "cd"]', '[["gpu:1"], 5, 6]', "[[7], 5]", "{}"]
+)
+def test_what_is_well_packed_but_no_token_is_refused(content: str) -> None:
+    packed = hashlib.sha256(content.encode()).digest()[:4] + content.encode()
+    with pytest.raises(TokenError):
+        Token.decode("tcj-" + base64.urlsafe_b64encode(packed).decode())
+
+
+def test_a_token_with_an_address_that_is_none_is_a_failure_to_join(tmp_path: Path) -> None:
+    with pytest.raises(JoinFailed, match="expected HOST:PORT, got 'gpu'"):
+        join_cluster(StateDir(tmp_path), Token(("gpu",), "ab", "cd").encode(), "w1")
 
 
 def test_the_secret_is_neither_kept_nor_shown(members: Members, tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ class Token:
             if hashlib.sha256(content).digest()[:4] != check:
                 raise ValueError
             addresses, authority, secret = json.loads(content)
+            if not isinstance(addresses, list) or not all(
+                isinstance(each, str) for each in (*addresses, authority, secret)
+            ):
+                raise ValueError
         except (ValueError, binascii.Error) as error:
             raise TokenError("the invitation is not complete; copy the whole line") from error
         return cls(tuple(addresses), authority, secret)

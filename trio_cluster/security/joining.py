@@ -176,7 +176,10 @@ def _fetch(address: str, context: ssl.SSLContext, path: str) -> bytes:
 
 
 def _exchange(address: str, context: ssl.SSLContext, method: str, path: str, body: bytes | None) -> bytes:
-    host, port = split_address(address)
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        raise JoinFailed(f"the invitation: {error}") from None
     headers = {"Host": address, "Connection": "close", "Content-Type": "application/json"}
     try:
         with (
