@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import trio
+from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from trio_cluster import (
     ChatRequest,
@@ -23,8 +24,14 @@ from trio_cluster import (
     ServerOptions,
     check_is_cluster_server,
 )
+from trio_cluster.core.state_dir import StateDir
 from trio_cluster.errors import ClusterError
+from trio_cluster.link.websocket import PATH
+from trio_cluster.protocol import SUBPROTOCOL
+from trio_cluster.security.authority import MASTER_NAME
+from trio_cluster.security.contexts import client_context
 from trio_cluster.security.invitations import Token
+from trio_cluster.security.joining import join as join_cluster
 
 HOST = "127.0.0.1"
 
@@ -215,6 +222,27 @@ async def test_a_worker_that_is_revoked_loses_its_link_and_does_not_come_back(
         await make(tmp_path / "worker").run_as_member()
     response = await master.ask("POST", "/cluster/workers/nobody/revoke")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "worker_not_found")
+
+
+async def test_a_connection_that_has_not_joined_yet_ends_when_its_certificate_is_revoked(
+    master: Master, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    token = await master.invite(name="gpu-1")
+    member, pem = await trio.to_thread.run_sync(join_cluster, StateDir(tmp_path / "worker"), token, "gpu-1")
+    context = client_context(authority=member.authority, certificate=pem)
+    plain = await trio.open_tcp_stream(HOST, master.port + 1000)
+    stream = trio.SSLStream(plain, context, server_hostname=MASTER_NAME)
+    link = await wrap_client_stream(nursery, stream, HOST, PATH, subprotocols=[SUBPROTOCOL])
+    response = await master.ask("POST", "/cluster/workers/gpu-1/revoke")
+    assert response.json()["was_connected"]
+
+    async def read_all() -> None:
+        while True:
+            await link.get_message()
+
+    with pytest.raises(ConnectionClosed) as closed:
+        await read_all()
+    assert "was revoked" in str(closed.value.reason.reason)
 
 
 async def test_a_rotation_reaches_workers_and_old_ones_are_accepted_meanwhile(

@@ -206,14 +206,18 @@ class WorkerManager:
     def drop_worker(self, name: str, reason: str) -> bool:
         """End the link of a worker at once; its calls fail. Synchronous.
 
+        A connection that was admitted with the certificate of this worker ends, too, although it has not joined yet:
+        its certificate is not looked at again.
+
         Returns:
             Whether a worker of this name was connected.
         """
+        found = False
         for connection in list(self._connections):
-            if connection.worker is not None and connection.worker.name == name:
+            if connection.is_of(name):
                 connection.link.end(reason)
-                return True
-        return False
+                found = True
+        return found
 
     async def close_all(self, reason: str) -> None:
         """Close all links as soon as what is queued has been sent, and wait for that. A checkpoint.
@@ -412,6 +416,12 @@ class WorkerConnection:
                 self._log(f"worker drains: {event.reason}", worker)
             case ForwardResponse() | Done() | Failed():
                 worker.on_event(event)
+
+    def is_of(self, name: str) -> bool:
+        """Tell whether a worker of this name is at the other end, or one that may only join with this name."""
+        if self.worker is None:
+            return not self.joined and self._admitted.name == name
+        return self.worker.name == name
 
     def _holder_of_name(self, handshake: Handshake) -> WorkerConnection | None:
         """Return the connection of another process that is alive and has the name of this worker, if there is one."""
