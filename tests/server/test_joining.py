@@ -243,6 +243,7 @@ async def test_a_connection_that_has_not_joined_yet_ends_when_its_certificate_is
     with pytest.raises(ConnectionClosed) as closed:
         await read_all()
     assert "was revoked" in str(closed.value.reason.reason)
+    await trio.aclose_forcefully(stream)
 
 
 async def test_a_rotation_reaches_workers_and_old_ones_are_accepted_meanwhile(
