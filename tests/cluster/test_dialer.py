@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock
 
 from trio_cluster.cluster import dialer
 from trio_cluster.cluster.dialer import MemberDialer
+from trio_cluster.core.state_dir import StateDir
+from trio_cluster.security.membership import neighbour
 
 ADDRESSES = [("a", 1), ("b", 2), ("c", 3)]
 
@@ -36,7 +40,7 @@ class Machines:
 def machines(monkeypatch: pytest.MonkeyPatch) -> Machines:
     found = Machines()
     monkeypatch.setattr(dialer, "TlsNetwork", lambda *_: found)
-    monkeypatch.setattr(MemberDialer, "_make_context", lambda _: None)
+    monkeypatch.setattr(MemberDialer, "_make_context", lambda *_: None)
     return found
 
 
@@ -81,3 +85,18 @@ async def test_without_an_answer_the_first_reason_is_raised(
     machines.states["a"] = "down"
     with pytest.raises(ConnectionRefusedError):
         await dialer_for(machines).connect()
+
+
+async def test_a_renewed_certificate_that_cannot_be_read_does_not_end_the_worker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateDir(tmp_path / "master")
+    membership, path = neighbour(state, datetime.datetime.now(datetime.UTC))
+    network: Any = None
+    member = MemberDialer(network, state, membership, path, ADDRESSES, None)
+    path.write_text("rubbish")
+    renewed = attrs.evolve(membership, name="renewed")
+    monkeypatch.setattr("trio_cluster.security.joining.renew_if_due", lambda *_: renewed)
+    with trio.move_on_after(0.2):
+        await member.run()
+    assert "the certificate of this worker could not be checked" in caplog.text

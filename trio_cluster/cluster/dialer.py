@@ -116,10 +116,10 @@ class MemberDialer(Dialer):
         self._certificate = certificate
         self._addresses = deque(addresses)
         self._internal_port = internal_port
-        self._context = self._make_context()
+        self._context = self._make_context(membership)
 
-    def _make_context(self) -> ssl.SSLContext:
-        return client_context(authority=self._membership.authority, certificate=self._certificate)
+    def _make_context(self, membership: Membership) -> ssl.SSLContext:
+        return client_context(authority=membership.authority, certificate=self._certificate)
 
     async def connect(self) -> ByteStream:
         """See ``Dialer``."""
@@ -160,11 +160,13 @@ class MemberDialer(Dialer):
 
         try:
             renewed = await run_in_thread(renew_if_due, state, self._membership, abandon_on_cancel=True)
+            if renewed == self._membership:
+                return _RENEWAL
+            # It reads a file, which may be gone or damaged. The old certificate is used until the next attempt then.
+            self._context = self._make_context(renewed)
         except Exception as error:
             logger.warning("the certificate of this worker could not be checked: %s", error)
             return _RENEWAL_RETRY
-        if renewed != self._membership:
-            self._membership = renewed
-            self._context = self._make_context()
-            logger.info("the certificate of this worker was renewed")
+        self._membership = renewed
+        logger.info("the certificate of this worker was renewed")
         return _RENEWAL
