@@ -22,7 +22,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, cast
 
 import trio
 from msgspec import UNSET
@@ -57,7 +57,7 @@ from .limits.memory import MemoryLimiter
 from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
 from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
-from .net.tls import with_tls
+from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
@@ -66,12 +66,9 @@ from .security.master_tls import MasterTls, open_tls
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
 
-__all__ = ["TLS_REQUIRED", "Node"]
+__all__ = ["Node"]
 
 logger = logging.getLogger("trio_cluster.node")
-
-#: The answer to a client that speaks HTTP where TLS is expected.
-TLS_REQUIRED: Final = "This port speaks TLS: use https:// in the URL"
 
 
 class Node:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import logging
 import os
 import socket
 import warnings
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from quart_trio import QuartTrio
 
 __all__ = ["ClusterServer"]
+
+logger = logging.getLogger("trio_cluster.tls")
 
 Started = trio.TaskStatus[ClusterMode]
 
@@ -580,12 +583,20 @@ class ClusterServer:
             membership = importlib.import_module(".security.membership", __package__)
         except ImportError as error:
             raise ClusterError(
-                "to join a cluster, the package cryptography is needed: pip install 'trio-cluster[tls]'"
+                "to join a cluster, the package cryptography is needed: pip install cryptography"
             ) from error
         directory = path_of(self._options.state_dir) or default_state_dir(os.environ, "worker")
 
         def open_membership() -> Any:
             state = StateDir(directory)
+            before = membership.load_membership(state)
+            if token is not None and before is not None and before[0].token != membership.token_digest(token):
+                logger.warning(
+                    "this worker joins anew: its membership as '%s' in %s is replaced; two workers of one machine need "
+                    "a --state-dir each",
+                    before[0].name,
+                    directory,
+                )
             if token is not None:
                 name = self._options.server.worker_id or f"{socket.gethostname()[:40]}-{randomness.token(3)}"
                 return state, security.join(state, token, name)

@@ -122,9 +122,7 @@ def test_a_url_that_is_none_is_not_repeated(url: str) -> None:
 
 def test_the_package_that_postgresql_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(
-        StoreError, match=r"needs the package psycopg: pip install 'trio-cluster\[postgresql\]'"
-    ):
+    with pytest.raises(StoreError, match=r"needs the package psycopg: pip install 'psycopg\[binary\]'"):
         Store("postgresql://me@host/name")
 
 

@@ -248,7 +248,7 @@ def asked(draw: st.DrawFn) -> Sent:
     schema = content[media_type]["schema"]
     model, allowed = draw(_models(endpoint))
     route = draw(st.sampled_from([endpoint.path, "/tokenize"])) if model == RAW_MODEL else endpoint.path
-    path = draw(st.sampled_from(["/v1", ""])) + route + draw(st.sampled_from(["", "", "/", "?a=b&model=x"]))
+    path = draw(st.sampled_from(["/v1", ""])) + route + draw(st.sampled_from(["", "", "/", "?a=b&c=%20"]))
     care = draw(st.sampled_from(["fits", "fits", "fits", "nearly", "garbage"]))
     if media_type == "multipart/form-data":
         body = draw(_forms(schema, model, care))

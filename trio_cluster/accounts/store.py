@@ -295,7 +295,7 @@ class Store:
             raise StoreError("database: expected a URL such as postgresql://USER@HOST/NAME") from None
         except ModuleNotFoundError as error:
             raise StoreError(
-                f"database: PostgreSQL needs the package {error.name}: pip install 'trio-cluster[postgresql]'"
+                f"database: PostgreSQL needs the package {error.name}: pip install 'psycopg[binary]'"
             ) from None
         except OSError as error:
             raise StoreError(f"database {self.name}: {error.strerror}") from None

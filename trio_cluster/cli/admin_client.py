@@ -23,8 +23,7 @@ import trio
 from ..cluster.probe import check_is_cluster_server
 from ..errors import ClusterError
 from ..net.sockets import INTERNAL_OFFSET
-from ..net.tls import why_refused
-from ..node import TLS_REQUIRED
+from ..net.tls import TLS_REQUIRED, why_refused
 from ..security.contexts import client_context
 
 __all__ = ["NodeAddress", "node_url", "printable", "request_json"]

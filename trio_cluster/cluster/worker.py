@@ -27,6 +27,7 @@ from ..link.websocket import dial
 from ..local.pool import HandlerPool
 from ..net.sockets import why_not_connected
 from ..net.streams import ByteStream
+from ..net.tls import TLS_REQUIRED
 from ..net.watchdog import InjectableStream, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
@@ -423,6 +424,8 @@ class MasterConnection:
 def _refusal(host: str, closed: LinkClosed) -> str:
     if closed.status in (401, 403):
         return f"{host}: {closed.why}"
+    if TLS_REQUIRED in closed.why:
+        return f"{host}: this master speaks TLS: connect to https://{host}, or join with an invitation"
     return (
         f"{host}: this is not the port on which a trio_cluster master takes workers ({closed.why}); "
         "that is the port of its API plus 1000"

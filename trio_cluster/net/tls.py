@@ -41,6 +41,7 @@ from .sockets import Listeners
 from .streams import Address, ByteStream, Listener, PeerCertificate, TlsSession
 
 __all__ = [
+    "TLS_REQUIRED",
     "MakeContext",
     "TlsHandshakeFailed",
     "TlsListener",
@@ -52,6 +53,9 @@ __all__ = [
 
 #: Returns the context for the next connection. Synchronous; called for each, so that new certificates apply at once.
 MakeContext: TypeAlias = Callable[[], ssl.SSLContext]
+
+#: The answer to a client that speaks HTTP where TLS is expected.
+TLS_REQUIRED: Final = "This port speaks TLS: use https:// in the URL"
 
 #: Bytes of ciphertext that are read at a time; a record has up to 16 KiB.
 _RECEIVE: Final = 64 * 1024
@@ -427,6 +431,12 @@ async def connect_tls(stream: ByteStream, context: ssl.SSLContext, server_name: 
     tls = TlsStream(stream, context, server_name=server_name)
     try:
         await tls.handshake()
+    except TlsHandshakeFailed as error:
+        tls.close()
+        hint = ""
+        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+            hint = "; give its authority with --ca-file, or join with an invitation"
+        raise ConnectionError(f"TLS: {error}{hint}") from None
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         tls.close()
         # Without its cause, which people would be shown in its place.

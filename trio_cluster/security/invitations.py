@@ -27,6 +27,7 @@ from typing import Any, Final
 import attrs
 
 from ..core.state_dir import StateDir, StateDirError
+from ..errors import ClusterError
 
 __all__ = [
     "MAX_CERTIFICATES",
@@ -50,7 +51,7 @@ MAX_INVITATIONS: Final = 10_000
 MAX_CERTIFICATES: Final = 1000
 
 
-class TokenError(ValueError):
+class TokenError(ClusterError, ValueError):
     """A text is no token; the message says what is wrong with it."""
 
 

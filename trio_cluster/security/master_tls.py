@@ -115,7 +115,7 @@ class MasterTls:
         except ImportError as error:
             if self._certificate is None:
                 raise TlsUnavailable(
-                    "tls 'auto' needs the package cryptography: pip install 'trio-cluster[tls]'; or set "
+                    "tls 'auto' needs the package cryptography: pip install cryptography; or set "
                     "tls_cert and tls_key"
                 ) from error
             # With certificates of the operator's, only invitations need it.
@@ -317,7 +317,7 @@ class MasterTls:
         if self.authority is None or self.members is None:
             raise TlsUnavailable(
                 "this master has no authority, so it can invite no workers: that needs the package cryptography "
-                "(pip install 'trio-cluster[tls]') and a state_dir"
+                "(pip install cryptography) and a state_dir"
             )
         return self.authority, self.members
 
