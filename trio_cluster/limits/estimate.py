@@ -20,11 +20,11 @@ from typing import Any, Final
 
 import attrs
 import msgspec
-import trio
 
 from ..core.answer import Usage
 from ..core.limits import PARSE_IN_THREAD
 from ..core.request import Request
+from ..core.threads import run_in_thread
 from .account import MOST_TOKENS, Demand
 
 __all__ = ["BYTES_PER_TOKEN", "MEDIA_TOKENS", "UNKNOWN_ANSWER", "Estimator"]
@@ -92,10 +92,14 @@ class Estimator:
         self._recent: OrderedDict[tuple[str, str], _Recent] = OrderedDict()
 
     async def estimate_request(self, request: Request) -> Demand:
-        """Return the tokens that a request may use. A checkpoint only if its body is large: then a thread reads it."""
+        """Return the tokens that a request may use. A checkpoint only if its body is large: then a thread reads it.
+
+        Raises:
+            NoThread: no thread can be started for that.
+        """
         if len(request.body) < PARSE_IN_THREAD:
             return self.estimate(request)
-        return await trio.to_thread.run_sync(self.estimate, request, abandon_on_cancel=True)
+        return await run_in_thread(self.estimate, request, abandon_on_cancel=True)
 
     def estimate(self, request: Request) -> Demand:
         """Return the tokens that a request may use. Synchronous."""
