@@ -32,6 +32,7 @@ from .accounts.accounts import Accounts, open_accounts
 from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
 from .admin.membership import Membership
+from .cluster.admission import Doorkeeper
 from .cluster.dialer import Dialer
 from .cluster.master import WorkerManager
 from .cluster.model_memory import ModelMemory
@@ -222,8 +223,10 @@ class Node:
         memory = None if state is None else self._model_memory(state)
         limiter = self._node_context.limiter = self._new_limiter(state)
         self._tls = await open_tls(self._options, state)
-        is_revoked = (lambda _: False) if self._tls is None else self._tls.is_revoked
-        manager = WorkerManager(self._router.catalog, self._options, self._id, is_revoked)
+        doorkeeper = Doorkeeper(self._options)
+        if self._tls is not None:
+            doorkeeper = Doorkeeper(self._options, self._tls.is_revoked, self._tls.is_member)
+        manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:

@@ -64,3 +64,14 @@ def test_the_token_is_read_for_each_worker() -> None:
     assert isinstance(doorkeeper.admit({}, None), Admitted)
     options.cluster_token = "secret"
     assert isinstance(doorkeeper.admit({}, None), Refusal)
+
+
+def test_the_name_of_a_worker_that_was_invited_is_nobody_elses() -> None:
+    doorkeeper = Doorkeeper(ClusterServerOptions(), is_member={"w1"}.__contains__)
+    assert doorkeeper.why_not(Admitted("certificate", "w1"), "w1") is None
+    assert doorkeeper.why_not(Admitted("certificate", "w1"), "w2") == (
+        "the certificate is for the worker 'w1', and not for 'w2'"
+    )
+    for how in ("token", "open"):
+        assert doorkeeper.why_not(Admitted(how), "w2") is None  # type: ignore[arg-type]
+        assert doorkeeper.why_not(Admitted(how), "w1") == "the name 'w1' belongs to a worker that was invited"  # type: ignore[arg-type]

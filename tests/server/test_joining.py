@@ -310,6 +310,7 @@ async def test_a_worker_that_does_not_trust_the_master_goes_on_trying_and_says_w
     with trio.move_on_after(1):
         await make(tmp_path / "worker").run_as_worker(HOST, master.server.internal_port, tls=True)
     assert "TLS: the certificate is not accepted: " in caplog.text
+    assert "give its authority with --ca-file, or join with an invitation" in caplog.text
 
 
 async def test_both_ports_answer_http_without_tls_with_one_readable_400(master: Master) -> None:
@@ -431,3 +432,25 @@ async def test_requests_to_join_that_are_refused_cost_one_line(
         assert (response.status_code, response.json()["error"]["code"]) == (403, "invitation_refused")
     assert caplog.text.count("this invitation is not known to this master") == 1
     assert "guess" not in caplog.text
+
+
+async def test_a_worker_that_joins_anew_is_told_what_it_gives_up(
+    master: Master, nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await joined(nursery, make(tmp_path / "worker"), await master.invite(name="first"))
+    worker.stop()
+    await joined(nursery, make(tmp_path / "worker"), await master.invite(name="second"))
+    assert caplog.text.count("its membership as 'first' in") == 1
+    assert "a --state-dir each" in caplog.text
+
+
+async def test_a_worker_without_tls_is_told_that_its_master_has_it(master: Master, tmp_path: Path) -> None:
+    assert master.server.internal_port is not None
+    with pytest.raises(HandshakeRefused, match=r"this master speaks TLS: connect to https://127\.0\.0\.1"):
+        await make(tmp_path / "worker").run_as_worker(HOST, master.server.internal_port)
+
+
+async def test_a_damaged_invitation_is_one_clear_error(tmp_path: Path) -> None:
+    for text, why in (("tcj-...", "not complete"), ("tc-key", "no invitation")):
+        with pytest.raises(ClusterError, match=why):
+            await make(tmp_path / "worker").run_as_member(text)

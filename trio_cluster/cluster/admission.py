@@ -41,6 +41,8 @@ class Doorkeeper:
     """Read at the time of use."""
     is_revoked: Callable[[str], bool] = _never
     """Tells whether the certificate with this serial number was revoked."""
+    is_member: Callable[[str], bool] = _never
+    """Tells whether a worker of this name was invited; nobody else may have its name then."""
 
     def admit(self, headers: dict[str, str], tls: TlsSession | None) -> Admitted | Refusal:
         """Decide about a worker that asks to join. Synchronous.
@@ -65,3 +67,12 @@ class Doorkeeper:
                 "this master admits workers with an invitation (trio-cluster invite) or with the cluster token",
             )
         return Admitted("open")
+
+    def why_not(self, admitted: Admitted, name: str) -> str | None:
+        """Return why an admitted worker may not have a name; ``None`` if it may. Synchronous."""
+        if admitted.name is not None:
+            if admitted.name != name:
+                return f"the certificate is for the worker '{admitted.name}', and not for '{name}'"
+        elif self.is_member(name):
+            return f"the name '{name}' belongs to a worker that was invited"
+        return None

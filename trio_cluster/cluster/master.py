@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NoReturn
 
 import trio
@@ -84,7 +84,7 @@ class WorkerManager:
         catalog: where their models are registered.
         options: read at the time of use.
         node_id: the name of this master.
-        is_revoked: tells whether the certificate with a serial number was revoked.
+        doorkeeper: decides which workers are admitted; ``None``: by the token of the options, if there is one.
 
     Attributes:
         workers: the connected workers, by name.
@@ -95,13 +95,13 @@ class WorkerManager:
         catalog: Catalog,
         options: ClusterServerOptions,
         node_id: str,
-        is_revoked: Callable[[str], bool] = lambda _: False,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self.workers: dict[str, RemoteWorker] = {}
         self._catalog = catalog
         self._options = options
         self._node_id = node_id
-        self._doorkeeper = Doorkeeper(options, is_revoked)
+        self._doorkeeper = Doorkeeper(options) if doorkeeper is None else doorkeeper
         # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
         self._all_closed = trio.lowlevel.ParkingLot()
@@ -436,9 +436,9 @@ class WorkerConnection:
 
     def _on_handshake(self, handshake: Handshake) -> None:
         """Let the worker join, in the place of an older connection of its own process, or refuse it."""
-        name, own_name = handshake.node_id, self._admitted.name
-        if own_name not in (None, name):
-            self.link.end(f"the certificate is for the worker '{own_name}', and not for '{name}'")
+        name = handshake.node_id
+        if why := self._doorkeeper.why_not(self._admitted, name):
+            self.link.end(why)
             return
         holder = self._holder_of_name(handshake)
         if holder is not None:

@@ -90,12 +90,21 @@ class StateDir:
                     file.flush()
                     os.fsync(handle)
                 temporary.replace(self.path / name)
+                self._sync()
             except BaseException:
                 with suppress(OSError):
                     temporary.unlink()
                 raise
         except OSError as error:
             raise self._error(f"{name}: {error.strerror}") from error
+
+    def _sync(self) -> None:
+        """Have the names in the directory survive a loss of power, too."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one.

@@ -276,6 +276,11 @@ class Members:
         if member is not None and member.key != key:
             raise JoinRefused(f"the worker '{name}' has another key")
 
+    def is_member(self, name: str) -> bool:
+        """Tell whether a worker of this name has joined, and was not revoked."""
+        member = self._members.get(name)
+        return member is not None and not member.revoked
+
     def is_revoked(self, serial: str) -> bool:
         """Tell whether a certificate was revoked."""
         return serial in self._revoked

@@ -135,6 +135,10 @@ class MasterTls:
         """Tell whether the certificate of a worker was revoked. Synchronous."""
         return self.members is not None and self.members.is_revoked(serial)
 
+    def is_member(self, name: str) -> bool:
+        """Tell whether a worker of this name was invited, and not revoked since. Synchronous."""
+        return self.members is not None and self.members.is_member(name)
+
     async def run(self) -> None:
         """Read certificates again when they change, and renew the own one, until cancelled."""
         checked = time.time()
