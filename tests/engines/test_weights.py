@@ -214,8 +214,10 @@ def test_ctrl_c_during_the_download_leaves_nothing(shelf: Path, cache: Path, tmp
     slow.chmod(0o755)
     wheel = make_wheel(shelf)
     script = f"""
-        import io, sys, trio
+        import io, signal, sys, trio
         sys.path.insert(0, {str(Path(__file__).parent)!r})
+        # What runs the tests in the background may have them ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from test_weights import pinned, Path
         from trio_cluster.engines._weights import ensure_weights
         sys.executable = {str(slow)!r}
