@@ -235,5 +235,5 @@ def test_the_command_names_the_missing_package(monkeypatch: pytest.MonkeyPatch, 
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("pip install 'trio-cluster[postgresql]'")
+    assert done.stderr.strip().endswith("pip install 'psycopg[binary]'")
     assert done.stderr.count("\n") == 1

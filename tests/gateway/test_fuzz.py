@@ -56,7 +56,7 @@ PAUSE: Final = 40.0
 SETTLES: Final = 20.0
 
 #: Statuses of refusals. Others are never right: models do not fail, workers are not lost, and there is room for all.
-REFUSALS: Final = frozenset({400, 403, 404, 405, 408, 413, 415, 431, 501, 504, 505})
+REFUSALS: Final = frozenset({400, 403, 404, 405, 408, 409, 413, 415, 431, 501, 504, 505})
 CLIENTS_FAULT: Final = frozenset({400, 404, 405, 413, 415})
 
 
