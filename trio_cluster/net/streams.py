@@ -35,7 +35,17 @@ from typing import Any, Final, TypeAlias
 import attrs
 import trio
 
-__all__ = ["Address", "ByteStream", "Listener", "PeerCertificate", "TcpListener", "TcpStream", "TlsSession"]
+__all__ = [
+    "Address",
+    "ByteStream",
+    "DirectStream",
+    "Listener",
+    "PeerCertificate",
+    "TcpListener",
+    "TcpStream",
+    "TlsSession",
+    "closed_here",
+]
 
 #: A host, numeric unless the network is simulated, and a port. What IPv6 adds to these two is left out.
 Address: TypeAlias = tuple[str, int]
@@ -247,7 +257,42 @@ class Listener(trio.abc.Listener[ByteStream]):
         await trio.lowlevel.checkpoint()
 
 
-class TcpStream(ByteStream):
+class DirectStream(ByteStream):
+    """A stream whose waiting :meth:`write` is made of :meth:`try_write` and :meth:`wait_writable`."""
+
+    def __init__(self) -> None:
+        self._writing = False
+        self._eof_sent = False
+
+    @abstractmethod
+    def _is_closed(self) -> bool:
+        """Return whether this end was closed."""
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """See ``ByteStream``."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_writer()
+        if self._eof_sent:
+            raise trio.ClosedResourceError("this connection has sent its end of file")
+        self._writing = True
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.try_write(rest) :]
+                if rest:
+                    await self.wait_writable()
+        finally:
+            self._writing = False
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _check_writer(self) -> None:
+        if self._is_closed():
+            raise closed_here()
+        if self._writing:
+            raise trio.BusyResourceError("another task writes to this connection")
+
+
+class TcpStream(DirectStream):
     """A TCP connection, or any other connected stream socket.
 
     Args:
@@ -260,9 +305,8 @@ class TcpStream(ByteStream):
     virtual_time = False
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__()
         self._socket = stream.socket
-        self._writing = False
-        self._eof_sent = False
         # Kept, since asking a socket for its number costs a call each time.
         self.descriptor: int = self._socket.fileno()
 
@@ -284,7 +328,7 @@ class TcpStream(ByteStream):
         """
         while True:
             if self.descriptor == _CLOSED:
-                raise _closed()
+                raise closed_here()
             await trio.lowlevel.wait_readable(self.descriptor)
             try:
                 return os.read(self.descriptor, limit)
@@ -314,25 +358,8 @@ class TcpStream(ByteStream):
     async def wait_writable(self) -> None:
         """See ``ByteStream``."""
         if self.descriptor == _CLOSED:
-            raise _closed()
+            raise closed_here()
         await trio.lowlevel.wait_writable(self.descriptor)
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """See ``ByteStream``."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_writer()
-        if self._eof_sent:
-            raise trio.ClosedResourceError("this connection has sent its end of file")
-        self._writing = True
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self.try_write(rest) :]
-                if rest:
-                    await self.wait_writable()
-        finally:
-            self._writing = False
-        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def write_eof(self) -> None:
         """See ``ByteStream``."""
@@ -356,15 +383,12 @@ class TcpStream(ByteStream):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.close()
 
-    def _check_writer(self) -> None:
-        if self.descriptor == _CLOSED:
-            raise _closed()
-        if self._writing:
-            raise trio.BusyResourceError("another task writes to this connection")
+    def _is_closed(self) -> bool:
+        return self.descriptor == _CLOSED
 
     def _failure(self, error: OSError) -> Exception:
         if self.descriptor == _CLOSED:
-            return _closed()
+            return closed_here()
         return trio.BrokenResourceError(f"socket connection broken: {error}")
 
 
@@ -400,7 +424,7 @@ class TcpListener(Listener):
             raise trio.WouldBlock from None
         except OSError:
             if self._socket.fileno() == _CLOSED:
-                raise _closed() from None
+                raise closed_here() from None
             raise
         return TcpStream(trio.SocketStream(trio.socket.from_stdlib_socket(accepted)))
 
@@ -423,5 +447,6 @@ def _address(name: tuple[Any, ...] | str | bytes) -> Address:
     return host, port
 
 
-def _closed() -> trio.ClosedResourceError:
+def closed_here() -> trio.ClosedResourceError:
+    """Return the error of what is done with a connection that was closed at this end."""
     return trio.ClosedResourceError("this connection has been closed")

@@ -38,7 +38,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from .sockets import Listeners
-from .streams import Address, ByteStream, Listener, PeerCertificate, TlsSession
+from .streams import Address, ByteStream, DirectStream, Listener, PeerCertificate, TlsSession, closed_here
 
 __all__ = [
     "TLS_REQUIRED",
@@ -70,7 +70,7 @@ class TlsHandshakeFailed(trio.BrokenResourceError):
     """The peers could not agree on a TLS session. The message is one line that says why."""
 
 
-class TlsStream(ByteStream):
+class TlsStream(DirectStream):
     """TLS on a connection. Before it is used, :meth:`handshake` has to return.
 
     Args:
@@ -92,6 +92,7 @@ class TlsStream(ByteStream):
         server_name: str | None = None,
         plain_reply: Callable[[], bytes] | None = None,
     ) -> None:
+        super().__init__()
         self.tls = None
         self.descriptor = transport.descriptor
         self.writes_directly = transport.writes_directly
@@ -114,9 +115,7 @@ class TlsStream(ByteStream):
         self._uncounted = 0
         # The stream has come to its end.
         self._ended = False
-        self._eof_sent = False
         self._closed = False
-        self._writing = False
 
     @property
     def pending(self) -> bool:
@@ -158,10 +157,7 @@ class TlsStream(ByteStream):
             if first and self._ssl.server_side and data:
                 await self._refuse_plain(data)
             first = False
-            if data:
-                self._incoming.write(data)
-            else:
-                self._incoming.write_eof()
+            self._feed(data)
         await self._write_outgoing()
         alpn = self._ssl.selected_alpn_protocol()
         peer = _peer_certificate(self._ssl.getpeercert() or {})
@@ -191,7 +187,7 @@ class TlsStream(ByteStream):
     async def read(self, limit: int) -> bytes:
         """See ``ByteStream``."""
         if self._closed:
-            raise _closed()
+            raise closed_here()
         if self._ended or self.pending:
             await trio.lowlevel.checkpoint_if_cancelled()
             data = self._decrypt(limit)
@@ -209,7 +205,7 @@ class TlsStream(ByteStream):
     def read_nowait(self, limit: int) -> bytes:
         """See ``ByteStream``."""
         if self._closed:
-            raise _closed()
+            raise closed_here()
         if self.pending and (data := self._decrypt(limit)):
             return data
         while not self._ended:
@@ -257,7 +253,7 @@ class TlsStream(ByteStream):
         """See ``ByteStream``."""
         with self._lock:
             if self._closed:
-                raise _closed()
+                raise closed_here()
             taken = 0
             if self._unsent or self._uncounted:
                 if not self._flush():
@@ -304,33 +300,10 @@ class TlsStream(ByteStream):
         """See ``ByteStream``."""
         await self._transport.wait_writable()
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """See ``ByteStream``."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._closed:
-            raise _closed()
-        if self._writing:
-            raise trio.BusyResourceError("another task writes to this connection")
-        if self._eof_sent:
-            raise trio.ClosedResourceError("this connection has sent its end of file")
-        self._writing = True
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self.try_write(rest) :]
-                if rest:
-                    await self.wait_writable()
-        finally:
-            self._writing = False
-        await trio.lowlevel.cancel_shielded_checkpoint()
-
     async def write_eof(self) -> None:
         """See ``ByteStream``."""
         await trio.lowlevel.checkpoint()
-        if self._closed:
-            raise _closed()
-        if self._writing:
-            raise trio.BusyResourceError("another task writes to this connection")
+        self._check_writer()
         self._eof_sent = True
         with self._lock:
             self._shut_down()
@@ -340,6 +313,9 @@ class TlsStream(ByteStream):
             with self._lock:
                 complete = self._flush()
         await self._transport.write_eof()
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def _shut_down(self) -> None:
         """Put ``close_notify`` behind what was written. The lock must be held."""
@@ -502,7 +478,3 @@ def _peer_certificate(shown: Mapping[str, Any]) -> PeerCertificate | None:
         return None
     subject = {name: value for part in shown.get("subject", ()) for name, value in part}
     return PeerCertificate(subject.get("commonName", ""), f"{int(shown['serialNumber'], 16):x}")
-
-
-def _closed() -> trio.ClosedResourceError:
-    return trio.ClosedResourceError("this connection has been closed")
