@@ -24,6 +24,7 @@ from .cluster.master import WorkerManager
 from .cluster.probe import is_master
 from .cluster.worker import WorkerClient
 from .core import randomness
+from .core.addresses import split_address
 from .core.model import ChatModelOptions, Kind, ModelInfo
 from .core.state_dir import StateDir, default_state_dir
 from .core.threads import start_in_thread
@@ -613,7 +614,7 @@ class ClusterServer:
             raise ClusterError(
                 f"this worker has joined as '{member.name}'; leave --name out, or join again with a new invitation"
             )
-        addresses = [security.split_address(address) for address in member.addresses]
+        addresses = [split_address(address) for address in member.addresses]
         internal_port = self._options.internal_port
         dialer = MemberDialer(self.network, state, member, certificate, addresses, internal_port)
         return await self._run_as_worker(dialer, member.name, task_status)

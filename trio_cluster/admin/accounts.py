@@ -7,7 +7,7 @@ in threads.
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from quart import request
 from quart_trio import QuartTrio
@@ -21,7 +21,7 @@ from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
 from ..gateway.routes import PREFIXES
-from ..openai import read_object
+from .body import json_object
 from .views import AuditEntryView, AuditView, KeysView, KeyView, NewKeyView, RevokedView, UsageView
 from .web import respond
 
@@ -48,7 +48,7 @@ def _add_keys(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def create() -> TrioResponse:
         accounts, context = _accounts(node_context), _acting()
-        record = read_new(await _content(), time.time())
+        record = read_new(await json_object(), time.time())
         key = await accounts.create_key(record, context.principal, context.client)
         return respond(json_reply(NewKeyView(key=key, **show_key(record)), 201))
 
@@ -57,7 +57,7 @@ def _add_keys(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def change(name: str) -> TrioResponse:
         accounts, context = _accounts(node_context), _acting()
-        changes = read_changes(await _content())
+        changes = read_changes(await json_object())
         record = await accounts.change_key(name, changes, context.principal, context.client)
         return respond(json_reply(KeyView(**show_key(record))))
 
@@ -68,7 +68,7 @@ def _add_keys(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def rotate(name: str) -> TrioResponse:
         accounts, context = _accounts(node_context), _acting()
-        grace = read_grace(await _content())
+        grace = read_grace(await json_object())
         key = await accounts.rotate_key(name, grace, context.principal, context.client)
         return respond(json_reply(NewKeyView(key=key, **show_key(accounts.record(name)))))
 
@@ -139,12 +139,6 @@ def _acting() -> RequestContext:
     if not context.principal.name and context.header(b"origin") is not None:
         raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
     return context
-
-
-async def _content() -> dict[str, Any]:
-    """Return the JSON object in the body of the request; an empty one if there is no body."""
-    body = await request.get_data(cache=True, as_text=False, parse_form_data=False)
-    return read_object(body) if body.strip() else {}
 
 
 def _query(key: str | None) -> UsageQuery:

@@ -19,16 +19,17 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from ..accounts.audit import AuditLog
+from ..core.addresses import split_address
 from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
 from ..core.state_dir import StateDirError
 from ..errors import ApiError, InvalidRequest
 from ..gateway.access_log import RefusedKeys
 from ..gateway.context import request_context
 from ..gateway.response import Reply, json_reply
-from ..openai import read_object
 from ..security.durations import parse_duration
 from ..security.invitations import JoinRefused
 from ..security.master_tls import Granted, MasterTls, TlsUnavailable
+from .body import json_object
 from .operator import refuse_pages
 from .web import respond
 
@@ -75,7 +76,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
         return respond(Reply(200, [("content-type", "application/x-pem-file")], found.trusted.encode()))
 
     async def join() -> TrioResponse:
-        body = await _body()
+        body = await json_object()
         secret, wanted = _text(body, "secret"), _text(body, "request")
         granted = await _granting(tls().join(secret, wanted, _text(body, "name")), refusals)
         fields = {"worker": granted.name, "address": request_context(request.scope).client}
@@ -83,7 +84,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
         return respond(json_reply(granted))
 
     async def renew() -> TrioResponse:
-        body = await _body()
+        body = await json_object()
         certificate, wanted = _text(body, "certificate"), _text(body, "request")
         granted = await _granting(tls().renew(certificate, wanted), refusals)
         logger.info("the certificate of a worker was renewed", extra={"fields": {"worker": granted.name}})
@@ -92,7 +93,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def invite() -> TrioResponse:
         context = request_context(request.scope)
         refuse_pages(context)
-        body = await _body()
+        body = await json_object()
         name = _text(body, "name") if body.get("name") is not None else None
         expires, addresses = _expires(body), _addresses(body) or list(membership.addresses())
         with _as_api_errors():
@@ -173,11 +174,6 @@ async def _granting(granting: Awaitable[Granted], refusals: RefusedKeys) -> Gran
         raise
 
 
-async def _body() -> dict[str, Any]:
-    content = await request.get_data(cache=True, as_text=False, parse_form_data=False)
-    return read_object(content) if content.strip() else {}
-
-
 def _text(body: dict[str, Any], field: str) -> str:
     value = body.get(field)
     if not isinstance(value, str) or not value:
@@ -223,11 +219,8 @@ def _addresses(body: dict[str, Any]) -> list[str]:
 
 
 def _is_address(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return (
-        bool(colon and host and text.isprintable())
-        and port.isascii()
-        and port.isdigit()
-        and len(port) <= 5
-        and 0 < int(port) < 65536
-    )
+    try:
+        split_address(text)
+    except ValueError:
+        return False
+    return text.isprintable()

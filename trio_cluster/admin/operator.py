@@ -18,7 +18,7 @@ from ..errors import ApiError, InvalidRequest
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
-from ..openai import read_object
+from .body import json_object
 from .views import CallsView, CancelView, call_view
 from .web import respond
 
@@ -39,7 +39,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     async def cancel(request_id: str) -> TrioResponse:
         context = request_context(request.scope)
         refuse_pages(context)
-        reason = _reason(await request.get_data(cache=True, as_text=False, parse_form_data=False))
+        reason = _reason((await json_object()).get("reason"))
         found = router.calls_of(request_id)
         if not found:
             raise ApiError(404, f"No call of a request '{request_id}' is in progress", code="call_not_found")
@@ -76,13 +76,12 @@ def refuse_pages(context: RequestContext) -> None:
         raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
 
 
-def _reason(body: bytes) -> str:
-    """Return the reason in the body of a request, or the default one.
+def _reason(reason: object) -> str:
+    """Return the reason that a request gives, or the default one.
 
     Raises:
-        InvalidRequest: the body is not a JSON object, or the reason is not valid.
+        InvalidRequest: it is not valid.
     """
-    reason = read_object(body).get("reason") if body.strip() else None
     if reason is None:
         return _NO_REASON
     if not isinstance(reason, str) or not 0 < len(reason) <= _REASON_MAX or not reason.isprintable():

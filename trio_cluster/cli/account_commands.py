@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
+from ..accounts.usage_row import COUNTS
 from ..errors import OptionsError
 from .admin_client import NodeAddress, printable, request_json
 from .tables import describe_keys, describe_usage
@@ -66,24 +67,12 @@ def usage(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> 
     rows = (
         [row for row in content["data"] if isinstance(row, dict)] if isinstance(content["data"], list) else []
     )
-    columns = [*groups, *_COUNTS]
+    columns = [*groups, *COUNTS]
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow([_cell(row.get(column)) for column in columns])
     return 0
-
-
-_COUNTS: Final = (
-    "requests",
-    "completed",
-    "failed",
-    "cancelled",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "usage_unknown",
-)
 
 
 def _cell(value: object) -> str:

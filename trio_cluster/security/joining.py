@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from ..core.addresses import split_address
 from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
 from ..core.state_dir import StateDir
 from ..errors import ClusterError
@@ -24,7 +25,7 @@ from .contexts import client_context, unverified_context
 from .invitations import Token
 from .membership import Membership, begin_joining, load_membership, save_membership, token_digest
 
-__all__ = ["JoinFailed", "join", "renew_if_due", "split_address"]
+__all__ = ["JoinFailed", "join", "renew_if_due"]
 
 #: Seconds that each step of a request may take.
 _TIMEOUT: Final = 10.0
@@ -108,18 +109,6 @@ def renew_if_due(state: StateDir, membership: Membership) -> Membership:
         save_membership(state, renewed)
         load_membership(state)
     return renewed
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return the host and the port of ``host:port``; a host with colons is in brackets.
-
-    Raises:
-        ValueError: it is none.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-        raise ValueError(f"expected HOST:PORT, got {address!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _first_that_answers(addresses: tuple[str, ...], ask: Callable[[str], T]) -> T:
