@@ -41,7 +41,7 @@ from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
-from .core.state_dir import StateDir, StateDirError, default_state_dir
+from .core.state_dir import StateDir, StateDirError, default_state_dir, path_of
 from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus, most_waiting
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.access_log import RefusedRequests
@@ -57,6 +57,7 @@ from .limits.limiter import Limiter
 from .limits.memory import MemoryLimiter
 from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
+from .net.names import own_names
 from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
 from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
@@ -222,7 +223,7 @@ class Node:
         state = self._open_state(state_name)
         memory = None if state is None else self._model_memory(state)
         limiter = self._node_context.limiter = self._new_limiter(state)
-        self._tls = await open_tls(self._options, state)
+        self._tls = await open_tls(self._options, state, self._own_names)
         doorkeeper = Doorkeeper(self._options)
         if self._tls is not None:
             doorkeeper = Doorkeeper(self._options, self._tls.is_revoked, self._tls.is_member)
@@ -281,7 +282,7 @@ class Node:
         if given is None and name is None:
             return None
         try:
-            path = default_state_dir(os.environ, name or "") if given is None else Path(given).expanduser()
+            path = path_of(given) or default_state_dir(os.environ, name or "")
             return StateDir(path)
         except StateDirError as error:
             if given is not None:
@@ -415,9 +416,8 @@ class Node:
 
     async def _open_tls(self, state_name: str | None) -> None:
         """Get the certificates of a node that keeps nothing else."""
-        server = self._options.server
-        if server.tls != "off" or server.tls_cert is not None:
-            self._tls = await open_tls(self._options, self._open_state(state_name))
+        if self._options.server.has_tls:
+            self._tls = await open_tls(self._options, self._open_state(state_name), self._own_names)
 
     def _with_tls(self, listeners: Listeners) -> Listeners:
         return (
@@ -488,12 +488,16 @@ class Node:
                 logger.error("cannot serve this worker's own API: %s", error)
                 listeners = []
 
+    def _own_names(self) -> list[str]:
+        """Return what a certificate of this node's own is for. Blocks."""
+        server, internal_host = self._options.server, self._options.internal_host
+        return own_names(server.host, [*server.tls_names, *([internal_host] if internal_host else [])])
+
     def _outward_addresses(self) -> list[str]:
         """Return where workers on other machines reach the API, most likely first. Synchronous."""
         server = self._options.server
         assert self.port is not None
-        hosts = [name.strip() for name in (server.tls_name or "").split(",") if name.strip()]
-        hosts.append(outward_address() if server.host in ("0.0.0.0", "::") else server.host)
+        hosts = [*server.tls_names, outward_address() if server.host in ("0.0.0.0", "::") else server.host]
         return [shown_address(host, self.port) for host in dict.fromkeys(hosts)]
 
     def _set_address(self, host: str, listeners: Listeners) -> None:

@@ -266,6 +266,16 @@ class ServerOptions:
     """Names under which clients reach a server without a key, beside addresses and ``localhost``: with commas between
     them, or ``"*"`` for any."""
 
+    @property
+    def has_tls(self) -> bool:
+        """Whether the ports of this process speak TLS."""
+        return self.tls != "off" or self.tls_cert is not None
+
+    @property
+    def tls_names(self) -> list[str]:
+        """The names in ``tls_name``."""
+        return [name.strip() for name in (self.tls_name or "").split(",") if name.strip()]
+
 
 @attrs.define
 class ClusterServerOptions:

@@ -26,7 +26,7 @@ from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.addresses import split_address
 from .core.model import ChatModelOptions, Kind, ModelInfo
-from .core.state_dir import StateDir, default_state_dir
+from .core.state_dir import StateDir, default_state_dir, path_of
 from .core.threads import start_in_thread
 from .errors import ClusterError, ClusterPortError
 from .gateway.auth import Authenticator
@@ -39,7 +39,7 @@ from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.router import Router
-from .security.contexts import client_context, path_of, unverified_context
+from .security.contexts import client_context, unverified_context
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -489,7 +489,7 @@ class ClusterServer:
                 return await self._run_as_master(external, internal, port, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
-            encrypted = self._options.server.tls != "off" or self._options.server.tls_cert is not None
+            encrypted = self._options.server.has_tls
             network = TlsNetwork(self.network, unverified_context()) if encrypted else self.network
             if await is_master(network, host, internal_port, _PROBE_TIMEOUT):
                 if self._options.server.tls != "off" and self._options.cluster_token is None:

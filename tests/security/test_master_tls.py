@@ -236,7 +236,7 @@ async def test_what_cannot_be_used_is_one_clear_error(
     (tmp_path / "empty.pem").touch()
     node = ClusterServerOptions(server=ServerOptions(**options))  # type: ignore[arg-type]
     with pytest.raises((CertificateError, OptionsError, TlsUnavailable)) as caught:
-        await open_tls(node, None)
+        await open_tls(node, None, lambda: ["127.0.0.1"])
     assert why in str(caught.value)
 
 

@@ -35,11 +35,10 @@ import trio
 
 from ..cluster.probe import check_is_cluster_server
 from ..core.redaction import without_keys
-from ..core.state_dir import default_state_dir
+from ..core.state_dir import default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import outward_address, shown_address
 from ..options import ClusterMode
-from ..security.contexts import path_of
 from ..server import ClusterServer
 from . import account_commands, logs
 from .admin_client import NodeAddress, node_url, printable, request_json
@@ -508,8 +507,7 @@ def _node_and_key(arguments: argparse.Namespace) -> tuple[NodeAddress, str | Non
     """Return the node that the command line names, and the key to send to it."""
     options = options_from(arguments)
     server = options.server
-    encrypted = server.tls != "off" or server.tls_cert is not None
-    default = f"{'https' if encrypted else 'http'}://127.0.0.1:{server.port}"
+    default = f"{'https' if server.has_tls else 'http'}://127.0.0.1:{server.port}"
     try:
         url = node_url(arguments.url if arguments.url is not None else default)
     except ValueError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import ClusterError
 
-__all__ = ["StateDir", "StateDirError", "default_state_dir"]
+__all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of"]
 
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -41,6 +41,11 @@ def default_state_dir(environ: Mapping[str, str], name: str) -> Path:
         except RuntimeError:
             raise StateDirError("there is no directory for the node's state: no home directory") from None
     return base / "trio_cluster" / name
+
+
+def path_of(text: str | None) -> Path | None:
+    """Return the path that an option names; a ``~`` in it is the user's home directory."""
+    return None if text is None else Path(text).expanduser()
 
 
 class StateDir:
@@ -99,12 +104,14 @@ class StateDir:
             raise self._error(f"{name}: {error.strerror}") from error
 
     def _sync(self) -> None:
-        """Have the names in the directory survive a loss of power, too."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        """Have the names in the directory survive a loss of power, too, where the file system can do that."""
+        # The content is in its place by now, so there is nothing to report.
+        with suppress(OSError):
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one.

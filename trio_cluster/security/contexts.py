@@ -11,16 +11,11 @@ from pathlib import Path
 
 from ..errors import ClusterError
 
-__all__ = ["CertificateError", "client_context", "path_of", "server_context", "unverified_context"]
+__all__ = ["CertificateError", "client_context", "server_context", "unverified_context"]
 
 
 class CertificateError(ClusterError):
     """A certificate, a key or a list of authorities cannot be used; the message names the file."""
-
-
-def path_of(text: str | None) -> Path | None:
-    """Return the path that an option names; a ``~`` in it is the user's home directory."""
-    return None if text is None else Path(text).expanduser()
 
 
 def server_context(

@@ -33,13 +33,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import attrs
 import trio
 
-from ..core.state_dir import StateDir
+from ..core.state_dir import StateDir, path_of
 from ..core.threads import run_in_thread, start_in_thread
 from ..errors import ClusterError, OptionsError
 from ..options import ClusterServerOptions
-from .contexts import path_of, server_context
+from .contexts import server_context
 from .invitations import JoinRefused, Members, Token
-from .names import own_names
 
 if TYPE_CHECKING:
     from .authority import Authority
@@ -147,6 +146,8 @@ class MasterTls:
             # By the clock on the wall, since a machine that was suspended has not counted the time.
             # One that was set back does not put the next look off.
             renew = not 0 <= time.time() - checked <= _RENEWAL_CHECK
+            if not renew and self._certificate is None:
+                continue
             if renew:
                 checked = time.time()
             try:
@@ -326,12 +327,15 @@ class MasterTls:
         return self.authority, self.members
 
 
-async def open_tls(options: ClusterServerOptions, state: StateDir | None) -> MasterTls | None:
+async def open_tls(
+    options: ClusterServerOptions, state: StateDir | None, names: Callable[[], Sequence[str]]
+) -> MasterTls | None:
     """Return the certificates that the options ask for; ``None`` if they ask for none. A checkpoint.
 
     Args:
         options: of the node.
         state: where an authority can be kept; ``None``: nowhere.
+        names: returns the names and addresses under which the node is reached; called in a thread.
 
     Raises:
         OptionsError: the options do not fit together.
@@ -342,17 +346,15 @@ async def open_tls(options: ClusterServerOptions, state: StateDir | None) -> Mas
     if certificate is None:
         if key is not None:
             raise OptionsError("tls_key: it needs tls_cert, the certificate that it is for")
-        if server.tls == "off":
+        if not server.has_tls:
             await trio.lowlevel.checkpoint()
             return None
         if state is None:
             raise TlsUnavailable("tls 'auto' needs a directory for the authority: set state_dir")
-    extra = [name.strip() for name in (server.tls_name or "").split(",") if name.strip()]
     alpn = ["h2", "http/1.1"] if server.http == "hypercorn" else ["http/1.1"]
 
     def make() -> MasterTls:
-        names = own_names(server.host, [*extra, *([options.internal_host] if options.internal_host else [])])
-        return MasterTls(state, names, certificate=certificate, key=key, alpn=alpn)
+        return MasterTls(state, names(), certificate=certificate, key=key, alpn=alpn)
 
     return await start_in_thread(make)
 

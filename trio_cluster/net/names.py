@@ -6,6 +6,8 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+from .sockets import outward_address
+
 __all__ = ["own_names"]
 
 
@@ -18,13 +20,7 @@ def own_names(host: str, extra: Sequence[str] = ()) -> list[str]:
     """
     found = {"localhost", "127.0.0.1", "::1", socket.gethostname(), *extra}
     if host in ("0.0.0.0", "::", ""):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                # An address for documentation (RFC 5737): nothing is sent.
-                sock.connect(("192.0.2.1", 9))
-                found.add(sock.getsockname()[0])
-            except OSError:
-                pass
+        found.add(outward_address())
         with suppress(OSError):
             found |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
     else:
