@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import trio
+from nodes import free_pair
 from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from trio_cluster import (
@@ -34,19 +35,6 @@ from trio_cluster.security.invitations import Token
 from trio_cluster.security.joining import join as join_cluster
 
 HOST = "127.0.0.1"
-
-
-def free_pair() -> int:
-    """Return a port that was free a moment ago, and whose second one was too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((HOST, 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind((HOST, port + 1000))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:

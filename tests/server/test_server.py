@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from nodes import free_pair
 from trio.testing import wait_all_tasks_blocked
 
 import trio_cluster
@@ -52,19 +53,6 @@ async def answer(server: ClusterServer, model: str = "echo") -> str:
         assert response.status_code == 200, response.text
         content: str = response.json()["choices"][0]["message"]["content"]
         return content
-
-
-def free_pair() -> int:
-    """Return a port that was free a moment ago, and whose second one was too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((HOST, 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind((HOST, port + 1000))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 # Registering

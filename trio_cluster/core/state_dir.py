@@ -7,15 +7,19 @@ or the new one.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import ClusterError
 
 __all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of"]
+
+T = TypeVar("T")
 
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -102,6 +106,34 @@ class StateDir:
                 raise
         except OSError as error:
             raise self._error(f"{name}: {error.strerror}") from error
+
+    def load(self, name: str, version: int, build: Callable[[dict[str, Any]], T], remedy: str) -> T | None:
+        """Return what :meth:`save` has kept; ``None`` if there is nothing.
+
+        Args:
+            name: of the file.
+            version: the latest version of its content that is understood.
+            build: makes of the content what is wanted, and raises an error if it cannot.
+            remedy: what to do about a damaged file; ends the message.
+
+        Raises:
+            StateDirError: the file cannot be read, is damaged, or was written by a later version.
+        """
+        content = self.read(name)
+        if content is None:
+            return None
+        try:
+            data: dict[str, Any] = json.loads(content)
+            is_later = data.pop("version") > version
+            if not is_later:
+                return build(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateDirError(f"{self.path / name}: it is damaged ({error!r}); {remedy}") from error
+        raise StateDirError(f"{self.path / name}: it was written by a later version of trio_cluster")
+
+    def save(self, name: str, version: int, content: Mapping[str, Any]) -> None:
+        """Replace a file by a JSON object with its version. See :meth:`write`."""
+        self.write(name, json.dumps({"version": version, **content}, indent=1).encode())
 
     def _sync(self) -> None:
         """Have the names in the directory survive a loss of power, too, where the file system can do that."""

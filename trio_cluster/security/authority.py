@@ -27,7 +27,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ipaddress
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +38,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ..core.state_dir import StateDir, StateDirError
+from ..core.state_dir import StateDir
 
 __all__ = [
     "GRACE",
@@ -70,6 +69,9 @@ GRACE: Final = datetime.timedelta(days=100)
 
 _VERSION: Final = 1
 _FILE: Final = "authority.json"
+_REMEDY: Final = (
+    "restore it from a backup, or remove it to make a new authority, which every worker has to join again"
+)
 _CA: Final = "ca.pem"
 _SERVER: Final = "server.pem"
 #: Bytes of the name of a worker in UTF-8, as X.509 limits a common name.
@@ -117,6 +119,19 @@ class _Retired:
     until: float
 
 
+def _read_kept(data: dict[str, Any]) -> tuple[_Keys, str, list[_Retired]]:
+    """Return the authority that a file has, its bridge, and those that it has replaced. See ``StateDir.load``."""
+    current = _Keys(**data["current"])
+    # What cannot be used is found here, and not when a worker joins.
+    try:
+        fits = current.parsed.public_key() == current.private.public_key()
+    except (AssertionError, UnsupportedAlgorithm) as error:
+        raise ValueError("the key is of another kind") from error
+    if not fits:
+        raise ValueError("the key is not that of the certificate")
+    return current, data["bridge"], [_Retired(**each) for each in data["retired"]]
+
+
 class Authority:
     """The authority of a cluster, kept in a master's state directory. All methods block.
 
@@ -130,43 +145,23 @@ class Authority:
 
     def __init__(self, state: StateDir, now: datetime.datetime) -> None:
         self._state = state
-        content = state.read(_FILE)
-        self._retired: list[_Retired] = []
-        self._bridge = ""
-        if content is None:
-            self._current = _make_authority(now)
+        self._retired: list[_Retired]
+        kept = state.load(_FILE, _VERSION, _read_kept, _REMEDY)
+        if kept is None:
+            self._current, self._bridge, self._retired = _make_authority(now), "", []
             self._save()
         else:
-            self._load(content)
+            self._current, self._bridge, self._retired = kept
         self._retired = [each for each in self._retired if each.until > now.timestamp()]
         self._export()
 
-    def _load(self, content: bytes) -> None:
-        try:
-            data: dict[str, Any] = json.loads(content)
-            if data["version"] > _VERSION:
-                raise StateDirError(
-                    f"{self._state.path / _FILE}: it was written by a later version of trio_cluster"
-                )
-            self._current = _Keys(**data["current"])
-            self._bridge = data["bridge"]
-            self._retired = [_Retired(**each) for each in data["retired"]]
-            # What cannot be used is found here, and not when a worker joins.
-            assert self._current.parsed.public_key() == self._current.private.public_key()
-        except (ValueError, KeyError, TypeError, AssertionError, UnsupportedAlgorithm) as error:
-            raise StateDirError(
-                f"{self._state.path / _FILE}: it is damaged ({error!r}); restore it from a backup, or remove it to "
-                "make a new authority, which every worker has to join again"
-            ) from error
-
     def _save(self) -> None:
         data = {
-            "version": _VERSION,
             "current": attrs.asdict(self._current),
             "bridge": self._bridge,
             "retired": [attrs.asdict(each) for each in self._retired],
         }
-        self._state.write(_FILE, json.dumps(data, indent=1).encode())
+        self._state.save(_FILE, _VERSION, data)
 
     def _export(self) -> None:
         if self._state.read(_CA) != self.trusted.encode():

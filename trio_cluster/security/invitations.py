@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import attrs
 
-from ..core.state_dir import StateDir, StateDirError
+from ..core.state_dir import StateDir
 from ..errors import ClusterError
 
 __all__ = [
@@ -127,6 +127,15 @@ class _Member:
     revoked: bool = False
 
 
+def _read_kept(data: dict[str, Any]) -> tuple[dict[str, Invitation], dict[str, _Member], set[str]]:
+    """Return the invitations, the members and what was revoked. See ``StateDir.load``."""
+    return (
+        {digest: Invitation(**each) for digest, each in data["invitations"].items()},
+        {name: _Member(**each) for name, each in data["members"].items()},
+        set(data["revoked"]),
+    )
+
+
 class Members:
     """The invitations and certificates of a cluster. All methods block, since they write a file.
 
@@ -139,33 +148,16 @@ class Members:
 
     def __init__(self, state: StateDir) -> None:
         self._state = state
-        self._invitations: dict[str, Invitation] = {}
-        self._members: dict[str, _Member] = {}
-        self._revoked: set[str] = set()
-        content = state.read(_FILE)
-        if content is not None:
-            self._load(content)
-
-    def _load(self, content: bytes) -> None:
-        path = self._state.path / _FILE
-        try:
-            data: dict[str, Any] = json.loads(content)
-            if data["version"] > _VERSION:
-                raise StateDirError(f"{path}: it was written by a later version of trio_cluster")
-            self._invitations = {digest: Invitation(**each) for digest, each in data["invitations"].items()}
-            self._members = {name: _Member(**each) for name, each in data["members"].items()}
-            self._revoked = set(data["revoked"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateDirError(f"{path}: it is damaged ({error!r}); restore it from a backup") from error
+        kept = state.load(_FILE, _VERSION, _read_kept, "restore it from a backup")
+        self._invitations, self._members, self._revoked = kept or ({}, {}, set())
 
     def _save(self) -> None:
         data = {
-            "version": _VERSION,
             "invitations": {digest: attrs.asdict(each) for digest, each in self._invitations.items()},
             "members": {name: attrs.asdict(each) for name, each in self._members.items()},
             "revoked": sorted(self._revoked),
         }
-        self._state.write(_FILE, json.dumps(data, indent=1).encode())
+        self._state.save(_FILE, _VERSION, data)
 
     def invite(
         self, addresses: Sequence[str], authority: str, *, name: str | None, expires: float, now: float

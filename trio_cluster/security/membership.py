@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import attrs
 
-from ..core.state_dir import StateDir, StateDirError
+from ..core.state_dir import StateDir
 from .authority import RENEW_BEFORE, Authority, certificate_ends, make_request, request_for
 
 __all__ = ["Membership", "begin_joining", "load_membership", "neighbour", "save_membership", "token_digest"]
@@ -69,24 +69,23 @@ def token_digest(token: str) -> str:
     return hashlib.sha256("".join(token.split()).encode()).hexdigest()
 
 
+def _read_kept(data: dict[str, Any]) -> Membership:
+    """Return the membership that a file has. See ``StateDir.load``."""
+    membership = Membership(**data | {"addresses": tuple(data["addresses"])})
+    # A certificate that is none is found here.
+    certificate_ends(membership.certificate)
+    return membership
+
+
 def load_membership(state: StateDir) -> tuple[Membership, Path] | None:
     """Return the membership that is kept, and the file with the key and the certificate. Blocks.
 
     Raises:
         StateDirError: it cannot be read, is damaged, or was written by a later version.
     """
-    content = state.read(_FILE)
-    if content is None:
+    membership = state.load(_FILE, _VERSION, _read_kept, "remove it, and join again")
+    if membership is None:
         return None
-    path = state.path / _FILE
-    try:
-        data: dict[str, Any] = json.loads(content)
-        if data.pop("version") > _VERSION:
-            raise StateDirError(f"{path}: it was written by a later version of trio_cluster")
-        membership = Membership(**data | {"addresses": tuple(data["addresses"])})
-        certificate_ends(membership.certificate)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateDirError(f"{path}: it is damaged ({error!r}); remove it, and join again") from error
     pem = (membership.key + membership.certificate).encode()
     if state.read(_PEM) != pem:
         state.write(_PEM, pem)
@@ -120,8 +119,7 @@ def save_membership(state: StateDir, membership: Membership) -> None:
     Raises:
         StateDirError: it cannot be written; what was kept before is still there.
     """
-    content = {"version": _VERSION, **attrs.asdict(membership)}
-    state.write(_FILE, json.dumps(content, indent=1).encode())
+    state.save(_FILE, _VERSION, attrs.asdict(membership))
     state.remove(_JOINING)
 
 
@@ -144,5 +142,5 @@ def begin_joining(state: StateDir, token: str, name: str) -> tuple[str, str]:
             # Half a key of an older version, or of a damaged disk: nothing was granted for it that is kept.
             pass
     key, request = make_request(name)
-    state.write(_JOINING, json.dumps({"version": _VERSION, "token": digest, "key": key}, indent=1).encode())
+    state.save(_JOINING, _VERSION, {"token": digest, "key": key})
     return key, request
