@@ -252,25 +252,39 @@ class TlsStream(DirectStream):
     def try_write(self, data: bytes | bytearray | memoryview) -> int:
         """See ``ByteStream``."""
         with self._lock:
-            if self._closed:
-                raise closed_here()
-            taken = 0
-            if self._unsent or self._uncounted:
-                if not self._flush():
-                    return 0
-                taken, self._uncounted = min(self._uncounted, len(data)), 0
-            size = len(data)
-            while taken < size:
-                piece = data if size <= _ENCRYPT and not taken else memoryview(data)[taken : taken + _ENCRYPT]
-                try:
-                    self._ssl.write(piece)
-                except ssl.SSLError as error:
-                    raise trio.BrokenResourceError(f"TLS connection broken: {why_refused(error)}") from error
-                if not self._flush():
-                    self._uncounted = len(piece)
-                    break
-                taken += len(piece)
-            return taken
+            if self._unsent or self._uncounted or self._closed or len(data) > _ENCRYPT:
+                return self._write_piecewise(data)
+            # From here on it is what happens for every token: one record, which the connection takes at once.
+            try:
+                self._ssl.write(data)
+            except ssl.SSLError as error:
+                raise trio.BrokenResourceError(f"TLS connection broken: {why_refused(error)}") from error
+            ciphertext = self._outgoing.read()
+            written = self._transport.try_write(ciphertext)
+            if written == len(ciphertext):
+                return len(data)
+            self._unsent = memoryview(ciphertext)[written:]
+            self._uncounted = len(data)
+            return 0
+
+    def _write_piecewise(self, data: bytes | bytearray | memoryview) -> int:
+        """Write behind ciphertext that waits, or more than is encrypted at once. The lock must be held."""
+        if self._closed:
+            raise closed_here()
+        if not self._flush():
+            return 0
+        taken, self._uncounted = min(self._uncounted, len(data)), 0
+        while taken < len(data):
+            piece = memoryview(data)[taken : taken + _ENCRYPT]
+            try:
+                self._ssl.write(piece)
+            except ssl.SSLError as error:
+                raise trio.BrokenResourceError(f"TLS connection broken: {why_refused(error)}") from error
+            if not self._flush():
+                self._uncounted = len(piece)
+                break
+            taken += len(piece)
+        return taken
 
     def _flush(self) -> bool:
         """Write ciphertext, as much as the connection takes. Return whether none is left. The lock must be held."""
