@@ -227,7 +227,9 @@ class TlsStream(DirectStream):
         with self._lock:
             try:
                 while size < limit and not self._ended:
-                    piece = self._ssl.read(limit - size)
+                    # A record is at least as long as what is in it. More room than that would be allocated in vain.
+                    room = self._incoming.pending + self._ssl.pending()
+                    piece = self._ssl.read(min(limit - size, room or 1))
                     if not piece:
                         self._ended = True
                         break
