@@ -128,6 +128,8 @@ def test_keys_are_a_table(main: Main, node: tuple[type[ScriptedNode], int]) -> N
         ("keys", "the following arguments are required: COMMAND"),
         ("keys create ann 8080 8081", "unrecognized arguments: 8081"),
         ("usage --csv --json", "not allowed with"),
+        ("audit --csv --json", "not allowed with"),
+        ("audit --limit many", "--limit"),
     ],
 )
 def test_a_wrong_flag_is_one_line(main: Main, arguments: str, message: str) -> None:
@@ -164,3 +166,26 @@ def test_usage_is_a_table_or_lines_for_a_spreadsheet(main: Main) -> None:
         assert json.loads(main("usage", "--json", str(node[1]))[1]) == USAGE
     with serve_scripted({"data": []}) as node:
         assert main("usage", str(node[1]))[1] == "no requests\n"
+
+
+def test_the_audit_log_is_a_table_or_lines_for_a_spreadsheet(main: Main) -> None:
+    entry = {
+        "time": "2026-11-01T10:00:00Z",
+        "principal": "ops",
+        "address": "10.0.0.7",
+        "action": "worker.drain",
+    }
+    entries = {"data": [{**entry, "target": "gpu\x1b[1m", "details": {"a": 1}}, {**entry, "details": "?"}, 7]}
+    with serve_scripted(entries) as node:
+        assert main("audit", "--limit", "5", str(node[1]))[1] == textwrap.dedent("""\
+            TIME                  WHO  FROM      ACTION        TARGET   DETAILS
+            2026-11-01T10:00:00Z  ops  10.0.0.7  worker.drain  gpu?[1m  a=1
+            2026-11-01T10:00:00Z  ops  10.0.0.7  worker.drain  -        -
+            """)
+        assert sent(node)[1] == "/cluster/audit?limit=5"
+        lines = main("audit", "--csv", str(node[1]))[1].splitlines()
+        assert lines[0] == "time,principal,address,action,target,details"
+        assert lines[1].endswith(',"{""a"": 1}"')
+        assert json.loads(main("audit", "--json", str(node[1]))[1]) == entries
+    with serve_scripted({"data": []}) as node:
+        assert main("audit", str(node[1]))[1] == "no entries\n"

@@ -20,13 +20,13 @@ from quart_trio.wrappers import TrioResponse
 
 from ..accounts.audit import AuditLog
 from ..core.addresses import split_address
+from ..core.durations import parse_duration
 from ..core.join_paths import CA_PATH, JOIN_PATH, RENEW_PATH
 from ..core.state_dir import StateDirError
 from ..errors import ApiError, InvalidRequest
 from ..gateway.access_log import RefusedKeys
 from ..gateway.context import request_context
 from ..gateway.response import Reply, json_reply
-from ..security.durations import parse_duration
 from ..security.invitations import JoinRefused
 from ..security.master_tls import Granted, MasterTls, TlsUnavailable
 from .body import json_object

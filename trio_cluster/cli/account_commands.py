@@ -1,4 +1,4 @@
-"""The commands ``keys`` and ``usage``: they ask a running node, over HTTP.
+"""The commands ``keys``, ``usage`` and ``audit``: they ask a running node, over HTTP.
 
 A new key is the only thing on standard output, so that ``KEY=$(trio-cluster keys create NAME)`` works; what there is to
 say about it goes to standard error.
@@ -12,20 +12,21 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from ..accounts.usage_row import COUNTS
+from ..core.durations import parse_duration
 from ..errors import OptionsError
 from .admin_client import NodeAddress, printable, request_json
-from .tables import describe_keys, describe_usage
+from .tables import describe_audit, describe_keys, describe_usage
 
-__all__ = ["keys", "usage"]
+__all__ = ["audit", "keys", "usage"]
 
 _KEY: Final = ("name", "role", "models")
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
+#: The columns of the audit log, as they are called in the node's JSON.
+_ENTRY: Final = ("time", "principal", "address", "action", "target", "details")
 #: Words that take a limit away.
 _NO_LIMIT: Final = frozenset({"none", "never"})
 
@@ -61,22 +62,38 @@ def usage(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> 
         print(json.dumps(content, indent=2))
         return 0
     groups = [name.strip() for name in arguments.group_by.split(",") if name.strip()]
-    if not arguments.csv:
+    if arguments.csv:
+        _print_csv(content["data"], [*groups, *COUNTS])
+    else:
         print(describe_usage(content, groups))
-        return 0
-    rows = (
-        [row for row in content["data"] if isinstance(row, dict)] if isinstance(content["data"], list) else []
-    )
-    columns = [*groups, *COUNTS]
+    return 0
+
+
+def audit(arguments: argparse.Namespace, node: NodeAddress, key: str | None) -> int:
+    """Run ``trio-cluster audit``; see :func:`keys`."""
+    content = request_json(node, f"/cluster/audit?limit={arguments.limit}", key, expected=("data",))
+    if arguments.json:
+        print(json.dumps(content, indent=2))
+    elif arguments.csv:
+        _print_csv(content["data"], _ENTRY)
+    else:
+        print(describe_audit(content))
+    return 0
+
+
+def _print_csv(rows: object, columns: Sequence[str]) -> None:
+    """Print rows of a node's JSON, which are not trusted to be rows."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
-    return 0
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            writer.writerow([_cell(row.get(column)) for column in columns])
 
 
 def _cell(value: object) -> str:
     """Return a cell for a spreadsheet, which would take a name that begins like a formula for one."""
+    if isinstance(value, dict):
+        value = json.dumps(value)
     text = "" if value is None else printable(value)
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
@@ -177,10 +194,10 @@ def _budget(text: str) -> dict[str, Any]:
 
 
 def _seconds(flag: str, text: str) -> int:
-    found = _DURATION.fullmatch(text.strip().lower())
-    if found is None:
-        raise OptionsError(f"{flag}: expected a duration such as 12h or 30d (s, m, h, d, w), got {text!r}")
-    return int(found[1]) * _UNITS[found[2]]
+    try:
+        return int(parse_duration(text))
+    except ValueError as error:
+        raise OptionsError(f"{flag}: {error}") from None
 
 
 def _expiry(text: str) -> Any:

@@ -176,6 +176,17 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     formats.add_argument("--csv", action="store_true", help="print lines for a spreadsheet")
     formats.add_argument("--json", action="store_true", help="print the JSON of the node")
     _add_admin_flags(usage)
+
+    audit = command("audit", "Show what operators and admins have done, newest first.")
+    _add_url(audit)
+    audit.add_argument(
+        "--limit", type=int, default=100, metavar="N", help="how many entries (default: %(default)s)"
+    )
+    formats = audit.add_mutually_exclusive_group()
+    formats.add_argument("--csv", action="store_true", help="print lines for a spreadsheet")
+    formats.add_argument("--json", action="store_true", help="print the JSON of the node")
+    _add_admin_flags(audit)
+
     invite = command("invite", "Invite a worker: print the line to paste on its machine.")
     _add_url(invite, whose="the master")
     invite.add_argument(

@@ -467,6 +467,10 @@ def _usage(arguments: argparse.Namespace) -> int:
     return account_commands.usage(arguments, *_node_and_key(arguments))
 
 
+def _audit(arguments: argparse.Namespace) -> int:
+    return account_commands.audit(arguments, *_node_and_key(arguments))
+
+
 def _wait_until_drained(
     worker: dict[str, Any], drain: Callable[[], object], request_status: Callable[[], dict[str, Any]]
 ) -> None:
@@ -571,6 +575,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "drain": _drain,
     "keys": _keys,
     "usage": _usage,
+    "audit": _audit,
     "invite": _invite,
     "revoke": _revoke,
     "ca": _ca,

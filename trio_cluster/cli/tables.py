@@ -1,4 +1,4 @@
-"""The tables of ``trio-cluster status``, ``calls``, ``keys list`` and ``usage``, made from a node's JSON.
+"""The tables of ``trio-cluster status``, ``calls``, ``keys list``, ``usage`` and ``audit``, made from a node's JSON.
 
 The JSON was written by another machine, so nothing in it is trusted to be there, to be of the right type, or to be fit
 for a terminal.
@@ -11,7 +11,7 @@ from typing import Any
 
 from .admin_client import printable
 
-__all__ = ["describe_calls", "describe_keys", "describe_status", "describe_usage"]
+__all__ = ["describe_audit", "describe_calls", "describe_keys", "describe_status", "describe_usage"]
 
 
 def describe_status(status: Mapping[str, Any]) -> str:
@@ -113,6 +113,29 @@ def describe_usage(content: Mapping[str, Any], groups: Sequence[str]) -> str:
     columns = [*groups, *counts, "cached_tokens", "usage_unknown"]
     titles = [column.upper().replace("_", " ") for column in columns]
     return _table(titles, [[_cell(row.get(column)) for column in columns] for row in rows])
+
+
+def describe_audit(content: Mapping[str, Any]) -> str:
+    """Return the table for ``GET /cluster/audit``, without a line break at the end."""
+    entries = _rows(content, "data")
+    if not entries:
+        return "no entries"
+    return _table(
+        ("TIME", "WHO", "FROM", "ACTION", "TARGET", "DETAILS"),
+        [
+            (
+                *(_cell(entry.get(key)) for key in ("time", "principal", "address", "action", "target")),
+                _details(entry.get("details")),
+            )
+            for entry in entries
+        ],
+    )
+
+
+def _details(details: object) -> str:
+    if not isinstance(details, Mapping) or not details:
+        return "-"
+    return ", ".join(f"{_cell(name)}={_cell(value)}" for name, value in details.items())
 
 
 def _budget(budget: object) -> str:
