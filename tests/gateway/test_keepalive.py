@@ -15,8 +15,9 @@ from trio_cluster.core.answer import Head
 from trio_cluster.core.limits import PARSE_IN_THREAD
 from trio_cluster.core.observer import Observer
 from trio_cluster.core.principal import Limits, Principal
-from trio_cluster.errors import ApiError, HandlerFailed, WorkerLost
+from trio_cluster.errors import ApiError, HandlerFailed, ModelNotFound, WorkerLost
 from trio_cluster.gateway import deadlines
+from trio_cluster.gateway.auth import Authenticate
 from trio_cluster.openai import DONE, KEEPALIVE, asks_for_events
 from trio_cluster.openai.failures import MESSAGE_ERROR
 from trio_cluster.testing import read_stream
@@ -252,8 +253,10 @@ async def test_no_comment_is_queued_behind_a_client_that_does_not_read() -> None
             served.data(event)
         await trio.sleep(5 * INTERVAL)
         await wire.head()
-        for _ in range(100):
-            assert await wire.chunk() == event
+        body = b""
+        while len(body) < 100 * len(event):
+            body += await wire.chunk() or b""
+        assert body == event * 100
         # Nothing waits any more.
         assert await wire.chunk() == KEEPALIVE
         served.done()
@@ -300,29 +303,49 @@ async def test_a_compressed_stream_after_a_comment_is_an_error_event() -> None:
         await served.wait_cancelled()
 
 
-async def test_the_error_event_names_no_model_that_the_key_may_not_see() -> None:
+class Fixed:
+    """An authenticator that knows one client."""
+
+    def __init__(self, principal: Principal) -> None:
+        self._principal = principal
+
+    async def authenticate(self, context: Any) -> Principal:
+        return self._principal
+
+
+def let_in(node: HttpNode, principal: Principal) -> None:
+    node.app.asgi_app.pipeline.admission = (
+        Authenticate(Fixed(principal)),
+        *node.app.asgi_app.pipeline.admission[1:],
+    )
+
+
+async def test_the_error_event_names_no_model_that_the_key_may_not_use() -> None:
     async with waiting() as (node, wire):
+        let_in(node, Principal("k", models=("m",)))
         served = await ask(node, wire)
         await comments(wire)
-        served.fail(ApiError(500, "it broke", code="broken"))
-        error = read_stream((await rest_of(wire))[0]).error
-        assert error is not None
-        assert "m" in node.router.catalog.models or error["message"] == "it broke"
+        served.fail(ModelNotFound("m", ["m", "secret"]))
+        body, _ = await rest_of(wire)
+        assert b"model_not_found" in body
+        assert b"secret" not in body
 
 
 async def test_what_is_left_of_limits_is_said_with_the_first_comment() -> None:
-    class Limited:
-        async def authenticate(self, context: Any) -> Principal:
-            return Principal("k", limits=Limits(100, 1_000_000, 10, 1_000_000_000, "day"))
-
     async with waiting() as (node, wire):
-        node.app.asgi_app.pipeline.admission[0]._authenticator = Limited()
+        let_in(node, Principal("k", limits=Limits(100, 1_000_000, 10, 1_000_000_000, "day")))
         served = await ask(node, wire)
         headers = await comments(wire)
         assert headers["x-ratelimit-limit-requests"] == "100"
         assert headers["x-ratelimit-remaining-requests"] == "99"
         served.head(EVENTS).data(DONE).done()
         await rest_of(wire)
+
+
+async def receive_all(wire: Wire) -> None:
+    with trio.fail_after(5):
+        while await wire.stream.receive_some():
+            pass
 
 
 async def test_an_http_1_0_client_gets_comments_and_does_not_take_a_failure_for_an_end() -> None:
@@ -332,9 +355,8 @@ async def test_an_http_1_0_client_gets_comments_and_does_not_take_a_failure_for_
         await wire.head()
         await wire.until(KEEPALIVE + KEEPALIVE)
         served.fail(HandlerFailed())
-        with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
-            while await wire.stream.receive_some():
-                pass
+        with pytest.raises(trio.BrokenResourceError):
+            await receive_all(wire)
 
 
 # Which requests

@@ -1,8 +1,7 @@
-"""Comments in a stream that is silent, so that neither its client nor a proxy on the way takes it for dead.
+"""Who may be sent a comment before there is an answer.
 
-A comment is due when nothing was sent for as long as the option ``keepalive`` says, before the answer and within it.
-The time is computed when the task of the stream waits anyway. So a token costs nothing: the task of a stream wakes once
-in that time, looks when the last output was sent, and goes on waiting for what is left.
+A stream that is silent for as long as the option ``keepalive`` says gets a comment, so that neither its client nor a
+proxy on the way takes it for dead. The relay sends it (``relay.py``).
 
 The first comment of a stream may come before its answer. The status is then sent with it, and is 200. So it is sent
 only to a client that has asked for events, on a route whose clients are known to ignore comments and to understand a
@@ -11,7 +10,6 @@ failure in the stream; and not before the whole body of the request has arrived.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from ..core.limits import PARSE_IN_THREAD
@@ -19,30 +17,7 @@ from ..core.threads import run_in_thread
 from ..openai import KNOWN_STREAMS, asks_for_events
 from .context import RequestContext
 
-__all__ = ["Keepalive", "expects_events"]
-
-
-class Keepalive:
-    """Knows when a comment is due in one stream.
-
-    Args:
-        interval: seconds of silence; 0: no comment is ever due.
-        since: the trio time at which the silence began.
-
-    Attributes:
-        last_sent: the trio time at which something was sent last.
-    """
-
-    __slots__ = ("_interval", "last_sent")
-
-    def __init__(self, interval: float, since: float) -> None:
-        self._interval = interval or math.inf
-        self.last_sent = since
-
-    @property
-    def due(self) -> float:
-        """The trio time at which a comment is due."""
-        return self.last_sent + self._interval
+__all__ = ["expects_events"]
 
 
 async def expects_events(context: RequestContext) -> bool:

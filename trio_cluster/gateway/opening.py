@@ -12,49 +12,18 @@ from typing import Final
 import trio
 
 from ..core.answer import Data, Event, Failed, Head
-from ..core.call import Call
 from ..errors import ApiError, HandlerFailed
 from ..openai import read_error
 from .context import RequestContext
-from .deadlines import ResponseDeadlines
 from .node_context import NodeContext
 
-__all__ = ["Opening", "is_event_stream", "next_event"]
+__all__ = ["Opening"]
 
 #: Bytes of an error's body that are read.
 _ERROR_LIMIT: Final = 1 << 16
 
 _OK: Final = 200
 _FIRST_ERROR: Final = 400
-
-
-async def next_event(
-    call: Call, deadlines: ResponseDeadlines, since: float, until: float = math.inf
-) -> Event | None:
-    """Return the next event of a call, whose last output was at the trio time ``since``; cancel the call if it is late.
-
-    Returns:
-        ``None``: there was none until the trio time ``until``.
-
-    Raises:
-        TooSlow: a deadline has passed.
-    """
-    expires = deadlines.expires_at(since)
-    with trio.move_on_at(min(expires, until)):
-        return await call.receive()
-    if until < expires:
-        return None
-    raise deadlines.time_out(call)
-
-
-def is_event_stream(head: Head) -> bool:
-    """Return whether a body is a stream of events.
-
-    In a compressed stream it cannot be seen where an event ends, so it is none.
-    """
-    return head.content_type.partition(";")[0].strip().lower() == "text/event-stream" and not any(
-        name.lower() == "content-encoding" for name, _ in head.headers
-    )
 
 
 class Opening:
@@ -81,7 +50,7 @@ class Opening:
             ApiError: the answer failed before.
         """
         while True:
-            event = await next_event(self._context.call, self._context.deadlines, self._since, until)
+            event = await self._context.deadlines.next_event(self._context.call, self._since, until)
             if event is None or isinstance(event, Head):
                 return event
             self.retry(event)
@@ -114,7 +83,7 @@ class Opening:
         Raises:
             ApiError: it is an error, and this is the one that it tells; or it is something else.
         """
-        if head.status == _OK and is_event_stream(head):
+        if head.status == _OK and _is_event_stream(head):
             return
         call = self._context.call
         if head.status < _FIRST_ERROR:
@@ -124,8 +93,15 @@ class Opening:
             )
         body = bytearray()
         while len(body) < _ERROR_LIMIT:
-            event = await next_event(call, self._context.deadlines, trio.current_time())
+            event = await self._context.deadlines.next_event(call, trio.current_time())
             if not isinstance(event, Data):
                 break
             body += event.data
         raise read_error(head.status, bytes(body)) if head.status <= 599 else HandlerFailed()
+
+
+def _is_event_stream(head: Head) -> bool:
+    """Return whether a body is a stream of events that is not compressed: the client was not told of that."""
+    return head.content_type.partition(";")[0].strip().lower() == "text/event-stream" and not any(
+        name.lower() == "content-encoding" for name, _ in head.headers
+    )

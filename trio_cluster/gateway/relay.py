@@ -36,9 +36,9 @@ from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING
 from .auth import hide_models
 from .context import RequestContext
 from .direct import Connection, DirectWriter
-from .keepalive import Keepalive, expects_events
+from .keepalive import expects_events
 from .node_context import NodeContext
-from .opening import Opening, is_event_stream, next_event
+from .opening import Opening
 from .response import Reply
 from .sse_buffer import EventBuffer
 
@@ -100,41 +100,44 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
         ApiError: the error that the client gets instead.
     """
     began = trio.current_time()
-    keepalive = Keepalive(node_context.options.server.keepalive, began)
-    event = await next_event(context.call, context.deadlines, began, keepalive.due)
+    comment_due = began + (node_context.options.server.keepalive or math.inf)
+    event = None
+    # Written out here, since a function would cost every request a call.
+    with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
+        event = await context.call.receive()
     if isinstance(event, Head):
-        return await _reply(node_context, context, event, keepalive)
+        return await _reply(node_context, context, event, began)
     opening = Opening(node_context, context, began)
-    head = None
     if event is not None:
         opening.retry(event)
-        head = await opening.head(keepalive.due)
+    head = await opening.head(comment_due)
     if head is None:
         if await expects_events(context):
             headers = [("content-type", "text/event-stream"), *NO_PROXY_BUFFERING]
-            body = StreamingBody(node_context, context, b"", keepalive, events=True, opening=opening)
+            body = StreamingBody(node_context, context, b"", began, events=True, opening=opening)
             return Reply(200, headers, body, early=True)
         head = await opening.head()
     if head is None:  # without a limit, there is one
         raise HandlerFailed
-    return await _reply(node_context, context, head, keepalive)
+    return await _reply(node_context, context, head, began)
 
 
-async def _reply(
-    node_context: NodeContext, context: RequestContext, head: Head, keepalive: Keepalive
-) -> Reply:
-    """Decide how the answer that ``head`` begins is sent."""
+async def _reply(node_context: NodeContext, context: RequestContext, head: Head, began: float) -> Reply:
+    """Decide how the answer that ``head`` begins is sent. Its client waits since the trio time ``began``."""
     call, deadlines = context.call, context.deadlines
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
-    events = media_type == "text/event-stream" and is_event_stream(head)
+    # In a compressed stream it cannot be seen where an event ends, so it is treated like audio.
+    events = media_type == "text/event-stream" and not any(
+        name.lower() == "content-encoding" for name, _ in head.headers
+    )
     streamed = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]
     pieces = [call.body.receive_nowait()]
     while call.end is None and not streamed and sum(map(len, pieces)) <= BUFFER_LIMIT:
-        event = await next_event(call, deadlines, trio.current_time())
+        event = await deadlines.next_event(call, trio.current_time())
         if isinstance(event, Data):
             pieces += [bytes(event.data), call.body.receive_nowait()]
     data = b"".join(pieces)
@@ -142,7 +145,7 @@ async def _reply(
         raise call.end.error
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, StreamingBody(node_context, context, data, keepalive, events=events))
+    return Reply(head.status, headers, StreamingBody(node_context, context, data, began, events=events))
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -172,7 +175,7 @@ class StreamingBody:
         node_context: its options decide how a failed stream ends.
         context: the request context; it is aborted if the answer fails, and the client cannot be told in the body.
         first: the part of the body that was received already.
-        keepalive: knows when a comment is due.
+        silent_since: the trio time since which nothing was sent to the client.
         events: the body is a stream of server-sent events.
         opening: waits for the head of the answer, and the body begins with a comment; ``None``: the head has come.
     """
@@ -182,7 +185,7 @@ class StreamingBody:
         node_context: NodeContext,
         context: RequestContext,
         first: bytes,
-        keepalive: Keepalive,
+        silent_since: float,
         *,
         events: bool,
         opening: Opening | None = None,
@@ -196,7 +199,7 @@ class StreamingBody:
         self._events = EventBuffer(keep_first=self._grammar.needs_first) if events else None
         self._knows_grammar = _knows_grammar(node_context, context.request)
         self._deadlines = context.deadlines
-        self._keepalive = keepalive
+        self._silent_since = silent_since
         self._opening = opening
         self._waiting_since: float | None = None
         self._connection: Connection | None = None
@@ -251,11 +254,11 @@ class StreamingBody:
         """
         try:
             # At first, the comment for which the status is sent so early.
-            head = await opening.head(self._keepalive.due)
+            head = await opening.head(self._comment_due)
             while head is None:
                 if (comment := self._comment(trio.current_time())) is not None:
                     return comment
-                head = await opening.head(self._keepalive.due)
+                head = await opening.head(self._comment_due)
             await opening.require_events(head)
         except ApiError as error:
             return self._fail(b"", hide_models(self._context.principal, error).with_traceback(None))
@@ -287,32 +290,40 @@ class StreamingBody:
             return b""
         now = trio.current_time()
         since = now if self._waiting_since is None else self._waiting_since
-        keepalive = self._keepalive
         if self._has_sent:
             self._has_sent = False
-            keepalive.last_sent = now
+            self._silent_since = now
         if writer is not None:
             since = max(since, writer.last_output, writer.last_sign_of_life)
-            keepalive.last_sent = max(keepalive.last_sent, writer.last_output)
+            self._silent_since = max(self._silent_since, writer.last_output)
         self._waiting_since = since
         expires = self._deadlines.expires_at(since)
         if now >= expires:
             return self._fail(b"", self._deadlines.time_out(self._call))
-        commented = self._events is not None and not self._events.torn
-        due = keepalive.due if commented else math.inf
-        if now >= due:
-            return self._comment(now)
-        with trio.move_on_at(min(expires, due)):
+        if self._events is not None and not self._events.torn:
+            # Written out here, since a function would cost every stream a call.
+            due = self._silent_since + (self._node_context.options.server.keepalive or math.inf)
+            if now >= due:
+                return self._comment(now)
+            expires = min(expires, due)
+        with trio.move_on_at(expires):
             await self._call.body.reader.park()
         return None
+
+    @property
+    def _comment_due(self) -> float:
+        return self._silent_since + (self._node_context.options.server.keepalive or math.inf)
 
     def _comment(self, now: float) -> bytes | None:
         """Send a comment; ``None`` if that is done, otherwise the bytes that must be sent instead.
 
+        Nothing is done for it when a token is sent: the task of a stream wakes once in the time between comments, looks
+        when the last output was sent, and goes on waiting for what is left.
+
         On a connection with a fast path it is dropped if the client has not read what was sent before. On others the
         task waits until the client takes it, so that there is never more than one.
         """
-        self._keepalive.last_sent = now
+        self._silent_since = now
         comment, connection = self._grammar.keepalive, self._connection
         if connection is None or not connection.ready:
             return comment
