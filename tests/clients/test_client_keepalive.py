@@ -228,10 +228,12 @@ async def test_the_client_of_the_messages_api_ignores_pings(served: Served, endi
     anthropic = pytest.importorskip("anthropic")
 
     def take() -> str:
-        client = anthropic.Anthropic(base_url=served.url, api_key="a-key", max_retries=0)
-        with client.messages.stream(
-            model=f"raw {ending}", max_tokens=10, messages=[{"role": "user", "content": "x"}]
-        ) as stream:
+        with (
+            anthropic.Anthropic(base_url=served.url, api_key="a-key", max_retries=0) as client,
+            client.messages.stream(
+                model=f"raw {ending}", max_tokens=10, messages=[{"role": "user", "content": "x"}]
+            ) as stream,
+        ):
             return "".join(stream.text_stream)
 
     if ending == "finishes":

@@ -167,6 +167,20 @@ async def test_comments_come_at_the_interval_after_the_last_output_and_signs_of_
         nursery.cancel_scope.cancel()
 
 
+async def test_comments_of_a_server_behind_pass_and_none_are_added_while_they_come() -> None:
+    theirs = b": theirs\n\n"
+    async with waiting(keepalive=0.3) as (node, wire):
+        served = await ask(node, wire)
+        served.head(EVENTS).data(theirs)
+        await wire.head()
+        assert await wire.chunk() == theirs
+        for _ in range(4):
+            await trio.sleep(0.15)
+            served.data(theirs)
+            assert await wire.chunk() == theirs
+        assert await wire.chunk() == KEEPALIVE
+
+
 async def test_the_time_to_the_first_byte_is_that_of_the_answer() -> None:
     begun: list[float] = []
 
