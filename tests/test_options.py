@@ -57,6 +57,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
             "allowed_hosts": None,
             "http": "lean",
             "stream_failure": "end",
+            "keepalive": 10.0,
             "tls": "off",
             "tls_cert": None,
             "tls_key": None,

@@ -250,6 +250,9 @@ class ServerOptions:
     stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)
     """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
     connection is broken off, for clients that do not know error events and must not take the stream for complete."""
+    keepalive: float = attrs.field(default=10.0, converter=_seconds, validator=_duration_or_zero)
+    """After how long a silence a comment is sent to the client of a stream, also before the answer has begun; 0: never.
+    It should be shorter than what the proxies in front of the node wait for."""
 
     tls: TlsMode = attrs.field(default="off", validator=_tls_mode)
     """Whether both ports speak TLS. ``"auto"``: with a certificate that the node makes and renews, by an authority of

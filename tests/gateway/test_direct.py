@@ -30,7 +30,7 @@ class Wire:
         self.takes_all = True
         self.sent: list[bytes] = []
 
-    def send_nowait(self, body: bytes | memoryview) -> bool:
+    def send_nowait(self, body: bytes | memoryview, *, droppable: bool = False) -> bool:
         if not self.ready:
             raise trio.WouldBlock
         self.sent.append(bytes(body))
@@ -145,7 +145,8 @@ async def test_a_sign_of_life_is_heard_and_not_sent(autojump_clock: MockClock) -
     await trio.sleep(5)
     call.put(Data(b""))
     assert wire.sent == []
-    assert writer.last_activity == trio.current_time()
+    assert writer.last_sign_of_life == trio.current_time()
+    assert writer.last_output < trio.current_time()
 
 
 async def test_a_client_that_does_not_read_holds_its_handler_back_and_loses_nothing() -> None:

@@ -31,7 +31,7 @@ from trio_cluster.core.answer import Head
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.errors import ApiError, HandlerFailed, Overloaded, ShuttingDown, TooSlow, WorkerLost
 from trio_cluster.gateway import deadlines, relay, sse_buffer
-from trio_cluster.openai import DONE, PING
+from trio_cluster.openai import DONE, KEEPALIVE
 from trio_cluster.testing import read_stream
 
 BODY = json.dumps(CHAT).encode()
@@ -275,8 +275,7 @@ async def test_an_event_that_is_too_large_to_be_kept_is_sent_as_it_comes_and_cut
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sse_buffer, "EVENT_LIMIT", 4)
-    monkeypatch.setattr(relay, "PING_INTERVAL", 0.01)
-    async with open_http_node(None) as node, node.connect() as wire:
+    async with open_http_node(None, keepalive=0.01) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         served = await node.backend.next()
         served.head(EVENTS).data(b"data: 12")
@@ -287,9 +286,9 @@ async def test_an_event_that_is_too_large_to_be_kept_is_sent_as_it_comes_and_cut
         served.data(b"\n\n")
         assert await wire.chunk() == b"\n\n"
         # Between events there may be comments again.
-        assert await wire.chunk() == PING
+        assert await wire.chunk() == KEEPALIVE
         served.data(b"data: 45").fail(WorkerLost("w1", "killed"))
-        while (chunk := await wire.chunk()) == PING:
+        while (chunk := await wire.chunk()) == KEEPALIVE:
             pass
         assert chunk == b"data: 45"
         assert await wire.chunk() is None
@@ -470,7 +469,7 @@ async def failed_stream(route: str, *sent: bytes, **options: object) -> Answer:
             return Answer(200, {}, received, whole=chunk == b"")
 
 
-@pytest.mark.parametrize("ping", [b"", PING])
+@pytest.mark.parametrize("ping", [b"", KEEPALIVE])
 @pytest.mark.parametrize("route", GRAMMARS)
 async def test_a_stream_fails_in_the_grammar_of_its_route(route: str, ping: bytes) -> None:
     *_, before, name, members = GRAMMARS[route]
@@ -488,7 +487,7 @@ async def test_a_stream_fails_in_the_grammar_of_its_route(route: str, ping: byte
 @pytest.mark.parametrize("route", GRAMMARS)
 async def test_what_has_ended_in_its_own_grammar_is_not_ended_again(route: str, end: str) -> None:
     sent = GRAMMARS[route][2] + (OWN_FAILURES if end == "failed" else ENDS)[route]
-    for pieces in ([sent], [sent, PING], [PING + sent]):
+    for pieces in ([sent], [sent, KEEPALIVE], [KEEPALIVE + sent]):
         answer = await failed_stream(route, *pieces)
         assert (answer.body, answer.whole) == (b"".join(pieces), True)
 
@@ -513,17 +512,16 @@ async def test_a_stream_that_fails_before_its_first_event_is_a_real_status() -> 
         assert answer.error["type"] == "rate_limit_error"
 
 
-async def test_a_silent_stream_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "PING_INTERVAL", 0.02)
-    async with open_http_node(None) as node, node.connect() as wire:
+async def test_a_silent_stream_gets_comments() -> None:
+    async with open_http_node(None, keepalive=0.02) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         served = await node.backend.next()
         served.head(EVENTS).event("one")
         await wire.head()
         await wire.chunk()
-        assert [await wire.chunk() for _ in range(3)] == [PING] * 3
+        assert [await wire.chunk() for _ in range(3)] == [KEEPALIVE] * 3
         served.data(DONE).done()
-        while (chunk := await wire.chunk()) == PING:
+        while (chunk := await wire.chunk()) == KEEPALIVE:
             pass
         assert chunk == DONE
 
@@ -906,19 +904,16 @@ async def test_a_stream_that_goes_silent_gets_an_error_event_and_a_proper_end(
         await (await node.backend.next()).wait_cancelled()
 
 
-async def test_comments_do_not_make_a_silent_stream_live_longer(
-    impatient: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(relay, "PING_INTERVAL", 0.01)
+async def test_comments_do_not_make_a_silent_stream_live_longer(impatient: dict[str, float]) -> None:
     async with (
-        open_http_node(lambda served: served.head(EVENTS).event("one"), **impatient) as node,
+        open_http_node(lambda served: served.head(EVENTS).event("one"), keepalive=0.01, **impatient) as node,
         node.connect() as wire,
     ):
         with trio.fail_after(5):
             answer = await ask(wire, STREAM_BODY)
         assert answer.whole
         assert b'"timeout"' in answer.body
-        assert 1 <= answer.body.count(PING) <= 20
+        assert 1 <= answer.body.count(KEEPALIVE) <= 20
 
 
 # Clients that leave
@@ -988,12 +983,9 @@ async def test_a_client_that_leaves_a_busy_stream_cancels_the_call() -> None:
         assert await served.wait_cancelled() == "client left"
 
 
-async def test_a_client_that_sent_a_stray_byte_is_found_gone_by_the_comments(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_client_that_sent_a_stray_byte_is_found_gone_by_the_comments() -> None:
     # The byte looks like the beginning of a second request, and the server does not read until its turn.
-    monkeypatch.setattr(relay, "PING_INTERVAL", 0.02)
-    async with open_http_node(None) as node, node.connect() as wire:
+    async with open_http_node(None, keepalive=0.02) as node, node.connect() as wire:
         await wire.request("POST", PATH, STREAM_BODY)
         await wire.send(b"\r\n")
         served = await node.backend.next()

@@ -12,6 +12,7 @@ import attrs
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings, strategies as st
+from memory_streams import memory_pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.gateway.response import render_refusal
@@ -585,3 +586,40 @@ async def test_a_connection_that_is_closed_while_it_is_not_being_read_ends_quiet
             done.set()
             with suppress(trio.BrokenResourceError):
                 assert await client.receive_some() == b""
+
+
+async def test_a_piece_that_may_be_dropped_is_if_the_client_has_not_read_what_was_sent_before(
+    nursery: trio.Nursery,
+) -> None:
+    client, stream = memory_pair()
+    go_on = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"two"})
+
+    reader = TaskReader(nursery)
+    connection = Http1Connection(stream, app, {}, reader, IdleTimeout(IDLE), render_refusal)
+    nursery.start_soon(reader.run)
+    nursery.start_soon(connection.serve)
+    await client.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    await wait_all_tasks_blocked()
+    stream.held = True
+    assert connection.send_nowait(b"dropped", droppable=True)
+    assert connection.ready
+    stream.held = False
+    assert connection.send_nowait(b"sent", droppable=True)
+    stream.at_once = 3
+    # Of a piece that has begun, the rest has to follow.
+    assert not connection.send_nowait(b"half", droppable=True)
+    assert not connection.ready
+    stream.at_once = 1 << 30
+    go_on.set()
+    await wait_all_tasks_blocked()
+    received = client.read_nowait(1 << 16).partition(b"\r\n\r\n")[2]
+    assert received == b"".join(
+        b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (b"one", b"sent", b"half", b"two", b"")
+    )
+    nursery.cancel_scope.cancel()

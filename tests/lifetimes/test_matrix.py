@@ -34,6 +34,8 @@ OPTIONS: Final[dict[str, Any]] = {
     "drain_timeout": 19.0,
     "queue_timeout": 100.0,
     "max_concurrency": 1,
+    # Otherwise the first comment, and the status with it, would come before some causes, and after others.
+    "keepalive": 0.0,
 }
 IDLE_TIMEOUT: Final = 9.0
 TOTAL_TIMEOUT: Final = 7.0
@@ -94,7 +96,13 @@ PATHS: Final[dict[str, dict[str, Any]]] = {
     "tls": {"above": TlsEverywhere, "cluster_token": "secret"},
     # The key of the client has limits, and every request a reservation.
     "limited": {"authenticator": LimitedKey()},
+    # A comment was sent before the cause, and the status with it.
+    "keepalive": {"keepalive": 0.2},
+    "keepalive_hypercorn": {"keepalive": 0.2, "http": "hypercorn"},
 }
+#: The phases in which that makes a difference. Before them, the request has not arrived; after them, its answer has
+#: begun.
+COMMENTED: Final = ("forwarding", "queued", "waiting")
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
 
@@ -126,6 +134,9 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                         yield pytest.param(cause, phase, endpoint, place, how, "fast", id=cell)
                         if all_ways or (not brief and endpoint in SAMPLE and how == "async"):
                             for path in other_paths(place, all_ways=all_ways):
+                                if path.startswith("keepalive") and ENDPOINTS[endpoint].delivery != "events":
+                                    # Such a response has no comments.
+                                    continue
                                 yield pytest.param(
                                     cause, phase, endpoint, place, how, path, id=f"{cell}-{path}"
                                 )
@@ -135,8 +146,8 @@ def other_paths(place: str, *, all_ways: bool) -> list[str]:
     """Return the other paths on which to test a cell, besides the one that nodes take by default."""
     if place == "local":
         # There is no link on which a token could wait.
-        return ["slow", "hypercorn", "tls", "limited"]
-    return list(PATHS)[1:] if all_ways else ["slow", "unbatched", "hypercorn", "tls", "limited"]
+        return ["slow", "hypercorn", "tls", "limited", "keepalive", "keepalive_hypercorn"]
+    return list(PATHS)[1:] if all_ways else [path for path in PATHS if path not in ("fast", "slow_unbatched")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -154,6 +165,7 @@ class CellTest:
         began: when the client began to send its request.
         since: when the cause happened; bounds are counted from it.
         now: when everything should have followed.
+        commented: the client has had a comment when the cause happens, and no answer yet.
     """
 
     def __init__(
@@ -164,6 +176,7 @@ class CellTest:
         self.phase = phase
         self.endpoint = endpoint
         self.forwarded = forwarded
+        self.commented = False
         cell = LAW[cause][phase]
         assert isinstance(cell, Cell)
         self.cell = cell
@@ -321,6 +334,7 @@ class CellTest:
         if caller.left:
             return
         begun = self.endpoint.delivery != "whole" and self.phase in ("streaming", "blocked", "ending")
+        begun = begun or self.commented
         if cell.client == "complete":
             assert response is not None
             assert (response.status, response.complete) == (200, True), response.body
@@ -341,6 +355,7 @@ class CellTest:
             assert response.status == 200
             if self.endpoint.delivery == "events":
                 report = response.report()
+                assert (report.comments > 0) >= self.commented
                 assert response.complete == (report.ending == "failed")
                 assert "".join(self.scenario.script.given).startswith(report.text)
                 assert report.finish_reasons == {}
@@ -442,6 +457,8 @@ async def test_the_law_holds(
         asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | PATHS[path])
     ) as scenario:
         cell_test = CellTest(scenario, cause, phase, asked, forwarded)
+        commented = path.startswith("keepalive") and asked.delivery == "events"
+        cell_test.commented = commented and phase in COMMENTED
         await cell_test.reach_the_phase()
         await cell_test.happen()
         await cell_test.wait_for_effects()

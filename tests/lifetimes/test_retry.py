@@ -20,6 +20,8 @@ OPTIONS: Final[dict[str, Any]] = {
     "worker_timeout": 15.0,
     "drain_timeout": 10.0,
     "on_conflict": "replicate",
+    # So that a failure has its own status, however late it is.
+    "keepalive": 0.0,
 }
 
 
@@ -86,8 +88,11 @@ class Replicas:
 
 
 @asynccontextmanager
-async def replicas(*names: str) -> AsyncIterator[Replicas]:
-    async with open_cluster(latency=LATENCY, **OPTIONS) as cluster, trio.open_nursery() as nursery:
+async def replicas(*names: str, **options: Any) -> AsyncIterator[Replicas]:
+    async with (
+        open_cluster(latency=LATENCY, **(OPTIONS | options)) as cluster,
+        trio.open_nursery() as nursery,
+    ):
         all_of_them = Replicas(cluster, nursery)
         for name in names:
             await all_of_them.add(name)
@@ -133,6 +138,28 @@ async def test_a_call_without_output_is_retried_on_another_replica(
         response = response_of(caller)
         assert (response.status, response.complete) == (200, True)
         assert f"from {other}".encode() in response.body
+        assert cluster.retried == 1
+
+
+@pytest.mark.parametrize("http", ["lean", "hypercorn"])
+@pytest.mark.parametrize("lose", [kill, cut, reset])
+async def test_a_call_is_retried_also_after_its_client_got_comments(
+    lose: Any, http: str, autojump_clock: MockClock
+) -> None:
+    async with replicas("a", "b", keepalive=1.0, http=http) as cluster:
+        caller = cluster.ask()
+        await trio.sleep(3.5)
+        lost = cluster.names[0]
+        lose(cluster.busy)
+        await trio.sleep(1)
+        cluster.may_answer.set()
+        await trio.sleep(1)
+        (other,) = {"a", "b"} - {lost}
+        assert cluster.names == [lost, other]
+        response = response_of(caller)
+        report = response.report()
+        assert (response.status, report.ending, report.text) == (200, "finished", f"from {other}")
+        assert report.comments == 4
         assert cluster.retried == 1
 
 

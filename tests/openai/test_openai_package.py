@@ -14,7 +14,7 @@ import pytest
 import trio_cluster.openai
 from trio_cluster.core.model import KINDS
 from trio_cluster.errors import ApiError
-from trio_cluster.openai import DONE, ENDPOINTS, PING, error_body, error_event, event
+from trio_cluster.openai import DONE, ENDPOINTS, KEEPALIVE, error_body, error_event, event
 from trio_cluster.openai.sse import named_event
 from trio_cluster.testing import read_stream
 
@@ -48,7 +48,7 @@ def test_events_and_comments_have_the_form_that_clients_read() -> None:
     assert event(b"{}") == b"data: {}\n\n"
     assert named_event("a.b", b"{}") == b"event: a.b\ndata: {}\n\n"
     assert DONE == b"data: [DONE]\n\n"
-    assert PING == b": ping\n\n"
+    assert KEEPALIVE == b": keepalive\n\n"
 
 
 def test_an_error_is_the_same_object_in_a_stream_and_without_one() -> None:

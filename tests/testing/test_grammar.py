@@ -39,6 +39,17 @@ def test_a_finished_stream_is_reported_with_its_content() -> None:
     assert (report.comments, len(report.events), report.error) == (1, 4, None)
 
 
+def test_comments_may_come_before_the_first_event_and_before_an_error() -> None:
+    named_ping = b"event: ping\n" + event(type="ping")
+    for comment in (PING, b": keepalive\n\n", named_ping):
+        assert read_stream(comment * 2).ending == "cut"
+        assert read_stream(comment * 2 + ERROR).ending == "failed"
+        report = read_stream(comment + FINISHED)
+        assert (report.ending, report.text, report.comments) == ("finished", "ab", 2)
+        with pytest.raises(StreamGrammarError):
+            read_stream(FINISHED + comment)
+
+
 def test_a_failed_stream_is_reported_with_its_error() -> None:
     report = read_stream(delta("a") + ERROR)
     assert report.ending == "failed"

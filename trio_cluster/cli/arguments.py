@@ -345,6 +345,14 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "HOW",
         "what follows the error event of a stream that failed: end or abort",
     )
+    if master:
+        add(
+            "--keepalive",
+            "keepalive",
+            float,
+            "SECONDS",
+            "silence after which the client of a stream gets a comment; 0: never",
+        )
     options.add_argument(
         "--access-log",
         dest="access_log",

@@ -209,7 +209,7 @@ class RequestCycle:
             reply = error_reply(hide_models(context.principal, error).with_traceback(None))
             # Otherwise a backend would go on waiting for the rest of the body.
             context.cancel_calls("the request was refused")
-        if _PROCESSING not in dict(reply.headers):
+        if not reply.early and _PROCESSING not in dict(reply.headers):
             took = time.monotonic() - context.began
             reply.headers.append((_PROCESSING, str(round(took * 1000))))
         if isinstance(reply.body, bytes) and not body.complete:

@@ -8,11 +8,13 @@ also if the call was lost and retried on another replica, since the client has b
 from __future__ import annotations
 
 import logging
+import math
 from typing import Final
 
 import attrs
 import trio
 
+from ..core.answer import Event
 from ..core.call import Call
 from ..errors import TooSlow
 
@@ -44,6 +46,24 @@ class ResponseDeadlines:
     def expires_at(self, since: float) -> float:
         """Return the trio time at which the answer times out, if its last output was at the trio time ``since``."""
         return min(since + self.idle_timeout, self.began + self.total_timeout) + GRACE
+
+    async def next_event(self, call: Call, since: float, until: float = math.inf) -> Event | None:
+        """Return the next event of a call, whose last output was at the trio time ``since``; cancel it if it is late.
+
+        A checkpoint.
+
+        Returns:
+            ``None``: there was none until the trio time ``until``.
+
+        Raises:
+            TooSlow: a deadline has passed.
+        """
+        expires = self.expires_at(since)
+        with trio.move_on_at(min(expires, until)):
+            return await call.receive()
+        if until < expires:
+            return None
+        raise self.time_out(call)
 
     def time_out(self, call: Call) -> TooSlow:
         """Cancel a call whose deadline has passed, and return the error for the client. Synchronous.

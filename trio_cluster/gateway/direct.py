@@ -46,11 +46,16 @@ class Connection(Protocol):
         """Whether :meth:`send_nowait` can be used now."""
         ...
 
-    def send_nowait(self, body: bytes | memoryview) -> bool:
+    def send_nowait(self, body: bytes | memoryview, *, droppable: bool = False) -> bool:
         """Send a piece of the body. Synchronous.
 
+        Args:
+            body: the piece.
+            droppable: drop the piece if the socket takes nothing of it.
+
         Returns:
-            Whether the socket took all of it; if not, the connection keeps the rest for the next write.
+            Whether the socket took all of it, or it was dropped; if not, the connection keeps the rest for the next
+            write.
 
         Raises:
             trio.WouldBlock: the connection is not ready.
@@ -71,7 +76,8 @@ class DirectWriter:
         events: knows whether a piece may be sent on its own; ``None``: the answer is not a stream of events.
 
     Attributes:
-        last_activity: the trio time at which a piece was last put while none waited.
+        last_output: the trio time at which a piece was last put while none waited.
+        last_sign_of_life: the same for an empty piece, of which the client gets nothing.
         has_unsent: the socket took only a part of a piece; the slow path must write the rest.
     """
 
@@ -79,17 +85,17 @@ class DirectWriter:
         self._body = body
         self._connection = connection
         self._events = events
-        self.last_activity = -math.inf
+        self.last_output = self.last_sign_of_life = -math.inf
         self.has_unsent = False
         # The bound method costs half of what trio.current_time() does, and is called for each token.
         self._now = trio.lowlevel.current_clock().current_time
         body.set_fast_path(self._try_write)
 
     def _try_write(self, data: bytes | memoryview) -> bool:
-        self.last_activity = self._now()
         if not data:
-            # A sign of life; there is nothing to write.
+            self.last_sign_of_life = self._now()
             return True
+        self.last_output = self._now()
         if self._events is not None and not self._events.is_whole(data):
             return False
         try:

@@ -3,9 +3,10 @@
 Its main decision is when to send the status. That is done as late as possible, since until then a failure can be sent
 as a real 4xx or 5xx:
 
-- An event stream begins with its first event. A failure after that is sent as one error event, in the grammar of the
-  route (see ``openai/failures.py``). An error event in the middle of another event would be read as a part of it, so
-  events are sent whole (see ``sse_buffer.py``).
+- An event stream begins with its first event; or, if that is late, with a comment (``keepalive.py``), and even before
+  there is an answer (``opening.py``). A failure after that is sent as one error event, in the grammar of the route (see
+  ``openai/failures.py``). An error event in the middle of another event would be read as a part of it, so events are
+  sent whole (see ``sse_buffer.py``).
 - Audio begins with its first bytes. A failure after that can be shown only by breaking the connection.
 - Everything else is sent when it is complete. Only an answer larger than :data:`BUFFER_LIMIT` is begun earlier, so that
   memory stays bounded.
@@ -27,27 +28,24 @@ from typing import Final
 
 import trio
 
-from ..core.answer import Data, Done, Event, Failed, Head
-from ..core.call import Call
+from ..core.answer import Data, Done, Failed, Head
 from ..core.headers import HEADER_NAME, HEADER_VALUE
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed
-from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING, PING
+from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING
+from .auth import hide_models
 from .context import RequestContext
-from .deadlines import ResponseDeadlines
 from .direct import Connection, DirectWriter
+from .keepalive import expects_events
 from .node_context import NodeContext
+from .opening import Opening
 from .response import Reply
 from .sse_buffer import EventBuffer
 
-__all__ = ["BUFFER_LIMIT", "PING_INTERVAL", "relay"]
+__all__ = ["BUFFER_LIMIT", "relay"]
 
 #: Bytes of an answer that are kept until it is complete; a larger answer is sent as it arrives.
 BUFFER_LIMIT: Final = 1 << 20
-
-#: Seconds without output after which a comment is sent in an event stream: so that proxies do not close the connection,
-#: and to find out whether the client is still connected.
-PING_INTERVAL: Final = 10.0
 
 #: Headers of a handler's answer that are not passed on: they describe the connection or the framing, are set here, or
 #: speak for the whole origin: what a browser may do with it, now and later.
@@ -96,41 +94,37 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
     call belongs to the context, too.
 
     Returns:
-        A reply whose body is complete, or a :class:`StreamingBody`.
+        A reply whose body is complete, or a :class:`StreamingBody`; that may not have begun, and begin with a comment.
 
     Raises:
         ApiError: the error that the client gets instead.
     """
-    call, deadlines = context.call, context.deadlines
-    event = await _next(call, deadlines, trio.current_time())
-    if isinstance(event, Failed):
-        again = node_context.router.reopen(call, deadlines.time_left)
-        if again is None:
-            raise event.error
-        context.add_call(again)
-        call = again
-        event = await _next(call, deadlines, deadlines.began)
-        if isinstance(event, Failed):
-            raise event.error
-    if not isinstance(event, Head):  # the grammar of calls forbids it
+    began = trio.current_time()
+    comment_due = began + (node_context.options.server.keepalive or math.inf)
+    event = None
+    # Written out here, since a function would cost every request a call.
+    with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
+        event = await context.call.receive()
+    if isinstance(event, Head):
+        return await _reply(node_context, context, event, began)
+    opening = Opening(node_context, context, began)
+    if event is not None:
+        opening.retry(event)
+    head = await opening.head(comment_due)
+    if head is None:
+        if await expects_events(context):
+            headers = [("content-type", "text/event-stream"), *NO_PROXY_BUFFERING]
+            body = StreamingBody(node_context, context, b"", began, events=True, opening=opening)
+            return Reply(200, headers, body, early=True)
+        head = await opening.head()
+    if head is None:  # without a limit, there is one
         raise HandlerFailed
-    return await _reply(node_context, call, event, context)
+    return await _reply(node_context, context, head, began)
 
 
-async def _next(call: Call, deadlines: ResponseDeadlines, since: float) -> Event:
-    """Return the next event of a call, whose last output was at the trio time ``since``; cancel the call if it is late.
-
-    Raises:
-        TooSlow: a deadline has passed.
-    """
-    with trio.move_on_at(deadlines.expires_at(since)):
-        return await call.receive()
-    raise deadlines.time_out(call)
-
-
-async def _reply(node_context: NodeContext, call: Call, head: Head, context: RequestContext) -> Reply:
-    """Decide how the answer that ``head`` begins is sent."""
-    deadlines = context.deadlines
+async def _reply(node_context: NodeContext, context: RequestContext, head: Head, began: float) -> Reply:
+    """Decide how the answer that ``head`` begins is sent. Its client waits since the trio time ``began``."""
+    call, deadlines = context.call, context.deadlines
     headers = _headers(head)
     media_type = head.content_type.partition(";")[0].strip().lower()
     # In a compressed stream it cannot be seen where an event ends, so it is treated like audio.
@@ -143,7 +137,7 @@ async def _reply(node_context: NodeContext, call: Call, head: Head, context: Req
         headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]
     pieces = [call.body.receive_nowait()]
     while call.end is None and not streamed and sum(map(len, pieces)) <= BUFFER_LIMIT:
-        event = await _next(call, deadlines, trio.current_time())
+        event = await deadlines.next_event(call, trio.current_time())
         if isinstance(event, Data):
             pieces += [bytes(event.data), call.body.receive_nowait()]
     data = b"".join(pieces)
@@ -151,7 +145,7 @@ async def _reply(node_context: NodeContext, call: Call, head: Head, context: Req
         raise call.end.error
     if isinstance(call.end, Done):
         return Reply(head.status, headers, data)
-    return Reply(head.status, headers, StreamingBody(node_context, call, context, data, events=events))
+    return Reply(head.status, headers, StreamingBody(node_context, context, data, began, events=events))
 
 
 def _headers(head: Head) -> list[tuple[str, str]]:
@@ -175,30 +169,43 @@ def _headers(head: Head) -> list[tuple[str, str]]:
 
 
 class StreamingBody:
-    """The body of an answer that has begun and is not complete. See ``Body``.
+    """The body of an answer that is not complete. See ``Body``.
 
     Args:
         node_context: its options decide how a failed stream ends.
-        call: the call; its head has been received.
         context: the request context; it is aborted if the answer fails, and the client cannot be told in the body.
         first: the part of the body that was received already.
+        silent_since: the trio time since which nothing was sent to the client.
         events: the body is a stream of server-sent events.
+        opening: waits for the head of the answer, and the body begins with a comment; ``None``: the head has come.
     """
 
     def __init__(
-        self, node_context: NodeContext, call: Call, context: RequestContext, first: bytes, *, events: bool
+        self,
+        node_context: NodeContext,
+        context: RequestContext,
+        first: bytes,
+        silent_since: float,
+        *,
+        events: bool,
+        opening: Opening | None = None,
     ) -> None:
         assert context.endpoint is not None
         self._node_context = node_context
-        self._call = call
+        self._call = context.call
         self._context = context
         self._first = first
         self._grammar = context.endpoint.failure
         self._events = EventBuffer(keep_first=self._grammar.needs_first) if events else None
-        self._knows_grammar = _knows_grammar(node_context, call.request)
+        self._knows_grammar = _knows_grammar(node_context, context.request)
         self._deadlines = context.deadlines
+        self._silent_since = silent_since
+        self._opening = opening
         self._waiting_since: float | None = None
+        self._connection: Connection | None = None
         self._writer: DirectWriter | None = None
+        # A piece was returned, and there was no waiting since.
+        self._has_sent = False
         self._over = False
         self.complete = False
 
@@ -206,6 +213,10 @@ class StreamingBody:
         """See ``Body``. If the answer failed, the context is aborted at the end."""
         if self._over:
             raise trio.EndOfChannel
+        if self._opening is not None:
+            instead = await self._open(self._opening)
+            if instead is not None:
+                return instead
         while True:
             data = self._take()
             end = self._call.end
@@ -224,14 +235,36 @@ class StreamingBody:
                 return self._fail(data, self._deadlines.time_out(self._call))
             self.complete = end is not None
             if data:
+                self._has_sent = True
                 return data
             if end is not None:
                 raise trio.EndOfChannel
 
     def enable_direct_write(self, connection: Connection | None) -> None:
         """See ``Body``."""
-        if self._writer is None and connection is not None and connection.ready and not self._call.ended:
-            self._writer = DirectWriter(self._call.body, connection, self._events)
+        if self._writer is None and connection is not None:
+            self._connection = connection
+            if self._opening is None and connection.ready and not self._call.ended:
+                self._writer = DirectWriter(self._call.body, connection, self._events)
+
+    async def _open(self, opening: Opening) -> bytes | None:
+        """Wait for the head of the answer, and return ``None``; or return bytes that must be sent instead.
+
+        Until it has come, nothing of an answer was given: the call may still be retried elsewhere.
+        """
+        try:
+            # At first, the comment for which the status is sent so early.
+            head = await opening.head(self._comment_due)
+            while head is None:
+                if (comment := self._comment(trio.current_time())) is not None:
+                    return comment
+                head = await opening.head(self._comment_due)
+            await opening.require_events(head)
+        except ApiError as error:
+            return self._fail(b"", hide_models(self._context.principal, error).with_traceback(None))
+        self._opening = None
+        self._call = self._context.call
+        return None
 
     def _take(self) -> bytes:
         """Return all bytes that wait. Afterwards, if ``call.end`` is set, there will be no more."""
@@ -247,7 +280,8 @@ class StreamingBody:
     async def _wait(self) -> bytes | None:
         """Wait until there is something to take, and return ``None``; or return bytes that must be sent instead.
 
-        The idle timeout counts only while this waits, and not while the client is slow to read.
+        The idle timeout counts only while this waits, and not while the client is slow to read. Comments change nothing
+        about it.
         """
         writer = self._writer
         if writer is not None and writer.has_unsent:
@@ -256,20 +290,44 @@ class StreamingBody:
             return b""
         now = trio.current_time()
         since = now if self._waiting_since is None else self._waiting_since
+        if self._has_sent:
+            self._has_sent = False
+            self._silent_since = now
         if writer is not None:
-            since = max(since, writer.last_activity)
+            since = max(since, writer.last_output, writer.last_sign_of_life)
+            self._silent_since = max(self._silent_since, writer.last_output)
         self._waiting_since = since
         expires = self._deadlines.expires_at(since)
         if now >= expires:
             return self._fail(b"", self._deadlines.time_out(self._call))
-        pings = self._events is not None and not self._events.torn
-        until = min(expires, now + PING_INTERVAL) if pings else expires
-        with trio.move_on_at(until):
+        if self._events is not None and not self._events.torn:
+            # Written out here, since a function would cost every stream a call.
+            due = self._silent_since + (self._node_context.options.server.keepalive or math.inf)
+            if now >= due:
+                return self._comment(now)
+            expires = min(expires, due)
+        with trio.move_on_at(expires):
             await self._call.body.reader.park()
-            return None
-        if writer is not None and writer.last_activity > since:
-            return None
-        return PING if until < expires else None
+        return None
+
+    @property
+    def _comment_due(self) -> float:
+        return self._silent_since + (self._node_context.options.server.keepalive or math.inf)
+
+    def _comment(self, now: float) -> bytes | None:
+        """Send a comment; ``None`` if that is done, otherwise the bytes that must be sent instead.
+
+        Nothing is done for it when a token is sent: the task of a stream wakes once in the time between comments, looks
+        when the last output was sent, and goes on waiting for what is left.
+
+        On a connection with a fast path it is dropped if the client has not read what was sent before. On others the
+        task waits until the client takes it, so that there is never more than one.
+        """
+        self._silent_since = now
+        comment, connection = self._grammar.keepalive, self._connection
+        if connection is None or not connection.ready:
+            return comment
+        return None if connection.send_nowait(comment, droppable=True) else b""
 
     def _fail(self, data: bytes, error: ApiError) -> bytes:
         """Return the last bytes of an answer that has failed: what is left of it, and the error event.

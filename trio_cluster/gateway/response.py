@@ -57,6 +57,8 @@ class Reply:
     status: int
     headers: list[tuple[str, str]]
     body: bytes | Body
+    early: bool = False
+    """The head is sent before the answer has begun, and nothing in it depends on the answer."""
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:

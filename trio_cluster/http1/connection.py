@@ -152,15 +152,17 @@ class Http1Connection:
         """
         return self._direct_write is not None
 
-    def send_nowait(self, body: bytes | memoryview) -> bool:
+    def send_nowait(self, body: bytes | memoryview, *, droppable: bool = False) -> bool:
         """Send a piece of the body without waking a task. Synchronous.
 
         Args:
             body: the piece; must not be empty.
+            droppable: drop the piece if the client has not read what was sent before, so that nothing of it can be
+                written. With TLS it is kept nevertheless, since it is encrypted already.
 
         Returns:
-            Whether all of it was written. If not, the rest is kept here, and written before whatever the next ``send``
-            of the application sends; until then the connection is not :attr:`ready`.
+            Whether all of it was written, or it was dropped. If not, the rest is kept here, and written before whatever
+            the next ``send`` of the application sends; until then the connection is not :attr:`ready`.
 
         Raises:
             trio.WouldBlock: the connection is not :attr:`ready`.
@@ -174,7 +176,7 @@ class Http1Connection:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._connection_lost()
             return False
-        if sent == len(data):
+        if sent == len(data) or (droppable and not sent and self._stream.tls is None):
             return True
         self._left_over = data[sent:]
         self._direct_write = None

@@ -77,7 +77,7 @@ class HypercornRequest:
         """Whether something of the body waits to be received, or all has come."""
         return bool(self._pieces) or self._complete
 
-    def send_nowait(self, body: bytes | memoryview) -> bool:
+    def send_nowait(self, body: bytes | memoryview, *, droppable: bool = False) -> bool:
         """Send nothing. Raises ``trio.WouldBlock``, since this is never :attr:`ready`."""
         raise trio.WouldBlock
 

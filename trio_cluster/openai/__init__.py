@@ -9,11 +9,11 @@ the two together.
 """
 
 from .endpoints import ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
-from .failures import EndDetector, FailureGrammar
+from .failures import EndDetector, FailureGrammar, read_error
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
 from .requests.forms import FormReader, is_form, media_type
-from .requests.peek import FormPeek, peek_model, require_one_model
+from .requests.peek import FormPeek, asks_for_events, peek_model, require_one_model
 from .requests.types import (
     ASRRequest,
     ChatRequest,
@@ -29,16 +29,16 @@ from .requests.types import (
 from .responses.chunks import FinishReason, OutputChunk, to_chunk
 from .responses.encoder import Encoder
 from .responses.usage import read_usage
-from .sse import DONE, NO_PROXY_BUFFERING, PING, error_body, error_event, event
+from .sse import DONE, KEEPALIVE, NO_PROXY_BUFFERING, error_body, error_event, event
 
 __all__ = [
     "DONE",
     "ENDPOINTS",
     "ERROR",
     "ERRORS",
+    "KEEPALIVE",
     "KNOWN_STREAMS",
     "NO_PROXY_BUFFERING",
-    "PING",
     "ASRRequest",
     "ChatRequest",
     "CustomRequest",
@@ -57,6 +57,7 @@ __all__ = [
     "OutputChunk",
     "RerankRequest",
     "TTSRequest",
+    "asks_for_events",
     "custom_path",
     "describe_endpoints",
     "endpoint_named",
@@ -67,6 +68,7 @@ __all__ = [
     "is_form",
     "media_type",
     "peek_model",
+    "read_error",
     "read_object",
     "read_usage",
     "require_one_model",

@@ -1,4 +1,4 @@
-"""How a stream of each route says that it has failed, and how the end of a stream is recognized.
+"""How a stream of each route says that it has failed or is silent, and how the end of a stream is recognized.
 
 Theory of operation
 ===================
@@ -16,6 +16,8 @@ The gateway writes this event, since only it knows what has been sent. It works 
 most streams come from another node, and many from another server. So two things are read from the bytes that were sent
 last: the number of the next event, and whether the stream has ended already. A server behind an engine may write its
 own error event and then close its connection; the client must see one error event and not two.
+
+While a stream is silent, its clients get comments. The Anthropic API has an event for that, ``ping``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import msgspec
 from trio_cluster.errors import ApiError
 
 from .json_values import dumps
-from .sse import error_event, event, named_event
+from .sse import KEEPALIVE, error_event, event, named_event
 
 __all__ = [
     "ERROR_OBJECT",
@@ -41,6 +43,7 @@ __all__ = [
     "TYPED_ERROR",
     "EndDetector",
     "FailureGrammar",
+    "read_error",
 ]
 
 #: A quotation mark inside of a JSON string has a backslash before it, so this never matches inside of one.
@@ -75,7 +78,7 @@ _UNKNOWN_RESPONSE: Final[dict[str, Any]] = {
 
 @attrs.frozen
 class FailureGrammar:
-    """How the streams of one route fail and end.
+    """How the streams of one route fail, end, and show that they go on.
 
     Attributes:
         write: ``write(error, first, last)`` returns the event that says that the stream has failed. ``first`` is its
@@ -83,12 +86,14 @@ class FailureGrammar:
         ends: the types of the events that end a complete stream. ``[DONE]`` ends one on every route.
         failures: the types of the events that end a failed stream. So does every event with an ``error``.
         needs_first: ``write`` uses ``first``.
+        keepalive: what is sent while there is nothing else to send.
     """
 
     write: Callable[[ApiError, bytes, bytes], bytes]
     ends: frozenset[str] = frozenset()
     failures: frozenset[str] = frozenset({"error"})
     needs_first: bool = False
+    keepalive: bytes = KEEPALIVE
 
     def has_ended(self, last: bytes) -> bool:
         """Return whether the last event in ``last`` ends the stream, complete or failed. Comments after it change
@@ -204,6 +209,28 @@ def _begun_response(first: bytes) -> dict[str, Any]:
     return dict(_UNKNOWN_RESPONSE)
 
 
+def read_error(status: int, body: bytes) -> ApiError:
+    """Return the error that a server has answered with, so that it can be sent in a stream.
+
+    Args:
+        status: 400 to 599.
+        body: of the answer; that of the OpenAI API and similar ones is understood.
+    """
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        value = None
+    error = value.get("error", value) if isinstance(value, dict) else None
+    if isinstance(error, str):
+        error = {"message": error}
+    members = error if isinstance(error, dict) else {}
+    texts = {name: members[name] for name in ("code", "type", "param") if isinstance(members.get(name), str)}
+    message = members.get("message")
+    if not (isinstance(message, str) and message):
+        message = f"The server behind the model answered with status {status}"
+    return ApiError(status, message, **texts)
+
+
 def _dumps(value: dict[str, Any]) -> bytes:
     """Encode an error, whatever values a handler has put into it."""
     try:
@@ -223,4 +250,6 @@ RESPONSE_FAILED: Final = FailureGrammar(
     frozenset({"response.failed", "error"}),
     needs_first=True,
 )
-MESSAGE_ERROR: Final = FailureGrammar(_write_message_error, frozenset({"message_stop"}))
+MESSAGE_ERROR: Final = FailureGrammar(
+    _write_message_error, frozenset({"message_stop"}), keepalive=named_event("ping", b'{"type": "ping"}')
+)

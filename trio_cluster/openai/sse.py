@@ -14,13 +14,13 @@ from trio_cluster.errors import ApiError
 
 from .json_values import dumps
 
-__all__ = ["DONE", "NO_PROXY_BUFFERING", "PING", "error_body", "error_event", "event", "named_event"]
+__all__ = ["DONE", "KEEPALIVE", "NO_PROXY_BUFFERING", "error_body", "error_event", "event", "named_event"]
 
 #: Ends a stream that is complete.
 DONE: Final = b"data: [DONE]\n\n"
 
-#: A comment. Clients ignore it; writing it finds out whether the client is still connected.
-PING: Final = b": ping\n\n"
+#: A comment, sent while there is nothing else to send. Clients ignore it.
+KEEPALIVE: Final = b": keepalive\n\n"
 
 #: Headers of a stream: proxies on the way must neither keep it nor collect more of it before they pass it on.
 NO_PROXY_BUFFERING: Final = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))

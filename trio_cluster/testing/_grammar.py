@@ -61,7 +61,7 @@ class StreamReport:
     error: dict[str, Any] | None
     """The members of the envelope of the error event; ``None`` if there was none."""
     comments: int
-    """How many comments there were. Clients ignore them."""
+    """How many comments there were, or events ``ping`` in their place. Clients ignore them."""
 
     @property
     def text(self) -> str:
@@ -139,6 +139,10 @@ class _Reader:
             raise StreamGrammarError(f"{data!r}: not an object")
         if name is not None and event.get("type") != name:
             raise StreamGrammarError(f"{data!r}: its type is not its name {name!r}")
+        if name == "ping" and event == {"type": "ping"}:
+            # What the Anthropic API has in the place of comments.
+            self._comments += 1
+            return
         if "error" in event:
             self._read_error(event, name, data)
             return

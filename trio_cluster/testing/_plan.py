@@ -207,6 +207,8 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         "on_conflict": "replicate",
         # Not drawn, and neither is the fast path: any twelve consecutive seeds play every path of a token.
         "batch_wait": 0.0 if seed % 4 == 0 else 0.001,
+        # Often enough that most streams get comments before their answer, in two of five schedules.
+        "keepalive": 0.3 if seed % 5 < 2 else 0.0,
     }
     models = _draw_models(rng, workers)
     drawn = [_draw_request(rng, number, seconds, models, options) for number in range(1, requests + 1)]

@@ -1,0 +1,107 @@
+"""The opening of an answer: from the call to the head of its answer, with one retry on another replica.
+
+If the client of a stream has been sent a comment before the head has come, the status is out, and the answer has to be
+a stream of events. One that is none, an error of a server behind an engine for instance, becomes an error here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import trio
+
+from ..core.answer import Data, Event, Failed, Head
+from ..errors import ApiError, HandlerFailed
+from ..openai import read_error
+from .context import RequestContext
+from .node_context import NodeContext
+
+__all__ = ["Opening"]
+
+#: Bytes of an error's body that are read.
+_ERROR_LIMIT: Final = 1 << 16
+
+_OK: Final = 200
+_FIRST_ERROR: Final = 400
+
+
+class Opening:
+    """Waits for the head of an answer, any number of times, until it has come.
+
+    If the node that has the call fails before, the call is retried once. The new call belongs to the context, too.
+
+    Args:
+        node_context: for its router.
+        context: the request context; its call is waited for.
+        since: the trio time at which the waiting began.
+    """
+
+    def __init__(self, node_context: NodeContext, context: RequestContext, since: float) -> None:
+        self._router = node_context.router
+        self._context = context
+        self._since = since
+        self._was_retried = False
+
+    async def head(self, until: float = math.inf) -> Head | None:
+        """Return the head of the answer; ``None`` if it has not come until the trio time ``until``. A checkpoint.
+
+        Raises:
+            ApiError: the answer failed before.
+        """
+        while True:
+            event = await self._context.deadlines.next_event(self._context.call, self._since, until)
+            if event is None or isinstance(event, Head):
+                return event
+            self.retry(event)
+
+    def retry(self, failed: Event) -> None:
+        """Open a call that has failed again, on another replica. Synchronous.
+
+        Args:
+            failed: the event with which its answer has ended.
+
+        Raises:
+            ApiError: it cannot be retried; this is why it has failed.
+        """
+        if not isinstance(failed, Failed):  # the grammar of calls forbids it
+            raise HandlerFailed
+        context = self._context
+        again = None
+        if not self._was_retried:
+            again = self._router.reopen(context.call, context.deadlines.time_left)
+        if again is None:
+            raise failed.error
+        self._was_retried = True
+        context.add_call(again)
+        # The client has been waiting all the time.
+        self._since = context.deadlines.began
+
+    async def require_events(self, head: Head) -> None:
+        """Return if the answer that ``head`` begins is a stream of events. Perhaps a checkpoint.
+
+        Raises:
+            ApiError: it is an error, and this is the one that it tells; or it is something else.
+        """
+        if head.status == _OK and _is_event_stream(head):
+            return
+        call = self._context.call
+        if head.status < _FIRST_ERROR:
+            call.cancel("the answer to a request for a stream is none")
+            raise ApiError(
+                502, "The model answered a request for a stream with something else", code="not_a_stream"
+            )
+        body = bytearray()
+        while len(body) < _ERROR_LIMIT:
+            event = await self._context.deadlines.next_event(call, trio.current_time())
+            if not isinstance(event, Data):
+                break
+            body += event.data
+        raise read_error(head.status, bytes(body)) if head.status <= 599 else HandlerFailed()
+
+
+def _is_event_stream(head: Head) -> bool:
+    """Return whether a body is a stream of events that is not compressed: the client was not told of that."""
+    return head.content_type.partition(";")[0].strip().lower() == "text/event-stream" and not any(
+        name.lower() == "content-encoding" for name, _ in head.headers
+    )
