@@ -167,6 +167,23 @@ async def test_comments_come_at_the_interval_after_the_last_output_and_signs_of_
         nursery.cancel_scope.cancel()
 
 
+@SERVERS
+async def test_output_puts_the_next_comment_off(http: str) -> None:
+    async with waiting(http, keepalive=0.4) as (node, wire):
+        served = await ask(node, wire)
+        served.head(EVENTS).event("one")
+        await wire.head()
+        for _ in range(3):
+            chunk = await wire.chunk()
+            assert chunk not in (KEEPALIVE, None)
+            await trio.sleep(0.25)
+            served.event("more")
+        await wire.chunk()
+        last = trio.current_time()
+        assert await wire.chunk() == KEEPALIVE
+        assert 0.3 < trio.current_time() - last < 0.6
+
+
 async def test_comments_of_a_server_behind_pass_and_none_are_added_while_they_come() -> None:
     theirs = b": theirs\n\n"
     async with waiting(keepalive=0.3) as (node, wire):

@@ -228,12 +228,12 @@ async def test_it_stalls_after_so_many_pieces_and_is_cancelled_by_its_deadline(
     cluster: SimulatedCluster, fake: type[FakeModel], pieces: int
 ) -> None:
     model = fake(stall_at=pieces)
-    await start(cluster, model, default_timeout=10)
+    await start(cluster, model, default_timeout=9)
     response = await cluster.client().chat("m")
     assert response.status == (200 if pieces else 504)
     if pieces:
         assert (response.report().ending, response.report().text) == ("failed", model.text(pieces))
-    assert trio.current_time() == pytest.approx(10)
+    assert trio.current_time() == pytest.approx(9)
     assert (model.cancelled, model.cleaned_up, model.running) == (1, 1, 0)
 
 
