@@ -70,6 +70,7 @@ FRAMEWORK = {"admin", "node", "server"}
 EXPORTS = {
     "ASRRequest",
     "ApiError",
+    "AsyncioLoop",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterMode",
@@ -88,6 +89,7 @@ EXPORTS = {
     "TTSRequest",
     "__version__",
     "check_is_cluster_server",
+    "from_asyncio",
 }
 # What run* raises is part of the contract too, so the errors may be exported, if they are errors.
 EXPORTED_ERRORS = {"ClusterError", "ClusterPortError", "HandshakeRefused", "OptionsError"}

@@ -10,6 +10,8 @@ from .cluster.probe import check_is_cluster_server
 from .core.model import ChatModelOptions
 from .errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from .local.adapters import Provider
+from .local.asyncio_handler import from_asyncio
+from .local.asyncio_loop import AsyncioLoop
 from .local.passthrough import RawCall
 from .openai import (
     ASRRequest,
@@ -29,6 +31,7 @@ from .server import ClusterServer
 __all__ = [
     "ASRRequest",
     "ApiError",
+    "AsyncioLoop",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterError",
@@ -51,4 +54,5 @@ __all__ = [
     "TTSRequest",
     "__version__",
     "check_is_cluster_server",
+    "from_asyncio",
 ]
