@@ -27,6 +27,7 @@ from .openai import (
 )
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .server import ClusterServer
+from .server_thread import ServerThread, serve_in_thread
 
 __all__ = [
     "ASRRequest",
@@ -51,8 +52,10 @@ __all__ = [
     "RawCall",
     "RerankRequest",
     "ServerOptions",
+    "ServerThread",
     "TTSRequest",
     "__version__",
     "check_is_cluster_server",
     "from_asyncio",
+    "serve_in_thread",
 ]

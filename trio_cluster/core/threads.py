@@ -48,6 +48,9 @@ def thread_shortage(error: BaseException) -> NoThread | None:
     resource = exhausted_resource(error) if isinstance(error, RuntimeError) else ""
     if not resource:
         return None
+    if not trio.lowlevel.in_trio_run():
+        # A program that starts a server in a thread gets the error itself.
+        return NoThread()
     log = _LOG.get()
     if log is None:
         log = ExhaustionLog(logger, "another thread")
