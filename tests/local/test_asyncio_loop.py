@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +20,8 @@ from trio_cluster import AsyncioLoop, ClusterError, ClusterServer, from_asyncio
 from trio_cluster.core.answer import Done
 from trio_cluster.local.asyncio_loop import AsyncioLoops, live_runs
 from trio_cluster.net.sockets import Sockets
-from trio_cluster.testing import open_cluster, worker
+from trio_cluster.testing import check_handler, open_cluster, worker
+from trio_cluster.testing._clock import threads_hold_clock
 
 PATIENCE = 20
 
@@ -277,6 +279,46 @@ async def test_another_loop_may_be_given(hooks: Hooks) -> None:
 async def test_hooks_are_functions() -> None:
     with pytest.raises(TypeError, match="a hook must be a function, not 'text'"):
         AsyncioLoop("text")  # type: ignore[arg-type]
+
+
+async def test_a_mock_clock_waits_for_short_timers_of_the_loop_and_not_for_long_ones(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def wait(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "awake"
+
+    class Drop:
+        async def push(self, chunk: object) -> None: ...
+
+        def end(self) -> None: ...
+
+    loop = AsyncioLoop()
+    run = await loop.acquire()
+    handler = from_asyncio(wait, loop)
+    with threads_hold_clock():
+        with trio.fail_after(0.001):
+            await handler(0.05, Drop())
+        with trio.move_on_after(0.001) as limit:
+            await handler(1000, Drop())
+    assert limit.cancelled_caught
+    await loop.release(run)
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+async def test_a_handler_keeps_the_contract_of_handlers(
+    virtual: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def handler(request: Any) -> AsyncIterator[str]:
+        for word in 50 * request.last_text.split():
+            await asyncio.sleep(0.002)
+            yield word
+
+    autojump_clock.autojump_threshold = 0.0 if virtual else math.inf
+    autojump_clock.rate = 0.0 if virtual else 1.0
+    report = await check_handler(from_asyncio(handler))
+    assert report.replayable
+    assert report.not_reached == ()
 
 
 # Blocks

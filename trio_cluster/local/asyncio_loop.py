@@ -55,6 +55,9 @@ Hook: TypeAlias = Callable[[], Awaitable[object]]
 #: How often a node looks whether a loop is blocked, in an interval between two heartbeats.
 _LOOKS: Final = 4
 
+#: Seconds within which a timer is due that a mock clock waits for.
+_SOON: Final = 1.0
+
 
 class AsyncioLoop:
     """An asyncio event loop for handlers, with hooks that run in it. See :func:`from_asyncio`.
@@ -269,7 +272,7 @@ class LoopRun:
 
     @property
     def busy(self) -> bool:
-        """Whether the loop does something at this moment, or is about to: it does not wait for IO or for a timer."""
+        """Whether the loop does something at this moment, or will within a second, unless it waits for IO only."""
         starts_or_stops = not self.started or self.stopping
         waits = self._selector is None or self._selector.waits
         return not self.ended and (starts_or_stops or self._posted != self._handled or not waits)
@@ -367,7 +370,7 @@ class _NotingSelector(selectors.DefaultSelector):
     """A selector that notes when its loop waits.
 
     Attributes:
-        waits: the loop waits for IO or for a timer.
+        waits: the loop waits, for IO or for a timer that is more than a second away.
         since: when the turn began, on the monotonic clock; ``None`` while the loop waits.
         turns: how often the loop has waited.
     """
@@ -382,7 +385,7 @@ class _NotingSelector(selectors.DefaultSelector):
         self.since = None
         self.turns += 1
         # With a timeout of 0, the loop only looks for IO, since it has something to do.
-        self.waits = timeout is None or timeout > 0
+        self.waits = timeout is None or timeout > _SOON
         try:
             ready: list[tuple[selectors.SelectorKey, int]] = super().select(timeout)
             return ready

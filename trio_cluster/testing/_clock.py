@@ -5,8 +5,8 @@ nothing to do either, however long the thread computes; so while a handler in a 
 timeouts would pass. Here the clock stands still while any thread of ``trio.to_thread`` is outside trio. A thread that
 waits *in* trio, through ``trio.from_thread``, does not stop the clock.
 
-The loop of asyncio handlers stops the clock while it does something. While it waits, for IO or for a timer of its own,
-which counts real time, the clock goes on.
+The loop of asyncio handlers stops the clock while it does something, and while it waits for a timer of its own that is
+due within a second of real time. While it waits for anything else, the clock goes on.
 """
 
 from __future__ import annotations
