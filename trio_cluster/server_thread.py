@@ -57,7 +57,7 @@ def serve_in_thread(
         args, kwargs: the arguments of that method.
 
     Returns:
-        The running server: when requests are accepted, or, on a worker, when its models are registered.
+        The server that runs. It accepts requests; the models of a worker are registered.
 
     Raises:
         ClusterError: the system starts no further thread; or the server could not be started, see its method.
