@@ -210,7 +210,8 @@ def clients(session: nox.Session) -> None:
             "--no-fund",
             external=True,
         )
-        session.run("pytest", "-q", "tests/clients", *session.posargs, env={"OPENAI_NODE_FOLDER": folder})
+        tests = ("tests/clients", "tests/local/test_asyncio_libraries.py")
+        session.run("pytest", "-q", *tests, *session.posargs, env={"OPENAI_NODE_FOLDER": folder})
 
 
 @nox.session

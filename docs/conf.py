@@ -18,8 +18,8 @@ nitpicky = True
 # Names that the signatures mention and this site does not describe. They are not links, since the inventories of other
 # projects would have to be fetched from the network at every build.
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|contextlib|h11|pathlib|random|trio|typing)\..*"),
-    ("py:class", "QuartTrio"),
+    ("py:.*", r"(asyncio|collections|contextlib|h11|pathlib|random|trio|typing)\..*"),
+    ("py:class", "QuartTrio|Ts"),
     # Private modules of this package. Names directly in its public modules must exist.
     ("py:.*", r"trio_cluster\.(?!(engines|testing)\.[A-Za-z])\w+\..*"),
 ]

@@ -215,6 +215,13 @@ def test_the_server_shares_a_process_with_a_larger_program(start: Starter) -> No
     program.stop()
 
 
+def test_an_asyncio_program_has_a_server_in_it(start: Starter) -> None:
+    program = start("inside_asyncio.py", 0)
+    url = url_in(program.next_line())
+    assert chat(url, "lines", "3") == "line 0\nline 1\nline 2\n"
+    program.stop()
+
+
 def test_the_tests_of_a_model_pass(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
     result = subprocess.run(

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("admin",),
     ("node",),
     ("server",),
+    ("server_thread",),
     ("engines", "testing"),
     ("demo",),
     ("cli",),
@@ -70,6 +71,7 @@ FRAMEWORK = {"admin", "node", "server"}
 EXPORTS = {
     "ASRRequest",
     "ApiError",
+    "AsyncioLoop",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterMode",
@@ -85,9 +87,12 @@ EXPORTS = {
     "RawCall",
     "RerankRequest",
     "ServerOptions",
+    "ServerThread",
     "TTSRequest",
     "__version__",
     "check_is_cluster_server",
+    "from_asyncio",
+    "serve_in_thread",
 }
 # What run* raises is part of the contract too, so the errors may be exported, if they are errors.
 EXPORTED_ERRORS = {"ClusterError", "ClusterPortError", "HandshakeRefused", "OptionsError"}

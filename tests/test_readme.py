@@ -136,7 +136,7 @@ def test_the_tests_in_the_pages_pass(
 
 
 def test_there_are_tests_in_the_pages() -> None:
-    assert len(TESTS) == 9
+    assert len(TESTS) == 10
 
 
 async def test_the_engine_in_the_pages_serves(nursery: trio.Nursery) -> None:

@@ -10,6 +10,8 @@ from .cluster.probe import check_is_cluster_server
 from .core.model import ChatModelOptions
 from .errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from .local.adapters import Provider
+from .local.asyncio_handler import from_asyncio
+from .local.asyncio_loop import AsyncioLoop
 from .local.passthrough import RawCall
 from .openai import (
     ASRRequest,
@@ -25,10 +27,12 @@ from .openai import (
 )
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .server import ClusterServer
+from .server_thread import ServerThread, serve_in_thread
 
 __all__ = [
     "ASRRequest",
     "ApiError",
+    "AsyncioLoop",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterError",
@@ -48,7 +52,10 @@ __all__ = [
     "RawCall",
     "RerankRequest",
     "ServerOptions",
+    "ServerThread",
     "TTSRequest",
     "__version__",
     "check_is_cluster_server",
+    "from_asyncio",
+    "serve_in_thread",
 ]

@@ -183,16 +183,22 @@ class Node:
             keeps_state: it is for keys, usage and what was used of limits, and not only for certificates.
 
         Raises:
-            ClusterError: TLS is not possible as the options ask for it, or the state directory or the database of the
-                options cannot be used.
+            ClusterError: TLS is not possible as the options ask for it, the state directory or the database of the
+                options cannot be used, or the loop of an asyncio handler could not be started.
         """
         await self._open_tls(state_name)
         state = self._open_state(state_name if keeps_state else None)
         limiter = self._node_context.limiter = self._new_limiter(state)
-        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
+        async with (
+            self._open_accounts(state) as accounts,
+            limiter.opened(),
+            self._pool.loops.opened(),
+            trio.open_nursery() as nursery,
+        ):
             if accounts is not None:
                 nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
             started()
@@ -219,6 +225,7 @@ class Node:
         Raises:
             StateDirError, StoreError: the state directory or the database of the options cannot be used.
             OptionsError: the limits cannot be counted where the options say.
+            ClusterError: the loop of an asyncio handler could not be started.
         """
         state = self._open_state(state_name)
         memory = None if state is None else self._model_memory(state)
@@ -230,12 +237,18 @@ class Node:
         manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
-        async with self._open_accounts(state) as accounts, limiter.opened(), trio.open_nursery() as nursery:
+        async with (
+            self._open_accounts(state) as accounts,
+            limiter.opened(),
+            self._pool.loops.opened(),
+            trio.open_nursery() as nursery,
+        ):
             if memory is not None:
                 nursery.start_soon(memory.run)
             if accounts is not None:
                 nursery.start_soon(accounts.run)
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(self._log_blocks)
             if self._tls is not None:
                 internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
@@ -326,16 +339,22 @@ class Node:
         Raises:
             HandshakeRefused: the master refused this worker, or what listens at its address is not a master.
             ClusterPortError: the node cannot listen on its listen address.
+            ClusterError: the loop of an asyncio handler could not be started.
         """
         client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
         if self._listen_address is not None:
             await self._open_tls("worker")
+        async with self._pool.loops.opened():
+            await self._serve_master(client, dialer, started)
+
+    async def _serve_master(self, client: WorkerClient, dialer: Dialer, started: Callable[[], None]) -> None:
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
         serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
+            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(dialer.run)
             if self._tls is not None:
                 nursery.start_soon(self._tls.run)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Literal
 
@@ -13,7 +14,7 @@ import attrs
 import h11
 import trio
 
-from trio_cluster import ClusterServer
+from trio_cluster import AsyncioLoop, ClusterServer, from_asyncio
 from trio_cluster.core.answer import Failed
 from trio_cluster.core.call import Call
 from trio_cluster.core.observer import Observer
@@ -27,6 +28,7 @@ __all__ = [
     "MODEL",
     "Caller",
     "Endpoint",
+    "How",
     "LimitedKey",
     "Scenario",
     "Script",
@@ -44,6 +46,7 @@ REQUEST_ID: Final = "the-one"
 LARGE: Final = 200_001
 
 Phase = Literal["waiting", "streaming", "blocked", "ending"]
+How = Literal["async", "threaded", "asyncio"]
 
 
 # Requests, and how their responses are checked
@@ -158,9 +161,13 @@ class Script:
         self.log: list[tuple[float, str]] = []
         self.given: list[Any] = []
         self.deadline = 0.0
+        self._loop = AsyncioLoop()
+        # These two work in every thread.
+        self._now = trio.lowlevel.current_clock().current_time
+        self._token = trio.lowlevel.current_trio_token()
 
     def note(self, word: str) -> None:
-        self.log.append((trio.current_time(), word))
+        self.log.append((self._now(), word))
 
     @property
     def words(self) -> list[str]:
@@ -183,6 +190,9 @@ class Script:
     async def wait(self) -> None:
         self.deadline = trio.current_effective_deadline()
         await self.go.wait()
+        self.fail_if_it_should()
+
+    def fail_if_it_should(self) -> None:
         if self.fails:
             self.note("raises")
             raise RuntimeError("the script says so")
@@ -191,9 +201,14 @@ class Script:
         with trio.CancelScope(shield=True):
             await trio.sleep(self.hangs)
 
-    def handler(self, *, threaded: bool) -> Any:
-        """Return the handler."""
-        return self._plain if threaded else self._async
+    def handler(self, how: How) -> Any:
+        """Return the handler, of one of the three kinds."""
+        handlers = {
+            "async": self._async,
+            "threaded": self._plain,
+            "asyncio": from_asyncio(self._asyncio, self._loop),
+        }
+        return handlers[how]
 
     async def _async(self, request: Any) -> AsyncIterator[Any]:
         self.note("starts")
@@ -230,6 +245,42 @@ class Script:
             raise
         finally:
             trio.from_thread.run_sync(self.note, "cleaned up")
+
+    async def _asyncio(self, request: Any) -> AsyncIterator[Any]:
+        self.note("starts")
+        try:
+            for step in self.steps():
+                if step is None:
+                    await self._in_trio(self.go.wait)
+                    self.fail_if_it_should()
+                else:
+                    self.given.append(step)
+                    yield step
+            self.note("finishes")
+        except (asyncio.CancelledError, GeneratorExit):
+            self.note("cancelled")
+            if self.hangs:
+                await self._in_trio(self.hang)
+            raise
+        finally:
+            self.note("cleaned up")
+
+    async def _in_trio(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Wait, in asyncio, until a function of trio has returned: in virtual time, if that is what trio has."""
+        done, scope, run = asyncio.Event(), trio.CancelScope(), self._loop.running
+        assert run is not None
+
+        async def call() -> None:
+            with scope:
+                await function()
+                run.post(done.set)
+
+        self._token.run_sync_soon(trio.lowlevel.spawn_system_task, call)
+        try:
+            await done.wait()
+        finally:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(scope.cancel)
 
 
 async def endless(request: Any) -> AsyncIterator[str]:
@@ -443,7 +494,7 @@ async def open_scenario(
     phase: Phase,
     *,
     forwarded: bool,
-    threaded: bool,
+    how: How = "async",
     fast_path: bool = True,
     above: Callable[[Network], Network] = lambda network: network,
     authenticator: Any = None,
@@ -459,7 +510,7 @@ async def open_scenario(
     ):
         back = worker("w", **options) if forwarded else cluster.master.server
         back.register_chat("endless", endless)
-        getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(threaded=threaded))
+        getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(how))
         if forwarded:
             await cluster.start_worker(back)
         yield Scenario(cluster, back, script, nursery)

@@ -32,7 +32,7 @@ def call(
 @asynccontextmanager
 async def asked(forwarded: bool, phase: Phase = "waiting", **options: Any) -> AsyncIterator[Scenario]:
     async with open_scenario(
-        CHAT, phase, forwarded=forwarded, threaded=False, **({"max_concurrency": 1} | options)
+        CHAT, phase, forwarded=forwarded, **({"max_concurrency": 1} | options)
     ) as scenario:
         yield scenario
         scenario.script.go.set()

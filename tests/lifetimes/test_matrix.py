@@ -15,6 +15,7 @@ from scenario import (
     REQUEST_ID,
     Caller,
     Endpoint,
+    How,
     LimitedKey,
     Phase,
     Scenario,
@@ -124,8 +125,10 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
         for phase in row:
             for endpoint in ENDPOINTS:
                 for place in ("local", "forwarded"):
-                    for how in ("async", "threaded"):
+                    for how in ("async", "threaded", "asyncio"):
                         if brief and not (endpoint in SAMPLE and how == "async"):
+                            continue
+                        if how == "asyncio" and not (all_ways or endpoint in SAMPLE):
                             continue
                         # Left out, not skipped: a test that was skipped for a real reason would be lost among these.
                         if impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded"):
@@ -454,7 +457,7 @@ async def test_the_law_holds(
     asked, forwarded = ENDPOINTS[endpoint], place == "forwarded"
     stops = cast(Phase, phase if phase in ("waiting", "streaming", "blocked", "ending") else "waiting")
     async with open_scenario(
-        asked, stops, forwarded=forwarded, threaded=how == "threaded", **(OPTIONS | PATHS[path])
+        asked, stops, forwarded=forwarded, how=cast(How, how), **(OPTIONS | PATHS[path])
     ) as scenario:
         cell_test = CellTest(scenario, cause, phase, asked, forwarded)
         commented = path.startswith("keepalive") and asked.delivery == "events"

@@ -3,8 +3,8 @@
 The system limits threads: for a user (``ulimit -u``), for a container (the cgroup's ``pids.max``), by memory. Python
 then raises a ``RuntimeError``, in the middle of whatever wanted the thread. That is no bug, and no fault of the request
 that meets it. It is an exhausted resource like any other (see ``exhaustion.py``): it costs that request, which gets
-503, and nothing else. So the package starts threads only by :func:`run_in_thread`, or converts the error by
-:func:`thread_shortage`; ``tests/core/test_run_in_thread.py`` looks for others.
+503, and nothing else. So the package starts threads only by :func:`run_in_thread` and :func:`start_thread`, or converts
+the error by :func:`thread_shortage`; ``tests/core/test_run_in_thread.py`` looks for others.
 
 Work that is short and must be done is done in the event loop then: the caller catches :class:`NoThread`.
 """
@@ -12,6 +12,7 @@ Work that is short and must be done is done in the event loop then: the caller c
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Final, TypeVar, TypeVarTuple
 
@@ -20,7 +21,7 @@ import trio
 from ..errors import ClusterError, Overloaded
 from .exhaustion import ExhaustionLog, exhausted_resource
 
-__all__ = ["NoThread", "run_in_thread", "start_in_thread", "thread_shortage"]
+__all__ = ["NoThread", "run_in_thread", "start_in_thread", "start_thread", "thread_shortage"]
 
 logger = logging.getLogger("trio_cluster.node")
 
@@ -47,6 +48,9 @@ def thread_shortage(error: BaseException) -> NoThread | None:
     resource = exhausted_resource(error) if isinstance(error, RuntimeError) else ""
     if not resource:
         return None
+    if not trio.lowlevel.in_trio_run():
+        # A program that starts a server in a thread gets the error itself.
+        return NoThread()
     log = _LOG.get()
     if log is None:
         log = ExhaustionLog(logger, "another thread")
@@ -107,3 +111,30 @@ async def start_in_thread(function: Callable[[*Ts], T], *args: *Ts, abandon_on_c
         return await run_in_thread(function, *args, abandon_on_cancel=abandon_on_cancel)
     except NoThread as error:
         raise ClusterError(error.message) from error
+
+
+def start_thread(function: Callable[[], object], *, name: str) -> threading.Thread:
+    """Start a thread that belongs to no task, and return it. Synchronous.
+
+    It is a daemon, so that a program which ends by an error does not wait for it. The caller sees to its end.
+
+    Args:
+        function: called in the thread; must not raise.
+        name: the name of the thread, for debuggers and lists of threads.
+
+    Raises:
+        NoThread: there is no thread for it; the function was not called.
+    """
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        shortage = thread_shortage(error)
+        if shortage is None:
+            raise
+        try:
+            raise shortage from None
+        finally:
+            # See `run_in_thread`.
+            del shortage
+    return thread

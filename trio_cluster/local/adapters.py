@@ -25,7 +25,7 @@ import trio
 
 from ..core.threads import run_in_thread
 
-__all__ = ["Adapter", "Handler", "Provider", "ThreadProvider", "adapt"]
+__all__ = ["Adapter", "Handler", "Provider", "ThreadProvider", "adapt", "is_async"]
 
 Handler: TypeAlias = Callable[..., Any]
 
@@ -139,6 +139,11 @@ async def _thread_push(handler: Handler, request: Any, provider: Provider) -> No
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
     return await run_in_thread(function, limiter=trio.CapacityLimiter(_UNLIMITED))
+
+
+def is_async(handler: Handler) -> bool:
+    """Return whether a handler is an ``async def``, of whatever shape, or an object whose ``__call__`` is one."""
+    return _is(inspect.isasyncgenfunction, handler) or _is(inspect.iscoroutinefunction, handler)
 
 
 def _is(test: Callable[[Any], bool], handler: Handler) -> bool:

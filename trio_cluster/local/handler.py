@@ -30,6 +30,7 @@ from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .adapters import Adapter, Handler, adapt
+from .asyncio_handler import AsyncioHandler
 from .pool import HandlerPool
 from .task import CallTask, is_failure
 
@@ -64,6 +65,7 @@ class HandlerBackend:
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self.health = Health()
         self._pool = pool
+        self._run_loop_of(handler)
 
     def add_endpoint(self, capability: str, handler: Handler) -> None:
         """Let another function answer the endpoints of one more kind, or one more route. ``info`` is updated.
@@ -79,7 +81,13 @@ class HandlerBackend:
         if capability in self._adapters:
             raise ValueError(f"the model '{self.info.name}' answers {capability} already")
         self._adapters[capability] = adapt(handler)
+        self._run_loop_of(handler)
         self.info = attrs.evolve(self.info, extra_endpoints=(*self.info.extra_endpoints, capability))
+
+    def _run_loop_of(self, handler: Handler) -> None:
+        """Let the loop of a handler that was written for asyncio run while the server runs."""
+        if isinstance(handler, AsyncioHandler):
+            self._pool.loops.add(handler.loop)
 
     @property
     def load(self) -> float:

@@ -26,6 +26,7 @@ from ..core.request import Request
 from ..errors import HandlerFailed, Overloaded, ShuttingDown
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
+from .asyncio_loop import AsyncioLoops
 from .slots import MAX_WAITING, Slots, answered_request
 from .task import CallTask
 
@@ -56,6 +57,7 @@ class HandlerPool:
     Attributes:
         options: as given; replaced as a whole only while nothing runs.
         slots: the slots for handlers.
+        loops: the asyncio loops that handlers run on; the node runs them for as long as it serves the pool.
         waiting: how many calls wait for a slot, those of models with slots of their own included.
         waiting_by: how many of these each principal has, by name.
     """
@@ -63,6 +65,7 @@ class HandlerPool:
     def __init__(self, options: ClusterServerOptions) -> None:
         self.options = options
         self.slots = Slots(options.server.max_concurrency)
+        self.loops = AsyncioLoops()
         self._nursery: trio.Nursery | None = None
         self.waiting = 0
         self.waiting_by: Counter[str] = Counter()

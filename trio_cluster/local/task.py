@@ -61,6 +61,33 @@ def _api_error_in(error: BaseException) -> ApiError | None:
     return error if isinstance(error, ApiError) else None
 
 
+#: What libraries raise that meet the wrong event loop, and what to do about it.
+_WRONG_LOOP: Final = {
+    "no running event loop": "it uses asyncio, and handlers run on trio; register from_asyncio(handler)",
+    "There is no current event loop": "it uses asyncio, and handlers run on trio; register from_asyncio(handler)",
+    "unrecognized yield message": "it awaits something of asyncio, and handlers run on trio; register "
+    "from_asyncio(handler)",
+    "must be called from async context": "it uses trio outside of trio; a handler of from_asyncio(handler) runs on "
+    "asyncio",
+}
+
+
+def _hint(error: BaseException | None) -> str:
+    """Return what to do about an error by which a handler has met the wrong event loop; empty for all others."""
+    for _ in range(10):
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, (RuntimeError, TypeError)):
+            text = str(error)
+            for words, hint in _WRONG_LOOP.items():
+                if words in text:
+                    return hint
+        if error is None:
+            break
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 class CallTask(abc.ABC):
     """The work for one call. See the top of this module.
 
@@ -160,9 +187,10 @@ class CallTask(abc.ABC):
         api_error = _api_error_in(error) or thread_shortage(error)
         if api_error is not None:
             return api_error
-        logger.error(
-            "the handler of '%s' failed", self.call.request.model, exc_info=error, extra=self.log_fields()
-        )
+        text = "the handler of '%s' failed"
+        if hint := _hint(error):
+            text = f"{text}: {hint}"
+        logger.error(text, self.call.request.model, exc_info=error, extra=self.log_fields())
         if resource := exhausted_resource(error):
             return Overloaded(f"This server is out of resources: {resource}; try again shortly")
         return HandlerFailed()

@@ -57,7 +57,9 @@ __all__ = [
     "blocking_frame",
     "heartbeats_while_blocked",
     "injectable",
+    "is_users_code",
     "log_blocks",
+    "place_of",
     "take_max_lag",
 ]
 
@@ -481,22 +483,24 @@ def blocking_frame(thread: int) -> str:
         if "__traceback_info__" in code.co_varnames:
             owner = str(frame.f_locals.get("__traceback_info__", ""))
             break
-        if users is None and _is_users(code.co_filename):
+        if users is None and is_users_code(code.co_filename):
             users = frame
         elif not code.co_filename.startswith(_PACKAGE):
             outermost = frame
         frame = frame.f_back
     # A handler may be installed like a library; then its own function says more than what that has called.
     place = users or (outermost if owner else None) or innermost
-    where = "unknown code" if place is None else _place(place)
+    where = "unknown code" if place is None else place_of(place)
     text = f"{owner} ({where})" if owner else where
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _is_users(path: str) -> bool:
+def is_users_code(path: str) -> bool:
+    """Return whether a file of code is neither of this package nor of a library."""
     return not path.startswith((_PACKAGE, *_LIBRARIES, "<frozen"))
 
 
-def _place(frame: FrameType) -> str:
+def place_of(frame: FrameType) -> str:
+    """Say for people where a frame is: ``app.py:12 in compute``."""
     code = frame.f_code
     return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"

@@ -4,6 +4,9 @@ Trio's mock clock jumps to the next deadline as soon as no task has anything to 
 nothing to do either, however long the thread computes; so while a handler in a thread adds two numbers, heartbeats and
 timeouts would pass. Here the clock stands still while any thread of ``trio.to_thread`` is outside trio. A thread that
 waits *in* trio, through ``trio.from_thread``, does not stop the clock.
+
+The loop of asyncio handlers stops the clock while it does something, and while it waits for a timer of its own that is
+due within a second of real time. While it waits for anything else, the clock goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Final
 import trio
 from trio.testing import MockClock, active_thread_count
 
+from ..local.asyncio_loop import LoopRun, live_runs
 from ._trio_internals import autojump_replaced, waits_for_thread
 
 __all__ = ["threads_hold_clock"]
@@ -40,8 +44,17 @@ def threads_hold_clock() -> Iterator[None]:
 
 
 def _jump_unless_threads_compute(jump: Callable[[], None]) -> Callable[[], None]:
+    turns: dict[LoopRun, int] = {}
+
     def wait_or_jump() -> None:
-        if active_thread_count() and any(map(waits_for_thread, _all_tasks())):
+        nonlocal turns
+        before, turns = turns, {run: run.turns for run in live_runs()}
+        # A loop that has done something since the last look may have sent trio something that has not arrived yet.
+        if (
+            turns != before
+            or any(run.busy for run in turns)
+            or (active_thread_count() and any(map(waits_for_thread, _all_tasks())))
+        ):
             time.sleep(_POLL_INTERVAL)
         else:
             jump()
