@@ -24,6 +24,7 @@ def test_the_routes_are_the_documented_ones() -> None:
         "/chat/completions": "chat",
         "/completions": "chat",
         "/responses": "chat",
+        "/messages": "chat",
         "/embeddings": "embedding",
         "/audio/transcriptions": "asr",
         "/audio/translations": "asr",

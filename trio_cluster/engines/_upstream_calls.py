@@ -104,7 +104,12 @@ _REFUSAL_LIMIT: Final = 64 * 1024
 _REFUSED_FIELD: Final = re.compile(rb"stream_options|include_usage")
 
 #: Endpoints whose event streams end with an event of a known type, whichever server writes them.
-_ENDPOINTS_WITH_END: Final = frozenset({"chat.completions", "completions", "responses", "/v1/messages"})
+_ENDPOINTS_WITH_END: Final = frozenset(
+    {"chat.completions", "completions", "responses", "messages", "/v1/messages"}
+)
+
+#: How the names of the endpoints of the Messages API begin; older masters call them by their paths.
+_MESSAGES: Final = ("messages", "/v1/messages")
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
@@ -233,7 +238,7 @@ class UpstreamCalls:
             headers.append((_TOTAL_TIMEOUT, f"{max(0.001, call.time_left):.3f}"))
         if self._key is not None:
             headers += authorization(self._key)
-            if request.endpoint.startswith("/v1/messages"):
+            if request.endpoint.startswith(_MESSAGES):
                 headers.append(("x-api-key", self._key))
         return headers
 

@@ -9,6 +9,7 @@ the two together.
 """
 
 from .endpoints import ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
+from .error_families import MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
 from .failures import EndDetector, FailureGrammar, read_error
 from .json_values import read_object
 from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
@@ -38,7 +39,9 @@ __all__ = [
     "ERRORS",
     "KEEPALIVE",
     "KNOWN_STREAMS",
+    "MESSAGE_ERRORS",
     "NO_PROXY_BUFFERING",
+    "OPENAI_ERRORS",
     "ASRRequest",
     "ChatRequest",
     "CustomRequest",
@@ -46,6 +49,7 @@ __all__ = [
     "Encoder",
     "EndDetector",
     "Endpoint",
+    "ErrorFamily",
     "FailureGrammar",
     "FinishReason",
     "FormPeek",
