@@ -171,19 +171,30 @@ class ClusterServer:
 
     # Models
 
-    def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
-        """Serve a chat model; it answers ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``.
+    def register_chat(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        count_tokens: Handler | None = None,
+    ) -> None:
+        """Serve a chat model: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses`` and ``/v1/messages``.
 
         Args:
             name: the name of the model.
             handler: a function of one of the documented shapes; it gets a :class:`ChatRequest`.
             options: what ``/v1/models`` shows about the model.
+            count_tokens: a function of one of the documented shapes that returns how many tokens the prompt of a
+                :class:`ChatRequest` has, an ``int``. With it, the model answers ``/v1/messages/count_tokens``. Its
+                calls take none of the slots of this process, so it should take a short time. ``None``: that route is
+                501 ``not_supported`` for this model.
 
         Raises:
             ValueError: the name is taken or not valid.
             TypeError: the handler has none of the shapes.
         """
-        self._models.register("chat", name, handler, options)
+        self._models.register("chat", name, handler, options, count_tokens)
 
     def register_embedding(
         self, name: str, handler: Handler, options: ChatModelOptions | None = None
@@ -228,13 +239,13 @@ class ClusterServer:
         """
         self._models.register("moderation", name, handler, options)
 
-    def chat(self, name: str, **options: Any) -> Callable[[H], H]:
+    def chat(self, name: str, *, count_tokens: Handler | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
 
         Raises:
             TypeError: there is no name, as in ``@server.chat`` without parentheses.
         """
-        return self._decorator("chat", name, options)
+        return self._decorator("chat", name, options, count_tokens)
 
     def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
         """Decorate an embedding handler; see :meth:`register_embedding`."""
@@ -332,7 +343,9 @@ class ClusterServer:
         """Return whether this node can answer requests for a model. On a master, those of its workers are included."""
         return self._router.catalog.info(name) is not None
 
-    def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+    def _decorator(
+        self, kind: Kind, name: str, options: dict[str, Any], count_tokens: Handler | None = None
+    ) -> Callable[[H], H]:
         if not isinstance(cast("object", name), str):
             function = getattr(name, "__name__", repr(name))
             raise TypeError(
@@ -341,7 +354,7 @@ class ClusterServer:
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
-            self._models.register(kind, name, handler, model_options)
+            self._models.register(kind, name, handler, model_options, count_tokens)
             return handler
 
         return register

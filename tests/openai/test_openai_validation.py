@@ -193,6 +193,11 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
 }
 
+FIELDS["messages.count_tokens"] = {
+    field: FIELDS["messages"][field]
+    for field in ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
+}
+
 REFUSED = [
     pytest.param(endpoint, field, value, id=f"{endpoint}-{field}-{str(value)[:20]!r}")
     for endpoint, fields in FIELDS.items()

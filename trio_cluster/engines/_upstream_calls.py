@@ -31,9 +31,9 @@ from trio_cluster._version import __version__
 from trio_cluster.core.headers import QUERY
 from trio_cluster.core.limits import PARSE_IN_THREAD
 from trio_cluster.core.threads import run_in_thread
-from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
+from trio_cluster.errors import InvalidRequest, NotSupported, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
-from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
+from trio_cluster.openai import COUNT_TOKENS, ENDPOINTS, EndDetector, endpoint_named, is_form
 
 from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
@@ -101,6 +101,8 @@ _ASKED_BODY: Final = 4 * 1024 * 1024
 #: field there.
 _REFUSALS: Final = frozenset({400, 422})
 _REFUSAL_LIMIT: Final = 64 * 1024
+#: What a server answers that does not know a route.
+_UNKNOWN_ROUTE: Final = frozenset({404, 405, 501})
 _REFUSED_FIELD: Final = re.compile(rb"stream_options|include_usage")
 
 #: Endpoints whose event streams end with an event of a known type, whichever server writes them.
@@ -155,6 +157,7 @@ class UpstreamCalls:
 
         Raises:
             UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            NotSupported: tokens are to be counted, and the server does not count.
             Overloaded: this machine has no descriptor, memory or local port left for the connection.
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
@@ -209,6 +212,9 @@ class UpstreamCalls:
                 if _REFUSED_FIELD.search(beginning) is not None:
                     return
                 response = attrs.evolve(response, receive=_with_beginning(beginning, response.receive))
+            if response.status in _UNKNOWN_ROUTE and call.request.endpoint == COUNT_TOKENS:
+                # The server has the model: it has listed it.
+                raise NotSupported(call.request.model, "count tokens")
             status = response.status
             await self._forward_response(response, call, asked=asked)
 

@@ -25,7 +25,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.threads import NoThread, run_in_thread
-from ..openai import CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
+from ..openai import COUNT_TOKENS, CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -101,7 +101,9 @@ class HandlerBackend:
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return HandlerTask(call, scope, options, adapter)
 
-        return self._pool.start(request, make_task, self._pool.slots)
+        # A prompt is counted in a short time, and should not wait for answers that take long.
+        slots = None if request.endpoint == COUNT_TOKENS else self._pool.slots
+        return self._pool.start(request, make_task, slots)
 
 
 class HandlerTask(CallTask):

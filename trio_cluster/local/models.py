@@ -12,7 +12,7 @@ import attrs
 
 from ..core.model import ChatModelOptions, Kind, ModelInfo
 from ..core.provenance import Via
-from ..openai import custom_path
+from ..openai import COUNT_TOKENS, custom_path
 from ..options import ClusterServerOptions
 from ..routing.router import Router
 from .adapters import Handler
@@ -60,7 +60,14 @@ class LocalModels:
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
             self._router.catalog.update(backend.info, backend)
 
-    def register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
+    def register(
+        self,
+        kind: Kind,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None,
+        count_tokens: Handler | None = None,
+    ) -> None:
         """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
         If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on.
@@ -69,7 +76,10 @@ class LocalModels:
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
             self._add_endpoint(backend, kind, handler)
         else:
-            self._add(HandlerBackend(self._info(kind, name, options), handler, self._pool))
+            backend = HandlerBackend(self._info(kind, name, options), handler, self._pool)
+            if count_tokens is not None:
+                backend.add_endpoint(COUNT_TOKENS, count_tokens)
+            self._add(backend)
 
     def register_raw(
         self,

@@ -27,7 +27,7 @@ from .failures import (
 from .requests.custom import checked_path, read_custom
 from .requests.fields import Table
 from .requests.forms import Form
-from .requests.messages_api import MESSAGE, read_message
+from .requests.messages_api import COUNT, MESSAGE, read_count, read_message
 from .requests.moderations import MODERATION, read_moderation
 from .requests.readers import (
     image_edit_of,
@@ -70,7 +70,7 @@ from .responses.custom import CustomEncoder
 from .responses.embeddings import EmbeddingEncoder
 from .responses.encoder import Encoder
 from .responses.images import PlainEdit, PlainImages, StreamedEdit, StreamedImage
-from .responses.messages_api import PlainMessage, StreamedMessage
+from .responses.messages_api import CountEncoder, PlainMessage, StreamedMessage
 from .responses.moderations import ModerationEncoder
 from .responses.rerank import RerankEncoder
 from .responses.responses_api import PlainResponse, StreamedResponse
@@ -78,11 +78,15 @@ from .responses.speech import PlainSpeech, StreamedSpeech
 from .responses.text import ChatShape, CompletionShape, PlainText, StreamedText, TextShape
 from .responses.transcriptions import PlainTranscription, StreamedTranscription
 
-__all__ = ["ENDPOINTS", "KNOWN_STREAMS", "Endpoint", "custom_path", "endpoint_named"]
+__all__ = ["COUNT_TOKENS", "ENDPOINTS", "KNOWN_STREAMS", "Endpoint", "custom_path", "endpoint_named"]
 
 
 _JSON: Final = ("application/json",)
 _JSON_OR_EVENTS: Final = (*_JSON, "text/event-stream")
+
+
+#: The name of the route that counts the tokens of a prompt.
+COUNT_TOKENS: Final = "messages.count_tokens"
 
 
 class _Parse(Protocol):
@@ -125,6 +129,8 @@ class Endpoint:
     """How a stream of this route says that it has failed."""
     errors: ErrorFamily = OPENAI_ERRORS
     """How the errors of this route look, and which headers its answers have."""
+    optional: Kind | None = None
+    """For a route that a model answers only if its handler can: the kind of the models that may."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
@@ -148,6 +154,10 @@ def _response(request: ChatRequest, *, response_id: str, created: int) -> Encode
 def _message(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
     encoder = StreamedMessage if request.stream else PlainMessage
     return encoder(request, response_id)
+
+
+def _count(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    return CountEncoder(request)
 
 
 def _embedding(request: EmbeddingRequest, *, response_id: str, created: int) -> Encoder:
@@ -215,6 +225,16 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 _JSON_OR_EVENTS,
                 failure=MESSAGE_ERROR,
                 errors=MESSAGE_ERRORS,
+            ),
+            Endpoint(
+                COUNT_TOKENS,
+                "/messages/count_tokens",
+                "custom",
+                read_count,
+                _count,
+                COUNT,
+                errors=MESSAGE_ERRORS,
+                optional="chat",
             ),
             Endpoint("embeddings", "/embeddings", "embedding", read_embedding, _embedding, EMBEDDING),
             Endpoint(

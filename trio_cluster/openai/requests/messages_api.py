@@ -32,7 +32,7 @@ from .fields import Table
 from .messages_api_content import CONVERSATION, SYSTEM
 from .readers import read_json
 from .responses_api_input import present, unsupported
-from .schemas import any_of, by_type, members_of
+from .schemas import any_of, members_of
 from .types import ChatRequest
 
 __all__ = ["COUNT", "MESSAGE", "read_count", "read_message"]
@@ -55,9 +55,14 @@ def _check_tool(value: Any, name: str) -> None:
         _TOOL(value, name)
 
 
-_TOOLS: Final = ListOf(
-    Custom(_check_tool, by_type({"custom": _TOOL.schema()}, common=members_of({}), default="custom"))
+_TOOL_SCHEMA: Final = any_of(
+    members_of(
+        _TOOL.schema()["properties"] | {"type": {"type": "string", "enum": ["custom"]}},
+        ("name", "input_schema"),
+    ),
+    members_of({"type": {"type": "string", "not": {"enum": ["custom"]}}}, ("type",)),
 )
+_TOOLS: Final = ListOf(Custom(_check_tool, _TOOL_SCHEMA))
 
 
 def _convert_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
