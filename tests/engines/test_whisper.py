@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -180,7 +181,8 @@ async def test_a_prompt_comes_before_the_first_window(model: Any) -> None:
     assert prompted._model.prompts == [[92, len(" names"), 91]]
 
 
-async def test_other_formats_are_refused_by_name(model: Any) -> None:
+async def test_other_formats_are_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ApiError, match="this is MP3 audio; send WAV") as caught:
         await transcribe(model(), audio=b"ID3rest")
     assert (caught.value.status, caught.value.param) == (400, "file")
