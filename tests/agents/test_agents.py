@@ -6,12 +6,16 @@ machine.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 from agent_bench import Bench, Run
-from agent_cases import NEW
+from agent_cases import AGENTS_FOLDER, NEW
 from scripted_coder import ScriptedCoder, text_of
+
+if AGENTS_FOLDER not in os.environ:
+    pytest.skip("they are not installed; `nox -s agents` installs and runs them", allow_module_level=True)
 
 pytestmark = pytest.mark.processes
 

@@ -6,6 +6,7 @@ the server takes what the agents send, tools and all, and the agents take what i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,14 +16,21 @@ from pathlib import Path
 import pytest
 import trio
 from agent_bench import Bench
+from agent_cases import AGENTS_FOLDER
 from served import until
 from tiny_model import write_tiny_model
 
 from trio_cluster.engines import parse_serve, serve_engine
 
+if AGENTS_FOLDER not in os.environ:
+    pytest.skip("they are not installed; `nox -s agents` installs and runs them", allow_module_level=True)
+
 pytestmark = [pytest.mark.processes, pytest.mark.engines]
 
 SERVER = Path(__file__).parent.parent / "clients" / "llama_upstream.py"
+
+#: In bytes, which are this model's tokens. No message is read to its end, but there are many.
+CONTEXT = 32768
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +41,8 @@ def llama_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             pytest.skip(f"needs {library}")
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     # The agents' instructions are long, and this is about what surrounds them.
-    write_tiny_model(path, reads=400)
-    options = ["--slots", "1", "--context", "8192", "--longest", "32"]
+    write_tiny_model(path, context=CONTEXT, reads=400)
+    options = ["--slots", "1", "--context", str(CONTEXT), "--longest", "32"]
     with subprocess.Popen(
         [sys.executable, str(SERVER), str(path), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

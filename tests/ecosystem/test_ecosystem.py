@@ -13,10 +13,13 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from ecosystem_libraries import Library
+from ecosystem_libraries import ECOSYSTEM_FOLDER, Library
 from served import Served, until
 
 from trio_cluster import ChatRequest, OutputChunk
+
+if ECOSYSTEM_FOLDER not in os.environ:
+    pytest.skip("they are not installed; `nox -s ecosystem` installs and runs them", allow_module_level=True)
 
 pytestmark = pytest.mark.processes
 

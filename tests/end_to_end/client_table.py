@@ -41,7 +41,7 @@ def with_block(page: str, name: str, text: str) -> str:
     return page.replace(old, _BLOCK.format(name=name, text=text))
 
 
-@attrs.define
+@attrs.define(eq=False)
 class ClientTable:
     """A plugin of pytest that keeps what came of the tests with a feature.
 

@@ -10,11 +10,12 @@ from pathlib import Path
 __all__ = ["write_tiny_model"]
 
 
-def write_tiny_model(path: Path, *, reads: int | None = None) -> None:
+def write_tiny_model(path: Path, *, context: int = 2048, reads: int | None = None) -> None:
     """Write the model to a file; needs gguf.
 
     Args:
         path: the file.
+        context: how many tokens a prompt and its answer may have.
         reads: how many characters of each message are in the prompt; ``None``: all.
     """
     import gguf
@@ -26,7 +27,7 @@ def write_tiny_model(path: Path, *, reads: int | None = None) -> None:
     unseen = iter(range(256, 512))
     tokens = [each or chr(next(unseen)) for each in alphabet] + ["<|end|>"]
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(2048)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(feed)
