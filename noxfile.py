@@ -3,8 +3,8 @@
 What a change has to pass is to take minutes on two cores, so that it is run before each change and not after it. So on
 one Python, the oldest that is installed, everything is tested, real processes included, and on the others what a Python
 could change. What takes longer and finds something new less often is a session of its own: the law of lifetimes in
-every way (``law``), random schedules (``soak``), bad input (``fuzz``), the client for Node (``clients``), real models
-(``engines``), and measurements (``bench``). The tests have a sample of each.
+every way (``law``), random schedules (``soak``), bad input (``fuzz``), the clients (``clients``), whole agents
+(``agents``), real models (``engines``), and measurements (``bench``). The tests have a sample of each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -30,6 +31,18 @@ nox.options.reuse_venv = "no"
 # started in a nursery, which do not see that a callee may be the one to call started() (114, 128).
 # Rules that are disabled are not even looked for; that they were ignored would cost as much as their being obeyed.
 FLAKE8_EXCEPTIONS = "--disable=ASYNC114,ASYNC124,ASYNC128,ASYNC910,ASYNC911,ASYNC912,ASYNC913"
+
+# The libraries of the ecosystem, by the environment in which they are: some need another openai than the others.
+ECOSYSTEM = {
+    "main": (
+        "langchain-openai==1.7.4",
+        "litellm==1.110.2",
+        "llm==0.36",
+        "openai-agents==0.24.0",
+        "pydantic-ai-slim[openai]==2.68.0",
+    ),
+    "llama_index": ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like"),
+}
 
 GROUPS = nox.project.dependency_groups
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -58,7 +71,9 @@ WHOLE_ON = INSTALLED[0] if INSTALLED else PYTHONS[0]
 # on every Python. ``--brief`` takes a sample of the law of lifetimes.
 BRIEF = [
     "--brief",
+    "--ignore=tests/agents",
     "--ignore=tests/clients",
+    "--ignore=tests/ecosystem",
     "--ignore=tests/gateway/test_fuzz.py",
     "--ignore=tests/openai",
     "--ignore=tests/testing/test_schedules.py",
@@ -69,7 +84,13 @@ BRIEF = [
 ]
 
 # Where another version of a library could make a difference: everything but what no library is in.
-BRIEF_OF_VERSIONS = ["--brief", "--ignore=tests/clients", "--ignore=tests/demo"]
+BRIEF_OF_VERSIONS = [
+    "--brief",
+    "--ignore=tests/agents",
+    "--ignore=tests/clients",
+    "--ignore=tests/ecosystem",
+    "--ignore=tests/demo",
+]
 
 
 @nox.session
@@ -211,7 +232,80 @@ def clients(session: nox.Session) -> None:
             external=True,
         )
         tests = ("tests/clients", "tests/local/test_asyncio_libraries.py")
-        session.run("pytest", "-q", *tests, *session.posargs, env={"OPENAI_NODE_FOLDER": folder})
+        environment = {"OPENAI_NODE_FOLDER": folder, **clients_page(session)}
+        session.run("pytest", "-q", *tests, *session.posargs, env=environment)
+
+
+def clients_page(session: nox.Session) -> dict[str, str]:
+    """Return the variable that has a table in docs/clients.md rewritten, unless only a part of the tests is run."""
+    return {} if session.posargs else {"CLIENTS_PAGE": str(Path("docs/clients.md").resolve())}
+
+
+@nox.session
+def agents(session: nox.Session) -> None:
+    """Run whole agents, as their registries have them, and write down in docs/clients.md what they do.
+
+    They are installed into the session's own folder, which is kept, for they are large (1.5 GB). One whose package or
+    interpreter is missing is skipped. What is asked for after ``--`` is run alone, and nothing is written down.
+    """
+    session.install("-q", ".[llama]", "gguf", *GROUPS(PYPROJECT, "test"))
+    folder = Path(session.create_tmp()).resolve()
+    if shutil.which("npm") is None:
+        session.warn("there is no npm, so only aider is run")
+    else:
+        shutil.copy("tests/agents/package.json", folder)
+        options = ("--no-package-lock", "--no-audit", "--no-fund")
+        session.run("npm", "install", "--prefix", str(folder), *options, external=True, success_codes=[0, 1])
+    install_into_environment(
+        session, folder / "aider", "aider-chat==0.86.2", pythons=("3.12", "3.11", "3.10")
+    )
+    environment = {"AGENTS_FOLDER": str(folder), **clients_page(session)}
+    # A test may take long without being stuck.
+    session.run(
+        "pytest", "-q", "-o", "faulthandler_timeout=0", "tests/agents", *session.posargs, env=environment
+    )
+
+
+@nox.session
+def ecosystem(session: nox.Session) -> None:
+    """Test with the libraries that people build upon, and write down in docs/clients.md what they do: for releases.
+
+    They are installed into the session's own folder, which is kept. What follows ``--`` is handed to pytest; nothing is
+    written down then.
+    """
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    folder = Path(session.create_tmp()).resolve()
+    if shutil.which("npm") is None:
+        session.warn("there is no npm, so the AI SDK is left out")
+    else:
+        shutil.copy("tests/clients/node/package.json", folder)
+        options = ("--no-package-lock", "--no-audit", "--no-fund")
+        session.run("npm", "install", "--prefix", str(folder), *options, external=True, success_codes=[0, 1])
+    pythons = ("3.12", "3.13", "3.11")
+    for name, packages in ECOSYSTEM.items():
+        install_into_environment(session, folder / name, *packages, pythons=pythons)
+    environment = {"ECOSYSTEM_FOLDER": str(folder), **clients_page(session)}
+    session.run("pytest", "-q", "tests/ecosystem", *session.posargs, env=environment)
+
+
+def install_into_environment(
+    session: nox.Session, folder: Path, *packages: str, pythons: Sequence[str]
+) -> None:
+    """Make a virtual environment beside the session's, for what cannot share one, or say why there is none.
+
+    Args:
+        session: the session.
+        folder: the environment, which may be there already.
+        packages: what is in it.
+        pythons: the versions of Python that will do, the best first.
+    """
+    python = next((each for each in pythons if shutil.which(f"python{each}")), None)
+    if python is None:
+        session.warn(f"{packages[0]} needs Python {' or '.join(pythons)}; it is left out")
+        return
+    session.run(f"python{python}", "-m", "venv", str(folder), external=True)
+    pip = str(folder / "bin" / "pip")
+    session.run(pip, "install", "-q", *packages, external=True, success_codes=[0, 1])
 
 
 @nox.session

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 # Their assertions are told about like those of the tests; this has to be said before they are imported.
 pytest.register_assert_rewrite("client_case", "client_drivers")
 
-from client_drivers import CLIENTS, Client, Driver, command_of  # noqa: E402
+from client_drivers import CLIENTS, NODE_FOLDER, Client, Driver, command_of  # noqa: E402
+from client_table import ClientTable  # noqa: E402
 from served import PLACEMENTS, Placement, Served, open_served  # noqa: E402
+
+TABLE = ClientTable("clients", "running_driver", {"python": "openai (Python)", "node": "openai (Node)"})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the table of docs/clients.md written."""
+    config.pluginmanager.register(TABLE)
+
+
+def version_of(client: str) -> str:
+    """Return the version of a client that is installed."""
+    if client == "python":
+        return metadata.version("openai")
+    manifest = Path(os.environ[NODE_FOLDER]) / "node_modules" / "openai" / "package.json"
+    version: str = json.loads(manifest.read_text("utf-8"))["version"]
+    return version
 
 
 @pytest.fixture(params=CLIENTS, scope="session")
@@ -20,6 +41,7 @@ def running_driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     command = command_of(request.param)
     if isinstance(command, str):
         pytest.skip(command)
+    TABLE.versions[request.param] = version_of(request.param)
     running = Driver(request.param, command)
     yield running
     running.close()

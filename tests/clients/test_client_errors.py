@@ -16,6 +16,8 @@ from served import Placement, Served, open_served, until
 
 from trio_cluster import ASRRequest, OutputChunk
 
+pytestmark = pytest.mark.feature("every failure")
+
 CHAT = "chat.completions.create"
 
 PNG_FILE = file("a.png", PNG, "image/png")

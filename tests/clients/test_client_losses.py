@@ -14,7 +14,7 @@ from client_drivers import Client, Driver
 from nodes import Node, Nodes, open_nodes
 from served import until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.feature("killed workers and masters")]
 
 CHAT = "chat.completions.create"
 

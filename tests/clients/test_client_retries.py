@@ -18,6 +18,8 @@ from served import Placement, Served, chat, open_served, until
 
 from trio_cluster import ApiError, ChatRequest
 
+pytestmark = pytest.mark.feature("retries")
+
 CHAT = "chat.completions.create"
 
 #: What is sent again if it fails, and what is not.

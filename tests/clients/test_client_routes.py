@@ -10,6 +10,8 @@ from served import Served
 
 from trio_cluster.openai import ENDPOINTS
 
+pytestmark = pytest.mark.feature("every route")
+
 
 @pytest.mark.parametrize("name", CASES)
 async def test_the_client_gets_the_answer(served: Served, client: Client, name: str) -> None:

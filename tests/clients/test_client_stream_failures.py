@@ -26,6 +26,8 @@ from served import Placement, Served, open_served, until
 
 from trio_cluster import ApiError, ASRRequest, RawCall, TTSRequest
 
+pytestmark = pytest.mark.feature("streams that fail")
+
 Ending = Literal["end", "abort"]
 
 #: What the model says before it fails.

@@ -17,6 +17,8 @@ from served import Served, until
 
 from trio_cluster import ChatRequest, OutputChunk
 
+pytestmark = pytest.mark.feature("tools over two turns")
+
 QUESTION = "What is it like in Kyoto?"
 CONCLUSION = "In Kyoto it is 21 degrees at 9 o'clock."
 THOUGHT = "The user wants to know two things."

@@ -29,7 +29,7 @@ from trio_cluster.engines import parse_serve, serve_engine
 from trio_cluster.engines._pinned_weights import WEIGHTS
 from trio_cluster.engines._weights import cache_folder
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.feature("llama.cpp's server behind")]
 
 CHAT = "chat.completions.create"
 

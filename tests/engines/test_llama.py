@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 from recording_provider import RecordingProvider
+from tiny_model import write_tiny_model
 
 from trio_cluster.engines import llama, parse_serve, serve_engine
 from trio_cluster.errors import ApiError, ClusterError, InvalidRequest
@@ -316,8 +317,7 @@ async def test_a_model_that_is_being_unloaded_refuses_requests() -> None:
     assert caught.value.status == 503
 
 
-# From here on with llama.cpp itself. The tests make the model: two layers of random weights, with single bytes as
-# tokens. Its output is noise; everything around it is real.
+# From here on with llama.cpp itself, and a model that is made here. Its output is noise; everything around it is real.
 
 real = [
     pytest.mark.engines,
@@ -330,60 +330,8 @@ real = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import gguf
-    import numpy as np
-
-    width, layers, heads, feed = 64, 2, 4, 128
-    alphabet = [chr(c) if 33 <= c <= 126 or 161 <= c <= 172 or 174 <= c <= 255 else None for c in range(256)]
-    # The byte-level alphabet: bytes that are not printable are represented by the code points from 256 on.
-    unseen = iter(range(256, 512))
-    tokens = [each or chr(next(unseen)) for each in alphabet] + ["<|end|>"]
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(width)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(feed)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL])
-    writer.add_token_merges([f"{tokens[97]} {tokens[98]}"])
-    writer.add_eos_token_id(256)
-    writer.add_bos_token_id(256)
-    writer.add_chat_template(
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-    )
-    random = np.random.default_rng(0)
-
-    def tensor(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (random.standard_normal(shape) * 0.3).astype(np.float32))
-
-    tensor("token_embd.weight", len(tokens), width)
-    tensor("output_norm.weight", width)
-    tensor("output.weight", len(tokens), width)
-    for layer in range(layers):
-        for name, shape in {
-            "attn_norm": (width,),
-            "attn_q": (width, width),
-            "attn_k": (width, width),
-            "attn_v": (width, width),
-            "attn_output": (width, width),
-            "ffn_norm": (width,),
-            "ffn_gate": (feed, width),
-            "ffn_up": (feed, width),
-            "ffn_down": (width, feed),
-        }.items():
-            tensor(f"blk.{layer}.{name}.weight", *shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tiny_model(path)
     return path
 
 
