@@ -135,6 +135,7 @@ class Node:
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or name or _new_id()
         self._tls: MasterTls | None = None
+        pool.node_name = self._id
         router.accept()
         self._node_context = NodeContext(
             router=router,

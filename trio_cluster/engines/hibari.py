@@ -24,6 +24,7 @@ from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import OutputChunk, TTSRequest
+from trio_cluster.openai.pcm import wav_header
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
 from ._threads import Outlet, ThreadStream
@@ -86,8 +87,6 @@ class Speaker:
         Raises:
             InvalidRequest: the format is not supported, or the input has no words.
         """
-        from .audio import wav
-
         # The API's default is mp3, which is not supported; it only counts if the client has set it.
         chosen = request.response_format if "response_format" in request.raw else "wav"
         if chosen not in _FORMATS:
@@ -101,7 +100,7 @@ class Speaker:
             started = False
             async for audio, is_whole in sentences:
                 if chosen == "wav" and not started:
-                    audio = wav.header(rate, length=len(audio) if is_whole else None) + audio
+                    audio = wav_header(rate, length=len(audio) if is_whole else None) + audio
                 started = True
                 await provider.push(OutputChunk.audio(audio, f"audio/{chosen}"))
 

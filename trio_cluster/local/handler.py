@@ -99,7 +99,7 @@ class HandlerBackend:
         adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return HandlerTask(call, scope, options, adapter)
+            return HandlerTask(call, scope, options, adapter, self._pool.node_name)
 
         return self._pool.start(request, make_task, self._pool.slots)
 
@@ -110,6 +110,7 @@ class HandlerTask(CallTask):
     Args:
         call, scope, options: see ``CallTask``.
         adapter: runs the handler.
+        worker: the name of this node, for the handler.
 
     Attributes:
         request: the request as the handler gets it; set when the work begins.
@@ -124,9 +125,11 @@ class HandlerTask(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         adapter: Adapter,
+        worker: str = "",
     ) -> None:
         super().__init__(call, scope, options)
         self._adapter = adapter
+        self._worker = worker
         self._body = call.request.body
         self._parsed = call.request.parsed
         self._endpoint: Endpoint | None = None
@@ -194,6 +197,10 @@ class HandlerTask(CallTask):
         self._body, self._parsed = b"", None
         if request.query and isinstance(parsed, CustomRequest):
             parsed = attrs.evolve(parsed, query=request.query)
+        # Nothing else has the request yet, so it is completed in place: a copy of all its fields would cost more than
+        # everything else that is done here.
+        object.__setattr__(parsed, "worker", self._worker)
+        object.__setattr__(parsed, "key_name", request.principal.name)
         self.request = parsed
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 

@@ -40,8 +40,10 @@ class RawCall(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         handler: RawHandler,
+        worker: str = "",
     ) -> None:
         super().__init__(call, scope, options)
+        self._worker = worker
         self._handler = handler
         self._usage: Usage | None = None
         self._body = call.request.body
@@ -53,6 +55,16 @@ class RawCall(CallTask):
     def request(self) -> Request:
         """The request: endpoint, model, headers, query, and the size of the body if it is known."""
         return self.call.request
+
+    @property
+    def worker(self) -> str:
+        """The name of the node on which the handler runs: a worker, or a server that serves the model itself."""
+        return self._worker
+
+    @property
+    def key_name(self) -> str:
+        """The name of the API key that the request has; empty where no key is required."""
+        return self.call.request.key_name
 
     @property
     def time_left(self) -> float:
@@ -212,7 +224,7 @@ class RawBackend:
         """See ``Backend``."""
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return RawCall(call, scope, options, self._handler)
+            return RawCall(call, scope, options, self._handler, self._pool.node_name)
 
         call = self._pool.start(request, make_task, self._slots)
         self._open += 1

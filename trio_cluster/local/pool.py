@@ -58,6 +58,7 @@ class HandlerPool:
         options: as given; replaced as a whole only while nothing runs.
         slots: the slots for handlers.
         loops: the asyncio loops that handlers run on; the node runs them for as long as it serves the pool.
+        node_name: the name of the node that runs, which handlers see; empty while none runs.
         waiting: how many calls wait for a slot, those of models with slots of their own included.
         waiting_by: how many of these each principal has, by name.
     """
@@ -66,6 +67,7 @@ class HandlerPool:
         self.options = options
         self.slots = Slots(options.server.max_concurrency)
         self.loops = AsyncioLoops()
+        self.node_name = ""
         self._nursery: trio.Nursery | None = None
         self.waiting = 0
         self.waiting_by: Counter[str] = Counter()
