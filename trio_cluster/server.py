@@ -171,98 +171,159 @@ class ClusterServer:
 
     # Models
 
-    def register_chat(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_chat(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a chat model; it answers ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``.
 
         Args:
             name: the name of the model.
             handler: a function of one of the documented shapes; it gets a :class:`ChatRequest`.
             options: what ``/v1/models`` shows about the model.
+            max_concurrency: how many of its requests run at once in this process; ``None``: as many as the process has
+                slots. Further ones wait without taking a slot of the process, fairly, for up to ``queue_timeout``.
 
         Raises:
-            ValueError: the name is taken or not valid.
+            ValueError: the name is taken or not valid, or ``max_concurrency`` is less than 1.
             TypeError: the handler has none of the shapes.
         """
-        self._models.register("chat", name, handler, options)
+        self._models.register("chat", name, handler, options, max_concurrency=max_concurrency)
 
     def register_embedding(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`."""
-        self._models.register("embedding", name, handler, options)
+        self._models.register("embedding", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_asr(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_asr(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`."""
-        self._models.register("asr", name, handler, options)
+        self._models.register("asr", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_tts(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_tts(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a text-to-speech model, see :meth:`register_chat`; the handler gets a :class:`TTSRequest`."""
-        self._models.register("tts", name, handler, options)
+        self._models.register("tts", name, handler, options, max_concurrency=max_concurrency)
 
     def register_image_generation(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve an image generation model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
-        self._models.register("image_generation", name, handler, options)
+        self._models.register("image_generation", name, handler, options, max_concurrency=max_concurrency)
 
     def register_image_edit(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve a model that edits images, see :meth:`register_chat`; the handler gets an :class:`ImageEditRequest`.
 
         One model may both generate and edit images: if an image generation model of this process has the name, it
         answers both from now on, and the other way round. Its options are then those of the first registration.
         """
-        self._models.register("image_edit", name, handler, options)
+        self._models.register("image_edit", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_rerank(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_rerank(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a model that ranks documents, see :meth:`register_chat`; the handler gets a :class:`RerankRequest`."""
-        self._models.register("rerank", name, handler, options)
+        self._models.register("rerank", name, handler, options, max_concurrency=max_concurrency)
 
     def register_moderation(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve a moderation model, see :meth:`register_chat`; the handler gets a :class:`ModerationRequest`.
 
         Requests with images are refused unless ``options`` has ``supports_vision``.
         """
-        self._models.register("moderation", name, handler, options)
+        self._models.register("moderation", name, handler, options, max_concurrency=max_concurrency)
 
-    def chat(self, name: str, **options: Any) -> Callable[[H], H]:
+    def chat(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
+
+        Args:
+            name: the name of the model.
+            max_concurrency: see :meth:`register_chat`.
+            options: fields of :class:`ChatModelOptions`.
 
         Raises:
             TypeError: there is no name, as in ``@server.chat`` without parentheses.
         """
-        return self._decorator("chat", name, options)
+        return self._decorator("chat", name, options, max_concurrency)
 
-    def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
+    def embedding(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate an embedding handler; see :meth:`register_embedding`."""
-        return self._decorator("embedding", name, options)
+        return self._decorator("embedding", name, options, max_concurrency)
 
-    def asr(self, name: str, **options: Any) -> Callable[[H], H]:
+    def asr(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a speech-to-text handler; see :meth:`register_asr`."""
-        return self._decorator("asr", name, options)
+        return self._decorator("asr", name, options, max_concurrency)
 
-    def tts(self, name: str, **options: Any) -> Callable[[H], H]:
+    def tts(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a text-to-speech handler; see :meth:`register_tts`."""
-        return self._decorator("tts", name, options)
+        return self._decorator("tts", name, options, max_concurrency)
 
-    def image_generation(self, name: str, **options: Any) -> Callable[[H], H]:
+    def image_generation(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate an image generation handler; see :meth:`register_image_generation`."""
-        return self._decorator("image_generation", name, options)
+        return self._decorator("image_generation", name, options, max_concurrency)
 
-    def image_edit(self, name: str, **options: Any) -> Callable[[H], H]:
+    def image_edit(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a handler that edits images; see :meth:`register_image_edit`."""
-        return self._decorator("image_edit", name, options)
+        return self._decorator("image_edit", name, options, max_concurrency)
 
-    def rerank(self, name: str, **options: Any) -> Callable[[H], H]:
+    def rerank(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a handler that ranks documents; see :meth:`register_rerank`."""
-        return self._decorator("rerank", name, options)
+        return self._decorator("rerank", name, options, max_concurrency)
 
-    def moderation(self, name: str, **options: Any) -> Callable[[H], H]:
+    def moderation(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a moderation handler; see :meth:`register_moderation`."""
-        return self._decorator("moderation", name, options)
+        return self._decorator("moderation", name, options, max_concurrency)
 
     def register_raw(
         self,
@@ -332,7 +393,9 @@ class ClusterServer:
         """Return whether this node can answer requests for a model. On a master, those of its workers are included."""
         return self._router.catalog.info(name) is not None
 
-    def _decorator(self, kind: Kind, name: str, options: dict[str, Any]) -> Callable[[H], H]:
+    def _decorator(
+        self, kind: Kind, name: str, options: dict[str, Any], max_concurrency: int | None
+    ) -> Callable[[H], H]:
         if not isinstance(cast("object", name), str):
             function = getattr(name, "__name__", repr(name))
             raise TypeError(
@@ -341,7 +404,7 @@ class ClusterServer:
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
-            self._models.register(kind, name, handler, model_options)
+            self._models.register(kind, name, handler, model_options, max_concurrency=max_concurrency)
             return handler
 
         return register

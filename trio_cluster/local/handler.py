@@ -32,6 +32,7 @@ from ..routing.health import Health
 from .adapters import Adapter, Handler, adapt
 from .asyncio_handler import AsyncioHandler
 from .pool import HandlerPool
+from .slots import slots_of_model
 from .task import CallTask, is_failure
 
 __all__ = ["HandlerBackend"]
@@ -49,9 +50,12 @@ class HandlerBackend:
         pool: where its calls run.
         capability: what the function answers: a kind, for the endpoints of that kind, or the path of a custom route.
             Without it, the model's own kind.
+        max_concurrency: how many of the model's calls run at once, within the slots of the process; ``None``: as many
+            as there are.
 
     Raises:
-        TypeError: the function has none of the shapes that a handler may have.
+        TypeError: the function has none of the shapes that a handler may have, or ``max_concurrency`` is no number.
+        ValueError: ``max_concurrency`` is less than 1.
 
     Attributes:
         info: what the model is, with the endpoints that were added.
@@ -60,12 +64,21 @@ class HandlerBackend:
 
     name = LOCAL
 
-    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, capability: str = "") -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        handler: Handler,
+        pool: HandlerPool,
+        capability: str = "",
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         self.info = info
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self.health = Health()
         self._pool = pool
         self._run_loop_of(handler)
+        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
 
     def add_endpoint(self, capability: str, handler: Handler) -> None:
         """Let another function answer the endpoints of one more kind, or one more route. ``info`` is updated.
@@ -92,7 +105,10 @@ class HandlerBackend:
     @property
     def load(self) -> float:
         """See ``Backend``."""
-        return (self._pool.running + self._pool.waiting) / self._pool.capacity
+        load = (self._pool.running + self._pool.waiting) / self._pool.capacity
+        if self._slots is None:
+            return load
+        return max(load, (self._slots.running + self._slots.waiting) / self._slots.capacity)
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
@@ -101,7 +117,7 @@ class HandlerBackend:
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return HandlerTask(call, scope, options, adapter, self._pool.node_name)
 
-        return self._pool.start(request, make_task, self._pool.slots)
+        return self._pool.start(request, make_task, self._pool.slots, self._slots)
 
 
 class HandlerTask(CallTask):

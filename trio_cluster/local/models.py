@@ -60,16 +60,26 @@ class LocalModels:
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
             self._router.catalog.update(backend.info, backend)
 
-    def register(self, kind: Kind, name: str, handler: Handler, options: ChatModelOptions | None) -> None:
+    def register(
+        self,
+        kind: Kind,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
-        If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on.
+        If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on,
+        with the options and the ``max_concurrency`` of the first.
         """
         backend = self._backends.get(name)
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
             self._add_endpoint(backend, kind, handler)
         else:
-            self._add(HandlerBackend(self._info(kind, name, options), handler, self._pool))
+            info = self._info(kind, name, options)
+            self._add(HandlerBackend(info, handler, self._pool, max_concurrency=max_concurrency))
 
     def register_raw(
         self,

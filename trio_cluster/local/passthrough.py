@@ -21,7 +21,7 @@ from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .pool import HandlerPool
-from .slots import Slots
+from .slots import slots_of_model
 from .task import CallTask, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
@@ -184,7 +184,7 @@ class RawBackend:
         max_concurrency: how many calls run at once; ``None``: any number.
 
     Raises:
-        TypeError: the handler is not a coroutine function.
+        TypeError: the handler is not a coroutine function, or ``max_concurrency`` is no number.
         ValueError: ``max_concurrency`` is less than 1.
     """
 
@@ -197,13 +197,11 @@ class RawBackend:
             getattr(handler, "__call__", None)  # noqa: B004
         ):
             raise TypeError(f"a raw handler must be a coroutine function (async def), not {handler!r}")
-        if max_concurrency is not None and max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, not {max_concurrency}")
         self.info = info
         self._handler = handler
         self.health = Health()
         self._pool = pool
-        self._slots = None if max_concurrency is None else Slots(max_concurrency)
+        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
         self._open = 0
 
     def add_endpoint(self, capability: str, handler: object) -> None:

@@ -1,4 +1,4 @@
-"""Samples as bytes, and the header of a WAV file, for handlers that make audio. Numpy is not needed, only used for speed.
+"""Samples as bytes, and the header of a WAV file, for handlers that make audio. Numpy is used, but not needed.
 
 The length in the header of a WAV file comes before the samples, and a stream does not know it yet. Both lengths are
 then the largest possible, as in OpenAI's own streamed answers, and players read to the end of the file.
