@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 np = pytest.importorskip("numpy")
 
 from trio_cluster.engines.audio import wav as audio  # noqa: E402
-from trio_cluster.openai.pcm import wav_header  # noqa: E402
+from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 TONE = np.sin(2 * np.pi * 440 * np.arange(800) / 8000).astype(np.float32) * 0.5
 

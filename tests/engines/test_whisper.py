@@ -18,7 +18,7 @@ from trio_cluster.engines.whisper import Segment, split_segments  # noqa: E402
 from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.local.slots import Slots  # noqa: E402
 from trio_cluster.openai import ASRRequest  # noqa: E402
-from trio_cluster.openai.pcm import wav_header  # noqa: E402
+from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 END, NO_TIMES = 90, 99
 FIRST = NO_TIMES + 1

@@ -107,9 +107,13 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def ready() -> TrioResponse:
         router, name = node_context.router, request.args.get("model")
-        draining = router.draining_reason is not None
-        if draining or not router.catalog.ready(name):
-            return respond(json_reply(ReadyView("draining" if draining else "no_model", name), 503))
+        if router.draining_reason is not None:
+            return respond(json_reply(ReadyView("draining", name), 503))
+        # A model that a worker serves can be asked while the master itself is still starting.
+        if node_context.starting and (name is None or not router.catalog.ready(name)):
+            return respond(json_reply(ReadyView("starting", name), 503))
+        if not router.catalog.ready(name):
+            return respond(json_reply(ReadyView("no_model", name), 503))
         return respond(json_reply(ReadyView("ready", name)))
 
     async def metrics() -> TrioResponse:

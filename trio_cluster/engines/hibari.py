@@ -24,7 +24,7 @@ from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import OutputChunk, TTSRequest
-from trio_cluster.openai.pcm import wav_header
+from trio_cluster.openai.responses.pcm import wav_header
 
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
 from ._threads import Outlet, ThreadStream

@@ -25,7 +25,15 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.threads import NoThread, run_in_thread
-from ..openai import CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
+from ..openai import (
+    CustomRequest,
+    Encoder,
+    Endpoint,
+    FormReader,
+    OutputCheck,
+    endpoint_named,
+    require_jsonschema,
+)
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -52,10 +60,12 @@ class HandlerBackend:
             Without it, the model's own kind.
         max_concurrency: how many of the model's calls run at once, within the slots of the process; ``None``: as many
             as there are.
+        validate: answers that do not fit the ``response_format`` of a chat are errors.
 
     Raises:
         TypeError: the function has none of the shapes that a handler may have, or ``max_concurrency`` is no number.
         ValueError: ``max_concurrency`` is less than 1.
+        ClusterError: the package that validates is not installed.
 
     Attributes:
         info: what the model is, with the endpoints that were added.
@@ -72,7 +82,11 @@ class HandlerBackend:
         capability: str = "",
         *,
         max_concurrency: int | None = None,
+        validate: bool = False,
     ) -> None:
+        if validate:
+            require_jsonschema()
+        self._validates = validate
         self.info = info
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self.health = Health()
@@ -115,7 +129,7 @@ class HandlerBackend:
         adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return HandlerTask(call, scope, options, adapter, self._pool.node_name)
+            return HandlerTask(call, scope, options, adapter, self._pool.node_name, validates=self._validates)
 
         return self._pool.start(request, make_task, self._pool.slots, self._slots)
 
@@ -127,6 +141,7 @@ class HandlerTask(CallTask):
         call, scope, options: see ``CallTask``.
         adapter: runs the handler.
         worker: the name of this node, for the handler.
+        validates: check whether the answer fits the ``response_format`` of the request.
 
     Attributes:
         request: the request as the handler gets it; set when the work begins.
@@ -142,6 +157,8 @@ class HandlerTask(CallTask):
         options: ClusterServerOptions,
         adapter: Adapter,
         worker: str = "",
+        *,
+        validates: bool = False,
     ) -> None:
         super().__init__(call, scope, options)
         self._adapter = adapter
@@ -150,6 +167,10 @@ class HandlerTask(CallTask):
         self._parsed = call.request.parsed
         self._endpoint: Endpoint | None = None
         self._next_sign = -math.inf
+        self._validates = validates
+        self._check: OutputCheck | None = None
+        # The handler has ended an output that is still to be checked.
+        self._is_held = False
 
     async def prepare(self) -> None:
         """Wait for the body of the request. The handler cannot begin before that, so it takes no slot."""
@@ -186,6 +207,10 @@ class HandlerTask(CallTask):
             else:
                 await self._adapter(self.request, self)
             await self._put_early_parts()
+            if self._check is not None:
+                check, self._check = self._check, None
+                if self.call.end is None:
+                    await run_in_thread(check.verify)
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
@@ -218,11 +243,14 @@ class HandlerTask(CallTask):
         object.__setattr__(parsed, "worker", self._worker)
         object.__setattr__(parsed, "key_name", request.principal.name)
         self.request = parsed
+        if self._validates and (check := OutputCheck.of(parsed)) is not None:
+            await run_in_thread(check.check_schema)
+            self._check = check
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 
     async def push(self, chunk: object) -> None:
         """See ``Provider``."""
-        if self.call.end is not None and self.call.cancelled is None:
+        if self._is_held or (self.call.end is not None and self.call.cancelled is None):
             raise trio.ClosedResourceError("the output has been ended")
         if self._encoder.divisible:
             *most, chunk = self._encoder.divide(chunk)
@@ -230,6 +258,8 @@ class HandlerTask(CallTask):
                 self._put(self._encoder.encode(part))
                 await trio.lowlevel.checkpoint()
         self._put(self._encoder.encode(chunk))
+        if self._check is not None:
+            self._check.take(chunk)
         await self.apply_backpressure()
         if self.call.begun:
             self.restart_idle_timer()
@@ -245,6 +275,10 @@ class HandlerTask(CallTask):
     def end(self) -> None:
         """See ``Provider``."""
         if self.call.end is not None:
+            return
+        if self._check is not None:
+            # Checking takes a thread, and this must not wait. The answer ends when the handler returns.
+            self._is_held = True
             return
         self._put(self._encoder.finish())
         self.call.put(Done(self._encoder.reported_usage))

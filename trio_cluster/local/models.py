@@ -60,6 +60,19 @@ class LocalModels:
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
             self._router.catalog.update(backend.info, backend)
 
+    def suspend(self) -> None:
+        """Give no requests to the models that are registered now, until :meth:`resume`. Synchronous.
+
+        Models that are registered meanwhile get requests at once.
+        """
+        for backend in self._backends.values():
+            backend.health.stall("the node is starting")
+
+    def resume(self) -> None:
+        """Give requests to all models again. Synchronous, idempotent."""
+        for backend in self._backends.values():
+            backend.health.stall("")
+
     def register(
         self,
         kind: Kind,
@@ -68,6 +81,7 @@ class LocalModels:
         options: ChatModelOptions | None,
         *,
         max_concurrency: int | None = None,
+        validate: bool = False,
     ) -> None:
         """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
@@ -79,7 +93,9 @@ class LocalModels:
             self._add_endpoint(backend, kind, handler)
         else:
             info = self._info(kind, name, options)
-            self._add(HandlerBackend(info, handler, self._pool, max_concurrency=max_concurrency))
+            self._add(
+                HandlerBackend(info, handler, self._pool, max_concurrency=max_concurrency, validate=validate)
+            )
 
     def register_raw(
         self,

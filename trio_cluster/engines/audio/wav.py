@@ -1,4 +1,4 @@
-"""WAV files and raw samples, in numpy: reading them at any rate. ``openai/pcm.py`` writes the headers of WAV files.
+"""WAV files and raw samples, in numpy: reading them at any rate. Headers are written by ``openai/responses/pcm.py``.
 
 The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
 that many programs write for 24 bits. It also trusts the length in the header, which a streamed file does not have. So

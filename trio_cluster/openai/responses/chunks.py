@@ -16,7 +16,7 @@ from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 
 from ..json_values import dumps, plain
-from ..pcm import to_pcm16
+from .pcm import to_pcm16
 
 __all__ = ["FinishReason", "OutputChunk", "PcmPiece", "doubles", "is_vector", "to_chunk"]
 

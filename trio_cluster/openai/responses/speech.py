@@ -9,11 +9,11 @@ from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
 
 from ..json_values import dumps
-from ..pcm import wav_header
 from ..requests.types import TTSRequest
 from ..sse import DONE, event
 from .chunks import OutputChunk, PcmPiece
 from .encoder import SSE_HEAD, Encoder
+from .pcm import wav_header
 
 __all__ = ["PlainSpeech", "StreamedSpeech"]
 
