@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -147,11 +148,14 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("schema", "why"), HOSTILE.values(), ids=HOSTILE.keys())
 async def test_a_schema_that_cannot_be_used_is_the_clients_fault(
-    cluster: SimulatedCluster, schema: Any, why: str
+    cluster: SimulatedCluster, schema: Any, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fetched = []
+    monkeypatch.setattr(urllib.request, "urlopen", fetched.append)
     status, code, message = await error_of(cluster, "{}", response_format=format_of(schema))
     assert (status, code) == (400, "invalid_json_schema")
     assert why in message
+    assert fetched == []
 
 
 @pytest.mark.parametrize(
