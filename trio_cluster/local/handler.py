@@ -69,7 +69,7 @@ class HandlerBackend:
 
     Attributes:
         info: what the model is, with the endpoints that were added.
-        health: see ``Backend``; always available.
+        health: see ``Backend``; available unless the node is starting.
     """
 
     name = LOCAL
@@ -87,12 +87,12 @@ class HandlerBackend:
         if validate:
             require_jsonschema()
         self._validates = validate
+        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
         self.info = info
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self.health = Health()
         self._pool = pool
         self._run_loop_of(handler)
-        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
 
     def add_endpoint(self, capability: str, handler: Handler) -> None:
         """Let another function answer the endpoints of one more kind, or one more route. ``info`` is updated.
