@@ -188,7 +188,12 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        error: dict[str, Any] = json.loads(self.body)["error"]
+        whole = json.loads(self.body)
+        error: dict[str, Any] = whole["error"]
+        if whole.get("type") == "error":
+            # That of the Messages API.
+            assert set(whole) == {"type", "error", "request_id"}
+            error = {"param": None} | error
         assert set(error) == {"message", "type", "param", "code"}
         return error
 

@@ -285,6 +285,7 @@ def test_every_error_of_our_own_is_documented() -> None:
         errors.LoopDetected("m"),
         errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),
+        errors.NotSupported("m", "count tokens"),
         errors.Overloaded(""),
         errors.QuotaExceeded(""),
         errors.RateLimited("", kind="requests"),

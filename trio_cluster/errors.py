@@ -22,6 +22,7 @@ __all__ = [
     "LoopDetected",
     "ModelNotFound",
     "ModelUnavailable",
+    "NotSupported",
     "OptionsError",
     "Overloaded",
     "QuotaExceeded",
@@ -182,6 +183,20 @@ class WrongKind(ApiError):
         if wanted.startswith("/"):
             message = f"The model '{name}' does not answer {wanted}"
         super().__init__(400, message, param="model", code="model_kind_mismatch")
+
+
+class NotSupported(ApiError):
+    """The model answers its other routes, and not this one; nor will it when the client tries again.
+
+    Args:
+        name: the model.
+        what: what it cannot do.
+    """
+
+    final = True
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(501, f"The model '{name}' cannot {what}", code="not_supported")
 
 
 class Overloaded(ApiError):

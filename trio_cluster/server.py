@@ -180,15 +180,20 @@ class ClusterServer:
         handler: Handler,
         options: ChatModelOptions | None = None,
         *,
+        count_tokens: Handler | None = None,
         max_concurrency: int | None = None,
         validate: bool = False,
     ) -> None:
-        """Serve a chat model; it answers ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``.
+        """Serve a chat model: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses`` and ``/v1/messages``.
 
         Args:
             name: the name of the model.
             handler: a function of one of the documented shapes; it gets a :class:`ChatRequest`.
             options: what ``/v1/models`` shows about the model.
+            count_tokens: a function of one of the documented shapes that returns how many tokens the prompt of a
+                :class:`ChatRequest` has, an ``int``. With it, the model answers ``/v1/messages/count_tokens``. Its
+                calls take none of the slots of this process, so it should take a short time. ``None``: that route is
+                501 ``not_supported`` for this model.
             max_concurrency: how many of its requests run at once in this process; ``None``: as many as the process has
                 slots. Further ones wait without taking a slot of the process, fairly, for up to ``queue_timeout``.
             validate: check answers to requests for structured output: if the client has asked for ``json_schema`` or
@@ -201,7 +206,13 @@ class ClusterServer:
             TypeError: the handler has none of the shapes.
         """
         self._models.register(
-            "chat", name, handler, options, max_concurrency=max_concurrency, validate=validate
+            "chat",
+            name,
+            handler,
+            options,
+            count_tokens,
+            max_concurrency=max_concurrency,
+            validate=validate,
         )
 
     def register_embedding(
@@ -292,6 +303,7 @@ class ClusterServer:
         self,
         name: str,
         *,
+        count_tokens: Handler | None = None,
         max_concurrency: int | None = None,
         validate: bool = False,
         **options: Any,
@@ -300,13 +312,15 @@ class ClusterServer:
 
         Args:
             name: the name of the model.
-            max_concurrency, validate: see :meth:`register_chat`.
+            count_tokens, max_concurrency, validate: see :meth:`register_chat`.
             options: fields of :class:`ChatModelOptions`.
 
         Raises:
             TypeError: there is no name, as in ``@server.chat`` without parentheses.
         """
-        return self._decorator("chat", name, options, max_concurrency, validate=validate)
+        return self._decorator(
+            "chat", name, options, max_concurrency, count_tokens=count_tokens, validate=validate
+        )
 
     def embedding(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate an embedding handler; see :meth:`register_embedding`."""
@@ -417,6 +431,7 @@ class ClusterServer:
         options: dict[str, Any],
         max_concurrency: int | None,
         *,
+        count_tokens: Handler | None = None,
         validate: bool = False,
     ) -> Callable[[H], H]:
         if not isinstance(cast("object", name), str):
@@ -428,7 +443,13 @@ class ClusterServer:
 
         def register(handler: H) -> H:
             self._models.register(
-                kind, name, handler, model_options, max_concurrency=max_concurrency, validate=validate
+                kind,
+                name,
+                handler,
+                model_options,
+                count_tokens,
+                max_concurrency=max_concurrency,
+                validate=validate,
             )
             return handler
 

@@ -21,8 +21,12 @@ async def test_the_client_gets_the_answer(served: Served, client: Client, name: 
         assert {name: getattr(request, name) for name in case.asked} == case.asked
 
 
+#: The routes of the Messages API, which have clients of their own: see ``test_client_messages.py``.
+MESSAGES = {"messages", "messages.count_tokens"}
+
+
 def test_every_route_is_asked() -> None:
-    assert {endpoint_of(case) for case in CASES.values()} >= ENDPOINTS.keys()
+    assert {endpoint_of(case) for case in CASES.values()} | MESSAGES >= ENDPOINTS.keys()
 
 
 async def test_the_id_of_a_request_is_the_clients_own_or_a_new_one(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import wave
 from typing import Any
 
@@ -34,8 +35,8 @@ class FakeVoice:
         return np.full(int(2400 / speed), 0.5, np.float32)
 
 
-def speaker() -> Speaker:
-    return Speaker(FakeVoice(), Slots(1))
+def speaker(default_format: str = "wav") -> Speaker:
+    return Speaker(FakeVoice(), Slots(1), default_format)
 
 
 async def say(text: str = "One. Two.", **fields: Any) -> tuple[list[bytes], str]:
@@ -74,7 +75,8 @@ async def test_pcm_has_samples_and_no_header() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["mp3", "opus", "aac", "flac"])
-async def test_a_format_without_an_encoder_is_refused(wanted: str) -> None:
+async def test_a_format_without_an_encoder_is_refused(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ApiError, match=f"has the formats wav and pcm, not {wanted}") as caught:
         await say(response_format=wanted, raw={"response_format": wanted})
     assert (caught.value.status, caught.value.param) == (400, "response_format")

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -414,6 +415,16 @@ class TestWithLlamaCpp:
         }
         assert pieces[-2:] == [("finish", "length", 0), ("json", {"usage": usage}, None)]
         assert len(text_of(pieces)) >= 1
+
+    async def test_it_counts_a_prompt_as_its_answer_reports_it(self, model: llama.Llama) -> None:
+        for request in (chat(), chat("a longer text, and <|end|> é"), chat(tools=[tool("f")])):
+            pieces = await answer(model, attrs.evolve(request, max_tokens=1, tools=None))
+            (usage,) = [value["usage"] for kind, value, _ in pieces if kind == "json"]
+            assert await model.count_tokens(request) == usage["prompt_tokens"]
+
+    async def test_what_cannot_be_counted_is_the_client_s_error(self, model: llama.Llama) -> None:
+        with pytest.raises(InvalidRequest):
+            await model.count_tokens(ChatRequest(model="m", messages=[{"role": "nobody"}]))
 
     async def test_a_seed_makes_it_repeatable(self, model: llama.Llama) -> None:
         request = chat(max_tokens=20, seed=3, temperature=1.0, raw={"temperature": 1.0, "ignore_eos": True})

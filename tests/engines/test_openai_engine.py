@@ -725,6 +725,8 @@ async def mirror(visit: Visit) -> None:
         ("images.generations", "/v1/images/generations"),
         ("/v1/tokenize", "/v1/tokenize"),
         ("/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("messages", "/v1/messages"),
+        ("messages.count_tokens", "/v1/messages/count_tokens"),
         ("/v1/a b?c#d%e\r\nf/\u00e9", "/v1/a%20b%3Fc%23d%25e%0D%0Af/%C3%A9"),
     ],
 )
@@ -786,6 +788,20 @@ async def test_only_headers_about_the_content_and_the_api_are_forwarded() -> Non
     assert received.headers == expected
     assert message.headers["x-api-key"] == "ours"
     assert message.headers["user-agent"].startswith("trio-cluster/")
+
+
+@pytest.mark.parametrize("status", ["404 Not Found", "405 Method Not Allowed", "501 Not Implemented"])
+async def test_a_server_that_does_not_count_tokens_is_not_answered_for(status: str) -> None:
+    async def script(visit: Visit) -> None:
+        await visit.request()
+        await visit.send(reply(b'{"detail":"Not Found"}', status, "application/json"))
+
+    async with engine_with(script) as (server, _, _):
+        counted = await ask(server, request(endpoint="messages.count_tokens"))
+        assert counted.error is not None
+        assert (counted.error.status, counted.error.code, counted.error.final) == (501, "not_supported", True)
+        other = await ask(server, request(endpoint="/v1/tokenize"))
+        assert (other.body, other.error) == (b'{"detail":"Not Found"}', None)
 
 
 @pytest.mark.parametrize("options", [",prefix=gpu/", ",rename=m:gpu/m"])
@@ -1047,6 +1063,7 @@ async def test_a_stream_with_framing_is_complete_without_done() -> None:
         ("chat.completions", b"data: 1\n\ndata: [DONE]\n\n"),
         ("completions", b"data:[DONE]\r\n\r\n: bye\n\n"),
         ("/v1/messages", b"event: message_stop\n\n"),
+        ("messages", b"event: message_stop\n\n"),
     ],
 )
 async def test_a_close_delimited_stream_is_complete_with_done(endpoint: str, content: bytes) -> None:

@@ -121,6 +121,19 @@ async def test_whisper_understands_the_speech_of_hibari(nursery: trio.Nursery) -
     assert 0 <= segments[0]["start"] < segments[0]["end"] <= segments[1]["start"] < segments[1]["end"] <= 6.5
 
 
+@needs("av", "hibari", "ctranslate2", "tokenizers", weights="whisper-tiny.en")
+@pytest.mark.parametrize("response_format", ["mp3", "opus", "aac", "flac"])
+async def test_whisper_understands_the_speech_of_hibari_in_every_format(
+    response_format: str, nursery: trio.Nursery
+) -> None:
+    speak, listen = await serving("hibari", nursery), await serving("whisper", nursery)
+    speech, output = RecordingProvider(), RecordingProvider()
+    fields = {"response_format": response_format}
+    await speak(TTSRequest(model="h", input=SENTENCES, voice="alloy", raw=fields, **fields), speech)
+    await listen(ASRRequest(model="w", audio=b"".join(speech.values("audio"))), output)
+    assert "".join(piece.get("text", "") for piece in output.values("json")).strip() == SENTENCES
+
+
 @needs("onnxruntime", "tokenizers", weights="minilm")
 async def test_minilm_gives_similar_texts_similar_vectors(nursery: trio.Nursery) -> None:
     embed = await serving("minilm,batch=2", nursery)
@@ -148,6 +161,33 @@ async def test_minilm_refuses_long_texts_and_token_ids(nursery: trio.Nursery) ->
     output = RecordingProvider()
     await cutting(EmbeddingRequest(model="e", inputs=["word " * 400]), output)
     assert output.values("usage") == [(256, 0)]
+
+
+@needs("onnxruntime", "tokenizers", weights="minilm")
+async def test_minilm_averages_a_long_text(nursery: trio.Nursery) -> None:
+    passwords, cats = "how do I reset my password? " * 60, "the cat sat on the mat. " * 60
+
+    async def vectors(spec: str, *texts: str) -> tuple[list[Any], int]:
+        embed = await serving(f"minilm,{spec}", nursery)
+        output = RecordingProvider()
+        await embed(EmbeddingRequest(model="e", inputs=list(texts)), output)
+        ((tokens, _),) = output.values("usage")
+        return [vector for batch in output.values("embeddings") for vector in batch], tokens
+
+    (cut,), cut_tokens = await vectors("long_texts=cut,name=cut", passwords + cats)
+    (average, password, cat), tokens = await vectors(
+        "long_texts=average,name=average,batch=2",
+        passwords + cats,
+        "how do I reset my password?",
+        "the cat sat",
+    )
+    assert cut_tokens == 256
+    # 120 sentences of 7 tokens in 4 windows, and the other two texts; two more tokens in each window.
+    assert tokens == 120 * 7 + 4 * 2 + 9 + 5
+    assert average @ average == pytest.approx(1.0, abs=1e-5)
+    # The beginning is about passwords only, and the whole text about both.
+    assert cut @ cat < 0.2 < average @ cat
+    assert average @ password > 0.3
 
 
 @needs("onnxruntime", "tokenizers", weights="minilm")

@@ -122,7 +122,7 @@ ANSWERS: dict[str, tuple[str, str, bytes, Usage | None]] = {
         None,
     ),
     "messages": (
-        "/v1/messages",
+        "messages",
         JSON,
         json.dumps({"usage": {"input_tokens": 1, "cache_read_input_tokens": 8, "output_tokens": 4}}).encode(),
         Usage(9, 4, 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -18,7 +19,6 @@ from trio_cluster.engines.whisper import Segment, split_segments  # noqa: E402
 from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.local.slots import Slots  # noqa: E402
 from trio_cluster.openai import ASRRequest  # noqa: E402
-from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 END, NO_TIMES = 90, 99
 FIRST = NO_TIMES + 1
@@ -118,7 +118,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def audio(seconds: float) -> bytes:
     data = wav.to_pcm16(np.full(int(seconds * 16_000), 0.1, np.float32))
-    return wav_header(16_000, length=len(data)) + data
+    return wav.header(16_000, length=len(data)) + data
 
 
 async def transcribe(model: whisper.Whisper, seconds: float = 5, **fields: Any) -> dict[str, Any]:
@@ -181,7 +181,8 @@ async def test_a_prompt_comes_before_the_first_window(model: Any) -> None:
     assert prompted._model.prompts == [[92, len(" names"), 91]]
 
 
-async def test_other_formats_are_refused_by_name(model: Any) -> None:
+async def test_other_formats_are_refused_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ApiError, match="this is MP3 audio; send WAV") as caught:
         await transcribe(model(), audio=b"ID3rest")
     assert (caught.value.status, caught.value.param) == (400, "file")

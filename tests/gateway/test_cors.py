@@ -18,6 +18,11 @@ EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after", "retry-after-m
     for what in ("limit", "remaining", "reset")
     for kind in ("requests", "tokens")
 }
+EXPOSED |= {"request-id"} | {
+    f"anthropic-ratelimit-{kind}-{what}"
+    for kind in ("requests", "tokens")
+    for what in ("limit", "remaining", "reset")
+}
 JSON = {"content-type": "application/json"}
 ASKS = {
     "origin": PAGE,

@@ -58,6 +58,8 @@ SETTLES: Final = 20.0
 #: Statuses of refusals. Others are never right: models do not fail, workers are not lost, and there is room for all.
 REFUSALS: Final = frozenset({400, 403, 404, 405, 408, 409, 413, 415, 431, 501, 504, 505})
 CLIENTS_FAULT: Final = frozenset({400, 404, 405, 413, 415})
+#: The types of such errors on the routes of the Messages API, where they are not the usual one.
+MESSAGES_FAULT: Final = {404: "not_found_error", 413: "request_too_large"}
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +117,11 @@ def check(answer: Answer, sent: Sent, *, bodiless: bool) -> None:
     if answer.status >= 400 and not bodiless:
         assert answer.headers["content-type"] == "application/json", shown
         assert answer.error["message"], shown
-        assert answer.error["type"] == "invalid_request_error" or answer.status not in CLIENTS_FAULT, shown
+        usual = "invalid_request_error"
+        if json.loads(answer.body).get("type") == "error":
+            assert json.loads(answer.body)["request_id"] == answer.headers["request-id"] == request_id, shown
+            usual = MESSAGES_FAULT.get(answer.status, usual)
+        assert answer.error["type"] == usual or answer.status not in CLIENTS_FAULT, shown
     elif answer.headers.get("content-type", "").startswith("text/event-stream") and answer.whole:
         blocks = answer.body.split(b"\n\n")
         assert blocks[-1] == b"", shown

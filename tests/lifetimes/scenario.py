@@ -64,6 +64,10 @@ class Endpoint:
     outputs: tuple[Any, Any]
     check: Callable[[Response, list[Any]], None]
     """Fails if a complete response does not hold exactly what the handler gave."""
+    statuses: Mapping[int, int] = attrs.field(factory=dict)
+    """The statuses of errors that are others on this route."""
+    error_members: frozenset[str] = frozenset({"message", "type", "param", "code"})
+    """The members that every error has."""
 
     @property
     def large(self) -> Any:
@@ -92,6 +96,10 @@ def _check_chat(response: Response, outputs: list[Any]) -> None:
     assert response.json()["choices"][0]["message"]["content"] == "".join(outputs)
 
 
+def _check_message(response: Response, outputs: list[Any]) -> None:
+    assert response.json()["content"] == [{"type": "text", "text": "".join(outputs)}]
+
+
 def _check_vectors(response: Response, outputs: list[Any]) -> None:
     assert [each["embedding"] for each in response.json()["data"]] == outputs
 
@@ -110,6 +118,11 @@ def _check_images(response: Response, outputs: list[Any]) -> None:
 
 _MESSAGES: Final = [{"role": "user", "content": "hi"}]
 _WORDS: Final = ("some ", "words")
+_MESSAGE: Final[dict[str, Any]] = {"messages": _MESSAGES, "max_tokens": 9}
+_OF_MESSAGES: Final[dict[str, Any]] = {
+    "statuses": {503: 529},
+    "error_members": frozenset({"message", "type", "code"}),
+}
 _SOUND: Final = (b"RIFF....WAVE", b"samples")
 
 ENDPOINTS: Final[dict[str, Endpoint]] = {
@@ -120,6 +133,10 @@ ENDPOINTS: Final[dict[str, Endpoint]] = {
     "completions-stream": Endpoint(
         "completions", "chat", "events", {"prompt": "hi", "stream": True}, _WORDS, _check_events
     ),
+    "messages-stream": Endpoint(
+        "messages", "chat", "events", _MESSAGE | {"stream": True}, _WORDS, _check_events, **_OF_MESSAGES
+    ),
+    "messages": Endpoint("messages", "chat", "whole", _MESSAGE, _WORDS, _check_message, **_OF_MESSAGES),
     "embeddings": Endpoint(
         "embeddings", "embedding", "whole", {"input": ["a", "b"]}, ([0.5, 1.0], [2.0, 4.0]), _check_vectors
     ),

@@ -221,6 +221,33 @@ async def test_a_generator_that_never_waits_lets_other_tasks_run(loop: AsyncioLo
             nursery.start_soon(from_asyncio(sets, loop), "", Collector())
 
 
+async def test_a_generator_whose_client_is_as_fast_lets_other_tasks_run(
+    loop: AsyncioLoop, say: Signals
+) -> None:
+    over: list[str] = []
+
+    async def spins(request: str, provider: Any) -> None:
+        while not over and len(say.log) < 100_000:
+            await provider.push("x")
+            # As if it had been pushed at once.
+            provider._values.clear()
+            say.log.append("")
+        say("over")
+
+    async def ends_it(request: str) -> str:
+        over.append(request)
+        return ""
+
+    collector = Collector()
+    collector.open = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(from_asyncio(spins, loop), "", collector)
+        nursery.start_soon(from_asyncio(ends_it, loop), "", Collector())
+        await say.wait("over")
+        nursery.cancel_scope.cancel()
+    assert len(say.log) < 100_000
+
+
 # Cancellation from trio
 
 
@@ -552,6 +579,28 @@ async def test_the_loop_ends_under_its_handlers(
     assert isinstance(events[-1], Done)
     await loop.release(run)
     assert loop.running is None
+
+
+async def test_the_loop_ends_before_a_handler_has_begun(bench: Bench, say: Signals) -> None:
+    go_on = threading.Event()
+
+    def exits() -> None:
+        go_on.wait(PATIENCE)
+        raise SystemExit(3)
+
+    async def handler(request: Any) -> str:
+        say("began")
+        return ""
+
+    loop = AsyncioLoop()
+    run = await loop.acquire()
+    run.post(exits)
+    call = bench.open(from_asyncio(handler, loop))
+    await trio.testing.wait_all_tasks_blocked()
+    go_on.set()
+    assert (await failure(call)).code == "handler_failed"
+    assert say.log == []
+    await loop.release(run)
 
 
 async def test_a_loop_that_cannot_be_started_for_want_of_a_thread_costs_the_request_only(

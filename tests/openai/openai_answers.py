@@ -19,6 +19,8 @@ LEAST: dict[str, dict[str, Any]] = {
     "chat.completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "completions": {"model": "m", "prompt": "hi"},
     "responses": {"model": "m", "input": "hi"},
+    "messages": {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+    "messages.count_tokens": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "embeddings": {"model": "m", "input": "hi"},
     "audio.speech": {"model": "m", "input": "hi", "voice": "v"},
     "images.generations": {"model": "m", "prompt": "hi"},

@@ -91,6 +91,17 @@ CONVERTED: list[tuple[str, dict[str, Any]]] = [
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"type": "reasoning", "content": [{"text": "cut"}]},
     ]}),
+    ("messages", {
+        "system": [{"type": "text", "text": "a"}],
+        "tools": [{"name": "f", "input_schema": {}}, {"type": "bash_20250124"}],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True}, "stop_sequences": ["x"], "temperature": 1,
+        "metadata": {"user_id": "u"},
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
+        "messages": [
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}, {"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"}]},
+        ],
+    }),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def answer(values: list[Any], *, stream: bool = False) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("path", "known"), [(PATH, PATH), ("/v1/a/b-c.d/", "/v1/a/b-c.d"), ("/v1/messages",) * 2]
+    ("path", "known"), [(PATH, PATH), ("/v1/a/b-c.d/", "/v1/a/b-c.d"), ("/v1/messages/x",) * 2]
 )
 def test_a_path_is_known_without_a_slash_at_its_end(path: str, known: str) -> None:
     assert custom_path(path) == known

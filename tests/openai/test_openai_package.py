@@ -24,6 +24,8 @@ def test_the_routes_are_the_documented_ones() -> None:
         "/chat/completions": "chat",
         "/completions": "chat",
         "/responses": "chat",
+        "/messages": "chat",
+        "/messages/count_tokens": "custom",
         "/embeddings": "embedding",
         "/audio/transcriptions": "asr",
         "/audio/translations": "asr",
@@ -33,7 +35,7 @@ def test_the_routes_are_the_documented_ones() -> None:
         "/rerank": "rerank",
         "/moderations": "moderation",
     }
-    assert {each.kind for each in ENDPOINTS.values()} == set(KINDS) - {"any", "custom"}
+    assert {each.kind for each in ENDPOINTS.values()} == set(KINDS) - {"any"}
     assert all(name == each.name for name, each in ENDPOINTS.items())
 
 

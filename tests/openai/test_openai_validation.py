@@ -101,6 +101,32 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "prompt": ([{"id": "pmpt_1"}], []),
         "background": ([True, 0], [False]),
     },
+    "messages": {
+        "model": ([*NOT_STRINGS, ""], ["x"]),
+        "messages": (
+            [1, True, {}, [], ["x"], [{"role": "tool", "content": "x"}]],
+            [[{"role": "user", "content": "x"}]],
+        ),
+        "max_tokens": ([*NOT_INTEGERS, 0], [1, 10**6]),
+        "system": ([1, True, {}, ["x"]], ["", "x", [], [{"type": "text", "text": "x"}]]),
+        "stream": (NOT_BOOLEANS, [True, False]),
+        "stop_sequences": ([*NOT_LISTS, [1]], [[], ["x"] * 9]),
+        "temperature": ([*NOT_NUMBERS, -0.1, 1.1], [0, 1, 0.5]),
+        "top_p": ([*NOT_NUMBERS, -0.1, 1.1], [0, 1, 0.5]),
+        "top_k": ([*NOT_INTEGERS, -1], [0, 40]),
+        "tools": (
+            [*NOT_LISTS, [{"name": "f"}], [{"name": "", "input_schema": {}}]],
+            [[], [{"name": "f", "input_schema": {}}]],
+        ),
+        "tool_choice": (
+            [*NOT_OBJECTS, {"type": "tool"}, {"type": "required"}],
+            [{"type": "any"}, {"type": "tool", "name": "f"}],
+        ),
+        "thinking": ([*NOT_OBJECTS, {}], [{"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}]),
+        "output_config": ([*NOT_OBJECTS, {"format": {"type": "text"}}], [{"effort": "low"}]),
+        "metadata": ([*NOT_OBJECTS, {"user_id": 1}], [{}, {"user_id": "u", "more": 1}]),
+        "service_tier": (NOT_STRINGS, ["auto"]),
+    },
     "embeddings": {
         "model": ([*NOT_STRINGS, ""], ["x"]),
         "input": ([1, True, {}, "", [], ["x"] * 2049], ["x", ["x", "y"], [1, 2], [[1], [2, 3]]]),
@@ -165,6 +191,11 @@ FIELDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
             ["", "x", ["x", "y"], [{"type": "text", "text": "a"}]],
         ),
     },
+}
+
+FIELDS["messages.count_tokens"] = {
+    field: FIELDS["messages"][field]
+    for field in ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
 }
 
 REFUSED = [

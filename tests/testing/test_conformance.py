@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -47,9 +48,22 @@ async def test_a_good_model_of_any_kind_keeps_all_promises(
     assert report.answer
 
 
+async def test_a_chat_model_keeps_them_on_the_messages_api_too(autojump_clock: MockClock) -> None:
+    report = await check_handler(FakeModel(first_after=2, interval=1, marked=True), endpoint="messages")
+    assert report.stopped == dict.fromkeys(PHASES, 0)
+    assert json.loads(report.answer)["type"] == "message"
+
+    async def one_call(request: Any) -> Any:
+        return OutputChunk.tool_call("f", {"said": request.last_text})
+
+    assert (await check_handler(one_call, endpoint="messages")).replayable
+
+
 async def test_passthrough_models_are_not_checked() -> None:
     with pytest.raises(ValueError, match="kind any are not checked"):
         await check_handler(FakeModel(), kind="any")
+    with pytest.raises(ValueError, match="endpoint 'messages'"):
+        await check_handler(FakeModel(), kind="embedding", endpoint="messages")
 
 
 @pytest.mark.parametrize("fake", [FakeModel, ThreadedFakeModel])

@@ -105,6 +105,79 @@ def test_a_streamed_response_is_parsed_too(end: bytes, reason: str) -> None:
     assert read_stream(SAID + end[:-1]).ending == "cut"
 
 
+def message_event(kind: str, **members: Any) -> bytes:
+    return f"event: {kind}\n".encode() + event(type=kind, **members)
+
+
+def message_delta(reason: str, sequence: str | None = None) -> bytes:
+    return message_event(
+        "message_delta",
+        delta={"stop_reason": reason, "stop_sequence": sequence},
+        usage={"output_tokens": 2},
+    )
+
+
+BEGUN = message_event("message_start", message={"content": [], "stop_reason": None, "usage": {}})
+BLOCK = message_event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+GROWN = message_event("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"})
+ENDED = message_event("content_block_stop", index=0)
+STOP = message_event("message_stop")
+MESSAGE_PING = message_event("ping")
+MESSAGE_FAILED = message_event("error", error={"type": "api_error", "message": "no", "code": None})
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (message_delta("end_turn"), "stop"),
+        (message_delta("stop_sequence", "x"), "stop"),
+        (message_delta("max_tokens"), "length"),
+        (message_delta("tool_use"), "tool_calls"),
+        (message_delta("refusal"), "content_filter"),
+    ],
+)
+def test_a_streamed_message_is_parsed_too(end: bytes, reason: str) -> None:
+    whole = MESSAGE_PING + BEGUN + BLOCK + MESSAGE_PING + GROWN + ENDED + end + STOP
+    report = read_stream(whole)
+    assert (report.ending, report.text, report.finish_reasons) == ("finished", "Hi", {0: reason})
+    assert report.usage == {"output_tokens": 2}
+    assert read_stream(whole[:-1]).ending == read_stream(whole[: -len(STOP)]).ending == "cut"
+    assert read_stream(BEGUN + end + STOP).text == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (BLOCK, "outside of a message"),
+        (BEGUN + BEGUN, "begins once"),
+        (BEGUN + BLOCK + BLOCK, "one after the other"),
+        (BEGUN + GROWN, "not open"),
+        (BEGUN + BLOCK + ENDED + GROWN, "not open"),
+        (BEGUN + BLOCK + message_delta("end_turn"), "still open"),
+        (BEGUN + STOP, "without a reason"),
+        (BEGUN + message_delta("end_turn") + BLOCK, "outside of a message"),
+        (BEGUN + message_delta("end_turn", "x"), "do not fit"),
+        (BEGUN + message_delta("end_turn") + STOP + MESSAGE_PING, "after the end"),
+        (BEGUN + ERROR, "in a message"),
+        (BEGUN + BLOCK + message_event("content_block_delta", index=0, delta={"type": "thinking_delta"}),
+         "not in the form"),
+        (MESSAGE_FAILED + STOP, "after the end"),
+    ],
+)  # fmt: skip
+def test_a_message_that_breaks_the_grammar_is_an_error(data: bytes, why: str) -> None:
+    with pytest.raises(StreamGrammarError, match=why):
+        read_stream(data)
+
+
+def test_a_message_fails_in_its_own_form() -> None:
+    for before in (MESSAGE_PING, BEGUN, BEGUN + BLOCK + GROWN):
+        report = read_stream(before + MESSAGE_FAILED)
+        assert (report.ending, report.error) == (
+            "failed",
+            {"type": "api_error", "message": "no", "code": None},
+        )
+
+
 FAILED = {"status": "failed", "error": {"code": "c", "message": "no"}}
 INNER = {"message": "no", "type": "t", "param": None, "code": "c"}
 

@@ -107,7 +107,7 @@ def test_a_dozen_plans_have_every_fault() -> None:
 def test_a_dozen_plans_have_every_kind_of_client() -> None:
     requests = [request for plan in DOZEN for request in plan.requests]
     assert {request.behavior for request in requests} == set(get_args(ClientBehavior))
-    assert {request.route for request in requests} == {"chat", "completions"}
+    assert {request.route for request in requests} == {"chat", "completions", "messages"}
     for kind in ("chat", "asr"):
         assert {request.stream for request in requests if request.script.kind == kind} == {True, False}
     for limit in ("total_timeout", "idle_timeout"):

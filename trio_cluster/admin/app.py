@@ -1,6 +1,6 @@
 """The admin application: all routes that need not be fast, served by Quart-Trio behind the gateway.
 
-Every error is sent as the OpenAI API's error object.
+Every error is sent in the form of its route: nearly always, that is the OpenAI API's error object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import ApiError, HandlerFailed
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.pipeline import Gateway
-from ..gateway.response import error_reply
+from ..gateway.response import Reply, error_reply
 from ..gateway.routes import custom_route
 from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
@@ -67,8 +67,17 @@ def put_gateway_in_front(app: QuartTrio, node_context: NodeContext) -> QuartTrio
     return app
 
 
+def _error_reply(error: ApiError) -> Reply:
+    context = request_context(request.scope)
+    return error_reply(error, context.errors, context.request_id)
+
+
+def _respond_with(error: ApiError) -> TrioResponse:
+    return respond(_error_reply(error))
+
+
 async def _on_api_error(error: ApiError) -> TrioResponse:
-    return respond(error_reply(error))
+    return _respond_with(error)
 
 
 async def _on_store_error(error: StoreError) -> TrioResponse:
@@ -77,7 +86,7 @@ async def _on_store_error(error: StoreError) -> TrioResponse:
     unavailable = ApiError(
         503, "The database cannot be reached; try again shortly", code="database_unavailable", retry_after=5.0
     )
-    return respond(error_reply(unavailable))
+    return _respond_with(unavailable)
 
 
 async def _on_http_exception(node_context: NodeContext, error: HTTPException) -> TrioResponse:
@@ -91,7 +100,7 @@ async def _on_http_exception(node_context: NodeContext, error: HTTPException) ->
         405: f"{request.path} does not allow {request.method}",
     }
     message = messages.get(status) or error.description or error.name
-    reply = error_reply(ApiError(status, message))
+    reply = _error_reply(ApiError(status, message))
     # `Allow`, `Retry-After`, `WWW-Authenticate`: the headers of the exception, without that of its HTML page.
     reply.headers.extend(
         (name.lower(), value) for name, value in error.get_headers() if name.lower() != "content-type"
@@ -102,9 +111,9 @@ async def _on_http_exception(node_context: NodeContext, error: HTTPException) ->
 async def _on_exception(error: Exception) -> TrioResponse:
     # The framework runs a plain function in a thread.
     if (shortage := thread_shortage(error)) is not None:
-        return respond(error_reply(shortage))
+        return _respond_with(shortage)
     logger.error(
         "the route of %s %s failed", request.method, request.path, exc_info=error,
         extra={"fields": {"request_id": request_context(request.scope).request_id}},
     )  # fmt: skip
-    return respond(error_reply(HandlerFailed("The server failed to answer this request")))
+    return _respond_with(HandlerFailed("The server failed to answer this request"))

@@ -19,7 +19,14 @@ from ..accounts.usage_row import COUNTS, GROUPS
 from ..core.model import KINDS
 from ..core.principal import BudgetPeriod, Priority, Role
 from ..core.status import WorkerStatus
-from ..openai import ERROR, ERRORS, describe_endpoints, error_responses
+from ..openai import (
+    ERROR,
+    ERRORS,
+    MESSAGE_ERROR_SCHEMA,
+    MESSAGE_PREFIX,
+    describe_endpoints,
+    error_responses,
+)
 from .views import (
     AuditView,
     CallsView,
@@ -170,7 +177,9 @@ _HEADERS: Final = {
     401: ("www-authenticate",),
     405: ("allow",),
     429: ("retry-after",),
+    501: ("x-should-retry",),
     503: ("retry-after", "x-should-retry"),
+    529: ("retry-after", "x-should-retry"),
 }
 
 
@@ -190,9 +199,10 @@ def description(needs_key: bool) -> bytes:
             "paths": describe_endpoints() | _node_paths(),
             "components": {
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-                "schemas": {"Error": ERROR, "Model": _MODEL} | _view_schemas(),
+                "schemas": {"Error": ERROR, "MessagesError": MESSAGE_ERROR_SCHEMA, "Model": _MODEL}
+                | _view_schemas(),
                 "headers": _headers(),
-                "responses": _error_responses(),
+                "responses": _error_responses("Error") | _error_responses("MessagesError", MESSAGE_PREFIX),
             },
         }
     )
@@ -382,8 +392,8 @@ def _headers() -> dict[str, Any]:
     }
 
 
-def _error_responses() -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _error_responses(schema: str, prefix: str = "") -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
     def response(about: str, *headers: str) -> dict[str, Any]:
         return {
@@ -392,5 +402,7 @@ def _error_responses() -> dict[str, Any]:
             "content": content,
         }
 
-    named = {str(status): response(about, *_HEADERS.get(status, ())) for status, about in ERRORS.items()}
-    return named | {"error": response("Any other error, for instance one that a handler raises.")}
+    named = {
+        f"{prefix}{status}": response(about, *_HEADERS.get(status, ())) for status, about in ERRORS.items()
+    }
+    return named | {f"{prefix}error": response("Any other error, for instance one that a handler raises.")}

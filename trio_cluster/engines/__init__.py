@@ -16,9 +16,11 @@ from ._engine import (
     whole_number,
 )
 from ._threads import Outlet, ThreadStream
+from .audio.container import AudioEncoder, decode_audio
 
 __all__ = [
     "GROUP",
+    "AudioEncoder",
     "Engine",
     "LoadingEngine",
     "ModelServer",
@@ -28,6 +30,7 @@ __all__ = [
     "ServedModel",
     "ThreadStream",
     "boolean",
+    "decode_audio",
     "fraction",
     "parse_serve",
     "serve_engine",

@@ -74,7 +74,14 @@ class ModelServer(Protocol):
     The ``register_...`` methods raise ``ValueError`` if the name is taken. All methods are synchronous.
     """
 
-    def register_chat(self, name: str, handler: Any, options: ChatModelOptions | None = None) -> Any:
+    def register_chat(
+        self,
+        name: str,
+        handler: Any,
+        options: ChatModelOptions | None = None,
+        *,
+        count_tokens: Any = None,
+    ) -> Any:
         """Register a chat model."""
         ...
 
@@ -204,12 +211,14 @@ class ServedModel:
         kind: what it answers; a kind for which :class:`ModelServer` has a ``register_...`` method.
         handler: a handler in any of the documented shapes.
         options: for chat models only.
+        count_tokens: for chat models only: a handler that returns how many tokens a prompt has.
     """
 
     name: str
     kind: Kind
     handler: Callable[..., Any]
     options: ChatModelOptions | None = None
+    count_tokens: Callable[..., Any] | None = None
 
     def register(self, server: ModelServer) -> None:
         """Register the model on ``server``. Synchronous.
@@ -219,7 +228,8 @@ class ServedModel:
         """
         register = getattr(server, f"register_{self.kind}")
         if self.kind == "chat":
-            register(self.name, self.handler, self.options)
+            counts = {} if self.count_tokens is None else {"count_tokens": self.count_tokens}
+            register(self.name, self.handler, self.options, **counts)
         else:
             register(self.name, self.handler)
 

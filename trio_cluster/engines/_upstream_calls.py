@@ -14,6 +14,8 @@ fault.
 A server that does not know ``stream_options`` may refuse the whole request. If its refusal (400 or 422) names that
 field, a request that the engine has changed is sent once more as the client wrote it. If that succeeds, the server is
 not asked for usage again.
+
+A server that does not know ``/v1/messages`` gets such requests translated, on its route for chat (``_chat_only.py``).
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from trio_cluster._version import __version__
 from trio_cluster.core.headers import QUERY
 from trio_cluster.core.limits import PARSE_IN_THREAD
 from trio_cluster.core.threads import run_in_thread
-from trio_cluster.errors import InvalidRequest, Overloaded, UpstreamLost
+from trio_cluster.errors import InvalidRequest, NotSupported, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
-from trio_cluster.openai import ENDPOINTS, EndDetector, endpoint_named, is_form
+from trio_cluster.openai import COUNT_TOKENS, ENDPOINTS, EndDetector, endpoint_named, is_form
 
+from ._chat_only import CHAT_PATH, ChatAnswer, chat_body, error_of, read_message_body
 from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
@@ -101,10 +104,17 @@ _ASKED_BODY: Final = 4 * 1024 * 1024
 #: field there.
 _REFUSALS: Final = frozenset({400, 422})
 _REFUSAL_LIMIT: Final = 64 * 1024
+#: What a server answers that does not know a route.
+_UNKNOWN_ROUTE: Final = frozenset({404, 405, 501})
 _REFUSED_FIELD: Final = re.compile(rb"stream_options|include_usage")
 
 #: Endpoints whose event streams end with an event of a known type, whichever server writes them.
-_ENDPOINTS_WITH_END: Final = frozenset({"chat.completions", "completions", "responses", "/v1/messages"})
+_ENDPOINTS_WITH_END: Final = frozenset(
+    {"chat.completions", "completions", "responses", "messages", "/v1/messages"}
+)
+
+#: How the names of the endpoints of the Messages API begin; older masters call them by their paths.
+_MESSAGES: Final = ("messages", "/v1/messages")
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
@@ -137,6 +147,8 @@ class UpstreamCalls:
         self._asks_for_usage = asks_for_usage
         # The models and endpoints for which the server does not accept being asked.
         self._refuse_asking: set[tuple[str, str]] = set()
+        # The server has answered a chat, and does not know `/v1/messages`.
+        self._chat_only = False
         self.activity = 0
 
     async def forward(self, model: str, call: RawCall) -> None:
@@ -150,6 +162,7 @@ class UpstreamCalls:
 
         Raises:
             UpstreamLost: the server cannot be reached, or its response is incomplete or not HTTP.
+            NotSupported: tokens are to be counted, and the server does not count.
             Overloaded: this machine has no descriptor, memory or local port left for the connection.
             InvalidRequest: the request cannot be forwarded: a path outside of the API, or a body without a model.
         """
@@ -162,10 +175,14 @@ class UpstreamCalls:
             and not is_form(request.content_type)
             and key not in self._refuse_asking
         )
-        body, size = await _request_body(model, call, whole=asks)
+        translates = request.endpoint == "messages" and not is_form(request.content_type)
+        body, size = await _request_body(model, call, whole=asks or translates)
         asking = await _asking(body) if asks and isinstance(body, bytes) else None
         try:
             if asking is not None and await self._send(call, asking, len(asking), asked=True) is not None:
+                return
+            if translates and isinstance(body, bytes):
+                await self._send_message(call, body)
                 return
             status = await self._send(call, body, size)
         except LocalExhaustion as error:
@@ -184,26 +201,70 @@ class UpstreamCalls:
                 extra={"fields": {"model": request.model, "endpoint": request.endpoint}},
             )
 
-    async def _send(self, call: RawCall, body: Body, size: int, *, asked: bool = False) -> int | None:
+    async def _send_message(self, call: RawCall, body: bytes) -> None:
+        """Send a request to ``/v1/messages``; if the server does not know that route, translated, to its chat."""
+        if not self._chat_only and await self._send(call, body, len(body), unless=_UNKNOWN_ROUTE) is not None:
+            return
+        if len(body) < PARSE_IN_THREAD:
+            message = read_message_body(body)
+        else:
+            message = await run_in_thread(read_message_body, body, abandon_on_cancel=True)
+        answer = ChatAnswer(attrs.evolve(message, model=call.request.model))
+
+        async def handle_response(response: HttpResponse) -> None:
+            self.activity += 1
+            _require_final(response)
+            if not 200 <= response.status < 300:
+                beginning = await _beginning_of(response)
+                raise error_of(response.status, response.header("retry-after"), beginning)
+            self._chat_only = True
+            call.begin(response.status, answer.content_type, _response_headers(response))
+            while piece := await response.receive():
+                self.activity += 1
+                await call.send(answer.feed(piece))
+            await call.send(answer.end())
+            if (tokens := answer.usage) is not None:
+                call.report_usage(**attrs.asdict(tokens))
+
+        chat = chat_body(message, asks_for_usage=self._asks_for_usage)
+        http_request = HttpRequest("POST", CHAT_PATH, self._request_headers(call), chat, len(chat))
+        await self._client.send(http_request, handle_response)
+
+    async def _send(
+        self,
+        call: RawCall,
+        body: Body,
+        size: int,
+        *,
+        asked: bool = False,
+        unless: frozenset[int] = frozenset(),
+    ) -> int | None:
         """Send the request of a call, and forward the response.
 
         Args:
             call: the call.
             body, size: the body and its size.
             asked: the body asks for usage, and the client did not.
+            unless: responses with these statuses are not forwarded.
 
         Returns:
-            The status; ``None`` if the server refuses to be asked for usage, and nothing was forwarded.
+            The status; ``None`` if the server refuses to be asked for usage, or has one of the statuses in ``unless``,
+            and nothing was forwarded.
         """
         status: int | None = None
 
         async def handle_response(response: HttpResponse) -> None:
             nonlocal status
+            if response.status in unless:
+                return
             if asked and response.status in _REFUSALS:
                 beginning = await _beginning_of(response)
                 if _REFUSED_FIELD.search(beginning) is not None:
                     return
                 response = attrs.evolve(response, receive=_with_beginning(beginning, response.receive))
+            if response.status in _UNKNOWN_ROUTE and call.request.endpoint == COUNT_TOKENS:
+                # The server has the model: it has listed it.
+                raise NotSupported(call.request.model, "count tokens")
             status = response.status
             await self._forward_response(response, call, asked=asked)
 
@@ -233,16 +294,13 @@ class UpstreamCalls:
             headers.append((_TOTAL_TIMEOUT, f"{max(0.001, call.time_left):.3f}"))
         if self._key is not None:
             headers += authorization(self._key)
-            if request.endpoint.startswith("/v1/messages"):
+            if request.endpoint.startswith(_MESSAGES):
                 headers.append(("x-api-key", self._key))
         return headers
 
     async def _forward_response(self, response: HttpResponse, call: RawCall, *, asked: bool) -> None:
         self.activity += 1
-        if 300 <= response.status < 400:
-            raise HttpError(f"it answered with a redirect ({response.status}), which is not followed")
-        if response.status > 599:
-            raise HttpError(f"it answered with the invalid status {response.status}")
+        _require_final(response)
         content_type = response.header("content-type")
         if len(content_type) > _MAX_CONTENT_TYPE or not _HEADER_VALUE.fullmatch(content_type):
             content_type = ""
@@ -278,6 +336,18 @@ class UpstreamCalls:
 def authorization(key: str) -> list[tuple[str, str]]:
     """Return the header that carries an API key."""
     return [("authorization", f"Bearer {key}")]
+
+
+def _require_final(response: HttpResponse) -> None:
+    """Refuse what is no answer that a client could get.
+
+    Raises:
+        HttpError: the status is a redirect, or no status.
+    """
+    if 300 <= response.status < 400:
+        raise HttpError(f"it answered with a redirect ({response.status}), which is not followed")
+    if response.status > 599:
+        raise HttpError(f"it answered with the invalid status {response.status}")
 
 
 async def _beginning_of(response: HttpResponse) -> bytes:

@@ -63,7 +63,8 @@ _END_OVERLAP: Final = 3
 
 #: Routes whose answers have no tokens of their own.
 _PROMPT_ONLY: Final = frozenset({"embeddings", "rerank", "moderations"})
-_MESSAGES: Final = "/v1/messages"
+#: How the names of the endpoints of the Messages API begin; older masters call them by their paths.
+_MESSAGES: Final = ("messages", "/v1/messages")
 
 
 class UsageReader(Protocol):

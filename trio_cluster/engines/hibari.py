@@ -3,11 +3,11 @@
 The text is spoken sentence by sentence, and each sentence is sent as soon as it is computed. A cancelled request stops
 after the current sentence, tens of milliseconds later.
 
-The formats are ``wav``, which is also used if the client sets none, and ``pcm``, both with 16-bit little-endian
-samples, 24 kHz, one channel. There is no encoder for ``mp3``, ``opus``, ``aac`` and ``flac``; requests for them are
-refused. The WAV file of a single sentence states its length. That of several sentences is sent before its length is
-known, so that both lengths in its header are the largest possible, as in OpenAI's own responses; browsers, VLC, ffmpeg
-and Python's ``wave`` play such a file to its end.
+The formats are ``wav``, which is also used if the client sets none (the option ``format`` changes that), ``pcm``, and
+with PyAV, which the extra brings, ``mp3``, ``opus``, ``aac`` and ``flac`` (see ``engines/audio/container.py``). Samples
+have 16 bits, 24 kHz and one channel; Opus has 48 kHz. The WAV file of a single sentence states its length. That of
+several sentences is sent before its length is known, so that both lengths in its header are the largest possible, as in
+OpenAI's own responses; browsers, VLC, ffmpeg and Python's ``wave`` play such a file to its end.
 
 There is one voice. Every name of a voice is accepted, also those of OpenAI's voices, and is spoken with it.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import attrs
 
@@ -24,14 +24,18 @@ from trio_cluster.errors import ClusterError, InvalidRequest
 from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import OutputChunk, TTSRequest
-from trio_cluster.openai.responses.pcm import wav_header
 
-from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._engine import LoadingEngine, Option, ServedModel, install_command, text, whole_number
 from ._threads import Outlet, ThreadStream
+from .audio.container import AUDIO_EXTRA, FORMATS, AudioEncoder, has_codecs
 
 __all__ = ["Speaker", "engine"]
 
-_FORMATS: Final = ("wav", "pcm")
+
+def _format(value: str) -> str:
+    if value not in FORMATS:
+        raise ValueError(f"expected one of {', '.join(FORMATS)}, got '{value}'")
+    return value
 
 
 class _Hibari(LoadingEngine):
@@ -42,7 +46,16 @@ class _Hibari(LoadingEngine):
         "name": Option(text, "hibari", "the model's name"),
         "threads": Option(whole_number(1, 1024), 1, "threads for each sentence"),
         "parallel": Option(whole_number(1, 64), 2, "requests that are worked on at once"),
+        "format": Option(_format, "wav", "the format of speech whose client sets none"),
     }
+
+    def check(self, argument: str, options: Mapping[str, Any]) -> None:
+        """See :meth:`Engine.check`."""
+        if options["format"] not in ("wav", "pcm") and not has_codecs():
+            raise ValueError(
+                f"format={options['format']} needs PyAV, not installed here; install it with:"
+                f" {install_command(AUDIO_EXTRA)}"
+            )
 
     @contextmanager
     def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
@@ -59,6 +72,7 @@ class Speaker:
 
     _voice: Any
     _slots: Slots
+    _format: str
 
     @classmethod
     def load(cls, options: Mapping[str, Any]) -> Speaker:
@@ -79,7 +93,7 @@ class Speaker:
         except Exception as error:
             # The library and onnxruntime below it may raise anything; none of it lets the engine serve.
             raise ClusterError(f"cannot load Hibari's voice: {error}") from error
-        return cls(voice, Slots(options["parallel"]))
+        return cls(voice, Slots(options["parallel"]), options["format"])
 
     async def speak(self, request: TTSRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation waits for the current sentence.
@@ -87,36 +101,30 @@ class Speaker:
         Raises:
             InvalidRequest: the format is not supported, or the input has no words.
         """
-        # The API's default is mp3, which is not supported; it only counts if the client has set it.
-        chosen = request.response_format if "response_format" in request.raw else "wav"
-        if chosen not in _FORMATS:
-            raise InvalidRequest(
-                f"This model has the formats {' and '.join(_FORMATS)}, not {chosen}",
-                param="response_format",
-                code="unsupported_value",
-            )
-        rate = self._voice.sample_rate
-        async with ThreadStream(self._speech(request), self._slots, name="hibari", bound=4) as sentences:
-            started = False
-            async for audio, is_whole in sentences:
-                if chosen == "wav" and not started:
-                    audio = wav_header(rate, length=len(audio) if is_whole else None) + audio
-                started = True
-                await provider.push(OutputChunk.audio(audio, f"audio/{chosen}"))
+        # The API's own default is mp3; the request says that too where the client has set nothing.
+        chosen = request.response_format if "response_format" in request.raw else self._format
+        encoder = AudioEncoder(chosen, self._voice.sample_rate)
+        async with ThreadStream(
+            self._speech(request, encoder), self._slots, name="hibari", bound=4
+        ) as sentences:
+            async for audio in sentences:
+                await provider.push(OutputChunk.audio(audio, encoder.mime_type))
 
-    def _speech(self, request: TTSRequest) -> Callable[[Outlet[tuple[bytes, bool]]], None]:
-        """Return the work of one request: it puts the samples of each sentence, and whether it is the only one."""
+    def _speech(self, request: TTSRequest, encoder: AudioEncoder) -> Callable[[Outlet[bytes]], None]:
+        """Return the work of one request: it puts the audio of each sentence."""
         from .audio import wav
 
-        def work(outlet: Outlet[tuple[bytes, bool]]) -> None:
+        def work(outlet: Outlet[bytes]) -> None:
             sentences = self._voice.phonemize(request.input)
             if not sentences:
                 raise InvalidRequest("There are no words in the input that can be spoken", param="input")
-            for sentence in sentences:
+            for index, sentence in enumerate(sentences):
                 if outlet.closed():
                     return
                 samples = self._voice.from_phonemes(sentence, speed=request.speed, seed=0)
-                if not outlet.put((wav.to_pcm16(samples), len(sentences) == 1)):
+                audio = encoder.encode(wav.to_pcm16(samples), last=index == len(sentences) - 1)
+                # An encoder may need more samples before it gives anything.
+                if audio and not outlet.put(audio):
                     return
 
         return work

@@ -35,9 +35,13 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ChatRequest, OutputChunk
 
+from ._base_url import BaseURL
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._http_client import HttpClient, HttpRequest, HttpResponse
+from ._http_response import HttpError
 from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
+from ._upstream_calls import authorization
 from ._weights import ensure_weights
 
 __all__ = ["Llama", "engine", "request_body"]
@@ -116,6 +120,7 @@ class _Llama(LoadingEngine):
                 "chat",
                 model.chat,
                 ChatModelOptions(context_window=model.context, accepts_token_ids=True),
+                model.count_tokens,
             )
         finally:
             model.close()
@@ -130,6 +135,8 @@ class Llama:
 
     Attributes:
         context: the context size: the tokens that the prompt and the output of one request may have together.
+        client: sends requests to the port of the model; ``None``: it has none, and cannot count.
+        key: what the port requires.
         takes_tools: its chat template has a place for tools. Otherwise llama.cpp would leave them out of the prompt,
             and the model would answer as if there were none.
     """
@@ -138,6 +145,8 @@ class Llama:
     _server: Any
     _slots: Slots
     takes_tools: bool = True
+    client: HttpClient | None = None
+    key: str = ""
 
     @classmethod
     def load(cls, path: str, options: Mapping[str, Any]) -> Llama:
@@ -182,11 +191,60 @@ class Llama:
             properties = json.load(response)
         context = int(properties["default_generation_settings"]["n_ctx"])
         takes_tools = _takes_tools(properties)
-        return cls(context, server, Slots(options["parallel"]), takes_tools)
+        client = HttpClient(BaseURL.parse(server.listening_address))
+        return cls(context, server, Slots(options["parallel"]), takes_tools, client, key)
 
     def close(self) -> None:
         """Drop the model. It is freed when the last request that uses it has ended. Synchronous."""
         self._server = None
+        if self.client is not None:
+            self.client.close()
+
+    async def count_tokens(self, request: ChatRequest) -> int:
+        """Return how many tokens the prompt of a request has: those that its answer would report.
+
+        Counting needs no slot: llama.cpp applies the chat template and the vocabulary, and does not run the model.
+
+        Raises:
+            InvalidRequest: llama.cpp refuses the request.
+            HandlerFailed: llama.cpp has failed.
+            ApiError: the model is being unloaded.
+        """
+        self._require_server()
+        body = request_body(request, 0)
+        prompt = (await self._ask("/apply-template", body))["prompt"]
+        counted = {"content": prompt, "add_special": True, "parse_special": True}
+        return len((await self._ask("/tokenize", counted))["tokens"])
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+        """Send a request to the port of the model, and return the decoded answer."""
+        client, answer, status = self.client, bytearray(), 0
+        assert client is not None
+
+        async def read(response: HttpResponse) -> None:
+            nonlocal status
+            status = response.status
+            while piece := await response.receive():
+                answer.extend(piece)
+
+        headers = [*authorization(self.key), ("content-type", "application/json")]
+        try:
+            await client.send(HttpRequest("POST", path, headers, json.dumps(body).encode()), read)
+            value = json.loads(answer)
+        except (HttpError, ValueError) as error:
+            self._require_server()
+            raise HandlerFailed from error
+        if status == 400:
+            raise InvalidRequest(str(value.get("error", {}).get("message")))
+        if status != 200:
+            raise HandlerFailed
+        return value
+
+    def _require_server(self) -> Any:
+        server = self._server
+        if server is None:
+            raise ApiError(503, "The model is being unloaded; try again shortly", code="shutting_down")
+        return server
 
     async def chat(self, request: ChatRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation waits for the current step of llama.cpp.
@@ -197,9 +255,7 @@ class Llama:
             HandlerFailed: llama.cpp has failed.
             ApiError: the model is being unloaded.
         """
-        server = self._server
-        if server is None:
-            raise ApiError(503, "The model is being unloaded; try again shortly", code="shutting_down")
+        server = self._require_server()
         if not self.takes_tools and _tools(request):
             raise InvalidRequest(
                 f"The model '{request.model}' cannot use tools: its chat template has no place for them",

@@ -4,9 +4,14 @@ Texts are processed in batches of ``batch``; a vector is the mean over the token
 running batch can be interrupted from another thread (onnxruntime checks a flag between two nodes of the network), so a
 cancelled request stops within milliseconds.
 
-A text that is longer than the model can take is refused, as the OpenAI API does, unless ``truncate=yes``: half a text
-has another meaning, and the client would not notice. Token ids are refused, because clients that send them use the
-vocabulary of another model.
+A text that is longer than the model can take is refused by default, as the OpenAI API does: half a text has another
+meaning, and the client would not notice. ``long_texts=cut`` embeds its beginning, and ``long_texts=average`` all of it:
+the text is split into windows of ``max_tokens`` tokens without overlap, and its vector is the mean of their vectors,
+weighted by the tokens in them and scaled to length 1 again (the method of the OpenAI cookbook, "Embedding texts that
+are longer than the model's maximum context length"). The usage counts the tokens that the model has read, which include
+those that begin and end each window.
+
+Token ids are refused, because clients that send them use the vocabulary of another model.
 """
 
 from __future__ import annotations
@@ -33,6 +38,14 @@ __all__ = ["MiniLM", "engine"]
 
 _FILES: Final = ("model.onnx", "tokenizer.json")
 
+_LONG_TEXTS: Final = ("refuse", "cut", "average")
+
+
+def _long_texts(value: str) -> str:
+    if value not in _LONG_TEXTS:
+        raise ValueError(f"expected {', '.join(_LONG_TEXTS[:-1])} or {_LONG_TEXTS[-1]}, got '{value}'")
+    return value
+
 
 class _MiniLM(LoadingEngine):
     summary = "embeddings: all-MiniLM-L6-v2 with onnxruntime"
@@ -45,11 +58,16 @@ class _MiniLM(LoadingEngine):
         "parallel": Option(whole_number(1, 64), 1, "batches at once"),
         "batch": Option(whole_number(1, 1024), 16, "texts in a batch"),
         "max_tokens": Option(whole_number(8, 512), 256, "tokens that a text may have"),
-        "truncate": Option(boolean, False, "whether to cut longer texts instead of refusing them"),
+        "long_texts": Option(
+            _long_texts, "refuse", "longer texts: refuse, cut, or average (the mean over windows)"
+        ),
+        "truncate": Option(boolean, False, "an earlier name for long_texts=cut"),
     }
 
     def check(self, argument: str, options: Mapping[str, Any]) -> None:
         """See :meth:`Engine.check`."""
+        if options["truncate"] and options["long_texts"] == "average":
+            raise ValueError("truncate=yes means long_texts=cut; leave it out for long_texts=average")
         missing = [name for name in _FILES if not (Path(argument) / name).is_file()] if argument else []
         if missing:
             raise ValueError(f"'{argument}' is not the folder of a model: it lacks {', '.join(missing)}")
@@ -79,7 +97,7 @@ class MiniLM:
     _slots: Slots
     _batch: int
     _max_tokens: int
-    _truncate: bool
+    _averages: bool
 
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any]) -> MiniLM:
@@ -98,11 +116,16 @@ class MiniLM:
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = settings.inter_op_num_threads = options["threads"]
         settings.log_severity_level = 3
+        long_texts = "cut" if options["truncate"] else options["long_texts"]
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            # These replace settings in the file: the length is checked in `_fit`, and padding is per batch.
-            tokenizer.no_truncation()
-            tokenizer.enable_padding()
+            # These replace settings in the file. Padding is done per batch, in `_embedding_work`. A tokenizer that
+            # truncates gives the rest of the text in further windows.
+            tokenizer.no_padding()
+            if long_texts == "refuse":
+                tokenizer.no_truncation()
+            else:
+                tokenizer.enable_truncation(options["max_tokens"], stride=0)
             session = onnxruntime.InferenceSession(
                 str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
             )
@@ -110,7 +133,9 @@ class MiniLM:
         except Exception as error:
             raise ClusterError(f"cannot load the embedding model in '{folder}': {error}") from error
         slots = Slots(options["parallel"])
-        return cls(session, tokenizer, slots, options["batch"], options["max_tokens"], options["truncate"])
+        return cls(
+            session, tokenizer, slots, options["batch"], options["max_tokens"], long_texts == "average"
+        )
 
     async def embed(self, request: EmbeddingRequest, provider: Provider) -> None:
         """Handle a request; the handler that is registered. Cancellation interrupts the current batch.
@@ -129,34 +154,40 @@ class MiniLM:
         self, inputs: list[str] | list[list[int]]
     ) -> Callable[[Outlet[tuple[Any, int]]], None]:
         """Return the work of one request: it puts the vectors of each batch, with the number of its tokens."""
-        import numpy as np
-        import onnxruntime
-
         texts = [each for each in inputs if isinstance(each, str)]
         if len(texts) != len(inputs):
             raise InvalidRequest(
-                "This model has a vocabulary of its own and takes no token ids; send the text",
+                "This model has a vocabulary of its own and takes no token ids; send the text"
+                " (in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
                 param="input",
                 code="unsupported_value",
             )
+        import numpy as np
+        import onnxruntime
+
         wanted = {each.name for each in self._session.get_inputs()}
 
         def work(outlet: Outlet[tuple[Any, int]]) -> None:
             # All texts are tokenized first, so that a request is refused before any of it has been computed.
-            encoded: list[tuple[list[int], list[int]]] = []
+            windows: list[list[int]] = []
+            # How many windows each text has.
+            counts: list[int] = []
             for first in range(0, len(texts), self._batch):
                 if outlet.closed():
                     return
                 for each in self._tokenizer.encode_batch(texts[first : first + self._batch]):
-                    encoded.append(self._fit(each, len(encoded)))
-            for first in range(0, len(encoded), self._batch):
-                group = encoded[first : first + self._batch]
-                longest = max(len(ids) for ids, _ in group)
-                ids = np.zeros((len(group), longest), np.int64)
-                mask = np.zeros((len(group), longest), np.int64)
-                for row, (each_ids, each_mask) in enumerate(group):
+                    found = self._windows(each, len(counts))
+                    windows += found
+                    counts.append(len(found))
+            mean = _WindowMean(counts)
+            tokens = 0
+            for first in range(0, len(windows), self._batch):
+                group = windows[first : first + self._batch]
+                lengths = np.array([len(each) for each in group], np.int64)
+                ids = np.zeros((len(group), int(lengths.max())), np.int64)
+                for row, each_ids in enumerate(group):
                     ids[row, : len(each_ids)] = each_ids
-                    mask[row, : len(each_mask)] = each_mask
+                mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
                 feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
                 run = onnxruntime.RunOptions()
                 outlet.interrupt_with(partial(setattr, run, "terminate", True))
@@ -167,24 +198,70 @@ class MiniLM:
                     if outlet.closed():
                         return
                     raise
-                vectors = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+                vectors = (hidden * mask[..., None]).sum(1) / lengths[:, None]
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-                if not outlet.put((vectors.astype(np.float32), int(mask.sum()))):
+                tokens += int(lengths.sum())
+                complete = mean.add(vectors, lengths)
+                # A batch may consist of windows of one text, which is not complete yet.
+                if complete:
+                    if not outlet.put((np.stack(complete).astype(np.float32), tokens)):
+                        return
+                    tokens = 0
+                elif outlet.closed():
                     return
 
         return work
 
-    def _fit(self, encoding: Any, index: int) -> tuple[list[int], list[int]]:
-        """Return the ids and the mask of a text without its padding; refuse or truncate a text that is too long."""
-        length = sum(encoding.attention_mask)
-        if length > self._max_tokens:
-            if not self._truncate:
-                raise InvalidRequest(
-                    f"Input {index} has {length} tokens; this model takes up to {self._max_tokens}, so shorten it",
-                    param="input",
-                    code="context_length_exceeded",
-                )
-            encoding.truncate(self._max_tokens)
-            length = self._max_tokens
-        ids = [token for token, kept in zip(encoding.ids, encoding.attention_mask, strict=True) if kept]
-        return ids, [1] * length
+    def _windows(self, encoding: Any, index: int) -> list[list[int]]:
+        """Return the token ids of each window of a text that is embedded; refuse a text that is too long."""
+        if len(encoding.ids) > self._max_tokens:
+            raise InvalidRequest(
+                f"Input {index} has {len(encoding.ids)} tokens; this model takes up to {self._max_tokens},"
+                " so shorten it",
+                param="input",
+                code="context_length_exceeded",
+            )
+        rest = encoding.overflowing if self._averages else ()
+        return [list(each.ids) for each in (encoding, *rest)]
+
+
+class _WindowMean:
+    """Combines the vectors of consecutive windows into one vector for each text.
+
+    Args:
+        counts: how many windows each text has, in order; 1 at least.
+    """
+
+    def __init__(self, counts: list[int]) -> None:
+        self._counts = iter(counts)
+        # Windows of the current text that are still missing, and the weighted sum of those that have come.
+        self._missing = 0
+        self._sum: Any = None
+
+    def add(self, vectors: Any, weights: Any) -> list[Any]:
+        """Take the next windows.
+
+        Args:
+            vectors: their vectors, of length 1, in the shape (windows, dimensions).
+            weights: the tokens of each.
+
+        Returns:
+            The vectors of the texts that are complete with them.
+        """
+        import numpy as np
+
+        complete = []
+        for vector, weight in zip(vectors, weights, strict=True):
+            if self._missing == 0:
+                self._missing = next(self._counts)
+                if self._missing == 1:
+                    # A text in one window keeps its vector, to the last bit.
+                    self._missing = 0
+                    complete.append(vector)
+                    continue
+                self._sum = np.zeros_like(vector)
+            self._sum = self._sum + vector * weight
+            self._missing -= 1
+            if self._missing == 0:
+                complete.append(self._sum / np.linalg.norm(self._sum))
+        return complete

@@ -6,7 +6,8 @@ the last complete segment ended, so that no word is cut in two. The text of each
 A window is one blocking call that cannot be interrupted, about a second with a tiny model; a cancelled request stops
 after it. The windows of several requests are processed one after the other, unless ``parallel`` is more than 1.
 
-Only WAV files are read (see ``engines/audio/wav.py``); other formats are refused with an error that names them.
+WAV files are always read. Other formats need PyAV, which the extra brings (see ``engines/audio/container.py``); without
+it they are refused with an error that says what to install. Decoding stops between two packets of audio.
 """
 
 from __future__ import annotations
@@ -181,14 +182,15 @@ class Whisper:
         self, request: ASRRequest, language: str | None
     ) -> Callable[[Outlet[dict[str, Any]]], None]:
         """Return the work of one request: it puts the JSON of each window, and of the whole at the end."""
-        from .audio import mel, wav
+        from .audio import mel
+        from .audio.container import decode_audio
 
         def work(outlet: Outlet[dict[str, Any]]) -> None:
-            try:
-                samples, rate = wav.read(request.audio, max_seconds=self._max_seconds)
-            except wav.WavError as error:
-                raise InvalidRequest(str(error), param="file", code="unsupported_audio") from error
-            samples = wav.resample(samples, rate, mel.RATE)
+            samples = decode_audio(
+                request.audio, rate=mel.RATE, max_seconds=self._max_seconds, stopped=outlet.closed
+            )
+            if outlet.closed():
+                return
             duration = len(samples) / mel.RATE
             detected = language
             position = 0

@@ -180,7 +180,7 @@ class ApiKeys:
                 return principal
         raise ApiError(
             401,
-            "This server requires an API key: send it as 'Authorization: Bearer KEY'",
+            "This server requires an API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
             code="invalid_api_key",
         )
 

@@ -19,7 +19,7 @@ from ..core.redaction import has_key
 from ..core.request import Request
 from ..limits.account import LimitState
 from ..limits.reservation import Reservation
-from ..openai import Endpoint, FormPeek
+from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek
 from .body import RequestBody, SpooledBody
 from .deadlines import ResponseDeadlines
 
@@ -48,6 +48,7 @@ class RequestContext:
         model_in_path: the model that the path names, which then counts more than that of the body; empty if the path
             names none.
         endpoint: the endpoint of a request for a model; set by the gateway. ``None``: the admin application answers.
+        errors: how the errors of the path look; set by the gateway when it has normalized the path.
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
         form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
         request: the request as models see it; set by the parse stage.
@@ -70,6 +71,7 @@ class RequestContext:
         "client",
         "deadlines",
         "endpoint",
+        "errors",
         "form_peek",
         "header",
         "headers",
@@ -110,6 +112,7 @@ class RequestContext:
         self.model_in_path = ""
         self.principal = ANONYMOUS
         self.endpoint: Endpoint | None = None
+        self.errors: ErrorFamily = OPENAI_ERRORS
         self.spool: SpooledBody | None = None
         self.form_peek: FormPeek | None = None
         self.reservation: Reservation | None = None

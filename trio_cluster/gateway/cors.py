@@ -14,7 +14,10 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 _EXPOSED: Final = (
     b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
+    b"request-id, anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
+    b"anthropic-ratelimit-requests-reset, anthropic-ratelimit-tokens-limit, "
+    b"anthropic-ratelimit-tokens-remaining, anthropic-ratelimit-tokens-reset"
 )
 #: Seconds for which a browser may reuse the answer to a preflight.
 _MAX_AGE: Final = b"600"

@@ -28,7 +28,7 @@ from ..core.join_paths import JOIN_PATHS, MAX_JOIN_BODY
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
-from ..openai import Endpoint, endpoint_named
+from ..openai import OPENAI_ERRORS, Endpoint, endpoint_named
 from .auth import hide_models, is_open
 from .body import ClientLeft, RequestBody
 from .context import RequestContext
@@ -37,7 +37,7 @@ from .direct import Connection
 from .key_limits import with_limit_headers
 from .relay import relay
 from .response import Reply, error_reply, reply_head
-from .routes import MODEL_ROUTES, canonical_path, custom_route
+from .routes import MODEL_ROUTES, canonical_path, custom_route, error_family
 from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
@@ -119,7 +119,7 @@ class RequestCycle:
             if context.endpoint is None:
                 await self._take_body_for_app()
         except ApiError as error:
-            await self._refuse(error_reply(error))
+            await self._refuse(self._error_reply(error))
             return
         except ClientLeft:
             self._left = True
@@ -145,7 +145,7 @@ class RequestCycle:
                 context.spool.close()
             self._node_context.end_answer(context)
         if not (self._started or self._left):
-            await self._refuse(error_reply(HandlerFailed("The server failed to answer this request")))
+            await self._refuse(self._error_reply(HandlerFailed("The server failed to answer this request")))
         elif context.aborted and self._scope["http_version"] == "1.0":
             # HTTP/1.0 has no chunks, so the client would take a closed connection for the end of the answer.
             self._reset()
@@ -181,8 +181,12 @@ class RequestCycle:
             raise InvalidRequest(f"Unknown URL: {path!r}", status=404)
         # A client whose base URL ends with a slash sends two. The web framework would take that for an unknown path.
         context.path = path = "/" + path.lstrip("/")
-        if path not in MODEL_ROUTES:
+        endpoint = MODEL_ROUTES.get(path)
+        if endpoint is not None:
+            context.errors = endpoint.errors
+        else:
             context.path, context.model_in_path = canonical_path(self._scope["method"], path)
+            context.errors = error_family(context.path)
 
     def _endpoint(self, path: str) -> Endpoint | None:
         """Return the endpoint of a request for a model; ``None`` if the application answers the request."""
@@ -206,7 +210,7 @@ class RequestCycle:
         except ApiError as error:
             # The call may keep this error as its end. With a traceback, the call and the error would refer to each
             # other, and wait for the garbage collector.
-            reply = error_reply(hide_models(context.principal, error).with_traceback(None))
+            reply = self._error_reply(hide_models(context.principal, error).with_traceback(None))
             # Otherwise a backend would go on waiting for the rest of the body.
             context.cancel_calls("the request was refused")
         if not reply.early and _PROCESSING not in dict(reply.headers):
@@ -250,10 +254,26 @@ class RequestCycle:
         await self._send({"type": "http.response.body", "body": b""})
         return True
 
+    def _error_reply(self, error: ApiError) -> Reply:
+        return error_reply(error, self.context.errors, self.context.request_id)
+
     def _start(self, reply: Reply) -> Message:
         head = reply_head(reply, self.context.request_id)
+        if self.context.errors is not OPENAI_ERRORS:
+            head["headers"] = self._with_request_id(head["headers"])
         head["headers"] += cors_headers(self.context, self._node_context.options.server.cors_origins)
         return head
+
+    def _with_request_id(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers of an answer with those of its error family for the id of the request.
+
+        A server behind a model may have sent its own id in the same header; that one gets another name.
+        """
+        name = self.context.errors.request_id
+        if not name:
+            return headers
+        renamed = [(b"x-upstream-request-id" if each == name else each, value) for each, value in headers]
+        return [*renamed, (name, self.context.request_id.encode("ascii"))]
 
     async def _refuse(self, reply: Reply) -> None:
         """Answer with ``reply``, also if the body of the request has not been read."""
@@ -324,6 +344,7 @@ class RequestCycle:
             headers = list(message.get("headers", ()))
             if not any(name.lower() == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self.context.request_id.encode("ascii")))
+            headers = self._with_request_id(headers)
             headers += cors_headers(self.context, self._node_context.options.server.cors_origins)
             if self.context.principal.limits is not None:
                 headers = await with_limit_headers(self._node_context, self.context, headers)

@@ -9,10 +9,11 @@ Requests of keys without limits do not pass this stage.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import time
 
 from ..limits.account import LimitState
 from ..limits.limiter import Refused
+from ..openai import ErrorFamily
 from .context import RequestContext
 from .node_context import NodeContext
 
@@ -65,28 +66,16 @@ async def with_limit_headers(
     if state is None:
         # The request ended before it came to the stage, or is not for a model.
         state = await node_context.limiter.state(principal, principal.limits)
-    return [header for header in headers if not header[0].startswith(b"x-ratelimit-")] + _headers(state)
+    prefixes = context.errors.limit_prefixes
+    others = [header for header in headers if not header[0].startswith(prefixes)]
+    return others + _headers(state, context.errors)
 
 
-def _headers(state: LimitState) -> _Headers:
+def _headers(state: LimitState, errors: ErrorFamily) -> _Headers:
     headers: _Headers = []
     for name, standing in ((b"requests", state.requests), (b"tokens", state.tokens)):
         if standing is not None:
-            headers += [
-                (b"x-ratelimit-limit-" + name, b"%d" % standing.limit),
-                (b"x-ratelimit-remaining-" + name, b"%d" % standing.remaining),
-                (b"x-ratelimit-reset-" + name, _duration(standing.reset)),
-            ]
+            headers += errors.limit_headers(
+                name, standing.limit, standing.remaining, standing.reset, time.time()
+            )
     return headers
-
-
-# Cached, since most answers have the whole minute.
-@lru_cache(maxsize=64)
-def _duration(microseconds: int) -> bytes:
-    """Return a duration as the OpenAI API writes it: ``12ms``, ``1s``, ``1.5s``, ``6m0s``."""
-    milliseconds = -(-microseconds // 1000)
-    if milliseconds < 1000:
-        return b"%dms" % milliseconds if milliseconds else b"0s"
-    minutes, rest = divmod(milliseconds, 60_000)
-    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
-    return (f"{minutes}m" if minutes else "").encode() + f"{seconds}s".encode()

@@ -16,11 +16,11 @@ import msgspec
 
 from ..core.channel import ByteChannel
 from ..core.limits import PARSE_IN_THREAD
-from ..core.model import ModelInfo
+from ..core.model import Kind, ModelInfo
 from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
 from ..core.threads import run_in_thread
-from ..errors import InvalidRequest, LoopDetected, ModelUnavailable
+from ..errors import ApiError, InvalidRequest, LoopDetected, ModelUnavailable, NotSupported, WrongKind
 from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
 from ..routing.catalog import Catalog
 from .auth import require_model
@@ -254,7 +254,12 @@ async def _read_whole(
         if untouched is not None:
             return untouched, None
     parsed = await _parse(endpoint.parse, body, content_type, headers)
-    info = catalog.check(parsed.model, endpoint.kind, endpoint.name)
+    try:
+        info = catalog.check(parsed.model, endpoint.kind, endpoint.name)
+    except (InvalidRequest, WrongKind) as error:
+        if endpoint.optional is None:
+            raise
+        raise _not_answered(catalog, parsed.model, endpoint.optional, error) from None
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
         raise InvalidRequest(
@@ -274,6 +279,14 @@ async def _read_whole(
                 code="unsupported_value",
             )
     return info, parsed
+
+
+def _not_answered(catalog: Catalog, name: str, kind: Kind, error: ApiError) -> ApiError:
+    """Return the error for a model that does not answer an optional route for models of a kind."""
+    info = catalog.info(name)
+    if info is None:
+        return error
+    return NotSupported(name, "count tokens") if info.kind == kind else WrongKind(name, info.kind, kind)
 
 
 async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:

@@ -15,7 +15,7 @@ import msgspec
 from ..errors import ApiError, InvalidRequest, RateLimited
 from ..http1.asgi import Message
 from ..http1.refusal import HttpRefusal
-from ..openai import error_body
+from ..openai import OPENAI_ERRORS, ErrorFamily
 from .context import RequestContext
 from .direct import Connection
 
@@ -66,8 +66,14 @@ def json_reply(value: Any, status: int = 200) -> Reply:
     return Reply(status, [JSON], msgspec.json.encode(value))
 
 
-def error_reply(error: ApiError) -> Reply:
-    """Return the reply for an error, with the headers that tell clients whether and when to try again."""
+def error_reply(error: ApiError, errors: ErrorFamily = OPENAI_ERRORS, request_id: str = "") -> Reply:
+    """Return the reply for an error, with the headers that tell clients whether and when to try again.
+
+    Args:
+        error: the error.
+        errors: how the errors of the route look.
+        request_id: the id of the request, which some of them have in their body.
+    """
     headers = [JSON]
     if error.retry_after is not None:
         headers.append(("retry-after", _retry_after(error.retry_after)))
@@ -77,7 +83,7 @@ def error_reply(error: ApiError) -> Reply:
         headers.append(("www-authenticate", "Bearer"))
     if error.final:
         headers.append(("x-should-retry", "false"))
-    return Reply(error.status, headers, error_body(error))
+    return Reply(errors.status(error), headers, errors.body(error, request_id))
 
 
 def _retry_after(seconds: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ..openai import ENDPOINTS
+from ..openai import ENDPOINTS, MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "canonical_path", "custom_route"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "canonical_path", "custom_route", "error_family"]
 
 #: Every route of the OpenAI API is served under each of these.
 PREFIXES: Final = ("/v1", "")
@@ -22,6 +22,18 @@ def custom_route(path: str) -> str:
     """Return the name of a custom route, given its path with or without the prefix ``/v1``."""
     path = path.rstrip("/")
     return path if path.startswith("/v1/") else "/v1" + path
+
+
+#: Below these, paths belong to the Messages API, also those that are not served here.
+_MESSAGES_API: Final = tuple(f"{prefix}/messages/" for prefix in PREFIXES)
+
+
+def error_family(path: str) -> ErrorFamily:
+    """Return the family of the errors of a path, which begins with one slash."""
+    endpoint = MODEL_ROUTES.get(path.rstrip("/"))
+    if endpoint is not None:
+        return endpoint.errors
+    return MESSAGE_ERRORS if path.startswith(_MESSAGES_API) else OPENAI_ERRORS
 
 
 #: Other paths that clients know for what is served here.

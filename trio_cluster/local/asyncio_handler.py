@@ -28,7 +28,6 @@ the original error.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections import deque
 from contextlib import suppress
@@ -151,7 +150,7 @@ class _Relay:
         """
         take_back = self._loop.on_end(self._lost)
         try:
-            self._loop.post(self._start, contextvars.copy_context())
+            self._loop.post(self._start)
             try:
                 await self._push_all(provider)
             except BaseException as error:
@@ -265,9 +264,12 @@ class _Relay:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._wake)
 
-    def _start(self, context: contextvars.Context) -> None:
-        loop = asyncio.get_running_loop()
-        self._task = loop.create_task(self._work(), context=context)
+    def _start(self) -> None:
+        if self._loop.closing:
+            # The task would not be run to its end. `_lost` ends the relay.
+            return
+        # In a copy of the context of the trio task: `post` has called this function in one.
+        self._task = asyncio.get_running_loop().create_task(self._work())
         self._task.add_done_callback(self._done)
 
     async def _work(self) -> None:

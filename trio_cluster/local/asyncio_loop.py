@@ -219,7 +219,10 @@ class LoopRun:
                 self._call_soon(self._on_stop_request)
 
     def post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Call a function in the loop, soon. Synchronous, from any thread. Without effect if the loop has ended."""
+        """Call a function in the loop, soon, in a copy of the current context.
+
+        Synchronous, from any thread. Without effect if the loop has ended.
+        """
         with self._lock:
             if self._loop is not None and not self.ended:
                 self._posted += 1

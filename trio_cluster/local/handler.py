@@ -26,6 +26,7 @@ from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.threads import NoThread, run_in_thread
 from ..openai import (
+    COUNT_TOKENS,
     CustomRequest,
     Encoder,
     Endpoint,
@@ -131,6 +132,9 @@ class HandlerBackend:
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
             return HandlerTask(call, scope, options, adapter, self._pool.node_name, validates=self._validates)
 
+        if request.endpoint == COUNT_TOKENS:
+            # A prompt is counted in a short time, and should not wait for answers that take long.
+            return self._pool.start(request, make_task, None)
         return self._pool.start(request, make_task, self._pool.slots, self._slots)
 
 
@@ -243,7 +247,8 @@ class HandlerTask(CallTask):
         object.__setattr__(parsed, "worker", self._worker)
         object.__setattr__(parsed, "key_name", request.principal.name)
         self.request = parsed
-        if self._validates and (check := OutputCheck.of(parsed)) is not None:
+        is_checked = self._validates and request.endpoint != COUNT_TOKENS
+        if is_checked and (check := OutputCheck.of(parsed)) is not None:
             await run_in_thread(check.check_schema)
             self._check = check
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))

@@ -12,7 +12,7 @@ import attrs
 
 from ..core.model import ChatModelOptions, Kind, ModelInfo
 from ..core.provenance import Via
-from ..openai import custom_path
+from ..openai import COUNT_TOKENS, custom_path
 from ..options import ClusterServerOptions
 from ..routing.router import Router
 from .adapters import Handler
@@ -79,6 +79,7 @@ class LocalModels:
         name: str,
         handler: Handler,
         options: ChatModelOptions | None,
+        count_tokens: Handler | None = None,
         *,
         max_concurrency: int | None = None,
         validate: bool = False,
@@ -93,9 +94,12 @@ class LocalModels:
             self._add_endpoint(backend, kind, handler)
         else:
             info = self._info(kind, name, options)
-            self._add(
-                HandlerBackend(info, handler, self._pool, max_concurrency=max_concurrency, validate=validate)
+            backend = HandlerBackend(
+                info, handler, self._pool, max_concurrency=max_concurrency, validate=validate
             )
+            if count_tokens is not None:
+                backend.add_endpoint(COUNT_TOKENS, count_tokens)
+            self._add(backend)
 
     def register_raw(
         self,

@@ -8,10 +8,18 @@ not depend on responses, and an encoder knows of requests only their types. ``en
 the two together.
 """
 
-from .endpoints import ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
+from .endpoints import COUNT_TOKENS, ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
+from .error_families import MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
 from .failures import EndDetector, FailureGrammar, read_error
 from .json_values import read_object
-from .openapi import ERROR, ERRORS, describe_endpoints, error_responses
+from .openapi import (
+    ERROR,
+    ERRORS,
+    MESSAGE_ERROR_SCHEMA,
+    MESSAGE_PREFIX,
+    describe_endpoints,
+    error_responses,
+)
 from .requests.forms import FormReader, is_form, media_type
 from .requests.peek import FormPeek, asks_for_events, peek_model, require_one_model
 from .requests.types import (
@@ -33,13 +41,18 @@ from .responses.usage import read_usage
 from .sse import DONE, KEEPALIVE, NO_PROXY_BUFFERING, error_body, error_event, event
 
 __all__ = [
+    "COUNT_TOKENS",
     "DONE",
     "ENDPOINTS",
     "ERROR",
     "ERRORS",
     "KEEPALIVE",
     "KNOWN_STREAMS",
+    "MESSAGE_ERRORS",
+    "MESSAGE_ERROR_SCHEMA",
+    "MESSAGE_PREFIX",
     "NO_PROXY_BUFFERING",
+    "OPENAI_ERRORS",
     "ASRRequest",
     "ChatRequest",
     "CustomRequest",
@@ -47,6 +60,7 @@ __all__ = [
     "Encoder",
     "EndDetector",
     "Endpoint",
+    "ErrorFamily",
     "FailureGrammar",
     "FinishReason",
     "FormPeek",

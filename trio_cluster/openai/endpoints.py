@@ -15,6 +15,7 @@ import attrs
 
 from trio_cluster.core.model import Kind
 
+from .error_families import MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
 from .failures import (
     ERROR_OBJECT,
     IMAGE_ERROR,
@@ -26,6 +27,7 @@ from .failures import (
 from .requests.custom import checked_path, read_custom
 from .requests.fields import Table
 from .requests.forms import Form
+from .requests.messages_api import COUNT, MESSAGE, read_count, read_message
 from .requests.moderations import MODERATION, read_moderation
 from .requests.readers import (
     image_edit_of,
@@ -68,6 +70,7 @@ from .responses.custom import CustomEncoder
 from .responses.embeddings import EmbeddingEncoder
 from .responses.encoder import Encoder
 from .responses.images import PlainEdit, PlainImages, StreamedEdit, StreamedImage
+from .responses.messages_api import CountEncoder, PlainMessage, StreamedMessage
 from .responses.moderations import ModerationEncoder
 from .responses.rerank import RerankEncoder
 from .responses.responses_api import PlainResponse, StreamedResponse
@@ -75,11 +78,15 @@ from .responses.speech import PlainSpeech, StreamedSpeech
 from .responses.text import ChatShape, CompletionShape, PlainText, StreamedText, TextShape
 from .responses.transcriptions import PlainTranscription, StreamedTranscription
 
-__all__ = ["ENDPOINTS", "KNOWN_STREAMS", "Endpoint", "custom_path", "endpoint_named"]
+__all__ = ["COUNT_TOKENS", "ENDPOINTS", "KNOWN_STREAMS", "Endpoint", "custom_path", "endpoint_named"]
 
 
 _JSON: Final = ("application/json",)
 _JSON_OR_EVENTS: Final = (*_JSON, "text/event-stream")
+
+
+#: The name of the route that counts the tokens of a prompt.
+COUNT_TOKENS: Final = "messages.count_tokens"
 
 
 class _Parse(Protocol):
@@ -120,6 +127,10 @@ class Endpoint:
     been read. The form is used up. ``checked`` is as for ``parse``."""
     failure: FailureGrammar = ERROR_OBJECT
     """How a stream of this route says that it has failed."""
+    errors: ErrorFamily = OPENAI_ERRORS
+    """How the errors of this route look, and which headers its answers have."""
+    optional: Kind | None = None
+    """For a route that a model answers only if its handler can: the kind of the models that may."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
@@ -138,6 +149,15 @@ def _completion(request: ChatRequest, *, response_id: str, created: int) -> Enco
 def _response(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
     encoder = StreamedResponse if request.stream else PlainResponse
     return encoder(request, response_id, created)
+
+
+def _message(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    encoder = StreamedMessage if request.stream else PlainMessage
+    return encoder(request, response_id)
+
+
+def _count(request: ChatRequest, *, response_id: str, created: int) -> Encoder:
+    return CountEncoder(request)
 
 
 def _embedding(request: EmbeddingRequest, *, response_id: str, created: int) -> Encoder:
@@ -194,6 +214,27 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 RESPONSE,
                 _JSON_OR_EVENTS,
                 failure=RESPONSE_FAILED,
+            ),
+            Endpoint(
+                "messages",
+                "/messages",
+                "chat",
+                read_message,
+                _message,
+                MESSAGE,
+                _JSON_OR_EVENTS,
+                failure=MESSAGE_ERROR,
+                errors=MESSAGE_ERRORS,
+            ),
+            Endpoint(
+                COUNT_TOKENS,
+                "/messages/count_tokens",
+                "custom",
+                read_count,
+                _count,
+                COUNT,
+                errors=MESSAGE_ERRORS,
+                optional="chat",
             ),
             Endpoint("embeddings", "/embeddings", "embedding", read_embedding, _embedding, EMBEDDING),
             Endpoint(
@@ -256,14 +297,13 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
 )
 
 
-#: Routes of other APIs that servers behind an engine answer, with streams in a grammar of their own.
-_OTHER_FAILURES: Final = {"/v1/messages": MESSAGE_ERROR}
-
 #: The names of the endpoints whose streams have a grammar that is known, whichever server answers.
-KNOWN_STREAMS: Final = frozenset({*ENDPOINTS, *_OTHER_FAILURES})
+KNOWN_STREAMS: Final = frozenset({*ENDPOINTS, "/v1/messages"})
+
+_BY_PATH: Final = {f"/v1{endpoint.path}": endpoint for endpoint in ENDPOINTS.values()}
 
 #: Paths that cannot become custom routes.
-_TAKEN: Final = {"/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())}
+_TAKEN: Final = {"/v1/models", *_BY_PATH}
 
 
 def custom_path(path: str) -> str:
@@ -281,10 +321,14 @@ def custom_path(path: str) -> str:
 def endpoint_named(name: str) -> Endpoint:
     """Return the endpoint of a name; the name of a custom route is its path.
 
+    Nodes of older versions call routes that they do not know by their paths, too.
+
     Raises:
         KeyError: the table has no such route, and it is not a path.
     """
-    return _custom_endpoint(name) if name.startswith("/") else ENDPOINTS[name]
+    if not name.startswith("/"):
+        return ENDPOINTS[name]
+    return _BY_PATH.get(name) or _custom_endpoint(name)
 
 
 def _custom(request: CustomRequest, *, response_id: str, created: int) -> Encoder:
@@ -294,7 +338,4 @@ def _custom(request: CustomRequest, *, response_id: str, created: int) -> Encode
 # Bounded, since the paths come from clients. Few of them are routes that a model answers.
 @lru_cache(maxsize=256)
 def _custom_endpoint(path: str) -> Endpoint:
-    failure = _OTHER_FAILURES.get(path, ERROR_OBJECT)
-    return Endpoint(
-        path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom, failure=failure
-    )
+    return Endpoint(path, path.removeprefix("/v1"), "custom", partial(read_custom, path=path), _custom)

@@ -10,7 +10,7 @@ because clients ignore events that they do not know:
 - transcriptions and speech: the same with ``"type": "error"``; images: also named ``error``;
 - responses: ``response.failed`` with the failed response, and with a top-level ``error``, for which the official
   clients raise; numbered like every event of this route;
-- messages (the Anthropic API, behind the engine): ``event: error`` with the error types of that API.
+- messages (the Anthropic API): ``event: error`` with the error types of that API (see ``error_families.py``).
 
 The gateway writes this event, since only it knows what has been sent. It works on the bytes of the stream, because
 most streams come from another node, and many from another server. So two things are read from the bytes that were sent
@@ -32,6 +32,7 @@ import msgspec
 
 from trio_cluster.errors import ApiError
 
+from .error_families import message_envelope
 from .json_values import dumps
 from .sse import KEEPALIVE, error_event, event, named_event
 
@@ -48,18 +49,6 @@ __all__ = [
 
 #: A quotation mark inside of a JSON string has a backslash before it, so this never matches inside of one.
 _NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
-
-#: Error types of the Anthropic API, by status.
-_MESSAGE_ERRORS: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 #: The members that a response must have, where the response that has begun is not known.
 _UNKNOWN_RESPONSE: Final[dict[str, Any]] = {
@@ -179,10 +168,7 @@ def _write_image_error(error: ApiError, first: bytes, last: bytes) -> bytes:
 
 
 def _write_message_error(error: ApiError, first: bytes, last: bytes) -> bytes:
-    default = "invalid_request_error" if error.status < 500 else "api_error"
-    kind = _MESSAGE_ERRORS.get(error.status, default)
-    inner = {"type": kind, "message": error.message, "code": error.code}
-    return named_event("error", _dumps({"type": "error", "error": inner}))
+    return named_event("error", _dumps(message_envelope(error)))
 
 
 def _write_response_failed(error: ApiError, first: bytes, last: bytes) -> bytes:

@@ -13,11 +13,19 @@ from typing import Any, Final
 import attrs
 
 from .endpoints import ENDPOINTS, Endpoint
+from .error_families import MESSAGE_ERRORS
 from .requests.schemas import Schema, members_of
 
-__all__ = ["ERROR", "ERRORS", "describe_endpoints", "error_responses"]
+__all__ = [
+    "ERROR",
+    "ERRORS",
+    "MESSAGE_ERROR_SCHEMA",
+    "MESSAGE_PREFIX",
+    "describe_endpoints",
+    "error_responses",
+]
 
-#: The schema of every error.
+#: The schema of every error, except on the routes of the Messages API.
 ERROR: Final[Schema] = {
     "type": "object",
     "properties": {
@@ -35,6 +43,29 @@ ERROR: Final[Schema] = {
     "required": ["error"],
 }
 
+#: The schema of every error on the routes of the Messages API.
+MESSAGE_ERROR_SCHEMA: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string", "enum": ["error"]},
+        "error": {
+            "type": "object",
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["type", "message", "code"],
+        },
+        "request_id": {"type": ["string", "null"]},
+    },
+    "required": ["type", "error", "request_id"],
+}
+
+#: What stands before the status in the names of the responses with these errors.
+MESSAGE_PREFIX: Final = "messages-"
+
 #: The statuses of the server's own errors, and when they are used.
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request cannot be served as it is; `param` names the field.",
@@ -48,10 +79,12 @@ ERRORS: Final[Mapping[int, str]] = {
     415: "The content type is not the one that the route takes.",
     429: "The model reports too many requests.",
     500: "The model failed.",
+    501: "The model does not answer this route.",
     502: "The worker was lost before it had answered.",
     503: "No replica has capacity for the request, the server is being stopped, or the request was cancelled.",
     504: "There was no output for too long, or the time of the request has passed.",
     508: "The request has passed this cluster already.",
+    529: "The same as 503, on the routes of the Messages API.",
 }
 
 #: The error statuses of routes of models. A handler may answer with others as well.
@@ -67,10 +100,22 @@ def describe_endpoints() -> dict[str, Any]:
     return {f"/v1{endpoint.path}": {"post": _describe(endpoint)} for endpoint in ENDPOINTS.values()}
 
 
-def error_responses(statuses: Iterable[int]) -> dict[str, Any]:
-    """Return the ``responses`` for errors of these statuses, and a default for all others."""
-    named = {str(status): {"$ref": f"#/components/responses/{status}"} for status in statuses}
-    return named | {"default": {"$ref": "#/components/responses/error"}}
+def error_responses(statuses: Iterable[int], prefix: str = "") -> dict[str, Any]:
+    """Return the ``responses`` for errors of these statuses, and a default for all others.
+
+    Args:
+        statuses: the statuses.
+        prefix: what stands before the status in the names of the responses.
+    """
+    named = {str(status): {"$ref": f"#/components/responses/{prefix}{status}"} for status in statuses}
+    return named | {"default": {"$ref": f"#/components/responses/{prefix}error"}}
+
+
+def _errors_of(endpoint: Endpoint) -> dict[str, Any]:
+    statuses = [endpoint.errors.statuses.get(status, status) for status in _MODEL_ERRORS]
+    if endpoint.optional is not None:
+        statuses.append(501)
+    return error_responses(sorted(statuses), MESSAGE_PREFIX if endpoint.errors is MESSAGE_ERRORS else "")
 
 
 def _describe(endpoint: Endpoint) -> dict[str, Any]:
@@ -86,7 +131,7 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {sent: {"schema": schema}}},
         "responses": {
             "200": {"description": "The model's answer.", "headers": request_id, "content": answer},
-            **error_responses(_MODEL_ERRORS),
+            **_errors_of(endpoint),
         },
     }
 

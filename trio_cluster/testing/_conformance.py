@@ -44,7 +44,7 @@ from ._handler_contract import (
     MissesDeadline,
     MixesAnswers,
 )
-from ._samples import ENDPOINT_OF, comparable, encode, sample, supports_streaming
+from ._samples import CHAT_ENDPOINTS, ENDPOINT_OF, comparable, encode, sample, supports_streaming
 
 __all__ = ["check_handler"]
 
@@ -64,6 +64,7 @@ async def check_handler(
     handler: Handler,
     *,
     kind: Kind = "chat",
+    endpoint: str = "",
     request: Mapping[str, Any] | None = None,
     other: Mapping[str, Any] | None = None,
     failing: Mapping[str, Any] | None = None,
@@ -85,6 +86,8 @@ async def check_handler(
     Args:
         handler: as it would be registered.
         kind: the kind of model that it is for; ``custom`` for a route that the OpenAI API does not have.
+        endpoint: the endpoint that is asked: ``messages`` or ``chat.completions`` for a chat model; empty: the main one
+            of its kind.
         request: the fields of a request, without ``model`` and ``stream``; ``bytes`` are an uploaded file. By default,
             a short request of this kind.
         other: the fields of another request, whose response should be different.
@@ -99,16 +102,21 @@ async def check_handler(
         BrokenPromise: a promise was broken. The subclass is named for the promise, the message says how.
         ApiError: one of the requests is not valid for this kind.
         TypeError: the handler has none of the signatures that a handler may have.
-        ValueError: raw handlers (kind ``any``) are not checked here.
+        ValueError: raw handlers (kind ``any``) are not checked here, nor is this endpoint.
     """
     if kind not in ENDPOINT_OF:
         raise ValueError(f"handlers of kind {kind} are not checked here")
+    if endpoint not in ("", ENDPOINT_OF[kind]) and not (kind == "chat" and endpoint in CHAT_ENDPOINTS):
+        raise ValueError(f"handlers of kind {kind} are not checked on the endpoint '{endpoint}' here")
     options = ClusterServerOptions(server=ServerOptions(max_concurrency=2, default_timeout=patience))
     pool = HandlerPool(options)
     backend = HandlerBackend(ModelInfo("model", kind), handler, pool)
     if request is None:
         request, other = sample(kind, 0), sample(kind, 1) if other is None else other
-    suite = _Suite(pool, backend, request, request if other is None else other, bound, patience)
+    needed = CHAT_ENDPOINTS.get(endpoint, {})
+    one, two = ({**needed, **fields} for fields in (request, request if other is None else other))
+    failing = None if failing is None else {**needed, **failing}
+    suite = _Suite(pool, backend, endpoint or ENDPOINT_OF[kind], one, two, bound, patience)
     for fields in (suite.one, suite.two, *([] if failing is None else [failing])):
         suite.request(fields, stream=False)
     broken: BrokenPromise | None = None
@@ -136,6 +144,7 @@ class _Suite:
         self,
         pool: HandlerPool,
         backend: HandlerBackend,
+        endpoint: str,
         one: Mapping[str, Any],
         two: Mapping[str, Any],
         bound: float,
@@ -146,6 +155,7 @@ class _Suite:
         self._pool = pool
         self._backend = backend
         self._kind: Kind = backend.info.kind
+        self._endpoint = endpoint
         self._bound = bound
         self._patience = patience
         # When the response is late, the pool fails the call with the reason. This timeout is for a pool that does not.
@@ -160,7 +170,7 @@ class _Suite:
         Raises:
             ApiError: they are not valid for this kind.
         """
-        endpoint = endpoint_named(ENDPOINT_OF[self._kind])
+        endpoint = endpoint_named(self._endpoint)
         body, content_type = encode(fields, stream=stream)
         parsed = endpoint.parse(body, content_type, {})
         return Request(

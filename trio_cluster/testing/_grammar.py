@@ -12,6 +12,10 @@ and reports which of three endings it had:
   have the name ``error``; or ``response.failed``, with its number and with the error object;
 - *cut*: neither. The bytes just end, at the end of an event or in the middle of one.
 
+The events of ``/v1/messages`` have names. A message begins with ``message_start``; its blocks come one after the other,
+numbered from 0, each with a beginning, deltas of its own kind and an end; then come ``message_delta`` with the reason
+and ``message_stop``, which is the last event. It fails with the event ``error``.
+
 The events of ``/v1/responses`` have names and sequence numbers, which must be right, and instead of ``[DONE]`` the last
 one is ``response.completed`` or ``response.incomplete``. Those of images have names as well, and the last one is
 ``image_generation.completed`` or ``image_edit.completed``.
@@ -37,6 +41,33 @@ _PROGRESS: Final = frozenset(
     {"transcript.text.segment", "image_generation.partial_image", "image_edit.partial_image"}
 )
 _LAST: Final = frozenset({"image_generation.completed", "image_edit.completed"})
+
+#: The reasons why a message ends, as the ``finish_reason`` of the other routes.
+_STOP_REASONS: Final = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+#: The events of a message, and which kinds of deltas a block may have.
+_MESSAGE: Final = frozenset(
+    {
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+        "ping",
+    }
+)
+_BLOCK_DELTAS: Final = {
+    "text": {"text_delta": "text", "citations_delta": "citation"},
+    "thinking": {"thinking_delta": "thinking", "signature_delta": "signature"},
+    "redacted_thinking": {},
+    "tool_use": {"input_json_delta": "partial_json"},
+}
 
 #: The reasons why a response is incomplete, as the ``finish_reason`` of the other routes.
 _INCOMPLETE: Final = {"max_output_tokens": "length"}
@@ -101,6 +132,10 @@ class _Reader:
         self._error: dict[str, Any] | None = None
         self._comments = 0
         self._number = 0  # of the next event that has one
+        # Of a message: the kinds of its blocks, whether the last one is open, and why it ends.
+        self._blocks: list[str] | None = None
+        self._block_is_open = False
+        self._stop_reason: str | None = None
 
     def read(self, block: bytes) -> None:
         """Parse one block: an event or a comment."""
@@ -175,6 +210,11 @@ class _Reader:
         elif any(each.startswith(("transcript.", "speech.")) for each in kinds):
             if (name, kind) != (None, "error"):
                 raise StreamGrammarError(f"{data!r}: an error on this route has no name, and the type error")
+        elif kinds & _MESSAGE:
+            if (name, kind) != ("error", "error") or not isinstance(error.get("type"), str):
+                raise StreamGrammarError(
+                    f"{data!r}: an error in a message has a type, and the name and the type error"
+                )
         elif kinds and (name, kind) != (None, None):
             raise StreamGrammarError(f"{data!r}: an error on this route has neither name nor type")
         self._error = error
@@ -186,6 +226,8 @@ class _Reader:
                 self._read_choice(choice, data)
         elif str(event.get("type")).startswith("response."):
             self._read_response(event, data)
+        elif event.get("type") in _MESSAGE:
+            self._read_message(event, data)
         elif event.get("type") in _PROGRESS:
             pass
         elif event.get("type") in _LAST:
@@ -220,6 +262,50 @@ class _Reader:
             self._end(0, _INCOMPLETE.get(reason, reason), data)
             self._texts.setdefault(0, [])
             self._usage = response["usage"]
+            self.ending = "finished"
+
+    def _read_message(self, event: dict[str, Any], data: bytes) -> None:
+        kind = event["type"]
+        if kind == "ping":
+            return
+        if kind == "message_start":
+            message = event["message"]
+            if self._blocks is not None or message["content"] or message["stop_reason"] is not None:
+                raise StreamGrammarError(f"{data!r}: a message begins once, and empty")
+            self._blocks = []
+            self._usage = message["usage"]
+            return
+        if self._blocks is None or (self._stop_reason is not None and kind != "message_stop"):
+            raise StreamGrammarError(f"{data!r}: outside of a message")
+        if kind == "content_block_start":
+            if self._block_is_open or event["index"] != len(self._blocks):
+                raise StreamGrammarError(f"{data!r}: blocks come one after the other")
+            self._blocks.append(event["content_block"]["type"])
+            self._block_is_open = True
+            return
+        if kind.startswith("content_block_"):
+            if not self._block_is_open or event["index"] != len(self._blocks) - 1:
+                raise StreamGrammarError(f"{data!r}: this block is not open")
+            if kind == "content_block_stop":
+                self._block_is_open = False
+                return
+            delta = event["delta"]
+            member = _BLOCK_DELTAS[self._blocks[-1]][delta["type"]]
+            if delta["type"] == "text_delta":
+                self._texts.setdefault(0, []).append(delta[member])
+            elif delta[member] is None:
+                raise StreamGrammarError(f"{data!r}: a delta adds something")
+        elif self._block_is_open:
+            raise StreamGrammarError(f"{data!r}: a block is still open")
+        elif kind == "message_delta":
+            self._stop_reason = event["delta"]["stop_reason"]
+            if (self._stop_reason == "stop_sequence") != (event["delta"]["stop_sequence"] is not None):
+                raise StreamGrammarError(f"{data!r}: the reason and the stop sequence do not fit")
+        elif self._stop_reason is None:
+            raise StreamGrammarError(f"{data!r}: without a reason")
+        else:
+            self._texts.setdefault(0, [])
+            self._end(0, _STOP_REASONS.get(self._stop_reason, self._stop_reason), data)
             self.ending = "finished"
 
     def _read_choice(self, choice: dict[str, Any], data: bytes) -> None:

@@ -97,7 +97,7 @@ class SimulatedRequest:
         model: the name of the model that it is for.
         script: what the model is to do.
         stream: ask for a stream.
-        route: which of the two routes of a chat model.
+        route: which of the routes of a chat model: ``chat``, ``completions`` or ``messages``.
         total_timeout: seconds that the client sends as ``x-request-timeout``; ``None``: it does not.
         idle_timeout: seconds that the client sends as ``x-stainless-read-timeout``; ``None``: it does not.
         behavior: how the client behaves.
@@ -267,7 +267,7 @@ def _draw_request(
         model=model.name,
         script=script,
         stream=model.kind in ("chat", "asr") and rng.random() < 0.65,
-        route=rng.choice(["chat", "chat", "completions"]),
+        route=rng.choice(["chat", "chat", "completions", "messages"]),
         total_timeout=round(0.2 + script.duration * rng.uniform(0.4, 1.6), 2)
         if rng.random() < 0.25
         else None,

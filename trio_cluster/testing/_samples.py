@@ -11,7 +11,7 @@ from typing import Any, Final
 from ..core.model import Kind
 from ._grammar import read_stream
 
-__all__ = ["ENDPOINT_OF", "comparable", "encode", "sample", "supports_streaming"]
+__all__ = ["CHAT_ENDPOINTS", "ENDPOINT_OF", "comparable", "encode", "sample", "supports_streaming"]
 
 #: The endpoint that is checked for each kind; for ``custom``, a route that the OpenAI API does not have.
 ENDPOINT_OF: Final[Mapping[Kind, str]] = {
@@ -24,6 +24,12 @@ ENDPOINT_OF: Final[Mapping[Kind, str]] = {
     "rerank": "rerank",
     "moderation": "moderations",
     "custom": "/v1/sample",
+}
+
+#: The endpoints on which a chat model can be checked, and the fields that their requests need beside the messages.
+CHAT_ENDPOINTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "chat.completions": {},
+    "messages": {"max_tokens": 1024},
 }
 
 #: The signature of a PNG file, which is all that is needed of one.
@@ -85,12 +91,15 @@ def comparable(kind: Kind, body: bytes, *, stream: bool) -> Any:
         if report.ending != "finished":
             raise ValueError(f"the stream was {report.ending}")
         calls = [choice["delta"].get("tool_calls") for event in report.events for choice in _choices(event)]
+        calls += [_called(event.get("content_block")) for event in report.events]
         return "".join(report.texts.values()) or [call for call in calls if call]
     if kind in ("tts", "custom"):
         return body
     if kind == "asr":
         return json.loads(body)["text"]
     response = json.loads(body)
+    if kind == "chat" and response.get("type") == "message":
+        return [(block.get("text"), _called(block)) for block in response["content"]]
     if kind == "chat":
         messages = [choice["message"] for choice in response["choices"]]
         contents = [(message.get("content"), message.get("tool_calls")) for message in messages]
@@ -106,6 +115,13 @@ def comparable(kind: Kind, body: bytes, *, stream: bool) -> Any:
 def _choices(event: Mapping[str, Any]) -> list[Any]:
     choices: list[Any] = event.get("choices", [])
     return choices
+
+
+def _called(block: Any) -> Any:
+    """Return the call that a content block of a message is; ``None`` if it is none."""
+    if not isinstance(block, dict) or block["type"] != "tool_use":
+        return None
+    return block["name"], block["input"]
 
 
 def _silence(tenths: int) -> bytes:

@@ -124,7 +124,7 @@ class Script:
         Args:
             model: the name of the model.
             stream: ask for a stream, where the route has the choice.
-            route: for a chat model, ``completions`` or ``chat``.
+            route: for a chat model, ``chat``, ``completions`` or ``messages``.
         """
         text = self.dump()
         if self.kind == "asr":
@@ -134,6 +134,8 @@ class Script:
         elif self.kind == "chat":
             path = "/v1/chat/completions"
             fields = {"messages": [{"role": "user", "content": text}], "stream": stream}
+            if route == "messages":
+                path, fields = "/v1/messages", fields | {"max_tokens": 9}
         elif self.kind == "embedding":
             path, fields = "/v1/embeddings", {"input": text}
         elif self.kind == "tts":
@@ -158,6 +160,8 @@ class Script:
             return base64.b64decode(response["data"][0]["b64_json"]) == self.output.encode()
         if self.kind == "asr":
             return bool(response["text"] == self.output)
+        if response.get("type") == "message":
+            return bool([block["text"] for block in response["content"]] == [self.output])
         choice = response["choices"][0]
         return bool((choice["message"]["content"] if "message" in choice else choice["text"]) == self.output)
 

@@ -1,1 +1,1 @@
-"""Audio for the speech engines: WAV files, and the features that a speech model takes as input."""
+"""Audio for the speech engines: WAV files, other formats with PyAV, and the features that a speech model takes."""

@@ -1,4 +1,4 @@
-"""WAV files and raw samples, in numpy: reading them at any rate. Headers are written by ``openai/responses/pcm.py``.
+"""WAV files and raw samples, in numpy: reading them at any rate, and writing them whole or as a stream.
 
 The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
 that many programs write for 24 bits. It also trusts the length in the header, which a streamed file does not have. So
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ACCEPTED", "WavError", "read", "resample", "to_pcm16"]
+__all__ = ["ACCEPTED", "OtherFormatError", "WavError", "header", "read", "resample", "to_pcm16"]
 
 Samples = NDArray[np.float32]
 
@@ -25,6 +25,9 @@ ACCEPTED: Final = "WAV with 8, 16, 24 or 32-bit PCM or 32 or 64-bit floating-poi
 _PCM: Final = 1
 _FLOAT: Final = 3
 _EXTENSIBLE: Final = 0xFFFE
+
+#: The length in the header of a streamed file, whose length is not known yet.
+_UNKNOWN: Final = 0xFFFFFFFF
 
 # Offset and bytes by which other audio files are recognized, so that an error can name their format.
 _OTHERS: Final = (
@@ -46,6 +49,18 @@ class WavError(ValueError):
     """The bytes cannot be read as audio; the message says why, and what is accepted."""
 
 
+class OtherFormatError(WavError):
+    """The bytes may be audio, but not of a kind that :func:`read` accepts.
+
+    Attributes:
+        kind: what they are, such as ``MP3``; ``None`` if that is not known.
+    """
+
+    def __init__(self, message: str, kind: str | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
     """Read a WAV file.
 
@@ -59,16 +74,16 @@ def read(data: bytes, *, max_seconds: float) -> tuple[Samples, int]:
         The samples, mixed down to one channel, from -1 to 1, in the shape (samples,); and their rate in Hz.
 
     Raises:
-        WavError: it is not a WAV file, not one of the :data:`ACCEPTED` kinds, damaged, or longer than
-            ``max_seconds``.
+        OtherFormatError: it is not a WAV file, or not one of the :data:`ACCEPTED` kinds.
+        WavError: it is damaged, or longer than ``max_seconds``.
     """
     if not data:
         raise WavError("the audio file is empty")
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         for offset, magic, name in _OTHERS:
             if data[offset : offset + len(magic)] == magic:
-                raise WavError(f"this is {name} audio; send {ACCEPTED}")
-        raise WavError(f"this is not a known audio file; send {ACCEPTED}")
+                raise OtherFormatError(f"this is {name} audio; send {ACCEPTED}", name)
+        raise OtherFormatError(f"this is not a known audio file; send {ACCEPTED}", None)
     layout: tuple[int, int, int, int] | None = None
     position = 12
     while position + 8 <= len(data):
@@ -91,13 +106,15 @@ def _layout(chunk: bytes) -> tuple[int, int, int, int]:
     encoding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", chunk)
     if encoding == _EXTENSIBLE and len(chunk) >= 26:
         (encoding,) = struct.unpack_from("<H", chunk, 24)
-    known = {_PCM: (8, 16, 24, 32), _FLOAT: (32, 64)}
-    if bits not in known.get(encoding, ()):
-        raise WavError(f"the WAV file has samples of encoding {encoding} with {bits} bits; send {ACCEPTED}")
     if not 1 <= channels <= 64:
         raise WavError(f"the WAV file has {channels} channels; accepted are 1 to 64")
     if not 1000 <= rate <= 384_000:
         raise WavError(f"the WAV file has {rate} samples per second; accepted are 1000 to 384000")
+    known = {_PCM: (8, 16, 24, 32), _FLOAT: (32, 64)}
+    if bits not in known.get(encoding, ()):
+        raise OtherFormatError(
+            f"the WAV file has samples of encoding {encoding} with {bits} bits; send {ACCEPTED}", "WAV"
+        )
     return encoding, channels, rate, bits
 
 
@@ -126,16 +143,24 @@ def _samples(
     return mono
 
 
-@lru_cache(maxsize=8)
-def _filter_bank(up: int, down: int) -> tuple[Samples, int]:
-    """Return a windowed sinc for each of ``up`` positions between two input samples, and its half width in samples."""
+# One filter at a time: between two rates that share no divisor there are thousands, which would take gigabytes.
+@lru_cache(maxsize=512)
+def _filter(phase: int, up: int, down: int) -> Samples:
+    """Return the windowed sinc for the position ``phase / up`` between two input samples.
+
+    It has :func:`_half_width` samples on either side.
+    """
+    half = _half_width(up, down)
     cutoff = min(1.0, up / down)
-    half = int(np.ceil(16 / cutoff))
-    offsets = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up
+    offsets = np.arange(-half + 1, half + 1) - phase / up
     window = 0.5 + 0.5 * np.cos(np.pi * np.clip(offsets / half, -1.0, 1.0))
-    bank = cutoff * np.sinc(cutoff * offsets) * window
-    bank /= bank.sum(axis=1, keepdims=True)
-    return bank.astype(np.float32), half
+    values = cutoff * np.sinc(cutoff * offsets) * window
+    found: Samples = (values / values.sum()).astype(np.float32)
+    return found
+
+
+def _half_width(up: int, down: int) -> int:
+    return int(np.ceil(16 / min(1.0, up / down)))
 
 
 def resample(samples: Samples, rate: int, wanted: int) -> Samples:
@@ -150,7 +175,7 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
         return samples
     divisor = gcd(rate, wanted)
     up, down = wanted // divisor, rate // divisor
-    bank, half = _filter_bank(up, down)
+    half = _half_width(up, down)
     count = len(samples) * up // down
     result = np.empty(count, np.float32)
     padded = np.pad(samples, (half - 1, half + 1))
@@ -159,10 +184,24 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     # filter, and their inputs are `down` apart.
     for first in range(min(up, count)):
         base, phase = divmod(first * down, up)
-        result[first::up] = windows[base::down][: len(range(first, count, up))] @ bank[phase]
+        result[first::up] = windows[base::down][: len(range(first, count, up))] @ _filter(phase, up, down)
     return result
 
 
 def to_pcm16(samples: Samples) -> bytes:
     """Return samples from -1 to 1 as 16-bit little-endian PCM; larger ones are clipped."""
     return (np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+
+
+def header(rate: int, *, length: int | None, channels: int = 1) -> bytes:
+    """Return the header of a WAV file with 16-bit PCM.
+
+    Args:
+        rate: the rate of the samples in Hz.
+        length: bytes of samples that follow. ``None`` if that is not known yet: both lengths in the header are then the
+            largest possible, as in OpenAI's own streamed responses, and players read to the end of the file.
+        channels: how many channels the samples have.
+    """
+    riff, data = (_UNKNOWN, _UNKNOWN) if length is None else (36 + length, length)
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, _PCM, channels, rate, 2 * channels * rate, 2 * channels, 16)
+    return struct.pack("<4sI4s", b"RIFF", riff, b"WAVE") + form + struct.pack("<4sI", b"data", data)
