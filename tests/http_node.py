@@ -32,6 +32,9 @@ from trio_cluster.options import ClusterServerOptions, ServerOptions
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
 
+# No proxies, and no tenth of a second for each client to load the certificates of all authorities.
+_NO_TLS: dict[str, Any] = {"trust_env": False, "verify": False}
+
 EVENTS = "text/event-stream"
 PLAIN = b'{"object": "chat.completion", "choices": []}'
 #: The state of some worker.
@@ -150,14 +153,14 @@ class HttpNode:
         self.router.catalog.add(info, backend or self.backend, replicate=True)
 
     def client(self, **options: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=5, trust_env=False, **options)
+        return httpx.AsyncClient(base_url=self.url, timeout=5, **(_NO_TLS | options))
 
     def openai(self, key: str = "k") -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
             api_key=key,
             base_url=f"{self.url}/v1",
             max_retries=0,
-            http_client=httpx.AsyncClient(timeout=5, trust_env=False),
+            http_client=httpx.AsyncClient(timeout=5, **_NO_TLS),
         )
 
     @asynccontextmanager

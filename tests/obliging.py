@@ -108,6 +108,10 @@ async def _raw(call: RawCall) -> None:
         await call.send(data)
 
 
+def _count(request: ChatRequest) -> int:
+    return len(request.messages)
+
+
 def add_models(server: ClusterServer, *, pause: float = 0.0) -> None:
     """Register all of them.
 
@@ -130,8 +134,8 @@ def add_models(server: ClusterServer, *, pause: float = 0.0) -> None:
         for word in request.input.split():
             yield word.encode()
 
-    server.chat("chat", supports_vision=True, accepts_token_ids=True)(chat)
-    server.chat(ODD_MODEL, supports_vision=True, accepts_token_ids=True)(chat)
+    server.chat("chat", count_tokens=_count, supports_vision=True, accepts_token_ids=True)(chat)
+    server.chat(ODD_MODEL, count_tokens=_count, supports_vision=True, accepts_token_ids=True)(chat)
     server.embedding("embedding")(_embedding)
     server.asr("asr")(_asr)
     server.tts("tts")(tts)

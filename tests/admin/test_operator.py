@@ -239,7 +239,7 @@ async def test_the_official_client_does_not_send_a_cancelled_request_again(
     node: HttpNode, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.platform", lambda *_, **__: "test")
-    http_client = httpx.AsyncClient(timeout=5, trust_env=False)
+    http_client = httpx.AsyncClient(timeout=5, trust_env=False, verify=False)
     errors: list[openai.APIStatusError] = []
 
     async def ask() -> None:

@@ -85,7 +85,7 @@ class Clusters:
 
 @asynccontextmanager
 async def client_of(node: Running) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=node.url, timeout=5, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=node.url, timeout=5, trust_env=False, verify=False) as client:
         yield client
 
 

@@ -81,7 +81,7 @@ async def test_refusals_are_the_clients_exceptions_too() -> None:
 def read_stream(node: HttpNode, limit: int | None = None) -> list[str | None]:
     """Read a stream with the client that blocks; the other leaves its generators to the collector."""
     with (
-        httpx.Client(timeout=5, trust_env=False) as http,
+        httpx.Client(timeout=5, trust_env=False, verify=False) as http,
         openai.OpenAI(api_key="k", base_url=f"{node.url}/v1", max_retries=0, http_client=http) as client,
         client.chat.completions.create(**CHAT, stream=True) as stream,
     ):

@@ -46,7 +46,7 @@ def narrowed() -> dict[str, Any]:
         content = document["paths"][f"/v1{endpoint.path}"]["post"]["requestBody"]["content"]
         for sent in content.values():
             properties = sent["schema"]["properties"]
-            properties["model"]["enum"] = [MODELS[endpoint.kind]]
+            properties["model"]["enum"] = [MODELS[endpoint.optional or endpoint.kind]]
             if "dimensions" in properties:
                 properties["dimensions"]["maximum"] = LONGEST_VECTOR
     return document

@@ -48,7 +48,7 @@ def ask(model: str, *, stream: bool = False, content: str = "a b") -> dict[str, 
 
 
 async def answer(server: ClusterServer, model: str = "echo") -> str:
-    async with httpx.AsyncClient(base_url=str(server.url)) as client:
+    async with httpx.AsyncClient(base_url=str(server.url), verify=False) as client:
         response = await client.post("/v1/chat/completions", json=ask(model))
         assert response.status_code == 200, response.text
         content: str = response.json()["choices"][0]["message"]["content"]
@@ -146,7 +146,7 @@ async def test_a_master_and_a_worker_find_each_other() -> None:
         assert list(master.worker_manager.workers) == ["w1"]
         assert await answer(master) == "a b "
         worker.register_chat("late", echo)
-        async with httpx.AsyncClient(base_url=str(master.url)) as client:
+        async with httpx.AsyncClient(base_url=str(master.url), verify=False) as client:
             with trio.fail_after(5):
                 while (await client.get("/v1/models/late")).status_code != 200:
                     await trio.lowlevel.checkpoint()
@@ -296,7 +296,10 @@ async def test_a_stop_lets_running_requests_finish_and_refuses_new_ones() -> Non
 
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run_as_standalone)
-        async with httpx.AsyncClient(base_url=str(server.url)) as client, trio.open_nursery() as asking:
+        async with (
+            httpx.AsyncClient(base_url=str(server.url), verify=False) as client,
+            trio.open_nursery() as asking,
+        ):
             asking.start_soon(request, client)
             await begun.wait()
             server.stop()
@@ -333,7 +336,7 @@ async def test_past_the_drain_timeout_what_is_left_is_cancelled_with_an_error_ev
 
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run_as_standalone)
-        async with httpx.AsyncClient(base_url=str(server.url)) as client:
+        async with httpx.AsyncClient(base_url=str(server.url), verify=False) as client:
             await listen(client)
     assert stopped.is_set()
     assert b'"error"' in received
@@ -396,7 +399,7 @@ async def test_a_worker_that_its_master_drains_stops_as_if_it_had_been_stopped_i
             await working.start(work)
             working.start_soon(request)
             await begun.wait()
-            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+            async with httpx.AsyncClient(base_url=str(master.url), verify=False) as client:
                 accepted = await client.post("/cluster/workers/rack%201%2Fw1/drain")
                 assert accepted.status_code == 202
                 drained = accepted.json()
@@ -432,7 +435,7 @@ async def test_a_forwarded_call_is_listed_where_it_runs_and_cancelled_there() ->
         await nursery.start(worker.run_as_worker, HOST, master.internal_port)
 
         async def request(request_id: str) -> None:
-            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+            async with httpx.AsyncClient(base_url=str(master.url), verify=False) as client:
                 await client.post(
                     "/v1/chat/completions",
                     json=ask("waits"),
@@ -440,7 +443,7 @@ async def test_a_forwarded_call_is_listed_where_it_runs_and_cancelled_there() ->
                 )
 
         async def phases(server: ClusterServer) -> dict[str, tuple[str, str]]:
-            async with httpx.AsyncClient(base_url=str(server.url)) as client:
+            async with httpx.AsyncClient(base_url=str(server.url), verify=False) as client:
                 calls = (await client.get("/cluster/calls")).json()["calls"]
             return {call["request_id"]: (call["node"], call["phase"]) for call in calls}
 
@@ -456,7 +459,7 @@ async def test_a_forwarded_call_is_listed_where_it_runs_and_cancelled_there() ->
                 ("w1", "waiting"),
                 ("w1", "queued"),
             }
-            async with httpx.AsyncClient(base_url=str(master.url)) as client:
+            async with httpx.AsyncClient(base_url=str(master.url), verify=False) as client:
                 for request_id in ("one", "two"):
                     await client.post(f"/cluster/calls/{request_id}/cancel")
         with trio.fail_after(5):
@@ -488,7 +491,7 @@ async def test_a_key_that_is_set_is_required_at_once() -> None:
         await nursery.start(server.run_as_standalone)
         assert await answer(server) == "a b "
         server.set_api_key("k1")
-        async with httpx.AsyncClient(base_url=str(server.url)) as client:
+        async with httpx.AsyncClient(base_url=str(server.url), verify=False) as client:
             assert (await client.get("/v1/models")).status_code == 401
             key = {"Authorization": "Bearer k1"}
             assert (await client.get("/v1/models", headers=key)).status_code == 200
@@ -507,7 +510,7 @@ async def test_more_concurrency_and_another_timeout_act_at_once() -> None:
         await nursery.start(server.run_as_standalone)
         server.set_timeout(0.05)
         server.set_max_concurrency(7)
-        async with httpx.AsyncClient(base_url=str(server.url)) as client:
+        async with httpx.AsyncClient(base_url=str(server.url), verify=False) as client:
             response = await client.post("/v1/chat/completions", json=ask("silent"))
             assert response.status_code == 504
             status = (await client.get("/cluster/status")).json()
@@ -554,7 +557,7 @@ async def test_models_are_listed_with_what_is_known_of_them_local_and_far() -> N
     async with trio.open_nursery() as nursery:
         await nursery.start(master.run_as_master)
         await nursery.start(worker.run_as_worker, HOST, master.internal_port)
-        async with httpx.AsyncClient(base_url=str(master.url)) as client:
+        async with httpx.AsyncClient(base_url=str(master.url), verify=False) as client:
             entries = (await client.get("/v1/models")).json()["data"]
             assert [entry["id"] for entry in entries] == ["far/with/slashes", "near/with/slashes"]
             for entry in entries:
