@@ -129,12 +129,15 @@ class Node:
         self._pool = pool
         self._network = network
         self._stop_requested = trio.Event()
+        self._start_over = trio.Event()
+        self._start_over.set()
         self._api_may_end = trio.Event()
         self._api_ended = trio.Event()
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or name or _new_id()
         self._tls: MasterTls | None = None
+        pool.node_name = self._id
         router.accept()
         self._node_context = NodeContext(
             router=router,
@@ -160,6 +163,25 @@ class Node:
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""
         self._stop_requested.set()
+        self._start_over.set()
+
+    def begin_start(self) -> None:
+        """Serve no models of this process until :meth:`finish_start`; a worker does not dial its master. Synchronous.
+
+        To be called before the node serves.
+        """
+        self._start_over = trio.Event()
+        self._node_context.starting = True
+
+    def finish_start(self) -> None:
+        """Start-up hooks are done. Synchronous, idempotent."""
+        self._node_context.starting = False
+        self._start_over.set()
+
+    async def _has_started(self) -> bool:
+        """Wait until the start-up hooks are done or a stop is requested; return whether they are done. A checkpoint."""
+        await self._start_over.wait()
+        return not self._node_context.starting
 
     def listen_on(self, address: tuple[str, int] | None) -> None:
         """Serve the own API of a worker on this address from now on; ``None``: do not serve it. Synchronous."""
@@ -201,7 +223,8 @@ class Node:
             nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
-            started()
+            if await self._has_started():
+                started()
             await self._stop_requested.wait()
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await self._end_api(nursery)
@@ -254,7 +277,8 @@ class Node:
                 internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
-            started()
+            if await self._has_started():
+                started()
             await self._stop_requested.wait()
             manager.drain("the master is being stopped")
             await self._drain("the server is being stopped", self._node_context.wait_answered)
@@ -362,7 +386,8 @@ class Node:
             nursery.start_soon(self._stop_worker, client, serving)
             with serving:
                 try:
-                    await client.run(dialer.connect, dialer.host, started)
+                    if await self._has_started():
+                        await client.run(dialer.connect, dialer.host, started)
                 except HandshakeRefused as error:
                     # Raised below, outside the nursery, which would wrap it in an exception group.
                     refused = error

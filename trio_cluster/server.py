@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -32,6 +32,7 @@ from .errors import ClusterError, ClusterPortError
 from .gateway.auth import Authenticator
 from .limits.limiter import Limiter
 from .local.adapters import Handler
+from .local.hooks import Hook, Hooks
 from .local.models import LocalModels
 from .local.passthrough import RawHandler
 from .local.pool import HandlerPool
@@ -51,6 +52,7 @@ logger = logging.getLogger("trio_cluster.tls")
 Started = trio.TaskStatus[ClusterMode]
 
 H = TypeVar("H", bound=Handler)
+F = TypeVar("F", bound=Hook)
 
 #: How often :meth:`ClusterServer.run` looks for a master if the port is taken, the seconds between two attempts, and
 #: those that an attempt may take. A master that is just starting may have the first port already and the second one not
@@ -96,6 +98,7 @@ class ClusterServer:
         self._models = LocalModels(
             options, self._router, self._pool, on_changed=self._announce, on_removed=self._withdraw
         )
+        self._hooks = Hooks()
         self._listen_address: tuple[str, int] | None = None
         self.network: Network = Sockets() if network is None else network
         self.authenticator: Authenticator | None = None
@@ -178,6 +181,8 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         count_tokens: Handler | None = None,
+        max_concurrency: int | None = None,
+        validate: bool = False,
     ) -> None:
         """Serve a chat model: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses`` and ``/v1/messages``.
 
@@ -189,91 +194,167 @@ class ClusterServer:
                 :class:`ChatRequest` has, an ``int``. With it, the model answers ``/v1/messages/count_tokens``. Its
                 calls take none of the slots of this process, so it should take a short time. ``None``: that route is
                 501 ``not_supported`` for this model.
+            max_concurrency: how many of its requests run at once in this process; ``None``: as many as the process has
+                slots. Further ones wait without taking a slot of the process, fairly, for up to ``queue_timeout``.
+            validate: check answers to requests for structured output: if the client has asked for ``json_schema`` or
+                ``json_object``, an answer that does not fit is a 500 ``invalid_structured_output``, at the end of a
+                stream its error. Needs the extra ``validate``.
 
         Raises:
-            ValueError: the name is taken or not valid.
+            ClusterError: ``validate`` is set, and the package that it needs is not installed.
+            ValueError: the name is taken or not valid, or ``max_concurrency`` is less than 1.
             TypeError: the handler has none of the shapes.
         """
-        self._models.register("chat", name, handler, options, count_tokens)
+        self._models.register(
+            "chat",
+            name,
+            handler,
+            options,
+            count_tokens,
+            max_concurrency=max_concurrency,
+            validate=validate,
+        )
 
     def register_embedding(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`."""
-        self._models.register("embedding", name, handler, options)
+        self._models.register("embedding", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_asr(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_asr(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`."""
-        self._models.register("asr", name, handler, options)
+        self._models.register("asr", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_tts(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_tts(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a text-to-speech model, see :meth:`register_chat`; the handler gets a :class:`TTSRequest`."""
-        self._models.register("tts", name, handler, options)
+        self._models.register("tts", name, handler, options, max_concurrency=max_concurrency)
 
     def register_image_generation(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve an image generation model, see :meth:`register_chat`; the handler gets an :class:`ImageGenRequest`."""
-        self._models.register("image_generation", name, handler, options)
+        self._models.register("image_generation", name, handler, options, max_concurrency=max_concurrency)
 
     def register_image_edit(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve a model that edits images, see :meth:`register_chat`; the handler gets an :class:`ImageEditRequest`.
 
         One model may both generate and edit images: if an image generation model of this process has the name, it
         answers both from now on, and the other way round. Its options are then those of the first registration.
         """
-        self._models.register("image_edit", name, handler, options)
+        self._models.register("image_edit", name, handler, options, max_concurrency=max_concurrency)
 
-    def register_rerank(self, name: str, handler: Handler, options: ChatModelOptions | None = None) -> None:
+    def register_rerank(
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
+    ) -> None:
         """Serve a model that ranks documents, see :meth:`register_chat`; the handler gets a :class:`RerankRequest`."""
-        self._models.register("rerank", name, handler, options)
+        self._models.register("rerank", name, handler, options, max_concurrency=max_concurrency)
 
     def register_moderation(
-        self, name: str, handler: Handler, options: ChatModelOptions | None = None
+        self,
+        name: str,
+        handler: Handler,
+        options: ChatModelOptions | None = None,
+        *,
+        max_concurrency: int | None = None,
     ) -> None:
         """Serve a moderation model, see :meth:`register_chat`; the handler gets a :class:`ModerationRequest`.
 
         Requests with images are refused unless ``options`` has ``supports_vision``.
         """
-        self._models.register("moderation", name, handler, options)
+        self._models.register("moderation", name, handler, options, max_concurrency=max_concurrency)
 
-    def chat(self, name: str, *, count_tokens: Handler | None = None, **options: Any) -> Callable[[H], H]:
+    def chat(
+        self,
+        name: str,
+        *,
+        count_tokens: Handler | None = None,
+        max_concurrency: int | None = None,
+        validate: bool = False,
+        **options: Any,
+    ) -> Callable[[H], H]:
         """Decorate a chat handler: :meth:`register_chat` with the fields of :class:`ChatModelOptions`.
+
+        Args:
+            name: the name of the model.
+            count_tokens, max_concurrency, validate: see :meth:`register_chat`.
+            options: fields of :class:`ChatModelOptions`.
 
         Raises:
             TypeError: there is no name, as in ``@server.chat`` without parentheses.
         """
-        return self._decorator("chat", name, options, count_tokens)
+        return self._decorator(
+            "chat", name, options, max_concurrency, count_tokens=count_tokens, validate=validate
+        )
 
-    def embedding(self, name: str, **options: Any) -> Callable[[H], H]:
+    def embedding(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate an embedding handler; see :meth:`register_embedding`."""
-        return self._decorator("embedding", name, options)
+        return self._decorator("embedding", name, options, max_concurrency)
 
-    def asr(self, name: str, **options: Any) -> Callable[[H], H]:
+    def asr(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a speech-to-text handler; see :meth:`register_asr`."""
-        return self._decorator("asr", name, options)
+        return self._decorator("asr", name, options, max_concurrency)
 
-    def tts(self, name: str, **options: Any) -> Callable[[H], H]:
+    def tts(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a text-to-speech handler; see :meth:`register_tts`."""
-        return self._decorator("tts", name, options)
+        return self._decorator("tts", name, options, max_concurrency)
 
-    def image_generation(self, name: str, **options: Any) -> Callable[[H], H]:
+    def image_generation(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate an image generation handler; see :meth:`register_image_generation`."""
-        return self._decorator("image_generation", name, options)
+        return self._decorator("image_generation", name, options, max_concurrency)
 
-    def image_edit(self, name: str, **options: Any) -> Callable[[H], H]:
+    def image_edit(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a handler that edits images; see :meth:`register_image_edit`."""
-        return self._decorator("image_edit", name, options)
+        return self._decorator("image_edit", name, options, max_concurrency)
 
-    def rerank(self, name: str, **options: Any) -> Callable[[H], H]:
+    def rerank(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a handler that ranks documents; see :meth:`register_rerank`."""
-        return self._decorator("rerank", name, options)
+        return self._decorator("rerank", name, options, max_concurrency)
 
-    def moderation(self, name: str, **options: Any) -> Callable[[H], H]:
+    def moderation(
+        self, name: str, *, max_concurrency: int | None = None, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a moderation handler; see :meth:`register_moderation`."""
-        return self._decorator("moderation", name, options)
+        return self._decorator("moderation", name, options, max_concurrency)
 
     def register_raw(
         self,
@@ -344,7 +425,14 @@ class ClusterServer:
         return self._router.catalog.info(name) is not None
 
     def _decorator(
-        self, kind: Kind, name: str, options: dict[str, Any], count_tokens: Handler | None = None
+        self,
+        kind: Kind,
+        name: str,
+        options: dict[str, Any],
+        max_concurrency: int | None,
+        *,
+        count_tokens: Handler | None = None,
+        validate: bool = False,
     ) -> Callable[[H], H]:
         if not isinstance(cast("object", name), str):
             function = getattr(name, "__name__", repr(name))
@@ -354,10 +442,90 @@ class ClusterServer:
         model_options = ChatModelOptions(**options)
 
         def register(handler: H) -> H:
-            self._models.register(kind, name, handler, model_options, count_tokens)
+            self._models.register(
+                kind,
+                name,
+                handler,
+                model_options,
+                count_tokens,
+                max_concurrency=max_concurrency,
+                validate=validate,
+            )
             return handler
 
         return register
+
+    # Hooks
+
+    def on_start(self, hook: F) -> F:
+        """Run a function whenever the server starts, before it serves the models that are registered by then.
+
+        Hooks run one after the other, in the order in which they were registered. Meanwhile ``/ready`` is 503, a worker
+        does not register with its master, and a master serves the models of its workers. A hook may register models,
+        which are served at once. The server has started when all hooks are done.
+
+        To be used as a decorator.
+
+        Args:
+            hook: a function without arguments. An ``async def`` may have one ``yield``: what follows it runs when the
+                server has ended, like a shut-down hook. A ``def`` is called in a thread, which is waited for even if
+                the server is stopped meanwhile; it may return an async context manager.
+
+        Returns:
+            The hook.
+
+        Raises:
+            TypeError: it is not such a function.
+            RuntimeError: the server runs already.
+
+        The ``run*`` method raises a ``ClusterError`` if the hook fails.
+        """
+        self._add_hook(hook, stops=False)
+        return hook
+
+    def on_stop(self, hook: F) -> F:
+        """Run a function whenever the server has ended, after the last request; to be used as a decorator.
+
+        Hooks run in the reverse order, those of :meth:`on_start` with a ``yield`` among them. If a start-up hook has
+        failed, only those run that were registered before it. If the server is cancelled, or stopped while it starts,
+        an ``async def`` runs cancelled, and must shield what it awaits.
+
+        Args:
+            hook: an ``async def`` or a ``def``, without arguments. A ``def`` is called in a thread.
+
+        Returns:
+            The hook.
+
+        Raises:
+            TypeError: it is not such a function.
+            RuntimeError: the server runs already.
+
+        The ``run*`` method raises a ``ClusterError`` if the hook fails, after the others have run.
+        """
+        self._add_hook(hook, stops=True)
+        return hook
+
+    def _add_hook(self, hook: Hook, *, stops: bool) -> None:
+        if self._node is not None:
+            raise RuntimeError("hooks must be registered before the server runs")
+        self._hooks.add(hook, stops=stops)
+
+    async def _serve(self, node: Node, serve: Callable[[], Awaitable[None]]) -> None:
+        """Serve a node, with the hooks before and after."""
+        if not self._hooks:
+            await serve()
+            return
+
+        def started() -> None:
+            self._models.resume()
+            node.finish_start()
+
+        node.begin_start()
+        self._models.suspend()
+        try:
+            await self._hooks.run(serve, started)
+        finally:
+            self._models.resume()
 
     # State
 
@@ -651,7 +819,9 @@ class ClusterServer:
 
     async def _run_as_worker(self, dialer: Dialer, name: str | None, task_status: Started) -> ClusterMode:
         with self._node_for(ClusterMode.WORKER, name) as node:
-            await node.serve_as_worker(dialer, lambda: task_status.started(node.mode))
+            await self._serve(
+                node, lambda: node.serve_as_worker(dialer, lambda: task_status.started(node.mode))
+            )
         return ClusterMode.WORKER
 
     async def run_as_standalone(
@@ -675,12 +845,14 @@ class ClusterServer:
             port = self._options.server.port if port is None else port
             listeners = await self.network.listen(host, port)
             try:
-                await node.serve_as_standalone(
+                serve = partial(
+                    node.serve_as_standalone,
                     listeners,
                     lambda: task_status.started(node.mode),
                     state_name=f"standalone-{port}",
                     keeps_state=self._keeps_state(port),
                 )
+                await self._serve(node, serve)
             finally:
                 close_all(listeners)
         return ClusterMode.STANDALONE
@@ -690,12 +862,14 @@ class ClusterServer:
     ) -> ClusterMode:
         try:
             with self._node_for(ClusterMode.MASTER) as node:
-                await node.serve_as_master(
+                serve = partial(
+                    node.serve_as_master,
                     external,
                     internal,
                     lambda: task_status.started(node.mode),
                     state_name=f"master-{port}" if self._keeps_state(port) else None,
                 )
+                await self._serve(node, serve)
         finally:
             close_all([*external, *internal])
         return ClusterMode.MASTER

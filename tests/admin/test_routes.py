@@ -12,6 +12,7 @@ from http_node import CHAT, PLAIN, WORKER, HttpNode, open_http_node
 from prometheus_client.parser import text_string_to_metric_families
 
 from trio_cluster.admin.views import status_view
+from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.principal import Principal
 from trio_cluster.core.status import NodeStatus, SlotStatus
 from trio_cluster.errors import HandlerFailed
@@ -132,6 +133,49 @@ async def test_models_are_listed_with_everything_that_is_known_of_them(node: Htt
             assert (first["id"], first["object"], first["owned_by"]) == ("m", "model", "trio-cluster")
             assert second["capabilities"] == {"vision": True}
             assert (second["context_window"], second["quant"]) == (4096, "q4")
+
+
+async def test_chat_models_are_listed_first_and_a_kind_can_be_asked_for(node: HttpNode) -> None:
+    for name, kind in [("a-rank", "rerank"), ("b-any", "any"), ("z-chat", "chat"), ("c-emb", "embedding")]:
+        node.add(name, kind=kind)  # type: ignore[arg-type]
+    node.router.catalog.add(
+        ModelInfo("d-draw", "image_generation", extra_endpoints=("image_edit", "/v1/draw")), node.backend
+    )
+    async with node.client() as client:
+
+        async def names(query: str) -> list[str]:
+            response = await client.get(f"/v1/models{query}")
+            assert response.status_code == 200
+            return [entry["id"] for entry in response.json()["data"]]
+
+        assert await names("") == ["m", "z-chat", "b-any", "a-rank", "c-emb", "d-draw"]
+        assert await names("?kind=chat") == ["m", "z-chat", "b-any"]
+        assert await names("?kind=image_edit") == ["b-any", "d-draw"]
+        assert await names("?kind=any") == ["b-any"]
+        assert await names("?kind=custom") == []
+        for wrong in ("chats", "", "/v1/draw"):
+            response = await client.get("/v1/models", params={"kind": wrong})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"], error["code"]) == (400, "kind", "invalid_value")
+            assert "chat, embedding, asr" in error["message"]
+
+
+async def test_the_list_says_what_models_take_and_give_where_it_is_known(node: HttpNode) -> None:
+    node.add("eyes", supports_vision=True, max_output_tokens=99)
+    node.add("ears", kind="asr")
+    node.add("any", kind="any")
+    node.router.catalog.add(
+        ModelInfo("draw", "image_generation", extra_endpoints=("image_edit",)), node.backend
+    )
+    async with node.client() as client:
+        entries = {entry["id"]: entry for entry in (await client.get("/v1/models")).json()["data"]}
+    assert entries["m"]["modalities"] == {"input": ["text"], "output": ["text"]}
+    assert entries["eyes"]["modalities"] == {"input": ["text", "image"], "output": ["text"]}
+    assert entries["eyes"]["max_output_tokens"] == 99
+    assert "max_output_tokens" not in entries["m"]
+    assert entries["ears"]["modalities"] == {"input": ["audio"], "output": ["text"]}
+    assert entries["draw"]["modalities"] == {"input": ["text", "image"], "output": ["image"]}
+    assert "modalities" not in entries["any"]
 
 
 @pytest.mark.parametrize("name", ["m", "org/model", "a/b/c", "with space", "h\xe9", "q?x#y", "a%2Fb", "x:1"])

@@ -164,3 +164,50 @@ def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_ope
         assert (phrase in log) is (phrase in open_for)
     everywhere = "TRIO_CLUSTER_HOST" not in variables
     assert bool(re.search(r"from_other_machines=https?://[\w.-]+:\d+", log)) is everywhere
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", [["0"], ["worker", "127.0.0.1:1"]], ids=" ".join)
+def test_a_hook_that_fails_is_one_line_and_exit_code_1(
+    command: list[str], program: Callable[..., Process]
+) -> None:
+    hooks = """
+@server.on_start
+def load() -> None:
+    raise FileNotFoundError("no weights\\nhere")
+
+
+server.main()
+"""
+    code, log = program(FIRST.partition("if __name__")[0] + hooks, *command).end()
+    assert code == 1
+    line = [line for line in log.splitlines() if "load" in line]
+    assert line == [
+        "trio-cluster: error: the start-up hook 'load' failed: FileNotFoundError: no weights here (models.py, line 15)"
+    ]
+    assert "Traceback" not in log
+
+
+@pytest.mark.processes
+def test_a_signal_during_the_start_runs_the_stop_hooks(program: Callable[..., Process]) -> None:
+    hooks = """
+import sys
+
+import trio
+
+server.on_stop(lambda: print("stopped", file=sys.stderr, flush=True))
+
+
+@server.on_start
+async def load() -> None:
+    print("loading", file=sys.stderr, flush=True)
+    await trio.sleep_forever()
+
+
+server.main()
+"""
+    process = program(FIRST.partition("if __name__")[0] + hooks, "0")
+    process.wait_for("loading")
+    process.popen.send_signal(signal.SIGTERM)
+    code, log = process.end()
+    assert (code, log.splitlines()[-1]) == (0, "stopped")

@@ -238,6 +238,18 @@ def test_the_context_size_is_found_in_every_known_field(entry: dict[str, Any], c
     assert options.context_window == context
 
 
+@pytest.mark.parametrize("limit", [5, "5", True, 0])
+@pytest.mark.parametrize("modalities", [{"input": ["text"], "output": ["text"]}, ["text"], {"input": "text"}])
+def test_what_a_server_says_of_lengths_and_modalities_is_shown_if_it_has_the_usual_form(
+    limit: object, modalities: object
+) -> None:
+    entry = {"id": "m", "max_output_tokens": limit, "modalities": modalities}
+    options = parse_model_list(json.dumps({"data": [entry]}).encode())["m"]
+    assert options.max_output_tokens == (5 if limit == 5 and limit is not True else None)
+    usual = isinstance(modalities, dict) and "output" in modalities
+    assert options.extra_fields == ({"modalities": modalities} if usual else {})
+
+
 def test_harmless_fields_of_an_entry_are_kept() -> None:
     deep: Any = 1
     for _ in range(20):

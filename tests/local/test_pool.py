@@ -6,14 +6,17 @@ import math
 from collections.abc import AsyncIterator
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from handler_bench import Bench, echo, failure, released, request
 from memory_cluster import everything
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_cluster import ClusterServer
 from trio_cluster.core.answer import Done, Failed
-from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.model import KINDS, ModelInfo
+from trio_cluster.core.principal import Principal
 from trio_cluster.errors import Overloaded, ShuttingDown
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.local.pool import HandlerPool
@@ -42,6 +45,94 @@ async def test_no_more_handlers_run_at_once_than_there_are_slots(bench: Bench) -
     for call in calls:
         assert isinstance((await everything(call))[-1], Done)
     assert (bench.pool.running, bench.pool.waiting) == (0, 0)
+
+
+async def test_a_model_with_slots_of_its_own_leaves_the_others_of_the_process_alone(bench: Bench) -> None:
+    go, running, most = trio.Event(), 0, 0
+
+    async def waits(request: ChatRequest) -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await go.wait()
+        running -= 1
+        return "x"
+
+    narrow = HandlerBackend(ModelInfo("m", "chat"), waits, bench.pool, max_concurrency=1)
+    calls = []
+    for _ in range(4):
+        calls.append(narrow.open(request()))
+        await wait_all_tasks_blocked()
+    # Those that wait for the model hold no slot of the process.
+    assert (bench.pool.running, bench.pool.waiting, running) == (1, 3, 1)
+    assert narrow.load == 4
+    assert isinstance((await everything(bench.open(echo)))[-1], Done)
+    assert [call.queued for call in calls] == [False, True, True, True]
+    calls[1].cancel("not wanted any more")
+    await wait_all_tasks_blocked()
+    assert bench.pool.waiting == 2
+    go.set()
+    for call in [calls[0], *calls[2:]]:
+        assert isinstance((await everything(call))[-1], Done)
+    assert (bench.pool.running, bench.pool.waiting, most, narrow.load) == (0, 0, 1, 0)
+
+
+async def test_the_slots_of_a_model_are_within_those_of_the_process(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    async def waits(request: ChatRequest) -> None:
+        await trio.sleep_forever()
+
+    wide = HandlerBackend(ModelInfo("m", "chat"), waits, bench.pool, max_concurrency=3)
+    calls = [wide.open(request()) for _ in range(2)]
+    await wait_all_tasks_blocked()
+    began = trio.current_time()
+    third = wide.open(request())
+    await trio.sleep(3)
+    fourth = wide.open(request())
+    await wait_all_tasks_blocked()
+    assert (bench.pool.running, bench.pool.waiting) == (2, 2)
+    # The fourth gets the slot of the model that the third gives up; both its waits together are bounded.
+    for call, waited in [(third, 5), (fourth, 3 + 5)]:
+        error = await failure(call)
+        assert (error.status, error.code) == (503, "over_capacity")
+        assert trio.current_time() - began == waited
+    for call in calls:
+        call.cancel("the test is over")
+
+
+async def test_the_slots_of_a_model_are_given_fairly(bench: Bench) -> None:
+    order: list[str] = []
+    go = trio.Event()
+
+    async def waits(request: ChatRequest) -> str:
+        order.append(request.key_name)
+        await go.wait()
+        return "x"
+
+    narrow = HandlerBackend(ModelInfo("m", "chat"), waits, bench.pool, max_concurrency=1)
+    names = ["greedy"] * 5 + ["modest"]
+    calls = []
+    for name in names:
+        calls.append(narrow.open(attrs.evolve(request(), principal=Principal(name))))
+        await wait_all_tasks_blocked()
+    go.set()
+    for call in calls:
+        assert isinstance((await everything(call))[-1], Done)
+    assert order.index("modest") <= 2
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), ("2", TypeError)]
+)
+def test_the_slots_of_a_model_are_a_number_of_at_least_one(number: Any, error: type[Exception]) -> None:
+    server = ClusterServer()
+    for kind in set(KINDS) - {"any", "custom"}:
+        with pytest.raises(error, match="max_concurrency"):
+            getattr(server, f"register_{kind}")("m", echo, max_concurrency=number)
+        with pytest.raises(error, match="max_concurrency"):
+            getattr(server, kind)("m", max_concurrency=number)(echo)
+    assert server.list_models() == []
 
 
 async def test_slots_are_given_in_the_order_of_asking(bench: Bench) -> None:

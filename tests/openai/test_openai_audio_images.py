@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
+import struct
+import wave
+from array import array
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types import ImagesResponse
 from openai.types.audio import (
@@ -321,6 +327,92 @@ def test_speech_without_audio_is_the_handlers_failure(values: list[bytes]) -> No
 def test_speech_that_is_not_audio_is_the_handlers_failure(value: Any) -> None:
     with pytest.raises(TypeError):
         answer("audio.speech", send("audio.speech"), [value])
+
+
+def speak(values: list[Any], **fields: Any) -> bytes:
+    return answer("audio.speech", send("audio.speech", **fields), values)
+
+
+def read_wav(data: bytes) -> tuple[int, int, list[int]]:
+    """Return the rate, the channels and the samples that the standard library finds in a WAV file."""
+    with wave.open(io.BytesIO(data)) as file:
+        assert file.getsampwidth() == 2
+        frames = file.readframes(len(data))
+        return file.getframerate(), file.getnchannels(), list(array("h", frames))
+
+
+@pytest.mark.parametrize(
+    ("samples", "channels"),
+    [
+        ([0.0, 1.0, -1.0, 2.5, -9.0, math.nan], 1),
+        ((0, 32767, -32767, 40000, -32767, 0), 1),
+        (array("f", [0, 1, -1, math.inf, -math.inf, 0]), 1),
+        (array("h", [0, 32767, -32767, 32767, -32767, 0]), 1),
+        (array("h", [0, 32767, -32767, 32767, -32767, 0]).tobytes(), 1),
+        (np.array([0, 1, -1, 7, -7, math.nan], "float32"), 1),
+        (np.array([[0, 1], [-1, 7], [-7, 0]], "float64"), 2),
+        (np.array([[0, 32767], [-32767, 99999], [-32767, 0]], "int64"), 2),
+        (np.array([[0, 32767], [-32767, 32767], [-32767, 0]], "int16").T.copy().T, 2),
+        ([0.0, 1.0, -1.0, 1.0, -1.0, 0.0], 2),
+    ],
+)
+def test_samples_become_a_wav_file_whatever_they_are_held_in(samples: Any, channels: int) -> None:
+    file = speak([OutputChunk.pcm(samples, 16_000, channels, whole=True)], response_format="wav")
+    assert read_wav(file) == (16_000, channels, [0, 32767, -32767, 32767, -32767, 0])
+    assert struct.unpack_from("<I", file, 4)[0] == len(file) - 8
+
+
+def test_samples_that_come_in_pieces_have_one_header_without_a_length() -> None:
+    writer = encoder("audio.speech", send("audio.speech", response_format="mp3"))
+    first = writer.encode(OutputChunk.pcm([0.5], 24_000))
+    assert writer.head.content_type == "audio/wav"
+    assert struct.unpack_from("<I", first, 40)[0] == struct.unpack_from("<I", first, 4)[0] == 0xFFFFFFFF
+    assert writer.encode(OutputChunk.pcm([0.5], 24_000)) == first[44:]
+    assert read_wav(first + first[44:]) == (24_000, 1, [16384, 16384])
+
+
+def test_a_client_that_asks_for_pcm_gets_bare_samples() -> None:
+    writer = encoder("audio.speech", send("audio.speech", response_format="pcm"))
+    assert writer.encode(OutputChunk.pcm([1.0], 24_000)) == b"\xff\x7f"
+    assert writer.head.content_type == "audio/pcm"
+
+
+def test_samples_in_events_begin_with_the_header() -> None:
+    data = speak([OutputChunk.pcm([1, 2], 8000)], response_format="wav", stream_format="sse")
+    first = json.loads(data.split(b"\n\n")[0].removeprefix(b"data: "))
+    assert read_wav(base64.b64decode(first["audio"])) == (8000, 1, [1, 2])
+
+
+@pytest.mark.parametrize(
+    "second", [b"raw", OutputChunk.pcm([1], 16_000), OutputChunk.pcm([1, 2], 8000, 2)], ids=repr
+)
+def test_an_answer_has_samples_of_one_form(second: Any) -> None:
+    with pytest.raises(ValueError, match="one form"):
+        speak([OutputChunk.pcm([1], 8000), second])
+    with pytest.raises(ValueError, match="whole answer"):
+        speak([OutputChunk.pcm([1], 8000, whole=True), OutputChunk.pcm([1], 8000)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("text", 8000), TypeError),
+        (([1, "x"], 8000), TypeError),
+        (([1], "8000"), TypeError),
+        (([1], True), TypeError),
+        (([1], 0), ValueError),
+        (([1], 8000, 65), ValueError),
+        (([1, 2, 3], 8000, 2), ValueError),
+        ((b"odd", 8000), ValueError),
+        ((np.zeros((2, 3)), 8000, 2), ValueError),
+    ],
+    ids=repr,
+)
+def test_samples_that_are_none_are_refused_where_they_are_given(
+    arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        OutputChunk.pcm(*arguments)
 
 
 def test_speech_in_events_is_base64_and_ends_with_its_usage() -> None:

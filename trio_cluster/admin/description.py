@@ -64,6 +64,16 @@ _MODEL: Final = {
             "required": ["vision"],
         },
         "context_window": {"type": "integer"},
+        "max_output_tokens": {"type": "integer"},
+        "modalities": {
+            "type": "object",
+            "properties": {
+                "input": {"type": "array", "items": {"type": "string"}},
+                "output": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": ["input", "output"],
+            "description": "What the model takes and what it gives, where that is known.",
+        },
         "trio_cluster_via": {
             "type": "array",
             "items": {"type": "string"},
@@ -226,6 +236,14 @@ def _node_paths() -> dict[str, Any]:
     metrics["responses"]["200"] = _answer({"type": "string"}, "text/plain")
     model_ref = {"$ref": "#/components/schemas/Model"}
     models = {"allOf": [_view(ModelsView), {"properties": {"data": {"items": model_ref}}}]}
+    list_models = _operation("models", "List all models", models, 400, 401)
+    list_models["parameters"] = [
+        _query(
+            "kind",
+            "Only models that answer the routes of this kind.",
+            {"type": "string", "enum": list(KINDS)},
+        )
+    ]
     usage = {"allOf": [_view(UsageView), {"properties": {"data": {"items": _COUNTS}}}]}
     key = _parameter("name", "The name of a key.")
     create_key = _operation("create_key", "Make an API key", _view(NewKeyView), 400, 401, 403, 409, 413, 503)
@@ -278,7 +296,7 @@ def _node_paths() -> dict[str, Any]:
         "/cluster/usage": {"get": all_usage},
         "/v1/usage": {"get": own_usage},
         "/cluster/audit": {"get": audit},
-        "/v1/models": {"get": _operation("models", "List all models", models, 401)},
+        "/v1/models": {"get": list_models},
         "/v1/models/{model}": {
             "parameters": [model],
             "get": _operation("model", "Retrieve a model", model_ref, 401, 403, 404, 503),

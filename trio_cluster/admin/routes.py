@@ -12,7 +12,8 @@ from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from ..errors import HandlerFailed
+from ..core.model import KINDS
+from ..errors import HandlerFailed, InvalidRequest
 from ..gateway.auth import hide_models, may_use, require_model
 from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
@@ -26,8 +27,8 @@ from .web import respond
 
 __all__ = ["add_routes"]
 
-#: The kinds of models that can be chat models.
-_CHATS: Final = ("chat", "any")
+#: The kinds that come first in the list of models, in this order. A passthrough model is most likely a chat model.
+_FIRST: Final = ("chat", "any")
 
 
 def add_routes(app: QuartTrio, node_context: NodeContext) -> None:
@@ -49,11 +50,19 @@ def _add_model_routes(app: QuartTrio) -> None:
 
 def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
-        # Some clients take the first model for a chat.
         catalog = node_context.router.catalog
         principal = request_context(request.scope).principal
         infos = [info for info in catalog.infos() if may_use(principal, info.name)]
-        infos.sort(key=lambda info: info.kind not in _CHATS)
+        if (kind := request.args.get("kind")) is not None:
+            if kind not in KINDS:
+                raise InvalidRequest(
+                    f"kind: expected one of {', '.join(KINDS)}; got {kind[:64]!r}",
+                    param="kind",
+                    code="invalid_value",
+                )
+            infos = [info for info in infos if info.is_listed_as(kind)]
+        # Some clients take the first model for a chat. Models of the same rank stay sorted by name.
+        infos.sort(key=lambda info: _FIRST.index(info.kind) if info.kind in _FIRST else len(_FIRST))
         entries = [catalog.entry(info) for info in infos]
         return respond(json_reply(ModelsView("list", entries)))
 
@@ -98,9 +107,13 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def ready() -> TrioResponse:
         router, name = node_context.router, request.args.get("model")
-        draining = router.draining_reason is not None
-        if draining or not router.catalog.ready(name):
-            return respond(json_reply(ReadyView("draining" if draining else "no_model", name), 503))
+        if router.draining_reason is not None:
+            return respond(json_reply(ReadyView("draining", name), 503))
+        # A model that a worker serves can be asked while the master itself is still starting.
+        if node_context.starting and (name is None or not router.catalog.ready(name)):
+            return respond(json_reply(ReadyView("starting", name), 503))
+        if not router.catalog.ready(name):
+            return respond(json_reply(ReadyView("no_model", name), 503))
         return respond(json_reply(ReadyView("ready", name)))
 
     async def metrics() -> TrioResponse:

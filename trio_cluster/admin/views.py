@@ -62,7 +62,7 @@ class HealthView:
 class ReadyView:
     """Whether there is a node that could answer a request now, for any model or for the one that was named."""
 
-    status: Literal["ready", "no_model", "draining"]
+    status: Literal["ready", "no_model", "starting", "draining"]
     model: str | None
 
 

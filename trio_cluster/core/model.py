@@ -10,7 +10,7 @@ import attrs
 
 from .provenance import Via
 
-__all__ = ["KINDS", "ChatModelOptions", "Kind", "ModelInfo"]
+__all__ = ["KINDS", "ChatModelOptions", "Kind", "Modality", "ModelInfo"]
 
 #: What a model can do; named after the ``register_*`` methods of the server. A model of kind ``custom`` answers only
 #: its custom routes; one of kind ``any`` is a passthrough model, and answers every route.
@@ -28,6 +28,23 @@ Kind: TypeAlias = Literal[
 ]
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+#: What goes into a model or comes out of it.
+Modality: TypeAlias = Literal["text", "image", "audio", "embedding", "score"]
+
+#: What each kind takes, and what it gives. Chat and moderation models with ``supports_vision`` take images as well.
+#: What models of the other kinds take is known only to their handlers.
+_MODALITIES: Final[dict[Kind, tuple[list[Modality], list[Modality]]]] = {
+    "chat": (["text"], ["text"]),
+    "embedding": (["text"], ["embedding"]),
+    "asr": (["audio"], ["text"]),
+    "tts": (["text"], ["audio"]),
+    "image_generation": (["text"], ["image"]),
+    "image_edit": (["text", "image"], ["image"]),
+    "rerank": (["text"], ["score"]),
+    "moderation": (["text"], ["score"]),
+}
+_VISION: Final[tuple[Kind, ...]] = ("chat", "moderation")
 
 
 def _json_object(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -58,6 +75,10 @@ class ChatModelOptions:
     """Further fields of the entry, as JSON values. They cannot replace those that every entry has."""
     accepts_token_ids: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     """The handler takes prompts of token ids (``ChatRequest.prompt_tokens``); without it they are refused with 400."""
+    max_output_tokens: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
+    )
+    """How many tokens an answer may have at most; ``None``: not shown. It is not enforced."""
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -106,6 +127,25 @@ class ModelInfo:
             or endpoint in self.extra_endpoints
         )
 
+    def is_listed_as(self, kind: Kind) -> bool:
+        """Return whether the model belongs in a list of the models of a kind.
+
+        A model that answers the endpoints of several kinds is in the list of each.
+        """
+        return self.kind == kind or (kind != "custom" and self.answers(kind, ""))
+
+    def modalities(self) -> dict[str, list[Modality]] | None:
+        """Return what goes into the model and what comes out of it; ``None`` if that is not known."""
+        inputs, outputs = _MODALITIES.get(self.kind, ([], []))
+        takes_images = (
+            self.options.supports_vision if self.kind in _VISION else self.answers("image_edit", "")
+        )
+        if not inputs:
+            return None
+        if takes_images and "image" not in inputs:
+            inputs = [*inputs, "image"]
+        return {"input": inputs, "output": outputs}
+
     def entry(self) -> dict[str, Any]:
         """Return the model's entry in ``/v1/models``."""
         entry = dict(self.options.extra_fields)
@@ -114,4 +154,8 @@ class ModelInfo:
         entry["capabilities"] = {"vision": self.options.supports_vision}
         if self.options.context_window is not None:
             entry["context_window"] = self.options.context_window
+        if self.options.max_output_tokens is not None:
+            entry["max_output_tokens"] = self.options.max_output_tokens
+        if (modalities := self.modalities()) is not None:
+            entry["modalities"] = modalities
         return entry

@@ -57,6 +57,11 @@ class Request:
     Keys in it are left out."""
 
     @property
+    def key_name(self) -> str:
+        """The name of the API key that the request has; empty where no key is required."""
+        return self.principal.name
+
+    @property
     def size(self) -> int:
         """The size of the body in bytes, including what has not arrived yet; -1 if it is not known."""
         return len(self.body) if self.upload is None else self.upload.size

@@ -76,6 +76,7 @@ _DROPPED_FIELDS: Final = frozenset(
         "capabilities",
         "permission",
         "root",
+        "max_output_tokens",
         *_CONTEXT_FIELDS[:1],
         VIA_FIELD,
     }
@@ -202,15 +203,31 @@ def _options(entry: dict[str, Any]) -> ChatModelOptions:
         meta.get("n_ctx") if isinstance(meta, dict) else None
     ]
     context = next((size for size in contexts if type(size) is int and 0 < size < 1 << 53), None)
+    longest = entry.get("max_output_tokens")
     extra: dict[str, Any] = {}
     room = _MAX_EXTRA_SIZE
     for name, value in entry.items():
+        if name == "modalities" and not _is_modalities(value):
+            continue
         if name not in _DROPPED_FIELDS and _is_text(name) and _is_small(value, _MAX_EXTRA_DEPTH):
             room -= len(msgspec.json.encode({name: value}))
             if room < 0:
                 break
             extra[name] = value
-    return ChatModelOptions(supports_vision=_vision(entry), context_window=context, extra_fields=extra)
+    return ChatModelOptions(
+        supports_vision=_vision(entry),
+        context_window=context,
+        extra_fields=extra,
+        max_output_tokens=longest if type(longest) is int and 0 < longest < 1 << 53 else None,
+    )
+
+
+def _is_modalities(value: Any) -> bool:
+    """Tell whether a value has the form of this cluster's own ``modalities``; other servers use the name for others."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(side), list) and all(isinstance(each, str) for each in value[side])
+        for side in ("input", "output")
+    )
 
 
 def _vision(entry: dict[str, Any]) -> bool:

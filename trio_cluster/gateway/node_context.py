@@ -58,6 +58,8 @@ class NodeContext:
     """The name of the node."""
     mode: str = ""
     """The role of the node; see ``ClusterMode``."""
+    starting: bool = False
+    """Whether start-up hooks of the node are still running."""
     status: Callable[[], NodeStatus] = NodeStatus
     """Returns the part of the node's state that only the node knows."""
     gauges: Callable[[], Iterable[GaugeSample]] = tuple

@@ -25,13 +25,23 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.threads import NoThread, run_in_thread
-from ..openai import COUNT_TOKENS, CustomRequest, Encoder, Endpoint, FormReader, endpoint_named
+from ..openai import (
+    COUNT_TOKENS,
+    CustomRequest,
+    Encoder,
+    Endpoint,
+    FormReader,
+    OutputCheck,
+    endpoint_named,
+    require_jsonschema,
+)
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .adapters import Adapter, Handler, adapt
 from .asyncio_handler import AsyncioHandler
 from .pool import HandlerPool
+from .slots import slots_of_model
 from .task import CallTask, is_failure
 
 __all__ = ["HandlerBackend"]
@@ -49,18 +59,36 @@ class HandlerBackend:
         pool: where its calls run.
         capability: what the function answers: a kind, for the endpoints of that kind, or the path of a custom route.
             Without it, the model's own kind.
+        max_concurrency: how many of the model's calls run at once, within the slots of the process; ``None``: as many
+            as there are.
+        validate: answers that do not fit the ``response_format`` of a chat are errors.
 
     Raises:
-        TypeError: the function has none of the shapes that a handler may have.
+        TypeError: the function has none of the shapes that a handler may have, or ``max_concurrency`` is no number.
+        ValueError: ``max_concurrency`` is less than 1.
+        ClusterError: the package that validates is not installed.
 
     Attributes:
         info: what the model is, with the endpoints that were added.
-        health: see ``Backend``; always available.
+        health: see ``Backend``; available unless the node is starting.
     """
 
     name = LOCAL
 
-    def __init__(self, info: ModelInfo, handler: Handler, pool: HandlerPool, capability: str = "") -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        handler: Handler,
+        pool: HandlerPool,
+        capability: str = "",
+        *,
+        max_concurrency: int | None = None,
+        validate: bool = False,
+    ) -> None:
+        if validate:
+            require_jsonschema()
+        self._validates = validate
+        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
         self.info = info
         self._adapters: dict[str, Adapter] = {capability or info.kind: adapt(handler)}
         self.health = Health()
@@ -92,18 +120,22 @@ class HandlerBackend:
     @property
     def load(self) -> float:
         """See ``Backend``."""
-        return (self._pool.running + self._pool.waiting) / self._pool.capacity
+        load = (self._pool.running + self._pool.waiting) / self._pool.capacity
+        if self._slots is None:
+            return load
+        return max(load, (self._slots.running + self._slots.waiting) / self._slots.capacity)
 
     def open(self, request: Request) -> Call:
         """See ``Backend``."""
         adapter = self._adapters.get(request.kind) or self._adapters[request.endpoint]
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return HandlerTask(call, scope, options, adapter)
+            return HandlerTask(call, scope, options, adapter, self._pool.node_name, validates=self._validates)
 
-        # A prompt is counted in a short time, and should not wait for answers that take long.
-        slots = None if request.endpoint == COUNT_TOKENS else self._pool.slots
-        return self._pool.start(request, make_task, slots)
+        if request.endpoint == COUNT_TOKENS:
+            # A prompt is counted in a short time, and should not wait for answers that take long.
+            return self._pool.start(request, make_task, None)
+        return self._pool.start(request, make_task, self._pool.slots, self._slots)
 
 
 class HandlerTask(CallTask):
@@ -112,6 +144,8 @@ class HandlerTask(CallTask):
     Args:
         call, scope, options: see ``CallTask``.
         adapter: runs the handler.
+        worker: the name of this node, for the handler.
+        validates: check whether the answer fits the ``response_format`` of the request.
 
     Attributes:
         request: the request as the handler gets it; set when the work begins.
@@ -126,13 +160,21 @@ class HandlerTask(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         adapter: Adapter,
+        worker: str = "",
+        *,
+        validates: bool = False,
     ) -> None:
         super().__init__(call, scope, options)
         self._adapter = adapter
+        self._worker = worker
         self._body = call.request.body
         self._parsed = call.request.parsed
         self._endpoint: Endpoint | None = None
         self._next_sign = -math.inf
+        self._validates = validates
+        self._check: OutputCheck | None = None
+        # The handler has ended an output that is still to be checked.
+        self._is_held = False
 
     async def prepare(self) -> None:
         """Wait for the body of the request. The handler cannot begin before that, so it takes no slot."""
@@ -169,6 +211,10 @@ class HandlerTask(CallTask):
             else:
                 await self._adapter(self.request, self)
             await self._put_early_parts()
+            if self._check is not None:
+                check, self._check = self._check, None
+                if self.call.end is None:
+                    await run_in_thread(check.verify)
             self.end()
         except (Exception, BaseExceptionGroup, SystemExit) as error:
             if not is_failure(error):
@@ -196,12 +242,20 @@ class HandlerTask(CallTask):
         self._body, self._parsed = b"", None
         if request.query and isinstance(parsed, CustomRequest):
             parsed = attrs.evolve(parsed, query=request.query)
+        # Nothing else has the request yet, so it is completed in place: a copy of all its fields would cost more than
+        # everything else that is done here.
+        object.__setattr__(parsed, "worker", self._worker)
+        object.__setattr__(parsed, "key_name", request.principal.name)
         self.request = parsed
+        is_checked = self._validates and request.endpoint != COUNT_TOKENS
+        if is_checked and (check := OutputCheck.of(parsed)) is not None:
+            await run_in_thread(check.check_schema)
+            self._check = check
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 
     async def push(self, chunk: object) -> None:
         """See ``Provider``."""
-        if self.call.end is not None and self.call.cancelled is None:
+        if self._is_held or (self.call.end is not None and self.call.cancelled is None):
             raise trio.ClosedResourceError("the output has been ended")
         if self._encoder.divisible:
             *most, chunk = self._encoder.divide(chunk)
@@ -209,6 +263,8 @@ class HandlerTask(CallTask):
                 self._put(self._encoder.encode(part))
                 await trio.lowlevel.checkpoint()
         self._put(self._encoder.encode(chunk))
+        if self._check is not None:
+            self._check.take(chunk)
         await self.apply_backpressure()
         if self.call.begun:
             self.restart_idle_timer()
@@ -224,6 +280,10 @@ class HandlerTask(CallTask):
     def end(self) -> None:
         """See ``Provider``."""
         if self.call.end is not None:
+            return
+        if self._check is not None:
+            # Checking takes a thread, and this must not wait. The answer ends when the handler returns.
+            self._is_held = True
             return
         self._put(self._encoder.finish())
         self.call.put(Done(self._encoder.reported_usage))

@@ -60,6 +60,19 @@ class LocalModels:
             backend.info = attrs.evolve(backend.info, owner=options.server.owner)
             self._router.catalog.update(backend.info, backend)
 
+    def suspend(self) -> None:
+        """Give no requests to the models that are registered now, until :meth:`resume`. Synchronous.
+
+        Models that are registered meanwhile get requests at once.
+        """
+        for backend in self._backends.values():
+            backend.health.stall("the node is starting")
+
+    def resume(self) -> None:
+        """Give requests to all models again. Synchronous, idempotent."""
+        for backend in self._backends.values():
+            backend.health.stall("")
+
     def register(
         self,
         kind: Kind,
@@ -67,16 +80,23 @@ class LocalModels:
         handler: Handler,
         options: ChatModelOptions | None,
         count_tokens: Handler | None = None,
+        *,
+        max_concurrency: int | None = None,
+        validate: bool = False,
     ) -> None:
         """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
-        If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on.
+        If an image model of this name exists, and ``kind`` is the other image kind, the model answers both from now on,
+        with the options and the ``max_concurrency`` of the first.
         """
         backend = self._backends.get(name)
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
             self._add_endpoint(backend, kind, handler)
         else:
-            backend = HandlerBackend(self._info(kind, name, options), handler, self._pool)
+            info = self._info(kind, name, options)
+            backend = HandlerBackend(
+                info, handler, self._pool, max_concurrency=max_concurrency, validate=validate
+            )
             if count_tokens is not None:
                 backend.add_endpoint(COUNT_TOKENS, count_tokens)
             self._add(backend)

@@ -21,7 +21,7 @@ from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
 from .pool import HandlerPool
-from .slots import Slots
+from .slots import slots_of_model
 from .task import CallTask, is_failure
 
 __all__ = ["RawBackend", "RawCall", "RawHandler"]
@@ -40,8 +40,10 @@ class RawCall(CallTask):
         scope: trio.CancelScope,
         options: ClusterServerOptions,
         handler: RawHandler,
+        worker: str = "",
     ) -> None:
         super().__init__(call, scope, options)
+        self._worker = worker
         self._handler = handler
         self._usage: Usage | None = None
         self._body = call.request.body
@@ -53,6 +55,16 @@ class RawCall(CallTask):
     def request(self) -> Request:
         """The request: endpoint, model, headers, query, and the size of the body if it is known."""
         return self.call.request
+
+    @property
+    def worker(self) -> str:
+        """The name of the node on which the handler runs: a worker, or a server that serves the model itself."""
+        return self._worker
+
+    @property
+    def key_name(self) -> str:
+        """The name of the API key that the request has; empty where no key is required."""
+        return self.call.request.key_name
 
     @property
     def time_left(self) -> float:
@@ -172,7 +184,7 @@ class RawBackend:
         max_concurrency: how many calls run at once; ``None``: any number.
 
     Raises:
-        TypeError: the handler is not a coroutine function.
+        TypeError: the handler is not a coroutine function, or ``max_concurrency`` is no number.
         ValueError: ``max_concurrency`` is less than 1.
     """
 
@@ -185,13 +197,11 @@ class RawBackend:
             getattr(handler, "__call__", None)  # noqa: B004
         ):
             raise TypeError(f"a raw handler must be a coroutine function (async def), not {handler!r}")
-        if max_concurrency is not None and max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, not {max_concurrency}")
         self.info = info
         self._handler = handler
         self.health = Health()
         self._pool = pool
-        self._slots = None if max_concurrency is None else Slots(max_concurrency)
+        self._slots = None if max_concurrency is None else slots_of_model(max_concurrency)
         self._open = 0
 
     def add_endpoint(self, capability: str, handler: object) -> None:
@@ -212,7 +222,7 @@ class RawBackend:
         """See ``Backend``."""
 
         def make_task(call: Call, scope: trio.CancelScope, options: ClusterServerOptions) -> CallTask:
-            return RawCall(call, scope, options, self._handler)
+            return RawCall(call, scope, options, self._handler, self._pool.node_name)
 
         call = self._pool.start(request, make_task, self._slots)
         self._open += 1

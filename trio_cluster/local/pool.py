@@ -4,6 +4,10 @@ Every call has one task, in the pool's nursery, from the moment it is opened unt
 waits until the request's body has arrived, then for a slot, and does the work inside the call's cancel scope. What the
 work is, a :class:`~trio_cluster.local.task.CallTask` knows.
 
+A model may have slots of its own, which bound how many of its calls run at once. A call waits for one of these first,
+and takes no slot of the process meanwhile; so a model with few slots does not keep the others waiting. Both waits
+together last ``queue_timeout`` at most.
+
 Slots are given to those that wait by fair queueing between principals (``slots.py``), and their number can be changed
 while calls run. A slot is freed in the task's ``finally``, when the work has stopped, and not when it was asked to
 stop.
@@ -58,6 +62,7 @@ class HandlerPool:
         options: as given; replaced as a whole only while nothing runs.
         slots: the slots for handlers.
         loops: the asyncio loops that handlers run on; the node runs them for as long as it serves the pool.
+        node_name: the name of the node that runs, which handlers see; empty while none runs.
         waiting: how many calls wait for a slot, those of models with slots of their own included.
         waiting_by: how many of these each principal has, by name.
     """
@@ -66,6 +71,7 @@ class HandlerPool:
         self.options = options
         self.slots = Slots(options.server.max_concurrency)
         self.loops = AsyncioLoops()
+        self.node_name = ""
         self._nursery: trio.Nursery | None = None
         self.waiting = 0
         self.waiting_by: Counter[str] = Counter()
@@ -103,13 +109,16 @@ class HandlerPool:
             finally:
                 self._nursery = None
 
-    def start(self, request: Request, make_task: MakeTask, slots: Slots | None) -> Call:
+    def start(
+        self, request: Request, make_task: MakeTask, slots: Slots | None, model_slots: Slots | None = None
+    ) -> Call:
         """Open a call for ``request``, and start its task. Synchronous.
 
         Args:
             request: what is to be answered.
             make_task: called with the call, its cancel scope and the options.
             slots: the work needs one of these; ``None``: it needs none.
+            model_slots: the work needs one of these as well, and before; ``None``: it needs none.
 
         Raises:
             ShuttingDown: the pool is not being served.
@@ -119,15 +128,21 @@ class HandlerPool:
             raise ShuttingDown
         if self.slots.capacity != self.options.server.max_concurrency:
             self.resize()
-        if self.waiting >= MAX_WAITING and slots is not None and not slots.has_room(request.principal):
-            raise self._queue_full()
+        if self.waiting >= MAX_WAITING:
+            first = slots if model_slots is None else model_slots
+            if first is not None and not first.has_room(request.principal):
+                raise self._queue_full()
         scope = trio.CancelScope()
         call = Call(request, served_by=LOCAL, on_cancel=lambda reason: scope.cancel(reason=reason))
         call_task = make_task(call, scope, self.options)
-        self._nursery.start_soon(self._run, call_task, scope, slots, name=f"answer {request.model}")
+        self._nursery.start_soon(
+            self._run, call_task, scope, slots, model_slots, name=f"answer {request.model}"
+        )
         return call
 
-    async def _run(self, call_task: CallTask, scope: trio.CancelScope, slots: Slots | None) -> None:
+    async def _run(
+        self, call_task: CallTask, scope: trio.CancelScope, slots: Slots | None, model_slots: Slots | None
+    ) -> None:
         """Run the task of one call. However it ends, the call is ended and released, and the nursery sees no error."""
         request = call_task.call.request
         current_request.set(request.request_id)
@@ -138,7 +153,11 @@ class HandlerPool:
         try:
             with scope:
                 await call_task.prepare()
-                await self._in_slot(call_task, slots)
+                if model_slots is None:
+                    await self._in_slot(call_task, slots)
+                else:
+                    until = trio.current_time() + self.options.server.queue_timeout
+                    await self._in_slot(call_task, model_slots, until, slots)
             if scope.cancelled_caught:
                 error = call_task.timeout_error()
                 if not call_task.call.ended:
@@ -168,8 +187,21 @@ class HandlerPool:
             # The consumer of the call is what fails. The call ends by its release.
             logger.exception("a call could not be failed", extra=call_task.log_fields())
 
-    async def _in_slot(self, call_task: CallTask, slots: Slots | None) -> None:
-        """Wait for a slot if the work needs one, do the work, and free the slot."""
+    async def _in_slot(
+        self,
+        call_task: CallTask,
+        slots: Slots | None,
+        until: float = math.inf,
+        then: Slots | None = None,
+    ) -> None:
+        """Wait for a slot if the work needs one, do the work, and free the slot.
+
+        Args:
+            call_task: what is to be done.
+            slots: the work needs one of these; ``None``: it needs none.
+            until: the trio time at which waiting is over, if that is before ``queue_timeout``.
+            then: the work needs one of these as well, and after.
+        """
         call = call_task.call
         if call.end is not None:
             return
@@ -179,12 +211,15 @@ class HandlerPool:
         has_waited = slots.running >= slots.capacity
         if not has_waited:
             slots.running += 1
-        elif not await self._wait(call_task, slots):
+        elif not await self._wait(call_task, slots, until):
             return
         try:
             # It may have ended between being given the slot and running again.
             if call.end is None:
-                await call_task.work()
+                if then is None:
+                    await call_task.work()
+                else:
+                    await self._in_slot(call_task, then, until)
         finally:
             slots.running -= 1
             if self.waiting:
@@ -192,7 +227,7 @@ class HandlerPool:
                     _settle(call, slots)
                 slots.hand_over()
 
-    async def _wait(self, call_task: CallTask, slots: Slots) -> bool:
+    async def _wait(self, call_task: CallTask, slots: Slots, until: float) -> bool:
         """Wait for a slot, and return whether the call has one. Otherwise it has failed."""
         call = call_task.call
         name = call.request.principal.name
@@ -201,7 +236,8 @@ class HandlerPool:
         self.waiting_by[name] += 1
         call.set_queued(True)
         try:
-            with trio.move_on_after(self.options.server.queue_timeout) as timeout:
+            until = min(until, trio.current_time() + self.options.server.queue_timeout)
+            with trio.move_on_at(until) as timeout:
                 has_slot = await slots.wait(call.request)
         finally:
             self.waiting -= 1

@@ -24,7 +24,7 @@ from ..core.fair_queue import FairQueue, QueueFull, estimated_cost, share_of
 from ..core.principal import Principal
 from ..core.request import Request
 
-__all__ = ["MAX_WAITING", "Slots", "answered_request"]
+__all__ = ["MAX_WAITING", "Slots", "answered_request", "slots_of_model"]
 
 #: How many calls may wait for a slot. Further ones are refused at once: most of them would only wait to be refused.
 MAX_WAITING: Final = 1024
@@ -143,3 +143,17 @@ class Slots:
         """
         self.capacity = capacity
         self.hand_over()
+
+
+def slots_of_model(max_concurrency: int) -> Slots:
+    """Return the slots of one model, which a user has asked for.
+
+    Raises:
+        TypeError: ``max_concurrency`` is not an integer.
+        ValueError: it is less than 1.
+    """
+    if not isinstance(max_concurrency, int) or isinstance(max_concurrency, bool):
+        raise TypeError(f"max_concurrency must be an integer, not {max_concurrency!r}")
+    if max_concurrency < 1:
+        raise ValueError(f"max_concurrency must be at least 1, not {max_concurrency}")
+    return Slots(max_concurrency)

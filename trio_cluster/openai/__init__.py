@@ -36,6 +36,7 @@ from .requests.types import (
 )
 from .responses.chunks import FinishReason, OutputChunk, to_chunk
 from .responses.encoder import Encoder
+from .responses.structured import OutputCheck, require_jsonschema
 from .responses.usage import read_usage
 from .sse import DONE, KEEPALIVE, NO_PROXY_BUFFERING, error_body, error_event, event
 
@@ -68,6 +69,7 @@ __all__ = [
     "ImageGenRequest",
     "ModelRequest",
     "ModerationRequest",
+    "OutputCheck",
     "OutputChunk",
     "RerankRequest",
     "TTSRequest",
@@ -85,6 +87,7 @@ __all__ = [
     "read_error",
     "read_object",
     "read_usage",
+    "require_jsonschema",
     "require_one_model",
     "to_chunk",
 ]

@@ -142,7 +142,7 @@ class Router:
             if VIA_HEADER in request.headers and self.catalog.leads_back(request):
                 raise LoopDetected(request.model)
             raise Overloaded(
-                f"Every node that serves '{request.model}' is busy or about to stop; try again shortly",
+                f"Every node that serves '{request.model}' is busy, starting or about to stop; try again shortly",
                 retry_after=2.0,
             )
         # Before anything is open: a policy that lacks its reason fails here.

@@ -45,6 +45,10 @@ class ModelRequest:
     came more than once, or a list of ``bytes`` for files. The documented files of a route are not repeated here."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     """The client's headers that may matter to a model; names in lower case."""
+    worker: str = ""
+    """The name of the node on which the handler runs: a worker, or a server that serves the model itself."""
+    key_name: str = ""
+    """The name of the API key that the request has; empty where no key is required. Not the key itself."""
 
 
 def _text_of(content: Any) -> str:

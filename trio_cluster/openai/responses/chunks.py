@@ -16,8 +16,9 @@ from trio_cluster.core.model import Kind
 from trio_cluster.errors import ApiError
 
 from ..json_values import dumps, plain
+from .pcm import to_pcm16
 
-__all__ = ["FinishReason", "OutputChunk", "doubles", "is_vector", "to_chunk"]
+__all__ = ["FinishReason", "OutputChunk", "PcmPiece", "doubles", "is_vector", "to_chunk"]
 
 #: Why a model stopped: the values that the official clients know.
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
@@ -32,6 +33,7 @@ _ChunkKind: TypeAlias = Literal[
     "embeddings",
     "scores",
     "audio",
+    "pcm",
     "image",
     "partial_image",
     "data",
@@ -52,6 +54,16 @@ def _count(what: str, value: object) -> None:
     _require(what, value, int, "an int")
     if value < 0:  # type: ignore[operator]
         raise ValueError(f"{what} must not be negative")
+
+
+@attrs.frozen
+class PcmPiece:
+    """Samples of audio: 16-bit little-endian PCM."""
+
+    data: bytes
+    rate: int
+    channels: int
+    whole: bool
 
 
 @attrs.frozen(eq=False)
@@ -195,6 +207,32 @@ class OutputChunk:
                 if it is recognised, or else the format that the client asked for.
         """
         return cls._of_bytes("audio", data, mime_type)
+
+    @classmethod
+    def pcm(cls, samples: Any, sample_rate: int, channels: int = 1, *, whole: bool = False) -> OutputChunk:
+        """Return more audio, as samples. The answer is a WAV file, or raw samples for a client that asked for ``pcm``.
+
+        The first chunk of an answer decides its header; all chunks must have the same rate and channels. Formats that
+        would have to be encoded, such as ``mp3``, are answered with a WAV file, whose content type says so.
+
+        Args:
+            samples: ``bytes`` of 16-bit little-endian PCM, or numbers: a list or an array. Integers are 16-bit samples,
+                other numbers are from -1 to 1; larger ones are clipped. With several channels, the samples of all
+                channels in turn, or an array of the shape (frames, channels).
+            sample_rate: samples per second and channel, 1 to 4294967.
+            channels: how many channels there are, 1 to 64.
+            whole: these are all samples of the answer, so the header of the WAV file has its exact lengths. Otherwise
+                more may follow, and the lengths are the largest possible, as in every stream: players then read on to
+                the end.
+
+        Raises:
+            ValueError: the rate or the channels are out of range, or the last frame is not complete.
+        """
+        for name, number, most in (("sample_rate", sample_rate, 4_294_967), ("channels", channels, 64)):
+            _require(name, number, int, "an int")
+            if not 1 <= number <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {number}")
+        return cls("pcm", PcmPiece(to_pcm16(samples, channels), sample_rate, channels, whole))
 
     @classmethod
     def image(cls, data: bytes, mime_type: str | None = None) -> OutputChunk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 from trio_cluster.core.answer import Head
 from trio_cluster.core.model import Kind
@@ -11,8 +11,9 @@ from trio_cluster.core.model import Kind
 from ..json_values import dumps
 from ..requests.types import TTSRequest
 from ..sse import DONE, event
-from .chunks import OutputChunk
+from .chunks import OutputChunk, PcmPiece
 from .encoder import SSE_HEAD, Encoder
+from .pcm import wav_header
 
 __all__ = ["PlainSpeech", "StreamedSpeech"]
 
@@ -55,16 +56,48 @@ class _Speech(Encoder):
     def __init__(self, request: TTSRequest) -> None:
         super().__init__()
         self._begun = False
+        self._wants_samples = request.response_format == "pcm"
+        # The rate and the channels of the samples, if the handler gives samples; `None` before the first chunk.
+        self._layout: tuple[int, int] | Literal["bytes"] | None = None
+        self._complete = False
 
     def _take(self, chunk: OutputChunk) -> bytes:
-        if chunk.kind != "audio":
+        if chunk.kind == "pcm":
+            chunk = self._from_samples(chunk.value)
+        elif chunk.kind != "audio":
             self._refuse(chunk)
+        elif chunk.value:
+            self._require_layout("bytes")
         if not chunk.value:
             return b""
         if not self._begun:
             self._begun = True
             self._begin(chunk)
         return self._send(chunk.value)
+
+    def _from_samples(self, piece: PcmPiece) -> OutputChunk:
+        """Return samples as the client wants them: as they are, or as a part of a WAV file."""
+        first = self._layout is None
+        self._require_layout((piece.rate, piece.channels))
+        if piece.whole and not first:
+            raise ValueError("samples that are the whole answer came after others")
+        self._complete = piece.whole
+        if self._wants_samples:
+            return OutputChunk("audio", piece.data, None, _TYPES["pcm"])
+        length = len(piece.data) if piece.whole else None
+        header = wav_header(piece.rate, channels=piece.channels, length=length) if first else b""
+        return OutputChunk("audio", header + piece.data, None, _TYPES["wav"])
+
+    def _require_layout(self, layout: tuple[int, int] | Literal["bytes"]) -> None:
+        if self._complete:
+            raise ValueError("more audio came after samples that were the whole answer")
+        if self._layout is None:
+            self._layout = layout
+        elif layout != self._layout:
+            raise ValueError(
+                "all audio of an answer is of one form: bytes, or samples of one rate and one number of channels; "
+                f"it began with {self._layout}, and {layout} came"
+            )
 
     def _begin(self, chunk: OutputChunk) -> None:
         """Look at the first chunk with any audio in it."""
