@@ -22,6 +22,8 @@ from .openapi import (
 )
 from .requests.forms import FormReader, is_form, media_type
 from .requests.peek import FormPeek, asks_for_events, peek_model, require_one_model
+from .requests.responses_api_input import ItemReferenced, check_items, is_reference
+from .requests.tables import METADATA
 from .requests.types import (
     ASRRequest,
     ChatRequest,
@@ -50,6 +52,7 @@ __all__ = [
     "MESSAGE_ERRORS",
     "MESSAGE_ERROR_SCHEMA",
     "MESSAGE_PREFIX",
+    "METADATA",
     "NO_PROXY_BUFFERING",
     "OPENAI_ERRORS",
     "ASRRequest",
@@ -66,12 +69,14 @@ __all__ = [
     "FormReader",
     "ImageEditRequest",
     "ImageGenRequest",
+    "ItemReferenced",
     "ModelRequest",
     "ModerationRequest",
     "OutputChunk",
     "RerankRequest",
     "TTSRequest",
     "asks_for_events",
+    "check_items",
     "custom_path",
     "describe_endpoints",
     "endpoint_named",
@@ -80,6 +85,7 @@ __all__ = [
     "error_responses",
     "event",
     "is_form",
+    "is_reference",
     "media_type",
     "peek_model",
     "read_error",
