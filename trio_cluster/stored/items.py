@@ -68,7 +68,7 @@ def make_record(
         return None
     if not isinstance(output, list) or not all(isinstance(each, dict) for each in output):
         return None
-    head = dumps({**response, **changes, "output": None})
+    head = _kept(dumps({**response, **changes, "output": None}))
     return Record(response_id, head, tuple(context), input_items(output, owner, response_id))
 
 
@@ -102,7 +102,12 @@ def _make_item(given: dict[str, Any], owner: str, after: str) -> Item:
         text = b"\n".join((owner.encode(), after.encode(), dumps(item)))
         digest = hashlib.blake2b(text, digest_size=_DIGEST).hexdigest()
         item_id = f"{_PREFIXES.get(kind, 'item')}_{digest}"
-    return Item(item_id, dumps({"id": item_id} | item))
+    return Item(item_id, _kept(dumps({"id": item_id} | item)))
+
+
+def _kept(text: bytes) -> bytes:
+    """Return a copy that takes no more memory than it has bytes: the encoder allocates more, and keeps it."""
+    return bytes(memoryview(text))
 
 
 def _is_id(value: Any) -> bool:
