@@ -337,8 +337,8 @@ class ClusterServerOptions:
     database: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_database), repr=False
     )
-    """Where keys, usage and the audit log are kept: ``postgresql://...``, which several masters may share, or
-    ``sqlite:///PATH``; ``None``: in SQLite in the state directory."""
+    """Where keys, usage, the audit log and stored responses are kept: ``postgresql://...``, which several masters may
+    share, or ``sqlite:///PATH``; ``None``: in SQLite in the state directory, and stored responses in memory."""
     usage_days: int = attrs.field(default=90, validator=_count)
     """How many days the row of each request is kept. The sums of days are kept for ever."""
     stored_responses: int = attrs.field(default=10_000, validator=_count_or_zero)
