@@ -18,6 +18,7 @@ from http_node import EVENTS, HttpNode, Turns, open_http_node
 from trio_cluster.accounts.errors import StoreError
 from trio_cluster.accounts.keys import KeyRecord
 from trio_cluster.core.principal import ANONYMOUS
+from trio_cluster.errors import ApiError
 from trio_cluster.stored.memory import MemoryResponses
 from trio_cluster.stored.record import Record, owner_of
 
@@ -217,6 +218,27 @@ async def test_the_last_event_of_a_stream_is_stored(node: HttpNode, kind: str, l
     _, got = await answered(node, {"model": "m", "input": "x", "stream": True}, data, EVENTS)
     assert got.content == data
     assert (await get(node, "/v1/responses/resp_1")).json()["status"] == kind
+
+
+async def test_a_stream_that_fails_behind_a_comment_before_it_has_an_id_is_not_stored(node: HttpNode) -> None:
+    node.node_context.options.server.keepalive = 0.05
+    body = json.dumps({"model": "m", "input": "x", "stream": True}).encode()
+    async with node.connect() as wire:
+        await wire.request("POST", "/v1/responses", body)
+        served = await node.backend.next()
+        assert (await wire.head())[0] == 200
+        served.fail(ApiError(500, "the model broke"))
+        await wire.until(b"event: response.failed")
+        await wire.until(b"\r\n0\r\n\r\n")
+    assert node.node_context.responses.count == 0  # type: ignore[union-attr]
+    # One that goes on behind its comments is.
+    async with node.connect() as wire:
+        await wire.request("POST", "/v1/responses", body)
+        served = await node.backend.next()
+        await wire.head()
+        served.head(EVENTS).data(DELTA + final(response())).done()
+        await wire.until(b"\r\n0\r\n\r\n")
+    assert await is_stored(node)
 
 
 @pytest.mark.parametrize("size", [10, 300_000, 1_500_000, 5_000_000])

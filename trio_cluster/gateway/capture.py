@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+import attrs
 import trio
 
 from .direct import Connection
@@ -45,7 +46,7 @@ async def capture(reply: Reply, answer: StoredAnswer) -> Reply:
         await taken.feed(reply.body)
         await taken.end()
         return reply
-    return Reply(reply.status, reply.headers, _CapturedBody(reply.body, taken))
+    return attrs.evolve(reply, body=_CapturedBody(reply.body, taken))
 
 
 class _PlainCapture:

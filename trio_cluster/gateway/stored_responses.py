@@ -33,7 +33,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.principal import Principal
 from ..core.threads import NoThread, run_in_thread
 from ..errors import ApiError, InvalidRequest
-from ..openai import is_reference
+from ..openai import UNKNOWN_RESPONSE, is_reference
 from ..stored.items import CONVERSATION, continued, input_items, make_record
 from ..stored.record import Item, ResponseStore, owner_of
 
@@ -148,6 +148,9 @@ class StoredAnswer:
             if member is not None:
                 response = response[member]
             if response["object"] != "response" or response["status"] not in _OVER:
+                return None
+            if response["id"] == UNKNOWN_RESPONSE:
+                # It failed before it began, and no client can ask for it.
                 return None
             last = self._context[-1].id if self._context else ""
             own = input_items(self._input, self._owner, last)

@@ -10,7 +10,7 @@ the two together.
 
 from .endpoints import COUNT_TOKENS, ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
 from .error_families import MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
-from .failures import EndDetector, FailureGrammar, read_error
+from .failures import UNKNOWN_RESPONSE, EndDetector, FailureGrammar, read_error
 from .json_values import read_object
 from .openapi import (
     ERROR,
@@ -55,6 +55,7 @@ __all__ = [
     "METADATA",
     "NO_PROXY_BUFFERING",
     "OPENAI_ERRORS",
+    "UNKNOWN_RESPONSE",
     "ASRRequest",
     "ChatRequest",
     "CustomRequest",
