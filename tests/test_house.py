@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("core", "options"),
     ("accounts",),
     ("limits", "net", "openai", "protocol", "routing", "security"),
-    ("http1", "link", "local"),
+    ("http1", "link", "local", "stored"),
     ("cluster", "gateway", "hypercorn_server"),
     ("admin",),
     ("node",),
@@ -47,7 +47,20 @@ ONLY = {
     # The database knows nothing of HTTP, nor of links.
     "accounts": {"core", "errors"},
     # The gateway does not know how workers are reached.
-    "gateway": {"accounts", "core", "errors", "http1", "limits", "net", "openai", "options", "routing"},
+    "gateway": {
+        "accounts",
+        "core",
+        "errors",
+        "http1",
+        "limits",
+        "net",
+        "openai",
+        "options",
+        "routing",
+        "stored",
+    },
+    # What is stored is known by its form, and not by the requests and connections that it came by.
+    "stored": {"accounts", "core", "openai", "options"},
     # What a key has used follows from requests and calls, wherever they go.
     "limits": {"core", "errors"},
     # A policy sees replicas and requests, and nothing of links or handlers.

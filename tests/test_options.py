@@ -77,6 +77,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "state_dir": None,
         "database": None,
         "usage_days": 90,
+        "stored_responses": 10_000,
+        "stored_responses_size": 64 * 1024 * 1024,
+        "stored_responses_lifetime": 86_400.0,
         "ca_file": None,
         "allow_anonymous_workers": False,
     }

@@ -64,6 +64,9 @@ from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
 from .routing.router import Router
 from .security.master_tls import MasterTls, open_tls
+from .stored.database import DatabaseResponses
+from .stored.memory import MemoryResponses
+from .stored.record import ResponseStore
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -219,6 +222,8 @@ class Node:
         ):
             if accounts is not None:
                 nursery.start_soon(accounts.run)
+            responses = self._node_context.responses = self._new_response_store(accounts)
+            nursery.start_soon(responses.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(self._log_blocks)
@@ -270,6 +275,8 @@ class Node:
                 nursery.start_soon(memory.run)
             if accounts is not None:
                 nursery.start_soon(accounts.run)
+            responses = self._node_context.responses = self._new_response_store(accounts)
+            nursery.start_soon(responses.run)
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
             nursery.start_soon(self._log_blocks)
@@ -308,6 +315,15 @@ class Node:
                         raise
                     logger.warning("serving without keys and usage: %s", error)
             yield context.accounts
+
+    def _new_response_store(self, accounts: Accounts | None) -> ResponseStore:
+        """Return what keeps responses: in the database if the options name one, in memory if not."""
+        if accounts is not None and self._options.database is not None:
+            return DatabaseResponses(accounts, self._options)
+        responses = MemoryResponses(self._options)
+        if accounts is not None:
+            accounts.on_revoked = responses.forget
+        return responses
 
     def _open_state(self, name: str | None) -> StateDir | None:
         """Return the directory for what must survive a restart; ``None`` if there is no place for it.

@@ -84,6 +84,13 @@ def _count(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f"{field.name}: must be at least 1, got {value}")
 
 
+def _count_or_zero(instance: object, field: _Field, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field.name}: expected a whole number, got {value!r}")
+    if value < 0:
+        raise OptionsError(f"{field.name}: must be 0 or more, got {value}")
+
+
 def _port(instance: object, field: _Field, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field.name}: expected a port number, got {value!r}")
@@ -330,10 +337,18 @@ class ClusterServerOptions:
     database: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_database), repr=False
     )
-    """Where keys, usage and the audit log are kept: ``postgresql://...``, which several masters may share, or
-    ``sqlite:///PATH``; ``None``: in SQLite in the state directory."""
+    """Where keys, usage, the audit log and stored responses are kept: ``postgresql://...``, which several masters may
+    share, or ``sqlite:///PATH``; ``None``: in SQLite in the state directory, and stored responses in memory."""
     usage_days: int = attrs.field(default=90, validator=_count)
     """How many days the row of each request is kept. The sums of days are kept for ever."""
+    stored_responses: int = attrs.field(default=10_000, validator=_count_or_zero)
+    """How many responses of ``/v1/responses``, and conversations, are stored; the oldest ones make room for new ones.
+    0: none are, and what refers to a stored one is refused. In the database if ``database`` is set, in memory if not.
+    """
+    stored_responses_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count)
+    """How many bytes they may take together, with their input."""
+    stored_responses_lifetime: float = attrs.field(default=86_400.0, converter=_seconds, validator=_duration)
+    """How long each of them is kept."""
     ca_file: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
     """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
     allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag)

@@ -6,10 +6,12 @@ the folder of the Node clients and on the path.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -43,14 +45,62 @@ async def test_the_ai_sdk_uses_tools_and_goes_on_for_a_second_turn(served: Serve
     with trio.fail_after(60):
         completed = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)
     outcomes = json.loads(completed.stdout.splitlines()[-1])
-    # It believes that items are stored, and refers to them. The message says what to do.
+    # The default provider believes that items are stored, and refers to them.
+    ways = ["compatible", "openai default", "openai previousResponseId", "openai store=false", "openai.chat"]
+    assert sorted(outcomes) == ways
+    for way, outcome in outcomes.items():
+        assert outcome == {"text": CONCLUSION, "steps": 2, "second": CONCLUSION, "thrown": None}, way
+    # Whatever was sent, the model was given all of it.
+    for request in concierge.requests:
+        roles = [message["role"] for message in request.messages if message["role"] != "system"]
+        assert roles in (["user"], ["user", "assistant", "tool", "tool"], [*roles[:4], "assistant", "user"])
+
+
+async def test_the_ai_sdk_is_told_what_to_do_where_nothing_is_stored(served: Served) -> None:
+    served.front.options.stored_responses = 0
+    concierge = Concierge()
+    served.back.register_chat("concierge", concierge.answer)
+    await until(lambda: served.front.has_model("concierge"))
+    program = Path(__file__).parent / "node" / "ai_sdk_agent.mjs"
+    command = ["node", str(program), str(sdk_folder()), f"{served.url}/v1", "concierge", QUESTION]
+    with trio.fail_after(60):
+        completed = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)
+    outcomes = json.loads(completed.stdout.splitlines()[-1])
     thrown = outcomes.pop("openai default")["thrown"]
     assert thrown["name"] == "AI_APICallError"
     for way_out in ("store", "openai.chat"):
         assert way_out in thrown["message"]
+    assert outcomes.pop("openai previousResponseId")["thrown"]["name"] == "AI_APICallError"
     assert sorted(outcomes) == ["compatible", "openai store=false", "openai.chat"]
     for way, outcome in outcomes.items():
         assert outcome == {"text": CONCLUSION, "steps": 2, "second": CONCLUSION, "thrown": None}, way
+
+
+async def test_the_agents_sdk_uses_tools_and_goes_on_for_a_second_turn_in_every_way(served: Served) -> None:
+    if importlib.util.find_spec("agents") is None:
+        pytest.skip("openai-agents is not installed")
+    concierge = Concierge()
+    served.back.register_chat("concierge", concierge.answer)
+    await until(lambda: served.front.has_model("concierge"))
+    program = Path(__file__).parent / "python" / "agents_sdk.py"
+    command = [sys.executable, str(program), f"{served.url}/v1", "concierge", QUESTION]
+    with trio.fail_after(60):
+        completed = await trio.run_process(
+            command, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+        )
+    assert completed.returncode == 0, completed.stdout.decode()
+    outcomes = json.loads(completed.stdout.splitlines()[-1])
+    ways = ["conversation", "input", "previous_response_id", "session"]
+    assert sorted(outcomes) == sorted([*ways, *(f"{way} streamed" for way in ways)])
+    for way, outcome in outcomes.items():
+        assert outcome == [CONCLUSION, CONCLUSION], way
+    roles = [
+        [each["role"] for each in request.messages if each["role"] != "system"]
+        for request in concierge.requests
+    ]
+    first, loop = ["user"], ["user", "assistant", "tool", "tool"]
+    second = [*loop, "assistant", "user"]
+    assert roles == [first, loop, second] * len(outcomes)
 
 
 # Codex

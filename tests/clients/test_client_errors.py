@@ -98,7 +98,7 @@ WRONG = {
     "a memory that there is not": Wrong(
         "responses.create",
         {"model": "echo", "input": "and then?", "previous_response_id": "resp_1"},
-        bad("unsupported_value", "previous_response_id"),
+        bad("previous_response_not_found", "previous_response_id"),
     ),
     "a tool that the server has not": Wrong(
         "responses.create",

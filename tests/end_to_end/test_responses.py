@@ -220,11 +220,10 @@ async def test_the_same_handler_does_so_in_a_chat(with_agent: Served, stream: bo
     ("fields", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"background": True}, "background"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
+        ({"previous_response_id": "resp_1", "conversation": "conv_1"}, "previous_response_id"),
         ({"input": []}, "input"),
         ({"temperature": 3}, "temperature"),
         (

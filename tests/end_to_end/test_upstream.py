@@ -133,7 +133,12 @@ FORM = (
             b'{"model":"m","prompt":[[1,2]],"best_of":3}',
         ),
         ("/v1/embeddings", "/v1/embeddings", "application/json", b'{"model":"m","input":"a" , "truncate":1}'),
-        ("/v1/responses", "/v1/responses", "application/json", b'{"model":"m","input":"a","previous":null}'),
+        (
+            "/v1/responses",
+            "/v1/responses",
+            "application/json",
+            b'{"model":"m","input":"a","store":false,"x":null}',
+        ),
         ("/v1/rerank", "/v1/rerank", "application/json", b'{"model":"m","query":"q","documents":[{"x":1}]}'),
         (
             "/v1/moderations",

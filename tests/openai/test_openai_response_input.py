@@ -353,8 +353,6 @@ def item(**members: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param", "why"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "not stored"),
-        ({"conversation": {"id": "conv_1"}}, "conversation", "not stored"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "not stored"),
         ({"background": True}, "background", "ends with the request"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice.type", "no tools of its own"),

@@ -130,7 +130,7 @@ def test_a_plain_response_has_all_its_members() -> None:
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": None,
         "service_tier": "default",
-        "store": False,
+        "store": True,
         "temperature": 1.0,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
@@ -221,7 +221,7 @@ def test_a_response_repeats_what_it_was_asked() -> None:
         "truncation": "auto",
         "user": "u",
     }
-    response = plain(["x"], store=True, service_tier="flex", **asked)
+    response = plain(["x"], store=False, service_tier="flex", **asked)
     assert response["reasoning"] == {"effort": "low", "summary": None}
     assert response["tools"] == [asked["tools"][0] | {"description": None}]
     for name in asked.keys() - {"reasoning", "tools"}:
@@ -355,10 +355,10 @@ def test_log_probabilities_belong_to_their_text() -> None:
 
 
 def test_other_members_of_a_dict_are_members_of_the_response_but_cannot_replace_its_own() -> None:
-    values = ["a", {"system_fingerprint": "fp", "id": "x", "status": "failed", "output": [], "store": True}]
+    values = ["a", {"system_fingerprint": "fp", "id": "x", "status": "failed", "output": [], "store": False}]
     response = plain(values)
     assert response["system_fingerprint"] == "fp"
-    assert (response["id"], response["status"], response["store"]) == ("resp_abc", "completed", False)
+    assert (response["id"], response["status"], response["store"]) == ("resp_abc", "completed", True)
     assert texts(response) == [("output_text", "a")]
     assert streamed(values).events[-1]["response"] == response
 
@@ -604,3 +604,11 @@ def test_reasoning_is_the_summary_where_one_is_asked_for(asked: dict[str, Any]) 
     # What comes back to the server is the same reasoning.
     again = send("responses", input=[item, message, {"role": "user", "content": "and?"}])
     assert again.messages[0]["reasoning_content"] == "hm, so"
+
+
+def test_a_response_repeats_what_it_continues() -> None:
+    response = plain(["x"], previous_response_id="resp_1")
+    assert (response["previous_response_id"], response["store"]) == ("resp_1", True)
+    assert "conversation" not in response
+    for conversation in ("conv_1", {"id": "conv_1"}):
+        assert plain(["x"], conversation=conversation)["conversation"] == {"id": "conv_1"}

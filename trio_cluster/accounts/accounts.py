@@ -1,8 +1,8 @@
 """The accounts of a node: its keys, the usage journal and the audit log, on one database.
 
-All work with the database is done in threads. There are two lanes for it, each with its own limit: writing, one thread
-at a time; and reading, so that a long report delays neither the next batch of the journal nor the look for keys that
-another master has changed.
+All work with the database is done in threads. There are three lanes for it, each with its own limit: writing, one
+thread at a time; reading, so that a long report delays neither the next batch of the journal nor the look for keys that
+another master has changed; and a lane for stored responses, for which answers wait.
 
 Keys are changed under a lock, which is held until the table in memory is the new one. So the node that changes a key
 applies the change when its caller learns of it. Other masters look for changes every :data:`LOOK` seconds.
@@ -50,9 +50,16 @@ LOOK: Final = 1.0
 #: Threads that may read at once.
 _READERS: Final = 3
 
+#: Threads that may work for stored responses at once.
+_STORERS: Final = 2
+
 #: Seconds between two deletions of old rows.
 _CLEANUP: Final = 3600.0
 _DAY: Final = 86_400
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 class Accounts:
@@ -67,16 +74,19 @@ class Accounts:
         table: the keys that are valid on this node.
         journal: observes the node's calls.
         audit: as given.
+        on_revoked: called with the name of each key that is gone. Synchronous.
     """
 
     def __init__(self, store: Store, audit: AuditLog, usage_days: Callable[[], int]) -> None:
         self.table = KeyTable()
         self.journal = Journal(self._write_usage)
         self.audit = audit
+        self.on_revoked: Callable[[str], None] = _nothing
         self._store = store
         self._usage_days = usage_days
         self._writing = trio.CapacityLimiter(1)
         self._reading = trio.CapacityLimiter(_READERS)
+        self._storing = trio.CapacityLimiter(_STORERS)
         self._changing = trio.Lock()
         self._flushing = trio.Lock()
         self._records: dict[str, KeyRecord] = {}
@@ -182,6 +192,18 @@ class Accounts:
         await self._flush()
         return await self._read(lambda store: store.load_audit(limit))
 
+    # Stored responses
+
+    async def with_store(self, function: Callable[[Store], T]) -> T:
+        """Call a function with the database in a thread, in the lane of stored responses, and return what it returns.
+
+        A checkpoint. If it is cancelled, the thread may go on until its statement is done.
+
+        Raises:
+            StoreError: the database cannot be reached.
+        """
+        return await self._in_thread(function, self._storing, abandon=True)
+
     # Running
 
     async def load(self) -> None:
@@ -210,7 +232,7 @@ class Accounts:
                 logger.error("the usage of the last requests is lost", extra={"fields": {"requests": left}})
             with trio.move_on_after(CLOSE_TIMEOUT):
                 # Threads that were abandoned still use connections, which would not be closed.
-                for limiter in (self._writing, self._reading):
+                for limiter in (self._writing, self._reading, self._storing):
                     for _ in range(int(limiter.total_tokens)):
                         await limiter.acquire_on_behalf_of(object())
             self._store.close()
@@ -276,7 +298,11 @@ class Accounts:
 
     def _take(self, snapshot: KeySnapshot) -> None:
         self.table.replace(snapshot.keys, required=snapshot.required)
-        self._records = {record.name: record for record, _ in snapshot.keys}
+        records = {record.name: record for record, _ in snapshot.keys}
+        for name, record in self._records.items():
+            if name not in records or records[name].created_at != record.created_at:
+                self.on_revoked(name)
+        self._records = records
         self._changes = snapshot.changes
 
     async def _read(self, function: Callable[[Store], T]) -> T:

@@ -81,6 +81,7 @@ class KeyRecord:
             limits=None if limits == Limits(budget_per=self.budget_per) else limits,
             weight=self.weight,
             priority=self.priority,
+            created_at=self.created_at,
         )
 
 

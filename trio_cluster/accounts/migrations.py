@@ -153,5 +153,33 @@ def _add_audit(connection: sa.Connection) -> None:
     metadata.create_all(connection)
 
 
+def _add_stored(connection: sa.Connection) -> None:
+    metadata = sa.MetaData()
+    sa.Table(
+        "tc_stored",
+        metadata,
+        sa.Column("owner", sa.Text, primary_key=True),
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("time", sa.Float(53), nullable=False),
+        sa.Column("size", sa.BigInteger, nullable=False),
+        *(sa.Column(name, sa.LargeBinary, nullable=False) for name in ("head", "context", "output")),
+        sa.Index("tc_stored_by_time", "time", "size", "owner", "id"),
+    )
+    sa.Table(
+        "tc_stored_items",
+        metadata,
+        sa.Column("owner", sa.Text, primary_key=True),
+        sa.Column("item", sa.Text, primary_key=True),
+        sa.Column("stored", sa.Text, nullable=False),
+        sa.Index("tc_stored_items_by_stored", "owner", "stored"),
+    )
+    metadata.create_all(connection)
+
+
 #: All steps, oldest first.
-MIGRATIONS: Final[tuple[Callable[[sa.Connection], None], ...]] = (_add_keys, _add_usage, _add_audit)
+MIGRATIONS: Final[tuple[Callable[[sa.Connection], None], ...]] = (
+    _add_keys,
+    _add_usage,
+    _add_audit,
+    _add_stored,
+)

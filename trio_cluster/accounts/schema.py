@@ -13,7 +13,18 @@ from typing import Final
 
 import sqlalchemy as sa
 
-__all__ = ["audit", "digests", "keys", "metadata", "settings", "usage", "usage_days", "usage_writers"]
+__all__ = [
+    "audit",
+    "digests",
+    "keys",
+    "metadata",
+    "settings",
+    "stored",
+    "stored_items",
+    "usage",
+    "usage_days",
+    "usage_writers",
+]
 
 metadata: Final = sa.MetaData()
 
@@ -116,4 +127,30 @@ audit: Final = sa.Table(
     sa.Column("action", sa.Text, nullable=False),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.Text, nullable=False),  # a JSON object
+)
+
+#: Stored responses and conversations, each complete with its input, as JSON.
+stored: Final = sa.Table(
+    "tc_stored",
+    metadata,
+    # The name of the key, a line feed, and when the key was made.
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("time", sa.Float(53), nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("head", sa.LargeBinary, nullable=False),  # an object without its items
+    sa.Column("context", sa.LargeBinary, nullable=False),  # an array of items: the input
+    sa.Column("output", sa.LargeBinary, nullable=False),  # an array of items
+    # What the bounds need is in the index, so that the large columns are not read.
+    sa.Index("tc_stored_by_time", "time", "size", "owner", "id"),
+)
+
+#: In which of them an item is.
+stored_items: Final = sa.Table(
+    "tc_stored_items",
+    metadata,
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("item", sa.Text, primary_key=True),
+    sa.Column("stored", sa.Text, nullable=False),
+    sa.Index("tc_stored_items_by_stored", "owner", "stored"),
 )

@@ -32,6 +32,7 @@ from .audit import AuditEntry
 from .errors import StoreError
 from .keys import KeyDigest, KeyRecord
 from .migrations import SchemaTooNew, migrate
+from .stored_row import StoredRow, choose_victims
 from .usage_row import COLUMNS, COUNTS, DAY, UsageQuery, UsageRow, fold
 
 __all__ = ["KeySnapshot", "Store"]
@@ -137,11 +138,14 @@ class Store:
             return self._changed(connection, entry)
 
     def remove_key(self, name: str, entry: AuditEntry) -> KeySnapshot | None:
-        """Delete a key, and return all others; ``None``: there is no such key."""
+        """Delete a key and what it has stored, and return all others; ``None``: there is no such key."""
         with self._write() as connection:
             if connection.execute(sa.delete(schema.keys).where(schema.keys.c.name == name)).rowcount == 0:
                 return None
             connection.execute(sa.delete(schema.digests).where(schema.digests.c.name == name))
+            for table in (schema.stored, schema.stored_items):
+                of_key = table.c.owner.startswith(f"{name}\n", autoescape=True)
+                connection.execute(sa.delete(table).where(of_key))
             return self._changed(connection, entry)
 
     def rotate_key(self, name: str, digest: str, old_until: float, entry: AuditEntry) -> KeySnapshot | None:
@@ -265,6 +269,113 @@ class Store:
                 for row in connection.execute(newest)
             ]
 
+    # Stored responses
+
+    def put_stored(
+        self, row: StoredRow, items: Iterable[str], bounds: tuple[int, int, float] | None = None
+    ) -> bool:
+        """Store a row, in the place of one of the same owner and id.
+
+        Args:
+            row: the row.
+            items: the ids of the items in it.
+            bounds: how many rows there may be, how many bytes they may have, and the time before which they are
+                deleted; ``None``: they are not looked at.
+
+        Returns:
+            ``True``.
+        """
+        values = attrs.asdict(row, recurse=False) | {"size": row.size}
+        insert = self._insert(schema.stored).values(values)
+        with self._write() as connection:
+            connection.execute(
+                insert.on_conflict_do_update(
+                    index_elements=[schema.stored.c.owner, schema.stored.c.id],
+                    set_={name: insert.excluded[name] for name in values if name not in ("owner", "id")},
+                )
+            )
+            self._note_items(connection, row.owner, row.id, items)
+            if bounds is not None:
+                _keep_bounds(connection, *bounds, (row.owner, row.id))
+        return True
+
+    def extend_stored(
+        self,
+        owner: str,
+        row_id: str,
+        array: bytes,
+        items: Iterable[str],
+        now: float,
+        since: float,
+        bounds: tuple[int, int, float] | None = None,
+    ) -> bool:
+        """Add a JSON array of items to the context of a row, and return whether there is this row.
+
+        Args:
+            owner, row_id: the row.
+            array: is added.
+            items: the ids of the items in it.
+            now: the new time of the row.
+            since: an older row counts as deleted.
+            bounds: as for :meth:`put_stored`.
+        """
+        stored = schema.stored
+        with self._write() as connection:
+            found = connection.execute(_find_stored(owner, [row_id], since).with_for_update()).one_or_none()
+            if found is None:
+                return False
+            context = bytes(found.context)
+            if context == b"[]":
+                context = array
+            elif array != b"[]":
+                context = context[:-1] + b"," + array[1:]
+            size = len(found.head) + len(context) + len(found.output)
+            this = sa.update(stored).where(stored.c.owner == owner, stored.c.id == row_id)
+            connection.execute(this.values(context=context, size=size, time=now))
+            self._note_items(connection, owner, row_id, items)
+            if bounds is not None:
+                _keep_bounds(connection, *bounds, (owner, row_id))
+        return True
+
+    def get_stored(self, owner: str, row_id: str, since: float) -> StoredRow | None:
+        """Return a row; ``None`` if there is none of this owner and id, or only an older one."""
+        with self._read() as connection:
+            found = connection.execute(_find_stored(owner, [row_id], since)).one_or_none()
+            return None if found is None else _stored_row(found)
+
+    def delete_stored(self, owner: str, row_id: str, since: float) -> bool:
+        """Delete a row, and return whether it was there; an older one counts as deleted."""
+        with self._write() as connection:
+            found = connection.execute(_find_stored(owner, [row_id], since)).one_or_none()
+            _delete_stored(connection, [(owner, row_id)])
+            return found is not None
+
+    def find_stored(self, owner: str, items: Iterable[str], since: float) -> list[StoredRow]:
+        """Return rows of an owner that have these items, as far as any has."""
+        table = schema.stored_items
+        wanted = sa.select(table.c.stored).distinct().where(table.c.owner == owner)
+        with self._read() as connection:
+            ids = connection.scalars(wanted.where(table.c.item.in_(list(items)))).all()
+            return [_stored_row(row) for row in connection.execute(_find_stored(owner, ids, since))]
+
+    def delete_old_stored(self, before: float) -> None:
+        """Delete the rows that were stored before a time."""
+        with self._write() as connection:
+            _delete_old_stored(connection, before)
+
+    def _note_items(self, connection: sa.Connection, owner: str, row_id: str, items: Iterable[str]) -> None:
+        # In one order, so that two masters never wait for each other's rows.
+        rows = [{"owner": owner, "item": item, "stored": row_id} for item in sorted(set(items))]
+        if rows:
+            table = schema.stored_items
+            insert = self._insert(table)
+            connection.execute(
+                insert.on_conflict_do_update(
+                    index_elements=[table.c.owner, table.c.item], set_={"stored": insert.excluded.stored}
+                ),
+                rows,
+            )
+
     # What all of these use
 
     def _create_engine(self, database: str | Path) -> sa.Engine:
@@ -365,6 +476,42 @@ class Store:
         ]
         if rows:
             connection.execute(self._insert(schema.audit).on_conflict_do_nothing(), rows)
+
+
+def _find_stored(owner: str, ids: Sequence[str], since: float) -> sa.Select[Any]:
+    stored = schema.stored
+    return sa.select(stored).where(stored.c.owner == owner, stored.c.id.in_(ids), stored.c.time >= since)
+
+
+def _stored_row(row: Any) -> StoredRow:
+    return StoredRow(row.owner, row.id, row.time, bytes(row.head), bytes(row.context), bytes(row.output))
+
+
+def _delete_stored(connection: sa.Connection, rows: Iterable[tuple[str, str]]) -> None:
+    values = [{"of": owner, "this": row_id} for owner, row_id in rows]
+    if values:
+        for table, column in ((schema.stored, "id"), (schema.stored_items, "stored")):
+            this = sa.delete(table).where(table.c.owner == sa.bindparam("of"))
+            connection.execute(this.where(table.c[column] == sa.bindparam("this")), values)
+
+
+def _delete_old_stored(connection: sa.Connection, before: float) -> None:
+    stored = schema.stored
+    old = sa.select(stored.c.owner, stored.c.id).where(stored.c.time < before).order_by(stored.c.owner)
+    _delete_stored(connection, [(row.owner, row.id) for row in connection.execute(old)])
+
+
+def _keep_bounds(
+    connection: sa.Connection, most: int, most_size: int, since: float, newest: tuple[str, str]
+) -> None:
+    stored = schema.stored
+    _delete_old_stored(connection, since)
+    totals = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(stored.c.size), 0))
+    count, size = connection.execute(totals.select_from(stored)).one()
+    if count > most or size > most_size:
+        all_rows = sa.select(stored.c.owner, stored.c.id, stored.c.size).order_by(stored.c.time)
+        rows = [(row.owner, row.id, row.size) for row in connection.execute(all_rows)]
+        _delete_stored(connection, sorted(choose_victims(rows, most, most_size, newest)))
 
 
 def _as_json(rows: Sequence[UsageRow]) -> str:

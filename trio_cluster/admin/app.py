@@ -25,6 +25,7 @@ from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
 from .operator import add_operator_routes
 from .routes import add_routes
+from .stored import add_stored_routes
 from .web import make_app, path_lookup, replace_asgi_app, respond
 
 __all__ = ["create_app", "put_gateway_in_front"]
@@ -51,6 +52,7 @@ def create_app(node_context: NodeContext, membership: Membership | None = None) 
     add_routes(app, node_context)
     add_operator_routes(app, node_context)
     add_account_routes(app, node_context)
+    add_stored_routes(app, node_context)
     if membership is not None:
         add_membership_routes(app, membership, node_context.audit)
     return app

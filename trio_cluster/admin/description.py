@@ -24,6 +24,7 @@ from ..openai import (
     ERRORS,
     MESSAGE_ERROR_SCHEMA,
     MESSAGE_PREFIX,
+    METADATA,
     describe_endpoints,
     error_responses,
 )
@@ -170,6 +171,37 @@ _GRACE: Final = {
     "additionalProperties": False,
 }
 
+_ANY: Final[dict[str, Any]] = {}
+_ITEM: Final = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}, "type": {"type": "string"}},
+    "required": ["id", "type"],
+}
+_ITEMS: Final = {
+    "type": "object",
+    "properties": {
+        "object": {"type": "string", "enum": ["list"]},
+        "data": {"type": "array", "items": _ITEM},
+        "first_id": {"type": ["string", "null"]},
+        "last_id": {"type": ["string", "null"]},
+        "has_more": {"type": "boolean"},
+    },
+    "required": ["object", "data", "first_id", "last_id", "has_more"],
+}
+_ADDED: Final = {"type": "array", "items": {"type": "object"}, "maxItems": 20}
+_CHANGED_CONVERSATION: Final = {
+    "type": "object",
+    "properties": {"metadata": {"anyOf": [METADATA.schema(), {"type": "null"}]}},
+}
+_NEW_CONVERSATION: Final = {
+    "type": "object",
+    "properties": {
+        "items": {"anyOf": [_ADDED, {"type": "null"}]},
+        "metadata": {"anyOf": [METADATA.schema(), {"type": "null"}]},
+    },
+}
+_NEW_ITEMS: Final = {"type": "object", "properties": {"items": _ADDED}, "required": ["items"]}
+
 _REFERENCE: Final = "#/components/schemas/{name}"
 
 #: Headers of errors by status, besides those that every answer has.
@@ -296,6 +328,7 @@ def _node_paths() -> dict[str, Any]:
         "/cluster/usage": {"get": all_usage},
         "/v1/usage": {"get": own_usage},
         "/cluster/audit": {"get": audit},
+        **_stored_paths(),
         "/v1/models": {"get": list_models},
         "/v1/models/{model}": {
             "parameters": [model],
@@ -313,6 +346,81 @@ def _node_paths() -> dict[str, Any]:
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }
+
+
+def _stored_paths() -> dict[str, Any]:
+    response = _parameter("response_id", "The `id` of a response.")
+    conversation = _parameter("conversation_id", "The `id` of a conversation.")
+    item = _parameter("item_id", "The `id` of an item.")
+    listed = [
+        _query(
+            "limit",
+            "Items at most, from 1 to 100; 20 by default.",
+            {"type": "integer", "minimum": 1, "maximum": 100},
+        ),
+        _query("order", "`desc` by default: newest first.", {"type": "string", "enum": ["asc", "desc"]}),
+        _query("after", "The `id` of the item after which the list begins.", {"type": "string"}),
+    ]
+    errors = (400, 401, 404, 503)
+    list_input = _operation("input_items", "List the input of a stored response", _ITEMS, *errors)
+    list_items = _operation("conversation_items", "List the items of a conversation", _ITEMS, *errors)
+    list_input["parameters"] = list_items["parameters"] = listed
+    retrieve = _operation("response", "Retrieve a stored response", _object("response"), *errors)
+    retrieve["parameters"] = [_query("stream", "Must be false.", {"type": "boolean", "enum": [False]})]
+    cancel = _operation("cancel_response", "Refused: no response outlives its request", _ANY, *errors)
+    del cancel["responses"]["200"]
+    of_conversation = _object("conversation")
+    create = _operation("create_conversation", "Make a conversation", of_conversation, 400, 401, 413, 503)
+    create["requestBody"] = {"content": {"application/json": {"schema": _NEW_CONVERSATION}}}
+    change = _operation(
+        "change_conversation", "Change the metadata of a conversation", of_conversation, *errors, 413
+    )
+    change["requestBody"] = {"content": {"application/json": {"schema": _CHANGED_CONVERSATION}}}
+    add = _operation("add_conversation_items", "Add items to a conversation", _ITEMS, *errors, 413)
+    add["requestBody"] = {"required": True, "content": {"application/json": {"schema": _NEW_ITEMS}}}
+    return {
+        "/v1/responses/{response_id}": {
+            "parameters": [response],
+            "get": retrieve,
+            "delete": _operation(
+                "delete_response", "Delete a stored response", _object("response", deleted=True), *errors
+            ),
+        },
+        "/v1/responses/{response_id}/input_items": {"parameters": [response], "get": list_input},
+        "/v1/responses/{response_id}/cancel": {"parameters": [response], "post": cancel},
+        "/v1/conversations": {"post": create},
+        "/v1/conversations/{conversation_id}": {
+            "parameters": [conversation],
+            "get": _operation("conversation", "Retrieve a conversation", of_conversation, *errors),
+            "post": change,
+            "delete": _operation(
+                "delete_conversation",
+                "Delete a conversation",
+                _object("conversation.deleted", deleted=True),
+                *errors,
+            ),
+        },
+        "/v1/conversations/{conversation_id}/items": {
+            "parameters": [conversation],
+            "get": list_items,
+            "post": add,
+        },
+        "/v1/conversations/{conversation_id}/items/{item_id}": {
+            "parameters": [conversation, item],
+            "get": _operation("conversation_item", "Retrieve an item of a conversation", _ITEM, *errors),
+            "delete": _operation(
+                "delete_conversation_item", "Delete an item of a conversation", of_conversation, *errors
+            ),
+        },
+    }
+
+
+def _object(name: str, *, deleted: bool = False) -> dict[str, Any]:
+    """Return the schema of an object of the OpenAI API, of which only the kind is described."""
+    properties = {"id": {"type": "string"}, "object": {"type": "string", "enum": [name]}}
+    if deleted:
+        properties["deleted"] = {"type": "boolean"}
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _view(view: type) -> dict[str, Any]:

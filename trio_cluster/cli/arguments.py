@@ -419,6 +419,21 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "where keys and usage are kept, if not in the state directory",
         )
         add("--usage-days", "usage_days", int, "DAYS", "how long the row of each request is kept")
+        add("--stored-responses", "stored_responses", int, "N", "how many responses are stored; 0: none")
+        add(
+            "--stored-responses-size",
+            "stored_responses_size",
+            int,
+            "BYTES",
+            "how many bytes stored responses may take",
+        )
+        add(
+            "--stored-responses-lifetime",
+            "stored_responses_lifetime",
+            float,
+            "SECONDS",
+            "how long a stored response is kept",
+        )
         add(
             "--tls",
             "tls",

@@ -56,6 +56,9 @@ class Principal:
     weight: float = 1.0
     """Its share of a node that is busy, relative to the weights of others that wait."""
     priority: Priority = "normal"
+    created_at: float = 0.0
+    """When its key was made, in seconds since the epoch; 0: not known. It tells a key from an earlier one of the same
+    name that was revoked."""
 
 
 #: The principal of requests to a node that requires no key.

@@ -19,8 +19,9 @@ __all__ = ["Request"]
 class Request:
     """One request for one model. It can be answered on this node or on any other.
 
-    ``body`` and ``content_type`` are what the client sent, byte for byte; nothing between the client and the handler
-    rewrites them. If the body is still arriving, it is in ``upload``, and ``body`` is empty.
+    ``body`` and ``content_type`` are what the client sent, byte for byte; nothing between the gateway and the handler
+    rewrites them. The gateway does if the path names the model, or for stored responses. If the body is still arriving,
+    it is in ``upload``, and ``body`` is empty.
     """
 
     endpoint: str

@@ -22,6 +22,7 @@ from ..limits.reservation import Reservation
 from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek
 from .body import RequestBody, SpooledBody
 from .deadlines import ResponseDeadlines
+from .stored_responses import StoredAnswer
 
 __all__ = ["RequestContext", "request_context"]
 
@@ -55,6 +56,7 @@ class RequestContext:
         reservation: what the request holds of the limits of its key; ``None`` if the key has none, or they were not
             reached yet. Set by the key limits stage.
         limit_state: what was left of these limits then.
+        stored: stores the answer when it is complete; ``None`` if it is not to be stored. Set by the parse stage.
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
         began: the time at which the request arrived, by ``time.monotonic()``, in seconds.
@@ -85,6 +87,7 @@ class RequestContext:
         "request_id",
         "reservation",
         "spool",
+        "stored",
     )
 
     request_body: RequestBody
@@ -115,6 +118,7 @@ class RequestContext:
         self.errors: ErrorFamily = OPENAI_ERRORS
         self.spool: SpooledBody | None = None
         self.form_peek: FormPeek | None = None
+        self.stored: StoredAnswer | None = None
         self.reservation: Reservation | None = None
         self.limit_state: LimitState | None = None
         self.request_id = _request_id(self.header(b"x-request-id"))

@@ -31,13 +31,14 @@ from ..net.sockets import shown_address
 from ..openai import OPENAI_ERRORS, Endpoint, endpoint_named
 from .auth import hide_models, is_open
 from .body import ClientLeft, RequestBody
+from .capture import capture
 from .context import RequestContext
 from .cors import answer_preflight, cors_headers
 from .direct import Connection
 from .key_limits import with_limit_headers
 from .relay import relay
 from .response import Reply, error_reply, reply_head
-from .routes import MODEL_ROUTES, canonical_path, custom_route, error_family
+from .routes import MODEL_ROUTES, canonical_path, custom_route, error_family, may_be_custom
 from .stage import Pipeline
 
 __all__ = ["RequestCycle"]
@@ -194,7 +195,7 @@ class RequestCycle:
             return None
         path = path.rstrip("/")
         endpoint = MODEL_ROUTES.get(path)
-        if endpoint is not None or self._pipeline.has_route(path):
+        if endpoint is not None or (self._pipeline.has_route(path) and not may_be_custom(path)):
             return endpoint
         name = custom_route(path)
         return endpoint_named(name) if self._node_context.router.catalog.answers(name) else None
@@ -207,6 +208,8 @@ class RequestCycle:
             for stage in pipeline.dispatch if context.principal.limits is None else pipeline.limited_dispatch:
                 await stage.admit(context)
             reply = await relay(self._node_context, context)
+            if context.stored is not None:
+                reply = await capture(reply, context.stored)
         except ApiError as error:
             # The call may keep this error as its end. With a traceback, the call and the error would refer to each
             # other, and wait for the garbage collector.

@@ -19,6 +19,7 @@ from ..limits.limiter import Limiter
 from ..limits.memory import MemoryLimiter
 from ..options import ClusterServerOptions
 from ..routing.router import Router
+from ..stored.record import ResponseStore
 from .auth import Authenticator
 from .context import RequestContext
 
@@ -71,6 +72,8 @@ class NodeContext:
     """The keys and the usage; ``None``: the node has no database. Not to be changed after the gateway was made."""
     audit: AuditLog = attrs.field(factory=AuditLog)
     """Records what operators and admins do."""
+    responses: ResponseStore | None = None
+    """Keeps responses that later requests may refer to; ``None``: the node stores none."""
     limiter: Limiter = attrs.field(factory=MemoryLimiter)
     """Counts the requests of keys that have limits."""
     authenticator: Authenticator | None = None

@@ -21,13 +21,23 @@ from ..core.provenance import MAX_CLUSTERS, VIA_HEADER, format_via, parse_via
 from ..core.request import Request
 from ..core.threads import run_in_thread
 from ..errors import ApiError, InvalidRequest, LoopDetected, ModelUnavailable, NotSupported, WrongKind
-from ..openai import Endpoint, FormPeek, is_form, media_type, peek_model, read_object, require_one_model
+from ..openai import (
+    Endpoint,
+    FormPeek,
+    ItemReferenced,
+    is_form,
+    media_type,
+    peek_model,
+    read_object,
+    require_one_model,
+)
 from ..routing.catalog import Catalog
 from .auth import require_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
 from .node_context import NodeContext
 from .query import forwarded_query
+from .stored_responses import refuse_stored, resolve, without_store
 
 __all__ = ["Parse"]
 
@@ -93,7 +103,10 @@ class Parse:
             if context.principal.models:
                 # Before anything is said about the model. A body without one is refused below.
                 require_model(context.principal, await _parse(peek_model, body, content_type) or "")
-            info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+            if endpoint.is_stored and not form:
+                body, info, parsed = await _read_stored(node_context, context, body, content_type, headers)
+            else:
+                info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
         if context.principal.models:
             require_model(context.principal, info.name)
         if VIA_HEADER in headers or info.name in catalog.passthrough:
@@ -287,6 +300,63 @@ def _not_answered(catalog: Catalog, name: str, kind: Kind, error: ApiError) -> A
     if info is None:
         return error
     return NotSupported(name, "count tokens") if info.kind == kind else WrongKind(name, info.kind, kind)
+
+
+async def _read_stored(
+    node_context: NodeContext,
+    context: RequestContext,
+    body: bytes,
+    content_type: str,
+    headers: dict[str, str],
+) -> tuple[bytes, ModelInfo, Any]:
+    """Do what :func:`_read_whole` does for a route whose answers are stored, and return the body to forward first."""
+    endpoint, store = context.endpoint, node_context.responses
+    assert endpoint is not None
+    if store is not None and not store.enabled:
+        store = None
+    info: ModelInfo | None = None
+    parsed: Any = None
+    untouched = False
+    raw: dict[str, Any]
+    try:
+        info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        if parsed is not None:
+            raw = parsed.raw
+        elif store is None:
+            return body, info, None
+        else:
+            untouched = True
+            raw = await _parse(read_object, body)
+    except ItemReferenced:
+        if store is None:
+            raise
+        raw = await _parse(read_object, body)
+    except InvalidRequest:
+        if info is None:
+            raise
+        # The server behind the model says what is wrong.
+        return body, info, None
+    if store is None:
+        assert info is not None
+        refuse_stored(raw)
+        if raw.get("store") is not False:
+            # The answer repeats it.
+            body = await _parse(without_store, body, raw)
+            raw["store"] = False
+        return body, info, parsed
+    most = node_context.options.stored_responses_size
+    answer = await resolve(store, context.principal, body, raw, untouched=untouched, most=most)
+    if answer is not None:
+        if answer.is_needed:
+            context.stored = answer
+        if answer.body is not body:
+            body = answer.body
+            if len(body) > node_context.options.server.max_json_size:
+                raise too_large(node_context.options.server.max_json_size)
+            if not untouched:
+                info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+    assert info is not None
+    return body, info, parsed
 
 
 async def _parse(function: Callable[..., Any], body: bytes, *more: Any) -> Any:

@@ -5,9 +5,10 @@ A request passes these steps, in this order; each is a module here:
 1. ``cycle.py`` checks the request line, and answers a browser's preflight (``cors.py``).
 2. *Admission*: ``auth.py``, ``origin.py`` and ``limits.py``. Every request passes these stages before its body is read.
 3. *Dispatch*, for a request for a model (``routes.py``): ``parse.py`` reads and validates the body (``body.py``),
-   ``key_limits.py`` admits the request if its key has limits, and ``route.py`` opens the call.
+   ``key_limits.py`` admits the request if its key has limits, and ``route.py`` opens the call. What a request refers to
+   is put in by ``stored_responses.py``.
 4. ``relay.py`` makes a reply (``response.py``) of the call, whose tokens take the fast path (``direct.py``) if
-   possible.
+   possible. An answer that is stored passes ``capture.py``.
 
 A request that is not for a model goes to the application behind the gateway, which is slower and may be.
 """

@@ -34,6 +34,7 @@ from ..core.request import Request
 from ..errors import ApiError, HandlerFailed
 from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING
 from .auth import hide_models
+from .capture import FinalEventBuffer
 from .context import RequestContext
 from .direct import Connection, DirectWriter
 from .keepalive import expects_events
@@ -196,7 +197,8 @@ class StreamingBody:
         self._context = context
         self._first = first
         self._grammar = context.endpoint.failure
-        self._events = EventBuffer(keep_first=self._grammar.needs_first) if events else None
+        buffer = EventBuffer if context.stored is None else FinalEventBuffer
+        self._events = buffer(keep_first=self._grammar.needs_first) if events else None
         self._knows_grammar = _knows_grammar(node_context, context.request)
         self._deadlines = context.deadlines
         self._silent_since = silent_since

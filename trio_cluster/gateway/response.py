@@ -29,13 +29,12 @@ _MAX_RETRY_AFTER: Final = 86_400
 
 
 class Body(Protocol):
-    """A body that is still arriving.
+    """A body that is still arriving."""
 
-    Attributes:
-        complete: the piece that was received last is the end of the body, and the answer has not failed.
-    """
-
-    complete: bool
+    @property
+    def complete(self) -> bool:
+        """Whether the piece that was received last is the end of the body, and the answer has not failed."""
+        ...
 
     async def receive(self) -> bytes:
         """Return the next piece, and wait for it. An empty piece means that the connection has unsent bytes to write.

@@ -7,7 +7,7 @@ from typing import Final
 
 from ..openai import ENDPOINTS, MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
 
-__all__ = ["MODEL_ROUTES", "PREFIXES", "canonical_path", "custom_route", "error_family"]
+__all__ = ["MODEL_ROUTES", "PREFIXES", "canonical_path", "custom_route", "error_family", "may_be_custom"]
 
 #: Every route of the OpenAI API is served under each of these.
 PREFIXES: Final = ("/v1", "")
@@ -34,6 +34,15 @@ def error_family(path: str) -> ErrorFamily:
     if endpoint is not None:
         return endpoint.errors
     return MESSAGE_ERRORS if path.startswith(_MESSAGES_API) else OPENAI_ERRORS
+
+
+#: Stored responses are not posted to by their ids. Servers behind passthrough models have routes there.
+_BELOW_RESPONSES: Final = re.compile(r"(?:/v1)?/responses/[^/]+")
+
+
+def may_be_custom(path: str) -> bool:
+    """Return whether a path that the application has may be a custom route for all that, if it is posted to."""
+    return _BELOW_RESPONSES.fullmatch(path) is not None
 
 
 #: Other paths that clients know for what is served here.

@@ -10,7 +10,7 @@ the two together.
 
 from .endpoints import COUNT_TOKENS, ENDPOINTS, KNOWN_STREAMS, Endpoint, custom_path, endpoint_named
 from .error_families import MESSAGE_ERRORS, OPENAI_ERRORS, ErrorFamily
-from .failures import EndDetector, FailureGrammar, read_error
+from .failures import UNKNOWN_RESPONSE, EndDetector, FailureGrammar, read_error
 from .json_values import read_object
 from .openapi import (
     ERROR,
@@ -22,6 +22,8 @@ from .openapi import (
 )
 from .requests.forms import FormReader, is_form, media_type
 from .requests.peek import FormPeek, asks_for_events, peek_model, require_one_model
+from .requests.responses_api_input import ItemReferenced, check_items, is_reference
+from .requests.tables import METADATA
 from .requests.types import (
     ASRRequest,
     ChatRequest,
@@ -51,8 +53,10 @@ __all__ = [
     "MESSAGE_ERRORS",
     "MESSAGE_ERROR_SCHEMA",
     "MESSAGE_PREFIX",
+    "METADATA",
     "NO_PROXY_BUFFERING",
     "OPENAI_ERRORS",
+    "UNKNOWN_RESPONSE",
     "ASRRequest",
     "ChatRequest",
     "CustomRequest",
@@ -67,6 +71,7 @@ __all__ = [
     "FormReader",
     "ImageEditRequest",
     "ImageGenRequest",
+    "ItemReferenced",
     "ModelRequest",
     "ModerationRequest",
     "OutputCheck",
@@ -74,6 +79,7 @@ __all__ = [
     "RerankRequest",
     "TTSRequest",
     "asks_for_events",
+    "check_items",
     "custom_path",
     "describe_endpoints",
     "endpoint_named",
@@ -82,6 +88,7 @@ __all__ = [
     "error_responses",
     "event",
     "is_form",
+    "is_reference",
     "media_type",
     "peek_model",
     "read_error",

@@ -131,6 +131,8 @@ class Endpoint:
     """How the errors of this route look, and which headers its answers have."""
     optional: Kind | None = None
     """For a route that a model answers only if its handler can: the kind of the models that may."""
+    is_stored: bool = False
+    """Its answers can be stored, and its requests may refer to stored ones; see ``gateway/stored_responses.py``."""
 
 
 def _text(shape: TextShape, request: ChatRequest, answer_id: str, created: int) -> Encoder:
@@ -214,6 +216,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
                 RESPONSE,
                 _JSON_OR_EVENTS,
                 failure=RESPONSE_FAILED,
+                is_stored=True,
             ),
             Endpoint(
                 "messages",
@@ -303,7 +306,7 @@ KNOWN_STREAMS: Final = frozenset({*ENDPOINTS, "/v1/messages"})
 _BY_PATH: Final = {f"/v1{endpoint.path}": endpoint for endpoint in ENDPOINTS.values()}
 
 #: Paths that cannot become custom routes.
-_TAKEN: Final = {"/v1/models", *_BY_PATH}
+_TAKEN: Final = {"/v1/models", "/v1/conversations", *_BY_PATH}
 
 
 def custom_path(path: str) -> str:
@@ -313,7 +316,7 @@ def custom_path(path: str) -> str:
         ValueError: it cannot be the path of a route, or the API has this route.
     """
     path = checked_path(path)
-    if path in _TAKEN or path.startswith("/v1/models/"):
+    if path in _TAKEN or path.startswith(("/v1/models/", "/v1/conversations/")):
         raise ValueError(f"{path} is a route of the API already")
     return path
 

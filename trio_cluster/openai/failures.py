@@ -42,6 +42,7 @@ __all__ = [
     "MESSAGE_ERROR",
     "RESPONSE_FAILED",
     "TYPED_ERROR",
+    "UNKNOWN_RESPONSE",
     "EndDetector",
     "FailureGrammar",
     "read_error",
@@ -50,9 +51,12 @@ __all__ = [
 #: A quotation mark inside of a JSON string has a backslash before it, so this never matches inside of one.
 _NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
 
+#: The id of a response that has failed before it had one.
+UNKNOWN_RESPONSE: Final = "resp_unknown"
+
 #: The members that a response must have, where the response that has begun is not known.
 _UNKNOWN_RESPONSE: Final[dict[str, Any]] = {
-    "id": "resp_unknown",
+    "id": UNKNOWN_RESPONSE,
     "object": "response",
     "created_at": 0,
     "model": "",

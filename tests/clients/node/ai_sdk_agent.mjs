@@ -23,6 +23,7 @@ const tools = {
 };
 const ways = {
   "openai default": [openai(model), {}],
+  "openai previousResponseId": [openai(model), {}],
   "openai store=false": [openai(model), { openai: { store: false } }],
   "openai.chat": [openai.chat(model), {}],
   "compatible": [compatible(model), {}],
@@ -43,8 +44,15 @@ for (const [way, [languageModel, providerOptions]] of Object.entries(ways)) {
     const first = await generateText({ ...settings, messages });
     outcome.text = first.text;
     outcome.steps = first.steps.length;
-    messages.push(...first.response.messages, { role: "user", content: "Thanks." });
-    outcome.second = (await generateText({ ...settings, messages })).text;
+    const thanks = { role: "user", content: "Thanks." };
+    if (way === "openai previousResponseId") {
+      const previousResponseId = first.providerMetadata.openai.responseId;
+      settings.providerOptions = { openai: { previousResponseId } };
+      outcome.second = (await generateText({ ...settings, messages: [thanks] })).text;
+    } else {
+      messages.push(...first.response.messages, thanks);
+      outcome.second = (await generateText({ ...settings, messages })).text;
+    }
   } catch (error) {
     outcome.thrown = { name: error.name, message: error.message };
   }

@@ -1,10 +1,10 @@
 """Requests to ``/v1/responses``, translated into chat requests.
 
 Everything that both forms can express is translated, so a chat handler need not know which route a request came by.
-Fields that need a server with storage are refused by name; tools that the server would run are not offered (see
-``responses_api_tools.py``). Fields that only ask for
-something to be stored or included, and change nothing about the answer, are accepted and ignored: ``store``, most of
-``include``.
+Tools that the server would run are not offered (see ``responses_api_tools.py``). What refers to stored responses
+(``previous_response_id``, ``conversation``, references in ``input``) is resolved by the gateway, or refused there: the
+body that comes to a model has the whole input, and these fields only to be repeated in the answer. Most values of
+``include`` change nothing about the answer; they are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -97,6 +97,14 @@ _TEXT_SCHEMA: Final[Schema] = {
 
 _REASONING: Final = ObjectOf({"effort": ANY_STRING, "summary": ANY_STRING, "generate_summary": ANY_STRING})
 
+_CONVERSATION: Final = ObjectOf({"id": NOT_EMPTY}, ("id",))
+_CONVERSATION_SCHEMA: Final[Schema] = any_of(NOT_EMPTY.schema(), _CONVERSATION.schema())
+
+
+def _check_conversation(value: Any, name: str) -> None:
+    (NOT_EMPTY if isinstance(value, str) else _CONVERSATION)(value, name)
+
+
 #: The documented fields of the route.
 RESPONSE: Final = Table(
     ("model", "input"),
@@ -124,8 +132,8 @@ RESPONSE: Final = Table(
         "prompt_cache_key": ANY_STRING,
         "safety_identifier": ANY_STRING,
         "user": ANY_STRING,
-        "previous_response_id": _refused("responses are not stored, send the whole conversation as 'input'"),
-        "conversation": _refused("conversations are not stored, send the whole of it as 'input'"),
+        "previous_response_id": NOT_EMPTY,
+        "conversation": Custom(_check_conversation, _CONVERSATION_SCHEMA),
         "prompt": _refused("templates are not stored, send 'instructions' and 'input'"),
         "background": _refused("a response ends with the request that asked for it", allowed=(False,)),
     },

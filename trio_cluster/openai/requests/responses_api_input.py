@@ -5,8 +5,9 @@ assistant's message has everything in it: reasoning, text, tool calls. In a resp
 consecutive items of the assistant become one message, as long as a chat could have them in one: the items into which an
 answer of a model was split are joined again when the client sends them back.
 
-Items of other types belong to tools that the server would have to run, or to state that it would have to store. They
-are refused, since without them it would be another conversation.
+References to stored items never come here: the gateway has put the items in their place, or they are refused. Items of
+other types belong to tools that the server would have to run. They are refused, since without them it would be another
+conversation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .checks import (
 )
 from .schemas import Schema, any_of, members_of
 
-__all__ = ["INPUT", "of_type", "present", "unsupported"]
+__all__ = ["INPUT", "ItemReferenced", "check_items", "is_reference", "of_type", "present", "unsupported"]
 
 _ROLE: Final = OneOf(("user", "assistant", "system", "developer"))
 
@@ -43,6 +44,23 @@ _Check: TypeAlias = Callable[[Any, str], object]
 def unsupported(message: str, name: str) -> InvalidRequest:
     """Return the error for a feature of the API that this server does not have."""
     return InvalidRequest(message, param=name, code="unsupported_value")
+
+
+class ItemReferenced(InvalidRequest):
+    """An item of the input is only the id of a stored one. The gateway puts that in its place, if it stores any."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"'{name}' refers to an item, and nothing is stored here: send the item itself. With the AI SDK, set "
+            "providerOptions.openai.store to false, or use openai.chat(...), which asks /v1/chat/completions",
+            param=f"{name}.id",
+            code="unsupported_value",
+        )
+
+
+def is_reference(item: Any) -> bool:
+    """Return whether an item of an input is only the id of a stored one."""
+    return isinstance(item, dict) and _type_of(item) == "item_reference"
 
 
 def present(given: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
@@ -169,6 +187,7 @@ _CUSTOM_CALL: Final = ObjectOf(
     ("call_id", "name", "input"),
 )
 _OUTPUT: Final = ObjectOf({"call_id": NOT_EMPTY}, ("call_id", "output"))
+_REFERENCE: Final = ObjectOf({"id": NOT_EMPTY}, ("id",))
 _TEXTS: Final = ListOf(_PART_TEXT)
 _REASONING: Final = ObjectOf({"content": _TEXTS, "summary": _TEXTS})
 
@@ -281,11 +300,8 @@ def _check_item(item: Any, name: str) -> None:
         check, _ = _ITEMS[kind]
         check(item, name)
     elif kind == "item_reference":
-        raise unsupported(
-            f"'{name}' refers to an item, and nothing is stored here: send the item itself. With the AI SDK, set "
-            "providerOptions.openai.store to false, or use openai.chat(...), which asks /v1/chat/completions",
-            f"{name}.id",
-        )
+        _REFERENCE(item, name)
+        raise ItemReferenced(name)
     else:
         known = ", ".join(f"'{each}'" for each in _ITEMS)
         raise unsupported(
@@ -301,6 +317,17 @@ def _check_input(value: Any, name: str) -> None:
         raise wrong_type(name, "a string or an array of items", value)
     if not value:
         raise wrong_value(name, "at least 1 item", value)
+    check_items(value, name)
+
+
+def check_items(value: Any, name: str) -> None:
+    """Check a list of items that is not the input of a request, but may become a part of one.
+
+    Raises:
+        InvalidRequest: it is no list, or an item is not valid.
+    """
+    if not isinstance(value, list):
+        raise wrong_type(name, "an array of items", value)
     for i, item in enumerate(value):
         _check_item(item, f"{name}[{i}]")
 

@@ -198,16 +198,18 @@ class _Response(Encoder):
             "incomplete_details": None if why is None else {"reason": why},
             "model": self._request.model,
             "output": [item.whole() for item in self._items.all],
-            "previous_response_id": None,
+            "previous_response_id": asked.get("previous_response_id"),
             "reasoning": {"effort": None, "summary": None} | (asked.get("reasoning") or {}),
             "service_tier": "default",
-            "store": False,
+            "store": asked.get("store") is not False,
             "text": {"format": {"type": "text"}} | _given(asked.get("text")),
             "tools": [
                 _TOOL | tool if tool["type"] == "function" else tool for tool in asked.get("tools") or ()
             ],
             "usage": None if status == "in_progress" else self._usage_object(),
         }
+        if (conversation := asked.get("conversation")) is not None:
+            own["conversation"] = {"id": conversation} if isinstance(conversation, str) else conversation
         for name, default in _REPEATED.items():
             value = asked.get(name)
             own[name] = default if value is None else value
