@@ -205,7 +205,7 @@ class ServerThread:
     ) -> None:
         try:
             self.stop()
-        except BaseException:
+        except BaseException:  # noqa: ASYNC103
             # The block's own error is the one to raise; the server's has been logged.
             if error is None:
                 raise
@@ -221,7 +221,7 @@ class ServerThread:
         atexit.register(self._at_exit)
         try:
             trio.run(self._serve)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103  (the loop has ended; whoever waits for it is told)
             self._error = error
             if self._serves:
                 logger.error("the server has failed in its thread", exc_info=error)

@@ -117,8 +117,10 @@ class _CapturedBody:
         try:
             piece = await self._body.receive()
         except trio.EndOfChannel:
+            piece = None
+        if piece is None:
             await self._capture.end()
-            raise
+            raise trio.EndOfChannel
         await self._capture.feed(piece)
         if self._body.complete:
             await self._capture.end()

@@ -106,7 +106,7 @@ class AsyncioHandler:
         try:
             await _Relay(run, self._adapter, request).run(provider)
         finally:
-            await self.loop.release(run)
+            await self.loop.release(run)  # noqa: ASYNC102  (it shields itself)
 
 
 class _Relay:
@@ -154,9 +154,9 @@ class _Relay:
             try:
                 await self._push_all(provider)
             except BaseException as error:
-                await self._stop()
+                await self._stop()  # noqa: ASYNC102  (it shields itself, and repeats the cancellation)
                 if isinstance(error, trio.Cancelled) and isinstance(self._error, Exception):
-                    raise self._take_error() from error
+                    raise self._take_error() from error  # noqa: ASYNC104  (the handler has failed)
                 raise
         finally:
             take_back()

@@ -132,7 +132,7 @@ class AsyncioLoop:
                 run.start()
             await run.wait_started()
         except BaseException:
-            await self.release(run)
+            await self.release(run)  # noqa: ASYNC102  (it shields itself)
             raise
         return run
 
@@ -307,7 +307,7 @@ class LoopRun:
                     runner.run(self._serve())
                 finally:
                     self.closing = True
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103
             # Whatever it is, it ends with this thread. `SystemExit` of a callback comes this way, too.
             self._error = error
             if self.started:

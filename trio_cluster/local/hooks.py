@@ -159,7 +159,7 @@ async def _opened(entry: _Entry, failures: list[Exception]) -> AsyncIterator[Non
             try:
                 yield
             finally:
-                await _call(entry.hook, always=True)
+                await _call(entry.hook, always=True)  # noqa: ASYNC102  (what it awaits may be cancelled)
             return
         began = trio.current_time()
         async with AsyncExitStack() as stack:
