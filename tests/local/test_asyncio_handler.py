@@ -572,8 +572,9 @@ async def test_the_loop_ends_under_its_handlers(
     run.post(exits)
     error = await failure(call)
     assert error.code == "handler_failed"
-    assert "the asyncio loop has ended unexpectedly" in caplog.text
     await released(call)
+    await run.wait_ended()
+    assert "the asyncio loop has ended unexpectedly" in caplog.text
     # The next one begins again.
     events = await everything(bench.open(from_asyncio(fine, loop)))
     assert isinstance(events[-1], Done)
