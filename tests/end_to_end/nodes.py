@@ -208,13 +208,14 @@ class Nodes:
         """Start one.
 
         Args:
-            command: of ``trio-cluster``.
+            command: of ``trio-cluster``; or the file of a program, which is its own command line.
             arguments: of the command; all that matter to every node are added.
             models: the names of its models; without any it serves none.
             ready: wait until it is.
             variables: of its environment, beside those that it has anyway.
         """
-        words = [command, *map(str, arguments), "--log-format", "json"]
+        program = [command] if command.endswith(".py") else ["-m", "trio_cluster", command]
+        words = [*program, *map(str, arguments), "--log-format", "json"]
         if command != "worker":
             words += ["--host", "127.0.0.1"]
         if models:
@@ -222,7 +223,7 @@ class Nodes:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TRIO_CLUSTER_")}
         environ |= {"MODELS": models, "PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-W", "error", "-m", "trio_cluster", *words],
+            [sys.executable, "-W", "error", *words],
             cwd=self.directory,
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -233,7 +234,7 @@ class Nodes:
         self.all.append(node)
         self._nursery.start_soon(node.read)
         if ready:
-            await node.log(_READY[command])
+            await node.log(_READY.get(command, _READY["run"]))
         return node
 
     async def master(self, *arguments: str | int, models: str = "") -> Node:

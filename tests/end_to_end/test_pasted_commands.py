@@ -153,6 +153,9 @@ class Story:
         if program == "curl":
             await self._curl(words, command.variables)
             return
+        if program == "python" and words[0] in applications_of(self.page):
+            await self._start_master(words[0], words[1:], {**command.variables, **self.variables})
+            return
         assert program.endswith("trio-cluster"), f"neither run nor listed in NOT_RUN: {command}"
         name, words = words[0], words[1:]
         if name in ("master", "run"):

@@ -270,6 +270,8 @@ def asked(draw: st.DrawFn) -> Sent:
         ):
             # Prompts are answered one after the other, which may take longer than a drawn timeout.
             allowed = allowed and allowed | {504}
+        if endpoint.name == "responses" and _refers_to_what_is_stored(value):
+            allowed = allowed and allowed | {400, 404}
         body = draw(_dumped(value))
         if care == "garbage":
             body = draw(_garbage(body))
@@ -290,6 +292,18 @@ def asked(draw: st.DrawFn) -> Sent:
     if len(body) > LARGEST and allowed:
         allowed |= {413}
     return draw(_framed("POST", path.encode(), headers, body, allowed))
+
+
+def _refers_to_what_is_stored(value: Any) -> bool:
+    """Return whether a request names a response, a conversation or an item of one; there is none by these names."""
+    if not isinstance(value, dict):
+        return False
+    items = value.get("input")
+    return bool(
+        value.get("previous_response_id") is not None
+        or value.get("conversation") is not None
+        or (isinstance(items, list) and any(isinstance(item, dict) and "id" in item for item in items))
+    )
 
 
 @st.composite
