@@ -19,7 +19,8 @@ nitpicky = True
 # projects would have to be fetched from the network at every build.
 nitpick_ignore_regex = [
     ("py:.*", r"(asyncio|collections|contextlib|h11|pathlib|random|trio|typing)\..*"),
-    ("py:class", "QuartTrio|Ts"),
+    ("py:class", r"QuartTrio|Samples|Ts|Callable\[\[\]"),
+    ("py:exc", "InvalidRequest"),
     # Private modules of this package. Names directly in its public modules must exist.
     ("py:.*", r"trio_cluster\.(?!(engines|testing)\.[A-Za-z])\w+\..*"),
 ]

@@ -95,6 +95,16 @@ class _Patient(Wire):
                 return await self.answer(bodiless=bodiless)
             await self.until(b"\r\n\r\n")
 
+    async def ends_after_interim_answers(self) -> bool:
+        """Wait for a final answer to begin; whether there is none, but interim ones."""
+        while self._buffer.startswith(CONTINUE):
+            await self.until(b"\r\n\r\n")
+            while len(self._buffer) < len(CONTINUE) and await self.receive():
+                pass
+            if not self._buffer:
+                return True
+        return False
+
     async def receive_some(self, size: int) -> None:
         """Receive so many bytes, or what there is until the next pause."""
         with trio.move_on_after(0.01):
@@ -185,6 +195,9 @@ async def _ask_raw(wire: _Patient, sent: Sent, half_close: bool) -> None:
     while not await wire.ended():
         if b"HEAD" in sent.data:
             # One of them is an answer without a body, and it cannot be known which.
+            return
+        # A client that was told to go on, and ends in the middle of its body, has left.
+        if half_close and await wire.ends_after_interim_answers():
             return
         answer = await wire.final_answer()
         check(answer, sent, bodiless=False)
