@@ -16,6 +16,7 @@ from trio_cluster.engines.audio.container import FORMATS  # noqa: E402
 from trio_cluster.errors import ApiError, OptionsError  # noqa: E402
 from trio_cluster.openai.requests.tables import SPEECH  # noqa: E402
 from trio_cluster.openai.responses import speech  # noqa: E402
+from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 SAMPLES = np.arange(-500, 500, dtype="<i2").tobytes()
 
@@ -33,7 +34,7 @@ def test_the_formats_and_their_content_types_are_those_of_the_api() -> None:
 
 
 def test_wav_is_decoded_and_resampled() -> None:
-    data = wav.header(48_000, length=96_000) + wav.to_pcm16(np.full(48_000, 0.5, np.float32))
+    data = wav_header(48_000, length=96_000) + wav.to_pcm16(np.full(48_000, 0.5, np.float32))
     samples = decode_audio(data, rate=16_000, max_seconds=2)
     assert (samples.shape, samples.dtype) == ((16_000,), np.float32)
     assert samples[8000] == pytest.approx(0.5, abs=1e-3)
@@ -60,7 +61,7 @@ def test_what_cannot_be_decoded_is_refused(data: bytes, message: str) -> None:
 
 def test_audio_that_is_too_long_is_refused() -> None:
     with pytest.raises(ApiError, match="the audio is 2 s long; send at most 1 s"):
-        decode_audio(wav.header(1000, length=4000) + bytes(4000), rate=16_000, max_seconds=1)
+        decode_audio(wav_header(1000, length=4000) + bytes(4000), rate=16_000, max_seconds=1)
 
 
 def test_pcm_is_what_it_was_and_samples_may_arrive_in_halves() -> None:
@@ -83,7 +84,7 @@ def test_a_wav_file_has_one_header(channels: int) -> None:
 
 def test_a_wav_file_of_one_piece_states_its_length() -> None:
     data = AudioEncoder("wav", 24_000).encode(SAMPLES, last=True)
-    assert data == wav.header(24_000, length=len(SAMPLES)) + SAMPLES
+    assert data == wav_header(24_000, length=len(SAMPLES)) + SAMPLES
 
 
 @pytest.mark.parametrize("wanted", ["mp3", "opus", "aac", "flac"])

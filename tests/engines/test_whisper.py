@@ -19,6 +19,7 @@ from trio_cluster.engines.whisper import Segment, split_segments  # noqa: E402
 from trio_cluster.errors import ApiError  # noqa: E402
 from trio_cluster.local.slots import Slots  # noqa: E402
 from trio_cluster.openai import ASRRequest  # noqa: E402
+from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 END, NO_TIMES = 90, 99
 FIRST = NO_TIMES + 1
@@ -118,7 +119,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def audio(seconds: float) -> bytes:
     data = wav.to_pcm16(np.full(int(seconds * 16_000), 0.1, np.float32))
-    return wav.header(16_000, length=len(data)) + data
+    return wav_header(16_000, length=len(data)) + data
 
 
 async def transcribe(model: whisper.Whisper, seconds: float = 5, **fields: Any) -> dict[str, Any]:

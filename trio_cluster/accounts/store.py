@@ -54,7 +54,7 @@ _WRITES: Final = "trio_cluster_writes"
 #: Names in ``tc_settings``.
 _CHANGES: Final = "key_changes"
 _REQUIRED: Final = "keys_required"
-COLUMNSS_FROM: Final = "usage_rows_from"
+_ROWS_FROM: Final = "usage_rows_from"
 
 
 @attrs.frozen
@@ -214,7 +214,7 @@ class Store:
         rows = schema.usage
         old = sa.select(rows.c.id).where(rows.c.time < before).limit(_DELETED)
         with self._write() as connection:
-            self._set(connection, COLUMNSS_FROM, int(before))
+            self._set(connection, _ROWS_FROM, int(before))
             stale = schema.usage_writers.c.time < before
             connection.execute(sa.delete(schema.usage_writers).where(stale))
         while True:
@@ -230,7 +230,7 @@ class Store:
         """
         sums: dict[tuple[str, ...], list[int]] = {}
         with self._read() as connection:
-            rows_from = _setting(connection, COLUMNSS_FROM)
+            rows_from = _setting(connection, _ROWS_FROM)
             since = query.since if query.since is None or query.since >= rows_from else _floor(query.since)
             until = query.until if query.until is None or query.until >= rows_from else -_floor(-query.until)
             for row in connection.execute(_sum_days(query, since, until)).mappings():

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from trio_cluster.errors import InvalidRequest
+from trio_cluster.openai.responses.pcm import wav_header
 
 from .._engine import install_command
 
@@ -336,11 +337,9 @@ class AudioEncoder:
         if self._format == "pcm":
             return data
         if self._format == "wav":
-            from . import wav
-
             if first:
                 length = len(data) if last else None
-                return wav.header(self._rate, length=length, channels=self._channels) + data
+                return wav_header(self._rate, length=length, channels=self._channels) + data
             return data
         self._feed(data)
         if last:

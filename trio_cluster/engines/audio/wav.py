@@ -1,4 +1,4 @@
-"""WAV files and raw samples, in numpy: reading them at any rate, and writing them whole or as a stream.
+"""WAV files and raw samples, in numpy: reading them at any rate, and writing samples.
 
 The standard library's ``wave`` reads neither floating-point samples nor, before Python 3.12, the "extensible" headers
 that many programs write for 24 bits. It also trusts the length in the header, which a streamed file does not have. So
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ACCEPTED", "OtherFormatError", "WavError", "header", "read", "resample", "to_pcm16"]
+__all__ = ["ACCEPTED", "OtherFormatError", "WavError", "read", "resample", "to_pcm16"]
 
 Samples = NDArray[np.float32]
 
@@ -25,9 +25,6 @@ ACCEPTED: Final = "WAV with 8, 16, 24 or 32-bit PCM or 32 or 64-bit floating-poi
 _PCM: Final = 1
 _FLOAT: Final = 3
 _EXTENSIBLE: Final = 0xFFFE
-
-#: The length in the header of a streamed file, whose length is not known yet.
-_UNKNOWN: Final = 0xFFFFFFFF
 
 # Offset and bytes by which other audio files are recognized, so that an error can name their format.
 _OTHERS: Final = (
@@ -191,17 +188,3 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
 def to_pcm16(samples: Samples) -> bytes:
     """Return samples from -1 to 1 as 16-bit little-endian PCM; larger ones are clipped."""
     return (np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
-
-
-def header(rate: int, *, length: int | None, channels: int = 1) -> bytes:
-    """Return the header of a WAV file with 16-bit PCM.
-
-    Args:
-        rate: the rate of the samples in Hz.
-        length: bytes of samples that follow. ``None`` if that is not known yet: both lengths in the header are then the
-            largest possible, as in OpenAI's own streamed responses, and players read to the end of the file.
-        channels: how many channels the samples have.
-    """
-    riff, data = (_UNKNOWN, _UNKNOWN) if length is None else (36 + length, length)
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, _PCM, channels, rate, 2 * channels * rate, 2 * channels, 16)
-    return struct.pack("<4sI4s", b"RIFF", riff, b"WAVE") + form + struct.pack("<4sI", b"data", data)
