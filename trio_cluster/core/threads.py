@@ -4,7 +4,7 @@ The system limits threads: for a user (``ulimit -u``), for a container (the cgro
 then raises a ``RuntimeError``, in the middle of whatever wanted the thread. That is no bug, and no fault of the request
 that meets it. It is an exhausted resource like any other (see ``exhaustion.py``): it costs that request, which gets
 503, and nothing else. So the package starts threads only by :func:`run_in_thread` and :func:`start_thread`, or converts
-the error by :func:`thread_shortage`; ``tests/core/test_run_in_thread.py`` looks for others.
+the error by :func:`thread_shortage` or :func:`raise_shortage`; ``tests/core/test_run_in_thread.py`` looks for others.
 
 Work that is short and must be done is done in the event loop then: the caller catches :class:`NoThread`.
 """
@@ -21,7 +21,14 @@ import trio
 from ..errors import ClusterError, Overloaded
 from .exhaustion import ExhaustionLog, exhausted_resource
 
-__all__ = ["NoThread", "run_in_thread", "start_in_thread", "start_thread", "thread_shortage"]
+__all__ = [
+    "NoThread",
+    "raise_shortage",
+    "run_in_thread",
+    "start_in_thread",
+    "start_thread",
+    "thread_shortage",
+]
 
 logger = logging.getLogger("trio_cluster.node")
 
@@ -59,6 +66,21 @@ def thread_shortage(error: BaseException) -> NoThread | None:
     return NoThread()
 
 
+def raise_shortage(error: Exception) -> None:
+    """Raise what :func:`thread_shortage` returns for an error; return if the error is another one. Synchronous.
+
+    Raises:
+        NoThread: no thread could be started.
+    """
+    shortage = thread_shortage(error)
+    if shortage is not None:
+        try:
+            raise shortage from None
+        finally:
+            # Otherwise the error and this frame would refer to each other, and wait for the garbage collector.
+            del shortage
+
+
 async def run_in_thread(
     function: Callable[[*Ts], T],
     *args: *Ts,
@@ -86,14 +108,9 @@ async def run_in_thread(
         result = await trio.to_thread.run_sync(run, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
     except RuntimeError as error:
         # The function may have tried to start a thread itself.
-        shortage = None if started else thread_shortage(error)
-        if shortage is None:
-            raise
-        try:
-            raise shortage from None
-        finally:
-            # Otherwise the error and this frame would refer to each other, and wait for the garbage collector.
-            del shortage
+        if not started:
+            raise_shortage(error)
+        raise
     log = _LOG.get()
     if log is not None:
         log.succeeded()
@@ -129,12 +146,6 @@ def start_thread(function: Callable[[], object], *, name: str) -> threading.Thre
     try:
         thread.start()
     except RuntimeError as error:
-        shortage = thread_shortage(error)
-        if shortage is None:
-            raise
-        try:
-            raise shortage from None
-        finally:
-            # See `run_in_thread`.
-            del shortage
+        raise_shortage(error)
+        raise
     return thread

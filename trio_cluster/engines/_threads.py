@@ -36,7 +36,7 @@ import trio
 from outcome import Error, Outcome
 
 from trio_cluster.core.request import Request
-from trio_cluster.core.threads import thread_shortage
+from trio_cluster.core.threads import raise_shortage
 from trio_cluster.errors import Overloaded
 from trio_cluster.local.slots import Slots, answered_request
 
@@ -191,14 +191,8 @@ class ThreadStream(Generic[T]):
             trio.lowlevel.start_thread_soon(run, deliver, name=self._name)
         except Exception as error:
             self._slots.release()
-            shortage = thread_shortage(error)
-            if shortage is None:
-                raise
-            try:
-                raise shortage from None
-            finally:
-                # Otherwise the error and this frame would refer to each other.
-                del shortage
+            raise_shortage(error)
+            raise
         return self
 
     def __aiter__(self) -> ThreadStream[T]:
