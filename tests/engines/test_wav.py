@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 np = pytest.importorskip("numpy")
 
 from trio_cluster.engines.audio import wav as audio  # noqa: E402
+from trio_cluster.openai.responses.pcm import wav_header  # noqa: E402
 
 TONE = np.sin(2 * np.pi * 440 * np.arange(800) / 8000).astype(np.float32) * 0.5
 
@@ -82,7 +83,7 @@ def test_a_length_beyond_the_end_means_up_to_the_end(size: int) -> None:
 def test_our_headers_are_read_by_the_standard_library_and_by_us() -> None:
     data = audio.to_pcm16(TONE)
     for length in (len(data), None):
-        file = audio.header(8000, length=length) + data
+        file = wav_header(8000, length=length) + data
         with wave.open(io.BytesIO(file)) as opened:
             assert (opened.getnchannels(), opened.getsampwidth(), opened.getframerate()) == (1, 2, 8000)
             assert opened.readframes(opened.getnframes()) == data
