@@ -590,6 +590,7 @@ def test_a_suspended_session_ends_when_its_window_has_passed() -> None:
         with pytest.raises(ResumptionRefused, match="not resumed within 15 s"):
             end.tick(cable.now + WINDOW_SECONDS)
         assert end.close_reason
+        assert not end.suspended
 
 
 def test_a_connection_that_fails_before_the_answer_does_not_extend_the_window() -> None:

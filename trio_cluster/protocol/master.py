@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
+import attrs
+
 from trio_cluster.errors import InvalidRequest, Overloaded, WorkerLost
 
 from . import bounds
@@ -65,7 +67,13 @@ class MasterSession(Session[MasterEvent]):
             and retention.knows(handshake.received)
         )
 
-    def resume(self, handshake: Handshake, now: float) -> None:
+    def announce_proxy(self) -> None:
+        """Tell the worker that its connection came through a proxy. To be called before anything was written."""
+        self._handshake = attrs.evolve(self._handshake, proxied=True)
+        self._outbox.clear()
+        self._outbox.post(self._handshake)
+
+    def resume(self, handshake: Handshake, now: float, *, proxied: bool = False) -> None:
         """Go on with this session, which is suspended, on the connection on which its worker has named it.
 
         The next message is the answer; it is followed by what the worker has not received.
@@ -73,12 +81,14 @@ class MasterSession(Session[MasterEvent]):
         Args:
             handshake: what the worker has sent; :meth:`is_named_by` was true for it.
             now: the time, in seconds.
+            proxied: the connection came through a proxy.
 
         Raises:
             RuntimeError: the session is not suspended.
         """
         if self.session_state is not SessionState.SUSPENDED or self._retention is None:
             raise RuntimeError("only a suspended session can be resumed")
+        self._handshake = attrs.evolve(self._handshake, proxied=proxied)
         self._ready.append(self._name_session(self._retention))
         self._on_resumed(handshake.received, now)
 

@@ -85,6 +85,8 @@ class Handshake:
     for a new one."""
     received: int = attrs.field(default=0, validator=bounds.integer(0, (1 << 63) - 1))
     """How many batches of that session the sender has processed."""
+    proxied: bool = False
+    """From a master: the connection came through a proxy. Its end need not be the end of a process, then."""
 
 
 @attrs.frozen

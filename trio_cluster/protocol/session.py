@@ -353,7 +353,7 @@ class Session(abc.ABC, Generic[EventT]):
             self._outbox.clear()
             self._ready.clear()
             self._retention = None
-            self._heartbeat_due = self._ack_due = False
+            self._heartbeat_due = self._ack_due = self._paused = False
 
     @property
     def resumable(self) -> bool:
