@@ -16,7 +16,7 @@ from trio_cluster.cluster.master import WorkerConnection
 from trio_cluster.core.answer import Done, Failed
 from trio_cluster.core.call import Call
 from trio_cluster.core.limits import CLOSE_TIMEOUT
-from trio_cluster.errors import WorkerLost
+from trio_cluster.errors import Overloaded, WorkerLost
 from trio_cluster.openai import ChatRequest
 from trio_cluster.protocol import SessionState
 from trio_cluster.protocol.codec import decode_handshake
@@ -178,7 +178,7 @@ async def test_a_suspended_worker_gets_no_calls_and_is_lost_when_the_window_has_
     call, _ = await begin(cluster, "counting")
     await suspended(cluster, worker)
     start = trio.current_time()
-    with pytest.raises(Exception, match="busy or about to stop"):
+    with pytest.raises(Overloaded):
         cluster.router.open(chat_request("counting"))
     last = (await everything(call))[-1]
     assert trio.current_time() - start == WINDOW
