@@ -176,7 +176,7 @@ class FarWorker(_FarEnd):
         while b"\r\n\r\n" not in head:
             head += await self.receive()
         self.session = WorkerSession(
-            "far", "1", trio.current_time(), heartbeat_interval=900, silence_timeout=1000
+            "far", "1", trio.current_time(), heartbeat_interval=900, silence_timeout=1000, resume_window=15
         )
         self._reader = FrameReader(masked=False, limit=1 << 20, on_control=lambda _: None)
         self._reader.feed(head.partition(b"\r\n\r\n")[2])
@@ -200,7 +200,13 @@ class FarMaster(_FarEnd):
             protocol.receive_data(await self.receive())
         self.send(protocol.send(AcceptConnection(subprotocol=SUBPROTOCOL)))
         self.session = MasterSession(
-            "far", "1", trio.current_time(), heartbeat_interval=900, silence_timeout=1000
+            "far",
+            "1",
+            trio.current_time(),
+            heartbeat_interval=900,
+            silence_timeout=1000,
+            resume_window=15,
+            session_id="0123456789abcdef" * 2,
         )
         self.flush()
         self._reader = FrameReader(masked=True, limit=1 << 20, on_control=lambda _: None)

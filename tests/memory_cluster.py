@@ -57,6 +57,7 @@ class Worker:
         self.over = trio.Event()
         self.streams: list[MemoryStream] = []
         self.dials = 0
+        self.way_lost = False
 
     def serve(self, name: str, handler: Any) -> None:
         backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
@@ -80,6 +81,8 @@ class Worker:
         self.dials += 1
         ours, theirs = self.cluster.connect()
         self.streams = [ours, theirs]
+        if self.way_lost:
+            self.black_hole()
         return ours
 
     def cut(self) -> None:
@@ -87,8 +90,24 @@ class Worker:
         for stream in self.streams:
             stream.close()
 
+    def reset(self) -> None:
+        """Reset the connection: both ends read an error."""
+        for stream in self.streams:
+            stream.fail()
+
+    def lose_way(self) -> None:
+        """Drop everything in both directions, on this connection and on all later ones."""
+        self.way_lost = True
+        self.black_hole()
+
+    def find_way(self) -> None:
+        """Undo :meth:`lose_way`; what was on its way on the last connection arrives."""
+        self.way_lost = False
+        for stream in self.streams:
+            stream.release()
+
     def black_hole(self) -> None:
-        """Drop everything in both directions, while both ends stay open."""
+        """Drop everything in both directions on this connection, while both ends stay open."""
         for stream in self.streams:
             stream.held = True
 

@@ -97,6 +97,11 @@ class MemoryStream(ByteStream, trio.abc.HalfCloseableStream):
         self._broken = True
         self._changed.unpark_all()
 
+    def release(self) -> None:
+        """Take again what is written."""
+        self.held = False
+        self._changed.unpark_all()
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

@@ -129,6 +129,8 @@ async def relay(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> Async
     assert mode is ClusterMode.MASTER
     assert master.internal_port is not None
     worker = await FarWorker.connect(master.internal_port)
+    # What is counted is what it costs by default: with all that it takes to resume the link.
+    assert worker.session.resumable
     opened = Relay(master, worker)
     yield opened
     for end in (*opened.clients, worker):

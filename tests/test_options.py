@@ -66,6 +66,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "enable_cluster": True,
         "worker_timeout": 30.0,
         "heartbeat_interval": 5.0,
+        "resume_window": 15.0,
         "internal_host": None,
         "internal_port": None,
         "cluster_token": None,

@@ -310,6 +310,9 @@ class ClusterServerOptions:
         default=5.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats]
     )
     """The time between two heartbeats, which each end of a link sends."""
+    resume_window: float = attrs.field(default=15.0, converter=_seconds, validator=_duration_or_zero)
+    """How long a link that was cut may be resumed by the same two processes. 0: it is lost at once. The smaller value
+    of both ends holds."""
     internal_host: str | None = attrs.field(default=None, validator=_optional(_text))
     """The address on which a master listens for workers; ``None``: ``server.host``."""
     internal_port: int | None = attrs.field(default=None, validator=_optional(_port))

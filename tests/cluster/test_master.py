@@ -123,7 +123,7 @@ async def test_a_silent_worker_is_dropped_after_the_timeout(
     call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     start = trio.current_time()
-    worker.black_hole()
+    worker.lose_way()
     with caplog.at_level(logging.WARNING, "trio_cluster"):
         last = (await everything(call))[-1]
     assert isinstance(last, Failed)
@@ -488,7 +488,7 @@ async def test_the_calls_of_a_silent_worker_fail_before_the_closing_handshake(
     call = cluster.router.open(chat_request("forever"))
     assert isinstance(await call.receive(), Head)
     await trio.sleep(0.5)
-    worker.black_hole()
+    worker.lose_way()
     await trio.sleep(29)
     assert not call.ended
     await trio.sleep(1)
@@ -833,7 +833,7 @@ async def test_a_worker_that_reports_that_it_is_blocked_and_then_falls_silent_is
     _send(worker, _BLOCKED)
     await wait_all_tasks_blocked()
     start = trio.current_time()
-    worker.black_hole()
+    worker.lose_way()
     last = (await everything(call))[-1]
     assert isinstance(last, Failed)
     assert isinstance(last.error, WorkerLost)
@@ -844,7 +844,7 @@ async def test_a_silent_worker_gets_no_new_calls_before_it_is_dropped(
     cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = await cluster.start("w1", forever)
-    worker.black_hole()
+    worker.lose_way()
     remote = cluster.manager.workers["w1"]
     await trio.sleep(14)
     assert remote.health.available

@@ -181,7 +181,7 @@ async def test_a_worker_that_drains_while_it_dials_registers_no_models(
 async def test_a_silent_master_is_dropped_and_dialled_again(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:
-    worker = await cluster.start("w1", forever)
+    worker = await cluster.start("w1", forever, resume_window=0.0)
     worker.black_hole()
     await trio.sleep(25)
     assert worker.dials == 1

@@ -174,7 +174,7 @@ async def test_a_link_that_is_lost_fails_its_streams_and_stops_their_handlers(
     nodes: Nodes, nursery: trio.Nursery, fault: object
 ) -> None:
     assert callable(fault)
-    master = await nodes.master(*IMPATIENT)
+    master = await nodes.master(*IMPATIENT, "--resume-window", "0")
     async with wire_to(master) as wire:
         await nodes.worker(master, "w", *IMPATIENT, "--internal-port", str(wire.port), models="m")
         stream = await open_stream(nursery, master, "m", ticks=10000)
@@ -188,3 +188,23 @@ async def test_a_link_that_is_lost_fails_its_streams_and_stops_their_handlers(
         await models_become(master, {"m"}, within=5)
         assert (await ask(master, "m")).status_code == 200
         await calls_are(master, admitted=2, worker_lost=1, completed=1, in_flight=0)
+
+
+@pytest.mark.parametrize("fault", [Wire.reset, Wire.fall_silent], ids=["RST", "silence"])
+async def test_a_stream_goes_on_when_its_link_is_cut_again_and_again(
+    nodes: Nodes, nursery: trio.Nursery, fault: object
+) -> None:
+    assert callable(fault)
+    master = await nodes.master(*IMPATIENT)
+    async with wire_to(master) as wire:
+        await nodes.worker(master, "w", *IMPATIENT, "--internal-port", str(wire.port), models="m")
+        stream = await open_stream(nursery, master, "m", ticks=60, pause=0.05)
+        # A silence that follows the last one before that was noticed would be one long silence.
+        for _ in range(3 if fault is Wire.reset else 1):
+            await trio.sleep(0.4)
+            fault(wire)
+        ended = await stream.end(within=10)
+        assert ended.report.ending == "finished"
+        assert ended.report.text == "".join(f"{number} " for number in range(60))
+        assert not [note for note in nodes.notes() if "cancelled" in note]
+        await calls_are(master, admitted=1, completed=1, worker_lost=0, in_flight=0)

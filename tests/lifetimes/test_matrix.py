@@ -33,6 +33,7 @@ OPTIONS: Final[dict[str, Any]] = {
     "worker_timeout": 15.0,
     "heartbeat_interval": 5.0,
     "drain_timeout": 19.0,
+    "resume_window": 11.0,
     "queue_timeout": 100.0,
     "max_concurrency": 1,
     # Otherwise the first comment, and the status with it, would come before some causes, and after others.
@@ -71,6 +72,7 @@ BOUNDS: Final = {
     "B+G": TOTAL_TIMEOUT + GRACE,
     "W": OPTIONS["worker_timeout"],
     "D": OPTIONS["drain_timeout"],
+    "S": OPTIONS["resume_window"],
     "U": BODY_IDLE_TIMEOUT + DRAIN_TIME,
     "V": LAST_EVENTS,
     "h": HANGS,
@@ -83,6 +85,9 @@ HEADERS: Final = {
     "idle_timeout": {"x-stainless-read-timeout": str(IDLE_TIMEOUT)},
     "total_timeout": {"x-request-timeout": str(TOTAL_TIMEOUT)},
 }
+
+#: The causes that are what they are without resumption.
+NOT_RESUMED: Final = {"link_resets": {"resume_window": 0.0}, "link_silent": {"resume_window": 0.0}}
 
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
@@ -277,6 +282,14 @@ class CellTest:
     async def _link_resets(self) -> None:
         self.scenario.cluster.workers["w"].link.reset()
 
+    async def _link_resumed(self) -> None:
+        self.scenario.cluster.workers["w"].link.reset()
+
+    async def _link_not_resumed(self) -> None:
+        self.scenario.cluster.network.partition("w", "master")
+        self.scenario.cluster.workers["w"].link.reset()
+        self.scenario.cluster.workers["w"].link.heal()
+
     async def _link_silent(self) -> None:
         self.scenario.cluster.workers["w"].link.partition()
 
@@ -322,6 +335,8 @@ class CellTest:
                 self.caller.pace = PACE
             await trio.sleep(14)
         await trio.sleep(1)
+        if self.cause == "link_not_resumed":
+            self.scenario.cluster.network.heal("w", "master")
 
     def check(self) -> None:
         self.check_client()
@@ -459,7 +474,11 @@ async def test_the_law_holds(
     asked, forwarded = ENDPOINTS[endpoint], place == "forwarded"
     stops = cast(Phase, phase if phase in ("waiting", "streaming", "blocked", "ending") else "waiting")
     async with open_scenario(
-        asked, stops, forwarded=forwarded, how=cast(How, how), **(OPTIONS | PATHS[path])
+        asked,
+        stops,
+        forwarded=forwarded,
+        how=cast(How, how),
+        **(OPTIONS | PATHS[path] | NOT_RESUMED.get(cause, {})),
     ) as scenario:
         cell_test = CellTest(scenario, cause, phase, asked, forwarded)
         commented = path.startswith("keepalive") and asked.delivery == "events"

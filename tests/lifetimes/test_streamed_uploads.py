@@ -708,13 +708,29 @@ async def test_a_form_that_is_malformed_in_its_middle_is_refused_there(
 # The worker, the link, the master
 
 
+@kinds
+async def test_a_link_that_is_cut_and_resumed_in_the_middle_loses_nothing(
+    model: str, files: list[Any], autojump_clock: MockClock
+) -> None:
+    async with open_scenario(files, forwarded=True) as scenario:
+        uploader = await scenario.upload(model, first=True, pauses_at=HALF)
+        scenario.cluster.workers["w"].link.reset()
+        await trio.sleep(1)
+        uploader.go_on.set()
+        await trio.sleep(0.02)
+        scenario.cluster.workers["w"].link.reset()
+        response = await uploader.end()
+        assert response.status == 200
+        assert scenario.stats() == {"completed": 1}
+
+
 @orders
 @kinds
 @pytest.mark.parametrize("cause", ["killed", "cut", "reset", "silent", "frozen"])
 async def test_a_worker_that_is_lost_in_the_middle_is_502_and_the_call_is_not_retried(
     cause: str, model: str, first: bool, files: list[Any], autojump_clock: MockClock
 ) -> None:
-    async with open_scenario(files, forwarded=True, on_conflict="replicate") as scenario:
+    async with open_scenario(files, forwarded=True, on_conflict="replicate", resume_window=0.0) as scenario:
         other = worker("other", **OPTIONS | {"on_conflict": "replicate"})
         uploader = await scenario.upload(model, first=first, pauses_at=HALF)
         other.register_asr("asr", scenario.listen)

@@ -21,6 +21,7 @@ from trio_cluster.protocol import (
     PIECE,
     TEXT_MAX,
     WINDOW,
+    Ack,
     Cancel,
     Data,
     Done,
@@ -47,6 +48,7 @@ from trio_cluster.protocol.codec import TAGS, encode_batch, pack_data
 EXAMPLES: list[Message] = [
     Handshake(MAGIC, 1, 1, "node-1", "0.1.0"),
     Handshake(MAGIC, 0, 7, "node-1", "0.1.0", "a1b2"),
+    Handshake(MAGIC, 1, 1, "node-1", "0.1.0", "a1b2", 15.0, "0123456789abcdef" * 2, 1 << 40),
     RegisterModel("echo", "chat", "me", 1_700_000_000, {"extra_fields": {"a": [1, 2.5, None, {"b": True}]}}),
     RegisterModel("模型", "asr", "me", 0),
     ModelRegistered("echo"),
@@ -75,6 +77,8 @@ EXAMPLES: list[Message] = [
     Grant(7, WINDOW),
     Drain("restart"),
     Shutdown("upgrade"),
+    Ack(0),
+    Ack((1 << 63) - 1),
 ]
 
 
@@ -123,6 +127,7 @@ def test_the_numbers_on_the_wire_are_those_of_protocol_1() -> None:
         "Grant",
         "Drain",
         "Shutdown",
+        "Ack",
     ]
 
 
@@ -180,7 +185,7 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([True, {"call": 1}]), "a tag that is not an integer but bool"),
         (raw([9.0, {"call": 1}]), "a tag that is not an integer but float"),
         (raw([[9], {"call": 1}]), "a tag that is not an integer but list"),
-        (raw([15, {}]), "an unknown message, tag 15"),
+        (raw([16, {}]), "an unknown message, tag 16"),
         (raw([-1, {}]), "an unknown message, tag -1"),
         (raw([9, [7]]), "Done: the body is not a map but list"),
         (raw([9, None]), "Done: the body is not a map but NoneType"),
@@ -433,7 +438,7 @@ REGISTER = b"\x85\xa4name\xa1n\xa4kind\xa4chat\xa5owner\xa1o\xa7created\x00\xa7o
         (b"\x91\x92\x09\x82\xa4call\x01\xa5later" + ATTACK, None),
         (b"\x91\x92\x09" + ATTACK, "a key that is not a string"),
         (b"\x91" + ATTACK, "not a pair"),
-        (b"\x91\x92\x0f" + ATTACK, "unknown message"),
+        (b"\x91\x92\x10" + ATTACK, "unknown message"),
         (b"\x91\x92" + ATTACK + b"\x80", "a tag that is not an integer"),
         (b"\x91\x92\x08\x83\xa4call\x01\xa4data\xc4\x00\xa5later" + ATTACK, None),
         (b"\x91\x92\x01" + REGISTER + b"\x81\xa1a" + ATTACK, "options: too large"),

@@ -18,7 +18,7 @@ from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.openai import failures
-from trio_cluster.protocol import MasterSession
+from trio_cluster.protocol import MasterSession, WorkerSession
 from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, open_cluster, run_schedule
 from trio_cluster.testing.__main__ import main
@@ -91,6 +91,29 @@ def test_a_dozen_plans_have_every_path_of_a_token() -> None:
     # The fast path or the slow one; waiting for other tokens on a busy link, or not.
     paths = Counter((plan.fast_path, plan.options["batch_wait"] > 0) for plan in DOZEN)
     assert paths == {(True, True): 6, (True, False): 2, (False, True): 3, (False, False): 1}
+
+
+def test_a_dozen_plans_cut_links_all_the_time_and_resume_them_or_not() -> None:
+    resets = [sum(fault.kind == "link reset" for fault in plan.faults) for plan in DOZEN]
+    assert sum(count >= 30 for count in resets) == 4
+    assert {plan.options["resume_window"] > 0 for plan in DOZEN} == {True, False}
+
+
+def test_a_schedule_finds_that_what_was_lost_with_a_link_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resume = MasterSession._on_resumed
+
+    def write_nothing_again(self: Any, received: int, now: float) -> None:
+        answer = list(self._ready)
+        resume(self, received, now)
+        self._ready.clear()
+        self._ready.extend(answer)
+
+    for session in (MasterSession, WorkerSession):
+        monkeypatch.setattr(session, "_on_resumed", write_nothing_again)
+    with pytest.raises(ScheduleFailed):
+        run_schedule(13)
 
 
 def test_a_dozen_plans_have_every_fault() -> None:

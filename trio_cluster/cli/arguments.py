@@ -389,6 +389,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     add("--internal-port", "internal_port", int, "PORT", "the master's port for workers, if not PORT + 1000")
     add("--worker-timeout", "worker_timeout", float, "SECONDS", "silence after which a link is closed")
     add("--heartbeat-interval", "heartbeat_interval", float, "SECONDS", "how often a heartbeat is sent")
+    add(
+        "--resume-window",
+        "resume_window",
+        float,
+        "SECONDS",
+        "how long a link that was cut may be resumed; 0: never",
+    )
     if master:
         add(
             "--on-conflict",

@@ -6,6 +6,10 @@ master noticed: the new link replaces the old one, whose calls fail at once. If 
 long as the first one gives signs of life, and may try again; otherwise two machines with one name would replace each
 other forever.
 
+A link that is cut is *suspended*: its worker gets no new calls, and those that it has wait for another connection of
+the same process, for ``resume_window``. The task that has served the connection then waits for that; the task of the
+connection that comes carries the link on. So a :class:`WorkerConnection` may outlive the connection that it began with.
+
 A model that is refused for a reason that can pass is kept, and registered as soon as the reason is gone. What others
 serve is looked at when a worker leaves, or takes its model back; the rest (the limit of models, a circle of clusters,
 the option ``on_conflict``) with each heartbeat. The worker is then told by ``ModelRegistered``, as it would have been
@@ -26,10 +30,13 @@ from typing import Any, Final, NoReturn
 import trio
 
 from .._version import __version__
+from ..core import randomness
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS
+from ..core.request import Request
 from ..core.status import WorkerStatus
-from ..link.link import Link, LinkClosed
+from ..link.demux import FrameDemux
+from ..link.link import First, Link, LinkClosed, receive_first
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
 from ..net.acceptor import accept_all
 from ..net.handshakes import Handshakes
@@ -48,9 +55,11 @@ from ..protocol import (
     Heartbeat,
     MasterEvent,
     MasterSession,
+    ProtocolError,
     RegisterModel,
     UnregisterModel,
 )
+from ..protocol.codec import decode_handshake
 from ..routing.catalog import Catalog, ModelLoop, NameTaken
 from .admission import Admitted, Doorkeeper
 from .remote_worker import MAX_CAPACITY, RemoteWorker
@@ -61,6 +70,8 @@ logger = logging.getLogger("trio_cluster.workers")
 
 #: Why a connection to :data:`PROBE_PATH` is closed.
 _PROBED: Final = "probed"
+#: Headers by which a proxy says that the request has passed it.
+_PROXY_HEADERS: Final = ("via", "forwarded", "x-forwarded-for", "x-forwarded-proto")
 #: A worker from which something came within this many heartbeat intervals is alive, and keeps its name.
 _ALIVE_HEARTBEATS: Final = 2.5
 #: The fraction of the worker timeout after which a silent worker gets no new calls.
@@ -173,7 +184,9 @@ class WorkerManager:
             # A bug in this package, which must not cost the other workers their master.
             logger.exception("a worker's connection failed")
         finally:
-            self._connections.pop(connection, None)
+            # This one, or one that was served in its place. One whose link goes on elsewhere, or is waited for, stays.
+            for each in [each for each in self._connections if each.over]:
+                del self._connections[each]
             if not self._connections:
                 self._all_closed.unpark_all()
 
@@ -186,8 +199,7 @@ class WorkerManager:
     def drain(self, reason: str) -> None:
         """Tell all workers that this master is about to stop. Synchronous."""
         for connection in self._connections:
-            connection.session.drain(reason)
-            connection.link.wake()
+            connection.drain(reason)
 
     def drain_worker(self, name: str, reason: str) -> WorkerStatus | None:
         """Ask one worker to finish its calls and to stop. It gets no new ones from this moment on. Synchronous.
@@ -224,8 +236,8 @@ class WorkerManager:
 
         Returns after ``CLOSE_TIMEOUT`` in any case.
         """
-        for connection in self._connections:
-            connection.link.close_when_flushed(reason)
+        for connection in list(self._connections):
+            connection.close_when_flushed(reason)
         with trio.move_on_after(CLOSE_TIMEOUT):
             while self._connections:
                 await self._all_closed.park()
@@ -254,6 +266,7 @@ class WorkerConnection:
         address: where the peer connected from, for people.
         worker: the worker at the other end; ``None`` before it has joined, and after its link has ended.
         joined: whether a worker has joined, be it that it has left again.
+        over: whether the link is over, and will not be resumed.
     """
 
     def __init__(
@@ -282,7 +295,12 @@ class WorkerConnection:
         self._refusals = refusals
         self._refused_models = refused_models
         self._probed = False
-        self._over = False
+        self.over = False
+        self._draining = False
+        # Entered until it is known whether this connection goes on with another session.
+        self._choosing = trio.CancelScope()
+        # Set when the link was resumed, or is over; replaced whenever it is waited for.
+        self._changed = trio.Event()
         self._capacity_clipped = False
         self.joined = False
         self._joining = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT)
@@ -296,6 +314,8 @@ class WorkerConnection:
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
             admit=lambda handshake: not self._probed and self._holder_of_name(handshake) is None,
+            resume_window=options.resume_window,
+            session_id=randomness.secret(16) if options.resume_window else "",
         )
         self.link = Link(
             self._stream,
@@ -309,17 +329,125 @@ class WorkerConnection:
         )
 
     async def run(self) -> None:
-        """Serve the connection until its link is over. A checkpoint. When cancelled, the worker is removed at once."""
+        """Serve the connection until its link is over, or goes on elsewhere. A checkpoint.
+
+        When cancelled, the worker is removed at once.
+        """
+        served, goes_on = self, False
+
+        async def choose(demux: FrameDemux) -> tuple[Link, First]:
+            nonlocal served
+            if self._probed:
+                return self.link, None
+            first: First = None
+            with self._choosing:
+                first = await receive_first(demux)
+                resumed = await self._resume_another(first)
+                if resumed is not None:
+                    served = resumed
+                    return resumed.link, None
+            return self.link, first
+
         try:
             with self._joining:
-                await self.link.run(accept(self._stream, self._admit))
+                await self.link.run(accept(self._stream, self._admit), choose=choose)
             self._on_link_closed(LinkClosed(self._why_refused))
         except LinkClosed as closed:
-            # Does something only if the link was never opened; otherwise the link has already called it.
-            self._on_link_closed(closed)
+            if served is self and not self.session.suspended and not closed.superseded:
+                # Does something only if the link was never opened; otherwise the link has already called it.
+                self._on_link_closed(closed)
+            goes_on = closed.superseded or await served.wait_resumed()
         finally:
-            # Does something only if this was cancelled: the master is being stopped.
-            self._deregister("the master was stopped")
+            if not goes_on:
+                # Does something only if this was cancelled: the master is being stopped.
+                served.remove("the master was stopped")
+
+    async def wait_resumed(self) -> bool:
+        """Wait until a link that is suspended is resumed, or over. A checkpoint if it is suspended.
+
+        Returns:
+            Whether it was resumed; another task serves it then.
+        """
+        if not self.session.suspended:
+            return False
+        changed = self._changed = trio.Event()
+        with trio.move_on_at(self.session.deadline()):
+            await changed.wait()
+        if self.session.suspended:
+            self.link.end(f"the connection was cut, and not resumed within {self._options.resume_window:g} s")
+        return not self.over
+
+    def remove(self, why: str) -> None:
+        """Remove the worker, if there is one: nothing serves its link any more. Synchronous, idempotent."""
+        self.over = True
+        self.session.close(why)
+        self._deregister(why)
+
+    def close_when_flushed(self, reason: str) -> None:
+        """End the link as soon as what is queued has been sent; at once if it is suspended. Synchronous."""
+        if self.session.suspended:
+            self.link.end(reason)
+        else:
+            self.link.close_when_flushed(reason)
+            self._choosing.cancel(reason=reason)
+
+    def drain(self, reason: str) -> None:
+        """Tell the worker that the master is about to stop. Synchronous."""
+        self._draining = True
+        self.session.drain(reason)
+        self.link.wake()
+
+    async def _resume_another(self, first: First) -> WorkerConnection | None:
+        """Return the connection whose session is named by the first message of this one, ready to go on here.
+
+        If there is none, and none was asked for, the result is ``None``, and this connection is one of its own. If one
+        was asked for in vain, this one is closed with the reason.
+        """
+        if not isinstance(first, bytes) or self.session.close_reason is not None:
+            return None
+        try:
+            handshake, more = decode_handshake(first)
+        except ProtocolError:
+            # Found again, and reported, by the session.
+            return None
+        if not handshake.session:
+            return None
+        for other in self._connections:
+            if not more and other.can_be_resumed_by(handshake, self._admitted):
+                # Not to be cancelled in between: nothing would serve the other link, nor wait for it.
+                with trio.CancelScope(shield=True):
+                    await other.link.detach()
+                # It may have ended meanwhile.
+                if other.can_be_resumed_by(handshake, self._admitted) and other.session.suspended:
+                    self.joined = self.over = True
+                    self._joining.deadline = math.inf
+                    self.session.close("the connection goes on with another session")
+                    other.resume(handshake, self.address, proxied=self.link.proxied)
+                    return other
+                break
+        self.link.end("this master does not know the session that is to be resumed")
+        return None
+
+    def can_be_resumed_by(self, handshake: Handshake, admitted: Admitted) -> bool:
+        """Tell whether a worker that was ``admitted`` on another connection may go on with this session."""
+        return (
+            self.worker is not None
+            and self.session.is_named_by(handshake)
+            # To know the session is not enough: the connection must have been let in as the first one was.
+            and self._admitted == admitted
+            and self._doorkeeper.why_not(admitted, handshake.node_id) is None
+        )
+
+    def resume(self, handshake: Handshake, address: str, *, proxied: bool) -> None:
+        """Go on with the session, which is suspended, on a connection from ``address``. Synchronous."""
+        worker = self.worker
+        assert worker is not None
+        self.address, self.link.proxied = address, proxied
+        self.session.resume(handshake, trio.current_time(), proxied=proxied)
+        worker.resumed(address)
+        self._update_health()
+        self._log("link resumed", worker, address=address, in_flight=worker.in_flight)
+        self._changed.set()
 
     def refuse(self, why: str) -> None:
         """Close the connection at once, before a worker has joined. Synchronous."""
@@ -337,6 +465,9 @@ class WorkerConnection:
             return None
         if path != PATH:
             return Refusal(404, f"workers connect to {PATH}")
+        if any(name in headers for name in _PROXY_HEADERS):
+            self.link.proxied = True
+            self.session.announce_proxy()
         decision = self._doorkeeper.admit(headers, self._tls)
         if isinstance(decision, Refusal):
             return decision
@@ -429,7 +560,9 @@ class WorkerConnection:
             if other.worker is None or other.worker.name != handshake.node_id:
                 continue
             silence = other.session.silence(trio.current_time())
-            alive = silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval
+            alive = (
+                silence < _ALIVE_HEARTBEATS * self._options.heartbeat_interval and not other.session.suspended
+            )
             if alive and other.worker.instance != handshake.instance:
                 return other
         return None
@@ -504,10 +637,27 @@ class WorkerConnection:
         self._refused.pop(name, None)
 
     def _on_link_closed(self, closed: LinkClosed) -> None:
-        if not self._over:
-            self._over = True
+        self._choosing.cancel(reason=closed.why)
+        if self.session.suspended:
+            self._on_cut(closed)
+        elif not self.over:
+            self.over = True
             self._log_end(closed)
             self._deregister(closed.why)
+            self._changed.set()
+
+    def _on_cut(self, closed: LinkClosed) -> None:
+        """Open elsewhere what can be, and wait with the rest."""
+        worker = self.worker
+        assert worker is not None
+
+        def elsewhere(request: Request) -> bool:
+            return not self._draining and bool(self._catalog.candidates(request, avoid=worker.name))
+
+        in_flight = worker.in_flight
+        moved = worker.suspend(elsewhere)
+        text = f"link cut: {closed.why}; waiting for it"
+        self._log(text, worker, level=logging.WARNING, in_flight=in_flight, opened_elsewhere=moved)
 
     def _deregister(self, why: str) -> None:
         """Remove the worker, its models first, and fail its calls. Idempotent."""

@@ -102,6 +102,8 @@ class RemoteWorker:
     @property
     def state(self) -> WorkerState:
         """See ``WorkerState``; the worst one that holds."""
+        if self.health.suspended:
+            return "suspended"
         if self.health.stalled:
             return "stalled"
         if self.health.draining:
@@ -248,6 +250,34 @@ class RemoteWorker:
         else:
             self._session.cancel(call_id, "an internal error of the master")
             self._wake()
+
+    def suspend(self, elsewhere: Callable[[Request], bool]) -> int:
+        """Record that the link was cut and may be resumed. Synchronous.
+
+        Calls whose answer has not begun fail as retryable, if they can be opened elsewhere; their work here is asked to
+        stop when the link is resumed, and counts until then. All others wait.
+
+        Args:
+            elsewhere: tells whether another replica can be given a request.
+
+        Returns:
+            How many calls have failed.
+        """
+        self.health.suspend(True)
+        moved = 0
+        for call_id, call in list(self._calls.items()):
+            if call.begun or call.ended or call.request.retried or not call.request.replayable:
+                continue
+            if elsewhere(call.request):
+                call.put(Failed(WorkerLost(self.name, "its link was cut"), retryable=True))
+                self._session.cancel(call_id, "opened on another worker, since the link was cut")
+                moved += 1
+        return moved
+
+    def resumed(self, address: str) -> None:
+        """Record that the link goes on, on a connection from ``address``. Synchronous."""
+        self.address = address
+        self.health.suspend(False)
 
     def connection_lost(self, why: str) -> None:
         """Fail every call at once: the link is over, and nothing more will come."""

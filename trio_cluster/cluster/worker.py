@@ -1,10 +1,12 @@
 """The worker's side: dials the master, registers this node's models, serves what is forwarded, and reconnects.
 
-Each link to the master is one :class:`MasterConnection`. When the link ends, every call that came over it is cancelled
-at once, since there is no one left to answer; then the worker waits and dials again. The wait is exponential with full
-jitter (uniform between zero and a bound that doubles), so that a hundred workers whose master was restarted do not
-reconnect as one. Of 500 workers whose master has been away for minutes, fewer than 60 dial in any tenth of a second,
-and all are back 5 s after its return (``tests/cluster/test_returning_workers.py``).
+Each link to the master is one :class:`MasterConnection`. A link that is cut is suspended: its calls go on, and the
+worker dials again at once, to go on with the same session (:class:`_Resumption`). When the link ends for good, every
+call that came over it is cancelled at once, since there is no one left to answer; then the worker waits and dials
+again. The wait is exponential with full jitter (uniform between zero and a bound that doubles), so that a hundred
+workers whose master was restarted do not reconnect as one. Of 500 workers whose master has been away for minutes, fewer
+than 60 dial in any tenth of a second, and all are back 5 s after its return
+(``tests/cluster/test_returning_workers.py``).
 
 A worker that drains serves its link to the end and does not dial again: it would only register its models once more,
 just to have them removed.
@@ -13,7 +15,9 @@ just to have them removed.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -22,7 +26,8 @@ from .._version import __version__
 from ..core import randomness
 from ..core.model import ModelInfo
 from ..errors import HandshakeRefused
-from ..link.link import Link, LinkClosed
+from ..link.demux import FrameDemux
+from ..link.link import Choose, First, Link, LinkClosed
 from ..link.websocket import dial
 from ..local.pool import HandlerPool
 from ..net.sockets import why_not_connected
@@ -39,6 +44,7 @@ from ..protocol import (
     Heartbeat,
     ModelRegistered,
     ModelRejected,
+    SessionState,
     Shutdown,
     WorkerEvent,
     WorkerSession,
@@ -56,6 +62,12 @@ _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_LAST: Final = 4.5
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
+#: The last bound of the wait before dialling again for a session that is suspended, in seconds.
+_RESUME_BACKOFF_LAST: Final = 2.0
+#: Seconds for which a connection for such a session is waited for before another one is tried, too.
+_RESUME_PATIENCE: Final = 4.0
+#: Heartbeat intervals without a sign of life, after which a worker tries a second connection: two are missing then.
+_SILENT_HEARTBEATS: Final = 2.5
 
 
 class WorkerClient:
@@ -221,13 +233,13 @@ class WorkerClient:
             on_written=self._sent.unpark_all,
         )
         try:
-            await connection.link.run(dial(stream, host, token=self._options.cluster_token))
-        except LinkClosed as closed:
+            closed = await _Resumption(connection, connect, host, self._options).run(stream)
             if closed.status in _FINAL:
-                raise HandshakeRefused(_refusal(host, closed)) from None
-            if closed.incompatible:
-                raise HandshakeRefused(f"{host}: {closed.why}") from None
-            return closed.why
+                refused = HandshakeRefused(_refusal(host, closed))
+            elif closed.incompatible:
+                refused = HandshakeRefused(f"{host}: {closed.why}")
+            else:
+                return closed.why
         except Exception:
             # A bug in this package. It costs the link and its calls, and not the process with its models.
             logger.exception("the link to the master failed")
@@ -235,7 +247,162 @@ class WorkerClient:
         finally:
             self._connection = None
             self._sent.unpark_all()
+            connection.session.close("the link is over")
             connection.cancel_all()
+        raise refused
+
+
+class _Resumption:
+    """Runs the link of one session, over as many connections as it needs.
+
+    Each connection has a task. A connection that is to go on with the session is opened beside the one that carries it;
+    only when the master has answered there, the other one is left. So whichever answers is used.
+
+    Args:
+        connection: has the session and its link.
+        connect: opens a connection to the master.
+        host: the master's name.
+        options: read at the time of use.
+    """
+
+    def __init__(
+        self,
+        connection: MasterConnection,
+        connect: Callable[[], Awaitable[ByteStream]],
+        host: str,
+        options: ClusterServerOptions,
+    ) -> None:
+        self._connection = connection
+        self._session = connection.session
+        self._link = connection.link
+        self._connect = connect
+        self._host = host
+        self._options = options
+        self._patience = _SILENT_HEARTBEATS * options.heartbeat_interval
+        self._nursery: trio.Nursery | None = None
+        # One for each further connection that is tried; set when it is decided whether the session goes on there.
+        self._attempts: set[trio.Event] = set()
+        self._ended, self._endings = trio.open_memory_channel[LinkClosed](math.inf)
+
+    async def run(self, stream: InjectableStream) -> LinkClosed:
+        """Run the link until it is over for good, and return the reason. A checkpoint.
+
+        Args:
+            stream: the first connection.
+        """
+        self._connection.on_resumed = self._on_resumed
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._run_on, stream, None)
+            self._nursery.start_soon(self._watch_silence)
+            while True:
+                closed = await self._endings.receive()
+                if self._session.close_reason is not None:
+                    break
+                if self._session.suspended and (closed.status in _FINAL or closed.incompatible):
+                    self._link.end(closed.why)
+                    break
+                if closed.was_reset or closed.has_ended:
+                    logger.warning(
+                        "the link was cut: %s", closed.why, extra={"fields": {"master": self._host}}
+                    )
+                    self._nursery.start_soon(self._resume)
+            self._nursery.cancel_scope.cancel(reason="the link is over")
+        return closed
+
+    async def _run_on(self, stream: InjectableStream, choose: Choose | None) -> None:
+        opener = dial(stream, self._host, token=self._options.cluster_token)
+        try:
+            await self._link.run(opener, stream=stream, choose=choose)
+        except LinkClosed as closed:
+            self._ended.send_nowait(closed)
+
+    async def _resume(self) -> None:
+        """Try further connections until the session, which is suspended, goes on, or its window has passed."""
+        until, bound = self._session.deadline(), _BACKOFF_FIRST
+        with trio.move_on_at(until):
+            while self._session.suspended:
+                try:
+                    # One that is not answered goes on, and another one is tried beside it.
+                    with trio.move_on_after(_RESUME_PATIENCE):
+                        await self._try_connection()
+                except ConnectionRefusedError:
+                    if not self._link.proxied:
+                        # No master listens there any more: its process has ended.
+                        self._give_up("the master is gone: it refuses connections")
+                        return
+                except (OSError, trio.TooSlowError):
+                    pass
+                if self._session.suspended:
+                    await trio.sleep(randomness.uniform(0, bound))
+                    bound = min(2 * bound, _RESUME_BACKOFF_LAST)
+            return
+        self._give_up("the connection was cut, and not resumed in time")
+
+    def _give_up(self, why: str) -> None:
+        if self._session.suspended:
+            self._link.end(why)
+            self._ended.send_nowait(LinkClosed(why))
+
+    async def _watch_silence(self) -> None:
+        """Try another connection when the master is silent for longer than heartbeats can explain."""
+        if self._patience >= self._options.worker_timeout:
+            return
+        pause = self._options.heartbeat_interval / 2
+        while True:
+            due = trio.current_time() + self._patience - self._session.silence(trio.current_time())
+            await trio.sleep_until(due)
+            # Not if this process itself did not run: what has come meanwhile must be read first.
+            late = trio.current_time() - due > pause
+            silent = self._session.silence(trio.current_time()) >= self._patience
+            if late or not silent or self._session.suspended or not self._session.resumable:
+                await trio.sleep(pause)
+                continue
+            fields = {"master": self._host}
+            logger.info("the master is silent; another connection is tried", extra={"fields": fields})
+            with suppress(OSError, trio.TooSlowError):
+                await self._try_connection()
+            await trio.sleep(pause)
+
+    async def _try_connection(self) -> None:
+        """Open a connection, and wait until the session goes on there, or will not. A checkpoint.
+
+        Raises:
+            OSError, trio.TooSlowError: it cannot be opened.
+        """
+        with trio.fail_after(self._options.worker_timeout):
+            stream = injectable(await self._connect())
+        decided = trio.Event()
+        self._attempts.add(decided)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._run_attempt, stream, decided)
+        try:
+            await decided.wait()
+        finally:
+            self._attempts.discard(decided)
+
+    async def _run_attempt(self, stream: InjectableStream, decided: trio.Event) -> None:
+        try:
+            await self._run_on(stream, self._choose)
+        finally:
+            decided.set()
+
+    async def _choose(self, demux: FrameDemux) -> tuple[Link, First] | None:
+        """Go on with the session on a connection on which the master has just answered, if that is still wanted."""
+        session = self._session
+        if session.close_reason is None and not session.suspended:
+            if session.silence(trio.current_time()) < self._patience:
+                # The first connection has given a sign of life meanwhile.
+                return None
+            await self._link.detach()
+        if session.session_state is not SessionState.SUSPENDED:
+            # It is over, or another connection was faster.
+            return None
+        session.resume()
+        return self._link, None
+
+    def _on_resumed(self) -> None:
+        for each in self._attempts:
+            each.set()
 
 
 class MasterConnection:
@@ -256,6 +423,7 @@ class MasterConnection:
     Attributes:
         session: the worker's half of the protocol.
         link: what carries it.
+        on_resumed: called when the link, which was suspended, goes on. Synchronous.
     """
 
     def __init__(
@@ -284,6 +452,7 @@ class MasterConnection:
         self._unconfirmed: set[str] | None = None
         self._registered = False
         self._master_blocked = False
+        self.on_resumed: Callable[[], None] = lambda: None
         self.session = WorkerSession(
             node_id,
             __version__,
@@ -291,13 +460,14 @@ class MasterConnection:
             instance=instance,
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
+            resume_window=options.resume_window,
         )
         self.link = Link(
             stream,
             self.session,
             on_events=self._on_events,
             on_sent=self._on_sent,
-            on_closed=lambda _: self.cancel_all(),
+            on_closed=self._on_link_closed,
             before_tick=self._report_load,
             timeout=options.worker_timeout,
             linger=options.batch_wait,
@@ -342,6 +512,10 @@ class MasterConnection:
         """Cancel every call that came over the link: it is over, and there is no one left to answer. Idempotent."""
         self._calls.cancel_all()
 
+    def _on_link_closed(self, closed: LinkClosed) -> None:
+        if not self.session.suspended:
+            self.cancel_all()
+
     def _report_load(self) -> None:
         pool = self._pool
         self.session.load = (pool.running, pool.waiting, pool.capacity)
@@ -384,6 +558,13 @@ class MasterConnection:
 
     def _on_handshake(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
+        self.link.proxied = handshake.proxied
+        if self._unconfirmed is not None:
+            logger.info("the link to the master goes on", extra={"fields": fields})
+            self._master_blocked = False
+            self._report_load()
+            self.on_resumed()
+            return
         logger.info("connected to the master", extra={"fields": fields})
         self._report_load()
         self.session.queue_heartbeat()

@@ -2,7 +2,8 @@
 
 They do not come from Python's global ``random`` generator, which belongs to the user's program. Programs that serve
 models often begin with ``random.seed(0)``; a hundred workers that share a seed would draw the same jitter and reconnect
-at the same instant, and two processes would draw the same id. None of the ids is a secret; knowing one gives no access.
+at the same instant, and two processes would draw the same id. None of these ids is a secret; knowing one gives no
+access. What is a secret comes from :func:`secret`.
 
 ``trio_cluster.testing`` seeds the generator, so that a simulated cluster draws the same numbers again.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 
-__all__ = ["generator", "token", "uniform"]
+__all__ = ["generator", "secret", "token", "uniform"]
 
 #: The generator of all random numbers in this package; seeded by the operating system.
 generator = random.Random()
@@ -30,3 +32,8 @@ def uniform(low: float, high: float) -> float:
 def token(size: int) -> str:
     """Return an id of ``size`` random bytes, as hexadecimal digits."""
     return generator.randbytes(size).hex()
+
+
+def secret(size: int) -> str:
+    """Return ``size`` random bytes that cannot be guessed, as hexadecimal digits. They are never seeded."""
+    return secrets.token_hex(size)

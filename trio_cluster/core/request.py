@@ -57,6 +57,9 @@ class Request:
     """The query of the URL, without the question mark, percent-encoded as the client sent it; empty if there is none.
     Keys in it are left out."""
 
+    retried: bool = False
+    """It was opened on another replica before, which failed. There is no further retry. Not forwarded."""
+
     @property
     def key_name(self) -> str:
         """The name of the API key that the request has; empty where no key is required."""

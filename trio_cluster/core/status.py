@@ -26,10 +26,11 @@ __all__ = [
 _MOST_PRINCIPALS: Final = 20
 
 #: The state of a worker. ``ok``; ``busy``: all slots are taken; ``stalled``: it is connected, and cannot do anything;
-#: ``draining``: it takes no new calls, and stops when it has finished those that it has. Of several that apply, stalled
-#: is shown first, then draining. A worker that is lost is not listed any more.
-WorkerState: TypeAlias = Literal["ok", "busy", "stalled", "draining"]
-WORKER_STATES: tuple[WorkerState, ...] = ("ok", "busy", "stalled", "draining")
+#: ``draining``: it takes no new calls, and stops when it has finished those that it has; ``suspended``: its link was
+#: cut, and may be resumed. Of several that apply, suspended is shown first, then stalled, then draining. A worker that
+#: is lost is not listed any more.
+WorkerState: TypeAlias = Literal["ok", "busy", "stalled", "draining", "suspended"]
+WORKER_STATES: tuple[WorkerState, ...] = ("ok", "busy", "stalled", "draining", "suspended")
 
 #: How a worker was admitted.
 Admission: TypeAlias = Literal["certificate", "token", "open"]

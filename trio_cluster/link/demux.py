@@ -18,6 +18,7 @@ one is kept, as RFC 6455 allows (5.5.3). Pongs, and what follows a close frame, 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import deque
 from typing import Final
@@ -45,9 +46,15 @@ class FrameDemux(trio.abc.Stream):
     Args:
         stream: the connection; closed with this stream.
         is_client: whether this end has connected to the other one.
+
+    Attributes:
+        was_reset: the connection was reset, or failed in another way that the kernel reported.
+        has_ended: the end of the stream was read: the kernel of the peer has closed the connection in an orderly way.
     """
 
     def __init__(self, stream: InjectableStream, *, is_client: bool) -> None:
+        self.was_reset = False
+        self.has_ended = False
         self._stream = stream
         self._read_stream = stream.read
         self._is_client = is_client
@@ -87,9 +94,13 @@ class FrameDemux(trio.abc.Stream):
             # No function in between: each coroutine on the way to where this waits would be resumed for each message.
             try:
                 data = await self._read_stream(_RECEIVE)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+            except trio.BrokenResourceError as error:
+                self._on_read_error(error)
+                return None
+            except trio.ClosedResourceError:
                 return None
             if not data:
+                self.has_ended = True
                 return None
             self._reader.feed(data)
 
@@ -125,7 +136,11 @@ class FrameDemux(trio.abc.Stream):
             self._unsent = data
             return False
         self._check_open()
-        return self._stream.write_nowait(data)
+        try:
+            return self._stream.write_nowait(data)
+        except trio.BrokenResourceError as error:
+            self._on_write_error(error)
+            raise
 
     async def flush(self) -> None:
         """Send what :meth:`send_nowait` could not. A checkpoint. Cancelled, nothing more can be sent.
@@ -137,7 +152,11 @@ class FrameDemux(trio.abc.Stream):
             # Not before the lock is held: the library may just have answered a close frame.
             self._check_open()
             data, self._unsent = self._unsent, b""
-            await self._stream.write(data)
+            try:
+                await self._stream.write(data)
+            except trio.BrokenResourceError as error:
+                self._on_write_error(error)
+                raise
 
     async def fail(self, code: int, reason: str) -> None:
         """Fail the websocket (RFC 6455, section 7.1.7): send a close frame, and drop what still comes. A checkpoint.
@@ -158,6 +177,17 @@ class FrameDemux(trio.abc.Stream):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # There is no one left to tell.
             return
+
+    def _on_read_error(self, error: trio.BrokenResourceError) -> None:
+        # EPIPE: the end of the stream had arrived before the reset. ETIMEDOUT: silence, and not a word of the peer.
+        number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        self.was_reset = self.was_reset or number not in (errno.EPIPE, errno.ETIMEDOUT)
+
+    def _on_write_error(self, error: trio.BrokenResourceError) -> None:
+        # The kernel reports a reset once, be it to the reader or to the writer. Other errors of a write say nothing of
+        # the cause, which the reader will find.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ECONNRESET:
+            self.was_reset = self.was_reset or not self.has_ended
 
     def _check_open(self) -> None:
         if self._closing:
@@ -184,7 +214,13 @@ class FrameDemux(trio.abc.Stream):
             if self._for_library:
                 return self._for_library.popleft()
             if self._returned:
-                return await self._read_stream(max_bytes or _RECEIVE)
+                try:
+                    data = await self._read_stream(max_bytes or _RECEIVE)
+                except trio.BrokenResourceError as error:
+                    self._on_read_error(error)
+                    raise
+                self.has_ended = self.has_ended or not data
+                return data
             await self._library.park()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

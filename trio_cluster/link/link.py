@@ -1,4 +1,4 @@
-"""A session run over one websocket, by five tasks.
+"""A session run over one websocket, or several after each other, by five tasks.
 
 Theory of operation
 ===================
@@ -19,6 +19,10 @@ session's time; and one lets another thread send heartbeats while the event loop
 write is done, it asks for a batch, so that everything that became ready meanwhile leaves in one write. Each task ends
 the link by giving the reason; the first reason counts.
 
+A session that can be resumed outlives its websocket: when the connection was cut, it is suspended, and the same link
+goes on with it on another one (:meth:`Link.carry`). What is a cut and what is a death is decided here, by how the
+connection ended; see ``docs/resumption.md``.
+
 A peer is not dropped for a delay of this end. Time during which this end was blocked does not count as silence of
 the peer, whose messages are still waiting to be read; and a peer that reports that it is blocked need not take what it
 is sent.
@@ -28,8 +32,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
 import trio
 
@@ -52,22 +56,40 @@ _BURST: Final = 4
 
 EventT = TypeVar("EventT")
 
+#: The first message of a connection, as far as there was one.
+First: TypeAlias = bytes | FramingError | None
+#: Given a websocket that has just been opened, chooses the link that goes on with it, and returns what it has read
+#: before, too; or ``None`` to drop the connection. May wait; must not raise.
+Choose: TypeAlias = Callable[[FrameDemux], Awaitable[tuple["Link", First] | None]]
+
+
+async def receive_first(demux: FrameDemux) -> First:
+    """Return the first message on a websocket, or what is wrong with it, for the link that is chosen. A checkpoint."""
+    try:
+        return await demux.receive()
+    except FramingError as error:
+        return error
+
 
 class Link:
-    """A session run over one connection, by :meth:`run`, which is called once.
+    """A session run over a connection, by :meth:`run`; over others, too, if it can be resumed.
 
     All callbacks are synchronous, and must not raise.
 
     Args:
-        stream: a new connection, from ``injectable``. The link closes it.
+        stream: the first connection, from ``injectable``. The link closes it.
         session: one half of the protocol.
         on_events: called with the events of each message that was received. It may use the session.
         on_sent: called after each write with the body bytes that were written: pairs of a call's number and a count.
-        on_closed: called once with the reason, at the moment at which the link is known to be over, before the closing
-            handshake. Not called for a link that is cancelled.
+        on_closed: called with the reason, at the moment at which the connection is known to be over, before the closing
+            handshake. It is called again when another connection of a session that was suspended is over. Not called
+            for a link that is cancelled.
         before_tick: called before a heartbeat is made, so that it can report the present state.
         timeout: seconds that the opening handshake may take, and the write of one message.
         linger: seconds for which a few bytes of bodies may wait for more of them while the link is busy.
+
+    Attributes:
+        proxied: the way to the peer goes through a proxy: the end of a connection need not be that of a process.
     """
 
     def __init__(
@@ -92,17 +114,24 @@ class Link:
         self._linger = linger
         # The bound method of the clock: it takes half the time of trio.current_time(), which looks the clock up first.
         self._now = trio.lowlevel.current_clock().current_time
+        self.proxied = False
         self._lingering = False
         self._pending = trio.Event()
         self._handshake_sent = trio.Event()
         self._writing = trio.CancelScope()
+        self._alarm = trio.CancelScope()
         self._scope: trio.CancelScope | None = None
         self._closed: LinkClosed | None = None
         self._code = _NORMAL
         self._write_incomplete = False
+        # What is being written, and was not reported as sent.
+        self._burst: list[Batch] = []
         # The peer has sent what is no websocket frame.
         self._unreadable = False
         self._close_when_flushed: str | None = None
+        # Set while no websocket is carried.
+        self._free = trio.Event()
+        self._free.set()
 
     def wake(self) -> None:
         """Make the writer send what the session has queued. Synchronous.
@@ -130,41 +159,97 @@ class Link:
         self._close_when_flushed = why
         self._pending.set()
 
-    async def run(self, opener: Opener) -> NoReturn:
+    async def run(
+        self, opener: Opener, *, stream: InjectableStream | None = None, choose: Choose | None = None
+    ) -> NoReturn:
         """Perform the opening handshake and run the link until something ends it. A checkpoint.
 
         Args:
             opener: the opening handshake, from ``dial`` or ``accept``.
+            stream: another connection than the first one; closed in any case.
+            choose: chooses the link that goes on with the websocket; ``None``: this one. Without it, a failed opening
+                handshake is the end of the session.
 
         Raises:
             LinkClosed: always, if not cancelled. The stream is closed in either case.
         """
+        stream = self._stream if stream is None else stream
+        closed: LinkClosed | None = None
         async with trio.open_nursery() as outer:
             try:
                 try:
                     websocket = await open_websocket(opener, outer, self._timeout)
-                except LinkClosed as closed:
-                    self._closed = closed
+                except LinkClosed as failure:
+                    closed = failure
                 else:
-                    await self._run_tasks(websocket)
-                    await self._close(websocket)
+                    chosen = (self, None) if choose is None else await choose(websocket.demux)
+                    if chosen is None:
+                        closed = LinkClosed("this connection is not needed")
+                    else:
+                        closed = await chosen[0].carry(websocket, stream, chosen[1])
             except Exception:
                 # A bug in this package, or in what it calls. It ends this link and nothing else.
                 logger.exception("a link failed")
                 self._end_after_error()
+                closed = self._closed
             finally:
-                self._session.close("the link is over")
-                await trio.aclose_forcefully(self._stream)
+                if choose is None and not self._session.suspended:
+                    self._session.close("the link is over")
+                await trio.aclose_forcefully(stream)
                 outer.cancel_scope.cancel(reason="the link is over")
-        assert self._closed is not None
-        raise self._closed
+        assert closed is not None
+        raise closed
 
-    async def _run_tasks(self, websocket: WebSocket) -> None:
+    async def carry(self, websocket: WebSocket, stream: InjectableStream, first: First = None) -> LinkClosed:
+        """Run the session over a websocket until something ends that, and return the reason. A checkpoint.
+
+        If the session was suspended by that, it can be resumed on another websocket; otherwise it is closed.
+
+        Args:
+            websocket: opened; its closing handshake is performed if that is possible.
+            stream: what it is on; left open.
+            first: what has been received on it already.
+        """
+        self._free = trio.Event()
+        self._stream = stream
+        self._handshake_sent = trio.Event()
+        self._lingering = self._write_incomplete = self._unreadable = False
+        try:
+            await self._run_tasks(websocket, first)
+            if not self._session.suspended:
+                await self._close(websocket)
+        except Exception:
+            # A bug in this package, or in what it calls. It ends this link and nothing else.
+            logger.exception("a link failed")
+            self._end_after_error()
+        finally:
+            if not self._session.suspended:
+                self._session.close("the link is over")
+            self._scope = None
+            self._free.set()
+        closed = self._closed
+        assert closed is not None
+        if self._session.suspended:
+            self._closed = None
+        return closed
+
+    async def detach(self) -> None:
+        """Leave the present connection, if there is one, for another one of the same session. A checkpoint.
+
+        The session is suspended then, unless it is over.
+        """
+        if self._closed is None and self._scope is not None and self._session.suspend(self._now()):
+            self._closed = LinkClosed("another connection goes on with the session", superseded=True)
+            self._report_burst()
+            self._scope.cancel(reason=self._closed.why)
+        await self._free.wait()
+
+    async def _run_tasks(self, websocket: WebSocket, first: First) -> None:
         async with trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
             if self._closed is not None:
                 self._scope.cancel(reason=self._closed.why)
-            nursery.start_soon(self._read, websocket.demux)
+            nursery.start_soon(self._read, websocket.demux, first)
             nursery.start_soon(self._watch_close, websocket)
             nursery.start_soon(self._write, websocket.demux)
             nursery.start_soon(self._keep_time)
@@ -179,11 +264,22 @@ class Link:
     async def _watch_close(self, websocket: WebSocket) -> None:
         self._end(await websocket.wait_closed())
 
-    async def _read(self, demux: FrameDemux) -> None:
+    async def _read(self, demux: FrameDemux, first: First) -> None:
+        resuming = self._session.suspended
         try:
-            while (data := await demux.receive()) is not None:
+            if isinstance(first, FramingError):
+                raise first
+            while (data := first if first is not None else await demux.receive()) is not None:
+                first = None
+                if self._closed is not None and self._closed.superseded:
+                    # It is received again on the other connection.
+                    return
                 now = self._now()
                 events = self._session.receive(data, now)
+                if resuming:
+                    # That was the answer. From now on the session has heartbeats to send again.
+                    resuming = False
+                    self._alarm.deadline = self._session.deadline()
                 if self._session.peer_blocked:
                     self._writing.deadline = max(self._writing.deadline, now + self._timeout)
                 self._on_events(events)
@@ -215,6 +311,7 @@ class Link:
                 await self._wait_for_more(last)
                 continue
             self._write_incomplete = True
+            self._burst = burst
             try:
                 if not demux.send_nowait(*[batch.data for batch in burst]):
                     self._writing = trio.CancelScope(deadline=self._now() + len(burst) * self._timeout)
@@ -228,6 +325,7 @@ class Link:
                 return
             self._write_incomplete = False
             self._handshake_sent.set()
+            self._burst = []
             for batch in burst:
                 self._on_sent(batch.sent)
             last, sendable = self._now(), self._session.sendable
@@ -286,9 +384,10 @@ class Link:
 
     async def _keep_time(self) -> None:
         while True:
-            due = self._session.deadline()
-            await trio.sleep_until(due)
-            now = trio.current_time()
+            self._alarm = trio.CancelScope(deadline=self._session.deadline())
+            with self._alarm:
+                await trio.sleep_forever()
+            due, now = self._alarm.deadline, trio.current_time()
             self._session.extend_silence_deadline(now - due, now)
             self._session.lag = take_max_lag()
             self._before_tick()
@@ -309,11 +408,21 @@ class Link:
             else:
                 await websocket.aclose(self._code, self._closed.why)
 
+    def _report_burst(self) -> None:
+        """Report as sent what was being written: the session keeps it, and writes it again."""
+        burst, self._burst = self._burst, []
+        for batch in burst:
+            self._on_sent(batch.sent)
+
     def _end(self, closed: LinkClosed, code: int = _NORMAL) -> None:
         if self._closed is None:
             self._closed = closed
             self._code = code
-            self._session.close(closed.why)
+            cut = closed.was_reset or (closed.has_ended and self.proxied)
+            if cut and self._session.suspend(self._now()):
+                self._report_burst()
+            else:
+                self._session.close(closed.why)
             self._on_closed(closed)
             if self._scope is not None:
                 self._scope.cancel(reason=closed.why)

@@ -93,12 +93,26 @@ class LinkClosed(Exception):
         by_peer: whether the peer closed the link and gave this reason.
         status: the HTTP status with which the opening handshake was rejected, if it was.
         incompatible: the two ends do not speak the same protocol; another attempt would fail as well.
+        was_reset: the connection was reset, which may be a cut, or the end of a process.
+        has_ended: the connection has ended without a close frame: as a kernel ends those of a process that has died.
+        superseded: the session goes on, on another connection.
     """
 
     def __init__(
-        self, why: str, *, by_peer: bool = False, status: int | None = None, incompatible: bool = False
+        self,
+        why: str,
+        *,
+        by_peer: bool = False,
+        status: int | None = None,
+        incompatible: bool = False,
+        was_reset: bool = False,
+        has_ended: bool = False,
+        superseded: bool = False,
     ) -> None:
         super().__init__(why)
+        self.was_reset = was_reset
+        self.has_ended = has_ended
+        self.superseded = superseded
         self.why = why
         self.by_peer = by_peer
         self.status = status
@@ -170,7 +184,7 @@ class WebSocket:
                 # No message gets as far as this, so it waits for the end.
                 await self._connection.get_message()
         except ConnectionClosed as error:
-            return _close_reason(error, self._reader.error)
+            return _close_reason(error, self._reader.error, self.demux)
 
     async def aclose(self, code: int, reason: str) -> None:
         """Perform the closing handshake, and close the stream. A checkpoint.
@@ -276,13 +290,19 @@ async def open_websocket(opener: Opener, nursery: trio.Nursery, deadline_after: 
     return WebSocket(*opened, reader)
 
 
-def _close_reason(error: ConnectionClosed, reader: Exception | None) -> LinkClosed:
-    """Return why a websocket ended, given what the library raised and what its reader task raised, if anything."""
+def _close_reason(error: ConnectionClosed, reader: Exception | None, demux: FrameDemux) -> LinkClosed:
+    """Return why a websocket ended.
+
+    Args:
+        error: what the library raised.
+        reader: what its reader task raised, if anything.
+        demux: has seen how the connection ended.
+    """
     reason = error.reason
     if reason is None or reason.code == _ABNORMAL_CLOSURE:
         if reader is not None:
             return LinkClosed(f"the websocket failed: {reader or type(reader).__name__}")
-        return LinkClosed("the connection broke")
+        return LinkClosed("the connection broke", was_reset=demux.was_reset, has_ended=demux.has_ended)
     if reason.reason:
         return LinkClosed(reason.reason, by_peer=True)
     return LinkClosed(

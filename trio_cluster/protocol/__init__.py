@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .bounds import NAME_MAX, TEXT_MAX
 from .codec import MAX_MESSAGE, decode, encode
-from .errors import HandshakeError, PeerSilent, ProtocolError
+from .errors import HandshakeError, PeerSilent, ProtocolError, ResumptionRefused
 from .master import MasterEvent, MasterSession
 from .messages import (
     MAGIC,
@@ -17,6 +17,7 @@ from .messages import (
     PROTOCOL_MIN,
     SUBPROTOCOL,
     WINDOW,
+    Ack,
     Cancel,
     Data,
     Done,
@@ -36,7 +37,16 @@ from .messages import (
 )
 from .outbox import Batch
 from .session import MAX_BACKLOG, MAX_CALLS, Session
-from .state import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, State, markdown
+from .state import (
+    RECEIVE_TRANSITIONS,
+    SEND_TRANSITIONS,
+    SESSION_TRANSITIONS,
+    Role,
+    SessionState,
+    State,
+    markdown,
+    session_markdown,
+)
 from .worker import WorkerEvent, WorkerSession
 
 __all__ = [
@@ -50,9 +60,11 @@ __all__ = [
     "PROTOCOL_MIN",
     "RECEIVE_TRANSITIONS",
     "SEND_TRANSITIONS",
+    "SESSION_TRANSITIONS",
     "SUBPROTOCOL",
     "TEXT_MAX",
     "WINDOW",
+    "Ack",
     "Batch",
     "Cancel",
     "Data",
@@ -73,8 +85,10 @@ __all__ = [
     "PeerSilent",
     "ProtocolError",
     "RegisterModel",
+    "ResumptionRefused",
     "Role",
     "Session",
+    "SessionState",
     "Shutdown",
     "State",
     "UnregisterModel",
@@ -83,4 +97,5 @@ __all__ = [
     "decode",
     "encode",
     "markdown",
+    "session_markdown",
 ]

@@ -9,6 +9,7 @@ codec; a program that passes mypy cannot get them wrong.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ __all__ = [
     "progress",
     "query",
     "seconds",
+    "session_id",
     "text",
 ]
 
@@ -56,6 +58,9 @@ JSON_DEPTH_MAX: Final = 16
 #: Entries of a usage report, and characters in the name of one.
 USAGE_MAX: Final = 16
 _USAGE_NAME_MAX: Final = 64
+
+#: The id of a session: 128 bits in hexadecimal digits, or nothing.
+_SESSION_ID: Final = re.compile(r"(?:[0-9a-f]{32})?")
 
 Validator = Callable[[Any, Any, Any], None]
 
@@ -136,6 +141,13 @@ def seconds(_: Any, attribute: Any, value: float | None) -> None:
     """Validate a number of seconds, neither negative nor infinite. ``None`` means that there is no limit."""
     if value is not None and not (0.0 <= value < math.inf):
         raise ValueError(f"{attribute.name}: must be a finite number of seconds, not {value}")
+
+
+def session_id(_: Any, attribute: Any, value: str) -> None:
+    """Validate the id of a session: 32 hexadecimal digits; or empty."""
+    if not _SESSION_ID.fullmatch(value):
+        # Not repeated: it is a secret of two processes.
+        raise ValueError(f"{attribute.name}: must be 32 hexadecimal digits")
 
 
 def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None:

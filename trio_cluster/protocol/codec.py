@@ -37,6 +37,7 @@ import msgspec
 from .bounds import HEADER_COUNT_MAX, JSON_DEPTH_MAX, JSON_MAX, NAMES_MAX, PROGRESS_MAX, USAGE_MAX
 from .errors import ProtocolError
 from .messages import (
+    Ack,
     Cancel,
     Data,
     Done,
@@ -93,6 +94,7 @@ TAGS: Final[dict[type[Message], int]] = {
     Grant: 12,
     Drain: 13,
     Shutdown: 14,
+    Ack: 15,
 }
 
 

@@ -6,7 +6,7 @@ cannot be sent) or ``RuntimeError`` (a message in the wrong state), leaves the s
 
 from __future__ import annotations
 
-__all__ = ["HandshakeError", "PeerSilent", "ProtocolError"]
+__all__ = ["HandshakeError", "PeerSilent", "ProtocolError", "ResumptionRefused"]
 
 
 class ProtocolError(Exception):
@@ -28,3 +28,7 @@ class HandshakeError(ProtocolError):
 
 class PeerSilent(ProtocolError):
     """No message came from the peer for longer than the silence timeout."""
+
+
+class ResumptionRefused(ProtocolError):
+    """The peer does not go on with the session that it was asked to resume, or the time for that is over."""

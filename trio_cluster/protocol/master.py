@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hmac
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
+
+import attrs
 
 from trio_cluster.errors import InvalidRequest, Overloaded, WorkerLost
 
@@ -28,7 +31,7 @@ from .messages import (
     UnregisterModel,
 )
 from .session import MAX_BACKLOG, MAX_CALLS, CallMessage, CallRecord, Session
-from .state import LastData, Role, State
+from .state import LastData, Role, SessionState, State
 
 __all__ = ["MasterEvent", "MasterSession"]
 
@@ -47,6 +50,47 @@ class MasterSession(Session[MasterEvent]):
     """
 
     _role: ClassVar[Role] = Role.MASTER
+
+    def is_named_by(self, handshake: Handshake) -> bool:
+        """Tell whether a handshake on another connection names this session, and can be answered with it.
+
+        The worker must be the same process, and what it has received must be possible. The caller has to compare how
+        the connection was admitted, and to stop reading the present one before it calls :meth:`resume`.
+        """
+        peer, retention = self.peer, self._retention
+        return (
+            self.close_reason is None
+            and peer is not None
+            and retention is not None
+            and hmac.compare_digest(handshake.session, self.session_id)
+            and (handshake.node_id, handshake.instance) == (peer.node_id, peer.instance)
+            and retention.knows(handshake.received)
+        )
+
+    def announce_proxy(self) -> None:
+        """Tell the worker that its connection came through a proxy. To be called before anything was written."""
+        self._handshake = attrs.evolve(self._handshake, proxied=True)
+        self._outbox.clear()
+        self._outbox.post(self._handshake)
+
+    def resume(self, handshake: Handshake, now: float, *, proxied: bool = False) -> None:
+        """Go on with this session, which is suspended, on the connection on which its worker has named it.
+
+        The next message is the answer; it is followed by what the worker has not received.
+
+        Args:
+            handshake: what the worker has sent; :meth:`is_named_by` was true for it.
+            now: the time, in seconds.
+            proxied: the connection came through a proxy.
+
+        Raises:
+            RuntimeError: the session is not suspended.
+        """
+        if self.session_state is not SessionState.SUSPENDED or self._retention is None:
+            raise RuntimeError("only a suspended session can be resumed")
+        self._handshake = attrs.evolve(self._handshake, proxied=proxied)
+        self._ready.append(self._name_session(self._retention))
+        self._on_resumed(handshake.received, now)
 
     def open(
         self,

@@ -29,6 +29,7 @@ __all__ = [
     "PROTOCOL_MIN",
     "SUBPROTOCOL",
     "WINDOW",
+    "Ack",
     "Cancel",
     "Data",
     "Done",
@@ -76,6 +77,16 @@ class Handshake:
     """The version of the package, for people; nothing depends on it."""
     instance: str = attrs.field(default="", validator=bounds.text(bounds.NAME_MAX))
     """Drawn by each process at its start: tells a worker that reconnects from another process that uses its name."""
+    resume_window: float = attrs.field(default=0.0, validator=bounds.seconds)
+    """Seconds for which the sender would wait for another connection of this session; 0: it does not. The smaller of
+    both holds. Above 0, the sender knows ``Ack``."""
+    session: str = attrs.field(default="", validator=bounds.session_id)
+    """From a master: the id of the session, which it has drawn. From a worker: the session that is to be resumed; empty
+    for a new one."""
+    received: int = attrs.field(default=0, validator=bounds.integer(0, (1 << 63) - 1))
+    """How many batches of that session the sender has processed."""
+    proxied: bool = False
+    """From a master: the connection came through a proxy. Its end need not be the end of a process, then."""
 
 
 @attrs.frozen
@@ -337,6 +348,14 @@ class Shutdown:
     reason: str = attrs.field(validator=bounds.text())
 
 
+@attrs.frozen
+class Ack:
+    """Both ways, if both have a ``resume_window``: how much of the session the sender has processed."""
+
+    received: int = attrs.field(validator=bounds.integer(0, (1 << 63) - 1))
+    """Batches since the session began, without those that begin with ``Handshake``, ``Heartbeat`` or ``Ack``."""
+
+
 Message: TypeAlias = (
     Handshake
     | RegisterModel
@@ -353,4 +372,5 @@ Message: TypeAlias = (
     | Grant
     | Drain
     | Shutdown
+    | Ack
 )

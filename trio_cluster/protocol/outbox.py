@@ -210,8 +210,13 @@ class Outbox:
         """Whether a message is queued or a body is under way, whether or not it can be sent now."""
         return bool(self._control or self._streams)
 
-    def next_batch(self, limit: int) -> Batch | None:
-        """Remove and return what to write next, about ``limit`` bytes; ``None`` if nothing can be sent."""
+    def next_batch(self, limit: int, last: Packed | None = None) -> Batch | None:
+        """Remove and return what to write next, about ``limit`` bytes; ``None`` if nothing can be sent.
+
+        Args:
+            limit: bytes after which nothing more is added.
+            last: a message to append if there is a batch.
+        """
         batch: list[Packed] = []
         sent: dict[int, int] = {}
         size = 0
@@ -238,7 +243,11 @@ class Outbox:
                 del self._streams[call]
             elif not drained:
                 self._schedule(call, stream)
-        return Batch(encode_batch(batch), tuple(sent.items())) if batch else None
+        if not batch:
+            return None
+        if last is not None:
+            batch.append(last)
+        return Batch(encode_batch(batch), tuple(sent.items()))
 
     def _append(self, encoded: msgspec.Raw) -> None:
         self._control.append(encoded)

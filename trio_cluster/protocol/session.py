@@ -16,6 +16,10 @@ closes the session; an error of the local caller raises ``ValueError`` or ``Runt
 session writes nothing and ignores what is still sent with it, because handlers go on for a moment after their link has
 gone.
 
+A session may outlive its connection, if both ends want that: :meth:`Session.suspend` says that the connection is gone,
+and the two ends have a method each to go on with another one. What has not been acknowledged is written again. See
+``retention.py``, and ``docs/resumption.md``.
+
 Memory is bounded: by the window for each direction of each call, by ``MAX_CALLS`` calls, and by ``MAX_BACKLOG`` bytes
 of control messages for a peer that sends and does not read. What the local side has sent of a body is bounded by the
 local side, which learns from ``Batch.sent`` how much of it has been written.
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
@@ -34,14 +39,15 @@ from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 import attrs
 
 from .bounds import NAME_MAX, PROGRESS_MAX, clip
-from .codec import MAX_MESSAGE, decode, decode_handshake, encode
-from .errors import HandshakeError, PeerSilent, ProtocolError
+from .codec import MAX_MESSAGE, decode, decode_handshake, encode, pack
+from .errors import HandshakeError, PeerSilent, ProtocolError, ResumptionRefused
 from .messages import (
     MAGIC,
     PIECE,
     PROTOCOL_MAX,
     PROTOCOL_MIN,
     WINDOW,
+    Ack,
     Cancel,
     Data,
     Done,
@@ -55,13 +61,17 @@ from .messages import (
     Message,
 )
 from .outbox import Batch, Outbox
+from .retention import ACK_ALONE, ACK_ALONG, MAX_RETAINED, OVERHEAD, Retention
 from .state import (
     LINK_MESSAGES,
     RECEIVE_TRANSITIONS,
     SEND_TRANSITIONS,
+    SESSION_TRANSITIONS,
     LastData,
     MessageKind,
     Role,
+    SessionEvent,
+    SessionState,
     State,
 )
 
@@ -113,6 +123,8 @@ class Session(abc.ABC, Generic[EventT]):
             wait for its handshake.
         admit: given the peer's handshake, returns whether anything else of this peer is wanted. If not, its handshake
             is still returned as an event, and nothing that follows it is decoded. Synchronous, and must not raise.
+        resume_window: seconds for which the session waits for another connection when one is cut; 0: it does not.
+        session_id: of a master's session that can be resumed: 128 random bits, as hexadecimal digits.
 
     Attributes:
         peer: the peer's handshake, once it has been received.
@@ -120,6 +132,9 @@ class Session(abc.ABC, Generic[EventT]):
         peer_blocked: what blocks the peer's event loop, by its last heartbeat; empty if nothing does.
         lag: the ``lag`` of the next heartbeat, in seconds.
         close_reason: why the session is over; ``None`` while it is not.
+        session_state: see ``SessionState``.
+        session_id: what names the session on another connection; empty if it cannot be resumed.
+        resumptions: how often it was resumed.
     """
 
     _role: ClassVar[Role]
@@ -134,6 +149,8 @@ class Session(abc.ABC, Generic[EventT]):
         heartbeat_interval: float = 5.0,
         silence_timeout: float = 30.0,
         admit: Callable[[Handshake], bool] = lambda _: True,
+        resume_window: float = 0.0,
+        session_id: str = "",
     ) -> None:
         self.peer: Handshake | None = None
         self.protocol: int | None = None
@@ -151,7 +168,24 @@ class Session(abc.ABC, Generic[EventT]):
         self._calls: dict[int, CallRecord] = {}
         self._highest = 0
         self._outbox = Outbox()
-        self._outbox.post(Handshake(MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance))
+        self.session_state = SessionState.OPENING
+        self.session_id = session_id
+        self.resumptions = 0
+        self._resume_window = resume_window
+        self._resume_until = math.inf
+        # From the beginning, since messages may be sent before it is known whether the peer wants it, too.
+        self._retention = Retention() if resume_window > 0 else None
+        # The first batch, which has the handshake, is neither counted nor kept.
+        self._first_sent = False
+        # Suspended or resuming: nothing of the session is written.
+        self._paused = False
+        # What is to be written before anything else: the handshake on another connection, and what is repeated there.
+        self._ready: deque[bytes] = deque()
+        self._ack_due = False
+        self._handshake = Handshake(
+            MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance, resume_window, session_id
+        )
+        self._outbox.post(self._handshake)
 
     # For the owner of the link
 
@@ -166,6 +200,7 @@ class Session(abc.ABC, Generic[EventT]):
             ProtocolError: the peer violated the protocol, or the session was closed before. The events of this message
                 are lost, but not the calls: afterwards ``open_calls`` has exactly those whose beginning was returned
                 as an event, and whose end was not.
+            RuntimeError: the session is suspended.
         """
         if self.close_reason is not None:
             raise ProtocolError(self.close_reason)
@@ -178,8 +213,17 @@ class Session(abc.ABC, Generic[EventT]):
                 raise ProtocolError("the peer sends but does not read")
             if self.peer is None:
                 self._receive_first(data, events)
+            elif self._paused:
+                self._receive_answer(data, now, events)
             else:
-                self._receive_all(decode(data), events)
+                messages = decode(data)
+                self._receive_all(messages, events)
+                retention, kind = self._retention, type(messages[0])
+                if retention is not None and kind is not Heartbeat and kind is not Ack:
+                    retention.received += 1
+                    retention.unacknowledged += len(data) + OVERHEAD
+                    if retention.unacknowledged >= ACK_ALONE:
+                        self._ack_due = True
         except ProtocolError as exc:
             for event in events:
                 if isinstance(event, ForwardRequest):
@@ -201,16 +245,43 @@ class Session(abc.ABC, Generic[EventT]):
         """
         if self.close_reason is not None:
             return None
-        if self._heartbeat_due:
-            self._outbox.post(attrs.evolve(self._own_heartbeat, lag=self.lag))
-            self._heartbeat_due = False
+        if self._ready:
+            return Batch(self._ready.popleft(), ())
+        if self._paused:
+            return None
         # The message that is added last may be the largest possible one, which has half of MAX_MESSAGE.
-        return self._outbox.next_batch(max(1, min(limit, MAX_MESSAGE // 4)))
+        limit = max(1, min(limit, MAX_MESSAGE // 4))
+        retention = self._retention
+        if retention is None or not self._first_sent:
+            if self._heartbeat_due:
+                self._outbox.post(attrs.evolve(self._own_heartbeat, lag=self.lag))
+                self._heartbeat_due = False
+            self._first_sent = True
+            return self._outbox.next_batch(limit)
+        if self._heartbeat_due or self._ack_due:
+            return self._uncounted_batch(retention)
+        ack = (
+            pack(Ack(retention.received))
+            if retention.unacknowledged >= ACK_ALONG and self.resumable
+            else None
+        )
+        batch = self._outbox.next_batch(limit, ack)
+        if batch is not None:
+            if ack is not None:
+                retention.unacknowledged = 0
+            retention.batches.append(batch.data)
+            retention.size += len(batch.data) + OVERHEAD
+            if retention.size > MAX_RETAINED:
+                self._retention = None
+                self._ack_due = False
+        return batch
 
     def deadline(self) -> float:
         """Return the time at which :meth:`tick` must be called next; infinite once the session is closed."""
         if self.close_reason is not None:
             return math.inf
+        if self._paused:
+            return self._resume_until
         return min(
             self._last_heartbeat + self._heartbeat_interval, self._last_received + self._silence_timeout
         )
@@ -223,8 +294,15 @@ class Session(abc.ABC, Generic[EventT]):
 
         Raises:
             PeerSilent: nothing was received for ``silence_timeout``; the session is closed.
+            ResumptionRefused: it was not resumed in time; the session is closed.
         """
         if self.close_reason is not None:
+            return
+        if self._paused:
+            if now >= self._resume_until:
+                late = ResumptionRefused(f"not resumed within {self._resume_window:g} s")
+                self.close(late.reason)
+                raise late
             return
         if now >= self._last_received + self._silence_timeout:
             silent = PeerSilent(f"no message from the peer for {self.silence(now):.1f} s")
@@ -271,8 +349,42 @@ class Session(abc.ABC, Generic[EventT]):
         """
         if self.close_reason is None:
             self.close_reason = reason
+            self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.OVER]
             self._outbox.clear()
-            self._heartbeat_due = False
+            self._ready.clear()
+            self._retention = None
+            self._heartbeat_due = self._ack_due = self._paused = False
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the session goes on with another connection if this one is cut. Both ends have agreed on that."""
+        return self._retention is not None and self.peer is not None
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the session has no connection, or one on which it has not been resumed yet."""
+        return self._paused
+
+    def suspend(self, now: float) -> bool:
+        """Record that the connection is gone: write nothing until the session is resumed on another one.
+
+        Everything else goes on. What is sent meanwhile is queued, within the bounds that hold anyway. :meth:`tick` ends
+        the session when the window has passed since the first cut.
+
+        Args:
+            now: the time, in seconds.
+
+        Returns:
+            Whether the session waits; if not, nothing has changed, and the caller has to close it.
+        """
+        if self.close_reason is not None or not self.resumable:
+            return False
+        self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.CUT]
+        if not self._paused:
+            self._resume_until = now + self._resume_window
+        self._paused = True
+        self._ready.clear()
+        return True
 
     # Common to both ends
 
@@ -313,22 +425,29 @@ class Session(abc.ABC, Generic[EventT]):
     @property
     def idle(self) -> bool:
         """Whether no call is open and nothing is queued."""
-        return not (self._calls or self._outbox or self._heartbeat_due)
+        return not (self._calls or self._outbox or self._heartbeat_due or self._ready or self._ack_due)
 
     @property
     def sendable(self) -> bool:
         """Whether :meth:`next_message` would return something now."""
-        return self._heartbeat_due or self._outbox.sendable
+        if self._paused or self._ready:
+            return bool(self._ready)
+        return self._heartbeat_due or self._ack_due or self._outbox.sendable
 
     @property
     def urgent(self) -> bool:
         """Whether something of that should not linger: it is more than a few bytes of bodies."""
-        return self._heartbeat_due or self._outbox.urgent
+        return self._heartbeat_due or bool(self._ready) or self._outbox.urgent
 
     @property
     def unsent(self) -> bool:
-        """Whether anything is queued, including what waits for credit; never once the session is closed."""
-        return self._outbox.unsent
+        """Whether anything is queued, including what waits for credit; never once the session is closed.
+
+        Of a suspended session, what has been written and not acknowledged counts as well: it may have been lost.
+        """
+        if self._paused and self._retention is not None and self._retention.batches:
+            return True
+        return bool(self._ready) or self._outbox.unsent
 
     def state(self, call: int) -> State:
         """Return the state of a call; see ``state.py``."""
@@ -428,6 +547,10 @@ class Session(abc.ABC, Generic[EventT]):
             if next_state is None:
                 raise ProtocolError(f"{kind.__name__} for call {message.call}, which is {state.value}")
             self._receive_for_call(message, next_state, events)
+        elif type(message) is Ack:
+            # None if this end has stopped to keep what it sends, which the peer does not know.
+            if self._retention is not None:
+                self._retention.acknowledge(message.received)
         elif type(message) in LINK_MESSAGES[self._role]:
             if isinstance(message, Heartbeat):
                 self.peer_blocked = message.blocked
@@ -447,6 +570,54 @@ class Session(abc.ABC, Generic[EventT]):
             )
         self.peer = peer
         self.protocol = version
+        self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.HANDSHAKE]
+        self._agree_on_resumption(peer)
+
+    def _agree_on_resumption(self, peer: Handshake) -> None:
+        """Find out from the first handshake whether both ends can resume the session, and for how long they wait."""
+        if self._role is Role.WORKER:
+            self.session_id = peer.session
+        self._resume_window = min(self._resume_window, peer.resume_window)
+        if not (self._resume_window > 0 and self.session_id):
+            self._retention = None
+            self._ack_due = False
+
+    def _uncounted_batch(self, retention: Retention) -> Batch:
+        """Return a batch of a heartbeat, if one is due, and an acknowledgement."""
+        messages: list[Message] = []
+        if self._heartbeat_due:
+            messages.append(attrs.evolve(self._own_heartbeat, lag=self.lag))
+        if self.resumable:
+            messages.append(Ack(retention.received))
+            retention.unacknowledged = 0
+        self._heartbeat_due = self._ack_due = False
+        return Batch(encode(messages), ())
+
+    def _name_session(self, retention: Retention) -> bytes:
+        """Return the first batch on another connection."""
+        return encode([attrs.evolve(self._handshake, session=self.session_id, received=retention.received)])
+
+    def _on_resumed(self, received: int, now: float) -> None:
+        """Go on after the ``received`` batches that the peer has.
+
+        Raises:
+            ProtocolError: it cannot have so many.
+        """
+        assert self._retention is not None
+        self._retention.acknowledge(received)
+        self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.RESUMED]
+        self.resumptions += 1
+        self._paused = False
+        self._resume_until = math.inf
+        self._ready.extend(self._retention.batches)
+        # The last heartbeats before the cut say nothing any more, and the peer is to have a new one at once.
+        self.peer_blocked = ""
+        self._last_received = self._last_heartbeat = now
+        self._heartbeat_due = True
+
+    def _receive_answer(self, data: bytes, now: float, events: list[Any]) -> None:
+        """Process the first batch on another connection of the same session."""
+        raise RuntimeError("the session is suspended")
 
     def _receive_body(self, record: CallRecord, piece: Data) -> None:
         """Charge a received piece against the credit of its call."""

@@ -63,12 +63,16 @@ __all__ = [
     "LINK_MESSAGES",
     "RECEIVE_TRANSITIONS",
     "SEND_TRANSITIONS",
+    "SESSION_TRANSITIONS",
     "LastData",
     "MessageKind",
     "Role",
+    "SessionEvent",
+    "SessionState",
     "State",
     "Table",
     "markdown",
+    "session_markdown",
 ]
 
 
@@ -187,6 +191,44 @@ LINK_MESSAGES: Final[Mapping[Role, frozenset[type]]] = {
     Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Shutdown}),
 }
 
+
+class SessionState(enum.StrEnum):
+    """The state of a session at one end."""
+
+    OPENING = "OPENING"
+    """The peer's handshake has not been received."""
+    OPEN = "OPEN"
+    SUSPENDED = "SUSPENDED"
+    """There is no connection, and another one may come."""
+    RESUMING = "RESUMING"
+    """At a worker: the session was named on a new connection, and the master has not answered."""
+    CLOSED = "CLOSED"
+
+
+class SessionEvent(enum.StrEnum):
+    """What moves a session from one state to another."""
+
+    HANDSHAKE = "handshake"
+    CUT = "cut"
+    DIALLED = "dialled again"
+    RESUMED = "resumed"
+    OVER = "over"
+
+
+#: A pair that is not in the table does not occur. A cut in ``OPENING`` is the end: nothing is agreed yet to be resumed.
+SESSION_TRANSITIONS: Final[Mapping[tuple[SessionState, SessionEvent], SessionState]] = {
+    (SessionState.OPENING, SessionEvent.HANDSHAKE): SessionState.OPEN,
+    (SessionState.OPENING, SessionEvent.OVER): SessionState.CLOSED,
+    (SessionState.OPEN, SessionEvent.CUT): SessionState.SUSPENDED,
+    (SessionState.OPEN, SessionEvent.OVER): SessionState.CLOSED,
+    (SessionState.SUSPENDED, SessionEvent.DIALLED): SessionState.RESUMING,
+    (SessionState.SUSPENDED, SessionEvent.RESUMED): SessionState.OPEN,
+    (SessionState.SUSPENDED, SessionEvent.OVER): SessionState.CLOSED,
+    (SessionState.RESUMING, SessionEvent.CUT): SessionState.SUSPENDED,
+    (SessionState.RESUMING, SessionEvent.RESUMED): SessionState.OPEN,
+    (SessionState.RESUMING, SessionEvent.OVER): SessionState.CLOSED,
+}
+
 _COLUMNS: Final[tuple[MessageKind, ...]] = (
     ForwardRequest,
     ForwardResponse,
@@ -213,4 +255,14 @@ def markdown(table: Table) -> str:
     for state in rows:
         cells = [table[state, column].value if (state, column) in table else "·" for column in columns]
         lines.append(f"| **{state.value}** | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def session_markdown() -> str:
+    """Return the table of the states of a session as Markdown, in the form of :func:`markdown`."""
+    lines = ["| | " + " | ".join(SessionEvent) + " |", "|" + " --- |" * (len(SessionEvent) + 1)]
+    for state in SessionState:
+        cells = [SESSION_TRANSITIONS.get((state, event), "·") for event in SessionEvent]
+        if state is not SessionState.CLOSED:
+            lines.append(f"| **{state}** | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeAlias
 
@@ -9,7 +10,8 @@ from trio_cluster.core.answer import Usage
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ApiError
 
-from .errors import ProtocolError
+from .codec import decode_handshake
+from .errors import ProtocolError, ResumptionRefused
 from .messages import (
     Cancel,
     Data,
@@ -28,7 +30,7 @@ from .messages import (
     UnregisterModel,
 )
 from .session import MAX_CALLS, CallMessage, CallRecord, Session
-from .state import Role, State
+from .state import SESSION_TRANSITIONS, Role, SessionEvent, SessionState, State
 
 __all__ = ["WorkerEvent", "WorkerSession"]
 
@@ -56,6 +58,32 @@ class WorkerSession(Session[WorkerEvent]):
     """
 
     _role: ClassVar[Role] = Role.WORKER
+
+    def resume(self) -> None:
+        """Ask the master, on a new connection, to go on with this session, which is suspended.
+
+        The next message names it; nothing more is written before the master has answered. If it goes on, its handshake
+        is returned as an event, and what it has not received is written again. If not, :meth:`receive` raises
+        ``ResumptionRefused``.
+
+        Raises:
+            RuntimeError: the session is not suspended.
+        """
+        if self.session_state is not SessionState.SUSPENDED or self._retention is None:
+            raise RuntimeError("only a suspended session can be resumed")
+        self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.DIALLED]
+        self._ready.append(self._name_session(self._retention))
+
+    def _receive_answer(self, data: bytes, now: float, events: list[Any]) -> None:
+        if self.session_state is not SessionState.RESUMING:
+            raise RuntimeError("the session is suspended")
+        handshake, more = decode_handshake(data)
+        if not hmac.compare_digest(handshake.session, self.session_id):
+            raise ResumptionRefused("the master does not know the session any more")
+        if more:
+            raise ProtocolError("something behind the handshake that resumes a session")
+        self._on_resumed(handshake.received, now)
+        events.append(handshake)
 
     def register(self, model: ModelInfo) -> None:
         """Register a model. The answer is a ``ModelRegistered`` or ``ModelRejected`` event.

@@ -17,17 +17,19 @@ class Health:
             request.
         draining: the backend takes no new calls, finishes those that it has, and stops.
         stalled: why the backend cannot do anything at the moment, although it is connected; empty if it can.
+        suspended: the connection to the backend was cut, and may be resumed.
         lost: why the connection to the backend was lost, for good; ``None`` while it was not.
         outcomes: how many of its calls ended with each outcome.
         failures: how many calls in a row failed because of the backend (lost or timed out). A completed call resets it.
     """
 
-    __slots__ = ("available", "draining", "failures", "lost", "outcomes", "stalled")
+    __slots__ = ("available", "draining", "failures", "lost", "outcomes", "stalled", "suspended")
 
     def __init__(self) -> None:
         self.available = True
         self.draining = False
         self.stalled = ""
+        self.suspended = False
         self.lost: str | None = None
         self.outcomes: Counter[Outcome] = Counter()
         self.failures = 0
@@ -40,6 +42,11 @@ class Health:
     def stall(self, reason: str) -> None:
         """Record why the backend cannot do anything at the moment; empty: it can again."""
         self.stalled = reason
+        self._update()
+
+    def suspend(self, suspended: bool) -> None:
+        """Record that the connection was cut, or resumed."""
+        self.suspended = suspended
         self._update()
 
     def lose(self, reason: str) -> None:
@@ -56,4 +63,4 @@ class Health:
             self.failures = 0
 
     def _update(self) -> None:
-        self.available = not (self.draining or self.stalled) and self.lost is None
+        self.available = not (self.draining or self.stalled or self.suspended) and self.lost is None

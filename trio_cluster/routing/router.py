@@ -109,7 +109,7 @@ class Router:
             return None
         if self._draining_reason is not None or not call.request.replayable or time_left <= 0:
             return None
-        request = attrs.evolve(call.request, total_timeout=time_left)
+        request = attrs.evolve(call.request, total_timeout=time_left, retried=True)
         if not self.catalog.candidates(request, avoid=call.served_by):
             return None
         again = self._open(request, call.served_by)

@@ -42,6 +42,10 @@ CONNECTION_FAULTS: Final = frozenset(
 )
 
 
+#: The one of them after which the link is resumed, and no call is lost.
+_RESUMED: Final = frozenset({"link reset"})
+
+
 class FaultOracle:
     """Explains the failures of one schedule.
 
@@ -49,11 +53,13 @@ class FaultOracle:
         detection_time: seconds after which a node has noticed that another one is silent.
         reaction_time: seconds between a fault and its effect on another node, if nothing delays it.
         aftermath: seconds for which a fault may have effects after it is over.
+        losses: the faults by which a master may lose a worker, with its calls.
     """
 
     def __init__(self, plan: Plan, history: History) -> None:
         self._plan = plan
         self._history = history
+        self.losses = WORKER_FAULTS - _RESUMED if plan.options["resume_window"] else WORKER_FAULTS
         self._full: dict[str, list[FaultSpan]] = {}
         self.detection_time = float(plan.options["worker_timeout"]) + float(
             plan.options["heartbeat_interval"]
@@ -80,7 +86,9 @@ class FaultOracle:
             case "timeout":
                 return self._may_time_out(outcome)
             case "worker_lost":
-                return self.fault_near(hosts, outcome, WORKER_FAULTS)
+                # A call whose link is cut is opened elsewhere, unless its time was used up in that moment.
+                kinds = WORKER_FAULTS if self._is_slow(outcome) else self.losses
+                return self.fault_near(hosts, outcome, kinds)
             case "over_capacity":
                 # A worker whose heartbeats are late gets no new calls.
                 return self._was_full(outcome) or self.fault_near(hosts, outcome, WORKER_FAULTS)
@@ -125,6 +133,10 @@ class FaultOracle:
         return bool(self._history.faults_on(hosts, since, outcome.ended, kinds))
 
     def _may_time_out(self, outcome: Outcome) -> bool:
+        return self._is_slow(outcome) or self.fault_near(self.hosts(outcome.request), outcome, WORKER_FAULTS)
+
+    def _is_slow(self, outcome: Outcome) -> bool:
+        """Return whether the response may come too late without any fault."""
         request, options = outcome.request, self._plan.options
         script = request.script
         limits = [options["default_timeout"], request.idle_timeout, request.total_timeout]
@@ -137,9 +149,7 @@ class FaultOracle:
             + self.read_pauses(request)
             + self.transport_time(request)
         )
-        if request.total_timeout is not None and total >= request.total_timeout:
-            return True
-        return self.fault_near(self.hosts(request), outcome, WORKER_FAULTS)
+        return request.total_timeout is not None and total >= request.total_timeout
 
     def _may_be_refused(self, outcome: Outcome) -> bool:
         """Return whether a node may answer that it is shutting down.
@@ -172,7 +182,7 @@ class FaultOracle:
             or self.fault_near(
                 self.hosts(request) | {request.host},
                 outcome,
-                WORKER_FAULTS | CONNECTION_FAULTS | {"call cancelled"},
+                self.losses | CONNECTION_FAULTS | {"call cancelled"},
             )
         )
 

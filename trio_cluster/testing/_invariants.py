@@ -277,12 +277,17 @@ class Invariants(trio.abc.Instrument):
     def _complaints_about_runs(self, outcome: Outcome, runs: list[HandlerRun]) -> list[str]:
         request = outcome.request
         complaints = []
+        if len(runs) > 1:
+            # A request that is opened elsewhere since its link was cut may have been lost on its way. It arrives when
+            # the link is resumed, with its cancellation: so its handler is stopped in the instant in which it begins.
+            runs = [run for run in runs if not (run.stopped and not run.given and run.ended == run.began)]
         if len(runs) > 2:
             complaints.append(f"{len(runs)} handlers ran for it")
         if request.behavior == "aborts upload" and runs:
             complaints.append("a handler ran for half of a request")
         if outcome.verdict in ("complete", "stream finished") and not runs:
             complaints.append("it was answered, and no handler ran")
+        complaints += self._repeated(outcome, runs)
         complaints += self._outliving(outcome, runs)
         complaints += self._late_starts(outcome, runs)
         complaints += self._delays(outcome, runs)
@@ -291,6 +296,25 @@ class Invariants(trio.abc.Instrument):
         if runs and runs[-1].stopped and outcome.verdict.endswith(("cancelled", "shutting_down")):
             complaints += self._early_stop(outcome, runs[-1])
         return complaints
+
+    def _repeated(self, outcome: Outcome, runs: list[HandlerRun]) -> list[str]:
+        """Complain about a response that was generated again, although its first handler had given something.
+
+        Unless its worker was lost. After a mere cut, only what has given nothing is opened elsewhere.
+        """
+        if len(runs) < 2 or not (runs[0].given and runs[1].given):
+            return []
+        first, second = runs[:2]
+        script = outcome.request.script
+        stall = script.stall if script.stalls_at == 0 else 0.0
+        gives = first.began + script.first_after + stall + self._oracle.reaction_time
+        hosts = frozenset([first.node, "master"])
+        since = outcome.began - self._oracle.aftermath
+        if self._history.faults_on(hosts, since, second.began, self._oracle.losses) or (
+            self._history.faults_on(frozenset([first.node]), first.began, gives)
+        ):
+            return []
+        return [f"it was generated again on {second.node}, although it had begun on {first.node}"]
 
     def _outliving(self, outcome: Outcome, runs: list[HandlerRun]) -> list[str]:
         """Complain about handlers that ran for too long after their call was over, or retried elsewhere."""

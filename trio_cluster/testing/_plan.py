@@ -67,6 +67,9 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
 
 _FAILURES: Final[list[Failure | None]] = [*[None] * 14, "api_error", "exception"]
 
+#: How many resets of links a schedule has that cuts them all the time.
+_CUTS: Final = 30
+
 # Bytes of files that are forwarded while they are uploaded: even half of the larger one exceeds what is spooled.
 _UPLOAD_SIZES: Final = [1_200_000, 2_600_000]
 
@@ -209,6 +212,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         "batch_wait": 0.0 if seed % 4 == 0 else 0.001,
         # Often enough that most streams get comments before their answer, in two of five schedules.
         "keepalive": 0.3 if seed % 5 < 2 else 0.0,
+        "resume_window": 0.0 if seed % 5 == 4 else 15.0,
     }
     models = _draw_models(rng, workers)
     drawn = [_draw_request(rng, number, seconds, models, options) for number in range(1, requests + 1)]
@@ -218,6 +222,8 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
     window = rng.uniform(1, 4) if rng.random() < 0.3 else seconds
     begins = rng.uniform(0, seconds - window)
     drawn_faults = [_draw_fault(rng, begins, window, workers, options) for _ in range(count)]
+    if seed % 3 == 1:
+        drawn_faults += _draw_cuts(seed, seconds, workers)
     drawn = [_draw_upload(rng, request) for request in drawn]
     return Plan(
         seed=seed,
@@ -309,6 +315,23 @@ def _draw_upload(rng: random.Random, request: SimulatedRequest) -> SimulatedRequ
         return request
     script = attrs.evolve(request.script, padding=rng.choice(_UPLOAD_SIZES), model_last=rng.random() < 0.5)
     return attrs.evolve(request, script=script)
+
+
+def _draw_cuts(seed: int, seconds: float, workers: list[str]) -> list[Fault]:
+    """Return resets of links all the time, for a schedule in which everything has to go on in spite of them."""
+    # A generator of their own, so that the rest of the schedule is the same with them and without.
+    rng = random.Random(f"the cuts of {seed}")
+    return [
+        Fault(
+            at=round(rng.uniform(0, seconds), 3),
+            duration=0.0,
+            kind="link reset",
+            target=rng.choice(workers),
+            choice=rng.randrange(1 << 20),
+            amount=0.0,
+        )
+        for _ in range(_CUTS)
+    ]
 
 
 def _draw_fault(
