@@ -214,6 +214,7 @@ WRONG: dict[str, list[Any]] = {
     "dict[str, int]": [[], "a", 1, None, {1: 1}, {"a": "1"}, {"a": 1.0}, {"a": True}, {"a": None}],
     "dict[str, Any]": [[], "a", 1, None, {1: "a"}],
     "tuple[str, ...]": [{}, "ab", 7, None, [7], [["a"]], [b"a"], [None]],
+    "tuple[int, ...]": [{}, {1: 2}, "x", 7, None, ["7"], [7.5], [True], [[7]], [7, b"7"]],
     "tuple[tuple[int, int], ...]": [
         {},
         {1: 2},

@@ -18,7 +18,10 @@ from trio_cluster.protocol import (
     SESSION_TRANSITIONS,
     WINDOW,
     Ack,
+    Cancel,
     Data,
+    Failed,
+    ForwardRequest,
     Handshake,
     Heartbeat,
     MasterSession,
@@ -30,6 +33,7 @@ from trio_cluster.protocol import (
     decode,
     encode,
 )
+from trio_cluster.protocol.bounds import CANCELLED_MAX
 from trio_cluster.protocol.codec import decode_handshake
 from trio_cluster.protocol.retention import ACK_ALONE, ACK_ALONG, MAX_RETAINED, Retention
 from trio_cluster.protocol.state import SessionEvent
@@ -629,6 +633,46 @@ def test_a_suspended_session_keeps_what_it_is_given_and_writes_nothing() -> None
     cable.reconnect()
     cable.settle()
     assert cable.worker.state(call) is State.CANCELLING
+
+
+def test_a_call_that_was_lost_on_its_way_and_cancelled_is_never_begun() -> None:
+    cable = opened()
+    begun = cable.master.open(endpoint="e", kind="chat", model="m", size=1)
+    cable.settle()
+    lost = cable.master.open(endpoint="e", kind="chat", model="m", size=3)
+    cable.master.send_body(lost, b"abc", last=True)
+    while cable.master.next_message() is not None:
+        pass
+    cable.cut()
+    for call in (begun, lost):
+        cable.master.cancel(call, "opened elsewhere")
+    cable.reconnect()
+    cable.settle()
+    assert [type(event) for event in cable.events["worker"]] == [ForwardRequest, Cancel]
+    assert {event.call for event in cable.events["worker"]} == {begun}
+    # The master has its end, and the numbers of calls go on behind it.
+    assert [(type(event), event.call) for event in cable.events["master"]] == [(Failed, lost)]
+    assert (cable.master.open_calls, cable.worker.open_calls) == ((begun,), (begun,))
+    following = cable.master.open(endpoint="e", kind="chat", model="m")
+    cable.settle()
+    assert cable.worker.state(following) is State.UPLOADING
+
+
+def test_more_cancelled_calls_than_a_handshake_lists_are_begun_and_stopped() -> None:
+    cable = opened()
+    calls = [cable.master.open(endpoint="e", kind="chat", model="m") for _ in range(CANCELLED_MAX + 1)]
+    while cable.master.next_message() is not None:
+        pass
+    cable.cut()
+    for call in calls:
+        cable.master.cancel(call, "gone")
+    cable.reconnect()
+    cable.settle()
+    assert [(type(event), event.call) for event in cable.events["worker"]] == [
+        (ForwardRequest, calls[-1]),
+        (Cancel, calls[-1]),
+    ]
+    assert cable.master.open_calls == (calls[-1],)
 
 
 def test_only_a_suspended_session_can_be_resumed() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from trio_cluster.core.headers import HEADER_NAME, HEADER_VALUE, QUERY, QUERY_MAX
 
 __all__ = [
+    "CANCELLED_MAX",
     "HEADERS_MAX",
     "HEADER_COUNT_MAX",
     "JSON_DEPTH_MAX",
@@ -48,6 +49,8 @@ TEXT_MAX: Final = 8192
 NAMES_MAX: Final = 64
 #: Calls whose progress one heartbeat reports.
 PROGRESS_MAX: Final = 1024
+#: Calls that a handshake lists as cancelled.
+CANCELLED_MAX: Final = 1024
 #: Characters in all headers of a message, names and values together.
 HEADERS_MAX: Final = 32768
 #: The size of a JSON object: its characters, plus eight for each value.
@@ -155,6 +158,14 @@ def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None
     if len(value) > PROGRESS_MAX:
         raise ValueError(f"{attribute.name}: more than {PROGRESS_MAX} calls")
     if not all(0 < call < 1 << 63 and -1 <= count < 1 << 63 for call, count in value):
+        raise ValueError(f"{attribute.name}: a number is out of range")
+
+
+def cancelled(_: Any, attribute: Any, value: tuple[int, ...]) -> None:
+    """Validate a list of the numbers of calls."""
+    if len(value) > CANCELLED_MAX:
+        raise ValueError(f"{attribute.name}: more than {CANCELLED_MAX} calls")
+    if not all(0 < call < 1 << 63 for call in value):
         raise ValueError(f"{attribute.name}: a number is out of range")
 
 

@@ -34,7 +34,15 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_type_hints
 import attrs
 import msgspec
 
-from .bounds import HEADER_COUNT_MAX, JSON_DEPTH_MAX, JSON_MAX, NAMES_MAX, PROGRESS_MAX, USAGE_MAX
+from .bounds import (
+    CANCELLED_MAX,
+    HEADER_COUNT_MAX,
+    JSON_DEPTH_MAX,
+    JSON_MAX,
+    NAMES_MAX,
+    PROGRESS_MAX,
+    USAGE_MAX,
+)
 from .errors import ProtocolError
 from .messages import (
     Ack,
@@ -105,6 +113,7 @@ _AS_DECODED: Final[dict[Any, Any]] = {
     dict[str, Any]: msgspec.Raw,
     dict[str, str]: Annotated[dict[str, str], msgspec.Meta(max_length=HEADER_COUNT_MAX)],
     dict[str, int]: Annotated[dict[str, int], msgspec.Meta(max_length=USAGE_MAX)],
+    tuple[int, ...]: Annotated[tuple[int, ...], msgspec.Meta(max_length=CANCELLED_MAX)],
     tuple[str, ...]: Annotated[tuple[str, ...], msgspec.Meta(max_length=NAMES_MAX)],
     tuple[tuple[str, str], ...]: Annotated[
         tuple[tuple[str, str], ...], msgspec.Meta(max_length=HEADER_COUNT_MAX)

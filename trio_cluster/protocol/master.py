@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, ClassVar, TypeAlias
 
 import attrs
@@ -88,7 +89,10 @@ class MasterSession(Session[MasterEvent]):
         """
         if self.session_state is not SessionState.SUSPENDED or self._retention is None:
             raise RuntimeError("only a suspended session can be resumed")
-        self._handshake = attrs.evolve(self._handshake, proxied=proxied)
+        cancelled = (call for call, record in self._calls.items() if record.state is State.CANCELLING)
+        self._handshake = attrs.evolve(
+            self._handshake, proxied=proxied, cancelled=tuple(islice(cancelled, bounds.CANCELLED_MAX))
+        )
         self._ready.append(self._name_session(self._retention))
         self._on_resumed(handshake.received, now)
 

@@ -87,6 +87,9 @@ class Handshake:
     """How many batches of that session the sender has processed."""
     proxied: bool = False
     """From a master: the connection came through a proxy. Its end need not be the end of a process, then."""
+    cancelled: tuple[int, ...] = attrs.field(default=(), validator=bounds.cancelled)
+    """From a master that resumes: calls that it has cancelled. The worker does not begin those that it has not received
+    yet. If there are very many, some are left out, and are begun and stopped at once."""
 
 
 @attrs.frozen

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from trio_cluster.core.answer import Usage
 from trio_cluster.core.model import ModelInfo
-from trio_cluster.errors import ApiError
+from trio_cluster.errors import ApiError, CallCancelled
 
 from .codec import decode_handshake
 from .errors import ProtocolError, ResumptionRefused
@@ -54,10 +54,13 @@ class WorkerSession(Session[WorkerEvent]):
     Each call begins with a ``ForwardRequest`` event; ``Data`` events bring its body. The local side answers with
     :meth:`respond`, :meth:`send` and then exactly one :meth:`done` or :meth:`fail`, or with :meth:`fail` alone. That
     end is due also after a ``Cancel`` event, once the work has really stopped; the master waits for it. There are no
-    events of a call after its ``Cancel``, nor after its end.
+    events of a call after its ``Cancel``, nor after its end. A call that was on its way when the link was cut, and was
+    cancelled before the session was resumed, has no event at all.
     """
 
     _role: ClassVar[Role] = Role.WORKER
+    #: Calls that were lost on their way when the link was cut, and that the master has cancelled since then.
+    _not_begun: frozenset[int] = frozenset()
 
     def resume(self) -> None:
         """Ask the master, on a new connection, to go on with this session, which is suspended.
@@ -83,6 +86,8 @@ class WorkerSession(Session[WorkerEvent]):
         if more:
             raise ProtocolError("something behind the handshake that resumes a session")
         self._on_resumed(handshake.received, now)
+        # Those that have begun are stopped by their Cancel, which follows.
+        self._not_begun = frozenset(call for call in handshake.cancelled if call > self._highest)
         events.append(handshake)
 
     def register(self, model: ModelInfo) -> None:
@@ -182,6 +187,9 @@ class WorkerSession(Session[WorkerEvent]):
             if self._outbox.streams >= MAX_CALLS:
                 raise ProtocolError(f"more than {MAX_CALLS} open calls")
             self._highest = call
+            if call in self._not_begun:
+                self._outbox.post(Failed.of(call, CallCancelled("cancelled while its link was cut")))
+                return
             self._calls[call] = CallRecord(next_state, missing=message.size)
             self._outbox.open(call)
             events.append(message)
