@@ -36,7 +36,7 @@ from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
 from .request import Request
 
-__all__ = ["Call", "Phase"]
+__all__ = ["Call", "Phase", "Tracker"]
 
 logger = logging.getLogger("trio_cluster.calls")
 
@@ -50,6 +50,13 @@ class Listening(Protocol):
 
     queued: tuple[Callable[..., None], ...]
     first_byte: tuple[Callable[..., None], ...]
+
+
+class Tracker(Protocol):
+    """Who follows a call to learn from it."""
+
+    def first_byte(self) -> None:
+        """The head was put. Synchronous; must not raise."""
 
 
 def _nothing(_: Any) -> None:
@@ -71,6 +78,7 @@ class Call:
     Attributes:
         request, served_by, forwarded: as given.
         observers: called at each step of the call; set by the router when the call is open.
+        tracker: follows the call for a policy that learns from its calls; ``None``: none does.
         body: the pieces of the answer's body. ``body.delivered`` is how many bytes the consumer has taken.
         begun: the head was put, so that an error can no longer become a status.
         status: of the head; 0 before.
@@ -102,6 +110,7 @@ class Call:
         "request",
         "served_by",
         "status",
+        "tracker",
     )
 
     def __init__(
@@ -117,6 +126,7 @@ class Call:
         self.served_by = served_by
         self.forwarded = forwarded
         self.observers: Listening | None = None
+        self.tracker: Tracker | None = None
         self.body = ByteChannel(on_consumed=on_consumed, is_open=False, signs_of_life=True)
         self._on_cancel = on_cancel
         self._on_release: list[Callable[[], None]] = []
@@ -229,6 +239,8 @@ class Call:
             else:
                 self._head = event
                 self.body.wake_reader()
+            if self.tracker is not None:
+                self.tracker.first_byte()
             if self.observers is not None:
                 for listener in self.observers.first_byte:
                     listener(self)

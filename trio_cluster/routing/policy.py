@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from ..core.call import Call
 from ..core.request import Request
 from .backend import Backend
 
-__all__ = ["LeastBusy", "RoutingPolicy"]
+__all__ = ["LearningPolicy", "LeastBusy", "Placement", "RoutingPolicy"]
 
 
 class RoutingPolicy(Protocol):
@@ -37,6 +38,25 @@ class RoutingPolicy(Protocol):
             request: ``request.parsed`` may be set or not; ``request.body`` is empty while ``request.upload`` is set.
         """
         ...
+
+
+class Placement(Protocol):
+    """A choice that learns from what becomes of it."""
+
+    def follow(self, call: Call) -> None:
+        """The call was opened on the chosen replica. Synchronous; must not raise."""
+        ...
+
+
+@runtime_checkable
+class LearningPolicy(RoutingPolicy, Protocol):
+    """A policy that follows the calls for which it has chosen.
+
+    Attributes:
+        placement: the last choice, if the call is to be followed; ``None`` if not.
+    """
+
+    placement: Placement | None
 
 
 class LeastBusy:

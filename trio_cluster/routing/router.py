@@ -27,7 +27,7 @@ from ..core.stats import CallStats
 from ..errors import LoopDetected, Overloaded, ShuttingDown
 from .backend import Backend
 from .catalog import Catalog
-from .policy import LeastBusy, RoutingPolicy
+from .policy import LearningPolicy, LeastBusy, RoutingPolicy
 
 __all__ = ["Router"]
 
@@ -40,7 +40,6 @@ class Router:
 
     Attributes:
         catalog: the models and their replicas.
-        policy: as given; may be replaced, and then applies from the next request on.
         observers: called at every step of every call.
         stats: the counters of the node's calls; one of the observers.
         live: the calls whose work has not stopped yet, each with its backend, oldest first.
@@ -48,13 +47,23 @@ class Router:
 
     def __init__(self, policy: RoutingPolicy | None = None) -> None:
         self.catalog = Catalog()
-        self.policy: RoutingPolicy = LeastBusy() if policy is None else policy
+        self.policy = LeastBusy() if policy is None else policy
         self.observers = Observers()
         self.stats = CallStats()
         self.observers.add(self.stats)
         self.live: dict[Call, Backend] = {}
         self._idle = trio.lowlevel.ParkingLot()
         self._draining_reason: str | None = None
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """What chooses among replicas. May be replaced, and then applies from the next request on."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: RoutingPolicy) -> None:
+        self._policy = policy
+        self._learning = policy if isinstance(policy, LearningPolicy) else None
 
     @property
     def draining_reason(self) -> str | None:
@@ -135,7 +144,7 @@ class Router:
     def _open(self, request: Request, avoid: str) -> Call:
         if self._draining_reason is not None:
             raise ShuttingDown(self._draining_reason)
-        backend = self.policy.pick(self.catalog.candidates(request, avoid=avoid), request)
+        backend = self._policy.pick(self.catalog.candidates(request, avoid=avoid), request)
         if backend is None:
             # Raises the reason, if it is the request; otherwise the replicas are unavailable at the moment.
             self.catalog.check(request.model, request.kind, request.endpoint)
@@ -146,10 +155,12 @@ class Router:
                 retry_after=2.0,
             )
         # Before anything is open: a policy that lacks its reason fails here.
-        why = self.policy.why
+        why = self._policy.why
         call = backend.open(request)
         self.catalog.used(request.model, backend)
         self.live[call] = backend
+        if self._learning is not None and (placement := self._learning.placement) is not None:
+            placement.follow(call)
         call.on_release(lambda: self._released(call))
         try:
             self._tell_opened(call, why)
