@@ -168,7 +168,7 @@ class Random:
 
 
 class BoundedRing:
-    """Consistent hashing of the conversation, with bounded loads: past 1.25 times the mean, the next one on the ring."""
+    """Consistent hashing of conversations with bounded loads: past 1.25 times the mean, the next one on the ring."""
 
     why = "ring"
 

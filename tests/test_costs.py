@@ -17,19 +17,28 @@ import json
 import socket
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import attrs
 import pytest
 import trio
 from counting import HOST, Client, Counted, Counting, FarMaster, FarWorker, has_counters, make_writes_visible
 
 from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster.core.answer import Done, Head, Usage
+from trio_cluster.core.call import Call
+from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.principal import Limits, Principal
+from trio_cluster.core.request import Request
 from trio_cluster.gateway.auth import ApiKeys
 from trio_cluster.options import ClusterMode
 from trio_cluster.protocol import Cancel, Data, ForwardRequest
+from trio_cluster.routing.backend import Backend
+from trio_cluster.routing.cost import LeastCost
+from trio_cluster.routing.health import Health
+from trio_cluster.routing.router import Router
 
 pytestmark = pytest.mark.skipif(not has_counters(), reason="nothing is counted here on this system")
 
@@ -329,3 +338,61 @@ def test_a_request_and_a_token_do_not_travel_further_through_the_code(
     assert request.moves <= 293, request.files
     assert token.calls <= 76, token.functions
     assert token.moves <= 60, token.files
+
+
+@pytest.mark.parametrize(
+    ("replicas", "size", "bound"), [(1, 100, 0), (2, 100, 48), (20, 100, 120), (2, 100_000, 52)]
+)
+def test_choosing_a_replica_by_cost(replicas: int, size: int, bound: int) -> None:
+    """Function calls from choosing among replicas to forgetting the call, beyond those of the call itself."""
+    body = json.dumps({"model": "m", "messages": ["x" * size]}).encode()
+    counted = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event == "call"
+
+    def ask(router: Router) -> int:
+        nonlocal counted
+        counted = 0
+        sys.setprofile(profile)
+        try:
+            call = router.open(Request("chat.completions", "chat", "m", body))
+            call.put(Head())
+            call.put(Done(Usage(100, 10, 5)))
+            call.release()
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    counts = []
+    for policy in (LeastCost(clock=lambda: 0.0), _First()):
+        router = Router(policy)
+        for number in range(replicas):
+            router.catalog.add(ModelInfo("m", "chat"), _Idle(f"w{number}"), replicate=True)
+        for _ in range(replicas + 1):
+            count_of_one = ask(router)
+        counts.append(count_of_one)
+    print(counts)
+    assert counts[0] - counts[1] <= bound
+
+
+class _First:
+    """The policy that costs nothing."""
+
+    why = "the first"
+
+    def pick(self, replicas: Sequence[Backend], request: Request) -> Backend | None:
+        return replicas[0]
+
+
+@attrs.define(eq=False)
+class _Idle:
+    """A replica that is never busy."""
+
+    name: str
+    load: float = 0.0
+    health: Health = attrs.field(factory=Health)
+
+    def open(self, request: Request) -> Call:
+        return Call(request, served_by=self.name)

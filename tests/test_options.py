@@ -71,6 +71,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "internal_port": None,
         "cluster_token": None,
         "on_conflict": "reject",
+        "routing": "cost",
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
         "limits": None,
@@ -166,6 +167,7 @@ def test_a_value_of_a_wrong_type_is_a_type_error(field: str, value: Any) -> None
     [
         ("on_conflict", "replace", OptionsError),
         ("on_conflict", ["reject"], OptionsError),
+        ("routing", "fastest", OptionsError),
         ("enable_cluster", 1, TypeError),
         ("worker_timeout", math.inf, OptionsError),
         ("heartbeat_interval", 0, OptionsError),
@@ -257,6 +259,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "enable_cluster": "false",
         "access_log": "yes",
         "on_conflict": "replicate",
+        "routing": "least-busy",
         "stream_failure": "abort",
         "heartbeat_interval": "7",
         "batch_wait": "0",
@@ -271,7 +274,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
-        "limits": "redis://r/1", "limits_failure": "refuse",
+        "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

@@ -24,6 +24,7 @@ __all__ = [
     "ConflictRule",
     "HttpServer",
     "LimitsFailure",
+    "Routing",
     "ServerOptions",
     "StreamFailure",
     "TlsMode",
@@ -32,6 +33,9 @@ __all__ = [
 
 #: What happens if a second node registers a model under a name that is served already.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
+
+#: How a replica is chosen for a request.
+Routing: TypeAlias = Literal["cost", "least-busy"]
 
 #: The HTTP server that serves the API.
 HttpServer: TypeAlias = Literal["lean", "hypercorn"]
@@ -160,6 +164,11 @@ def _database(instance: object, field: _Field, value: object) -> None:
 def _conflict_rule(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(ConflictRule):
         raise OptionsError(f'{field.name}: must be "reject" or "replicate", got {value!r}')
+
+
+def _routing(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(Routing):
+        raise OptionsError(f'{field.name}: must be "cost" or "least-busy", got {value!r}')
 
 
 def _http_server(instance: object, field: _Field, value: object) -> None:
@@ -322,6 +331,10 @@ class ClusterServerOptions:
     on_conflict: ConflictRule = attrs.field(default="reject", validator=_conflict_rule)
     """What happens if a model is registered under a name that is served already. ``"reject"``: it is refused.
     ``"replicate"``: it becomes a further replica of that model."""
+    routing: Routing = attrs.field(default="cost", validator=_routing)
+    """How a master chooses among the replicas of a model. ``"cost"``: the one that is expected to answer first, by what
+    each has to do, how fast it has been and what of the prompt it has cached. ``"least-busy"``: the one with the
+    fewest requests for its capacity."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)

@@ -39,6 +39,8 @@ from .local.pool import HandlerPool
 from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
+from .routing.cost import LeastCost
+from .routing.policy import LeastBusy, RoutingPolicy
 from .routing.router import Router
 from .security.contexts import client_context, unverified_context
 
@@ -94,6 +96,9 @@ class ClusterServer:
             raise TypeError(f"expected a port or ClusterServerOptions, got {options!r}")
         self._options = options
         self._router = Router()
+        # The policy that was made for the option, and its value.
+        self._routing: tuple[str, RoutingPolicy] = ("", self._router.policy)
+        self._apply_routing()
         self._pool = HandlerPool(options)
         self._models = LocalModels(
             options, self._router, self._pool, on_changed=self._announce, on_removed=self._withdraw
@@ -124,6 +129,7 @@ class ClusterServer:
         self._pool.options = options
         self._pool.resize()
         self._models.replace_options(options)
+        self._apply_routing()
 
     def set_max_concurrency(self, n: int) -> None:
         """Set the number of requests that the handlers of this process run at once.
@@ -874,6 +880,14 @@ class ClusterServer:
             close_all([*external, *internal])
         return ClusterMode.MASTER
 
+    def _apply_routing(self) -> None:
+        """Use the policy that the options name, unless the router was given another one."""
+        router, (named, policy) = self._router, self._routing
+        if router.policy is policy and named != self._options.routing:
+            named = self._options.routing
+            router.policy = LeastCost(router.catalog.cache_tokens) if named == "cost" else LeastBusy()
+            self._routing = named, router.policy
+
     def _keeps_state(self, port: int) -> bool:
         """Tell whether a node on this port has a state directory, if the options have none."""
         # On a port that is another one each time, or in a simulation, there is nothing to come back to.
@@ -888,6 +902,7 @@ class ClusterServer:
     def _node_for(self, mode: ClusterMode, name: str | None = None) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
+        self._apply_routing()
         self._node = Node(
             mode, self._options, self._router, self._pool, self.network, self.authenticator, name=name
         )

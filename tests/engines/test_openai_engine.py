@@ -191,7 +191,7 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "secret")
     spec = parse_serve(
         "openai:http://[::1]:1/a,b/v1,key_env=UPSTREAM_KEY,prefix=gpu/,only=llama*,qwen?,"
-        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5,models=llama3:8b; qwen"
+        "rename=llama3:8b:llama,qwen:q,max_concurrency=3,poll=0.5,cache_tokens=7000,models=llama3:8b; qwen"
     )
     assert spec.argument == "http://[::1]:1/a,b/v1"
     assert dict(spec.options) == {
@@ -202,6 +202,7 @@ def test_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "only": ("llama*", "qwen?"),
         "rename": {"llama3:8b": "llama", "qwen": "q"},
         "max_concurrency": 3,
+        "cache_tokens": 7000,
         "usage": "ask",
         "poll": 0.5,
     }

@@ -299,12 +299,12 @@ async def test_an_observer_of_the_master_and_one_of_the_worker_see_every_step_in
         assert (await client.chat("m")).status == 200
     assert master_saw.steps == [
         "admitted m for default",
-        "routed to w1: least busy",
+        "routed to w1: the only one",
         "forwarded",
         "first byte",
         "ended: completed",
     ]
-    assert worker_saw.steps == ["routed to local: least busy", "first byte", "ended: completed"]
+    assert worker_saw.steps == ["routed to local: the only one", "first byte", "ended: completed"]
 
 
 async def test_a_call_that_waits_for_a_slot_is_seen_to_wait_on_both_nodes(autojump_clock: MockClock) -> None:

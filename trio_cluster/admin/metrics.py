@@ -23,6 +23,7 @@ from ..core.stats import Histogram
 from ..core.threads import NoThread, run_in_thread
 from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
+from ..routing.cost import LeastCost
 
 __all__ = ["metrics_reply"]
 
@@ -97,6 +98,9 @@ class _Metrics:
         yield GaugeMetricFamily(
             _PREFIX + "uptime_seconds", "Seconds since the node started.", value=self._node_context.uptime
         )
+        policy = router.policy
+        if isinstance(policy, LeastCost):
+            yield from _prompts(policy)
         yield from self._gauges()
 
     def _gauges(self) -> Iterator[Metric]:
@@ -109,6 +113,24 @@ class _Metrics:
                 )
             family.add_metric(list(sample.labels.values()), sample.value)
         yield from families.values()
+
+
+def _prompts(policy: LeastCost) -> Iterator[CounterMetricFamily]:
+    """Return how well routing knows the prompt caches of the replicas."""
+    counted = sorted(policy.counts.items())
+    for field, name, about in (
+        ("total", "prompt_tokens", "Tokens of the prompts that the next two are parts of"),
+        (
+            "predicted",
+            "prompt_tokens_expected_cached",
+            "Those that routing expected in the cache of the replica",
+        ),
+        ("reported", "prompt_tokens_reported_cached", "Those that were in its cache, by its answers"),
+    ):
+        family = CounterMetricFamily(_PREFIX + name, f"{about}, by model.", labels=["model"])
+        for model, counts in counted:
+            family.add_metric([model], round(getattr(counts, field)))
+        yield family
 
 
 def _histogram(name: str, about: str, durations: Histogram) -> HistogramMetricFamily:

@@ -404,6 +404,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "RULE",
             "what happens to a model name that is served already: reject or replicate",
         )
+        add("--routing", "routing", str, "RULE", "how a replica is chosen: cost or least-busy")
         add(
             "--limits",
             "limits",

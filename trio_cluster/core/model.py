@@ -79,6 +79,11 @@ class ChatModelOptions:
         default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
     )
     """How many tokens an answer may have at most; ``None``: not shown. It is not enforced."""
+    cache_tokens: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.instance_of(int))
+    )
+    """How many tokens of prompts the model's prompt cache holds, for all requests together; ``None``: unknown. Not
+    shown: the master's routing needs it."""
 
 
 def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -270,6 +270,7 @@ class UpstreamModels:
         max_concurrency: concurrent calls to one model; ``None`` sets no limit.
         named: the server's names of its models, if its list is not to be used; empty: its list is used.
         asks_for_usage: see ``UpstreamCalls``.
+        cache_tokens: how many tokens the server's prompt cache holds; ``None``: unknown.
     """
 
     def __init__(
@@ -283,6 +284,7 @@ class UpstreamModels:
         max_concurrency: int | None = None,
         named: Collection[str] = (),
         asks_for_usage: bool = True,
+        cache_tokens: int | None = None,
     ) -> None:
         self._client = client
         self._key = key
@@ -291,6 +293,7 @@ class UpstreamModels:
         self._poll_interval = self._next_interval = poll_interval
         self._max_concurrency = max_concurrency
         self._named = named
+        self._cache_tokens = cache_tokens
         self._calls = UpstreamCalls(client, key, self._on_lost, asks_for_usage=asks_for_usage)
         # By the cluster's name.
         self._registered: dict[str, _Listed] = {}
@@ -454,7 +457,7 @@ class UpstreamModels:
             self._server.register_raw(
                 name,
                 partial(self._calls.forward, model),
-                options,
+                attrs.evolve(options, cache_tokens=self._cache_tokens),
                 max_concurrency=self._max_concurrency,
                 via=via,
             )

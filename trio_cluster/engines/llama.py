@@ -119,7 +119,12 @@ class _Llama(LoadingEngine):
                 name,
                 "chat",
                 model.chat,
-                ChatModelOptions(context_window=model.context, accepts_token_ids=True),
+                ChatModelOptions(
+                    context_window=model.context,
+                    accepts_token_ids=True,
+                    # What has been read stays in the slot in which it was.
+                    cache_tokens=model.context * options["parallel"],
+                ),
                 model.count_tokens,
             )
         finally:

@@ -86,6 +86,9 @@ class _OpenAI(Engine):
         "only": Option(_patterns, (), "patterns for the names of the models to serve"),
         "rename": Option(_names, {}, "OLD:NEW,... new names of some models, without the prefix"),
         "max_concurrency": Option(whole_number(1, 100_000), None, "concurrent requests to one model"),
+        "cache_tokens": Option(
+            whole_number(1, 1 << 50), None, "tokens that its prompt cache holds, for routing"
+        ),
         "usage": Option(_usage, "ask", "observe: never ask the server for the usage of a stream"),
         "poll": Option(fraction(0.1, 3600), 5.0, "seconds between two polls of its list of models"),
     }
@@ -120,6 +123,7 @@ class _OpenAI(Engine):
             max_concurrency=options["max_concurrency"],
             named=options["models"],
             asks_for_usage=options["usage"] == "ask",
+            cache_tokens=options["cache_tokens"],
         )
         try:
             await models.run(task_status=task_status)

@@ -42,10 +42,20 @@ from .stored_responses import refuse_stored, resolve, without_store
 __all__ = ["Parse"]
 
 #: Headers that are passed to the handler: those with which clients describe themselves, the key under which they repeat
-#: a request, and the trace context (W3C Trace Context and Baggage). Others are passed if they begin with one of the
-#: prefixes below.
+#: a request, the names of conversations, and the trace context (W3C Trace Context and Baggage). Others are passed if
+#: they begin with one of the prefixes below.
 _FORWARDED: Final = frozenset(
-    {"accept", "accept-language", "baggage", "idempotency-key", "traceparent", "tracestate", "user-agent"}
+    {
+        "accept",
+        "accept-language",
+        "baggage",
+        "idempotency-key",
+        "session-id",
+        "session_id",
+        "traceparent",
+        "tracestate",
+        "user-agent",
+    }
 )
 
 #: Limits of an answer's tokens from here on are taken for none.

@@ -255,6 +255,12 @@ class Catalog:
         """Return the names of all models, sorted."""
         return sorted(self._models)
 
+    def cache_tokens(self, name: str, backend: Backend) -> int | None:
+        """Return how many tokens a backend's prompt cache for a model holds, as the backend says."""
+        model = self._models.get(name)
+        info = None if model is None else model.replicas.get(backend)
+        return None if info is None else info.options.cache_tokens
+
     def served_by(self, name: str) -> list[str]:
         """Return the names of the nodes that serve a model, sorted."""
         model = self._models.get(name)

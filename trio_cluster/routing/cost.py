@@ -23,6 +23,7 @@ Everything is synchronous. A call that was placed here is followed by its :class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -34,7 +35,7 @@ from ..core.answer import Done
 from ..core.call import Call
 from ..core.request import Request
 from .backend import Backend
-from .prefix_cache import PrefixCache
+from .prefix_cache import DEFAULT_CAPACITY, PrefixCache
 from .prompt import Prompt, read_prompt
 from .speed import Rate, Workload
 
@@ -47,6 +48,8 @@ _SAYING: Final = 0.01
 _ANSWER: Final = 100.0
 #: What a request costs besides the bytes of its prompt, as if it were so many more.
 _OVERHEAD: Final = 256
+#: Bytes of a prompt for each token that a cache is said to hold.
+BYTES_PER_TOKEN: Final = 4
 #: Costs that differ by less count as equal: by this share, and by so many seconds.
 _SAME: Final = 0.1
 _SAME_SECONDS: Final = 0.001
@@ -92,9 +95,9 @@ class _Replica:
         "workload",
     )
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, cache_size: int) -> None:
         self.workload = workload
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(cache_size)
         self.reading = Rate()
         self.saying = Rate()
         # Whether its answers report cached tokens. Otherwise zero of them means nothing.
@@ -252,10 +255,17 @@ class LeastCost:
     """Chooses the replica where the request is expected to be answered first. See the top of this module.
 
     Args:
+        cache_tokens: returns how many tokens the prompt cache of a backend holds for a model; ``None``: unknown.
         clock: the time, in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        cache_tokens: Callable[[str, Backend], int | None] = lambda model, backend: None,
+        *,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
+        self._cache_tokens = cache_tokens
         self._clock = clock
         self._models: dict[str, _Model] = {}
         self._workloads: WeakKeyDictionary[Backend, Workload] = WeakKeyDictionary()
@@ -279,29 +289,31 @@ class LeastCost:
         if 0 < request.max_tokens < answer:
             answer = float(request.max_tokens)
         known = model.replicas
+        searched = bool(prompt.blocks or prompt.conversation)
         candidates: list[tuple[str, float, int]] = []
         states = []
+        least = math.inf
         for backend in replicas:
             replica = known.get(backend)
             if replica is None:
-                replica = known[backend] = self._new_replica(backend)
-            cached = replica.cache.hit(prompt)
+                replica = known[backend] = self._new_replica(request.model, backend)
+            cached = replica.cache.hit(prompt) if searched else 0
             seconds_to_read = (prompt.size - cached + _OVERHEAD) * replica.reading.value(now, reading)
             seconds_to_say = answer * replica.saying.value(now, saying)
-            candidates.append(
-                (backend.name, replica.workload.left(now) + seconds_to_read + seconds_to_say, cached)
-            )
+            cost = replica.workload.left(now) + seconds_to_read + seconds_to_say
+            candidates.append((backend.name, cost, cached))
             states.append((backend, replica, seconds_to_read, seconds_to_say))
-        limit = min(cost for _, cost, _ in candidates) * (1 + _SAME) + _SAME_SECONDS
-        best = max(
-            (index for index, (_, cost, _) in enumerate(candidates) if cost <= limit),
-            # The first one of equals, which was used longest ago.
-            key=lambda index: candidates[index][2],
-        )
+            if cost < least:
+                least = cost
+        # The first one of equals was used longest ago.
+        limit, best, most = least * (1 + _SAME) + _SAME_SECONDS, 0, -1
+        for index, (_, cost, cached) in enumerate(candidates):
+            if cost <= limit and cached > most:
+                best, most = index, cached
         backend, replica, seconds_to_read, seconds_to_say = states[best]
         _, cost, cached = candidates[best]
         self.why = (
-            f"{cost:.3g} s expected, {cached} of {prompt.size} bytes cached; {len(candidates)} replicas"
+            f"{cost:.2f} s expected, {cached} of {prompt.size} bytes cached; {len(candidates)} replicas"
         )
         self.placement = Placement(
             self._clock,
@@ -325,9 +337,10 @@ class LeastCost:
             model = self._models[name] = _Model()
         return model
 
-    def _new_replica(self, backend: Backend) -> _Replica:
+    def _new_replica(self, model: str, backend: Backend) -> _Replica:
         # The models of a backend share what it can do.
         workload = self._workloads.get(backend)
         if workload is None:
             workload = self._workloads[backend] = Workload()
-        return _Replica(workload)
+        tokens = self._cache_tokens(model, backend)
+        return _Replica(workload, DEFAULT_CAPACITY if tokens is None else tokens * BYTES_PER_TOKEN)

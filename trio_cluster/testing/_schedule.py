@@ -23,6 +23,7 @@ import trio
 import trio.testing
 
 from ..gateway.body import SpooledBody
+from ..routing.policy import LeastBusy
 from ._cluster import PORT, open_cluster
 from ._history import History
 from ._invariants import Invariants
@@ -240,6 +241,8 @@ async def _probe(run: _Run) -> None:
                     f"{node} has {slots} slots, and ran {models.peak.get(node, 0)} handlers"
                 )
         else:
+            # Every replica is to be asked, however fast it was.
+            run.simulation.current["master"].server.router.policy = LeastBusy()
             for _ in model.hosts:
                 await ask(model)
             served = {each.node for each in models.runs[-len(model.hosts) :]}
