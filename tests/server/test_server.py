@@ -599,8 +599,19 @@ async def test_a_blocked_event_loop_is_logged_without_any_link(
     server.options.server.host = "127.0.0.1"
     server.options.heartbeat_interval = 0.1
     await nursery.start(getattr(server, mode), 0)
-    time.sleep(0.3)  # noqa: ASYNC251  (what a beginner's handler does)
-    await trio.sleep(0.05)
-    blocked, recovered = (each for each in caplog.records if each.name == "trio_cluster.pulse")
-    assert re.search(r"the event loop is blocked: test_server\.py:\d+ in", blocked.message)
-    assert recovered.message == "the event loop runs again"
+
+    def messages() -> list[str]:
+        # The loop of a busy machine may also be late on its own.
+        logged = [each.message for each in caplog.records if each.name == "trio_cluster.pulse"]
+        own = [number for number, each in enumerate(logged) if "is blocked: test_server.py:" in each]
+        return logged[own[0] :] if own else []
+
+    until = time.monotonic() + 10
+    while not messages() and time.monotonic() < until:
+        time.sleep(0.1)  # noqa: ASYNC251  (what a beginner's handler does)
+    with trio.move_on_after(10):
+        while len(messages()) < 2:  # noqa: ASYNC110  (the log has no event)
+            await trio.sleep(0.01)
+    blocked, recovered, *_ = messages()
+    assert re.search(r"the event loop is blocked: test_server\.py:\d+ in", blocked)
+    assert recovered == "the event loop runs again"
