@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import hypothesis.strategies as st
 import pytest
+import sqlalchemy as sa
 import trio
 from hypothesis import given
 
@@ -196,6 +199,149 @@ async def test_a_database_that_does_not_answer_delays_an_answer_for_a_limited_ti
         with pytest.raises(StoreError):
             await node.responses.get("a", "r")
         assert trio.current_time() - began < 0.45
+
+
+async def stored_in(node: Node) -> tuple[set[str], list[str], set[str]]:
+    """Return which responses there are, what the conversation has, and which items can be referred to."""
+    names = ["r", "s"]
+    records = {name: await node.responses.get("a", name) for name in names}
+    conversation = await node.responses.get("a", "conv_1")
+    assert conversation is not None
+    return (
+        {name for name, each in records.items() if each is not None},
+        [each.id for each in conversation.context],
+        set(await node.responses.find_items("a", ["old", "in", "out"])),
+    )
+
+
+async def test_an_answer_is_stored_whole_or_not_at_all_whatever_statement_fails(
+    database: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    answer = record("r", item("in"), output=(item("out"),))
+    # A look at the bounds is a part of it each time.
+    async with open_node(database, _size=100_000) as node:
+        monkeypatch.setattr(DatabaseResponses, "_due", lambda *_: (100, 100_000, 0.0))
+        await node.responses.put("a", record("conv_1", item("old")))
+        before = await stored_in(node)
+        assert before == (set(), ["old"], {"old"})
+        failed = 0
+        while True:
+            left = failed
+
+            def fail(*_: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    raise sa.exc.OperationalError("statement", {}, Exception("the connection was lost"))
+
+            sa.event.listen(sa.Engine, "before_cursor_execute", fail)
+            sa.event.listen(sa.Engine, "commit", fail)
+            try:
+                await node.responses.put_answer("a", answer, "conv_1", [item("in"), item("out")])
+            finally:
+                sa.event.remove(sa.Engine, "before_cursor_execute", fail)
+                sa.event.remove(sa.Engine, "commit", fail)
+            if left >= 0:
+                break
+            assert await stored_in(node) == before
+            failed += 1
+        assert failed > 6
+        assert await stored_in(node) == ({"r"}, ["old", "in", "out"], {"old", "in", "out"})
+
+
+async def test_a_database_that_is_full_stores_an_answer_not_at_all(tmp_path: Path) -> None:
+    def limit(connection: Any, _: object) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 8}")
+
+    async with open_node(tmp_path / "a.db") as node:
+        await node.responses.put("a", record("conv_1", item("old")))
+        before = await stored_in(node)
+    sa.event.listen(sa.Engine, "connect", limit)
+    try:
+        async with open_node(tmp_path / "a.db") as node:
+            answer = record("r", item("in", "x" * 100_000))
+            await node.responses.put_answer("a", answer, "conv_1", [item("in")])
+            assert await stored_in(node) == before
+    finally:
+        sa.event.remove(sa.Engine, "connect", limit)
+
+
+async def test_what_is_cancelled_while_it_is_written_is_not_there_later(
+    database: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go = threading.Event(), threading.Event()
+    put = Store.put_stored
+
+    def slow(*arguments: Any) -> bool:
+        began.set()
+        go.wait(10)
+        return put(*arguments)
+
+    async with open_node(database) as node:
+        await node.responses.put("a", record("conv_1", item("old")))
+        before = await stored_in(node)
+        monkeypatch.setattr(Store, "put_stored", slow)
+        answer = record("r", item("in"), output=(item("out"),))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.responses.put_answer, "a", answer, "conv_1", answer.context)
+            await trio.to_thread.run_sync(began.wait)
+            nursery.cancel_scope.cancel()
+        go.set()
+        # Closing waits for the thread.
+    async with open_node(database) as node:
+        assert await stored_in(node) == before
+
+
+async def test_a_conversation_that_was_deleted_meanwhile_stays_deleted(database: str | Path) -> None:
+    async with open_node(database) as node:
+        await node.responses.put_answer("a", record("r", item("in")), "conv_1", [item("in")])
+        assert await node.responses.get("a", "conv_1") is None
+        assert await node.responses.get("a", "r") is not None
+        assert not await node.responses.change("a", "conv_1", lambda found: found)
+        assert await node.responses.get("a", "conv_1") is None
+
+
+async def test_masters_that_change_one_conversation_at_once_lose_nothing_of_it(database: str | Path) -> None:
+    async with open_node(database) as one, open_node(database) as other:
+        await one.responses.put("a", record("conv_1", item("old"), item("unwanted")))
+
+        def without(found: Record) -> Record:
+            # Another master adds to it here, and must wait for this.
+            time.sleep(0.05)
+            return attrs.evolve(found, context=tuple(each for each in found.context if each.id != "unwanted"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.responses.change, "a", "conv_1", without)
+            for number in range(10):
+                node = (one, other)[number % 2]
+                answer = record(f"r{number}", item(f"i{number}"))
+                nursery.start_soon(node.responses.put_answer, "a", answer, "conv_1", answer.context)
+        changed = await one.responses.get("a", "conv_1")
+        assert changed is not None
+        assert {each.id for each in changed.context} == {"old", *(f"i{number}" for number in range(10))}
+
+
+async def test_a_response_that_is_deleted_and_stored_at_once_is_there_whole_or_gone(
+    database: str | Path,
+) -> None:
+    async with open_node(database) as one, open_node(database) as other:
+        for number in range(20):
+            name = f"r{number}"
+            answer = record(name, item(f"i{name}"), output=(item(f"o{name}"),))
+            deleted: list[bool] = []
+
+            async def delete(name: str = name, deleted: list[bool] = deleted) -> None:
+                deleted.append(await other.responses.delete("a", name))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.responses.put_answer, "a", answer, None, ())
+                nursery.start_soon(delete)
+            there = await one.responses.get("a", name)
+            items = await one.responses.find_items("a", [f"i{name}", f"o{name}"])
+            assert (there is None) == deleted[0]
+            assert len(items) == (0 if there is None else 2)
 
 
 ROWS = st.lists(

@@ -286,6 +286,20 @@ async def test_an_answer_that_is_larger_than_all_may_be_is_not_stored(node: Http
     assert not await is_stored(node)
 
 
+async def test_a_plain_answer_that_is_cut_is_not_stored_even_if_it_looks_whole(node: HttpNode) -> None:
+    # Larger than what is kept until the end of an answer is known.
+    value = json.dumps(response(text="x" * 1_500_000)).encode()
+    async with node.connect() as wire:
+        await wire.request("POST", "/v1/responses", b'{"model": "m", "input": "x"}')
+        served = await node.backend.next()
+        served.head().data(value)
+        await wire.until(value[-100:])
+        served.fail(ApiError(502, "the worker was lost"))
+        await wire.closed()
+    await node.node_context.wait_answered()
+    assert not await is_stored(node)
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 async def test_the_client_sees_the_end_when_the_answer_is_stored(node: HttpNode, stream: bool) -> None:
     gated = node.node_context.responses = Gated(node.node_context.options)

@@ -7,6 +7,15 @@ from pathlib import Path
 
 import attrs
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
+from storing_law import (
+    MOMENTS,
+    STORED,
+    STORING_BOUNDS,
+    STORING_CAUSES,
+    STORING_LAW,
+    StoringCell,
+    storing_markdown,
+)
 
 from trio_cluster.core.stats import CallStats
 
@@ -24,10 +33,26 @@ def test_the_page_shows_the_law_that_is_tested() -> None:
     assert law.strip().splitlines() == "\n".join(markdown()).strip().splitlines()
 
 
+def test_the_page_shows_the_law_of_storing_that_is_tested() -> None:
+    section = PAGE.split("\n## Storing a response\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows == list(storing_markdown())
+
+
+def test_the_law_of_storing_has_an_entry_for_every_moment() -> None:
+    assert list(STORING_LAW) == list(STORING_CAUSES)
+    assert [list(row) for row in STORING_LAW.values()] == [list(MOMENTS)] * len(STORING_CAUSES)
+    cells = [each for row in STORING_LAW.values() for each in row.values() if isinstance(each, StoringCell)]
+    assert {cell.stored for cell in cells} == set(STORED)
+
+
 def test_every_bound_of_the_law_is_explained() -> None:
     explained = set(re.findall(r"^\| (\w) \|", PAGE.split("\n## Bounds\n", 1)[1].split("\n## ", 1)[0], re.M))
     used = {
-        part for bound in BOUNDS.values() if bound.isupper() or bound == "h" for part in bound.split(" + ")
+        part
+        for bound in STORING_BOUNDS.values()
+        if bound.isupper() or bound == "h"
+        for part in bound.split(" + ")
     }
     assert explained == used
 

@@ -13,6 +13,7 @@ without any value that was to be stored.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from .audit import AuditEntry
 from .errors import StoreError
 from .keys import KeyDigest, KeyRecord
 from .migrations import SchemaTooNew, migrate
-from .stored_row import StoredRow, choose_victims
+from .stored_row import Bounds, Growth, StoredRow, choose_victims
 from .usage_row import COLUMNS, COUNTS, DAY, UsageQuery, UsageRow, fold
 
 __all__ = ["KeySnapshot", "Store"]
@@ -42,6 +43,15 @@ __all__ = ["KeySnapshot", "Store"]
 _BUSY_TIMEOUT: Final = 5.0
 _CONNECT_TIMEOUT: Final = 3
 _STATEMENT_TIMEOUT: Final = 10
+
+#: How the system notices that PostgreSQL's machine is gone: after half a minute. It has no other limit for a statement,
+#: which holds a thread. In seconds, but the last one in milliseconds.
+_KEEPALIVE: Final = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
 
 #: Rows that are deleted in one transaction.
 _DELETED: Final = 10_000
@@ -55,6 +65,10 @@ _WRITES: Final = "trio_cluster_writes"
 _CHANGES: Final = "key_changes"
 _REQUIRED: Final = "keys_required"
 _ROWS_FROM: Final = "usage_rows_from"
+
+
+def _always() -> bool:
+    return True
 
 
 @attrs.frozen
@@ -272,69 +286,91 @@ class Store:
     # Stored responses
 
     def put_stored(
-        self, row: StoredRow, items: Iterable[str], bounds: tuple[int, int, float] | None = None
+        self,
+        row: StoredRow | None,
+        items: Iterable[str],
+        growth: Growth | None = None,
+        bounds: Bounds | None = None,
+        is_wanted: Callable[[], bool] = _always,
     ) -> bool:
-        """Store a row, in the place of one of the same owner and id.
+        """Store a row, in the place of one of the same owner and id, and let another one grow: both, or nothing at all.
 
         Args:
-            row: the row.
+            row: the row; ``None``: only the other one grows.
             items: the ids of the items in it.
-            bounds: how many rows there may be, how many bytes they may have, and the time before which they are
-                deleted; ``None``: they are not looked at.
+            growth: what is added to another row; that one stays deleted if it is.
+            bounds: are kept; ``None``: they are not looked at.
+            is_wanted: called at the end; if it returns ``False``, nothing is stored.
 
         Returns:
-            ``True``.
+            Whether there is everything now: ``False`` if the row that was to grow does not exist.
         """
-        values = attrs.asdict(row, recurse=False) | {"size": row.size}
-        insert = self._insert(schema.stored).values(values)
-        with self._write() as connection:
-            connection.execute(
-                insert.on_conflict_do_update(
-                    index_elements=[schema.stored.c.owner, schema.stored.c.id],
-                    set_={name: insert.excluded[name] for name in values if name not in ("owner", "id")},
+        grown = True
+        with self._write(is_wanted) as connection:
+            if row is not None:
+                values = attrs.asdict(row, recurse=False) | {"size": row.size}
+                insert = self._insert(schema.stored).values(values)
+                connection.execute(
+                    insert.on_conflict_do_update(
+                        index_elements=[schema.stored.c.owner, schema.stored.c.id],
+                        set_={name: insert.excluded[name] for name in values if name not in ("owner", "id")},
+                    )
                 )
-            )
-            self._note_items(connection, row.owner, row.id, items)
-            if bounds is not None:
-                _keep_bounds(connection, *bounds, (row.owner, row.id))
+                self._note_items(connection, row.owner, row.id, items)
+            if growth is not None:
+                grown = self._grow(connection, growth)
+            newest = (row.owner, row.id) if row is not None else None
+            if growth is not None and grown:
+                newest = (growth.owner, growth.id)
+            if bounds is not None and newest is not None:
+                _keep_bounds(connection, *bounds, newest)
+        return grown
+
+    def _grow(self, connection: sa.Connection, growth: Growth) -> bool:
+        stored = schema.stored
+        wanted = _find_stored(growth.owner, [growth.id], growth.since)
+        found = connection.execute(wanted.with_for_update()).one_or_none()
+        if found is None:
+            return False
+        context = bytes(found.context)
+        if context == b"[]":
+            context = growth.array
+        elif growth.array != b"[]":
+            context = context[:-1] + b"," + growth.array[1:]
+        size = len(found.head) + len(context) + len(found.output)
+        this = sa.update(stored).where(stored.c.owner == growth.owner, stored.c.id == growth.id)
+        connection.execute(this.values(context=context, size=size, time=growth.time))
+        self._note_items(connection, growth.owner, growth.id, growth.items)
         return True
 
-    def extend_stored(
+    def change_stored(
         self,
         owner: str,
         row_id: str,
-        array: bytes,
-        items: Iterable[str],
-        now: float,
         since: float,
-        bounds: tuple[int, int, float] | None = None,
+        change: Callable[[StoredRow], StoredRow],
+        is_wanted: Callable[[], bool] = _always,
     ) -> bool:
-        """Add a JSON array of items to the context of a row, and return whether there is this row.
+        """Replace a row by another one of the same owner and id; no other change of it can come between.
 
         Args:
             owner, row_id: the row.
-            array: is added.
-            items: the ids of the items in it.
-            now: the new time of the row.
             since: an older row counts as deleted.
-            bounds: as for :meth:`put_stored`.
+            change: returns the new row; it has no items that the old one does not have.
+            is_wanted: called at the end; if it returns ``False``, nothing is changed.
+
+        Returns:
+            Whether there is this row.
         """
         stored = schema.stored
-        with self._write() as connection:
-            found = connection.execute(_find_stored(owner, [row_id], since).with_for_update()).one_or_none()
+        with self._write(is_wanted) as connection:
+            wanted = _find_stored(owner, [row_id], since)
+            found = connection.execute(wanted.with_for_update()).one_or_none()
             if found is None:
                 return False
-            context = bytes(found.context)
-            if context == b"[]":
-                context = array
-            elif array != b"[]":
-                context = context[:-1] + b"," + array[1:]
-            size = len(found.head) + len(context) + len(found.output)
+            row = change(_stored_row(found))
             this = sa.update(stored).where(stored.c.owner == owner, stored.c.id == row_id)
-            connection.execute(this.values(context=context, size=size, time=now))
-            self._note_items(connection, owner, row_id, items)
-            if bounds is not None:
-                _keep_bounds(connection, *bounds, (owner, row_id))
+            connection.execute(this.values(attrs.asdict(row, recurse=False) | {"size": row.size}))
         return True
 
     def get_stored(self, owner: str, row_id: str, since: float) -> StoredRow | None:
@@ -346,9 +382,14 @@ class Store:
     def delete_stored(self, owner: str, row_id: str, since: float) -> bool:
         """Delete a row, and return whether it was there; an older one counts as deleted."""
         with self._write() as connection:
-            found = connection.execute(_find_stored(owner, [row_id], since)).one_or_none()
+            # Locked, and nothing is deleted if there is none. Otherwise a row that another master stores at this moment
+            # could lose its items, which are deleted by a later statement.
+            wanted = _find_stored(owner, [row_id], -math.inf).with_for_update()
+            found = connection.execute(wanted).one_or_none()
+            if found is None:
+                return False
             _delete_stored(connection, [(owner, row_id)])
-            return found is not None
+            return bool(found.time >= since)
 
     def find_stored(self, owner: str, items: Iterable[str], since: float) -> list[StoredRow]:
         """Return rows of an owner that have these items, as far as any has."""
@@ -398,7 +439,10 @@ class Store:
                 _create_file(Path(self.name))
             else:
                 # Prepared statements do not pass a PgBouncer that pools transactions.
-                options["connect_args"] = {"connect_timeout": _CONNECT_TIMEOUT, "prepare_threshold": None}
+                options["connect_args"] = _KEEPALIVE | {
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "prepare_threshold": None,
+                }
                 options |= {"pool_pre_ping": True, "pool_size": 4, "max_overflow": 2, "pool_timeout": 5}
             engine = sa.create_engine(url, **options)
         except (sa.exc.ArgumentError, ValueError):
@@ -440,11 +484,13 @@ class Store:
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
+    def _write(self, is_wanted: Callable[[], bool] = _always) -> Iterator[sa.Connection]:
         with self._translate(), self._engine.connect() as connection:
             connection = connection.execution_options(**{_WRITES: True})
             with connection.begin():
                 yield connection
+                if not is_wanted():
+                    raise StoreError(f"database {self.name}: the change was cancelled")
 
     @contextmanager
     def _translate(self) -> Iterator[None]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import attrs
 
-__all__ = ["StoredRow", "choose_victims"]
+__all__ = ["Bounds", "Growth", "StoredRow", "choose_victims"]
+
+#: How many rows there may be, how many bytes they may have, and the time before which they are deleted.
+Bounds: TypeAlias = tuple[int, int, float]
 
 
 @attrs.frozen
@@ -26,6 +30,22 @@ class StoredRow:
     def size(self) -> int:
         """How many bytes it has."""
         return len(self.head) + len(self.context) + len(self.output)
+
+
+@attrs.frozen
+class Growth:
+    """Items that are added to the context of a row."""
+
+    owner: str
+    id: str
+    array: bytes
+    """The items, as a JSON array."""
+    items: Sequence[str]
+    """Their ids."""
+    time: float
+    """The new time of the row."""
+    since: float
+    """An older row counts as deleted."""
 
 
 def choose_victims(

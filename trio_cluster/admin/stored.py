@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+import attrs
 import msgspec
 from quart import request
 from quart_trio import QuartTrio
@@ -97,7 +98,8 @@ def _add_conversations(app: QuartTrio, node_context: NodeContext) -> None:
     async def change(conversation_id: str) -> TrioResponse:
         body, record = await json_object(), await find(conversation_id)
         head = msgspec.json.decode(record.head) | {"metadata": _metadata(body) or {}}
-        await _put(node_context, Record(record.id, msgspec.json.encode(head), record.context))
+        encoded = msgspec.json.encode(head)
+        await _change(node_context, record.id, lambda found: attrs.evolve(found, head=encoded))
         return respond(json_reply(head))
 
     async def delete(conversation_id: str) -> TrioResponse:
@@ -124,10 +126,13 @@ def _add_conversations(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def delete_item(conversation_id: str, item_id: str) -> TrioResponse:
         record = await find(conversation_id)
-        left = tuple(item for item in record.context if item.id != item_id)
-        if len(left) == len(record.context):
+        if not any(item.id == item_id for item in record.context):
             raise _item_not_found(item_id)
-        await _put(node_context, Record(record.id, record.head, left))
+
+        def without(found: Record) -> Record:
+            return attrs.evolve(found, context=tuple(item for item in found.context if item.id != item_id))
+
+        await _change(node_context, record.id, without)
         return respond(Reply(200, [JSON], record.head))
 
     for prefix in PREFIXES:
@@ -186,8 +191,8 @@ async def _delete(
         raise not_found(record_id)
 
 
-async def _put(node_context: NodeContext, record: Record) -> None:
-    if not await _store(node_context).put(_owner(), record):
+async def _change(node_context: NodeContext, record_id: str, change: Callable[[Record], Record]) -> None:
+    if not await _store(node_context).change(_owner(), record_id, change):
         raise ApiError(503, "The conversation cannot be stored at the moment", code="not_stored")
 
 

@@ -119,7 +119,9 @@ class _CapturedBody:
         except trio.EndOfChannel:
             piece = None
         if piece is None:
-            await self._capture.end()
+            # Otherwise the answer was cut, even if what was sent of it happens to be a whole response.
+            if self._body.complete:
+                await self._capture.end()
             raise trio.EndOfChannel
         await self._capture.feed(piece)
         if self._body.complete:

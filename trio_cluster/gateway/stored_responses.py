@@ -134,10 +134,8 @@ class StoredAnswer:
             if made is None:
                 return
             record, items = made
-            if self._keeps and record is not None:
-                await self._store.put(self._owner, record)
-            if self._conversation is not None:
-                await self._store.extend(self._owner, self._conversation, items)
+            kept = record if self._keeps else None
+            await self._store.put_answer(self._owner, kept, self._conversation, items)
         except (StoreError, NoThread) as error:
             logger.warning("a response is not stored: %s", error)
 

@@ -8,7 +8,8 @@ stored, but when this node has stored a hundredth of what there may be since it 
 exceeded by a hundredth for each master.
 
 If the database is away, an answer goes out all the same, and is not stored. It waits for :data:`PUT_TIMEOUT` seconds at
-most, and for :data:`PAUSE` seconds after a failure, no answer waits.
+most, and for :data:`PAUSE` seconds after a failure, no answer waits. An answer that is not waited for any longer is not
+stored later either: its transaction is rolled back, unless it is being committed at that moment.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import trio
 
 from ..accounts.accounts import Accounts
 from ..accounts.errors import StoreError
-from ..accounts.stored_row import StoredRow
+from ..accounts.stored_row import Bounds, Growth, StoredRow
 from ..options import ClusterServerOptions
 from .record import Item, Record
 
@@ -92,19 +93,23 @@ class DatabaseResponses:
 
     async def put(self, owner: str, record: Record) -> bool:
         """See ``ResponseStore``."""
-        row = StoredRow(
-            owner=owner,
-            id=record.id,
-            time=time.time(),
-            head=record.head,
-            context=_array(record.context),
-            output=_array(record.output),
-        )
-        if row.size > self._options.stored_responses_size:
+        row = self._row(owner, record)
+        if row is None:
             return False
-        ids = [item.id for item in (*record.context, *record.output)]
-        bounds = self._due(row.size)
-        return await self._store(lambda store: store.put_stored(row, ids, bounds)) is not None
+        ids, bounds = _ids(record), self._due(row.size)
+        return bool(await self._store(lambda store, wanted: store.put_stored(row, ids, None, bounds, wanted)))
+
+    async def put_answer(
+        self, owner: str, record: Record | None, conversation: str | None, items: Iterable[Item]
+    ) -> None:
+        """See ``ResponseStore``."""
+        row = None if record is None else self._row(owner, record)
+        growth = None if conversation is None else self._growth(owner, conversation, items)
+        if row is None and growth is None:
+            return
+        ids = () if record is None else _ids(record)
+        bounds = self._due((0 if row is None else row.size) + (0 if growth is None else len(growth.array)))
+        await self._store(lambda store, wanted: store.put_stored(row, ids, growth, bounds, wanted))
 
     async def get(self, owner: str, record_id: str) -> Record | None:
         """See ``ResponseStore``."""
@@ -127,21 +132,40 @@ class DatabaseResponses:
 
     async def extend(self, owner: str, record_id: str, items: Iterable[Item]) -> bool:
         """See ``ResponseStore``."""
-        added = tuple(items)
-        array, ids = _array(added), [item.id for item in added]
-        bounds = self._due(len(array))
-        now, since = time.time(), self._since
-        done = await self._store(
-            lambda store: store.extend_stored(owner, record_id, array, ids, now, since, bounds)
+        growth = self._growth(owner, record_id, items)
+        bounds = self._due(len(growth.array))
+        return bool(
+            await self._store(lambda store, wanted: store.put_stored(None, (), growth, bounds, wanted))
         )
-        return bool(done)
+
+    async def change(self, owner: str, record_id: str, change: Callable[[Record], Record]) -> bool:
+        """See ``ResponseStore``."""
+        now, since = time.time(), self._since
+
+        def change_row(row: StoredRow) -> StoredRow:
+            return _row(owner, change(_record(row)), now)
+
+        return bool(
+            await self._store(
+                lambda store, wanted: store.change_stored(owner, record_id, since, change_row, wanted)
+            )
+        )
+
+    def _row(self, owner: str, record: Record) -> StoredRow | None:
+        """Return a record as a row; ``None`` if it is larger than all may be together."""
+        row = _row(owner, record, time.time())
+        return None if row.size > self._options.stored_responses_size else row
+
+    def _growth(self, owner: str, record_id: str, items: Iterable[Item]) -> Growth:
+        added = tuple(items)
+        return Growth(owner, record_id, _array(added), [item.id for item in added], time.time(), self._since)
 
     @property
     def _since(self) -> float:
         """The time of the oldest record that has not expired."""
         return time.time() - self._options.stored_responses_lifetime
 
-    def _due(self, size: int) -> tuple[int, int, float] | None:
+    def _due(self, size: int) -> Bounds | None:
         """Return the bounds if a look at them is due, with ``size`` more bytes; ``None`` if not."""
         options = self._options
         self._new_count += 1
@@ -154,14 +178,21 @@ class DatabaseResponses:
         self._new_count = self._new_size = 0
         return options.stored_responses, options.stored_responses_size, self._since
 
-    async def _store(self, function: Callable[[Store], T]) -> T | None:
-        """Call a function that stores something; ``None`` if that is not possible now."""
+    async def _store(self, function: Callable[[Store, Callable[[], bool]], T]) -> T | None:
+        """Call a function that stores something; ``None`` if that is not possible now.
+
+        Args:
+            function: called in a thread, with the database, and with a function that returns whether the caller still
+                waits. The thread cannot be stopped, so it must ask that before it commits: what was logged as not
+                stored must not be there later, and neither must an answer whose client has left.
+        """
         now = trio.current_time()
         if self._failing and now < self._resumes_at:
             return None
+        waits = True
         try:
             with trio.move_on_after(PUT_TIMEOUT):
-                done = await self._accounts.with_store(function)
+                done = await self._accounts.with_store(lambda store: function(store, lambda: waits))
                 if self._failing:
                     self._failing = False
                     logger.warning("responses are stored again")
@@ -173,6 +204,8 @@ class DatabaseResponses:
             self._failing = True
             self._resumes_at = trio.current_time() + PAUSE
             return None
+        finally:
+            waits = False
 
     async def _fetch(self, function: Callable[[Store], T]) -> T:
         with trio.move_on_after(GET_TIMEOUT):
@@ -182,6 +215,14 @@ class DatabaseResponses:
 
 def _array(items: Iterable[Item]) -> bytes:
     return b"[" + b",".join(item.json for item in items) + b"]"
+
+
+def _ids(record: Record) -> list[str]:
+    return [item.id for item in (*record.context, *record.output)]
+
+
+def _row(owner: str, record: Record, now: float) -> StoredRow:
+    return StoredRow(owner, record.id, now, record.head, _array(record.context), _array(record.output))
 
 
 def _record(row: StoredRow) -> Record:

@@ -19,7 +19,7 @@ come, also if no request comes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NoReturn
 
 import attrs
@@ -169,6 +169,20 @@ class MemoryResponses:
         if record is None:
             return False
         return await self.put(owner, attrs.evolve(record, context=(*record.context, *items)))
+
+    async def put_answer(
+        self, owner: str, record: Record | None, conversation: str | None, items: Iterable[Item]
+    ) -> None:
+        """See ``ResponseStore``."""
+        if record is not None:
+            await self.put(owner, record)
+        if conversation is not None:
+            await self.extend(owner, conversation, items)
+
+    async def change(self, owner: str, record_id: str, change: Callable[[Record], Record]) -> bool:
+        """See ``ResponseStore``."""
+        record = await self.get(owner, record_id)
+        return record is not None and await self.put(owner, change(record))
 
     def forget(self, name: str) -> None:
         """Drop all records of the keys of a name. Synchronous."""

@@ -9,7 +9,7 @@ record that there never was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
 import attrs
@@ -70,6 +70,23 @@ class ResponseStore(Protocol):
         """
         ...
 
+    async def put_answer(
+        self, owner: str, record: Record | None, conversation: str | None, items: Iterable[Item]
+    ) -> None:
+        """Store an answer: the record of a response, and its items in its conversation. Both, or nothing at all.
+
+        Whatever cannot be stored since it is too large is left out, and a conversation that was deleted meanwhile stays
+        deleted. A database that cannot be reached is logged, and is no error here. If this is cancelled, nothing is
+        stored, unless the last step is being done; then everything is.
+
+        Args:
+            owner: whose they are.
+            record: the response; ``None``: it is not to be stored.
+            conversation: the id of the conversation; ``None``: there is none.
+            items: added to the conversation.
+        """
+        ...
+
     async def get(self, owner: str, record_id: str) -> Record | None:
         """Return a record; ``None`` if the owner has none of this id."""
         ...
@@ -84,4 +101,16 @@ class ResponseStore(Protocol):
 
     async def extend(self, owner: str, record_id: str, items: Iterable[Item]) -> bool:
         """Add items to the context of a record, which counts as new then; return whether it is there."""
+        ...
+
+    async def change(self, owner: str, record_id: str, change: Callable[[Record], Record]) -> bool:
+        """Replace a record by what a function makes of it, and return whether it is there.
+
+        Nothing else can change the record meanwhile, so nothing is lost. The record counts as new then.
+
+        Args:
+            owner: whose it is.
+            record_id: the record.
+            change: returns the new one, with no items that the old one does not have. May be called in a thread.
+        """
         ...
