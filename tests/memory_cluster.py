@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import trio
@@ -11,6 +11,7 @@ from memory_streams import MemoryStream, memory_pair
 from trio.testing import wait_all_tasks_blocked
 
 from trio_cluster.cluster.master import WorkerManager
+from trio_cluster.cluster.masters import ListedMasters
 from trio_cluster.cluster.worker import WorkerClient
 from trio_cluster.core.answer import Data, Done, Event, Failed
 from trio_cluster.core.call import Call
@@ -37,6 +38,22 @@ def chat_request(model: str = "m", *, stream: bool = True, content: str = "a b c
     return Request(
         endpoint="chat.completions", kind="chat", model=model, body=json.dumps(body).encode(), **fields
     )
+
+
+class FakeDialer:
+    """What a worker dials a master with.
+
+    Args:
+        connect: returns a new connection.
+        host: what people call the master.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[Any]], host: str = "master") -> None:
+        self.connect = connect
+        self.host = self.label = host
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
 
 
 class Worker:
@@ -70,12 +87,18 @@ class Worker:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.pool.serve)
                     try:
-                        await self.client.run(self._connect, "master", self.registered.set)
+                        await self.client.run(ListedMasters([self._dialer()]), self.registered.set)
                     except Exception as error:
                         self.error = error
                     nursery.cancel_scope.cancel()
         finally:
             self.over.set()
+
+    def _dialer(self) -> Any:
+        async def connect() -> Any:
+            return await self._connect()
+
+        return FakeDialer(connect)
 
     async def _connect(self) -> MemoryStream:
         self.dials += 1

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import trio
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from ._version import __version__
 from .accounts.accounts import Accounts, open_accounts
@@ -33,8 +33,8 @@ from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
 from .admin.membership import Membership
 from .cluster.admission import Doorkeeper
-from .cluster.dialer import Dialer
 from .cluster.master import WorkerManager
+from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
 from .cluster.worker import WorkerClient
@@ -42,7 +42,7 @@ from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir, path_of
-from .core.status import WORKER_STATES, NodeStatus, SlotStatus, WorkerStatus, most_waiting
+from .core.status import WORKER_STATES, MasterStatus, NodeStatus, SlotStatus, WorkerStatus, most_waiting
 from .errors import ClusterPortError, HandshakeRefused
 from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
@@ -106,7 +106,7 @@ class Node:
         app: the Quart-Trio application behind the gateway. A worker's own API has one, too, which is not public.
         internal_port: the port on which a master listens for workers.
         worker_manager: the workers of a master.
-        worker_client: a worker's connection to its master.
+        worker_client: a worker's connections to its masters.
     """
 
     def __init__(
@@ -369,15 +369,15 @@ class Node:
             logger.warning("what keys have used will not survive a restart: %s", error)
             return MemoryLimiter()
 
-    async def serve_as_worker(self, dialer: Dialer, started: Callable[[], None]) -> None:
-        """Serve a master until stopped.
+    async def serve_as_worker(self, masters: Masters, started: Callable[[], None]) -> None:
+        """Serve masters until stopped.
 
         Args:
-            dialer: connects to the master.
-            started: called when the models are registered for the first time. Synchronous.
+            masters: which there are.
+            started: called when the models are registered for the first time, at any master. Synchronous.
 
         Raises:
-            HandshakeRefused: the master refused this worker, or what listens at its address is not a master.
+            HandshakeRefused: all masters refused this worker, or what listens at their addresses is not a master.
             ClusterPortError: the node cannot listen on its listen address.
             ClusterError: the loop of an asyncio handler could not be started.
         """
@@ -386,16 +386,17 @@ class Node:
         if self._listen_address is not None:
             await self._open_tls("worker")
         async with self._pool.loops.opened():
-            await self._serve_master(client, dialer, started)
+            await self._serve_masters(client, masters, started)
 
-    async def _serve_master(self, client: WorkerClient, dialer: Dialer, started: Callable[[], None]) -> None:
+    async def _serve_masters(
+        self, client: WorkerClient, masters: Masters, started: Callable[[], None]
+    ) -> None:
         listeners = await self._open_listen_address()
         refused: HandshakeRefused | None = None
         serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
-            nursery.start_soon(dialer.run)
             if self._tls is not None:
                 nursery.start_soon(self._tls.run)
             nursery.start_soon(self._serve_listen_address, listeners)
@@ -403,7 +404,7 @@ class Node:
             with serving:
                 try:
                     if await self._has_started():
-                        await client.run(dialer.connect, dialer.host, started)
+                        await client.run(masters, started)
                 except HandshakeRefused as error:
                     # Raised below, outside the nursery, which would wrap it in an exception group.
                     refused = error
@@ -575,9 +576,15 @@ class Node:
             version=__version__,
             slots=SlotStatus(pool.running, pool.waiting, pool.capacity, most_waiting(pool.waiting_by)),
             workers=[] if manager is None else manager.status(),
+            masters=self._masters(),
             connected=UNSET if client is None else client.connected,
             rejected_models=UNSET if client is None else dict(client.rejected_models),
         )
+
+    def _masters(self) -> list[MasterStatus] | UnsetType:
+        if self.worker_client is not None:
+            return self.worker_client.status()
+        return UNSET if self.worker_manager is None else self.worker_manager.other_masters()
 
     def _gauges(self) -> list[GaugeSample]:
         pool, manager = self._pool, self.worker_manager

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import socket
+import ssl
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import trio
 
 from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
 from .cluster.master import WorkerManager
+from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
 from .cluster.worker import WorkerClient
 from .core import randomness
@@ -36,7 +38,16 @@ from .local.hooks import Hook, Hooks
 from .local.models import LocalModels
 from .local.passthrough import RawHandler
 from .local.pool import HandlerPool
-from .net.sockets import INTERNAL_OFFSET, Listeners, Network, Sockets, close_all, local_address, open_pair
+from .net.sockets import (
+    INTERNAL_OFFSET,
+    Listeners,
+    Network,
+    Sockets,
+    close_all,
+    local_address,
+    open_pair,
+    shown_address,
+)
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.cost import LeastCost
@@ -600,7 +611,7 @@ class ClusterServer:
 
     @property
     def worker_client(self) -> WorkerClient | None:
-        """A worker's connection to its master; ``None`` in the other modes."""
+        """A worker's connections to its masters; ``None`` in the other modes."""
         return None if self._node is None else self._node.worker_client
 
     def _announce(self, info: ModelInfo) -> None:
@@ -713,40 +724,70 @@ class ClusterServer:
 
     async def run_as_worker(
         self,
-        master_host: str,
-        master_port: int,
+        master_host: str | None = None,
+        master_port: int | None = None,
         *,
+        masters: Sequence[tuple[str, int]] = (),
+        masters_from: tuple[str, int] | None = None,
         tls: bool = False,
         task_status: Started = trio.TASK_STATUS_IGNORED,
     ) -> ClusterMode:
-        """Run as a worker: serve the models of this process to a master, and reconnect whenever the link is lost.
+        """Run as a worker: serve the models of this process to masters, and reconnect whenever a link is lost.
+
+        The masters are given in one of three ways: one by ``master_host`` and ``master_port``, several by ``masters``,
+        or those at all addresses of a DNS name by ``masters_from``. Each has a link of its own, and all models. The
+        slots (``max_concurrency``) are those of this process, whichever master a request comes from. What happens at
+        one master does not concern the others; a master that is away is dialled again and again.
 
         Args:
             master_host: the master's host name or address.
             master_port: the master's internal port.
-            tls: whether to connect with TLS. The master's certificate must be for ``master_host``, by an authority that
-                the system or the option ``ca_file`` trusts.
-            task_status: started with the mode when the models are registered for the first time.
+            masters: the host and the internal port of each master.
+            masters_from: a DNS name, and the internal port of all masters. The name is resolved every five seconds. New
+                addresses are dialled. The link to an address that the name does not have any more is drained: its
+                requests are finished, and it is closed. A resolution that fails changes nothing.
+            tls: whether to connect with TLS. A master's certificate must be for its host (for the name, with
+                ``masters_from``), by an authority that the system or the option ``ca_file`` trusts.
+            task_status: started with the mode when the models are registered for the first time, at any master.
 
         Returns:
             ``ClusterMode.WORKER``, after it was stopped.
 
         Raises:
-            HandshakeRefused: the master refused this worker (wrong token, incompatible protocol), or what listens there
-                is not a master. Failures that may pass, such as a master that cannot be reached, are retried instead.
+            HandshakeRefused: all masters refused this worker (wrong token, incompatible protocol), or what listens
+                there is not a master. If only some did, that is logged, and they are tried again every minute. Failures
+                that may pass, such as a master that cannot be reached, are retried instead.
+            TypeError: the masters are not given in exactly one of the ways.
+            ValueError: ``masters`` has no master.
             ClusterPortError: it cannot listen on the address of :meth:`set_worker_listen_address`.
             ClusterError: ``ca_file`` cannot be used.
             RuntimeError: the server runs already.
         """
-        network = self.network
+        if master_host is not None and master_port is not None and masters == () and masters_from is None:
+            masters = [(master_host, master_port)]
+        elif (
+            master_host is not None
+            or master_port is not None
+            or (masters != ()) == (masters_from is not None)
+        ):
+            raise TypeError("give master_host and master_port, or masters, or masters_from")
+        context: ssl.SSLContext | None = None
         if tls:
             ca_file = path_of(self._options.ca_file)
             context = await start_in_thread(lambda: client_context(ca_file=ca_file))
-            network = TlsNetwork(network, context)
-        return await self._run_as_worker(Dialer(network, master_host, master_port), None, task_status)
+        network = self.network if context is None else TlsNetwork(self.network, context)
+        if masters_from is not None and context is not None:
+            # What is connected to is an address, and the certificate is for the name.
+            network = TlsNetwork(self.network, context, masters_from[0])
+        return await self._run_as_worker(_masters(network, masters, masters_from), None, task_status)
 
     async def run_as_member(
-        self, token: str | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
+        self,
+        token: str | None = None,
+        *,
+        masters: Sequence[tuple[str, int]] = (),
+        masters_from: tuple[str, int] | None = None,
+        task_status: Started = trio.TASK_STATUS_IGNORED,
     ) -> ClusterMode:
         """Run as a worker of a cluster that it was invited to, or has joined before; see :meth:`run_as_worker`.
 
@@ -755,6 +796,8 @@ class ClusterServer:
 
         Args:
             token: what ``trio-cluster invite`` has printed; ``None``: the worker has joined before.
+            masters, masters_from: as for :meth:`run_as_worker`, if the cluster has several masters, which must have one
+                authority. Without them, the worker has a link to one master, at one of the addresses of the invitation.
             task_status: as for :meth:`run_as_worker`.
 
         Returns:
@@ -763,8 +806,10 @@ class ClusterServer:
         Raises:
             ClusterError: the token is not valid, or was refused; no master could be reached; or what is kept cannot be
                 used. The message says which.
-            HandshakeRefused, ClusterPortError, RuntimeError: as :meth:`run_as_worker`.
+            HandshakeRefused, ClusterPortError, RuntimeError, TypeError, ValueError: as :meth:`run_as_worker`.
         """
+        if masters != () and masters_from is not None:
+            raise TypeError("give masters or masters_from, and not both")
         # The package that makes certificates is an extra.
         try:
             security = importlib.import_module(".security.joining", __package__)
@@ -804,7 +849,11 @@ class ClusterServer:
         addresses = [split_address(address) for address in member.addresses]
         internal_port = self._options.internal_port
         dialer = MemberDialer(self.network, state, member, certificate, addresses, internal_port)
-        return await self._run_as_worker(dialer, member.name, task_status)
+        source: Masters = ListedMasters([dialer])
+        if masters != () or masters_from is not None:
+            # The dialer of the invitation renews the certificate, and connects to nothing.
+            source = _masters(dialer.network, masters, masters_from, dialer)
+        return await self._run_as_worker(source, member.name, task_status)
 
     async def _run_as_neighbour(
         self, host: str, port: int, internal_port: int, task_status: Started
@@ -821,12 +870,12 @@ class ClusterServer:
             dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
         finally:
             certificate.unlink(missing_ok=True)
-        return await self._run_as_worker(dialer, member.name, task_status)
+        return await self._run_as_worker(ListedMasters([dialer]), member.name, task_status)
 
-    async def _run_as_worker(self, dialer: Dialer, name: str | None, task_status: Started) -> ClusterMode:
+    async def _run_as_worker(self, masters: Masters, name: str | None, task_status: Started) -> ClusterMode:
         with self._node_for(ClusterMode.WORKER, name) as node:
             await self._serve(
-                node, lambda: node.serve_as_worker(dialer, lambda: task_status.started(node.mode))
+                node, lambda: node.serve_as_worker(masters, lambda: task_status.started(node.mode))
             )
         return ClusterMode.WORKER
 
@@ -911,3 +960,37 @@ class ClusterServer:
             yield self._node
         finally:
             self._node = None
+
+
+def _masters(
+    network: Network,
+    listed: Sequence[tuple[str, int]],
+    named: tuple[str, int] | None,
+    helper: Dialer | None = None,
+) -> Masters:
+    """Return the masters of a list, or those that a name has.
+
+    Args:
+        network: opens connections to them.
+        listed: their hosts and ports.
+        named: the name, and the port of all.
+        helper: is run meanwhile.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if named is not None:
+        port = named[1]
+        return ResolvedMasters(
+            named[0], lambda address: Dialer(network, address, port, shown_address(address, port)), helper
+        )
+    if not listed:
+        raise ValueError("masters: at least one is needed")
+    only = len(listed) == 1
+    return ListedMasters(
+        [
+            Dialer(network, host, port, None if only else shown_address(host, port))
+            for host, port in dict.fromkeys((host, port) for host, port in listed)
+        ],
+        helper,
+    )

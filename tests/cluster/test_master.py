@@ -698,6 +698,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "connected_for": 6.0,
         "admitted": "open",
         "waiting_by": {},
+        "in_flight_elsewhere": 0,
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         status.state = "busy"  # type: ignore[misc]
@@ -750,7 +751,7 @@ async def test_the_load_of_a_worker_is_known(cluster: MemoryCluster, autojump_cl
 
 def _send(worker: Worker, beat: Heartbeat) -> None:
     """Let a worker send a heartbeat that its event loop would not send."""
-    connection = worker.client._connection
+    connection = worker.client.connections[0]
     assert connection is not None
     connection.session._outbox.post(beat)
     connection.link.wake()

@@ -35,6 +35,7 @@ from trio_cluster.protocol import (
     Message,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     ProtocolError,
     RegisterModel,
     Shutdown,
@@ -79,6 +80,8 @@ EXAMPLES: list[Message] = [
     Shutdown("upgrade"),
     Ack(0),
     Ack((1 << 63) - 1),
+    OtherMasters(0),
+    OtherMasters(7, (("b", "b.example:9080"), ("c", "[2001:db8::1]:9080"))),
 ]
 
 
@@ -128,6 +131,7 @@ def test_the_numbers_on_the_wire_are_those_of_protocol_1() -> None:
         "Drain",
         "Shutdown",
         "Ack",
+        "OtherMasters",
     ]
 
 
@@ -185,7 +189,7 @@ def test_the_windows_of_calls_and_of_the_wire_are_the_same() -> None:
         (raw([True, {"call": 1}]), "a tag that is not an integer but bool"),
         (raw([9.0, {"call": 1}]), "a tag that is not an integer but float"),
         (raw([[9], {"call": 1}]), "a tag that is not an integer but list"),
-        (raw([16, {}]), "an unknown message, tag 16"),
+        (raw([17, {}]), "an unknown message, tag 17"),
         (raw([-1, {}]), "an unknown message, tag -1"),
         (raw([9, [7]]), "Done: the body is not a map but list"),
         (raw([9, None]), "Done: the body is not a map but NoneType"),
@@ -439,7 +443,7 @@ REGISTER = b"\x85\xa4name\xa1n\xa4kind\xa4chat\xa5owner\xa1o\xa7created\x00\xa7o
         (b"\x91\x92\x09\x82\xa4call\x01\xa5later" + ATTACK, None),
         (b"\x91\x92\x09" + ATTACK, "a key that is not a string"),
         (b"\x91" + ATTACK, "not a pair"),
-        (b"\x91\x92\x10" + ATTACK, "unknown message"),
+        (b"\x91\x92\x11" + ATTACK, "unknown message"),
         (b"\x91\x92" + ATTACK + b"\x80", "a tag that is not an integer"),
         (b"\x91\x92\x08\x83\xa4call\x01\xa4data\xc4\x00\xa5later" + ATTACK, None),
         (b"\x91\x92\x01" + REGISTER + b"\x81\xa1a" + ATTACK, "options: too large"),

@@ -60,8 +60,8 @@ async def test_a_running_request_is_found_on_both_of_its_nodes(
             "w1: call r1 of 'm' here, streaming, 0 bytes waiting",
             "w1: 1 slots taken",
             "w1: 1 tasks of calls",
-            "w1: 1 calls from the master",
-            "w1: calls (1,) open on the link with the master",
+            "w1: 1 calls from its masters",
+            "w1: calls (1,) open on the link with a master",
             "master: 1 tasks of HTTP requests",
         ]
         assert all(line in str(caught.value) for line in caught.value.orphans)

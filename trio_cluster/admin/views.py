@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from ..core.call import Call, Phase
 from ..core.principal import BudgetPeriod, Principal, Priority, Role
-from ..core.status import SlotStatus, WorkerStatus
+from ..core.status import MasterStatus, SlotStatus, WorkerStatus
 from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
 
@@ -108,6 +108,7 @@ class StatusView:
     version: str
     slots: SlotStatus
     workers: list[WorkerStatus]
+    masters: list[MasterStatus] | UnsetType = UNSET
     connected: bool | UnsetType = UNSET
     rejected_models: dict[str, str] | UnsetType = UNSET
 
@@ -265,6 +266,7 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
         version=own.version,
         slots=slots,
         workers=workers,
+        masters=own.masters,
         connected=own.connected,
         rejected_models=own.rejected_models,
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
+import attrs
 import trio
 
 from ..core.state_dir import StateDir
@@ -65,15 +66,22 @@ class Dialer:
     Args:
         network: opens connections, with TLS if the master speaks it.
         host, port: where the master listens for workers.
+        label: what people call the master; ``None``: its host.
 
     Attributes:
         host: the master's name, for its ``Host`` header and for logs.
     """
 
-    def __init__(self, network: Network, host: str, port: int) -> None:
+    def __init__(self, network: Network, host: str, port: int, label: str | None = None) -> None:
         self.host = host
         self._network = network
         self._port = port
+        self._label = label
+
+    @property
+    def label(self) -> str:
+        """What people call the master. It tells several from each other."""
+        return self._label or self.host
 
     async def connect(self) -> ByteStream:
         """Return a new connection. A checkpoint.
@@ -123,10 +131,6 @@ class MemberDialer(Dialer):
 
     async def connect(self) -> ByteStream:
         """See ``Dialer``."""
-        # Only a worker that has joined needs the package that makes certificates.
-        from ..security.authority import MASTER_NAME
-
-        network = TlsNetwork(self._network, self._context, MASTER_NAME)
         failure: OSError | None = None
         for _ in range(len(self._addresses)):
             host, port = self._addresses[0]
@@ -134,7 +138,7 @@ class MemberDialer(Dialer):
             self._addresses.rotate(-1)
             try:
                 with trio.fail_after(_SILENCE if len(self._addresses) > 1 else math.inf):
-                    stream = await network.connect(host, self._internal_port or port + INTERNAL_OFFSET)
+                    stream = await self.connect_to(host, self._internal_port or port + INTERNAL_OFFSET)
             except OSError as error:
                 failure = failure or error
             except trio.TooSlowError:
@@ -145,6 +149,25 @@ class MemberDialer(Dialer):
                 return stream
         assert failure is not None
         raise failure
+
+    @property
+    def network(self) -> Network:
+        """A network on which this worker connects to any master of its cluster, with the certificate that it has then.
+
+        Its certificate is renewed only while :meth:`run` runs.
+        """
+        return _MemberNetwork(self)
+
+    async def connect_to(self, host: str, port: int) -> ByteStream:
+        """Return a new connection to the port for workers of any master of the cluster. A checkpoint.
+
+        Raises:
+            OSError: it cannot be made; the message says why.
+        """
+        # Only a worker that has joined needs the package that makes certificates.
+        from ..security.authority import MASTER_NAME
+
+        return await TlsNetwork(self._network, self._context, MASTER_NAME).connect(host, port)
 
     async def run(self) -> NoReturn:
         """Renew the certificate in time, until cancelled."""
@@ -170,3 +193,18 @@ class MemberDialer(Dialer):
         self._membership = renewed
         logger.info("the certificate of this worker was renewed")
         return _RENEWAL
+
+
+@attrs.frozen
+class _MemberNetwork:
+    """See ``MemberDialer.network``."""
+
+    _dialer: MemberDialer
+
+    async def listen(self, host: str, port: int) -> Listeners:
+        """See ``Network``; nothing listens on this one."""
+        raise NotImplementedError
+
+    async def connect(self, host: str, port: int) -> ByteStream:
+        """See ``Network``."""
+        return await self._dialer.connect_to(host, port)

@@ -52,6 +52,8 @@ class ForwardedCalls:
 
     Attributes:
         live: the calls whose end has not been sent to the master, by number.
+        unfinished: how many calls there are whose work has not stopped.
+        on_changed: called when that changes; ``None``: nothing is. Synchronous.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class ForwardedCalls:
         options: ClusterServerOptions,
     ) -> None:
         self.live: dict[int, Call] = {}
+        self.unfinished = 0
+        self.on_changed: Callable[[], None] | None = None
         # The calls whose body the master cannot send a second time.
         self._non_replayable: set[int] = set()
         self._session = session
@@ -126,6 +130,9 @@ class ForwardedCalls:
             self._wake()
             return
         self.live[call_id] = call
+        self.unfinished += 1
+        if self.on_changed is not None:
+            self.on_changed()
         if opened.once:
             self._non_replayable.add(call_id)
             call.on_release(partial(self._non_replayable.discard, call_id))
@@ -200,6 +207,9 @@ class ForwardedCalls:
         self._wake()
 
     def _released(self, call_id: int, call: Call) -> None:
+        self.unfinished -= 1
+        if self.on_changed is not None:
+            self.on_changed()
         if self.live.pop(call_id, None) is None:
             return
         draining_reason = self._router.draining_reason

@@ -34,7 +34,7 @@ from ..core import randomness
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS
 from ..core.request import Request
-from ..core.status import WorkerStatus
+from ..core.status import MasterStatus, WorkerStatus
 from ..link.demux import FrameDemux
 from ..link.link import First, Link, LinkClosed, receive_first
 from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
@@ -46,6 +46,7 @@ from ..net.throttled_log import ThrottledLog
 from ..net.watchdog import NotInjectable, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
+    NAME_MAX,
     Data,
     Done,
     Drain,
@@ -55,6 +56,7 @@ from ..protocol import (
     Heartbeat,
     MasterEvent,
     MasterSession,
+    OtherMasters,
     ProtocolError,
     RegisterModel,
     UnregisterModel,
@@ -119,6 +121,9 @@ class WorkerManager:
         self._refusals = ThrottledLog(logger, "connections were refused")
         self._refused_models = ThrottledLog(logger, "models were refused")
         self._handshakes = Handshakes(logger)
+        # Tells this process from others: a worker finds out by it that two addresses lead to one master. With its name,
+        # since masters of one seeded simulation may draw the same number.
+        self._instance = f"{randomness.token(8)}-{node_id}"[:NAME_MAX]
 
     @property
     def sessions(self) -> list[MasterSession]:
@@ -163,6 +168,7 @@ class WorkerManager:
                 self._catalog,
                 self._options,
                 self._node_id,
+                instance=self._instance,
                 doorkeeper=self._doorkeeper,
                 workers=self.workers,
                 connections=self._connections.keys(),
@@ -242,6 +248,14 @@ class WorkerManager:
             while self._connections:
                 await self._all_closed.park()
 
+    def other_masters(self) -> list[MasterStatus]:
+        """Return the other masters that the workers are linked to, sorted by name."""
+        linked: dict[tuple[str, str], list[str]] = {}
+        for name, worker in sorted(self.workers.items()):
+            for master in worker.other_masters:
+                linked.setdefault(master, []).append(name)
+        return [MasterStatus(id, address, workers) for (id, address), workers in sorted(linked.items())]
+
     def status(self) -> list[WorkerStatus]:
         """Return the status of each connected worker, sorted by name."""
         return [worker.status() for _, worker in sorted(self.workers.items())]
@@ -254,7 +268,7 @@ class WorkerConnection:
         stream: the connection; closed by :meth:`run`.
         catalog: where the worker's models are registered.
         options: read at the time of use.
-        node_id: the name of this master.
+        node_id, instance: the names of this master and of its process.
         doorkeeper: decides whether the worker may join.
         workers: the connected workers, by name. This connection adds its own, and removes it.
         connections: all connections of this master, this one included.
@@ -276,6 +290,7 @@ class WorkerConnection:
         options: ClusterServerOptions,
         node_id: str,
         *,
+        instance: str,
         doorkeeper: Doorkeeper,
         workers: dict[str, RemoteWorker],
         connections: Collection[WorkerConnection],
@@ -294,7 +309,9 @@ class WorkerConnection:
         self._stream = injectable(stream)
         self._refusals = refusals
         self._refused_models = refused_models
+        # Nobody is to join on this connection; its peer wants to know who is here.
         self._probed = False
+        self._instance = instance
         self.over = False
         self._draining = False
         # Entered until it is known whether this connection goes on with another session.
@@ -311,6 +328,7 @@ class WorkerConnection:
             node_id,
             __version__,
             trio.current_time(),
+            instance=instance,
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
             admit=lambda handshake: not self._probed and self._holder_of_name(handshake) is None,
@@ -533,6 +551,8 @@ class WorkerConnection:
                     self._capacity_clipped = True
                     text = f"a capacity of {event.capacity} counts as {MAX_CAPACITY}"
                     self._log(text, worker, level=logging.WARNING)
+            case OtherMasters():
+                worker.on_other_masters(event)
             case RegisterModel():
                 self._register(worker, event)
             case UnregisterModel():
@@ -570,6 +590,11 @@ class WorkerConnection:
     def _on_handshake(self, handshake: Handshake) -> None:
         """Let the worker join, in the place of an older connection of its own process, or refuse it."""
         name = handshake.node_id
+        if self._instance in handshake.linked:
+            # It has a link to this master, by another address, which this one must not replace.
+            self._probed = True
+            self.link.close_when_flushed("this worker is linked already")
+            return
         if why := self._doorkeeper.why_not(self._admitted, name):
             self.link.end(why)
             return

@@ -33,6 +33,7 @@ from ..protocol import (
     ForwardResponse,
     Heartbeat,
     MasterSession,
+    OtherMasters,
     State,
 )
 from ..routing.health import Health
@@ -59,6 +60,8 @@ class RemoteWorker:
         models: what it serves, by name.
         connected_at: the trio time at which it joined.
         running, waiting, capacity, lag: what it reported in its last heartbeat; the lag in seconds.
+        elsewhere: how many calls of other masters it has.
+        other_masters: the names and addresses of the other masters that it is linked to.
         health: whether it may be given calls; kept by the connection that watches it.
     """
 
@@ -79,6 +82,8 @@ class RemoteWorker:
         self.waiting = 0
         self.capacity = 1
         self.lag = 0.0
+        self.elsewhere = 0
+        self.other_masters: tuple[tuple[str, str], ...] = ()
         self.health = Health()
         self._session = session
         self._wake = wake
@@ -97,7 +102,7 @@ class RemoteWorker:
     @property
     def load(self) -> float:
         """See ``Backend``."""
-        return self.in_flight / self.capacity
+        return (len(self._calls) + self.elsewhere) / self.capacity
 
     @property
     def state(self) -> WorkerState:
@@ -108,7 +113,7 @@ class RemoteWorker:
             return "stalled"
         if self.health.draining:
             return "draining"
-        return "busy" if max(self.in_flight, self.running) >= self.capacity else "ok"
+        return "busy" if max(self.in_flight + self.elsewhere, self.running) >= self.capacity else "ok"
 
     @property
     def instance(self) -> str:
@@ -136,6 +141,7 @@ class RemoteWorker:
             lag=round(self.lag, 3),
             connected_for=round(trio.current_time() - self.connected_at, 3),
             admitted=self.admitted,
+            in_flight_elsewhere=self.elsewhere,
         )
 
     def request_shutdown(self, reason: str) -> None:
@@ -212,6 +218,10 @@ class RemoteWorker:
             call = self._calls.get(call_id)
             if call is not None:
                 call.report(queued=count < 0, produced=max(0, count))
+
+    def on_other_masters(self, message: OtherMasters) -> None:
+        """Record what the worker reports of its other masters."""
+        self.elsewhere, self.other_masters = message.calls, message.masters
 
     def on_data(self, piece: DataMessage) -> None:
         """Put a piece of an answer into its call."""

@@ -1,6 +1,12 @@
-"""The worker's side: dials the master, registers this node's models, serves what is forwarded, and reconnects.
+"""The worker's side: dials its masters, registers this node's models, serves what is forwarded, and reconnects.
 
-Each link to the master is one :class:`MasterConnection`. A link that is cut is suspended: its calls go on, and the
+A worker may have several masters. There is a :class:`MasterLink` for each, with a task and a backoff of its own, so
+what happens at one master does not concern the others: its loss cancels its own calls and no other. What they share is
+the pool, whose slots are the worker's: a call takes one whichever master it comes from, and waits for one if the
+masters have forwarded more than there are. So that this is rare, each master is told how many calls the others have
+here, within :data:`_REPORT_AFTER` of a change, and not at all if there is none.
+
+Each link to a master is one :class:`MasterConnection`. A link that is cut is suspended: its calls go on, and the
 worker dials again at once, to go on with the same session (:class:`_Resumption`). When the link ends for good, every
 call that came over it is cancelled at once, since there is no one left to answer; then the worker waits and dials
 again. The wait is exponential with full jitter (uniform between zero and a bound that doubles), so that a hundred
@@ -8,7 +14,12 @@ workers whose master was restarted do not reconnect as one. Of 500 workers whose
 than 60 dial in any tenth of a second, and all are back 5 s after its return
 (``tests/cluster/test_returning_workers.py``).
 
-A worker that drains serves its link to the end and does not dial again: it would only register its models once more,
+Several addresses may lead to one master, as the two of a machine that has IPv4 and IPv6. A master would take the second
+link for the worker's return, and drop the first. So a worker says in its handshake to which masters it has a link, by
+the ``instance`` that each process draws; a master that finds itself there answers, and closes the connection. The
+address is a spare one then, which is used when the other link is gone.
+
+A worker that drains serves its links to the end and does not dial again: it would only register its models once more,
 just to have them removed.
 """
 
@@ -16,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -25,6 +36,7 @@ import trio
 from .._version import __version__
 from ..core import randomness
 from ..core.model import ModelInfo
+from ..core.status import MasterStatus
 from ..errors import HandshakeRefused
 from ..link.demux import FrameDemux
 from ..link.link import Choose, First, Link, LinkClosed
@@ -36,6 +48,7 @@ from ..net.tls import TLS_REQUIRED
 from ..net.watchdog import InjectableStream, injectable
 from ..options import ClusterServerOptions
 from ..protocol import (
+    OTHERS_MAX,
     Cancel,
     Data as DataMessage,
     Drain,
@@ -50,9 +63,11 @@ from ..protocol import (
     WorkerSession,
 )
 from ..routing.router import Router
+from .dialer import Dialer
 from .forwarded import ForwardedCalls
+from .masters import Masters
 
-__all__ = ["WorkerClient"]
+__all__ = ["MasterConnection", "MasterLink", "WorkerClient"]
 
 logger = logging.getLogger("trio_cluster.client")
 
@@ -66,24 +81,26 @@ _FINAL: Final = (400, 401, 403, 404, 405, 426)
 _RESUME_BACKOFF_LAST: Final = 2.0
 #: Seconds for which a connection for such a session is waited for before another one is tried, too.
 _RESUME_PATIENCE: Final = 4.0
+#: Seconds after a change of how many calls the other masters have here until a master is told.
+_REPORT_AFTER: Final = 0.25
+#: Seconds after which a master that has refused this worker is dialled again, while another one serves it.
+_REFUSED_PAUSE: Final = 60.0
+#: Seconds between two looks at whether a spare address is needed. It is if the master has no link at two of them.
+_SPARE_PAUSE: Final = (1.0, 2.0)
 #: Heartbeat intervals without a sign of life, after which a worker tries a second connection: two are missing then.
 _SILENT_HEARTBEATS: Final = 2.5
 
 
 class WorkerClient:
-    """A worker's links to its master, one after the other.
+    """A worker's links to its masters.
 
     Args:
         router: this node's own models, and the calls for them.
-        pool: where their handlers run; its load is reported to the master.
+        pool: where their handlers run; its load is reported to the masters.
         options: read at the time of use.
         node_id: the name of this worker.
-        on_shutdown_request: called with the reason when the master asks this worker to stop. It has to call
+        on_shutdown_request: called with the reason when a master asks this worker to stop. It has to call
             :meth:`drain` and :meth:`close`; this class does nothing about the request.
-
-    Attributes:
-        rejected_models: the models that the master refused, with its reasons.
-        connected: whether there is a link to the master, with all models registered.
     """
 
     def __init__(
@@ -94,8 +111,6 @@ class WorkerClient:
         node_id: str,
         on_shutdown_request: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.rejected_models: dict[str, str] = {}
-        self.connected = False
         self._router = router
         self._pool = pool
         self._options = options
@@ -103,69 +118,112 @@ class WorkerClient:
         self._on_shutdown_request = on_shutdown_request
         # Tells this process from another one of the same name; see `master.py`.
         self._instance = randomness.token(8)
-        self._connection: MasterConnection | None = None
+        self._links: dict[Dialer, MasterLink] = {}
+        self._nursery: trio.Nursery | None = None
+        self._on_registered: Callable[[], None] = lambda: None
         self._draining = trio.Event()
+        # Unparked whenever something has been written, and whenever a link is over.
         self._sent = trio.lowlevel.ParkingLot()
-        self._closing = trio.Event()
+        self._closing = False
+        # Set when this worker is to end, be it that it is closed or that it cannot go on.
+        self._ending = trio.Event()
+        self._failure: Exception | None = None
+        self._calls_changed = trio.Event()
+        # Links that are over, and whose calls have not stopped.
+        self._past: list[MasterConnection] = []
 
-    async def run(
-        self,
-        connect: Callable[[], Awaitable[ByteStream]],
-        host: str,
-        on_registered: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Serve the master for as long as this runs, through any number of links. A checkpoint.
+    async def run(self, masters: Masters, on_registered: Callable[[], None] = lambda: None) -> None:
+        """Serve the masters for as long as this runs, through any number of links. A checkpoint.
 
-        When cancelled, the link is dropped and its calls are cancelled.
+        When cancelled, the links are dropped and their calls are cancelled.
 
         Args:
-            connect: opens a new connection to the master's internal port; may raise ``OSError``.
-            host: the master's name, for the handshake and for logs.
-            on_registered: called when all models are registered for the first time.
+            masters: which masters there are.
+            on_registered: called when all models are registered for the first time, at any of them.
 
         Returns:
             After :meth:`close`, when everything that was queued has been sent, or at once if there is no link.
 
         Raises:
-            HandshakeRefused: the master refused this worker, or there is no master at this address.
+            HandshakeRefused: all masters have refused this worker, or are none.
         """
-        first, bound = True, _BACKOFF_FIRST
+        self._on_registered = on_registered
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._guarded, masters.run, self.follow)
+                self._nursery.start_soon(self._report_other_masters)
+                await self._ending.wait()
+                while self._failure is None and self.connections:
+                    await self._sent.park()
+                self._nursery.cancel_scope.cancel(reason="the worker was closed")
+        finally:
+            self._nursery = None
+        if self._failure is not None:
+            raise self._failure
 
-        def registered() -> None:
-            nonlocal bound, first
-            bound = _BACKOFF_FIRST
-            self.connected = True
-            if first:
-                first = False
-                on_registered()
+    def follow(self, dialers: Iterable[Dialer]) -> None:
+        """Have a link to each of these masters, and to no others. Synchronous; to be called while this runs.
 
-        while not self._draining.is_set():
-            began = trio.current_time()
-            try:
-                why = await self._serve_once(connect, host, registered)
-            finally:
-                was_connected, self.connected = self.connected, False
-            if self._draining.is_set():
-                if not self._closing.is_set():
-                    logger.warning(
-                        "lost the master while draining: %s", why, extra={"fields": {"master": host}}
-                    )
-                break
-            delay = randomness.uniform(0, bound)
-            if not was_connected:
-                # It counts from the beginning of the attempt, which a master that does not answer makes a long one.
-                delay = max(0.0, delay - (trio.current_time() - began))
-            bound = min(2 * bound, _BACKOFF_LAST)
-            fields = {"master": host, "retry_in": round(delay, 2)}
-            text = "lost the master: %s" if was_connected else "no link to the master: %s"
-            logger.warning(text, why, extra={"fields": fields})
-            await trio.sleep(delay)
-        await self._closing.wait()
+        A link to a master that is no longer among them is drained: its calls go on, and it is closed after the last.
+        """
+        wanted = dict.fromkeys(dialers)
+        for dialer, link in self._links.items():
+            link.want(dialer in wanted)
+        for dialer in wanted:
+            if dialer not in self._links and not self._draining.is_set():
+                link = self._links[dialer] = MasterLink(self, dialer)
+                self.start(self._run_link, link)
+
+    async def _guarded(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Run a function; what it raises ends :meth:`run`, without a group around it."""
+        try:
+            await function(*args)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._ending.set()
+        self._sent.unpark_all()
+
+    async def _run_link(self, link: MasterLink) -> None:
+        await link.run()
+        if not link.wanted:
+            del self._links[link.dialer]
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a link to a master, with all models registered there."""
+        return any(link.connected for link in self._links.values())
+
+    @property
+    def rejected_models(self) -> dict[str, str]:
+        """The models that a master refused, with its reasons."""
+        links = self._links.values()
+        if len(links) == 1:
+            return next(iter(links)).rejected_models
+        rejected: dict[str, str] = {}
+        for link in links:
+            for name, reason in link.rejected_models.items():
+                reason = f"{link.dialer.label}: {reason}"
+                rejected[name] = f"{rejected[name]}; {reason}" if name in rejected else reason
+        return rejected
+
+    @property
+    def connections(self) -> list[MasterConnection]:
+        """The links that there are now, in the order of the masters."""
+        return [link.connection for link in self._links.values() if link.connection is not None]
+
+    @property
+    def sessions(self) -> list[WorkerSession]:
+        """The sessions of all links."""
+        return [connection.session for connection in self.connections]
 
     @property
     def session(self) -> WorkerSession | None:
-        """The session on the link to the master; ``None`` while there is no link."""
-        return None if self._connection is None else self._connection.session
+        """The session on the first link; ``None`` while there is no link."""
+        return next(iter(self.sessions), None)
 
     @property
     def instance(self) -> str:
@@ -174,52 +232,57 @@ class WorkerClient:
 
     @property
     def in_flight(self) -> int:
-        """How many calls came over the link and have not ended, including those whose body is still being received."""
-        return 0 if self._connection is None else self._connection.in_flight
+        """How many calls came over the links and have not ended, including those whose body is still being received."""
+        return sum(link.in_flight for link in self._links.values())
+
+    def status(self) -> list[MasterStatus]:
+        """Return what is known of each master now."""
+        return [link.status() for link in self._links.values()]
 
     def announce(self, info: ModelInfo) -> None:
-        """Register a new model with the master. Without a link, it is registered after the next handshake."""
-        if self._connection is not None:
-            self._connection.announce(info)
+        """Register a new model with the masters. Where there is no link, it is registered after the next handshake."""
+        for connection in self.connections:
+            connection.announce(info)
 
     def withdraw(self, name: str) -> None:
-        """Unregister a model at the master. Its running calls go on."""
-        self.rejected_models.pop(name, None)
-        if self._connection is not None:
-            self._connection.withdraw(name)
+        """Unregister a model at the masters. Its running calls go on."""
+        for link in self._links.values():
+            link.rejected_models.pop(name, None)
+        for connection in self.connections:
+            connection.withdraw(name)
 
     def drain(self, reason: str) -> None:
-        """Ask the master for no more calls; running ones go on. :meth:`close` has to follow. Synchronous.
+        """Ask the masters for no more calls; running ones go on. :meth:`close` has to follow. Synchronous.
 
         Calls whose body is still being received are given back: they have not begun, and may run on another replica.
         """
         self._draining.set()
-        if self._connection is not None:
-            self._connection.drain(reason)
+        for link in self._links.values():
+            link.interrupt()
+        for connection in self.connections:
+            connection.drain(reason)
 
     async def wait_sent(self) -> None:
-        """Wait until nothing is queued for the master any more, for instance because of a slow client. A checkpoint."""
+        """Wait until nothing is queued for a master any more, for instance because of a slow client. A checkpoint."""
         await trio.lowlevel.checkpoint()
-        while self._connection is not None and self._connection.session.unsent:
+        while any(session.unsent for session in self.sessions):
             await self._sent.park()
 
     def close(self, reason: str) -> None:
         """Make :meth:`run` return as soon as everything that is queued has been sent. Synchronous."""
         self._draining.set()
-        self._closing.set()
-        if self._connection is not None:
-            self._connection.link.close_when_flushed(reason)
+        self._closing = True
+        self._ending.set()
+        for link in self._links.values():
+            link.interrupt()
+        for connection in self.connections:
+            connection.link.close_when_flushed(reason)
 
-    async def _serve_once(
-        self, connect: Callable[[], Awaitable[ByteStream]], host: str, on_registered: Callable[[], None]
-    ) -> str:
-        """Serve one link. Return why it ended, or why there was none."""
-        try:
-            with trio.fail_after(self._options.worker_timeout):
-                stream = injectable(await connect())
-        except (OSError, trio.TooSlowError) as error:
-            return why_not_connected(error)
-        self._connection = connection = MasterConnection(
+    # For the links
+
+    def open_connection(self, link: MasterLink, stream: InjectableStream) -> MasterConnection:
+        """Return a new connection to a master."""
+        return MasterConnection(
             stream,
             self._router,
             self._pool,
@@ -227,13 +290,285 @@ class WorkerClient:
             node_id=self._node_id,
             instance=self._instance,
             draining=self._draining.is_set(),
-            rejected_models=self.rejected_models,
-            on_registered=on_registered,
+            linked=[each.instance for each in self._linked() if each is not link],
+            rejected_models=link.rejected_models,
+            on_joined=self.on_links_changed,
+            on_registered=link.on_registered,
             on_shutdown_request=self._on_shutdown_request,
             on_written=self._sent.unpark_all,
         )
+
+    def start(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Start a task that ends with :meth:`run`. Synchronous."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._guarded, function, *args)
+
+    @property
+    def options(self) -> ClusterServerOptions:
+        """As given."""
+        return self._options
+
+    @property
+    def draining(self) -> trio.Event:
+        """Set when this worker is about to stop."""
+        return self._draining
+
+    @property
+    def closing(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closing
+
+    @property
+    def all_refused(self) -> bool:
+        """Whether each master has refused this worker when it was last asked."""
+        return all(link.refusal is not None for link in self._links.values() if link.wanted)
+
+    def on_registered(self) -> None:
+        """All models are registered at one of the masters. Synchronous."""
+        on_registered, self._on_registered = self._on_registered, lambda: None
+        on_registered()
+
+    def on_links_changed(self, over: MasterConnection | None = None) -> None:
+        """A link has been opened, or is over. Synchronous.
+
+        Args:
+            over: the one that is over.
+        """
+        if over is not None and over.unfinished and len(self._links) > 1:
+            over.watch_calls(self._on_calls_changed)
+            self._past.append(over)
+        linked = self._linked()
+        # A worker with one master takes no note of what its calls do.
+        several = len(linked) > 1
+        for link in linked:
+            link.watch_calls(self._on_calls_changed if several else None)
+        self._calls_changed.set()
+        self._sent.unpark_all()
+
+    def holder_of(self, instance: str, *, but: MasterLink) -> MasterLink | None:
+        """Return another link to the master with this instance, if there is one."""
+        return next(
+            (link for link in self._linked() if link is not but and instance and link.instance == instance),
+            None,
+        )
+
+    async def wait_changed(self) -> None:
+        """Wait until something has been written, or a link is over. A checkpoint."""
+        await self._sent.park()
+
+    def _linked(self) -> list[MasterLink]:
+        """Return the links on which the master has sent its handshake."""
+        return [
+            link for link in self._links.values() if link.connection is not None and link.connection.joined
+        ]
+
+    def _on_calls_changed(self) -> None:
+        # The event is replaced again and again, so its method cannot be the callback.
+        self._calls_changed.set()
+
+    async def _report_other_masters(self) -> None:
+        """Tell each master how many calls the others have here, soon after that has changed."""
+        while True:
+            await self._calls_changed.wait()
+            await trio.sleep(_REPORT_AFTER)
+            self._calls_changed = trio.Event()
+            linked = self._linked()
+            # Handlers of a master that was lost take their slots until they have stopped.
+            self._past = [connection for connection in self._past if connection.unfinished]
+            calls = sum(connection.unfinished for connection in self._past)
+            calls += sum(link.unfinished for link in linked)
+            for link in linked:
+                others = [(each.master_id, each.dialer.label) for each in linked if each is not link]
+                link.report_other_masters(calls - link.unfinished, others)
+
+
+class MasterLink:
+    """The links to one master, one after the other.
+
+    Args:
+        client: the worker's client.
+        dialer: connects to the master.
+
+    Attributes:
+        dialer: as given.
+        wanted: whether the master is one of those that the worker is to serve.
+        connected: whether there is a link, with all models registered.
+        connection: the link; ``None`` while there is none.
+        rejected_models: the models that the master refused, with its reasons.
+        refusal: why the master refused this worker at the last attempt; ``None`` if it did not.
+        why: why there is no link, for people; empty while there is one.
+    """
+
+    def __init__(self, client: WorkerClient, dialer: Dialer) -> None:
+        self.dialer = dialer
+        self.wanted = True
+        self.connected = False
+        self.connection: MasterConnection | None = None
+        self.rejected_models: dict[str, str] = {}
+        self.refusal: HandshakeRefused | None = None
+        self.why = "not connected yet"
+        self._client = client
+        # Set to end a wait.
+        self._interrupted = trio.Event()
+        self._bound = _BACKOFF_FIRST
+        # Of the master at the end of the last link; empty if there was none.
+        self._last_instance = ""
+
+    @property
+    def instance(self) -> str:
+        """Tells the process of the master from all others; empty without a link, and if the master is an older one."""
+        return (
+            ""
+            if self.connection is None or self.connection.master is None
+            else self.connection.master.instance
+        )
+
+    @property
+    def master_id(self) -> str:
+        """The name of the master; empty without a link."""
+        return (
+            ""
+            if self.connection is None or self.connection.master is None
+            else self.connection.master.node_id
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls came over the link and have not ended."""
+        return 0 if self.connection is None else self.connection.in_flight
+
+    @property
+    def unfinished(self) -> int:
+        """How many calls came over the link whose work has not stopped."""
+        return 0 if self.connection is None else self.connection.unfinished
+
+    def watch_calls(self, on_changed: Callable[[], None] | None) -> None:
+        """See :meth:`MasterConnection.watch_calls`."""
+        if self.connection is not None:
+            self.connection.watch_calls(on_changed)
+
+    def report_other_masters(self, calls: int, masters: Sequence[tuple[str, str]]) -> None:
+        """See :meth:`MasterConnection.report_other_masters`."""
+        if self.connection is not None:
+            self.connection.report_other_masters(calls, masters)
+
+    def status(self) -> MasterStatus:
+        """Return what is known of the master now."""
+        return MasterStatus(
+            id=self.master_id,
+            address=self.dialer.label,
+            connected=self.connected,
+            in_flight=self.in_flight,
+            why=self.why,
+        )
+
+    async def run(self) -> None:
+        """Serve the master until it is not wanted any more, or this worker is closed. A checkpoint.
+
+        Raises:
+            HandshakeRefused: it has refused this worker, and so have all others.
+        """
+        client = self._client
+        while self.wanted and not client.draining.is_set():
+            fields: dict[str, object] = {"master": self.dialer.label}
+            began = trio.current_time()
+            try:
+                self.why = why = await self._serve_once()
+            except HandshakeRefused as refused:
+                self.why, self.refusal = str(refused), refused
+                if client.all_refused:
+                    raise
+                logger.error(
+                    "a master refused this worker, which serves the others: %s",
+                    refused,
+                    extra={"fields": fields | {"retry_in": _REFUSED_PAUSE}},
+                )
+                await self._pause(_REFUSED_PAUSE)
+                continue
+            finally:
+                was_connected, self.connected = self.connected, False
+            if client.draining.is_set():
+                if not client.closing:
+                    logger.warning("lost the master while draining: %s", why, extra={"fields": fields})
+                break
+            if client.holder_of(self._last_instance, but=self) is not None:
+                self.why = "another address leads to the same master"
+                logger.info(self.why, extra={"fields": fields})
+                await self._wait_until_needed()
+                continue
+            delay = randomness.uniform(0, self._bound)
+            if not was_connected:
+                # It counts from the beginning of the attempt, which a master that does not answer makes a long one.
+                delay = max(0.0, delay - (trio.current_time() - began))
+            self._bound = min(2 * self._bound, _BACKOFF_LAST)
+            if self.wanted:
+                text = "lost the master: %s" if was_connected else "no link to the master: %s"
+                logger.warning(text, why, extra={"fields": fields | {"retry_in": round(delay, 2)}})
+                await self._pause(delay)
+
+    def want(self, wanted: bool) -> None:
+        """Say whether the master is to be served; a link to one that is not is drained. Synchronous."""
+        if wanted == self.wanted:
+            return
+        self.wanted = wanted
+        if wanted:
+            # A link that is being drained ends nevertheless, and is followed by a new one.
+            self._interrupted = trio.Event()
+            return
+        logger.info("this master is not served any more", extra={"fields": {"master": self.dialer.label}})
+        self.interrupt()
+        if self.connection is not None:
+            self._client.start(self._leave, self.connection)
+
+    def interrupt(self) -> None:
+        """End a wait before the next attempt. Synchronous."""
+        self._interrupted.set()
+
+    def on_registered(self) -> None:
+        """The master has answered for all models. Synchronous."""
+        self._bound = _BACKOFF_FIRST
+        self.connected = True
+        self.refusal, self.why = None, ""
+        self._client.on_registered()
+
+    async def _pause(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._interrupted.wait()
+
+    async def _wait_until_needed(self) -> None:
+        """Wait until the other link to the same master is gone, and has not come back soon after. A checkpoint."""
+        missed = 0
+        while self.wanted and not self._client.draining.is_set() and missed < 2:
+            await self._pause(randomness.uniform(*_SPARE_PAUSE))
+            found = self._client.holder_of(self._last_instance, but=self)
+            missed = missed + 1 if found is None else 0
+
+    async def _leave(self, connection: MasterConnection) -> None:
+        """Let the calls of a link end, and close it. A checkpoint."""
+        reason = "the worker does not serve this master any more"
+        connection.drain(reason)
+        while connection.in_flight or connection.session.unsent:
+            await self._client.wait_changed()
+        connection.link.close_when_flushed(reason)
+
+    async def _serve_once(self) -> str:
+        """Serve one link. Return why it ended, or why there was none.
+
+        Raises:
+            HandshakeRefused: the master refused this worker, or what listens there is none.
+        """
+        client, connect = self._client, self.dialer.connect
+        self._last_instance = ""
         try:
-            closed = await _Resumption(connection, connect, host, self._options).run(stream)
+            with trio.fail_after(client.options.worker_timeout):
+                stream = injectable(await connect())
+        except (OSError, trio.TooSlowError) as error:
+            return why_not_connected(error)
+        # Not the name before: a dialer with several addresses knows only now which one it is.
+        host = self.dialer.host
+        self.connection = connection = client.open_connection(self, stream)
+        try:
+            closed = await _Resumption(connection, connect, host, client.options).run(stream)
             if closed.status in _FINAL:
                 refused = HandshakeRefused(_refusal(host, closed))
             elif closed.incompatible:
@@ -245,10 +580,11 @@ class WorkerClient:
             logger.exception("the link to the master failed")
             return "an internal error"
         finally:
-            self._connection = None
-            self._sent.unpark_all()
+            self._last_instance = self.instance
+            self.connection = None
             connection.session.close("the link is over")
             connection.cancel_all()
+            client.on_links_changed(over=connection)
         raise refused
 
 
@@ -415,7 +751,9 @@ class MasterConnection:
         options: read at the time of use.
         node_id, instance: the names of this worker and of its process.
         draining: this worker is about to stop: the link is closed after the handshake, and no model is registered.
+        linked: the instances of the masters to which this worker has links.
         rejected_models: where to record which models the master refused, and why.
+        on_joined: called when the master has sent its handshake, and whenever the link goes on.
         on_registered: called once, when the master has answered for all models.
         on_shutdown_request: called with the reason when the master asks this worker to stop.
         on_written: called after each write. Synchronous.
@@ -423,6 +761,7 @@ class MasterConnection:
     Attributes:
         session: the worker's half of the protocol.
         link: what carries it.
+        master: the master's handshake; ``None`` before it.
         on_resumed: called when the link, which was suspended, goes on. Synchronous.
     """
 
@@ -436,7 +775,9 @@ class MasterConnection:
         node_id: str,
         instance: str,
         draining: bool,
+        linked: Sequence[str],
         rejected_models: dict[str, str],
+        on_joined: Callable[[], None],
         on_registered: Callable[[], None],
         on_shutdown_request: Callable[[str], None],
         on_written: Callable[[], object],
@@ -445,9 +786,14 @@ class MasterConnection:
         self._pool = pool
         self._draining = draining
         self._rejected_models = rejected_models
+        self._linked = linked
+        self._on_joined = on_joined
         self._on_registered = on_registered
         self._on_shutdown_request = on_shutdown_request
         self._on_written = on_written
+        # What the master was told last of the other ones.
+        self._reported: tuple[int, tuple[tuple[str, str], ...]] = (0, ())
+        self.master: Handshake | None = None
         # The models for which the master's answer is pending; None before the handshake.
         self._unconfirmed: set[str] | None = None
         self._registered = False
@@ -462,6 +808,7 @@ class MasterConnection:
             silence_timeout=options.worker_timeout,
             resume_window=options.resume_window,
         )
+        self.session.announce_links(linked)
         self.link = Link(
             stream,
             self.session,
@@ -478,6 +825,36 @@ class MasterConnection:
     def in_flight(self) -> int:
         """See :attr:`WorkerClient.in_flight`."""
         return len(self._calls.live)
+
+    @property
+    def unfinished(self) -> int:
+        """How many calls came over the link whose work has not stopped; also after the link is over."""
+        return self._calls.unfinished
+
+    @property
+    def joined(self) -> bool:
+        """Whether the master has sent its handshake, and is to be served on this link."""
+        return self._unconfirmed is not None
+
+    def watch_calls(self, on_changed: Callable[[], None] | None) -> None:
+        """Call this whenever a call of this link begins, or its work has stopped; ``None``: no more. Synchronous."""
+        self._calls.on_changed = on_changed
+
+    def report_other_masters(self, calls: int, masters: Sequence[tuple[str, str]]) -> None:
+        """Tell the master what the others do here, if that is new to it. Synchronous.
+
+        Args:
+            calls: how many calls of theirs there are.
+            masters: the names and addresses of the others.
+        """
+        if self.session.suspended or self.master is None or not self.master.instance:
+            # A master that is older than this message sends no instance.
+            return
+        report = (calls, tuple(masters[:OTHERS_MAX]))
+        if report != self._reported:
+            self._reported = report
+            self.session.report_other_masters(*report)
+            self.link.wake()
 
     def announce(self, info: ModelInfo) -> None:
         """Register a model with the master; before the handshake it does nothing, since all are registered then."""
@@ -564,11 +941,17 @@ class MasterConnection:
             self._master_blocked = False
             self._report_load()
             self.on_resumed()
+            self._on_joined()
+            return
+        self.master = handshake
+        if handshake.instance and handshake.instance in self._linked:
+            self.link.end("there is a link to this master already")
             return
         logger.info("connected to the master", extra={"fields": fields})
         self._report_load()
         self.session.queue_heartbeat()
         self._unconfirmed = set()
+        self._on_joined()
         if self._draining:
             self.link.close_when_flushed("the worker is being stopped")
             return

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 __all__ = [
     "WORKER_STATES",
     "Admission",
+    "MasterStatus",
     "NodeStatus",
     "SlotStatus",
     "WorkerState",
@@ -90,6 +91,26 @@ class WorkerStatus:
     waiting_by: dict[str, int] = attrs.field(factory=dict)
     """How many of this master's calls wait for a slot there, by the names of their keys, as of its last heartbeat. The
     20 principals with the most."""
+    in_flight_elsewhere: int = 0
+    """Calls that other masters have forwarded to it and whose work has not stopped, at most half a second old."""
+
+
+@attrs.frozen
+class MasterStatus:
+    """A master: to a master, another one that its workers are linked to; to a worker, one that it serves."""
+
+    id: str
+    """The master's name; empty if a worker has no link to it."""
+    address: str
+    """The address at which its workers connect to it."""
+    workers: list[str] | UnsetType = UNSET
+    """On a master only: the workers of this master that are linked to that one, sorted."""
+    connected: bool | UnsetType = UNSET
+    """On a worker only: whether it has a link to it and has registered its models there."""
+    in_flight: int | UnsetType = UNSET
+    """On a worker only: calls of this master that have not ended."""
+    why: str | UnsetType = UNSET
+    """On a worker only: why there is no link; empty if there is one."""
 
 
 @attrs.frozen
@@ -101,7 +122,9 @@ class NodeStatus:
     slots: SlotStatus = attrs.field(factory=SlotStatus)
     workers: list[WorkerStatus] = attrs.field(factory=list)
     """The workers that are connected to this master, sorted by name."""
+    masters: list[MasterStatus] | UnsetType = UNSET
+    """On a master: the other masters that its workers are linked to, sorted. On a worker: its masters."""
     connected: bool | UnsetType = UNSET
-    """On a worker only: whether it has a link to its master and has registered its models there."""
+    """On a worker only: whether it has a link to a master and has registered its models there."""
     rejected_models: dict[str, str] | UnsetType = UNSET
-    """On a worker only: the models that its master refused, with the reasons."""
+    """On a worker only: the models that a master refused, with the reasons."""

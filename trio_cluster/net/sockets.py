@@ -34,6 +34,7 @@ __all__ = [
     "outward_address",
     "port_of",
     "receive_when_ready",
+    "resolve",
     "shown_address",
     "why_not_connected",
 ]
@@ -127,6 +128,22 @@ class Sockets:
             if thread_shortage(error) is None:
                 raise
             raise OSError(errno.EAGAIN, str(error)) from None
+
+
+async def resolve(host: str) -> list[str]:
+    """Return all numeric addresses of a host. A checkpoint.
+
+    Raises:
+        OSError: it has none, or they cannot be found out now.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except RuntimeError as error:
+        # Names are resolved in a thread.
+        if thread_shortage(error) is None:
+            raise
+        raise OSError(errno.EAGAIN, str(error)) from None
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 async def open_pair(

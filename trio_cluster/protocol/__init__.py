@@ -6,7 +6,7 @@ each state of a call, and at ``session.py``, for how a session is used.
 
 from __future__ import annotations
 
-from .bounds import NAME_MAX, TEXT_MAX
+from .bounds import NAME_MAX, OTHERS_MAX, TEXT_MAX
 from .codec import MAX_MESSAGE, decode, encode
 from .errors import HandshakeError, PeerSilent, ProtocolError, ResumptionRefused
 from .master import MasterEvent, MasterSession
@@ -31,6 +31,7 @@ from .messages import (
     Message,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     RegisterModel,
     Shutdown,
     UnregisterModel,
@@ -55,6 +56,7 @@ __all__ = [
     "MAX_CALLS",
     "MAX_MESSAGE",
     "NAME_MAX",
+    "OTHERS_MAX",
     "PIECE",
     "PROTOCOL_MAX",
     "PROTOCOL_MIN",
@@ -82,6 +84,7 @@ __all__ = [
     "Message",
     "ModelRegistered",
     "ModelRejected",
+    "OtherMasters",
     "PeerSilent",
     "ProtocolError",
     "RegisterModel",

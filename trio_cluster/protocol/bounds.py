@@ -23,6 +23,7 @@ __all__ = [
     "JSON_MAX",
     "NAMES_MAX",
     "NAME_MAX",
+    "OTHERS_MAX",
     "PROGRESS_MAX",
     "TEXT_MAX",
     "USAGE_MAX",
@@ -34,6 +35,7 @@ __all__ = [
     "name",
     "names",
     "optional_text",
+    "others",
     "progress",
     "query",
     "seconds",
@@ -49,6 +51,8 @@ TEXT_MAX: Final = 8192
 NAMES_MAX: Final = 64
 #: Calls whose progress one heartbeat reports.
 PROGRESS_MAX: Final = 1024
+#: Other masters that a worker reports.
+OTHERS_MAX: Final = 64
 #: Calls that a handshake lists as cancelled.
 CANCELLED_MAX: Final = 1024
 #: Characters in all headers of a message, names and values together.
@@ -110,6 +114,15 @@ def names(instance: Any, attribute: Any, value: tuple[str, ...]) -> None:
         raise ValueError(f"{attribute.name}: more than {NAMES_MAX} names")
     for each in value:
         name(instance, attribute, each)
+
+
+def others(instance: Any, attribute: Any, value: tuple[tuple[str, str], ...]) -> None:
+    """Validate a short list of pairs of names."""
+    if len(value) > OTHERS_MAX:
+        raise ValueError(f"{attribute.name}: more than {OTHERS_MAX} masters")
+    for pair in value:
+        for each in pair:
+            name(instance, attribute, each)
 
 
 def text(limit: int = TEXT_MAX) -> Validator:

@@ -59,6 +59,7 @@ from .messages import (
     Message,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     RegisterModel,
     Shutdown,
     UnregisterModel,
@@ -103,6 +104,7 @@ TAGS: Final[dict[type[Message], int]] = {
     Drain: 13,
     Shutdown: 14,
     Ack: 15,
+    OtherMasters: 16,
 }
 
 

@@ -27,6 +27,7 @@ from .messages import (
     Message,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     RegisterModel,
     Shutdown,
     UnregisterModel,
@@ -38,7 +39,16 @@ __all__ = ["MasterEvent", "MasterSession"]
 
 #: What :meth:`MasterSession.receive` returns.
 MasterEvent: TypeAlias = (
-    Handshake | RegisterModel | UnregisterModel | Heartbeat | Drain | ForwardResponse | Data | Done | Failed
+    Handshake
+    | RegisterModel
+    | UnregisterModel
+    | Heartbeat
+    | OtherMasters
+    | Drain
+    | ForwardResponse
+    | Data
+    | Done
+    | Failed
 )
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "Message",
     "ModelRegistered",
     "ModelRejected",
+    "OtherMasters",
     "RegisterModel",
     "Shutdown",
     "UnregisterModel",
@@ -90,6 +91,9 @@ class Handshake:
     cancelled: tuple[int, ...] = attrs.field(default=(), validator=bounds.cancelled)
     """From a master that resumes: calls that it has cancelled. The worker does not begin those that it has not received
     yet. If there are very many, some are left out, and are begun and stopped at once."""
+    linked: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
+    """From a worker: the instances of the masters that it has a link to. One that finds itself there does not take the
+    new connection for the worker's return."""
 
 
 @attrs.frozen
@@ -359,6 +363,19 @@ class Ack:
     """Batches since the session began, without those that begin with ``Handshake``, ``Heartbeat`` or ``Ack``."""
 
 
+@attrs.frozen
+class OtherMasters:
+    """Worker to master, if that one has sent an ``instance``: what of the worker's slots is not at this master's call.
+
+    It is sent when that changes, at most four times a second, and holds until the next one.
+    """
+
+    calls: int = attrs.field(validator=_COUNT)
+    """Calls that did not come from this master and whose work has not stopped."""
+    masters: tuple[tuple[str, str], ...] = attrs.field(default=(), validator=bounds.others)
+    """The other masters that the worker is linked to: their names, and the addresses at which it has found them."""
+
+
 Message: TypeAlias = (
     Handshake
     | RegisterModel
@@ -376,4 +393,5 @@ Message: TypeAlias = (
     | Drain
     | Shutdown
     | Ack
+    | OtherMasters
 )

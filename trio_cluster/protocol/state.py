@@ -54,6 +54,7 @@ from .messages import (
     Heartbeat,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     RegisterModel,
     Shutdown,
     UnregisterModel,
@@ -187,7 +188,7 @@ RECEIVE_TRANSITIONS: Final[Mapping[Role, Table]] = {
 
 #: The messages that concern no call: each role may receive them in any order after the handshake.
 LINK_MESSAGES: Final[Mapping[Role, frozenset[type]]] = {
-    Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, Drain}),
+    Role.MASTER: frozenset({RegisterModel, UnregisterModel, Heartbeat, OtherMasters, Drain}),
     Role.WORKER: frozenset({ModelRegistered, ModelRejected, Heartbeat, Drain, Shutdown}),
 }
 

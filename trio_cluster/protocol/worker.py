@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, ClassVar, TypeAlias
+
+import attrs
 
 from trio_cluster.core.answer import Usage
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.errors import ApiError, CallCancelled
 
+from .bounds import NAMES_MAX
 from .codec import decode_handshake
 from .errors import ProtocolError, ResumptionRefused
 from .messages import (
@@ -25,6 +29,7 @@ from .messages import (
     Heartbeat,
     ModelRegistered,
     ModelRejected,
+    OtherMasters,
     RegisterModel,
     Shutdown,
     UnregisterModel,
@@ -101,6 +106,22 @@ class WorkerSession(Session[WorkerEvent]):
     def unregister(self, name: str) -> None:
         """Unregister a model. Calls for it that are open, or on their way, go on."""
         self._post(UnregisterModel(name))
+
+    def announce_links(self, instances: Iterable[str]) -> None:
+        """Tell the master which masters this worker has a link to. To be called before anything was written.
+
+        Args:
+            instances: from their handshakes; empty ones are left out.
+        """
+        linked = tuple(islice(filter(None, instances), NAMES_MAX))
+        if linked:
+            self._handshake = attrs.evolve(self._handshake, linked=linked)
+            self._outbox.clear()
+            self._outbox.post(self._handshake)
+
+    def report_other_masters(self, calls: int, masters: tuple[tuple[str, str], ...]) -> None:
+        """Tell the master, which knows ``OtherMasters``, what the others do here; see there."""
+        self._post(OtherMasters(calls, masters))
 
     def respond(
         self, call: int, status: int, content_type: str, headers: Iterable[tuple[str, str]] = ()

@@ -74,9 +74,16 @@ class SimulatedNode:
 
     @property
     def link(self) -> Connection:
-        """The newest connection between this worker and its master."""
+        """The newest connection between this worker and a master."""
         connections = self._cluster.network.connections_of(self.name)
         return next(each for each in reversed(connections) if each.client == self.name)
+
+    def link_to(self, master: str) -> Connection:
+        """Return the newest connection between this worker and the master of this name."""
+        connections = self._cluster.network.connections_of(self.name)
+        return next(
+            each for each in reversed(connections) if (each.client, each.server) == (self.name, master)
+        )
 
     async def run(self, run: Callable[..., Any], *args: Any, task_status: trio.TaskStatus[Any]) -> None:
         """Run the process until it ends. Never raises what ended it; see :attr:`error`."""
@@ -91,20 +98,18 @@ class SimulatedNode:
 
 
 class SimulatedCluster:
-    """A master, workers and clients. Created by :func:`open_cluster`.
+    """Masters, workers and clients. Created by :func:`open_cluster`, with one master.
 
     Attributes:
         network: the network that connects them.
         options: the master's options.
         authenticator: determines who sends a request to a master that :meth:`start_master` makes; ``None``: the API
             key of the options is required.
-        master: the current master.
+        masters: the current masters, by name.
         workers: the current workers, by name.
         past: nodes that have been replaced by others.
         responses: every response that has begun, of all clients that :meth:`client` has returned.
     """
-
-    master: SimulatedNode
 
     def __init__(
         self,
@@ -117,6 +122,7 @@ class SimulatedCluster:
         self._above = above
         self.options = options
         self.authenticator: Authenticator | None = None
+        self.masters: dict[str, SimulatedNode] = {}
         self.workers: dict[str, SimulatedNode] = {}
         self.past: list[SimulatedNode] = []
         self.responses: list[StreamingResponse] = []
@@ -129,19 +135,27 @@ class SimulatedCluster:
         return self.responses
 
     @property
+    def master(self) -> SimulatedNode:
+        """The current master; of several, the one that was opened with the cluster."""
+        return self.masters["master"]
+
+    @property
     def nodes(self) -> list[SimulatedNode]:
         """All current nodes, including ended ones that were not replaced."""
-        return [self.master, *self.workers.values()]
+        return [*self.masters.values(), *self.workers.values()]
 
     def network_of(self, name: str) -> Network:
         """Return the network as the node or client of this name uses it. Synchronous."""
         return self._above(self.network.host(name))
 
-    async def start_master(self, server: ClusterServer | None = None) -> SimulatedNode:
-        """Start a master, and wait until it serves. It replaces one that has ended. A checkpoint.
+    async def start_master(
+        self, server: ClusterServer | None = None, *, name: str = "master"
+    ) -> SimulatedNode:
+        """Start a master, and wait until it serves. It replaces one of that name that has ended. A checkpoint.
 
         Args:
             server: with its models; without it, the master has no models. It is given the simulated network.
+            name: of its machine. Workers that are started afterwards have a link to each master that has been started.
 
         Returns:
             The node.
@@ -150,14 +164,17 @@ class SimulatedCluster:
             ClusterError: it has ended before it served.
         """
         if server is None:
-            server = ClusterServer(self.options)
+            of_server = attrs.evolve(self.options.server, worker_id=name)
+            server = ClusterServer(
+                self.options if name == "master" else attrs.evolve(self.options, server=of_server)
+            )
             server.authenticator = self.authenticator
-        server.network = self.network_of("master")
-        if hasattr(self, "master"):
-            self.past.append(self.master)
-        self.master = SimulatedNode(self, "master", server)
-        await self._start(self.master, partial(self.master.run, server.run_as_master, PORT))
-        return self.master
+        server.network = self.network_of(name)
+        if name in self.masters:
+            self.past.append(self.masters[name])
+        node = self.masters[name] = SimulatedNode(self, name, server)
+        await self._start(node, partial(node.run, server.run_as_master, PORT))
+        return node
 
     async def start_worker(self, server: ClusterServer, *, wait: bool = True) -> SimulatedNode:
         """Start a worker; its name is its ``worker_id``. It replaces one of that name that has ended.
@@ -166,7 +183,7 @@ class SimulatedCluster:
 
         Args:
             server: with its models. It is given the simulated network.
-            wait: wait until the master has registered it.
+            wait: wait until a master has registered it.
 
         Returns:
             The node.
@@ -183,7 +200,8 @@ class SimulatedCluster:
         if name in self.workers:
             self.past.append(self.workers[name])
         self.workers[name] = node
-        run = partial(node.run, server.run_as_worker, "master", PORT + 1000)
+        masters = [(master, PORT + 1000) for master in self.masters]
+        run = partial(node.run, partial(server.run_as_worker, masters=masters))
         if wait:
             await self._start(node, run)
         else:
@@ -198,14 +216,15 @@ class SimulatedCluster:
             # It ended before it had started. Its own error says why; the nursery's only says that it did.
             raise node.error if node.error is not None else RuntimeError(f"{node.name} was stopped") from None
 
-    def client(self, name: str = "client", **headers: str) -> SimulatedClient:
-        """Return a client of the master. Synchronous.
+    def client(self, name: str = "client", *, of: str = "master", **headers: str) -> SimulatedClient:
+        """Return a client of a master. Synchronous.
 
         Args:
             name: of the machine that it runs on.
+            of: of the master's machine.
             headers: sent with every request.
         """
-        return SimulatedClient(self.network_of(name), "master", PORT, headers, self.responses.append)
+        return SimulatedClient(self.network_of(name), of, PORT, headers, self.responses.append)
 
 
 def worker(name: str, **options: Any) -> ClusterServer:

@@ -157,10 +157,9 @@ def _links(node: SimulatedNode) -> Iterator[str]:
             if worker.in_flight:
                 yield f"{node.name}: {worker.in_flight} calls forwarded to {worker.name}"
     if client is not None:
-        if client.session is not None:
-            sessions.append(("the master", client.session))
+        sessions += [("a master", session) for session in client.sessions]
         if client.in_flight:
-            yield f"{node.name}: {client.in_flight} calls from the master"
+            yield f"{node.name}: {client.in_flight} calls from its masters"
     for peer, session in sessions:
         if session.open_calls:
             yield f"{node.name}: calls {session.open_calls} open on the link with {peer}"
