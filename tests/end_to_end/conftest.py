@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from nodes import Nodes, open_nodes
+from private_postgres import PrivatePostgres, open_postgres
 from served import PLACEMENTS, Served, open_served
 
 
@@ -22,3 +23,10 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
     """Where processes are started."""
     async with open_nodes(tmp_path) as opened:
         yield opened
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PrivatePostgres]:
+    """A PostgreSQL server that no other test needs."""
+    with open_postgres() as server:
+        yield server

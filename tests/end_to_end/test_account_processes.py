@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import httpx
 import pytest
 import trio
 from nodes import Node, Nodes, free_pair
-from private_postgres import PrivatePostgres, open_postgres
+from private_postgres import PrivatePostgres
 from served import chat
 
 from trio_cluster.accounts.store import Store
@@ -75,13 +74,6 @@ async def test_a_node_that_is_killed_loses_a_second_of_usage_at_most(nodes: Node
     count = requests_in(tmp_path / "state" / "accounts.db")
     assert len(load.answered) > 100
     assert sum(moment < killed - 1 for moment in load.answered) <= count <= len(load.answered) + 1
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[PrivatePostgres]:
-    """A PostgreSQL server that no other test needs."""
-    with open_postgres() as server:
-        yield server
 
 
 async def test_a_database_that_is_killed_and_comes_back_under_load_costs_no_request_and_no_row(
