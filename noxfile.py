@@ -291,8 +291,8 @@ def soak(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Send the HTTP API what clients should not send, and let a fuzzer look for input that breaks a parser.
 
-    What follows ``--``: how many times as many requests as in the tests (20), and for how many minutes each of the four
-    targets in ``tests/fuzz`` is fuzzed (3).
+    What follows ``--``: half of how many times as many requests as in the tests (20), and for how many minutes each of
+    the four targets in ``tests/fuzz`` is fuzzed (3).
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "fuzz"))
     times, minutes = (*session.posargs, *("20", "3")[len(session.posargs) :])

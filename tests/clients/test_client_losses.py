@@ -11,7 +11,7 @@ import httpx
 import pytest
 from client_case import USER, text_of
 from client_drivers import Client, Driver
-from nodes import Node, Nodes, open_nodes
+from nodes import NOT_RESUMED, Node, Nodes, open_nodes
 from served import until
 
 pytestmark = [pytest.mark.processes, pytest.mark.feature("killed workers and masters")]
@@ -45,7 +45,7 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
 @pytest.fixture
 async def master(nodes: Nodes) -> Node:
     """A master without models of its own."""
-    return await nodes.master()
+    return await nodes.master(*NOT_RESUMED)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ async def test_a_worker_that_is_killed_before_it_answers_is_a_bad_gateway(
 
 
 async def test_a_client_that_comes_again_is_served_by_the_other_replica(nodes: Nodes, driver: Driver) -> None:
-    master = await nodes.master("--on-conflict", "replicate")
+    master = await nodes.master(*NOT_RESUMED, "--on-conflict", "replicate")
     workers = {name: await nodes.worker(master, name, models="count") for name in ("w1", "w2")}
     client = driver.client_of(master.url, max_retries=1)
     async with client.asking(CHAT, **slowly(ticks=60)) as asking:

@@ -12,21 +12,21 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import fork_server
 import httpx
 import trio
+from fork_server import ForkedProcess
 from served import RawStream
 
 import trio_cluster
 
-__all__ = ["APP", "Node", "Nodes", "Stream", "free_pair", "open_nodes"]
+__all__ = ["APP", "NOT_RESUMED", "Node", "Nodes", "Stream", "free_pair", "open_nodes"]
 
 #: The application that the processes load. ``MODELS`` in the environment names its models.
 APP: Final = """\
@@ -66,6 +66,10 @@ async def digest(request):
     yield hashlib.sha256(request.audio).hexdigest()
 """
 
+#: Arguments of a master that takes a worker for lost as soon as its link ends. The link of a worker that is killed ends
+#: with a reset where its kernel had bytes for it, and calls would wait for such a link to be resumed.
+NOT_RESUMED: Final = ("--resume-window", "0")
+
 _READY: Final = {"run": "serving", "master": "serving", "worker": "registered with the master"}
 _LAST_WORD: Final = "trio-cluster: error: "
 
@@ -96,7 +100,7 @@ class Node:
         noise: other lines on its standard error.
     """
 
-    def __init__(self, process: trio.Process, command: str, port: int) -> None:
+    def __init__(self, process: ForkedProcess, command: str, port: int) -> None:
         self.process = process
         self.command = command
         self.port = port
@@ -222,14 +226,7 @@ class Nodes:
             words += ["--app", "app:server"]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TRIO_CLUSTER_")}
         environ |= {"MODELS": models, "PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-W", "error", *words],
-            cwd=self.directory,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = fork_server.start(words, cwd=self.directory, env=environ)
         node = Node(process, command, next((word for word in arguments if isinstance(word, int)), 0))
         self.all.append(node)
         self._nursery.start_soon(node.read)

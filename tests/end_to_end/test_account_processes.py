@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import fork_server
 import httpx
 import pytest
 import trio
@@ -141,13 +142,8 @@ class CommandLine:
     async def run(self, *arguments: str, key: str = "") -> str:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TRIO_CLUSTER_")}
         environ |= {"TRIO_CLUSTER_API_KEY": key} if key else {}
-        done = await trio.run_process(
-            [sys.executable, "-m", "trio_cluster", *arguments, str(self.node.port)],
-            env=environ,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
+        words = ["-m", "trio_cluster", *arguments, str(self.node.port)]
+        done = await fork_server.run(words, cwd=Path.cwd(), env=environ)
         self.printed += done.stderr.decode()
         return done.stdout.decode()
 

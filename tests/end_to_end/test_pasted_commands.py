@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
@@ -31,6 +30,7 @@ import attrs
 import httpx
 import pytest
 import trio
+from fork_server import run
 from nodes import Node, Nodes, free_pair, open_nodes
 from served import until
 
@@ -225,14 +225,7 @@ class Story:
         # A page shows keys that begin so, and are shorter.
         environ = {name: value.replace("tc-...", self.key) for name, value in environ.items()}
         with trio.fail_after(30):
-            completed = await trio.run_process(
-                [sys.executable, "-m", "trio_cluster", name, *words],
-                cwd=self.nodes.directory,
-                env=environ,
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-            )
+            completed = await run(["-m", "trio_cluster", name, *words], cwd=self.nodes.directory, env=environ)
         assert completed.returncode == 0, completed.stderr.decode()
         if name == "keys" and self.key == "sk-for-clients":
             (self.key,) = re.findall(r"\btc-\S+", completed.stdout.decode())

@@ -16,7 +16,7 @@ import attrs
 import httpx
 import pytest
 import trio
-from nodes import Node, Nodes, Stream, free_pair
+from nodes import NOT_RESUMED, Node, Nodes, Stream, free_pair
 from served import chat, until
 
 pytestmark = pytest.mark.processes
@@ -64,7 +64,7 @@ async def open_stream(nursery: trio.Nursery, node: Node, model: str, **fields: A
 async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
     nodes: Nodes, nursery: trio.Nursery
 ) -> None:
-    master = await nodes.master()
+    master = await nodes.master(*NOT_RESUMED)
     b = await nodes.worker(master, "wb", models="b")
     await nodes.worker(master, "wa", models="a")
     await nodes.worker(master, "wc", models="c")
@@ -92,7 +92,7 @@ async def test_of_three_workers_one_is_killed_and_only_its_own_stream_fails(
 async def test_a_request_that_nothing_came_of_is_a_502_when_its_worker_is_killed(
     nodes: Nodes, nursery: trio.Nursery
 ) -> None:
-    master = await nodes.master()
+    master = await nodes.master(*NOT_RESUMED)
     worker = await nodes.worker(master, "w", models="m")
     answers: list[httpx.Response] = []
 
@@ -130,7 +130,7 @@ async def test_a_worker_that_freezes_is_given_up_and_comes_back_when_it_thaws(
 
 
 async def test_a_model_stays_served_when_one_of_its_replicas_is_killed(nodes: Nodes) -> None:
-    master = await nodes.master("--on-conflict", "replicate")
+    master = await nodes.master(*NOT_RESUMED, "--on-conflict", "replicate")
     first = await nodes.worker(master, "w1", models="who")
     second = await nodes.worker(master, "w2", models="who")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
+import fork_server
 import httpx
 import pytest
 import trio
@@ -80,10 +80,10 @@ class Load:
 async def drain(nodes: Nodes, master: Node, name: str) -> str:
     """Run ``trio-cluster drain``, and return what it says."""
     environ = dict(os.environ) | {"PYTHONPATH": str(Path(trio_cluster.__file__).parents[1])}
-    command = [sys.executable, "-W", "error", "-m", "trio_cluster", "drain", name, master.url]
-    done = await trio.run_process(
-        command, cwd=nodes.directory, env=environ, capture_stdout=True, capture_stderr=True
+    done = await fork_server.run(
+        ["-m", "trio_cluster", "drain", name, master.url], cwd=nodes.directory, env=environ
     )
+    assert done.returncode == 0
     assert done.stderr == b""
     return done.stdout.decode()
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 import trio
-from nodes import Node, Nodes
+from nodes import NOT_RESUMED, Node, Nodes
 from served import until
 
 pytestmark = pytest.mark.processes
@@ -116,7 +116,7 @@ def open_files(node: Node) -> int:
 
 async def cluster(nodes: Nodes) -> tuple[Node, Node, str]:
     """Start a master and a worker; return them, and the name of the model that hears."""
-    master = await nodes.master()
+    master = await nodes.master(*NOT_RESUMED)
     worker = await nodes.worker(master, "w1", models="chat")
     return master, worker, f"digest-{worker.process.pid}"
 

@@ -111,6 +111,13 @@ PATHS: Final[dict[str, dict[str, Any]]] = {
 COMMENTED: Final = ("forwarding", "queued", "waiting")
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
+#: Endpoints that are always tested with each kind of handler. What a kind changes lies below all endpoints; only how
+#: the response is delivered (as events, as bytes, as a whole) reaches as far as the handler.
+SAMPLES: Final[dict[str, tuple[str, ...]]] = {
+    "async": tuple(ENDPOINTS),
+    "threaded": (*SAMPLE, "chat"),
+    "asyncio": SAMPLE,
+}
 
 
 def impossible(cause: str, phase: str, endpoint: Endpoint, forwarded: bool) -> str | None:
@@ -133,7 +140,7 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                     for how in ("async", "threaded", "asyncio"):
                         if brief and not (endpoint in SAMPLE and how == "async"):
                             continue
-                        if how == "asyncio" and not (all_ways or endpoint in SAMPLE):
+                        if not (all_ways or endpoint in SAMPLES[how]):
                             continue
                         # Left out, not skipped: a test that was skipped for a real reason would be lost among these.
                         if impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded"):
