@@ -37,13 +37,14 @@ from .cluster.master import WorkerManager
 from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
+from .cluster.replacement import SOCKET_NAME, HandOver, Succession, wait_for_workers
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
 from .core.state_dir import StateDir, StateDirError, default_state_dir, path_of
 from .core.status import WORKER_STATES, MasterStatus, NodeStatus, SlotStatus, WorkerStatus, most_waiting
-from .errors import ClusterPortError, HandshakeRefused
+from .errors import ClusterError, ClusterPortError, HandshakeRefused
 from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
@@ -57,8 +58,19 @@ from .limits.limiter import Limiter
 from .limits.memory import MemoryLimiter
 from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
+from .net.connections import Retirement
+from .net.gate import Gate, gated
 from .net.names import own_names
-from .net.sockets import Listeners, Network, Sockets, local_address, outward_address, port_of, shown_address
+from .net.sockets import (
+    Listeners,
+    Network,
+    Sockets,
+    local_address,
+    outward_address,
+    port_of,
+    shown_address,
+    sockets_of,
+)
 from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions
@@ -74,6 +86,10 @@ if TYPE_CHECKING:
 __all__ = ["Node"]
 
 logger = logging.getLogger("trio_cluster.node")
+
+#: Seconds for which a master that was replaced keeps connections without a request. Most clients keep theirs for less
+#: than that, and so are never in the middle of sending a request when it is closed.
+_IDLE_TIME = 6.0
 
 
 class Node:
@@ -136,6 +152,8 @@ class Node:
         self._start_over.set()
         self._api_may_end = trio.Event()
         self._api_ended = trio.Event()
+        self._retirement = Retirement()
+        self._drain_deadline: float | None = None
         self._listen_address: tuple[str, int] | None = None
         self._listen_changed = trio.Event()
         self._id = options.server.worker_id or name or _new_id()
@@ -241,23 +259,28 @@ class Node:
         started: Callable[[], None],
         *,
         state_name: str | None = None,
+        succession: Succession | None = None,
     ) -> None:
-        """Serve the API, and accept workers, until stopped.
+        """Serve the API, and accept workers, until stopped or replaced by another process.
 
         Args:
             listeners: the listeners for clients; closed at the end.
             internal_listeners: the listeners for workers; closed at the end.
             started: called when requests and workers are accepted. Synchronous.
             state_name: the name of the state directory if the options have none; ``None``: there is none.
+            succession: takes the place of a running master, whose listeners these are; ``None``: there is none.
 
         Raises:
+            TakeOverFailed: the running master goes on.
             StateDirError, StoreError: the state directory or the database of the options cannot be used.
             OptionsError: the limits cannot be counted where the options say.
             ClusterError: the loop of an asyncio handler could not be started.
         """
         state = self._open_state(state_name)
-        memory = None if state is None else self._model_memory(state)
-        limiter = self._node_context.limiter = self._new_limiter(state)
+        taking_over = succession is not None
+        memory = None if state is None else self._model_memory(state, later=taking_over)
+        # The running master keeps what keys use until it leaves that to this one.
+        limiter = self._node_context.limiter = self._new_limiter(None if taking_over else state)
         self._tls = await open_tls(self._options, state, self._own_names)
         doorkeeper = Doorkeeper(self._options)
         if self._tls is not None:
@@ -265,13 +288,29 @@ class Node:
         manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
+        clients_gate, workers_gate = Gate(is_open=not taking_over), Gate(is_open=not taking_over)
+        hand_over: HandOver | None = None
+        if state is not None and isinstance(self._network, Sockets):
+            hand_over = HandOver(
+                state.path / SOCKET_NAME,
+                sockets_of(listeners),
+                sockets_of(internal_listeners),
+                clients_gate,
+                workers_gate,
+                manager,
+                limiter,
+                memory,
+            )
+            listeners = gated(listeners, clients_gate)
+            internal_listeners = gated(internal_listeners, workers_gate)
+        failure: ClusterError | None = None
         async with (
             self._open_accounts(state) as accounts,
             limiter.opened(),
             self._pool.loops.opened(),
             trio.open_nursery() as nursery,
         ):
-            if memory is not None:
+            if memory is not None and not taking_over:
                 nursery.start_soon(memory.run)
             if accounts is not None:
                 nursery.start_soon(accounts.run)
@@ -285,12 +324,97 @@ class Node:
             await nursery.start(manager.serve, internal_listeners)
             await self._start_api(nursery, listeners)
             if await self._has_started():
-                started()
-            await self._stop_requested.wait()
+                if succession is not None:
+                    failure = await self._take_over(
+                        nursery, succession, state, memory, clients_gate, workers_gate
+                    )
+                if clients_gate.is_open:
+                    if hand_over is not None:
+                        nursery.start_soon(hand_over.serve)
+                    started()
+            if failure is None:
+                await self._wait_stopped_or_replaced(hand_over)
             manager.drain("the master is being stopped")
             await self._drain("the server is being stopped", self._node_context.wait_answered)
             await manager.close_all("the master was stopped")
-            await self._end_api(nursery)
+            await self._end_api(nursery, hand_over)
+        if failure is not None:
+            raise failure
+
+    async def _take_over(
+        self,
+        nursery: trio.Nursery,
+        succession: Succession,
+        state: StateDir | None,
+        memory: ModelMemory | None,
+        clients_gate: Gate,
+        workers_gate: Gate,
+    ) -> ClusterError | None:
+        """Take the place of the running master, unless this one is stopped before. A checkpoint.
+
+        Returns:
+            Why that has failed; ``None`` if it has not.
+        """
+        limiter, manager = self._node_context.limiter, self.worker_manager
+        assert manager is not None
+        failure: ClusterError | None = None
+
+        async def take_over() -> None:
+            models = await succession.begin()
+            if state is not None:
+                limiter.load(state)
+            if memory is not None:
+                nursery.start_soon(memory.run)
+            workers_gate.open()
+            await wait_for_workers(manager, models)
+            await succession.arrive()
+            clients_gate.open()
+            await succession.serve()
+            logger.info("took over from another process", extra={"fields": {"predecessor": succession.pid}})
+
+        async def cancel_when_stopped(scope: trio.CancelScope) -> None:
+            await self._stop_requested.wait()
+            scope.cancel(reason="the server is being stopped")
+
+        nursery.start_soon(succession.run, limiter.apply, self.stop)
+        async with trio.open_nursery() as taking:
+            taking.start_soon(cancel_when_stopped, taking.cancel_scope)
+            try:
+                await take_over()
+            except ClusterError as error:
+                failure = error
+            taking.cancel_scope.cancel(reason="it is decided who serves")
+        if not clients_gate.is_open:
+            # The running master goes on as soon as it notices that.
+            workers_gate.close()
+            limiter.unload()
+            if memory is not None:
+                memory.suspend()
+            succession.close()
+        return failure
+
+    async def _wait_stopped_or_replaced(self, hand_over: HandOver | None) -> None:
+        """Wait until this master is to end. If another process has its place, wait for the clients, too."""
+        if hand_over is None:
+            await self._stop_requested.wait()
+            return
+
+        async def wait_replaced(scope: trio.CancelScope) -> None:
+            await hand_over.replaced.wait()
+            fields = {"calls": len(self._router.live)}
+            logger.info("replaced by another process; finishing", extra={"fields": fields})
+            self._drain_deadline = trio.current_time() + self._options.drain_timeout
+            self._retirement.begun.set()
+            with trio.move_on_after(min(_IDLE_TIME, self._options.drain_timeout)):
+                await self._retirement.over.wait()
+            self._retirement.idle_time_over.set()
+            scope.cancel(reason="it was replaced")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_replaced, nursery.cancel_scope)
+            await self._stop_requested.wait()
+            hand_over.stop()
+            nursery.cancel_scope.cancel(reason="it is being stopped")
 
     @asynccontextmanager
     async def _open_accounts(self, state: StateDir | None) -> AsyncIterator[Accounts | None]:
@@ -344,12 +468,18 @@ class Node:
             logger.warning("%sthe state of this node will not survive a restart: %s", what, error)
             return None
 
-    def _model_memory(self, state: StateDir) -> ModelMemory | None:
-        """Return the memory of models, with what is remembered restored; ``None`` if it cannot be kept."""
+    def _model_memory(self, state: StateDir, *, later: bool) -> ModelMemory | None:
+        """Return the memory of models, with what is remembered restored; ``None`` if it cannot be kept.
+
+        Args:
+            state: where it is kept.
+            later: another process still writes there.
+        """
         memory = ModelMemory(self._router.catalog, state)
         try:
             memory.restore()
-            memory.save()
+            if not later:
+                memory.save()
         except StateDirError as error:
             if self._options.state_dir is not None:
                 raise
@@ -449,7 +579,9 @@ class Node:
             wait_delivered: waits until the answers have left this node.
         """
         self._router.drain("The server is shutting down; try again shortly")
-        with trio.move_on_after(self._options.drain_timeout):
+        if self._drain_deadline is None:
+            self._drain_deadline = trio.current_time() + self._options.drain_timeout
+        with trio.move_on_at(self._drain_deadline):
             await self._router.wait_idle()
             await wait_delivered()
             return
@@ -508,6 +640,7 @@ class Node:
             listeners,
             shutdown_trigger=shutdown_trigger,
             grace=CLOSE_TIMEOUT,
+            retirement=self._retirement,
             task_status=task_status,
         )
 
@@ -515,13 +648,15 @@ class Node:
         # Quart's type of an ASGI application is narrower than the one that the gateway and the HTTP server use.
         return cast("App", put_gateway_in_front(app, self._node_context))
 
-    async def _end_api(self, nursery: trio.Nursery) -> None:
+    async def _end_api(self, nursery: trio.Nursery, hand_over: HandOver | None = None) -> None:
         """Stop the HTTP server, and then everything else that runs in the nursery."""
         self._api_may_end.set()
         # The server gives its connections CLOSE_TIMEOUT to end (`grace`), and then cancels them. Twice as long is
         # enough for both, and for the application's `after_serving` functions; more is not waited for.
         with trio.move_on_after(2 * CLOSE_TIMEOUT):
             await self._api_ended.wait()
+        if hand_over is not None:
+            await hand_over.flush()
         nursery.cancel_scope.cancel(reason="the server was stopped")
 
     async def _open_listen_address(self) -> Listeners:

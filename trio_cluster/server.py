@@ -24,6 +24,7 @@ from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
 from .cluster.master import WorkerManager
 from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
+from .cluster.replacement import SOCKET_NAME, Succession
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.addresses import split_address
@@ -43,11 +44,13 @@ from .net.sockets import (
     Listeners,
     Network,
     Sockets,
+    check_addresses,
     close_all,
     local_address,
     open_pair,
     shown_address,
 )
+from .net.streams import TcpListener
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.cost import LeastCost
@@ -702,13 +705,20 @@ class ClusterServer:
         ) from refusal
 
     async def run_as_master(
-        self, port: int | None = None, *, task_status: Started = trio.TASK_STATUS_IGNORED
+        self,
+        port: int | None = None,
+        *,
+        take_over: bool = False,
+        task_status: Started = trio.TASK_STATUS_IGNORED,
     ) -> ClusterMode:
         """Run as a master: serve the API on ``port``, and listen for workers on ``port + 1000``.
 
         Args:
             port: the port of the API; 0 picks a free pair of ports that are 1000 apart; ``None``: the one in the
                 options.
+            take_over: if a master of this user serves on ``port``, with the same state directory, take its place. It
+                finishes its answers and ends; no request is refused meanwhile, and none is cut. If this process cannot
+                serve, the other one goes on. If there is none, this process opens the ports itself.
             task_status: started with the mode when requests and workers are accepted.
 
         Returns:
@@ -716,11 +726,55 @@ class ClusterServer:
 
         Raises:
             ClusterPortError: it cannot listen on a port.
+            ClusterError: the running master cannot be taken over, and goes on; the message says why.
             RuntimeError: the server runs already.
         """
         port = self._options.server.port if port is None else port
+        if take_over:
+            succession = await self._ask_for_sockets(port)
+            if succession is not None:
+                return await self._run_as_successor(succession, port, task_status)
+            logging.getLogger("trio_cluster.node").info(
+                "there is no master to take over; this process starts as one"
+            )
         external, internal = await self._open_pair(port)
         return await self._run_as_master(external, internal, port, task_status)
+
+    async def _ask_for_sockets(self, port: int) -> Succession | None:
+        """Ask the master that serves on this port for its sockets; ``None`` if there is none.
+
+        Raises:
+            ClusterError: it refuses, or has sockets for other addresses than the options name.
+        """
+        if port == 0:
+            raise ClusterError("cannot take over: the port of the running master is needed")
+        directory = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
+        succession = await Succession.ask(directory / SOCKET_NAME)
+        if succession is None:
+            return None
+        options = self._options
+        internal_host = options.internal_host or options.server.host
+        internal_port = options.internal_port or port + INTERNAL_OFFSET
+        try:
+            for sockets, host, number in (
+                (succession.clients, options.server.host, port),
+                (succession.workers, internal_host, internal_port),
+            ):
+                await check_addresses(sockets, host, number)
+        except BaseException:
+            for sock in (*succession.clients, *succession.workers):
+                sock.close()
+            succession.close()
+            raise
+        return succession
+
+    async def _run_as_successor(self, succession: Succession, port: int, task_status: Started) -> ClusterMode:
+        external = [TcpListener(sock) for sock in succession.clients]
+        internal = [TcpListener(sock) for sock in succession.workers]
+        try:
+            return await self._run_as_master(external, internal, port, task_status, succession)
+        finally:
+            succession.close()
 
     async def run_as_worker(
         self,
@@ -913,7 +967,12 @@ class ClusterServer:
         return ClusterMode.STANDALONE
 
     async def _run_as_master(
-        self, external: Listeners, internal: Listeners, port: int, task_status: Started
+        self,
+        external: Listeners,
+        internal: Listeners,
+        port: int,
+        task_status: Started,
+        succession: Succession | None = None,
     ) -> ClusterMode:
         try:
             with self._node_for(ClusterMode.MASTER) as node:
@@ -923,6 +982,7 @@ class ClusterServer:
                     internal,
                     lambda: task_status.started(node.mode),
                     state_name=f"master-{port}" if self._keeps_state(port) else None,
+                    succession=succession,
                 )
                 await self._serve(node, serve)
         finally:

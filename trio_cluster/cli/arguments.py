@@ -114,6 +114,12 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
 
     master = command("master", "Serve the OpenAI API, and accept workers.")
     _add_port(master)
+    master.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the place of the master that serves on this port: it finishes its answers and ends, and no request"
+        " is refused or cut; if there is none, start as usual",
+    )
     _add_serving_flags(master, master=True, worker=False)
 
     worker = command("worker", "Serve models to a master.")

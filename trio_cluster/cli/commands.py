@@ -161,7 +161,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _master(arguments: argparse.Namespace) -> int:
     server = _server(arguments)
-    return _serve(server, partial(server.run_as_master, server.options.server.port), arguments.serve)
+    run = partial(server.run_as_master, server.options.server.port, take_over=arguments.take_over)
+    return _serve(server, run, arguments.serve)
 
 
 def _worker(arguments: argparse.Namespace) -> int:

@@ -207,6 +207,18 @@ class WorkerManager:
         for connection in self._connections:
             connection.drain(reason)
 
+    def announce_successor(self, *, coming: bool) -> None:
+        """Tell all workers whether another process is about to take the place of this master. Synchronous."""
+        for connection in self._connections:
+            connection.session.announce_successor(coming=coming)
+            connection.link.wake()
+
+    def models(self) -> dict[str, list[str]]:
+        """Return the names of the connected workers, with the names of their models. Those that drain are left out."""
+        return {
+            name: list(worker.models) for name, worker in self.workers.items() if not worker.health.draining
+        }
+
     def drain_worker(self, name: str, reason: str) -> WorkerStatus | None:
         """Ask one worker to finish its calls and to stop. It gets no new ones from this moment on. Synchronous.
 

@@ -64,6 +64,7 @@ class ModelMemory:
         self._changed = trio.Event()
         self._written = b""
         self._failed = False
+        self._suspended = False
 
     def restore(self) -> None:
         """Let the catalogue know the models that the file names. Synchronous; reads a file.
@@ -90,6 +91,16 @@ class ModelMemory:
                     continue
                 self._catalog.remember(info, age=age)
 
+    def suspend(self) -> None:
+        """Write nothing more: another process has the state directory. Synchronous."""
+        self._suspended = True
+
+    def resume(self) -> None:
+        """Write again, and the whole file once, in which another process may have written. Synchronous."""
+        self._suspended = False
+        self._written = b""
+        self._changed.set()
+
     def save(self) -> None:
         """Write the file if it would not be the same. Blocks.
 
@@ -109,7 +120,7 @@ class ModelMemory:
                 await self._changed.wait()
                 self._changed = trio.Event()
                 content = self._content()
-                if content != self._written:
+                if content != self._written and not self._suspended:
                     try:
                         await run_in_thread(self._write, content)
                     except NoThread:
@@ -118,7 +129,7 @@ class ModelMemory:
         finally:
             self._catalog.on_names_changed = lambda: None
             content = self._content(still_served=_LAST_SECONDS)
-            if content != self._written:
+            if content != self._written and not self._suspended:
                 self._write(content)
 
     def _write(self, content: bytes) -> None:

@@ -98,6 +98,8 @@ class Http1Connection:
         self._serving = trio.CancelScope()
         # No further request is answered, not even one that has arrived.
         self._closing = False
+        # The next answer is the last one; as long as none has begun, the connection stays open.
+        self._last = False
         self._error: Exception | None = None
         self._left_over = b""
         # Writes to the stream, while a piece of a body may be written past the task: between two writes of a body that
@@ -116,6 +118,10 @@ class Http1Connection:
         self._parser.no_more = self._closing = True
         if self._current is None and not self._parser.requests:
             self.close()
+
+    def close_after_next(self) -> None:
+        """Announce the end of the connection with the next answer, and close it then. Synchronous, idempotent."""
+        self._last = True
 
     def close(self) -> None:
         """Close the connection now. Synchronous, idempotent.
@@ -335,7 +341,7 @@ class Http1Connection:
             body, more = message.get("body", b""), message.get("more_body", False)
             head = b""
             if not request.head_sent:
-                head, self._closing = response_head(request, len(body), more, self._closing)
+                head, self._closing = response_head(request, len(body), more, self._closing or self._last)
                 self._begun = True
             if request.bodiless:
                 body = b""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import trio
 
-from ..net.connections import OpenConnection, serve_connections
+from ..net.connections import OpenConnection, Retirement, serve_connections
 from ..net.idle import IdleTimeout
 from ..net.readers import Reader, SharedReader, TaskReader, has_epoll
 from ..net.sockets import Listeners, close_all
@@ -40,6 +40,7 @@ async def serve_http(
     *,
     shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
     grace: float = 3.0,
+    retirement: Retirement | None = None,
     render_refusal: RenderRefusal = render_as_text,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -54,6 +55,7 @@ async def serve_http(
         listeners: where connections come in; they are closed in any case.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds that requests have to finish; may be infinite.
+        retirement: lets connections end with their next answers; ``None``: they are never asked to.
         render_refusal: makes the answer to what is not a request.
         task_status: started when connections are served.
 
@@ -77,7 +79,12 @@ async def serve_http(
             for listener in listeners:
                 listener.limit_unread_time(UNREAD_TIME)
             await serve_connections(
-                listeners, prepare, shutdown_trigger=shutdown_trigger, grace=grace, task_status=task_status
+                listeners,
+                prepare,
+                shutdown_trigger=shutdown_trigger,
+                grace=grace,
+                retirement=retirement,
+                task_status=task_status,
             )
     finally:
         close_all(listeners)

@@ -18,13 +18,14 @@ is done around that:
 from __future__ import annotations
 
 import socket
+from functools import partial
 from typing import Any, Final
 
 import trio
 
-from ..http1.asgi import App, Receive, Scope, Send
+from ..http1.asgi import App, Message, Receive, Scope, Send
 from ..net.streams import Address, ByteStream
-from .library import Config, ConnectionState, TCPServer, WorkerContext
+from .library import Config, ConnectionState, TCPServer, WorkerContext, say_goodbye
 from .request import HypercornRequest
 
 __all__ = ["HypercornConnection"]
@@ -32,6 +33,8 @@ __all__ = ["HypercornConnection"]
 #: Bytes that may have been read and not been taken by hypercorn, before the connection is read no further.
 _READ_AHEAD: Final = 256 * 1024
 _RECEIVE: Final = 64 * 1024
+#: Seconds after which a connection is closed whose end was announced on HTTP/2.
+_GOODBYE_TIME: Final = 1.0
 
 
 class HypercornConnection:
@@ -73,6 +76,7 @@ class HypercornConnection:
             self._transport,  # type: ignore[arg-type]
         )
         self._ahead = bytearray()
+        self._retiring = False
         self._changed = trio.lowlevel.ParkingLot()
 
     async def serve(self) -> None:
@@ -85,13 +89,24 @@ class HypercornConnection:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_ahead)
                 nursery.start_soon(self._end_when_gone, nursery.cancel_scope)
+                nursery.start_soon(self._say_goodbye)
                 await self._server.run()
                 nursery.cancel_scope.cancel(reason="the connection is over")
         finally:
             self.close()
 
     def close_when_idle(self) -> None:
-        """Do nothing: hypercorn's own context tells its connections to do that."""
+        """Close it if its end is announced and it is idle; otherwise hypercorn's own context tells it to do that."""
+        if self._retiring and not (self._requests or self._ahead):
+            self.close()
+
+    def close_after_next(self) -> None:
+        """Announce the end of the connection with the next answer. Synchronous, idempotent.
+
+        On HTTP/2, that is done between two requests, when there is none.
+        """
+        self._retiring = True
+        self._changed.unpark_all()
 
     def close(self) -> None:
         """Close it now. Synchronous, idempotent. Requests that are being answered are cancelled."""
@@ -123,6 +138,15 @@ class HypercornConnection:
             await self._changed.park()
         scope.cancel(reason="the client has left")
 
+    async def _say_goodbye(self) -> None:
+        """End an HTTP/2 connection that is to end, as soon as it has no requests."""
+        while self._requests or not self._retiring:
+            await self._changed.park()
+        if await say_goodbye(self._server):
+            # The client opens another connection for what it has sent meanwhile.
+            await trio.sleep(_GOODBYE_TIME)
+            self.close()
+
     def _lose(self) -> None:
         if self.gone:
             return
@@ -138,6 +162,8 @@ class HypercornConnection:
             return
         if self.gone:
             return
+        if scope["http_version"] != "2":
+            send = partial(self._send, send)
         request = HypercornRequest(self._app, scope, receive, send, self.abort)
         self._requests[request] = None
         try:
@@ -145,6 +171,11 @@ class HypercornConnection:
         finally:
             del self._requests[request]
             self._changed.unpark_all()
+
+    async def _send(self, send: Send, message: Message) -> None:
+        if self._retiring and message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await send(message)
 
     @property
     def alpn(self) -> str | None:

@@ -17,10 +17,15 @@ The assumptions, to which ``tests/hypercorn_server/test_hypercorn_library.py`` h
 5. What a request sends is pushed into the buffer of its stream; its end is ``set_complete()`` and ``drain()``. The
    writing task calls ``pop(limit)``, asks whether the buffer is ``complete``, and writes the end of the stream then. If
    ``pop`` raises ``h2.exceptions.StreamClosedError``, it closes the buffer and forgets the stream.
+6. The ``protocol`` of a ``TCPServer`` is there from the beginning of ``run()``, and its own ``protocol`` is an
+   ``H2Protocol`` as soon as the connection speaks HTTP/2.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import h2.exceptions
 from hypercorn.config import Config
 from hypercorn.events import RawData
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol
@@ -40,6 +45,7 @@ __all__ = [
     "TCPServer",
     "WorkerContext",
     "http2_stream",
+    "say_goodbye",
 ]
 
 
@@ -50,3 +56,23 @@ def http2_stream(send: Send) -> tuple[H2Protocol, int]:
     protocol = getattr(stream.send, "__self__", None)
     assert isinstance(protocol, H2Protocol)
     return protocol, stream.stream_id
+
+
+async def say_goodbye(server: TCPServer) -> bool:
+    """Announce the end of an HTTP/2 connection, which has no requests. A checkpoint if it is one.
+
+    Requests that the client has sent meanwhile are not processed; it knows that from the frame (``GOAWAY``).
+
+    Returns:
+        Whether it is an HTTP/2 connection.
+    """
+    wrapper = getattr(server, "protocol", None)
+    protocol = getattr(wrapper, "protocol", None)
+    if not isinstance(protocol, H2Protocol):
+        return False
+    with suppress(h2.exceptions.ProtocolError):
+        protocol.connection.close_connection()
+    data = protocol.connection.data_to_send()
+    if data:
+        await protocol.send(RawData(data))
+    return True

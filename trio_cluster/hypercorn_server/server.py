@@ -18,7 +18,7 @@ from ..http1.asgi import App
 from ..http1.lifespan import open_lifespan
 from ..http1.parser import HEAD_LIMIT
 from ..http1.server import KEEP_ALIVE, UNREAD_TIME
-from ..net.connections import OpenConnection, serve_connections
+from ..net.connections import OpenConnection, Retirement, serve_connections
 from ..net.sockets import Listeners, close_all
 from ..net.streams import ByteStream
 from .connection import HypercornConnection
@@ -36,6 +36,7 @@ async def serve_http(
     *,
     shutdown_trigger: Callable[[], Awaitable[object]] = trio.sleep_forever,
     grace: float = 3.0,
+    retirement: Retirement | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an ASGI application until ``shutdown_trigger`` returns, and then until its connections have ended.
@@ -48,6 +49,7 @@ async def serve_http(
         listeners: where connections come in; they are closed in any case.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds that requests have to finish then; may be infinite.
+        retirement: lets connections end with their next answers; ``None``: they are never asked to.
         task_status: started when connections are served.
 
     Raises:
@@ -72,7 +74,12 @@ async def serve_http(
             for listener in listeners:
                 listener.limit_unread_time(UNREAD_TIME)
             await serve_connections(
-                listeners, prepare, shutdown_trigger=stop, grace=grace, task_status=task_status
+                listeners,
+                prepare,
+                shutdown_trigger=stop,
+                grace=grace,
+                retirement=retirement,
+                task_status=task_status,
             )
     finally:
         close_all(listeners)

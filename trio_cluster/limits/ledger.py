@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 import attrs
 import msgspec
+import trio
 
 from ..core.state_dir import StateDir, StateDirError
 from ..core.threads import NoThread, run_in_thread
@@ -90,6 +92,11 @@ class Ledger:
         self._handle: int | None = None
         self._written = 0
         self._failed = False
+        # Where changes go while another process has the state directory.
+        self._forward: Callable[[bytes], None] | None = None
+        self._saving = trio.Lock()
+        # The accounts with the entries that a change from another process may refer to.
+        self._known: dict[str, _Restored] = {}
         self._encoder = msgspec.json.Encoder()
 
     def restore(self, window: int, now: int) -> dict[str, Account]:
@@ -126,6 +133,7 @@ class Ledger:
                     self._apply(restored, change, window, now)
             self._number += 1
         accounts = {key: one.account for key, one in restored.items()}
+        self._known = restored
         try:
             self._begin_log(self._number)
         except OSError as error:
@@ -158,11 +166,61 @@ class Ledger:
         if at + one.account.log.window > now:
             one.entries[time] = one.account.log.add(at, requests, tokens)
 
+    async def release(self, accounts: dict[str, Account], forward: Callable[[bytes], None]) -> None:
+        """Write a snapshot, and then nothing more: another process has the directory. A checkpoint; never raises.
+
+        Args:
+            accounts: as they are.
+            forward: is given the changes from then on, each a line without its break.
+        """
+        async with self._saving:
+            self.save(accounts)
+            self.close()
+            self._forward = forward
+
+    def retake(self, accounts: dict[str, Account]) -> None:
+        """Have the directory again, in which another process may have written. Blocks; never raises."""
+        if self._forward is None:
+            return
+        self._forward = None
+        # What the other one has written is to be ignored and removed: it knew less.
+        found = [self._number]
+        for path in self._state_dir.path.glob(_log_name("*")):
+            with suppress(ValueError):
+                found.append(int(path.name.split(".")[1]))
+        self._oldest, self._number = min(found), max(found)
+        self.save(accounts)
+
+    def apply(self, accounts: dict[str, Account], line: bytes, window: int, now: int) -> None:
+        """Take a change that another process has forwarded, and note it here. Synchronous; never raises."""
+        try:
+            change = msgspec.json.decode(line, type=_Change)
+        except (msgspec.MsgspecError, ValueError) as error:
+            logger.warning("what a key has used at the process before is lost: %s", error)
+            return
+        known, account = self._known.get(change.key), accounts.get(change.key)
+        if known is not None and account is not None and known.account is not account:
+            # The account was empty, was forgotten, and has begun anew.
+            self._known[change.key] = _Restored(account)
+        elif known is None and account is not None:
+            self._known[change.key] = _Restored(account)
+        self._apply(self._known, change, window, now)
+        accounts[change.key] = self._known[change.key].account
+        self._append(line + b"\n")
+
     def note(self, key: str, time: int, requests: int, tokens: int, period: str) -> None:
         """Write a change. Synchronous; the system takes it without waiting for the disk."""
+        if self._handle is None and self._forward is None:
+            return
+        line = self._encoder.encode(_Change(key, time + self._offset, requests, tokens, period))
+        if self._forward is not None:
+            self._forward(line)
+        else:
+            self._append(line + b"\n")
+
+    def _append(self, line: bytes) -> None:
         if self._handle is None:
             return
-        line = self._encoder.encode(_Change(key, time + self._offset, requests, tokens, period)) + b"\n"
         try:
             os.write(self._handle, line)
         except OSError as error:
@@ -173,10 +231,12 @@ class Ledger:
     @property
     def wants_snapshot(self) -> bool:
         """Whether it is time to save the accounts."""
-        return self._written > _LOG_LIMIT or self._handle is None
+        return self._forward is None and (self._written > _LOG_LIMIT or self._handle is None)
 
     def save(self, accounts: dict[str, Account]) -> None:
-        """Write a snapshot. Blocks; never raises."""
+        """Write a snapshot, unless another process has the directory. Blocks; never raises."""
+        if self._forward is not None:
+            return
         try:
             self._begin_log(self._number + 1)
             self._write(self._encode(accounts, self._number))
@@ -184,17 +244,20 @@ class Ledger:
             self._fail(str(error))
 
     async def save_in_thread(self, accounts: dict[str, Account]) -> None:
-        """Write a snapshot while requests go on; never raises."""
-        try:
-            # What changes from here on is in the new log.
-            self._begin_log(self._number + 1)
-            content = self._encode(accounts, self._number)
+        """Write a snapshot while requests go on, unless another process has the directory; never raises."""
+        async with self._saving:
+            if self._forward is not None:
+                return
             try:
-                await run_in_thread(self._write, content)
-            except NoThread:
-                self._write(content)
-        except (OSError, StateDirError) as error:
-            self._fail(str(error))
+                # What changes from here on is in the new log.
+                self._begin_log(self._number + 1)
+                content = self._encode(accounts, self._number)
+                try:
+                    await run_in_thread(self._write, content)
+                except NoThread:
+                    self._write(content)
+            except (OSError, StateDirError) as error:
+                self._fail(str(error))
 
     def close(self) -> None:
         """Write nothing more."""
@@ -235,5 +298,5 @@ class Ledger:
             logger.warning("what keys have used of their limits will not survive a restart: %s", why)
 
 
-def _log_name(number: int) -> str:
+def _log_name(number: int | str) -> str:
     return f"limits.{number}.log"

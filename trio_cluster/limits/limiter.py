@@ -5,11 +5,13 @@ There are two: ``memory.py`` counts in this process, and ``redis.py`` in a serve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
 from ..core.principal import Limits, Principal
 from ..core.request import Request
+from ..core.state_dir import StateDir
 from ..errors import ApiError, QuotaExceeded, RateLimited
 from .account import LimitState, Refusal
 from .reservation import Reservation
@@ -42,6 +44,35 @@ class Limiter(Protocol):
 
     def opened(self) -> AbstractAsyncContextManager[None]:
         """Count within a block. At its end, what must outlive the process is written."""
+        ...
+
+    async def release(self, forward: Callable[[bytes], None]) -> None:
+        """Leave the state directory to another process. A checkpoint. Without effect if nothing is kept there.
+
+        Args:
+            forward: called with a line for each change from then on, which that process is to pass to :meth:`apply`.
+                Synchronous.
+        """
+        ...
+
+    def retake(self) -> None:
+        """Keep in the state directory again what is used. Blocks for a moment. Undoes :meth:`release`."""
+        ...
+
+    def load(self, state_dir: StateDir) -> None:
+        """Go on from what another process has left in its state directory, and keep it there. Blocks for a moment.
+
+        Raises:
+            StateDirError: the directory cannot be read or written.
+        """
+        ...
+
+    def unload(self) -> None:
+        """Keep nothing more in the state directory, and write nothing there. Synchronous. Undoes :meth:`load`."""
+        ...
+
+    def apply(self, line: bytes) -> None:
+        """Count what a process that has released the state directory has changed since then. Synchronous."""
         ...
 
     @property

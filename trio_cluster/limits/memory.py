@@ -68,9 +68,7 @@ class MemoryLimiter:
         self._work = trio.Event()
         self._ledger: Ledger | None = None
         if state_dir is not None:
-            now = self._now()
-            self._ledger = Ledger(state_dir, round(wall_clock() * 1_000_000) - now)
-            self._accounts = self._ledger.restore(self._window, now)
+            self.load(state_dir)
 
     async def reserve(self, principal: Principal, limits: Limits, request: Request) -> Reservation:
         """See ``Limiter``."""
@@ -123,6 +121,34 @@ class MemoryLimiter:
         if account is None:
             account = Account(self._window)
         return account.state(limits, self._now())
+
+    def load(self, state_dir: StateDir) -> None:
+        """See ``Limiter``. What was used since this object was made is not kept, and counts no more."""
+        now = self._now()
+        ledger = Ledger(state_dir, round(self._wall_clock() * 1_000_000) - now)
+        self._accounts = ledger.restore(self._window, now)
+        self._ledger = ledger
+
+    async def release(self, forward: Callable[[bytes], None]) -> None:
+        """See ``Limiter``."""
+        if self._ledger is not None:
+            await self._ledger.release(self._accounts, forward)
+
+    def retake(self) -> None:
+        """See ``Limiter``."""
+        if self._ledger is not None:
+            self._ledger.retake(self._accounts)
+
+    def unload(self) -> None:
+        """See ``Limiter``."""
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def apply(self, line: bytes) -> None:
+        """See ``Limiter``."""
+        if self._ledger is not None:
+            self._ledger.apply(self._accounts, line, self._window, self._now())
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:

@@ -34,9 +34,31 @@ class Connection(Protocol):
         """Take no more requests: close now if none is being answered, otherwise after it. Synchronous."""
         ...
 
+    def close_after_next(self) -> None:
+        """Announce the end of the connection with the next answer, and close it then. Synchronous, idempotent.
+
+        An idle connection stays open, so that no request that is on its way is lost.
+        """
+        ...
+
     def close(self) -> None:
         """Close it now. Synchronous, idempotent. What has been written is still delivered."""
         ...
+
+
+class Retirement:
+    """How a server loses its connections without losing a request: each ends with its next answer.
+
+    Attributes:
+        begun: to be set when the server gets no new connections any more, and is to begin with that.
+        idle_time_over: to be set when connections without a request are not to be waited for any longer.
+        over: set by the server when no connection is left.
+    """
+
+    def __init__(self) -> None:
+        self.begun = trio.Event()
+        self.idle_time_over = trio.Event()
+        self.over = trio.Event()
 
 
 #: Makes a connection of a stream. Synchronous. Raises ``OSError`` if the client has left already.
@@ -49,6 +71,7 @@ async def serve_connections(
     *,
     shutdown_trigger: Callable[[], Awaitable[object]],
     grace: float,
+    retirement: Retirement | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve connections until ``shutdown_trigger`` returns, and then until they have ended.
@@ -62,16 +85,19 @@ async def serve_connections(
         prepare: called once with the nursery that connections are served in, to start in it what all of them need.
         shutdown_trigger: returns when it is time to stop.
         grace: seconds; may be infinite.
+        retirement: lets the connections end with their next answers; ``None``: they are never asked to.
         task_status: started when connections are accepted.
     """
-    await _Connections(grace).serve(listeners, prepare, shutdown_trigger, task_status)
+    await _Connections(grace, retirement).serve(listeners, prepare, shutdown_trigger, task_status)
 
 
 class _Connections:
     """All connections of one server."""
 
-    def __init__(self, grace: float) -> None:
+    def __init__(self, grace: float, retirement: Retirement | None) -> None:
         self._grace = grace
+        self._retirement = retirement
+        self._shaking_hands = 0
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Connection, None] = {}
         self._empty = trio.Event()
@@ -88,6 +114,8 @@ class _Connections:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._close_when_cancelled)
             nursery.start_soon(self._handshakes.run)
+            if self._retirement is not None:
+                nursery.start_soon(self._retire, self._retirement)
             admit = partial(self._admit, nursery, prepare(nursery))
             async with trio.open_nursery() as acceptors:
                 for listener in listeners:
@@ -113,12 +141,18 @@ class _Connections:
     async def _serve_after_handshake(
         self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream
     ) -> None:
-        if await self._handshakes.perform(stream):
+        self._shaking_hands += 1
+        try:
+            if not await self._handshakes.perform(stream):
+                return
             try:
                 self._open_connection(nursery, open_connection, stream)
             except Exception:
                 logger.exception("a connection could not be served")
                 stream.close()
+        finally:
+            self._shaking_hands -= 1
+            self._check_retired()
 
     def _open_connection(
         self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream
@@ -133,6 +167,8 @@ class _Connections:
         if self._stopping:
             # Its handshake was begun before, and has only ended now.
             connection.close_when_idle()
+        elif self._retirement is not None and self._retirement.begun.is_set():
+            connection.close_after_next()
         nursery.start_soon(self._serve_one, connection)
 
     async def _serve_one(self, connection: Connection) -> None:
@@ -144,6 +180,22 @@ class _Connections:
             del self._open[connection]
             if not self._open:
                 self._empty.set()
+                self._check_retired()
+
+    async def _retire(self, retirement: Retirement) -> None:
+        await retirement.begun.wait()
+        for connection in list(self._open):
+            connection.close_after_next()
+        self._check_retired()
+        await retirement.idle_time_over.wait()
+        self._stopping = True
+        for connection in list(self._open):
+            connection.close_when_idle()
+
+    def _check_retired(self) -> None:
+        retirement = self._retirement
+        if retirement is not None and retirement.begun.is_set() and not (self._open or self._shaking_hands):
+            retirement.over.set()
 
     async def _close_when_cancelled(self) -> None:
         try:

@@ -28,6 +28,7 @@ __all__ = [
     "Listeners",
     "Network",
     "Sockets",
+    "check_addresses",
     "close_all",
     "local_address",
     "open_pair",
@@ -36,6 +37,7 @@ __all__ = [
     "receive_when_ready",
     "resolve",
     "shown_address",
+    "sockets_of",
     "why_not_connected",
 ]
 
@@ -186,6 +188,32 @@ async def open_pair(
 def port_of(listeners: Listeners) -> int:
     """Return the port that all of the listeners have."""
     return listeners[0].local_address[1]
+
+
+async def check_addresses(sockets: Sequence[socket.socket], host: str, port: int) -> None:
+    """Make sure that listening sockets from elsewhere are those that would be opened here. A checkpoint.
+
+    Raises:
+        ClusterPortError: they are not.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ClusterPortError(port, f"cannot listen on '{host}': {error.strerror or error}") from error
+    wanted = {address[:2] for *_, address in found}
+    given = {sock.getsockname()[:2] for sock in sockets}
+    if wanted != given:
+        shown = " and ".join(shown_address(*address) for address in sorted(given))
+        raise ClusterPortError(
+            port,
+            f"the running process listens on {shown}, and this one is to listen on '{host}', port {port}; "
+            "addresses cannot be changed by a take-over",
+        )
+
+
+def sockets_of(listeners: Listeners) -> list[socket.socket]:
+    """Return the listening sockets of TCP listeners; they still belong to these."""
+    return [listener.socket for listener in listeners if isinstance(listener, TcpListener)]
 
 
 def close_all(listeners: Listeners) -> None:

@@ -397,13 +397,16 @@ class TcpListener(Listener):
 
     Args:
         sock: closed with this listener.
+
+    Attributes:
+        socket: as given.
     """
 
     shares_descriptors = True
 
     def __init__(self, sock: socket.socket) -> None:
         self.local_address = _address(sock.getsockname())
-        self._socket = sock
+        self.socket = self._socket = sock
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     async def accept(self) -> TcpStream:

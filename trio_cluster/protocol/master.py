@@ -84,6 +84,12 @@ class MasterSession(Session[MasterEvent]):
         self._outbox.clear()
         self._outbox.post(self._handshake)
 
+    def announce_successor(self, *, coming: bool) -> None:
+        """Tell the worker, from this heartbeat on, whether another process takes this master's place."""
+        self._own_heartbeat = attrs.evolve(self._own_heartbeat, replaced=coming)
+        if self.peer is not None:
+            self.queue_heartbeat()
+
     def resume(self, handshake: Handshake, now: float, *, proxied: bool = False) -> None:
         """Go on with this session, which is suspended, on the connection on which its worker has named it.
 

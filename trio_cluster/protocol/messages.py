@@ -185,6 +185,9 @@ class Heartbeat:
 
     If there are very many calls, some are left out.
     """
+    replaced: bool = False
+    """From a master: another process takes its place at its address. The worker opens a link to that one, beside this
+    one, which goes on until the master ends. It may be taken back by a later heartbeat."""
 
 
 @attrs.frozen

@@ -1,0 +1,445 @@
+"""A master that is replaced by another process, and the process that replaces it: ``take_over.py`` with its IO.
+
+Every master with a state directory waits there for a successor (:class:`HandOver`). A process that is to take over
+connects to it (:class:`Succession`) before it opens any port.
+
+What the two have in common, besides the sockets, is the state directory. It belongs to one of them at a time: the
+predecessor writes down what it keeps there before the successor reads it, and writes nothing more; what keys use of
+their limits after that is sent to the successor. The database is used by both, as by several masters.
+
+The workers are told by their heartbeats. Each opens a link to the same address, where the successor accepts it now,
+and keeps the old one until its calls have ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from ..errors import ClusterError
+from ..limits.limiter import Limiter
+from ..net.gate import Gate
+from ..net.handover import HandoverChannel, OtherUser, connect_to, listen_at
+from .master import WorkerManager
+from .model_memory import ModelMemory
+from .take_over import (
+    LINK_TIMEOUT,
+    VERSION,
+    Begin,
+    Change,
+    Hello,
+    Linked,
+    Offer,
+    Predecessor,
+    PredecessorState,
+    Ready,
+    Refused,
+    Serving,
+    Successor,
+    SuccessorState,
+    Unexpected,
+    Yours,
+    decode,
+    encode,
+)
+
+__all__ = ["SOCKET_NAME", "HandOver", "Succession", "TakeOverFailed", "wait_for_workers"]
+
+logger = logging.getLogger("trio_cluster.node")
+
+#: The name of the Unix socket in the state directory.
+SOCKET_NAME: Final = "take-over.sock"
+
+#: Seconds that the last words to a process may take that may not listen any more.
+_LAST_WORDS: Final = 1.0
+#: Seconds between two looks at whether the workers have joined.
+_LOOK: Final = 0.02
+
+
+class TakeOverFailed(ClusterError):
+    """This process does not take the place of the running master, which goes on."""
+
+
+class HandOver:
+    """Lets another process take the place of this master.
+
+    Args:
+        path: of the Unix socket on which it is waited for.
+        clients, workers: the listening sockets.
+        clients_gate, workers_gate: in front of them.
+        manager: the workers, which are told.
+        limiter, memory: write into the state directory.
+
+    Attributes:
+        replaced: set when another process serves, and this one is to end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        clients: Sequence[socket.socket],
+        workers: Sequence[socket.socket],
+        clients_gate: Gate,
+        workers_gate: Gate,
+        manager: WorkerManager,
+        limiter: Limiter,
+        memory: ModelMemory | None,
+    ) -> None:
+        self.replaced = trio.Event()
+        self._path = path
+        self._clients = clients
+        self._workers = workers
+        self._clients_gate = clients_gate
+        self._workers_gate = workers_gate
+        self._manager = manager
+        self._limiter = limiter
+        self._memory = memory
+        self._attempt: Predecessor | None = None
+        self._serving = trio.CancelScope()
+        # What keys have used that was not sent to the successor.
+        self._changes: list[bytes] = []
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def serve(self) -> None:
+        """Wait for successors, until :meth:`stop` or cancelled. A checkpoint.
+
+        That this is not possible is logged: the master serves as it would otherwise.
+        """
+        try:
+            sock = listen_at(self._path)
+        except OSError as error:
+            logger.warning("this master cannot be taken over: %s: %s", self._path, error.strerror or error)
+            return
+        with trio.socket.from_stdlib_socket(sock) as listener, self._serving:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._accept, listener, nursery)
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                accepted, _ = await listener.accept()
+            except OSError as error:
+                logger.warning("this master cannot be taken over any more: %s", error)
+                return
+            nursery.start_soon(self._serve_connection, accepted)
+
+    def stop(self) -> None:
+        """Wait for no successor any more: this master is being stopped. Synchronous.
+
+        One that has the sockets already serves from now on, so this process accepts nothing more.
+        """
+        attempt = self._attempt
+        if attempt is not None and attempt.state is not PredecessorState.WAITING and not attempt.is_over:
+            logger.info("stopping; the process that was about to take over serves")
+            self._clients_gate.close()
+            self._workers_gate.close()
+        if not self.replaced.is_set():
+            self._serving.cancel(reason="the master is being stopped")
+
+    async def flush(self) -> None:
+        """Wait until the successor was told what keys have used, but not for long. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        with trio.move_on_after(_LAST_WORDS):
+            while self._changes:
+                await self._changed.park()
+
+    async def _serve_connection(self, sock: trio.socket.SocketType) -> None:
+        with sock:
+            try:
+                channel = HandoverChannel(sock)
+            except OSError as error:
+                why = error.strerror if isinstance(error, OtherUser) else error
+                logger.warning("a process may not take over: %s", why)
+                return
+            try:
+                if self._attempt is not None:
+                    with suppress(OSError), trio.move_on_after(_LAST_WORDS):
+                        await channel.send(encode(Refused("another process takes over at this moment")))
+                    return
+                self._attempt = attempt = Predecessor()
+                await self._converse(channel, attempt)
+                if attempt.state is PredecessorState.REPLACED:
+                    await self._send_changes(channel)
+                else:
+                    self._attempt = None
+            finally:
+                channel.close()
+
+    async def _converse(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+        """Talk with a successor until the attempt is over. A checkpoint."""
+        while not attempt.is_over:
+            try:
+                with trio.fail_after(attempt.wait):
+                    received = await channel.receive()
+                    if received is None:
+                        raise Unexpected("it has ended")
+                    line, sockets = received
+                    for sock in sockets:
+                        sock.close()
+                    attempt.receive(decode(line))
+                    await self._follow(channel, attempt)
+            except trio.TooSlowError:
+                attempt.fail("it took too long")
+            except (Unexpected, OSError) as error:
+                attempt.fail(str(error))
+        if attempt.state is PredecessorState.KEPT:
+            await self._go_on(channel, attempt)
+
+    async def _follow(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+        """Do what the new state demands. A checkpoint.
+
+        Raises:
+            OSError: the successor cannot be told.
+        """
+        match attempt.state:
+            case PredecessorState.PREPARING:
+                logger.info("another process is about to take over")
+                offer = Offer(os.getpid(), len(self._clients), len(self._workers))
+                await channel.send(encode(offer), [*self._clients, *self._workers])
+            case PredecessorState.LINKING:
+                self._workers_gate.close()
+                if self._memory is not None:
+                    self._memory.suspend()
+                await self._limiter.release(self._forward)
+                models = self._manager.models()
+                self._manager.announce_successor(coming=True)
+                await channel.send(encode(Begin(models)))
+            case PredecessorState.LEAVING:
+                self._clients_gate.close()
+                await channel.send(encode(Yours()))
+            case PredecessorState.REPLACED:
+                # If the successor ends, too, nobody listens any more, and clients are to see that.
+                for sock in (*self._clients, *self._workers):
+                    sock.close()
+                self.replaced.set()
+
+    async def _go_on(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+        """Be the master that this process was before the attempt. A checkpoint."""
+        logger.warning("the process that was about to take over has failed: %s", attempt.why)
+        self._clients_gate.open()
+        self._workers_gate.open()
+        self._manager.announce_successor(coming=False)
+        self._changes.clear()
+        self._limiter.retake()
+        if self._memory is not None:
+            self._memory.resume()
+        with suppress(OSError), trio.move_on_after(_LAST_WORDS):
+            await channel.send(encode(Refused(attempt.why)))
+
+    def _forward(self, line: bytes) -> None:
+        self._changes.append(line)
+        self._changed.unpark_all()
+
+    async def _send_changes(self, channel: HandoverChannel) -> None:
+        """Tell the successor what keys use, until cancelled or it has ended."""
+        with suppress(OSError):
+            while True:
+                while not self._changes:
+                    await self._changed.park()
+                await channel.send(encode(Change(self._changes[0].decode())))
+                del self._changes[0]
+                self._changed.unpark_all()
+
+
+class Succession:
+    """This process takes the place of a running master. Made by :meth:`ask`.
+
+    Attributes:
+        clients, workers: the listening sockets, which are this process's to close.
+        pid: of the predecessor.
+    """
+
+    def __init__(self, channel: HandoverChannel) -> None:
+        self.clients: list[socket.socket] = []
+        self.workers: list[socket.socket] = []
+        self.pid = 0
+        self._channel = channel
+        self._successor = Successor()
+        self._models: dict[str, list[str]] = {}
+        self._changed = trio.lowlevel.ParkingLot()
+
+    @classmethod
+    async def ask(cls, path: Path) -> Succession | None:
+        """Ask the running master for its sockets. A checkpoint.
+
+        Args:
+            path: of the Unix socket on which it waits.
+
+        Returns:
+            ``None`` if no process waits there.
+
+        Raises:
+            TakeOverFailed: it refuses, or does not answer.
+        """
+        try:
+            channel = await connect_to(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except OSError as error:
+            raise TakeOverFailed(f"cannot take over: {path}: {error.strerror or error}") from error
+        succession = cls(channel)
+        try:
+            await succession.receive_sockets()
+        except BaseException:
+            succession.close()
+            raise
+        return succession
+
+    async def receive_sockets(self) -> None:
+        """See :meth:`ask`, which has to be called instead."""
+        successor, sockets = self._successor, list[socket.socket]()
+        try:
+            with trio.fail_after(successor.wait):
+                await self._channel.send(encode(Hello(VERSION, os.getpid())))
+                received = await self._channel.receive()
+            if received is None:
+                successor.lost()
+            else:
+                line, sockets = received
+                message = decode(line)
+                successor.receive(message)
+                if isinstance(message, Offer):
+                    if len(sockets) != message.clients + message.workers or not sockets:
+                        raise Unexpected("the sockets did not come with the offer")
+                    self.pid = message.pid
+                    self.clients = sockets[: message.clients]
+                    self.workers = sockets[message.clients :]
+                    return
+        except trio.TooSlowError:
+            successor.fail("the running master does not answer")
+        except (Unexpected, OSError) as error:
+            successor.fail(f"the running master is not understood: {error}")
+        for sock in sockets:
+            sock.close()
+        raise TakeOverFailed(f"cannot take over: {successor.why}")
+
+    async def run(
+        self,
+        on_change: Callable[[bytes], None],
+        on_refused: Callable[[], None],
+    ) -> None:
+        """Listen to the predecessor until it has ended. A checkpoint.
+
+        Args:
+            on_change: called with what a key has used there. Synchronous.
+            on_refused: called if the predecessor serves on after this process has begun to. Synchronous.
+        """
+        successor = self._successor
+        while True:
+            try:
+                received = await self._channel.receive()
+                if received is None:
+                    break
+                line, sockets = received
+                for sock in sockets:
+                    sock.close()
+                message = decode(line)
+                successor.receive(message)
+            except (Unexpected, OSError) as error:
+                if successor.state is not SuccessorState.SERVING:
+                    successor.fail(f"the running master is not understood: {error}")
+                break
+            if isinstance(message, Begin):
+                self._models = message.models
+            elif isinstance(message, Change):
+                on_change(message.line.encode())
+            elif isinstance(message, Refused) and self._arrived:
+                on_refused()
+            self._changed.unpark_all()
+        successor.lost()
+        self._changed.unpark_all()
+
+    _arrived = False
+
+    async def begin(self) -> Mapping[str, Sequence[str]]:
+        """Tell the predecessor that this process could serve, and wait until it may accept workers. A checkpoint.
+
+        Returns:
+            The workers that are linked to the predecessor, with their models; empty if it has ended meanwhile.
+
+        Raises:
+            TakeOverFailed: the predecessor goes on.
+        """
+        self._successor.ready()
+        if self._successor.state is SuccessorState.READY:
+            await self._tell(Ready())
+        await self._wait(lambda: self._successor.accepts_workers)
+        return self._models
+
+    async def arrive(self) -> None:
+        """Tell the predecessor that the workers have joined, and wait until this may accept clients. A checkpoint.
+
+        Raises:
+            TakeOverFailed: the predecessor goes on.
+        """
+        self._successor.linked()
+        if self._successor.state is SuccessorState.ARRIVING:
+            await self._tell(Linked())
+        await self._wait(lambda: self._successor.accepts_clients)
+
+    async def serve(self) -> None:
+        """Tell the predecessor that this process accepts clients. A checkpoint."""
+        self._arrived = True
+        if not self._successor.alone:
+            await self._tell(Serving())
+
+    @property
+    def alone(self) -> bool:
+        """Whether the predecessor has ended."""
+        return self._successor.alone
+
+    def close(self) -> None:
+        """Close the connection to the predecessor, which goes on if this process does not serve. Synchronous."""
+        self._channel.close()
+
+    async def _tell(self, message: Ready | Linked | Serving) -> None:
+        # What is broken is found by the task that receives.
+        with suppress(OSError):
+            await self._channel.send(encode(message))
+
+    async def _wait(self, is_so: Callable[[], bool]) -> None:
+        successor = self._successor
+        with trio.move_on_after(successor.wait) as waiting:
+            while not is_so() and successor.state is not SuccessorState.FAILED:
+                await self._changed.park()
+        if waiting.cancelled_caught:
+            successor.fail("the running master does not answer")
+        if successor.state is SuccessorState.FAILED:
+            raise TakeOverFailed(f"cannot take over: {successor.why}")
+
+
+async def wait_for_workers(manager: WorkerManager, models: Mapping[str, Collection[str]]) -> None:
+    """Wait until workers have joined with their models, but not longer than ``LINK_TIMEOUT``. A checkpoint.
+
+    Args:
+        manager: of the successor.
+        models: the names of the workers, with their models.
+
+    Raises:
+        TakeOverFailed: none has.
+    """
+    wanted = {name: set(names) for name, names in models.items()}
+
+    def present() -> dict[str, list[str]]:
+        return {name: names for name, names in manager.models().items() if name in wanted}
+
+    with trio.move_on_after(LINK_TIMEOUT):
+        while any(  # noqa: ASYNC110  (only a master that takes over waits, and workers do not have to tell it)
+            not names <= set(present().get(name, ())) or name not in present()
+            for name, names in wanted.items()
+        ):
+            await trio.sleep(_LOOK)
+    if wanted and not present():
+        raise TakeOverFailed(
+            f"cannot take over: none of the {len(wanted)} workers has joined within {LINK_TIMEOUT:g} s"
+        )
+    missing = sorted(name for name in wanted if name not in present())
+    if missing:
+        logger.warning("workers have not joined yet", extra={"fields": {"workers": missing}})
