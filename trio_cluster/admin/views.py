@@ -131,6 +131,8 @@ class CallView:
     """Bytes of the answer that the client has taken."""
     client: str | None
     """The address from which the request came."""
+    alias: str | UnsetType = UNSET
+    """The name that the client asked for, if that is an alias of the model."""
 
 
 @attrs.frozen
@@ -284,4 +286,5 @@ def call_view(call: Call) -> CallView:
         produced=call.produced,
         delivered=call.body.delivered,
         client=request.client or None,
+        alias=request.alias or UNSET,
     )
