@@ -21,7 +21,8 @@ PACKAGE = ROOT / "trio_cluster"
 # what is on its own floor or above. What the modules of one folder import of each other is the folder's own business.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors"),
-    ("core", "options"),
+    ("core",),
+    ("options",),
     ("accounts",),
     ("limits", "net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local", "stored"),

@@ -72,6 +72,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "cluster_token": None,
         "on_conflict": "reject",
         "routing": "cost",
+        "aliases": None,
         "batch_wait": 0.001,
         "drain_timeout": 30.0,
         "limits": None,
@@ -269,17 +270,21 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "allow_anonymous_workers": "yes",
         "limits": "redis://r/1",
         "limits_failure": "refuse",
+        "aliases": '{"a": ["b", "c"]}',
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
         "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
+        "aliases": {"a": ["b", "c"]},
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")
     value = plain.get(field, "77" if "str" in str(kind) else 77)
     quoted = str(value).lower() if isinstance(value, (bool, int)) else f'"{value}"'
+    if isinstance(value, dict):
+        quoted = "{ a = ['b', 'c'] }"
     for options in (
         load(f"{'[server]' if in_server else ''}\n{field} = {quoted}", tmp_path=tmp_path),
         load(None, {f"TRIO_CLUSTER_{field.upper()}": text}, tmp_path=tmp_path),

@@ -130,21 +130,25 @@ class ModelNotFound(ApiError):
     """No backend serves a model of this name, nor did one a short while ago; the message lists the available models.
 
     Args:
-        name: the model.
-        available: the names of all models.
+        name: the model, or the alias.
+        available: the names of all models and aliases.
+        alias: it is an alias, and none of the models is served that it stands for.
 
-    Both are attributes, too.
+    All are attributes, too.
     """
 
-    def __init__(self, name: str, available: list[str]) -> None:
+    def __init__(self, name: str, available: list[str], *, alias: bool = False) -> None:
         self.name = name
         self.available = available
+        self.alias = alias
         names = ", ".join(nsmallest(_LISTED_MODELS, available)) or "none"
         if len(available) > _LISTED_MODELS:
             names += f", and {len(available) - _LISTED_MODELS} more"
         super().__init__(
             404,
-            f"The model '{name}' does not exist. Available models: {names}",
+            f"No model that '{name}' is an alias of is served. Available models: {names}"
+            if alias
+            else f"The model '{name}' does not exist. Available models: {names}",
             param="model",
             code="model_not_found",
         )

@@ -10,12 +10,14 @@ begin with the name of the option. ``cli/settings.py`` reads options from files,
 from __future__ import annotations
 
 import enum
+import json
 import math
 import typing
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
+from .core.aliases import AliasTargets, read_aliases
 from .errors import OptionsError
 
 __all__ = [
@@ -199,6 +201,15 @@ def _tls_mode(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "off" or "auto", got {value!r}')
 
 
+def _aliases(instance: object, field: _Field, value: object) -> None:
+    try:
+        read_aliases(value)
+    except ValueError as error:
+        raise OptionsError(f"{field.name}: {error}") from None
+    except TypeError as error:
+        raise TypeError(f"{field.name}: {error}") from None
+
+
 def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     if instance is None:
         return
@@ -215,6 +226,16 @@ def _seconds(value: float) -> float:
     """Convert whole numbers to floats; anything else is left to the validator."""
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**53 else (math.inf if value > 0 else -math.inf)
+    return value
+
+
+def _alias_table(value: Any) -> Any:
+    """Return a table of aliases that is given as JSON; anything else is left to the validator."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
     return value
 
 
@@ -335,6 +356,11 @@ class ClusterServerOptions:
     """How a master chooses among the replicas of a model. ``"cost"``: the one that is expected to answer first, by what
     each has to do, how fast it has been and what of the prompt it has cached. ``"least-busy"``: the one with the
     fewest requests for its capacity."""
+    aliases: AliasTargets | None = attrs.field(
+        default=None, converter=_alias_table, validator=_optional(_aliases)
+    )
+    """Other names for models: each with the name of a model, a list of names that are tried in this order, or a table
+    of names with their weights. A text is JSON. ``ClusterServer.set_aliases`` replaces them while a node runs."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)

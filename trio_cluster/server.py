@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -28,10 +28,11 @@ from .cluster.replacement import SOCKET_NAME, Succession
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.addresses import split_address
+from .core.aliases import AliasTargets
 from .core.model import ChatModelOptions, Kind, ModelInfo
 from .core.state_dir import StateDir, default_state_dir, path_of
 from .core.threads import start_in_thread
-from .errors import ClusterError, ClusterPortError
+from .errors import ClusterError, ClusterPortError, OptionsError
 from .gateway.auth import Authenticator
 from .limits.limiter import Limiter
 from .local.adapters import Handler
@@ -113,6 +114,7 @@ class ClusterServer:
         # The policy that was made for the option, and its value.
         self._routing: tuple[str, RoutingPolicy] = ("", self._router.policy)
         self._apply_routing()
+        self._apply_aliases(options)
         self._pool = HandlerPool(options)
         self._models = LocalModels(
             options, self._router, self._pool, on_changed=self._announce, on_removed=self._withdraw
@@ -139,6 +141,7 @@ class ClusterServer:
             raise RuntimeError(
                 "the options object cannot be replaced while the server runs; assign to its fields instead"
             )
+        self._apply_aliases(options)
         self._options = options
         self._pool.options = options
         self._pool.resize()
@@ -427,6 +430,50 @@ class ClusterServer:
             return partial(self.route, path, model)
         self._models.register_route(path, model, handler)
         return handler
+
+    def alias(self, name: str, target: str | Sequence[str] | Mapping[str, float]) -> None:
+        """Let clients ask for a model by another name; replaces an alias of this name that was added before.
+
+        The name comes before a model that has it, too, and is subject to the ``models`` of keys; the names behind it
+        are not. An alias in the options comes before one that is added here.
+
+        Args:
+            name: the alias.
+            target: the name of a model or of another alias; or several of them, which are tried in this order; or a
+                table of them with their weights, by which one is chosen, always the same for a conversation. An alias
+                may name itself, which is the model of the same name. None of the models need be served.
+
+        Raises:
+            ValueError: a name or a weight is not valid, or aliases stand for each other in a circle.
+            TypeError: the target is none of these.
+        """
+        self._router.catalog.aliases.add(name, target)
+
+    def remove_alias(self, name: str) -> bool:
+        """Forget an alias that :meth:`alias` has added; running requests go on.
+
+        Returns:
+            Whether there was one.
+        """
+        return self._router.catalog.aliases.remove(name)
+
+    def set_aliases(self, aliases: AliasTargets | None) -> None:
+        """Replace all aliases of the options, at once, also while the server runs; those of :meth:`alias` stay.
+
+        Args:
+            aliases: as in ``ClusterServerOptions.aliases``.
+
+        Raises:
+            ValueError, TypeError: see :meth:`alias`; nothing has changed then.
+        """
+        self._router.catalog.aliases.configure(aliases)
+        self._options.aliases = aliases
+
+    def _apply_aliases(self, options: ClusterServerOptions) -> None:
+        try:
+            self._router.catalog.aliases.configure(options.aliases)
+        except ValueError as error:
+            raise OptionsError(f"aliases: {error}") from None
 
     def unregister_model(self, name: str) -> bool:
         """Stop serving a model of this process; running requests go on.
@@ -1012,6 +1059,7 @@ class ClusterServer:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
         self._apply_routing()
+        self._apply_aliases(self._options)
         self._node = Node(
             mode, self._options, self._router, self._pool, self.network, self.authenticator, name=name
         )

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from trio_cluster import ApiError
-from trio_cluster.engines._model_field import FormRewriter, rewrite_form, rewrite_json
-from trio_cluster.openai import is_form
+from trio_cluster.openai import FormRewriter, is_form, rewrite_form, rewrite_json
 from trio_cluster.openai.requests.forms import read_form
 
 TYPE = "multipart/form-data; boundary=abc"

@@ -18,7 +18,7 @@ EXPOSED = {"x-request-id", "openai-processing-ms", "retry-after", "retry-after-m
     for what in ("limit", "remaining", "reset")
     for kind in ("requests", "tokens")
 }
-EXPOSED |= {"request-id"} | {
+EXPOSED |= {"request-id", "x-trio-cluster-model", "x-trio-cluster-worker"} | {
     f"anthropic-ratelimit-{kind}-{what}"
     for kind in ("requests", "tokens")
     for what in ("limit", "remaining", "reset")

@@ -116,7 +116,7 @@ class Journal(Observer):
             time.time() - (now - opened),
             request.principal.name,
             request.model,
-            "",
+            request.alias,
             call.served_by,
             request.endpoint,
             prompt,
@@ -127,7 +127,7 @@ class Journal(Observer):
             now - opened,
             request.request_id,
         )
-        if outcome != "completed" and type(end) is Failed and end.retryable:
+        if outcome != "completed" and type(end) is Failed and end.movable:
             if call in self._replaced:
                 self._replaced.discard(call)
                 return

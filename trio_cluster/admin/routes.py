@@ -52,7 +52,8 @@ def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def list_models() -> TrioResponse:
         catalog = node_context.router.catalog
         principal = request_context(request.scope).principal
-        infos = [info for info in catalog.infos() if may_use(principal, info.name)]
+        names = [name for name in catalog.listed_names() if may_use(principal, name)]
+        infos = [info for info in map(catalog.listed, names) if info is not None]
         if (kind := request.args.get("kind")) is not None:
             if kind not in KINDS:
                 raise InvalidRequest(
@@ -69,7 +70,7 @@ def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
     async def retrieve_model(name: str) -> TrioResponse:
         principal = request_context(request.scope).principal
         require_model(principal, name)
-        info = node_context.router.catalog.info(name)
+        info = node_context.router.catalog.listed(name)
         if info is None:
             raise hide_models(principal, node_context.router.catalog.why_missing(name))
         return respond(json_reply(node_context.router.catalog.entry(info)))

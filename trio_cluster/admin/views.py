@@ -132,6 +132,8 @@ class CallView:
     """Bytes of the answer that the client has taken."""
     client: str | None
     """The address from which the request came."""
+    alias: str | UnsetType = UNSET
+    """The name that the client asked for, if that is an alias of the model."""
 
 
 @attrs.frozen
@@ -286,4 +288,5 @@ def call_view(call: Call) -> CallView:
         produced=call.produced,
         delivered=call.body.delivered,
         client=request.client or None,
+        alias=request.alias or UNSET,
     )

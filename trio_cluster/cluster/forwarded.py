@@ -29,6 +29,7 @@ from ..errors import (
     InvalidRequest,
     ModelNotFound,
     ModelUnavailable,
+    Overloaded,
     ShuttingDown,
 )
 from ..openai import ENDPOINTS
@@ -119,6 +120,7 @@ class ForwardedCalls:
                     ),
                     max_tokens=opened.max_tokens,
                     query=opened.query,
+                    alias=opened.alias if type(opened.alias) is str else "",
                     total_timeout=math.inf if opened.budget is None else opened.budget,
                     upload=ByteChannel(opened.size, on_consumed=partial(self._consumed, call_id)),
                 )
@@ -126,7 +128,8 @@ class ForwardedCalls:
         except ApiError as error:
             # Nothing was started here, and another replica need not refuse for any of these reasons.
             retryable = isinstance(error, ShuttingDown | ModelNotFound | ModelUnavailable | EndpointNotFound)
-            self._session.fail(call_id, error, retryable=retryable)
+            over_capacity = isinstance(error, Overloaded)
+            self._session.fail(call_id, error, retryable=retryable, over_capacity=over_capacity)
             self._wake()
             return
         self.live[call_id] = call
@@ -202,7 +205,13 @@ class ForwardedCalls:
                 if call.cancelled is not None:
                     # The answer is over, the work is not: its end is reported when the call is released.
                     return
-                self._session.fail(call_id, event.error, retryable=event.retryable, timed_out=event.timed_out)
+                self._session.fail(
+                    call_id,
+                    event.error,
+                    retryable=event.retryable,
+                    timed_out=event.timed_out,
+                    over_capacity=event.over_capacity,
+                )
                 del self.live[call_id]
         self._wake()
 

@@ -172,6 +172,7 @@ class RemoteWorker:
             priority=PRIORITIES[principal.priority],
             max_tokens=request.max_tokens,
             query=request.query,
+            alias=request.alias,
         )
 
         def cancel(reason: str) -> None:
@@ -239,7 +240,8 @@ class RemoteWorker:
                 self._release(event.call)
             case FailedMessage():
                 if not call.ended:
-                    call.put(Failed(event.error(), event.retryable, event.timed_out))
+                    failed = Failed(event.error(), event.retryable, event.timed_out, event.over_capacity)
+                    call.put(failed)
                 self._release(event.call)
 
     def fail_after_error(self, call_id: int) -> None:

@@ -68,6 +68,14 @@ class Failed:
     if nothing of the answer was delivered."""
     timed_out: bool = False
     """A deadline of the request passed."""
+    over_capacity: bool = False
+    """The node had no room for the call, and did not begin it: another model may answer instead, if the client has
+    asked for an alias that names one."""
+
+    @property
+    def movable(self) -> bool:
+        """Whether the request may be opened elsewhere: on another replica, or for the next model of an alias."""
+        return self.retryable or self.over_capacity
 
 
 Event: TypeAlias = Head | Data | Done | Failed

@@ -10,7 +10,7 @@ import attrs
 
 from .provenance import Via
 
-__all__ = ["KINDS", "ChatModelOptions", "Kind", "Modality", "ModelInfo"]
+__all__ = ["KINDS", "ChatModelOptions", "Kind", "Modality", "ModelInfo", "require_model_name"]
 
 #: What a model can do; named after the ``register_*`` methods of the server. A model of kind ``custom`` answers only
 #: its custom routes; one of kind ``any`` is a passthrough model, and answers every route.
@@ -86,7 +86,13 @@ class ChatModelOptions:
     shown: the master's routing needs it."""
 
 
-def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def require_model_name(value: object) -> None:
+    """Refuse what is not a name that a model may have.
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: it is empty, too long or not printable.
+    """
     # Names appear in URLs, in logs, on terminals and in messages of the cluster protocol, which has the same limits.
     if not isinstance(value, str):
         raise TypeError(f"a model's name must be text, not {value!r}")
@@ -95,6 +101,10 @@ def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> N
         raise ValueError(
             f"a model's name must have 1 to 512 printable characters, and no spaces around them; got {shown!r}"
         )
+
+
+def _name(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    require_model_name(value)
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -20,8 +20,8 @@ class Request:
     """One request for one model. It can be answered on this node or on any other.
 
     ``body`` and ``content_type`` are what the client sent, byte for byte; nothing between the gateway and the handler
-    rewrites them. The gateway does if the path names the model, or for stored responses. If the body is still arriving,
-    it is in ``upload``, and ``body`` is empty.
+    rewrites them. The gateway does if the path names the model, for aliases, and for stored responses. If the body is
+    still arriving, it is in ``upload``, and ``body`` is empty.
     """
 
     endpoint: str
@@ -29,7 +29,7 @@ class Request:
     kind: Kind
     """The kind of model that can answer."""
     model: str
-    """The name of the model."""
+    """The name of the model; if the client asked for an alias, of the model that it stands for."""
     body: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = attrs.field(factory=dict)
@@ -57,8 +57,14 @@ class Request:
     """The query of the URL, without the question mark, percent-encoded as the client sent it; empty if there is none.
     Keys in it are left out."""
 
+    alias: str = ""
+    """The name that the client asked for, if that is an alias; empty if it is the name of the model."""
+    otherwise: Callable[[], Request | None] | None = None
+    """Returns the request for the next name of the alias, which is tried if this one cannot be answered; ``None``, or
+    a function that returns ``None``: there is none. Synchronous. Not forwarded."""
     retried: bool = False
-    """It was opened on another replica before, which failed. There is no further retry. Not forwarded."""
+    """It was opened on another replica before, which failed. There is no further retry of
+    this model. Not forwarded."""
 
     @property
     def key_name(self) -> str:

@@ -35,13 +35,21 @@ from trio_cluster.core.limits import PARSE_IN_THREAD
 from trio_cluster.core.threads import run_in_thread
 from trio_cluster.errors import InvalidRequest, NotSupported, Overloaded, UpstreamLost
 from trio_cluster.local.passthrough import RawCall
-from trio_cluster.openai import COUNT_TOKENS, ENDPOINTS, EndDetector, endpoint_named, is_form
+from trio_cluster.openai import (
+    COUNT_TOKENS,
+    ENDPOINTS,
+    EndDetector,
+    FormRewriter,
+    endpoint_named,
+    is_form,
+    rewrite_form,
+    rewrite_json,
+)
 
 from ._chat_only import CHAT_PATH, ChatAnswer, chat_body, error_of, read_message_body
 from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
-from ._model_field import FormRewriter, rewrite_form, rewrite_json
 from ._usage_reader import usage_reader
 from ._usage_request import ask_for_usage
 
@@ -209,7 +217,7 @@ class UpstreamCalls:
             message = read_message_body(body)
         else:
             message = await run_in_thread(read_message_body, body, abandon_on_cancel=True)
-        answer = ChatAnswer(attrs.evolve(message, model=call.request.model))
+        answer = ChatAnswer(attrs.evolve(message, model=call.request.alias or call.request.model))
 
         async def handle_response(response: HttpResponse) -> None:
             self.activity += 1

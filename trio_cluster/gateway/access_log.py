@@ -62,7 +62,10 @@ class AccessLog:
         }
         request = getattr(context, "request", None)
         if request is not None:
-            fields["model"] = request.model
+            call = getattr(context, "call", None)
+            fields["model"] = request.model if call is None else call.request.model
+            if request.alias:
+                fields["alias"] = request.alias
         if context.principal.name:
             fields["principal"] = context.principal.name
         if client_left:

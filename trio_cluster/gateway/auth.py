@@ -208,7 +208,8 @@ def require_model(principal: Principal, model: str) -> None:
 def hide_models(principal: Principal, error: ApiError) -> ApiError:
     """Return an error without the names of models that a principal may not use."""
     if principal.models and isinstance(error, ModelNotFound):
-        return ModelNotFound(error.name, [name for name in error.available if may_use(principal, name)])
+        available = [name for name in error.available if may_use(principal, name)]
+        return ModelNotFound(error.name, available, alias=error.alias)
     return error
 
 

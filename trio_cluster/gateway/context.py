@@ -19,7 +19,7 @@ from ..core.redaction import has_key
 from ..core.request import Request
 from ..limits.account import LimitState
 from ..limits.reservation import Reservation
-from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek
+from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek, FormRewriter
 from .body import RequestBody, SpooledBody
 from .deadlines import ResponseDeadlines
 from .stored_responses import StoredAnswer
@@ -51,6 +51,7 @@ class RequestContext:
         endpoint: the endpoint of a request for a model; set by the gateway. ``None``: the admin application answers.
         errors: how the errors of the path look; set by the gateway when it has normalized the path.
         spool: what arrived of the body of a large form; set by the parse stage, and closed with the context.
+        form_rewriter: writes the name of a model into that form, if it names an alias; set by the parse stage.
         form_peek: looks at the rest of that form, which may not name another model; set by the parse stage.
         request: the request as models see it; set by the parse stage.
         reservation: what the request holds of the limits of its key; ``None`` if the key has none, or they were not
@@ -75,6 +76,7 @@ class RequestContext:
         "endpoint",
         "errors",
         "form_peek",
+        "form_rewriter",
         "header",
         "headers",
         "limit_state",
@@ -118,6 +120,7 @@ class RequestContext:
         self.errors: ErrorFamily = OPENAI_ERRORS
         self.spool: SpooledBody | None = None
         self.form_peek: FormPeek | None = None
+        self.form_rewriter: FormRewriter | None = None
         self.stored: StoredAnswer | None = None
         self.reservation: Reservation | None = None
         self.limit_state: LimitState | None = None

@@ -15,6 +15,7 @@ _EXPOSED: Final = (
     b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
+    b"x-trio-cluster-model, x-trio-cluster-worker, "
     b"request-id, anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
     b"anthropic-ratelimit-requests-reset, anthropic-ratelimit-tokens-limit, "
     b"anthropic-ratelimit-tokens-remaining, anthropic-ratelimit-tokens-reset"

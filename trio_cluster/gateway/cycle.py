@@ -21,6 +21,7 @@ import logging
 import time
 from functools import lru_cache
 from typing import Final
+from urllib.parse import quote
 
 import trio
 
@@ -56,6 +57,10 @@ LINGER_TIME = 10.0
 
 #: The header with the milliseconds from the arrival of the request to the beginning of its answer.
 _PROCESSING: Final = "openai-processing-ms"
+
+#: The headers with the model and the node that answer.
+_MODEL: Final = "x-trio-cluster-model"
+_WORKER: Final = "x-trio-cluster-worker"
 
 #: Their requests have no content that would mean anything (RFC 9110, section 9.3).
 _BODILESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -216,6 +221,11 @@ class RequestCycle:
             reply = self._error_reply(hide_models(context.principal, error).with_traceback(None))
             # Otherwise a backend would go on waiting for the rest of the body.
             context.cancel_calls("the request was refused")
+        call = getattr(context, "call", None)
+        if call is not None:
+            # Written out here, since a function would cost every request a call.
+            for name, value in ((_MODEL, call.request.model), (_WORKER, call.served_by)):
+                reply.headers.append((name, value if value.isascii() else quote(value)))
         if not reply.early and _PROCESSING not in dict(reply.headers):
             took = time.monotonic() - context.began
             reply.headers.append((_PROCESSING, str(round(took * 1000))))

@@ -1,4 +1,4 @@
-"""The opening of an answer: from the call to the head of its answer, with one retry on another replica.
+"""The opening of an answer: from the call to the head of its answer, with the retries on other replicas and models.
 
 If the client of a stream has been sent a comment before the head has come, the status is out, and the answer has to be
 a stream of events. One that is none, an error of a server behind an engine for instance, becomes an error here.
@@ -29,7 +29,8 @@ _FIRST_ERROR: Final = 400
 class Opening:
     """Waits for the head of an answer, any number of times, until it has come.
 
-    If the node that has the call fails before, the call is retried once. The new call belongs to the context, too.
+    If the node that has the call fails before, the call is retried; see ``Router.reopen``. The new call belongs to the
+    context, too.
 
     Args:
         node_context: for its router.
@@ -41,7 +42,6 @@ class Opening:
         self._router = node_context.router
         self._context = context
         self._since = since
-        self._was_retried = False
 
     async def head(self, until: float = math.inf) -> Head | None:
         """Return the head of the answer; ``None`` if it has not come until the trio time ``until``. A checkpoint.
@@ -56,7 +56,7 @@ class Opening:
             self.retry(event)
 
     def retry(self, failed: Event) -> None:
-        """Open a call that has failed again, on another replica. Synchronous.
+        """Open a call that has failed again, on another replica or for the next name of an alias. Synchronous.
 
         Args:
             failed: the event with which its answer has ended.
@@ -67,12 +67,9 @@ class Opening:
         if not isinstance(failed, Failed):  # the grammar of calls forbids it
             raise HandlerFailed
         context = self._context
-        again = None
-        if not self._was_retried:
-            again = self._router.reopen(context.call, context.deadlines.time_left)
+        again = self._router.reopen(context.call, context.deadlines.time_left)
         if again is None:
             raise failed.error
-        self._was_retried = True
         context.add_call(again)
         # The client has been waiting all the time.
         self._since = context.deadlines.began

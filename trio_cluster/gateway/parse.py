@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Final
 
+import attrs
 import msgspec
 
 from ..core.channel import ByteChannel
@@ -32,6 +33,7 @@ from ..openai import (
     require_one_model,
 )
 from ..routing.catalog import Catalog
+from .aliases import AliasedBody, aliased_form, read_aliased
 from .auth import require_model
 from .body import SPOOL_THRESHOLD, RequestBody, SpooledBody, too_large
 from .context import RequestContext
@@ -96,6 +98,7 @@ class Parse:
         form = _is_form(content_type)
         idle_timeout, total_timeout = _timeouts(node_context, context)
         body, parsed, upload = b"", None, None
+        alias, aliased = "", None
         first = await request_body.read(SPOOL_THRESHOLD)
         if form and not request_body.complete:
             context.spool = SpooledBody()
@@ -103,8 +106,13 @@ class Parse:
             model = await _find_model(request_body, context.form_peek, first, context.spool)
             _require_model_of_path(context, model)
             require_model(context.principal, model)
-            info = catalog.check(model, endpoint.kind, endpoint.name)
-            size = context.declared_length()
+            if model in catalog.aliases.table:
+                alias = model
+                info, context.form_rewriter = aliased_form(context, catalog, alias, content_type, headers)
+                size = None
+            else:
+                info = catalog.check(model, endpoint.kind, endpoint.name)
+                size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
             body = first if request_body.complete else await _rest_of(request_body, first, node_context)
@@ -113,13 +121,23 @@ class Parse:
             if context.principal.models:
                 # Before anything is said about the model. A body without one is refused below.
                 require_model(context.principal, await _parse(peek_model, body, content_type) or "")
-            if endpoint.is_stored and not form:
+            if catalog.aliases.table:
+                alias = await _parse(peek_model, body, content_type) or ""
+                alias = alias if alias in catalog.aliases.table else ""
+            if alias:
+                aliased = await _read_aliased(node_context, context, alias, body, content_type, headers)
+                body, info, parsed = aliased.body, aliased.info, aliased.parsed
+            elif endpoint.is_stored and not form:
                 body, info, parsed = await _read_stored(node_context, context, body, content_type, headers)
             else:
                 info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
-        if context.principal.models:
+        if context.principal.models and not alias:
             require_model(context.principal, info.name)
-        if VIA_HEADER in headers or info.name in catalog.passthrough:
+        if (
+            VIA_HEADER in headers
+            or info.name in catalog.passthrough
+            or (aliased is not None and not catalog.passthrough.isdisjoint(aliased.names))
+        ):
             headers[VIA_HEADER] = _passed(headers.get(VIA_HEADER, ""), info.name, catalog)
         # Written out here, since a function would cost every request a move through the code.
         fields = _peek_fields(body) if parsed is None else parsed.raw
@@ -146,8 +164,11 @@ class Parse:
             upload=upload,
             principal=context.principal,
             max_tokens=max_tokens,
-            query=forwarded_query(context.query, info.name) if context.query else "",
+            query=forwarded_query(context.query, alias or info.name) if context.query else "",
+            alias=alias,
         )
+        if aliased is not None and (otherwise := aliased.following(context.request)) is not None:
+            context.request = attrs.evolve(context.request, otherwise=otherwise)
 
 
 class _Fields(msgspec.Struct):
@@ -283,25 +304,62 @@ async def _read_whole(
         if endpoint.optional is None:
             raise
         raise _not_answered(catalog, parsed.model, endpoint.optional, error) from None
+    # Looked at here, since a function would cost every request a call.
+    if getattr(parsed, "has_image_inputs", False) or getattr(parsed, "prompt_tokens", None) is not None:
+        refusal = _unfit(info, parsed)
+        if refusal is not None:
+            raise refusal
+    return info, parsed
+
+
+def _unfit(info: ModelInfo, parsed: Any) -> InvalidRequest | None:
+    """Return why a model does not take a body that is valid; ``None`` if it takes it."""
     if getattr(parsed, "has_image_inputs", False) and not info.options.supports_vision:
         where = "messages" if "messages" in parsed.raw else "input"
-        raise InvalidRequest(
+        return InvalidRequest(
             f"The model '{info.name}' does not take images", param=where, code="vision_not_supported"
         )
     if getattr(parsed, "prompt_tokens", None) is not None:
         if not info.options.accepts_token_ids:
-            raise InvalidRequest(
+            return InvalidRequest(
                 f"The model '{info.name}' takes prompts of text, and none of token ids",
                 param="prompt",
                 code="token_ids_not_supported",
             )
         if parsed.raw.get("echo"):
-            raise InvalidRequest(
+            return InvalidRequest(
                 "'echo' needs a prompt of text: the text of token ids is not known here",
                 param="echo",
                 code="unsupported_value",
             )
-    return info, parsed
+    return None
+
+
+async def _read_aliased(
+    node_context: NodeContext,
+    context: RequestContext,
+    alias: str,
+    body: bytes,
+    content_type: str,
+    headers: dict[str, str],
+) -> AliasedBody:
+    """Do what :func:`_read_whole` and :func:`_read_stored` do, for a body that names an alias."""
+    endpoint = context.endpoint
+    assert endpoint is not None
+
+    async def read_again(body: bytes) -> tuple[bytes, ModelInfo, Any]:
+        info, parsed = await _read_whole(node_context, endpoint, body, content_type, headers)
+        return body, info, parsed
+
+    async def read(body: bytes) -> tuple[bytes, ModelInfo, Any]:
+        return await _read_stored(node_context, context, body, content_type, headers)
+
+    if not endpoint.is_stored or _is_form(content_type):
+        read = read_again
+    catalog = node_context.router.catalog
+    return await read_aliased(
+        context, catalog, alias, body, content_type, read=read, read_again=read_again, unfit=_unfit
+    )
 
 
 def _not_answered(catalog: Catalog, name: str, kind: Kind, error: ApiError) -> ApiError:

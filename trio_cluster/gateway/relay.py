@@ -74,6 +74,8 @@ _RESERVED_HEADERS: Final = frozenset(
         "transfer-encoding",
         "upgrade",
         "x-request-id",
+        "x-trio-cluster-model",
+        "x-trio-cluster-worker",
     }
 )
 _RESERVED_PREFIX: Final = "access-control-"
@@ -198,8 +200,8 @@ class StreamingBody:
         self._first = first
         self._grammar = context.endpoint.failure
         buffer = EventBuffer if context.stored is None else FinalEventBuffer
+        self._knows_grammar = _knows_grammar(node_context, self._call.request)
         self._events = buffer(keep_first=self._grammar.needs_first) if events else None
-        self._knows_grammar = _knows_grammar(node_context, context.request)
         self._deadlines = context.deadlines
         self._silent_since = silent_since
         self._opening = opening
@@ -265,7 +267,10 @@ class StreamingBody:
         except ApiError as error:
             return self._fail(b"", hide_models(self._context.principal, error).with_traceback(None))
         self._opening = None
-        self._call = self._context.call
+        if self._call is not self._context.call:
+            # An alias may have gone on to a model of another kind.
+            self._call = self._context.call
+            self._knows_grammar = _knows_grammar(self._node_context, self._call.request)
         return None
 
     def _take(self) -> bytes:

@@ -51,21 +51,32 @@ async def _forward_upload(context: RequestContext, upload: ByteChannel) -> None:
 
     If an answer begins meanwhile, it is sent afterwards. Usually it is an error, and then the backend takes no more.
     """
-    body, spool, peek = context.request_body, context.spool, context.form_peek
+    body, spool, peek, rewriter = (
+        context.request_body,
+        context.spool,
+        context.form_peek,
+        context.form_rewriter,
+    )
     assert spool is not None
     assert peek is not None
     with trio.CancelScope() as scope:
         upload.on_close(partial(scope.cancel, reason="the backend takes no more of this body"))
         while data := await spool.take():
+            if rewriter is not None and not (data := rewriter.feed(data)):
+                continue
             upload.put(data)
             await _wait_for_room(context, upload)
         while not body.complete:
             data = await body.next()
             peek.feed(data)
+            if rewriter is not None:
+                data = rewriter.feed(data) + (rewriter.end() if body.complete else b"")
+                if not data:
+                    continue
             upload.put(data, last=body.complete)
             await _wait_for_room(context, upload)
         if not upload.complete:
-            upload.put(b"", last=True)
+            upload.put(b"" if rewriter is None else rewriter.end(), last=True)
 
 
 async def _wait_for_room(context: RequestContext, upload: ByteChannel) -> None:

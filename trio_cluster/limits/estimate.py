@@ -105,7 +105,7 @@ class Estimator:
         """Return the tokens that a request may use. Synchronous."""
         if request.kind not in _WITH_PROMPT or request.endpoint.endswith(_COUNTING):
             return Demand()
-        recent = self._recent.get((request.principal.name, request.model))
+        recent = self._recent.get((request.principal.name, request.alias or request.model))
         size, media = _text_size(request)
         share = recent.share if recent is not None and recent.share else 1 / BYTES_PER_TOKEN
         prompt = _TEMPLATE_TOKENS + int(size * share) + media * MEDIA_TOKENS
@@ -123,7 +123,7 @@ class Estimator:
 
     def learn(self, request: Request, usage: Usage) -> None:
         """Take note of what a request has used, of whose answer that is known. Synchronous."""
-        key = (request.principal.name, request.model)
+        key = (request.principal.name, request.alias or request.model)
         recent = self._recent.get(key)
         if recent is None:
             recent = self._recent[key] = _Recent()

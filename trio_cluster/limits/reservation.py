@@ -141,4 +141,4 @@ class Reservation:
 
 def _may_be_retried(call: Call) -> bool:
     end = call.end
-    return isinstance(end, Failed) and end.retryable and not call.begun and call.cancelled is None
+    return isinstance(end, Failed) and end.movable and not call.begun and call.cancelled is None

@@ -10,6 +10,7 @@ The gateway takes that as a sign of life. It sends nothing to the client for it,
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from functools import partial
@@ -25,6 +26,7 @@ from ..core.limits import PARSE_IN_THREAD
 from ..core.model import ModelInfo
 from ..core.request import Request
 from ..core.threads import NoThread, run_in_thread
+from ..errors import Overloaded
 from ..openai import (
     COUNT_TOKENS,
     CustomRequest,
@@ -220,7 +222,12 @@ class HandlerTask(CallTask):
             if not is_failure(error):
                 raise
             # Without a thread the handler has not been called. Another node may have one.
-            self.fail(self.to_api_error(error), retryable=isinstance(error, NoThread) and not self.call.begun)
+            api_error = self.to_api_error(error)
+            self.fail(
+                api_error,
+                retryable=isinstance(error, NoThread) and not self.call.begun,
+                over_capacity=isinstance(api_error, Overloaded),
+            )
 
     async def _answer_parts(self) -> None:
         """Run the handler for each of several prompts, one after the other in this slot."""
@@ -251,6 +258,10 @@ class HandlerTask(CallTask):
         if is_checked and (check := OutputCheck.of(parsed)) is not None:
             await run_in_thread(check.check_schema)
             self._check = check
+        if request.alias:
+            # Answers have the name that the client knows.
+            parsed = copy.copy(parsed)
+            object.__setattr__(parsed, "model", request.alias)
         self._encoder = endpoint.encoder(parsed, response_id=randomness.token(12), created=int(time.time()))
 
     async def push(self, chunk: object) -> None:

@@ -16,7 +16,7 @@ from ..core.answer import Done, Head, Usage
 from ..core.call import Call
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..errors import UpstreamLost
+from ..errors import Overloaded, UpstreamLost
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -160,7 +160,11 @@ class RawCall(CallTask):
             api_error = self.to_api_error(error)
             # Decided by the class, since a handler may choose any code: this class is raised only by code that has seen
             # the server behind the model fail.
-            self.fail(api_error, retryable=isinstance(api_error, UpstreamLost))
+            self.fail(
+                api_error,
+                retryable=isinstance(api_error, UpstreamLost),
+                over_capacity=isinstance(api_error, Overloaded),
+            )
 
     def _update_idle_timer(self) -> None:
         """Restart the idle timer; pause it instead while the request's body is still arriving."""

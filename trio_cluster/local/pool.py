@@ -246,7 +246,8 @@ class HandlerPool:
                 del self.waiting_by[name]
             call.set_queued(False)
         if not has_slot:
-            call_task.fail(self._over_capacity(slots) if timeout.cancelled_caught else self._queue_full())
+            error = self._over_capacity(slots) if timeout.cancelled_caught else self._queue_full()
+            call_task.fail(error, over_capacity=True)
         return has_slot
 
     def _queue_full(self) -> Overloaded:

@@ -172,10 +172,17 @@ class CallTask(abc.ABC):
             return TooSlow("The answer was not complete within the total timeout of the request")
         return TooSlow(f"The model produced nothing for {self._idle_timeout:g} s")
 
-    def fail(self, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
+    def fail(
+        self,
+        error: ApiError,
+        *,
+        retryable: bool = False,
+        timed_out: bool = False,
+        over_capacity: bool = False,
+    ) -> None:
         """End the answer with an error; without effect if it has ended. The flags are those of ``Failed``."""
         if not self.call.ended:
-            self.call.put(Failed(error, retryable, timed_out))
+            self.call.put(Failed(error, retryable, timed_out, over_capacity))
 
     def to_api_error(self, error: BaseException) -> ApiError:
         """Return the error for the client, given what a handler raised.

@@ -21,6 +21,7 @@ from .openapi import (
     error_responses,
 )
 from .requests.forms import FormReader, is_form, media_type
+from .requests.model_field import FormRewriter, JsonRewriter, rewrite_form, rewrite_json
 from .requests.peek import FormPeek, asks_for_events, peek_model, require_one_model
 from .requests.responses_api_input import ItemReferenced, check_items, is_reference
 from .requests.tables import METADATA
@@ -69,9 +70,11 @@ __all__ = [
     "FinishReason",
     "FormPeek",
     "FormReader",
+    "FormRewriter",
     "ImageEditRequest",
     "ImageGenRequest",
     "ItemReferenced",
+    "JsonRewriter",
     "ModelRequest",
     "ModerationRequest",
     "OutputCheck",
@@ -96,5 +99,7 @@ __all__ = [
     "read_usage",
     "require_jsonschema",
     "require_one_model",
+    "rewrite_form",
+    "rewrite_json",
     "to_chunk",
 ]

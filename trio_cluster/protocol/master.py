@@ -131,11 +131,12 @@ class MasterSession(Session[MasterEvent]):
         priority: int = 0,
         max_tokens: int = 0,
         query: str = "",
+        alias: str = "",
     ) -> int:
         """Open a call and return its number. The body has to follow with :meth:`send_body`, even if it is empty.
 
         Args:
-            endpoint, kind, model, content_type, headers, request_id, query: as in ``Request``.
+            endpoint, kind, model, content_type, headers, request_id, query, alias: as in ``Request``.
             timeout: the idle timeout, in seconds.
             budget: seconds until the whole answer must be there; negative values count as 0.
             size: bytes that the body will have; -1 if that is not known yet.
@@ -179,6 +180,7 @@ class MasterSession(Session[MasterEvent]):
                     priority,
                     max_tokens,
                     query,
+                    alias,
                 )
             )
         except ValueError as exc:

@@ -224,6 +224,9 @@ class ForwardRequest:
     waiting requests are served."""
     query: str = attrs.field(default="", validator=bounds.query)
     """The query of the URL, without the question mark; empty if there is none."""
+    alias: str = ""
+    """The name that the client asked for, if that is an alias of the model: answers have it as their model. Without a
+    validator, since that would cost every request: what is no name is taken for none."""
 
 
 @attrs.frozen
@@ -293,9 +296,19 @@ class Failed:
     the status, which belong to the handler."""
     timed_out: bool = False
     """A deadline of the request has passed."""
+    over_capacity: bool = False
+    """The worker had no room for the call, and did not begin it. Like ``retryable`` never derived from the code."""
 
     @classmethod
-    def of(cls, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> Failed:
+    def of(
+        cls,
+        call: int,
+        error: ApiError,
+        *,
+        retryable: bool = False,
+        timed_out: bool = False,
+        over_capacity: bool = False,
+    ) -> Failed:
         """Return the message that carries ``error``.
 
         Never raises. Errors come from handlers, and a call whose error cannot be sent would never end; so what is too
@@ -314,6 +327,7 @@ class Failed:
             None if after is None else float(after),
             retryable,
             timed_out,
+            over_capacity,
         )
 
     def error(self) -> ApiError:

@@ -175,7 +175,15 @@ class WorkerSession(Session[WorkerEvent]):
         """
         self._end(call, Done.of(call, usage))
 
-    def fail(self, call: int, error: ApiError, *, retryable: bool = False, timed_out: bool = False) -> None:
+    def fail(
+        self,
+        call: int,
+        error: ApiError,
+        *,
+        retryable: bool = False,
+        timed_out: bool = False,
+        over_capacity: bool = False,
+    ) -> None:
         """End the answer with an error; the work has stopped. What is queued of it is sent first.
 
         Args:
@@ -183,11 +191,13 @@ class WorkerSession(Session[WorkerEvent]):
             error: can always be sent, since what is too long is truncated.
             retryable: this node is at fault and not the request, so the master may try another replica.
             timed_out: a deadline of the request has passed.
+            over_capacity: this node had no room for the call, and did not begin it.
 
         Raises:
             RuntimeError: the answer has ended.
         """
-        self._end(call, Failed.of(call, error, retryable=retryable, timed_out=timed_out))
+        failed = Failed.of(call, error, retryable=retryable, timed_out=timed_out, over_capacity=over_capacity)
+        self._end(call, failed)
 
     def _end(self, call: int, message: Done | Failed) -> None:
         if self.close_reason is not None:

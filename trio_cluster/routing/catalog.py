@@ -20,11 +20,13 @@ from typing import Any
 import attrs
 
 from ..core import randomness
+from ..core.aliases import reachable, shown_target
 from ..core.model import Kind, ModelInfo
 from ..core.provenance import VIA_FIELD, VIA_HEADER, parse_via
 from ..core.request import Request
 from ..errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable, WrongKind
 from .absence import AbsentModels
+from .aliases import Aliases
 from .backend import Backend
 
 __all__ = ["Catalog", "ModelLoop", "NameTaken"]
@@ -103,6 +105,7 @@ class Catalog:
     Attributes:
         passthrough: the names of the models of which a replica is a passthrough model (kind ``"any"``).
         absent: the models, and the parts of models, that were served a short while ago, and are not now.
+        aliases: other names for models. They are for the clients: a request that is routed has the name of a model.
         on_names_changed: called when a name begins or ceases to be served, or an endpoint of it. Synchronous.
     """
 
@@ -112,6 +115,7 @@ class Catalog:
         self._retries: dict[str, dict[Backend, Callable[[], None]]] = {}
         self.passthrough: set[str] = set()
         self.absent = AbsentModels()
+        self.aliases = Aliases()
         self.on_names_changed: Callable[[], None] = _do_nothing
 
     @cached_property
@@ -239,13 +243,44 @@ class Catalog:
         return None if model is None else model.info
 
     def entry(self, info: ModelInfo) -> dict[str, Any]:
-        """Return a model's entry in ``/v1/models``, with the clusters that a reader of it gets the model through.
+        """Return the entry in ``/v1/models`` of a model or an alias, with the clusters that a reader gets it through.
 
         Of several replicas the nearest counts. A request that would be sent in a circle does not go to the others.
         """
-        model = self._models.get(info.name)
+        name, more = info.name, {}
+        target = self.aliases.table.get(name)
+        if target is not None:
+            name = next((each for each in self._models_of(name)), name)
+            more["alias_of"] = shown_target(target)
+        model = self._models.get(name)
         ways = [] if model is None else [replica.via for replica in model.replicas.values()]
-        return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]}
+        return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]} | more
+
+    def listed(self, name: str) -> ModelInfo | None:
+        """Return what clients are told of a name; ``None`` if no backend serves a model of it.
+
+        An alias is what the first model is that it may stand for and that is served, and answers what any of them
+        does.
+        """
+        if name not in self.aliases.table:
+            return self.info(name)
+        infos = [self._models[each].info for each in self._models_of(name)]
+        if not infos:
+            return None
+        first = infos[0]
+        extra = {*first.extra_endpoints}
+        for other in infos[1:]:
+            extra.update((other.kind, *other.extra_endpoints))
+        extra -= {first.kind, "custom"}
+        return attrs.evolve(first, name=name, extra_endpoints=tuple(sorted(extra)))
+
+    def listed_names(self) -> list[str]:
+        """Return the names of all models and all aliases, sorted. No backend need serve a model of an alias."""
+        return sorted({*self._models, *self.aliases.table})
+
+    def _models_of(self, alias: str) -> list[str]:
+        """Return the names of the models that an alias may stand for and that are served."""
+        return [name for name in reachable(self.aliases.table, alias) if name in self._models]
 
     def infos(self) -> list[ModelInfo]:
         """Return the descriptions of all models, sorted by name."""
@@ -323,7 +358,7 @@ class Catalog:
             raise ModelUnavailable(name)
         info = self.absent.find(name) if model is None else model.info
         if info is None:
-            raise ModelNotFound(name, list(self._models))
+            raise ModelNotFound(name, self.listed_names())
         if model is not None and kind == "custom" and self.passthrough and not self.declares(endpoint):
             # The path is only possible because of passthrough models, of which this is none: a typing error.
             raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
@@ -351,14 +386,21 @@ class Catalog:
         return any(endpoint in model.info.extra_endpoints for model in self._models.values())
 
     def why_missing(self, name: str) -> ApiError:
-        """Return the error for a model that no backend serves."""
-        if self.absent.find(name) is not None:
-            return ModelUnavailable(name)
-        return ModelNotFound(name, list(self._models))
+        """Return the error for a model that no backend serves, or an alias of such models."""
+        aliases = self.aliases.table
+        for model in reachable(aliases, name) if name in aliases else (name,):
+            if self.absent.find(model) is not None:
+                return ModelUnavailable(name)
+        return ModelNotFound(name, self.listed_names(), alias=name in aliases)
 
     def ready(self, name: str | None = None) -> bool:
-        """Tell whether any backend could be given a request now, for one model or for any."""
-        models = self._models.values() if name is None else filter(None, [self._models.get(name)])
+        """Tell whether any backend could be given a request now: for one model, one alias, or for any model."""
+        if name is None:
+            models = list(self._models.values())
+        elif name in self.aliases.table:
+            models = [self._models[each] for each in self._models_of(name)]
+        else:
+            models = [self._models[name]] if name in self._models else []
         return any(replica.health.available for model in models for replica in model.replicas)
 
     def takes_untouched(self, name: str, kind: Kind, endpoint: str = "") -> ModelInfo | None:

@@ -24,7 +24,7 @@ from ..core.outcome import outcome_of
 from ..core.provenance import VIA_HEADER
 from ..core.request import Request
 from ..core.stats import CallStats
-from ..errors import LoopDetected, Overloaded, ShuttingDown
+from ..errors import ApiError, LoopDetected, Overloaded, ShuttingDown
 from .backend import Backend
 from .catalog import Catalog
 from .policy import LearningPolicy, LeastBusy, RoutingPolicy
@@ -94,36 +94,56 @@ class Router:
             Overloaded: none of its replicas can be given a call now.
             ApiError: the backend refused the request.
 
-        After any of these, nothing was started.
+        After any of these, nothing was started. The request for an alias goes on to its next name after any of them,
+        unless the node drains, and they are raised only if there is none.
         """
-        return self._open(request, "")
+        return self._open(request, "") if request.otherwise is None else self._open_any(request)
 
     def reopen(self, call: Call, time_left: float = math.inf) -> Call | None:
-        """Retry a call that failed because of the node that had it, on another replica. Synchronous.
+        """Retry a call that failed because of the node that had it. Synchronous.
 
-        The caller guarantees that nothing of the answer was sent to the client, and that this is the first retry.
+        A request is retried once on another replica of its model. If the client has asked for an alias that is a list,
+        the request goes on to its next name after that, or if there is no other replica, or if the node had no room for
+        the call. So a request is opened at most twice for each name.
+
+        The caller guarantees that nothing of the answer was sent to the client.
 
         Args:
             call: the call that failed.
             time_left: seconds that are left for the whole answer. The total timeout counts from the first opening.
 
         Returns:
-            The new call; ``None`` if this one cannot be retried: its failure is not retryable, its body was streamed
+            The new call; ``None`` if this one cannot be retried: its failure is not of that kind, its body was streamed
             and not kept, its time is used up, the node drains, or no other backend can be given the request.
 
         Raises:
             ApiError: as for :meth:`open`.
         """
-        if not (isinstance(call.end, Failed) and call.end.retryable):
+        failed, request = call.end, call.request
+        if not (isinstance(failed, Failed) and failed.movable):
             return None
-        if self._draining_reason is not None or not call.request.replayable or time_left <= 0:
+        if self._draining_reason is not None or not request.replayable or time_left <= 0:
             return None
-        request = attrs.evolve(call.request, total_timeout=time_left, retried=True)
-        if not self.catalog.candidates(request, avoid=call.served_by):
-            return None
-        again = self._open(request, call.served_by)
-        for listener in self.observers.retried:
-            listener(call, again)
+        again = None
+        if failed.retryable and not request.retried:
+            retry = attrs.evolve(request, total_timeout=time_left, retried=True)
+            if self.catalog.candidates(retry, avoid=call.served_by):
+                try:
+                    again = self._open(retry, call.served_by)
+                except ApiError:
+                    if request.otherwise is None:
+                        raise
+        if again is None and request.otherwise is not None:
+            following = request.otherwise()
+            if following is not None:
+                try:
+                    again = self._open_any(attrs.evolve(following, total_timeout=time_left))
+                except ApiError:
+                    # The client is told why the first name failed, rather than that the next one is away.
+                    return None
+        if again is not None:
+            for listener in self.observers.retried:
+                listener(call, again)
         return again
 
     def calls_of(self, request_id: str) -> list[Call]:
@@ -140,6 +160,30 @@ class Router:
         await trio.lowlevel.checkpoint()
         while self.live:
             await self._idle.park()
+
+    def _open_any(self, request: Request) -> Call:
+        """Open a request for the first of the names of an alias for which it can be opened."""
+        total_timeout = request.total_timeout
+        refusal: ApiError | None = None
+        following: Request | None = request
+        while following is not None:
+            try:
+                return self._open(following, "")
+            except ApiError as error:
+                if self._draining_reason is not None:
+                    raise
+                # The first reason counts, unless another one says that it is worth to try again.
+                if refusal is None or (error.status == 503 and refusal.status != 503):
+                    refusal = error
+            following = None if following.otherwise is None else following.otherwise()
+            if following is not None and following.total_timeout != total_timeout:
+                following = attrs.evolve(following, total_timeout=total_timeout)
+        assert refusal is not None
+        try:
+            raise refusal
+        finally:
+            # Otherwise the error and this frame would refer to each other.
+            del refusal
 
     def _open(self, request: Request, avoid: str) -> Call:
         if self._draining_reason is not None:
