@@ -62,8 +62,8 @@ def node() -> ClusterServer:
 async def count(times: int, act: Callable[[], Awaitable[object]]) -> Counted:
     """Count what it takes to do something so many times, after it has been done a few times.
 
-    The least of three counts is returned: on a busy machine, something that a node does once in a while, such as writing
-    the usage of the last second, falls into one of them.
+    The least of three counts is returned: on a busy machine, something that a node does once in a while, such as
+    writing the usage of the last second, falls into one of them.
     """
     for _ in range(3):
         await act()

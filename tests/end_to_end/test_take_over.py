@@ -11,7 +11,6 @@ import httpx
 import pytest
 import trio
 from nodes import Node, Nodes, free_pair
-from served import chat
 from test_rolling_restart import PLAIN, STREAMING, Load
 
 pytestmark = pytest.mark.processes
