@@ -85,6 +85,7 @@ EXPORTS = {
     "ASRRequest",
     "ApiError",
     "AsyncioLoop",
+    "AsyncioRawCall",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterMode",
