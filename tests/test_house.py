@@ -86,6 +86,7 @@ EXPORTS = {
     "ASRRequest",
     "ApiError",
     "AsyncioLoop",
+    "AsyncioRawCall",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterMode",

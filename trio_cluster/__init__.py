@@ -12,6 +12,7 @@ from .errors import ApiError, ClusterError, ClusterPortError, HandshakeRefused, 
 from .local.adapters import Provider
 from .local.asyncio_handler import from_asyncio
 from .local.asyncio_loop import AsyncioLoop
+from .local.asyncio_raw import AsyncioRawCall
 from .local.passthrough import RawCall
 from .openai import (
     ASRRequest,
@@ -33,6 +34,7 @@ __all__ = [
     "ASRRequest",
     "ApiError",
     "AsyncioLoop",
+    "AsyncioRawCall",
     "ChatModelOptions",
     "ChatRequest",
     "ClusterError",

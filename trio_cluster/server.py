@@ -36,6 +36,7 @@ from .errors import ClusterError, ClusterPortError, OptionsError
 from .gateway.auth import Authenticator
 from .limits.limiter import Limiter
 from .local.adapters import Handler
+from .local.asyncio_handler import AsyncioHandler
 from .local.hooks import Hook, Hooks
 from .local.models import LocalModels
 from .local.passthrough import RawHandler
@@ -382,7 +383,7 @@ class ClusterServer:
     def register_raw(
         self,
         name: str,
-        handler: RawHandler,
+        handler: RawHandler | AsyncioHandler,
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
@@ -393,7 +394,8 @@ class ClusterServer:
         Args:
             name: the name of the model.
             handler: a coroutine function that gets a :class:`~trio_cluster.RawCall` for each request. The body of the
-                request has not been parsed, except to find the name of the model.
+                request has not been parsed, except to find the name of the model. One that was written for asyncio is
+                wrapped in :func:`from_asyncio`, and gets an :class:`~trio_cluster.AsyncioRawCall`.
             options: what ``/v1/models`` shows about the model.
             max_concurrency: how many calls run at once; ``None``: any number. They do not take slots of this process.
             via: the ids of the clusters through which the model comes, if the other server is a cluster: its

@@ -88,7 +88,7 @@ def adapt(handler: Handler) -> Adapter:
     """
     if not callable(handler):
         raise TypeError(f"a handler must be a function, not {handler!r}")
-    pushes = _takes_provider(handler)
+    pushes = takes_provider(handler)
     if _is(inspect.isasyncgenfunction, handler):
         adapter = _async_generator
     elif _is(inspect.iscoroutinefunction, handler):
@@ -146,6 +146,11 @@ def is_async(handler: Handler) -> bool:
     return _is(inspect.isasyncgenfunction, handler) or _is(inspect.iscoroutinefunction, handler)
 
 
+def is_generator(handler: Handler) -> bool:
+    """Return whether a handler yields its output."""
+    return _is(inspect.isasyncgenfunction, handler) or _is(inspect.isgeneratorfunction, handler)
+
+
 def _is(test: Callable[[Any], bool], handler: Handler) -> bool:
     """Apply a test of ``inspect`` to a function, or to the ``__call__`` of an object that is used as one."""
     return test(handler) or test(getattr(handler, "__call__", None))  # noqa: B004
@@ -155,7 +160,7 @@ def _name(handler: Handler) -> str:
     return getattr(handler, "__qualname__", None) or repr(handler)
 
 
-def _takes_provider(handler: Handler) -> bool:
+def takes_provider(handler: Handler) -> bool:
     """Return whether a handler is called as ``h(request, provider)``, and not as ``h(request)``.
 
     Raises:

@@ -39,7 +39,7 @@ from ..net.watchdog import is_users_code, place_of
 from .adapters import Adapter, Handler, Provider, adapt, is_async
 from .asyncio_loop import AsyncioLoop, LoopRun
 
-__all__ = ["CANCEL_AGAIN", "AsyncioHandler", "from_asyncio"]
+__all__ = ["CANCEL_AGAIN", "LARGE_PIECE", "AsyncioHandler", "Relay", "from_asyncio"]
 
 logger = logging.getLogger("trio_cluster.handlers")
 
@@ -49,7 +49,7 @@ CANCEL_AGAIN: Final = 10.0
 #: How many pieces of output an asyncio task may be ahead of what was pushed, and of which length a single piece is
 #: large: then the task waits until the piece was pushed.
 _AHEAD: Final = 16
-_LARGE: Final = 4096
+LARGE_PIECE: Final = 4096
 
 #: Stands in the queue for the end of the output.
 _END: Final = object()
@@ -67,7 +67,8 @@ def from_asyncio(handler: Handler, loop: AsyncioLoop | None = None) -> AsyncioHa
 
     Args:
         handler: an async generator function, a coroutine function that returns the whole output, or one that takes
-            ``(request, provider)`` and pushes with ``await provider.push(piece)``.
+            ``(request, provider)`` and pushes with ``await provider.push(piece)``. For ``register_raw``, a coroutine
+            function that gets an ``AsyncioRawCall``.
         loop: the loop to run on; ``None``: one that all handlers without a loop of their own share.
 
     Returns:
@@ -86,7 +87,7 @@ class AsyncioHandler:
         handler, loop: see :func:`from_asyncio`.
 
     Attributes:
-        loop: as given.
+        handler, loop: as given.
     """
 
     def __init__(self, handler: Handler, loop: AsyncioLoop) -> None:
@@ -98,18 +99,19 @@ class AsyncioHandler:
                 f"from_asyncio needs an async function, not {handler!r}; a plain function is registered as it is, and "
                 "runs in a thread"
             )
+        self.handler = handler
         self.loop = loop
 
     async def __call__(self, request: Any, provider: Provider) -> None:
         """Run the handler for one request; see ``Provider`` for what it may push. A checkpoint."""
         run = await self.loop.acquire()
         try:
-            await _Relay(run, self._adapter, request).run(provider)
+            await Relay(run, self._adapter, request).run(provider)
         finally:
             await self.loop.release(run)  # noqa: ASYNC102  (it shields itself)
 
 
-class _Relay:
+class Relay:
     """One asyncio task that runs a handler, and the relay of its output to trio.
 
     Also the provider of the handler, in asyncio: :meth:`push` and :meth:`end`.
@@ -118,6 +120,9 @@ class _Relay:
         run: the loop, which must run for as long as the relay does.
         adapter: runs the handler, given a request and a provider; awaits nothing of its own.
         request: the request.
+
+    Attributes:
+        cancelled: the task was cancelled, or will be in this turn of the loop.
     """
 
     def __init__(self, run: LoopRun, adapter: Adapter, request: Any) -> None:
@@ -134,7 +139,7 @@ class _Relay:
         self._task: asyncio.Task[None] | None = None
         self._has_ended = False
         self._error: BaseException | None = None
-        self._cancelled = False
+        self.cancelled = False
         # Only used in asyncio: the output was ended, pieces in this turn, and what a push waits for.
         self._output_ended = False
         self._in_turn = 0
@@ -226,14 +231,14 @@ class _Relay:
 
     # In asyncio
 
-    async def push(self, chunk: object) -> None:
-        """See ``Provider``. It may return before the piece has been pushed."""
-        if self._cancelled:
+    async def push(self, chunk: object, *, large: bool = False) -> None:
+        """See ``Provider``. It may return before the piece has been pushed, unless that is ``large``."""
+        if self.cancelled:
             raise asyncio.CancelledError
         if self._output_ended:
             raise trio.ClosedResourceError("the output has been ended")
-        self._hand_over(chunk)
-        large = isinstance(chunk, (str, bytes, bytearray, list)) and len(chunk) > _LARGE
+        self.hand_over(chunk)
+        large = large or (isinstance(chunk, (str, bytes, bytearray, list)) and len(chunk) > LARGE_PIECE)
         self._in_turn += 1
         if large or len(self._values) >= _AHEAD:
             self._room = room = asyncio.get_running_loop().create_future()
@@ -252,9 +257,10 @@ class _Relay:
         """See ``Provider``."""
         if not self._output_ended:
             self._output_ended = True
-            self._hand_over(_END)
+            self.hand_over(_END)
 
-    def _hand_over(self, value: object) -> None:
+    def hand_over(self, value: object) -> None:
+        """Let the trio task push a value, and do not wait for anything. Synchronous."""
         self._values.append(value)
         self._notify()
 
@@ -286,12 +292,12 @@ class _Relay:
     def _cancel_task(self) -> None:
         # Set here, where the task does not run. A push that raised before its task is cancelled would have the handler
         # begin its cleanup, which the cancellation would then interrupt.
-        self._cancelled = True
+        self.cancelled = True
         if self._task is not None:
             self._task.cancel("the request was cancelled")
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() and not self._cancelled:
+        if task.cancelled() and not self.cancelled:
             self._error = RuntimeError(
                 "the asyncio task of the handler was cancelled, but its request was not"
             )

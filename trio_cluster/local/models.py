@@ -16,6 +16,8 @@ from ..openai import COUNT_TOKENS, custom_path
 from ..options import ClusterServerOptions
 from ..routing.router import Router
 from .adapters import Handler
+from .asyncio_handler import AsyncioHandler
+from .asyncio_raw import raw_from_asyncio
 from .handler import HandlerBackend
 from .passthrough import RawBackend, RawHandler
 from .pool import HandlerPool
@@ -104,12 +106,15 @@ class LocalModels:
     def register_raw(
         self,
         name: str,
-        handler: RawHandler,
+        handler: RawHandler | AsyncioHandler,
         options: ChatModelOptions | None,
         max_concurrency: int | None,
         via: Via = (),
     ) -> None:
         """Serve a passthrough model; see ``ClusterServer.register_raw``."""
+        if isinstance(handler, AsyncioHandler):
+            loop, handler = handler.loop, raw_from_asyncio(handler)
+            self._pool.loops.add(loop)
         info = attrs.evolve(self._info("any", name, options), via=via)
         self._add(RawBackend(info, handler, self._pool, max_concurrency))
 
