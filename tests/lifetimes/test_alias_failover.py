@@ -51,6 +51,7 @@ class Stage:
         self.responses: list[Response] = []
 
     def add(self, server: ClusterServer, name: str, model: str) -> None:
+        @server.chat(model)
         async def handler(request: Any) -> AsyncIterator[str]:
             assert request.model == request.raw["model"] == model
             self.starts.append((name, trio.current_effective_deadline() - trio.current_time()))
@@ -58,8 +59,6 @@ class Stage:
                 yield "begun "
             await self.go.wait()
             yield f"from {name}"
-
-        server.register_chat(model, handler)
 
     async def ask(self, *, stream: bool = True, model: str = "list", **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -99,15 +99,16 @@ class FaultOracle:
             case "cancelled":
                 return self.fault_near(hosts, outcome, STOPS) or self.was_cancelled(outcome)
             case "model_unavailable":
-                model = next(model for model in self._plan.models if model.name == request.model)
-                # A model that one worker has unregistered is missing only if no other worker serves it either.
-                return all(
+                # A model that one worker has unregistered is missing only if no other worker serves it either. Of
+                # several models that may answer, the client is told of one that is missing, also if others failed.
+                quantify = any if request.others else all
+                return quantify(
                     self._history.faults_on(
                         frozenset([host, "master"]),
                         outcome.began - 2 * _BACKOFF - self.aftermath,
                         outcome.ended,
                     )
-                    for host in model.hosts
+                    for host in hosts - {"master"}
                 )
             case "model_not_found":
                 # The simulated master has no directory for its state: after a restart it knows no names.
@@ -123,9 +124,9 @@ class FaultOracle:
                 return False
 
     def hosts(self, request: SimulatedRequest) -> frozenset[str]:
-        """Return the nodes that a request involves: the master, and all that serve its model."""
-        model = next(model for model in self._plan.models if model.name == request.model)
-        return frozenset([*model.hosts, "master"])
+        """Return the nodes that a request involves: the master, and all that serve its models."""
+        hosts = [model.hosts for model in self._plan.models if model.name in request.models]
+        return frozenset(["master"]).union(*hosts)
 
     def fault_near(self, hosts: frozenset[str], outcome: Outcome, kinds: frozenset[str]) -> bool:
         """Return whether such a fault touched one of the machines while the request was under way, or just before."""

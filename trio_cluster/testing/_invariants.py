@@ -163,7 +163,7 @@ class Invariants(trio.abc.Instrument):
         attempt = options["queue_timeout"] + script.duration - script.stalled + GRACE
         attempt += 2 * options["default_timeout"]
         return float(
-            2 * attempt
+            2 * len(request.models) * attempt
             + self._oracle.read_pauses(request)
             + self._oracle.transport_time(request)
             + self._oracle.detection_time
@@ -281,8 +281,13 @@ class Invariants(trio.abc.Instrument):
             # A request that is opened elsewhere since its link was cut may have been lost on its way. It arrives when
             # the link is resumed, with its cancellation: so its handler is stopped in the instant in which it begins.
             runs = [run for run in runs if not (run.stopped and not run.given and run.ended == run.began)]
-        if len(runs) > 2:
+        # Each model is asked once, and once more on another replica.
+        if len(runs) > 2 * len(request.models):
             complaints.append(f"{len(runs)} handlers ran for it")
+        # In the order of the list.
+        tried = [request.models.index(run.model) for run in runs if run.model in request.models]
+        if len(tried) != len(runs) or tried != sorted(tried):
+            complaints.append(f"its handlers were those of {[run.model for run in runs]}")
         if request.behavior == "aborts upload" and runs:
             complaints.append("a handler ran for half of a request")
         if outcome.verdict in ("complete", "stream finished") and not runs:

@@ -98,6 +98,7 @@ class SimulatedRequest:
     Attributes:
         at: when it is sent, in seconds since the schedule began.
         model: the name of the model that it is for.
+        others: the models that may answer instead: the request asks for an alias, a list of ``model`` and these.
         script: what the model is to do.
         stream: ask for a stream.
         route: which of the routes of a chat model: ``chat``, ``completions`` or ``messages``.
@@ -116,6 +117,17 @@ class SimulatedRequest:
     idle_timeout: float | None = None
     behavior: ClientBehavior = "waits"
     delay: float = 0.0
+    others: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """The name that it asks for."""
+        return f"{self.model}-or-else" if self.others else self.model
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that may answer it."""
+        return (self.model, *self.others)
 
     @property
     def number(self) -> int:
@@ -225,6 +237,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
     if seed % 3 == 1:
         drawn_faults += _draw_cuts(seed, seconds, workers)
     drawn = [_draw_upload(rng, request) for request in drawn]
+    drawn = _draw_aliases(seed, drawn, models, options)
     return Plan(
         seed=seed,
         seconds=seconds,
@@ -315,6 +328,24 @@ def _draw_upload(rng: random.Random, request: SimulatedRequest) -> SimulatedRequ
         return request
     script = attrs.evolve(request.script, padding=rng.choice(_UPLOAD_SIZES), model_last=rng.random() < 0.5)
     return attrs.evolve(request, script=script)
+
+
+def _draw_aliases(
+    seed: int, requests: list[SimulatedRequest], models: tuple[ModelSpec, ...], options: dict[str, Any]
+) -> list[SimulatedRequest]:
+    """Let some of the requests for chats ask for a list of two chats. The options get the aliases for that."""
+    # As for the cuts below.
+    rng = random.Random(f"the aliases of {seed}")
+    chats = [model.name for model in models if model.kind == "chat"]
+    other = {name: rng.choice([each for each in chats if each != name]) for name in chats}
+    # The first name is that of a model that never was, so every request goes on at least once.
+    options["aliases"] = {f"{name}-or-else": ["none", name, other[name]] for name in chats}
+    return [
+        attrs.evolve(request, others=(other[request.model],))
+        if request.model in other and rng.random() < 0.3
+        else request
+        for request in requests
+    ]
 
 
 def _draw_cuts(seed: int, seconds: float, workers: list[str]) -> list[Fault]:

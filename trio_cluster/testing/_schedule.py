@@ -186,7 +186,7 @@ async def _at(when: float, function: Any, *args: Any) -> None:
 
 async def _run_request(run: _Run, request: SimulatedRequest, outcomes: list[Outcome]) -> None:
     run.simulation.active_clients[request.number] = request.host
-    run.history.log(f"client {request.number} sends a request to {request.model}, and {request.behavior}")
+    run.history.log(f"client {request.number} sends a request to {request.asked}, and {request.behavior}")
     bound = run.invariants.bound(request)
     outcome = await send_request(request, run.simulation.cluster.network, run.history, PORT, bound)
     del run.simulation.active_clients[request.number]

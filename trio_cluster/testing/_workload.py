@@ -93,7 +93,7 @@ async def _receive_response(
     request: SimulatedRequest, network: SimulatedNetwork, port: int, responses: list[StreamingResponse]
 ) -> None:
     path, body, content_type = request.script.request(
-        request.model, stream=request.stream, route=request.route
+        request.asked, stream=request.stream, route=request.route
     )
     headers = {"content-type": content_type, "x-request-id": f"r{request.number}"}
     if request.total_timeout is not None:
@@ -114,7 +114,7 @@ async def _receive_response(
 
 async def _abort_upload(request: SimulatedRequest, network: SimulatedNetwork, port: int) -> None:
     path, body, content_type = request.script.request(
-        request.model, stream=request.stream, route=request.route
+        request.asked, stream=request.stream, route=request.route
     )
     stream = await network.host(request.host).connect("master", port)
     head = (
