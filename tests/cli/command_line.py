@@ -39,12 +39,15 @@ Main: TypeAlias = Callable[..., tuple[int, str, str]]
 
 @attrs.define
 class Ran:
-    """Which ``run*`` method was called, its arguments, the server, and whether it was to connect with TLS."""
+    """Which ``run*`` method was called, its arguments, the server, whether it was to connect with TLS, and what
+    else was given by name.
+    """
 
     method: str
     arguments: tuple[Any, ...]
     server: ClusterServer
     tls: bool = False
+    named: dict[str, Any] = attrs.field(factory=dict)
 
 
 def one_line(err: str) -> str:

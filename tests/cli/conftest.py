@@ -52,9 +52,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
 
     def fake(method: str) -> Any:
         async def run(
-            self: ClusterServer, *arguments: Any, tls: bool = False, task_status: Any
+            self: ClusterServer, *arguments: Any, tls: bool = False, task_status: Any, **named: Any
         ) -> ClusterMode:
-            calls.append(Ran(method, arguments, self, tls))
+            calls.append(Ran(method, arguments, self, tls, named))
             await trio.lowlevel.checkpoint()
             return ClusterMode.MASTER
 

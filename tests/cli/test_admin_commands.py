@@ -476,3 +476,20 @@ def test_an_authority_is_replaced(main: Main, node: tuple[type[ScriptedNode], in
     code, out, _ = main("ca", "rotate", str(node[1]))
     assert (code, "the new authority is ab12" in out) == (0, True)
     assert node[0].posted[-1][0] == "/cluster/ca/rotate"
+
+
+def test_status_has_the_masters_of_workers() -> None:
+    others = [{"id": "b", "address": "b:9080", "workers": ["w1", "w2"]}]
+    assert tables.describe_status({"mode": "master", "masters": others}).splitlines()[4:6] == [
+        "OTHER MASTER  ADDRESS  WORKERS",
+        "b             b:9080   w1, w2",
+    ]
+    own = [
+        {"id": "a", "address": "a:9080", "connected": True, "in_flight": 2, "why": ""},
+        {"id": "", "address": "b:9080", "connected": False, "in_flight": 0, "why": "Connection refused"},
+    ]
+    assert tables.describe_status({"mode": "worker", "masters": own}).splitlines()[2:5] == [
+        "MASTER  ADDRESS  CONNECTED  IN FLIGHT  WHY NOT",
+        "a       a:9080   yes        2          -",
+        "-       b:9080   no         0          Connection refused",
+    ]

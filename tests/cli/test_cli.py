@@ -291,6 +291,54 @@ def test_a_worker_that_is_invited_joins_and_one_that_has_joined_goes_on(
         assert (code, "--join: the invitation says where the master is" in one_line(err)) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "method", "arguments", "named", "tls"),
+    [
+        (["a:8080,b:8081"], "run_as_worker", (), {"masters": [("a", 9080), ("b", 9081)]}, False),
+        (["a,b", "8090"], "run_as_worker", (), {"masters": [("a", 9090), ("b", 9090)]}, False),
+        (["a,b"], "run_as_worker", (), {"masters": [("a", 9080), ("b", 9080)]}, False),
+        (["[::1]:80,b", "--internal-port", "7"], "run_as_worker", (), {"masters": [("::1", 7), ("b", 7)]}, False),
+        (["https://a,https://b:8443"], "run_as_worker", (), {"masters": [("a", 1443), ("b", 9443)]}, True),
+        (["--masters-from", "c:8080"], "run_as_worker", (), {"masters_from": ("c", 9080)}, False),
+        (["--masters-from", "c:8080", "--tls"], "run_as_worker", (), {"masters_from": ("c", 9080)}, True),
+        (["--masters-from", "c:80", "--join", "t"], "run_as_member", ("t",), {"masters_from": ("c", 1080)}, False),
+        (["a:80,b:80", "--join", "t"], "run_as_member", ("t",), {"masters": [("a", 1080), ("b", 1080)]}, False),
+    ],
+)  # fmt: skip
+def test_a_worker_of_several_masters(
+    words: list[str],
+    method: str,
+    arguments: Any,
+    named: Any,
+    tls: bool,
+    main: Main,
+    ran: list[Ran],
+    place: Path,
+) -> None:
+    (place / "app.py").write_text(APP)
+    assert main("worker", *words, "-a", "app:server")[0] == 0
+    (it,) = ran
+    assert (it.method, it.arguments, it.named, it.tls) == (method, arguments, named, tls)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["a:8080,", "-a", "app:server"], "HOST: expected the master's name or address"),
+        (["a:8080,b:8081", "8080"], "PORT: 8080 is not the port of b:8081"),
+        (["https://a:8080,b:8081"], "HOST: either all masters speak TLS, or none does"),
+        (["a", "--masters-from", "b:1"], "--masters-from: it says where the masters are"),
+        (["--masters-from", "b"], "--masters-from: expected NAME:PORT, got 'b'"),
+        (["--masters-from", "b:65000"], "PORT: a master on port 65000 has no port 65000 + 1000"),
+    ],
+)
+def test_masters_that_cannot_be_served(words: list[str], why: str, main: Main, place: Path) -> None:
+    (place / "app.py").write_text(APP)
+    code, _, err = main("worker", *words, "-a", "app:server")
+    assert code == 2
+    assert why in one_line(err)
+
+
 def test_what_the_terminal_cannot_show_is_escaped() -> None:
     code = (
         "import sys; from trio_cluster.cli import commands;"

@@ -119,6 +119,20 @@ def nginx_deployment(folder: Path, upstream: int, port: int) -> tuple[list[str],
     return _nginx(folder, text), f"https://127.0.0.1:{port}"
 
 
+def nginx_two_masters(folder: Path, upstreams: tuple[int, int], port: int) -> tuple[list[str], str]:
+    cert, key = certificate(folder)
+    live = "/etc/letsencrypt/live/api.example.net"
+    text = replaced(
+        fence("deployment.md", "upstream masters {"),
+        listen=("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        cert=(f"{live}/fullchain.pem", str(cert)),
+        key=(f"{live}/privkey.pem", str(key)),
+        a=("a.lan:8080", f"127.0.0.1:{upstreams[0]}"),
+        b=("b.lan:8080", f"127.0.0.1:{upstreams[1]}"),
+    )
+    return _nginx(folder, text), f"https://127.0.0.1:{port}"
+
+
 def nginx_cluster(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
     location = replaced(
         fence("cluster.md", "location / {"),

@@ -51,6 +51,7 @@ CAUSES: Final = {
     "link_resets": "the link is cut (RST), and `resume_window` is 0",
     "link_silent": "the link is silent (black hole), and `resume_window` is 0",
     "master_killed": "the master's process is killed",
+    "worker_loses_other_master": "another master of the same worker is killed",
     "master_drains": "the master drains, and `drain_timeout` is long enough",
     "master_drains_too_long": "the master drains, and `drain_timeout` passes",
     "worker_drains": "the worker drains, and `drain_timeout` is long enough",
@@ -227,6 +228,9 @@ LAW: Final[dict[str, dict[str, Entry]]] = {
         forwarding=Cell("lost", "never", "0"),
         queued=Cell("lost", "never", "0", "", "cancelled"),
         running=Cell("lost", "cancelled", "0", "", "cancelled"),
+    ),
+    "worker_loses_other_master": _row(
+        uploading=_FINISHES, forwarding=_FINISHES, queued=_FINISHES, running=_FINISHES
     ),
     "master_drains": _row(
         uploading=Cell("503 shutting_down", "never", "0"),

@@ -515,9 +515,10 @@ async def open_scenario(
     fast_path: bool = True,
     above: Callable[[Network], Network] = lambda network: network,
     authenticator: Any = None,
+    other_master: bool = False,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
-    """Open a cluster that serves one model, on a worker or on the master itself."""
+    """Open a cluster that serves one model, on a worker or on the master itself; the worker may have another master."""
     script = Script(endpoint, phase)
     async with (
         open_cluster(
@@ -528,6 +529,8 @@ async def open_scenario(
         back = worker("w", **options) if forwarded else cluster.master.server
         back.register_chat("endless", endless)
         getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(how))
+        if other_master:
+            await cluster.start_master(name="other")
         if forwarded:
             await cluster.start_worker(back)
         yield Scenario(cluster, back, script, nursery)

@@ -46,13 +46,15 @@ LAST_EVENTS: Final = 2.0
 
 #: The latency of the link, in seconds, for cells in which the body is on its way to the worker.
 SLOW_LINK: Final = 6.0
-#: The same for causes that need another one: a deadline must pass meanwhile, a drain must end before its timeout.
+#: The same for causes that need another one: a deadline must pass meanwhile, a drain must end before its timeout, a
+#: request must end.
 SLOW_LINKS: Final = {
     "silence": 8.0,
     "idle_timeout": 5.0,
     "total_timeout": 5.0,
     "master_drains": 0.6,
     "worker_drains": 0.4,
+    "worker_loses_other_master": 0.6,
 }
 PADDING: Final = 900_000
 
@@ -86,8 +88,12 @@ HEADERS: Final = {
     "total_timeout": {"x-request-timeout": str(TOTAL_TIMEOUT)},
 }
 
-#: The causes that are what they are without resumption.
-NOT_RESUMED: Final = {"link_resets": {"resume_window": 0.0}, "link_silent": {"resume_window": 0.0}}
+#: What some causes need.
+SETTINGS: Final[dict[str, dict[str, Any]]] = {
+    "link_resets": {"resume_window": 0.0},
+    "link_silent": {"resume_window": 0.0},
+    "worker_loses_other_master": {"other_master": True},
+}
 
 FORWARDED_ONLY: Final = ("worker_", "link_")
 
@@ -216,7 +222,7 @@ class CellTest:
         if self.phase == "forwarding":
             # The body must still be on its way when the cause happens, and when the deadline passes.
             self.link = SLOW_LINKS.get(self.cause, SLOW_LINK)
-            scenario.cluster.workers["w"].link.delay(self.link)
+            scenario.cluster.workers["w"].link_to("master").delay(self.link)
         scenario.nursery.start_soon(self.caller.run)
         await trio.sleep(0.5)
         self.began = self.caller.asked_at
@@ -284,24 +290,27 @@ class CellTest:
         self.scenario.cluster.workers["w"].freeze()
 
     async def _link_ends(self) -> None:
-        self.scenario.cluster.workers["w"].link.cut()
+        self.scenario.cluster.workers["w"].link_to("master").cut()
 
     async def _link_resets(self) -> None:
-        self.scenario.cluster.workers["w"].link.reset()
+        self.scenario.cluster.workers["w"].link_to("master").reset()
 
     async def _link_resumed(self) -> None:
-        self.scenario.cluster.workers["w"].link.reset()
+        self.scenario.cluster.workers["w"].link_to("master").reset()
 
     async def _link_not_resumed(self) -> None:
         self.scenario.cluster.network.partition("w", "master")
-        self.scenario.cluster.workers["w"].link.reset()
-        self.scenario.cluster.workers["w"].link.heal()
+        self.scenario.cluster.workers["w"].link_to("master").reset()
+        self.scenario.cluster.workers["w"].link_to("master").heal()
 
     async def _link_silent(self) -> None:
-        self.scenario.cluster.workers["w"].link.partition()
+        self.scenario.cluster.workers["w"].link_to("master").partition()
 
     async def _master_killed(self) -> None:
         self.scenario.cluster.master.kill()
+
+    async def _worker_loses_other_master(self) -> None:
+        self.scenario.cluster.masters["other"].kill()
 
     async def _master_drains(self) -> None:
         self.scenario.cluster.master.stop()
@@ -485,7 +494,7 @@ async def test_the_law_holds(
         stops,
         forwarded=forwarded,
         how=cast(How, how),
-        **(OPTIONS | PATHS[path] | NOT_RESUMED.get(cause, {})),
+        **(OPTIONS | PATHS[path] | SETTINGS.get(cause, {})),
     ) as scenario:
         cell_test = CellTest(scenario, cause, phase, asked, forwarded)
         commented = path.startswith("keepalive") and asked.delivery == "events"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from trio_cluster.net import sockets
-from trio_cluster.net.sockets import Sockets, local_address, shown_address, why_not_connected
+from trio_cluster.net.sockets import Sockets, is_refused, local_address, shown_address, why_not_connected
 
 REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 UNREACHABLE = OSError(errno.ENETUNREACH, "Network is unreachable")
@@ -124,3 +124,18 @@ async def test_a_machine_that_never_answers_is_given_up(monkeypatch: pytest.Monk
         first.connect(listening.getsockname())
         with trio.fail_after(1), pytest.raises(TimeoutError):
             await Sockets().connect("127.0.0.1", listening.getsockname()[1])
+
+
+async def test_a_connection_that_is_refused_is_told_from_one_that_fails_otherwise() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        # It is bound, so that nobody else has it, and does not listen.
+        with pytest.raises(OSError, match="onnect") as refused:
+            await Sockets().connect("127.0.0.1", port)
+    assert is_refused(refused.value)
+    assert is_refused(ConnectionRefusedError(111, "no"))
+    assert not is_refused(TimeoutError(110, "no"))
+    both = OSError("no")
+    both.__cause__ = BaseExceptionGroup("", [ConnectionRefusedError(111, "no"), TimeoutError(110, "no")])
+    assert not is_refused(both)

@@ -30,6 +30,7 @@ class Replica:
 
     name: str
     capacity: int = 4
+    elsewhere: int = 0
     health: Health = attrs.field(factory=Health)
     calls: list[Call] = attrs.field(factory=list)
 
@@ -329,3 +330,15 @@ def test_an_answer_that_has_begun_when_the_call_is_opened_is_followed(pair: Mast
         call.put(Done(Usage(10, 10)))
         call.release()
     assert all(work.calls == 0 for work in pair.policy._workloads.values())
+
+
+# Several masters
+
+
+def test_calls_of_other_masters_are_work_that_a_replica_has() -> None:
+    pair = Master()
+    first, second = pair.add(Replica("w1")), pair.add(Replica("w2"))
+    first.elsewhere = 5
+    assert [pair.ask("x" * number).served_by for number in range(2)] == ["w2", "w2"]
+    first.elsewhere, second.elsewhere = 0, 5
+    assert [pair.ask("y" * number).served_by for number in range(2)] == ["w1", "w1"]

@@ -17,6 +17,7 @@ REQUEST = Request(endpoint="chat.completions", kind="chat", model="m", body=b"{}
 class Replica:
     name: str
     load: float
+    elsewhere: int = 0
     health: Health = attrs.field(factory=Health)
 
     def open(self, request: Request) -> Call:

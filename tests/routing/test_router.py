@@ -38,6 +38,7 @@ class Scripted:
 
     name: str
     load: float = 0.0
+    elsewhere: int = 0
     health: Health = attrs.field(factory=Health)
     calls: list[Call] = attrs.field(factory=list)
 

@@ -28,7 +28,14 @@ from ..options import ClusterServerOptions, ServerOptions
 from . import logs
 from .settings import load_options
 
-__all__ = ["log_settings", "master_address", "master_host", "options_from", "parse_arguments"]
+__all__ = [
+    "log_settings",
+    "master_address",
+    "master_addresses",
+    "master_host",
+    "options_from",
+    "parse_arguments",
+]
 
 _FIELDS: Final = {
     field.name: field for options in (ServerOptions, ClusterServerOptions) for field in attrs.fields(options)
@@ -127,11 +134,17 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
         "master_host",
         nargs="?",
         metavar="HOST",
-        help="the master's host, host:port or URL (default: the cluster that it has joined, else 127.0.0.1)",
+        help="the master's host, host:port or URL; several with commas (default: the cluster that it has joined, else "
+        "127.0.0.1)",
     )
     _add_port(worker, whose="the master's external port")
     worker.add_argument(
         "--tls", dest="connect_tls", action="store_true", help="connect with TLS, as https://HOST:PORT does"
+    )
+    worker.add_argument(
+        "--masters-from",
+        metavar="NAME:PORT",
+        help="the masters at all addresses of a DNS name, followed as they change; PORT is the external one",
     )
     worker.add_argument(
         "--join",
@@ -546,6 +559,33 @@ def master_address(text: str) -> tuple[str, int | None, bool]:
         raise expected
     tls = parts.scheme == "https"
     return master_host(host), port or (443 if tls else 80), tls
+
+
+def master_addresses(text: str, port: int | None) -> tuple[list[tuple[str, int | None]], bool]:
+    """Return the hosts of the masters' machines and the ports of their APIs, and whether they are reached with TLS.
+
+    Args:
+        text: what was given as HOST: addresses as for :func:`master_address`, with commas between them.
+        port: what was given as PORT; ``None`` if it was not.
+
+    Returns:
+        For each the host without brackets, and the port; ``None`` if there is none. And whether they are ``https``
+        URLs.
+
+    Raises:
+        OptionsError: one of them is none; some have TLS and others have not; or PORT contradicts one of them.
+    """
+    masters: list[tuple[str, int | None]] = []
+    encrypted: set[bool] = set()
+    for address in text.split(","):
+        host, own_port, tls = master_address(address.strip())
+        if own_port is not None and port not in (None, own_port):
+            raise OptionsError(f"PORT: {port} is not the port of {address.strip()}; give the port once")
+        masters.append((host, port if own_port is None else own_port))
+        encrypted.add(tls)
+    if len(encrypted) > 1:
+        raise OptionsError("HOST: either all masters speak TLS, or none does")
+    return masters, encrypted.pop()
 
 
 def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:

@@ -34,15 +34,16 @@ import attrs
 import trio
 
 from ..cluster.probe import check_is_cluster_server
+from ..core.addresses import split_address
 from ..core.redaction import without_keys
 from ..core.state_dir import default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
-from ..net.sockets import outward_address, shown_address
+from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
 from . import account_commands, logs
 from .admin_client import NodeAddress, node_url, printable, request_json
-from .arguments import log_settings, master_address, options_from, parse_arguments
+from .arguments import log_settings, master_addresses, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
 
@@ -168,64 +169,117 @@ def _master(arguments: argparse.Namespace) -> int:
 def _worker(arguments: argparse.Namespace) -> int:
     if arguments.app is None and arguments.application is None and not arguments.serve:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
-    if arguments.join is not None:
-        if arguments.master_host is not None or arguments.connect_tls:
-            raise OptionsError("--join: the invitation says where the master is; leave HOST out")
-        server = _server(arguments)
-        return _serve(server, partial(server.run_as_member, arguments.join), arguments.serve)
+    if arguments.masters_from is not None and arguments.master_host is not None:
+        raise OptionsError("--masters-from: it says where the masters are; leave HOST out")
+    several = arguments.master_host is not None and "," in arguments.master_host
+    if arguments.join is not None and (
+        arguments.connect_tls or (arguments.master_host is not None and not several)
+    ):
+        raise OptionsError("--join: the invitation says where the master is; leave HOST out")
+    name = _masters_from(arguments)
     if arguments.master_host is None:
         server = _server(arguments)
+        named: dict[str, Any] = {}
+        if name is not None:
+            named = {"masters_from": (name[0], _internal_port(server, name[1]))}
+        if arguments.join is not None:
+            return _serve(server, partial(server.run_as_member, arguments.join, **named), arguments.serve)
         if _has_joined(server.options.state_dir):
-            return _serve(server, server.run_as_member, arguments.serve)
+            return _serve(server, partial(server.run_as_member, **named), arguments.serve)
+        if named:
+            run = partial(server.run_as_worker, **named, tls=arguments.connect_tls)
+            return _serve(server, run, arguments.serve)
         arguments.master_host = "127.0.0.1"
-    host, given_port, tls = master_address(arguments.master_host)
+    given, tls = master_addresses(arguments.master_host, arguments.port)
     tls = tls or arguments.connect_tls
-    if given_port is not None:
-        if arguments.port not in (None, given_port):
-            raise OptionsError(
-                f"PORT: {arguments.port} is not the port of {arguments.master_host}; give the port once"
-            )
-        arguments.port = given_port
+    if arguments.port is None and given[0][1] is not None:
+        arguments.port = given[0][1]
     server = _server(arguments)
-    port, internal_port = server.options.server.port, server.options.internal_port
-    if internal_port is None:
-        internal_port = port + 1000
-        if port == 0 or internal_port > 65535:
-            raise OptionsError(
-                f"PORT: a master on port {port} has no port {port} + 1000 for workers; "
-                "give that port with --internal-port"
-            )
-    run = partial(server.run_as_worker, host, internal_port, tls=tls)
+    masters = [(host, server.options.server.port if port is None else port) for host, port in given]
+    internal = [(host, _internal_port(server, port)) for host, port in masters]
+    if arguments.join is not None:
+        run = partial(server.run_as_member, arguments.join, masters=internal)
+        return _serve(server, run, arguments.serve)
+    run = partial(_run_as_worker, server, internal, tls)
     if server.options.internal_port is None:
-        run = partial(_run_worker, server, host, port, tls)
+        run = partial(_run_worker, server, masters, tls)
     return _serve(server, run, arguments.serve)
 
 
-async def _run_worker(
-    server: ClusterServer, host: str, port: int, tls: bool, *, task_status: trio.TaskStatus[ClusterMode]
+def _masters_from(arguments: argparse.Namespace) -> tuple[str, int] | None:
+    """Return the name and the port of ``--masters-from``, if it was given."""
+    if arguments.masters_from is None:
+        return None
+    try:
+        name, port = split_address(arguments.masters_from)
+    except ValueError:
+        raise OptionsError(f"--masters-from: expected NAME:PORT, got {arguments.masters_from!r}") from None
+    return name, port
+
+
+def _internal_port(server: ClusterServer, port: int) -> int:
+    """Return the port for workers of a master with this port of its API."""
+    if server.options.internal_port is not None:
+        return server.options.internal_port
+    if port == 0 or port + INTERNAL_OFFSET > 65535:
+        raise OptionsError(
+            f"PORT: a master on port {port} has no port {port} + {INTERNAL_OFFSET} for workers; "
+            "give that port with --internal-port"
+        )
+    return port + INTERNAL_OFFSET
+
+
+async def _run_as_worker(
+    server: ClusterServer,
+    masters: Sequence[tuple[str, int]],
+    tls: bool,
+    *,
+    task_status: trio.TaskStatus[ClusterMode],
 ) -> ClusterMode:
-    """Run a worker, and find out meanwhile whether it was given the port for workers instead of the API's.
+    """Run a worker of one or more masters, which are given by their hosts and their ports for workers."""
+    if len(masters) == 1:
+        return await server.run_as_worker(*masters[0], tls=tls, task_status=task_status)
+    return await server.run_as_worker(masters=masters, tls=tls, task_status=task_status)
+
+
+async def _run_worker(
+    server: ClusterServer,
+    masters: Sequence[tuple[str, int]],
+    tls: bool,
+    *,
+    task_status: trio.TaskStatus[ClusterMode],
+) -> ClusterMode:
+    """Run a worker, and find out meanwhile whether it was given a port for workers instead of an API's.
+
+    Args:
+        server: the worker.
+        masters: the hosts of the masters and the ports of their APIs.
+        tls: whether they speak TLS.
+        task_status: see :meth:`ClusterServer.run_as_worker`.
 
     Raises:
         ClusterError: it was.
     """
-    mistaken = False
+    mistaken: tuple[str, int] | None = None
     mode = ClusterMode.WORKER
     async with trio.open_nursery() as nursery:
 
-        async def probe() -> None:
+        async def probe(host: str, port: int) -> None:
             nonlocal mistaken
             if await check_is_cluster_server(host, port):
-                mistaken = True
+                mistaken = host, port
                 nursery.cancel_scope.cancel(reason="the port is the one for workers")
 
-        nursery.start_soon(probe)
-        mode = await server.run_as_worker(host, port + 1000, tls=tls, task_status=task_status)
+        for host, port in masters:
+            nursery.start_soon(probe, host, port)
+        internal = [(host, port + INTERNAL_OFFSET) for host, port in masters]
+        mode = await _run_as_worker(server, internal, tls, task_status=task_status)
         nursery.cancel_scope.cancel(reason="the worker has stopped")
-    if mistaken:
+    if mistaken is not None:
+        host, port = mistaken
         raise ClusterError(
-            f"{host}: {port} is the master's port for workers; give the port of its API, which is {port - 1000},"
-            f" or --internal-port {port}"
+            f"{host}: {port} is the master's port for workers; give the port of its API, which is "
+            f"{port - INTERNAL_OFFSET}, or --internal-port {port}"
         )
     return mode
 

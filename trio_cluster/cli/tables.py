@@ -49,6 +49,8 @@ def describe_status(status: Mapping[str, Any]) -> str:
     sections = ["\n".join(lines)]
     if status.get("mode") == "master" or workers:
         sections.append(_worker_table(workers) if workers else "no workers")
+    if masters := _rows(status, "masters"):
+        sections.append(_master_table(masters, own=status.get("mode") == "worker"))
     stalled = [(_cell(w.get("id")), _cell(w.get("stalled"))) for w in workers if w.get("stalled")]
     if stalled:
         sections.append(_table(("STALLED", "WHY"), stalled))
@@ -158,6 +160,26 @@ def _worker_table(workers: Iterable[Mapping[str, Any]]) -> str:
                 _cell(worker.get("models")),
             )
             for worker in workers
+        ],
+    )
+
+
+def _master_table(masters: Iterable[Mapping[str, Any]], *, own: bool) -> str:
+    """Return the table of a worker's own masters, or of the other masters that the workers of a master have."""
+    if not own:
+        return _table(
+            ("OTHER MASTER", "ADDRESS", "WORKERS"),
+            [tuple(_cell(master.get(key)) for key in ("id", "address", "workers")) for master in masters],
+        )
+    return _table(
+        ("MASTER", "ADDRESS", "CONNECTED", "IN FLIGHT", "WHY NOT"),
+        [
+            (
+                *(_cell(master.get(key)) for key in ("id", "address")),
+                "yes" if master.get("connected") is True else "no",
+                *(_cell(master.get(key)) for key in ("in_flight", "why")),
+            )
+            for master in masters
         ],
     )
 

@@ -42,7 +42,7 @@ from ..link.demux import FrameDemux
 from ..link.link import Choose, First, Link, LinkClosed
 from ..link.websocket import dial
 from ..local.pool import HandlerPool
-from ..net.sockets import why_not_connected
+from ..net.sockets import is_refused, why_not_connected
 from ..net.streams import ByteStream
 from ..net.tls import TLS_REQUIRED
 from ..net.watchdog import InjectableStream, injectable
@@ -661,13 +661,11 @@ class _Resumption:
                     # One that is not answered goes on, and another one is tried beside it.
                     with trio.move_on_after(_RESUME_PATIENCE):
                         await self._try_connection()
-                except ConnectionRefusedError:
-                    if not self._link.proxied:
+                except (OSError, trio.TooSlowError) as error:
+                    if is_refused(error) and not self._link.proxied:
                         # No master listens there any more: its process has ended.
                         self._give_up("the master is gone: it refuses connections")
                         return
-                except (OSError, trio.TooSlowError):
-                    pass
                 if self._session.suspended:
                     await trio.sleep(randomness.uniform(0, bound))
                     bound = min(2 * bound, _RESUME_BACKOFF_LAST)

@@ -120,6 +120,11 @@ class HandlerBackend:
             self._pool.loops.add(handler.loop)
 
     @property
+    def elsewhere(self) -> int:
+        """See ``Backend``."""
+        return 0
+
+    @property
     def load(self) -> float:
         """See ``Backend``."""
         load = (self._pool.running + self._pool.waiting) / self._pool.capacity

@@ -217,6 +217,11 @@ class RawBackend:
         raise ValueError(f"the model '{self.info.name}' answers every route already")
 
     @property
+    def elsewhere(self) -> int:
+        """See ``Backend``."""
+        return 0
+
+    @property
     def load(self) -> float:
         """See ``Backend``."""
         # Without a limit there is no share of it; calls in hundredths compare such replicas by their number of calls.

@@ -30,6 +30,7 @@ __all__ = [
     "Sockets",
     "check_addresses",
     "close_all",
+    "is_refused",
     "local_address",
     "open_pair",
     "outward_address",
@@ -238,6 +239,19 @@ def why_not_connected(error: Exception) -> str:
         cause = cause.exceptions[0]
     reason = cause.strerror if isinstance(cause, OSError) else None
     return reason or str(cause) or type(cause).__name__
+
+
+def is_refused(error: BaseException) -> bool:
+    """Tell whether a connection could not be made because nothing listens there, on any address of the host.
+
+    Args:
+        error: what the attempt raised. Trio raises an error that was caused by those of all addresses.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_refused(each) for each in error.exceptions)
+    if isinstance(error, OSError) and error.__cause__ is not None:
+        return is_refused(error.__cause__)
+    return isinstance(error, ConnectionRefusedError)
 
 
 def shown_address(host: str, port: int) -> str:

@@ -24,7 +24,12 @@ class Backend(Protocol):
 
     @property
     def load(self) -> float:
-        """The number of its calls, divided by the number that it can run at once. May exceed 1."""
+        """The number of its calls, of all masters, divided by the number that it can run at once. May exceed 1."""
+        ...
+
+    @property
+    def elsewhere(self) -> int:
+        """How many calls it has from other masters; they are part of its load."""
         ...
 
     @property

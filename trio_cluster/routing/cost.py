@@ -16,7 +16,8 @@ Measured values are never equal, so replicas count as equally good within :data:
 of the prompt are chosen, and of these the least recently used.
 
 Nothing of this is done for a model with one replica. Several masters do not exchange what they know. Each measures the
-replicas for itself, and the reported cached tokens tell it how much of their caches the others use.
+replicas for itself, and the reported cached tokens tell it how much of their caches the others use. A worker says how
+many calls the other masters have there; each counts as half of a usual answer.
 
 Everything is synchronous. A call that was placed here is followed by its :class:`Placement`.
 """
@@ -53,6 +54,8 @@ BYTES_PER_TOKEN: Final = 4
 #: Costs that differ by less count as equal: by this share, and by so many seconds.
 _SAME: Final = 0.1
 _SAME_SECONDS: Final = 0.001
+#: What is believed to be left of a call of another master, of which only the number is known: this share of an answer.
+_OTHERS_LEFT: Final = 0.5
 #: What counts of the answers before the last one for the usual length of an answer.
 _KEEP: Final = 0.95
 #: Models of which something is remembered.
@@ -301,6 +304,8 @@ class LeastCost:
             seconds_to_read = (prompt.size - cached + _OVERHEAD) * replica.reading.value(now, reading)
             seconds_to_say = answer * replica.saying.value(now, saying)
             cost = replica.workload.left(now) + seconds_to_read + seconds_to_say
+            if backend.elsewhere:
+                cost += backend.elsewhere * _OTHERS_LEFT * seconds_to_say
             candidates.append((backend.name, cost, cached))
             states.append((backend, replica, seconds_to_read, seconds_to_say))
             if cost < least:
