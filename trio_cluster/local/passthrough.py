@@ -67,6 +67,11 @@ class RawCall(CallTask):
         return self.call.request.key_name
 
     @property
+    def ended(self) -> bool:
+        """Whether the answer is over: the client has left, or the call was cancelled. What is sent is dropped."""
+        return self.call.ended
+
+    @property
     def time_left(self) -> float:
         """Seconds that are left for the whole answer; infinite if the client has set no limit."""
         return self.deadline - trio.current_time()
@@ -161,6 +166,10 @@ class RawCall(CallTask):
             # Decided by the class, since a handler may choose any code: this class is raised only by code that has seen
             # the server behind the model fail.
             self.fail(api_error, retryable=isinstance(api_error, UpstreamLost))
+        finally:
+            if self.call.satisfied:
+                # It was reported before the client left, or while the handler stopped.
+                self.call.put(Done(self._usage))
 
     def _update_idle_timer(self) -> None:
         """Restart the idle timer; pause it instead while the request's body is still arriving."""
