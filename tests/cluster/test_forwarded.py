@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cluster import MemoryCluster, Worker, chat_request, everything, text
+from memory_cluster import MemoryCluster, Worker, chat_request, everything, forever, text
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_cluster.core.answer import Done, Failed
+from trio_cluster.cluster.forwarded import ForwardedCalls
+from trio_cluster.core.answer import Done, Failed, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
 from trio_cluster.core.fair_queue import estimated_cost, share_of
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.log_context import current_principal
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.outcome import outcome_of
 from trio_cluster.core.principal import ANONYMOUS, Principal, Priority
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError
@@ -241,3 +243,65 @@ async def test_a_body_that_cannot_be_sent_again_is_not_given_back(once: bool, re
         assert (await failure(call)).code == "shutting_down"
     remote.worker.client.close("stopped")
     await remote.worker.over.wait()
+
+
+# A client that has the whole answer
+
+
+@pytest.mark.parametrize("resume_window", [0.0, 30.0])
+async def test_a_call_whose_client_has_all_of_it_is_completed_on_both_nodes_with_its_usage(
+    nursery: trio.Nursery, autojump_clock: MockClock, resume_window: float
+) -> None:
+    cluster = MemoryCluster(nursery, resume_window=resume_window)
+    worker = await cluster.start("w1", resume_window=resume_window)
+    stopped = trio.Event()
+
+    async def answer(call: RawCall) -> None:
+        call.begin(200, "text/event-stream")
+        await call.send(b"data: [DONE]\n\n")
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(3)
+            assert call.ended
+            call.report_usage(5, 6)
+            stopped.set()
+
+    backend = RawBackend(ModelInfo("raw", "any"), answer, worker.pool)
+    worker.router.catalog.add(backend.info, backend)
+    worker.client.announce(backend.info)
+    await wait_all_tasks_blocked()
+    call = cluster.router.open(request())
+    await wait_all_tasks_blocked()
+    (there,) = worker.router.live
+    call.satisfy("client left")
+    assert (call.end, call.released) == (Done(), False)
+    if resume_window:
+        worker.reset()
+    await trio.sleep(1)
+    # As for a cancelled call, its end is reported when the work has stopped.
+    assert (there.end, there.released, call.released) == (Done(), False, False)
+    await stopped.wait()
+    await wait_all_tasks_blocked()
+    for each in (call, there):
+        assert (each.end, each.released, outcome_of(each)) == (Done(Usage(5, 6)), True, "completed")
+
+
+async def test_a_worker_that_does_not_know_of_it_changes_nothing_on_the_master(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel(calls: ForwardedCalls, call_id: int, reason: str, *, complete: bool) -> None:
+        # An older one takes it for a cancellation, and reports that.
+        calls.live[call_id].cancel(reason)
+
+    monkeypatch.setattr(ForwardedCalls, "cancel", cancel)
+    cluster = MemoryCluster(nursery)
+    worker = await cluster.start("w1", forever)
+    call = cluster.router.open(chat_request("forever"))
+    await wait_all_tasks_blocked()
+    (there,) = worker.router.live
+    call.satisfy("client left")
+    await wait_all_tasks_blocked()
+    assert (outcome_of(there), there.released) == ("cancelled", True)
+    assert (call.end, call.released, outcome_of(call)) == (Done(), True, "completed")

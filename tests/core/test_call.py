@@ -4,9 +4,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_cluster.core.answer import Data, Done, Event, Failed, Head
+from trio_cluster.core.answer import Data, Done, Event, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.limits import WINDOW
+from trio_cluster.core.outcome import outcome_of
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, CallCancelled
 from trio_cluster.protocol import WINDOW as WIRE_WINDOW
@@ -253,3 +254,54 @@ def test_work_that_stops_without_an_answer_has_failed() -> None:
     call.release()
     assert call.receive_nowait() == Head()
     assert isinstance(call.receive_nowait(), Failed)
+
+
+# A consumer that has the whole answer
+
+
+def test_a_satisfied_call_is_complete_and_its_producer_is_asked_to_stop() -> None:
+    reasons: list[str] = []
+    call = Call(REQUEST, on_cancel=reasons.append)
+    call.put(Head())
+    call.put(Data(b"all"))
+    call.satisfy("client left")
+    call.satisfy("again")
+    call.cancel("too late")
+    assert (call.end, call.cancelled, reasons) == (Done(), None, ["client left"])
+    assert (call.satisfied, call.released, outcome_of(call)) == (True, False, "completed")
+    assert call.receive_nowait() == Done()
+    call.release()
+    assert outcome_of(call) == "completed"
+
+
+@pytest.mark.parametrize(
+    ("late", "end"),
+    [
+        ([Done(Usage(3, 4))], Done(Usage(3, 4))),
+        ([Done(Usage(3, 4)), Done()], Done(Usage(3, 4))),
+        ([Done(), Failed(ApiError(500, "no"))], Done()),
+        ([Data(b"more"), Failed(ApiError(500, "no"))], Done()),
+    ],
+)
+def test_what_follows_can_only_add_the_usage(late: list[Event], end: Event) -> None:
+    call = Call(REQUEST)
+    call.put(Head())
+    call.satisfy("client left")
+    for event in late:
+        call.put(event)
+    call.release()
+    assert (call.end, outcome_of(call)) == (end, "completed")
+
+
+def test_without_a_beginning_nobody_is_satisfied() -> None:
+    call = Call(REQUEST)
+    call.satisfy("client left")
+    assert (call.satisfied, outcome_of(call)) == (False, "cancelled")
+
+
+def test_an_answer_that_has_ended_stays_as_it_is() -> None:
+    call = Call(REQUEST)
+    call.put(Head())
+    call.put(Failed(ApiError(500, "no")))
+    call.satisfy("client left")
+    assert (call.satisfied, outcome_of(call)) == (False, "failed")

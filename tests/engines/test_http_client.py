@@ -409,6 +409,19 @@ async def test_a_connection_is_reused() -> None:
     assert len(server.visits) == 1
 
 
+async def test_a_request_that_ends_after_its_client_was_closed_leaves_no_connection() -> None:
+    async with open_raw_server(echo) as server:
+        client = client_of(server)
+
+        async def close_first(response: HttpResponse) -> None:
+            client.close()
+            while await response.receive():
+                pass
+
+        await client.send(HttpRequest("POST", "/x", body=b"abc"), close_first)
+        await server.visits[0].closed()
+
+
 async def test_a_streamed_body_gets_a_new_connection() -> None:
     async with open_raw_server(echo) as server:
         client = client_of(server)

@@ -199,6 +199,9 @@ class ForwardedCalls:
                     self._session.fail(call_id, HandlerFailed())
                     call.cancel("its head cannot be sent")
             case Done():
+                if call.satisfied:
+                    # As for a cancelled call; its usage may not be known before.
+                    return
                 self._session.done(call_id, event.usage)
                 del self.live[call_id]
             case Failed():
@@ -221,6 +224,10 @@ class ForwardedCalls:
             self.on_changed()
         if self.live.pop(call_id, None) is None:
             return
+        if isinstance(call.end, Done):
+            self._session.done(call_id, call.end.usage)
+            self._wake()
+            return
         draining_reason = self._router.draining_reason
         if draining_reason is not None and not call.begun:
             # Cancelled by the end of the drain timeout before it had begun: given back for another replica to run.
@@ -236,8 +243,15 @@ class ForwardedCalls:
             if call is not None:
                 call.body.consumed(count)
 
-    def cancel(self, call_id: int, reason: str) -> None:
-        """Cancel a call, if it has not ended. Its end is sent when its work has stopped."""
+    def cancel(self, call_id: int, reason: str, *, complete: bool) -> None:
+        """Cancel a call, if it has not ended; it is completed if its client has the whole answer.
+
+        Its end is sent when its work has stopped.
+        """
         call = self.live.get(call_id)
-        if call is not None:
+        if call is None:
+            return
+        if complete:
+            call.satisfy(reason)
+        else:
             call.cancel(reason)

@@ -176,7 +176,7 @@ class RemoteWorker:
         )
 
         def cancel(reason: str) -> None:
-            session.cancel(call_id, reason)
+            session.cancel(call_id, reason, complete=self._calls[call_id].satisfied)
             wake()
 
         def grant(count: int) -> None:
@@ -235,7 +235,7 @@ class RemoteWorker:
             case ForwardResponse():
                 call.put(Head(event.status, event.content_type, event.headers))
             case DoneMessage():
-                if not call.ended:
+                if not call.ended or call.satisfied:
                     call.put(Done(event.tokens()))
                 self._release(event.call)
             case FailedMessage():

@@ -915,7 +915,7 @@ class MasterConnection:
             case DataMessage():
                 self._calls.on_data(event)
             case Cancel():
-                self._calls.cancel(event.call, event.reason)
+                self._calls.cancel(event.call, event.reason, complete=event.complete)
             case Handshake():
                 self._on_handshake(event)
             case ModelRegistered():

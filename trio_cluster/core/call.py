@@ -20,6 +20,10 @@ is a bug of the producer, and raises ``RuntimeError``.
 Opening and cancelling contain no ``await``, so there is no instant at which a cancellation can lose a call.
 :meth:`Call.cancel` ends the *answer* at once (the consumer receives ``Failed``) and asks the producer to stop. The
 *work* ends later, when the producer calls :meth:`Call.release`; a slot is freed by that, never by the cancellation.
+
+A consumer that has the whole answer does not cancel the call: many clients close their connection at the last event of
+a stream, while the producer is still about to end. :meth:`Call.satisfy` asks the producer to stop in the same way, and
+ends the answer with ``Done``. What the producer puts after that can only add the usage.
 """
 
 from __future__ import annotations
@@ -70,8 +74,8 @@ class Call:
         request: the request that is answered.
         served_by: the name of the backend that answers.
         forwarded: the backend is on another node, and the request was handed to the link to it.
-        on_cancel: called once with the reason when the consumer cancels the call before its answer has ended.
-            Synchronous; must not raise.
+        on_cancel: called once with the reason when the consumer cancels the call before its answer has ended, or is
+            satisfied before that. Synchronous; must not raise.
         on_consumed: called with the number of bytes of the body that the consumer has taken since the last time.
             Synchronous; must not raise.
 
@@ -84,6 +88,7 @@ class Call:
         status: of the head; 0 before.
         end: the event that ended the answer; ``None`` before.
         released: the work has stopped.
+        satisfied: the consumer had the whole answer before the producer ended it.
         cancelled: the reason of the cancellation; ``None`` if there was none.
         cancelled_at: the time of the cancellation, by ``time.monotonic()``, in seconds. For display only.
         opened_at: the time at which the call was opened, by ``time.monotonic()``, in seconds. For display only.
@@ -108,6 +113,7 @@ class Call:
         "queued",
         "released",
         "request",
+        "satisfied",
         "served_by",
         "status",
         "tracker",
@@ -139,6 +145,7 @@ class Call:
         self.status = 0
         self.end: Done | Failed | None = None
         self.released = False
+        self.satisfied = False
         self.cancelled: str | None = None
         self.cancelled_at = 0.0
         self.opened_at = time.monotonic()
@@ -211,12 +218,33 @@ class Call:
         self._finish(Failed(CallCancelled(reason, final=final)))
         self._on_cancel(reason)
 
+    def satisfy(self, reason: str) -> None:
+        """End the answer as complete, since its consumer has all of it and left. Synchronous, idempotent.
+
+        Without effect after the end. Events that were not received are dropped, the next event is ``Done``, and the
+        producer is asked to stop. An answer that has not begun is cancelled.
+
+        Args:
+            reason: why the consumer needs no more; for logs.
+        """
+        if self.ended:
+            return
+        if not self.begun:
+            self.cancel(reason)
+            return
+        self.satisfied = True
+        self._head = None
+        self.body.close()
+        self._finish(Done())
+        self._on_cancel(reason)
+
     # The producer's side
 
     def put(self, event: Event) -> None:
         """Add an event to the answer. Synchronous.
 
-        Events after a cancellation are dropped, since the cancellation has ended the answer.
+        Events after a cancellation are dropped, since the cancellation has ended the answer. After :meth:`satisfy`, a
+        ``Done`` with usage takes the place of the one that has ended it.
 
         Raises:
             RuntimeError: the event does not fit the grammar.
@@ -225,6 +253,10 @@ class Call:
             self.body.put(event.data)
             return
         if self.cancelled is not None:
+            return
+        if self.satisfied:
+            if isinstance(event, Done) and event.usage is not None:
+                self.end = event
             return
         if self.end is not None:
             raise RuntimeError(f"{event!r} after the end of the answer")

@@ -114,6 +114,12 @@ class ChatAnswer:
         self._streams = request.stream
         self._held = bytearray()
         self._ended = False
+        self._done = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last event of a stream was fed, so that :meth:`end` can be called."""
+        return self._done
 
     @property
     def content_type(self) -> str:
@@ -163,7 +169,7 @@ class ChatAnswer:
 
     def _take_event(self, data: bytes) -> bytes:
         if data == b"[DONE]":
-            self._ended = True
+            self._ended = self._done = True
             return b""
         return self._take(data)
 

@@ -153,6 +153,7 @@ class HttpClient:
         self._keepalive_expiry = keepalive_expiry
         # From the one that has been idle longest.
         self._idle: list[_Connection] = []
+        self._closed = False
         self._tls = ssl.create_default_context() if base.scheme == "https" else None
         self._family = _family(base.host)
         self._exhaustion = ExhaustionLog(logger, f"connections to {base}")
@@ -208,7 +209,8 @@ class HttpClient:
         return status, bytes(body)
 
     def close(self) -> None:
-        """Close the idle connections. Requests that are under way are not affected. Synchronous."""
+        """Close the idle connections, and keep no others. Requests that are under way are not affected. Synchronous."""
+        self._closed = True
         for connection in self._idle:
             connection.close()
         self._idle.clear()
@@ -226,7 +228,7 @@ class HttpClient:
 
     def _keep(self, connection: _Connection) -> None:
         self._drop_expired()
-        if len(self._idle) < self._max_keepalive:
+        if len(self._idle) < self._max_keepalive and not self._closed:
             connection.idle_since = trio.current_time()
             self._idle.append(connection)
         else:

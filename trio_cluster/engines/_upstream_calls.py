@@ -11,6 +11,12 @@ Every response is the call's answer, whatever its status. The call fails, with `
 complete response, or with ``Overloaded`` if this machine has no room for the connection, which is not the server's
 fault.
 
+A stream is over for its client at its last event (``[DONE]``, ``response.completed``, ``message_stop``), and many
+clients leave then, while the server is still about to end its response. So the usage is reported at that event. What
+follows it is forwarded, if there is anything, for :data:`_LAST_WAIT` seconds at most; also if the client has left, so
+that the connection to the server can be used again. A server that takes longer, or breaks its connection there, has
+given a complete answer nevertheless.
+
 A server that does not know ``stream_options`` may refuse the whole request. If its refusal (400 or 422) names that
 field, a request that the engine has changed is sent once more as the client wrote it. If that succeeds, the server is
 not asked for usage again.
@@ -28,6 +34,7 @@ from typing import Final
 from urllib.parse import quote
 
 import attrs
+import trio
 
 from trio_cluster._version import __version__
 from trio_cluster.core.headers import QUERY
@@ -50,7 +57,7 @@ from ._chat_only import CHAT_PATH, ChatAnswer, chat_body, error_of, read_message
 from ._form_trim import trim_form, trim_streamed_form
 from ._http_client import Body, ConnectFailed, HttpClient, HttpRequest, HttpResponse, LocalExhaustion
 from ._http_response import HttpError
-from ._usage_reader import usage_reader
+from ._usage_reader import UsageReader, usage_reader
 from ._usage_request import ask_for_usage
 
 __all__ = ["UpstreamCalls", "authorization"]
@@ -123,6 +130,11 @@ _ENDPOINTS_WITH_END: Final = frozenset(
 
 #: How the names of the endpoints of the Messages API begin; older masters call them by their paths.
 _MESSAGES: Final = ("messages", "/v1/messages")
+
+#: After the last event of a stream: seconds in which the server may end its response, and bytes that are read in that
+#: time if the client has left.
+_LAST_WAIT: Final = 0.5
+_LAST_BYTES: Final = 64 * 1024
 
 _SAFE_IN_PATH: Final = "/:@!$&'()*+,;=-._~"
 
@@ -227,12 +239,17 @@ class UpstreamCalls:
                 raise error_of(response.status, response.header("retry-after"), beginning)
             self._chat_only = True
             call.begin(response.status, answer.content_type, _response_headers(response))
-            while piece := await response.receive():
+            while not answer.is_done and (piece := await response.receive()):
                 self.activity += 1
                 await call.send(answer.feed(piece))
-            await call.send(answer.end())
+            rest = answer.end()
             if (tokens := answer.usage) is not None:
                 call.report_usage(**attrs.asdict(tokens))
+            try:
+                await call.send(rest)
+            finally:
+                with trio.move_on_after(_LAST_WAIT, shield=True):
+                    await _drop_rest(response.receive)
 
         chat = chat_body(message, asks_for_usage=self._asks_for_usage)
         http_request = HttpRequest("POST", CHAT_PATH, self._request_headers(call), chat, len(chat))
@@ -314,36 +331,84 @@ class UpstreamCalls:
             content_type = ""
         call.begin(response.status, content_type, _response_headers(response))
         receive, send = response.receive, call.send
-        # The framing does not show whether such a body is complete, but the content does.
-        end: EndDetector | None = None
-        endpoint = call.request.endpoint
+        endpoint, encoding = call.request.endpoint, response.header("content-encoding")
+        usage = usage_reader(endpoint, response.status, content_type, encoding, asked=asked)
         if (
-            response.close_delimited
-            and endpoint in _ENDPOINTS_WITH_END
+            endpoint in _ENDPOINTS_WITH_END
             and content_type.lower().startswith("text/event-stream")
+            and encoding.strip().lower() in ("", "identity")
         ):
-            end = EndDetector(endpoint_named(endpoint).failure)
-        usage = usage_reader(
-            endpoint, response.status, content_type, response.header("content-encoding"), asked=asked
-        )
-        while piece := await receive():
-            self.activity += 1
-            if end is not None:
-                end.feed(piece)
-            # Also if the reader keeps all of it: an empty piece is a sign of life.
-            await send(piece if usage is None else usage.feed(piece))
-        if end is not None and not end.has_ended:
-            raise HttpError("the connection was closed before the stream was complete")
+            await self._forward_stream(response, call, usage)
+        else:
+            while piece := await receive():
+                self.activity += 1
+                # Also if the reader keeps all of it: an empty piece is a sign of life.
+                await send(piece if usage is None else usage.feed(piece))
         if usage is not None:
             if rest := usage.end():
                 await send(rest)
-            if (tokens := usage.usage) is not None:
-                call.report_usage(**attrs.asdict(tokens))
+            _report(usage, call)
+
+    async def _forward_stream(self, response: HttpResponse, call: RawCall, usage: UsageReader | None) -> None:
+        """Forward the body of a response that is a stream with a last event.
+
+        Raises:
+            HttpError: the connection is lost before the last event, or was closed, and the framing does not show that.
+        """
+        end = EndDetector(endpoint_named(call.request.endpoint).failure)
+        receive, until = response.receive, math.inf
+        try:
+            while piece := await (receive() if until == math.inf else _receive_until(until, receive)):
+                self.activity += 1
+                end.feed(piece)
+                # What follows an error may be more of the stream; comments may go on forever.
+                until = min(until, trio.current_time() + _LAST_WAIT) if end.has_ended else math.inf
+                forwarded = piece if usage is None else usage.feed(piece)
+                if usage is not None and until < math.inf:
+                    _report(usage, call)
+                # Also if the reader keeps all of it: an empty piece is a sign of life.
+                await call.send(forwarded)
+        except trio.Cancelled:
+            if until < math.inf:
+                with trio.move_on_after(_LAST_WAIT, shield=True):
+                    await _drop_rest(receive)
+            raise
+        if response.close_delimited and until == math.inf:
+            raise HttpError("the connection was closed before the stream was complete")
 
 
 def authorization(key: str) -> list[tuple[str, str]]:
     """Return the header that carries an API key."""
     return [("authorization", f"Bearer {key}")]
+
+
+def _report(usage: UsageReader, call: RawCall) -> None:
+    """Report what has been read of the usage of an answer, if anything."""
+    if (tokens := usage.usage) is not None:
+        call.report_usage(**attrs.asdict(tokens))
+
+
+async def _receive_until(deadline: float, receive: Callable[[], Awaitable[bytes]]) -> bytes:
+    """Receive the next piece of a body whose stream is over; empty if there is none before the deadline."""
+    with trio.move_on_at(deadline):
+        try:
+            return await receive()
+        except HttpError:
+            pass
+    return b""
+
+
+async def _drop_rest(receive: Callable[[], Awaitable[bytes]]) -> None:
+    """Receive and drop the rest of a body whose stream is over, so that its connection can be used again.
+
+    If there is much of it, this returns before its end, and the connection is closed.
+    """
+    size = 0
+    try:
+        while size < _LAST_BYTES and (piece := await receive()):
+            size += len(piece)
+    except HttpError:
+        pass
 
 
 def _require_final(response: HttpResponse) -> None:

@@ -106,11 +106,17 @@ class _CapturedBody:
     def __init__(self, body: Body, capture: _PlainCapture | _EventCapture) -> None:
         self._body = body
         self._capture = capture
+        self._has_fed = True
 
     @property
     def complete(self) -> bool:
         """See ``Body``."""
         return self._body.complete
+
+    @property
+    def is_satisfying(self) -> bool:
+        """See ``Body``."""
+        return self._has_fed and self._body.is_satisfying
 
     async def receive(self) -> bytes:
         """See ``Body``."""
@@ -123,9 +129,11 @@ class _CapturedBody:
             if self._body.complete:
                 await self._capture.end()
             raise trio.EndOfChannel
+        self._has_fed = False
         await self._capture.feed(piece)
         if self._body.complete:
             await self._capture.end()
+        self._has_fed = True
         return piece
 
     def enable_direct_write(self, connection: Connection | None) -> None:

@@ -158,6 +158,10 @@ class RequestContext:
         if self.reservation is not None:
             self.reservation.end_request()
 
+    def satisfy_call(self, reason: str) -> None:
+        """End the call that answers the request as complete: the client has the whole answer. See ``Call.satisfy``."""
+        self.call.satisfy(reason)
+
 
 def request_context(scope: Mapping[str, Any]) -> RequestContext:
     """Return the context of the request that an ASGI scope belongs to.

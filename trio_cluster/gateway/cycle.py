@@ -38,7 +38,7 @@ from .cors import answer_preflight, cors_headers
 from .direct import Connection
 from .key_limits import with_limit_headers
 from .relay import relay
-from .response import Reply, error_reply, reply_head
+from .response import Body, Reply, error_reply, reply_head
 from .routes import MODEL_ROUTES, canonical_path, custom_route, error_family, may_be_custom
 from .stage import Pipeline
 
@@ -106,6 +106,7 @@ class RequestCycle:
         self._started = False  # the head of the answer was sent
         self._finished = False  # the end of the answer was sent
         self._closes = False  # a refusal ends the connection
+        self._written: Body | None = None  # all that was received of this body was written
 
     @property
     def client_left(self) -> bool:
@@ -146,6 +147,10 @@ class RequestCycle:
             )  # fmt: skip
         finally:
             self._left = self._left or self._is_gone()
+            if self._left and self._written is not None and self._written.is_satisfying:
+                # It has the whole answer, so nothing was cut off.
+                self._left = False
+                context.satisfy_call("client left after the last event")
             context.cancel_calls("client left" if self._left else "the request has ended")
             if context.spool is not None:
                 context.spool.close()
@@ -247,7 +252,9 @@ class RequestCycle:
                 piece = await reply.body.receive()
                 # The last piece and the end are one write.
                 more = not reply.body.complete
+                self._written = None
                 await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+                self._written = reply.body
                 reply.body.enable_direct_write(self._connection)
         except trio.EndOfChannel:
             if not context.aborted:

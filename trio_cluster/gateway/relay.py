@@ -244,6 +244,17 @@ class StreamingBody:
             if end is not None:
                 raise trio.EndOfChannel
 
+    @property
+    def is_satisfying(self) -> bool:
+        """See ``Body``. Many clients leave at the last event of a stream, and do not wait for the end of the body."""
+        events, writer = self._events, self._writer
+        if events is None or events.torn or self._opening is not None or self._grammar.repeats_end:
+            return False
+        # Where the fast path did not take a piece, the event that was kept last was not sent.
+        if self._call.body.pieces or (writer is not None and writer.has_unsent):
+            return False
+        return self._grammar.has_ended(bytes(events.last))
+
     def enable_direct_write(self, connection: Connection | None) -> None:
         """See ``Body``."""
         if self._writer is None and connection is not None:

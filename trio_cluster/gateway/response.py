@@ -36,6 +36,11 @@ class Body(Protocol):
         """Whether the piece that was received last is the end of the body, and the answer has not failed."""
         ...
 
+    @property
+    def is_satisfying(self) -> bool:
+        """Whether the pieces that were received make a whole answer for its client, though it may go on."""
+        ...
+
     async def receive(self) -> bytes:
         """Return the next piece, and wait for it. An empty piece means that the connection has unsent bytes to write.
 

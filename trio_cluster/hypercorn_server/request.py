@@ -184,6 +184,9 @@ class HypercornRequest:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if self._step is step:
+            # The application is cancelled, and must not take this for sent.
+            await trio.lowlevel.checkpoint()
 
     async def _break_off(self) -> None:
         """Wait until what was sent is written, and let the client see that an answer without an end is none."""

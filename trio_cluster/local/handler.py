@@ -271,7 +271,8 @@ class HandlerTask(CallTask):
 
     async def push(self, chunk: object) -> None:
         """See ``Provider``."""
-        if self._is_held or (self.call.end is not None and self.call.cancelled is None):
+        call = self.call
+        if self._is_held or (call.end is not None and call.cancelled is None and not call.satisfied):
             raise trio.ClosedResourceError("the output has been ended")
         if self._encoder.divisible:
             *most, chunk = self._encoder.divide(chunk)

@@ -67,6 +67,11 @@ class RawCall(CallTask):
         return self.call.request.key_name
 
     @property
+    def ended(self) -> bool:
+        """Whether the answer is over: the client has left, or the call was cancelled. What is sent is dropped."""
+        return self.call.ended
+
+    @property
     def time_left(self) -> float:
         """Seconds that are left for the whole answer; infinite if the client has set no limit."""
         return self.deadline - trio.current_time()
@@ -165,6 +170,10 @@ class RawCall(CallTask):
                 retryable=isinstance(api_error, UpstreamLost),
                 over_capacity=isinstance(api_error, Overloaded),
             )
+        finally:
+            if self.call.satisfied:
+                # It was reported before the client left, or while the handler stopped.
+                self.call.put(Done(self._usage))
 
     def _update_idle_timer(self) -> None:
         """Restart the idle timer; pause it instead while the request's body is still arriving."""

@@ -78,6 +78,7 @@ class FailureGrammar:
             first event, or empty; ``last`` is what was sent last, or the end of that.
         ends: the types of the events that end a complete stream. ``[DONE]`` ends one on every route.
         failures: the types of the events that end a failed stream. So does every event with an ``error``.
+        repeats_end: the events in ``ends`` may come several times, so that none of them is certain to be the last.
         needs_first: ``write`` uses ``first``.
         keepalive: what is sent while there is nothing else to send.
     """
@@ -85,13 +86,26 @@ class FailureGrammar:
     write: Callable[[ApiError, bytes, bytes], bytes]
     ends: frozenset[str] = frozenset()
     failures: frozenset[str] = frozenset({"error"})
+    repeats_end: bool = False
     needs_first: bool = False
     keepalive: bytes = KEEPALIVE
+    _end_marks: re.Pattern[bytes] = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        kinds = sorted(kind.encode() for kind in self.ends | self.failures)
+        marks = b"|".join(map(re.escape, [b"[DONE]", b"error", *kinds]))
+        object.__setattr__(self, "_end_marks", re.compile(marks))
+
+    def may_end(self, data: bytes) -> bool:
+        """Return whether ``data`` has something of an event that ends a stream in it. It may be the text of a model."""
+        return self._end_marks.search(data) is not None
 
     def has_ended(self, last: bytes) -> bool:
         """Return whether the last event in ``last`` ends the stream, complete or failed. Comments after it change
         nothing.
         """
+        if self._end_marks.search(last) is None:
+            return False
         detector = EndDetector(self)
         detector.feed(last)
         return detector.has_ended
@@ -116,6 +130,15 @@ class EndDetector:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes. Synchronous."""
+        # Nearly every piece is a whole event, and does not end the stream; this is done for each token.
+        if (
+            not (self._line or self._name or self._data)
+            and data.startswith((b"data:", b"event:"))
+            and data.endswith(b"\n\n")
+            and not self._grammar.may_end(data)
+        ):
+            self._last = (b"", b"")
+            return
         first, *rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._line = (self._line + first)[: self._LINE_LIMIT]
         for line in rest:
@@ -135,6 +158,8 @@ class EndDetector:
     def has_ended(self) -> bool:
         """Whether the last complete event ends the stream, complete or failed."""
         name, data = self._last
+        if not (name or data or self._data or self._line):
+            return False
         if (self._data or self._line[5:].strip()).startswith(b"[DONE]"):
             # Some servers leave out the empty line behind it.
             return True
@@ -232,7 +257,7 @@ def _dumps(value: dict[str, Any]) -> bytes:
 ERROR_OBJECT: Final = FailureGrammar(_write_object)
 TYPED_ERROR: Final = FailureGrammar(_write_typed, frozenset({"transcript.text.done", "speech.audio.done"}))
 IMAGE_ERROR: Final = FailureGrammar(
-    _write_image_error, frozenset({"image_generation.completed", "image_edit.completed"})
+    _write_image_error, frozenset({"image_generation.completed", "image_edit.completed"}), repeats_end=True
 )
 RESPONSE_FAILED: Final = FailureGrammar(
     _write_response_failed,

@@ -215,11 +215,16 @@ class MasterSession(Session[MasterEvent]):
         record.state = next_state
         self._outbox.push(call, data, last=last)
 
-    def cancel(self, call: int, reason: str) -> None:
+    def cancel(self, call: int, reason: str, *, complete: bool = False) -> None:
         """Ask the worker to stop. The queued body is dropped, and there are no more events of the answer.
 
         Idempotent, and without effect on a call that has ended. The call stays open until the worker has really
         stopped: then :meth:`receive` returns its ``Done`` or ``Failed``.
+
+        Args:
+            call: its number.
+            reason: why it is not wanted any more; clipped.
+            complete: the client has the whole answer.
 
         Raises:
             RuntimeError: the call was never opened.
@@ -229,7 +234,7 @@ class MasterSession(Session[MasterEvent]):
             return
         record.state = self._state_after_sending(call, Cancel)
         self._outbox.drop(call)
-        self._outbox.post(Cancel(call, bounds.clip(reason)))
+        self._outbox.post(Cancel(call, bounds.clip(reason), complete))
 
     def model_registered(self, name: str) -> None:
         """Confirm to the worker that its model is registered."""

@@ -348,6 +348,8 @@ class Cancel:
 
     call: int = attrs.field(validator=_CALL)
     reason: str = attrs.field(validator=bounds.text())
+    complete: bool = False
+    """The client has the whole answer, so the call is counted as completed."""
 
 
 @attrs.frozen
