@@ -130,7 +130,7 @@ async def test_a_worker_that_freezes_is_given_up_and_comes_back_when_it_thaws(
 
 
 async def test_a_model_stays_served_when_one_of_its_replicas_is_killed(nodes: Nodes) -> None:
-    master = await nodes.master(*NOT_RESUMED, "--on-conflict", "replicate")
+    master = await nodes.master(*NOT_RESUMED, "--on-conflict", "replicate", "--routing", "least-busy")
     first = await nodes.worker(master, "w1", models="who")
     second = await nodes.worker(master, "w2", models="who")
 
