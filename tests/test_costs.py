@@ -399,6 +399,7 @@ class _Idle:
 
     name: str
     load: float = 0.0
+    elsewhere: int = 0
     health: Health = attrs.field(factory=Health)
 
     def open(self, request: Request) -> Call:

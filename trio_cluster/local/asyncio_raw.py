@@ -118,6 +118,11 @@ class AsyncioRawCall:
         return self._call.key_name
 
     @property
+    def ended(self) -> bool:
+        """Whether the answer is over: the client has left, or the call was cancelled. What is sent is dropped."""
+        return self._call.ended
+
+    @property
     def time_left(self) -> float:
         """Seconds that are left for the whole answer; infinite if the client has set no limit."""
         return self._call.deadline - self._clock.current_time()

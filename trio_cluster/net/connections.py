@@ -97,6 +97,8 @@ class _Connections:
     def __init__(self, grace: float, retirement: Retirement | None) -> None:
         self._grace = grace
         self._retirement = retirement
+        # Whether it has begun: an attribute, since it is read for each connection.
+        self._retiring = False
         self._shaking_hands = 0
         # A dict and not a set: connections end in the order in which they came, and not in one of addresses.
         self._open: dict[Connection, None] = {}
@@ -152,7 +154,8 @@ class _Connections:
                 stream.close()
         finally:
             self._shaking_hands -= 1
-            self._check_retired()
+            if self._retiring:
+                self._check_retired()
 
     def _open_connection(
         self, nursery: trio.Nursery, open_connection: OpenConnection, stream: ByteStream
@@ -167,7 +170,7 @@ class _Connections:
         if self._stopping:
             # Its handshake was begun before, and has only ended now.
             connection.close_when_idle()
-        elif self._retirement is not None and self._retirement.begun.is_set():
+        elif self._retiring:
             connection.close_after_next()
         nursery.start_soon(self._serve_one, connection)
 
@@ -180,10 +183,12 @@ class _Connections:
             del self._open[connection]
             if not self._open:
                 self._empty.set()
-                self._check_retired()
+                if self._retiring:
+                    self._check_retired()
 
     async def _retire(self, retirement: Retirement) -> None:
         await retirement.begun.wait()
+        self._retiring = True
         for connection in list(self._open):
             connection.close_after_next()
         self._check_retired()
@@ -193,9 +198,8 @@ class _Connections:
             connection.close_when_idle()
 
     def _check_retired(self) -> None:
-        retirement = self._retirement
-        if retirement is not None and retirement.begun.is_set() and not (self._open or self._shaking_hands):
-            retirement.over.set()
+        if self._retirement is not None and not (self._open or self._shaking_hands):
+            self._retirement.over.set()
 
     async def _close_when_cancelled(self) -> None:
         try:
