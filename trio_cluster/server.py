@@ -246,9 +246,17 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        hedge: bool = False,
     ) -> None:
-        """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`."""
-        self._models.register("embedding", name, handler, options, max_concurrency=max_concurrency)
+        """Serve an embedding model, see :meth:`register_chat`; the handler gets an :class:`EmbeddingRequest`.
+
+        With ``hedge``, a request whose answer is late is sent to another replica as well, if there is one: a second
+        attempt where the first is later than 95 of 100 answers, for at most 5 % of the requests. The first answer is
+        given to the client, and the other attempt is cancelled. The handler must be such that this does no harm.
+        """
+        self._models.register(
+            "embedding", name, handler, options, max_concurrency=max_concurrency, hedge=hedge
+        )
 
     def register_asr(
         self,
@@ -257,9 +265,13 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        hedge: bool = False,
     ) -> None:
-        """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`."""
-        self._models.register("asr", name, handler, options, max_concurrency=max_concurrency)
+        """Serve a speech-to-text model, see :meth:`register_chat`; the handler gets an :class:`ASRRequest`.
+
+        ``hedge`` as in :meth:`register_embedding`; streams are not hedged, nor are files of more than 1 MiB.
+        """
+        self._models.register("asr", name, handler, options, max_concurrency=max_concurrency, hedge=hedge)
 
     def register_tts(
         self,
@@ -305,9 +317,13 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        hedge: bool = False,
     ) -> None:
-        """Serve a model that ranks documents, see :meth:`register_chat`; the handler gets a :class:`RerankRequest`."""
-        self._models.register("rerank", name, handler, options, max_concurrency=max_concurrency)
+        """Serve a model that ranks documents, see :meth:`register_chat`; the handler gets a :class:`RerankRequest`.
+
+        ``hedge`` as in :meth:`register_embedding`.
+        """
+        self._models.register("rerank", name, handler, options, max_concurrency=max_concurrency, hedge=hedge)
 
     def register_moderation(
         self,
@@ -316,12 +332,16 @@ class ClusterServer:
         options: ChatModelOptions | None = None,
         *,
         max_concurrency: int | None = None,
+        hedge: bool = False,
     ) -> None:
         """Serve a moderation model, see :meth:`register_chat`; the handler gets a :class:`ModerationRequest`.
 
-        Requests with images are refused unless ``options`` has ``supports_vision``.
+        Requests with images are refused unless ``options`` has ``supports_vision``. ``hedge`` as in
+        :meth:`register_embedding`.
         """
-        self._models.register("moderation", name, handler, options, max_concurrency=max_concurrency)
+        self._models.register(
+            "moderation", name, handler, options, max_concurrency=max_concurrency, hedge=hedge
+        )
 
     def chat(
         self,
@@ -346,13 +366,17 @@ class ClusterServer:
             "chat", name, options, max_concurrency, count_tokens=count_tokens, validate=validate
         )
 
-    def embedding(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
+    def embedding(
+        self, name: str, *, max_concurrency: int | None = None, hedge: bool = False, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate an embedding handler; see :meth:`register_embedding`."""
-        return self._decorator("embedding", name, options, max_concurrency)
+        return self._decorator("embedding", name, options, max_concurrency, hedge=hedge)
 
-    def asr(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
+    def asr(
+        self, name: str, *, max_concurrency: int | None = None, hedge: bool = False, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a speech-to-text handler; see :meth:`register_asr`."""
-        return self._decorator("asr", name, options, max_concurrency)
+        return self._decorator("asr", name, options, max_concurrency, hedge=hedge)
 
     def tts(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
         """Decorate a text-to-speech handler; see :meth:`register_tts`."""
@@ -370,15 +394,17 @@ class ClusterServer:
         """Decorate a handler that edits images; see :meth:`register_image_edit`."""
         return self._decorator("image_edit", name, options, max_concurrency)
 
-    def rerank(self, name: str, *, max_concurrency: int | None = None, **options: Any) -> Callable[[H], H]:
+    def rerank(
+        self, name: str, *, max_concurrency: int | None = None, hedge: bool = False, **options: Any
+    ) -> Callable[[H], H]:
         """Decorate a handler that ranks documents; see :meth:`register_rerank`."""
-        return self._decorator("rerank", name, options, max_concurrency)
+        return self._decorator("rerank", name, options, max_concurrency, hedge=hedge)
 
     def moderation(
-        self, name: str, *, max_concurrency: int | None = None, **options: Any
+        self, name: str, *, max_concurrency: int | None = None, hedge: bool = False, **options: Any
     ) -> Callable[[H], H]:
         """Decorate a moderation handler; see :meth:`register_moderation`."""
-        return self._decorator("moderation", name, options, max_concurrency)
+        return self._decorator("moderation", name, options, max_concurrency, hedge=hedge)
 
     def register_raw(
         self,
@@ -502,6 +528,7 @@ class ClusterServer:
         *,
         count_tokens: Handler | None = None,
         validate: bool = False,
+        hedge: bool = False,
     ) -> Callable[[H], H]:
         if not isinstance(cast("object", name), str):
             function = getattr(name, "__name__", repr(name))
@@ -519,6 +546,7 @@ class ClusterServer:
                 count_tokens,
                 max_concurrency=max_concurrency,
                 validate=validate,
+                hedge=hedge,
             )
             return handler
 

@@ -248,3 +248,17 @@ async def test_a_cancelled_write_is_repeated() -> None:
         await node.flushed()
     assert node.database.batches == []
     assert [row["request_id"] for row in await node.flushed()] == ["r1"]
+
+
+async def test_two_attempts_at_once_are_one_row_of_the_one_that_has_answered() -> None:
+    node = Node()
+    first = node.open()
+    for _ in range(20):
+        node.router.hedging.late_after("m")
+    second = node.router.open_hedge(first, 10.0)
+    assert second is not None
+    first.superseded = True
+    node.complete(second, Usage(3, 0))
+    first.cancel("the other attempt has answered first")
+    await node.journal.flush()
+    assert [(row["worker"], row["outcome"]) for row in node.database.rows] == [("w2", "completed")]

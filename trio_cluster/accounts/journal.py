@@ -102,6 +102,10 @@ class Journal(Observer):
         now = time.monotonic()
         opened = self._opened.pop(call, call.opened_at) if self._opened else call.opened_at
         begun = self._begun.pop(call, None)
+        if call.superseded:
+            # The other attempt at the same request has a row.
+            self._replaced.discard(call)
+            return
         request, end = call.request, call.end
         usage = end.usage if type(end) is Done else None
         if usage is None:

@@ -79,6 +79,14 @@ class _Metrics:
         yield CounterMetricFamily(
             _PREFIX + "calls_retried", "Calls that were retried on another replica.", value=stats["retried"]
         )
+        yield CounterMetricFamily(
+            _PREFIX + "hedges",
+            "Second attempts at requests whose answer was late.",
+            value=router.hedging.sent,
+        )
+        yield CounterMetricFamily(
+            _PREFIX + "hedges_won", "Second attempts that have answered first.", value=router.hedging.won
+        )
         yield GaugeMetricFamily(
             _PREFIX + "calls_in_flight", "Calls whose work has not stopped.", value=len(router.live)
         )

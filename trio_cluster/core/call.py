@@ -93,6 +93,7 @@ class Call:
         cancelled_at: the time of the cancellation, by ``time.monotonic()``, in seconds. For display only.
         opened_at: the time at which the call was opened, by ``time.monotonic()``, in seconds. For display only.
         queued: the call waits for a slot, as far as this node knows.
+        superseded: it is one of two attempts at a request, and not the one that has answered.
     """
 
     __slots__ = (
@@ -116,6 +117,7 @@ class Call:
         "satisfied",
         "served_by",
         "status",
+        "superseded",
         "tracker",
     )
 
@@ -150,6 +152,7 @@ class Call:
         self.cancelled_at = 0.0
         self.opened_at = time.monotonic()
         self.queued = False
+        self.superseded = False
 
     # The consumer's side
 

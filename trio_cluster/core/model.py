@@ -127,6 +127,8 @@ class ModelInfo:
     via: Via = ()
     """The ids of the other clusters through which the model comes, first the one that serves it; see
     ``provenance.py``."""
+    hedge: bool = False
+    """A request whose answer is late may be sent to another replica as well."""
 
     def answers(self, kind: str, endpoint: str) -> bool:
         """Return whether the model answers an endpoint.

@@ -37,6 +37,7 @@ from .auth import hide_models
 from .capture import FinalEventBuffer
 from .context import RequestContext
 from .direct import Connection, DirectWriter
+from .hedge import HEDGED_KINDS, first_event, is_hedged
 from .keepalive import expects_events
 from .node_context import NodeContext
 from .opening import Opening
@@ -105,9 +106,12 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
     began = trio.current_time()
     comment_due = began + (node_context.options.server.keepalive or math.inf)
     event = None
-    # Written out here, since a function would cost every request a call.
-    with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
-        event = await context.call.receive()
+    if context.call.request.kind in HEDGED_KINDS and is_hedged(node_context, context):
+        event = await first_event(node_context, context, context.deadlines.expires_at(began))
+    else:
+        # Written out here, since a function would cost every request a call.
+        with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
+            event = await context.call.receive()
     if isinstance(event, Head):
         return await _reply(node_context, context, event, began)
     opening = Opening(node_context, context, began)

@@ -85,6 +85,7 @@ class LocalModels:
         *,
         max_concurrency: int | None = None,
         validate: bool = False,
+        hedge: bool = False,
     ) -> None:
         """Serve a model of one of the OpenAI API's kinds; see ``ClusterServer.register_chat``.
 
@@ -95,7 +96,7 @@ class LocalModels:
         if backend is not None and {backend.info.kind, kind} == _IMAGE_KINDS:
             self._add_endpoint(backend, kind, handler)
         else:
-            info = self._info(kind, name, options)
+            info = attrs.evolve(self._info(kind, name, options), hedge=hedge)
             backend = HandlerBackend(
                 info, handler, self._pool, max_concurrency=max_concurrency, validate=validate
             )

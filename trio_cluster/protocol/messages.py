@@ -111,6 +111,8 @@ class RegisterModel:
     """What it answers beside the routes of its kind: ``extra_endpoints`` of ``ModelInfo``."""
     via: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
     """The ids of the other clusters through which it comes: ``via`` of ``ModelInfo``."""
+    hedge: bool = False
+    """A request whose answer is late may be sent to another replica as well."""
 
     @classmethod
     def of(cls, info: ModelInfo) -> RegisterModel:
@@ -120,7 +122,8 @@ class RegisterModel:
             ValueError: a field, for instance one in ``extra_fields``, cannot be sent; the message names it.
         """
         options = attrs.asdict(info.options, recurse=False)
-        return cls(info.name, info.kind, info.owner, info.created, options, info.extra_endpoints, info.via)
+        also, via = info.extra_endpoints, info.via
+        return cls(info.name, info.kind, info.owner, info.created, options, also, via, info.hedge)
 
     def info(self) -> ModelInfo:
         """Return the model. Options that this version does not know are left out.
@@ -143,6 +146,7 @@ class RegisterModel:
             options,
             self.also,
             self.via,
+            self.hedge is True,
         )
 
 

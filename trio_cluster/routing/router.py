@@ -27,6 +27,7 @@ from ..core.stats import CallStats
 from ..errors import ApiError, LoopDetected, Overloaded, ShuttingDown
 from .backend import Backend
 from .catalog import Catalog
+from .hedging import Hedging
 from .policy import LearningPolicy, LeastBusy, RoutingPolicy
 
 __all__ = ["Router"]
@@ -41,6 +42,7 @@ class Router:
     Attributes:
         catalog: the models and their replicas.
         observers: called at every step of every call.
+        hedging: when a request gets a second attempt, and how many did.
         stats: the counters of the node's calls; one of the observers.
         live: the calls whose work has not stopped yet, each with its backend, oldest first.
     """
@@ -49,6 +51,7 @@ class Router:
         self.catalog = Catalog()
         self.policy = LeastBusy() if policy is None else policy
         self.observers = Observers()
+        self.hedging = Hedging()
         self.stats = CallStats()
         self.observers.add(self.stats)
         self.live: dict[Call, Backend] = {}
@@ -145,6 +148,37 @@ class Router:
             for listener in self.observers.retried:
                 listener(call, again)
         return again
+
+    def open_hedge(self, call: Call, time_left: float) -> Call | None:
+        """Open a request a second time, on another replica of its model, while its first call goes on. Synchronous.
+
+        Args:
+            call: the first call, whose answer is late.
+            time_left: seconds that are left for the whole answer.
+
+        Returns:
+            The second call, which is never retried; ``None`` if there is none: the budget is spent, the node drains,
+            the request was retried before or cannot be sent again, or no other replica has room for it.
+        """
+        request = call.request
+        if self._draining_reason is not None or request.retried or not request.replayable or time_left <= 0:
+            return None
+        if not self.hedging.allows(request.model):
+            return None
+        second = attrs.evolve(request, total_timeout=time_left, retried=True, otherwise=None)
+        if not any(replica.load < 1 for replica in self.catalog.candidates(second, avoid=call.served_by)):
+            return None
+        try:
+            opened = self._open(second, call.served_by)
+        except ApiError:
+            return None
+        self.hedging.spend(request.model)
+        return opened
+
+    def tell_replaced(self, lost: Call, again: Call) -> None:
+        """Tell the observers that a call that has failed was replaced by another one. Synchronous."""
+        for listener in self.observers.retried:
+            listener(lost, again)
 
     def calls_of(self, request_id: str) -> list[Call]:
         """Return the live calls of all requests that have this id, oldest first. Clients may use an id repeatedly."""
