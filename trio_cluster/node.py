@@ -330,7 +330,7 @@ class Node:
                     )
                 if clients_gate.is_open:
                     if hand_over is not None:
-                        nursery.start_soon(hand_over.serve)
+                        await nursery.start(hand_over.serve)
                     started()
             if failure is None:
                 await self._wait_stopped_or_replaced(hand_over)
@@ -408,6 +408,9 @@ class Node:
             with trio.move_on_after(min(_IDLE_TIME, self._options.drain_timeout)):
                 await self._retirement.over.wait()
             self._retirement.idle_time_over.set()
+            # Nothing is refused, not even an upload that takes long.
+            with trio.move_on_at(self._drain_deadline):
+                await self._retirement.over.wait()
             scope.cancel(reason="it was replaced")
 
         async with trio.open_nursery() as nursery:

@@ -38,6 +38,7 @@ from ..core.addresses import split_address
 from ..core.redaction import without_keys
 from ..core.state_dir import default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
+from ..net.activation import ActivatedNetwork, activated_sockets
 from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
@@ -296,9 +297,20 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
     else:
         server = arguments.application or _load_app(arguments.app)
         server.options = options_from(arguments, base=server.options)
+    if arguments.command != "worker":
+        _use_activated_sockets(server)
     if getattr(arguments, "listen", None) is not None:
         server.set_worker_listen_address(*arguments.listen)
     return server
+
+
+def _use_activated_sockets(server: ClusterServer) -> None:
+    """Serve on the sockets that systemd has opened, if it has."""
+    sockets = activated_sockets(os.environ, os.getpid())
+    if sockets:
+        port = server.options.server.port
+        internal_port = server.options.internal_port or port + INTERNAL_OFFSET
+        server.network = ActivatedNetwork(sockets, (port, internal_port))
 
 
 def _load_app(text: str) -> ClusterServer:

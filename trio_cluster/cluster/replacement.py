@@ -107,16 +107,21 @@ class HandOver:
         self._changes: list[bytes] = []
         self._changed = trio.lowlevel.ParkingLot()
 
-    async def serve(self) -> None:
+    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Wait for successors, until :meth:`stop` or cancelled. A checkpoint.
 
         That this is not possible is logged: the master serves as it would otherwise.
+
+        Args:
+            task_status: started as soon as a successor can connect, or it is clear that none ever can.
         """
         try:
             sock = listen_at(self._path)
         except OSError as error:
             logger.warning("this master cannot be taken over: %s: %s", self._path, error.strerror or error)
+            task_status.started()
             return
+        task_status.started()
         with trio.socket.from_stdlib_socket(sock) as listener, self._serving:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._accept, listener, nursery)
@@ -264,6 +269,8 @@ class Succession:
         self._successor = Successor()
         self._models: dict[str, list[str]] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        # This process has begun to accept clients.
+        self._arrived = False
 
     @classmethod
     async def ask(cls, path: Path) -> Succession | None:
@@ -342,6 +349,9 @@ class Succession:
                     sock.close()
                 message = decode(line)
                 successor.receive(message)
+            except trio.ClosedResourceError:
+                # By :meth:`close`: it is decided.
+                return
             except (Unexpected, OSError) as error:
                 if successor.state is not SuccessorState.SERVING:
                     successor.fail(f"the running master is not understood: {error}")
@@ -355,8 +365,6 @@ class Succession:
             self._changed.unpark_all()
         successor.lost()
         self._changed.unpark_all()
-
-    _arrived = False
 
     async def begin(self) -> Mapping[str, Sequence[str]]:
         """Tell the predecessor that this process could serve, and wait until it may accept workers. A checkpoint.
@@ -401,7 +409,7 @@ class Succession:
 
     async def _tell(self, message: Ready | Linked | Serving) -> None:
         # What is broken is found by the task that receives.
-        with suppress(OSError):
+        with suppress(OSError, trio.ClosedResourceError):
             await self._channel.send(encode(message))
 
     async def _wait(self, is_so: Callable[[], bool]) -> None:

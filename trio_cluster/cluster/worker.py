@@ -19,6 +19,10 @@ link for the worker's return, and drop the first. So a worker says in its handsh
 the ``instance`` that each process draws; a master that finds itself there answers, and closes the connection. The
 address is a spare one then, which is used when the other link is gone.
 
+A master that is about to be replaced by another process at its address says so in its heartbeats. The worker then opens
+a link to that process, and keeps the old one beside it until the master closes it. If it is not replaced after all, the
+old link is the only one again.
+
 A worker that drains serves its links to the end and does not dial again: it would only register its models once more,
 just to have them removed.
 """
@@ -87,6 +91,8 @@ _REPORT_AFTER: Final = 0.25
 _REFUSED_PAUSE: Final = 60.0
 #: Seconds between two looks at whether a spare address is needed. It is if the master has no link at two of them.
 _SPARE_PAUSE: Final = (1.0, 2.0)
+#: Seconds within which workers dial the process that takes the place of their master.
+_REPLACED_SPREAD: Final = 0.5
 #: Heartbeat intervals without a sign of life, after which a worker tries a second connection: two are missing then.
 _SILENT_HEARTBEATS: Final = 2.5
 
@@ -213,7 +219,7 @@ class WorkerClient:
     @property
     def connections(self) -> list[MasterConnection]:
         """The links that there are now, in the order of the masters."""
-        return [link.connection for link in self._links.values() if link.connection is not None]
+        return [connection for link in self._links.values() for connection in link.connections]
 
     @property
     def sessions(self) -> list[WorkerSession]:
@@ -290,7 +296,10 @@ class WorkerClient:
             node_id=self._node_id,
             instance=self._instance,
             draining=self._draining.is_set(),
-            linked=[each.instance for each in self._linked() if each is not link],
+            linked=[
+                *(each.instance for each in self._linked() if each is not link),
+                *link.replaced_instances,
+            ],
             rejected_models=link.rejected_models,
             on_joined=self.on_links_changed,
             on_registered=link.on_registered,
@@ -411,6 +420,8 @@ class MasterLink:
         # Set to end a wait.
         self._interrupted = trio.Event()
         self._bound = _BACKOFF_FIRST
+        # The links to masters that are being replaced.
+        self._replaced: list[MasterConnection] = []
         # Of the master at the end of the last link; empty if there was none.
         self._last_instance = ""
 
@@ -433,19 +444,29 @@ class MasterLink:
         )
 
     @property
+    def connections(self) -> list[MasterConnection]:
+        """The link, and those to masters that are being replaced at this address."""
+        return [*([] if self.connection is None else [self.connection]), *self._replaced]
+
+    @property
+    def replaced_instances(self) -> list[str]:
+        """The instances of masters that are being replaced, as far as they have sent one."""
+        return [each.master.instance for each in self._replaced if each.master is not None]
+
+    @property
     def in_flight(self) -> int:
         """How many calls came over the link and have not ended."""
-        return 0 if self.connection is None else self.connection.in_flight
+        return sum(connection.in_flight for connection in self.connections)
 
     @property
     def unfinished(self) -> int:
         """How many calls came over the link whose work has not stopped."""
-        return 0 if self.connection is None else self.connection.unfinished
+        return sum(connection.unfinished for connection in self.connections)
 
     def watch_calls(self, on_changed: Callable[[], None] | None) -> None:
         """See :meth:`MasterConnection.watch_calls`."""
-        if self.connection is not None:
-            self.connection.watch_calls(on_changed)
+        for connection in self.connections:
+            connection.watch_calls(on_changed)
 
     def report_other_masters(self, calls: int, masters: Sequence[tuple[str, str]]) -> None:
         """See :meth:`MasterConnection.report_other_masters`."""
@@ -473,8 +494,14 @@ class MasterLink:
             fields: dict[str, object] = {"master": self.dialer.label}
             began = trio.current_time()
             try:
-                self.why = why = await self._serve_once()
+                why = await self._serve_once()
+                self.why = why or ""
             except HandshakeRefused as refused:
+                if self._replaced:
+                    # Not final: the process that refuses is about to take the place of the master, and may fail to.
+                    logger.warning("refused, and the old link goes on: %s", refused, extra={"fields": fields})
+                    await self._pause(_REPLACED_SPREAD)
+                    continue
                 self.why, self.refusal = str(refused), refused
                 if client.all_refused:
                     raise
@@ -486,7 +513,11 @@ class MasterLink:
                 await self._pause(_REFUSED_PAUSE)
                 continue
             finally:
-                was_connected, self.connected = self.connected, False
+                was_connected, self.connected = self.connected, bool(self._replaced)
+            if why is None:
+                # The workers of one master do not come all at once; it serves them meanwhile.
+                await self._pause(randomness.uniform(0, _REPLACED_SPREAD))
+                continue
             if client.draining.is_set():
                 if not client.closing:
                     logger.warning("lost the master while draining: %s", why, extra={"fields": fields})
@@ -505,6 +536,8 @@ class MasterLink:
                 text = "lost the master: %s" if was_connected else "no link to the master: %s"
                 logger.warning(text, why, extra={"fields": fields | {"retry_in": round(delay, 2)}})
                 await self._pause(delay)
+        while self._replaced:
+            await client.wait_changed()
 
     def want(self, wanted: bool) -> None:
         """Say whether the master is to be served; a link to one that is not is drained. Synchronous."""
@@ -551,13 +584,19 @@ class MasterLink:
             await self._client.wait_changed()
         connection.link.close_when_flushed(reason)
 
-    async def _serve_once(self) -> str:
-        """Serve one link. Return why it ended, or why there was none.
+    async def _serve_once(self) -> str | None:
+        """Serve one link. Return why it ended, or why there was none; ``None``: its master is being replaced.
 
         Raises:
             HandshakeRefused: the master refused this worker, or what listens there is none.
         """
         client, connect = self._client, self.dialer.connect
+        for each in self._replaced:
+            if not each.replaced.is_set():
+                # It goes on after all.
+                self._replaced.remove(each)
+                self.connected = True
+                return await self._wait_over(each)
         self._last_instance = ""
         try:
             with trio.fail_after(client.options.worker_timeout):
@@ -566,26 +605,57 @@ class MasterLink:
             return why_not_connected(error)
         # Not the name before: a dialer with several addresses knows only now which one it is.
         host = self.dialer.host
-        self.connection = connection = client.open_connection(self, stream)
+        connection = client.open_connection(self, stream)
+        client.start(self._run_connection, connection, stream, host)
+        return await self._wait_over(connection)
+
+    async def _wait_over(self, connection: MasterConnection) -> str | None:
+        """Wait until a link is over, and return why; or until its master is being replaced, and return ``None``.
+
+        Raises:
+            HandshakeRefused: the master refused this worker, or what listens there is none.
+        """
+        self.connection = connection
+        await connection.wait_over_or_replaced()
+        if not connection.over:
+            self._last_instance, self.connection = self.instance, None
+            self._replaced.append(connection)
+            return None
+        if connection.refusal is not None:
+            raise connection.refusal
+        return connection.why_over
+
+    async def _run_connection(
+        self, connection: MasterConnection, stream: InjectableStream, host: str
+    ) -> None:
+        """Serve a link until it is over."""
+        client = self._client
         try:
-            closed = await _Resumption(connection, connect, host, client.options).run(stream)
+            closed = await _Resumption(connection, self.dialer.connect, host, client.options).run(stream)
+            connection.why_over = closed.why
             if closed.status in _FINAL:
-                refused = HandshakeRefused(_refusal(host, closed))
+                connection.refusal = HandshakeRefused(_refusal(host, closed))
             elif closed.incompatible:
-                refused = HandshakeRefused(f"{host}: {closed.why}")
-            else:
-                return closed.why
+                connection.refusal = HandshakeRefused(f"{host}: {closed.why}")
         except Exception:
             # A bug in this package. It costs the link and its calls, and not the process with its models.
             logger.exception("the link to the master failed")
-            return "an internal error"
+            connection.why_over = "an internal error"
         finally:
-            self._last_instance = self.instance
-            self.connection = None
+            if self.connection is connection:
+                self._last_instance = self.instance
+                self.connection = None
+            if connection in self._replaced:
+                fields = {"master": self.dialer.label}
+                why = connection.why_over
+                logger.info(
+                    "the link to a master that was replaced is over: %s", why, extra={"fields": fields}
+                )
+                self._replaced.remove(connection)
             connection.session.close("the link is over")
             connection.cancel_all()
+            connection.end()
             client.on_links_changed(over=connection)
-        raise refused
 
 
 class _Resumption:
@@ -761,6 +831,10 @@ class MasterConnection:
         link: what carries it.
         master: the master's handshake; ``None`` before it.
         on_resumed: called when the link, which was suspended, goes on. Synchronous.
+        replaced: set while another process is about to take the place of the master, or has done so.
+        over: whether the link is over.
+        why_over: why, for people.
+        refusal: set if the link is over since the master refused this worker, or is none.
     """
 
     def __init__(
@@ -797,6 +871,11 @@ class MasterConnection:
         self._registered = False
         self._master_blocked = False
         self.on_resumed: Callable[[], None] = lambda: None
+        self.replaced = trio.Event()
+        self.over = False
+        self.why_over = ""
+        self.refusal: HandshakeRefused | None = None
+        self._decided = trio.lowlevel.ParkingLot()
         self.session = WorkerSession(
             node_id,
             __version__,
@@ -883,6 +962,17 @@ class MasterConnection:
             self._calls.requeue_uploading()
             self.link.wake()
 
+    async def wait_over_or_replaced(self) -> None:
+        """Wait until the link is over, or its master is being replaced. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while not (self.over or self.replaced.is_set()):
+            await self._decided.park()
+
+    def end(self) -> None:
+        """The link is over. Synchronous."""
+        self.over = True
+        self._decided.unpark_all()
+
     def cancel_all(self) -> None:
         """Cancel every call that came over the link: it is over, and there is no one left to answer. Idempotent."""
         self._calls.cancel_all()
@@ -926,6 +1016,7 @@ class MasterConnection:
                 self._on_model_answer(event.name)
             case Heartbeat():
                 self._on_master_heartbeat(event.blocked)
+                self._on_replaced(event.replaced)
             case Drain():
                 logger.info("the master is about to stop: %s", event.reason)
             case Shutdown():
@@ -963,6 +1054,15 @@ class MasterConnection:
         elif self._master_blocked and not blocked:
             logger.info("the master runs again")
         self._master_blocked = bool(blocked)
+
+    def _on_replaced(self, replaced: bool) -> None:
+        if replaced and not self.replaced.is_set():
+            logger.info("the master is being replaced by another process")
+            self.replaced.set()
+            self._decided.unpark_all()
+        elif not replaced and self.replaced.is_set():
+            logger.info("the master goes on, and is not replaced")
+            self.replaced = trio.Event()
 
     def _on_model_rejected(self, name: str, reason: str) -> None:
         if self._router.catalog.info(name) is None:

@@ -6,12 +6,16 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import httpx
 import pytest
 import trio
 from nodes import Node, Nodes, free_pair
 from test_rolling_restart import PLAIN, STREAMING, Load
+
+#: How often the master is replaced; the session `law` does it four times, and more by this variable.
+TAKE_OVERS: Final = int(os.environ.get("TAKE_OVERS", "1"))
 
 pytestmark = pytest.mark.processes
 
@@ -29,7 +33,7 @@ async def test_a_master_is_taken_over_again_and_again_under_load_and_nothing_is_
     for name in ("w1", "w2"):
         await nodes.worker(master, name, models="m")
     load = Load(master.url)
-    times = int(os.environ.get("TAKE_OVERS", "4"))
+    times = TAKE_OVERS
     async with trio.open_nursery() as asking:
         for stream in itertools.chain([True] * STREAMING, [False] * PLAIN):
             asking.start_soon(load.ask, stream)
