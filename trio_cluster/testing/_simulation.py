@@ -97,7 +97,7 @@ class Simulation:
         self._scope.cancel(reason="the schedule cannot continue")
 
     async def start(self, name: str) -> None:
-        """Start a process on the machine ``name``; for the master, wait until it serves. A checkpoint."""
+        """Start a process on the machine ``name``; for a master, wait until it serves. A checkpoint."""
         # Drawn before the first checkpoint: several machines may start processes at the same time.
         number = next(self._numbers)
         options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
@@ -105,10 +105,10 @@ class Simulation:
         for model in self.plan.models:
             if name in model.hosts:
                 self.register(server, model.name, name, number)
-        if name == "master":
+        if name in self.plan.masters:
             if self.plan.limited_keys:
                 server.authenticator = LimitedKeys(FIRST_PROBE)
-            node = await self.cluster.start_master(server)
+            node = await self.cluster.start_master(server, name=name)
         else:
             node = await self.cluster.start_worker(server, wait=False)
         process = ProcessRun(number, name, server, node)
