@@ -14,9 +14,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from trio_cluster.cluster.forwarded import ForwardedCalls
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
 from trio_cluster.local.pool import HandlerPool
+from trio_cluster.local.slots import Slots
 from trio_cluster.openai import failures
 from trio_cluster.protocol import MasterSession, WorkerSession
 from trio_cluster.routing.catalog import Catalog
@@ -98,6 +100,41 @@ def test_a_dozen_plans_cut_links_all_the_time_and_resume_them_or_not() -> None:
     resets = [sum(fault.kind == "link reset" for fault in plan.faults) for plan in DOZEN]
     assert sum(count >= 30 for count in resets) == 4
     assert {plan.options["resume_window"] > 0 for plan in DOZEN} == {True, False}
+
+
+def test_a_dozen_plans_have_one_master_or_two() -> None:
+    two = [plan for plan in DOZEN if len(plan.masters) > 1]
+    assert len(two) == 3
+    assert {request.master for plan in two for request in plan.requests} == {"master", "master-2"}
+    assert {request.master for plan in DOZEN if plan not in two for request in plan.requests} == {"master"}
+
+
+def test_a_schedule_finds_that_two_masters_own_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each link has slots of its own, as many as the process has.
+    slots: dict[tuple[int, int], Slots] = {}
+    link = 0
+    open_call, start = ForwardedCalls.open, HandlerPool.start
+
+    def open_of_link(self: ForwardedCalls, opened: Any) -> None:
+        nonlocal link
+        link = id(self)
+        open_call(self, opened)
+        link = 0
+
+    def start_in_slots_of_link(self: HandlerPool, request: Any, make_task: Any, own: Any, *more: Any) -> Any:
+        if link and own is not None:
+            own = slots.setdefault((id(self), link), Slots(self.options.server.max_concurrency))
+            own.resize(self.options.server.max_concurrency)
+        return start(self, request, make_task, own, *more)
+
+    def running(self: HandlerPool) -> int:
+        return self.slots.running + sum(each.running for key, each in slots.items() if key[0] == id(self))
+
+    monkeypatch.setattr(ForwardedCalls, "open", open_of_link)
+    monkeypatch.setattr(HandlerPool, "start", start_in_slots_of_link)
+    monkeypatch.setattr(HandlerPool, "running", property(running))
+    with pytest.raises(ScheduleFailed, match=r"w\d: \d handlers run, and there are \d slots"):
+        run_schedule(2)
 
 
 def test_a_schedule_finds_that_what_was_lost_with_a_link_is_not_sent_again(

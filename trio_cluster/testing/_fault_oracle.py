@@ -104,17 +104,17 @@ class FaultOracle:
                 quantify = any if request.others else all
                 return quantify(
                     self._history.faults_on(
-                        frozenset([host, "master"]),
+                        frozenset([host, request.master]),
                         outcome.began - 2 * _BACKOFF - self.aftermath,
                         outcome.ended,
                     )
-                    for host in hosts - {"master"}
+                    for host in hosts - {request.master}
                 )
             case "model_not_found":
                 # The simulated master has no directory for its state: after a restart it knows no names.
                 return bool(
                     self._history.faults_on(
-                        frozenset(["master"]),
+                        frozenset([request.master]),
                         outcome.began - 2 * _BACKOFF - self.aftermath,
                         outcome.ended,
                         frozenset({"master killed", "master stopped"}),
@@ -124,9 +124,9 @@ class FaultOracle:
                 return False
 
     def hosts(self, request: SimulatedRequest) -> frozenset[str]:
-        """Return the nodes that a request involves: the master, and all that serve its models."""
+        """Return the nodes that a request involves: its master, and all that serve its models."""
         hosts = [model.hosts for model in self._plan.models if model.name in request.models]
-        return frozenset(["master"]).union(*hosts)
+        return frozenset([request.master]).union(*hosts)
 
     def fault_near(self, hosts: frozenset[str], outcome: Outcome, kinds: frozenset[str]) -> bool:
         """Return whether such a fault touched one of the machines while the request was under way, or just before."""
@@ -159,7 +159,7 @@ class FaultOracle:
         refusal only for as long as the news takes to reach the master.
         """
         hosts = self.hosts(outcome.request)
-        if self.fault_near(frozenset(["master"]), outcome, STOPS) or self.fault_near(
+        if self.fault_near(frozenset([outcome.request.master]), outcome, STOPS) or self.fault_near(
             hosts, outcome, WORKER_FAULTS - STOPS
         ):
             return True
@@ -172,7 +172,9 @@ class FaultOracle:
 
     def was_disconnected(self, outcome: Outcome) -> bool:
         """Return whether a fault broke the connection between client and master, or ended the master."""
-        return self.fault_near(frozenset([outcome.request.host, "master"]), outcome, CONNECTION_FAULTS)
+        return self.fault_near(
+            frozenset([outcome.request.host, outcome.request.master]), outcome, CONNECTION_FAULTS
+        )
 
     def may_fail(self, outcome: Outcome) -> bool:
         """Return whether there is any reason for which the response may have failed after it had begun."""

@@ -54,6 +54,9 @@ class Invariants(trio.abc.Instrument):
         self._oracle = FaultOracle(plan, history)
         self._missing_since: dict[str, float] = {}
         self._reported: set[str] = set()
+        # How many slots may be taken in each process, and how many were, by its number.
+        self._limits: dict[int, int] = {}
+        self._taken: dict[int, int] = {}
         self._turns = 0
         self._last_turn = 0.0
 
@@ -88,11 +91,18 @@ class Invariants(trio.abc.Instrument):
         busy = self._models.busy.get(process.number, 0)
         if busy > pool.running:
             self._report(f"{process.name}: {busy} handlers run in {pool.running} slots")
+        # If there are fewer slots now than there were, those that are taken stay taken, and no more are.
+        limit = max(
+            pool.capacity, min(self._limits.get(process.number, 0), self._taken.get(process.number, 0))
+        )
+        if busy > limit:
+            self._report(f"{process.name}: {busy} handlers run, and there are {limit} slots")
+        self._limits[process.number], self._taken[process.number] = limit, max(busy, pool.running)
         self._oracle.record_load(process.name, full=pool.running >= pool.capacity)
 
     def _check_memory(self, process: ProcessRun) -> None:
         # On a master, what the connection has received meanwhile is added to what waits already.
-        limit = (3 if process.name == "master" else 1) * WINDOW
+        limit = (3 if process.name in self._plan.masters else 1) * WINDOW
         for call in process.server.router.live:
             if call.body.waiting_bytes > WINDOW + _LARGEST_PIECE:
                 self._report(f"{process.name}: {call.body.waiting_bytes} bytes wait for one client")
@@ -124,29 +134,37 @@ class Invariants(trio.abc.Instrument):
             self._simulation.abort()
 
     def _check_workers(self) -> None:
-        master = self._simulation.current.get("master")
-        manager = None if master is None or master.killed else master.server.worker_manager
-        if manager is None:
-            self._missing_since.clear()
-            return
         now = self._history.now
-        bound = self._oracle.detection_time + self._oracle.reaction_time
-        for name in self._plan.workers:
+        in_flight = dict.fromkeys(self._plan.workers, 0)
+        # The workers that each master that is up should know.
+        for master_name in self._plan.masters:
+            master = self._simulation.current.get(master_name)
+            manager = None if master is None or master.killed else master.server.worker_manager
+            for name in self._plan.workers:
+                known = None if manager is None else manager.workers.get(name)
+                if known is not None:
+                    in_flight[name] += known.in_flight
+                process = self._simulation.current.get(name)
+                silent = process is None or process.killed or process.frozen
+                key = f"{name} at {master_name}"
+                if not silent or known is None:
+                    self._missing_since.pop(key, None)
+                elif now - self._missing_since.setdefault(key, now) > (
+                    self._oracle.detection_time + self._oracle.reaction_time
+                ):
+                    self._report(f"{name} is dead or frozen, and still on the list of workers")
+        for name, count in in_flight.items():
             process = self._simulation.current.get(name)
-            if process is not None and name in manager.workers:
-                self._check_in_flight(process, manager.workers[name].in_flight)
-            silent = process is None or process.killed or process.frozen
-            if not silent or name not in manager.workers:
-                self._missing_since.pop(name, None)
-            elif now - self._missing_since.setdefault(name, now) > bound:
-                self._report(f"{name} is dead or frozen, and still on the list of workers")
+            if process is not None:
+                self._check_in_flight(process, count)
 
     def _check_in_flight(self, process: ProcessRun, in_flight: int) -> None:
-        """Check that the master knows every call that its worker runs, unless they have just lost each other."""
+        """Check that the masters know every call that a worker runs, unless they have just lost each other."""
         busy, now = self._models.busy.get(process.number, 0), self._history.now
         since = now - self._oracle.aftermath - MAX_IGNORED_CANCELLATION
-        if busy > in_flight and not self._history.faults_on(frozenset([process.name, "master"]), since, now):
-            self._report(f"{busy} handlers run on {process.name}, and its master knows of {in_flight}")
+        hosts = frozenset([process.name, *self._plan.masters])
+        if busy > in_flight and not self._history.faults_on(hosts, since, now):
+            self._report(f"{busy} handlers run on {process.name}, and its masters know of {in_flight}")
 
     def _report(self, text: str) -> None:
         """Record a violation once, although it is found again at every turn."""
@@ -175,7 +193,7 @@ class Invariants(trio.abc.Instrument):
         complaints: list[str] = []
         if outcome.ending == "overdue":
             excuse = self._history.faulty_time(
-                frozenset([request.host, "master"]), outcome.began, outcome.ended
+                frozenset([request.host, request.master]), outcome.began, outcome.ended
             )
             outcome.verdict = "overdue"
             if not excuse:
@@ -183,7 +201,7 @@ class Invariants(trio.abc.Instrument):
         elif outcome.ending == "refused":
             outcome.verdict = "refused"
             if not self._oracle.fault_near(
-                frozenset(["master"]), outcome, frozenset({"master killed", "master stopped"})
+                frozenset([request.master]), outcome, frozenset({"master killed", "master stopped"})
             ):
                 complaints.append("refused by a master that runs")
         elif outcome.ending == "lost":
@@ -316,7 +334,7 @@ class Invariants(trio.abc.Instrument):
         script = outcome.request.script
         stall = script.stall if script.stalls_at == 0 else 0.0
         gives = first.began + script.first_after + stall + self._oracle.reaction_time
-        hosts = frozenset([first.node, "master"])
+        hosts = frozenset([first.node, outcome.request.master])
         since = outcome.began - self._oracle.aftermath
         if self._history.faults_on(hosts, since, second.began, self._oracle.losses) or (
             self._history.faults_on(frozenset([first.node]), first.began, gives)
@@ -341,7 +359,8 @@ class Invariants(trio.abc.Instrument):
     def _may_outlive(self, outcome: Outcome, run: HandlerRun, call_ended: float) -> float:
         """Return for how many seconds a handler may run after its call has ended."""
         until = min(run.ended, self._history.now)
-        to_master = self._history.faulty_time(frozenset([outcome.request.host, "master"]), call_ended, until)
+        hosts = frozenset([outcome.request.host, outcome.request.master])
+        to_master = self._history.faulty_time(hosts, call_ended, until)
         # A worker that is partitioned from its master notices that by itself.
         since = call_ended - self._oracle.aftermath
         to_worker = min(
@@ -387,7 +406,7 @@ class Invariants(trio.abc.Instrument):
             + self._oracle.read_pauses(request)
             + self._oracle.transport_time(request)
         )
-        hosts = frozenset([run.node, "master", request.host])
+        hosts = frozenset([run.node, request.master, request.host])
         since = outcome.began - self._oracle.aftermath
         if took <= allowed or self._history.faults_on(hosts, since, outcome.ended):
             return []
@@ -397,7 +416,7 @@ class Invariants(trio.abc.Instrument):
         """Complain about a handler that was cancelled by a draining node before ``drain_timeout`` had passed."""
         if self._oracle.was_cancelled(outcome):
             return []
-        nodes = frozenset([run.node, "master"])
+        nodes = frozenset([run.node, outcome.request.master])
         since = run.began - self._oracle.aftermath
         if self._history.faults_on(nodes, since, run.ended, WORKER_FAULTS - STOPS):
             return []
@@ -411,16 +430,31 @@ class Invariants(trio.abc.Instrument):
 
     def missing(self) -> list[str]:
         """Return what a whole cluster should have, and this one does not have; a line for each."""
-        master = self._simulation.current["master"].server
+        missing: list[str] = []
+        for name in self._plan.masters:
+            missing += self._missing_at(name)
+        return missing
+
+    def _missing_at(self, master_name: str) -> list[str]:
+        master = self._simulation.current[master_name].server
         manager = master.worker_manager
         joined: dict[str, Any] = {} if manager is None else manager.workers
-        missing = [f"{name} is not connected" for name in self._plan.workers if name not in joined]
-        missing += [f"{name} should not be connected" for name in joined if name not in self._plan.workers]
+        at = "" if master_name == "master" else f" at {master_name}"
+        missing = [f"{name} is not connected{at}" for name in self._plan.workers if name not in joined]
+        missing += [
+            f"{name} should not be connected{at}" for name in joined if name not in self._plan.workers
+        ]
         for model in self._plan.models:
             serving = master.router.catalog.served_by(model.name)
-            served = [("master" if name == LOCAL else name) for name in serving]
-            if sorted(served) != sorted(model.hosts):
-                missing.append(f"{model.name} is served by {served}, not by {list(model.hosts)}")
+            served = [(master_name if name == LOCAL else name) for name in serving]
+            # A master knows its own models, and not those of the other one.
+            hosts = [host for host in model.hosts if host == master_name or host not in self._plan.masters]
+            if sorted(served) != sorted(hosts):
+                missing.append(f"{model.name} is served by {served}{at}, not by {hosts}")
+        others = {name for name in self._plan.masters if name != master_name}
+        for name, worker in joined.items():
+            if {other for other, _ in worker.other_masters} != others:
+                missing.append(f"{name} has told {master_name} of {worker.other_masters}, not of {others}")
         return missing
 
 

@@ -86,7 +86,7 @@ class Nemesis:
     # Processes
 
     async def _kill(self, fault: Fault) -> None:
-        if fault.target != "master":
+        if fault.target not in self._simulation.plan.masters:
             await _wait_for_transfer(fault, self._simulation.current[fault.target].node.link)
         process = self._simulation.current[fault.target]
         async with self._recorded(fault, process.name):
@@ -142,10 +142,12 @@ class Nemesis:
         host = fault.target or self._choose_client(fault)
         if host is None:
             return
+        masters = self._simulation.plan.masters
+        master = masters[fault.choice % len(masters)] if fault.target else self._master_of(host)
         async with self._recorded(fault, host):
-            self._network.partition(host, "master")
+            self._network.partition(host, master)
             await trio.sleep(fault.duration)
-            self._network.heal(host, "master")
+            self._network.heal(host, master)
 
     async def _break_connection(self, fault: Fault) -> None:
         host = fault.target or self._choose_client(fault)
@@ -199,7 +201,8 @@ class Nemesis:
         host = self._choose_client(fault)
         if host is not None:
             self._history.record_instant(fault.kind, host)
-            await self._post_to_master(f"/cluster/calls/r{host.removeprefix('client-')}/cancel")
+            number = host.removeprefix("client-")
+            await self._post_to_master(f"/cluster/calls/r{number}/cancel", self._master_of(host))
 
     async def _break_failover(self, fault: Fault) -> None:
         """Reset the link of the worker that runs one request, and again wherever the request is retried."""
@@ -214,9 +217,9 @@ class Nemesis:
                 while len(runs := runs_of(number)) <= seen:  # noqa: ASYNC110  (there is no event for it)
                     await trio.sleep(_POLL_INTERVAL)
                 seen, node = len(runs), runs[-1].node
-                if node == "master":
+                if node in self._simulation.plan.masters:
                     return
-                link = self._simulation.current[node].node.link
+                link = self._simulation.current[node].node.link_to(self._master_of(host))
                 if fault.choice % 2:
                     await trio.sleep(fault.amount)
                 else:
@@ -224,11 +227,19 @@ class Nemesis:
                 self._history.record_instant("link reset", node)
                 link.reset()
 
-    async def _post_to_master(self, path: str) -> int:
-        """Send an operator's request to the master, and return the status of the response; 0 if there was none."""
+    def _master_of(self, client: str) -> str:
+        """Return the master that a client asks."""
+        number = int(client.removeprefix("client-"))
+        for request in self._simulation.plan.requests:
+            if request.number == number:
+                return request.master
+        return "master"
+
+    async def _post_to_master(self, path: str, master: str = "master") -> int:
+        """Send an operator's request to a master, and return the status of the response; 0 if there was none."""
         with trio.move_on_after(5):
             try:
-                return (await self._simulation.cluster.client("operator").post(path, {})).status
+                return (await self._simulation.cluster.client("operator", of=master).post(path, {})).status
             except OSError:
                 pass
         return 0

@@ -41,6 +41,10 @@ FaultKind = Literal[
     "failover broken",
 ]
 
+#: The name of the second master, and the share of the schedules that have one.
+_SECOND: Final = "master-2"
+_TWO_MASTERS: Final = 0.25
+
 # How often each of them is drawn, relative to the others.
 _WEIGHTS: Final[dict[FaultKind, int]] = {
     "worker killed": 8,
@@ -106,6 +110,7 @@ class SimulatedRequest:
         idle_timeout: seconds that the client sends as ``x-stainless-read-timeout``; ``None``: it does not.
         behavior: how the client behaves.
         delay: seconds after which it leaves, or for which it pauses after each of its first reads.
+        master: the master that it is sent to.
     """
 
     at: float
@@ -118,6 +123,7 @@ class SimulatedRequest:
     behavior: ClientBehavior = "waits"
     delay: float = 0.0
     others: tuple[str, ...] = ()
+    master: str = "master"
 
     @property
     def asked(self) -> str:
@@ -148,7 +154,7 @@ class Fault:
         at: when, in seconds since the schedule began.
         duration: seconds for which it lasts, if it is not over at once.
         kind: which fault.
-        target: the name of a worker, ``master``, or empty where ``choice`` selects the target.
+        target: the name of a worker or a master, or empty where ``choice`` selects the target.
         choice: selects one of the clients, connections or models that exist at that time.
         amount: how much, where that has a meaning: seconds of delay, a number of slots.
     """
@@ -175,6 +181,7 @@ class Plan:
         slots: of each node.
         models: all models, and the nodes that serve them.
         requests, faults: in the order of time.
+        masters: the names of the masters. All workers have all of them; the first one has models of its own.
     """
 
     seed: int
@@ -187,11 +194,12 @@ class Plan:
     models: tuple[ModelSpec, ...]
     requests: tuple[SimulatedRequest, ...]
     faults: tuple[Fault, ...]
+    masters: tuple[str, ...] = ("master",)
 
     @property
     def workers(self) -> list[str]:
         """The names of the workers."""
-        return [name for name in self.slots if name != "master"]
+        return [name for name in self.slots if name not in self.masters]
 
     @property
     def longest_delay(self) -> float:
@@ -238,6 +246,22 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         drawn_faults += _draw_cuts(seed, seconds, workers)
     drawn = [_draw_upload(rng, request) for request in drawn]
     drawn = _draw_aliases(seed, drawn, models, options)
+    # A generator of its own, so that the rest of the schedule is the same with one master and with two.
+    of_masters = random.Random(f"the masters of {seed}")
+    masters = ("master", _SECOND) if of_masters.random() < _TWO_MASTERS else ("master",)
+    if len(masters) > 1:
+        slots = {"master": slots["master"], _SECOND: 1, **slots}
+        # What only the first master serves, its clients ask there.
+        drawn = [
+            request
+            if "only-master" in request.models
+            else attrs.evolve(request, master=of_masters.choice(masters))
+            for request in drawn
+        ]
+        drawn_faults = [
+            attrs.evolve(fault, target=of_masters.choice(masters)) if fault.target == "master" else fault
+            for fault in drawn_faults
+        ]
     return Plan(
         seed=seed,
         seconds=seconds,
@@ -249,6 +273,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         models=models,
         requests=tuple(drawn),
         faults=tuple(sorted(drawn_faults, key=lambda fault: fault.at)),
+        masters=masters,
     )
 
 

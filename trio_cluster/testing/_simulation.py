@@ -100,7 +100,7 @@ class Simulation:
         self._scope.cancel(reason="the schedule cannot continue")
 
     async def start(self, name: str) -> None:
-        """Start a process on the machine ``name``; for the master, wait until it serves. A checkpoint."""
+        """Start a process on the machine ``name``; for a master, wait until it serves. A checkpoint."""
         # Drawn before the first checkpoint: several machines may start processes at the same time.
         number = next(self._numbers)
         options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
@@ -108,7 +108,7 @@ class Simulation:
         for model in self.plan.models:
             if name in model.hosts:
                 self.register(server, model.name, name, number)
-        if name == "master":
+        if name in self.plan.masters:
             for model in self.plan.models:
                 if model.kind == "embedding":
                     # A schedule has too few requests for it to learn this.
@@ -117,7 +117,7 @@ class Simulation:
                         server.router.hedging.record(model.name, _USUAL)
             if self.plan.limited_keys:
                 server.authenticator = LimitedKeys(FIRST_PROBE)
-            node = await self.cluster.start_master(server)
+            node = await self.cluster.start_master(server, name=name)
         else:
             node = await self.cluster.start_worker(server, wait=False)
         process = ProcessRun(number, name, server, node)

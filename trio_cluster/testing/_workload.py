@@ -100,7 +100,7 @@ async def _receive_response(
         headers["x-request-timeout"] = str(request.total_timeout)
     if request.idle_timeout is not None:
         headers["x-stainless-read-timeout"] = str(request.idle_timeout)
-    client = SimulatedClient(network.host(request.host), "master", port)
+    client = SimulatedClient(network.host(request.host), request.master, port)
     async with client.open("POST", path, body, headers=headers) as response:
         responses.append(response)
         try:
@@ -116,7 +116,7 @@ async def _abort_upload(request: SimulatedRequest, network: SimulatedNetwork, po
     path, body, content_type = request.script.request(
         request.asked, stream=request.stream, route=request.route
     )
-    stream = await network.host(request.host).connect("master", port)
+    stream = await network.host(request.host).connect(request.master, port)
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content_type}\r\n"
         f"content-length: {len(body)}\r\nx-request-id: r{request.number}\r\n\r\n"
