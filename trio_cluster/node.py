@@ -284,7 +284,9 @@ class Node:
         self._tls = await open_tls(self._options, state, self._own_names)
         doorkeeper = Doorkeeper(self._options)
         if self._tls is not None:
-            doorkeeper = Doorkeeper(self._options, self._tls.is_revoked, self._tls.is_member)
+            doorkeeper = Doorkeeper(
+                self._options, self._tls.is_revoked, self._tls.is_member, self._invite_command
+            )
         manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
@@ -602,7 +604,9 @@ class Node:
         manager = self.worker_manager
         membership = None
         if manager is not None:
-            membership = Membership(self._tls, self._outward_addresses, manager.drop_worker)
+            membership = Membership(
+                self._tls, self._outward_addresses, manager.drop_worker, self._invite_command
+            )
         self.app = create_app(self._node_context, membership)
         self._set_address(self._options.server.host, listeners)
         if self._tls is not None:
@@ -698,6 +702,10 @@ class Node:
         assert self.port is not None
         hosts = [*server.tls_names, outward_address() if server.host in ("0.0.0.0", "::") else server.host]
         return [shown_address(host, self.port) for host in dict.fromkeys(hosts)]
+
+    def _invite_command(self) -> str:
+        """Return the command that makes an invitation on this machine. Synchronous."""
+        return f"trio-cluster invite {self.url}"
 
     def _set_address(self, host: str, listeners: Listeners) -> None:
         self.port = port_of(listeners)

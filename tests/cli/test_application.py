@@ -162,6 +162,12 @@ def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_ope
     assert log.count("open on the network") == bool(open_for)
     for phrase in ("not encrypted", "without a key", "without a token"):
         assert (phrase in log) is (phrase in open_for)
+    if "without a key" in open_for:
+        named = re.search(r"trio-cluster keys create NAME (\S+)\)", log)
+        served = re.search(r"serving .*?url=(https?://127\.0\.0\.1:\d+)", log)
+        assert named is not None
+        assert served is not None
+        assert named[1] == served[1]
     everywhere = "TRIO_CLUSTER_HOST" not in variables
     assert bool(re.search(r"from_other_machines=https?://[\w.-]+:\d+", log)) is everywhere
 

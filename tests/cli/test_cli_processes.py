@@ -175,6 +175,23 @@ def test_a_refused_worker_ends_with_code_1_and_one_line(start: Callable[..., Pro
 
 
 @processes
+def test_a_worker_leaves_no_lines_in_the_access_log_of_its_master(start: Callable[..., Process]) -> None:
+    master = start("master", "0", "--host", "127.0.0.1", "--access-log")
+    port = int(master.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1])
+    start("worker", f"127.0.0.1:{port}", "-a", "app:server").wait_for("registered with the master")
+    # The second request is answered behind everything that came before.
+    for _ in range(2):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
+            assert response.status == 200
+    master.popen.send_signal(signal.SIGTERM)
+    code, log = master.end()
+    assert code == 0
+    assert log.count("GET /health") == 2
+    assert "/probe" not in log
+    assert "not a valid HTTP request" not in log
+
+
+@processes
 def test_the_port_for_workers_given_by_mistake_is_noticed(start: Callable[..., Process]) -> None:
     master = start("master", "0", "--host", "127.0.0.1")
     port = int(master.wait_for(r"serving .*url=http://127\.0\.0\.1:(\d+)")[1])

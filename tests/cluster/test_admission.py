@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from trio_cluster import ClusterServerOptions
@@ -75,3 +76,10 @@ def test_the_name_of_a_worker_that_was_invited_is_nobody_elses() -> None:
     for how in ("token", "open"):
         assert doorkeeper.why_not(Admitted(how), "w2") is None  # type: ignore[arg-type]
         assert doorkeeper.why_not(Admitted(how), "w1") == "the name 'w1' belongs to a worker that was invited"  # type: ignore[arg-type]
+
+
+def test_a_worker_that_shows_nothing_is_told_the_command_that_invites_it() -> None:
+    doorkeeper = Doorkeeper(ClusterServerOptions(), invite_command=lambda: "trio-cluster invite https://m:1")
+    decision = doorkeeper.admit({}, attrs.evolve(MEMBER, peer=None))
+    assert isinstance(decision, Refusal)
+    assert "(trio-cluster invite https://m:1)" in decision.reason

@@ -261,8 +261,24 @@ async def test_with_a_key_or_on_demand_a_node_answers_under_every_name(options: 
 
 async def test_health_checks_may_use_any_name() -> None:
     async with open_http_node() as node, node.client() as client:
-        for path in ("/health", "/metrics"):
+        for path in ("/", "/health", "/ready", "/openapi.json"):
             assert (await client.get(path, headers={"host": "llm.example"})).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+async def test_metrics_are_not_shown_to_pages(key: str | None) -> None:
+    """A page whose own name points here (DNS rebinding) has that name in its Host header, and no Origin."""
+    async with (
+        open_http_node(api_key=key, allowed_hosts="prometheus.example") as node,
+        node.client() as client,
+    ):
+        for path in ("/metrics", "/metrics/"):
+            answer = await client.get(path, headers={"host": "rebound.example"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+            assert answer.json()["error"]["message"].startswith("/metrics requires no API key")
+        assert (await client.get("/metrics", headers={"origin": OTHER})).status_code == 403
+        for host in ("localhost", "10.0.0.1:8080", "prometheus.example"):
+            assert (await client.get("/metrics", headers={"host": host})).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -118,6 +119,24 @@ def cut(node: SimulatedNode) -> None:
 
 def reset(node: SimulatedNode) -> None:
     node.link.reset()
+
+
+@pytest.mark.parametrize("lose", [kill, cut])
+async def test_the_log_tells_calls_that_were_retried_from_those_that_were_lost(
+    lose: Any, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.workers")
+    async with replicas("a", "b") as cluster:
+        caller = cluster.ask()
+        await trio.sleep(1)
+        lose(cluster.busy)
+        await trio.sleep(1)
+        cluster.may_answer.set()
+        await trio.sleep(1)
+        assert response_of(caller).complete
+        assert cluster.retried == 1
+    left = [vars(each)["fields"] for each in caplog.records if each.getMessage().startswith("worker left")]
+    assert [(each["calls_lost"], each["calls_retried"]) for each in left[:1]] == [(0, 1)]
 
 
 @pytest.mark.parametrize("endpoint", ["chat-stream", "chat"])

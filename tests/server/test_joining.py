@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -144,7 +145,8 @@ async def test_an_invitation_is_for_one_machine_and_says_why_it_is_refused(
 ) -> None:
     token = await master.invite()
     await joined(nursery, make(tmp_path / "first", worker_id="first"), token)
-    with pytest.raises(ClusterError, match="this invitation was used already"):
+    hint = re.escape(f"make a new one with: trio-cluster invite {master.server.url}")
+    with pytest.raises(ClusterError, match=f"this invitation was used already; {hint}"):
         await make(tmp_path / "second").run_as_member(token)
     expired = await master.invite(expires=0.01)
     await trio.sleep(0.02)

@@ -54,6 +54,8 @@ class Membership:
     """Returns where its API is, ``host:port``, for workers on other machines."""
     drop_worker: Callable[[str, str], bool]
     """``drop_worker(name, reason)`` ends the link of a worker; returns whether it was connected."""
+    invite_command: Callable[[], str]
+    """Returns the command that makes an invitation, for people on the machine of the master."""
 
 
 def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLog) -> None:
@@ -78,7 +80,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def join() -> TrioResponse:
         body = await json_object()
         secret, wanted = _text(body, "secret"), _text(body, "request")
-        granted = await _granting(tls().join(secret, wanted, _text(body, "name")), refusals)
+        granted = await _granting(tls().join(secret, wanted, _text(body, "name")), refusals, membership)
         fields = {"worker": granted.name, "address": request_context(request.scope).client}
         logger.info("a worker has joined the cluster", extra={"fields": fields})
         return respond(json_reply(granted))
@@ -86,7 +88,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def renew() -> TrioResponse:
         body = await json_object()
         certificate, wanted = _text(body, "certificate"), _text(body, "request")
-        granted = await _granting(tls().renew(certificate, wanted), refusals)
+        granted = await _granting(tls().renew(certificate, wanted), refusals, membership)
         logger.info("the certificate of a worker was renewed", extra={"fields": {"worker": granted.name}})
         return respond(json_reply(granted))
 
@@ -96,7 +98,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
         body = await json_object()
         name = _text(body, "name") if body.get("name") is not None else None
         expires, addresses = _expires(body), _addresses(body) or list(membership.addresses())
-        with _as_api_errors():
+        with _as_api_errors(membership):
             try:
                 token = (await tls().invite(addresses, name, expires)).encode()
             except ValueError as error:
@@ -122,7 +124,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def revoke(name: str) -> TrioResponse:
         context = request_context(request.scope)
         refuse_pages(context)
-        with _as_api_errors():
+        with _as_api_errors(membership):
             known = await tls().revoke(name)
         connected = membership.drop_worker(name, "the certificate of this worker was revoked")
         if not (known or connected):
@@ -133,7 +135,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
     async def rotate() -> TrioResponse:
         context = request_context(request.scope)
         refuse_pages(context)
-        with _as_api_errors():
+        with _as_api_errors(membership):
             fingerprint = await tls().rotate()
         audit.record(context.principal, context.client, "authority.rotate", "", fingerprint=fingerprint)
         return respond(json_reply({"fingerprint": fingerprint}))
@@ -148,22 +150,23 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
 
 
 @contextmanager
-def _as_api_errors() -> Iterator[None]:
+def _as_api_errors(membership: Membership) -> Iterator[None]:
     """Raise what stands in the way of a request as the error that the client gets."""
     try:
         yield
     except TlsUnavailable as error:
         raise ApiError(409, str(error), code="tls_required") from error
     except JoinRefused as error:
-        raise ApiError(403, str(error), code="invitation_refused") from error
+        hint = f"; make a new one with: {membership.invite_command()}" if error.needs_invitation else ""
+        raise ApiError(403, f"{error}{hint}", code="invitation_refused") from error
     except StateDirError as error:
         raise ApiError(500, str(error), code="state_not_writable") from error
 
 
-async def _granting(granting: Awaitable[Granted], refusals: RefusedKeys) -> Granted:
+async def _granting(granting: Awaitable[Granted], refusals: RefusedKeys, membership: Membership) -> Granted:
     """Return what a worker is granted, or log and raise why it is not."""
     try:
-        with _as_api_errors():
+        with _as_api_errors(membership):
             try:
                 return await granting
             except ValueError as error:

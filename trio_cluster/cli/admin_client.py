@@ -26,13 +26,13 @@ from ..net.sockets import INTERNAL_OFFSET
 from ..net.tls import TLS_REQUIRED, why_refused
 from ..security.contexts import client_context
 
-__all__ = ["NodeAddress", "node_url", "printable", "request_json"]
+__all__ = ["DEFAULT_PORT", "NodeAddress", "node_url", "printable", "request_json"]
 
 #: Seconds that connecting may take, and every wait for more of the response.
 TIMEOUT: Final = 5.0
 
 #: The port of a host that is given without one, as for all commands.
-_DEFAULT_PORT: Final = 8080
+DEFAULT_PORT: Final = 8080
 
 #: Bytes of the largest response; the status of a thousand workers with a hundred models each is smaller.
 _MAX_RESPONSE: Final = 16 * 1024 * 1024
@@ -56,7 +56,7 @@ def node_url(text: str) -> str:
         if host.count(":") > 1 and "[" not in host:
             host = f"[{host}]"
         if host and (":" not in host or host.endswith("]")):
-            host = f"{host}:{_DEFAULT_PORT}"
+            host = f"{host}:{DEFAULT_PORT}"
         text = f"http://{host}{slash}{path}"
     try:
         parts = urlsplit(text)

@@ -43,7 +43,7 @@ from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
 from ..options import ClusterMode
 from ..server import ClusterServer
 from . import account_commands, logs
-from .admin_client import NodeAddress, node_url, printable, request_json
+from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
 from .arguments import log_settings, master_addresses, options_from, parse_arguments
 from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
@@ -59,6 +59,9 @@ logger = logging.getLogger(__name__)
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
+
+#: Seconds for each look whether a worker was given the wrong port.
+_PROBE_TIMEOUT: Final = 10.0
 
 #: Seconds between two polls of a worker that drains.
 _DRAIN_POLL: Final = 0.25
@@ -258,6 +261,9 @@ async def _run_worker(
         tls: whether they speak TLS.
         task_status: see :meth:`ClusterServer.run_as_worker`.
 
+    The port that follows from a right one is tried first: the master is silent about that, while an API has a line in
+    its access log for each attempt.
+
     Raises:
         ClusterError: it was.
     """
@@ -267,7 +273,9 @@ async def _run_worker(
 
         async def probe(host: str, port: int) -> None:
             nonlocal mistaken
-            if await check_is_cluster_server(host, port):
+            if await check_is_cluster_server(host, port + INTERNAL_OFFSET, _PROBE_TIMEOUT):
+                return
+            if await check_is_cluster_server(host, port, _PROBE_TIMEOUT):
                 mistaken = host, port
                 nursery.cancel_scope.cancel(reason="the port is the one for workers")
 
@@ -429,9 +437,10 @@ class _Announcer:
         if not encrypted:
             found.append("keys, prompts and answers are not encrypted (start it with --tls auto)")
         if not self.server.requires_key:
+            url = "" if self.server.port == DEFAULT_PORT and not encrypted else f" {self.server.url}"
             found.append(
                 "its models can be used without a key (set TRIO_CLUSTER_API_KEY, or make keys with: "
-                "trio-cluster keys create NAME)"
+                f"trio-cluster keys create NAME{url})"
             )
         workers_need_nothing = not encrypted or options.allow_anonymous_workers
         if mode is ClusterMode.MASTER and options.cluster_token is None and workers_need_nothing:

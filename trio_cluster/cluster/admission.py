@@ -33,6 +33,10 @@ def _never(_: str) -> bool:
     return False
 
 
+def _invite() -> str:
+    return "trio-cluster invite"
+
+
 @attrs.frozen
 class Doorkeeper:
     """Decides which workers are admitted."""
@@ -43,6 +47,8 @@ class Doorkeeper:
     """Tells whether the certificate with this serial number was revoked."""
     is_member: Callable[[str], bool] = _never
     """Tells whether a worker of this name was invited; nobody else may have its name then."""
+    invite_command: Callable[[], str] = _invite
+    """Returns the command that makes an invitation, for people on the machine of the master."""
 
     def admit(self, headers: dict[str, str], tls: TlsSession | None) -> Admitted | Refusal:
         """Decide about a worker that asks to join. Synchronous.
@@ -64,7 +70,7 @@ class Doorkeeper:
         if tls is not None and not self.options.allow_anonymous_workers:
             return Refusal(
                 401,
-                "this master admits workers with an invitation (trio-cluster invite) or with the cluster token",
+                f"this master admits workers with an invitation ({self.invite_command()}) or with the cluster token",
             )
         return Admitted("open")
 

@@ -688,13 +688,14 @@ class WorkerConnection:
         worker = self.worker
         assert worker is not None
 
-        def elsewhere(request: Request) -> bool:
-            return not self._draining and bool(self._catalog.candidates(request, avoid=worker.name))
-
         in_flight = worker.in_flight
-        moved = worker.suspend(elsewhere)
+        moved = worker.suspend(lambda request: self._can_be_elsewhere(request, worker))
         text = f"link cut: {closed.why}; waiting for it"
         self._log(text, worker, level=logging.WARNING, in_flight=in_flight, opened_elsewhere=moved)
+
+    def _can_be_elsewhere(self, request: Request, worker: RemoteWorker) -> bool:
+        """Return whether another replica can be given a request that a worker has."""
+        return not self._draining and bool(self._catalog.candidates(request, avoid=worker.name))
 
     def _deregister(self, why: str) -> None:
         """Remove the worker, its models first, and fail its calls. Idempotent."""
@@ -716,7 +717,8 @@ class WorkerConnection:
             lost = {"request_ids": worker.request_ids} if worker.in_flight else {}
             level = logging.INFO if expected else logging.WARNING
             text = f"worker left: {closed.why}"
-            self._log(text, worker, level=level, calls_lost=worker.in_flight, **lost)
+            count, retried = worker.split_calls(lambda request: self._can_be_elsewhere(request, worker))
+            self._log(text, worker, level=level, calls_lost=count, calls_retried=retried, **lost)
         elif not self._probed:
             self._refusals.warning(f"connection refused: {closed.why}", {"address": self.address})
 

@@ -263,6 +263,18 @@ class RemoteWorker:
             self._session.cancel(call_id, "an internal error of the master")
             self._wake()
 
+    def split_calls(self, elsewhere: Callable[[Request], bool]) -> tuple[int, int]:
+        """Return how many calls are lost if the link is over now, and how many can be retried. Synchronous.
+
+        A call that has ended already, and whose work has not stopped yet, is none of either.
+
+        Args:
+            elsewhere: tells whether another replica can be given a request.
+        """
+        left = [call for call in self._calls.values() if not call.ended]
+        retried = sum(_may_be_retried(call) and elsewhere(call.request) for call in left)
+        return len(left) - retried, retried
+
     def suspend(self, elsewhere: Callable[[Request], bool]) -> int:
         """Record that the link was cut and may be resumed. Synchronous.
 
@@ -278,9 +290,7 @@ class RemoteWorker:
         self.health.suspend(True)
         moved = 0
         for call_id, call in list(self._calls.items()):
-            if call.begun or call.ended or call.request.retried or not call.request.replayable:
-                continue
-            if elsewhere(call.request):
+            if not call.ended and _may_be_retried(call) and elsewhere(call.request):
                 call.put(Failed(WorkerLost(self.name, "its link was cut"), retryable=True))
                 self._session.cancel(call_id, "opened on another worker, since the link was cut")
                 moved += 1
@@ -304,3 +314,8 @@ class RemoteWorker:
 
     def _release(self, call_id: int) -> None:
         self._calls.pop(call_id).release()
+
+
+def _may_be_retried(call: Call) -> bool:
+    """Return whether another replica may be given a request: no answer has begun, and it is the first retry."""
+    return not call.begun and not call.request.retried and call.request.replayable

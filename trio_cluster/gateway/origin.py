@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 from functools import lru_cache
+from typing import Final
 
 from ..core.join_paths import JOIN_PATHS
 from ..errors import ApiError
@@ -23,12 +24,14 @@ from .node_context import NodeContext
 
 __all__ = ["CheckOrigin"]
 
+_METRICS: Final = "/metrics"
+
 
 class CheckOrigin:
     """Refuses requests without a key that come from a web page, or for an unknown host. See ``Stage``.
 
-    Paths that require no key where there is one show neither names nor contents, and are not checked: health checks and
-    metrics may be asked for under any name.
+    Of the paths that require no key where there is one, only ``/metrics`` is checked, whether there is a key or not: it
+    names the workers. The others show neither names nor contents, and health checks may ask under any name.
     """
 
     def __init__(self, node_context: NodeContext) -> None:
@@ -38,14 +41,17 @@ class CheckOrigin:
         """See ``Stage``."""
         if context.principal.name:
             return
+        shows_names = context.path.rstrip("/") == _METRICS
+        what = _METRICS if shows_names else "This server"
         options, host = self._node_context.options.server, context.header(b"host")
         # Browsers always send a Host header; HTTP/1.0 need not have one.
         if host is not None and not _is_allowed_host(host, options.allowed_hosts):
             name = _host_name(host)
             error = ApiError(
                 403,
-                "This server requires no API key, so it answers only under an address, localhost, or a name in "
-                f"'allowed_hosts', and '{name}' is none of these. Start it with --allowed-hosts {name}, or with a key",
+                f"{what} requires no API key, so it answers only under an address, localhost, or a name in "
+                f"'allowed_hosts', and '{name}' is none of these. Start the server with --allowed-hosts {name}"
+                f"{'' if shows_names else ', or with a key'}",
                 code="host_not_allowed",
             )
         else:
@@ -58,10 +64,10 @@ class CheckOrigin:
                 return
             error = ApiError(
                 403,
-                "This server requires no API key, so pages from elsewhere may not use it; 'cors_origins' can allow it",
+                f"{what} requires no API key, so pages from elsewhere may not use it; 'cors_origins' can allow it",
                 code="foreign_origin",
             )
-        if not is_open(context.path) and context.path not in JOIN_PATHS:
+        if shows_names or (not is_open(context.path) and context.path not in JOIN_PATHS):
             raise error
 
 

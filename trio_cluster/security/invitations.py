@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _PREFIX: Final = "tcj-"
-_NOT_KNOWN: Final = "this invitation is not known to this master; make a new one with: trio-cluster invite"
+_NOT_KNOWN: Final = "this invitation is not known to this master"
 _VERSION: Final = 1
 _FILE: Final = "members.json"
 #: Seconds for which an invitation that is over is remembered, to be able to say why it is refused.
@@ -56,7 +56,16 @@ class TokenError(ClusterError, ValueError):
 
 
 class JoinRefused(Exception):
-    """A worker may not join; the message says why, and what to do."""
+    """A worker may not join; the message says why.
+
+    Args:
+        message: the message.
+        needs_invitation: a new invitation would help.
+    """
+
+    def __init__(self, message: str, *, needs_invitation: bool = False) -> None:
+        super().__init__(message)
+        self.needs_invitation = needs_invitation
 
 
 @attrs.frozen
@@ -194,7 +203,7 @@ class Members:
             JoinRefused: there is no such invitation.
         """
         if _digest(secret) not in self._invitations:
-            raise JoinRefused(_NOT_KNOWN)
+            raise JoinRefused(_NOT_KNOWN, needs_invitation=True)
 
     def check_invitation(self, secret: str, key: str, wanted_name: str, now: float) -> str:
         """Check whether a worker that shows the secret of an invitation may join.
@@ -212,15 +221,14 @@ class Members:
             JoinRefused: the invitation is not known, was used, has expired or was revoked; or the name is taken.
         """
         invitation = self._invitations.get(_digest(secret))
-        new = "make a new one with: trio-cluster invite"
         if invitation is None:
-            raise JoinRefused(_NOT_KNOWN)
+            raise JoinRefused(_NOT_KNOWN, needs_invitation=True)
         if invitation.revoked:
-            raise JoinRefused(f"this invitation was revoked; {new}")
+            raise JoinRefused("this invitation was revoked", needs_invitation=True)
         if invitation.used_by is not None and invitation.used_by != key:
-            raise JoinRefused(f"this invitation was used already; {new}")
+            raise JoinRefused("this invitation was used already", needs_invitation=True)
         if invitation.used_by is None and invitation.expires <= now:
-            raise JoinRefused(f"this invitation has expired; {new}")
+            raise JoinRefused("this invitation has expired", needs_invitation=True)
         name = invitation.name or wanted_name
         member = self._members.get(name)
         if member is not None and not member.revoked and member.key != key:
