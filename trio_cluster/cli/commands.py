@@ -296,6 +296,8 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
     else:
         server = arguments.application or _load_app(arguments.app)
         server.options = options_from(arguments, base=server.options)
+    if server.options.guardian is None and arguments.command != "master":
+        server.options.guardian = True
     if getattr(arguments, "listen", None) is not None:
         server.set_worker_listen_address(*arguments.listen)
     return server
