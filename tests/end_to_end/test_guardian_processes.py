@@ -100,6 +100,23 @@ async def test_a_worker_that_is_stopped_takes_its_guardian_along(nodes: Nodes, n
     assert not master.logged("connection refused")
 
 
+async def test_a_killed_master_that_leaves_a_reset_is_not_waited_for(
+    nodes: Nodes, nursery: trio.Nursery
+) -> None:
+    port = free_pair()
+    master = await nodes.start("master", port)
+    worker = await nodes.worker(master, "w", models="m")
+    await open_stream(nursery, master, "m", ticks=10000)
+    # Meanwhile the worker goes on to write.
+    master.send(signal.SIGSTOP)
+    await trio.sleep(0.2)
+    master.send(signal.SIGKILL)
+    await worker.log("the link was cut")
+    await until(lambda: nodes.notes() == ["m cancelled"], within=3)
+    await nodes.start("master", port)
+    await models_become(master, {"m"}, within=10)
+
+
 async def test_a_worker_of_a_cluster_with_tls_shows_its_certificate_by_its_guardian(
     nodes: Nodes, nursery: trio.Nursery
 ) -> None:
