@@ -115,7 +115,7 @@ async def kill_workers(forks: Forks, window: float, kills: int, streams: int) ->
         victim = await forks.start("worker", port, window, "bench,shared", 1000)
         await forks.told("ready")
         # Its guardian takes a moment to start.
-        await trio.sleep(0.3)
+        await trio.sleep(0.5)
         opened = await open_streams(port, streams)
         began: list[float] = [0.0]
         with trio.fail_after(PATIENCE):

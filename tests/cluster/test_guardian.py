@@ -151,6 +151,27 @@ async def test_a_reset_after_the_end_was_told_is_not_taken_for_a_cut(
     assert trio.current_time() == start
 
 
+async def test_an_end_that_is_told_in_the_moment_of_the_cut_counts(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    call, _ = await begin(cluster, "forever")
+    (connection,) = cluster.manager._connections
+    worker.way_lost = True
+    worker.reset()
+    while not connection.session.suspended:
+        await trio.lowlevel.checkpoint()
+    # The tasks of the connection have not ended yet.
+    start = trio.current_time()
+    connection.link.peer_has_ended("its process has ended")
+    assert call.ended
+    await wait_all_tasks_blocked()
+    assert trio.current_time() == start
+    assert call.released
+    assert cluster.manager.status() == []
+    assert connection.over
+
+
 @pytest.mark.parametrize("token", [None, "wrong"])
 async def test_the_proof_does_not_replace_the_token(
     nursery: trio.Nursery, autojump_clock: MockClock, token: str | None

@@ -154,7 +154,14 @@ class Link:
             why: the reason; the first one counts.
             code: the close code.
         """
-        self._end(LinkClosed(why), code)
+        closed = LinkClosed(why)
+        if self._closed is not None and self._session.suspended:
+            # The connection has just been cut, or is left for another one, and its tasks are still ending.
+            self._closed, self._code = closed, code
+            self._session.close(why)
+            self._on_closed(closed)
+        else:
+            self._end(closed, code)
 
     def peer_has_ended(self, why: str) -> None:
         """Take note that the process of the peer has ended: nothing is waited for any more. Synchronous.
