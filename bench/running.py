@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,10 @@ async def wait_for_model(port: int, model: str = "bench") -> None:
         while True:
             async with await connect(port) as stream:
                 head = f"GET /v1/models/{model} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-                await stream.send_all(head.encode())
-                if (await stream.receive_some()).startswith(b"HTTP/1.1 200"):
-                    return
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(head.encode())
+                    if (await stream.receive_some()).startswith(b"HTTP/1.1 200"):
+                        return
             await trio.sleep(0.05)
 
 

@@ -26,6 +26,7 @@ PROGRAMS = {
     "bulk": "forwarded, down: vectors, from lists",
     "scale": "with replicas us",
     "limits": "limits, in memory and on disk",
+    "killed": "master killed 3 times, resume_window 15",
 }
 
 

@@ -67,6 +67,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "worker_timeout": 30.0,
         "heartbeat_interval": 5.0,
         "resume_window": 15.0,
+        "through_proxy": False,
+        "guardian": None,
         "internal_host": None,
         "internal_port": None,
         "cluster_token": None,
@@ -270,6 +272,8 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "allow_anonymous_workers": "yes",
         "limits": "redis://r/1",
         "limits_failure": "refuse",
+        "through_proxy": "yes",
+        "guardian": "no",
         "aliases": '{"a": ["b", "c"]}',
     }
     plain: dict[str, object] = {
@@ -277,7 +281,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "batch_wait": 0, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
         "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
-        "aliases": {"a": ["b", "c"]},
+        "aliases": {"a": ["b", "c"]}, "through_proxy": True, "guardian": False,
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

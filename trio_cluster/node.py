@@ -33,6 +33,7 @@ from .accounts.errors import StoreError
 from .admin.app import create_app, put_gateway_in_front
 from .admin.membership import Membership
 from .cluster.admission import Doorkeeper
+from .cluster.guardian import Guardian
 from .cluster.master import WorkerManager
 from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
@@ -518,6 +519,8 @@ class Node:
         """
         client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
         self.worker_client = client
+        if self._options.guardian:
+            client.guardian = Guardian(self._options)
         if self._listen_address is not None:
             await self._open_tls("worker")
         async with self._pool.loops.opened():
@@ -532,6 +535,8 @@ class Node:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pool.serve)
             nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
+            if client.guardian is not None:
+                nursery.start_soon(client.guardian.run)
             if self._tls is not None:
                 nursery.start_soon(self._tls.run)
             nursery.start_soon(self._serve_listen_address, listeners)

@@ -343,6 +343,12 @@ class ClusterServerOptions:
     resume_window: float = attrs.field(default=15.0, converter=_seconds, validator=_duration_or_zero)
     """How long a link that was cut may be resumed by the same two processes. 0: it is lost at once. The smaller value
     of both ends holds."""
+    through_proxy: bool = attrs.field(default=False, validator=_flag)
+    """Whether links go through a proxy that adds no headers, such as a TCP proxy. The end of a connection then counts
+    as a cut, and not as the end of a process. One of the two ends has to say so."""
+    guardian: bool | None = attrs.field(default=None, validator=_optional(_flag))
+    """Whether a small process beside a worker tells its masters at once when the worker's process dies; ``None``: on
+    the command line it does, in other programs there is none."""
     internal_host: str | None = attrs.field(default=None, validator=_optional(_text))
     """The address on which a master listens for workers; ``None``: ``server.host``."""
     internal_port: int | None = attrs.field(default=None, validator=_optional(_port))

@@ -182,6 +182,8 @@ def test_every_flag_reaches_its_option(main: Main, ran: list[Ran]) -> None:
         worker_timeout=7.0,
         heartbeat_interval=6.0,
         on_conflict="replicate",
+        # Not by a flag: the command line has one unless it is told otherwise.
+        guardian=True,
     )
 
 
@@ -196,6 +198,28 @@ def test_flags_override_variables_and_these_override_the_file(
     server = ran[0].server.options.server
     assert (server.port, server.max_concurrency, server.queue_timeout) == (3, 2, 1.0)
     assert ran[0].arguments == (3,)
+
+
+@pytest.mark.parametrize(
+    ("words", "guardian"),
+    [
+        (["run"], True),
+        (["worker", "--app", "app:server"], True),
+        (["worker", "--app", "app:server", "--no-guardian"], False),
+        (["worker", "--app", "app:without"], False),
+        (["master"], None),
+    ],
+)
+def test_a_worker_of_the_command_line_has_a_guardian_unless_something_says_otherwise(
+    main: Main, ran: list[Ran], place: Path, words: list[str], guardian: bool | None
+) -> None:
+    more = [
+        "from trio_cluster import ClusterServerOptions as O",
+        "without = ClusterServer(O(guardian=False))",
+    ]
+    (place / "app.py").write_text("\n".join([APP, *more]))
+    assert main(*words)[0] == 0
+    assert ran[0].server.options.guardian is guardian
 
 
 def test_the_options_of_the_application_hold_where_no_source_overrides_them(

@@ -22,11 +22,11 @@ import fork_server
 import httpx
 import trio
 from fork_server import ForkedProcess
-from served import RawStream
+from served import RawStream, until
 
 import trio_cluster
 
-__all__ = ["APP", "NOT_RESUMED", "Node", "Nodes", "Stream", "free_pair", "open_nodes"]
+__all__ = ["APP", "NOT_RESUMED", "Node", "Nodes", "Stream", "free_pair", "guardians_of", "open_nodes"]
 
 #: The application that the processes load. ``MODELS`` in the environment names its models.
 APP: Final = """\
@@ -91,11 +91,29 @@ def free_pair() -> int:
         return port
 
 
+def guardians_of(node: Node) -> list[int]:
+    """Return the processes that watch over a node, be it that it has ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            len(words) > 4
+            and words[3].endswith(b"guardian_process.py")
+            and words[4] == b"%d" % node.process.pid
+        ):
+            found.append(int(path.parent.name))
+    return found
+
+
 class Node:
     """One process.
 
     Attributes:
         port: of the API that it serves or, if it is a worker, of its master's.
+        tls: whether that is served with TLS.
         entries: what it has logged.
         noise: other lines on its standard error.
     """
@@ -104,6 +122,7 @@ class Node:
         self.process = process
         self.command = command
         self.port = port
+        self.tls = False
         self.entries: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._seen = 0
@@ -111,7 +130,7 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -263,6 +282,8 @@ class Nodes:
                 pass
             else:
                 raise AssertionError(f"{node.command} has left processes behind")
+            # A guardian may have to find out that there is no master left.
+            await until(lambda node=node: not guardians_of(node), within=10)
             if node.port:
                 for port in (node.port, node.port + 1000):
                     with socket.socket() as sock:

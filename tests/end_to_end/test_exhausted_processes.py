@@ -61,7 +61,9 @@ async def test_a_process_without_threads_refuses_what_needs_one_and_goes_on(
     (nodes.directory / "starving.py").write_text(APP)
     application = ("--app", "starving:server")
     master = await nodes.master(*(application if where == "master" else ()))
-    node = master if where == "master" else await nodes.worker(master, "w", *application, models="")
+    # A guardian is started in a thread, which stays for a while.
+    flags = (*application, "--no-guardian")
+    node = master if where == "master" else await nodes.worker(master, "w", *flags, models="")
     large = "x" * (1 << 20)
     assert await ask(master, "starve") == (200, "starving")
     for _ in range(3):

@@ -47,6 +47,7 @@ CAUSES: Final = {
     "worker_frozen": "the worker's process is frozen",
     "link_ends": "the link is cut (EOF)",
     "link_resumed": "the link is cut (RST), and resumed",
+    "link_silent_resumed": "the link is silent (black hole), and resumed on a second connection",
     "link_not_resumed": "the link is cut (RST), and not resumed in time",
     "link_resets": "the link is cut (RST), and `resume_window` is 0",
     "link_silent": "the link is silent (black hole), and `resume_window` is 0",
@@ -210,6 +211,9 @@ LAW: Final[dict[str, dict[str, Entry]]] = {
     ),
     "link_ends": _link_lost(),
     "link_resumed": _row(uploading=_FINISHES, forwarding=_FINISHES, queued=_FINISHES, running=_FINISHES),
+    "link_silent_resumed": _row(
+        uploading=_FINISHES, forwarding=_FINISHES, queued=_FINISHES, running=_FINISHES
+    ),
     "link_not_resumed": _row(
         uploading=Cell("503 model_unavailable", "never", "S"),
         forwarding=Cell("502", "never", "S", "worker_lost"),

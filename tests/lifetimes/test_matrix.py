@@ -298,6 +298,10 @@ class CellTest:
     async def _link_resumed(self) -> None:
         self.scenario.cluster.workers["w"].link_to("master").reset()
 
+    async def _link_silent_resumed(self) -> None:
+        # Only the connection that there is: a second one passes.
+        self.scenario.cluster.workers["w"].link.partition()
+
     async def _link_not_resumed(self) -> None:
         self.scenario.cluster.network.partition("w", "master")
         self.scenario.cluster.workers["w"].link_to("master").reset()
@@ -332,7 +336,11 @@ class CellTest:
         if bound is None:
             # The request is not affected: the limit passes without effect, or is not reached.
             quiet = self.cause in ("silence", "idle_timeout", "link_silent")
-            await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_EVENTS + 0.5)
+            if self.cause == "link_silent_resumed":
+                # The second connection is tried when two heartbeats are missing.
+                await trio.sleep(3 * OPTIONS["heartbeat_interval"])
+            else:
+                await trio.sleep(BOUNDS["T"] + 5 if quiet else LAST_EVENTS + 0.5)
             assert self.caller.ended_at is None
             assert "cancelled" not in self.scenario.script.words
         elif self.phase == "uploading" and self.cell.client not in ("408", "lost", "left"):

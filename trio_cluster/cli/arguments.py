@@ -415,6 +415,21 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         "SECONDS",
         "how long a link that was cut may be resumed; 0: never",
     )
+    options.add_argument(
+        "--through-proxy",
+        dest="through_proxy",
+        action="store_true",
+        default=None,
+        help="links go through a proxy that adds no headers: the end of a connection counts as a cut",
+    )
+    if worker:
+        options.add_argument(
+            "--no-guardian",
+            dest="guardian",
+            action="store_false",
+            default=None,
+            help="start no process that tells the masters when this one dies",
+        )
     if master:
         add(
             "--on-conflict",

@@ -307,6 +307,8 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
         server.options = options_from(arguments, base=server.options)
     if arguments.command != "worker":
         _use_activated_sockets(server)
+    if server.options.guardian is None and arguments.command != "master":
+        server.options.guardian = True
     if getattr(arguments, "listen", None) is not None:
         server.set_worker_listen_address(*arguments.listen)
     return server

@@ -164,7 +164,12 @@ def _read_flags(flags: Mapping[str, object]) -> Iterator[_Setting]:
 
 
 # Flags whose name is not that of their option.
-_FLAG_NAMES: Final = {"default_timeout": "--timeout", "worker_id": "--name", "port": "PORT"}
+_FLAG_NAMES: Final = {
+    "default_timeout": "--timeout",
+    "worker_id": "--name",
+    "guardian": "--no-guardian",
+    "port": "PORT",
+}
 
 
 def _hint(wrong: str, known: set[str]) -> str:

@@ -21,6 +21,7 @@ from ..net.sockets import INTERNAL_OFFSET, Listeners, Network
 from ..net.streams import ByteStream
 from ..net.tls import connect_tls
 from ..security.contexts import client_context
+from .guardian import Trust
 
 if TYPE_CHECKING:
     from ..security.membership import Membership
@@ -49,6 +50,11 @@ class TlsNetwork:
         self._network = network
         self._context = context
         self._server_name = server_name
+
+    @property
+    def trust(self) -> Trust:
+        """What another process needs to connect, too."""
+        return Trust(self._server_name)
 
     async def listen(self, host: str, port: int) -> Listeners:
         """See ``Network``; without TLS, which is a matter of who serves the connections."""
@@ -82,6 +88,12 @@ class Dialer:
     def label(self) -> str:
         """What people call the master. It tells several from each other."""
         return self._label or self.host
+
+    @property
+    def trust(self) -> Trust | None:
+        """What another process needs to connect there, too; ``None``: there is no TLS."""
+        network = self._network
+        return network.trust if isinstance(network, TlsNetwork | _MemberNetwork) else None
 
     async def connect(self) -> ByteStream:
         """Return a new connection. A checkpoint.
@@ -169,6 +181,14 @@ class MemberDialer(Dialer):
 
         return await TlsNetwork(self._network, self._context, MASTER_NAME).connect(host, port)
 
+    @property
+    def trust(self) -> Trust:
+        """See ``Dialer``."""
+        from ..security.authority import MASTER_NAME
+
+        member = self._membership
+        return Trust(MASTER_NAME, member.authority, member.key + member.certificate)
+
     async def run(self) -> NoReturn:
         """Renew the certificate in time, until cancelled."""
         if self._state is None:
@@ -200,6 +220,11 @@ class _MemberNetwork:
     """See ``MemberDialer.network``."""
 
     _dialer: MemberDialer
+
+    @property
+    def trust(self) -> Trust:
+        """See ``MemberDialer``."""
+        return self._dialer.trust
 
     async def listen(self, host: str, port: int) -> Listeners:
         """See ``Network``; nothing listens on this one."""

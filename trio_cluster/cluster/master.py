@@ -37,7 +37,7 @@ from ..core.request import Request
 from ..core.status import MasterStatus, WorkerStatus
 from ..link.demux import FrameDemux
 from ..link.link import First, Link, LinkClosed, receive_first
-from ..link.websocket import PATH, PROBE_PATH, Refusal, accept
+from ..link.websocket import END_HEADER, PATH, PROBE_PATH, Refusal, accept
 from ..net.acceptor import accept_all
 from ..net.handshakes import Handshakes
 from ..net.sockets import Listeners, shown_address
@@ -289,6 +289,7 @@ class WorkerConnection:
     Attributes:
         session: the master's half of the protocol.
         link: what carries it.
+        admitted: how the connection was let in.
         address: where the peer connected from, for people.
         worker: the worker at the other end; ``None`` before it has joined, and after its link has ended.
         joined: whether a worker has joined, be it that it has left again.
@@ -316,7 +317,7 @@ class WorkerConnection:
         self._workers = workers
         self._connections = connections
         self._doorkeeper = doorkeeper
-        self._admitted = Admitted("open")
+        self.admitted = Admitted("open")
         self._tls = stream.tls
         self._stream = injectable(stream)
         self._refusals = refusals
@@ -346,6 +347,7 @@ class WorkerConnection:
             admit=lambda handshake: not self._probed and self._holder_of_name(handshake) is None,
             resume_window=options.resume_window,
             session_id=randomness.secret(16) if options.resume_window else "",
+            proxied=options.through_proxy,
         )
         self.link = Link(
             self._stream,
@@ -357,6 +359,7 @@ class WorkerConnection:
             timeout=options.worker_timeout,
             linger=options.batch_wait,
         )
+        self.link.proxied = options.through_proxy
 
     async def run(self) -> None:
         """Serve the connection until its link is over, or goes on elsewhere. A checkpoint.
@@ -443,16 +446,17 @@ class WorkerConnection:
         if not handshake.session:
             return None
         for other in self._connections:
-            if not more and other.can_be_resumed_by(handshake, self._admitted):
+            if not more and other.can_be_resumed_by(handshake, self.admitted):
                 # Not to be cancelled in between: nothing would serve the other link, nor wait for it.
                 with trio.CancelScope(shield=True):
                     await other.link.detach()
                 # It may have ended meanwhile.
-                if other.can_be_resumed_by(handshake, self._admitted) and other.session.suspended:
+                if other.can_be_resumed_by(handshake, self.admitted) and other.session.suspended:
                     self.joined = self.over = True
                     self._joining.deadline = math.inf
                     self.session.close("the connection goes on with another session")
-                    other.resume(handshake, self.address, proxied=self.link.proxied)
+                    proxied = self.link.proxied or handshake.proxied
+                    other.resume(handshake, self.address, proxied=proxied)
                     return other
                 break
         self.link.end("this master does not know the session that is to be resumed")
@@ -464,7 +468,7 @@ class WorkerConnection:
             self.worker is not None
             and self.session.is_named_by(handshake)
             # To know the session is not enough: the connection must have been let in as the first one was.
-            and self._admitted == admitted
+            and self.admitted == admitted
             and self._doorkeeper.why_not(admitted, handshake.node_id) is None
         )
 
@@ -501,8 +505,19 @@ class WorkerConnection:
         decision = self._doorkeeper.admit(headers, self._tls)
         if isinstance(decision, Refusal):
             return decision
-        self._admitted = decision
+        self.admitted = decision
+        if END_HEADER in headers:
+            return self._take_note_of_end(headers[END_HEADER])
         return None
+
+    def _take_note_of_end(self, proof: str) -> Refusal:
+        """End the session for which a guardian has the proof that its process has ended."""
+        for other in self._connections:
+            if other.admitted == self.admitted and other.session.is_proven_over(proof):
+                self._probed = True
+                other.link.peer_has_ended("its process has ended, as its guardian says")
+                return Refusal(410, "the end of the worker's process is noted")
+        return Refusal(409, "this master has no such session")
 
     def _on_events(self, events: Sequence[MasterEvent]) -> None:
         for event in events:
@@ -583,7 +598,7 @@ class WorkerConnection:
     def is_of(self, name: str) -> bool:
         """Tell whether a worker of this name is at the other end, or one that may only join with this name."""
         if self.worker is None:
-            return not self.joined and self._admitted.name == name
+            return not self.joined and self.admitted.name == name
         return self.worker.name == name
 
     def _holder_of_name(self, handshake: Handshake) -> WorkerConnection | None:
@@ -607,7 +622,7 @@ class WorkerConnection:
             self._probed = True
             self.link.close_when_flushed("this worker is linked already")
             return
-        if why := self._doorkeeper.why_not(self._admitted, name):
+        if why := self._doorkeeper.why_not(self.admitted, name):
             self.link.end(why)
             return
         holder = self._holder_of_name(handshake)
@@ -619,7 +634,8 @@ class WorkerConnection:
                 other.link.end("replaced by a new connection of the same worker")
         self.joined = True
         self._joining.deadline = math.inf
-        self.worker = RemoteWorker(name, self.session, self.link.wake, self.address, self._admitted.how)
+        self.link.proxied = self.link.proxied or handshake.proxied
+        self.worker = RemoteWorker(name, self.session, self.link.wake, self.address, self.admitted.how)
         self._workers[name] = self.worker
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 

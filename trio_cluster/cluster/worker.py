@@ -69,6 +69,7 @@ from ..protocol import (
 from ..routing.router import Router
 from .dialer import Dialer
 from .forwarded import ForwardedCalls
+from .guardian import Guardian
 from .masters import Masters
 
 __all__ = ["MasterConnection", "MasterLink", "WorkerClient"]
@@ -107,6 +108,9 @@ class WorkerClient:
         node_id: the name of this worker.
         on_shutdown_request: called with the reason when a master asks this worker to stop. It has to call
             :meth:`drain` and :meth:`close`; this class does nothing about the request.
+
+    Attributes:
+        guardian: tells the masters when this process dies; ``None``: there is none. To be set before this runs.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class WorkerClient:
         node_id: str,
         on_shutdown_request: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.guardian: Guardian | None = None
         self._router = router
         self._pool = pool
         self._options = options
@@ -305,6 +310,7 @@ class WorkerClient:
             on_registered=link.on_registered,
             on_shutdown_request=self._on_shutdown_request,
             on_written=self._sent.unpark_all,
+            on_connected=link.on_connected,
         )
 
     def start(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -633,6 +639,9 @@ class MasterLink:
         try:
             closed = await _Resumption(connection, self.dialer.connect, host, client.options).run(stream)
             connection.why_over = closed.why
+            if client.guardian is not None:
+                # Not if this is cancelled: then the connection is dropped, which may look like a cut.
+                client.guardian.forget(connection.session)
             if closed.status in _FINAL:
                 connection.refusal = HandshakeRefused(_refusal(host, closed))
             elif closed.incompatible:
@@ -656,6 +665,15 @@ class MasterLink:
             connection.cancel_all()
             connection.end()
             client.on_links_changed(over=connection)
+
+    def on_connected(self, connection: MasterConnection) -> None:
+        """Let the guardian know a connection on which the master has sent its handshake. Synchronous."""
+        guardian, link, dialer = self._client.guardian, connection.link, self.dialer
+        if guardian is not None:
+            with suppress(OSError):
+                guardian.tell_end_of(
+                    connection.session, dialer.host, link.peer_address, dialer.trust, proxied=link.proxied
+                )
 
 
 class _Resumption:
@@ -825,6 +843,7 @@ class MasterConnection:
         on_registered: called once, when the master has answered for all models.
         on_shutdown_request: called with the reason when the master asks this worker to stop.
         on_written: called after each write. Synchronous.
+        on_connected: called with this object after the handshake on each connection. Synchronous.
 
     Attributes:
         session: the worker's half of the protocol.
@@ -853,9 +872,11 @@ class MasterConnection:
         on_registered: Callable[[], None],
         on_shutdown_request: Callable[[str], None],
         on_written: Callable[[], object],
+        on_connected: Callable[[MasterConnection], None] = lambda _: None,
     ) -> None:
         self._router = router
         self._pool = pool
+        self._options = options
         self._draining = draining
         self._rejected_models = rejected_models
         self._linked = linked
@@ -863,6 +884,7 @@ class MasterConnection:
         self._on_registered = on_registered
         self._on_shutdown_request = on_shutdown_request
         self._on_written = on_written
+        self._on_connected = on_connected
         # What the master was told last of the other ones.
         self._reported: tuple[int, tuple[tuple[str, str], ...]] = (0, ())
         self.master: Handshake | None = None
@@ -884,6 +906,7 @@ class MasterConnection:
             heartbeat_interval=options.heartbeat_interval,
             silence_timeout=options.worker_timeout,
             resume_window=options.resume_window,
+            proxied=options.through_proxy,
         )
         self.session.announce_links(linked)
         self.link = Link(
@@ -1024,7 +1047,8 @@ class MasterConnection:
 
     def _on_handshake(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
-        self.link.proxied = handshake.proxied
+        self.link.proxied = handshake.proxied or self._options.through_proxy
+        self._on_connected(self)
         if self._unconfirmed is not None:
             logger.info("the link to the master goes on", extra={"fields": fields})
             self._master_blocked = False

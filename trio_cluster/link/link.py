@@ -37,6 +37,7 @@ from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
 import trio
 
+from ..net.streams import Address
 from ..net.watchdog import InjectableStream, heartbeats_while_blocked, take_max_lag
 from ..protocol import Batch, HandshakeError, ProtocolError, Session
 from .demux import FrameDemux
@@ -51,6 +52,8 @@ logger = logging.getLogger("trio_cluster.link")
 _CLOSE_TIMEOUT: Final = 1.0
 # Close codes (RFC 6455, section 7.4.1).
 _NORMAL, _PROTOCOL_ERROR, _INTERNAL_ERROR = 1000, 1002, 1011
+#: Seconds within which what a process has sent before its end must have come.
+_REMAINS_TIMEOUT: Final = 1.0
 #: Messages in one write at most.
 _BURST: Final = 4
 
@@ -129,6 +132,9 @@ class Link:
         # The peer has sent what is no websocket frame.
         self._unreadable = False
         self._close_when_flushed: str | None = None
+        # Not before it is known that the peer's process has ended: when the link is over at the latest, and why.
+        self._peer_ended_by = math.inf
+        self._why_peer_ended = ""
         # Set while no websocket is carried.
         self._free = trio.Event()
         self._free.set()
@@ -148,7 +154,28 @@ class Link:
             why: the reason; the first one counts.
             code: the close code.
         """
-        self._end(LinkClosed(why), code)
+        closed = LinkClosed(why)
+        if self._closed is not None and self._session.suspended:
+            # The connection has just been cut, or is left for another one, and its tasks are still ending.
+            self._closed, self._code = closed, code
+            self._session.close(why)
+            self._on_closed(closed)
+        else:
+            self._end(closed, code)
+
+    def peer_has_ended(self, why: str) -> None:
+        """Take note that the process of the peer has ended: nothing is waited for any more. Synchronous.
+
+        What it has sent before that is received, which takes a moment; then the link ends.
+
+        Args:
+            why: the reason, if the end of the connection does not come first.
+        """
+        if self._session.suspended:
+            self.end(why)
+            return
+        self._peer_ended_by, self._why_peer_ended = self._now() + _REMAINS_TIMEOUT, why
+        self._alarm.deadline = min(self._alarm.deadline, self._peer_ended_by)
 
     def close_when_flushed(self, why: str) -> None:
         """End the link as soon as everything that is queued has been sent. Synchronous.
@@ -199,6 +226,11 @@ class Link:
                 outer.cancel_scope.cancel(reason="the link is over")
         assert closed is not None
         raise closed
+
+    @property
+    def peer_address(self) -> Address:
+        """The address of the other end of the present connection. Raises ``OSError`` if that is over."""
+        return self._stream.peer_address
 
     async def carry(self, websocket: WebSocket, stream: InjectableStream, first: First = None) -> LinkClosed:
         """Run the session over a websocket until something ends that, and return the reason. A checkpoint.
@@ -279,7 +311,7 @@ class Link:
                 if resuming:
                     # That was the answer. From now on the session has heartbeats to send again.
                     resuming = False
-                    self._alarm.deadline = self._session.deadline()
+                    self._alarm.deadline = min(self._session.deadline(), self._peer_ended_by)
                 if self._session.peer_blocked:
                     self._writing.deadline = max(self._writing.deadline, now + self._timeout)
                 self._on_events(events)
@@ -384,10 +416,14 @@ class Link:
 
     async def _keep_time(self) -> None:
         while True:
-            self._alarm = trio.CancelScope(deadline=self._session.deadline())
+            deadline = min(self._session.deadline(), self._peer_ended_by)
+            self._alarm = trio.CancelScope(deadline=deadline)
             with self._alarm:
                 await trio.sleep_forever()
             due, now = self._alarm.deadline, trio.current_time()
+            if now >= self._peer_ended_by:
+                self._end(LinkClosed(self._why_peer_ended))
+                return
             self._session.extend_silence_deadline(now - due, now)
             self._session.lag = take_max_lag()
             self._before_tick()
@@ -419,6 +455,7 @@ class Link:
             self._closed = closed
             self._code = code
             cut = closed.was_reset or (closed.has_ended and self.proxied)
+            cut = cut and self._peer_ended_by == math.inf
             if cut and self._session.suspend(self._now()):
                 self._report_burst()
             else:

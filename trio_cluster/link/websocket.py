@@ -64,6 +64,7 @@ from .demux import FrameDemux
 from .frames import truncate_reason
 
 __all__ = [
+    "END_HEADER",
     "PATH",
     "PROBE_PATH",
     "LinkClosed",
@@ -74,12 +75,16 @@ __all__ = [
     "accept",
     "dial",
     "open_websocket",
+    "request_of_end",
 ]
 
 #: The path to which workers connect.
 PATH: Final = "/cluster"
 #: The path for a client that only checks whether this is a master: it reads the handshake and closes the connection.
 PROBE_PATH: Final = "/probe"
+
+#: A header of a request for :data:`PATH` that asks for no link: the proof that the process of a session has ended.
+END_HEADER: Final = "x-trio-cluster-ended"
 
 #: The code that stands for "no close frame was received".
 _ABNORMAL_CLOSURE: Final = 1006
@@ -222,6 +227,33 @@ def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | 
         return connection, demux
 
     return handshake
+
+
+def request_of_end(host: str, proof: str, token: str | None) -> bytes:
+    """Return a request that tells a master that the process of a session has ended.
+
+    It is an opening handshake, since proxies between the two may let nothing else pass. The master rejects it: with 410
+    if it has taken note, with 409 if it does not know the session.
+
+    Args:
+        host: the value of the ``Host`` header.
+        proof: see :func:`~trio_cluster.protocol.proof_of_end`.
+        token: the cluster token, if the master requires one.
+    """
+    lines = [
+        f"GET {PATH} HTTP/1.1",
+        f"Host: {host}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        # Any 16 bytes: there will be no websocket.
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+        f"Sec-WebSocket-Protocol: {SUBPROTOCOL}",
+        f"{END_HEADER}: {proof}",
+    ]
+    if token is not None:
+        lines.append(f"Authorization: Bearer {token}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def accept(stream: InjectableStream, admit: Callable[[str, dict[str, str]], Refusal | None]) -> Opener:

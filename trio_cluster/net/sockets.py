@@ -78,7 +78,8 @@ class Network(Protocol):
         """Connect to a listener. A checkpoint.
 
         Raises:
-            OSError: nothing listens there.
+            ConnectionRefusedError: nothing listens there, on any of its addresses.
+            OSError: it failed for another reason.
         """
         ...
 
@@ -126,6 +127,12 @@ class Sockets:
                 with trio.move_on_after(resolving + randomness.uniform(*_PATIENCE)):
                     return TcpStream(await trio.open_tcp_stream(host, port))
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        except OSError as error:
+            group = error.__cause__
+            if isinstance(group, ExceptionGroup) and group.split(ConnectionRefusedError)[1] is None:
+                # Trio's own error does not say what all of those have in common that it has gathered.
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)) from group
+            raise
         except RuntimeError as error:
             # Names are resolved in a thread.
             if thread_shortage(error) is None:

@@ -37,6 +37,7 @@ from .messages import (
     UnregisterModel,
 )
 from .outbox import Batch
+from .proof import proof_of_end
 from .session import MAX_BACKLOG, MAX_CALLS, Session
 from .state import (
     RECEIVE_TRANSITIONS,
@@ -100,5 +101,6 @@ __all__ = [
     "decode",
     "encode",
     "markdown",
+    "proof_of_end",
     "session_markdown",
 ]

@@ -32,6 +32,7 @@ from .messages import (
     Shutdown,
     UnregisterModel,
 )
+from .proof import proof_of_end
 from .session import MAX_BACKLOG, MAX_CALLS, CallMessage, CallRecord, Session
 from .state import LastData, Role, SessionState, State
 
@@ -77,6 +78,13 @@ class MasterSession(Session[MasterEvent]):
             and (handshake.node_id, handshake.instance) == (peer.node_id, peer.instance)
             and retention.knows(handshake.received)
         )
+
+    def is_proven_over(self, proof: str) -> bool:
+        """Tell whether this is the proof that the worker's process has ended; see ``proof.py``."""
+        if self.close_reason is not None or self.peer is None or not self.session_id:
+            return False
+        # Text that is not ASCII cannot be compared.
+        return hmac.compare_digest(proof.encode(), proof_of_end(self.session_id).encode())
 
     def announce_proxy(self) -> None:
         """Tell the worker that its connection came through a proxy. To be called before anything was written."""

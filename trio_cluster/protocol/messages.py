@@ -87,7 +87,8 @@ class Handshake:
     received: int = attrs.field(default=0, validator=bounds.integer(0, (1 << 63) - 1))
     """How many batches of that session the sender has processed."""
     proxied: bool = False
-    """From a master: the connection came through a proxy. Its end need not be the end of a process, then."""
+    """The connection goes through a proxy, as the master sees from headers, or the sender's options say. Its end need
+    not be the end of a process, then."""
     cancelled: tuple[int, ...] = attrs.field(default=(), validator=bounds.cancelled)
     """From a master that resumes: calls that it has cancelled. The worker does not begin those that it has not received
     yet. If there are very many, some are left out, and are begun and stopped at once."""

@@ -125,6 +125,7 @@ class Session(abc.ABC, Generic[EventT]):
             is still returned as an event, and nothing that follows it is decoded. Synchronous, and must not raise.
         resume_window: seconds for which the session waits for another connection when one is cut; 0: it does not.
         session_id: of a master's session that can be resumed: 128 random bits, as hexadecimal digits.
+        proxied: the way to the peer goes through a proxy.
 
     Attributes:
         peer: the peer's handshake, once it has been received.
@@ -151,6 +152,7 @@ class Session(abc.ABC, Generic[EventT]):
         admit: Callable[[Handshake], bool] = lambda _: True,
         resume_window: float = 0.0,
         session_id: str = "",
+        proxied: bool = False,
     ) -> None:
         self.peer: Handshake | None = None
         self.protocol: int | None = None
@@ -183,7 +185,15 @@ class Session(abc.ABC, Generic[EventT]):
         self._ready: deque[bytes] = deque()
         self._ack_due = False
         self._handshake = Handshake(
-            MAGIC, PROTOCOL_MIN, PROTOCOL_MAX, node_id, version, instance, resume_window, session_id
+            MAGIC,
+            PROTOCOL_MIN,
+            PROTOCOL_MAX,
+            node_id,
+            version,
+            instance,
+            resume_window,
+            session_id,
+            proxied=proxied,
         )
         self._outbox.post(self._handshake)
 
@@ -359,6 +369,11 @@ class Session(abc.ABC, Generic[EventT]):
     def resumable(self) -> bool:
         """Whether the session goes on with another connection if this one is cut. Both ends have agreed on that."""
         return self._retention is not None and self.peer is not None
+
+    @property
+    def resume_window(self) -> float:
+        """Seconds for which the session waits for another connection; the smaller value of both, once it is known."""
+        return self._resume_window
 
     @property
     def suspended(self) -> bool:
