@@ -42,9 +42,11 @@ class Ends(Observer):
 
     def __init__(self) -> None:
         self.outcomes: list[tuple[str, Outcome]] = []
+        self.reasons: list[str | None] = []
 
     def on_ended(self, call: Call, outcome: Outcome) -> None:
         self.outcomes.append((call.served_by, outcome))
+        self.reasons.append(call.cancelled)
 
 
 class Stage:
@@ -149,6 +151,8 @@ async def test_the_second_attempt_answers_and_the_first_is_cancelled(autojump_cl
         await trio.sleep(0.1)
         assert stage.in_flight == {"a": 0, "b": 0}
         assert sorted(stage.ends.outcomes[-2:]) == [("a", "cancelled"), ("b", "completed")]
+        # Cancelled by the other attempt, and not by the end of the request.
+        assert "the other attempt has answered first" in stage.ends.reasons
 
 
 async def slow_first(stage: Stage, **takes: float) -> Response:

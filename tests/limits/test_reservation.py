@@ -11,7 +11,7 @@ from trio_cluster import ApiError
 from trio_cluster.core.answer import Data, Done, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.request import Request
-from trio_cluster.errors import WorkerLost
+from trio_cluster.errors import Overloaded, WorkerLost
 from trio_cluster.limits.account import Demand, LimitState
 from trio_cluster.limits.reservation import Reservation
 
@@ -195,3 +195,16 @@ def test_whatever_happens_it_is_settled_once_and_never_too_early(steps: list[str
         call.release()
     assert len(booked.settled) == 1
     assert booked.settled[0][1] == bool(calls)
+
+
+def test_a_call_that_found_no_room_may_be_followed_by_one_for_the_next_model() -> None:
+    booked = Booked()
+    full = booked.open()
+    full.put(Failed(Overloaded("full"), over_capacity=True))
+    full.release()
+    assert booked.settled == []
+    following = booked.open()
+    following.put(Head())
+    following.put(Done(Usage(3, 4)))
+    following.release()
+    assert booked.settled == [(7, True)]
