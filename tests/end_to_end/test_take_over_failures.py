@@ -140,13 +140,14 @@ async def hear(channel: HandoverChannel) -> Message | None:
     return decode_message(line)
 
 
-async def test_a_kept_connection_is_answered_by_the_old_master_once_more(masters: Masters) -> None:
-    await masters.start("old")
+@pytest.mark.parametrize("http", ["lean", "hypercorn"])
+async def test_a_kept_connection_is_answered_by_the_old_master_once_more(masters: Masters, http: str) -> None:
+    await masters.start("old", http=http)
     await masters.start_worker()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{masters.port}", trust_env=False) as client:
         first = await client.post("/v1/chat/completions", json=chat("m"))
         assert "connection" not in first.headers
-        await masters.start("new", take_over=True)
+        await masters.start("new", take_over=True, http=http)
         assert await masters.served_by() == "new"
         second = await client.post("/v1/chat/completions", json=chat("m"))
         assert (second.status_code, second.headers["connection"]) == (200, "close")
