@@ -255,6 +255,9 @@ async def _run_worker(
 ) -> ClusterMode:
     """Run a worker, and find out meanwhile whether it was given a port for workers instead of an API's.
 
+    The port that follows from a right one is tried first: the master is silent about that, while an API has a line in
+    its access log for each attempt.
+
     Args:
         server: the worker.
         masters: the hosts of the masters and the ports of their APIs.
