@@ -48,6 +48,8 @@ class FakeDialer:
         host: what people call the master.
     """
 
+    trust = None
+
     def __init__(self, connect: Callable[[], Awaitable[Any]], host: str = "master") -> None:
         self.connect = connect
         self.host = self.label = host

@@ -512,9 +512,10 @@ class WorkerConnection:
 
     def _take_note_of_end(self, proof: str) -> Refusal:
         """End the session for which a guardian has the proof that its process has ended."""
+        # Not to be logged as a refusal: most workers that die leave an end behind, which is here first.
+        self._probed = True
         for other in self._connections:
             if other.admitted == self.admitted and other.session.is_proven_over(proof):
-                self._probed = True
                 other.link.peer_has_ended("its process has ended, as its guardian says")
                 return Refusal(410, "the end of the worker's process is noted")
         return Refusal(409, "this master has no such session")

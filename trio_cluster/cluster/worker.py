@@ -82,6 +82,9 @@ _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_LAST: Final = 4.5
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
+#: The first bound of the wait before dialling again for a session that is suspended, in seconds. A master that has been
+#: killed resets its links a moment before it refuses connections, so the first attempt may not show that it is gone.
+_RESUME_BACKOFF_FIRST: Final = 0.05
 #: The last bound of the wait before dialling again for a session that is suspended, in seconds.
 _RESUME_BACKOFF_LAST: Final = 2.0
 #: Seconds for which a connection for such a session is waited for before another one is tried, too.
@@ -742,7 +745,7 @@ class _Resumption:
 
     async def _resume(self) -> None:
         """Try further connections until the session, which is suspended, goes on, or its window has passed."""
-        until, bound = self._session.deadline(), _BACKOFF_FIRST
+        until, bound = self._session.deadline(), _RESUME_BACKOFF_FIRST
         with trio.move_on_at(until):
             while self._session.suspended:
                 try:
