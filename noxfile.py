@@ -10,6 +10,7 @@ every way (``law``), random schedules (``soak``), bad input (``fuzz``), the clie
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from email.parser import Parser
 from pathlib import Path
 
 import nox
@@ -47,6 +49,22 @@ ECOSYSTEM = {
         "pydantic-ai-slim[openai]==2.68.0",
     ),
     "llama_index": ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like"),
+}
+#: Open WebUI, the browser's remote control, and what of its requirements is left out: models of its own (several GB),
+#: and stores that are not used.
+OPEN_WEBUI = ("open-webui==0.12.4", "playwright==1.65.2")
+OPEN_WEBUI_WITHOUT = {
+    "accelerate",
+    "azure-ai-documentintelligence",
+    "einops",
+    "faster-whisper",
+    "opencv-python-headless",
+    "opensearch-py",
+    "pyarrow",
+    "rapidocr",
+    "sentence-transformers",
+    "sentencepiece",
+    "transformers",
 }
 
 GROUPS = nox.project.dependency_groups
@@ -359,9 +377,13 @@ def agents(session: nox.Session) -> None:
     if shutil.which("npm") is None:
         session.warn("there is no npm, so only aider is run")
     else:
-        shutil.copy("tests/agents/package.json", folder)
-        options = ("--no-package-lock", "--no-audit", "--no-fund")
-        session.run("npm", "install", "--prefix", str(folder), *options, external=True, success_codes=[0, 1])
+        # One by one, since one that is missing must not keep the others out. As optional dependencies of one package,
+        # npm would leave out, without a word, those that name a later Node than there is, though they run on this one.
+        (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
+        for name, version in json.loads(Path("tests/agents/package.json").read_text())[
+            "dependencies"
+        ].items():
+            npm_install(session, folder, f"{name}@{version}")
     install_into_environment(
         session, folder / "aider", "aider-chat==0.86.2", pythons=("3.12", "3.11", "3.10")
     )
@@ -385,13 +407,20 @@ def ecosystem(session: nox.Session) -> None:
         session.warn("there is no npm, so the AI SDK is left out")
     else:
         shutil.copy("tests/clients/node/package.json", folder)
-        options = ("--no-package-lock", "--no-audit", "--no-fund")
-        session.run("npm", "install", "--prefix", str(folder), *options, external=True, success_codes=[0, 1])
+        npm_install(session, folder)
     pythons = ("3.12", "3.13", "3.11")
     for name, packages in ECOSYSTEM.items():
         install_into_environment(session, folder / name, *packages, pythons=pythons)
+    install_open_webui(session, folder / "open_webui")
     environment = {"ECOSYSTEM_FOLDER": str(folder), **clients_page(session)}
     session.run("pytest", "-q", "tests/ecosystem", *session.posargs, env=environment)
+
+
+def npm_install(session: nox.Session, folder: Path, *packages: str) -> None:
+    """Install packages into a folder, or those that its ``package.json`` names; it may fail."""
+    options = ("--no-package-lock", "--no-audit", "--no-fund")
+    arguments = ("--prefix", str(folder), *options, *packages)
+    session.run("npm", "install", *arguments, external=True, success_codes=[0, 1])
 
 
 def install_into_environment(
@@ -412,6 +441,23 @@ def install_into_environment(
     session.run(f"python{python}", "-m", "venv", str(folder), external=True)
     pip = str(folder / "bin" / "pip")
     session.run(pip, "install", "-q", *packages, external=True, success_codes=[0, 1])
+
+
+def install_open_webui(session: nox.Session, folder: Path) -> None:
+    """Install Open WebUI into an environment of its own, without what is not used of it."""
+    install_into_environment(session, folder, "--no-deps", *OPEN_WEBUI, pythons=("3.12", "3.11"))
+    metadata = next(folder.glob("lib/*/site-packages/open_webui-*.dist-info/METADATA"), None)
+    if metadata is None:
+        return
+    listed = (
+        Parser().parsestr(metadata.read_text(encoding="utf-8"), headersonly=True).get_all("Requires-Dist")
+    )
+    wanted = [Requirement(line) for line in listed or () if "extra ==" not in line]
+    lines = [str(each) for each in wanted if each.name not in OPEN_WEBUI_WITHOUT]
+    requirements = folder / "requirements.txt"
+    requirements.write_text("\n".join([*lines, *OPEN_WEBUI[1:]]), encoding="utf-8")
+    pip = str(folder / "bin" / "pip")
+    session.run(pip, "install", "-q", "-r", str(requirements), external=True, success_codes=[0, 1])
 
 
 @nox.session

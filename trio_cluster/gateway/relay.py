@@ -257,7 +257,8 @@ class StreamingBody:
         # Where the fast path did not take a piece, the event that was kept last was not sent.
         if self._call.body.pieces or (writer is not None and writer.has_unsent):
             return False
-        return self._grammar.has_ended(bytes(events.last))
+        last = events.last
+        return self._grammar.end_marks.search(last) is not None and self._grammar.has_ended(bytes(last))
 
     def enable_direct_write(self, connection: Connection | None) -> None:
         """See ``Body``."""

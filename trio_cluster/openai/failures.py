@@ -80,6 +80,7 @@ class FailureGrammar:
         failures: the types of the events that end a failed stream. So does every event with an ``error``.
         repeats_end: the events in ``ends`` may come several times, so that none of them is certain to be the last.
         needs_first: ``write`` uses ``first``.
+        end_marks: matches something of every event that ends a stream, whole or failed; also in the text of a model.
         keepalive: what is sent while there is nothing else to send.
     """
 
@@ -89,22 +90,18 @@ class FailureGrammar:
     repeats_end: bool = False
     needs_first: bool = False
     keepalive: bytes = KEEPALIVE
-    _end_marks: re.Pattern[bytes] = attrs.field(init=False, repr=False, eq=False)
+    end_marks: re.Pattern[bytes] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         kinds = sorted(kind.encode() for kind in self.ends | self.failures)
         marks = b"|".join(map(re.escape, [b"[DONE]", b"error", *kinds]))
-        object.__setattr__(self, "_end_marks", re.compile(marks))
-
-    def may_end(self, data: bytes) -> bool:
-        """Return whether ``data`` has something of an event that ends a stream in it. It may be the text of a model."""
-        return self._end_marks.search(data) is not None
+        object.__setattr__(self, "end_marks", re.compile(marks))
 
     def has_ended(self, last: bytes) -> bool:
         """Return whether the last event in ``last`` ends the stream, complete or failed. Comments after it change
         nothing.
         """
-        if self._end_marks.search(last) is None:
+        if self.end_marks.search(last) is None:
             return False
         detector = EndDetector(self)
         detector.feed(last)
@@ -135,7 +132,7 @@ class EndDetector:
             not (self._line or self._name or self._data)
             and data.startswith((b"data:", b"event:"))
             and data.endswith(b"\n\n")
-            and not self._grammar.may_end(data)
+            and self._grammar.end_marks.search(data) is None
         ):
             self._last = (b"", b"")
             return
