@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -751,12 +752,13 @@ class Node:
         ]
         if manager is not None:
             gauges.append(GaugeSample("workers", "Workers that are connected.", len(manager.workers)))
+            ejected = Counter(replica.node for replica in self._router.ejections.status())
             for worker in manager.workers.values():
-                gauges += _worker_gauges(worker)
+                gauges += _worker_gauges(worker, ejected[worker.name])
         return gauges
 
 
-def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
+def _worker_gauges(worker: RemoteWorker, ejected: int) -> list[GaugeSample]:
     labels = {"worker": worker.name}
     samples: list[tuple[str, str, float]] = [
         ("worker_in_flight", "Calls that are forwarded to a worker.", worker.in_flight),
@@ -769,6 +771,8 @@ def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
         ("worker_capacity", "Handlers that may run on a worker at once.", worker.capacity),
         ("worker_lag_seconds", "The longest time that a worker's event loop was blocked lately.", worker.lag),
     ]
+    about = "Models of which a worker's replica is left alone for a while, since it keeps failing."
+    samples.append(("worker_ejected", about, ejected))
     states = [
         GaugeSample(
             "worker_state",

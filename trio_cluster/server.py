@@ -111,7 +111,7 @@ class ClusterServer:
         elif not isinstance(options, ClusterServerOptions):
             raise TypeError(f"expected a port or ClusterServerOptions, got {options!r}")
         self._options = options
-        self._router = Router()
+        self._router = Router(options=options)
         # The policy that was made for the option, and its value.
         self._routing: tuple[str, RoutingPolicy] = ("", self._router.policy)
         self._apply_routing()
@@ -146,6 +146,7 @@ class ClusterServer:
         self._options = options
         self._pool.options = options
         self._pool.resize()
+        self._router.ejections.table.options = options
         self._models.replace_options(options)
         self._apply_routing()
 
