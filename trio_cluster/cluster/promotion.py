@@ -20,6 +20,7 @@ from ..errors import ClusterPortError
 from ..net.sockets import Listeners, why_not_connected
 from ..net.streams import ByteStream
 from .dialer import Dialer
+from .guardian import Trust
 
 __all__ = ["Contender", "Ports"]
 
@@ -70,6 +71,11 @@ class Contender(Dialer):
     def label(self) -> str:
         """See ``Dialer``."""
         return self._dialer.label
+
+    @property
+    def trust(self) -> Trust | None:
+        """See ``Dialer``."""
+        return self._dialer.trust
 
     async def connect(self) -> ByteStream:
         """Return a new connection. A checkpoint. It does not return if this process has got the ports.
