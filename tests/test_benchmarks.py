@@ -27,6 +27,7 @@ PROGRAMS = {
     "scale": "with replicas us",
     "limits": "limits, in memory and on disk",
     "killed": "master killed 3 times, resume_window 15",
+    "heal": "never two masters",
 }
 
 

@@ -65,7 +65,7 @@ ONLY = {
     # What a key has used follows from requests and calls, wherever they go.
     "limits": {"core", "errors"},
     # A policy sees replicas and requests, and nothing of links or handlers.
-    "routing": {"core", "errors"},
+    "routing": {"core", "errors", "options"},
 }
 
 # The modules that may import a library of whose private or undocumented parts some are used. Each module says which,

@@ -203,7 +203,9 @@ def test_every_option_is_documented_with_its_default_variable_and_flag(options: 
             continue
         default = field.default
         shown = {None: "none", True: "true"}.get(default) or (
-            f"{default:g} s" if isinstance(default, float) else str(default)
+            f"{default:g}{'' if field.name.endswith('_share') else ' s'}"
+            if isinstance(default, float)
+            else str(default)
         )
         flag = flags.get(field.name, "none")
         expected = [shown, f"`TRIO_CLUSTER_{field.name.upper()}`", "`PORT`" if field.name == "port" else flag]

@@ -19,8 +19,9 @@ import functools
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -116,6 +117,8 @@ class Node:
         network: opens listeners and connections.
         authenticator: determines who sends a request; ``None``: the API key of the options is required.
         name: the name of the node if the options have none; ``None``: one is made up.
+        serves_pool: serve the pool while this node serves. Otherwise its caller does, for several nodes one after the
+            other, whose handlers go on from one to the next.
 
     Attributes:
         mode: as given.
@@ -136,6 +139,7 @@ class Node:
         authenticator: Authenticator | None = None,
         *,
         name: str | None = None,
+        serves_pool: bool = True,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -147,6 +151,7 @@ class Node:
         self._options = options
         self._router = router
         self._pool = pool
+        self._serves_pool = serves_pool
         self._network = network
         self._stop_requested = trio.Event()
         self._start_over = trio.Event()
@@ -171,6 +176,22 @@ class Node:
             drain_worker=self._drain_worker,
             authenticator=authenticator,
         )
+
+    @property
+    def name(self) -> str:
+        """The name of this node."""
+        return self._id
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._stop_requested.is_set()
+
+    async def wait_stop(self, seconds: float) -> bool:
+        """Wait until :meth:`stop` is called, for so many seconds at most; return whether it was. A checkpoint."""
+        with trio.move_on_after(seconds):
+            await self._stop_requested.wait()
+        return self.stop_requested
 
     @property
     def requires_key(self) -> bool:
@@ -236,15 +257,14 @@ class Node:
         async with (
             self._open_accounts(state) as accounts,
             limiter.opened(),
-            self._pool.loops.opened(),
+            self._open_loops(),
             trio.open_nursery() as nursery,
         ):
             if accounts is not None:
                 nursery.start_soon(accounts.run)
             responses = self._node_context.responses = self._new_response_store(accounts)
             nursery.start_soon(responses.run)
-            await nursery.start(self._pool.serve)
-            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
+            await self._start_pool(nursery)
             nursery.start_soon(self._log_blocks)
             await self._start_api(nursery, listeners)
             if await self._has_started():
@@ -310,7 +330,7 @@ class Node:
         async with (
             self._open_accounts(state) as accounts,
             limiter.opened(),
-            self._pool.loops.opened(),
+            self._open_loops(),
             trio.open_nursery() as nursery,
         ):
             if memory is not None and not taking_over:
@@ -319,8 +339,7 @@ class Node:
                 nursery.start_soon(accounts.run)
             responses = self._node_context.responses = self._new_response_store(accounts)
             nursery.start_soon(responses.run)
-            await nursery.start(self._pool.serve)
-            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
+            await self._start_pool(nursery)
             nursery.start_soon(self._log_blocks)
             if self._tls is not None:
                 internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
@@ -421,6 +440,14 @@ class Node:
             await self._stop_requested.wait()
             hand_over.stop()
             nursery.cancel_scope.cancel(reason="it is being stopped")
+
+    def _open_loops(self) -> AbstractAsyncContextManager[None]:
+        return self._pool.loops.opened() if self._serves_pool else nullcontext()
+
+    async def _start_pool(self, nursery: trio.Nursery) -> None:
+        if self._serves_pool:
+            await nursery.start(self._pool.serve)
+            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
 
     @asynccontextmanager
     async def _open_accounts(self, state: StateDir | None) -> AsyncIterator[Accounts | None]:
@@ -523,7 +550,7 @@ class Node:
             client.guardian = Guardian(self._options)
         if self._listen_address is not None:
             await self._open_tls("worker")
-        async with self._pool.loops.opened():
+        async with self._open_loops():
             await self._serve_masters(client, masters, started)
 
     async def _serve_masters(
@@ -533,8 +560,7 @@ class Node:
         refused: HandshakeRefused | None = None
         serving = trio.CancelScope()
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._pool.serve)
-            nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
+            await self._start_pool(nursery)
             if client.guardian is not None:
                 nursery.start_soon(client.guardian.run)
             if self._tls is not None:
@@ -751,12 +777,13 @@ class Node:
         ]
         if manager is not None:
             gauges.append(GaugeSample("workers", "Workers that are connected.", len(manager.workers)))
+            ejected = Counter(replica.node for replica in self._router.ejections.status())
             for worker in manager.workers.values():
-                gauges += _worker_gauges(worker)
+                gauges += _worker_gauges(worker, ejected[worker.name])
         return gauges
 
 
-def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
+def _worker_gauges(worker: RemoteWorker, ejected: int) -> list[GaugeSample]:
     labels = {"worker": worker.name}
     samples: list[tuple[str, str, float]] = [
         ("worker_in_flight", "Calls that are forwarded to a worker.", worker.in_flight),
@@ -769,6 +796,8 @@ def _worker_gauges(worker: RemoteWorker) -> list[GaugeSample]:
         ("worker_capacity", "Handlers that may run on a worker at once.", worker.capacity),
         ("worker_lag_seconds", "The longest time that a worker's event loop was blocked lately.", worker.lag),
     ]
+    about = "Models of which a worker's replica is left alone for a while, since it keeps failing."
+    samples.append(("worker_ejected", about, ejected))
     states = [
         GaugeSample(
             "worker_state",

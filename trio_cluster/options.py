@@ -131,6 +131,11 @@ def _moment(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f"{field.name}: must be 0 to 0.1 seconds; got {value}")
 
 
+def _share(instance: object, field: _Field, value: object) -> None:
+    if not isinstance(value, float) or not 0 <= value <= 1:
+        raise OptionsError(f"{field.name}: must be 0 to 1, got {value!r}")
+
+
 def _duration_or_inf(instance: object, field: _Field, value: object) -> None:
     if not _number(field, value) > 0:
         raise OptionsError(f"{field.name}: must be more than 0 seconds; got {value}")
@@ -367,6 +372,15 @@ class ClusterServerOptions:
     )
     """Other names for models: each with the name of a model, a list of names that are tried in this order, or a table
     of names with their weights. A text is JSON. ``ClusterServer.set_aliases`` replaces them while a node runs."""
+    ejection_failures: int = attrs.field(default=5, validator=_count_or_zero)
+    """After how many failures in a row a replica is left alone for a while (ejected), if its model has others.
+    0: never."""
+    ejection_time: float = attrs.field(default=5.0, converter=_seconds, validator=_duration)
+    """How long a replica is left alone before one request tries it; twice as long each time that follows."""
+    ejection_time_max: float = attrs.field(default=300.0, converter=_seconds, validator=_duration)
+    """How long it is left alone at most, also if the server behind it asks for more with ``Retry-After``."""
+    ejection_share: float = attrs.field(default=0.5, converter=_seconds, validator=_share)
+    """Which part of a model's replicas may be left alone at once, 0 to 1. The last one that is available never is."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)

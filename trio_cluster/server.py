@@ -18,12 +18,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+import attrs
 import trio
 
 from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
 from .cluster.master import WorkerManager
 from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
+from .cluster.promotion import Contender, Ports
 from .cluster.replacement import SOCKET_NAME, Succession
 from .cluster.worker import WorkerClient
 from .core import randomness
@@ -32,7 +34,7 @@ from .core.aliases import AliasTargets
 from .core.model import ChatModelOptions, Kind, ModelInfo
 from .core.state_dir import StateDir, default_state_dir, path_of
 from .core.threads import start_in_thread
-from .errors import ClusterError, ClusterPortError, OptionsError
+from .errors import ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from .gateway.auth import Authenticator
 from .limits.limiter import Limiter
 from .local.adapters import Handler
@@ -50,6 +52,7 @@ from .net.sockets import (
     close_all,
     local_address,
     open_pair,
+    port_of,
     shown_address,
 )
 from .net.streams import TcpListener
@@ -67,6 +70,8 @@ __all__ = ["ClusterServer"]
 
 logger = logging.getLogger("trio_cluster.tls")
 
+node_logger = logging.getLogger("trio_cluster.node")
+
 Started = trio.TaskStatus[ClusterMode]
 
 H = TypeVar("H", bound=Handler)
@@ -78,6 +83,24 @@ F = TypeVar("F", bound=Hook)
 _PROBE_TRIES: Final = 5
 _PROBE_PAUSE: Final = 0.1
 _PROBE_TIMEOUT: Final = 2.0
+#: Seconds between two such looks of a server that has run already.
+_ROLE_PAUSE: Final = 1.0
+#: Heartbeat intervals without a sign of life after which a master is silent.
+_SILENT_HEARTBEATS: Final = 2.5
+
+
+@attrs.frozen(kw_only=True)
+class _Role:
+    """What a process of auto mode is: the master if it has ports, otherwise a worker."""
+
+    ports: Ports | None = None
+    dialer: Dialer | None = None
+    name: str | None = None
+    """The name of the node, if it must have a certain one."""
+
+    @property
+    def mode(self) -> ClusterMode:
+        return ClusterMode.WORKER if self.ports is None else ClusterMode.MASTER
 
 
 class ClusterServer:
@@ -111,7 +134,7 @@ class ClusterServer:
         elif not isinstance(options, ClusterServerOptions):
             raise TypeError(f"expected a port or ClusterServerOptions, got {options!r}")
         self._options = options
-        self._router = Router()
+        self._router = Router(options=options)
         # The policy that was made for the option, and its value.
         self._routing: tuple[str, RoutingPolicy] = ("", self._router.policy)
         self._apply_routing()
@@ -121,6 +144,8 @@ class ClusterServer:
             options, self._router, self._pool, on_changed=self._announce, on_removed=self._withdraw
         )
         self._hooks = Hooks()
+        # The start-up hooks run.
+        self._starting = False
         self._listen_address: tuple[str, int] | None = None
         self.network: Network = Sockets() if network is None else network
         self.authenticator: Authenticator | None = None
@@ -146,6 +171,7 @@ class ClusterServer:
         self._options = options
         self._pool.options = options
         self._pool.resize()
+        self._router.ejections.table.options = options
         self._models.replace_options(options)
         self._apply_routing()
 
@@ -607,21 +633,26 @@ class ClusterServer:
             raise RuntimeError("hooks must be registered before the server runs")
         self._hooks.add(hook, stops=stops)
 
-    async def _serve(self, node: Node, serve: Callable[[], Awaitable[None]]) -> None:
-        """Serve a node, with the hooks before and after."""
+    async def _serve(self, serve: Callable[[], Awaitable[None]]) -> None:
+        """Serve one node, or several one after the other, with the hooks before and after."""
         if not self._hooks:
             await serve()
             return
 
         def started() -> None:
             self._models.resume()
-            node.finish_start()
+            self._starting = False
+            if self._node is not None:
+                self._node.finish_start()
 
-        node.begin_start()
+        self._starting = True
+        if self._node is not None:
+            self._node.begin_start()
         self._models.suspend()
         try:
             await self._hooks.run(serve, started)
         finally:
+            self._starting = False
             self._models.resume()
 
     # State
@@ -740,12 +771,17 @@ class ClusterServer:
 
         With ``enable_cluster=False``, run as a standalone server.
 
+        If the master has gone, one of its workers that were run in this way on the same machine gets its ports, and is
+        the master from then on; the others join it. The handlers that run for clients of the old master are cancelled.
+        Hooks run once, whatever the roles.
+
         Args:
             port: the port of the API; ``None``: the one in the options.
-            task_status: started with the mode, when requests are accepted or the worker's models are registered.
+            task_status: started with the mode, when requests are accepted or the worker's models are registered for the
+                first time.
 
         Returns:
-            The mode in which it ran, after it was stopped.
+            The mode in which it ran last, after it was stopped.
 
         Raises:
             ClusterPortError: another program than a trio_cluster master has the port, or another port is not available.
@@ -755,24 +791,65 @@ class ClusterServer:
         if not self._options.enable_cluster:
             return await self.run_as_standalone(port, task_status=task_status)
         port = self._options.server.port if port is None else port
+        if self._node is not None:
+            raise RuntimeError(f"the server runs already, as {self._node.mode}")
+        first = await self._find_role(port)
+        role, mode = cast("_Role | None", first), first.mode
+        has_started = False
+
+        def started() -> None:
+            nonlocal has_started
+            if not has_started:
+                has_started = True
+                task_status.started(mode)
+
+        async def serve() -> None:
+            nonlocal role, mode
+            failure: Exception | None = None
+            # The handlers of this process are those of one node after the other.
+            async with self._pool.loops.opened(), trio.open_nursery() as nursery:
+                await nursery.start(self._pool.serve)
+                nursery.start_soon(self._pool.loops.watch, self._options.heartbeat_interval)
+                try:
+                    while role is not None:
+                        mode = role.mode
+                        role = await self._play(role, port, started)
+                except Exception as error:
+                    # Raised below, outside the nursery, which would wrap it in an exception group.
+                    failure = error
+                nursery.cancel_scope.cancel(reason="the server was stopped")
+            if failure is not None:
+                raise failure
+
+        try:
+            await self._serve(serve)
+        finally:
+            if role is not None and role.ports is not None:
+                close_all([*role.ports[0], *role.ports[1]])
+        return mode
+
+    async def _find_role(self, port: int) -> _Role:
+        """Find out whether this process is the master of a port, or a worker of the one that is.
+
+        Raises:
+            ClusterPortError: as for :meth:`run`.
+        """
         for tries_left in reversed(range(_PROBE_TRIES)):
             try:
-                external, internal = await self._open_pair(port)
+                return _Role(ports=await self._open_pair(port))
             except ClusterPortError as error:
                 # If another port than the API's is taken, no master has the pair; only the user can resolve that.
                 if error.port != port or not error.taken:
                     raise
                 refusal = error
-            else:
-                return await self._run_as_master(external, internal, port, task_status)
             host = local_address(self._options.internal_host or self._options.server.host)
             internal_port = self._options.internal_port or port + INTERNAL_OFFSET
             encrypted = self._options.server.has_tls
             network = TlsNetwork(self.network, unverified_context()) if encrypted else self.network
             if await is_master(network, host, internal_port, _PROBE_TIMEOUT):
                 if self._options.server.tls != "off" and self._options.cluster_token is None:
-                    return await self._run_as_neighbour(host, port, internal_port, task_status)
-                return await self.run_as_worker(host, internal_port, tls=encrypted, task_status=task_status)
+                    return await self._neighbour_role(host, port, internal_port)
+                return _Role(dialer=await self._dialer_to(host, internal_port, tls=encrypted))
             if tries_left:
                 await trio.sleep(_PROBE_PAUSE)
         raise ClusterPortError(
@@ -780,6 +857,74 @@ class ClusterServer:
             "taken by a program that is not a trio_cluster master (none answers on port "
             f"{internal_port}); stop that program, or choose another port",
         ) from refusal
+
+    async def _play(self, role: _Role, port: int, started: Callable[[], None]) -> _Role | None:
+        """Serve in one role until it is over, and return the next one; ``None``: the server was stopped.
+
+        A worker is the master next if that has gone and this process has got its ports.
+        """
+        if role.ports is not None:
+            await self._serve_as_master(*role.ports, port, started, name=role.name, auto=True)
+            return None
+        assert role.dialer is not None
+        with self._node_for(ClusterMode.WORKER, role.name, serves_pool=False) as node:
+
+            def answers() -> bool:
+                client = node.worker_client
+                session = None if client is None else client.session
+                patience = _SILENT_HEARTBEATS * self._options.heartbeat_interval
+                return session is not None and session.silence(trio.current_time()) < patience
+
+            serving = trio.CancelScope()
+            contender = Contender(
+                role.dialer,
+                lambda: self._open_pair(port),
+                answers,
+                lambda: serving.cancel(reason="this process is the master from now on"),
+            )
+            has_joined = False
+
+            def joined() -> None:
+                nonlocal has_joined
+                has_joined = True
+                started()
+
+            next_role: _Role | None = None
+            try:
+                with serving:
+                    try:
+                        await node.serve_as_worker(ListedMasters([contender]), joined)
+                    except HandshakeRefused as error:
+                        # At first only the user can resolve that. Later, another program may have the port for a while.
+                        if not has_joined:
+                            raise
+                        next_role = await self._find_role_again(node, port, error)
+                if contender.ports is not None and not node.stop_requested:
+                    fields = {"port": port, "workers_join_at": port_of(contender.ports[1])}
+                    text = "the master has gone: this process has its ports, and is the master now"
+                    node_logger.warning(text, extra={"fields": fields})
+                    next_role = _Role(ports=contender.ports, name=node.name)
+            finally:
+                if next_role is None and contender.ports is not None:
+                    close_all([*contender.ports[0], *contender.ports[1]])
+            return next_role
+
+    async def _find_role_again(self, node: Node, port: int, error: ClusterError) -> _Role | None:
+        """Look for a role until there is one, or the server is stopped. A checkpoint."""
+        while True:
+            node_logger.error("no master, and no ports for this process to be one: %s; trying again", error)
+            if await node.wait_stop(_ROLE_PAUSE):
+                return None
+            try:
+                role = await self._find_role(port)
+            except ClusterError as again:
+                error = again
+                continue
+            if node.stop_requested:
+                if role.ports is not None:
+                    close_all([*role.ports[0], *role.ports[1]])
+                return None
+            return attrs.evolve(role, name=role.name or node.name)
 
     async def run_as_master(
         self,
@@ -815,7 +960,8 @@ class ClusterServer:
                 "there is no master to take over; this process starts as one"
             )
         external, internal = await self._open_pair(port)
-        return await self._run_as_master(external, internal, port, task_status)
+        await self._serve_as_master(external, internal, port, lambda: task_status.started(ClusterMode.MASTER))
+        return ClusterMode.MASTER
 
     async def _ask_for_sockets(self, port: int) -> Succession | None:
         """Ask the master that serves on this port for its sockets; ``None`` if there is none.
@@ -849,9 +995,16 @@ class ClusterServer:
         external = [TcpListener(sock) for sock in succession.clients]
         internal = [TcpListener(sock) for sock in succession.workers]
         try:
-            return await self._run_as_master(external, internal, port, task_status, succession)
+            await self._serve_as_master(
+                external,
+                internal,
+                port,
+                lambda: task_status.started(ClusterMode.MASTER),
+                succession=succession,
+            )
         finally:
             succession.close()
+        return ClusterMode.MASTER
 
     async def run_as_worker(
         self,
@@ -911,6 +1064,14 @@ class ClusterServer:
             # What is connected to is an address, and the certificate is for the name.
             network = TlsNetwork(self.network, context, masters_from[0])
         return await self._run_as_worker(_masters(network, masters, masters_from), None, task_status)
+
+    async def _dialer_to(self, host: str, port: int, *, tls: bool) -> Dialer:
+        network = self.network
+        if tls:
+            ca_file = path_of(self._options.ca_file)
+            context = await start_in_thread(lambda: client_context(ca_file=ca_file))
+            network = TlsNetwork(network, context)
+        return Dialer(network, host, port)
 
     async def run_as_member(
         self,
@@ -986,10 +1147,8 @@ class ClusterServer:
             source = _masters(dialer.network, masters, masters_from, dialer)
         return await self._run_as_worker(source, member.name, task_status)
 
-    async def _run_as_neighbour(
-        self, host: str, port: int, internal_port: int, task_status: Started
-    ) -> ClusterMode:
-        """Run as a worker of the master on this machine, whose state is also this process's own."""
+    async def _neighbour_role(self, host: str, port: int, internal_port: int) -> _Role:
+        """Return the role of a worker of the master on this machine, whose state is also this process's own."""
         path = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
         membership = importlib.import_module(".security.membership", __package__)
 
@@ -1001,13 +1160,11 @@ class ClusterServer:
             dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
         finally:
             certificate.unlink(missing_ok=True)
-        return await self._run_as_worker(ListedMasters([dialer]), member.name, task_status)
+        return _Role(dialer=dialer, name=member.name)
 
     async def _run_as_worker(self, masters: Masters, name: str | None, task_status: Started) -> ClusterMode:
         with self._node_for(ClusterMode.WORKER, name) as node:
-            await self._serve(
-                node, lambda: node.serve_as_worker(masters, lambda: task_status.started(node.mode))
-            )
+            await self._serve(lambda: node.serve_as_worker(masters, lambda: task_status.started(node.mode)))
         return ClusterMode.WORKER
 
     async def run_as_standalone(
@@ -1038,33 +1195,36 @@ class ClusterServer:
                     state_name=f"standalone-{port}",
                     keeps_state=self._keeps_state(port),
                 )
-                await self._serve(node, serve)
+                await self._serve(serve)
             finally:
                 close_all(listeners)
         return ClusterMode.STANDALONE
 
-    async def _run_as_master(
+    async def _serve_as_master(
         self,
         external: Listeners,
         internal: Listeners,
         port: int,
-        task_status: Started,
+        started: Callable[[], None],
+        *,
+        name: str | None = None,
+        auto: bool = False,
         succession: Succession | None = None,
-    ) -> ClusterMode:
+    ) -> None:
+        """Serve on the ports of a master until stopped. In auto mode, the caller runs the hooks and the pool."""
         try:
-            with self._node_for(ClusterMode.MASTER) as node:
+            with self._node_for(ClusterMode.MASTER, name, serves_pool=not auto) as node:
                 serve = partial(
                     node.serve_as_master,
                     external,
                     internal,
-                    lambda: task_status.started(node.mode),
+                    started,
                     state_name=f"master-{port}" if self._keeps_state(port) else None,
                     succession=succession,
                 )
-                await self._serve(node, serve)
+                await (serve() if auto else self._serve(serve))
         finally:
             close_all([*external, *internal])
-        return ClusterMode.MASTER
 
     def _apply_routing(self) -> None:
         """Use the policy that the options name, unless the router was given another one."""
@@ -1085,14 +1245,25 @@ class ClusterServer:
         return await open_pair(self.network, options.server.host, port, internal_host, options.internal_port)
 
     @contextmanager
-    def _node_for(self, mode: ClusterMode, name: str | None = None) -> Iterator[Node]:
+    def _node_for(
+        self, mode: ClusterMode, name: str | None = None, *, serves_pool: bool = True
+    ) -> Iterator[Node]:
         if self._node is not None:
             raise RuntimeError(f"the server runs already, as {self._node.mode}")
         self._apply_routing()
         self._apply_aliases(self._options)
         self._node = Node(
-            mode, self._options, self._router, self._pool, self.network, self.authenticator, name=name
+            mode,
+            self._options,
+            self._router,
+            self._pool,
+            self.network,
+            self.authenticator,
+            name=name,
+            serves_pool=serves_pool,
         )
+        if self._starting:
+            self._node.begin_start()
         self._node.listen_on(self._listen_address)
         try:
             yield self._node

@@ -1,4 +1,4 @@
-"""Whether a replica may be given calls, and how well it does."""
+"""Whether a replica may be given calls."""
 
 from __future__ import annotations
 
@@ -29,20 +29,3 @@ def test_a_replica_that_is_lost_stays_lost() -> None:
     health.lose("killed")
     health.stall("")
     assert (health.available, health.lost) == (False, "killed")
-
-
-def test_failures_in_a_row_are_those_of_the_replica_and_end_with_a_success() -> None:
-    health = Health()
-    for outcome in ("timed_out", "worker_lost", "failed", "cancelled"):
-        health.record(outcome)
-    # An error of a handler and a cancellation by a client are not failures of the replica.
-    assert health.failures == 2
-    health.record("completed")
-    assert health.failures == 0
-    assert health.outcomes == {
-        "timed_out": 1,
-        "worker_lost": 1,
-        "failed": 1,
-        "cancelled": 1,
-        "completed": 1,
-    }

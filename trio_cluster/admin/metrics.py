@@ -30,7 +30,7 @@ __all__ = ["metrics_reply"]
 _PREFIX = "trio_cluster_"
 _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
 
-#: From this many samples on, the text is written in a thread, since it would delay other requests; a worker has nine.
+#: From this many samples on, the text is written in a thread, since it would delay other requests; a worker has eleven.
 _MANY: Final = 500
 
 
@@ -100,6 +100,11 @@ class _Metrics:
         for kind in sorted(set(kinds)):
             models.add_metric([kind], kinds.count(kind))
         yield models
+        yield CounterMetricFamily(
+            _PREFIX + "ejections",
+            "How often a replica was left alone for a while, since it kept failing.",
+            value=router.ejections.table.total,
+        )
         yield GaugeMetricFamily(
             _PREFIX + "draining", "1 while new calls are refused.", value=router.draining_reason is not None
         )

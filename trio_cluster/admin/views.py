@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from ..core.call import Call, Phase
 from ..core.principal import BudgetPeriod, Principal, Priority, Role
-from ..core.status import MasterStatus, SlotStatus, WorkerStatus
+from ..core.status import EjectedReplica, MasterStatus, SlotStatus, WorkerStatus
 from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
 
@@ -108,6 +108,8 @@ class StatusView:
     version: str
     slots: SlotStatus
     workers: list[WorkerStatus]
+    ejected: list[EjectedReplica] = attrs.field(factory=list)
+    """The replicas that are left alone for a while, since they keep failing."""
     masters: list[MasterStatus] | UnsetType = UNSET
     connected: bool | UnsetType = UNSET
     rejected_models: dict[str, str] | UnsetType = UNSET
@@ -246,6 +248,7 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
     router, own = node_context.router, node_context.status()
     catalog = router.catalog
     infos, workers, slots = catalog.infos(), own.workers, own.slots
+    ejected = router.ejections.status()
     if principal.role == "inference":
         slots = attrs.evolve(slots, waiting_by=_own_only(slots.waiting_by, principal))
         workers = [
@@ -258,6 +261,12 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
             attrs.evolve(worker, models=[name for name in worker.models if may_use(principal, name)])
             for worker in workers
         ]
+        ejected = [each for each in ejected if may_use(principal, each.model)]
+    if ejected:
+        by_node: dict[str, dict[str, str]] = {}
+        for each in ejected:
+            by_node.setdefault(each.node, {})[each.model] = each.reason
+        workers = [attrs.evolve(worker, ejected=by_node.get(worker.id, {})) for worker in workers]
     return StatusView(
         node_id=node_context.node_id,
         mode=node_context.mode,
@@ -268,6 +277,7 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
         version=own.version,
         slots=slots,
         workers=workers,
+        ejected=ejected,
         masters=own.masters,
         connected=own.connected,
         rejected_models=own.rejected_models,

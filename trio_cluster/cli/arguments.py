@@ -440,6 +440,28 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         )
         add("--routing", "routing", str, "RULE", "how a replica is chosen: cost or least-busy")
         add(
+            "--ejection-failures",
+            "ejection_failures",
+            int,
+            "N",
+            "failures in a row after which a replica is left alone for a while; 0: never",
+        )
+        add(
+            "--ejection-time",
+            "ejection_time",
+            float,
+            "SECONDS",
+            "how long it is left alone; twice as long each time that follows",
+        )
+        add("--ejection-time-max", "ejection_time_max", float, "SECONDS", "how long at most")
+        add(
+            "--ejection-share",
+            "ejection_share",
+            float,
+            "SHARE",
+            "which part of a model's replicas may be left alone at once, 0 to 1",
+        )
+        add(
             "--limits",
             "limits",
             str,

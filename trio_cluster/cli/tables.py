@@ -54,6 +54,16 @@ def describe_status(status: Mapping[str, Any]) -> str:
     stalled = [(_cell(w.get("id")), _cell(w.get("stalled"))) for w in workers if w.get("stalled")]
     if stalled:
         sections.append(_table(("STALLED", "WHY"), stalled))
+    ejected = _rows(status, "ejected")
+    if ejected:
+        rows = [
+            (
+                *(_cell(each.get(key)) for key in ("node", "model", "reason")),
+                f"in {_duration(each.get('seconds'))}" if each.get("seconds") else "now",
+            )
+            for each in ejected
+        ]
+        sections.append(_table(("EJECTED", "MODEL", "WHY", "TRIED"), rows))
     sections.append(_model_table(models) if models else "no models")
     rejected = status.get("rejected_models")
     if isinstance(rejected, Mapping) and rejected:

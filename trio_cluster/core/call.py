@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import trio
 
@@ -44,6 +44,8 @@ __all__ = ["Call", "Phase", "Tracker"]
 
 logger = logging.getLogger("trio_cluster.calls")
 
+_FIRST_SERVER_ERROR: Final = 500
+
 #: How far a call is: it waits for the request's body; for a slot; for the first output; its answer has begun; its
 #: answer has ended, and the work has not stopped yet.
 Phase: TypeAlias = Literal["uploading", "queued", "waiting", "streaming", "stopping"]
@@ -53,6 +55,7 @@ class Listening(Protocol):
     """Who is told of the steps that a call itself takes; see ``observer.py``."""
 
     queued: tuple[Callable[..., None], ...]
+    overdue: tuple[Callable[..., None], ...]
     first_byte: tuple[Callable[..., None], ...]
 
 
@@ -87,6 +90,8 @@ class Call:
         begun: the head was put, so that an error can no longer become a status.
         status: of the head; 0 before.
         end: the event that ended the answer; ``None`` before.
+        retry_after: of a head with a status of 500 or more: when its server wants to be asked again, as it said it.
+        overdue: it was cancelled by :meth:`expire`.
         released: the work has stopped.
         satisfied: the consumer had the whole answer before the producer ended it.
         cancelled: the reason of the cancellation; ``None`` if there was none.
@@ -111,9 +116,11 @@ class Call:
         "forwarded",
         "observers",
         "opened_at",
+        "overdue",
         "queued",
         "released",
         "request",
+        "retry_after",
         "satisfied",
         "served_by",
         "status",
@@ -145,6 +152,8 @@ class Call:
         self._reported = 0
         self.begun = False
         self.status = 0
+        self.retry_after = ""
+        self.overdue = False
         self.end: Done | Failed | None = None
         self.released = False
         self.satisfied = False
@@ -241,6 +250,16 @@ class Call:
         self._finish(Done())
         self._on_cancel(reason)
 
+    def expire(self, reason: str) -> None:
+        """Cancel the call, since one of its time limits has passed, and its node has not noticed. Synchronous."""
+        if self.ended:
+            return
+        self.overdue = True
+        self.cancel(reason)
+        if self.observers is not None:
+            for listener in self.observers.overdue:
+                listener(self)
+
     # The producer's side
 
     def put(self, event: Event) -> None:
@@ -268,6 +287,10 @@ class Call:
                 raise RuntimeError("a second Head")
             self.begun = True
             self.status = event.status
+            if event.status >= _FIRST_SERVER_ERROR:
+                self.retry_after = next(
+                    (value for name, value in event.headers if name.lower() == "retry-after"), ""
+                )
             self.body.open()
             if self._sink is not None:
                 self._sink(event)

@@ -42,6 +42,9 @@ class Observer:
     def on_first_byte(self, call: Call) -> None:
         """The answer has begun: its head was put; the first output comes with it or directly after it."""
 
+    def on_overdue(self, call: Call) -> None:
+        """A time limit of the call has passed, and the replica has not ended it: this node has cancelled it."""
+
     def on_retried(self, lost: Call, again: Call) -> None:
         """A call that failed before its answer began was opened once more, on another replica.
 
@@ -66,10 +69,20 @@ class Observers:
     """The observers of one node.
 
     Attributes:
-        admitted, routed, queued, forwarded, first_byte, retried, ended: for each step, the methods to call.
+        admitted, routed, queued, forwarded, first_byte, overdue, retried, ended: for each step, the methods to call.
     """
 
-    __slots__ = ("_all", "admitted", "ended", "first_byte", "forwarded", "queued", "retried", "routed")
+    __slots__ = (
+        "_all",
+        "admitted",
+        "ended",
+        "first_byte",
+        "forwarded",
+        "overdue",
+        "queued",
+        "retried",
+        "routed",
+    )
 
     def __init__(self) -> None:
         self._all: list[Observer] = []
@@ -101,5 +114,6 @@ class Observers:
         self.queued = listeners("on_queued")
         self.forwarded = listeners("on_forwarded")
         self.first_byte = listeners("on_first_byte")
+        self.overdue = listeners("on_overdue")
         self.retried = listeners("on_retried")
         self.ended = listeners("on_ended")

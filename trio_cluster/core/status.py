@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 __all__ = [
     "WORKER_STATES",
     "Admission",
+    "EjectedReplica",
     "MasterStatus",
     "NodeStatus",
     "SlotStatus",
@@ -58,6 +59,21 @@ def most_waiting(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 @attrs.frozen
+class EjectedReplica:
+    """A replica that is left alone for a while, since it keeps failing."""
+
+    node: str
+    """The node that serves the model: a worker's name, or ``local``."""
+    model: str
+    reason: str
+    """How it has failed last."""
+    until: str
+    """When the next request tries it, in the format of ISO 8601."""
+    seconds: float
+    """The seconds until then; 0: the next request does, or one is doing so."""
+
+
+@attrs.frozen
 class WorkerStatus:
     """A worker that is connected to a master."""
 
@@ -91,6 +107,8 @@ class WorkerStatus:
     waiting_by: dict[str, int] = attrs.field(factory=dict)
     """How many of this master's calls wait for a slot there, by the names of their keys, as of its last heartbeat. The
     20 principals with the most."""
+    ejected: dict[str, str] = attrs.field(factory=dict)
+    """The models of which this worker's replica is left alone for a while, since it keeps failing; with the reasons."""
     in_flight_elsewhere: int = 0
     """Calls that other masters have forwarded to it and whose work has not stopped, at most half a second old."""
 

@@ -82,5 +82,5 @@ class ResponseDeadlines:
             "request_id": call.request.request_id,
         }
         logger.warning("timed out: %s", reason, extra={"fields": fields})
-        call.cancel(reason)
+        call.expire(reason)
         return error

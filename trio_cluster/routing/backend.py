@@ -34,7 +34,7 @@ class Backend(Protocol):
 
     @property
     def health(self) -> Health:
-        """Whether it may be given new calls, and how its calls ended."""
+        """Whether it may be given new calls."""
         ...
 
     def open(self, request: Request) -> Call:

@@ -1,10 +1,6 @@
-"""The health of a replica: whether it may be given new calls, and how its calls ended."""
+"""The health of a backend: whether it may be given new calls. How its calls end: see ``ejection.py``."""
 
 from __future__ import annotations
-
-from collections import Counter
-
-from ..core.outcome import Outcome
 
 __all__ = ["Health"]
 
@@ -19,11 +15,9 @@ class Health:
         stalled: why the backend cannot do anything at the moment, although it is connected; empty if it can.
         suspended: the connection to the backend was cut, and may be resumed.
         lost: why the connection to the backend was lost, for good; ``None`` while it was not.
-        outcomes: how many of its calls ended with each outcome.
-        failures: how many calls in a row failed because of the backend (lost or timed out). A completed call resets it.
     """
 
-    __slots__ = ("available", "draining", "failures", "lost", "outcomes", "stalled", "suspended")
+    __slots__ = ("available", "draining", "lost", "stalled", "suspended")
 
     def __init__(self) -> None:
         self.available = True
@@ -31,8 +25,6 @@ class Health:
         self.stalled = ""
         self.suspended = False
         self.lost: str | None = None
-        self.outcomes: Counter[Outcome] = Counter()
-        self.failures = 0
 
     def drain(self) -> None:
         """Record that the backend is about to stop."""
@@ -53,14 +45,6 @@ class Health:
         """Record that the connection to the backend was lost."""
         self.lost = reason
         self._update()
-
-    def record(self, outcome: Outcome) -> None:
-        """Record the outcome of a call of this backend."""
-        self.outcomes[outcome] += 1
-        if outcome in ("worker_lost", "timed_out"):
-            self.failures += 1
-        elif outcome == "completed":
-            self.failures = 0
 
     def _update(self) -> None:
         self.available = not (self.draining or self.stalled or self.suspended) and self.lost is None

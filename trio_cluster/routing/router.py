@@ -25,8 +25,10 @@ from ..core.provenance import VIA_HEADER
 from ..core.request import Request
 from ..core.stats import CallStats
 from ..errors import ApiError, LoopDetected, Overloaded, ShuttingDown
+from ..options import ClusterServerOptions
 from .backend import Backend
 from .catalog import Catalog
+from .ejection import Ejections
 from .hedging import Hedging
 from .policy import LearningPolicy, LeastBusy, RoutingPolicy
 
@@ -38,22 +40,29 @@ class Router:
 
     Args:
         policy: chooses among replicas; ``None``: the least busy one.
+        options: those of the node; ``None``: the defaults.
 
     Attributes:
         catalog: the models and their replicas.
         observers: called at every step of every call.
         hedging: when a request gets a second attempt, and how many did.
         stats: the counters of the node's calls; one of the observers.
+        ejections: the replicas that are left alone for a while, since they keep failing; one of the observers.
         live: the calls whose work has not stopped yet, each with its backend, oldest first.
     """
 
-    def __init__(self, policy: RoutingPolicy | None = None) -> None:
+    def __init__(
+        self, policy: RoutingPolicy | None = None, options: ClusterServerOptions | None = None
+    ) -> None:
         self.catalog = Catalog()
         self.policy = LeastBusy() if policy is None else policy
         self.observers = Observers()
         self.hedging = Hedging()
         self.stats = CallStats()
         self.observers.add(self.stats)
+        options = ClusterServerOptions() if options is None else options
+        self.ejections = Ejections(options, self.catalog.replicas, self.observers)
+        self.observers.add(self.ejections)
         self.live: dict[Call, Backend] = {}
         self._idle = trio.lowlevel.ParkingLot()
         self._draining_reason: str | None = None
@@ -80,10 +89,11 @@ class Router:
     def accept(self) -> None:
         """Accept new calls again, for another run of the node. Synchronous.
 
-        Models that left during the last run are forgotten.
+        Models that left during the last run, and replicas that failed, are forgotten.
         """
         self._draining_reason = None
         self.catalog.absent.clear()
+        self.ejections.clear()
 
     def open(self, request: Request) -> Call:
         """Begin to answer a request on the replica that the policy chooses. Synchronous.
@@ -222,7 +232,10 @@ class Router:
     def _open(self, request: Request, avoid: str) -> Call:
         if self._draining_reason is not None:
             raise ShuttingDown(self._draining_reason)
-        backend = self._policy.pick(self.catalog.candidates(request, avoid=avoid), request)
+        candidates = self.catalog.candidates(request, avoid=avoid)
+        if self.ejections.ejected:
+            candidates = self.ejections.admit(request, candidates)
+        backend = self._policy.pick(candidates, request)
         if backend is None:
             # Raises the reason, if it is the request; otherwise the replicas are unavailable at the moment.
             self.catalog.check(request.model, request.kind, request.endpoint)
@@ -240,6 +253,8 @@ class Router:
         if self._learning is not None and (placement := self._learning.placement) is not None:
             placement.follow(call)
         call.on_release(lambda: self._released(call))
+        if self.ejections.ejected:
+            self.ejections.opened(call)
         try:
             self._tell_opened(call, why)
         except Exception:
@@ -261,7 +276,7 @@ class Router:
 
     def _released(self, call: Call) -> None:
         outcome = outcome_of(call)
-        self.live.pop(call).health.record(outcome)
+        del self.live[call]
         try:
             for listener in self.observers.ended:
                 listener(call, outcome)
