@@ -476,7 +476,7 @@ def test_the_demo_gets_its_arguments_and_its_exit_code_is_the_command_s(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    async def run(self: ClusterServer, *arguments: Any, task_status: Any) -> ClusterMode:
+    async def run(self: ClusterServer, *arguments: Any, **options: Any) -> ClusterMode:
         await trio.lowlevel.checkpoint()
         raise error
 

@@ -501,28 +501,29 @@ class MasterLink:
         client = self._client
         while self.wanted and not client.draining.is_set():
             fields: dict[str, object] = {"master": self.dialer.label}
-            began = trio.current_time()
+            began, why, refused_for = trio.current_time(), None, 0.0
             try:
                 why = await self._serve_once()
                 self.why = why or ""
             except HandshakeRefused as refused:
+                refused_for = _REPLACED_SPREAD if self._replaced else _REFUSED_PAUSE
                 if self._replaced:
                     # Not final: the process that refuses is about to take the place of the master, and may fail to.
                     logger.warning("refused, and the old link goes on: %s", refused, extra={"fields": fields})
-                    await self._pause(_REPLACED_SPREAD)
-                    continue
-                self.why, self.refusal = str(refused), refused
-                if client.all_refused:
-                    raise
-                logger.error(
-                    "a master refused this worker, which serves the others: %s",
-                    refused,
-                    extra={"fields": fields | {"retry_in": _REFUSED_PAUSE}},
-                )
-                await self._pause(_REFUSED_PAUSE)
-                continue
+                else:
+                    self.why, self.refusal = str(refused), refused
+                    if client.all_refused:
+                        raise
+                    logger.error(
+                        "a master refused this worker, which serves the others: %s",
+                        refused,
+                        extra={"fields": fields | {"retry_in": _REFUSED_PAUSE}},
+                    )
             finally:
                 was_connected, self.connected = self.connected, bool(self._replaced)
+            if refused_for:
+                await self._pause(refused_for)
+                continue
             if why is None:
                 # The workers of one master do not come all at once; it serves them meanwhile.
                 await self._pause(randomness.uniform(0, _REPLACED_SPREAD))
