@@ -91,7 +91,7 @@ WHOLE_ON = INSTALLED[0] if INSTALLED else PYTHONS[0]
 NEWEST = INSTALLED[-1] if INSTALLED else PYTHONS[-1]
 
 #: The wheel of the project, for the sessions that ``check`` runs; without it, each builds its own.
-WHEEL = os.environ.get("TRIO_CLUSTER_WHEEL", ".")
+WHEEL = os.environ.get("CHECK_WHEEL", ".")
 
 # A Python between the oldest and the newest gets what lies next to the interpreter: threads, coroutines, sockets, TLS,
 # and the definitions of classes and messages. ``--brief`` takes a sample of the law of lifetimes.
@@ -159,7 +159,7 @@ def check(session: nox.Session) -> None:
         old.unlink()
     session.run("pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), ".")
     (wheel,) = folder.glob("*.whl")
-    environment = {**os.environ, "TRIO_CLUSTER_WHEEL": str(wheel), "TRIO_CLUSTER_BESIDE": "1"}
+    environment = {**os.environ, "CHECK_WHEEL": str(wheel), "CHECK_BESIDE": "1"}
 
     def run_those_that_wait() -> None:
         while True:
@@ -238,7 +238,7 @@ def tests(session: nox.Session) -> None:
     # One more than there are cores: the one that gets the real processes waits for them, most of the time. Beside
     # another session, that session is the one more.
     workers = min(os.cpu_count() or 1, 4) + 1
-    if "TRIO_CLUSTER_BESIDE" in os.environ:
+    if "CHECK_BESIDE" in os.environ:
         workers = workers - 1 if whole else 0
     # Where bytecode must not be written, each test process would compile all tests for itself: a third of its time.
     session.env["PYTHONDONTWRITEBYTECODE"] = ""

@@ -198,10 +198,10 @@ async def test_keys_are_in_nothing_that_a_node_writes(nodes: Nodes, tmp_path: Pa
             assert response.status_code == 200
             shown += response.text
     shown += "".join(map(json.dumps, master.entries)) + "".join(master.noise) + command.printed
-    files = {path.name: path.read_bytes() for path in state.iterdir()}  # noqa: ASYNC240
+    files = {path.name: path.read_bytes() for path in state.iterdir() if path.is_file()}  # noqa: ASYNC240
     master.send(signal.SIGTERM)
     assert await master.exit_code() == 0
-    files |= {path.name: path.read_bytes() for path in state.iterdir()}  # noqa: ASYNC240
+    files |= {path.name: path.read_bytes() for path in state.iterdir() if path.is_file()}  # noqa: ASYNC240
     shown += "".join(map(json.dumps, master.entries)) + "".join(master.noise)
     assert "key.rotate" in shown
     assert b"key.rotate" in files["accounts.db"]

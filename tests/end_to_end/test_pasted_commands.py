@@ -50,6 +50,7 @@ NOT_RUN: Final = {
     r"\.venv/bin/trio-cluster demo": "needs weights; tests/demo and the session engines run the demo",
     r"(\.venv/bin/)?nox": "runs these tests",
     r"trio-cluster worker .*--serve (llama|minilm)": "needs weights; tests/engines run these engines",
+    r"trio-cluster worker (a\.example|--masters-from)": "needs two masters; test_several_masters_processes.py has them",
     r"vllm serve": "another program, which needs a GPU; never run",
     r"docker run": "another program, a large image; never run",
     r"ssh": "needs another machine",
