@@ -81,6 +81,12 @@ async def test_another_process_is_the_master_when_it_has_gone(nodes: Nodes, numb
         await master.exit_code()
         living.remove(master)
         pid = int(await answered(port, "who", refusals=refusals))
+
+        async def said(promotions: int = before + 1) -> bool:
+            return len(promoted(nodes.all)) >= promotions
+
+        # Its log may be read later than its answer.
+        await until(said, 10)
         new = [node for node in promoted(nodes.all) if node in living]
         assert len(promoted(nodes.all)) == before + 1, "exactly one"
         (master,) = new
