@@ -383,3 +383,17 @@ def test_a_database_that_cannot_be_written_changes_nothing(
     store.add_usage("w", 2, many)
     assert store.sum_usage(UsageQuery())[0]["requests"] == 1001
     store.close()
+
+
+def test_a_connection_that_is_in_use_when_the_store_is_closed_is_closed_when_it_is_given_back(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "a.db")
+    with store._read() as connection:
+        raw = connection.connection.dbapi_connection
+        assert raw is not None
+        store.close()
+        assert raw.execute("SELECT 1").fetchone() == (1,)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        raw.execute("SELECT 1")
+    store.close()

@@ -96,6 +96,7 @@ class Store:
     def __init__(self, database: str | Path) -> None:
         self.name: str
         self._engine = self._create_engine(database)
+        self._closed = False
         self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
         # Made once, since making them costs more than executing them.
         self._note_batch = _note_batch(self._insert)
@@ -108,8 +109,10 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close all connections that are not in use."""
-        self._engine.dispose()
+        """Close all connections: those that are in use when they are given back. Synchronous, idempotent."""
+        self._closed = True
+        # The pool and not the engine, which would make another pool and leave what is in use to the garbage collector.
+        self._engine.pool.dispose()
 
     # Keys
 
@@ -480,17 +483,26 @@ class Store:
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
-        with self._translate(), self._engine.connect() as connection:
+        with self._connect() as connection:
             yield connection
 
     @contextmanager
     def _write(self, is_wanted: Callable[[], bool] = _always) -> Iterator[sa.Connection]:
-        with self._translate(), self._engine.connect() as connection:
+        with self._connect() as connection:
             connection = connection.execution_options(**{_WRITES: True})
             with connection.begin():
                 yield connection
                 if not is_wanted():
                     raise StoreError(f"database {self.name}: the change was cancelled")
+
+    @contextmanager
+    def _connect(self) -> Iterator[sa.Connection]:
+        try:
+            with self._translate(), self._engine.connect() as connection:
+                yield connection
+        finally:
+            if self._closed:
+                self._engine.pool.dispose()
 
     @contextmanager
     def _translate(self) -> Iterator[None]:
