@@ -20,7 +20,7 @@ import msgspec
 
 from ..core.request import Request
 
-__all__ = ["CONVERSATION_HEADERS", "ENDS", "HASHED_MAX", "NO_PROMPT", "Prompt", "read_prompt"]
+__all__ = ["CONVERSATION_HEADERS", "ENDS", "HASHED_MAX", "Prompt", "read_prompt"]
 
 #: Headers that name a conversation; the first one that is there counts. Coding agents send them: opencode the first,
 #: Codex the two that follow, Claude Code the last.
@@ -60,10 +60,6 @@ class Prompt:
     size: int
     blocks: tuple[int, ...] = ()
     conversation: str = ""
-
-
-#: Nothing is known of the prompt, except that it costs something to read.
-NO_PROMPT: Final = Prompt(0)
 
 
 class _Fields(msgspec.Struct):
