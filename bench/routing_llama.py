@@ -111,7 +111,7 @@ async def measure(
         await nursery.start(server.run_as_master, 0)
         assert server.internal_port is not None
         for number in range(2):
-            spec = f"llama:{options.model},name=m,ctx={options.context},parallel=2,threads=1"
+            spec = f"llama:{options.model},name=m,ctx={options.context},parallel={options.parallel},threads=1"
             command = [
                 sys.executable,
                 "-m",
@@ -119,7 +119,8 @@ async def measure(
                 "worker",
                 f"{HOST}:{server.internal_port - 1000}",
             ]
-            command += ["--internal-port", str(server.internal_port), "--serve", spec]
+            command += ["--internal-port", str(server.internal_port), "--timeout", "600"]
+            command += ["--serve", spec]
             process = await nursery.start(partial(trio.run_process, command, check=True))
             if number and options.slow:
                 nursery.start_soon(stop_half_of_the_time, process)
@@ -141,7 +142,8 @@ async def main() -> None:
     parser.add_argument("--conversations", type=int, default=6)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--pause", type=float, default=3.0, help="seconds between turns, on average")
-    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--context", type=int, default=32768, help="tokens of all slots together")
+    parser.add_argument("--parallel", type=int, default=4, help="slots of each replica")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--policies", default="least-busy,random,cost")
     options = parser.parse_args()

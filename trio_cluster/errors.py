@@ -12,6 +12,7 @@ from heapq import nsmallest
 from typing import Any, Final
 
 __all__ = [
+    "UNAVAILABLE_STATUSES",
     "ApiError",
     "CallCancelled",
     "ClusterError",
@@ -29,6 +30,7 @@ __all__ = [
     "RateLimited",
     "ShuttingDown",
     "TooSlow",
+    "UpstreamBusy",
     "UpstreamLost",
     "WorkerLost",
     "WrongKind",
@@ -264,6 +266,14 @@ class UpstreamLost(ApiError):
 
     def __init__(self, model: str, why: str) -> None:
         super().__init__(502, f"The server behind the model '{model}' was lost: {why}", code="upstream_lost")
+
+
+#: Statuses with which a server says that it, or what is behind it, cannot take a request now. 529 is Anthropic's.
+UNAVAILABLE_STATUSES: Final = frozenset({429, 502, 503, 504, 529})
+
+
+class UpstreamBusy(ApiError):
+    """The server behind a model cannot take the request now; status and message are its own."""
 
 
 class TooSlow(ApiError):

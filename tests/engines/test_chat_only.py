@@ -9,7 +9,7 @@ import pytest
 from raw_server import Visit, reply
 from test_openai_engine import Outcome, ask, engine_with, posts, request
 
-from trio_cluster.core.answer import Done, Usage
+from trio_cluster.core.answer import Done, Failed, Usage
 from trio_cluster.testing import read_stream
 
 BODY: dict[str, Any] = {
@@ -175,6 +175,18 @@ async def test_an_error_of_the_server_is_one_of_this_api(
         message,
         code,
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "busy"), [("429 Too Many", True), ("503 Busy", True), ("400 Bad", False), ("500 Oh", False)]
+)
+async def test_a_server_that_has_no_room_is_told_from_one_that_has_failed(status: str, busy: bool) -> None:
+    """The next name of an alias is asked then."""
+    async with engine_with(server_with(b"{}", status=status)) as (server, _, _):
+        call = server.router.open(request(json.dumps(BODY).encode(), "messages", content_type=JSON))
+        event = await call.receive()
+    assert isinstance(event, Failed)
+    assert (event.over_capacity, event.movable, event.retryable) == (busy, busy, False)
 
 
 async def test_what_cannot_be_translated_is_the_clients_error() -> None:

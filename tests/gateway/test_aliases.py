@@ -219,6 +219,71 @@ async def test_a_list_goes_past_models_that_are_unknown_and_those_that_do_not_an
         assert (refused.status, refused.error["code"]) == (503, "model_unavailable")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 529, 400, 401, 500, 501])
+async def test_a_list_goes_on_if_the_server_behind_a_model_cannot_take_the_request(
+    status: int, stream: bool, autojump_clock: MockClock
+) -> None:
+    """Whatever else the server answers is an answer."""
+    stopped = 0
+
+    async def upstream(call: RawCall) -> None:
+        nonlocal stopped
+        call.begin(status, "application/json", [("retry-after", "7")])
+        try:
+            await call.send(b'{"error":{"message":"its own words"}}')
+            await trio.sleep(1)
+        finally:
+            stopped += 1
+
+    aliases = {
+        "list": ["theirs", "nowhere", "ours"],
+        "only": ["theirs", "nowhere"],
+        "twice": ["theirs", "too"],
+    }
+    async with open_cluster(aliases=aliases) as cluster:
+        server, client = cluster.master.server, cluster.client()
+        server.register_raw("theirs", upstream)
+        server.register_raw("too", upstream)
+        server.register_chat("ours", Seen().handler(lambda request: "hello"))
+        answer = await client.chat("list", stream=stream)
+        goes_on = status in (429, 502, 503, 504, 529)
+        assert answer.status == (200 if goes_on else status)
+        assert answer.headers["x-trio-cluster-model"] == ("ours" if goes_on else "theirs")
+        assert answer.headers.get("retry-after") == (None if goes_on else "7")
+        await settle(cluster)
+        assert stopped == 1
+        assert server.router.stats.retried == goes_on
+        # Without another name that can be asked, the answer is the server's, with all that it says.
+        for name, last in (("only", "theirs"), ("twice", "too" if goes_on else "theirs")):
+            answer = await client.chat(name, stream=stream)
+            assert (answer.status, answer.headers["retry-after"]) == (status, "7")
+            assert (answer.headers["x-trio-cluster-model"], answer.error["message"]) == (
+                last,
+                "its own words",
+            )
+        await settle(cluster)
+        assert not server.router.live
+
+
+async def test_a_list_goes_on_although_a_comment_was_sent_before_the_server_refused(
+    autojump_clock: MockClock,
+) -> None:
+    async def upstream(call: RawCall) -> None:
+        await trio.sleep(25)
+        call.begin(503, "application/json")
+        await call.send(b"{}")
+
+    async with open_cluster(aliases={"list": ["theirs", "ours"]}) as cluster:
+        cluster.master.server.register_raw("theirs", upstream)
+        cluster.master.server.register_chat("ours", Seen().handler(lambda request: "hello"))
+        answer = await cluster.client().chat("list", stream=True)
+        assert answer.status == 200
+        assert answer.body.startswith(b":")
+        assert b"hello" in answer.body
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
 async def test_models_without_eyes_are_skipped_for_a_request_with_an_image(autojump_clock: MockClock) -> None:
     seen = Seen()
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

@@ -46,10 +46,11 @@ class Observer:
         """A time limit of the call has passed, and the replica has not ended it: this node has cancelled it."""
 
     def on_retried(self, lost: Call, again: Call) -> None:
-        """A call that failed before its answer began was opened once more, on another replica.
+        """A call was replaced before anything of its answer was sent, by one on another replica or of another model.
 
         Args:
-            lost: the call that failed; ``lost.end`` has the reason.
+            lost: the call that failed; ``lost.end`` has the reason. If that is ``Done``, a server behind an engine has
+                answered that it cannot take the request now; ``lost.status`` is the reason then.
             again: the call that replaces it.
         """
 

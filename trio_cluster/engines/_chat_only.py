@@ -16,7 +16,7 @@ import msgspec
 
 from trio_cluster.core import randomness
 from trio_cluster.core.answer import Usage
-from trio_cluster.errors import ApiError
+from trio_cluster.errors import UNAVAILABLE_STATUSES, ApiError, UpstreamBusy
 from trio_cluster.openai import ENDPOINTS, ChatRequest, Encoder
 
 from ._http_response import HttpError
@@ -96,7 +96,8 @@ def error_of(status: int, retry_after: str, body: bytes) -> ApiError:
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     seconds = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() else None
-    return ApiError(max(400, status), message, code=code, param=param, retry_after=seconds)
+    kind = UpstreamBusy if status in UNAVAILABLE_STATUSES else ApiError
+    return kind(max(400, status), message, code=code, param=param, retry_after=seconds)
 
 
 class ChatAnswer:

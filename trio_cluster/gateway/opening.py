@@ -1,5 +1,8 @@
 """The opening of an answer: from the call to the head of its answer, with the retries on other replicas and models.
 
+An alias with several names goes on to its next name, too, if a server behind an engine answers that it cannot take the
+request now; nothing of that answer was sent to the client.
+
 If the client of a stream has been sent a comment before the head has come, the status is out, and the answer has to be
 a stream of events. One that is none, an error of a server behind an engine for instance, becomes an error here.
 """
@@ -12,7 +15,7 @@ from typing import Final
 import trio
 
 from ..core.answer import Data, Event, Failed, Head
-from ..errors import ApiError, HandlerFailed
+from ..errors import UNAVAILABLE_STATUSES, ApiError, HandlerFailed
 from ..openai import read_error
 from .context import RequestContext
 from .node_context import NodeContext
@@ -51,28 +54,35 @@ class Opening:
         """
         while True:
             event = await self._context.deadlines.next_event(self._context.call, self._since, until)
-            if event is None or isinstance(event, Head):
-                return event
-            self.retry(event)
+            if event is None or (head := self.take(event)) is not None:
+                return None if event is None else head
 
-    def retry(self, failed: Event) -> None:
-        """Open a call that has failed again, on another replica or for the next name of an alias. Synchronous.
+    def take(self, event: Event) -> Head | None:
+        """Return the head of the answer, given the first event of a call. Synchronous.
 
-        Args:
-            failed: the event with which its answer has ended.
+        If there is none, the request was opened again, on another replica or for the next name of an alias.
 
         Raises:
-            ApiError: it cannot be retried; this is why it has failed.
+            ApiError: the call has failed and is not retried; this is why it has failed.
         """
-        if not isinstance(failed, Failed):  # the grammar of calls forbids it
-            raise HandlerFailed
         context = self._context
-        again = self._router.reopen(context.call, context.deadlines.time_left)
-        if again is None:
-            raise failed.error
+        call, time_left = context.call, context.deadlines.time_left
+        if isinstance(event, Head):
+            if event.status not in UNAVAILABLE_STATUSES or call.request.otherwise is None:
+                return event
+            again = self._router.open_following(call, time_left)
+            if again is None:
+                return event
+        elif isinstance(event, Failed):
+            again = self._router.reopen(call, time_left)
+            if again is None:
+                raise event.error
+        else:  # the grammar of calls forbids it
+            raise HandlerFailed
         context.add_call(again)
         # The client has been waiting all the time.
         self._since = context.deadlines.began
+        return None
 
     async def require_events(self, head: Head) -> None:
         """Return if the answer that ``head`` begins is a stream of events. Perhaps a checkpoint.

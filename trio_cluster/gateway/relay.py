@@ -112,12 +112,12 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
         # Written out here, since a function would cost every request a call.
         with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
             event = await context.call.receive()
-    if isinstance(event, Head):
+    if isinstance(event, Head) and context.call.request.otherwise is None:
         return await _reply(node_context, context, event, began)
     opening = Opening(node_context, context, began)
-    if event is not None:
-        opening.retry(event)
-    head = await opening.head(comment_due)
+    head = None if event is None else opening.take(event)
+    if head is None:
+        head = await opening.head(comment_due)
     if head is None:
         if await expects_events(context):
             headers = [("content-type", "text/event-stream"), *NO_PROXY_BUFFERING]

@@ -16,7 +16,7 @@ from ..core.answer import Done, Head, Usage
 from ..core.call import Call
 from ..core.model import ModelInfo
 from ..core.request import Request
-from ..errors import Overloaded, UpstreamLost
+from ..errors import Overloaded, UpstreamBusy, UpstreamLost
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from ..routing.health import Health
@@ -168,7 +168,7 @@ class RawCall(CallTask):
             self.fail(
                 api_error,
                 retryable=isinstance(api_error, UpstreamLost),
-                over_capacity=isinstance(api_error, Overloaded),
+                over_capacity=isinstance(api_error, Overloaded | UpstreamBusy),
             )
         finally:
             if self.call.satisfied:

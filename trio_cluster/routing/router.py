@@ -146,17 +146,38 @@ class Router:
                 except ApiError:
                     if request.otherwise is None:
                         raise
-        if again is None and request.otherwise is not None:
-            following = request.otherwise()
-            if following is not None:
-                try:
-                    again = self._open_any(attrs.evolve(following, total_timeout=time_left))
-                except ApiError:
-                    # The client is told why the first name failed, rather than that the next one is away.
-                    return None
-        if again is not None:
-            for listener in self.observers.retried:
-                listener(call, again)
+        if again is None:
+            return self.open_following(call, time_left)
+        self.tell_replaced(call, again)
+        return again
+
+    def open_following(self, call: Call, time_left: float = math.inf) -> Call | None:
+        """Open the request of a call for the next name of its alias. Synchronous.
+
+        The caller guarantees that nothing of the answer was sent to the client.
+
+        Args:
+            call: a call that has failed, or whose server has answered that it cannot take the request now. That answer
+                is not received any more if there is a new call.
+            time_left: seconds that are left for the whole answer.
+
+        Returns:
+            The new call; ``None`` if there is no next name, or none that can be given the request, or the node drains.
+        """
+        make = call.request.otherwise
+        if make is None or self._draining_reason is not None or time_left <= 0:
+            return None
+        following = make()
+        if following is None:
+            return None
+        try:
+            again = self._open_any(attrs.evolve(following, total_timeout=time_left))
+        except ApiError:
+            # The client is told why the first name failed, rather than that the next one is away.
+            return None
+        # Its outcome is the answer of the server, which says something about the replica.
+        call.satisfy("its server cannot take the request now; the next name of the alias is tried")
+        self.tell_replaced(call, again)
         return again
 
     def open_hedge(self, call: Call, time_left: float) -> Call | None:
@@ -186,7 +207,7 @@ class Router:
         return opened
 
     def tell_replaced(self, lost: Call, again: Call) -> None:
-        """Tell the observers that a call that has failed was replaced by another one. Synchronous."""
+        """Tell the observers that a call was replaced by another one of the same request. Synchronous."""
         for listener in self.observers.retried:
             listener(lost, again)
 
