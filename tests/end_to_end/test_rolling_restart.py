@@ -39,6 +39,7 @@ class Load:
     url: str
     pause: float = 0.01
     """Seconds between two tokens."""
+    http2: bool = False
     expected: dict[str, bytes] = attrs.field(factory=dict)
     """The first answer of each kind. The others are the same, byte by byte, apart from what differs each time."""
     asked: Counter[str] = attrs.field(factory=Counter)
@@ -48,12 +49,13 @@ class Load:
     async def ask(self, stream: bool) -> None:
         kind = "streams" if stream else "plain"
         limits: dict[str, Any] = {"timeout": 10, "trust_env": False, "verify": False}
-        async with httpx.AsyncClient(base_url=self.url, **limits) as client:
+        async with httpx.AsyncClient(base_url=self.url, http2=self.http2, **limits) as client:
             while not self.over:
                 self.asked[kind] += 1
                 body = chat("m", stream=stream, ticks=8, pause=self.pause)
                 try:
                     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                        assert response.http_version == ("HTTP/2" if self.http2 else "HTTP/1.1")
                         received = await self._read(response)
                     self._check(received, stream=stream)
                 except httpx.HTTPError as error:
