@@ -299,6 +299,17 @@ def law(session: nox.Session) -> None:
     # A master is taken over again and again.
     take_overs = "tests/end_to_end/test_take_over_processes.py"
     session.run("pytest", "-q", take_overs, *session.posargs, env={"TAKE_OVERS": "4"})
+    # Masters and workers are restarted, one after the other, for two minutes.
+    upgrade = "tests/end_to_end/test_rolling_upgrade.py"
+    session.run(
+        "pytest",
+        "-q",
+        "-o",
+        "faulthandler_timeout=0",
+        upgrade,
+        *session.posargs,
+        env={"UPGRADE_SECONDS": "120"},
+    )
 
 
 @nox.session

@@ -45,6 +45,7 @@ class Http2Client:
         answers: by the number of their stream.
         closed: the server has closed the connection.
         grants: whether credit is given back for what has come.
+        goodbyes: the last stream that the server processes, as each ``GOAWAY`` has said.
     """
 
     def __init__(self, stream: trio.SocketStream, *, window: int, upgrade: bool = False) -> None:
@@ -52,6 +53,8 @@ class Http2Client:
         self.answers: dict[int, Http2Answer] = {}
         self.closed = False
         self.grants = True
+        self.goodbyes: list[int] = []
+        self._received = bytearray()
         self.protocol = h2.connection.H2Connection(
             config=h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
         )
@@ -117,10 +120,25 @@ class Http2Client:
             except trio.BrokenResourceError:
                 data = b""
         self.closed = not data
-        for event in self.protocol.receive_data(data) if data else ():
+        for event in self.protocol.receive_data(self._without_goodbyes(data)) if data else ():
             self._take(event)
         if not self.closed:
             await self.send()
+
+    def _without_goodbyes(self, data: bytes) -> bytes:
+        """Take ``GOAWAY`` frames out: for h2 a connection is over with the first one, though its streams go on."""
+        self._received += data
+        kept = b""
+        while len(self._received) >= 9:
+            end = 9 + int.from_bytes(self._received[:3], "big")
+            if len(self._received) < end:
+                break
+            frame, self._received = bytes(self._received[:end]), self._received[end:]
+            if frame[3] == 7:
+                self.goodbyes.append(int.from_bytes(frame[9:13], "big"))
+            else:
+                kept += frame
+        return kept
 
     async def until(self, number: int, mark: bytes) -> None:
         """Receive until ``mark`` is in the body of an answer."""

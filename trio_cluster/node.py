@@ -323,6 +323,7 @@ class Node:
                 manager,
                 limiter,
                 memory,
+                self._tls,
             )
             listeners = gated(listeners, clients_gate)
             internal_listeners = gated(internal_listeners, workers_gate)
@@ -385,6 +386,8 @@ class Node:
             models = await succession.begin()
             if state is not None:
                 limiter.load(state)
+            if self._tls is not None:
+                await self._tls.reload()
             if memory is not None:
                 nursery.start_soon(memory.run)
             workers_gate.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import ssl
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -66,6 +67,40 @@ async def answered(port: int, model: str, *, refusals: list[tuple[int, str]]) ->
                 return str(response.json()["choices"][0]["message"]["content"])
             if response is not None:
                 refusals.append((response.status_code, response.headers.get("retry-after", "")))
+
+
+async def test_with_tls_the_next_master_has_the_same_authority_and_the_same_certificate(nodes: Nodes) -> None:
+    port, state = free_pair(), nodes.directory / "state"
+    tls = ("--tls", "auto", "--state-dir", str(state))
+    first = await nodes.start("run", port, *tls, models="who a")
+    others = [await nodes.start("run", port, *tls, models=f"who {name}", ready=False) for name in "bc"]
+    for node in others:
+        node.port = 0
+        await node.log("registered with the master")
+    # As its users do, who have this file.
+    context = ssl.create_default_context(cafile=state / "ca.pem")
+    async with httpx.AsyncClient(
+        base_url=f"https://127.0.0.1:{port}", timeout=20, trust_env=False, verify=context
+    ) as client:
+        assert (await client.post("/v1/chat/completions", json=chat("a"))).status_code == 200
+        # The others have certificates of an authority that was replaced since.
+        assert (await client.post("/cluster/ca/rotate")).status_code == 200
+        kept = [(state / name).read_bytes() for name in ("ca.pem", "server.pem", "authority.json")]
+        first.send(signal.SIGKILL)
+        await first.exit_code()
+
+        async def has_healed() -> bool:
+            try:
+                workers = (await client.get("/cluster/status")).json()["workers"]
+            except httpx.TransportError:
+                return False
+            return [worker["admitted"] for worker in workers] == ["certificate"]
+
+        await until(has_healed, 20)
+        assert len(promoted(others)) == 1
+        for name in "bc":
+            assert (await client.post("/v1/chat/completions", json=chat(name))).status_code == 200
+    assert kept == [(state / name).read_bytes() for name in ("ca.pem", "server.pem", "authority.json")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])

@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Async generator '(httpx|httpcore):ResourceWarning"),
 ]
 
+needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+
 DOCS: Final = Path(__file__).parents[2] / "docs"
 
 #: What nginx needs around the part that a page shows.
@@ -131,6 +133,26 @@ def nginx_two_masters(folder: Path, upstreams: tuple[int, int], port: int) -> tu
         b=("b.lan:8080", f"127.0.0.1:{upstreams[1]}"),
     )
     return _nginx(folder, text), f"https://127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def open_two_masters(folder: Path, upstreams: tuple[int, int]) -> AsyncIterator[str]:
+    """Run nginx in front of two masters; give its URL."""
+    port = unused_port()
+    command, url = nginx_two_masters(folder, upstreams, port)
+    process = await trio.lowlevel.open_process(command)
+    try:
+        await until(lambda: _listens(port), within=10)
+        yield url
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nginx_cluster(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
@@ -298,6 +320,38 @@ async def test_a_client_behind_the_proxy_is_not_taken_for_one_on_this_machine(
             assert (await client.get("/cluster/status")).status_code == 200
         async with proxy.served.http() as client:
             assert (await client.get("/cluster/calls")).status_code == 200
+
+
+@needs_nginx
+async def test_the_refusals_of_two_masters_that_are_full_pass_and_take_none_of_them_out(
+    tmp_path: Path,
+) -> None:
+    full = {"api_key": "a-key", "max_concurrency": 1, "queue_timeout": 0}
+
+    async def ask_without_end(served: Served) -> None:
+        body = chat("endless/async-push", stream=True)
+        await served.stream(body, headers={"authorization": "Bearer a-key"})
+
+    async with open_served("local", **full) as a, open_served("local", **full) as b:
+        assert a.front.port is not None
+        assert b.front.port is not None
+        async with (
+            open_two_masters(tmp_path, (a.front.port, b.front.port)) as url,
+            Proxy(a, url).client() as client,
+        ):
+            async with trio.open_nursery() as nursery:
+                for each in (a, b):
+                    nursery.start_soon(ask_without_end, each)
+                    await each.in_flight(1)
+                for _ in range(4):
+                    answer = await client.post("/v1/chat/completions", json=chat("echo"))
+                    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                    assert answer.json()["error"]["code"] == "over_capacity"
+                nursery.cancel_scope.cancel()
+            for each in (a, b):
+                await each.in_flight(0)
+            for _ in range(4):
+                assert (await client.post("/v1/chat/completions", json=chat("echo"))).status_code == 200
 
 
 async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:

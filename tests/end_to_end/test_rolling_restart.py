@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.processes
 #: Clients that ask for streams, and clients that do not; each asks again as soon as it has its answer.
 STREAMING, PLAIN = 6, 6
 
+#: What is not the same in two answers.
+_UNIQUE = re.compile(rb'("id":"chatcmpl-|"created":)\w+')
+
 TEXT = "".join(f"{i} " for i in range(8))
 
 
@@ -33,6 +37,11 @@ class Load:
     """Clients that go on asking until they are told to stop, and all that they noticed."""
 
     url: str
+    pause: float = 0.01
+    """Seconds between two tokens."""
+    http2: bool = False
+    expected: dict[str, bytes] = attrs.field(factory=dict)
+    """The first answer of each kind. The others are the same, byte by byte, apart from what differs each time."""
     asked: Counter[str] = attrs.field(factory=Counter)
     failures: list[str] = attrs.field(factory=list)
     over: bool = False
@@ -40,14 +49,15 @@ class Load:
     async def ask(self, stream: bool) -> None:
         kind = "streams" if stream else "plain"
         limits: dict[str, Any] = {"timeout": 10, "trust_env": False, "verify": False}
-        async with httpx.AsyncClient(base_url=self.url, **limits) as client:
+        async with httpx.AsyncClient(base_url=self.url, http2=self.http2, **limits) as client:
             while not self.over:
                 self.asked[kind] += 1
-                body = chat("m", stream=stream, ticks=8, pause=0.01)
+                body = chat("m", stream=stream, ticks=8, pause=self.pause)
                 try:
                     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                        assert response.http_version == ("HTTP/2" if self.http2 else "HTTP/1.1")
                         received = await self._read(response)
-                    self._check(received, response, stream=stream)
+                    self._check(received, stream=stream)
                 except httpx.HTTPError as error:
                     self.failures.append(f"{kind}: {error!r}")
 
@@ -61,15 +71,19 @@ class Load:
             return RawStream(response.status_code, b"".join(pieces), whole=False)
         return RawStream(response.status_code, b"".join(pieces), whole=True)
 
-    def _check(self, received: RawStream, response: httpx.Response, *, stream: bool) -> None:
+    def _check(self, received: RawStream, *, stream: bool) -> None:
         if received.status != 200:
             self.failures.append(f"{received.status}: {received.body!r}")
-        elif stream:
+            return
+        if stream:
             report = received.report
             if (report.ending, report.text) != ("finished", TEXT):
                 self.failures.append(f"{report.ending}: {received.body!r}")
         elif not received.whole or f'"{TEXT}"'.encode() not in received.body:
             self.failures.append(f"plain: {received.body!r}")
+        body = _UNIQUE.sub(rb"\1", received.body)
+        if body != self.expected.setdefault("streams" if stream else "plain", body):
+            self.failures.append(f"not like the first answer: {received.body!r}")
 
     async def go_on(self, answers: int, within: float = 10) -> None:
         """Wait until so many more requests have been made."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import trio
 from nodes import Node, Nodes, free_pair
 from served import chat, until
-from test_proxies import nginx_two_masters, unused_port
+from test_proxies import needs_nginx, open_two_masters
 from test_rolling_restart import Load
 
 pytestmark = pytest.mark.processes
@@ -39,27 +38,35 @@ async def has_workers(master: Node) -> bool:
     return [each["id"] for each in workers if "m" in each["models"]] == list(WORKERS)
 
 
-async def start(nodes: Nodes) -> tuple[Node, Node]:
+async def start(nodes: Nodes) -> tuple[list[Node], dict[str, Node]]:
     """Start two masters, and three workers that have both."""
-    ports = [free_pair(), free_pair()]
-    masters = [await nodes.start("master", port, "--on-conflict", "replicate") for port in ports]
-    where = ",".join(f"127.0.0.1:{port}" for port in ports)
+    masters = [await start_master(nodes, free_pair()) for _ in range(2)]
+    workers: dict[str, Node] = {}
+
+    async def start_one(name: str) -> None:
+        workers[name] = await start_worker(nodes, masters, name)
+
     async with trio.open_nursery() as nursery:
         for name in WORKERS:
-            nursery.start_soon(start_worker, nodes, where, name)
+            nursery.start_soon(start_one, name)
     for master in masters:
         await until(lambda master=master: has_workers(master), within=10)
-    return masters[0], masters[1]
+    return masters, workers
 
 
-async def start_worker(nodes: Nodes, where: str, name: str) -> None:
-    await nodes.start("worker", where, "--name", name, models="m")
+async def start_master(nodes: Nodes, port: int) -> Node:
+    return await nodes.start("master", port, "--on-conflict", "replicate")
+
+
+async def start_worker(nodes: Nodes, masters: Sequence[Node], name: str) -> Node:
+    where = ",".join(f"127.0.0.1:{master.port}" for master in masters)
+    return await nodes.start("worker", where, "--name", name, models="m")
 
 
 async def test_a_master_that_is_killed_costs_the_clients_of_the_other_nothing(
     nodes: Nodes, record_property: Callable[[str, object], None]
 ) -> None:
-    killed, kept = await start(nodes)
+    (killed, kept), _ = await start(nodes)
     address = f"127.0.0.1:{killed.port + 1000}"
 
     async def is_listed() -> bool:
@@ -86,7 +93,7 @@ async def test_a_master_that_is_killed_costs_the_clients_of_the_other_nothing(
         await until(is_gone, within=5)
         # It comes back, and has all workers and their models again.
         began = trio.current_time()
-        back = await nodes.start("master", killed.port, "--on-conflict", "replicate")
+        back = await start_master(nodes, killed.port)
         await until(lambda: has_workers(back), within=10)
         record_property("seconds until all workers are back", round(trio.current_time() - began, 2))
         await load.go_on(10)
@@ -100,15 +107,10 @@ async def test_a_master_that_is_killed_costs_the_clients_of_the_other_nothing(
     record_property("requests", load.asked.total())
 
 
+@needs_nginx
 async def test_nginx_in_front_of_two_masters_hides_the_loss_of_one(nodes: Nodes, tmp_path: Path) -> None:
-    killed, kept = await start(nodes)
-    port = unused_port()
-    folder = tmp_path / "nginx"
-    folder.mkdir()
-    command, url = nginx_two_masters(folder, (killed.port, kept.port), port)
-    nginx = await trio.lowlevel.open_process(command)
-    try:
-        await until(lambda: _listens(port), within=10)
+    (killed, kept), _ = await start(nodes)
+    async with open_two_masters(tmp_path, (killed.port, kept.port)) as url:
         load = Load(url)
         async with trio.open_nursery() as asking:
             # A stream that has begun on a master that is killed ends with it; these are not.
@@ -119,12 +121,3 @@ async def test_nginx_in_front_of_two_masters_hides_the_loss_of_one(nodes: Nodes,
             await load.go_on(20)
             load.over = True
         assert load.failures == []
-    finally:
-        nginx.terminate()
-        with trio.CancelScope(shield=True):
-            await nginx.wait()
-
-
-async def _listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0

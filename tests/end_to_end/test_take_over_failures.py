@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -220,6 +221,44 @@ async def test_of_two_that_take_over_one_wins_and_the_other_says_why_it_ends(mas
     may_go_on.set()
     await until(lambda: masters.ended == ["old"])
     assert await masters.served_by() == "slow"
+
+
+async def test_who_was_invited_or_revoked_while_the_new_process_started_is_known_to_it(
+    masters: Masters,
+) -> None:
+    scheme: dict[str, Any] = {
+        "base_url": f"https://127.0.0.1:{masters.port}",
+        "verify": False,
+        "trust_env": False,
+    }
+    may_go_on = trio.Event()
+    await masters.start("old", tls="auto")
+    async with httpx.AsyncClient(**scheme) as client:
+        assert (await client.post("/cluster/invites", json={"name": "revoked"})).status_code == 201
+        new = await masters.start("new", take_over=True, hook=may_go_on.wait, wait=False, tls="auto")
+        # It has read who was invited.
+        await until(lambda: new.internal_port is not None)
+        assert (await client.post("/cluster/invites", json={"name": "invited"})).status_code == 201
+        assert (await client.post("/cluster/workers/revoked/revoke")).status_code == 200
+    async with httpx.AsyncClient(**scheme) as late:
+        assert (await late.get("/health")).status_code == 200
+        may_go_on.set()
+
+        async def has_arrived() -> bool:
+            async with httpx.AsyncClient(**scheme) as other:
+                return bool((await other.get("/cluster/status")).json()["node_id"] == "new")
+
+        await until(has_arrived, within=5)
+        # A kept connection reaches the old process, which must not change what is the new one's.
+        answer = await late.post("/cluster/invites", json={})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["code"] == "being_replaced"
+        assert (await late.post("/cluster/workers/invited/revoke")).status_code == 200
+    kept = json.loads((masters.state / "members.json").read_text())
+    assert {each["name"]: each["revoked"] for each in kept["invitations"].values()} == {
+        "invited": True,
+        "revoked": True,
+    }
 
 
 async def test_a_hook_that_fails_leaves_the_old_master_serving(masters: Masters) -> None:

@@ -21,6 +21,7 @@ from trio_cluster.hypercorn_server.library import (
     ConnectionState,
     TCPServer,
     WorkerContext,
+    count_streams,
     http2_stream,
 )
 
@@ -59,7 +60,7 @@ class Server:
         config.errorlog = logging.getLogger("hypercorn.error")
         self.context = WorkerContext(None)
         self.over = trio.Event()
-        self._server = TCPServer(
+        self.hypercorn = TCPServer(
             app,  # type: ignore[arg-type]
             config,
             self.context,
@@ -69,7 +70,7 @@ class Server:
         nursery.start_soon(self._run)
 
     async def _run(self) -> None:
-        await self._server.run()
+        await self.hypercorn.run()
         self.over.set()
 
     async def http2(self) -> Http2Client:
@@ -253,6 +254,28 @@ async def test_why_another_buffer_is_needed(serve: Any) -> None:
     with suppress(trio.TooSlowError), trio.fail_after(1):
         await wait_all_tasks_blocked()
     assert pushed == 10_000_000
+
+
+async def test_streams_are_counted_before_their_tasks_begin(serve: Any) -> None:
+    counts: list[tuple[int, int]] = []
+    may_end = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any, *rest: Any) -> None:
+        counts.append((len(counts) + 1, count_streams(server.hypercorn)))
+        await may_end.wait()
+        await answer(send)
+
+    server = serve(app)
+    assert count_streams(server.hypercorn) == 0
+    client = await server.http2()
+    numbers = [await client.ask("GET", "/") for _ in range(3)]
+    await wait_all_tasks_blocked()
+    assert len(counts) == count_streams(server.hypercorn) == 3
+    assert all(begun <= counted for begun, counted in counts)
+    may_end.set()
+    for number in numbers:
+        assert (await client.answer(number)).ended
+    assert count_streams(server.hypercorn) == 3
 
 
 def test_the_methods_that_a_buffer_must_have() -> None:

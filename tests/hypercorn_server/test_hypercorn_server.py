@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import pytest
@@ -32,6 +33,7 @@ from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, Serve
 from trio_cluster.errors import WorkerLost
 from trio_cluster.hypercorn_server import http2, server
 from trio_cluster.hypercorn_server.server import serve_http
+from trio_cluster.net.connections import Retirement
 
 PATH = "/v1/chat/completions"
 INTERNAL_ERROR, NO_ERROR = 2, 0
@@ -650,6 +652,7 @@ class Stoppable:
         self.sock = listening_socket()
         self.port: int = self.sock.getsockname()[1]
         self.stop = trio.Event()
+        self.retirement = Retirement()
         self.ended = trio.Event()
 
     async def serve(self, grace: float, *, task_status: trio.TaskStatus[None]) -> None:
@@ -658,6 +661,7 @@ class Stoppable:
             [listener(self.sock)],
             shutdown_trigger=self.stop.wait,
             grace=grace,
+            retirement=self.retirement,
             task_status=task_status,
         )
         self.ended.set()
@@ -698,6 +702,122 @@ async def test_what_does_not_finish_in_its_grace_is_cancelled_and_cut(
             await stoppable.ended.wait()
         await served.wait_cancelled()
         assert not (await asked.over())[1]
+
+
+async def test_a_connection_that_is_idle_ends_with_the_number_of_its_last_request(
+    node: HttpNode, nursery: trio.Nursery
+) -> None:
+    stoppable = Stoppable(node)
+    await nursery.start(stoppable.serve, math.inf)
+    async with connect_http2(stoppable.port) as client:
+        assert (await client.answer(await client.ask("GET", "/health"))).status == 200
+        stoppable.retirement.begun.set()
+        while not client.goodbyes:
+            await client.receive()
+        assert client.goodbyes == [1]
+        # Sent before the client knew: not processed, and the connection does not break before the client has read that.
+        late = await client.ask("POST", PATH, bytes(60_000))
+        assert not (await client.answer(late)).status
+        assert client.closed
+    assert client.goodbyes == [1]
+    await stoppable.retirement.over.wait()
+
+
+async def test_a_connection_without_any_request_ends_with_its_first_one(
+    node: HttpNode, nursery: trio.Nursery
+) -> None:
+    stoppable = Stoppable(node)
+    await nursery.start(stoppable.serve, math.inf)
+    async with connect_http2(stoppable.port) as client, connect_http2(stoppable.port) as silent:
+        for each in (client, silent):
+            # Its settings have come: it is served.
+            await each.receive()
+        stoppable.retirement.begun.set()
+        number = await client.ask("GET", "/health")
+        assert (await client.answer(number)).status == 200
+        while not client.closed:
+            await client.receive()
+        assert client.goodbyes == [number]
+        stoppable.retirement.idle_time_over.set()
+        while not silent.closed:
+            await silent.receive()
+    await stoppable.retirement.over.wait()
+
+
+async def test_a_connection_that_is_never_idle_takes_no_more_requests_after_a_while_and_its_streams_go_on(
+    node: HttpNode, nursery: trio.Nursery
+) -> None:
+    stoppable = Stoppable(node)
+    await nursery.start(stoppable.serve, math.inf)
+    async with connect_http2(stoppable.port) as client:
+        asked = [Http2Asked(client, await client.post(STREAM))]
+        served = [await begin(node, asked[0])]
+        stoppable.retirement.begun.set()
+        asked.append(Http2Asked(client, await client.post(STREAM)))
+        served.append(await begin(node, asked[1]))
+        served[0].event("two").done()
+        assert (await asked[0].over())[1]
+        assert client.goodbyes == []
+        stoppable.retirement.idle_time_over.set()
+        while not client.goodbyes:
+            await client.receive()
+        # Any request that is under way is processed.
+        assert client.goodbyes == [2**31 - 1]
+        asked.append(Http2Asked(client, await client.post(STREAM)))
+        served.append(await begin(node, asked[2]))
+        for one, other in zip(served[1:], asked[1:], strict=True):
+            one.event("two").done()
+            body, ended = await other.over()
+            assert b"two" in body
+            assert ended
+        assert not stoppable.retirement.over.is_set()
+        while not client.closed:
+            await client.receive()
+        assert client.goodbyes == [2**31 - 1, asked[-1].number]
+    await stoppable.retirement.over.wait()
+
+
+async def test_a_request_that_meets_the_end_of_its_connection_is_answered_or_said_to_be_not(
+    nursery: trio.Nursery,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    sock, retirement = listening_socket(), Retirement()
+    await nursery.start(partial(serve_http, app, [listener(sock)], retirement=retirement))
+    kinds: set[bool] = set()
+
+    async def ask_once(pause: int) -> None:
+        async with connect_http2(sock.getsockname()[1]) as client:
+            assert (await client.answer(await client.ask("GET", "/"))).ended
+            ready.append(client)
+            await go.wait()
+            for _ in range(pause):
+                await trio.lowlevel.checkpoint()
+            number = await client.ask("POST", "/", b"x")
+            answer = await client.answer(number)
+            assert answer.ended or client.goodbyes[-1] < number
+            kinds.add(answer.ended)
+
+    ready: list[Http2Client] = []
+    go = trio.Event()
+    async with trio.open_nursery() as clients:
+        for i in range(60):
+            clients.start_soon(ask_once, i % 20)
+        with trio.fail_after(5):
+            while len(ready) < 60:
+                await trio.lowlevel.checkpoint()
+        go.set()
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+        retirement.begun.set()
+    with trio.fail_after(5):
+        await retirement.over.wait()
+    assert kinds == {True, False}
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_client_that_does_not_read_holds_up_neither_a_stop_nor_a_cancellation(

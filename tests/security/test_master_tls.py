@@ -21,7 +21,7 @@ from trio_cluster.net.tls import TlsStream
 from trio_cluster.security.authority import MASTER_NAME, Authority, make_request
 from trio_cluster.security.contexts import CertificateError, client_context, unverified_context
 from trio_cluster.security.invitations import JoinRefused
-from trio_cluster.security.master_tls import MasterTls, TlsUnavailable, open_tls
+from trio_cluster.security.master_tls import MasterTls, TlsSuspended, TlsUnavailable, open_tls
 
 NOW = datetime.datetime.now(datetime.UTC)
 
@@ -194,6 +194,35 @@ async def test_what_was_granted_counts_as_soon_as_it_was_answered(tmp_path: Path
     assert made(tmp_path).is_revoked(serial)
     with pytest.raises(JoinRefused, match="was revoked"):
         await tls.renew(granted.certificate, request)
+
+
+async def test_what_is_kept_is_changed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    old, new = made(tmp_path), made(tmp_path)
+    token = await old.invite(["gpu.lan:8080"], "w1", 60.0)
+    _, request = make_request("w1")
+    with pytest.raises(JoinRefused, match="not known"):
+        await new.join(token.secret, request, "w1")
+    await old.suspend()
+    for change in (
+        lambda: old.invite([], "w2", 60.0),
+        lambda: old.join(token.secret, request, "w1"),
+        lambda: old.revoke("w1"),
+        old.rotate,
+    ):
+        with pytest.raises(TlsSuspended):
+            await change()
+    await new.reload()
+    granted = await new.join(token.secret, request, "w1")
+    with pytest.raises(TlsSuspended):
+        await old.renew(granted.certificate, request)
+    fingerprint = await new.rotate()
+    assert old.authority is not None
+    assert old.authority.fingerprint != fingerprint
+    old.resume()
+    await old.reload()
+    assert old.authority.fingerprint == fingerprint
+    assert old.is_member("w1")
+    assert await old.revoke("w1")
 
 
 async def test_a_rotation_applies_to_the_next_connection(tmp_path: Path) -> None:

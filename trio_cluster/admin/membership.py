@@ -28,7 +28,7 @@ from ..gateway.access_log import RefusedKeys
 from ..gateway.context import request_context
 from ..gateway.response import Reply, json_reply
 from ..security.invitations import JoinRefused
-from ..security.master_tls import Granted, MasterTls, TlsUnavailable
+from ..security.master_tls import Granted, MasterTls, TlsSuspended, TlsUnavailable
 from .body import json_object
 from .operator import refuse_pages
 from .web import respond
@@ -159,6 +159,9 @@ def _as_api_errors(membership: Membership) -> Iterator[None]:
     except JoinRefused as error:
         hint = f"; make a new one with: {membership.invite_command()}" if error.needs_invitation else ""
         raise ApiError(403, f"{error}{hint}", code="invitation_refused") from error
+    except TlsSuspended as error:
+        text = "Another process takes the place of this master, and is to be asked: try again on a new connection"
+        raise ApiError(503, text, code="being_replaced", retry_after=1.0) from error
     except StateDirError as error:
         raise ApiError(500, str(error), code="state_not_writable") from error
 

@@ -27,6 +27,7 @@ from ..errors import ClusterError
 from ..limits.limiter import Limiter
 from ..net.gate import Gate
 from ..net.handover import HandoverChannel, OtherUser, connect_to, listen_at
+from ..security.master_tls import MasterTls
 from .master import WorkerManager
 from .model_memory import ModelMemory
 from .take_over import (
@@ -75,7 +76,7 @@ class HandOver:
         clients, workers: the listening sockets.
         clients_gate, workers_gate: in front of them.
         manager: the workers, which are told.
-        limiter, memory: write into the state directory.
+        limiter, memory, tls: write into the state directory.
 
     Attributes:
         replaced: set when another process serves, and this one is to end.
@@ -91,6 +92,7 @@ class HandOver:
         manager: WorkerManager,
         limiter: Limiter,
         memory: ModelMemory | None,
+        tls: MasterTls | None,
     ) -> None:
         self.replaced = trio.Event()
         self._path = path
@@ -101,6 +103,7 @@ class HandOver:
         self._manager = manager
         self._limiter = limiter
         self._memory = memory
+        self._tls = tls
         self._attempt: Predecessor | None = None
         self._serving = trio.CancelScope()
         # What keys have used that was not sent to the successor.
@@ -212,6 +215,8 @@ class HandOver:
                 self._workers_gate.close()
                 if self._memory is not None:
                     self._memory.suspend()
+                if self._tls is not None:
+                    await self._tls.suspend()
                 await self._limiter.release(self._forward)
                 models = self._manager.models()
                 self._manager.announce_successor(coming=True)
@@ -235,6 +240,8 @@ class HandOver:
         self._limiter.retake()
         if self._memory is not None:
             self._memory.resume()
+        if self._tls is not None:
+            self._tls.resume()
         with suppress(OSError), trio.move_on_after(_LAST_WORDS):
             await channel.send(encode(Refused(attempt.why)))
 

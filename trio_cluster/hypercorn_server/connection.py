@@ -10,6 +10,10 @@ is done around that:
 - *It does not always read.* While a pipelined request waits, hypercorn reads no further, and does not learn that the
   client has left. So the connection is read here, by a task of its own, at most :data:`_READ_AHEAD` bytes ahead of
   hypercorn. When the connection ends, all of its requests are cancelled at once, whatever hypercorn is waiting for.
+- *It knows no end of a connection on HTTP/2 that loses no request.* A connection that is to end does so when it has no
+  request, with ``GOAWAY``; what the client sends before it has read that is dropped, and the frame tells it so. If the
+  connection always has a request, the client is asked after a while to send no more; the running ones go on. That is
+  not done at once, since many clients fail all their running requests at any ``GOAWAY``.
 - *Its writes are shielded from cancellation.* Closing the stream under a write ends it. The kernel does that for a
   client that stops reading (see :meth:`~trio_cluster.net.streams.Listener.limit_unread_time`), and the server when it
   has stopped.
@@ -25,7 +29,15 @@ import trio
 
 from ..http1.asgi import App, Message, Receive, Scope, Send
 from ..net.streams import Address, ByteStream
-from .library import Config, ConnectionState, TCPServer, WorkerContext, say_goodbye
+from .library import (
+    Config,
+    ConnectionState,
+    TCPServer,
+    WorkerContext,
+    announce_goodbye,
+    count_streams,
+    say_goodbye,
+)
 from .request import HypercornRequest
 
 __all__ = ["HypercornConnection"]
@@ -66,6 +78,8 @@ class HypercornConnection:
         self._stream = stream
         self._app = app
         self._requests: dict[HypercornRequest, None] = {}
+        # How many were begun, on HTTP/2.
+        self._begun = 0
         transport = _Transport if stream.tls is None else _TlsTransport
         self._transport = transport(self, stream.peer_address, stream.local_address)
         self._server = TCPServer(
@@ -77,6 +91,9 @@ class HypercornConnection:
         )
         self._ahead = bytearray()
         self._retiring = False
+        # No request is to be waited for any longer before the end is announced.
+        self._retiring_now = False
+        self._goodbye_said = False
         self._changed = trio.lowlevel.ParkingLot()
 
     async def serve(self) -> None:
@@ -96,14 +113,21 @@ class HypercornConnection:
             self.close()
 
     def close_when_idle(self) -> None:
-        """Close it if its end is announced and it is idle; otherwise hypercorn's own context tells it to do that."""
-        if self._retiring and not (self._requests or self._ahead):
+        """Close it if its end is announced and it is idle; otherwise hypercorn's own context tells it to do that.
+
+        On HTTP/2, if its end is to be announced and it is not idle, that is done now.
+        """
+        if not self._retiring:
+            return
+        if not (self._requests or self._ahead):
             self.close()
+        self._retiring_now = True
+        self._changed.unpark_all()
 
     def close_after_next(self) -> None:
         """Announce the end of the connection with the next answer. Synchronous, idempotent.
 
-        On HTTP/2, that is done between two requests, when there is none.
+        On HTTP/2, that is done between two requests, when there is none, or by :meth:`close_when_idle`.
         """
         self._retiring = True
         self._changed.unpark_all()
@@ -127,7 +151,8 @@ class HypercornConnection:
                 data = await self._stream.read(_RECEIVE)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 data = b""
-            self._ahead += data
+            if not self._goodbye_said:
+                self._ahead += data
             self._changed.unpark_all()
         # An answer that is being written now is of no use to anybody, and would wait for a client that does not read.
         self.close()
@@ -139,13 +164,26 @@ class HypercornConnection:
         scope.cancel(reason="the client has left")
 
     async def _say_goodbye(self) -> None:
-        """End an HTTP/2 connection that is to end, as soon as it has no requests."""
-        while self._requests or not self._retiring:
-            await self._changed.park()
-        if await say_goodbye(self._server):
-            # The client opens another connection for what it has sent meanwhile.
-            await trio.sleep(_GOODBYE_TIME)
-            self.close()
+        """End an HTTP/2 connection that is to end, as soon as it has had a request and has none."""
+        announced = False
+        while not (self._retiring and self._may_say_goodbye):
+            if self._retiring_now and not announced and count_streams(self._server):
+                announced = True
+                await announce_goodbye(self._server)
+            else:
+                await self._changed.park()
+        self._goodbye_said = True
+        await say_goodbye(self._server)
+        # The client opens another connection for what it has sent meanwhile. That is read and dropped, since a
+        # connection that is closed with unread bytes is reset, and the client may lose the frame by that.
+        await trio.sleep(_GOODBYE_TIME)
+        self.close()
+
+    @property
+    def _may_say_goodbye(self) -> bool:
+        # A connection without any request may be one whose first request is under way: that is waited for. And
+        # hypercorn may have taken a request whose task has not begun yet.
+        return not self._requests and 0 < count_streams(self._server) == self._begun
 
     def _lose(self) -> None:
         if self.gone:
@@ -157,8 +195,13 @@ class HypercornConnection:
 
     async def _run_app(self, scope: Scope, receive: Receive, send: Send, *_: object) -> None:
         """Run the application for one request, or for a websocket, which it refuses."""
+        if scope["http_version"] == "2":
+            self._begun += 1
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._changed.unpark_all()
             return
         if self.gone:
             return

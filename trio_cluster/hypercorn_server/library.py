@@ -19,13 +19,17 @@ The assumptions, to which ``tests/hypercorn_server/test_hypercorn_library.py`` h
    ``pop`` raises ``h2.exceptions.StreamClosedError``, it closes the buffer and forgets the stream.
 6. The ``protocol`` of a ``TCPServer`` is there from the beginning of ``run()``, and its own ``protocol`` is an
    ``H2Protocol`` as soon as the connection speaks HTTP/2.
+7. The ``keep_alive_requests`` of an ``H2Protocol`` counts the streams of the connection. It counts each when the stream
+   is made; the task in which ``app`` is called begins later.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Final
 
 import h2.exceptions
+from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import RawData
 from hypercorn.protocol.h2 import BufferCompleteError, H2Protocol
@@ -33,6 +37,7 @@ from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+from hyperframe.frame import GoAwayFrame
 
 from ..http1.asgi import Send
 
@@ -44,9 +49,14 @@ __all__ = [
     "RawData",
     "TCPServer",
     "WorkerContext",
+    "announce_goodbye",
+    "count_streams",
     "http2_stream",
     "say_goodbye",
 ]
+
+#: The largest number that a stream can have.
+_LAST_STREAM: Final = 2**31 - 1
 
 
 def http2_stream(send: Send) -> tuple[H2Protocol, int]:
@@ -58,21 +68,38 @@ def http2_stream(send: Send) -> tuple[H2Protocol, int]:
     return protocol, stream.stream_id
 
 
-async def say_goodbye(server: TCPServer) -> bool:
-    """Announce the end of an HTTP/2 connection, which has no requests. A checkpoint if it is one.
+def count_streams(server: TCPServer) -> int:
+    """Return how many streams an HTTP/2 connection has had; 0 if it is none. Synchronous."""
+    protocol = _http2_protocol(server)
+    return 0 if protocol is None else protocol.keep_alive_requests
+
+
+async def announce_goodbye(server: TCPServer) -> None:
+    """Ask the client of an HTTP/2 connection to send no more requests on it. A checkpoint.
+
+    Those that are under way are processed, as those that have begun (RFC 9113, 6.8). The library h2 knows only a
+    ``GOAWAY`` that ends everything, so it is not asked.
+    """
+    protocol = _http2_protocol(server)
+    assert protocol is not None
+    frame = GoAwayFrame(0, last_stream_id=_LAST_STREAM, error_code=ErrorCodes.NO_ERROR)
+    await protocol.send(RawData(frame.serialize()))
+
+
+async def say_goodbye(server: TCPServer) -> None:
+    """Announce the end of an HTTP/2 connection, which has no requests. A checkpoint.
 
     Requests that the client has sent meanwhile are not processed; it knows that from the frame (``GOAWAY``).
-
-    Returns:
-        Whether it is an HTTP/2 connection.
     """
-    wrapper = getattr(server, "protocol", None)
-    protocol = getattr(wrapper, "protocol", None)
-    if not isinstance(protocol, H2Protocol):
-        return False
+    protocol = _http2_protocol(server)
+    assert protocol is not None
     with suppress(h2.exceptions.ProtocolError):
         protocol.connection.close_connection()
     data = protocol.connection.data_to_send()
     if data:
         await protocol.send(RawData(data))
-    return True
+
+
+def _http2_protocol(server: TCPServer) -> H2Protocol | None:
+    protocol = getattr(getattr(server, "protocol", None), "protocol", None)
+    return protocol if isinstance(protocol, H2Protocol) else None

@@ -15,6 +15,11 @@ joins: it gets the certificate of the authority. All others get that of the oper
 
 Only the port for workers asks for certificates of clients. On the other one browsers would show a dialogue about it.
 
+*The state directory may pass from one process to another*, when that takes the place of this one. What the authority
+keeps there is changed by one of them at a time: this one is suspended first (:meth:`MasterTls.suspend`), and the other
+one reads it again then (:meth:`MasterTls.reload`). What was read when it started may be minutes old: an invitation
+would be forgotten, and a worker that was revoked since admitted.
+
 A context is made when its files change, and then used by all connections that come in. So accepting a connection reads
 no file. What reads or writes files runs in threads, one after the other.
 """
@@ -43,7 +48,7 @@ from .invitations import JoinRefused, Members, Token
 if TYPE_CHECKING:
     from .authority import Authority
 
-__all__ = ["Granted", "MasterTls", "TlsUnavailable", "open_tls"]
+__all__ = ["Granted", "MasterTls", "TlsSuspended", "TlsUnavailable", "open_tls"]
 
 logger = logging.getLogger("trio_cluster.tls")
 
@@ -57,6 +62,10 @@ T = TypeVar("T")
 
 class TlsUnavailable(ClusterError):
     """TLS, or the cluster's own authority, cannot be used here; the message says why, and what to do."""
+
+
+class TlsSuspended(Exception):
+    """Another process takes the place of this one: it is to be asked."""
 
 
 @attrs.frozen
@@ -102,6 +111,8 @@ class MasterTls:
         self._alpn = alpn
         self._seen: object = None
         self._complained = ""
+        self._state = state
+        self._suspended = False
         self._one_at_a_time = trio.Lock()
         if state is not None:
             self._open_authority(state)
@@ -145,13 +156,13 @@ class MasterTls:
             await trio.sleep(_LOOK)
             # By the clock on the wall, since a machine that was suspended has not counted the time.
             # One that was set back does not put the next look off.
-            renew = not 0 <= time.time() - checked <= _RENEWAL_CHECK
+            renew = not self._suspended and not 0 <= time.time() - checked <= _RENEWAL_CHECK
             if not renew and self._certificate is None:
                 continue
             if renew:
                 checked = time.time()
             try:
-                await self._do(self._refresh, renew)
+                await self._run(self._refresh, renew)
             except Exception as error:
                 if str(error) != self._complained:
                     self._complained = str(error)
@@ -199,10 +210,52 @@ class MasterTls:
             )
         return api, link
 
-    async def _do(self, function: Callable[..., T], *args: object) -> T:
+    async def _run(self, function: Callable[..., T], *args: object) -> T:
         """Call a function in a thread, when no other one runs; it is not left alone when this is cancelled."""
         async with self._one_at_a_time:
             return await run_in_thread(function, *args)
+
+    async def _do(self, function: Callable[..., T], *args: object) -> T:
+        """Call a function that changes what is kept. A checkpoint.
+
+        Raises:
+            TlsSuspended: another process keeps it now.
+        """
+
+        def do() -> T:
+            if self._suspended:
+                raise TlsSuspended("another process takes the place of this master; try again")
+            return function(*args)
+
+        return await self._run(do)
+
+    # When another process takes over
+
+    async def suspend(self) -> None:
+        """Change nothing in the state directory from now on; what is being changed is complete then. A checkpoint."""
+
+        def suspend() -> None:
+            self._suspended = True
+
+        await self._run(suspend)
+
+    def resume(self) -> None:
+        """The state directory is this process's as before. Synchronous."""
+        self._suspended = False
+
+    async def reload(self) -> None:
+        """Read what another process has kept in the state directory, which is this process's now. A checkpoint.
+
+        Raises:
+            StateDirError, CertificateError: it cannot be read, or not be used.
+        """
+
+        def reload() -> None:
+            if self._state is not None:
+                self._open_authority(self._state)
+            self._api, self._link = self._make_contexts()
+
+        await self._run(reload)
 
     # For operators and workers
 
@@ -219,6 +272,7 @@ class MasterTls:
             RequestRefused: no worker can have this name.
             JoinRefused: there are too many invitations.
             StateDirError: it cannot be kept.
+            TlsSuspended: another process takes over.
         """
         authority, members = self._need_authority()
         if name is not None:
@@ -244,6 +298,7 @@ class MasterTls:
             TlsUnavailable: there is no authority.
             JoinRefused, RequestRefused: it gets none; the message says why.
             StateDirError: it cannot be kept.
+            TlsSuspended: another process takes over.
         """
         authority, members = self._need_authority()
 
@@ -269,7 +324,7 @@ class MasterTls:
             request: a request for a new one with the same key, in PEM.
 
         Raises:
-            TlsUnavailable, JoinRefused, RequestRefused, StateDirError: as :meth:`join`.
+            TlsUnavailable, JoinRefused, RequestRefused, StateDirError, TlsSuspended: as :meth:`join`.
         """
         authority, members = self._need_authority()
 
@@ -295,6 +350,7 @@ class MasterTls:
         Raises:
             TlsUnavailable: there is no authority.
             StateDirError: it cannot be kept.
+            TlsSuspended: another process takes over.
         """
         _, members = self._need_authority()
         return await self._do(members.revoke, name)
@@ -308,6 +364,7 @@ class MasterTls:
         Raises:
             TlsUnavailable: there is no authority.
             StateDirError: it cannot be kept.
+            TlsSuspended: another process takes over.
         """
         authority, _ = self._need_authority()
 
