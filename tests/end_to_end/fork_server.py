@@ -32,10 +32,12 @@ from typing import Any, Final
 
 __all__ = ["ForkedProcess", "run", "start"]
 
-#: What a node would import: all that the command imports first, and what a master imports later.
+#: What a node would import: all that the command and programs import first, and what a master imports later.
 _IMPORTS: Final = (
     "trio_cluster.cli.commands",
-    "trio_cluster.cli.account_commands",
+    "trio_cluster.cluster.probe",
+    "trio_cluster.local.asyncio_handler",
+    "trio_cluster.server_thread",
     "sqlalchemy.dialects.sqlite",
 )
 _NUMBER: Final = struct.Struct("i")
