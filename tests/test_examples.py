@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 pytestmark = pytest.mark.processes
@@ -39,24 +40,28 @@ class Program:
             for key, value in os.environ.items()
             if not key.startswith("TRIO_CLUSTER_") and not key.lower().endswith("_proxy")
         }
-        with errors.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-            )
+        self._output, written = os.pipe()
+        try:
+            with errors.open("wb") as file:
+                self._process = fork_server.start_blocking(
+                    [str(EXAMPLES / name), *map(str, arguments)],
+                    cwd=errors.parent,
+                    env=environment,
+                    stdout=written,
+                    stderr=file.fileno(),
+                )
+        finally:
+            os.close(written)
 
     def next_line(self) -> str:
         """Return the next line that the program prints."""
-        assert self._process.stdout is not None
         deadline = time.monotonic() + TIMEOUT
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(self._output, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     pytest.fail(f"{self.name} printed nothing; on standard error: {self.complaints}")
-                piece = os.read(self._process.stdout.fileno(), 65536)
+                piece = os.read(self._output, 65536)
                 if not piece:
                     pytest.fail(f"{self.name} ended; on standard error: {self.complaints}")
                 self._rest += piece
@@ -79,8 +84,7 @@ class Program:
         """Make sure that nothing is left of it."""
         self._process.kill()
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        os.close(self._output)
 
 
 Starter = Callable[..., Program]

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,10 +284,13 @@ def test_the_package_exports_what_is_documented() -> None:
     assert exported >= EXPORTS
     assert exported - EXPORTS <= EXPORTED_ERRORS | {
         name
-        for name, value in vars(trio_cluster).items()
+        for name in exported
+        for value in [getattr(trio_cluster, name)]
         if inspect.isclass(value) and issubclass(value, trio_cluster.ApiError)
     }
-    assert all(hasattr(trio_cluster, name) for name in exported)
+    assert exported <= set(dir(trio_cluster))
+    with pytest.raises(AttributeError, match="'trio_cluster' has no attribute 'ClusterServ'"):
+        trio_cluster.ClusterServ  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_everything_public_has_a_docstring() -> None:
@@ -303,9 +307,34 @@ def test_everything_public_has_a_docstring() -> None:
     assert bare == []
 
 
-def test_the_package_s_face_only_imports() -> None:
+def test_the_package_s_face_only_imports_each_name_when_it_is_used_and_as_types_are_checked() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    assert {type(node) for node in tree.body} <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    for_types = [node for node in tree.body if isinstance(node, ast.If)]
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    others = {type(node) for node in tree.body} - {ast.If, ast.FunctionDef}
+    assert others <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign}
+    assert functions <= {"__getattr__", "__dir__"}
+    assert [ast.unparse(node.test) for node in for_types] == ["TYPE_CHECKING"]
+    modules = {
+        alias.name: f".{node.module}"
+        for node in for_types[0].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert modules == trio_cluster._MODULES
+    assert modules.keys() == set(trio_cluster.__all__) - {"__version__"}
+
+
+def test_commands_that_only_ask_a_node_import_no_server() -> None:
+    """For this takes most of a second each time."""
+    program = (
+        "import sys\n"
+        "from trio_cluster.cli import commands\n"
+        "commands.main(['status', '--nonsense'])\n"
+        "print(*sorted(set(sys.modules) & {'quart', 'msgspec', 'trio_cluster.node', 'trio_cluster.server'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_there_is_one_version() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import trio
 from quart import Quart
+from quart.routing import QuartRule
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import BadHost
 
-from trio_cluster.admin.web import make_app, path_lookup, replace_asgi_app, respond
+from trio_cluster.admin.web import deferred_routes, make_app, path_lookup, replace_asgi_app, respond
 from trio_cluster.gateway.response import Reply
 
 INSTALLED = ", ".join(f"{name} {version(name)}" for name in ("quart", "quart-trio", "werkzeug"))
@@ -114,6 +115,77 @@ def test_a_path_is_found_whatever_the_method(app: QuartTrio) -> None:
     assert not has_route("/a/x/b", "PATCH")
     assert not has_route("/a/x/c")
     assert not has_route("")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Return the list of rules for which a method of Werkzeug's rules is called."""
+    called: list[str] = []
+    method = getattr(QuartRule, name)
+
+    def count(self: QuartRule, *args: Any, **kwargs: Any) -> Any:
+        called.append(self.rule)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(QuartRule, name, count)
+    return called
+
+
+async def test_url_builders_are_compiled_when_they_are_used_and_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hasattr(QuartRule, "_compile_builder"), broken("a rule's URL builders are compiled elsewhere")
+    compiled = counted(monkeypatch, "_compile_builder")
+    app = make_app("test")
+    for path in ("/plain", "/a/<anything:name>/b"):
+        app.add_url_rule(path, path, lambda: "")
+    paths = app.url_map.bind("h")
+    assert paths.match("/plain")
+    assert paths.match("/a/x/b")
+    assert compiled == [], broken("matching needs URL builders")
+    for _ in range(2):
+        assert paths.build("/plain") == "/plain"
+        assert paths.build("/a/<anything:name>/b", {"name": "x y"}) == "/a/x%20y/b"
+        assert paths.build("/plain", {"q": "1"}) == "/plain?q=1"
+    assert set(compiled) == {"/plain", "/a/<anything:name>/b"}
+    assert len(compiled) <= 4, "they are compiled again and again"
+
+
+async def test_deferred_routes_are_compiled_when_the_first_request_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = counted(monkeypatch, "compile")
+
+    async def view() -> TrioResponse:
+        return respond(Reply(200, [("content-type", "text/plain")], b"here"))
+
+    app = make_app("test")
+    has_route = path_lookup(app)
+    with deferred_routes(app):
+        app.add_url_rule("/late", "late", view)
+    assert compiled == [], broken("routes are not deferred")
+    assert await ask(app, "/late") == (200, b"here"), broken("the map does not call its own update")
+    assert has_route("/late", "GET")
+    assert not has_route("/later")
+    assert compiled == ["/late"]
+
+
+def test_deferred_routes_are_found_by_a_lookup_and_listed() -> None:
+    for use in (lambda app: path_lookup(app)("/late"), lambda app: [*app.url_map.iter_rules()]):
+        app = make_app("test")
+        with deferred_routes(app):
+            app.add_url_rule("/late", "late", lambda: "")
+        assert use(app), broken("the map does not call its own update")
+
+
+async def test_a_route_that_is_added_after_deferred_ones_is_compiled_at_once_and_comes_after_them() -> None:
+    async def first() -> TrioResponse:
+        return respond(Reply(200, [("content-type", "text/plain")], b"first"))
+
+    app = make_app("test")
+    with deferred_routes(app):
+        app.add_url_rule("/twice", "first", first)
+    with pytest.raises(ValueError, match="malformed"):
+        app.add_url_rule("/<broken", "broken", first)
+    app.add_url_rule("/twice", "second", lambda: "second")
+    assert await ask(app, "/twice") == (200, b"first")
 
 
 async def test_a_response_has_only_the_content_type_that_it_is_given() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
+import fork_server
 import pytest
 from command_line import APP, one_line
 
@@ -27,14 +28,14 @@ processes = pytest.mark.processes
 class Process:
     """A running command, and what it has logged so far."""
 
-    popen: subprocess.Popen[bytes]
+    popen: fork_server.BlockingProcess
+    errors: int
     logged: str = ""
 
     def read(self, timeout: float) -> bool:
         """Read more of the log. Return whether there was any before the timeout (seconds) or the end of the process."""
-        assert self.popen.stderr is not None
-        ready, _, _ = select.select([self.popen.stderr], [], [], max(0.0, timeout))
-        piece = os.read(self.popen.stderr.fileno(), 65536) if ready else b""
+        ready, _, _ = select.select([self.errors], [], [], max(0.0, timeout))
+        piece = os.read(self.errors, 65536) if ready else b""
         self.logged += piece.decode()
         return piece != b""
 
@@ -60,18 +61,23 @@ def start(place: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def start(*argv: str, program: str | None = None) -> Process:
-        popen = subprocess.Popen(
-            [sys.executable, *(["-m", "trio_cluster"] if program is None else [program]), *argv],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        started.append(Process(popen))
+        words = [*(["-m", "trio_cluster"] if program is None else [program]), *argv]
+        errors, written = os.pipe()
+        try:
+            with Path(os.devnull).open("w") as nothing:
+                popen = fork_server.start_blocking(
+                    words, cwd=place, env=os.environ, stdout=nothing.fileno(), stderr=written
+                )
+        finally:
+            os.close(written)
+        started.append(Process(popen, errors))
         return started[-1]
 
     yield start
     for process in started:
-        with process.popen as popen:
-            popen.kill()
+        process.popen.kill()
+        process.popen.wait()
+        os.close(process.errors)
 
 
 def ask_slow(url: str) -> http.client.HTTPResponse:

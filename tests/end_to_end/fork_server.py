@@ -5,7 +5,7 @@ starts a server, one for each pytest process: an interpreter that has imported t
 thread. It forks a copy of itself for every process that a test starts. The copy leads its own session, has the
 directory, the environment and the standard streams that the test gives it, runs what ``python -W error`` would run with
 the same arguments, and ends as an interpreter does: signals, exit codes, what it warns about when it ends, all of that
-is real. Only imports have happened earlier. Tests in ``tests/cli`` and ``tests/test_examples.py`` start interpreters.
+is real. Only imports have happened earlier. So this module's own tests, and a few in ``tests/cli``, start interpreters.
 
 A request is a line of JSON on a socket, and three files with it (standard output, standard error, and a pipe). The
 server writes the id of the new process into the pipe, and later its exit code, for only a parent can wait for a
@@ -30,12 +30,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["ForkedProcess", "run", "start"]
+__all__ = ["BlockingProcess", "ForkedProcess", "run", "start", "start_blocking"]
 
-#: What a node would import: all that the command imports first, and what a master imports later.
+#: What a node would import: all that the command and programs import first, and what a master imports later.
 _IMPORTS: Final = (
     "trio_cluster.cli.commands",
-    "trio_cluster.cli.account_commands",
+    "trio_cluster.cluster.probe",
+    "trio_cluster.local.asyncio_handler",
+    "trio_cluster.server_thread",
     "sqlalchemy.dialects.sqlite",
 )
 _NUMBER: Final = struct.Struct("i")
@@ -44,30 +46,30 @@ _NUMBER: Final = struct.Struct("i")
 # In the test
 
 
-class ForkedProcess:
-    """A process that the server has forked: what tests use of ``trio.Process``.
+class _Forked:
+    """What is known of a process that the server has forked.
 
     Attributes:
         pid: its id.
-        stdout: a stream of its standard output, if the test asked for one.
-        stderr: a stream of its standard error.
     """
 
-    def __init__(self, pid: int, status: int, stdout: Any, stderr: Any) -> None:
+    def __init__(self, pid: int, status: int) -> None:
         self.pid = pid
-        self.stdout = stdout
-        self.stderr = stderr
         self._status: int | None = status
         self._returncode: int | None = None
 
     @property
     def returncode(self) -> int | None:
         """Its exit code, or minus the signal that ended it; ``None`` while it runs."""
-        if self._status is not None and select.select([self._status], [], [], 0)[0]:
+        self._poll(0)
+        return self._returncode
+
+    def _poll(self, timeout: float | None) -> None:
+        """Wait until the server has written down the exit code, for at most so many seconds."""
+        if self._status is not None and select.select([self._status], [], [], timeout)[0]:
             self._returncode = _read_number(self._status)
             os.close(self._status)
             self._status = None
-        return self._returncode
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal, unless it has ended."""
@@ -80,6 +82,20 @@ class ForkedProcess:
         """Kill it."""
         self.send_signal(signal.SIGKILL)
 
+
+class ForkedProcess(_Forked):
+    """A process that the server has forked: what tests use of ``trio.Process``.
+
+    Attributes:
+        stdout: a stream of its standard output, if the test asked for one.
+        stderr: a stream of its standard error.
+    """
+
+    def __init__(self, pid: int, status: int, stdout: Any, stderr: Any) -> None:
+        super().__init__(pid, status)
+        self.stdout = stdout
+        self.stderr = stderr
+
     async def wait(self) -> int:
         """Wait until it has ended, and return its exit code."""
         # The server itself imports no more than a node does, and this module is its program.
@@ -89,6 +105,18 @@ class ForkedProcess:
             assert self._status is not None
             await trio.lowlevel.wait_readable(self._status)
         return code
+
+
+class BlockingProcess(_Forked):
+    """A process that the server has forked: what tests without an event loop use of ``subprocess.Popen``."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended, for at most so many seconds, and return its exit code."""
+        self._poll(timeout)
+        if self._returncode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return self._returncode
 
 
 class _Server:
@@ -131,6 +159,31 @@ class _Server:
 _servers: list[_Server] = []
 
 
+def _fork(
+    words: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int
+) -> tuple[int, int]:
+    """Have the server fork, which is started when it is first needed."""
+    if not _servers:
+        _servers.append(_Server())
+        atexit.register(_servers[0].close)
+    return _servers[0].fork(words, cwd, env, output, errors)
+
+
+def start_blocking(
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: int, stderr: int
+) -> BlockingProcess:
+    """Start ``python -W error`` with these arguments, from a test without an event loop.
+
+    Args:
+        words: ``-m``, a module and its arguments, or a file and its arguments.
+        cwd: the directory that it runs in.
+        env: its whole environment.
+        stdout: the file descriptor of its standard output; the caller's own stays open.
+        stderr: the same for its standard error.
+    """
+    return BlockingProcess(*_fork(words, cwd, env, stdout, stderr))
+
+
 def start(
     words: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture_stdout: bool = False
 ) -> ForkedProcess:
@@ -144,13 +197,10 @@ def start(
     """
     import trio
 
-    if not _servers:
-        _servers.append(_Server())
-        atexit.register(_servers[0].close)
     errors, written_errors = os.pipe()
     output, written_output = os.pipe() if capture_stdout else (None, os.dup(1))
     try:
-        pid, status = _servers[0].fork(words, cwd, env, written_output, written_errors)
+        pid, status = _fork(words, cwd, env, written_output, written_errors)
     finally:
         os.close(written_output)
         os.close(written_errors)

@@ -26,7 +26,7 @@ from .membership import Membership, add_membership_routes
 from .operator import add_operator_routes
 from .routes import add_routes
 from .stored import add_stored_routes
-from .web import make_app, path_lookup, replace_asgi_app, respond
+from .web import deferred_routes, make_app, path_lookup, replace_asgi_app, respond
 
 __all__ = ["create_app", "put_gateway_in_front"]
 
@@ -49,12 +49,13 @@ def create_app(node_context: NodeContext, membership: Membership | None = None) 
     app.register_error_handler(StoreError, _on_store_error)
     app.register_error_handler(HTTPException, partial(_on_http_exception, node_context))
     app.register_error_handler(Exception, _on_exception)
-    add_routes(app, node_context)
-    add_operator_routes(app, node_context)
-    add_account_routes(app, node_context)
-    add_stored_routes(app, node_context)
-    if membership is not None:
-        add_membership_routes(app, membership, node_context.audit)
+    with deferred_routes(app):
+        add_routes(app, node_context)
+        add_operator_routes(app, node_context)
+        add_account_routes(app, node_context)
+        add_stored_routes(app, node_context)
+        if membership is not None:
+            add_membership_routes(app, membership, node_context.audit)
     return app
 
 

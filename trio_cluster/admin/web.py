@@ -7,19 +7,23 @@
 - ``app.asgi_app`` may be replaced, and is what every server and test client calls;
 - ``app.url_map`` is a Werkzeug map: ``strict_slashes``, ``merge_slashes`` and ``converters`` may be set before routes
   are added, and ``bind(...).allowed_methods(path)`` tells which methods a path takes;
+- the map calls its own ``update`` before each of its rules is used, and its ``add`` for each rule that is added;
+- a rule has its URL builders compiled by ``_compile_builder``, and nothing calls them but ``url_for``;
 - a response made without a content type has one, which may be deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
+from quart.routing import QuartMap, QuartRule
 from quart.wrappers import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import BadHost
-from werkzeug.routing import BaseConverter
+from werkzeug.routing import BaseConverter, RuleFactory
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from ..errors import InvalidRequest
@@ -27,11 +31,63 @@ from ..gateway.response import Reply, error_reply
 from ..gateway.stage import HasRoute
 from ..http1.asgi import App
 
-__all__ = ["make_app", "path_lookup", "replace_asgi_app", "respond"]
+__all__ = ["deferred_routes", "make_app", "path_lookup", "replace_asgi_app", "respond"]
+
+
+class _Rule(QuartRule):
+    """A rule whose URL builders are compiled when ``url_for`` first needs them.
+
+    They take most of the time in which a rule is added, 20 ms for all routes of a node, and no node uses any.
+    """
+
+    def _compile_builder(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        compile_builder = super()._compile_builder
+        compiled: Callable[..., Any] | None = None
+
+        def build(*values: Any, **more: Any) -> Any:
+            nonlocal compiled
+            if compiled is None:
+                compiled = compile_builder(*args, **kwargs)
+            return compiled(*values, **more)
+
+        return build
+
+
+class _Map(QuartMap):
+    """A map of rules, some of which may be compiled later than they are added.
+
+    Attributes:
+        defers: rules that are added wait for the first use of the map, or for the first rule that does not wait.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defers = False
+        self._deferred: list[RuleFactory] = []
+
+    def add(self, rulefactory: RuleFactory) -> None:
+        if self.defers:
+            self._deferred.append(rulefactory)
+            return
+        # Of two rules for one path, the first one counts.
+        self._add_deferred()
+        super().add(rulefactory)
+
+    def update(self) -> None:
+        self._add_deferred()
+        super().update()
+
+    def _add_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for each in deferred:
+            super().add(each)
 
 
 class _App(QuartTrio):
     """Quart-Trio, with an answer for requests for which it cannot make a request context."""
+
+    url_map_class = _Map
+    url_rule_class = _Rule  # type: ignore[assignment]
 
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
         try:
@@ -66,6 +122,24 @@ def make_app(name: str) -> QuartTrio:
     app.url_map.converters["anything"] = _Anything
     app.register_error_handler(BadHost, _bad_host)
     return app
+
+
+@contextmanager
+def deferred_routes(app: QuartTrio) -> Iterator[None]:
+    """Have the routes that are added in this block compiled when a request first needs a route of the application.
+
+    Most nodes that are opened in tests never do, nor does a worker whose own API is not asked. Only for routes that are
+    known to be well formed: what is wrong with one is an error when it is compiled.
+
+    Args:
+        app: an application that :func:`make_app` has made.
+    """
+    assert isinstance(app.url_map, _Map)
+    app.url_map.defers = True
+    try:
+        yield
+    finally:
+        app.url_map.defers = False
 
 
 def path_lookup(app: QuartTrio) -> HasRoute:

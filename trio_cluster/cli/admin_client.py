@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import attrs
 import trio
 
-from ..cluster.probe import check_is_cluster_server
 from ..errors import ClusterError
 from ..net.sockets import INTERNAL_OFFSET
 from ..net.tls import TLS_REQUIRED, why_refused
@@ -194,6 +193,8 @@ def _refused(node: str, error: urllib.error.HTTPError, *, with_key: bool) -> Clu
 
 def _workers_port_hint(node: str) -> str:
     """Return what to try if the URL has the port for workers in it, which is 1000 above that of the API. Blocks."""
+    from ..cluster.probe import check_is_cluster_server
+
     parts = urlsplit(node)
     host, port = parts.hostname or "", parts.port or 0
     if port <= INTERNAL_OFFSET or not trio.run(check_is_cluster_server, host, port):

@@ -10,6 +10,9 @@ nothing to serve. An error is one line on standard error; its traceback is logge
 *Signals.* The first SIGINT, SIGTERM or SIGHUP (a terminal that was closed) makes the server drain and stop. Before the
 server is up, it stops the process instead. The second one cancels everything. If a thread does not react to that, the
 third one kills the process.
+
+*Imports.* A command that only asks a node, such as ``trio-cluster status``, does not import a server: that takes most
+of a second. So what only a node needs is imported in the functions that start one.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from urllib.parse import quote, urlsplit
 import attrs
 import trio
 
-from ..cluster.probe import check_is_cluster_server
 from ..core.addresses import split_address
 from ..core.redaction import without_keys
 from ..core.state_dir import default_state_dir, path_of
@@ -41,7 +43,6 @@ from ..errors import ClusterError, OptionsError
 from ..net.activation import ActivatedNetwork, activated_sockets
 from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
 from ..options import ClusterMode
-from ..server import ClusterServer
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
 from .arguments import log_settings, master_addresses, options_from, parse_arguments
@@ -50,6 +51,7 @@ from .tables import describe_calls, describe_status
 
 if TYPE_CHECKING:
     from ..engines import ServeSpec
+    from ..server import ClusterServer
 
 __all__ = ["main", "run_application"]
 
@@ -270,6 +272,8 @@ async def _run_worker(
     Raises:
         ClusterError: it was.
     """
+    from ..cluster.probe import check_is_cluster_server
+
     mistaken: tuple[str, int] | None = None
     mode = ClusterMode.WORKER
     async with trio.open_nursery() as nursery:
@@ -303,6 +307,8 @@ def _has_joined(state_dir: str | None) -> bool:
 
 
 def _server(arguments: argparse.Namespace) -> ClusterServer:
+    from ..server import ClusterServer
+
     if arguments.app is None and arguments.application is None:
         server = ClusterServer(options_from(arguments))
     else:
@@ -344,6 +350,8 @@ def _load_app(text: str) -> ClusterServer:
         raise OptionsError(
             f"--app: there is no module {error.name!r}, neither in {here} nor installed; start in its directory"
         ) from error
+    from ..server import ClusterServer
+
     found: object = module
     for name in attribute.split("."):
         try:
