@@ -18,6 +18,7 @@ import enum
 import json
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
@@ -33,6 +34,7 @@ __all__ = [
     "HttpServer",
     "LimitsFailure",
     "OptionChange",
+    "Reloaded",
     "Routing",
     "ServerOptions",
     "StreamFailure",
@@ -486,6 +488,28 @@ class OptionChange:
     applies: Applies
     is_secret: bool = False
     """Whether the values must not be shown."""
+
+
+@attrs.frozen
+class Reloaded:
+    """What has come of reading the configuration of a running node again."""
+
+    source: str
+    """The file."""
+    changes: Sequence[OptionChange]
+    """What was changed since it was read last, and what is different since the start and needs a restart."""
+    certificates: bool = False
+    """Whether the files of the certificate had changed, and were read again."""
+
+    @property
+    def applied(self) -> list[OptionChange]:
+        """The changes that apply from now on."""
+        return [change for change in self.changes if change.applies == "at once"]
+
+    @property
+    def needs_restart(self) -> list[OptionChange]:
+        """The changes that apply when the process is started again."""
+        return [change for change in self.changes if change.applies != "at once"]
 
 
 def when_applied(field: _Field) -> Applies:

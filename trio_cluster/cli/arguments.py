@@ -178,6 +178,10 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     drain.add_argument("--no-wait", action="store_true", help="do not wait")
     _add_admin_flags(drain)
 
+    reload = command("reload", "Have a node read its configuration file again.")
+    _add_url(reload)
+    _add_admin_flags(reload)
+
     _add_keys(command("keys", "Make, show, change and revoke API keys."))
 
     usage = command("usage", "Show the usage of models: requests and tokens.")
