@@ -18,7 +18,7 @@ import enum
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
@@ -42,6 +42,7 @@ __all__ = [
     "assign_option",
     "changed_options",
     "is_secret",
+    "option_schema",
     "parse_boolean",
     "when_applied",
 ]
@@ -231,7 +232,8 @@ def _aliases(instance: object, field: _Field, value: object) -> None:
         raise TypeError(f"{field.name}: {error}") from None
 
 
-def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
+def _link_duration(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
+    _duration(instance, field, value)
     if instance is None:
         return
     worker_timeout = value if field.name == "worker_timeout" else instance.worker_timeout
@@ -265,6 +267,34 @@ def _none_if_empty(value: str | None) -> str | None:
 
 
 _optional = attrs.validators.optional
+
+# What a validator accepts, in the words of JSON Schema. Options that are one of several texts have these in their type.
+_SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
+    _count: {"type": "integer", "minimum": 1},
+    _count_or_zero: {"type": "integer", "minimum": 0},
+    _port: {"type": "integer", "minimum": 0, "maximum": 65535},
+    _flag: {"type": "boolean"},
+    _duration: {"type": "number", "exclusiveMinimum": 0},
+    _link_duration: {"type": "number", "exclusiveMinimum": 0},
+    _duration_or_zero: {"type": "number", "minimum": 0},
+    _duration_or_inf: {"type": "number", "exclusiveMinimum": 0},
+    _moment: {"type": "number", "minimum": 0, "maximum": 0.1},
+    _share: {"type": "number", "minimum": 0, "maximum": 1},
+    _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
+    _secret: {"type": "string", "pattern": "^[!-~]+$"},
+    _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
+    _redis_url: {"type": "string", "pattern": "^rediss?://"},
+    _aliases: {
+        "type": "object",
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                {"type": "object", "additionalProperties": {"type": "number"}, "minProperties": 1},
+            ]
+        },
+    },
+}
 
 # The metadata of the options. Only an option whose value is read at each use, or that `ClusterServer.apply_changes`
 # takes care of, may have the first one.
@@ -379,11 +409,11 @@ class ClusterServerOptions:
     enable_cluster: bool = attrs.field(default=True, validator=_flag, metadata=_RESTART)
     """Whether ``run`` may become a master or a worker; otherwise it is a standalone server."""
     worker_timeout: float = attrs.field(
-        default=30.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats], metadata=_RESTART
+        default=30.0, converter=_seconds, validator=_link_duration, metadata=_RESTART
     )
     """How long the other end of a link may be silent before the link is closed. Longer than ``heartbeat_interval``."""
     heartbeat_interval: float = attrs.field(
-        default=5.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats], metadata=_RESTART
+        default=5.0, converter=_seconds, validator=_link_duration, metadata=_RESTART
     )
     """The time between two heartbeats, which each end of a link sends."""
     resume_window: float = attrs.field(
@@ -516,6 +546,27 @@ def when_applied(field: _Field) -> Applies:
     """Return when a new value of an option applies."""
     applies: Applies = field.metadata["applies"]
     return applies
+
+
+def option_schema(field: _Field, kind: Any) -> dict[str, Any]:
+    """Return a JSON Schema of the values that an option may have in a file.
+
+    It is for editors: rules between several options, and inside of some texts, are not part of it.
+
+    Args:
+        field: the option.
+        kind: its type, with all names resolved.
+    """
+    schema: dict[str, Any] = {}
+    for member in (kind, *typing.get_args(kind)):
+        if typing.get_origin(member) is Literal:
+            schema = {"type": "string", "enum": list(typing.get_args(member))}
+    # Of an optional one, what is checked if there is a value. TOML has none for "none".
+    schema = schema or dict(_SCHEMAS[getattr(field.validator, "validator", field.validator)])
+    converter: object = field.converter
+    if converter is _none_if_empty:
+        schema = {"anyOf": [schema, {"const": ""}]}
+    return schema
 
 
 def is_secret(field: _Field) -> bool:

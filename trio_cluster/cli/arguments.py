@@ -178,6 +178,11 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     drain.add_argument("--no-wait", action="store_true", help="do not wait")
     _add_admin_flags(drain)
 
+    check = command("check-config", "Say what a file of options means, or what is wrong with it.")
+    check.add_argument("file", type=Path, metavar="FILE", help="a TOML file")
+
+    command("schema", "Print the JSON Schema of a file of options, for editors.")
+
     reload = command("reload", "Have a node read its configuration file again.")
     _add_url(reload)
     _add_admin_flags(reload)

@@ -50,6 +50,7 @@ from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, reques
 from .arguments import config_file, log_settings, master_addresses, options_from, parse_arguments
 from .configuration import Configuration, reload_on_signal
 from .process import has_terminal, raise_descriptor_limit, tune_garbage_collector
+from .schema import configuration_schema, describe_configuration
 from .tables import describe_calls, describe_reload, describe_status
 
 if TYPE_CHECKING:
@@ -570,6 +571,16 @@ def _drain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_config(arguments: argparse.Namespace) -> int:
+    print(describe_configuration(arguments.file))
+    return 0
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(json.dumps(configuration_schema(), indent=2))
+    return 0
+
+
 def _reload(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     content = request_json(
@@ -694,6 +705,8 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "cancel": _cancel,
     "drain": _drain,
     "reload": _reload,
+    "check-config": _check_config,
+    "schema": _schema,
     "keys": _keys,
     "usage": _usage,
     "audit": _audit,
