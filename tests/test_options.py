@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import pytest
 
-from trio_cluster.cli.settings import load_options
+from trio_cluster.cli.settings import SECRET_FILES, load_options
 from trio_cluster.errors import OptionsError
 from trio_cluster.options import ClusterMode, ClusterServerOptions, ServerOptions
 
@@ -458,3 +458,71 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin.write_bytes("owner = 'Zoë'".encode("latin-1"))
     with pytest.raises(OptionsError, match=r"latin\.toml: is not UTF-8"):
         load_options(config=latin, environ={}, flags={})
+
+
+# Secrets in files of their own
+
+
+def test_the_options_that_are_secrets_may_be_in_files() -> None:
+    assert sorted(SECRET_FILES.values()) == ["api_key", "cluster_token", "database", "limits", "operator_key"]
+
+
+@pytest.mark.parametrize(("setting", "option"), SECRET_FILES.items())
+def test_a_secret_is_read_from_the_file_that_each_source_names(
+    setting: str, option: str, tmp_path: Path
+) -> None:
+    in_server = option in attrs.fields_dict(ServerOptions)
+    secret = {"database": "sqlite:///keys.db", "limits": "redis://:pass@r/1"}.get(option, "sesame")
+    file = tmp_path / "secret"
+    file.write_text(f"{secret}\n")
+    for options in (
+        load(f"{'[server]' if in_server else ''}\n{setting} = '{file}'", tmp_path=tmp_path),
+        load(None, {f"TRIO_CLUSTER_{setting.upper()}": str(file)}, tmp_path=tmp_path),
+        load(None, None, {setting: str(file)}, tmp_path=tmp_path),
+    ):
+        assert getattr(options.server if in_server else options, option) == secret
+
+
+def test_a_later_source_overrides_a_secret_whichever_of_the_two_it_gives(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("from-the-file")
+    toml = f"[server]\napi_key_file = '{file}'"
+    assert load(toml, {"TRIO_CLUSTER_API_KEY": "env"}, tmp_path=tmp_path).server.api_key == "env"
+    environ = {"TRIO_CLUSTER_API_KEY_FILE": str(file)}
+    assert load("[server]\napi_key = 'a'", environ, tmp_path=tmp_path).server.api_key == "from-the-file"
+
+
+def test_a_secret_that_one_source_gives_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("b")
+    text = complaint(tmp_path, f"[server]\napi_key = 'a'\napi_key_file = '{file}'")
+    assert text == (
+        "cluster.toml: server.api_key_file (secret): is given twice: cluster.toml: server.api_key is the same option"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"two sesames", "may only have visible ASCII characters, and no spaces"),
+        (b"s" * 70_000, "is too large for a secret"),
+    ],
+)
+def test_a_file_without_a_usable_secret_is_named(
+    content: bytes | None, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    text = complaint(tmp_path, None, {"TRIO_CLUSTER_API_KEY_FILE": str(file)})
+    assert text == f"TRIO_CLUSTER_API_KEY_FILE (secret): {expected}"
+    assert complaint(tmp_path, "cluster_token_file = 5") == (
+        "cluster.toml: cluster_token_file: expected the name of a file, got 5"
+    )
+    assert "did you mean server.api_key_file?" in complaint(tmp_path, "[server]\napi_key_fil = 'x'")
+    assert "did you mean TRIO_CLUSTER_API_KEY_FILE?" in complaint(
+        tmp_path, None, {"TRIO_CLUSTER_API_KEYFILE": "x"}
+    )

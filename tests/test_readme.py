@@ -23,6 +23,7 @@ from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, eng
 from trio_cluster.cli.arguments import _parser, parse_arguments
 from trio_cluster.core.request import Request
 from trio_cluster.openai import ENDPOINTS
+from trio_cluster.options import when_applied
 from trio_cluster.protocol import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, markdown
 from trio_cluster.protocol.codec import TAGS
 
@@ -210,6 +211,9 @@ def test_every_option_is_documented_with_its_default_variable_and_flag(options: 
         flag = flags.get(field.name, "none")
         expected = [shown, f"`TRIO_CLUSTER_{field.name.upper()}`", "`PORT`" if field.name == "port" else flag]
         assert table[field.name][1:4] == expected
+        assert (
+            table[field.name][4] == {"at once": "at once", "after a restart": "restart"}[when_applied(field)]
+        )
 
 
 def subparsers() -> list[tuple[str, argparse.ArgumentParser]]:

@@ -75,7 +75,7 @@ from .net.sockets import (
 )
 from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
-from .options import ClusterMode, ClusterServerOptions
+from .options import ClusterMode, ClusterServerOptions, Reloaded
 from .routing.router import Router
 from .security.master_tls import MasterTls, open_tls
 from .stored.database import DatabaseResponses
@@ -119,6 +119,7 @@ class Node:
         name: the name of the node if the options have none; ``None``: one is made up.
         serves_pool: serve the pool while this node serves. Otherwise its caller does, for several nodes one after the
             other, whose handlers go on from one to the next.
+        reload: reads the configuration again; ``None``: there is none to read.
 
     Attributes:
         mode: as given.
@@ -140,6 +141,7 @@ class Node:
         *,
         name: str | None = None,
         serves_pool: bool = True,
+        reload: Callable[[], Awaitable[Reloaded]] | None = None,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -175,6 +177,7 @@ class Node:
             gauges=self._gauges,
             drain_worker=self._drain_worker,
             authenticator=authenticator,
+            reload=reload,
         )
 
     @property
@@ -225,6 +228,13 @@ class Node:
         """Wait until the start-up hooks are done or a stop is requested; return whether they are done. A checkpoint."""
         await self._start_over.wait()
         return not self._node_context.starting
+
+    async def read_certificates(self) -> Callable[[], bool]:
+        """Read the certificates of this node again; see :meth:`MasterTls.read_again`. A checkpoint."""
+        if self._tls is None:
+            await trio.lowlevel.checkpoint()
+            return lambda: False
+        return await self._tls.read_again()
 
     def listen_on(self, address: tuple[str, int] | None) -> None:
         """Serve the own API of a worker on this address from now on; ``None``: do not serve it. Synchronous."""

@@ -5,6 +5,11 @@ Two attrs classes hold the options: :class:`ServerOptions` has those of every se
 node may be changed, and every assignment is validated like an argument of the constructor. A value of a wrong type
 raises ``TypeError``, one out of range :class:`~trio_cluster.errors.OptionsError` (a ``ValueError``); both messages
 begin with the name of the option. ``cli/settings.py`` reads options from files, environment variables and flags.
+
+All parts of a node share the one :class:`ClusterServerOptions` object of its server, so a changed value reaches
+whatever reads it at the time of use. What reads a value only once, such as the port, does not see the change. Each
+option therefore declares when a new value applies: at once, or after a restart (``applies`` in its metadata). When the
+configuration is read again, only options of the first kind are assigned, by ``ClusterServer.apply_changes``.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import enum
 import json
 import math
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
@@ -21,17 +27,28 @@ from .core.aliases import AliasTargets, read_aliases
 from .errors import OptionsError
 
 __all__ = [
+    "Applies",
     "ClusterMode",
     "ClusterServerOptions",
     "ConflictRule",
     "HttpServer",
     "LimitsFailure",
+    "OptionChange",
+    "Reloaded",
     "Routing",
     "ServerOptions",
     "StreamFailure",
     "TlsMode",
+    "assign_option",
+    "changed_options",
+    "is_secret",
+    "option_schema",
     "parse_boolean",
+    "when_applied",
 ]
+
+#: When a new value of an option applies: to a running node, or to a process that is started with it.
+Applies: TypeAlias = Literal["at once", "after a restart"]
 
 #: What happens if a second node registers a model under a name that is served already.
 ConflictRule: TypeAlias = Literal["reject", "replicate"]
@@ -215,7 +232,8 @@ def _aliases(instance: object, field: _Field, value: object) -> None:
         raise TypeError(f"{field.name}: {error}") from None
 
 
-def _outlasts_heartbeats(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
+def _link_duration(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
+    _duration(instance, field, value)
     if instance is None:
         return
     worker_timeout = value if field.name == "worker_timeout" else instance.worker_timeout
@@ -250,6 +268,39 @@ def _none_if_empty(value: str | None) -> str | None:
 
 _optional = attrs.validators.optional
 
+# What a validator accepts, in the words of JSON Schema. Options that are one of several texts have these in their type.
+_SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
+    _count: {"type": "integer", "minimum": 1},
+    _count_or_zero: {"type": "integer", "minimum": 0},
+    _port: {"type": "integer", "minimum": 0, "maximum": 65535},
+    _flag: {"type": "boolean"},
+    _duration: {"type": "number", "exclusiveMinimum": 0},
+    _link_duration: {"type": "number", "exclusiveMinimum": 0},
+    _duration_or_zero: {"type": "number", "minimum": 0},
+    _duration_or_inf: {"type": "number", "exclusiveMinimum": 0},
+    _moment: {"type": "number", "minimum": 0, "maximum": 0.1},
+    _share: {"type": "number", "minimum": 0, "maximum": 1},
+    _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
+    _secret: {"type": "string", "pattern": "^[!-~]+$"},
+    _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
+    _redis_url: {"type": "string", "pattern": "^rediss?://"},
+    _aliases: {
+        "type": "object",
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                {"type": "object", "additionalProperties": {"type": "number"}, "minProperties": 1},
+            ]
+        },
+    },
+}
+
+# The metadata of the options. Only an option whose value is read at each use, or that `ClusterServer.apply_changes`
+# takes care of, may have the first one.
+_AT_ONCE: Final[dict[str, Applies]] = {"applies": "at once"}
+_RESTART: Final[dict[str, Applies]] = {"applies": "after a restart"}
+
 
 @attrs.define
 class ServerOptions:
@@ -260,53 +311,73 @@ class ServerOptions:
         OptionsError: a value is out of range.
     """
 
-    host: str = attrs.field(default="0.0.0.0", validator=_text)
+    host: str = attrs.field(default="0.0.0.0", validator=_text, metadata=_RESTART)
     """The address on which the OpenAI API listens."""
-    port: int = attrs.field(default=8080, validator=_port)
+    port: int = attrs.field(default=8080, validator=_port, metadata=_RESTART)
     """The port of the OpenAI API; 0 picks a free one."""
-    max_concurrency: int = attrs.field(default=10, validator=_count)
+    max_concurrency: int = attrs.field(default=10, validator=_count, metadata=_AT_ONCE)
     """How many requests the handlers of this process run at once."""
-    queue_timeout: float = attrs.field(default=5.0, converter=_seconds, validator=_duration_or_zero)
+    queue_timeout: float = attrs.field(
+        default=5.0, converter=_seconds, validator=_duration_or_zero, metadata=_AT_ONCE
+    )
     """How long a request over that limit waits for a slot; 0: it is refused at once."""
-    default_timeout: float = attrs.field(default=60.0, converter=_seconds, validator=_duration_or_inf)
+    default_timeout: float = attrs.field(
+        default=60.0, converter=_seconds, validator=_duration_or_inf, metadata=_AT_ONCE
+    )
     """The idle timeout: how long a model may take to its first output, and between outputs. ``math.inf``: no limit."""
-    api_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
+    api_key: str | None = attrs.field(
+        default=None, validator=_optional(_secret), repr=False, metadata=_AT_ONCE
+    )
     """The API key that clients must send, as a bearer token; ``None``: none is required."""
-    operator_key: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
+    operator_key: str | None = attrs.field(
+        default=None, validator=_optional(_secret), repr=False, metadata=_AT_ONCE
+    )
     """The key that operators must send to see calls, cancel them and drain workers; ``None``: they must be on the same
     machine."""
-    worker_id: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    worker_id: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """The name of this node, which should not change when it is restarted; generated if it is not given."""
-    owner: str = attrs.field(default="trio-cluster", validator=_text)
+    owner: str = attrs.field(default="trio-cluster", validator=_text, metadata=_RESTART)
     """What ``/v1/models`` shows as ``owned_by``."""
-    max_body_size: int = attrs.field(default=512 * 1024 * 1024, validator=_count)
+    max_body_size: int = attrs.field(default=512 * 1024 * 1024, validator=_count, metadata=_AT_ONCE)
     """How many bytes the body of a request may have; a larger one is refused with 413."""
-    max_json_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count)
+    max_json_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count, metadata=_AT_ONCE)
     """How many bytes a body may have that is kept in memory. All bodies are, except forms, which are streamed."""
-    cors_origins: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    cors_origins: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_AT_ONCE
+    )
     """The origins of the web pages that may use the API: ``"*"``, or a list with commas; ``None``: no web page may."""
-    access_log: bool = attrs.field(default=False, validator=_flag)
+    access_log: bool = attrs.field(default=False, validator=_flag, metadata=_AT_ONCE)
     """Whether to log one line for each request, with its status and duration."""
-    http: HttpServer = attrs.field(default="lean", validator=_http_server)
+    http: HttpServer = attrs.field(default="lean", validator=_http_server, metadata=_RESTART)
     """The server of the API: ``"lean"``: the package's own, for HTTP/1.1; ``"hypercorn"``: for HTTP/1.1 and HTTP/2."""
-    stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure)
+    stream_failure: StreamFailure = attrs.field(default="end", validator=_stream_failure, metadata=_AT_ONCE)
     """What follows the error event of a stream that has failed. ``"end"``: the proper end of the body. ``"abort"``: the
     connection is broken off, for clients that do not know error events and must not take the stream for complete."""
-    keepalive: float = attrs.field(default=10.0, converter=_seconds, validator=_duration_or_zero)
+    keepalive: float = attrs.field(
+        default=10.0, converter=_seconds, validator=_duration_or_zero, metadata=_AT_ONCE
+    )
     """After how long a silence a comment is sent to the client of a stream, also before the answer has begun; 0: never.
     It should be shorter than what the proxies in front of the node wait for."""
 
-    tls: TlsMode = attrs.field(default="off", validator=_tls_mode)
+    tls: TlsMode = attrs.field(default="off", validator=_tls_mode, metadata=_RESTART)
     """Whether both ports speak TLS. ``"auto"``: with a certificate that the node makes and renews, by an authority of
     its own in ``state_dir``. With ``tls_cert``, they speak TLS in any case."""
-    tls_cert: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    tls_cert: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """A PEM file with the certificate to show, and those between it and its authority. Read again when it changes."""
-    tls_key: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    tls_key: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """A PEM file with the private key of ``tls_cert``; ``None``: it is in the same file."""
-    tls_name: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    tls_name: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """Names and addresses, with commas, that a certificate of the node's own is for, besides those of the machine."""
     allowed_hosts: str | None = attrs.field(
-        default=None, converter=_none_if_empty, validator=_optional(_text)
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_AT_ONCE
     )
     """Names under which clients reach a server without a key, beside addresses and ``localhost``: with commas between
     them, or ``"*"`` for any."""
@@ -335,83 +406,193 @@ class ClusterServerOptions:
         factory=ServerOptions, validator=attrs.validators.instance_of(ServerOptions)
     )
     """Those of every serving process."""
-    enable_cluster: bool = attrs.field(default=True, validator=_flag)
+    enable_cluster: bool = attrs.field(default=True, validator=_flag, metadata=_RESTART)
     """Whether ``run`` may become a master or a worker; otherwise it is a standalone server."""
     worker_timeout: float = attrs.field(
-        default=30.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats]
+        default=30.0, converter=_seconds, validator=_link_duration, metadata=_RESTART
     )
     """How long the other end of a link may be silent before the link is closed. Longer than ``heartbeat_interval``."""
     heartbeat_interval: float = attrs.field(
-        default=5.0, converter=_seconds, validator=[_duration, _outlasts_heartbeats]
+        default=5.0, converter=_seconds, validator=_link_duration, metadata=_RESTART
     )
     """The time between two heartbeats, which each end of a link sends."""
-    resume_window: float = attrs.field(default=15.0, converter=_seconds, validator=_duration_or_zero)
+    resume_window: float = attrs.field(
+        default=15.0, converter=_seconds, validator=_duration_or_zero, metadata=_RESTART
+    )
     """How long a link that was cut may be resumed by the same two processes. 0: it is lost at once. The smaller value
     of both ends holds."""
-    through_proxy: bool = attrs.field(default=False, validator=_flag)
+    through_proxy: bool = attrs.field(default=False, validator=_flag, metadata=_RESTART)
     """Whether links go through a proxy that adds no headers, such as a TCP proxy. The end of a connection then counts
     as a cut, and not as the end of a process. One of the two ends has to say so."""
-    guardian: bool | None = attrs.field(default=None, validator=_optional(_flag))
+    guardian: bool | None = attrs.field(default=None, validator=_optional(_flag), metadata=_RESTART)
     """Whether a small process beside a worker tells its masters at once when the worker's process dies; ``None``: on
     the command line it does, in other programs there is none."""
-    internal_host: str | None = attrs.field(default=None, validator=_optional(_text))
+    internal_host: str | None = attrs.field(default=None, validator=_optional(_text), metadata=_RESTART)
     """The address on which a master listens for workers; ``None``: ``server.host``."""
-    internal_port: int | None = attrs.field(default=None, validator=_optional(_port))
+    internal_port: int | None = attrs.field(default=None, validator=_optional(_port), metadata=_RESTART)
     """The port on which a master listens for workers; ``None``: ``server.port + 1000``."""
-    cluster_token: str | None = attrs.field(default=None, validator=_optional(_secret), repr=False)
+    cluster_token: str | None = attrs.field(
+        default=None, validator=_optional(_secret), repr=False, metadata=_AT_ONCE
+    )
     """The secret that workers must send to join; ``None``: none is required."""
-    on_conflict: ConflictRule = attrs.field(default="reject", validator=_conflict_rule)
+    on_conflict: ConflictRule = attrs.field(default="reject", validator=_conflict_rule, metadata=_AT_ONCE)
     """What happens if a model is registered under a name that is served already. ``"reject"``: it is refused.
     ``"replicate"``: it becomes a further replica of that model."""
-    routing: Routing = attrs.field(default="cost", validator=_routing)
+    routing: Routing = attrs.field(default="cost", validator=_routing, metadata=_AT_ONCE)
     """How a master chooses among the replicas of a model. ``"cost"``: the one that is expected to answer first, by what
     each has to do, how fast it has been and what of the prompt it has cached. ``"least-busy"``: the one with the
     fewest requests for its capacity."""
     aliases: AliasTargets | None = attrs.field(
-        default=None, converter=_alias_table, validator=_optional(_aliases)
+        default=None, converter=_alias_table, validator=_optional(_aliases), metadata=_AT_ONCE
     )
     """Other names for models: each with the name of a model, a list of names that are tried in this order, or a table
     of names with their weights. A text is JSON. ``ClusterServer.set_aliases`` replaces them while a node runs."""
-    ejection_failures: int = attrs.field(default=5, validator=_count_or_zero)
+    ejection_failures: int = attrs.field(default=5, validator=_count_or_zero, metadata=_AT_ONCE)
     """After how many failures in a row a replica is left alone for a while (ejected), if its model has others.
     0: never."""
-    ejection_time: float = attrs.field(default=5.0, converter=_seconds, validator=_duration)
+    ejection_time: float = attrs.field(
+        default=5.0, converter=_seconds, validator=_duration, metadata=_AT_ONCE
+    )
     """How long a replica is left alone before one request tries it; twice as long each time that follows."""
-    ejection_time_max: float = attrs.field(default=300.0, converter=_seconds, validator=_duration)
+    ejection_time_max: float = attrs.field(
+        default=300.0, converter=_seconds, validator=_duration, metadata=_AT_ONCE
+    )
     """How long it is left alone at most, also if the server behind it asks for more with ``Retry-After``."""
-    ejection_share: float = attrs.field(default=0.5, converter=_seconds, validator=_share)
+    ejection_share: float = attrs.field(default=0.5, converter=_seconds, validator=_share, metadata=_AT_ONCE)
     """Which part of a model's replicas may be left alone at once, 0 to 1. The last one that is available never is."""
-    batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
+    batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment, metadata=_RESTART)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
-    drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
+    drain_timeout: float = attrs.field(
+        default=30.0, converter=_seconds, validator=_duration_or_zero, metadata=_AT_ONCE
+    )
     """How long a node that stops lets its requests finish before it cancels them."""
     limits: str | None = attrs.field(
-        default=None, converter=_none_if_empty, validator=_optional(_redis_url), repr=False
+        default=None, converter=_none_if_empty, validator=_optional(_redis_url), repr=False, metadata=_RESTART
     )
     """Where the requests and tokens of keys with limits are counted: ``redis://...`` or ``rediss://...``, which several
     masters may share; ``None``: in the memory of the master, and in its state directory over a restart."""
-    limits_failure: LimitsFailure = attrs.field(default="allow", validator=_limits_failure)
+    limits_failure: LimitsFailure = attrs.field(default="allow", validator=_limits_failure, metadata=_RESTART)
     """What happens to requests of keys with limits while the server of ``limits`` is away. ``"allow"``: each master
     counts them in its own memory. ``"refuse"``: they are refused with 503."""
-    state_dir: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    state_dir: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """The directory for what a master keeps over a restart; without it, one below ``$XDG_STATE_HOME`` that its port
     names, or ``~/.local/state``."""
     database: str | None = attrs.field(
-        default=None, converter=_none_if_empty, validator=_optional(_database), repr=False
+        default=None, converter=_none_if_empty, validator=_optional(_database), repr=False, metadata=_RESTART
     )
     """Where keys, usage, the audit log and stored responses are kept: ``postgresql://...``, which several masters may
     share, or ``sqlite:///PATH``; ``None``: in SQLite in the state directory, and stored responses in memory."""
-    usage_days: int = attrs.field(default=90, validator=_count)
+    usage_days: int = attrs.field(default=90, validator=_count, metadata=_AT_ONCE)
     """How many days the row of each request is kept. The sums of days are kept for ever."""
-    stored_responses: int = attrs.field(default=10_000, validator=_count_or_zero)
+    stored_responses: int = attrs.field(default=10_000, validator=_count_or_zero, metadata=_AT_ONCE)
     """How many responses of ``/v1/responses``, and conversations, are stored; the oldest ones make room for new ones.
     0: none are, and what refers to a stored one is refused. In the database if ``database`` is set, in memory if not.
     """
-    stored_responses_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count)
+    stored_responses_size: int = attrs.field(default=64 * 1024 * 1024, validator=_count, metadata=_AT_ONCE)
     """How many bytes they may take together, with their input."""
-    stored_responses_lifetime: float = attrs.field(default=86_400.0, converter=_seconds, validator=_duration)
+    stored_responses_lifetime: float = attrs.field(
+        default=86_400.0, converter=_seconds, validator=_duration, metadata=_AT_ONCE
+    )
     """How long each of them is kept."""
-    ca_file: str | None = attrs.field(default=None, converter=_none_if_empty, validator=_optional(_text))
+    ca_file: str | None = attrs.field(
+        default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
+    )
     """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
-    allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag)
+    allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag, metadata=_AT_ONCE)
     """Whether a master with TLS admits workers that have neither a certificate nor the ``cluster_token``."""
+
+
+# What has changed between two sets of options
+
+
+@attrs.frozen
+class OptionChange:
+    """An option that has two values in two sets of options."""
+
+    option: str
+    """Its name as in a file, such as ``server.keepalive``."""
+    before: object
+    after: object
+    applies: Applies
+    is_secret: bool = False
+    """Whether the values must not be shown."""
+
+
+@attrs.frozen
+class Reloaded:
+    """What has come of reading the configuration of a running node again."""
+
+    source: str
+    """The file."""
+    changes: Sequence[OptionChange]
+    """What was changed since it was read last, and what is different since the start and needs a restart."""
+    certificates: bool = False
+    """Whether the files of the certificate had changed, and were read again."""
+
+    @property
+    def applied(self) -> list[OptionChange]:
+        """The changes that apply from now on."""
+        return [change for change in self.changes if change.applies == "at once"]
+
+    @property
+    def needs_restart(self) -> list[OptionChange]:
+        """The changes that apply when the process is started again."""
+        return [change for change in self.changes if change.applies != "at once"]
+
+
+def when_applied(field: _Field) -> Applies:
+    """Return when a new value of an option applies."""
+    applies: Applies = field.metadata["applies"]
+    return applies
+
+
+def option_schema(field: _Field, kind: Any) -> dict[str, Any]:
+    """Return a JSON Schema of the values that an option may have in a file.
+
+    It is for editors: rules between several options, and inside of some texts, are not part of it.
+
+    Args:
+        field: the option.
+        kind: its type, with all names resolved.
+    """
+    schema: dict[str, Any] = {}
+    for member in (kind, *typing.get_args(kind)):
+        if typing.get_origin(member) is Literal:
+            schema = {"type": "string", "enum": list(typing.get_args(member))}
+    # Of an optional one, what is checked if there is a value. TOML has none for "none".
+    schema = schema or dict(_SCHEMAS[getattr(field.validator, "validator", field.validator)])
+    converter: object = field.converter
+    if converter is _none_if_empty:
+        schema = {"anyOf": [schema, {"const": ""}]}
+    return schema
+
+
+def is_secret(field: _Field) -> bool:
+    """Tell whether the value of an option must not be shown."""
+    return not field.repr
+
+
+def changed_options(before: ClusterServerOptions, after: ClusterServerOptions) -> list[OptionChange]:
+    """Return the options that differ between two sets of options, in the order of the classes."""
+    return [*_differing("server.", before.server, after.server), *_differing("", before, after)]
+
+
+def _differing(prefix: str, before: Any, after: Any) -> list[OptionChange]:
+    return [
+        OptionChange(f"{prefix}{field.name}", old, new, when_applied(field), is_secret(field))
+        for field in attrs.fields(type(before))
+        if field.name != "server"
+        and (old := getattr(before, field.name)) != (new := getattr(after, field.name))
+    ]
+
+
+def assign_option(options: ClusterServerOptions, option: str, value: object) -> None:
+    """Assign a value to an option that is named as in a file. Synchronous.
+
+    Raises:
+        TypeError, OptionsError: see the classes.
+    """
+    table, _, name = option.rpartition(".")
+    setattr(options.server if table else options, name, value)

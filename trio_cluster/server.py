@@ -57,7 +57,14 @@ from .net.sockets import (
 )
 from .net.streams import TcpListener
 from .node import Node
-from .options import ClusterMode, ClusterServerOptions, ServerOptions
+from .options import (
+    ClusterMode,
+    ClusterServerOptions,
+    OptionChange,
+    Reloaded,
+    ServerOptions,
+    assign_option,
+)
 from .routing.cost import LeastCost
 from .routing.policy import LeastBusy, RoutingPolicy
 from .routing.router import Router
@@ -122,6 +129,8 @@ class ClusterServer:
         network: as given.
         authenticator: determines who sends a request, from the next run on; ``None``: the API key of the options is
             required. Its principals may have limits.
+        reloader: reads the configuration again and applies it, for ``POST /cluster/reload`` and SIGHUP, from the next
+            run on; ``None``: there is none to read. The command line sets it if there is a file of options.
     """
 
     def __init__(
@@ -149,6 +158,7 @@ class ClusterServer:
         self._listen_address: tuple[str, int] | None = None
         self.network: Network = Sockets() if network is None else network
         self.authenticator: Authenticator | None = None
+        self.reloader: Callable[[], Awaitable[Reloaded]] | None = None
         self._node: Node | None = None
 
     # Configuration
@@ -174,6 +184,38 @@ class ClusterServer:
         self._router.ejections.table.options = options
         self._models.replace_options(options)
         self._apply_routing()
+
+    async def apply_changes(self, changes: Sequence[OptionChange]) -> bool:
+        """Apply new values of options, all of them or none, without touching running requests. A checkpoint.
+
+        The files of ``tls_cert`` and ``tls_key`` are read again, too. Works while the server runs, and while not.
+
+        Args:
+            changes: what to change. Those that need a restart are left out.
+
+        Returns:
+            Whether the files of the certificate had changed.
+
+        Raises:
+            TypeError, OptionsError: a value cannot be used.
+            ClusterError: the certificate cannot be used.
+        """
+        live = [change for change in changes if change.applies == "at once"]
+        wanted = attrs.evolve(self._options, server=attrs.evolve(self._options.server))
+        for change in live:
+            assign_option(wanted, change.option, change.after)
+        show_certificates: Callable[[], bool] = lambda: False  # noqa: E731
+        if self._node is not None:
+            show_certificates = await self._node.read_certificates()
+        else:
+            await trio.lowlevel.checkpoint()
+        # The only step that may fail. From here on nothing waits, so that no request sees a part of the changes.
+        self._apply_aliases(wanted)
+        for change in live:
+            assign_option(self._options, change.option, change.after)
+        self._pool.resize()
+        self._apply_routing()
+        return show_certificates()
 
     def set_max_concurrency(self, n: int) -> None:
         """Set the number of requests that the handlers of this process run at once.
@@ -1261,6 +1303,7 @@ class ClusterServer:
             self.authenticator,
             name=name,
             serves_pool=serves_pool,
+            reload=self.reloader,
         )
         if self._starting:
             self._node.begin_start()

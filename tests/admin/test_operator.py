@@ -1,8 +1,9 @@
-"""What an operator may do from outside: see calls, cancel them, and let a worker go."""
+"""What an operator may do from outside: see calls, cancel them, let a worker go, have the configuration read again."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 import urllib.parse
 from collections.abc import AsyncIterator
@@ -16,6 +17,8 @@ import trio
 from http_node import CHAT, EVENTS, STREAM, WORKER, Answer, HttpNode, Served, open_http_node
 
 from trio_cluster.core.status import WorkerStatus
+from trio_cluster.errors import OptionsError
+from trio_cluster.options import OptionChange, Reloaded
 
 PATH = "/v1/chat/completions"
 
@@ -211,6 +214,7 @@ async def test_operators_need_the_key() -> None:
             ("GET", "/cluster/calls"),
             ("POST", "/cluster/calls/r1/cancel"),
             ("POST", "/cluster/workers/w1/drain"),
+            ("POST", "/cluster/reload"),
         ):
             assert (await client.request(method, path)).status_code == 401
 
@@ -303,3 +307,58 @@ async def test_with_an_operator_key_the_key_of_clients_neither_cancels_nor_drain
                 response = await client.post("/cluster/workers/w/drain")
             assert response.status_code == (404 if status == 200 else status)
         served.call.release()
+
+
+async def test_a_configuration_that_was_read_again_is_described_without_secrets(node: HttpNode) -> None:
+    async def reload() -> Reloaded:
+        return Reloaded(
+            "/etc/c.toml",
+            [
+                OptionChange("server.default_timeout", math.inf, 5.0, "at once"),
+                OptionChange("server.port", 8080, 8081, "after a restart"),
+                OptionChange("server.api_key", "old-sesame", "new-sesame", "at once", is_secret=True),
+            ],
+            certificates=True,
+        )
+
+    node.node_context.reload = reload
+    async with node.client() as client:
+        response = await client.post("/cluster/reload")
+        assert (await client.get("/cluster/reload")).status_code == 405
+    assert "sesame" not in response.text
+    assert (response.status_code, response.json()) == (
+        200,
+        {
+            "file": "/etc/c.toml",
+            "applied": [
+                {"option": "server.default_timeout", "before": "inf", "after": 5.0},
+                {"option": "server.api_key"},
+            ],
+            "needs_restart": [{"option": "server.port", "before": 8080, "after": 8081}],
+            "certificates": True,
+        },
+    )
+
+
+async def test_a_configuration_that_is_wrong_or_not_there_is_a_409(node: HttpNode) -> None:
+    async with node.client() as client:
+        response = await client.post("/cluster/reload")
+        assert response.status_code == 409
+        assert response.json()["error"]["code"] == "no_configuration_file"
+
+        async def reload() -> Reloaded:
+            raise OptionsError("c.toml: drain_timeout: must be 0 or more seconds")
+
+        node.node_context.reload = reload
+        response = await client.post("/cluster/reload")
+        assert response.status_code == 409
+        error = response.json()["error"]
+        assert error["code"] == "invalid_configuration"
+        assert error["message"] == "Nothing has changed: c.toml: drain_timeout: must be 0 or more seconds"
+
+        async def fail() -> Reloaded:
+            pytest.fail("a page has it read")
+
+        node.node_context.reload = fail
+        response = await client.post("/cluster/reload", headers={"Origin": "https://page.example"})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "foreign_origin")

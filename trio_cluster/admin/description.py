@@ -39,6 +39,7 @@ from .views import (
     ModelsView,
     NewKeyView,
     ReadyView,
+    ReloadView,
     RevokedView,
     StatusView,
     UsageView,
@@ -105,6 +106,7 @@ _VIEWS: Final = (
     StatusView,
     CallsView,
     CancelView,
+    ReloadView,
     WorkerStatus,
     KeysView,
     KeyView,
@@ -344,6 +346,11 @@ def _node_paths() -> dict[str, Any]:
             "get": _operation("calls", "List the calls in progress", _view(CallsView), 401, 403)
         },
         "/cluster/calls/{request_id}/cancel": {"parameters": [call], "post": cancel},
+        "/cluster/reload": {
+            "post": _operation(
+                "reload", "Read the configuration file again", _view(ReloadView), 401, 403, 409
+            )
+        },
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }
 

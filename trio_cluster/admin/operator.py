@@ -1,4 +1,4 @@
-"""The routes for operators: list all calls, cancel those of a request, and drain a worker.
+"""The routes for operators: list all calls, cancel those of a request, drain a worker, reload the configuration.
 
 These routes need a principal that is an operator. The gateway checks that before they are reached; see
 ``gateway/auth.py``. A client on the same machine may be an operator without a key, but a web page may not: a browser
@@ -14,12 +14,12 @@ from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from ..errors import ApiError, InvalidRequest
+from ..errors import ApiError, ClusterError, InvalidRequest
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
 from .body import json_object
-from .views import CallsView, CancelView, call_view
+from .views import CallsView, CancelView, call_view, reload_view
 from .web import respond
 
 __all__ = ["add_operator_routes", "refuse_pages"]
@@ -60,7 +60,30 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         node_context.audit.record(context.principal, context.client, "worker.drain", name)
         return respond(json_reply(worker, 202))
 
+    async def reload() -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        if node_context.reload is None:
+            raise ApiError(
+                409,
+                "This node has no configuration file to read; start it with --config FILE",
+                code="no_configuration_file",
+            )
+        try:
+            reloaded = await node_context.reload()
+        except ClusterError as error:
+            raise ApiError(409, f"Nothing has changed: {error}", code="invalid_configuration") from error
+        node_context.audit.record(
+            context.principal,
+            context.client,
+            "configuration.reload",
+            reloaded.source,
+            applied=[change.option for change in reloaded.applied],
+        )
+        return respond(json_reply(reload_view(reloaded)))
+
     add = app.add_url_rule
+    add("/cluster/reload", "reload", reload, methods=["POST"])
     add("/cluster/calls", "calls", calls, methods=["GET"])
     add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])

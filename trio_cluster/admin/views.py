@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ..core.principal import BudgetPeriod, Principal, Priority, Role
 from ..core.status import EjectedReplica, MasterStatus, SlotStatus, WorkerStatus
 from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
+from ..options import OptionChange, Reloaded
 
 __all__ = [
     "AuditEntryView",
@@ -28,10 +30,12 @@ __all__ = [
     "ModelsView",
     "NewKeyView",
     "ReadyView",
+    "ReloadView",
     "RevokedView",
     "StatusView",
     "UsageView",
     "call_view",
+    "reload_view",
     "status_view",
 ]
 
@@ -143,6 +147,29 @@ class CallsView:
     """The calls whose work has not stopped yet, oldest first."""
 
     calls: list[CallView]
+
+
+@attrs.frozen
+class OptionChangeView:
+    """An option of which the configuration has another value now, without the values of keys and tokens."""
+
+    option: str
+    """Its name as in the file, such as ``server.keepalive``."""
+    before: Any | UnsetType = UNSET
+    after: Any | UnsetType = UNSET
+
+
+@attrs.frozen
+class ReloadView:
+    """What has come of reading the configuration again."""
+
+    file: str
+    applied: list[OptionChangeView]
+    """What has changed since it was read last, and applies from now on."""
+    needs_restart: list[OptionChangeView]
+    """What is different from the start of the process, and applies when it is started again."""
+    certificates: bool
+    """Whether the files of the certificate had changed, and were read again."""
 
 
 @attrs.frozen
@@ -300,3 +327,24 @@ def call_view(call: Call) -> CallView:
         client=request.client or None,
         alias=request.alias or UNSET,
     )
+
+
+def reload_view(reloaded: Reloaded) -> ReloadView:
+    """Return what an operator is shown of a configuration that was read again."""
+    return ReloadView(
+        file=reloaded.source,
+        applied=[_option_change_view(change) for change in reloaded.applied],
+        needs_restart=[_option_change_view(change) for change in reloaded.needs_restart],
+        certificates=reloaded.certificates,
+    )
+
+
+def _option_change_view(change: OptionChange) -> OptionChangeView:
+    if change.is_secret:
+        return OptionChangeView(change.option)
+    return OptionChangeView(change.option, _json_value(change.before), _json_value(change.after))
+
+
+def _json_value(value: object) -> object:
+    # JSON has no infinity.
+    return str(value) if value in (math.inf, -math.inf) else value

@@ -26,9 +26,10 @@ from ..core.principal import Priority, Role
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
-from .settings import load_options
+from .settings import SECRET_FILES, load_options, load_process_settings
 
 __all__ = [
+    "config_file",
     "log_settings",
     "master_address",
     "master_addresses",
@@ -177,6 +178,15 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     drain.add_argument("--no-wait", action="store_true", help="do not wait")
     _add_admin_flags(drain)
 
+    check = command("check-config", "Say what a file of options means, or what is wrong with it.")
+    check.add_argument("file", type=Path, metavar="FILE", help="a TOML file")
+
+    command("schema", "Print the JSON Schema of a file of options, for editors.")
+
+    reload = command("reload", "Have a node read its configuration file again.")
+    _add_url(reload)
+    _add_admin_flags(reload)
+
     _add_keys(command("keys", "Make, show, change and revoke API keys."))
 
     usage = command("usage", "Show the usage of models: requests and tokens.")
@@ -304,12 +314,14 @@ def _add_port(parser: argparse.ArgumentParser, whose: str = "the port of the Ope
 def _add_option(
     parser: argparse.ArgumentParser, flag: str, field: str, kind: type, metavar: str, text: str
 ) -> None:
-    """Add a flag that sets an option, with the option's default in its help."""
+    """Add a flag that sets an option, with the option's default in its help; for a secret, one for its file, too."""
     default = _FIELDS[field].default
     shown = f"{default:g}" if isinstance(default, float) else default
     if shown is not None:
         text += f" (default: {shown})"
     parser.add_argument(*flag.split("/"), dest=field, type=kind, metavar=metavar, help=text)
+    if f"{field}_file" in SECRET_FILES:
+        parser.add_argument(f"{flag}-file", dest=f"{field}_file", metavar="FILE", help=f"a file with {flag}")
 
 
 def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker: bool) -> None:
@@ -626,15 +638,22 @@ def master_addresses(text: str, port: int | None) -> tuple[list[tuple[str, int |
 
 
 def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Return the level and the format of the log: from the flags, else from the environment, else the defaults.
+    """Return the level and the format of the log: from the flags, the environment, the file, or the defaults.
 
     Raises:
         OptionsError: a variable has a wrong value.
     """
+    file = load_process_settings(config_file(arguments))
     return (
-        _log_setting("LOG_LEVEL", arguments.log_level, logs.LEVELS, "info"),
-        _log_setting("LOG_FORMAT", arguments.log_format, logs.FORMATS, "text"),
+        _log_setting("LOG_LEVEL", arguments.log_level, logs.LEVELS, file.get("log_level", "info")),
+        _log_setting("LOG_FORMAT", arguments.log_format, logs.FORMATS, file.get("log_format", "text")),
     )
+
+
+def config_file(arguments: argparse.Namespace) -> Path | None:
+    """Return the file of options that ``--config`` or ``TRIO_CLUSTER_CONFIG`` names; ``None`` if there is none."""
+    config = getattr(arguments, "config", None) or os.environ.get("TRIO_CLUSTER_CONFIG")
+    return Path(config) if config else None
 
 
 def _log_setting(name: str, given: str | None, choices: Sequence[str], default: str) -> str:
@@ -659,6 +678,6 @@ def options_from(
     Raises:
         OptionsError: see :func:`~trio_cluster.cli.settings.load_options`.
     """
-    config = arguments.config or os.environ.get("TRIO_CLUSTER_CONFIG")
-    flags = {name: value for name, value in vars(arguments).items() if name in _FIELDS}
-    return load_options(config=Path(config) if config else None, environ=os.environ, flags=flags, base=base)
+    names = _FIELDS.keys() | SECRET_FILES.keys()
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    return load_options(config=config_file(arguments), environ=os.environ, flags=flags, base=base)

@@ -7,9 +7,12 @@ Theory of operation
 usage, which is a wrong flag, a wrong option from any source, an application that cannot be found, or a worker that has
 nothing to serve. An error is one line on standard error; its traceback is logged at level ``debug``.
 
-*Signals.* The first SIGINT, SIGTERM or SIGHUP (a terminal that was closed) makes the server drain and stop. Before the
-server is up, it stops the process instead. The second one cancels everything. If a thread does not react to that, the
-third one kills the process.
+*Signals.* The first SIGINT or SIGTERM makes the server drain and stop. Before the server is up, it stops the process
+instead. The second one cancels everything. If a thread does not react to that, the third one kills the process.
+
+SIGHUP means two things, and both are wanted: an administrator asks a server to read its configuration again, or the
+terminal of the process was closed. A server without a file of options has nothing to read, so it stops. One that has a
+file stops if the terminal that it was started from is gone; otherwise, or if it was started under nohup, it reads.
 
 *Imports.* A command that only asks a node, such as ``trio-cluster status``, does not import a server: that takes most
 of a second. So what only a node needs is imported in the functions that start one.
@@ -45,9 +48,11 @@ from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
 from ..options import ClusterMode
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
-from .arguments import log_settings, master_addresses, options_from, parse_arguments
-from .process import raise_descriptor_limit, tune_garbage_collector
-from .tables import describe_calls, describe_status
+from .arguments import config_file, log_settings, master_addresses, options_from, parse_arguments
+from .configuration import Configuration, reload_on_signal
+from .process import has_terminal, raise_descriptor_limit, tune_garbage_collector
+from .schema import configuration_schema, describe_configuration
+from .tables import describe_calls, describe_reload, describe_status
 
 if TYPE_CHECKING:
     from ..engines import ServeSpec
@@ -309,11 +314,22 @@ def _has_joined(state_dir: str | None) -> bool:
 def _server(arguments: argparse.Namespace) -> ClusterServer:
     from ..server import ClusterServer
 
+    base = None
     if arguments.app is None and arguments.application is None:
         server = ClusterServer(options_from(arguments))
     else:
         server = arguments.application or _load_app(arguments.app)
-        server.options = options_from(arguments, base=server.options)
+        base = server.options
+        server.options = options_from(arguments, base=base)
+    if (file := config_file(arguments)) is not None:
+        server.reloader = Configuration(
+            server,
+            file,
+            server.options,
+            log_settings(arguments),
+            partial(options_from, arguments, base),
+            partial(log_settings, arguments),
+        ).reload
     if arguments.command != "worker":
         _use_activated_sockets(server)
     if server.options.guardian is None and arguments.command != "master":
@@ -467,20 +483,35 @@ async def _stop_on_signals(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Stop ``server`` at the first signal; cancel ``scope`` at the second, or at the first if nothing runs yet."""
+    """Stop ``server`` at the first signal; cancel ``scope`` at the second, or at the first if nothing runs yet.
+
+    SIGHUP reads the configuration again instead if there is one; see the top of this module.
+    """
     stopping = False
-    # A terminal that is closed sends SIGHUP. Under nohup it is ignored, and stays so.
-    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
-        task_status.started()
-        async for number in signals:
-            name = signal.Signals(number).name
-            if server is None or stopping or not server.is_running:
-                scope.cancel(reason=f"stopped at once by {name}")
-                break
-            stopping = True
-            logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
-            server.stop()
+    reload = None if server is None else server.reloader
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    had_terminal = not under_nohup and has_terminal()
+    hangup = [] if under_nohup and reload is None else [signal.SIGHUP]
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
+            task_status.started()
+            async for number in signals:
+                name = signal.Signals(number).name
+                if (
+                    number == signal.SIGHUP
+                    and reload is not None
+                    and not (had_terminal and not has_terminal())
+                ):
+                    # In a task of its own, so that other signals are not kept waiting.
+                    nursery.start_soon(reload_on_signal, reload)
+                    continue
+                if server is None or stopping or not server.is_running:
+                    scope.cancel(reason=f"stopped at once by {name}")
+                    break
+                stopping = True
+                logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
+                server.stop()
+        nursery.cancel_scope.cancel(reason="the process is being stopped")
     # Loading a model in a thread cannot be cancelled. The signal receiver has restored SIGTERM, which kills the
     # process; from here on, Ctrl-C does so too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -545,6 +576,25 @@ def _drain(arguments: argparse.Namespace) -> int:
         _wait_until_drained(worker, drain, partial(_request_status, node, key))
     except KeyboardInterrupt:
         raise ClusterError(f"stopped waiting; the worker '{arguments.worker}' drains on") from None
+    return 0
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    print(describe_configuration(arguments.file))
+    return 0
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(json.dumps(configuration_schema(), indent=2))
+    return 0
+
+
+def _reload(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    content = request_json(
+        node, "/cluster/reload", key, expected=("file", "applied", "needs_restart"), body={}
+    )
+    print(describe_reload(content))
     return 0
 
 
@@ -662,6 +712,9 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "calls": _calls,
     "cancel": _cancel,
     "drain": _drain,
+    "reload": _reload,
+    "check-config": _check_config,
+    "schema": _schema,
     "keys": _keys,
     "usage": _usage,
     "audit": _audit,

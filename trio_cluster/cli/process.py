@@ -1,21 +1,31 @@
-"""Settings of a process that is a node and nothing else: its limit of file descriptors, and its garbage collector.
+"""What belongs to a process that is a node and nothing else: file descriptors, garbage collector, terminal.
 
-Only the command line applies them. A library must not change what belongs to the whole process of its user.
+Only the command line changes them. A library must not change what belongs to the whole process of its user.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 from typing import Final
 
-__all__ = ["raise_descriptor_limit", "tune_garbage_collector"]
+__all__ = ["has_terminal", "raise_descriptor_limit", "tune_garbage_collector"]
 
 #: The limit that is asked for. Each client takes one descriptor, and many systems allow a process 1024 by default.
 _DESCRIPTORS: Final = 1 << 16
 
 #: Collections of the middle generation between two full ones, where full ones are to be rare; Python's default is 10.
 _RARE_THRESHOLD: Final = 1000
+
+
+def has_terminal() -> bool:
+    """Tell whether this process has a terminal, and that has not been closed. Synchronous."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def raise_descriptor_limit() -> int:

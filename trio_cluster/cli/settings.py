@@ -7,6 +7,12 @@ The base, the file, the environment and the flags are merged into one tree of pl
 that names its source. Then the tree is structured once, each leaf through the validator of its field in ``options.py``.
 So all sources obey the same rules as code does, every error names the place to correct, and all errors are reported at
 once. The two options classes have no field name in common, so that environment variables need no nesting.
+
+A secret may be given in a file of its own, as containers get them: each source takes ``api_key_file`` beside
+``api_key``, and so on. To the tree it is the same setting, with another label.
+
+The file also has settings of the process that are not options of a server (:data:`PROCESS_SETTINGS`): the log belongs
+to the whole process, and so to the command line.
 """
 
 from __future__ import annotations
@@ -25,9 +31,10 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn, override
 
 from ..errors import OptionsError
-from ..options import ClusterServerOptions, ServerOptions, parse_boolean
+from ..options import ClusterServerOptions, ServerOptions, is_secret, parse_boolean
+from . import logs
 
-__all__ = ["load_options"]
+__all__ = ["PROCESS_SETTINGS", "SECRET_FILES", "load_options", "load_process_settings"]
 
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -40,6 +47,23 @@ _OTHER_VARIABLES: Final = frozenset({"CACHE", "CONFIG", "LOG_FORMAT", "LOG_LEVEL
 # TRIO_CLUSTER_SERVICE_HOST, TRIO_CLUSTER_PORT=tcp://10.0.0.1:8080 and more, which are not meant as options.
 _SERVICE_LINK: Final = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SERVICE_PORT: Final = re.compile(r"(tcp|udp|sctp)://")
+
+#: What the file may have at its top level besides options, with the values that each may have.
+PROCESS_SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "log_level": logs.LEVELS,
+    "log_format": logs.FORMATS,
+}
+
+#: The options that may be given in a file of their own: the name of that setting, and the name of the option.
+SECRET_FILES: Final[Mapping[str, str]] = {
+    f"{field.name}_file": field.name
+    for options in (ServerOptions, ClusterServerOptions)
+    for field in attrs.fields(options)
+    if is_secret(field)
+}
+
+#: Bytes of a file with a secret, at most.
+_MAX_SECRET: Final = 65536
 
 _Path: TypeAlias = tuple[str, ...]
 
@@ -72,7 +96,8 @@ def load_options(
             ``[server]`` those of :class:`ServerOptions`. ``None``: there is none.
         environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets that
             field.
-        flags: the values of flags by the name of the field; ``None`` for a flag that was not given.
+        flags: the values of flags by the name of the field; ``None`` for a flag that was not given. In all three, a
+            name of :data:`SECRET_FILES` stands for the option that is in that file.
         base: the values that no source sets; the defaults if ``None``. It is not changed.
 
     Returns:
@@ -86,7 +111,12 @@ def load_options(
     labels: dict[_Path, str] = {}
     problems: list[str] = []
     for settings in (_read_file(config), _read_environment(environ), _read_flags(flags)):
+        given: dict[_Path, str] = {}
         for path, label, value in settings:
+            if path in given:
+                problems.append(f"{label}: is given twice: {given[path]} is the same option")
+                continue
+            given[path] = label
             if isinstance(value, _Problem):
                 problems.append(f"{label}: {value.text}")
                 continue
@@ -111,11 +141,27 @@ class _Problem:
 _Setting: TypeAlias = tuple[_Path, str, object]
 
 
-def _read_file(config: Path | None) -> Iterator[_Setting]:
-    if config is None:
-        return
+def load_process_settings(config: Path | None) -> dict[str, str]:
+    """Return the settings of a file that are not options of a server, by name; see :data:`PROCESS_SETTINGS`.
+
+    Args:
+        config: the file; ``None``: there is none.
+
+    Returns:
+        Those that are there and valid. What is wrong with the file is for :func:`load_options` to report.
+    """
     try:
-        content = tomllib.loads(config.read_text(encoding="utf-8"))
+        content = _parse_file(config)
+    except OptionsError:
+        return {}
+    return {name: content[name] for name, values in PROCESS_SETTINGS.items() if content.get(name) in values}
+
+
+def _parse_file(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        return tomllib.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionsError(f"{config}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -123,7 +169,15 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
     except tomllib.TOMLDecodeError as error:
         raise OptionsError(f"{config}: is not TOML: {error}") from error
 
-    known = {".".join(path) for path, _ in _PATHS.values()}
+
+def _read_file(config: Path | None) -> Iterator[_Setting]:
+    content = _parse_file(config)
+    for name, values in PROCESS_SETTINGS.items():
+        if name in content and (value := content.pop(name)) not in values:
+            yield (name,), f"{config}: {name}", _Problem(f"must be one of {', '.join(values)}, got {value!r}")
+
+    known = {".".join(path) for path, _ in _PATHS.values()} | PROCESS_SETTINGS.keys()
+    secrets = {".".join((*_PATHS[name][0][:-1], file)): name for file, name in SECRET_FILES.items()}
     server = content.pop("server", {})
     if not isinstance(server, dict):
         yield ("server",), f"{config}: server", _Problem("must be a table, [server]")
@@ -135,9 +189,30 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
         dotted = ".".join(path)
         if dotted in known:
             yield path, f"{config}: {dotted}", value
+        elif dotted in secrets:
+            yield _read_secret(secrets[dotted], f"{config}: {dotted}", value)
         else:
-            problem = _Problem(f"unknown key{_hint(dotted, known)}")
+            problem = _Problem(f"unknown key{_hint(dotted, known | secrets.keys())}")
             yield path, f"{config}: {dotted}", problem
+
+
+def _read_secret(option: str, label: str, file: object) -> _Setting:
+    """Return the setting of an option that is given in a file of its own, without the spaces and newlines around it."""
+    path, value = _PATHS[option][0], _Problem(f"expected the name of a file, got {file!r}")
+    if not isinstance(file, (str, Path)) or not str(file):
+        return path, label, value
+    label = f"{label} ({file})"
+    try:
+        with Path(file).expanduser().open("rb") as opened:
+            content = opened.read(_MAX_SECRET + 1)
+        text = content.decode().strip()
+    except OSError as error:
+        return path, label, _Problem(f"cannot be read: {error.strerror}")
+    except ValueError:
+        return path, label, _Problem("is not UTF-8 text")
+    if len(content) > _MAX_SECRET:
+        return path, label, _Problem("is too large for a secret")
+    return path, label, text or _Problem("is empty")
 
 
 def _read_environment(environ: Mapping[str, str]) -> Iterator[_Setting]:
@@ -149,8 +224,11 @@ def _read_environment(environ: Mapping[str, str]) -> Iterator[_Setting]:
             continue
         if name.endswith("PORT") and _SERVICE_PORT.match(text):
             continue
+        if name == name.upper() and name.lower() in SECRET_FILES:
+            yield _read_secret(SECRET_FILES[name.lower()], variable, text)
+            continue
         if name != name.upper() or name.lower() not in _PATHS:
-            known = {_PREFIX + option.upper() for option in _PATHS}
+            known = {_PREFIX + option.upper() for option in (*_PATHS, *SECRET_FILES)}
             yield (variable,), variable, _Problem(f"unknown variable{_hint(variable, known)}")
             continue
         path, kind = _PATHS[name.lower()]
@@ -159,8 +237,11 @@ def _read_environment(environ: Mapping[str, str]) -> Iterator[_Setting]:
 
 def _read_flags(flags: Mapping[str, object]) -> Iterator[_Setting]:
     for name, value in flags.items():
-        if value is not None:
-            yield _PATHS[name][0], _FLAG_NAMES.get(name, "--" + name.replace("_", "-")), value
+        label = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
+        if value is not None and name in SECRET_FILES:
+            yield _read_secret(SECRET_FILES[name], label, value)
+        elif value is not None:
+            yield _PATHS[name][0], label, value
 
 
 # Flags whose name is not that of their option.

@@ -1,4 +1,4 @@
-"""The tables of ``trio-cluster status``, ``calls``, ``keys list``, ``usage`` and ``audit``, made from a node's JSON.
+"""What ``trio-cluster status``, ``calls``, ``reload``, ``keys list``, ``usage`` and ``audit`` print of a node's JSON.
 
 The JSON was written by another machine, so nothing in it is trusted to be there, to be of the right type, or to be fit
 for a terminal.
@@ -6,12 +6,20 @@ for a terminal.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .admin_client import printable
 
-__all__ = ["describe_audit", "describe_calls", "describe_keys", "describe_status", "describe_usage"]
+__all__ = [
+    "describe_audit",
+    "describe_calls",
+    "describe_keys",
+    "describe_reload",
+    "describe_status",
+    "describe_usage",
+]
 
 
 def describe_status(status: Mapping[str, Any]) -> str:
@@ -69,6 +77,30 @@ def describe_status(status: Mapping[str, Any]) -> str:
     if isinstance(rejected, Mapping) and rejected:
         sections.append(_table(("REJECTED", "REASON"), [(_cell(k), _cell(v)) for k, v in rejected.items()]))
     return "\n\n".join(sections)
+
+
+def describe_reload(reloaded: Mapping[str, Any]) -> str:
+    """Return what has come of ``POST /cluster/reload``, without a line break at the end."""
+    lines = [f"{_cell(reloaded.get('file'))} was read again"]
+    for field, title in (("applied", "applied"), ("needs_restart", "needs a restart")):
+        lines += [f"{title}: {_change(change)}" for change in _rows(reloaded, field)]
+    if reloaded.get("certificates"):
+        lines.append("applied: new certificates")
+    return "\n".join(lines if len(lines) > 1 else [f"{lines[0]}: nothing has changed"])
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    option = _cell(change.get("option"))
+    if "after" not in change:
+        return option
+    before, after = (_setting(change.get(side)) for side in ("before", "after"))
+    return f"{option}, {before} -> {after}"
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "none"
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def describe_calls(content: Mapping[str, Any]) -> str:

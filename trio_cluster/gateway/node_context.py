@@ -1,13 +1,13 @@
 """The node as the gateway and the admin application see it.
 
 Everything is read at the time of use, so that a new key, a changed limit or a new model applies to the next request.
-Nothing of the node is changed through it, except by ``drain_worker``.
+Nothing of the node is changed through it, except by ``drain_worker`` and ``reload``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import attrs
 import trio
@@ -17,7 +17,7 @@ from ..accounts.audit import AuditLog
 from ..core.status import NodeStatus, WorkerStatus
 from ..limits.limiter import Limiter
 from ..limits.memory import MemoryLimiter
-from ..options import ClusterServerOptions
+from ..options import ClusterServerOptions, Reloaded
 from ..routing.router import Router
 from ..stored.record import ResponseStore
 from .auth import Authenticator
@@ -78,6 +78,8 @@ class NodeContext:
     """Counts the requests of keys that have limits."""
     authenticator: Authenticator | None = None
     """Determines who sends a request; ``None``: the API key of the options is required."""
+    reload: Callable[[], Awaitable[Reloaded]] | None = None
+    """Reads the configuration again, and applies it, or raises a ``ClusterError``; ``None``: there is none to read."""
     started: float = attrs.field(factory=time.monotonic)
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)

@@ -115,7 +115,10 @@ class Parse:
                 size = context.declared_length()
             upload = ByteChannel(-1 if size is None else size)
         else:
-            body = first if request_body.complete else await _rest_of(request_body, first, node_context)
+            limit = node_context.options.server.max_json_size
+            if not form and request_body.received > limit:
+                raise too_large(limit)
+            body = first if request_body.complete else await _rest_of(request_body, first, limit)
             if context.model_in_path:
                 body = await _parse(_with_model_of_path, body, content_type, context)
             if context.principal.models:
@@ -259,11 +262,9 @@ def _require_model_of_path(context: RequestContext, model: str) -> None:
         )
 
 
-async def _rest_of(request_body: RequestBody, first: bytes, node_context: NodeContext) -> bytes:
+async def _rest_of(request_body: RequestBody, first: bytes, limit: int) -> bytes:
     """Return a body that is kept in memory, given its beginning, and wait for the rest."""
-    request_body.limit = min(request_body.limit, node_context.options.server.max_json_size)
-    if request_body.received > request_body.limit:
-        raise too_large(request_body.limit)
+    request_body.limit = min(request_body.limit, limit)
     return await request_body.read(request_body.limit, first)
 
 

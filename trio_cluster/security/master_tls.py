@@ -170,6 +170,27 @@ class MasterTls:
             else:
                 self._complained = ""
 
+    async def read_again(self) -> Callable[[], bool]:
+        """Read the certificates again, and return a function that has them shown from then on. A checkpoint.
+
+        Returns:
+            A synchronous function, which returns whether the files of the operator had changed. Until it is called,
+            nothing has changed.
+
+        Raises:
+            CertificateError: the files cannot be used.
+            StateDirError: the authority cannot be read or kept.
+        """
+        versions, contexts = await self._do(lambda: (self._versions(), self._make_contexts()))
+
+        def show() -> bool:
+            changed = versions != self._seen
+            (self._api, self._link), self._seen = contexts, versions
+            self._complained = ""
+            return changed
+
+        return show
+
     def _refresh(self, renew: bool) -> None:
         versions = self._versions()
         if versions == self._seen and not renew:
