@@ -1,4 +1,4 @@
-"""Random schedules: a few are played on each run of the tests; they can be replayed, and they find planted bugs."""
+"""Random schedules: a few are played on each run of the tests, and they can be replayed. See `test_planted_bugs.py`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster.cluster.forwarded import ForwardedCalls
 from trio_cluster.core.limits import WINDOW
-from trio_cluster.gateway.body import SPOOL_THRESHOLD, SpooledBody
-from trio_cluster.local.pool import HandlerPool
-from trio_cluster.local.slots import Slots
-from trio_cluster.openai import failures
-from trio_cluster.protocol import MasterSession, WorkerSession
-from trio_cluster.routing.catalog import Catalog
+from trio_cluster.gateway.body import SPOOL_THRESHOLD
 from trio_cluster.testing import ScheduleFailed, ScheduleReport, open_cluster, run_schedule
 from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._fault_oracle import FaultOracle
@@ -37,8 +30,6 @@ from trio_cluster.testing._workload import Outcome
 SMALL: dict[str, Any] = {"seconds": 12, "requests": 20, "faults": 8}
 #: A sample; ``nox -s soak`` plays new ones for as long as it is given.
 SEEDS = range(1, 11)
-# The seeds among which each planted bug has to be found; most are found by the first one.
-ENOUGH = range(1, 13)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -107,51 +98,6 @@ def test_a_dozen_plans_have_one_master_or_two() -> None:
     assert len(two) == 3
     assert {request.master for plan in two for request in plan.requests} == {"master", "master-2"}
     assert {request.master for plan in DOZEN if plan not in two for request in plan.requests} == {"master"}
-
-
-def test_a_schedule_finds_that_two_masters_own_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each link has slots of its own, as many as the process has.
-    slots: dict[tuple[int, int], Slots] = {}
-    link = 0
-    open_call, start = ForwardedCalls.open, HandlerPool.start
-
-    def open_of_link(self: ForwardedCalls, opened: Any) -> None:
-        nonlocal link
-        link = id(self)
-        open_call(self, opened)
-        link = 0
-
-    def start_in_slots_of_link(self: HandlerPool, request: Any, make_task: Any, own: Any, *more: Any) -> Any:
-        if link and own is not None:
-            own = slots.setdefault((id(self), link), Slots(self.options.server.max_concurrency))
-            own.resize(self.options.server.max_concurrency)
-        return start(self, request, make_task, own, *more)
-
-    def running(self: HandlerPool) -> int:
-        return self.slots.running + sum(each.running for key, each in slots.items() if key[0] == id(self))
-
-    monkeypatch.setattr(ForwardedCalls, "open", open_of_link)
-    monkeypatch.setattr(HandlerPool, "start", start_in_slots_of_link)
-    monkeypatch.setattr(HandlerPool, "running", property(running))
-    with pytest.raises(ScheduleFailed, match=r"w\d: \d handlers run, and there are \d slots"):
-        run_schedule(2)
-
-
-def test_a_schedule_finds_that_what_was_lost_with_a_link_is_not_sent_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    resume = MasterSession._on_resumed
-
-    def write_nothing_again(self: Any, received: int, now: float) -> None:
-        answer = list(self._ready)
-        resume(self, received, now)
-        self._ready.clear()
-        self._ready.extend(answer)
-
-    for session in (MasterSession, WorkerSession):
-        monkeypatch.setattr(session, "_on_resumed", write_nothing_again)
-    with pytest.raises(ScheduleFailed):
-        _ = [run_schedule(seed) for seed in (16, 22, 7)]
 
 
 def test_a_dozen_plans_have_every_fault() -> None:
@@ -229,66 +175,6 @@ def test_a_plan_follows_from_its_seed() -> None:
     assert draw_plan(7, seconds=30, requests=60, faults=16) != draw_plan(
         8, seconds=30, requests=60, faults=16
     )
-
-
-# Bugs of the kind that gateways have, each planted with one line.
-
-
-def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MasterSession, "cancel", lambda self, call, reason: None)
-
-
-def finish_failed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "error_event", lambda error: b"data: [DONE]\n\n")
-
-
-def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Catalog, "remove", lambda self, name, backend: True)
-
-
-def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = HandlerPool._in_slot
-
-    async def in_slot(self: HandlerPool, answer: Any, slots: Any) -> None:
-        try:
-            await run(self, answer, slots)
-        except trio.Cancelled:
-            self.slots.running += 1
-            raise
-
-    monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
-
-
-def lose_spooled_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SpooledBody, "_fetch", lambda self, data: b"")
-
-
-PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
-    forget_to_cancel,
-    finish_failed_streams,
-    keep_models_of_lost_workers,
-    lose_slots,
-    lose_spooled_body,
-]
-
-
-def failure(seed: int) -> ScheduleFailed | None:
-    try:
-        run_schedule(seed, **SMALL)
-    except ScheduleFailed as failed:
-        return failed
-    return None
-
-
-@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_planted_bug_is_found(plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    failed = next(filter(None, map(failure, ENOUGH)))
-    assert failed.violations
-    assert failed.violations[0] in str(failed)
-    assert f"schedule {failed.seed} " in str(failed)
-    assert f"python -m trio_cluster.testing {failed.seed} " in str(failed)
-    assert failed.log[-1] in str(failed)
 
 
 # The command line

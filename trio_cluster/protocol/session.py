@@ -376,6 +376,11 @@ class Session(abc.ABC, Generic[EventT]):
         return self._resume_window
 
     @property
+    def retained(self) -> int:
+        """About how many bytes are kept, since they were written and the peer has not acknowledged them."""
+        return 0 if self._retention is None else self._retention.size
+
+    @property
     def suspended(self) -> bool:
         """Whether the session has no connection, or one on which it has not been resumed yet."""
         return self._paused

@@ -44,6 +44,8 @@ CONNECTION_FAULTS: Final = frozenset(
 
 #: The one of them after which the link is resumed, and no call is lost.
 _RESUMED: Final = frozenset({"link reset"})
+#: Seconds for which a link is suspended at most, without the latency: a few attempts.
+_RESUMPTION: Final = 1.0
 
 
 class FaultOracle:
@@ -134,14 +136,25 @@ class FaultOracle:
         return bool(self._history.faults_on(hosts, since, outcome.ended, kinds))
 
     def _may_time_out(self, outcome: Outcome) -> bool:
-        return self._is_slow(outcome) or self.fault_near(self.hosts(outcome.request), outcome, WORKER_FAULTS)
+        hosts = self.hosts(outcome.request)
+        if self.fault_near(hosts, outcome, self.losses):
+            return True
+        # A link that is resumed costs a moment, and no more.
+        since = outcome.began - self.aftermath
+        cuts = len(self._history.faults_on(hosts, since, outcome.ended, _RESUMED))
+        return self._is_slow(outcome, cuts * (_RESUMPTION + 8 * self._plan.longest_delay))
 
-    def _is_slow(self, outcome: Outcome) -> bool:
-        """Return whether the response may come too late without any fault."""
+    def _is_slow(self, outcome: Outcome, suspended: float = 0.0) -> bool:
+        """Return whether the response may come too late although no worker was lost.
+
+        Args:
+            outcome: of the request.
+            suspended: seconds for which links were suspended meanwhile.
+        """
         request, options = outcome.request, self._plan.options
         script = request.script
         limits = [options["default_timeout"], request.idle_timeout, request.total_timeout]
-        silence = options["queue_timeout"] + script.longest_silence + self.transport_time(request)
+        silence = options["queue_timeout"] + script.longest_silence + self.transport_time(request) + suspended
         if silence >= min(limit for limit in limits if limit is not None):
             return True
         total = (
@@ -149,6 +162,7 @@ class FaultOracle:
             + script.duration
             + self.read_pauses(request)
             + self.transport_time(request)
+            + suspended
         )
         return request.total_timeout is not None and total >= request.total_timeout
 

@@ -18,6 +18,7 @@ import trio
 
 from ..core.limits import WINDOW
 from ..gateway.deadlines import GRACE
+from ..protocol.retention import ACK_ALONE
 from ..routing.backend import LOCAL
 from ._fault_oracle import STOPS, WORKER_FAULTS, FaultOracle
 from ._grammar import StreamGrammarError, read_stream
@@ -32,6 +33,9 @@ __all__ = ["Invariants"]
 
 #: Bytes of the largest piece of output, as it is sent.
 _LARGEST_PIECE: Final = 160_000
+#: Bytes of a link that may wait for their acknowledgement. It is sent for each ``ACK_ALONE``, and while it is on its
+#: way the buffers of the connection take more.
+_MOST_RETAINED: Final = 2 * ACK_ALONE
 #: Turns of the event loop within which time must advance.
 _MAX_TURNS: Final = 50_000
 
@@ -74,6 +78,7 @@ class Invariants(trio.abc.Instrument):
                 self._check_stats(process)
                 self._check_slots(process)
                 self._check_memory(process)
+                self._check_retained(process)
                 self._check_reservations(process)
         self._check_workers()
         self._check_time()
@@ -109,6 +114,15 @@ class Invariants(trio.abc.Instrument):
             upload = call.request.upload
             if upload is not None and upload.waiting_bytes > limit:
                 self._report(f"{process.name}: {upload.waiting_bytes} bytes of one upload wait")
+
+    def _check_retained(self, process: ProcessRun) -> None:
+        """Check that what is kept for a resumption of each link is acknowledged in time."""
+        for end in (process.server.worker_manager, process.server.worker_client):
+            for session in () if end is None else end.sessions:
+                if session.retained > _MOST_RETAINED:
+                    self._report(
+                        f"{process.name}: more than {_MOST_RETAINED} bytes of a link are not acknowledged"
+                    )
 
     def _check_reservations(self, process: ProcessRun) -> None:
         """Check that each request of a limited key that has a call holds a reservation."""

@@ -1,0 +1,270 @@
+"""Bugs of the kind that gateways have, each planted with a few lines: random schedules find them by the law they break.
+
+An invariant that is never violated may be one that is never checked. So each bug here names its law. It has to be found
+by one of the first seeds whose plans could show it at all: which seed that is changes whenever the schedules do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import attrs
+import pytest
+import trio
+
+from trio_cluster.cluster.forwarded import ForwardedCalls
+from trio_cluster.gateway.body import SpooledBody
+from trio_cluster.local.pool import HandlerPool
+from trio_cluster.local.slots import Slots
+from trio_cluster.openai import failures
+from trio_cluster.protocol import MasterSession
+from trio_cluster.protocol.messages import Ack
+from trio_cluster.protocol.retention import Retention
+from trio_cluster.protocol.session import Session
+from trio_cluster.routing.catalog import Catalog
+from trio_cluster.testing import ScheduleFailed, run_schedule
+from trio_cluster.testing._plan import Plan, draw_plan
+
+#: How many schedules may be played for a bug. Most are found by the first or the second one.
+ENOUGH: Final = 12
+
+SMALL: Final[dict[str, Any]] = {"seconds": 12, "requests": 20, "faults": 8}
+LARGE: Final[dict[str, Any]] = {"seconds": 30, "requests": 60, "faults": 16}
+#: Links are cut several times in each second.
+DENSE: Final[dict[str, Any]] = {"seconds": 8, "requests": 60, "faults": 4}
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@attrs.frozen
+class Planted:
+    """A bug.
+
+    Attributes:
+        plant: breaks the package.
+        law: what a violation of the law says that has to find it, as a pattern.
+        size: of the schedules.
+        fits: whether a plan could show it.
+    """
+
+    plant: Plant
+    law: str
+    size: dict[str, Any] = SMALL
+    fits: Callable[[Plan], bool] = lambda plan: True
+
+    def __str__(self) -> str:
+        return self.plant.__name__
+
+
+# Which plans
+
+
+def resumes(plan: Plan) -> bool:
+    return plan.options["resume_window"] > 0
+
+
+def cuts_all_the_time(plan: Plan) -> bool:
+    return resumes(plan) and sum(fault.kind == "link reset" for fault in plan.faults) >= 30
+
+
+def has_two_masters(plan: Plan) -> bool:
+    return len(plan.masters) > 1
+
+
+# Of calls and handlers
+
+
+def forget_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MasterSession, "cancel", lambda self, call, reason, **more: None)
+
+
+def finish_failed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "error_event", lambda error: b"data: [DONE]\n\n")
+
+
+def keep_models_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Catalog, "remove", lambda self, name, backend: True)
+
+
+def lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = HandlerPool._in_slot
+
+    async def in_slot(self: HandlerPool, answer: Any, slots: Any) -> None:
+        try:
+            await run(self, answer, slots)
+        except trio.Cancelled:
+            self.slots.running += 1
+            raise
+
+    monkeypatch.setattr(HandlerPool, "_in_slot", in_slot)
+
+
+def lose_spooled_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpooledBody, "_fetch", lambda self, data: b"")
+
+
+def let_two_masters_own_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each link has slots of its own, as many as the process has."""
+    slots: dict[tuple[int, int], Slots] = {}
+    link = 0
+    open_call, start = ForwardedCalls.open, HandlerPool.start
+
+    def open_of_link(self: ForwardedCalls, opened: Any) -> None:
+        nonlocal link
+        link = id(self)
+        open_call(self, opened)
+        link = 0
+
+    def start_in_slots_of_link(self: HandlerPool, request: Any, make_task: Any, own: Any, *more: Any) -> Any:
+        if link and own is not None:
+            own = slots.setdefault((id(self), link), Slots(self.options.server.max_concurrency))
+            own.resize(self.options.server.max_concurrency)
+        return start(self, request, make_task, own, *more)
+
+    def running(self: HandlerPool) -> int:
+        return self.slots.running + sum(each.running for key, each in slots.items() if key[0] == id(self))
+
+    monkeypatch.setattr(ForwardedCalls, "open", open_of_link)
+    monkeypatch.setattr(HandlerPool, "start", start_in_slots_of_link)
+    monkeypatch.setattr(HandlerPool, "running", property(running))
+
+
+# Of links that are resumed
+
+
+def patch_resumption(monkeypatch: pytest.MonkeyPatch, on_resumed: Callable[..., None]) -> None:
+    """Let `on_resumed`, which is given the method itself as well, go on with a session at both ends of a link."""
+    method = Session._on_resumed
+
+    def patched(self: Session[Any], received: int, now: float) -> None:
+        on_resumed(method, self, received, now)
+
+    monkeypatch.setattr(Session, "_on_resumed", patched)
+
+
+def send_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_resumed(method: Any, session: Any, received: int, now: float) -> None:
+        answer = list(session._ready)
+        method(session, received, now)
+        session._ready.clear()
+        session._ready.extend(answer)
+
+    patch_resumption(monkeypatch, on_resumed)
+
+
+def replay_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_resumed(method: Any, session: Any, received: int, now: float) -> None:
+        method(session, received, now)
+        session._ready.extend(session._retention.batches)
+
+    patch_resumption(monkeypatch, on_resumed)
+
+
+def replay_what_was_acknowledged_on_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust the last acknowledgement before the cut, which may be an old one, and not the one in the handshake."""
+
+    def on_resumed(method: Any, session: Any, received: int, now: float) -> None:
+        method(session, session._retention.acknowledged, now)
+
+    patch_resumption(monkeypatch, on_resumed)
+
+
+def do_not_restore_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The credit of the bodies that are under way belongs to the connection, and is lost with it."""
+
+    def on_resumed(method: Any, session: Any, received: int, now: float) -> None:
+        method(session, received, now)
+        for stream in session._outbox._streams.values():
+            stream.credit = 0
+
+    patch_resumption(monkeypatch, on_resumed)
+
+
+def lose_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = Session._receive_message
+
+    def receive_message(self: Any, message: Any, events: list[Any]) -> None:
+        if type(message) is not Ack:
+            receive(self, message, events)
+
+    monkeypatch.setattr(Session, "_receive_message", receive_message)
+
+
+def acknowledge_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget one batch more than the peer has received."""
+    acknowledge = Retention.acknowledge
+    monkeypatch.setattr(
+        Retention, "acknowledge", lambda self, count: acknowledge(self, min(count + 1, self.sent))
+    )
+
+
+def accept_stale_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on with any session that could have the numbers, also if the one that is named is over."""
+
+    def is_named_by(self: Any, handshake: Any) -> bool:
+        return (
+            self.close_reason is None
+            and self.peer is not None
+            and self._retention is not None
+            and self._retention.knows(handshake.received)
+        )
+
+    monkeypatch.setattr(MasterSession, "is_named_by", is_named_by)
+
+
+LOST_BY_A_CUT: Final = "an error without a cause"
+DAMAGED: Final = (
+    "an error without a cause|with another text|looks complete and is not|not recovered|no fault broke it"
+)
+
+PLANTED: Final = [
+    Planted(forget_to_cancel, "after it was over|not recovered"),
+    Planted(finish_failed_streams, "breaks the grammar|finished stream"),
+    Planted(keep_models_of_lost_workers, "should not be connected|is served by|is answered by"),
+    Planted(lose_slots, "not recovered"),
+    Planted(lose_spooled_body, "logged as an error|without a cause|damaged"),
+    Planted(let_two_masters_own_one_slot, r"\d handlers run, and there are \d slots", LARGE, has_two_masters),
+    Planted(send_nothing_again, DAMAGED, DENSE, cuts_all_the_time),
+    Planted(replay_twice, DAMAGED, DENSE, cuts_all_the_time),
+    Planted(replay_what_was_acknowledged_on_resumption, DAMAGED, DENSE, cuts_all_the_time),
+    Planted(do_not_restore_windows, f"{LOST_BY_A_CUT}.*timeout|no fault broke it", DENSE, cuts_all_the_time),
+    Planted(lose_acknowledgements, "bytes of a link are not acknowledged", LARGE, resumes),
+    Planted(acknowledge_too_much, DAMAGED, DENSE, cuts_all_the_time),
+    Planted(accept_stale_sessions, LOST_BY_A_CUT, DENSE, cuts_all_the_time),
+]
+
+
+def seeds_of(bug: Planted) -> list[int]:
+    fitting = (seed for seed in itertools.count(1) if bug.fits(draw_plan(seed, **bug.size)))
+    return list(itertools.islice(fitting, ENOUGH))
+
+
+def play(seed: int, size: dict[str, Any]) -> ScheduleFailed | None:
+    try:
+        run_schedule(seed, **size)
+    except ScheduleFailed as failed:
+        return failed
+    return None
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_a_planted_bug_is_found(bug: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.plant(monkeypatch)
+    found: list[str] = []
+    for seed in seeds_of(bug):
+        failed = play(seed, bug.size)
+        if failed is None:
+            continue
+        assert failed.seed == seed
+        assert f"schedule {seed} " in str(failed)
+        assert f"python -m trio_cluster.testing {seed} " in str(failed)
+        assert failed.log[-1] in str(failed)
+        assert failed.violations[0] in str(failed)
+        if any(re.search(bug.law, violation) for violation in failed.violations):
+            print(f"{bug} is found by the schedule of {seed}: {failed.violations[0]}")
+            return
+        found += failed.violations
+    pytest.fail(f"no schedule says {bug.law!r}; violations: {found}")
