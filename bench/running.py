@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,18 @@ async def run(
     return process
 
 
-async def start(nursery: trio.Nursery, program: str, *arguments: object) -> Running:
-    """Start one of the programs beside this one; it prints first on which port it serves."""
-    process = await run(nursery, [sys.executable, str(HERE / program), *map(str, arguments)])
+async def start(
+    nursery: trio.Nursery, program: str, *arguments: object, within: Sequence[str] = ()
+) -> Running:
+    """Start one of the programs beside this one; it prints first on which port it serves.
+
+    Args:
+        nursery: ends it.
+        program: its file.
+        arguments: of its command line.
+        within: a command that runs another one, as ``ip netns exec`` does.
+    """
+    process = await run(nursery, [*within, sys.executable, str(HERE / program), *map(str, arguments)])
     send, lines = trio.open_memory_channel[str](100_000)
     nursery.start_soon(read_lines, process.stdout, send)
     with trio.fail_after(_PATIENCE):
@@ -98,9 +107,9 @@ async def start_master(nursery: trio.Nursery, *flags: str) -> tuple[int, trio.Pr
     return port, process
 
 
-async def start_node(nursery: trio.Nursery, *arguments: str) -> trio.Process:
-    """Start a node of a cluster."""
-    command = [sys.executable, str(HERE / "node.py"), *arguments, "--log-level", "error"]
+async def start_node(nursery: trio.Nursery, *arguments: str, within: Sequence[str] = ()) -> trio.Process:
+    """Start a node of a cluster; ``within`` is as for :func:`start`."""
+    command = [*within, sys.executable, str(HERE / "node.py"), *arguments, "--log-level", "error"]
     process = await run(nursery, command)
     nursery.start_soon(_swallow, process.stdout)
     return process

@@ -28,6 +28,7 @@ PROGRAMS = {
     "limits": "limits, in memory and on disk",
     "killed": "master killed 3 times, resume_window 15",
     "heal": "never two masters",
+    "cuts": "client errors with cuts: 0",
 }
 
 

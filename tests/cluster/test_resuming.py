@@ -107,6 +107,23 @@ async def test_a_silent_connection_is_left_for_another_one_before_anyone_is_lost
     assert "worker stalled" not in caplog.text
 
 
+async def test_a_look_that_comes_late_is_followed_by_another_one(
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Counting(40)
+    worker = await cluster.start("w1", model.counting)
+    call, events = await begin(cluster, "counting")
+    worker.black_hole()
+    await trio.sleep(11)
+    # The process does not run at the moment at which it would try a second connection.
+    autojump_clock.jump(5)
+    with caplog.at_level(logging.INFO, "trio_cluster"):
+        events += await everything(call)
+    assert words_of(events) == model.whole
+    assert worker.dials == 2
+    assert "worker left" not in caplog.text
+
+
 async def test_the_first_connection_is_kept_if_it_gives_a_sign_of_life_before_the_second_is_open(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:

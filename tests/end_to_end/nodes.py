@@ -336,6 +336,11 @@ class Stream:
     def is_running(self) -> bool:
         return self._result is None
 
+    @property
+    def received(self) -> bytes:
+        """What has come so far, which is the body as the server has sent it."""
+        return self._received
+
     async def end(self, within: float) -> RawStream:
         """Wait for its end."""
         with trio.fail_after(within):

@@ -775,7 +775,9 @@ class _Resumption:
             return
         pause = self._options.heartbeat_interval / 2
         while True:
-            due = trio.current_time() + self._patience - self._session.silence(trio.current_time())
+            now = trio.current_time()
+            # Not in the past, or each look after one that came late would be late, too.
+            due = max(now, now + self._patience - self._session.silence(now))
             await trio.sleep_until(due)
             # Not if this process itself did not run: what has come meanwhile must be read first.
             late = trio.current_time() - due > pause
