@@ -96,6 +96,7 @@ class MasterTls:
     ) -> None:
         self.authority: Authority | None = None
         self.members: Members | None = None
+        self._state = state
         self._names = names
         self._certificate = certificate
         self._key = key
@@ -158,6 +159,20 @@ class MasterTls:
                     logger.error("the new certificate is not used: %s", error)
             else:
                 self._complained = ""
+
+    async def reload(self) -> None:
+        """Read again what another process with the same state directory has changed. A checkpoint.
+
+        Raises:
+            StateDirError: it cannot be read.
+        """
+
+        def read() -> None:
+            if self._state is not None:
+                self._open_authority(self._state)
+                self._api, self._link = self._make_contexts()
+
+        await self._do(read)
 
     def _refresh(self, renew: bool) -> None:
         versions = self._versions()
