@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("accounts",),
     ("limits", "net", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local", "stored"),
-    ("cluster", "gateway", "hypercorn_server"),
+    ("cluster", "gateway", "group", "hypercorn_server"),
     ("admin",),
     ("node",),
     ("server",),

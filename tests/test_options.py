@@ -83,6 +83,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "drain_timeout": 30.0,
         "limits": None,
         "limits_failure": "allow",
+        "processes": 1,
         "state_dir": None,
         "database": None,
         "usage_days": 90,
@@ -281,6 +282,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "allow_anonymous_workers": "yes",
         "limits": "redis://r/1",
         "limits_failure": "refuse",
+        "processes": "4",
         "through_proxy": "yes",
         "guardian": "no",
         "aliases": '{"a": ["b", "c"]}',
@@ -290,7 +292,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "batch_wait": 0, "ejection_share": 1, "http": "hypercorn", "database": "sqlite:///keys.db",
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
         "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
-        "aliases": {"a": ["b", "c"]}, "through_proxy": True, "guardian": False,
+        "aliases": {"a": ["b", "c"]}, "through_proxy": True, "guardian": False, "processes": 4,
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")

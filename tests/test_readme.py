@@ -203,7 +203,8 @@ def test_every_option_is_documented_with_its_default_variable_and_flag(options: 
         if field.name == "server":
             continue
         default = field.default
-        shown = {None: "none", True: "true"}.get(default) or (
+        # A default of 1 equals True.
+        shown = {"None": "none", "True": "true"}.get(str(default)) or (
             f"{default:g}{'' if field.name.endswith('_share') else ' s'}"
             if isinstance(default, float)
             else str(default)

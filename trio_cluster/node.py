@@ -35,7 +35,7 @@ from .admin.app import create_app, put_gateway_in_front
 from .admin.membership import Membership
 from .cluster.admission import Doorkeeper
 from .cluster.guardian import Guardian
-from .cluster.master import WorkerManager
+from .cluster.master import Place, WorkerManager
 from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
@@ -51,6 +51,9 @@ from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
+from .group.front import Front
+from .group.member import Member
+from .group.messages import Notice
 from .http1.asgi import App
 from .http1.framing import refusal_response
 from .http1.refusal import HttpRefusal
@@ -291,6 +294,7 @@ class Node:
         *,
         state_name: str | None = None,
         succession: Succession | None = None,
+        member: Member | None = None,
     ) -> None:
         """Serve the API, and accept workers, until stopped or replaced by another process.
 
@@ -300,6 +304,7 @@ class Node:
             started: called when requests and workers are accepted. Synchronous.
             state_name: the name of the state directory if the options have none; ``None``: there is none.
             succession: takes the place of a running master, whose listeners these are; ``None``: there is none.
+            member: this process is one of several of this master; ``None``: it is the only one.
 
         Raises:
             TakeOverFailed: the running master goes on.
@@ -309,21 +314,28 @@ class Node:
         """
         state = self._open_state(state_name)
         taking_over = succession is not None
-        memory = None if state is None else self._model_memory(state, later=taking_over)
+        # Of several processes one writes: all serve the same models.
+        writes = member is None or member.process == 0
+        memory = None if state is None else self._model_memory(state, later=taking_over or not writes)
         # The running master keeps what keys use until it leaves that to this one.
-        limiter = self._node_context.limiter = self._new_limiter(None if taking_over else state)
+        limiter = self._node_context.limiter = self._new_limiter(
+            None if taking_over or member is not None else state
+        )
         self._tls = await open_tls(self._options, state, self._own_names)
         doorkeeper = Doorkeeper(self._options)
         if self._tls is not None:
             doorkeeper = Doorkeeper(
                 self._options, self._tls.is_revoked, self._tls.is_member, self._invite_command
             )
-        manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper)
+        place = None if member is None else Place(member.process, member.processes)
+        manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper, place)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         clients_gate, workers_gate = Gate(is_open=not taking_over), Gate(is_open=not taking_over)
         hand_over: HandOver | None = None
-        if state is not None and isinstance(self._network, Sockets):
+        if member is not None:
+            listeners = gated(listeners, clients_gate)
+        elif state is not None and isinstance(self._network, Sockets):
             hand_over = HandOver(
                 state.path / SOCKET_NAME,
                 sockets_of(listeners),
@@ -344,18 +356,20 @@ class Node:
             self._open_loops(),
             trio.open_nursery() as nursery,
         ):
-            if memory is not None and not taking_over:
+            if memory is not None and not taking_over and writes:
                 nursery.start_soon(memory.run)
             if accounts is not None:
                 nursery.start_soon(accounts.run)
-            responses = self._node_context.responses = self._new_response_store(accounts)
+            responses = self._node_context.responses = self._new_response_store(
+                accounts, shared=member is not None
+            )
             nursery.start_soon(responses.run)
             await self._start_pool(nursery)
             nursery.start_soon(self._log_blocks)
             if self._tls is not None:
                 internal_listeners = with_tls(internal_listeners, self._tls.link_context, _plain_http_reply)
             await nursery.start(manager.serve, internal_listeners)
-            await self._start_api(nursery, listeners)
+            await self._start_api(nursery, listeners, member, clients_gate)
             if await self._has_started():
                 if succession is not None:
                     failure = await self._take_over(
@@ -486,9 +500,14 @@ class Node:
                     logger.warning("serving without keys and usage: %s", error)
             yield context.accounts
 
-    def _new_response_store(self, accounts: Accounts | None) -> ResponseStore:
-        """Return what keeps responses: in the database if the options name one, in memory if not."""
-        if accounts is not None and self._options.database is not None:
+    def _new_response_store(self, accounts: Accounts | None, *, shared: bool = False) -> ResponseStore:
+        """Return what keeps responses: in the database if the options name one, in memory if not.
+
+        Args:
+            accounts: have the database.
+            shared: other processes must find them, too, so they are kept in the database that there is.
+        """
+        if accounts is not None and (shared or self._options.database is not None):
             return DatabaseResponses(accounts, self._options)
         responses = MemoryResponses(self._options)
         if accounts is not None:
@@ -644,7 +663,13 @@ class Node:
             await self._router.wait_idle()
             await wait_delivered()
 
-    async def _start_api(self, nursery: trio.Nursery, listeners: Listeners) -> None:
+    async def _start_api(
+        self,
+        nursery: trio.Nursery,
+        listeners: Listeners,
+        member: Member | None = None,
+        clients_gate: Gate | None = None,
+    ) -> None:
         manager = self.worker_manager
         membership = None
         if manager is not None:
@@ -656,7 +681,33 @@ class Node:
         if self._tls is not None:
             nursery.start_soon(self._tls.run)
             listeners = self._with_tls(listeners)
-        await nursery.start(self._serve_api, self._behind_gateway(self.app), listeners)
+        app = self._behind_gateway(self.app)
+        if member is not None and clients_gate is not None:
+            front = Front(app, member)
+            orphaned = functools.partial(self._stop_orphaned, member, clients_gate)
+            nursery.start_soon(member.run, front.answer_alone, self._on_notice, orphaned)
+            app = front
+        await nursery.start(self._serve_api, app, listeners)
+
+    def _stop_orphaned(self, member: Member, clients_gate: Gate) -> None:
+        """The supervisor has ended: listen no more, so that another group can take the ports, and end. Synchronous."""
+        logger.warning(
+            "the supervisor of this process has ended; this process finishes its requests and ends"
+        )
+        clients_gate.close()
+        for listener in member.clients:
+            listener.close()
+        self.stop()
+
+    async def _on_notice(self, notice: Notice) -> None:
+        """Another process of this master has changed what all share: look at it. A checkpoint."""
+        accounts = self._node_context.accounts
+        if notice.kind == "keys" and accounts is not None:
+            await accounts.load()
+        elif notice.kind == "members" and self._tls is not None:
+            await self._tls.reload()
+        if notice.worker and self.worker_manager is not None:
+            self.worker_manager.drop_worker(notice.worker, "the certificate of this worker was revoked")
 
     async def _open_tls(self, state_name: str | None) -> None:
         """Get the certificates of a node that keeps nothing else."""

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from .core.aliases import AliasTargets, read_aliases
+from .core.limits import PROCESSES_MAX
 from .errors import OptionsError
 
 __all__ = [
@@ -112,6 +113,13 @@ def _count_or_zero(instance: object, field: _Field, value: object) -> None:
         raise TypeError(f"{field.name}: expected a whole number, got {value!r}")
     if value < 0:
         raise OptionsError(f"{field.name}: must be 0 or more, got {value}")
+
+
+def _processes(instance: object, field: _Field, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field.name}: expected a whole number, got {value!r}")
+    if not 1 <= value <= PROCESSES_MAX:
+        raise OptionsError(f"{field.name}: must be 1 to {PROCESSES_MAX}, got {value}")
 
 
 def _port(instance: object, field: _Field, value: object) -> None:
@@ -474,6 +482,8 @@ class ClusterServerOptions:
     limits_failure: LimitsFailure = attrs.field(default="allow", validator=_limits_failure, metadata=_RESTART)
     """What happens to requests of keys with limits while the server of ``limits`` is away. ``"allow"``: each master
     counts them in its own memory. ``"refuse"``: they are refused with 503."""
+    processes: int = attrs.field(default=1, validator=_processes, metadata=_RESTART)
+    """How many processes a master is, behind its two ports; only ``trio-cluster master`` starts several."""
     state_dir: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
     )

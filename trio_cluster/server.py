@@ -36,6 +36,7 @@ from .core.state_dir import StateDir, default_state_dir, path_of
 from .core.threads import start_in_thread
 from .errors import ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from .gateway.auth import Authenticator
+from .group.member import Member
 from .limits.limiter import Limiter
 from .local.adapters import Handler
 from .local.asyncio_handler import AsyncioHandler
@@ -994,6 +995,8 @@ class ClusterServer:
             RuntimeError: the server runs already.
         """
         port = self._options.server.port if port is None else port
+        if self._options.processes > 1:
+            raise OptionsError("processes: only the command line (trio-cluster master) starts several")
         if take_over:
             succession = await self._ask_for_sockets(port)
             if succession is not None:
@@ -1003,6 +1006,32 @@ class ClusterServer:
             )
         external, internal = await self._open_pair(port)
         await self._serve_as_master(external, internal, port, lambda: task_status.started(ClusterMode.MASTER))
+        return ClusterMode.MASTER
+
+    async def run_in_group(self, member: Member, *, started: Callable[[ClusterMode], None]) -> ClusterMode:
+        """Run as one of the processes of a master, which its supervisor has started. For the command line.
+
+        Args:
+            member: this process in its group, with the sockets to serve.
+            started: called with the mode when requests and workers are accepted. Synchronous.
+
+        Returns:
+            ``ClusterMode.MASTER``, after it was stopped.
+
+        Raises:
+            ClusterError, RuntimeError: as :meth:`run_as_master`.
+        """
+        self._options.server.worker_id = f"{member.name}-{member.process}"
+        try:
+            await self._serve_as_master(
+                member.clients,
+                member.workers,
+                self._options.server.port,
+                lambda: started(ClusterMode.MASTER),
+                member=member,
+            )
+        finally:
+            member.close()
         return ClusterMode.MASTER
 
     async def _ask_for_sockets(self, port: int) -> Succession | None:
@@ -1252,6 +1281,7 @@ class ClusterServer:
         name: str | None = None,
         auto: bool = False,
         succession: Succession | None = None,
+        member: Member | None = None,
     ) -> None:
         """Serve on the ports of a master until stopped. In auto mode, the caller runs the hooks and the pool."""
         try:
@@ -1263,6 +1293,7 @@ class ClusterServer:
                     started,
                     state_name=f"master-{port}" if self._keeps_state(port) else None,
                     succession=succession,
+                    member=member,
                 )
                 await (serve() if auto else self._serve(serve))
         finally:

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from ..core.call import Call, Phase
 from ..core.principal import BudgetPeriod, Principal, Priority, Role
-from ..core.status import EjectedReplica, MasterStatus, SlotStatus, WorkerStatus
+from ..core.status import EjectedReplica, MasterStatus, ProcessStatus, SlotStatus, WorkerStatus
 from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
 from ..options import OptionChange, Reloaded
@@ -117,6 +117,8 @@ class StatusView:
     masters: list[MasterStatus] | UnsetType = UNSET
     connected: bool | UnsetType = UNSET
     rejected_models: dict[str, str] | UnsetType = UNSET
+    processes: list[ProcessStatus] | UnsetType = UNSET
+    """The processes that the master is, if there are several. What else is shown is that of all of them."""
 
 
 @attrs.frozen

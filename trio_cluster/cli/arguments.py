@@ -128,6 +128,9 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
         help="take the place of the master that serves on this port: it finishes its answers and ends, and no request"
         " is refused or cut; if there is none, start as usual",
     )
+    _add_option(
+        master, "--processes", "processes", int, "N", "how many processes the master is, on the same ports"
+    )
     _add_serving_flags(master, master=True, worker=False)
 
     worker = command("worker", "Serve models to a master.")

@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -44,8 +45,8 @@ from ..core.redaction import without_keys
 from ..core.state_dir import default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
 from ..net.activation import ActivatedNetwork, activated_sockets
-from ..net.sockets import INTERNAL_OFFSET, outward_address, shown_address
-from ..options import ClusterMode
+from ..net.sockets import INTERNAL_OFFSET, close_all, open_pair, outward_address, port_of, shown_address
+from ..options import ClusterMode, ClusterServerOptions
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
 from .arguments import config_file, log_settings, master_addresses, options_from, parse_arguments
@@ -56,6 +57,9 @@ from .tables import describe_calls, describe_reload, describe_status
 
 if TYPE_CHECKING:
     from ..engines import ServeSpec
+    from ..group.member import Member
+    from ..group.messages import Up
+    from ..group.supervisor import Supervisor
     from ..server import ClusterServer
 
 __all__ = ["main", "run_application"]
@@ -105,6 +109,7 @@ def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
     try:
         arguments = parse_arguments(argv, None if application is None else Path(sys.argv[0]).name or "python")
         arguments.application = application
+        arguments.argv = None if argv is None else list(argv)
         level, log_format = log_settings(arguments)
         debug = level == "debug"
         logs.configure(level, log_format)
@@ -168,11 +173,90 @@ def _describe_error(error: BaseException) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     server = _server(arguments)
+    if server.options.processes > 1:
+        raise OptionsError("processes: only `trio-cluster master` can be several processes, and not `run`")
     return _serve(server, partial(server.run, server.options.server.port), arguments.serve)
 
 
+def _run_group(server: ClusterServer, arguments: argparse.Namespace) -> int:
+    """Run a master that is several processes, of which this one is the supervisor."""
+    if arguments.take_over:
+        raise OptionsError(
+            "--take-over: a master of several processes cannot take over yet; stop the other one"
+        )
+    raise_descriptor_limit()
+    return trio.run(_supervise, server, arguments, restrict_keyboard_interrupt_to_checkpoints=True)
+
+
+async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> int:
+    from ..group.supervisor import Supervisor
+
+    options = server.options
+    host, internal_host = options.server.host, options.internal_host or options.server.host
+    clients, workers = await open_pair(
+        server.network, host, options.server.port, internal_host, options.internal_port
+    )
+    supervisor = Supervisor(
+        options.processes,
+        options.server.worker_id or f"{socket.gethostname()}-{os.getpid()}",
+        _same_command(arguments),
+        os.environ,
+        clients,
+        workers,
+    )
+
+    if server.reloader is not None:
+        supervisor.reloader = supervisor.reload_members
+
+    def started(up: Up) -> None:
+        fields = _serving_fields(
+            options, up.url, port_of(clients), ClusterMode.MASTER, up.models, port_of(workers)
+        )
+        logger.info("serving", extra={"fields": {**fields, "processes": options.processes}})
+
+    code = 0
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_on_signals, nursery.cancel_scope, supervisor)
+            code = await supervisor.run(started)
+            nursery.cancel_scope.cancel(reason="the group has ended")
+    finally:
+        close_all([*clients, *workers])
+    return code
+
+
+def _same_command(arguments: argparse.Namespace) -> list[str]:
+    """Return what starts this command once more."""
+    if arguments.application is not None:
+        # A program of the user's, which may have been started as a file or as a module.
+        return [sys.executable, *sys.orig_argv[1:]]
+    return [
+        sys.executable,
+        "-m",
+        "trio_cluster",
+        *(sys.argv[1:] if arguments.argv is None else arguments.argv),
+    ]
+
+
+async def _run_in_group(
+    server: ClusterServer, sock: socket.socket, *, task_status: _Announcer
+) -> ClusterMode:
+    """Run one process of a master that is several."""
+    from ..group.member import Member
+
+    member = await Member.join(sock)
+    return await server.run_in_group(member, started=attrs.evolve(task_status, member=member).started)
+
+
 def _master(arguments: argparse.Namespace) -> int:
+    from ..group.member import socket_to_supervisor
+
+    to_supervisor = socket_to_supervisor(os.environ)
     server = _server(arguments)
+    if to_supervisor is not None:
+        return _serve(server, partial(_run_in_group, server, to_supervisor), arguments.serve)
+    if server.options.processes > 1:
+        return _run_group(server, arguments)
     run = partial(server.run_as_master, server.options.server.port, take_over=arguments.take_over)
     return _serve(server, run, arguments.serve)
 
@@ -418,10 +502,12 @@ class _Announcer:
     Attributes:
         server: the server.
         engines: how many engines serve on it.
+        member: this process is one of several of a master, whose supervisor says that it is up; ``None``: it is not.
     """
 
     server: ClusterServer
     engines: int = 0
+    member: Member | None = None
 
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
@@ -441,17 +527,16 @@ class _Announcer:
             elif not models:
                 logger.warning("this worker has no models; give --app or --serve")
             return
-        fields: dict[str, object] = {"url": self.server.url, "mode": str(mode), "models": models}
-        if mode is ClusterMode.MASTER:
-            fields["workers_join_at"] = self.server.internal_port
-        options = self.server.options
-        everywhere = options.server.host in ("0.0.0.0", "::")
-        if everywhere:
-            scheme = (self.server.url or "").partition(":")[0]
-            fields["from_other_machines"] = (
-                f"{scheme}://{shown_address(outward_address(), self.server.port or 0)}"
-            )
-        logger.info("serving", extra={"fields": fields})
+        options, url = self.server.options, self.server.url or ""
+        if self.member is None:
+            internal_port = self.server.internal_port if mode is ClusterMode.MASTER else None
+            fields = _serving_fields(options, url, self.server.port or 0, mode, models, internal_port)
+            logger.info("serving", extra={"fields": fields})
+        else:
+            self.member.announce(url, models)
+            if self.member.process > 0:
+                # The first one warns for all.
+                return
         if options.server.host not in _LOOPBACK and (open_for := self._open_for(mode)):
             logger.warning(
                 "open on the network: %s; or listen on this machine only, with --host 127.0.0.1",
@@ -477,9 +562,26 @@ class _Announcer:
         return found
 
 
+def _serving_fields(
+    options: ClusterServerOptions,
+    url: str,
+    port: int,
+    mode: ClusterMode,
+    models: Sequence[str],
+    internal_port: int | None,
+) -> dict[str, object]:
+    """Return what the log says of a node that begins to serve."""
+    fields: dict[str, object] = {"url": url, "mode": str(mode), "models": models}
+    if internal_port is not None:
+        fields["workers_join_at"] = internal_port
+    if options.server.host in ("0.0.0.0", "::"):
+        fields["from_other_machines"] = f"{url.partition(':')[0]}://{shown_address(outward_address(), port)}"
+    return fields
+
+
 async def _stop_on_signals(
     scope: trio.CancelScope,
-    server: ClusterServer | None = None,
+    server: ClusterServer | Supervisor | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:

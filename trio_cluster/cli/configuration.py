@@ -108,7 +108,7 @@ class Configuration:
         return reloaded
 
 
-async def reload_on_signal(reload: Callable[[], Awaitable[Reloaded]]) -> None:
+async def reload_on_signal(reload: Callable[[], Awaitable[object]]) -> None:
     """Read the configuration again, and leave errors to the log: the server goes on with what it has. A checkpoint."""
     try:
         await reload()

@@ -26,7 +26,7 @@ from .guardian import Trust
 if TYPE_CHECKING:
     from ..security.membership import Membership
 
-__all__ = ["Dialer", "MemberDialer", "TlsNetwork"]
+__all__ = ["Dialer", "MemberDialer", "SiblingDialer", "TlsNetwork"]
 
 logger = logging.getLogger("trio_cluster.tls")
 
@@ -60,10 +60,10 @@ class TlsNetwork:
         """See ``Network``; without TLS, which is a matter of who serves the connections."""
         return await self._network.listen(host, port)
 
-    async def connect(self, host: str, port: int) -> ByteStream:
-        """See ``Network``."""
+    async def connect(self, host: str, port: int, process: int | None = None) -> ByteStream:
+        """See ``Network``; for ``process``, see :func:`connect_tls`."""
         stream = await self._network.connect(host, port)
-        return await connect_tls(stream, self._context, self._server_name or host)
+        return await connect_tls(stream, self._context, self._server_name or host, process=process)
 
 
 class Dialer:
@@ -76,10 +76,12 @@ class Dialer:
 
     Attributes:
         host: the master's name, for its ``Host`` header and for logs.
+        process: which process of the master it connects to; ``None``: any, and it names none.
     """
 
     def __init__(self, network: Network, host: str, port: int, label: str | None = None) -> None:
         self.host = host
+        self.process: int | None = None
         self._network = network
         self._port = port
         self._label = label
@@ -101,11 +103,48 @@ class Dialer:
         Raises:
             OSError: it cannot be made; the message says why.
         """
-        return await self._network.connect(self.host, self._port)
+        return await self.connect_to_process(self.process)
+
+    async def connect_to_process(self, process: int | None) -> ByteStream:
+        """Return a new connection for a certain process of the master; ``None``: for any. See :meth:`connect`."""
+        network = self._network
+        if process is not None and isinstance(network, TlsNetwork | _MemberNetwork):
+            return await network.connect(self.host, self._port, process)
+        return await network.connect(self.host, self._port)
 
     async def run(self) -> NoReturn:
         """Do what has to be done meanwhile, until cancelled."""
         await trio.sleep_forever()
+
+
+class SiblingDialer(Dialer):
+    """Connects to another process of a master that is several.
+
+    Args:
+        dialer: connects to the master. What has to be done meanwhile is done by that one.
+        process: the number of the process.
+    """
+
+    def __init__(self, dialer: Dialer, process: int) -> None:
+        self.host = dialer.host
+        self.process = process
+        self._dialer = dialer
+
+    @property
+    def label(self) -> str:
+        """See ``Dialer``."""
+        return f"{self._dialer.label}, process {self.process}"
+
+    @property
+    def trust(self) -> Trust | None:
+        """See ``Dialer``."""
+        return self._dialer.trust
+
+    async def connect_to_process(self, process: int | None) -> ByteStream:
+        """See ``Dialer``."""
+        stream = await self._dialer.connect_to_process(process)
+        self.host = self._dialer.host
+        return stream
 
 
 class MemberDialer(Dialer):
@@ -141,7 +180,7 @@ class MemberDialer(Dialer):
     def _make_context(self, membership: Membership) -> ssl.SSLContext:
         return client_context(authority=membership.authority, certificate=self._certificate)
 
-    async def connect(self) -> ByteStream:
+    async def connect_to_process(self, process: int | None) -> ByteStream:
         """See ``Dialer``."""
         failure: OSError | None = None
         for _ in range(len(self._addresses)):
@@ -150,7 +189,8 @@ class MemberDialer(Dialer):
             self._addresses.rotate(-1)
             try:
                 with trio.fail_after(_SILENCE if len(self._addresses) > 1 else math.inf):
-                    stream = await self.connect_to(host, self._internal_port or port + INTERNAL_OFFSET)
+                    internal_port = self._internal_port or port + INTERNAL_OFFSET
+                    stream = await self.connect_to(host, internal_port, process)
             except OSError as error:
                 failure = failure or error
             except trio.TooSlowError:
@@ -170,7 +210,7 @@ class MemberDialer(Dialer):
         """
         return _MemberNetwork(self)
 
-    async def connect_to(self, host: str, port: int) -> ByteStream:
+    async def connect_to(self, host: str, port: int, process: int | None = None) -> ByteStream:
         """Return a new connection to the port for workers of any master of the cluster. A checkpoint.
 
         Raises:
@@ -179,7 +219,8 @@ class MemberDialer(Dialer):
         # Only a worker that has joined needs the package that makes certificates.
         from ..security.authority import MASTER_NAME
 
-        return await TlsNetwork(self._network, self._context, MASTER_NAME).connect(host, port)
+        network = TlsNetwork(self._network, self._context, MASTER_NAME)
+        return await network.connect(host, port, process)
 
     @property
     def trust(self) -> Trust:
@@ -230,6 +271,6 @@ class _MemberNetwork:
         """See ``Network``; nothing listens on this one."""
         raise NotImplementedError
 
-    async def connect(self, host: str, port: int) -> ByteStream:
-        """See ``Network``."""
-        return await self._dialer.connect_to(host, port)
+    async def connect(self, host: str, port: int, process: int | None = None) -> ByteStream:
+        """See ``Network``; for ``process``, see :func:`connect_tls`."""
+        return await self._dialer.connect_to(host, port, process)

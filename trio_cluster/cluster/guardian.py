@@ -24,6 +24,7 @@ import trio
 from ..core.state_dir import path_of
 from ..core.threads import thread_shortage
 from ..link.websocket import request_of_end
+from ..net.addressing import protocol_for
 from ..net.streams import Address
 from ..options import ClusterServerOptions
 from ..protocol import WorkerSession, proof_of_end
@@ -108,7 +109,14 @@ class Guardian:
             self._process = None
 
     def tell_end_of(
-        self, session: WorkerSession, host: str, address: Address, trust: Trust | None, *, proxied: bool
+        self,
+        session: WorkerSession,
+        host: str,
+        address: Address,
+        trust: Trust | None,
+        *,
+        proxied: bool,
+        process: int | None = None,
     ) -> None:
         """Let a master be told when this process ends; replaces what was to be told for the same session.
 
@@ -118,10 +126,12 @@ class Guardian:
             address: where the present connection leads to.
             trust: of a connection with TLS; ``None``: it has none.
             proxied: the way goes through a proxy.
+            process: which process of the master has the session; ``None``: it is only one.
         """
         if not session.session_id:
             return
-        request = request_of_end(host, proof_of_end(session.session_id), self._options.cluster_token)
+        proof = proof_of_end(session.session_id)
+        request = request_of_end(host, proof, self._options.cluster_token, process)
         fields = [
             _key(session),
             f"{session.resume_window:g}",
@@ -137,6 +147,7 @@ class Guardian:
                 _hex(trust.authority),
                 _hex("" if ca_file is None else str(ca_file.absolute())),
                 _hex(trust.certificate),
+                _hex("" if process is None else protocol_for(process)),
             ]
         self._commands[_key(session)] = command = " ".join(("tell", *fields))
         self._write(command)

@@ -15,10 +15,11 @@ the guardian has another parent.
 The lines of the pipe are commands, with fields between spaces. A field that may have any content is in hexadecimal
 digits, and ``-`` if it is empty. A command that is not known is ignored.
 
-- ``tell KEY SECONDS MANY HOST PORT REQUEST [NAME AUTHORITY FILE CERTIFICATE]``: at the end, connect to an address and
-  send a request, until it was answered or so many seconds have passed. ``MANY`` is 1 if different servers may answer
-  there. The last four fields are there if the connection has TLS: the name of the server, the authorities to trust in
-  place of those of the system, a file with authorities to trust besides, and a private key with its certificate.
+- ``tell KEY SECONDS MANY HOST PORT REQUEST [NAME AUTHORITY FILE CERTIFICATE PROTOCOL]``: at the end, connect to an
+  address and send a request, until it was answered or so many seconds have passed. ``MANY`` is 1 if different servers
+  may answer there. The last five fields are there if the connection has TLS: the name of the server, the authorities to
+  trust in place of those of the system, a file with authorities to trust besides, a private key with its certificate,
+  and a protocol to ask for before HTTP.
 - ``forget KEY``: nothing is to be told any more.
 
 Signals that end a process are ignored, so that Ctrl-C in a terminal, or a service manager that stops all processes of a
@@ -70,7 +71,7 @@ class Target:
         self.context: ssl.SSLContext | None = None
         if len(fields) > 5:
             self.server_name = fields[5]
-            self.context = make_context(*map(text_of, fields[6:9]))
+            self.context = make_context(*map(text_of, fields[6:10]))
 
     def tell(self) -> None:
         """Tell it. Blocks until that is done, or hopeless."""
@@ -127,7 +128,7 @@ def text_of(field: str) -> str:
     return "" if field == "-" else bytes.fromhex(field).decode()
 
 
-def make_context(authority: str, ca_file: str, certificate: str) -> ssl.SSLContext:
+def make_context(authority: str, ca_file: str, certificate: str, protocol: str = "") -> ssl.SSLContext:
     """Return what verifies a master, as ``security/contexts.py`` does for the worker.
 
     OpenSSL reads private keys from files only; this one is never on a disk where the system has files in memory.
@@ -157,7 +158,7 @@ def make_context(authority: str, ca_file: str, certificate: str) -> ssl.SSLConte
             os.close(descriptor)
             if not path.startswith("/proc/"):
                 os.unlink(path)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([protocol, "http/1.1"] if protocol else ["http/1.1"])
     return context
 
 

@@ -27,6 +27,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, Final, NoReturn
 
+import attrs
 import trio
 
 from .._version import __version__
@@ -39,6 +40,7 @@ from ..link.demux import FrameDemux
 from ..link.link import First, Link, LinkClosed, receive_first
 from ..link.websocket import END_HEADER, PATH, PROBE_PATH, Refusal, accept
 from ..net.acceptor import accept_all
+from ..net.addressing import PROCESS_HEADER
 from ..net.handshakes import Handshakes
 from ..net.sockets import Listeners, shown_address
 from ..net.streams import ByteStream
@@ -66,7 +68,7 @@ from ..routing.catalog import Catalog, ModelLoop, NameTaken
 from .admission import Admitted, Doorkeeper
 from .remote_worker import MAX_CAPACITY, RemoteWorker
 
-__all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "WorkerConnection", "WorkerManager"]
+__all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "Place", "WorkerConnection", "WorkerManager"]
 
 logger = logging.getLogger("trio_cluster.workers")
 
@@ -86,6 +88,16 @@ MAX_UNADMITTED: Final = 256
 MAX_MODELS: Final = 1000
 
 
+@attrs.frozen
+class Place:
+    """Which of the processes of a master one is."""
+
+    process: int = 0
+    """Its number, from 0 on."""
+    processes: int = 1
+    """How many there are."""
+
+
 class _TooManyModels(ValueError):
     """A worker serves as many models as it may."""
 
@@ -98,6 +110,7 @@ class WorkerManager:
         options: read at the time of use.
         node_id: the name of this master.
         doorkeeper: decides which workers are admitted; ``None``: by the token of the options, if there is one.
+        place: which of the processes of the master this is; ``None``: it is the only one.
 
     Attributes:
         workers: the connected workers, by name.
@@ -109,12 +122,14 @@ class WorkerManager:
         options: ClusterServerOptions,
         node_id: str,
         doorkeeper: Doorkeeper | None = None,
+        place: Place | None = None,
     ) -> None:
         self.workers: dict[str, RemoteWorker] = {}
         self._catalog = catalog
         self._options = options
         self._node_id = node_id
         self._doorkeeper = Doorkeeper(options) if doorkeeper is None else doorkeeper
+        self._place = Place() if place is None else place
         # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
         self._all_closed = trio.lowlevel.ParkingLot()
@@ -174,6 +189,7 @@ class WorkerManager:
                 connections=self._connections.keys(),
                 refusals=self._refusals,
                 refused_models=self._refused_models,
+                place=self._place,
             )
         except NotInjectable as error:
             logger.error("connection refused: %s", error)
@@ -285,6 +301,7 @@ class WorkerConnection:
         workers: the connected workers, by name. This connection adds its own, and removes it.
         connections: all connections of this master, this one included.
         refusals, refused_models: where to log that this connection, or a model of its worker, is refused.
+        place: which of the processes of the master this is.
 
     Attributes:
         session: the master's half of the protocol.
@@ -309,6 +326,7 @@ class WorkerConnection:
         connections: Collection[WorkerConnection],
         refusals: ThrottledLog,
         refused_models: ThrottledLog,
+        place: Place,
     ) -> None:
         self.address = _peer(stream)
         self.worker: RemoteWorker | None = None
@@ -322,6 +340,7 @@ class WorkerConnection:
         self._stream = injectable(stream)
         self._refusals = refusals
         self._refused_models = refused_models
+        self._place = place
         # Nobody is to join on this connection; its peer wants to know who is here.
         self._probed = False
         self._instance = instance
@@ -348,6 +367,8 @@ class WorkerConnection:
             resume_window=options.resume_window,
             session_id=randomness.secret(16) if options.resume_window else "",
             proxied=options.through_proxy,
+            process=place.process,
+            processes=place.processes,
         )
         self.link = Link(
             self._stream,
@@ -499,6 +520,10 @@ class WorkerConnection:
             return None
         if path != PATH:
             return Refusal(404, f"workers connect to {PATH}")
+        if headers.get(PROCESS_HEADER, str(self._place.process)) != str(self._place.process):
+            # The processes are others than the worker knows, or something on the way hides which one was meant. Not
+            # final for the worker, which tries again.
+            return Refusal(503, f"this is process {self._place.process} of {self._place.processes}")
         if any(name in headers for name in _PROXY_HEADERS):
             self.link.proxied = True
             self.session.announce_proxy()

@@ -47,7 +47,6 @@ from ..link.link import Choose, First, Link, LinkClosed
 from ..link.websocket import dial
 from ..local.pool import HandlerPool
 from ..net.sockets import is_refused, why_not_connected
-from ..net.streams import ByteStream
 from ..net.tls import TLS_REQUIRED
 from ..net.watchdog import InjectableStream, injectable
 from ..options import ClusterServerOptions
@@ -67,7 +66,7 @@ from ..protocol import (
     WorkerSession,
 )
 from ..routing.router import Router
-from .dialer import Dialer
+from .dialer import Dialer, SiblingDialer
 from .forwarded import ForwardedCalls
 from .guardian import Guardian
 from .masters import Masters
@@ -133,6 +132,8 @@ class WorkerClient:
         # Tells this process from another one of the same name; see `master.py`.
         self._instance = randomness.token(8)
         self._links: dict[Dialer, MasterLink] = {}
+        # The masters, and for each that is several processes the dialers of the others, by their numbers.
+        self._followed: dict[Dialer, dict[int, SiblingDialer]] = {}
         self._nursery: trio.Nursery | None = None
         self._on_registered: Callable[[], None] = lambda: None
         self._draining = trio.Event()
@@ -180,13 +181,39 @@ class WorkerClient:
 
         A link to a master that is no longer among them is drained: its calls go on, and it is closed after the last.
         """
-        wanted = dict.fromkeys(dialers)
-        for dialer, link in self._links.items():
+        self._followed = {dialer: self._followed.get(dialer, {}) for dialer in dialers}
+        self._follow()
+
+    def _follow(self) -> None:
+        wanted = dict.fromkeys(
+            each for dialer, siblings in self._followed.items() for each in (dialer, *siblings.values())
+        )
+        for dialer, link in list(self._links.items()):
             link.want(dialer in wanted)
         for dialer in wanted:
             if dialer not in self._links and not self._draining.is_set():
                 link = self._links[dialer] = MasterLink(self, dialer)
                 self.start(self._run_link, link)
+
+    def on_processes(self, dialer: Dialer, process: int, processes: int) -> None:
+        """A master is several processes, or no longer: have a link to each of them. Synchronous.
+
+        Args:
+            dialer: the one with which the master was reached.
+            process: the number of the process that has answered there.
+            processes: how many there are.
+        """
+        siblings = self._followed.get(dialer)
+        if siblings is None or (processes == 1 and not siblings):
+            return
+        # From now on the same one each time: the others have links of their own.
+        dialer.process = process if processes > 1 else None
+        wanted = set(range(processes)) - {process}
+        for number in siblings.keys() - wanted:
+            del siblings[number]
+        for number in sorted(wanted - siblings.keys()):
+            siblings[number] = SiblingDialer(dialer, number)
+        self._follow()
 
     async def _guarded(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         """Run a function; what it raises ends :meth:`run`, without a group around it."""
@@ -641,7 +668,7 @@ class MasterLink:
         """Serve a link until it is over."""
         client = self._client
         try:
-            closed = await _Resumption(connection, self.dialer.connect, host, client.options).run(stream)
+            closed = await _Resumption(connection, self.dialer, host, client.options).run(stream)
             connection.why_over = closed.why
             if client.guardian is not None:
                 # Not if this is cancelled: then the connection is dropped, which may look like a cut.
@@ -673,10 +700,17 @@ class MasterLink:
     def on_connected(self, connection: MasterConnection) -> None:
         """Let the guardian know a connection on which the master has sent its handshake. Synchronous."""
         guardian, link, dialer = self._client.guardian, connection.link, self.dialer
+        if connection.master is not None:
+            self._client.on_processes(dialer, connection.master.process, connection.master.processes)
         if guardian is not None:
             with suppress(OSError):
                 guardian.tell_end_of(
-                    connection.session, dialer.host, link.peer_address, dialer.trust, proxied=link.proxied
+                    connection.session,
+                    dialer.host,
+                    link.peer_address,
+                    dialer.trust,
+                    proxied=link.proxied,
+                    process=dialer.process,
                 )
 
 
@@ -688,7 +722,7 @@ class _Resumption:
 
     Args:
         connection: has the session and its link.
-        connect: opens a connection to the master.
+        dialer: opens connections to the master.
         host: the master's name.
         options: read at the time of use.
     """
@@ -696,14 +730,14 @@ class _Resumption:
     def __init__(
         self,
         connection: MasterConnection,
-        connect: Callable[[], Awaitable[ByteStream]],
+        dialer: Dialer,
         host: str,
         options: ClusterServerOptions,
     ) -> None:
         self._connection = connection
         self._session = connection.session
         self._link = connection.link
-        self._connect = connect
+        self._dialer = dialer
         self._host = host
         self._options = options
         self._patience = _SILENT_HEARTBEATS * options.heartbeat_interval
@@ -738,7 +772,7 @@ class _Resumption:
         return closed
 
     async def _run_on(self, stream: InjectableStream, choose: Choose | None) -> None:
-        opener = dial(stream, self._host, token=self._options.cluster_token)
+        opener = dial(stream, self._host, token=self._options.cluster_token, process=self._dialer.process)
         try:
             await self._link.run(opener, stream=stream, choose=choose)
         except LinkClosed as closed:
@@ -798,7 +832,7 @@ class _Resumption:
             OSError, trio.TooSlowError: it cannot be opened.
         """
         with trio.fail_after(self._options.worker_timeout):
-            stream = injectable(await self._connect())
+            stream = injectable(await self._dialer.connect())
         decided = trio.Event()
         self._attempts.add(decided)
         assert self._nursery is not None
@@ -1053,6 +1087,8 @@ class MasterConnection:
 
     def _on_handshake(self, handshake: Handshake) -> None:
         fields = {"master": handshake.node_id, "version": handshake.version}
+        if self.master is None:
+            self.master = handshake
         self.link.proxied = handshake.proxied or self._options.through_proxy
         self._on_connected(self)
         if self._unconfirmed is not None:
@@ -1062,7 +1098,6 @@ class MasterConnection:
             self.on_resumed()
             self._on_joined()
             return
-        self.master = handshake
         if handshake.instance and handshake.instance in self._linked:
             self.link.end("there is a link to this master already")
             return

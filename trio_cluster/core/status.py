@@ -18,6 +18,8 @@ __all__ = [
     "EjectedReplica",
     "MasterStatus",
     "NodeStatus",
+    "ProcessState",
+    "ProcessStatus",
     "SlotStatus",
     "WorkerState",
     "WorkerStatus",
@@ -33,6 +35,10 @@ _MOST_PRINCIPALS: Final = 20
 #: is lost is not listed any more.
 WorkerState: TypeAlias = Literal["ok", "busy", "stalled", "draining", "suspended"]
 WORKER_STATES: tuple[WorkerState, ...] = ("ok", "busy", "stalled", "draining", "suspended")
+
+#: The state of a process of a master. ``ok``; ``draining``: it takes no new calls; ``silent``: it serves, and does not
+#: answer; ``starting``: it does not serve yet; ``down``: it does not run.
+ProcessState: TypeAlias = Literal["ok", "draining", "silent", "starting", "down"]
 
 #: How a worker was admitted.
 Admission: TypeAlias = Literal["certificate", "token", "open"]
@@ -111,6 +117,8 @@ class WorkerStatus:
     """The models of which this worker's replica is left alone for a while, since it keeps failing; with the reasons."""
     in_flight_elsewhere: int = 0
     """Calls that other masters have forwarded to it and whose work has not stopped, at most half a second old."""
+    processes: list[int] | UnsetType = UNSET
+    """Of a master that is several processes: those that it is linked to."""
 
 
 @attrs.frozen
@@ -129,6 +137,25 @@ class MasterStatus:
     """On a worker only: calls of this master that have not ended."""
     why: str | UnsetType = UNSET
     """On a worker only: why there is no link; empty if there is one."""
+
+
+@attrs.frozen
+class ProcessStatus:
+    """One of the processes that a master is."""
+
+    process: int
+    """Its number, from 0 on."""
+    pid: int
+    """Its process id; 0: it does not run at the moment."""
+    restarts: int
+    """How often it has ended and was started again."""
+    state: ProcessState
+    node_id: str
+    """Its name; empty if it does not answer."""
+    uptime: float
+    """Seconds since it started."""
+    in_flight: int
+    """Its calls whose work has not stopped."""
 
 
 @attrs.frozen

@@ -58,6 +58,7 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
+from ..net.addressing import PROCESS_HEADER
 from ..net.watchdog import InjectableStream
 from ..protocol import SUBPROTOCOL
 from .demux import FrameDemux
@@ -203,7 +204,14 @@ class WebSocket:
         await self._connection.aclose(code, truncate_reason(reason))
 
 
-def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | None = None) -> Opener:
+def dial(
+    stream: InjectableStream,
+    host: str,
+    *,
+    path: str = PATH,
+    token: str | None = None,
+    process: int | None = None,
+) -> Opener:
     """Return the opening handshake of the end that connects.
 
     Args:
@@ -211,8 +219,11 @@ def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | 
         host: the value of the ``Host`` header.
         path: the path of the request.
         token: the cluster token, if the master requires one.
+        process: which process of the master the link is to lead to; ``None``: any.
     """
     headers = [] if token is None else [(b"Authorization", b"Bearer " + token.encode("ascii"))]
+    if process is not None:
+        headers.append((PROCESS_HEADER.encode(), str(process).encode()))
 
     async def handshake(shim: NurseryShim) -> tuple[WebSocketConnection, FrameDemux]:
         demux = FrameDemux(stream, is_client=True)
@@ -229,7 +240,7 @@ def dial(stream: InjectableStream, host: str, *, path: str = PATH, token: str | 
     return handshake
 
 
-def request_of_end(host: str, proof: str, token: str | None) -> bytes:
+def request_of_end(host: str, proof: str, token: str | None, process: int | None = None) -> bytes:
     """Return a request that tells a master that the process of a session has ended.
 
     It is an opening handshake, since proxies between the two may let nothing else pass. The master rejects it: with 410
@@ -239,6 +250,7 @@ def request_of_end(host: str, proof: str, token: str | None) -> bytes:
         host: the value of the ``Host`` header.
         proof: see :func:`~trio_cluster.protocol.proof_of_end`.
         token: the cluster token, if the master requires one.
+        process: which process of the master knows the session; ``None``: it is not said.
     """
     lines = [
         f"GET {PATH} HTTP/1.1",
@@ -253,6 +265,8 @@ def request_of_end(host: str, proof: str, token: str | None) -> bytes:
     ]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
+    if process is not None:
+        lines.append(f"{PROCESS_HEADER}: {process}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 

@@ -371,6 +371,12 @@ class TcpStream(DirectStream):
         except OSError as error:
             raise self._failure(error) from error
 
+    def detach(self) -> socket.socket:
+        """Return the socket, which is the caller's from now on; this stream is closed. Synchronous."""
+        family, kind = self._socket.family, self._socket.type
+        self.descriptor = _CLOSED
+        return socket.socket(family, kind, fileno=self._socket.detach())
+
     def close(self) -> None:
         """See ``ByteStream``."""
         # The number may soon be another connection's.
@@ -397,6 +403,8 @@ class TcpListener(Listener):
 
     Args:
         sock: closed with this listener.
+        shared: other processes accept from the same socket. Then connections are taken one at a time, and each process
+            gets its share of a crowd.
 
     Attributes:
         socket: as given.
@@ -404,7 +412,8 @@ class TcpListener(Listener):
 
     shares_descriptors = True
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, shared: bool = False) -> None:
+        self._shared = shared
         self.local_address = _address(sock.getsockname())
         self.socket = self._socket = sock
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
@@ -420,6 +429,8 @@ class TcpListener(Listener):
 
     def accept_nowait(self) -> TcpStream:
         """See ``Listener``."""
+        if self._shared:
+            raise trio.WouldBlock
         # Trio's own socket gives all others a turn after each connection.
         try:
             accepted, _ = self._socket.accept()

@@ -37,6 +37,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
+from .addressing import protocol_for
 from .sockets import Listeners
 from .streams import Address, ByteStream, DirectStream, Listener, PeerCertificate, TlsSession, closed_here
 
@@ -61,6 +62,8 @@ TLS_REQUIRED: Final = "This port speaks TLS: use https:// in the URL"
 _RECEIVE: Final = 64 * 1024
 #: Bytes that are encrypted before they are written.
 _ENCRYPT: Final = 64 * 1024
+#: What is spoken on every connection to a master, as the name of an application protocol.
+_HTTP: Final = "http/1.1"
 #: The first byte of every TLS connection: that of a handshake record.
 _HANDSHAKE_RECORD: Final = 0x16
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "CONNECT", "TRACE", "PRI")
@@ -409,18 +412,26 @@ def with_tls(
     return [TlsListener(listener, make_context, plain_reply) for listener in listeners]
 
 
-async def connect_tls(stream: ByteStream, context: ssl.SSLContext, server_name: str) -> TlsStream:
+async def connect_tls(
+    stream: ByteStream, context: ssl.SSLContext, server_name: str, *, process: int | None = None
+) -> TlsStream:
     """Return TLS on a connection, as a client that has done its handshake. A checkpoint.
 
     Args:
         stream: a new connection; closed if this raises an exception, or is cancelled.
         context: says whom to trust, and has the own certificate if there is one.
         server_name: the name or address that the server's certificate must be for.
+        process: which process of a master the connection is for; see ``addressing.py``. ``None``: it is not said.
 
     Raises:
         OSError: the handshake failed, or the connection broke; the message says why.
     """
+    if process is not None:
+        # The object that is made of the context keeps what is set at this moment.
+        context.set_alpn_protocols([protocol_for(process), _HTTP])
     tls = TlsStream(stream, context, server_name=server_name)
+    if process is not None:
+        context.set_alpn_protocols([_HTTP])
     try:
         await tls.handshake()
     except TlsHandshakeFailed as error:

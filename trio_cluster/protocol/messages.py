@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 from trio_cluster.core.answer import Usage
-from trio_cluster.core.limits import WINDOW
+from trio_cluster.core.limits import PROCESSES_MAX, WINDOW
 from trio_cluster.core.model import ChatModelOptions, ModelInfo
 from trio_cluster.errors import ApiError
 
@@ -95,6 +95,10 @@ class Handshake:
     linked: tuple[str, ...] = attrs.field(default=(), validator=bounds.names)
     """From a worker: the instances of the masters that it has a link to. One that finds itself there does not take the
     new connection for the worker's return."""
+    process: int = attrs.field(default=0, validator=bounds.integer(0, PROCESSES_MAX - 1))
+    """From a master of several processes: which of them this is. A worker has a link to each."""
+    processes: int = attrs.field(default=1, validator=bounds.integer(1, PROCESSES_MAX))
+    """From a master: how many processes it is, behind one address."""
 
 
 @attrs.frozen

@@ -126,6 +126,7 @@ class Session(abc.ABC, Generic[EventT]):
         resume_window: seconds for which the session waits for another connection when one is cut; 0: it does not.
         session_id: of a master's session that can be resumed: 128 random bits, as hexadecimal digits.
         proxied: the way to the peer goes through a proxy.
+        process, processes: of a master: which of how many processes this is.
 
     Attributes:
         peer: the peer's handshake, once it has been received.
@@ -153,6 +154,8 @@ class Session(abc.ABC, Generic[EventT]):
         resume_window: float = 0.0,
         session_id: str = "",
         proxied: bool = False,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         self.peer: Handshake | None = None
         self.protocol: int | None = None
@@ -194,6 +197,8 @@ class Session(abc.ABC, Generic[EventT]):
             resume_window,
             session_id,
             proxied=proxied,
+            process=process,
+            processes=processes,
         )
         self._outbox.post(self._handshake)
 

@@ -105,6 +105,7 @@ class MasterTls:
     ) -> None:
         self.authority: Authority | None = None
         self.members: Members | None = None
+        self._state = state
         self._names = names
         self._certificate = certificate
         self._key = key
@@ -265,7 +266,7 @@ class MasterTls:
         self._suspended = False
 
     async def reload(self) -> None:
-        """Read what another process has kept in the state directory, which is this process's now. A checkpoint.
+        """Read what another process has kept in the state directory, which is this process's, too. A checkpoint.
 
         Raises:
             StateDirError, CertificateError: it cannot be read, or not be used.
