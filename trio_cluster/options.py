@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from .core.aliases import AliasTargets, read_aliases
+from .core.sizes import parse_size
 from .errors import OptionsError
 
 __all__ = [
@@ -196,6 +197,13 @@ def _limits_failure(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "allow" or "refuse", got {value!r}')
 
 
+def _size(instance: object, field: _Field, value: object) -> None:
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise OptionsError(f"{field.name}: {error}") from None
+
+
 def _stream_failure(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(StreamFailure):
         raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
@@ -242,6 +250,13 @@ def _alias_table(value: Any) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _size_text(value: Any) -> Any:
+    """Return a number of bytes as text; anything else is left to the validator."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return None if value == "" else value
 
 
 def _none_if_empty(value: str | None) -> str | None:
@@ -383,6 +398,9 @@ class ClusterServerOptions:
     """Which part of a model's replicas may be left alone at once, 0 to 1. The last one that is available never is."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
+    memory: str | None = attrs.field(default=None, converter=_size_text, validator=_optional(_size))
+    """How much memory there is for the models that run on demand, such as ``"24GiB"``; ``None``: that of the GPUs, or
+    nine tenths of that of the machine."""
     drain_timeout: float = attrs.field(default=30.0, converter=_seconds, validator=_duration_or_zero)
     """How long a node that stops lets its requests finish before it cancels them."""
     limits: str | None = attrs.field(
@@ -415,3 +433,8 @@ class ClusterServerOptions:
     """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
     allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag)
     """Whether a master with TLS admits workers that have neither a certificate nor the ``cluster_token``."""
+
+    @property
+    def memory_size(self) -> int | None:
+        """The bytes of :attr:`memory`; ``None``: not said."""
+        return None if self.memory is None else parse_size(self.memory)

@@ -67,12 +67,13 @@ class Opening:
         if not isinstance(failed, Failed):  # the grammar of calls forbids it
             raise HandlerFailed
         context = self._context
-        again = self._router.reopen(context.call, context.deadlines.time_left)
+        failed_call = context.call
+        again = self._router.reopen(failed_call, context.deadlines.time_left)
         if again is None:
             raise failed.error
         context.add_call(again)
-        # The client has been waiting all the time.
-        self._since = context.deadlines.began
+        # The client has been waiting all the time. What it has waited for a model to be started does not count.
+        self._since = max(context.deadlines.began, failed_call.ready_since)
 
     async def require_events(self, head: Head) -> None:
         """Return if the answer that ``head`` begins is a stream of events. Perhaps a checkpoint.
