@@ -26,7 +26,7 @@ from ..core.principal import Priority, Role
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
-from .settings import load_options
+from .settings import load_options, load_serve_tables
 
 __all__ = [
     "log_settings",
@@ -35,6 +35,7 @@ __all__ = [
     "master_host",
     "options_from",
     "parse_arguments",
+    "serve_tables",
 ]
 
 _FIELDS: Final = {
@@ -660,6 +661,23 @@ def options_from(
     Raises:
         OptionsError: see :func:`~trio_cluster.cli.settings.load_options`.
     """
-    config = arguments.config or os.environ.get("TRIO_CLUSTER_CONFIG")
+    config = _config_file(arguments)
     flags = {name: value for name, value in vars(arguments).items() if name in _FIELDS}
-    return load_options(config=Path(config) if config else None, environ=os.environ, flags=flags, base=base)
+    return load_options(config=config, environ=os.environ, flags=flags, base=base)
+
+
+def serve_tables(arguments: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
+    """Return the engines that the file names: for each its place in the file, and its table.
+
+    Args:
+        arguments: from :func:`parse_arguments`.
+
+    Raises:
+        OptionsError: the file cannot be read.
+    """
+    return load_serve_tables(_config_file(arguments))
+
+
+def _config_file(arguments: argparse.Namespace) -> Path | None:
+    config = arguments.config or os.environ.get("TRIO_CLUSTER_CONFIG")
+    return Path(config) if config else None

@@ -44,7 +44,7 @@ from ..options import ClusterMode
 from ..server import ClusterServer
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
-from .arguments import log_settings, master_addresses, options_from, parse_arguments
+from .arguments import log_settings, master_addresses, options_from, parse_arguments, serve_tables
 from .process import raise_descriptor_limit, tune_garbage_collector
 from .tables import describe_calls, describe_status
 
@@ -161,17 +161,18 @@ def _describe_error(error: BaseException) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     server = _server(arguments)
-    return _serve(server, partial(server.run, server.options.server.port), arguments.serve)
+    return _serve(server, partial(server.run, server.options.server.port), arguments)
 
 
 def _master(arguments: argparse.Namespace) -> int:
     server = _server(arguments)
     run = partial(server.run_as_master, server.options.server.port, take_over=arguments.take_over)
-    return _serve(server, run, arguments.serve)
+    return _serve(server, run, arguments)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    if arguments.app is None and arguments.application is None and not arguments.serve:
+    has_engine = arguments.serve or serve_tables(arguments)
+    if arguments.app is None and arguments.application is None and not has_engine:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     if arguments.masters_from is not None and arguments.master_host is not None:
         raise OptionsError("--masters-from: it says where the masters are; leave HOST out")
@@ -187,12 +188,12 @@ def _worker(arguments: argparse.Namespace) -> int:
         if name is not None:
             named = {"masters_from": (name[0], _internal_port(server, name[1]))}
         if arguments.join is not None:
-            return _serve(server, partial(server.run_as_member, arguments.join, **named), arguments.serve)
+            return _serve(server, partial(server.run_as_member, arguments.join, **named), arguments)
         if _has_joined(server.options.state_dir):
-            return _serve(server, partial(server.run_as_member, **named), arguments.serve)
+            return _serve(server, partial(server.run_as_member, **named), arguments)
         if named:
             run = partial(server.run_as_worker, **named, tls=arguments.connect_tls)
-            return _serve(server, run, arguments.serve)
+            return _serve(server, run, arguments)
         arguments.master_host = "127.0.0.1"
     given, tls = master_addresses(arguments.master_host, arguments.port)
     tls = tls or arguments.connect_tls
@@ -203,11 +204,11 @@ def _worker(arguments: argparse.Namespace) -> int:
     internal = [(host, _internal_port(server, port)) for host, port in masters]
     if arguments.join is not None:
         run = partial(server.run_as_member, arguments.join, masters=internal)
-        return _serve(server, run, arguments.serve)
+        return _serve(server, run, arguments)
     run = partial(_run_as_worker, server, internal, tls)
     if server.options.internal_port is None:
         run = partial(_run_worker, server, masters, tls)
-    return _serve(server, run, arguments.serve)
+    return _serve(server, run, arguments)
 
 
 def _masters_from(arguments: argparse.Namespace) -> tuple[str, int] | None:
@@ -355,13 +356,17 @@ def _load_app(text: str) -> ClusterServer:
     return found
 
 
-def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], engines: Sequence[str]) -> int:
+def _serve(
+    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], arguments: argparse.Namespace
+) -> int:
     specs: list[ServeSpec] = []
-    if engines:
-        from ..engines import parse_serve
+    tables = serve_tables(arguments)
+    if arguments.serve or tables:
+        from ..engines import parse_serve, read_serve
 
+        specs = [read_serve(table, label) for label, table in tables]
         try:
-            specs = [parse_serve(text) for text in engines]
+            specs += [parse_serve(text) for text in arguments.serve]
         except ValueError as error:
             raise OptionsError(f"--serve: {error}") from error
     raise_descriptor_limit()

@@ -27,7 +27,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions, parse_boolean
 
-__all__ = ["load_options"]
+__all__ = ["load_options", "load_serve_tables"]
 
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -68,8 +68,8 @@ def load_options(
     """Return the options from a file, the environment and flags, over ``base``; later sources override earlier ones.
 
     Args:
-        config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table
-            ``[server]`` those of :class:`ServerOptions`. ``None``: there is none.
+        config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table ``[server]``
+            those of :class:`ServerOptions`. Its table ``[worker]`` may have some of the first. ``None``: there is none.
         environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets that
             field.
         flags: the values of flags by the name of the field; ``None`` for a flag that was not given.
@@ -111,17 +111,54 @@ class _Problem:
 _Setting: TypeAlias = tuple[_Path, str, object]
 
 
-def _read_file(config: Path | None) -> Iterator[_Setting]:
+#: The options that the file may have under ``[worker]``, too.
+_WORKER_OPTIONS: Final = frozenset({"memory"})
+
+
+def load_serve_tables(config: Path | None) -> list[tuple[str, dict[str, object]]]:
+    """Return the tables ``[[serve]]`` of a file, which name engines: for each its place in the file, and its content.
+
+    Args:
+        config: the file; ``None``: there is none.
+
+    Raises:
+        OptionsError: the file cannot be read, or ``serve`` is something else.
+    """
+    tables = _parse_file(config).get("serve", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise OptionsError(f"{config}: serve: must be tables, each [[serve]]")
+    return [(f"{config}: [[serve]] {number}", table) for number, table in enumerate(tables, 1)]
+
+
+def _parse_file(config: Path | None) -> dict[str, Any]:
     if config is None:
-        return
+        return {}
     try:
-        content = tomllib.loads(config.read_text(encoding="utf-8"))
+        return tomllib.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionsError(f"{config}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise OptionsError(f"{config}: is not UTF-8 text") from error
     except tomllib.TOMLDecodeError as error:
         raise OptionsError(f"{config}: is not TOML: {error}") from error
+
+
+def _read_file(config: Path | None) -> Iterator[_Setting]:
+    content = _parse_file(config)
+    # For `load_serve_tables`.
+    content.pop("serve", None)
+    worker = content.pop("worker", {})
+    if not isinstance(worker, dict):
+        yield ("worker",), f"{config}: worker", _Problem("must be a table, [worker]")
+        worker = {}
+    for key, value in worker.items():
+        label = f"{config}: worker.{key}"
+        if key not in _WORKER_OPTIONS:
+            yield (key,), label, _Problem(f"unknown key{_hint(key, set(_WORKER_OPTIONS))}")
+        elif key in content:
+            yield (key,), label, _Problem(f"is given twice; leave out the other {key}")
+        else:
+            yield (key,), label, value
 
     known = {".".join(path) for path, _ in _PATHS.values()}
     server = content.pop("server", {})
