@@ -58,6 +58,7 @@ from .net.sockets import (
 )
 from .net.streams import TcpListener
 from .node import Node
+from .on_demand.residents import OnDemand
 from .options import (
     ClusterMode,
     ClusterServerOptions,
@@ -752,6 +753,11 @@ class ClusterServer:
     def pool(self) -> HandlerPool:
         """The slots of this process, and the tasks of its handlers."""
         return self._pool
+
+    @property
+    def on_demand(self) -> OnDemand:
+        """What runs only while it is asked for, and the memory for that; see :doc:`models-on-demand`."""
+        return self._pool.on_demand
 
     @property
     def limiter(self) -> Limiter | None:

@@ -25,7 +25,14 @@ from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
 from ..options import ClusterServerOptions, ServerOptions, is_secret, option_schema, when_applied
 from ..security.contexts import client_context, server_context
-from .settings import PROCESS_SETTINGS, SECRET_FILES, load_options, load_process_settings
+from .settings import (
+    PROCESS_SETTINGS,
+    SECRET_FILES,
+    WORKER_OPTIONS,
+    load_options,
+    load_process_settings,
+    load_serve_tables,
+)
 
 __all__ = ["configuration_schema", "describe_configuration", "option_descriptions"]
 
@@ -97,6 +104,25 @@ def configuration_schema() -> dict[str, Any]:
                 "minLength": 1,
                 "description": f"A file that has {field.name} in it.",
             }
+    top["worker"] = {
+        "type": "object",
+        "description": "Options of a worker, which may also stand outside of this table.",
+        "properties": {name: top[name] for name in sorted(WORKER_OPTIONS)},
+        "additionalProperties": False,
+    }
+    top["serve"] = {
+        "type": "array",
+        "description": "Engines, each [[serve]]; what `--serve` says on the command line.",
+        "items": {
+            "type": "object",
+            "description": "An engine; its other keys are the options of this engine.",
+            "properties": {
+                "engine": {"type": "string", "minLength": 1},
+                "argument": {"type": "string", "minLength": 1},
+            },
+            "required": ["engine"],
+        },
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Configuration of trio_cluster",
@@ -114,12 +140,16 @@ def describe_configuration(file: Path) -> str:
     Raises:
         OptionsError: the file is wrong; the message names all errors.
     """
+    from ..engines import read_serve
+
     options = load_options(config=file, environ={}, flags={})
     _check_together(file, options)
+    specs = [read_serve(table, where) for where, table in load_serve_tables(file)]
     settings = load_process_settings(file)
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
+        *(f"  - serves models with the engine {spec.engine}" for spec in specs),
         "",
     ]
     for name, value in settings.items():

@@ -2,6 +2,7 @@
 
 from ._engine import (
     GROUP,
+    RESIDENT_OPTIONS,
     Engine,
     LoadingEngine,
     ModelServer,
@@ -10,8 +11,13 @@ from ._engine import (
     ServeSpec,
     boolean,
     fraction,
+    loaded,
+    not_loaded,
     parse_serve,
+    read_serve,
     serve_engine,
+    serve_on_demand,
+    size,
     text,
     whole_number,
 )
@@ -20,6 +26,7 @@ from .audio.container import AudioEncoder, decode_audio
 
 __all__ = [
     "GROUP",
+    "RESIDENT_OPTIONS",
     "AudioEncoder",
     "Engine",
     "LoadingEngine",
@@ -32,8 +39,13 @@ __all__ = [
     "boolean",
     "decode_audio",
     "fraction",
+    "loaded",
+    "not_loaded",
     "parse_serve",
+    "read_serve",
     "serve_engine",
+    "serve_on_demand",
+    "size",
     "text",
     "whole_number",
 ]
