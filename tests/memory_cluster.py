@@ -49,6 +49,7 @@ class FakeDialer:
     """
 
     trust = None
+    process: int | None = None
 
     def __init__(self, connect: Callable[[], Awaitable[Any]], host: str = "master") -> None:
         self.connect = connect

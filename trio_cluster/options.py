@@ -300,6 +300,7 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _size: {
         "anyOf": [
             {"type": "integer", "minimum": 1},
+            {"const": ""},
             {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmMgGtT][iI]?)?[bB]?\s*$"},
         ]
     },

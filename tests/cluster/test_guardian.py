@@ -191,7 +191,16 @@ async def test_the_worker_keeps_its_guardian_informed(
     told: list[tuple[str, ...]] = []
 
     class Listener(Guardian):
-        def tell_end_of(self, session: Any, host: str, address: Any, trust: Any, *, proxied: bool) -> None:
+        def tell_end_of(
+            self,
+            session: Any,
+            host: str,
+            address: Any,
+            trust: Any,
+            *,
+            proxied: bool,
+            process: int | None = None,
+        ) -> None:
             told.append(("tell", session.session_id, host))
 
         def forget(self, session: Any) -> None:

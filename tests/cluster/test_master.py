@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 import trio
 import wsproto
@@ -682,7 +682,7 @@ async def test_the_status_of_a_worker_has_these_fields(
     worker = await cluster.start("w1", forever, echo)
     await trio.sleep(6.00049)
     (status,) = cluster.manager.status()
-    assert json.loads(json.dumps(attrs.asdict(status))) == {
+    assert msgspec.to_builtins(status) == {
         "id": "w1",
         "instance": worker.client.instance,
         "address": "memory:0",

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -57,10 +58,11 @@ async def open_group(nodes: Nodes, *arguments: str) -> Node:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
         return False
-    return True
+    # One whose parent has ended may wait for somebody to take note of its end.
+    return state != "Z"
 
 
 async def streams_on(node: Node, nursery: trio.Nursery, process: int, count: int) -> list[Stream]:
@@ -132,3 +134,21 @@ async def test_all_processes_read_the_configuration_again(nodes: Nodes) -> None:
     assert len(master.logged("the configuration was read again", applied=["server.keepalive: 5 -> 7"])) == 2
     master.send(signal.SIGTERM)
     assert await master.exit_code(within=20) == 0
+
+
+async def test_the_processes_end_with_their_supervisor(nodes: Nodes) -> None:
+    master = await nodes.start("master", 0, "--processes", "2", "--state-dir", "state", ready=False)
+    await master.log("serving", within=30)
+    pids = [process["pid"] for process in (await status_of(master))["processes"]]
+    master.send(signal.SIGKILL)
+    # The log ends when the last process has ended that writes it.
+    await master.exit_code(within=20)
+    assert master.logged("the supervisor of this process has ended")
+    assert not any(is_alive(pid) for pid in pids)
+
+
+async def test_a_process_that_cannot_start_ends_the_command_with_its_error(nodes: Nodes) -> None:
+    (nodes.directory / "state").write_text("a file")
+    master = await nodes.start("master", 0, "--processes", "2", "--state-dir", "state", ready=False)
+    assert await master.exit_code(within=20) == 1
+    assert "not a directory" in master.noise[0].lower()

@@ -220,6 +220,12 @@ async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> in
             options, up.url, port_of(clients), ClusterMode.MASTER, up.models, port_of(workers)
         )
         logger.info("serving", extra={"fields": {**fields, "processes": options.processes}})
+        if options.limits is None:
+            logger.warning(
+                "limits of keys are counted by each process alone, so a key may use up to %d times as much; to count"
+                " them together, name a Redis or Valkey server with --limits",
+                options.processes,
+            )
 
     code = 0
     try:

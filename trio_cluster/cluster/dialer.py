@@ -44,9 +44,17 @@ class TlsNetwork:
         network: what is below.
         context: says whom to trust.
         server_name: what the server's certificate must be for; ``None``: the host that is connected to.
+        process: which process of a master connections are for; ``None``: it is not said.
     """
 
-    def __init__(self, network: Network, context: ssl.SSLContext, server_name: str | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        context: ssl.SSLContext,
+        server_name: str | None = None,
+        process: int | None = None,
+    ) -> None:
+        self._process = process
         self._network = network
         self._context = context
         self._server_name = server_name
@@ -60,10 +68,14 @@ class TlsNetwork:
         """See ``Network``; without TLS, which is a matter of who serves the connections."""
         return await self._network.listen(host, port)
 
-    async def connect(self, host: str, port: int, process: int | None = None) -> ByteStream:
-        """See ``Network``; for ``process``, see :func:`connect_tls`."""
+    def for_process(self, process: int) -> TlsNetwork:
+        """Return the same network, on which connections are for a certain process of a master."""
+        return TlsNetwork(self._network, self._context, self._server_name, process)
+
+    async def connect(self, host: str, port: int) -> ByteStream:
+        """See ``Network``."""
         stream = await self._network.connect(host, port)
-        return await connect_tls(stream, self._context, self._server_name or host, process=process)
+        return await connect_tls(stream, self._context, self._server_name or host, process=self._process)
 
 
 class Dialer:
@@ -79,9 +91,10 @@ class Dialer:
         process: which process of the master it connects to; ``None``: any, and it names none.
     """
 
+    process: int | None = None
+
     def __init__(self, network: Network, host: str, port: int, label: str | None = None) -> None:
         self.host = host
-        self.process: int | None = None
         self._network = network
         self._port = port
         self._label = label
@@ -109,7 +122,7 @@ class Dialer:
         """Return a new connection for a certain process of the master; ``None``: for any. See :meth:`connect`."""
         network = self._network
         if process is not None and isinstance(network, TlsNetwork | _MemberNetwork):
-            return await network.connect(self.host, self._port, process)
+            network = network.for_process(process)
         return await network.connect(self.host, self._port)
 
     async def run(self) -> NoReturn:
@@ -220,7 +233,7 @@ class MemberDialer(Dialer):
         from ..security.authority import MASTER_NAME
 
         network = TlsNetwork(self._network, self._context, MASTER_NAME)
-        return await network.connect(host, port, process)
+        return await (network if process is None else network.for_process(process)).connect(host, port)
 
     @property
     def trust(self) -> Trust:
@@ -261,6 +274,11 @@ class _MemberNetwork:
     """See ``MemberDialer.network``."""
 
     _dialer: MemberDialer
+    _process: int | None = None
+
+    def for_process(self, process: int) -> _MemberNetwork:
+        """See ``TlsNetwork``."""
+        return _MemberNetwork(self._dialer, process)
 
     @property
     def trust(self) -> Trust:
@@ -271,6 +289,6 @@ class _MemberNetwork:
         """See ``Network``; nothing listens on this one."""
         raise NotImplementedError
 
-    async def connect(self, host: str, port: int, process: int | None = None) -> ByteStream:
-        """See ``Network``; for ``process``, see :func:`connect_tls`."""
-        return await self._dialer.connect_to(host, port, process)
+    async def connect(self, host: str, port: int) -> ByteStream:
+        """See ``Network``."""
+        return await self._dialer.connect_to(host, port, self._process)

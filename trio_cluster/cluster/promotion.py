@@ -77,7 +77,7 @@ class Contender(Dialer):
         """See ``Dialer``."""
         return self._dialer.trust
 
-    async def connect(self) -> ByteStream:
+    async def connect_to_process(self, process: int | None) -> ByteStream:
         """Return a new connection. A checkpoint. It does not return if this process has got the ports.
 
         Raises:
@@ -85,7 +85,8 @@ class Contender(Dialer):
         """
         for tries_left in reversed(range(_TRIES)):
             try:
-                stream = await self._dialer.connect()
+                dialer = self._dialer
+                stream = await (dialer.connect() if process is None else dialer.connect_to_process(process))
             except OSError as error:
                 why = why_not_connected(error)
             else:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final, Protocol
-from urllib.parse import unquote
 
 import msgspec
 import trio
@@ -178,7 +177,7 @@ class Front:
         if response.status < 300:
             worker = ""
             if request.path.endswith("/revoke"):
-                worker = unquote(request.path.removeprefix("/cluster/workers/").removesuffix("/revoke"))
+                worker = request.path.removeprefix("/cluster/workers/").removesuffix("/revoke")
             await self._siblings.ask(Notice("members", worker))
         return response
 
