@@ -58,6 +58,32 @@ class FakeDialer:
         await trio.sleep_forever()
 
 
+class FakeMachine:
+    """The machine of a worker.
+
+    Attributes:
+        slept: for how many seconds it was suspended, and has not said so yet.
+        looks: how often it was asked for that.
+    """
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+        self.looks = 0
+        self._on_changed: Callable[[], None] = lambda: None
+
+    def suspended_for(self) -> float:
+        self.looks += 1
+        slept, self.slept = self.slept, 0.0
+        return slept
+
+    async def watch_addresses(self, on_changed: Callable[[], None]) -> None:
+        self._on_changed = on_changed
+        await trio.sleep_forever()
+
+    def change_addresses(self) -> None:
+        self._on_changed()
+
+
 class Worker:
     """A worker process, as far as a task can be one."""
 
@@ -67,8 +93,9 @@ class Worker:
         self.router = Router()
         self.pool = HandlerPool(self.options)
         self.shutdown_requests: list[str] = []
+        self.machine = FakeMachine()
         self.client = WorkerClient(
-            self.router, self.pool, self.options, name, on_shutdown_request=self.shutdown_requests.append
+            self.router, self.pool, self.options, name, self.shutdown_requests.append, self.machine
         )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()
@@ -151,11 +178,13 @@ class MemoryCluster:
         self.manager = WorkerManager(self.router.catalog, self.options, "master")
         # One for each connection of this master.
         self.scopes: list[trio.CancelScope] = []
-        self.refusing = False
+        self.refusing = self.unreachable = False
 
     def connect(self) -> tuple[MemoryStream, MemoryStream]:
         if self.refusing:
             raise ConnectionRefusedError(111, "Connection refused")
+        if self.unreachable:
+            raise OSError(101, "Network is unreachable")
         worker_end, master_end = memory_pair()
         self.nursery.start_soon(self._serve, self.manager, master_end, self.scopes)
         return worker_end, master_end
