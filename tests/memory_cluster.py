@@ -104,6 +104,8 @@ class Worker:
         self.streams: list[MemoryStream] = []
         self.dials = 0
         self.way_lost = False
+        # How many further connections are reset as soon as they are made.
+        self.resets = 0
 
     def serve(self, name: str, handler: Any) -> None:
         backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
@@ -135,6 +137,9 @@ class Worker:
         self.streams = [ours, theirs]
         if self.way_lost:
             self.black_hole()
+        if self.resets:
+            self.resets -= 1
+            self.reset()
         return ours
 
     def cut(self) -> None:
@@ -179,10 +184,15 @@ class MemoryCluster:
         # One for each connection of this master.
         self.scopes: list[trio.CancelScope] = []
         self.refusing = self.unreachable = False
+        # How many connections are taken before all others are refused; None: any number.
+        self.last_connections: int | None = None
 
     def connect(self) -> tuple[MemoryStream, MemoryStream]:
         if self.refusing:
             raise ConnectionRefusedError(111, "Connection refused")
+        if self.last_connections is not None:
+            self.last_connections -= 1
+            self.refusing = not self.last_connections
         if self.unreachable:
             raise OSError(101, "Network is unreachable")
         worker_end, master_end = memory_pair()

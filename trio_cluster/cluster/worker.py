@@ -89,8 +89,8 @@ _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_LAST: Final = 4.5
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
-#: The first bound of the wait before dialling again for a session that is suspended, in seconds. A master that has been
-#: killed resets its links a moment before it refuses connections, so the first attempt may not show that it is gone.
+#: The first bound of the wait before dialling again for a session that is suspended, in seconds. The first two attempts
+#: are made at once, if the first one was answered at all.
 _RESUME_BACKOFF_FIRST: Final = 0.05
 #: The last bound of the wait before dialling again for a session that is suspended, in seconds.
 _RESUME_BACKOFF_LAST: Final = 2.0
@@ -802,6 +802,9 @@ class _Resumption:
     async def _resume(self) -> None:
         """Try further connections until the session, which is suspended, goes on, or its window has passed."""
         until, bound = self._session.deadline(), _RESUME_BACKOFF_FIRST
+        # A master that is killed resets its links a moment before it stops to listen. A connection that is made in this
+        # moment is reset when it does, so the next one shows that the master is gone.
+        at_once = True
         with trio.move_on_at(until):
             while self._session.suspended:
                 try:
@@ -809,11 +812,14 @@ class _Resumption:
                     with trio.move_on_after(_RESUME_PATIENCE):
                         await self._try_connection()
                 except (OSError, trio.TooSlowError) as error:
+                    at_once = False
                     if is_refused(error) and not self._link.proxied:
                         # No master listens there any more: its process has ended.
                         self._give_up("the master is gone: it refuses connections")
                         return
-                if self._session.suspended:
+                if at_once:
+                    at_once = False
+                elif self._session.suspended:
                     with trio.move_on_after(randomness.uniform(0, bound)) as self._waiting:
                         await trio.sleep_forever()
                     bound = min(2 * bound, _RESUME_BACKOFF_LAST)
