@@ -68,7 +68,7 @@ PROBE_INTERVAL, PROBE_INTERVAL_WITH_DELAY = 0.002, 0.01
 #: Heartbeat intervals of silence after which a worker tries another connection, and one more.
 SILENCE = 3.5
 #: Seconds that it may take to open all streams. The first ones are not to end too early.
-OPENING = 8.0
+OPENING = 15.0
 #: Seconds within which a link must have been resumed.
 PATIENCE = 60.0
 STAMP = re.compile(rb"token@(\d+)")

@@ -59,6 +59,32 @@ class FakeDialer:
         await trio.sleep_forever()
 
 
+class FakeMachine:
+    """The machine of a worker.
+
+    Attributes:
+        slept: for how many seconds it was suspended, and has not said so yet.
+        looks: how often it was asked for that.
+    """
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+        self.looks = 0
+        self._on_changed: Callable[[], None] = lambda: None
+
+    def suspended_for(self) -> float:
+        self.looks += 1
+        slept, self.slept = self.slept, 0.0
+        return slept
+
+    async def watch_addresses(self, on_changed: Callable[[], None]) -> None:
+        self._on_changed = on_changed
+        await trio.sleep_forever()
+
+    def change_addresses(self) -> None:
+        self._on_changed()
+
+
 class Worker:
     """A worker process, as far as a task can be one."""
 
@@ -68,8 +94,9 @@ class Worker:
         self.router = Router()
         self.pool = HandlerPool(self.options)
         self.shutdown_requests: list[str] = []
+        self.machine = FakeMachine()
         self.client = WorkerClient(
-            self.router, self.pool, self.options, name, on_shutdown_request=self.shutdown_requests.append
+            self.router, self.pool, self.options, name, self.shutdown_requests.append, self.machine
         )
         self.registered = trio.Event()
         self.scope = trio.CancelScope()
@@ -78,6 +105,8 @@ class Worker:
         self.streams: list[MemoryStream] = []
         self.dials = 0
         self.way_lost = False
+        # How many further connections are reset as soon as they are made.
+        self.resets = 0
 
     def serve(self, name: str, handler: Any) -> None:
         backend = HandlerBackend(ModelInfo(name, "chat"), handler, self.pool)
@@ -109,6 +138,9 @@ class Worker:
         self.streams = [ours, theirs]
         if self.way_lost:
             self.black_hole()
+        if self.resets:
+            self.resets -= 1
+            self.reset()
         return ours
 
     def cut(self) -> None:
@@ -152,11 +184,18 @@ class MemoryCluster:
         self.manager = WorkerManager(self.router.catalog, self.options, "master")
         # One for each connection of this master.
         self.scopes: list[trio.CancelScope] = []
-        self.refusing = False
+        self.refusing = self.unreachable = False
+        # How many connections are taken before all others are refused; None: any number.
+        self.last_connections: int | None = None
 
     def connect(self) -> tuple[MemoryStream, MemoryStream]:
         if self.refusing:
             raise ConnectionRefusedError(111, "Connection refused")
+        if self.last_connections is not None:
+            self.last_connections -= 1
+            self.refusing = not self.last_connections
+        if self.unreachable:
+            raise OSError(101, "Network is unreachable")
         worker_end, master_end = memory_pair()
         self.nursery.start_soon(self._serve, self.manager, master_end, self.scopes)
         return worker_end, master_end

@@ -65,6 +65,7 @@ from .limits.redis import RedisLimiter
 from .local.pool import HandlerPool
 from .net.connections import Retirement
 from .net.gate import Gate, gated
+from .net.machine import ThisMachine
 from .net.names import own_names
 from .net.sockets import (
     Listeners,
@@ -576,7 +577,11 @@ class Node:
             ClusterPortError: the node cannot listen on its listen address.
             ClusterError: the loop of an asyncio handler could not be started.
         """
-        client = WorkerClient(self._router, self._pool, self._options, self._id, self._on_shutdown_request)
+        # A simulated network is not this machine's.
+        machine = ThisMachine() if isinstance(self._network, Sockets) else None
+        client = WorkerClient(
+            self._router, self._pool, self._options, self._id, self._on_shutdown_request, machine
+        )
         self.worker_client = client
         if self._options.guardian:
             client.guardian = Guardian(self._options)

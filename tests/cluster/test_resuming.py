@@ -320,6 +320,30 @@ async def test_a_master_that_refuses_connections_is_gone_and_work_for_it_is_not_
     assert model.cancelled == 1
 
 
+async def test_a_master_that_takes_a_last_connection_while_it_dies_is_found_out_without_a_wait(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    model = Counting(100)
+    worker = await cluster.start("w1", model.counting)
+    await begin(cluster, "counting")
+    start = trio.current_time()
+    worker.resets, cluster.last_connections = 1, 1
+    worker.reset()
+    await wait_all_tasks_blocked()
+    assert trio.current_time() == start
+    assert model.cancelled == 1
+
+
+async def test_connections_that_are_reset_again_and_again_are_followed_by_waits(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    worker = await cluster.start("w1", forever)
+    worker.resets = 10**6
+    worker.reset()
+    await trio.sleep(WINDOW)
+    assert 5 < worker.dials < 100
+
+
 async def test_another_process_of_the_same_name_ends_the_wait_at_once(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:

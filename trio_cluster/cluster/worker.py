@@ -23,6 +23,10 @@ A master that is about to be replaced by another process at its address says so 
 a link to that process, and keeps the old one beside it until the master closes it. If it is not replaced after all, the
 old link is the only one again.
 
+A machine may know better than any timer that a connection is lost: it was suspended, or its addresses have changed
+(``net/machine.py``). Each link tries another connection beside its own then, and goes on with it unless its own one
+answers a ping before; and a link that waits before it dials again does not wait any longer.
+
 A worker that drains serves its links to the end and does not dial again: it would only register its models once more,
 just to have them removed.
 """
@@ -33,8 +37,10 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
+import attrs
 import trio
 
 from .._version import __version__
@@ -46,6 +52,7 @@ from ..link.demux import FrameDemux
 from ..link.link import Choose, First, Link, LinkClosed
 from ..link.websocket import dial
 from ..local.pool import HandlerPool
+from ..net.machine import Machine
 from ..net.sockets import is_refused, why_not_connected
 from ..net.tls import TLS_REQUIRED
 from ..net.watchdog import InjectableStream, injectable
@@ -81,8 +88,8 @@ _BACKOFF_FIRST: Final = 0.5
 _BACKOFF_LAST: Final = 4.5
 #: The HTTP statuses with which a master itself rejects the handshake, and not a proxy before it: they are final.
 _FINAL: Final = (400, 401, 403, 404, 405, 426)
-#: The first bound of the wait before dialling again for a session that is suspended, in seconds. A master that has been
-#: killed resets its links a moment before it refuses connections, so the first attempt may not show that it is gone.
+#: The first bound of the wait before dialling again for a session that is suspended, in seconds. The first two attempts
+#: are made at once, if the first one was answered at all.
 _RESUME_BACKOFF_FIRST: Final = 0.05
 #: The last bound of the wait before dialling again for a session that is suspended, in seconds.
 _RESUME_BACKOFF_LAST: Final = 2.0
@@ -110,6 +117,7 @@ class WorkerClient:
         node_id: the name of this worker.
         on_shutdown_request: called with the reason when a master asks this worker to stop. It has to call
             :meth:`drain` and :meth:`close`; this class does nothing about the request.
+        machine: tells when connections are doubtful; ``None``: nothing does.
 
     Attributes:
         guardian: tells the masters when this process dies; ``None``: there is none. To be set before this runs.
@@ -122,7 +130,9 @@ class WorkerClient:
         options: ClusterServerOptions,
         node_id: str,
         on_shutdown_request: Callable[[str], None] = lambda _: None,
+        machine: Machine | None = None,
     ) -> None:
+        self._machine = machine
         self.guardian: Guardian | None = None
         self._router = router
         self._pool = pool
@@ -169,6 +179,8 @@ class WorkerClient:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._guarded, masters.run, self.follow)
                 self._nursery.start_soon(self._report_other_masters)
+                if self._machine is not None:
+                    self._nursery.start_soon(self._guarded, self._machine.watch_addresses, self._on_addresses)
                 await self._ending.wait()
                 while self._failure is None and self.connections:
                     await self._sent.park()
@@ -221,6 +233,20 @@ class WorkerClient:
     def _report_on_demand(self) -> None:
         for connection in self.connections:
             connection.report_on_demand()
+
+    def on_tick(self) -> None:
+        """A heartbeat is due on one of the links. Synchronous."""
+        if self._machine is not None and (seconds := self._machine.suspended_for()):
+            self._doubt(f"this machine was suspended for {seconds:.0f} s")
+
+    def _on_addresses(self) -> None:
+        self._doubt("the addresses of this machine have changed")
+
+    def _doubt(self, why: str) -> None:
+        """Have each link find out at once whether it still works. Synchronous."""
+        logger.info("%s; links are tried anew", why)
+        for link in self._links.values():
+            link.doubt()
 
     async def _guarded(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         """Run a function; what it raises ends :meth:`run`, without a group around it."""
@@ -348,6 +374,7 @@ class WorkerClient:
             on_shutdown_request=self._on_shutdown_request,
             on_written=self._sent.unpark_all,
             on_connected=link.on_connected,
+            on_tick=self.on_tick,
         )
 
     def start(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -460,8 +487,10 @@ class MasterLink:
         self.refusal: HandshakeRefused | None = None
         self.why = "not connected yet"
         self._client = client
-        # Set to end a wait.
+        # Set to end all waits.
         self._interrupted = trio.Event()
+        # The present wait before the next attempt, or the last one.
+        self._waiting = trio.CancelScope()
         self._bound = _BACKOFF_FIRST
         # The links to masters that are being replaced.
         self._replaced: list[MasterConnection] = []
@@ -601,6 +630,13 @@ class MasterLink:
         """End a wait before the next attempt. Synchronous."""
         self._interrupted.set()
 
+    def doubt(self) -> None:
+        """Find out at once whether the link still works; dial at once if there is none. Synchronous."""
+        self._bound = _BACKOFF_FIRST
+        self._waiting.cancel(reason="the machine has changed")
+        for connection in self.connections:
+            connection.on_doubt()
+
     def on_registered(self) -> None:
         """The master has answered for all models. Synchronous."""
         self._bound = _BACKOFF_FIRST
@@ -609,7 +645,7 @@ class MasterLink:
         self._client.on_registered()
 
     async def _pause(self, seconds: float) -> None:
-        with trio.move_on_after(seconds):
+        with trio.move_on_after(seconds) as self._waiting:
             await self._interrupted.wait()
 
     async def _wait_until_needed(self) -> None:
@@ -721,11 +757,25 @@ class MasterLink:
                 )
 
 
+@attrs.define(eq=False)
+class _Doubt:
+    """Whether the connection still works that carries a session, since the machine has changed."""
+
+    resumptions: int
+    """How often the session was resumed before. Later, it is on another connection."""
+    answered: bool = False
+    """Whether the master has answered a ping there."""
+
+
 class _Resumption:
     """Runs the link of one session, over as many connections as it needs.
 
     Each connection has a task. A connection that is to go on with the session is opened beside the one that carries it;
     only when the master has answered there, the other one is left. So whichever answers is used.
+
+    Whether the present connection works is doubtful when the master is silent, and when the machine has changed
+    (:meth:`_on_doubt`). In the first case, anything from the master is a sign of life. In the second one, only the
+    answer to a ping is: what else comes may have arrived before.
 
     Args:
         connection: has the session and its link.
@@ -749,6 +799,10 @@ class _Resumption:
         self._options = options
         self._patience = _SILENT_HEARTBEATS * options.heartbeat_interval
         self._nursery: trio.Nursery | None = None
+        # The task that tries other connections since the machine has changed, or the last one of these.
+        self._comparing = trio.CancelScope()
+        # The wait before the next attempt to resume, or the last one.
+        self._waiting = trio.CancelScope()
         # One for each further connection that is tried; set when it is decided whether the session goes on there.
         self._attempts: set[trio.Event] = set()
         self._ended, self._endings = trio.open_memory_channel[LinkClosed](math.inf)
@@ -760,6 +814,7 @@ class _Resumption:
             stream: the first connection.
         """
         self._connection.on_resumed = self._on_resumed
+        self._connection.on_doubt = self._on_doubt
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._run_on, stream, None)
             self._nursery.start_soon(self._watch_silence)
@@ -788,6 +843,9 @@ class _Resumption:
     async def _resume(self) -> None:
         """Try further connections until the session, which is suspended, goes on, or its window has passed."""
         until, bound = self._session.deadline(), _RESUME_BACKOFF_FIRST
+        # A master that is killed resets its links a moment before it stops to listen. A connection that is made in this
+        # moment is reset when it does, so the next one shows that the master is gone.
+        at_once = True
         with trio.move_on_at(until):
             while self._session.suspended:
                 try:
@@ -795,12 +853,16 @@ class _Resumption:
                     with trio.move_on_after(_RESUME_PATIENCE):
                         await self._try_connection()
                 except (OSError, trio.TooSlowError) as error:
+                    at_once = False
                     if is_refused(error) and not self._link.proxied:
                         # No master listens there any more: its process has ended.
                         self._give_up("the master is gone: it refuses connections")
                         return
-                if self._session.suspended:
-                    await trio.sleep(randomness.uniform(0, bound))
+                if at_once:
+                    at_once = False
+                elif self._session.suspended:
+                    with trio.move_on_after(randomness.uniform(0, bound)) as self._waiting:
+                        await trio.sleep_forever()
                     bound = min(2 * bound, _RESUME_BACKOFF_LAST)
             return
         self._give_up("the connection was cut, and not resumed in time")
@@ -832,8 +894,42 @@ class _Resumption:
                 await self._try_connection()
             await trio.sleep(pause)
 
-    async def _try_connection(self) -> None:
+    def _on_doubt(self) -> None:
+        """The machine has changed: find out at once whether the connection still works. Synchronous."""
+        if self._session.suspended:
+            self._waiting.cancel(reason="the machine has changed")
+        elif self._session.resumable and self._nursery is not None:
+            self._comparing.cancel(reason="the machine has changed again")
+            self._comparing = trio.CancelScope()
+            self._nursery.start_soon(self._compare, self._comparing)
+
+    async def _compare(self, scope: trio.CancelScope) -> None:
+        """Try other connections until the session goes on at one, or the present one has answered. A checkpoint.
+
+        Args:
+            scope: cancelled when the present one has answered.
+        """
+        doubt = _Doubt(self._session.resumptions)
+
+        def on_answer() -> None:
+            doubt.answered = True
+            scope.cancel(reason="the connection works")
+
+        with scope:
+            self._link.ping(on_answer)
+            while not (doubt.answered or self._session.suspended):
+                with suppress(OSError, trio.TooSlowError):
+                    await self._try_connection(doubt)
+                if self._session.resumptions != doubt.resumptions:
+                    return
+                # The way may not be there yet. It may also come back without a change of addresses.
+                await trio.sleep(self._options.heartbeat_interval / 2)
+
+    async def _try_connection(self, doubt: _Doubt | None = None) -> None:
         """Open a connection, and wait until the session goes on there, or will not. A checkpoint.
+
+        Args:
+            doubt: why, if the machine has changed.
 
         Raises:
             OSError, trio.TooSlowError: it cannot be opened.
@@ -843,24 +939,29 @@ class _Resumption:
         decided = trio.Event()
         self._attempts.add(decided)
         assert self._nursery is not None
-        self._nursery.start_soon(self._run_attempt, stream, decided)
+        self._nursery.start_soon(self._run_attempt, stream, decided, doubt)
         try:
             await decided.wait()
         finally:
             self._attempts.discard(decided)
 
-    async def _run_attempt(self, stream: InjectableStream, decided: trio.Event) -> None:
+    async def _run_attempt(self, stream: InjectableStream, decided: trio.Event, doubt: _Doubt | None) -> None:
         try:
-            await self._run_on(stream, self._choose)
+            await self._run_on(stream, partial(self._choose, doubt))
         finally:
             decided.set()
 
-    async def _choose(self, demux: FrameDemux) -> tuple[Link, First] | None:
+    def _works(self, doubt: _Doubt | None) -> bool:
+        """Return whether the present connection has given a sign of life since it was doubtful."""
+        if doubt is not None:
+            return doubt.answered or self._session.resumptions != doubt.resumptions
+        return self._session.silence(trio.current_time()) < self._patience
+
+    async def _choose(self, doubt: _Doubt | None, demux: FrameDemux) -> tuple[Link, First] | None:
         """Go on with the session on a connection on which the master has just answered, if that is still wanted."""
         session = self._session
         if session.close_reason is None and not session.suspended:
-            if session.silence(trio.current_time()) < self._patience:
-                # The first connection has given a sign of life meanwhile.
+            if self._works(doubt):
                 return None
             await self._link.detach()
         if session.session_state is not SessionState.SUSPENDED:
@@ -891,12 +992,14 @@ class MasterConnection:
         on_shutdown_request: called with the reason when the master asks this worker to stop.
         on_written: called after each write. Synchronous.
         on_connected: called with this object after the handshake on each connection. Synchronous.
+        on_tick: called when a heartbeat is due. Synchronous.
 
     Attributes:
         session: the worker's half of the protocol.
         link: what carries it.
         master: the master's handshake; ``None`` before it.
         on_resumed: called when the link, which was suspended, goes on. Synchronous.
+        on_doubt: called when the machine has changed in a way that may have cost the connection. Synchronous.
         replaced: set while another process is about to take the place of the master, or has done so.
         over: whether the link is over.
         why_over: why, for people.
@@ -920,6 +1023,7 @@ class MasterConnection:
         on_shutdown_request: Callable[[str], None],
         on_written: Callable[[], object],
         on_connected: Callable[[MasterConnection], None] = lambda _: None,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._router = router
         self._pool = pool
@@ -932,6 +1036,7 @@ class MasterConnection:
         self._on_shutdown_request = on_shutdown_request
         self._on_written = on_written
         self._on_connected = on_connected
+        self._on_tick = on_tick
         # What the master was told last of the other ones.
         self._reported: tuple[int, tuple[tuple[str, str], ...]] = (0, ())
         self.master: Handshake | None = None
@@ -940,6 +1045,7 @@ class MasterConnection:
         self._registered = False
         self._master_blocked = False
         self.on_resumed: Callable[[], None] = lambda: None
+        self.on_doubt: Callable[[], None] = lambda: None
         self.replaced = trio.Event()
         self.over = False
         self.why_over = ""
@@ -964,7 +1070,7 @@ class MasterConnection:
             on_events=self._on_events,
             on_sent=self._on_sent,
             on_closed=self._on_link_closed,
-            before_tick=self._report_load,
+            before_tick=self._before_tick,
             timeout=options.worker_timeout,
             linger=options.batch_wait,
         )
@@ -1052,6 +1158,10 @@ class MasterConnection:
     def _on_link_closed(self, closed: LinkClosed) -> None:
         if not self.session.suspended:
             self.cancel_all()
+
+    def _before_tick(self) -> None:
+        self._report_load()
+        self._on_tick()
 
     def _report_load(self) -> None:
         pool = self._pool

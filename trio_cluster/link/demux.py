@@ -13,7 +13,8 @@ frames.
    the peer.
 
 What the peer sends is never kept without bound. Of several pings that the library has not answered yet only the last
-one is kept, as RFC 6455 allows (5.5.3). Pongs, and what follows a close frame, are dropped.
+one is kept, as RFC 6455 allows (5.5.3). What follows a close frame is dropped. Pongs do not reach the library, which
+sends no pings.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from __future__ import annotations
 import errno
 import re
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from ..net.watchdog import InjectableStream
 from ..protocol import MAX_MESSAGE
-from .frames import FrameReader, close_frame, frame
+from .frames import FrameReader, close_frame, frame, ping_frame
 
 __all__ = ["FrameDemux"]
 
@@ -36,7 +39,7 @@ _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _RECEIVE: Final = 64 * 1024
 _SWITCHED: Final = b"101"
 #: The first bytes of control frames.
-_CLOSE, _PING = 0x88, 0x89
+_CLOSE, _PING, _PONG = 0x88, 0x89, 0x8A
 _CLOSE_FRAME: Final = b"\x88"
 
 
@@ -50,11 +53,13 @@ class FrameDemux(trio.abc.Stream):
     Attributes:
         was_reset: the connection was reset, or failed in another way that the kernel reported.
         has_ended: the end of the stream was read: the kernel of the peer has closed the connection in an orderly way.
+        on_pong: called with each pong. Synchronous, and must not raise.
     """
 
     def __init__(self, stream: InjectableStream, *, is_client: bool) -> None:
         self.was_reset = False
         self.has_ended = False
+        self.on_pong: Callable[[], None] = lambda: None
         self._stream = stream
         self._read_stream = stream.read
         self._is_client = is_client
@@ -142,6 +147,15 @@ class FrameDemux(trio.abc.Stream):
             self._on_write_error(error)
             raise
 
+    def ping(self) -> None:
+        """Send a ping, if not at once then before what is sent next. Synchronous.
+
+        Nothing is raised if the connection is over.
+        """
+        if not self._closing:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                self._stream.write_nowait(ping_frame(masked=self._is_client))
+
     async def flush(self) -> None:
         """Send what :meth:`send_nowait` could not. A checkpoint. Cancelled, nothing more can be sent.
 
@@ -195,6 +209,8 @@ class FrameDemux(trio.abc.Stream):
 
     def _on_control_frame(self, control: bytes) -> None:
         kind = control[0]
+        if kind == _PONG and not self._closing:
+            self.on_pong()
         if self._closing or kind not in (_CLOSE, _PING):
             return
         self._closing = kind == _CLOSE

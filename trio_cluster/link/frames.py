@@ -30,6 +30,7 @@ logger = logging.getLogger("trio_cluster.link")
 # Opcodes. Those of control frames have the highest of the four bits set, and the last one that is defined is pong.
 _CONTINUATION, _TEXT, _BINARY, _CONTROL, _LAST_CONTROL = 0x0, 0x1, 0x2, 0x8, 0xA
 _CLOSE: Final = 0x8
+_PING: Final = 0x9
 # Bits of the first byte of a frame, and of the second.
 _FIN: Final = 0x80
 _RESERVED_BITS: Final = 0x70
@@ -65,6 +66,11 @@ class FramingError(ProtocolError):
 def close_frame(code: int, reason: str, *, masked: bool) -> bytes:
     """Return a close frame with as much of ``reason`` as it holds."""
     return _frame(_FIN | _CLOSE, code.to_bytes(2, "big") + truncate_reason(reason).encode(), masked=masked)
+
+
+def ping_frame(*, masked: bool) -> bytes:
+    """Return a ping without content."""
+    return _frame(_FIN | _PING, b"", masked=masked)
 
 
 def truncate_reason(reason: str) -> str:

@@ -135,6 +135,8 @@ class Link:
         # Not before it is known that the peer's process has ended: when the link is over at the latest, and why.
         self._peer_ended_by = math.inf
         self._why_peer_ended = ""
+        # Of the websocket that is carried.
+        self._demux: FrameDemux | None = None
         # Set while no websocket is carried.
         self._free = trio.Event()
         self._free.set()
@@ -212,6 +214,9 @@ class Link:
                     chosen = (self, None) if choose is None else await choose(websocket.demux)
                     if chosen is None:
                         closed = LinkClosed("this connection is not needed")
+                        websocket.demux.return_to_library(after_close=True)
+                        with trio.move_on_after(_CLOSE_TIMEOUT):
+                            await websocket.aclose(_NORMAL, closed.why)
                     else:
                         closed = await chosen[0].carry(websocket, stream, chosen[1])
             except Exception:
@@ -226,6 +231,24 @@ class Link:
                 outer.cancel_scope.cancel(reason="the link is over")
         assert closed is not None
         raise closed
+
+    def ping(self, on_answer: Callable[[], None]) -> None:
+        """Ask the peer for a sign of life on the present connection. Synchronous; may be called while one is carried.
+
+        Args:
+            on_answer: called when it has given one, once. Synchronous, and must not raise. It is not called after a
+                later ping, nor for another connection.
+        """
+        demux = self._demux
+        if demux is None:
+            return
+
+        def answered() -> None:
+            demux.on_pong = lambda: None
+            on_answer()
+
+        demux.on_pong = answered
+        demux.ping()
 
     @property
     def peer_address(self) -> Address:
@@ -244,6 +267,7 @@ class Link:
         """
         self._free = trio.Event()
         self._stream = stream
+        self._demux = websocket.demux
         self._handshake_sent = trio.Event()
         self._lingering = self._write_incomplete = self._unreadable = False
         try:
@@ -257,7 +281,7 @@ class Link:
         finally:
             if not self._session.suspended:
                 self._session.close("the link is over")
-            self._scope = None
+            self._scope = self._demux = None
             self._free.set()
         closed = self._closed
         assert closed is not None
