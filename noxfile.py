@@ -119,6 +119,7 @@ BRIEF_OF_NEWEST = [
     "--ignore=tests/gateway/test_fuzz.py",
     "--ignore=tests/gateway/test_schemathesis.py",
     "--ignore=tests/testing/test_schedules.py",
+    "--ignore=tests/testing/test_planted_bugs.py",
     "tests/accounts",
     "tests/admin",
     "tests/cli",

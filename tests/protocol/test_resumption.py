@@ -455,6 +455,32 @@ def test_an_acknowledgement_of_what_was_not_sent_ends_the_session(count: int) ->
         cable.master.receive(encode([Ack(number)]), cable.now)
 
 
+def test_an_old_acknowledgement_in_a_batch_that_is_written_again_is_none() -> None:
+    cable = opened()
+    call = stream(cable)
+    # Of neither body so much that credit would be granted for it.
+    for _ in range(2):
+        waiting = cable.master.open(endpoint="e", kind="chat", model="m")
+        cable.master.send_body(waiting, b"x" * 40_000)
+        cable.settle()
+    assert cable.worker._retention is not None
+    assert cable.worker._retention.unacknowledged > ACK_ALONG
+    cable.worker.send(call, b"token")
+    lost = cable.worker.next_message()
+    assert lost is not None
+    assert [type(message).__name__ for message in decode(lost.data)] == ["Data", "Ack"]
+    # This still arrives, so that the worker has more when it names the session.
+    cable.master.send_body(waiting, b"more")
+    batch = cable.master.next_message()
+    assert batch is not None
+    cable.worker.receive(batch.data, cable.now)
+    cable.cut()
+    cable.reconnect()
+    cable.settle()
+    assert by_call(cable.events["master"])[call][-1] == b"token"
+    assert cable.master.close_reason is cable.worker.close_reason is None
+
+
 def test_a_peer_that_never_acknowledges_costs_a_bounded_amount_and_resumption() -> None:
     cable = opened()
     call = stream(cable)

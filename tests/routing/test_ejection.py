@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import math
 import time
+from functools import partial
 from typing import Any
 
 import attrs
@@ -25,7 +26,7 @@ from trio_cluster.options import ClusterServerOptions
 from trio_cluster.routing.ejection import WINDOW, EjectionTable, Verdict, judge
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
-from trio_cluster.testing import SimulatedCluster, worker
+from trio_cluster.testing import SimulatedCluster, open_cluster, settle, worker
 
 REQUEST = Request(endpoint="chat.completions", kind="chat", model="m", body=b"{}")
 T = ClusterServerOptions().server.default_timeout
@@ -504,6 +505,31 @@ class Ill:
             with trio.CancelScope(shield=True):
                 await self.recovered.wait()
         raise ValueError
+
+
+async def test_a_replica_is_not_blamed_for_the_silence_of_the_one_before_it(
+    autojump_clock: MockClock,
+) -> None:
+    async def hang(request: ChatRequest) -> str:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with open_cluster(default_timeout=3.0, resume_window=0.0, on_conflict="replicate") as cluster:
+        for name in ("w1", "w2"):
+            await start(cluster, name, hang)
+        router = cluster.master.server.router
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(cluster.client().chat, "m"))
+            await trio.sleep(2.5)
+            (call,) = router.live
+            first, second = call.served_by, {"w1": "w2", "w2": "w1"}[call.served_by]
+            cluster.workers[first].link.reset()
+        # The client's time was over after five seconds, of which the second replica had half.
+        assert trio.current_time() < 5.2
+        await settle(cluster)
+        assert router.stats.counters()["worker_lost"] == router.stats.counters()["retried"] == 1
+        assert set(router.ejections.table.records) == {(first, "m")}
+        assert second in cluster.workers
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["fails", "is stuck"])

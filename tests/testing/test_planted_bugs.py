@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from trio_cluster.cluster.forwarded import ForwardedCalls
+from trio_cluster.core.answer import Failed
 from trio_cluster.gateway.body import SpooledBody
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.local.slots import Slots
@@ -24,7 +25,10 @@ from trio_cluster.protocol import MasterSession
 from trio_cluster.protocol.messages import Ack
 from trio_cluster.protocol.retention import Retention
 from trio_cluster.protocol.session import Session
+from trio_cluster.routing import ejection
 from trio_cluster.routing.catalog import Catalog
+from trio_cluster.routing.ejection import Ejections, EjectionTable, Verdict
+from trio_cluster.routing.health import Health
 from trio_cluster.testing import ScheduleFailed, run_schedule
 from trio_cluster.testing._plan import Plan, draw_plan
 
@@ -35,6 +39,9 @@ SMALL: Final[dict[str, Any]] = {"seconds": 12, "requests": 20, "faults": 8}
 LARGE: Final[dict[str, Any]] = {"seconds": 30, "requests": 60, "faults": 16}
 #: Links are cut several times in each second.
 DENSE: Final[dict[str, Any]] = {"seconds": 8, "requests": 60, "faults": 4}
+
+#: Most requests are for the same two models, within four seconds.
+BUSY: Final[dict[str, Any]] = {"seconds": 8, "requests": 80, "faults": 4}
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -72,6 +79,17 @@ def cuts_all_the_time(plan: Plan) -> bool:
 
 def has_two_masters(plan: Plan) -> bool:
     return len(plan.masters) > 1
+
+
+def has_troubles(plan: Plan) -> bool:
+    return sum(fault.kind.startswith("replica") for fault in plan.faults) >= 8
+
+
+def freezes_workers(plan: Plan) -> bool:
+    """Whether a worker is frozen for long while there are requests."""
+    noticed = 0.5 * plan.options["worker_timeout"] + plan.options["heartbeat_interval"]
+    freezes = (fault for fault in plan.faults if fault.kind == "worker frozen")
+    return any(each.at + noticed < plan.seconds / 2 and each.duration > 1.5 * noticed for each in freezes)
 
 
 # Of calls and handlers
@@ -215,6 +233,69 @@ def accept_stale_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MasterSession, "is_named_by", is_named_by)
 
 
+# Of ejection
+
+
+def try_a_replica_with_two_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def due(self: EjectionTable, key: tuple[str, str], now: float) -> bool:
+        record = self.ejected.get(key)
+        return record is not None and record.until is not None and record.until <= now
+
+    monkeypatch.setattr(EjectionTable, "due", due)
+
+
+def eject_the_last_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = EjectionTable.failed
+
+    def with_imagined_replicas(
+        self: EjectionTable, key: Any, verdict: Any, now: float, others: Any, *more: Any
+    ) -> Any:
+        return failed(self, key, verdict, now, [*others, *"abcdefgh"], *more)
+
+    monkeypatch.setattr(EjectionTable, "failed", with_imagined_replicas)
+
+
+def count_clients_that_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = ejection.judge
+
+    def judge_cancelled_calls(call: Any, outcome: str, *more: Any) -> Any:
+        return Verdict("failed", "cancelled") if outcome == "cancelled" else judge(call, outcome, *more)
+
+    monkeypatch.setattr(ejection, "judge", judge_cancelled_calls)
+
+
+def count_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = ejection.judge
+
+    def judge_refusals(call: Any, outcome: str, *more: Any) -> Any:
+        refused = isinstance(call.end, Failed) and 400 <= call.end.error.status < 500
+        return Verdict("failed", "refused") if refused else judge(call, outcome, *more)
+
+    monkeypatch.setattr(ejection, "judge", judge_refusals)
+
+
+def do_not_double_the_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    eject = EjectionTable._eject
+
+    def as_if_for_the_first_time(self: EjectionTable, key: Any, record: Any, *more: Any) -> Any:
+        record.ejections = 0
+        return eject(self, key, record, *more)
+
+    monkeypatch.setattr(EjectionTable, "_eject", as_if_for_the_first_time)
+
+
+def do_not_leave_replicas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ejections, "admit", lambda self, request, candidates: candidates)
+
+
+def do_not_honour_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ejection, "_seconds", lambda retry_after: 0.0)
+
+
+def send_more_to_a_frozen_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Health, "stall", lambda self, reason: None)
+
+
 LOST_BY_A_CUT: Final = "an error without a cause"
 DAMAGED: Final = (
     "an error without a cause|with another text|looks complete and is not|not recovered|no fault broke it"
@@ -233,6 +314,16 @@ PLANTED: Final = [
     Planted(do_not_restore_windows, f"{LOST_BY_A_CUT}.*timeout|no fault broke it", DENSE, cuts_all_the_time),
     Planted(lose_acknowledgements, "bytes of a link are not acknowledged", LARGE, resumes),
     Planted(acknowledge_too_much, DAMAGED, DENSE, cuts_all_the_time),
+    Planted(try_a_replica_with_two_requests, "is tried with 2 requests at once", BUSY, has_troubles),
+    Planted(
+        eject_the_last_replica, r"as the last replica|\d of \d replicas are left alone", BUSY, has_troubles
+    ),
+    Planted(count_clients_that_leave, "which was no failure of it", BUSY, has_troubles),
+    Planted(count_refusals, "which was no failure of it", BUSY, has_troubles),
+    Planted(do_not_double_the_back_off, "is left alone for .* s instead of", BUSY, has_troubles),
+    Planted(do_not_leave_replicas_alone, "which is left alone", BUSY, has_troubles),
+    Planted(do_not_honour_retry_after, "is left alone for .* s instead of", BUSY, has_troubles),
+    Planted(send_more_to_a_frozen_worker, "frozen for .* s", BUSY, freezes_workers),
     Planted(accept_stale_sessions, LOST_BY_A_CUT, DENSE, cuts_all_the_time),
 ]
 

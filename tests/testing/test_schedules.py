@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 import trio
@@ -306,6 +306,7 @@ def test_a_handler_that_outlives_its_client_is_found(plan: Plan) -> None:
         await trio.sleep(10)
 
         class Simulation:
+            openings: ClassVar[dict[int, Any]] = {}
             process = staticmethod(lambda number: type("ProcessRun", (), {"killed": False}))
 
         Invariants(plan, Simulation(), history, models).check_runs([it])  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ ends, :func:`judge` decides, in this one place, what that says about the replica
 well, also a refusal (4xx). An error of the replica (5xx, also one that an engine passes on from the server behind it),
 its loss, and a silence of ``default_timeout`` are failures. Everything that a client can cause says nothing: that it
 has left, that it has set a time limit of its own, that it did not send its body. Neither does a node that is busy or
-drains.
+drains, nor one that was given a request late, since another replica was lost with it, and had not that long.
 
 :class:`EjectionTable` counts failures and decides which replicas are left alone. It does no IO and is told the time.
 
@@ -382,9 +382,19 @@ class Ejections(Observer):
         self._observers = observers
         self._first_bytes = _FirstBytes(self)
         self._listening = False
+        # The calls that have replaced another one, and since when.
+        self._replacements: dict[Call, float] = {}
+
+    def on_retried(self, lost: Call, again: Call) -> None:
+        """See ``Observer``."""
+        now = _now()
+        if now is not None:
+            self._replacements[again] = now
 
     def on_ended(self, call: Call, outcome: Outcome) -> None:
         """See ``Observer``."""
+        if self._replacements:
+            self._replacements.pop(call, None)
         if not self._records and (
             outcome == "cancelled" or (outcome == "completed" and call.status < _FIRST_ERROR)
         ):
@@ -394,6 +404,12 @@ class Ejections(Observer):
 
     def on_overdue(self, call: Call) -> None:
         """See ``Observer``. This is not left to the end of the work, which may never come."""
+        since, now = self._replacements.get(call), _now()
+        if since is not None and now is not None and now - since < self.table.options.server.default_timeout:
+            # Its client has waited for another replica before, and this one had less time than a replica has.
+            self.table.ended_without_verdict((call.served_by, call.request.model), call)
+            self._listen()
+            return
         self._judge(call, "timed_out")
 
     def _judge(self, call: Call, outcome: Outcome) -> None:

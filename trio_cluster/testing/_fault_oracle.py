@@ -13,7 +13,7 @@ from typing import Final
 
 from ._history import FaultSpan, History
 from ._limited_keys import LimitedKeys
-from ._plan import Plan, SimulatedRequest
+from ._plan import Plan, SimulatedRequest, replica_name
 from ._scripts import MARGIN
 from ._simulation import FIRST_PROBE
 from ._workload import SLOW_READS, Outcome
@@ -87,6 +87,8 @@ class FaultOracle:
                 return request.script.fails == "exception"
             case "timeout":
                 return self._may_time_out(outcome)
+            case "replica_failing":
+                return self._has_trouble(outcome, "replica failing")
             case "worker_lost":
                 # A call whose link is cut is opened elsewhere, unless its time was used up in that moment.
                 kinds = WORKER_FAULTS if self._is_slow(outcome) else self.losses
@@ -137,12 +139,27 @@ class FaultOracle:
 
     def _may_time_out(self, outcome: Outcome) -> bool:
         hosts = self.hosts(outcome.request)
-        if self.fault_near(hosts, outcome, self.losses):
+        if self.fault_near(hosts, outcome, self.losses) or self._has_trouble(outcome, "replica stuck"):
             return True
         # A link that is resumed costs a moment, and no more.
         since = outcome.began - self.aftermath
         cuts = len(self._history.faults_on(hosts, since, outcome.ended, _RESUMED))
         return self._is_slow(outcome, cuts * (_RESUMPTION + 8 * self._plan.longest_delay))
+
+    def _has_trouble(self, outcome: Outcome, kind: str) -> bool:
+        """Return whether something was wrong with one of the replicas that may have answered."""
+        request = outcome.request
+        replicas = frozenset(
+            replica_name(host, model.name)
+            for model in self._plan.models
+            if model.name in request.models
+            for host in model.hosts
+        )
+        return bool(
+            self._history.faults_on(
+                replicas, outcome.began - self.reaction_time, outcome.ended, frozenset([kind])
+            )
+        )
 
     def _is_slow(self, outcome: Outcome, suspended: float = 0.0) -> bool:
         """Return whether the response may come too late although no worker was lost.
@@ -195,6 +212,7 @@ class FaultOracle:
         request = outcome.request
         return (
             request.script.fails is not None
+            or self._has_trouble(outcome, "replica failing")
             or self._may_time_out(outcome)
             or self.fault_near(
                 self.hosts(request) | {request.host},

@@ -12,6 +12,7 @@ has a fault which explains it, near enough in place and time (see ``_fault_oracl
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any, Final
 
 import trio
@@ -300,11 +301,26 @@ class Invariants(trio.abc.Instrument):
     def check_runs(self, outcomes: list[Outcome]) -> None:
         """Check what the handlers did for requests that have ended."""
         for outcome in outcomes:
-            runs = self._models.runs_of(outcome.request.number)
+            runs = self._in_order(outcome.request.number)
             for complaint in self._complaints_about_runs(outcome, runs):
                 self._history.add_violation(
                     f"request {outcome.request.number} to {outcome.request.model}: {complaint}"
                 )
+
+    def _in_order(self, number: int) -> list[HandlerRun]:
+        """Return the runs for a request in the order in which its calls were opened.
+
+        That need not be the order in which they began: a call that waits for a slot of a worker may be opened elsewhere
+        since its link was cut, and begin before the worker knows.
+        """
+        openings = self._simulation.openings.get(number, [])
+
+        def place(run: HandlerRun) -> int:
+            return (
+                openings.index((run.node, run.model)) if (run.node, run.model) in openings else len(openings)
+            )
+
+        return sorted(self._models.runs_of(number), key=place)
 
     def _complaints_about_runs(self, outcome: Outcome, runs: list[HandlerRun]) -> list[str]:
         request = outcome.request
@@ -351,7 +367,7 @@ class Invariants(trio.abc.Instrument):
         hosts = frozenset([first.node, outcome.request.master])
         since = outcome.began - self._oracle.aftermath
         if self._history.faults_on(hosts, since, second.began, self._oracle.losses) or (
-            self._history.faults_on(frozenset([first.node]), first.began, gives)
+            self._history.faults_on(frozenset([first.node]), outcome.began, gives)
         ):
             return []
         return [f"it was generated again on {second.node}, although it had begun on {first.node}"]
@@ -361,7 +377,8 @@ class Invariants(trio.abc.Instrument):
         complaints = []
         # Two attempts of an embedding may run at once, until one of them has answered.
         hedged = outcome.request.script.kind == "embedding"
-        ends = [outcome.ended if hedged else run.began for run in runs[1:]] + [outcome.ended]
+        ends = [outcome.ended if hedged else max(run.began, earlier.began) for earlier, run in pairwise(runs)]
+        ends.append(outcome.ended)
         for run, call_ended in zip(runs, ends, strict=False):
             late = run.ended - call_ended - self._may_outlive(outcome, run, call_ended)
             if late > 0 and not self._simulation.process(run.process).killed:

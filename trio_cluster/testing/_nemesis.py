@@ -7,6 +7,7 @@ cluster is whole again, and must soon behave so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -15,7 +16,8 @@ import trio
 
 from ._history import FaultSpan, History
 from ._network import Connection
-from ._plan import Fault
+from ._plan import Fault, replica_name
+from ._scripted_models import Trouble
 from ._scripts import MARGIN
 from ._simulation import MAX_IGNORED_CANCELLATION, ProcessRun, Simulation
 
@@ -80,6 +82,8 @@ class Nemesis:
                 return self._cancel_call
             case "failover broken":
                 return self._break_failover
+            case "replica failing" | "replica stuck":
+                return self._trouble
             case _:
                 return self._break_connection
 
@@ -122,9 +126,9 @@ class Nemesis:
         process = self._simulation.current[fault.target]
         async with self._recorded(fault, process.name):
             process.node.freeze()
-            process.frozen = True
+            process.frozen_since = self._history.now
             await trio.sleep(fault.duration)
-            process.frozen = False
+            process.frozen_since = math.inf
             process.node.thaw()
 
     async def _await_end(self, process: ProcessRun, bound: float) -> None:
@@ -196,6 +200,24 @@ class Nemesis:
             process.server.set_max_concurrency(int(fault.amount))
             await trio.sleep(fault.duration)
             process.server.set_max_concurrency(self._simulation.plan.slots[process.name])
+
+    async def _trouble(self, fault: Fault) -> None:
+        """Let one replica fail a few times, or hang, whatever it is asked."""
+        plan, troubles = self._simulation.plan, self._simulation.models.troubles
+        names = [model.name for model in plan.models if len(model.hosts) > 1 and fault.target in model.hosts]
+        # Half of the troubles are those of a model with two replicas, to which most requests go.
+        name = "twice" if "twice" in names and fault.choice % 2 else names[fault.choice // 2 % len(names)]
+        key = fault.target, name
+        if key in troubles:
+            return
+        stuck = fault.kind == "replica stuck"
+        # A refusal is no failure, however often it is given.
+        status = (500, 502, 503, 429)[fault.choice // 8 % 4]
+        # Only the replica is at fault, and not the machine: no other invariant is to excuse anything by it.
+        async with self._recorded(fault, replica_name(*key)):
+            troubles[key] = Trouble(None if stuck else 1 + fault.choice // 32 % 8, status, fault.amount)
+            await trio.sleep(fault.duration)
+            del troubles[key]
 
     async def _cancel_call(self, fault: Fault) -> None:
         host = self._choose_client(fault)

@@ -15,7 +15,16 @@ import attrs
 from ..core.model import Kind
 from ._scripts import Failure, Script
 
-__all__ = ["ClientBehavior", "Fault", "FaultKind", "ModelSpec", "Plan", "SimulatedRequest", "draw_plan"]
+__all__ = [
+    "ClientBehavior",
+    "Fault",
+    "FaultKind",
+    "ModelSpec",
+    "Plan",
+    "SimulatedRequest",
+    "draw_plan",
+    "replica_name",
+]
 
 #: The faults that can be injected into a cluster.
 FaultKind = Literal[
@@ -39,6 +48,8 @@ FaultKind = Literal[
     "slots changed",
     "call cancelled",
     "failover broken",
+    "replica failing",
+    "replica stuck",
 ]
 
 #: The name of the second master, and the share of the schedules that have one.
@@ -69,6 +80,13 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
     "failover broken": 8,
 }
 
+#: How many replicas fail or hang in a schedule in which some of them do, at least and at most.
+_TROUBLES: Final = (6, 12)
+#: How often the requests of such a schedule are for a model with several replicas, where they were for another chat.
+_SHARED: Final = 0.9
+#: The part of the schedule in which that happens.
+_BUSY: Final = 0.5
+
 _FAILURES: Final[list[Failure | None]] = [*[None] * 14, "api_error", "exception"]
 
 #: How many resets of links a schedule has that cuts them all the time.
@@ -93,6 +111,11 @@ class ModelSpec:
     hosts: tuple[str, ...]
     yields: bool
     """The handler is an async generator; otherwise it pushes."""
+
+
+def replica_name(node: str, model: str) -> str:
+    """Return how the history names one replica of a model."""
+    return f"{model} on {node}"
 
 
 @attrs.frozen
@@ -156,7 +179,7 @@ class Fault:
         kind: which fault.
         target: the name of a worker or a master, or empty where ``choice`` selects the target.
         choice: selects one of the clients, connections or models that exist at that time.
-        amount: how much, where that has a meaning: seconds of delay, a number of slots.
+        amount: how much, where that has a meaning: seconds of delay or of ``Retry-After``, a number of slots.
     """
 
     at: float
@@ -245,6 +268,10 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
     if seed % 3 == 1:
         drawn_faults += _draw_cuts(seed, seconds, workers)
     drawn = [_draw_upload(rng, request) for request in drawn]
+    if seed % 3 == 2:
+        drawn_faults += _draw_troubles(seed, seconds, models)
+        drawn = sorted(_share(seed, drawn, models), key=lambda request: request.at)
+        options |= _draw_ejection(seed)
     drawn = _draw_aliases(seed, drawn, models, options)
     # A generator of its own, so that the rest of the schedule is the same with one master and with two.
     of_masters = random.Random(f"the masters of {seed}")
@@ -388,6 +415,48 @@ def _draw_cuts(seed: int, seconds: float, workers: list[str]) -> list[Fault]:
         )
         for _ in range(_CUTS)
     ]
+
+
+def _draw_troubles(seed: int, seconds: float, models: tuple[ModelSpec, ...]) -> list[Fault]:
+    """Return faults of single replicas, for a schedule in which they are to be ejected."""
+    # As for the cuts.
+    rng = random.Random(f"the replicas of {seed}")
+    targets = [node for model in models if len(model.hosts) > 1 for node in model.hosts]
+    return [
+        Fault(
+            at=round(rng.uniform(0, _BUSY * seconds), 3),
+            duration=round(rng.uniform(0.1, 0.5) * _BUSY * seconds, 3),
+            kind=rng.choice(["replica failing", "replica failing", "replica stuck"]),
+            target=rng.choice(targets),
+            choice=rng.randrange(1 << 20),
+            amount=rng.choice([0.0, 0.0, 1.5, 5.0]),
+        )
+        for _ in range(rng.randint(*_TROUBLES))
+    ]
+
+
+def _share(
+    seed: int, requests: list[SimulatedRequest], models: tuple[ModelSpec, ...]
+) -> list[SimulatedRequest]:
+    """Let most requests for a chat ask for one with replicas, in a shorter time, so that these have much to do."""
+    rng = random.Random(f"the shared models of {seed}")
+    chats = {model.name for model in models if model.kind == "chat" and len(model.hosts) == 1}
+    return [
+        attrs.evolve(request, model=rng.choice(["everywhere", "twice", "twice"]), at=_BUSY * request.at)
+        if request.model in chats and rng.random() < _SHARED
+        else request
+        for request in requests
+    ]
+
+
+def _draw_ejection(seed: int) -> dict[str, Any]:
+    """Return options with which a replica is ejected within a schedule, and back again."""
+    rng = random.Random(f"the ejections of {seed}")
+    return {
+        "ejection_failures": rng.choice([2, 3]),
+        "ejection_time": rng.choice([0.5, 1.0, 2.0]),
+        "ejection_time_max": rng.choice([4.0, 8.0]),
+    }
 
 
 def _draw_fault(

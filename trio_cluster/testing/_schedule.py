@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -209,6 +210,14 @@ async def _wait_for_recovery(run: _Run) -> None:
         run.history.add_violation(f"not recovered {bound:.0f} s after the last fault: {wrong}")
 
 
+async def _wait_for_ejections(simulation: Simulation) -> None:
+    """Wait until each replica that is left alone is to be tried with the next request."""
+    masters = [simulation.current[name] for name in simulation.plan.masters]
+    ejected = [each.server.router.ejections.table.ejected for each in masters]
+    ends = [record.until for table in ejected for record in table.values() if record.until is not None]
+    await trio.sleep_until(max(ends, default=-math.inf))
+
+
 def _orphans(simulation: Simulation) -> list[str]:
     try:
         assert_no_orphans(simulation.cluster)
@@ -220,6 +229,7 @@ def _orphans(simulation: Simulation) -> list[str]:
 async def _probe(run: _Run) -> None:
     """Send each node as many requests at once as it has slots, then each model one request after another."""
     plan, history, models = run.plan, run.history, run.models
+    await _wait_for_ejections(run.simulation)
     numbers = itertools.count(FIRST_PROBE)
     outcomes: list[Outcome] = []
 

@@ -20,7 +20,7 @@ from ._history import History
 from ._plan import ModelSpec
 from ._scripts import Script, ScriptedFailure, read_script
 
-__all__ = ["HandlerRun", "ScriptedModels"]
+__all__ = ["HandlerRun", "ScriptedModels", "Trouble"]
 
 
 @attrs.define(eq=False)
@@ -35,6 +35,8 @@ class HandlerRun:
         began, ended: when, in seconds since the schedule began; ``ended`` is infinite while it runs.
         given: how many pieces of output the node has taken from it.
         stopped: it was cancelled before its script was over.
+        failed: it failed, as its script or a trouble of its replica demanded. A refusal (4xx) is no failure.
+        retry_after: seconds after which its replica asked to be tried again; 0 if it did not.
     """
 
     script: Script
@@ -45,6 +47,23 @@ class HandlerRun:
     ended: float = math.inf
     given: int = 0
     stopped: bool = False
+    failed: bool = False
+    retry_after: float = 0.0
+
+
+@attrs.define
+class Trouble:
+    """What is wrong with one replica.
+
+    Attributes:
+        failures: how many of its calls fail; ``None``: they hang.
+        status: with which status they fail.
+        retry_after: the seconds of ``Retry-After`` that come with it; 0: there is none.
+    """
+
+    failures: int | None
+    status: int = 500
+    retry_after: float = 0.0
 
 
 class ScriptedModels:
@@ -53,6 +72,7 @@ class ScriptedModels:
     Attributes:
         runs: every run of a handler so far, in the order in which they began.
         busy: how many handlers run in each process, by its number; includes processes that have ended.
+        troubles: what is wrong with replicas, by node and model.
         peak: the largest number of handlers that ran on each machine at the same time, since it was last cleared.
     """
 
@@ -60,6 +80,7 @@ class ScriptedModels:
         self.runs: list[HandlerRun] = []
         self.busy: dict[int, int] = {}
         self.peak: dict[str, int] = {}
+        self.troubles: dict[tuple[str, str], Trouble] = {}
         self._history = history
 
     def runs_of(self, number: int) -> list[HandlerRun]:
@@ -74,6 +95,7 @@ class ScriptedModels:
             run = self._begin(script, model.name, node, process)
             done = False
             try:
+                await self._suffer(run)
                 await trio.sleep(script.first_after)
                 for index in range(script.pieces):
                     await self._stall_or_fail(script, index)
@@ -82,8 +104,9 @@ class ScriptedModels:
                     await trio.sleep(script.interval)
                 await self._stall_or_fail(script, script.pieces)
                 done = True
-            except (ApiError, ScriptedFailure):
+            except (ApiError, ScriptedFailure) as error:
                 done = True
+                run.failed = not isinstance(error, ApiError) or error.status >= 500
                 raise
             finally:
                 run.stopped = not done
@@ -98,6 +121,23 @@ class ScriptedModels:
                     await provider.push(piece)
 
         return play if model.yields else push
+
+    async def _suffer(self, run: HandlerRun) -> None:
+        """Fail or hang if something is wrong with the replica of a run."""
+        trouble = self.troubles.get((run.node, run.model))
+        if trouble is None or trouble.failures == 0:
+            return
+        if trouble.failures is None:
+            await trio.sleep_forever()
+        else:
+            trouble.failures -= 1
+            run.retry_after = trouble.retry_after
+            raise ApiError(
+                trouble.status,
+                "the replica fails",
+                code="replica_failing",
+                retry_after=trouble.retry_after or None,
+            )
 
     @staticmethod
     async def _stall_or_fail(script: Script, index: int) -> None:

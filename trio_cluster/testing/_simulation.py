@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, Final
 
 import attrs
@@ -17,6 +18,7 @@ from ._cluster import SimulatedCluster, SimulatedNode, worker
 from ._history import History
 from ._limited_keys import LimitedKeys
 from ._plan import Plan
+from ._routing_watch import Openings, RoutingWatch
 from ._scripted_models import ScriptedModels
 
 __all__ = ["FIRST_PROBE", "MAX_IGNORED_CANCELLATION", "ProcessRun", "Simulation"]
@@ -43,7 +45,7 @@ class ProcessRun:
         server: the server that runs in it.
         node: the simulated process.
         killed: it was killed. Its tasks still end in the simulation, but no invariant applies to them.
-        frozen: it is frozen at the moment.
+        frozen_since: since when it is frozen, in seconds since the schedule began; infinite if it is not.
     """
 
     number: int
@@ -51,7 +53,12 @@ class ProcessRun:
     server: ClusterServer
     node: SimulatedNode
     killed: bool = False
-    frozen: bool = False
+    frozen_since: float = math.inf
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is frozen at the moment."""
+        return self.frozen_since < math.inf
 
 
 class Simulation:
@@ -70,6 +77,7 @@ class Simulation:
         models: as given.
         current: the current process of each machine, by name.
         processes: all processes that have been started, the current ones included.
+        openings: for each request, what it was opened for.
         active_clients: the machines of the clients that are waiting for a response, by the number of the request.
     """
 
@@ -87,6 +95,7 @@ class Simulation:
         self.current: dict[str, ProcessRun] = {}
         self.processes: list[ProcessRun] = []
         self.active_clients: dict[int, str] = {}
+        self.openings: Openings = {}
         self._history = history
         self._scope = scope
         self._numbers = itertools.count(1)
@@ -94,6 +103,11 @@ class Simulation:
     def process(self, number: int) -> ProcessRun:
         """Return the process with this number."""
         return next(process for process in self.processes if process.number == number)
+
+    def frozen_since(self, name: str) -> float:
+        """Return since when the current process of a machine is frozen; infinite if it is not."""
+        process = self.current.get(name)
+        return math.inf if process is None else process.frozen_since
 
     def abort(self) -> None:
         """End the simulation at once. Synchronous."""
@@ -115,6 +129,11 @@ class Simulation:
                     for _ in range(_LESSONS):
                         server.router.hedging.late_after(model.name)
                         server.router.hedging.record(model.name, _USUAL)
+            server.router.observers.add(
+                RoutingWatch(
+                    name, server, self.plan, self._history, self.models, self.openings, self.frozen_since
+                )
+            )
             if self.plan.limited_keys:
                 server.authenticator = LimitedKeys(FIRST_PROBE)
             node = await self.cluster.start_master(server, name=name)
