@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import attrs
 import trio
 
-from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
+from .cluster.dialer import Dialer, MemberDialer, NeighbourDialer, TlsNetwork
 from .cluster.master import WorkerManager
 from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
@@ -1224,11 +1224,12 @@ class ClusterServer:
         membership = importlib.import_module(".security.membership", __package__)
 
         def open_membership() -> Any:
-            return membership.neighbour(StateDir(path), datetime.datetime.now(datetime.UTC))
+            state = StateDir(path)
+            return state, *membership.neighbour(state, datetime.datetime.now(datetime.UTC))
 
-        member, certificate = await start_in_thread(open_membership)
+        state, member, certificate = await start_in_thread(open_membership)
         try:
-            dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
+            dialer = NeighbourDialer(self.network, state, member, certificate, (host, port), internal_port)
         finally:
             certificate.unlink(missing_ok=True)
         return _Role(dialer=dialer, name=member.name)
