@@ -916,7 +916,13 @@ class ClusterServer:
                 client = node.worker_client
                 session = None if client is None else client.session
                 patience = _SILENT_HEARTBEATS * self._options.heartbeat_interval
-                return session is not None and session.silence(trio.current_time()) < patience
+                # The handshake is the first answer. A master that is frozen is dialled again and again, and the silence
+                # on each connection is a short one.
+                return (
+                    session is not None
+                    and session.peer is not None
+                    and session.silence(trio.current_time()) < patience
+                )
 
             serving = trio.CancelScope()
             contender = Contender(

@@ -20,6 +20,7 @@ from served import chat, until
 from test_lifetimes_processes import Wire
 
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster.cluster import replacement
 from trio_cluster.cluster.replacement import SOCKET_NAME
 from trio_cluster.cluster.take_over import (
     VERSION,
@@ -339,7 +340,11 @@ async def test_other_addresses_cannot_be_taken_over(masters: Masters) -> None:
     assert await masters.served_by() == "old"
 
 
-async def test_a_successor_that_no_worker_can_join_gives_way(masters: Masters) -> None:
+async def test_a_successor_that_no_worker_can_join_gives_way(
+    masters: Masters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long it waits does not matter: none ever can.
+    monkeypatch.setattr(replacement, "LINK_TIMEOUT", 0.5)
     await masters.start("old")
     await masters.start_worker()
     new = ClusterServer(attrs.evolve(masters.options(), cluster_token="another"))
