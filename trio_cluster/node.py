@@ -453,6 +453,10 @@ class Node:
             await hand_over.replaced.wait()
             fields = {"calls": len(self._router.live)}
             logger.info("replaced by another process; finishing", extra={"fields": fields})
+            responses = self._node_context.responses
+            if isinstance(responses, MemoryResponses) and responses.count:
+                text = "responses that were stored in memory end with this process; the option database keeps them"
+                logger.warning(text, extra={"fields": {"responses": responses.count}})
             self._drain_deadline = trio.current_time() + self._options.drain_timeout
             self._retirement.begun.set()
             with trio.move_on_after(min(_IDLE_TIME, self._options.drain_timeout)):

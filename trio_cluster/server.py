@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import attrs
 import trio
 
-from .cluster.dialer import Dialer, MemberDialer, TlsNetwork
+from .cluster.dialer import Dialer, MemberDialer, NeighbourDialer, TlsNetwork
 from .cluster.master import WorkerManager
 from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
@@ -896,7 +897,7 @@ class ClusterServer:
             encrypted = self._options.server.has_tls
             network = TlsNetwork(self.network, unverified_context()) if encrypted else self.network
             if await is_master(network, host, internal_port, _PROBE_TIMEOUT):
-                if self._options.server.tls != "off" and self._options.cluster_token is None:
+                if self._options.server.tls != "off" and await self._is_neighbour(port):
                     return await self._neighbour_role(host, port, internal_port)
                 return _Role(dialer=await self._dialer_to(host, internal_port, tls=encrypted))
             if tries_left:
@@ -922,7 +923,13 @@ class ClusterServer:
                 client = node.worker_client
                 session = None if client is None else client.session
                 patience = _SILENT_HEARTBEATS * self._options.heartbeat_interval
-                return session is not None and session.silence(trio.current_time()) < patience
+                # The handshake is the first answer. A master that is frozen is dialled again and again, and the silence
+                # on each connection is a short one.
+                return (
+                    session is not None
+                    and session.peer is not None
+                    and session.silence(trio.current_time()) < patience
+                )
 
             serving = trio.CancelScope()
             contender = Contender(
@@ -1048,8 +1055,7 @@ class ClusterServer:
         """
         if port == 0:
             raise ClusterError("cannot take over: the port of the running master is needed")
-        directory = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
-        succession = await Succession.ask(directory / SOCKET_NAME)
+        succession = await Succession.ask(self._state_path(port) / SOCKET_NAME)
         if succession is None:
             return None
         options = self._options
@@ -1224,17 +1230,34 @@ class ClusterServer:
             source = _masters(dialer.network, masters, masters_from, dialer)
         return await self._run_as_worker(source, member.name, task_status)
 
+    async def _is_neighbour(self, port: int) -> bool:
+        """Tell whether this process joins a master with TLS on this machine by the authority, which it may read.
+
+        With a token it may as well be that of another user, whose authority it has to trust otherwise.
+        """
+        options = self._options
+        if options.cluster_token is None:
+            return True
+        if options.ca_file is not None:
+            return False
+        directory = trio.Path(self._state_path(port))
+        return await (directory / "ca.pem").exists()
+
+    def _state_path(self, port: int) -> Path:
+        return path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
+
     async def _neighbour_role(self, host: str, port: int, internal_port: int) -> _Role:
         """Return the role of a worker of the master on this machine, whose state is also this process's own."""
-        path = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
+        path = self._state_path(port)
         membership = importlib.import_module(".security.membership", __package__)
 
         def open_membership() -> Any:
-            return membership.neighbour(StateDir(path), datetime.datetime.now(datetime.UTC))
+            state = StateDir(path)
+            return state, *membership.neighbour(state, datetime.datetime.now(datetime.UTC))
 
-        member, certificate = await start_in_thread(open_membership)
+        state, member, certificate = await start_in_thread(open_membership)
         try:
-            dialer = MemberDialer(self.network, None, member, certificate, [(host, port)], internal_port)
+            dialer = NeighbourDialer(self.network, state, member, certificate, (host, port), internal_port)
         finally:
             certificate.unlink(missing_ok=True)
         return _Role(dialer=dialer, name=member.name)

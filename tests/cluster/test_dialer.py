@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster.cluster import dialer
-from trio_cluster.cluster.dialer import MemberDialer
+from trio_cluster.cluster.dialer import MemberDialer, NeighbourDialer
 from trio_cluster.core.state_dir import StateDir
-from trio_cluster.security.membership import neighbour
+from trio_cluster.security.authority import Authority
+from trio_cluster.security.membership import neighbour, renewed_neighbour
 
 ADDRESSES = [("a", 1), ("b", 2), ("c", 3)]
 
@@ -100,3 +103,34 @@ async def test_a_renewed_certificate_that_cannot_be_read_does_not_end_the_worker
     with trio.move_on_after(0.2):
         await member.run()
     assert "the certificate of this worker could not be checked" in caplog.text
+
+
+@pytest.mark.parametrize(("age", "rotated"), [(0, True), (61, False)])
+async def test_a_process_beside_the_master_makes_itself_a_new_certificate_in_time(
+    age: int, rotated: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A month before the end of the certificate, and when the authority was replaced."""
+    state, now = StateDir(tmp_path), datetime.datetime.now(datetime.UTC)
+    membership, path = neighbour(state, now - datetime.timedelta(days=age))
+    network: Any = None
+    member = NeighbourDialer(network, state, membership, path, ADDRESSES[0], 1)
+    path.unlink()
+    if rotated:
+        assert renewed_neighbour(state, now, membership) is None
+        Authority(state, now).rotate(now)
+    caplog.set_level(logging.INFO)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(member.run)
+        with trio.fail_after(10):
+            while not caplog.messages:  # noqa: ASYNC110  (what a thread does has no event)
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert caplog.messages == ["the certificate of this worker was renewed"]
+    pem, authority = member.trust.certificate, Authority(state, now)
+    name, serial, _ = authority.key_of_worker(pem[pem.index("-----BEGIN CERTIFICATE") :], now)
+    # The master knows a worker by its name.
+    assert name == membership.name
+    made_at = now - datetime.timedelta(days=age)
+    assert serial != authority.key_of_worker(membership.certificate, made_at)[1]
+    assert member.trust.authority == authority.trusted
+    assert not [file for file in os.listdir(tmp_path) if file.startswith(".")]

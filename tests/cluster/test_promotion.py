@@ -91,3 +91,32 @@ async def test_a_promoted_server_that_is_cancelled_leaves_no_listener(
                 await trio.sleep(0.1)
         nursery.cancel_scope.cancel()
     close_all([*(await host.listen("0.0.0.0", PORT)), *(await host.listen("0.0.0.0", PORT + 1000))])
+
+
+async def test_a_master_that_is_frozen_is_said_to_be_silent_however_often_it_is_dialled(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that was opened a moment ago is silent for a moment only, and no sign of life."""
+    network = SimulatedNetwork()
+    host = network.host("machine")
+    first, second = (
+        ClusterServer(
+            ClusterServerOptions(
+                server=ServerOptions(port=PORT, worker_id=name),
+                heartbeat_interval=0.2,
+                worker_timeout=2.0,
+                resume_window=1.0,
+            ),
+            network=host,
+        )
+        for name in ("first", "second")
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(first.run)
+        await nursery.start(second.run)
+        network.freeze("machine")
+        # Five seconds after each connection it is looked at.
+        await trio.sleep(7.5)
+        assert any("the master does not answer, and has its ports still" in each for each in caplog.messages)
+        assert second.mode is ClusterMode.WORKER
+        nursery.cancel_scope.cancel()

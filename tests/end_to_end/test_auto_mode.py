@@ -71,7 +71,8 @@ async def answered(port: int, model: str, *, refusals: list[tuple[int, str]]) ->
 
 async def test_with_tls_the_next_master_has_the_same_authority_and_the_same_certificate(nodes: Nodes) -> None:
     port, state = free_pair(), nodes.directory / "state"
-    tls = ("--tls", "auto", "--state-dir", str(state))
+    # The token is for workers of other machines; these need none.
+    tls = ("--tls", "auto", "--state-dir", str(state), "--cluster-token", "secret")
     first = await nodes.start("run", port, *tls, models="who a")
     others = [await nodes.start("run", port, *tls, models=f"who {name}", ready=False) for name in "bc"]
     for node in others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,8 +17,10 @@ import trio
 import trio.testing
 from nodes import free_pair
 from served import chat, until
+from test_lifetimes_processes import Wire
 
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster.cluster import replacement
 from trio_cluster.cluster.replacement import SOCKET_NAME
 from trio_cluster.cluster.take_over import (
     VERSION,
@@ -95,11 +98,11 @@ class Masters:
             await started.wait()
         return one
 
-    async def start_worker(self) -> ClusterServer:
-        """Start a worker with a model ``m``."""
+    async def start_worker(self, port: int | None = None) -> ClusterServer:
+        """Start a worker with a model ``m``, which connects to a master, or to what is at another port."""
         worker = ClusterServer(ClusterServerOptions(server=ServerOptions(worker_id="w")))
         worker.register_chat("m", say)
-        await self.nursery.start(worker.run_as_worker, "127.0.0.1", self.port + 1000)
+        await self.nursery.start(worker.run_as_worker, "127.0.0.1", port or self.port + 1000)
         return worker
 
     async def knock(self) -> HandoverChannel:
@@ -158,6 +161,24 @@ async def test_a_kept_connection_is_answered_by_the_old_master_once_more(masters
     await until(lambda: bool(masters.ended))
     assert masters.ended == ["old"]
     assert await masters.ask() == 200
+
+
+async def test_responses_that_are_stored_in_memory_end_with_the_old_master_which_says_so(
+    masters: Masters, caplog: pytest.LogCaptureFixture
+) -> None:
+    await masters.start("old")
+    await masters.start_worker()
+    body: dict[str, Any] = {"model": "m", "input": "hi"}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{masters.port}", trust_env=False) as client:
+        first = (await client.post("/v1/responses", json=body)).json()["id"]
+        with caplog.at_level(logging.WARNING, "trio_cluster.node"):
+            await masters.start("new", take_over=True)
+        (said,) = [record for record in caplog.records if "stored in memory" in record.getMessage()]
+        assert said.__dict__["fields"] == {"responses": 1}
+        # This connection is the old one's still.
+        assert (await client.get(f"/v1/responses/{first}")).status_code == 200
+        answer = await client.post("/v1/responses", json=body | {"previous_response_id": first})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "previous_response_not_found")
 
 
 async def test_without_a_master_a_process_that_is_to_take_over_starts_as_one(masters: Masters) -> None:
@@ -261,6 +282,47 @@ async def test_who_was_invited_or_revoked_while_the_new_process_started_is_known
     }
 
 
+async def test_a_link_that_is_cut_is_resumed_before_its_worker_is_told_to_join_another_process(
+    masters: Masters, nursery: trio.Nursery
+) -> None:
+    old = await masters.start("old")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    wire, is_open = Wire(0), trio.Event()
+    is_open.set()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await is_open.wait()
+        await wire.join(stream, masters.port + 1000)
+
+    nursery.start_soon(trio.serve_listeners, serve, [listener])
+    await masters.start_worker(listener.socket.getsockname()[1])
+    is_open = trio.Event()
+    wire.reset()
+
+    async def state() -> str:
+        async with httpx.AsyncClient(base_url=str(old.url), trust_env=False) as client:
+            return str((await client.get("/cluster/status")).json()["workers"][0]["state"])
+
+    async def is_suspended() -> bool:
+        return await state() == "suspended"
+
+    await until(is_suspended)
+    channel = await masters.knock()
+    for message in (Hello(VERSION, 1), Ready()):
+        await channel.send(encode_message(message))
+    assert isinstance(await hear(channel), Offer)
+    with trio.move_on_after(0.2):
+        pytest.fail(f"said before the link was resumed: {await hear(channel)}")
+    is_open.set()
+    begin = await hear(channel)
+    assert isinstance(begin, Begin)
+    assert begin.models == {"w": ["m"]}
+    assert await state() == "ok"
+    channel.close()
+    assert await masters.served_by() == "old"
+    nursery.cancel_scope.cancel()
+
+
 async def test_a_hook_that_fails_leaves_the_old_master_serving(masters: Masters) -> None:
     async def fail() -> None:
         raise OSError("no such model")
@@ -278,7 +340,11 @@ async def test_other_addresses_cannot_be_taken_over(masters: Masters) -> None:
     assert await masters.served_by() == "old"
 
 
-async def test_a_successor_that_no_worker_can_join_gives_way(masters: Masters) -> None:
+async def test_a_successor_that_no_worker_can_join_gives_way(
+    masters: Masters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long it waits does not matter: none ever can.
+    monkeypatch.setattr(replacement, "LINK_TIMEOUT", 0.5)
     await masters.start("old")
     await masters.start_worker()
     new = ClusterServer(attrs.evolve(masters.options(), cluster_token="another"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import logging
 import math
@@ -26,7 +27,7 @@ from .guardian import Trust
 if TYPE_CHECKING:
     from ..security.membership import Membership
 
-__all__ = ["Dialer", "MemberDialer", "SiblingDialer", "TlsNetwork"]
+__all__ = ["Dialer", "MemberDialer", "NeighbourDialer", "SiblingDialer", "TlsNetwork"]
 
 logger = logging.getLogger("trio_cluster.tls")
 
@@ -165,7 +166,7 @@ class MemberDialer(Dialer):
 
     Args:
         network: opens connections, without TLS.
-        state: where the membership is kept; ``None``: it is not renewed.
+        state: where the membership is kept.
         membership: as it is kept.
         certificate: the file with its key and certificate.
         addresses: where the API of the master is. They are tried in turn, the one that was connected to last first; one
@@ -176,7 +177,7 @@ class MemberDialer(Dialer):
     def __init__(
         self,
         network: Network,
-        state: StateDir | None,
+        state: StateDir,
         membership: Membership,
         certificate: Path,
         addresses: Sequence[tuple[str, int]],
@@ -245,28 +246,66 @@ class MemberDialer(Dialer):
 
     async def run(self) -> NoReturn:
         """Renew the certificate in time, until cancelled."""
-        if self._state is None:
-            await trio.sleep_forever()
         while True:
-            pause = await self._renew(self._state)
+            pause = await self._renew()
             await trio.sleep(pause)
 
-    async def _renew(self, state: StateDir) -> float:
+    async def _renew(self) -> float:
         """Renew the certificate if that is due. Return the seconds until the next look."""
-        from ..security.joining import renew_if_due
-
         try:
-            renewed = await run_in_thread(renew_if_due, state, self._membership, abandon_on_cancel=True)
-            if renewed == self._membership:
-                return _RENEWAL
-            # It reads a file, which may be gone or damaged. The old certificate is used until the next attempt then.
-            self._context = self._make_context(renewed)
+            renewed = await run_in_thread(
+                self._renewed, self._state, self._membership, abandon_on_cancel=True
+            )
         except Exception as error:
+            # The old certificate is used until the next attempt.
             logger.warning("the certificate of this worker could not be checked: %s", error)
             return _RENEWAL_RETRY
-        self._membership = renewed
-        logger.info("the certificate of this worker was renewed")
+        if renewed is not None:
+            self._membership, self._context = renewed
+            logger.info("the certificate of this worker was renewed")
         return _RENEWAL
+
+    def _renewed(self, state: StateDir, membership: Membership) -> tuple[Membership, ssl.SSLContext] | None:
+        """Renew the membership if that is due; ``None``: it is not. Blocks."""
+        from ..security.joining import renew_if_due
+
+        renewed = renew_if_due(state, membership)
+        return None if renewed == membership else (renewed, self._make_context(renewed))
+
+
+class NeighbourDialer(MemberDialer):
+    """Connects as another process of the master's machine, which makes its certificates itself: it may read the key.
+
+    Args:
+        network: opens connections, without TLS.
+        state: the master's.
+        membership, certificate: as ``security.membership.neighbour`` returns them; the file is not read again.
+        address: where the API of the master is.
+        internal_port: the port for workers.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        state: StateDir,
+        membership: Membership,
+        certificate: Path,
+        address: tuple[str, int],
+        internal_port: int,
+    ) -> None:
+        super().__init__(network, state, membership, certificate, [address], internal_port)
+
+    def _renewed(self, state: StateDir, membership: Membership) -> tuple[Membership, ssl.SSLContext] | None:
+        from ..security.membership import renewed_neighbour
+
+        made = renewed_neighbour(state, datetime.datetime.now(datetime.UTC), membership)
+        if made is None:
+            return None
+        renewed, certificate = made
+        try:
+            return renewed, client_context(authority=renewed.authority, certificate=certificate)
+        finally:
+            certificate.unlink(missing_ok=True)
 
 
 @attrs.frozen

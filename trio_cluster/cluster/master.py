@@ -84,6 +84,8 @@ _SUSPECT_AFTER: Final = 0.5
 HANDSHAKE_TIMEOUT: Final = 10.0
 #: Connections of which no worker has joined yet. One more, and the oldest of them is closed: a worker needs a moment.
 MAX_UNADMITTED: Final = 256
+#: Seconds between two looks at whether links are cut.
+_LOOK: Final = 0.02
 #: Models of one worker, and as many that are refused and kept.
 MAX_MODELS: Final = 1000
 
@@ -224,10 +226,27 @@ class WorkerManager:
             connection.drain(reason)
 
     def announce_successor(self, *, coming: bool) -> None:
-        """Tell all workers whether another process is about to take the place of this master. Synchronous."""
-        for connection in self._connections:
+        """Tell all workers whether another process is about to take the place of this master. Synchronous.
+
+        A link that is cut while that is so is over at once, as one that is cut already: its worker would reach the
+        other process, which does not know the session.
+        """
+        for connection in list(self._connections):
+            if coming and connection.session.suspended:
+                connection.link.end(
+                    "the connection was cut, and another process takes the place of this master"
+                )
+                continue
             connection.session.announce_successor(coming=coming)
             connection.link.wake()
+
+    async def wait_uncut(self, seconds: float) -> None:
+        """Wait until no link is cut: each is resumed, or over. For so many seconds at most. A checkpoint."""
+        await trio.lowlevel.checkpoint()
+        with trio.move_on_after(seconds):
+            # Only a master that is taken over waits.
+            while any(connection.session.suspended for connection in self._connections):  # noqa: ASYNC110
+                await trio.sleep(_LOOK)
 
     def models(self) -> dict[str, list[str]]:
         """Return the names of the connected workers, with the names of their models. Those that drain are left out."""

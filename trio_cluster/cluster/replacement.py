@@ -8,7 +8,9 @@ predecessor writes down what it keeps there before the successor reads it, and w
 their limits after that is sent to the successor. The database is used by both, as by several masters.
 
 The workers are told by their heartbeats. Each opens a link to the same address, where the successor accepts it now,
-and keeps the old one until its calls have ended.
+and keeps the old one until its calls have ended. An old link that is cut then cannot be resumed: the worker would
+reach the successor. So it is over at once, and its calls are those of a lost worker. One that was cut before is waited
+for, before the workers are told.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ SOCKET_NAME: Final = "take-over.sock"
 
 #: Seconds that the last words to a process may take that may not listen any more.
 _LAST_WORDS: Final = 1.0
+#: Seconds for which links that are cut are waited for; less than a successor waits for ``Begin``.
+_CUT_WAIT: Final = 10.0
 #: Seconds between two looks at whether the workers have joined.
 _LOOK: Final = 0.02
 
@@ -212,6 +216,8 @@ class HandOver:
                 offer = Offer(os.getpid(), len(self._clients), len(self._workers))
                 await channel.send(encode(offer), [*self._clients, *self._workers])
             case PredecessorState.LINKING:
+                # A link that is cut is resumed in a moment, usually. From here on it could not be.
+                await self._manager.wait_uncut(_CUT_WAIT)
                 self._workers_gate.close()
                 if self._memory is not None:
                     self._memory.suspend()

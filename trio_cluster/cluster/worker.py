@@ -885,7 +885,9 @@ class _Resumption:
             # Not if this process itself did not run: what has come meanwhile must be read first.
             late = trio.current_time() - due > pause
             silent = self._session.silence(trio.current_time()) >= self._patience
-            if late or not silent or self._session.suspended or not self._session.resumable:
+            # At the address of a master that is being replaced another process answers; it does not know the session.
+            replaced = self._connection.replaced.is_set()
+            if late or not silent or replaced or self._session.suspended or not self._session.resumable:
                 await trio.sleep(pause)
                 continue
             fields = {"master": self._host}

@@ -93,7 +93,11 @@ class MasterSession(Session[MasterEvent]):
         self._outbox.post(self._handshake)
 
     def announce_successor(self, *, coming: bool) -> None:
-        """Tell the worker, from this heartbeat on, whether another process takes this master's place."""
+        """Tell the worker, from this heartbeat on, whether another process takes this master's place.
+
+        The session is not suspended while that is so: the worker would find the other process at the address, which
+        does not know the session.
+        """
         self._own_heartbeat = attrs.evolve(self._own_heartbeat, replaced=coming)
         if self.peer is not None:
             self.queue_heartbeat()

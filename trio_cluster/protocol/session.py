@@ -402,7 +402,8 @@ class Session(abc.ABC, Generic[EventT]):
         Returns:
             Whether the session waits; if not, nothing has changed, and the caller has to close it.
         """
-        if self.close_reason is not None or not self.resumable:
+        # A worker would find another process at the address of a master that is replaced.
+        if self.close_reason is not None or not self.resumable or self._own_heartbeat.replaced:
             return False
         self.session_state = SESSION_TRANSITIONS[self.session_state, SessionEvent.CUT]
         if not self._paused:

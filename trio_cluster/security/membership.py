@@ -30,7 +30,15 @@ import attrs
 from ..core.state_dir import StateDir
 from .authority import RENEW_BEFORE, Authority, certificate_ends, make_request, request_for
 
-__all__ = ["Membership", "begin_joining", "load_membership", "neighbour", "save_membership", "token_digest"]
+__all__ = [
+    "Membership",
+    "begin_joining",
+    "load_membership",
+    "neighbour",
+    "renewed_neighbour",
+    "save_membership",
+    "token_digest",
+]
 
 _VERSION: Final = 1
 _FILE: Final = "membership.json"
@@ -92,7 +100,7 @@ def load_membership(state: StateDir) -> tuple[Membership, Path] | None:
     return membership, state.path / _PEM
 
 
-def neighbour(state: StateDir, now: datetime.datetime) -> tuple[Membership, Path]:
+def neighbour(state: StateDir, now: datetime.datetime, name: str | None = None) -> tuple[Membership, Path]:
     """Return a membership for another process of a master's machine, which may read the authority's key. Blocks.
 
     It is for one run, and not kept: the file with the key and certificate is to be removed when it has been read.
@@ -100,17 +108,38 @@ def neighbour(state: StateDir, now: datetime.datetime) -> tuple[Membership, Path
     Args:
         state: the master's.
         now: the time, in UTC.
+        name: of the process; ``None``: one is made up.
 
     Raises:
         StateDirError: the authority cannot be read.
     """
     authority = Authority(state, now)
-    name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+    name = name or f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
     key, request = make_request(name)
     certificate, _ = authority.worker_certificate(request, name, now)
     file = f".{name}.pem"
     state.write(file, (key + certificate).encode())
     return Membership(name, (), authority.trusted, certificate, key, ""), state.path / file
+
+
+def renewed_neighbour(
+    state: StateDir, now: datetime.datetime, before: Membership
+) -> tuple[Membership, Path] | None:
+    """Return what :func:`neighbour` would return now, for the same name. Blocks.
+
+    Args:
+        state, now: as there.
+        before: what it has returned.
+
+    Returns:
+        ``None`` if nothing is due: the authority is the same, and the certificate does not end soon.
+
+    Raises:
+        StateDirError: the authority cannot be read.
+    """
+    if Authority(state, now).trusted == before.authority and not before.needs_renewal(now):
+        return None
+    return neighbour(state, now, before.name)
 
 
 def save_membership(state: StateDir, membership: Membership) -> None:
