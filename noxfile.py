@@ -132,6 +132,15 @@ BRIEF_OF_NEWEST = [
     "tests/test_options.py",
 ]
 
+# Tests that draw many more examples in the session ``fuzz``: see ``tests/example_counts.py``.
+DRAWN = [
+    "tests/net/test_tls.py",
+    "tests/openai/test_openai_checked.py",
+    "tests/openai/test_openai_openapi.py",
+    "tests/openai/test_openai_validation.py",
+    "tests/protocol/test_protocol_codec.py",
+]
+
 # Where another version of a library could make a difference: everything but what no library is in.
 BRIEF_OF_VERSIONS = [
     "--brief",
@@ -299,6 +308,8 @@ def law(session: nox.Session) -> None:
     # A master is taken over again and again.
     take_overs = "tests/end_to_end/test_take_over_processes.py"
     session.run("pytest", "-q", take_overs, *session.posargs, env={"TAKE_OVERS": "4"})
+    # Hundreds of workers look for their master for minutes.
+    session.run("pytest", "-q", "tests/cluster/test_returning_workers.py", "--all-ways", *session.posargs)
 
 
 @nox.session
@@ -320,6 +331,8 @@ def fuzz(session: nox.Session) -> None:
     tests = ("tests/gateway/test_fuzz.py", "tests/gateway/test_schemathesis.py")
     # Here a test may take long without being stuck; in virtual time, one that is stuck is found in its own ways.
     session.run("pytest", "-q", "-o", "faulthandler_timeout=0", *tests, env={"FUZZ": times})
+    # What Hypothesis draws for these costs much, so the tests draw little of it.
+    session.run("pytest", "-q", "-o", "faulthandler_timeout=0", *DRAWN, env={"EXAMPLE_TIMES": times})
     missing = session.run("python", "-c", "import atheris", success_codes=[0, 1], silent=True)
     if missing:
         session.warn(
