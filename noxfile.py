@@ -324,7 +324,7 @@ def fuzz(session: nox.Session) -> None:
     """Send the HTTP API what clients should not send, and let a fuzzer look for input that breaks a parser.
 
     What follows ``--``: half of how many times as many requests as in the tests (20), and for how many minutes each of
-    the four targets in ``tests/fuzz`` is fuzzed (3).
+    the five targets in ``tests/fuzz`` is fuzzed (3).
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "fuzz"))
     times, minutes = (*session.posargs, *("20", "3")[len(session.posargs) :])
@@ -339,7 +339,7 @@ def fuzz(session: nox.Session) -> None:
             "atheris is not installed here, so nothing was fuzzed by coverage (Linux on x86-64 only)"
         )
         return
-    for target in ("http", "websocket", "messages", "sessions"):
+    for target in ("http", "websocket", "messages", "sessions", "requests"):
         session.run("python", "tests/fuzz", target, str(round(60 * float(minutes))))
 
 
