@@ -31,6 +31,8 @@ ROUTES: Final = ("messages", "messages.count_tokens", "responses", "chat.complet
 _JSON: Final = "application/json"
 #: Bytes of a program: each can change a place of the request.
 _PROGRAM_MAX: Final = 512
+#: Characters of what a change may copy.
+_COPIED_MAX: Final = 1000
 #: Characters of a message, and of the name of a field. Values that were sent are cut short in them.
 _MESSAGE_MAX: Final = 1000
 _FIELD_MAX: Final = 400
@@ -314,7 +316,10 @@ def _change(value: Any, program: Bytecode) -> Any:
         elif action < 192:
             del value[key]
         elif action < 208 and isinstance(value, list):
-            value.insert(key, deepcopy(value[program.byte() % len(value)]))
+            copied = value[program.byte() % len(value)]
+            # Otherwise, a program could double a request with each of its steps.
+            if len(repr(copied)) <= _COPIED_MAX:
+                value.insert(key, deepcopy(copied))
         elif isinstance(value, dict):
             value[program.pick(_NAMES)] = _value(program)
         else:
