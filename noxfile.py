@@ -133,6 +133,15 @@ BRIEF_OF_NEWEST = [
     "tests/test_options.py",
 ]
 
+# Tests that draw many more examples in the session ``fuzz``: see ``tests/example_counts.py``.
+DRAWN = [
+    "tests/net/test_tls.py",
+    "tests/openai/test_openai_checked.py",
+    "tests/openai/test_openai_openapi.py",
+    "tests/openai/test_openai_validation.py",
+    "tests/protocol/test_protocol_codec.py",
+]
+
 # Where another version of a library could make a difference: everything but what no library is in.
 BRIEF_OF_VERSIONS = [
     "--brief",
@@ -311,6 +320,8 @@ def law(session: nox.Session) -> None:
         *session.posargs,
         env={"UPGRADE_SECONDS": "120"},
     )
+    # Hundreds of workers look for their master for minutes.
+    session.run("pytest", "-q", "tests/cluster/test_returning_workers.py", "--all-ways", *session.posargs)
 
 
 @nox.session
@@ -325,20 +336,22 @@ def fuzz(session: nox.Session) -> None:
     """Send the HTTP API what clients should not send, and let a fuzzer look for input that breaks a parser.
 
     What follows ``--``: half of how many times as many requests as in the tests (20), and for how many minutes each of
-    the four targets in ``tests/fuzz`` is fuzzed (3).
+    the five targets in ``tests/fuzz`` is fuzzed (3).
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "fuzz"))
     times, minutes = (*session.posargs, *("20", "3")[len(session.posargs) :])
     tests = ("tests/gateway/test_fuzz.py", "tests/gateway/test_schemathesis.py")
     # Here a test may take long without being stuck; in virtual time, one that is stuck is found in its own ways.
     session.run("pytest", "-q", "-o", "faulthandler_timeout=0", *tests, env={"FUZZ": times})
+    # What Hypothesis draws for these costs much, so the tests draw little of it.
+    session.run("pytest", "-q", "-o", "faulthandler_timeout=0", *DRAWN, env={"EXAMPLE_TIMES": times})
     missing = session.run("python", "-c", "import atheris", success_codes=[0, 1], silent=True)
     if missing:
         session.warn(
             "atheris is not installed here, so nothing was fuzzed by coverage (Linux on x86-64 only)"
         )
         return
-    for target in ("http", "websocket", "messages", "sessions"):
+    for target in ("http", "websocket", "messages", "sessions", "requests"):
         session.run("python", "tests/fuzz", target, str(round(60 * float(minutes))))
 
 

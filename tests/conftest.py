@@ -17,7 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-ways",
         action="store_true",
-        help="play the whole law of lifetimes in every way that a token can go, and not just a sample",
+        help="play the whole law of lifetimes in every way that a token can go, and not just a sample; and outages of "
+        "minutes",
     )
     parser.addoption(
         "--brief",

@@ -27,6 +27,9 @@ CHECK: Final = (
     'from greeting import greeting\n\nassert greeting() == "hello, world", "not yet"\nprint("all is well")\n'
 )
 
+#: How a program is run whose output must not be lost.
+RUN_AND_WAIT: Final = f"{sys.executable} {Path(__file__).with_name('run_and_wait.py')}"
+
 #: The MCP server's name, and its command.
 NUMBERS: Final = [sys.executable, str(Path(__file__).with_name("mcp_numbers.py"))]
 
@@ -225,7 +228,7 @@ class QwenCode(Agent):
         return [
             [("read_file", {"file_path": file}), ("read_file", {"file_path": check})],
             [("edit", {"file_path": file, "old_string": OLD, "new_string": NEW})],
-            [("run_shell_command", {"command": f"{sys.executable} check.py", "is_background": False})],
+            [("run_shell_command", {"command": f"{RUN_AND_WAIT} check.py", "is_background": False})],
         ]
 
     def mcp_turns(self) -> list[list[ToolUse]]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-TARGETS: Final = ("http", "websocket", "messages", "sessions")
+TARGETS: Final = ("http", "websocket", "messages", "sessions", "requests")
 #: Bytes of an input, without repetitions.
 _INPUT_MAX: Final = 8192
 _MEMORY_MAX: Final = 2048  # MiB

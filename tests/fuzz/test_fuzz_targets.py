@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import fuzz_http
 import fuzz_messages
+import fuzz_requests
 import fuzz_sessions
 import fuzz_websocket
 import pytest
@@ -18,6 +19,7 @@ from fuzz_input import PREFIX, Input, Slowdown, TooSlow, seed, timed
 from trio_cluster.engines import _http_response
 from trio_cluster.http1 import chunks, parser
 from trio_cluster.link import frames, link
+from trio_cluster.openai.requests import checks, messages_api, messages_api_content
 from trio_cluster.protocol import codec, errors, outbox, session, worker
 
 TARGETS: Final = {
@@ -25,6 +27,7 @@ TARGETS: Final = {
     "websocket": fuzz_websocket,
     "messages": fuzz_messages,
     "sessions": fuzz_sessions,
+    "requests": fuzz_requests,
 }
 FINDINGS: Final = [
     pytest.param(module.check, data, id=f"{name}-{number}")
@@ -131,6 +134,10 @@ def explain_in_two_lines(error: Exception) -> str:
     return f"{error}\n{error!r}"
 
 
+def forget_the_role(blocks: Any) -> Any:
+    return {"content": ASSISTANT_MESSAGE(blocks).get("content")}
+
+
 def send_beyond_the_credit(self: Any) -> Any:
     self.credit = 1 << 30
     return TAKE(self)
@@ -145,6 +152,7 @@ DECODE_CHUNKS: Final = chunks.ChunkDecoder.decode
 FEED_EOF: Final = _http_response.ResponseReader.feed_eof
 NEXT_MESSAGE: Final = frames.FrameReader.next_message
 TAKE_REMAINDER: Final = frames.FrameReader.take_remainder
+ASSISTANT_MESSAGE: Final = messages_api_content._assistant_message
 TAKE: Final = outbox._Stream.take
 
 
@@ -166,6 +174,10 @@ TAKE: Final = outbox._Stream.take
         ("sessions", worker.WorkerSession, "_end", keep_the_record),
         ("sessions", session.Session, "_receive_body", raise_another_error),
         ("sessions", outbox.Outbox, "drop", lambda self, call: None),
+        ("requests", checks, "_kind_of", raise_another_error),
+        ("requests", checks, "_LONGEST_SHOWN", 100_000),
+        ("requests", messages_api, "_convert_tools", lambda tools: tools),
+        ("requests", messages_api_content, "_assistant_message", forget_the_role),
     ],
 )
 def test_a_planted_bug_is_found(

@@ -118,10 +118,25 @@ PATHS: Final[dict[str, dict[str, Any]]] = {
 #: The phases in which that makes a difference. Before them, the request has not arrived; after them, its answer has
 #: begun.
 COMMENTED: Final = ("forwarding", "queued", "waiting")
+#: The phases in which the handler runs, and tokens are under way or about to be.
+RUNNING: Final = ("waiting", "streaming", "blocked", "ending")
+#: Where a path is always tested, if not in all phases; ``--all-ways`` tests it in all. Before there are tokens, their
+#: path is not taken; without a comment, a node with comments is one without.
+PATH_PHASES: Final[dict[str, tuple[str, ...]]] = {
+    "slow": RUNNING,
+    "unbatched": RUNNING,
+    "slow_unbatched": RUNNING,
+    "keepalive": COMMENTED,
+    "keepalive_hypercorn": COMMENTED,
+}
+#: Paths that are always tested with one endpoint only: TLS lies below everything, and sees bytes; a reservation belongs
+#: to the call, and ends with it, however its output is sent.
+ONE_ENDPOINT: Final = ("tls", "limited")
 #: Endpoints that are always tested on all paths: their responses are sent while they are made.
 SAMPLE: Final = ("chat-stream", "speech")
 #: Endpoints that are always tested with each kind of handler. What a kind changes lies below all endpoints; only how
-#: the response is delivered (as events, as bytes, as a whole) reaches as far as the handler.
+#: the response is delivered (as events, as bytes, as a whole) reaches as far as the handler. Only async handlers are
+#: always tested before they run: the others are not called yet either.
 SAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "async": tuple(ENDPOINTS),
     "threaded": (*SAMPLE, "chat"),
@@ -151,6 +166,8 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                             continue
                         if not (all_ways or endpoint in SAMPLES[how]):
                             continue
+                        if not (all_ways or how == "async" or phase in RUNNING):
+                            continue
                         # Left out, not skipped: a test that was skipped for a real reason would be lost among these.
                         if impossible(cause, phase, ENDPOINTS[endpoint], place == "forwarded"):
                             continue
@@ -161,9 +178,16 @@ def cells(*, all_ways: bool, brief: bool) -> Any:
                                 if path.startswith("keepalive") and ENDPOINTS[endpoint].delivery != "events":
                                     # Such a response has no comments.
                                     continue
+                                if not (all_ways or is_sample(path, phase, endpoint)):
+                                    continue
                                 yield pytest.param(
                                     cause, phase, endpoint, place, how, path, id=f"{cell}-{path}"
                                 )
+
+
+def is_sample(path: str, phase: str, endpoint: str) -> bool:
+    """Tell whether a path is tested in this phase and on this endpoint of the sample in every run."""
+    return phase in PATH_PHASES.get(path, (phase,)) and (path not in ONE_ENDPOINT or endpoint == SAMPLE[0])
 
 
 def other_paths(place: str, *, all_ways: bool) -> list[str]:

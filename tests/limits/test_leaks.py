@@ -9,6 +9,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,7 @@ class Keys:
         return Principal(f"key-{number % len(LIMITS)}", "admin", limits=limits)
 
 
-async def model(request: ChatRequest) -> AsyncIterator[Any]:
+async def model(request: ChatRequest, pieces: int) -> AsyncIterator[Any]:
     script = request.last_text
     if script == "raises":
         raise RuntimeError
@@ -64,7 +65,7 @@ async def model(request: ChatRequest) -> AsyncIterator[Any]:
     if script == "silent":
         await trio.sleep(1000)
     try:
-        for _ in range(200 if script == "long" else 4):
+        for _ in range(pieces if script == "long" else 4):
             yield "some words "
             if script != "plain":
                 await trio.sleep(0.3)
@@ -79,8 +80,9 @@ async def model(request: ChatRequest) -> AsyncIterator[Any]:
 
 
 class Load:
-    def __init__(self, cluster: SimulatedCluster, seed: int) -> None:
+    def __init__(self, cluster: SimulatedCluster, seed: int, long: int = 200) -> None:
         self.cluster = cluster
+        self.model = partial(model, pieces=long)
         self.rng = random.Random(seed)
         self.ends: Counter[str] = Counter()
 
@@ -142,9 +144,9 @@ class Load:
 
     async def start_worker(self, name: str) -> None:
         server = worker(name, **OPTIONS)
-        server.register_chat("m", model)
+        server.register_chat("m", self.model)
         if name == "w1":
-            server.register_chat("alone", model)
+            server.register_chat("alone", self.model)
         await self.cluster.start_worker(server, wait=False)
 
     async def play(self, requests: int) -> None:
@@ -219,13 +221,15 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
         yield server.url
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(REDIS is None, reason="no redis-server and no valkey-server is installed here")
 async def test_nothing_is_reserved_in_redis_either(redis_url: str) -> None:
     """In real time, since the server lives in it; so with fewer requests."""
     pytest.importorskip("coredis", reason="the extra 'redis' is not installed")
     options = OPTIONS | {"limits": redis_url}
     async with open_cluster(authenticator=Keys(), **options) as cluster:
-        load = Load(cluster, 2)
+        # Six seconds, which is longer than anything else here: drains, timeouts, and the patience of clients.
+        load = Load(cluster, 2, long=20)
         await load.play(min(REQUESTS, 80))
         await settle(cluster)
         limiter = cluster.master.server.limiter

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from certificates import authority, client_side, now, server_side
+from example_counts import examples
 from hypothesis import given, settings, strategies as st
 from memory_streams import memory_pair
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -265,7 +266,7 @@ async def test_a_cancelled_handshake_closes_its_connection() -> None:
 # Bytes
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(10))
 @given(data=st.data())
 def test_bytes_arrive_in_order_whatever_pieces_the_connection_takes(data: st.DataObject) -> None:
     trio.run(send_in_pieces, data)

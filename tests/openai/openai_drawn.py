@@ -6,6 +6,7 @@ import json
 from typing import Any, TypeAlias
 
 from described import fitting
+from example_counts import examples
 from hypothesis import HealthCheck, settings, strategies as st
 
 from trio_cluster.openai import ENDPOINTS, Endpoint, describe_endpoints
@@ -13,7 +14,7 @@ from trio_cluster.openai import ENDPOINTS, Endpoint, describe_endpoints
 PATHS = describe_endpoints()
 # Reading a request costs little, and drawing one a lot; what is drawn first is as good as what comes later.
 EXAMPLES = settings(
-    max_examples=60,
+    max_examples=examples(40),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from example_counts import examples
 from hypothesis import given, settings, strategies as st
 from openai_answers import LEAST, refused, send
 
@@ -510,7 +511,7 @@ def structured(endpoint: str) -> st.SearchStrategy[dict[str, Any]]:
 
 @pytest.mark.parametrize("endpoint", sorted(LEAST))
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_random_values_of_known_fields_are_taken_or_refused_and_nothing_else(
     endpoint: str, data: st.DataObject
 ) -> None:

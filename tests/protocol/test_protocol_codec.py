@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import msgspec
 import pytest
+from example_counts import examples
 from hypothesis import example, given, settings, strategies as st
 
 from trio_cluster.core import channel
@@ -534,7 +535,7 @@ def test_maps_have_string_keys_at_every_depth(value: dict[str, Any]) -> None:
         max_size=20,
     )
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(50))
 def test_any_json_object_arrives_as_it_was_sent(options: dict[str, Any]) -> None:
     try:
         message = RegisterModel("m", "chat", "o", 0, options)

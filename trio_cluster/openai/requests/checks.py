@@ -47,11 +47,13 @@ __all__ = [
     "missing",
     "missing_in",
     "nothing_in",
+    "shown_name",
     "wrong_type",
     "wrong_value",
 ]
 
 _LONGEST_SHOWN: Final = 60
+_LONGEST_NAME: Final = 64
 _TEXT_OF_NUMBER: Final = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _TEXT_OF_INTEGER: Final = re.compile(r"[-+]?\d{1,40}", re.ASCII)
 
@@ -70,6 +72,12 @@ def _kind_of(value: Any) -> str:
 def _show(value: Any) -> str:
     text = dumps(value).decode()
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+
+
+def shown_name(name: str) -> str:
+    """Return a name that the client has chosen (of a key, of a type) for an error: one line, and cut short."""
+    name = name[:_LONGEST_NAME]
+    return name if name.isprintable() else dumps(name).decode()[1:-1]
 
 
 def wrong_type(name: str, expected: str, value: Any) -> InvalidRequest:

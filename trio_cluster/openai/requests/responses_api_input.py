@@ -27,6 +27,7 @@ from .checks import (
     OneOf,
     missing,
     nothing_in,
+    shown_name,
     wrong_type,
     wrong_value,
 )
@@ -305,7 +306,8 @@ def _check_item(item: Any, name: str) -> None:
     else:
         known = ", ".join(f"'{each}'" for each in _ITEMS)
         raise unsupported(
-            f"'{name}' is an item of a type that is not supported: expected one of {known}, but got '{kind[:60]}'",
+            f"'{name}' is an item of a type that is not supported: expected one of {known}, "
+            f"but got '{shown_name(kind)}'",
             f"{name}.type",
         )
 

@@ -32,6 +32,7 @@ from .checks import (
     ObjectOf,
     OneOf,
     missing,
+    shown_name,
     wrong_type,
 )
 from .responses_api_input import of_type, present, unsupported
@@ -110,7 +111,7 @@ _CHOSEN: Final = ObjectOf({"name": NOT_EMPTY, "namespace": NOT_EMPTY}, ("name",)
 
 def _not_here(kind: str, name: str) -> InvalidRequest:
     return unsupported(
-        f"'{name}' demands a tool of type '{kind[:60]}', and the server has no tools of its own: "
+        f"'{name}' demands a tool of type '{shown_name(kind)}', and the server has no tools of its own: "
         "only the client's functions and custom tools can be demanded",
         f"{name}.type",
     )

@@ -19,6 +19,7 @@ from .checks import (
     OneOf,
     String,
     nothing_in,
+    shown_name,
     wrong_type,
     wrong_value,
 )
@@ -62,7 +63,7 @@ def _check_logit_bias(value: Any, name: str) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
     for token, bias in value.items():
-        _BIAS(bias, f"{name}.{token[:_LONGEST_KEY]}")
+        _BIAS(bias, f"{name}.{shown_name(token)}")
 
 
 def _convert_logit_bias(value: dict[str, Any]) -> dict[str, float]:
@@ -78,8 +79,8 @@ def _check_metadata(value: Any, name: str) -> None:
         if len(key) > _LONGEST_KEY:
             raise wrong_value(name, f"keys of at most {_LONGEST_KEY} characters", key)
         if each is None:
-            raise wrong_type(f"{name}.{key}", "a string", each)
-        _METADATA(each, f"{name}.{key}")
+            raise wrong_type(f"{name}.{shown_name(key)}", "a string", each)
+        _METADATA(each, f"{name}.{shown_name(key)}")
 
 
 def _check_function_call(value: Any, name: str) -> None:
