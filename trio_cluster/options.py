@@ -295,6 +295,7 @@ _optional = attrs.validators.optional
 _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _count: {"type": "integer", "minimum": 1},
     _count_or_zero: {"type": "integer", "minimum": 0},
+    _processes: {"type": "integer", "minimum": 1, "maximum": PROCESSES_MAX},
     _port: {"type": "integer", "minimum": 0, "maximum": 65535},
     _processes: {"type": "integer", "minimum": 1, "maximum": PROCESSES_MAX},
     _size: {
@@ -605,7 +606,7 @@ def option_schema(field: _Field, kind: Any) -> dict[str, Any]:
         if typing.get_origin(member) is Literal:
             schema = {"type": "string", "enum": list(typing.get_args(member))}
     # Of an optional one, what is checked if there is a value. TOML has none for "none".
-    schema = schema or dict(_SCHEMAS[getattr(field.validator, "validator", field.validator)])
+    schema = schema or dict(_SCHEMAS.get(getattr(field.validator, "validator", field.validator), {}))
     converter: object = field.converter
     if converter is _none_if_empty:
         schema = {"anyOf": [schema, {"const": ""}]}

@@ -39,6 +39,7 @@ from ._base_url import BaseURL
 from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
 from ._http_client import HttpClient, HttpRequest, HttpResponse
 from ._http_response import HttpError
+from ._hub import HubReference, download
 from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
 from ._upstream_calls import authorization
@@ -77,7 +78,7 @@ _LLAMA_FIELDS: Final = (
 
 class _Llama(LoadingEngine):
     summary = "chat: any GGUF model, through llama.cpp"
-    argument = f"path of a .gguf file, or {_DEMO}"
+    argument = f"path of a .gguf file, hf:REPO[:FILE], or {_DEMO}"
     requires = ("xllamacpp",)
     extra = "trio-cluster[llama]"
     options: ClassVar[Mapping[str, Option]] = {
@@ -97,11 +98,15 @@ class _Llama(LoadingEngine):
         """See :meth:`Engine.check`."""
         if not argument:
             raise ValueError(f"give the {self.argument}")
-        if argument != _DEMO and not Path(argument).is_file():
-            raise ValueError(f"there is no file '{argument}'; give the path of a .gguf file, or {_DEMO}")
+        if (reference := HubReference.parse(argument)) is not None:
+            reference.check()
+        elif argument != _DEMO and not Path(argument).is_file():
+            raise ValueError(f"there is no file '{argument}'; give the {self.argument}")
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
         """See :meth:`LoadingEngine.prepare`."""
+        if (reference := HubReference.parse(argument)) is not None:
+            return str(await download(reference))
         if argument != _DEMO:
             return argument
         weights = WEIGHTS[_DEMO]
