@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("options",),
     ("accounts",),
-    ("limits", "net", "openai", "protocol", "routing", "security"),
+    ("limits", "net", "on_demand", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local", "stored"),
     ("cluster", "gateway", "group", "hypercorn_server"),
     ("admin",),
@@ -65,6 +65,8 @@ ONLY = {
     "stored": {"accounts", "core", "openai", "options"},
     # What a key has used follows from requests and calls, wherever they go.
     "limits": {"core", "errors"},
+    # Whatever takes memory can be run on demand; what it is, only its owner knows.
+    "on_demand": {"core", "errors", "options"},
     # A policy sees replicas and requests, and nothing of links or handlers.
     "routing": {"core", "errors", "options"},
 }
