@@ -80,6 +80,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "ejection_time_max": 300.0,
         "ejection_share": 0.5,
         "batch_wait": 0.001,
+        "memory": None,
         "drain_timeout": 30.0,
         "limits": None,
         "limits_failure": "allow",

@@ -290,6 +290,7 @@ def test_every_error_of_our_own_is_documented() -> None:
     ours = [
         errors.ModelNotFound("m", []),
         errors.ModelUnavailable("m"),
+        errors.ModelStartFailed("m", "", 1.0),
         errors.LoopDetected("m"),
         errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),

@@ -22,6 +22,7 @@ __all__ = [
     "InvalidRequest",
     "LoopDetected",
     "ModelNotFound",
+    "ModelStartFailed",
     "ModelUnavailable",
     "NotSupported",
     "OptionsError",
@@ -125,6 +126,15 @@ class ModelUnavailable(ApiError):
             param="model",
             code="model_unavailable",
             retry_after=retry_after,
+        )
+
+
+class ModelStartFailed(ApiError):
+    """A model that runs on demand could not be started, or could not a short while ago."""
+
+    def __init__(self, name: str, why: str, retry_after: float) -> None:
+        super().__init__(
+            503, f"{name} could not be started: {why}", code="model_start_failed", retry_after=retry_after
         )
 
 

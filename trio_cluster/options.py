@@ -25,6 +25,7 @@ import attrs
 
 from .core.aliases import AliasTargets, read_aliases
 from .core.limits import PROCESSES_MAX
+from .core.sizes import parse_size
 from .errors import OptionsError
 
 __all__ = [
@@ -221,6 +222,13 @@ def _limits_failure(instance: object, field: _Field, value: object) -> None:
         raise OptionsError(f'{field.name}: must be "allow" or "refuse", got {value!r}')
 
 
+def _size(instance: object, field: _Field, value: object) -> None:
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise OptionsError(f"{field.name}: {error}") from None
+
+
 def _stream_failure(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(StreamFailure):
         raise OptionsError(f'{field.name}: must be "end" or "abort", got {value!r}')
@@ -270,6 +278,13 @@ def _alias_table(value: Any) -> Any:
     return value
 
 
+def _size_text(value: Any) -> Any:
+    """Return a number of bytes as text; anything else is left to the validator."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return None if value == "" else value
+
+
 def _none_if_empty(value: str | None) -> str | None:
     return None if value == "" else value
 
@@ -290,6 +305,12 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _share: {"type": "number", "minimum": 0, "maximum": 1},
     _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
     _secret: {"type": "string", "pattern": "^[!-~]+$"},
+    _size: {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)? *([kKmMgGtT]i?)?[bB]?$"},
+        ]
+    },
     _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
     _redis_url: {"type": "string", "pattern": "^rediss?://"},
     _aliases: {
@@ -470,6 +491,11 @@ class ClusterServerOptions:
     """Which part of a model's replicas may be left alone at once, 0 to 1. The last one that is available never is."""
     batch_wait: float = attrs.field(default=0.001, converter=_seconds, validator=_moment, metadata=_RESTART)
     """The linger: how long a token may wait on a busy link for others, to be sent together. On an idle link: 0."""
+    memory: str | None = attrs.field(
+        default=None, converter=_size_text, validator=_optional(_size), metadata=_RESTART
+    )
+    """How much memory there is for the models that run on demand, such as ``"24GiB"``; ``None``: that of the GPUs, or
+    nine tenths of that of the machine."""
     drain_timeout: float = attrs.field(
         default=30.0, converter=_seconds, validator=_duration_or_zero, metadata=_AT_ONCE
     )
@@ -512,6 +538,11 @@ class ClusterServerOptions:
     """A PEM file with the authorities that a worker, or a command, trusts besides those of the system."""
     allow_anonymous_workers: bool = attrs.field(default=False, validator=_flag, metadata=_AT_ONCE)
     """Whether a master with TLS admits workers that have neither a certificate nor the ``cluster_token``."""
+
+    @property
+    def memory_size(self) -> int | None:
+        """The bytes of :attr:`memory`; ``None``: not said."""
+        return None if self.memory is None else parse_size(self.memory)
 
 
 # What has changed between two sets of options

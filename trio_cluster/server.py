@@ -66,6 +66,8 @@ from .options import (
     ServerOptions,
     assign_option,
 )
+from .on_demand.residents import OnDemand
+from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.cost import LeastCost
 from .routing.policy import LeastBusy, RoutingPolicy
 from .routing.router import Router
@@ -752,6 +754,11 @@ class ClusterServer:
     def pool(self) -> HandlerPool:
         """The slots of this process, and the tasks of its handlers."""
         return self._pool
+
+    @property
+    def on_demand(self) -> OnDemand:
+        """What runs only while it is asked for, and the memory for that; see :doc:`models-on-demand`."""
+        return self._pool.on_demand
 
     @property
     def limiter(self) -> Limiter | None:

@@ -310,9 +310,9 @@ def test_the_backoff_doubles() -> None:
     for _ in range(12):
         node.ask("a", runs=False)
         node.schedule.ended(node["a"], node.now, "no such file")
+        node.decide()
         waits.append(node["a"].retry_at - node.now)
         node.now = node["a"].retry_at
-        node.decide()
     assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
     assert waits[-1] == MAX_BACKOFF
 
@@ -320,11 +320,16 @@ def test_the_backoff_doubles() -> None:
 def test_one_that_has_worked_and_dies_is_started_again_at_once() -> None:
     node = Node(100, a=10)
     node.use("a")
-    node.schedule.ended(node["a"], node.now, "killed")
+    node.schedule.dies(node["a"], node.now, "killed")
+    waiter = node.ask("a", runs=False)
+    assert node.log == ["start a"]
+    node.schedule.ended(node["a"], node.now)
     assert node["a"].state == "failed"
-    assert node.ask("a").admitted
+    node.decide()
+    assert waiter.admitted
     # It has not worked since.
-    node.schedule.ended(node["a"], node.now, "killed")
+    node.schedule.dies(node["a"], node.now, "killed")
+    node.schedule.ended(node["a"], node.now)
     node.ask("a")
     assert len(node.failed) == 1
 
@@ -473,7 +478,8 @@ class Anything(RuleBasedStateMachine):
             for waiter in [each for each in self.answering if each.resident is resident]:
                 self.answering.remove(waiter)
                 self.schedule.leave(waiter, self.now)
-            self.schedule.ended(resident, self.now, "it died")
+            self.schedule.dies(resident, self.now, "it died")
+            self.stopping.append(resident)
             self.decide()
 
     @rule(which=st.integers(0, 3))

@@ -346,6 +346,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     if master:
         add("--host", "host", str, "ADDR", "the address of the OpenAI API")
     add("--max-concurrency", "max_concurrency", int, "N", "requests that run in this process at once")
+    add("--memory", "memory", str, "SIZE", "memory for models that run on demand, such as 24GiB")
     add("--queue-timeout", "queue_timeout", float, "SECONDS", "how long a request waits for a free slot")
     add(
         "--timeout",

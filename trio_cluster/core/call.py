@@ -38,6 +38,7 @@ import trio
 from ..errors import CallCancelled
 from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
+from .model_state import ModelWait
 from .request import Request
 
 __all__ = ["Call", "Phase", "Tracker"]
@@ -96,6 +97,8 @@ class Call:
         satisfied: the consumer had the whole answer before the producer ended it.
         cancelled: the reason of the cancellation; ``None`` if there was none.
         cancelled_at: the time of the cancellation, by ``time.monotonic()``, in seconds. For display only.
+        model_wait: what the call waits for, while its model is not running; otherwise ``None``.
+        ready_since: the trio time at which that wait was over; 0 if there was none.
         opened_at: the time at which the call was opened, by ``time.monotonic()``, in seconds. For display only.
         queued: the call waits for a slot, as far as this node knows.
         superseded: it is one of two attempts at a request, and not the one that has answered.
@@ -114,10 +117,12 @@ class Call:
         "cancelled_at",
         "end",
         "forwarded",
+        "model_wait",
         "observers",
         "opened_at",
         "overdue",
         "queued",
+        "ready_since",
         "released",
         "request",
         "retry_after",
@@ -161,6 +166,8 @@ class Call:
         self.cancelled_at = 0.0
         self.opened_at = time.monotonic()
         self.queued = False
+        self.model_wait: ModelWait | None = None
+        self.ready_since = 0.0
         self.superseded = False
 
     # The consumer's side
@@ -325,6 +332,12 @@ class Call:
             for listener in self.observers.queued:
                 listener(self)
 
+    def set_model_wait(self, wait: ModelWait | None) -> None:
+        """Record what the call waits for before its model runs; ``None``: the model runs. Synchronous."""
+        if wait is None and self.model_wait is not None:
+            self.ready_since = trio.current_time()
+        self.model_wait = wait
+
     def release(self) -> None:
         """Report that the work has really stopped and holds no slot any more. Synchronous, idempotent.
 
@@ -374,6 +387,8 @@ class Call:
 
     def _finish(self, event: Done | Failed) -> None:
         self.end = event
+        if self.model_wait is not None:
+            self.set_model_wait(None)
         if self.request.upload is not None:
             self.request.upload.close()
         self.body.finish()

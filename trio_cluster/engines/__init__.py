@@ -2,6 +2,7 @@
 
 from ._engine import (
     GROUP,
+    RESIDENT_OPTIONS,
     Engine,
     LoadingEngine,
     ModelServer,
@@ -10,8 +11,12 @@ from ._engine import (
     ServeSpec,
     boolean,
     fraction,
+    loaded,
+    not_loaded,
     parse_serve,
     serve_engine,
+    serve_on_demand,
+    size,
     text,
     whole_number,
 )
@@ -20,6 +25,7 @@ from .audio.container import AudioEncoder, decode_audio
 
 __all__ = [
     "GROUP",
+    "RESIDENT_OPTIONS",
     "AudioEncoder",
     "Engine",
     "LoadingEngine",
@@ -32,8 +38,12 @@ __all__ = [
     "boolean",
     "decode_audio",
     "fraction",
+    "loaded",
+    "not_loaded",
     "parse_serve",
     "serve_engine",
+    "serve_on_demand",
+    "size",
     "text",
     "whole_number",
 ]

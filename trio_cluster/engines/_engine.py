@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 from typing import Any, ClassVar, Final, Protocol
@@ -27,12 +27,17 @@ import attrs
 import trio
 
 from trio_cluster.core.model import ChatModelOptions, Kind
+from trio_cluster.core.sizes import parse_size
 from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
 from trio_cluster.errors import ClusterError, OptionsError
+from trio_cluster.local.adapters import Adapter, Provider, adapt
+from trio_cluster.on_demand.memory import own_memory
+from trio_cluster.on_demand.residents import START_TIMEOUT, OnDemand, Open, Run
 from trio_cluster.options import parse_boolean
 
 __all__ = [
     "GROUP",
+    "RESIDENT_OPTIONS",
     "Engine",
     "LoadingEngine",
     "ModelServer",
@@ -42,8 +47,12 @@ __all__ = [
     "boolean",
     "fraction",
     "install_command",
+    "loaded",
+    "not_loaded",
     "parse_serve",
     "serve_engine",
+    "serve_on_demand",
+    "size",
     "text",
     "whole_number",
 ]
@@ -73,6 +82,11 @@ class ModelServer(Protocol):
 
     The ``register_...`` methods raise ``ValueError`` if the name is taken. All methods are synchronous.
     """
+
+    @property
+    def on_demand(self) -> OnDemand:
+        """What runs only while it is asked for."""
+        ...
 
     def register_chat(
         self,
@@ -166,6 +180,11 @@ class Engine:
     extra: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Option]] = {}
 
+    @property
+    def all_options(self) -> Mapping[str, Option]:
+        """The engine's options, and those that it shares with others, by key."""
+        return self.options
+
     def check(self, argument: str, options: Mapping[str, Any]) -> None:
         """Check what can be checked without loading anything. Synchronous; does nothing by default.
 
@@ -235,9 +254,11 @@ class ServedModel:
 
 
 class LoadingEngine(Engine):
-    """An engine that loads one model and serves it for as long as it runs.
+    """An engine that loads one model and serves it for as long as it runs, or loads it when it is asked for.
 
-    Subclasses implement :meth:`open`, and :meth:`prepare` if something has to be downloaded first.
+    Subclasses implement :meth:`open`, and :meth:`prepare` if something has to be downloaded first. Those that implement
+    :meth:`describe` have the options :data:`RESIDENT_OPTIONS` too: with ``memory`` or ``idle``, the model is loaded
+    when it is first asked for, and unloaded when it is idle or when another one needs its memory.
     """
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
@@ -265,6 +286,29 @@ class LoadingEngine(Engine):
         """
         raise NotImplementedError
 
+    def describe(self, argument: str, options: Mapping[str, Any]) -> ServedModel:
+        """Return what :meth:`open` will give, as far as that is known without loading it. Synchronous.
+
+        The handler is not used. ``count_tokens`` is not used either, apart from whether there is one.
+
+        Args:
+            argument: what :meth:`prepare` has returned.
+            options: a value for every option.
+
+        Raises:
+            ClusterError: the engine cannot load models on demand.
+        """
+        raise ClusterError("this engine cannot load its model on demand")
+
+    @property
+    def all_options(self) -> Mapping[str, Option]:
+        """See :attr:`Engine.all_options`."""
+        return {**self.options, **RESIDENT_OPTIONS} if self._can_describe else self.options
+
+    @property
+    def _can_describe(self) -> bool:
+        return type(self).describe is not LoadingEngine.describe
+
     async def serve(
         self,
         argument: str,
@@ -274,7 +318,19 @@ class LoadingEngine(Engine):
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """See :meth:`Engine.serve`."""
-        opened = self.open(await self.prepare(argument, options), options)
+        argument = await self.prepare(argument, options)
+        if self._can_describe and (options["memory"] is not None or options["idle"] is not None):
+            await serve_on_demand(
+                server,
+                self.describe(argument, options),
+                partial(loaded, partial(self.open, argument, options)),
+                memory=options["memory"],
+                idle=options["idle"] or 0.0,
+                start_timeout=options["start_timeout"],
+                task_status=task_status,
+            )
+            return
+        opened = self.open(argument, options)
         # Loading cannot be interrupted. A cancellation that arrives meanwhile takes effect after it, and the model is
         # freed.
         with trio.CancelScope(shield=True):
@@ -286,11 +342,94 @@ class LoadingEngine(Engine):
                 await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True):
-                free = partial(opened.__exit__, None, None, None)
-                try:
-                    await run_in_thread(free)
-                except NoThread:
-                    free()
+                await _leave_in_thread(opened)
+
+
+@asynccontextmanager
+async def loaded(
+    open_: Callable[[], AbstractContextManager[ServedModel]], run: Run
+) -> AsyncIterator[ServedModel]:
+    """Load a model in a thread when the context is entered, and free it when it is left.
+
+    Loading cannot be interrupted: a cancellation that arrives meanwhile takes effect after it.
+
+    Args:
+        open_: see :meth:`LoadingEngine.open`.
+        run: is told how much memory the model takes in this process.
+    """
+    opened, before = open_(), own_memory()
+    with trio.CancelScope(shield=True):
+        model = await start_in_thread(opened.__enter__)
+    try:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if (taken := own_memory() - before) > 0:
+            run.takes(taken)
+        yield model
+    finally:
+        with trio.CancelScope(shield=True):
+            await _leave_in_thread(opened)
+
+
+async def serve_on_demand(
+    server: ModelServer,
+    model: ServedModel,
+    open_: Open,
+    *,
+    memory: int | None = None,
+    idle: float = 0.0,
+    start_timeout: float = START_TIMEOUT,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve a model that is loaded when it is first asked for, until cancelled; then free it, and unregister it.
+
+    Args:
+        server: where the model is registered; it may be running or not.
+        model: describes it; see :meth:`LoadingEngine.describe`.
+        open_: entering the context that it returns loads the model and gives it, a :class:`ServedModel` with its
+            handlers; leaving the context frees it. Inside, no request uses it any more. See :func:`loaded`.
+        memory: the bytes that it needs; ``None``: it is measured when it is loaded, alone.
+        idle: seconds without a request after which it is unloaded; 0: only if its memory is needed.
+        start_timeout: seconds that it may take to load.
+        task_status: ``started()`` is called when the model is registered.
+
+    Raises:
+        ClusterError: its name is taken, or it needs more memory than there is.
+    """
+
+    @asynccontextmanager
+    async def adapted(run: Run) -> AsyncIterator[tuple[Adapter, Adapter | None]]:
+        async with open_(run) as found:
+            count = None if found.count_tokens is None else adapt(found.count_tokens)
+            yield adapt(found.handler), count
+
+    # The pool lets no call in while the model is not loaded.
+    async def answer(request: Any, provider: Provider) -> None:
+        handler, _ = tenancy.value
+        await handler(request, provider)
+
+    async def count_tokens(request: Any, provider: Provider) -> None:
+        _, count = tenancy.value
+        await count(request, provider)
+
+    counts = count_tokens if model.count_tokens is not None else None
+    tenancy = server.on_demand.add(
+        model.name, [model.name], adapted, memory=memory, idle=idle, start_timeout=start_timeout
+    )
+    try:
+        with _registered(attrs.evolve(model, handler=answer, count_tokens=counts), server):
+            task_status.started()
+            await server.on_demand.run(tenancy)
+    finally:
+        server.on_demand.remove(tenancy)
+
+
+async def _leave_in_thread(opened: AbstractContextManager[ServedModel]) -> None:
+    """Free a model in a thread, or here if there can be none."""
+    free = partial(opened.__exit__, None, None, None)
+    try:
+        await run_in_thread(free)
+    except NoThread:
+        free()
 
 
 @contextmanager
@@ -326,19 +465,20 @@ def parse_serve(spec: str) -> ServeSpec:
     engine = _find(name, spec)
     if argument and not engine.argument:
         raise OptionsError(f"{spec}: the engine '{name}' takes no argument; leave out ':{argument}'")
-    options = {key: option.default for key, option in engine.options.items()}
+    known = engine.all_options
+    options = {key: option.default for key, option in known.items()}
     given: set[str] = set()
     for pair in pairs:
         key, _, value = pair.partition("=")
         key = key.strip().replace("-", "_")
-        if key not in engine.options:
-            known = ", ".join(engine.options) or "none"
-            raise OptionsError(f"{spec}: the engine '{name}' has no option '{key}'; it has: {known}")
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise OptionsError(f"{spec}: the engine '{name}' has no option '{key}'; it has: {names}")
         if key in given:
             raise OptionsError(f"{spec}: '{key}' is given twice; give it once")
         given.add(key)
         try:
-            options[key] = engine.options[key].read(value.strip())
+            options[key] = known[key].read(value.strip())
         except ValueError as error:
             raise OptionsError(f"{spec}: {key}: {error}") from error
     missing = [module for module in engine.requires if importlib.util.find_spec(module) is None]
@@ -490,3 +630,27 @@ def fraction(low: float, high: float) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def size(value: str) -> int:
+    """Convert an amount of memory, such as ``20GiB``, to bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return parse_size(int(value) if value.isdecimal() else value)
+
+
+async def not_loaded(request: object) -> None:
+    """Stand for a handler in the description of a model that is not loaded."""
+    raise RuntimeError("the model is not loaded")
+
+
+#: The options of everything that runs on demand.
+RESIDENT_OPTIONS: Final[Mapping[str, Option]] = {
+    "memory": Option(size, None, "the memory that it needs, such as 20GiB; measured if it is not given"),
+    "idle": Option(
+        fraction(0, 1e9), None, "seconds without a request after which it is stopped; 0: never for that"
+    ),
+    "start_timeout": Option(fraction(0.1, 1e6), START_TIMEOUT, "seconds that its start may take"),
+}

@@ -25,7 +25,7 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import OutputChunk, TTSRequest
 
-from ._engine import LoadingEngine, Option, ServedModel, install_command, text, whole_number
+from ._engine import LoadingEngine, Option, ServedModel, install_command, not_loaded, text, whole_number
 from ._threads import Outlet, ThreadStream
 from .audio.container import AUDIO_EXTRA, FORMATS, AudioEncoder, has_codecs
 
@@ -60,7 +60,11 @@ class _Hibari(LoadingEngine):
     @contextmanager
     def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
         """See :meth:`LoadingEngine.open`."""
-        yield ServedModel(options["name"], "tts", Speaker.load(options).speak)
+        yield attrs.evolve(self.describe(argument, options), handler=Speaker.load(options).speak)
+
+    def describe(self, argument: str, options: Mapping[str, Any]) -> ServedModel:
+        """See :meth:`LoadingEngine.describe`."""
+        return ServedModel(options["name"], "tts", not_loaded)
 
 
 engine = _Hibari()

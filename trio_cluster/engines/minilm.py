@@ -29,7 +29,7 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import EmbeddingRequest, OutputChunk
 
-from ._engine import LoadingEngine, Option, ServedModel, boolean, text, whole_number
+from ._engine import LoadingEngine, Option, ServedModel, boolean, not_loaded, text, whole_number
 from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
 from ._weights import ensure_weights
@@ -79,10 +79,16 @@ class _MiniLM(LoadingEngine):
     @contextmanager
     def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
         """See :meth:`LoadingEngine.open`."""
+        loaded = MiniLM.load(Path(argument).resolve(), options)
+        yield attrs.evolve(self.describe(argument, options), handler=loaded.embed)
+
+    def describe(self, argument: str, options: Mapping[str, Any]) -> ServedModel:
+        """See :meth:`LoadingEngine.describe`."""
         folder = Path(argument).resolve()
         is_demo = folder.name == WEIGHTS["minilm"].folder_name
-        name = options["name"] or ("all-MiniLM-L6-v2" if is_demo else folder.name)
-        yield ServedModel(name, "embedding", MiniLM.load(folder, options).embed)
+        return ServedModel(
+            options["name"] or ("all-MiniLM-L6-v2" if is_demo else folder.name), "embedding", not_loaded
+        )
 
 
 engine = _MiniLM()

@@ -25,7 +25,7 @@ from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ASRRequest, OutputChunk
 
-from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._engine import LoadingEngine, Option, ServedModel, not_loaded, text, whole_number
 from ._pinned_weights import WEIGHTS
 from ._threads import Outlet, ThreadStream
 from ._weights import ensure_weights
@@ -84,10 +84,16 @@ class _Whisper(LoadingEngine):
     @contextmanager
     def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
         """See :meth:`LoadingEngine.open`."""
+        loaded = Whisper.load(str(Path(argument).resolve()), options)
+        yield attrs.evolve(self.describe(argument, options), handler=loaded.transcribe)
+
+    def describe(self, argument: str, options: Mapping[str, Any]) -> ServedModel:
+        """See :meth:`LoadingEngine.describe`."""
         folder = Path(argument).resolve()
         is_demo = folder.name == WEIGHTS[f"whisper-{_DEMO}"].folder_name
-        name = options["name"] or f"whisper-{_DEMO if is_demo else folder.name}"
-        yield ServedModel(name, "asr", Whisper.load(str(folder), options).transcribe)
+        return ServedModel(
+            options["name"] or f"whisper-{_DEMO if is_demo else folder.name}", "asr", not_loaded
+        )
 
 
 engine = _Whisper()

@@ -3,6 +3,8 @@
 The node that runs the handler enforces the timeouts itself, and its error is the more precise one. The deadlines here
 apply if that node fails to; they are :data:`GRACE` later. All of them are counted from the first opening of the call,
 also if the call was lost and retried on another replica, since the client has been waiting all the time.
+The idle timeout does not count the time in which the model of a call is started, which has a limit of its own on the
+node that starts it.
 """
 
 from __future__ import annotations
@@ -58,12 +60,20 @@ class ResponseDeadlines:
         Raises:
             TooSlow: a deadline has passed.
         """
-        expires = self.expires_at(since)
-        with trio.move_on_at(min(expires, until)):
-            return await call.receive()
-        if until < expires:
-            return None
-        raise self.time_out(call)
+        expires = self._expires(call, since)
+        while True:
+            with trio.move_on_at(min(expires, until)):
+                return await call.receive()
+            if until < expires:
+                return None
+            expired, expires = expires, self._expires(call, since)
+            if expires <= expired:
+                raise self.time_out(call)
+
+    def _expires(self, call: Call, since: float) -> float:
+        """Return when a call times out. While its model is started, the idle timeout begins again and again."""
+        waits = call.model_wait is not None
+        return self.expires_at(max(since, trio.current_time() if waits else call.ready_since))
 
     def time_out(self, call: Call) -> TooSlow:
         """Cancel a call whose deadline has passed, and return the error for the client. Synchronous.

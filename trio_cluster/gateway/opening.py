@@ -80,8 +80,8 @@ class Opening:
         else:  # the grammar of calls forbids it
             raise HandlerFailed
         context.add_call(again)
-        # The client has been waiting all the time.
-        self._since = context.deadlines.began
+        # The client has been waiting all the time. What it has waited for a model to be started does not count.
+        self._since = max(context.deadlines.began, call.ready_since)
         return None
 
     async def require_events(self, head: Head) -> None:

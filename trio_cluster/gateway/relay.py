@@ -32,7 +32,7 @@ from ..core.answer import Data, Done, Failed, Head
 from ..core.headers import HEADER_NAME, HEADER_VALUE
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed
-from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING
+from ..openai import KNOWN_STREAMS, NO_PROXY_BUFFERING, comment_with
 from .auth import hide_models
 from .capture import FinalEventBuffer
 from .context import RequestContext
@@ -348,6 +348,8 @@ class StreamingBody:
         """
         self._silent_since = now
         comment, connection = self._grammar.keepalive, self._connection
+        if (wait := self._context.call.model_wait) is not None:
+            comment = comment_with(comment, str(wait))
         if connection is None or not connection.ready:
             return comment
         return None if connection.send_nowait(comment, droppable=True) else b""

@@ -27,7 +27,9 @@ from ..core.answer import Done
 from ..core.call import Call
 from ..core.log_context import current_principal, current_request
 from ..core.request import Request
-from ..errors import HandlerFailed, Overloaded, ShuttingDown
+from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown
+from ..on_demand.memory import available_memory
+from ..on_demand.residents import OnDemand, Tenancy
 from ..options import ClusterServerOptions
 from ..routing.backend import LOCAL
 from .asyncio_loop import AsyncioLoops
@@ -62,6 +64,7 @@ class HandlerPool:
         options: as given; replaced as a whole only while nothing runs.
         slots: the slots for handlers.
         loops: the asyncio loops that handlers run on; the node runs them for as long as it serves the pool.
+        on_demand: the models that run only while they are asked for; a call for one waits until it runs.
         node_name: the name of the node that runs, which handlers see; empty while none runs.
         waiting: how many calls wait for a slot, those of models with slots of their own included.
         waiting_by: how many of these each principal has, by name.
@@ -71,6 +74,7 @@ class HandlerPool:
         self.options = options
         self.slots = Slots(options.server.max_concurrency)
         self.loops = AsyncioLoops()
+        self.on_demand = OnDemand(self._memory)
         self.node_name = ""
         self._nursery: trio.Nursery | None = None
         self.waiting = 0
@@ -98,6 +102,11 @@ class HandlerPool:
         done.
         """
         self.slots.resize(self.options.server.max_concurrency)
+
+    def _memory(self) -> float:
+        """Return the bytes that there are for models."""
+        said = self.options.memory_size
+        return available_memory()[0] if said is None else said
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run calls until cancelled; then cancel those that run, and wait until their work has stopped."""
@@ -152,6 +161,9 @@ class HandlerPool:
         # client, and the slot stays taken until the handler is really done.
         try:
             with scope:
+                on_demand = self.on_demand.by_model
+                if on_demand and request.model in on_demand:
+                    await self._model_runs(call_task, on_demand[request.model])
                 await call_task.prepare()
                 if model_slots is None:
                     await self._in_slot(call_task, slots)
@@ -179,6 +191,24 @@ class HandlerPool:
             self._fail_after_error(call_task)
         finally:
             call_task.call.release()
+
+    async def _model_runs(self, call_task: CallTask, tenancy: Tenancy) -> None:
+        """Wait until the model of a call runs, and let it run until the call is released; or fail the call.
+
+        No slot is held meanwhile, and the idle timeout is paused: the model is not silent, it is not there yet.
+        """
+        call = call_task.call
+        use = self.on_demand.ask(tenancy, call.set_model_wait)
+        call.on_release(lambda: use.leave(completed=isinstance(call.end, Done)))
+        if use.is_ready:
+            return
+        call_task.pause_idle_timer()
+        try:
+            await use.wait()
+        except ApiError as error:
+            # Another replica may have it, or have room for it.
+            call_task.fail(error, retryable=True, over_capacity=isinstance(error, Overloaded))
+        call_task.restart_idle_timer()
 
     def _fail_after_error(self, call_task: CallTask) -> None:
         try:

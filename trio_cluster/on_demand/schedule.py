@@ -78,6 +78,7 @@ class Resident:
         why: why it has failed; empty if it has not.
         retry_at: the time before which it is not started after a failure.
         failures: failures in a row, without a complete answer between them.
+        runs: how many times it has ended.
     """
 
     name: str
@@ -94,6 +95,9 @@ class Resident:
     why: str = ""
     retry_at: float = 0.0
     failures: int = 0
+    runs: int = 0
+    dying: bool = False
+    """It is stopping because it has died."""
     _unload_before: float = attrs.field(default=math.inf, alias="unload_before")
     """Waiters with a greater number wait until it has been stopped and started again; ``inf``: it is not unloaded."""
 
@@ -101,6 +105,11 @@ class Resident:
     def unloading(self) -> bool:
         """Whether it was asked to be unloaded."""
         return self._unload_before < math.inf
+
+    @property
+    def runs_failed(self) -> bool:
+        """Whether its last run has failed, and there was none since."""
+        return self.state == "failed"
 
     @property
     def stay(self) -> float:
@@ -281,16 +290,26 @@ class Schedule:
         if resident.said is None and resident.state == "ready":
             resident.reserved = self.need(resident)
 
+    def dies(self, resident: Resident, now: float, why: str) -> None:
+        """Record that a resident that was ready has died; what is left of it has still to be stopped."""
+        if resident.state == "ready":
+            resident.set_state("stopping", now)
+            resident.dying, resident.why = True, why
+
     def ended(self, resident: Resident, now: float, why: str = "") -> None:
-        """Record that a resident does not run any more: it was stopped, its start has failed, or it has died.
+        """Record that a resident does not run any more: it was stopped, its start has failed, or what was
+        left of it after its death is gone.
 
         Args:
             resident: which one.
             now: the time.
-            why: why it has failed; empty if it was stopped. Ignored if it was to be stopped in any case.
+            why: why its start has failed; empty if it has not. Ignored if it was to be stopped in any case.
         """
-        failed = bool(why) and resident.state in ("starting", "ready")
-        served = resident.state == "ready" and resident.failures == 0
+        served = resident.dying and resident.failures == 0
+        failed = resident.dying or (bool(why) and resident.state == "starting")
+        why = resident.why if resident.dying else why
+        resident.dying = False
+        resident.runs += 1
         resident.reserved = 0.0
         resident.closed = False
         resident.request_unload(math.inf)

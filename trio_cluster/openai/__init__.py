@@ -41,7 +41,7 @@ from .responses.chunks import FinishReason, OutputChunk, to_chunk
 from .responses.encoder import Encoder
 from .responses.structured import OutputCheck, require_jsonschema
 from .responses.usage import read_usage
-from .sse import DONE, KEEPALIVE, NO_PROXY_BUFFERING, error_body, error_event, event
+from .sse import DONE, KEEPALIVE, NO_PROXY_BUFFERING, comment_with, error_body, error_event, event
 
 __all__ = [
     "COUNT_TOKENS",
@@ -83,6 +83,7 @@ __all__ = [
     "TTSRequest",
     "asks_for_events",
     "check_items",
+    "comment_with",
     "custom_path",
     "describe_endpoints",
     "endpoint_named",

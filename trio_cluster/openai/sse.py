@@ -14,7 +14,16 @@ from trio_cluster.errors import ApiError
 
 from .json_values import dumps
 
-__all__ = ["DONE", "KEEPALIVE", "NO_PROXY_BUFFERING", "error_body", "error_event", "event", "named_event"]
+__all__ = [
+    "DONE",
+    "KEEPALIVE",
+    "NO_PROXY_BUFFERING",
+    "comment_with",
+    "error_body",
+    "error_event",
+    "event",
+    "named_event",
+]
 
 #: Ends a stream that is complete.
 DONE: Final = b"data: [DONE]\n\n"
@@ -34,6 +43,12 @@ def event(data: bytes) -> bytes:
 def named_event(name: str, data: bytes) -> bytes:
     """Return one event with a name, for routes whose clients read the names."""
     return b"event: " + name.encode("ascii") + b"\n" + event(data)
+
+
+def comment_with(keepalive: bytes, text: str) -> bytes:
+    """Return a comment with a text, in the place of ``keepalive``, or in front of it if that is an event."""
+    comment = b": " + " ".join(text.split()).encode() + b"\n\n"
+    return comment if keepalive == KEEPALIVE else comment + keepalive
 
 
 def error_body(error: ApiError) -> bytes:
