@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import pytest
 
-from trio_cluster.cli.settings import SECRET_FILES, load_options
+from trio_cluster.cli.settings import SECRET_FILES, load_options, load_serve_tables
 from trio_cluster.errors import OptionsError
 from trio_cluster.options import ClusterMode, ClusterServerOptions, ServerOptions
 
@@ -529,3 +529,49 @@ def test_a_file_without_a_usable_secret_is_named(
     assert "did you mean TRIO_CLUSTER_API_KEY_FILE?" in complaint(
         tmp_path, None, {"TRIO_CLUSTER_API_KEYFILE": "x"}
     )
+
+
+# What runs on demand
+
+
+def test_the_memory_of_a_worker_is_read_from_its_table_the_environment_and_a_flag(tmp_path: Path) -> None:
+    toml = '[worker]\nmemory = "24GiB"\n'
+    assert load(toml, tmp_path=tmp_path).memory_size == 24 << 30
+    assert load("memory = 1000\n", tmp_path=tmp_path).memory_size == 1000
+    environ = {"TRIO_CLUSTER_MEMORY": "16GiB"}
+    assert load(toml, environ, tmp_path=tmp_path).memory_size == 16 << 30
+    assert load(toml, environ, {"memory": "8GiB"}, tmp_path=tmp_path).memory_size == 8 << 30
+    assert load("", tmp_path=tmp_path).memory_size is None
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('[worker]\nmemory = "24 apples"', "cluster.toml: worker.memory: expected an amount of memory"),
+        ("[worker]\nmemory = true", "cluster.toml: worker.memory: expected an amount of memory"),
+        ("[worker]\nmemry = 5", "cluster.toml: worker.memry: unknown key; did you mean memory?"),
+        (
+            "memory = 7\n[worker]\nmemory = 5",
+            "memory: is given twice: cluster.toml: worker.memory is the same option",
+        ),
+        ("worker = 5", "cluster.toml: worker: must be a table"),
+    ],
+)
+def test_a_wrong_table_of_a_worker_is_an_error_with_its_place(
+    tmp_path: Path, toml: str, message: str
+) -> None:
+    assert message in complaint(tmp_path, toml)
+
+
+def test_the_engines_of_a_file_are_read_in_their_order_and_are_no_options(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    toml = '[[serve]]\nengine = "a"\n\n[[serve]]\nengine = "b"\nidle = 600\n'
+    assert load(toml, tmp_path=tmp_path) == ClusterServerOptions()
+    assert load_serve_tables(file) == [
+        (f"{file}: [[serve]] 1", {"engine": "a"}),
+        (f"{file}: [[serve]] 2", {"engine": "b", "idle": 600}),
+    ]
+    assert load_serve_tables(None) == []
+    file.write_text("serve = 5\n")
+    with pytest.raises(OptionsError, match=r"serve: must be tables, each \[\[serve\]\]"):
+        load_serve_tables(file)

@@ -58,6 +58,7 @@ from .net.sockets import (
 )
 from .net.streams import TcpListener
 from .node import Node
+from .on_demand.residents import OnDemand
 from .options import (
     ClusterMode,
     ClusterServerOptions,
@@ -66,8 +67,6 @@ from .options import (
     ServerOptions,
     assign_option,
 )
-from .on_demand.residents import OnDemand
-from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.cost import LeastCost
 from .routing.policy import LeastBusy, RoutingPolicy
 from .routing.router import Router

@@ -114,7 +114,7 @@ def test_a_spec_is_read(toy: Toy, spec: str, argument: str, expected: dict[str, 
         ("", "there is no engine ''; there are: .*toy"),
         (
             "lama:x",
-            "there is no engine 'lama'; there are: digits, hibari, llama, minilm, openai, torn, toy, whisper",
+            "there is no engine 'lama'; there are: command, digits, hibari, llama, minilm, openai, torn, toy, whisper",
         ),
         ("toy,sise=4", "'toy' has no option 'sise'; it has: name, size, max_heat, loud"),
         ("toy,size=4,size=5", "'size' is given twice; give it once"),

@@ -26,7 +26,7 @@ from ..core.principal import Priority, Role
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
-from .settings import SECRET_FILES, load_options, load_process_settings
+from .settings import SECRET_FILES, load_options, load_process_settings, load_serve_tables
 
 __all__ = [
     "config_file",
@@ -36,6 +36,7 @@ __all__ = [
     "master_host",
     "options_from",
     "parse_arguments",
+    "serve_tables",
 ]
 
 _FIELDS: Final = {
@@ -685,3 +686,15 @@ def options_from(
     names = _FIELDS.keys() | SECRET_FILES.keys()
     flags = {name: value for name, value in vars(arguments).items() if name in names}
     return load_options(config=config_file(arguments), environ=os.environ, flags=flags, base=base)
+
+
+def serve_tables(arguments: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
+    """Return the engines that the file names: for each its place in the file, and its table.
+
+    Args:
+        arguments: from :func:`parse_arguments`.
+
+    Raises:
+        OptionsError: the file cannot be read.
+    """
+    return load_serve_tables(config_file(arguments))

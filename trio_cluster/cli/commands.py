@@ -49,7 +49,14 @@ from ..net.sockets import INTERNAL_OFFSET, close_all, open_pair, outward_address
 from ..options import ClusterMode, ClusterServerOptions
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
-from .arguments import config_file, log_settings, master_addresses, options_from, parse_arguments
+from .arguments import (
+    config_file,
+    log_settings,
+    master_addresses,
+    options_from,
+    parse_arguments,
+    serve_tables,
+)
 from .configuration import Configuration, reload_on_signal
 from .process import has_terminal, raise_descriptor_limit, tune_garbage_collector
 from .schema import configuration_schema, describe_configuration
@@ -175,7 +182,7 @@ def _run(arguments: argparse.Namespace) -> int:
     server = _server(arguments)
     if server.options.processes > 1:
         raise OptionsError("processes: only `trio-cluster master` can be several processes, and not `run`")
-    return _serve(server, partial(server.run, server.options.server.port), arguments.serve)
+    return _serve(server, partial(server.run, server.options.server.port), arguments)
 
 
 def _run_group(server: ClusterServer, arguments: argparse.Namespace) -> int:
@@ -254,15 +261,16 @@ def _master(arguments: argparse.Namespace) -> int:
     to_supervisor = socket_to_supervisor(os.environ)
     server = _server(arguments)
     if to_supervisor is not None:
-        return _serve(server, partial(_run_in_group, server, to_supervisor), arguments.serve)
+        return _serve(server, partial(_run_in_group, server, to_supervisor), arguments)
     if server.options.processes > 1:
         return _run_group(server, arguments)
     run = partial(server.run_as_master, server.options.server.port, take_over=arguments.take_over)
-    return _serve(server, run, arguments.serve)
+    return _serve(server, run, arguments)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    if arguments.app is None and arguments.application is None and not arguments.serve:
+    has_engine = arguments.serve or serve_tables(arguments)
+    if arguments.app is None and arguments.application is None and not has_engine:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     if arguments.masters_from is not None and arguments.master_host is not None:
         raise OptionsError("--masters-from: it says where the masters are; leave HOST out")
@@ -278,12 +286,12 @@ def _worker(arguments: argparse.Namespace) -> int:
         if name is not None:
             named = {"masters_from": (name[0], _internal_port(server, name[1]))}
         if arguments.join is not None:
-            return _serve(server, partial(server.run_as_member, arguments.join, **named), arguments.serve)
+            return _serve(server, partial(server.run_as_member, arguments.join, **named), arguments)
         if _has_joined(server.options.state_dir):
-            return _serve(server, partial(server.run_as_member, **named), arguments.serve)
+            return _serve(server, partial(server.run_as_member, **named), arguments)
         if named:
             run = partial(server.run_as_worker, **named, tls=arguments.connect_tls)
-            return _serve(server, run, arguments.serve)
+            return _serve(server, run, arguments)
         arguments.master_host = "127.0.0.1"
     given, tls = master_addresses(arguments.master_host, arguments.port)
     tls = tls or arguments.connect_tls
@@ -294,11 +302,11 @@ def _worker(arguments: argparse.Namespace) -> int:
     internal = [(host, _internal_port(server, port)) for host, port in masters]
     if arguments.join is not None:
         run = partial(server.run_as_member, arguments.join, masters=internal)
-        return _serve(server, run, arguments.serve)
+        return _serve(server, run, arguments)
     run = partial(_run_as_worker, server, internal, tls)
     if server.options.internal_port is None:
         run = partial(_run_worker, server, masters, tls)
-    return _serve(server, run, arguments.serve)
+    return _serve(server, run, arguments)
 
 
 def _masters_from(arguments: argparse.Namespace) -> tuple[str, int] | None:
@@ -463,13 +471,17 @@ def _load_app(text: str) -> ClusterServer:
     return found
 
 
-def _serve(server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], engines: Sequence[str]) -> int:
+def _serve(
+    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], arguments: argparse.Namespace
+) -> int:
     specs: list[ServeSpec] = []
-    if engines:
-        from ..engines import parse_serve
+    tables = serve_tables(arguments)
+    if arguments.serve or tables:
+        from ..engines import parse_serve, read_serve
 
+        specs = [read_serve(table, label) for label, table in tables]
         try:
-            specs = [parse_serve(text) for text in engines]
+            specs += [parse_serve(text) for text in arguments.serve]
         except ValueError as error:
             raise OptionsError(f"--serve: {error}") from error
     raise_descriptor_limit()

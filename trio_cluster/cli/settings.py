@@ -34,7 +34,7 @@ from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions, is_secret, parse_boolean
 from . import logs
 
-__all__ = ["PROCESS_SETTINGS", "SECRET_FILES", "load_options", "load_process_settings"]
+__all__ = ["PROCESS_SETTINGS", "SECRET_FILES", "load_options", "load_process_settings", "load_serve_tables"]
 
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -92,8 +92,8 @@ def load_options(
     """Return the options from a file, the environment and flags, over ``base``; later sources override earlier ones.
 
     Args:
-        config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table
-            ``[server]`` those of :class:`ServerOptions`. ``None``: there is none.
+        config: a TOML file. Its top level has the fields of :class:`ClusterServerOptions`, its table ``[server]``
+            those of :class:`ServerOptions`. Its table ``[worker]`` may have some of the first. ``None``: there is none.
         environ: the environment. ``TRIO_CLUSTER_`` and the name of a field of either class, in capitals, sets that
             field.
         flags: the values of flags by the name of the field; ``None`` for a flag that was not given. In all three, a
@@ -141,6 +141,25 @@ class _Problem:
 _Setting: TypeAlias = tuple[_Path, str, object]
 
 
+#: The options that the file may have under ``[worker]``, too.
+WORKER_OPTIONS: Final = ("memory",)
+
+
+def load_serve_tables(config: Path | None) -> list[tuple[str, dict[str, object]]]:
+    """Return the tables ``[[serve]]`` of a file, which name engines: for each its place in the file, and its content.
+
+    Args:
+        config: the file; ``None``: there is none.
+
+    Raises:
+        OptionsError: the file cannot be read, or ``serve`` is something else.
+    """
+    tables = _parse_file(config).get("serve", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise OptionsError(f"{config}: serve: must be tables, each [[serve]]")
+    return [(f"{config}: [[serve]] {number}", table) for number, table in enumerate(tables, 1)]
+
+
 def load_process_settings(config: Path | None) -> dict[str, str]:
     """Return the settings of a file that are not options of a server, by name; see :data:`PROCESS_SETTINGS`.
 
@@ -175,6 +194,19 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
     for name, values in PROCESS_SETTINGS.items():
         if name in content and (value := content.pop(name)) not in values:
             yield (name,), f"{config}: {name}", _Problem(f"must be one of {', '.join(values)}, got {value!r}")
+    # For `load_serve_tables`.
+    content.pop("serve", None)
+    worker = content.pop("worker", {})
+    if not isinstance(worker, dict):
+        yield ("worker",), f"{config}: worker", _Problem("must be a table, [worker]")
+        worker = {}
+    for key, value in worker.items():
+        label = f"{config}: worker.{key}"
+        if key not in WORKER_OPTIONS:
+            yield ("worker", key), label, _Problem(f"unknown key{_hint(key, set(WORKER_OPTIONS))}")
+        else:
+            # A second one, at the top level, is noticed by the caller.
+            yield (key,), label, value
 
     known = {".".join(path) for path, _ in _PATHS.values()} | PROCESS_SETTINGS.keys()
     secrets = {".".join((*_PATHS[name][0][:-1], file)): name for file, name in SECRET_FILES.items()}

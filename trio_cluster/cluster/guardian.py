@@ -1,4 +1,4 @@
-"""A worker's guardian, from the worker's side: starts it, and keeps it informed whom it has to tell.
+"""A guardian, from the side of the process that it guards: starts it, and keeps it informed what it has to do.
 
 The guardian is a process of its own (``guardian_process.py``, which has the theory). It gets no descriptor of the
 worker but the pipe of its commands, no directory, and no environment but what Python needs to start. It has a session
@@ -29,7 +29,7 @@ from ..net.streams import Address
 from ..options import ClusterServerOptions
 from ..protocol import WorkerSession, proof_of_end
 
-__all__ = ["Guardian", "Trust"]
+__all__ = ["GroupGuardian", "Guardian", "Trust"]
 
 logger = logging.getLogger("trio_cluster.guardian")
 
@@ -52,16 +52,14 @@ class Trust:
     """The private key and the certificate of the worker, in PEM."""
 
 
-class Guardian:
-    """The guardian of this process. All methods but :meth:`run` are synchronous.
+class _GuardianProcess:
+    """The process of a guardian, and the commands that it has got. All methods but :meth:`run` are synchronous."""
 
-    Args:
-        options: read at the time of use.
-    """
+    #: What follows if there is no guardian, for the log.
+    _without: str
 
-    def __init__(self, options: ClusterServerOptions) -> None:
-        self._options = options
-        # The commands for each session, by its key; also until the guardian runs.
+    def __init__(self) -> None:
+        # By key, also until the guardian runs.
         self._commands: dict[str, str] = {}
         self._process: trio.Process | None = None
         self._failed = False
@@ -71,10 +69,13 @@ class Guardian:
         """The number of its process; ``None`` while there is none."""
         return None if self._process is None else self._process.pid
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start the guardian, and end it when this is cancelled, which leaves nothing of it behind. A checkpoint.
 
-        What was not forgotten by then is told: links that were dropped, and not closed.
+        What was not forgotten by then is done: links that were dropped, and not closed, are told, for instance.
+
+        Args:
+            task_status: ``started()`` is called when it runs, or cannot be started.
         """
         try:
             process = await trio.lowlevel.open_process(
@@ -91,11 +92,13 @@ class Guardian:
             if isinstance(error, RuntimeError) and thread_shortage(error) is None:
                 raise
             self._fail(f"it cannot be started: {error}")
+            task_status.started()
             return
         self._process = process
         try:
             for command in self._commands.values():
                 self._write(command)
+            task_status.started()
             await process.wait()
             self._fail("it has ended")
         finally:
@@ -107,6 +110,70 @@ class Guardian:
                     process.kill()
                     await process.wait()
             self._process = None
+
+    def _set(self, key: str, command: str) -> None:
+        self._commands[key] = command
+        self._write(command)
+
+    def _forget(self, key: str) -> None:
+        if self._commands.pop(key, None) is not None:
+            self._write(f"forget {key}")
+
+    def _write(self, command: str) -> None:
+        if self._process is None or self._failed:
+            return
+        line = command.encode() + b"\n"
+        try:
+            # It does not block. A pipe holds some of the longest commands, and the guardian reads at once.
+            written = os.write(self._pipe_of(self._process).fileno(), line)
+        except OSError as error:
+            self._fail(f"it does not read: {error.strerror}")
+        else:
+            if written < len(line):
+                self._fail("it does not read")
+
+    @staticmethod
+    def _pipe_of(process: trio.Process) -> trio.lowlevel.FdStream:
+        assert isinstance(process.stdin, trio.lowlevel.FdStream)
+        return process.stdin
+
+    def _fail(self, why: str) -> None:
+        if not self._failed:
+            self._failed = True
+            logger.warning("no guardian: %s; %s", why, self._without)
+
+
+class GroupGuardian(_GuardianProcess):
+    """A guardian that ends the processes of groups when this process has ended. See ``_GuardianProcess``."""
+
+    _without = "if this process is killed, the programs that it has started may go on"
+
+    def end_with_us(self, group: int, seconds: float) -> None:
+        """Let a group of processes be ended when this process ends.
+
+        Args:
+            group: its number.
+            seconds: after which those that do not end are killed.
+        """
+        self._set(f"g{group}", f"end g{group} {group} {seconds:g}")
+
+    def forget(self, group: int) -> None:
+        """Leave a group alone from now on, since it has ended."""
+        self._forget(f"g{group}")
+
+
+class Guardian(_GuardianProcess):
+    """The guardian of a worker, which tells its masters when this process has ended. See ``_GuardianProcess``.
+
+    Args:
+        options: read at the time of use.
+    """
+
+    _without = "if this process dies, masters may wait for it until resume_window is over"
+
+    def __init__(self, options: ClusterServerOptions) -> None:
+        super().__init__()
+        self._options = options
 
     def tell_end_of(
         self,
@@ -149,39 +216,11 @@ class Guardian:
                 _hex(trust.certificate),
                 _hex("" if process is None else protocol_for(process)),
             ]
-        self._commands[_key(session)] = command = " ".join(("tell", *fields))
-        self._write(command)
+        self._set(_key(session), " ".join(("tell", *fields)))
 
     def forget(self, session: WorkerSession) -> None:
         """Let nothing be told for a session: it is over, and its master knows."""
-        if self._commands.pop(_key(session), None) is not None:
-            self._write(f"forget {_key(session)}")
-
-    def _write(self, command: str) -> None:
-        if self._process is None or self._failed:
-            return
-        line = command.encode() + b"\n"
-        try:
-            # It does not block. A pipe holds some of the longest commands, and the guardian reads at once.
-            written = os.write(self._pipe_of(self._process).fileno(), line)
-        except OSError as error:
-            self._fail(f"it does not read: {error.strerror}")
-        else:
-            if written < len(line):
-                self._fail("it does not read")
-
-    @staticmethod
-    def _pipe_of(process: trio.Process) -> trio.lowlevel.FdStream:
-        assert isinstance(process.stdin, trio.lowlevel.FdStream)
-        return process.stdin
-
-    def _fail(self, why: str) -> None:
-        if not self._failed:
-            self._failed = True
-            text = (
-                "no guardian: %s; if this process dies, masters may wait for it until resume_window is over"
-            )
-            logger.warning(text, why)
+        self._forget(_key(session))
 
 
 def _key(session: WorkerSession) -> str:

@@ -1,4 +1,6 @@
-"""The guardian of a worker: a small process beside it, which tells the masters when the worker's process has ended.
+"""The guardian of a process: a small process beside it, which notices when that one has ended, and does what is left.
+
+For a worker, that is to tell its masters; for a node that has started other programs, to end these.
 
 Theory of operation
 ===================
@@ -20,7 +22,9 @@ digits, and ``-`` if it is empty. A command that is not known is ignored.
   may answer there. The last five fields are there if the connection has TLS: the name of the server, the authorities to
   trust in place of those of the system, a file with authorities to trust besides, a private key with its certificate,
   and a protocol to ask for before HTTP.
-- ``forget KEY``: nothing is to be told any more.
+- ``end KEY GROUP SECONDS``: at the end, end the processes of a group: ask them to end (SIGTERM), and kill those that
+  are still there after so many seconds.
+- ``forget KEY``: nothing is to be done any more.
 
 Signals that end a process are ignored, so that Ctrl-C in a terminal, or a service manager that stops all processes of a
 service, ends the worker first, and the guardian by that.
@@ -51,8 +55,37 @@ PAUSE, LONGEST_PAUSE = 0.1, 1.0
 NOTED, REFUSED = 410, (400, 401, 403, 404, 405, 426)
 #: The session is not known there. Where several servers may answer, another one may know it.
 UNKNOWN, ATTEMPTS = 409, 8
+#: Seconds between two looks at a group that is to end.
+ENDING = 0.05
 #: Seconds between two looks at the parent, where the end of a process cannot be waited for.
 LOOK = 1.0
+
+
+class Group:
+    """A group of processes that must end.
+
+    Args:
+        fields: of the command, without its name and key.
+    """
+
+    def __init__(self, fields: list[str]) -> None:
+        self.number = int(fields[0])
+        self.seconds = float(fields[1])
+        if self.number <= 1:
+            raise ValueError(fields[0])
+
+    def do(self) -> None:
+        """End it. Blocks until that is done."""
+        until = time.monotonic() + self.seconds
+        try:
+            os.killpg(self.number, signal.SIGTERM)
+            while time.monotonic() < until:
+                time.sleep(ENDING)
+                os.killpg(self.number, 0)
+            os.killpg(self.number, signal.SIGKILL)
+        except OSError:
+            # It has no processes any more.
+            pass
 
 
 class Target:
@@ -73,7 +106,7 @@ class Target:
             self.server_name = fields[5]
             self.context = make_context(*map(text_of, fields[6:10]))
 
-    def tell(self) -> None:
+    def do(self) -> None:
         """Tell it. Blocks until that is done, or hopeless."""
         until, pause, attempts = time.monotonic() + self.seconds, PAUSE, 0
         while True:
@@ -162,21 +195,23 @@ def make_context(authority: str, ca_file: str, certificate: str, protocol: str =
     return context
 
 
-def obey(line: bytes, targets: dict[str, Target]) -> None:
+def obey(line: bytes, targets: dict[str, Target | Group]) -> None:
     """Obey one command. What cannot be read is ignored: there is nobody whom it could be reported to."""
     try:
         command, key, *fields = line.decode().split()
         if command == "tell":
             targets[key] = Target(fields)
+        elif command == "end":
+            targets[key] = Group(fields)
         elif command == "forget":
             targets.pop(key, None)
     except (OSError, ValueError, IndexError):
         pass
 
 
-def watch(worker: int) -> dict[str, Target]:
-    """Wait until the worker has ended, and return whom to tell."""
-    targets: dict[str, Target] = {}
+def watch(worker: int) -> dict[str, Target | Group]:
+    """Wait until the worker has ended, and return what is to be done."""
+    targets: dict[str, Target | Group] = {}
     os.set_blocking(0, False)
     poll = select.poll()
     poll.register(0, select.POLLIN)
@@ -218,17 +253,17 @@ def main() -> None:
         over = _thread.allocate_lock()
         over.acquire()
 
-        def tell(target: Target = target, over: _thread.LockType = over) -> None:
+        def do(target: Target | Group = target, over: _thread.LockType = over) -> None:
             try:
-                target.tell()
+                target.do()
             finally:
                 over.release()
 
         try:
-            _thread.start_new_thread(tell, ())
+            _thread.start_new_thread(do, ())
         except RuntimeError:
             # There can be no further thread now.
-            tell()
+            do()
         waiting.append(over)
     for over in waiting:
         over.acquire()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
@@ -50,6 +50,7 @@ __all__ = [
     "loaded",
     "not_loaded",
     "parse_serve",
+    "read_serve",
     "serve_engine",
     "serve_on_demand",
     "size",
@@ -65,7 +66,7 @@ GROUP: Final = "trio_cluster.engines"
 BUILT_IN: Final = {
     name: EntryPoint(name, f"trio_cluster.{folder}.{name}:engine", GROUP)
     for folder, names in (
-        ("engines", ("hibari", "llama", "minilm", "openai", "whisper")),
+        ("engines", ("command", "hibari", "llama", "minilm", "openai", "whisper")),
         ("demo", ("digits",)),
     )
     for name in names
@@ -141,11 +142,27 @@ class Option:
             what was expected.
         default: the value if the option is not given; not converted.
         help: one line about what it does.
+        read_list: converts a list of the configuration file; ``None``: it cannot be a list. Raises like ``read``.
     """
 
     read: Callable[[str], Any]
     default: Any
     help: str
+    read_list: Callable[[Sequence[Any]], Any] | None = None
+
+    def read_value(self, value: object) -> Any:
+        """Convert a value of the configuration file. Synchronous.
+
+        Raises:
+            ValueError: it is not what was expected.
+        """
+        if isinstance(value, list) and self.read_list is not None:
+            return self.read_list(value)
+        if isinstance(value, bool):
+            return self.read("yes" if value else "no")
+        if isinstance(value, str | int | float):
+            return self.read(str(value).strip())
+        raise ValueError(f"expected one value, got {value!r}")
 
 
 @attrs.frozen
@@ -461,26 +478,50 @@ def parse_serve(spec: str) -> ServeSpec:
     """
     head, *pairs = _SEPARATOR.split(spec)
     name, _, argument = head.partition(":")
-    name, argument = name.strip(), argument.strip()
-    engine = _find(name, spec)
-    if argument and not engine.argument:
-        raise OptionsError(f"{spec}: the engine '{name}' takes no argument; leave out ':{argument}'")
-    known = engine.all_options
-    options = {key: option.default for key, option in known.items()}
-    given: set[str] = set()
+    given: list[tuple[str, object]] = []
     for pair in pairs:
         key, _, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
+        given.append((key.strip().replace("-", "_"), value.strip()))
+    return _checked(spec, name.strip(), argument.strip(), given)
+
+
+def read_serve(table: Mapping[str, object], where: str) -> ServeSpec:
+    """Read one ``[[serve]]`` of the configuration file, and check it. Synchronous.
+
+    Args:
+        table: ``engine``, ``argument`` and the options of the engine.
+        where: the place, for messages.
+
+    Raises:
+        OptionsError, ClusterError: see :func:`parse_serve`.
+    """
+    options = dict(table)
+    name, argument = options.pop("engine", None), options.pop("argument", "")
+    if not isinstance(name, str) or not name:
+        raise OptionsError(f'{where}: give the engine, such as engine = "llama"')
+    if not isinstance(argument, str):
+        raise OptionsError(f"{where}: argument: expected text, got {argument!r}")
+    return _checked(where, name, argument.strip(), options.items())
+
+
+def _checked(where: str, name: str, argument: str, given: Iterable[tuple[str, object]]) -> ServeSpec:
+    engine = _find(name, where)
+    if argument and not engine.argument:
+        raise OptionsError(f"{where}: the engine '{name}' takes no argument; leave out ':{argument}'")
+    known = engine.all_options
+    options = {key: option.default for key, option in known.items()}
+    seen: set[str] = set()
+    for key, value in given:
         if key not in known:
             names = ", ".join(known) or "none"
-            raise OptionsError(f"{spec}: the engine '{name}' has no option '{key}'; it has: {names}")
-        if key in given:
-            raise OptionsError(f"{spec}: '{key}' is given twice; give it once")
-        given.add(key)
+            raise OptionsError(f"{where}: the engine '{name}' has no option '{key}'; it has: {names}")
+        if key in seen:
+            raise OptionsError(f"{where}: '{key}' is given twice; give it once")
+        seen.add(key)
         try:
-            options[key] = known[key].read(value.strip())
+            options[key] = known[key].read_value(value)
         except ValueError as error:
-            raise OptionsError(f"{spec}: {key}: {error}") from error
+            raise OptionsError(f"{where}: {key}: {error}") from error
     missing = [module for module in engine.requires if importlib.util.find_spec(module) is None]
     if missing:
         raise ClusterError(
@@ -490,7 +531,7 @@ def parse_serve(spec: str) -> ServeSpec:
     try:
         engine.check(argument, options)
     except ValueError as error:
-        raise OptionsError(f"{spec}: {error}") from error
+        raise OptionsError(f"{where}: {error}") from error
     return ServeSpec(name, argument, options)
 
 
