@@ -231,6 +231,16 @@ WRONG: dict[str, list[Any]] = {
         [[7, 1.0]],
         [[7, 1, 2]],
     ],
+    "tuple[tuple[str, str, float], ...]": [
+        {},
+        "ab",
+        None,
+        [["a", "b"]],
+        [["a", "b", "1"]],
+        [[1, "b", 1.0]],
+        [["a", "b", 1.0, 2]],
+    ],
+    "tuple[tuple[int, str, float], ...]": [{}, None, [[7, "b"]], [["7", "b", 1.0]], [[7, 7, 1.0]]],
     "tuple[tuple[str, str], ...]": [
         {},
         {"a": "b"},

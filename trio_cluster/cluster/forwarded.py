@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..core.answer import Done, Event, Failed, Head
@@ -78,6 +78,14 @@ class ForwardedCalls:
         """Cancel all calls: the link is over, and there is no one left to answer."""
         for call in list(self.live.values()):
             call.cancel("the link to the master is lost")
+
+    def model_waits(self) -> Iterator[tuple[int, str, float]]:
+        """Yield each call that waits for its model to run: its number, what for, and for how many seconds, or -1."""
+        for call_id, call in self.live.items():
+            wait = call.model_wait
+            if wait is not None:
+                seconds = wait.seconds
+                yield call_id, wait.what, -1.0 if seconds is None else round(seconds, 3)
 
     def requeue_uploading(self) -> None:
         """Fail, as retryable, the calls whose body is still being received: they may still run on another replica.

@@ -22,6 +22,7 @@ from ..core.answer import Done, Failed, Head
 from ..core.call import Call
 from ..core.log_context import MOST_IDS
 from ..core.model import ModelInfo
+from ..core.model_state import ModelState, ModelWait
 from ..core.principal import PRIORITIES
 from ..core.request import Request
 from ..core.status import Admission, WorkerState, WorkerStatus, most_waiting
@@ -88,6 +89,8 @@ class RemoteWorker:
         self._session = session
         self._wake = wake
         self._calls: dict[int, Call] = {}
+        # The calls that wait for their model to run, as of the last heartbeat.
+        self._waits: set[int] = set()
 
     @property
     def in_flight(self) -> int:
@@ -219,6 +222,25 @@ class RemoteWorker:
             call = self._calls.get(call_id)
             if call is not None:
                 call.report(queued=count < 0, produced=max(0, count))
+        if heartbeat.on_demand or self.health.model_states:
+            self.health.model_states = {
+                name: _model_state(state, seconds) for name, state, seconds in heartbeat.on_demand
+            }
+        if heartbeat.starts or self._waits:
+            self._on_starts(heartbeat.starts)
+
+    def _on_starts(self, starts: Sequence[tuple[int, str, float]]) -> None:
+        """Record which calls wait for their model to run; those that are not named wait no more."""
+        waits = {call_id for call_id, _, _ in starts}
+        for call_id in self._waits - waits:
+            call = self._calls.get(call_id)
+            if call is not None:
+                call.set_model_wait(None)
+        self._waits = waits
+        for call_id, what, seconds in starts:
+            call = self._calls.get(call_id)
+            if call is not None and not (call.begun or call.ended):
+                call.set_model_wait(ModelWait(what, None if seconds < 0 else trio.current_time() + seconds))
 
     def on_other_masters(self, message: OtherMasters) -> None:
         """Record what the worker reports of its other masters."""
@@ -314,6 +336,14 @@ class RemoteWorker:
 
     def _release(self, call_id: int) -> None:
         self._calls.pop(call_id).release()
+
+
+def _model_state(state: str, seconds: float) -> ModelState:
+    if state == "ready":
+        return ModelState("ready")
+    if state == "starting":
+        return ModelState("starting", trio.current_time() + seconds)
+    return ModelState("cold", 0.0, seconds)
 
 
 def _may_be_retried(call: Call) -> bool:

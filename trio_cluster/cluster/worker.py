@@ -163,6 +163,8 @@ class WorkerClient:
             HandshakeRefused: all masters have refused this worker, or are none.
         """
         self._on_registered = on_registered
+        reports = self._pool.on_demand.on_changed
+        reports.append(self._report_on_demand)
         try:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._guarded, masters.run, self.follow)
@@ -172,6 +174,7 @@ class WorkerClient:
                     await self._sent.park()
                 self._nursery.cancel_scope.cancel(reason="the worker was closed")
         finally:
+            reports.remove(self._report_on_demand)
             self._nursery = None
         if self._failure is not None:
             raise self._failure
@@ -214,6 +217,10 @@ class WorkerClient:
         for number in sorted(wanted - siblings.keys()):
             siblings[number] = SiblingDialer(dialer, number)
         self._follow()
+
+    def _report_on_demand(self) -> None:
+        for connection in self.connections:
+            connection.report_on_demand()
 
     async def _guarded(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         """Run a function; what it raises ends :meth:`run`, without a group around it."""
@@ -938,6 +945,8 @@ class MasterConnection:
         self.why_over = ""
         self.refusal: HandshakeRefused | None = None
         self._decided = trio.lowlevel.ParkingLot()
+        # The last heartbeat was about models that run on demand.
+        self._has_on_demand = False
         self.session = WorkerSession(
             node_id,
             __version__,
@@ -1050,6 +1059,20 @@ class MasterConnection:
         self.session.report_progress(
             (call_id, -1 if call.queued else call.produced) for call_id, call in self._calls.live.items()
         )
+        states = pool.on_demand.live_states
+        if states or self._has_on_demand:
+            self._has_on_demand = bool(states)
+            self.session.report_on_demand(
+                ((name, state.state, round(state.ready_in, 3)) for name, state in states.items()),
+                self._calls.model_waits(),
+            )
+
+    def report_on_demand(self) -> None:
+        """Tell the master what has changed about the models that run on demand. Synchronous."""
+        if self._unconfirmed is not None and not self.session.suspended:
+            self._report_load()
+            self.session.queue_heartbeat()
+            self.link.wake()
 
     def _on_events(self, events: Sequence[WorkerEvent]) -> None:
         for event in events:

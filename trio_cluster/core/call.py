@@ -66,6 +66,9 @@ class Tracker(Protocol):
     def first_byte(self) -> None:
         """The head was put. Synchronous; must not raise."""
 
+    def model_ready(self) -> None:
+        """The call has waited for its model to run, and that is over. Synchronous; must not raise."""
+
 
 def _nothing(_: Any) -> None:
     pass
@@ -293,6 +296,8 @@ class Call:
             if self.begun:
                 raise RuntimeError("a second Head")
             self.begun = True
+            if self.model_wait is not None:
+                self.set_model_wait(None)
             self.status = event.status
             if event.status >= _FIRST_SERVER_ERROR:
                 self.retry_after = next(
@@ -334,9 +339,11 @@ class Call:
 
     def set_model_wait(self, wait: ModelWait | None) -> None:
         """Record what the call waits for before its model runs; ``None``: the model runs. Synchronous."""
-        if wait is None and self.model_wait is not None:
+        was, self.model_wait = self.model_wait, wait
+        if wait is None and was is not None:
             self.ready_since = trio.current_time()
-        self.model_wait = wait
+            if self.tracker is not None:
+                self.tracker.model_ready()
 
     def release(self) -> None:
         """Report that the work has really stopped and holds no slot any more. Synchronous, idempotent.

@@ -77,6 +77,7 @@ _DROPPED_FIELDS: Final = frozenset(
         "permission",
         "root",
         "max_output_tokens",
+        "state",
         *_CONTEXT_FIELDS[:1],
         VIA_FIELD,
     }

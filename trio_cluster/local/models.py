@@ -150,6 +150,7 @@ class LocalModels:
         info = backend.info
         self._router.catalog.add(info, backend, replicate=self._options.on_conflict == "replicate")
         self._backends[info.name] = backend
+        backend.health.model_states = self._pool.on_demand.live_states
         self._on_changed(info)
 
     def _add_endpoint(self, backend: HandlerBackend | RawBackend, capability: str, handler: Handler) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -160,14 +160,38 @@ class Use:
         self._event.set()
         self.show(None)
 
-    def show(self, wait: ModelWait | None) -> None:
-        """Tell ``on_wait`` what it waits for, if that has changed. Synchronous."""
-        if wait != self._wait:
-            self._wait = wait
-            self.on_wait(wait)
+    def show(self, wait: ModelWait | None) -> bool:
+        """Tell ``on_wait`` what it waits for, if that has changed; return whether it has. Synchronous."""
         if self._tenancy.resident.state == "starting":
             # From here on, the start's own limit counts.
             self._patience.deadline = math.inf
+        if wait == self._wait:
+            return False
+        self._wait = wait
+        self.on_wait(wait)
+        return True
+
+
+class _LiveStates(Mapping[str, ModelState]):
+    """The states of the models that run on demand, as they are when they are looked at."""
+
+    def __init__(self, by_model: Mapping[str, Tenancy]) -> None:
+        self._by_model = by_model
+
+    def __getitem__(self, model: str) -> ModelState:
+        resident, now = self._by_model[model].resident, trio.current_time()
+        if resident.state == "ready":
+            return ModelState("ready")
+        if resident.state == "starting":
+            return ModelState("starting", now + resident.ready_in(now))
+        why = resident.why if resident.state == "failed" else ""
+        return ModelState("cold", 0.0, resident.ready_in(now), why)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_model)
+
+    def __len__(self) -> int:
+        return len(self._by_model)
 
 
 class OnDemand:
@@ -180,6 +204,7 @@ class OnDemand:
     Attributes:
         schedule: decides.
         by_model: the resident that serves each model.
+        live_states: the states of these models, as they are when they are looked at.
         on_changed: called when the state of a resident has changed, or what a request waits for. They must not raise.
     """
 
@@ -187,6 +212,7 @@ class OnDemand:
         self.schedule = Schedule()
         self._budget = budget
         self.by_model: dict[str, Tenancy] = {}
+        self.live_states: Mapping[str, ModelState] = _LiveStates(self.by_model)
         self.on_changed: list[Callable[[], None]] = []
         self._tenancies: dict[Resident, Tenancy] = {}
         self._uses: dict[Waiter, Use] = {}
@@ -297,19 +323,7 @@ class OnDemand:
 
     def states(self) -> dict[str, ModelState]:
         """Return the states of the models that run on demand, by name."""
-        found: dict[str, ModelState] = {}
-        now = trio.current_time()
-        for model, tenancy in self.by_model.items():
-            resident = tenancy.resident
-            match resident.state:
-                case "ready":
-                    found[model] = ModelState("ready")
-                case "starting":
-                    found[model] = ModelState("starting", now + resident.ready_in(now))
-                case _:
-                    why = resident.why if resident.state == "failed" else ""
-                    found[model] = ModelState("cold", 0.0, resident.ready_in(now), why)
-        return found
+        return dict(self.live_states)
 
     def update(self) -> None:
         """Carry out what follows from what has happened, and from the time."""
@@ -330,10 +344,11 @@ class OnDemand:
         for resident, tenancy in self._tenancies.items():
             if tenancy.timer is not None:
                 tenancy.timer.deadline = self.schedule.wakes_at(resident, now)
+        news = bool(decisions.start or decisions.stop or decisions.fail)
         for use in self._uses.values():
             if not use.is_over:
-                use.show(self._wait_of(use.waiter.resident, now))
-        if decisions.start or decisions.stop or decisions.fail:
+                news = use.show(self._wait_of(use.waiter.resident, now)) or news
+        if news:
             self._report()
 
     def _report(self) -> None:

@@ -23,6 +23,8 @@ __all__ = [
     "JSON_MAX",
     "NAMES_MAX",
     "NAME_MAX",
+    "ON_DEMAND_MAX",
+    "ON_DEMAND_TEXT_MAX",
     "OTHERS_MAX",
     "PROGRESS_MAX",
     "TEXT_MAX",
@@ -34,12 +36,14 @@ __all__ = [
     "json_object",
     "name",
     "names",
+    "on_demand",
     "optional_text",
     "others",
     "progress",
     "query",
     "seconds",
     "session_id",
+    "starts",
     "text",
 ]
 
@@ -51,6 +55,9 @@ TEXT_MAX: Final = 8192
 NAMES_MAX: Final = 64
 #: Calls whose progress one heartbeat reports.
 PROGRESS_MAX: Final = 1024
+#: Models, or calls, of which one heartbeat reports the state or what they wait for; and the characters of all of them.
+ON_DEMAND_MAX: Final = 512
+ON_DEMAND_TEXT_MAX: Final = 32768
 #: Other masters that a worker reports.
 OTHERS_MAX: Final = 64
 #: Calls that a handshake lists as cancelled.
@@ -172,6 +179,30 @@ def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None
         raise ValueError(f"{attribute.name}: more than {PROGRESS_MAX} calls")
     if not all(0 < call < 1 << 63 and -1 <= count < 1 << 63 for call, count in value):
         raise ValueError(f"{attribute.name}: a number is out of range")
+
+
+def on_demand(_: Any, attribute: Any, value: tuple[tuple[str, str, float], ...]) -> None:
+    """Validate triples of a model's name, its state, and seconds."""
+    _check_reports(attribute, [(name, seconds) for name, _, seconds in value])
+    if not all(len(state) <= NAME_MAX for _, state, _ in value):
+        raise ValueError(f"{attribute.name}: a state is too long")
+
+
+def starts(_: Any, attribute: Any, value: tuple[tuple[int, str, float], ...]) -> None:
+    """Validate triples of a call's number, a text, and seconds, or -1 in place of the seconds."""
+    _check_reports(attribute, [(what, seconds) for _, what, seconds in value])
+    if not all(0 < call < 1 << 63 for call, _, _ in value):
+        raise ValueError(f"{attribute.name}: a number is out of range")
+
+
+def _check_reports(attribute: Any, value: list[tuple[str, float]]) -> None:
+    if len(value) > ON_DEMAND_MAX or sum(len(text) for text, _ in value) > ON_DEMAND_TEXT_MAX:
+        raise ValueError(f"{attribute.name}: too much")
+    # Both are shown to people.
+    if not all(text.isprintable() for text, _ in value):
+        raise ValueError(f"{attribute.name}: contains characters that are not printable")
+    if not all(seconds >= -1.0 for _, seconds in value):
+        raise ValueError(f"{attribute.name}: seconds are out of range")
 
 
 def cancelled(_: Any, attribute: Any, value: tuple[int, ...]) -> None:

@@ -40,6 +40,7 @@ from .bounds import (
     JSON_DEPTH_MAX,
     JSON_MAX,
     NAMES_MAX,
+    ON_DEMAND_MAX,
     PROGRESS_MAX,
     USAGE_MAX,
 )
@@ -122,6 +123,12 @@ _AS_DECODED: Final[dict[Any, Any]] = {
     ],
     tuple[tuple[int, int], ...]: Annotated[
         tuple[tuple[int, int], ...], msgspec.Meta(max_length=PROGRESS_MAX)
+    ],
+    tuple[tuple[str, str, float], ...]: Annotated[
+        tuple[tuple[str, str, float], ...], msgspec.Meta(max_length=ON_DEMAND_MAX)
+    ],
+    tuple[tuple[int, str, float], ...]: Annotated[
+        tuple[tuple[int, str, float], ...], msgspec.Meta(max_length=ON_DEMAND_MAX)
     ],
 }
 _EMPTY_MAP: Final = b"\x80"

@@ -38,7 +38,7 @@ from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 
 import attrs
 
-from .bounds import NAME_MAX, PROGRESS_MAX, clip
+from .bounds import NAME_MAX, ON_DEMAND_MAX, ON_DEMAND_TEXT_MAX, PROGRESS_MAX, clip
 from .codec import MAX_MESSAGE, decode, decode_handshake, encode, pack
 from .errors import HandshakeError, PeerSilent, ProtocolError, ResumptionRefused
 from .messages import (
@@ -442,6 +442,20 @@ class Session(abc.ABC, Generic[EventT]):
         """
         self._own_heartbeat = attrs.evolve(self._own_heartbeat, progress=tuple(islice(calls, PROGRESS_MAX)))
 
+    def report_on_demand(
+        self, models: Iterable[tuple[str, str, float]], calls: Iterable[tuple[int, str, float]]
+    ) -> None:
+        """Set what the next heartbeats report of the models that run on demand, and of the calls that wait for them.
+
+        Args:
+            models: for each its name, its state, and the seconds until it can answer.
+            calls: for each its number, what it waits for, and the seconds until that is over, or -1. Of both, only the
+                first ones are reported if there are very many.
+        """
+        self._own_heartbeat = attrs.evolve(
+            self._own_heartbeat, on_demand=_first(models, 0), starts=_first(calls, 1)
+        )
+
     @property
     def open_calls(self) -> tuple[int, ...]:
         """The calls that have been opened, and whose end has neither been sent nor received."""
@@ -655,3 +669,18 @@ class Session(abc.ABC, Generic[EventT]):
     @abc.abstractmethod
     def _receive_for_call(self, message: CallMessage, next_state: State, events: list[Any]) -> None:
         """Process a message of an open call that the table allows, and which leads to ``next_state``."""
+
+
+_Report = TypeVar("_Report", bound=tuple[Any, ...])
+
+
+def _first(reports: Iterable[_Report], text: int) -> tuple[_Report, ...]:
+    """Return as many reports as a heartbeat takes; ``text`` is the index of what is long in them."""
+    found: list[_Report] = []
+    room = ON_DEMAND_TEXT_MAX
+    for report in islice(reports, ON_DEMAND_MAX):
+        room -= len(report[text])
+        if room < 0:
+            break
+        found.append(report)
+    return tuple(found)

@@ -22,6 +22,7 @@ import attrs
 from ..core import randomness
 from ..core.aliases import reachable, shown_target
 from ..core.model import Kind, ModelInfo
+from ..core.model_state import MODEL_STATES, ShownState
 from ..core.provenance import VIA_FIELD, VIA_HEADER, parse_via
 from ..core.request import Request
 from ..errors import ApiError, InvalidRequest, ModelNotFound, ModelUnavailable, WrongKind
@@ -254,7 +255,17 @@ class Catalog:
             more["alias_of"] = shown_target(target)
         model = self._models.get(name)
         ways = [] if model is None else [replica.via for replica in model.replicas.values()]
+        more["state"] = self.state(name)
         return info.entry() | {VIA_FIELD: [*min(ways, key=len, default=info.via), self.cluster_id]} | more
+
+    def state(self, name: str) -> ShownState:
+        """Return the state of a model: that of the replica that can answer first. Those not on demand are ready."""
+        model = self._models.get(name)
+        found: list[ShownState] = []
+        for replica in () if model is None else model.replicas:
+            state = replica.health.model_states.get(name)
+            found.append("ready" if state is None else state.state)
+        return min(found, key=MODEL_STATES.index, default="ready")
 
     def listed(self, name: str) -> ModelInfo | None:
         """Return what clients are told of a name; ``None`` if no backend serves a model of it.

@@ -8,6 +8,10 @@ its prompt that are not cached there (``prefix_cache.py``), times seconds per by
 usually have, times seconds per token. The least cost wins. There are no thresholds: a cache is worth exactly the time
 that it saves, so a conversation stays where it was until waiting there costs more than reading it again elsewhere.
 
+A model that runs on demand may have to be started first. The time that this is expected to take is a part of the cost,
+so a replica that is ready is chosen before one that starts, and that before a cold one; and a cold one is started when
+waiting for the others would take longer.
+
 What follows from that alone: a slow machine gets less; a prompt that all clients have in common goes to one replica
 until its work is as much as reading the prompt costs, and then to a second one; siblings that come in a burst go
 together as long as that is worth it, since a prompt counts as cached from the moment at which it is sent.
@@ -167,6 +171,7 @@ class Placement:
     __slots__ = (
         "_clock",
         "_full",
+        "_has_waited",
         "_model",
         "_opened",
         "_reading",
@@ -199,6 +204,7 @@ class Placement:
         # Its replica had no free slot.
         self._full = full
         self._opened = 0.0
+        self._has_waited = False
         self._reading_took = 0.0
         # When the answer began.
         self._since = -1.0
@@ -227,6 +233,10 @@ class Placement:
         self._reading = 0.0
         replica.begin_answer(now)
 
+    def model_ready(self) -> None:
+        """Record that the model was started for the call: how long that took says nothing of its speed."""
+        self._has_waited = True
+
     def _released(self, call: Call) -> None:
         now, replica, model = self._clock(), self._replica, self._model
         replica.workload.finish(self._reading + self._saying, now, ended=True)
@@ -250,6 +260,8 @@ class Placement:
                 reported = int(share * self.prompt.size)
                 replica.cache.correct(self.cached, reported)
                 new = self.prompt.size - reported
+        if self._has_waited:
+            return
         replica.reading.add(self._reading_took, new + _OVERHEAD, self._since)
         model.reading.add(self._reading_took, new + _OVERHEAD, self._since)
 
@@ -304,6 +316,8 @@ class LeastCost:
             seconds_to_read = (prompt.size - cached + _OVERHEAD) * replica.reading.value(now, reading)
             seconds_to_say = answer * replica.saying.value(now, saying)
             cost = replica.workload.left(now) + seconds_to_read + seconds_to_say
+            if (starts := backend.health.model_states) and (state := starts.get(request.model)) is not None:
+                cost += state.ready_in
             if backend.elsewhere:
                 cost += backend.elsewhere * _OTHERS_LEFT * seconds_to_say
             candidates.append((backend.name, cost, cached))

@@ -122,7 +122,11 @@ def _judge_error(status: int, code: str | None, retry_after: str) -> Verdict | N
 def _judge_silence(call: Call, default_timeout: float) -> Verdict | None:
     """Judge a call of which a time limit has passed: was it this node's limit, and the model that was silent?"""
     request = call.request
-    if call.queued or (request.upload is not None and not request.upload.complete):
+    if (
+        call.queued
+        or call.model_wait is not None
+        or (request.upload is not None and not request.upload.complete)
+    ):
         return None
     if request.idle_timeout < default_timeout:
         return None

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from ..core.model_state import ModelState
+
 __all__ = ["Health"]
+
+_NONE: Final[Mapping[str, ModelState]] = MappingProxyType({})
 
 
 class Health:
@@ -15,9 +23,10 @@ class Health:
         stalled: why the backend cannot do anything at the moment, although it is connected; empty if it can.
         suspended: the connection to the backend was cut, and may be resumed.
         lost: why the connection to the backend was lost, for good; ``None`` while it was not.
+        model_states: the states of those of its models that run on demand; all others are ready.
     """
 
-    __slots__ = ("available", "draining", "lost", "stalled", "suspended")
+    __slots__ = ("available", "draining", "lost", "model_states", "stalled", "suspended")
 
     def __init__(self) -> None:
         self.available = True
@@ -25,6 +34,7 @@ class Health:
         self.stalled = ""
         self.suspended = False
         self.lost: str | None = None
+        self.model_states: Mapping[str, ModelState] = _NONE
 
     def drain(self) -> None:
         """Record that the backend is about to stop."""

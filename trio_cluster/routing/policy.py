@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from ..core.call import Call
+from ..core.model_state import MODEL_STATES
 from ..core.request import Request
 from .backend import Backend
 
@@ -60,7 +61,11 @@ class LearningPolicy(RoutingPolicy, Protocol):
 
 
 class LeastBusy:
-    """Chooses the replica with the lowest load; of equals, the least recently used one, so that equals take turns."""
+    """Chooses the replica with the lowest load; of equals, the least recently used one, so that equals take turns.
+
+    If the model runs on demand, a replica that is ready comes before one that starts, and that before a cold one, as
+    long as it is not full.
+    """
 
     why = "least busy"
 
@@ -69,6 +74,8 @@ class LeastBusy:
         best, least = None, math.inf
         for replica in replicas:
             load = replica.load
+            if (states := replica.health.model_states) and (state := states.get(request.model)) is not None:
+                load += MODEL_STATES.index(state.state)
             if load < least:
                 best, least = replica, load
                 if not load:
