@@ -550,7 +550,10 @@ def test_the_memory_of_a_worker_is_read_from_its_table_the_environment_and_a_fla
         ('[worker]\nmemory = "24 apples"', "cluster.toml: worker.memory: expected an amount of memory"),
         ("[worker]\nmemory = true", "cluster.toml: worker.memory: expected an amount of memory"),
         ("[worker]\nmemry = 5", "cluster.toml: worker.memry: unknown key; did you mean memory?"),
-        ("memory = 7\n[worker]\nmemory = 5", "cluster.toml: worker.memory: is given twice"),
+        (
+            "memory = 7\n[worker]\nmemory = 5",
+            "memory: is given twice: cluster.toml: worker.memory is the same option",
+        ),
         ("worker = 5", "cluster.toml: worker: must be a table"),
     ],
 )

@@ -291,6 +291,7 @@ def test_every_error_of_our_own_is_documented() -> None:
         errors.ModelNotFound("m", []),
         errors.ModelUnavailable("m"),
         errors.ModelStartFailed("m", "", 1.0),
+        errors.ModelNotOnDemand("m"),
         errors.LoopDetected("m"),
         errors.EndpointNotFound("chat.later"),
         errors.WrongKind("m", "tts", "chat"),

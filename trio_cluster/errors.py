@@ -22,6 +22,7 @@ __all__ = [
     "InvalidRequest",
     "LoopDetected",
     "ModelNotFound",
+    "ModelNotOnDemand",
     "ModelStartFailed",
     "ModelUnavailable",
     "NotSupported",
@@ -136,6 +137,13 @@ class ModelStartFailed(ApiError):
         super().__init__(
             503, f"{name} could not be started: {why}", code="model_start_failed", retry_after=retry_after
         )
+
+
+class ModelNotOnDemand(ApiError):
+    """A model was to be loaded or unloaded that always runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(409, f"The model '{name}' does not run on demand", code="not_on_demand")
 
 
 class ModelNotFound(ApiError):

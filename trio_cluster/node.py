@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import socket
 from collections import Counter
@@ -42,10 +43,21 @@ from .cluster.remote_worker import RemoteWorker
 from .cluster.replacement import SOCKET_NAME, HandOver, Succession, wait_for_workers
 from .cluster.worker import WorkerClient
 from .core import randomness
+from .core.call import Call
 from .core.limits import CLOSE_TIMEOUT
 from .core.log_context import MOST_IDS
+from .core.request import Request
 from .core.state_dir import StateDir, StateDirError, default_state_dir, path_of
-from .core.status import WORKER_STATES, MasterStatus, NodeStatus, SlotStatus, WorkerStatus, most_waiting
+from .core.status import (
+    WORKER_STATES,
+    MasterStatus,
+    NodeStatus,
+    OnDemandStatus,
+    ResidentStatus,
+    SlotStatus,
+    WorkerStatus,
+    most_waiting,
+)
 from .errors import ClusterError, ClusterPortError, HandshakeRefused
 from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
@@ -62,6 +74,7 @@ from .hypercorn_server.server import serve_http as serve_with_hypercorn
 from .limits.limiter import Limiter
 from .limits.memory import MemoryLimiter
 from .limits.redis import RedisLimiter
+from .local.control import open_control
 from .local.pool import HandlerPool
 from .net.connections import Retirement
 from .net.gate import Gate, gated
@@ -80,6 +93,7 @@ from .net.sockets import (
 from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
 from .options import ClusterMode, ClusterServerOptions, Reloaded
+from .routing.backend import LOCAL, Backend
 from .routing.router import Router
 from .security.master_tls import MasterTls, open_tls
 from .stored.database import DatabaseResponses
@@ -180,6 +194,7 @@ class Node:
             status=self._status,
             gauges=self._gauges,
             drain_worker=self._drain_worker,
+            open_control=self._open_control,
             authenticator=authenticator,
             reload=reload,
         )
@@ -820,6 +835,31 @@ class Node:
         manager = self.worker_manager
         return None if manager is None else manager.drain_worker(name, "requested by an operator")
 
+    def _on_demand_status(self) -> OnDemandStatus | UnsetType:
+        on_demand = self._pool.on_demand
+        if not on_demand.by_model:
+            return UNSET
+        schedule = on_demand.schedule
+        return OnDemandStatus(
+            memory=None if math.isinf(schedule.budget) else int(schedule.budget),
+            reserved=int(schedule.reserved),
+            models={
+                model: ResidentStatus(
+                    name=tenancy.resident.name,
+                    state=tenancy.resident.state,
+                    memory=int(tenancy.resident.reserved),
+                    start_seconds=tenancy.resident.start_seconds,
+                    answering=tenancy.resident.answering,
+                    waiting=schedule.waiting_for(tenancy.resident),
+                    why=tenancy.resident.why if tenancy.resident.state == "failed" else "",
+                )
+                for model, tenancy in sorted(on_demand.by_model.items())
+            },
+        )
+
+    def _open_control(self, backend: Backend, request: Request) -> Call:
+        return backend.open(request) if backend.name != LOCAL else open_control(self._pool, request)
+
     def _status(self) -> NodeStatus:
         manager, client, pool = self.worker_manager, self.worker_client, self._pool
         return NodeStatus(
@@ -829,6 +869,7 @@ class Node:
             masters=self._masters(),
             connected=UNSET if client is None else client.connected,
             rejected_models=UNSET if client is None else dict(client.rejected_models),
+            on_demand=self._on_demand_status(),
         )
 
     def _masters(self) -> list[MasterStatus] | UnsetType:

@@ -297,7 +297,6 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _count_or_zero: {"type": "integer", "minimum": 0},
     _processes: {"type": "integer", "minimum": 1, "maximum": PROCESSES_MAX},
     _port: {"type": "integer", "minimum": 0, "maximum": 65535},
-    _processes: {"type": "integer", "minimum": 1, "maximum": PROCESSES_MAX},
     _size: {
         "anyOf": [
             {"type": "integer", "minimum": 1},
@@ -314,6 +313,12 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _share: {"type": "number", "minimum": 0, "maximum": 1},
     _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
     _secret: {"type": "string", "pattern": "^[!-~]+$"},
+    _size: {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)? *([kKmMgGtT]i?)?[bB]?$"},
+        ]
+    },
     _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
     _redis_url: {"type": "string", "pattern": "^rediss?://"},
     _aliases: {

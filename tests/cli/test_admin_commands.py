@@ -351,7 +351,37 @@ def test_cancel_prints_the_number_of_calls(
     assert scripted.posted == [("/cluster/calls/a%2Fb%20c/cancel", "Bearer k", {"reason": "enough"})]
 
 
-@pytest.mark.parametrize("argv", [["cancel", "r1"], ["drain", "w1"]], ids=" ".join)
+def test_load_and_unload_say_where_that_was_done(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    scripted, port = node
+    scripted.body = b'{"model": "a/b", "state": "ready", "nodes": ["gpu-1"]}'
+    assert main("load", "a/b", str(port), "--api-key", "k") == (0, "a/b is ready on gpu-1\n", "")
+    scripted.body = b'{"model": "a/b", "state": "cold", "nodes": ["gpu-1", "gpu-2"]}'
+    code, out, _ = main("unload", "a/b", str(port), "--api-key", "k", "--worker", "gpu-1")
+    assert (code, out) == (0, "a/b was unloaded from gpu-1, gpu-2\n")
+    scripted.body = b'{"model": "a/b", "state": "cold", "nodes": []}'
+    assert main("unload", "a/b", str(port))[1] == "a/b is not loaded\n"
+    assert scripted.posted[:2] == [
+        ("/cluster/models/a%2Fb/load", "Bearer k", {}),
+        ("/cluster/models/a%2Fb/unload", "Bearer k", {"worker": "gpu-1"}),
+    ]
+
+
+def test_status_shows_the_states_of_models_if_some_are_not_ready(
+    main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    models = [
+        {"id": name, "kind": "any", "owned_by": "x", "nodes": ["w"], "state": state}
+        for name, state in (("a", "cold"), ("b", "ready"))
+    ]
+    node[0].body = json.dumps(STATUS | {"models": models}).encode()
+    _, out, _ = main("status", str(node[1]))
+    assert "MODEL  KIND  OWNER  SERVED BY  STATE" in out
+    assert "a      any   x      w          cold" in out
+
+
+@pytest.mark.parametrize(
+    "argv", [["cancel", "r1"], ["drain", "w1"], ["load", "m"], ["unload", "m"]], ids=" ".join
+)
 def test_the_error_message_of_a_node_is_printed_in_one_line(
     argv: list[str], main: Main, node: tuple[type[ScriptedNode], int]
 ) -> None:

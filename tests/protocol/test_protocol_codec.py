@@ -60,6 +60,7 @@ EXAMPLES: list[Message] = [
     Heartbeat(),
     Heartbeat(3, 1, 10),
     Heartbeat(3, 1, 10, 2.5, "handler of 'm' (app.py:12 in compute)", ((1, 0), (7, -1))),
+    Heartbeat(1, 0, 4, on_demand=(("qwen3-32b", "cold", 20.5),), starts=((7, "starting qwen3-32b", -1.0),)),
     ForwardRequest(
         1, "chat.completions", "chat", "echo", "application/json", {"x-a": "é"}, "r", 60.0, 0.5, 9
     ),
@@ -386,7 +387,16 @@ def test_the_largest_message_of_each_kind_leaves_room_for_the_batch_before_it() 
         ForwardRequest(1, name, name, name, "é" * 512, texts, wide * 512, None, None, -1),
         Failed(1, 500, wide * TEXT_MAX, wide * 512, wide * 512, wide * 512, None),
         Drain(wide * TEXT_MAX),
-        Heartbeat(0, 0, 0, 1.0, wide * 512, (((1 << 63) - 1, (1 << 63) - 1),) * 1024),
+        Heartbeat(
+            0,
+            0,
+            0,
+            1.0,
+            wide * 512,
+            (((1 << 63) - 1, (1 << 63) - 1),) * 1024,
+            on_demand=((wide * 42, wide * 16, 1e300),) * 384,
+            starts=(((1 << 63) - 1, wide * 42, 1e300),) * 384,
+        ),
     ]
     for message in largest:
         assert len(encode([message])) < MAX_MESSAGE - PIECE

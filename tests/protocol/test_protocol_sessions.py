@@ -209,6 +209,46 @@ def test_heartbeats_carry_the_lag_and_the_progress_of_each_call() -> None:
     assert link.settle()[0] == [Heartbeat(2, 0, 4, 2.5, progress=((1, 700), (2, -1)))]
 
 
+def test_heartbeats_carry_the_states_of_models_that_run_on_demand() -> None:
+    link = open_link()
+    link.worker.report_on_demand([("m", "starting", 20.0)], [(1, "starting m", -1.0)])
+    link.worker.queue_heartbeat()
+    heartbeat = Heartbeat(on_demand=(("m", "starting", 20.0),), starts=((1, "starting m", -1.0),))
+    assert link.settle()[0] == [heartbeat]
+    link.worker.report_on_demand([], [])
+    link.worker.queue_heartbeat()
+    assert link.settle()[0] == [Heartbeat()]
+
+
+def test_of_very_many_models_some_are_left_out() -> None:
+    link = open_link()
+    models = [(f"{number:05}" + "m" * 200, "cold", 1.0) for number in range(1000)]
+    link.worker.report_on_demand(models, ())
+    link.worker.queue_heartbeat()
+    (heartbeat,) = link.settle()[0]
+    assert isinstance(heartbeat, Heartbeat)
+    assert 50 < len(heartbeat.on_demand) < 100
+    assert list(heartbeat.on_demand) == models[: len(heartbeat.on_demand)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"on_demand": (("m", "cold", -2.0),)},
+        {"on_demand": (("m\n", "cold", 1.0),)},
+        {"on_demand": (("m", "c" * 17, 1.0),)},
+        {"on_demand": (("m", "cold", math.nan),)},
+        {"on_demand": (("m", "cold", 1.0),) * 385},
+        {"on_demand": (("m" * 200, "cold", 1.0),) * 100},
+        {"starts": ((0, "starting m", 1.0),)},
+        {"starts": ((1, "starting\nm", 1.0),)},
+    ],
+)
+def test_wrong_reports_of_models_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Heartbeat(**fields)
+
+
 def test_the_progress_of_only_some_of_very_many_calls_is_reported() -> None:
     link = open_link()
     link.worker.report_progress((call, 0) for call in range(1, 2000))

@@ -13,6 +13,7 @@ import pytest
 from trio_cluster.core.answer import Done, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.model import ChatModelOptions, ModelInfo
+from trio_cluster.core.model_state import ModelState, ModelWait
 from trio_cluster.core.request import Request
 from trio_cluster.errors import HandlerFailed
 from trio_cluster.routing import cost as cost_module
@@ -342,3 +343,51 @@ def test_calls_of_other_masters_are_work_that_a_replica_has() -> None:
     assert [pair.ask("x" * number).served_by for number in range(2)] == ["w2", "w2"]
     first.elsewhere, second.elsewhere = 0, 5
     assert [pair.ask("y" * number).served_by for number in range(2)] == ["w1", "w1"]
+
+
+# Models that run on demand
+
+
+def test_a_cold_replica_is_started_when_the_ready_one_would_take_longer(pair: Master) -> None:
+    cold = next(each for each in pair.router.catalog.replicas("m") if each.name == "w1")
+    cold.health.model_states = {"m": ModelState("cold", start_seconds=10.0)}
+    for _ in range(3):
+        call = pair.ask()
+        assert call.served_by == "w2"
+        pair.answer(call, saying=2.0)
+    # Each takes about two seconds more; after five, a start of ten seconds is no worse.
+    served = [pair.ask(str(number)).served_by for number in range(8)]
+    assert served[:4] == ["w2"] * 4
+    assert "w1" in served[4:]
+
+
+def test_of_two_that_are_not_ready_the_one_that_starts_is_chosen(pair: Master) -> None:
+    first, second = pair.router.catalog.replicas("m")
+    first.health.model_states = {"m": ModelState("cold", start_seconds=10.0)}
+    second.health.model_states = {"m": ModelState("starting", ready_at=pair.now + 3.0)}
+    assert pair.ask().served_by == second.name
+
+
+async def test_the_time_of_a_start_is_not_taken_for_that_of_reading(pair: Master) -> None:
+    pair.answer(pair.ask("a" * 1000), reading=0.1)
+    pair.answer(pair.ask("b" * 1000), reading=0.1)
+    call = pair.ask("c" * 1000)
+    call.set_model_wait(ModelWait("starting m"))
+    pair.now += 60.0
+    call.set_model_wait(None)
+    pair.answer(call, reading=0.1)
+    placement = pair.placement(pair.ask("d" * 1000))
+    assert max(cost for _, cost, _ in placement.candidates) < 5.0
+
+
+def test_the_state_of_a_model_is_that_of_the_replica_that_can_answer_first(pair: Master) -> None:
+    catalog = pair.router.catalog
+    first, second = catalog.replicas("m")
+    assert catalog.state("m") == "ready"
+    first.health.model_states = {"m": ModelState("cold")}
+    assert catalog.state("m") == "ready"
+    second.health.model_states = {"m": ModelState("starting")}
+    assert catalog.state("m") == "starting"
+    assert catalog.entry(pair.info)["state"] == "starting"
+    second.health.model_states = {"m": ModelState("cold")}
+    assert catalog.state("m") == "cold"

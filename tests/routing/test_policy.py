@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from trio_cluster.core.call import Call
+from trio_cluster.core.model_state import ModelState, ShownState
 from trio_cluster.core.request import Request
 from trio_cluster.routing.health import Health
 from trio_cluster.routing.policy import LeastBusy
@@ -22,6 +23,28 @@ class Replica:
 
     def open(self, request: Request) -> Call:
         raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("replicas", "chosen"),
+    [
+        ([("cold", 0.0), ("starting", 0.0), ("ready", 0.9)], 2),
+        ([("cold", 0.0), ("starting", 0.5)], 1),
+        # The one that is ready is full.
+        ([("ready", 1.5), ("starting", 0.0)], 1),
+        ([("ready", 2.5), ("cold", 0.0)], 1),
+        # What does not run on demand is ready.
+        ([("cold", 0.0), (None, 0.5)], 1),
+    ],
+)
+def test_a_model_that_is_ready_comes_before_one_that_starts_and_that_before_a_cold_one(
+    replicas: list[tuple[ShownState | None, float]], chosen: int
+) -> None:
+    made = [Replica(f"w{number}", load) for number, (_, load) in enumerate(replicas)]
+    for replica, (state, _) in zip(made, replicas, strict=True):
+        if state is not None:
+            replica.health.model_states = {"m": ModelState(state), "other": ModelState("cold")}
+    assert LeastBusy().pick(made, REQUEST) is made[chosen]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import msgspec
 from .._version import __version__
 from ..accounts.usage_row import COUNTS, GROUPS
 from ..core.model import KINDS
+from ..core.model_state import MODEL_STATES
 from ..core.principal import BudgetPeriod, Priority, Role
 from ..core.status import WorkerStatus
 from ..openai import (
@@ -36,6 +37,7 @@ from .views import (
     IndexView,
     KeysView,
     KeyView,
+    ModelStateView,
     ModelsView,
     NewKeyView,
     ReadyView,
@@ -76,6 +78,11 @@ _MODEL: Final = {
             "required": ["input", "output"],
             "description": "What the model takes and what it gives, where that is known.",
         },
+        "state": {
+            "type": "string",
+            "enum": list(MODEL_STATES),
+            "description": "Whether a model that runs on demand is there; all others are ready.",
+        },
         "trio_cluster_via": {
             "type": "array",
             "items": {"type": "string"},
@@ -83,6 +90,15 @@ _MODEL: Final = {
         },
     },
     "required": ["id", "object", "created", "owned_by", "kind", "capabilities"],
+}
+_ONE_WORKER: Final = {
+    "type": "object",
+    "properties": {
+        "worker": {
+            "type": ["string", "null"],
+            "description": "The worker where that is to be done; without it, the node chooses.",
+        }
+    },
 }
 _REASON: Final = {
     "type": "object",
@@ -107,6 +123,7 @@ _VIEWS: Final = (
     CallsView,
     CancelView,
     ReloadView,
+    ModelStateView,
     WorkerStatus,
     KeysView,
     KeyView,
@@ -252,6 +269,13 @@ def _node_paths() -> dict[str, Any]:
         "drain", "Drain a worker: it finishes its requests and stops", _view(WorkerStatus), 401, 403, 404
     )
     drain["responses"]["202"] = drain["responses"].pop("200")
+    load = _operation(
+        "load", "Start a model that runs on demand", _view(ModelStateView), 400, 401, 403, 404, 409, 413, 503
+    )
+    unload = _operation(
+        "unload", "Stop a model that runs on demand", _view(ModelStateView), 400, 401, 403, 404, 409, 413, 503
+    )
+    load["requestBody"] = unload["requestBody"] = {"content": {"application/json": {"schema": _ONE_WORKER}}}
     health = _open("health", "Check whether the node accepts requests", _view(HealthView))
     health["responses"]["503"] = _answer(_view(HealthView), about="The node is shutting down.")
     ready = _open("ready", "Check whether a model can be asked now", _view(ReadyView))
@@ -352,6 +376,8 @@ def _node_paths() -> dict[str, Any]:
             )
         },
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
+        "/cluster/models/{model}/load": {"parameters": [model], "post": load},
+        "/cluster/models/{model}/unload": {"parameters": [model], "post": unload},
     }
 
 

@@ -1,4 +1,5 @@
-"""The routes for operators: list all calls, cancel those of a request, drain a worker, reload the configuration.
+"""The routes for operators: list all calls, cancel those of a request, drain a worker, load and unload a model, reload
+the configuration.
 
 These routes need a principal that is an operator. The gateway checks that before they are reached; see
 ``gateway/auth.py``. A client on the same machine may be an operator without a key, but a web page may not: a browser
@@ -10,16 +11,21 @@ from __future__ import annotations
 
 from typing import Final
 
+import trio
 from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from ..errors import ApiError, ClusterError, InvalidRequest
+from ..core.answer import Done, Failed
+from ..core.model_state import CONTROL, LOAD, UNLOAD, ModelState, ShownState
+from ..core.request import Request
+from ..errors import ApiError, ClusterError, InvalidRequest, ModelNotOnDemand
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
+from ..routing.backend import Backend
 from .body import json_object
-from .views import CallsView, CancelView, call_view, reload_view
+from .views import CallsView, CancelView, ModelStateView, call_view, reload_view
 from .web import respond
 
 __all__ = ["add_operator_routes", "refuse_pages"]
@@ -82,11 +88,90 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         )
         return respond(json_reply(reload_view(reloaded)))
 
+    async def load(name: str) -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        now = trio.current_time()
+        replicas = _replicas(name, (await json_object()).get("worker"))
+        # The one that can answer first: if one is ready, nothing is to be done.
+        replica = min(replicas, key=lambda each: _state(each, name).ready_in(now))
+        node_context.audit.record(context.principal, context.client, "model.load", name, node=replica.name)
+        state = await _control(LOAD, name, replica)
+        return respond(json_reply(ModelStateView(name, state, [replica.name])))
+
+    async def unload(name: str) -> TrioResponse:
+        context = request_context(request.scope)
+        refuse_pages(context)
+        replicas = _replicas(name, (await json_object()).get("worker"))
+        nodes = [replica.name for replica in replicas if _state(replica, name).state != "cold"]
+        node_context.audit.record(context.principal, context.client, "model.unload", name, nodes=nodes)
+        failure: ApiError | None = None
+
+        async def unload_from(replica: Backend) -> None:
+            nonlocal failure
+            try:
+                await _control(UNLOAD, name, replica)
+            except ApiError as error:
+                failure = error
+
+        async with trio.open_nursery() as nursery:
+            for replica in replicas:
+                nursery.start_soon(unload_from, replica)
+        if failure is not None:
+            raise failure
+        return respond(json_reply(ModelStateView(name, router.catalog.state(name), nodes)))
+
+    def _replicas(name: str, worker: object) -> list[Backend]:
+        """Return the replicas that run a model on demand, of one node or of all.
+
+        Raises:
+            ApiError: there are none.
+        """
+        replicas = [each for each in router.catalog.replicas(name) if each.health.available]
+        if not replicas:
+            raise router.catalog.why_missing(name)
+        if worker is not None:
+            replicas = [each for each in replicas if each.name == worker]
+            if not replicas:
+                raise ApiError(404, f"No worker of this name serves '{name}'", code="worker_not_found")
+        replicas = [each for each in replicas if name in each.health.model_states]
+        if not replicas:
+            raise ModelNotOnDemand(name)
+        return replicas
+
+    async def _control(endpoint: str, name: str, replica: Backend) -> ShownState:
+        """Load or unload a model on one replica, and return its state then."""
+        call = node_context.open_control(
+            replica,
+            Request(
+                endpoint,
+                CONTROL,  # type: ignore[arg-type]  # no model is of this kind
+                name,
+                b"",
+                request_id=request_context(request.scope).request_id,
+            ),
+        )
+        try:
+            while True:
+                event = await call.receive()
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Done):
+                    return _state(replica, name).state
+        finally:
+            call.cancel("the operator has left")
+
     add = app.add_url_rule
     add("/cluster/reload", "reload", reload, methods=["POST"])
     add("/cluster/calls", "calls", calls, methods=["GET"])
     add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
+    add("/cluster/models/<anything:name>/load", "load", load, methods=["POST"])
+    add("/cluster/models/<anything:name>/unload", "unload", unload, methods=["POST"])
+
+
+def _state(replica: Backend, model: str) -> ModelState:
+    return replica.health.model_states.get(model, ModelState("ready"))
 
 
 def refuse_pages(context: RequestContext) -> None:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 from msgspec import UNSET, UnsetType
 
 from ..core.call import Call, Phase
+from ..core.model_state import ShownState
 from ..core.principal import BudgetPeriod, Principal, Priority, Role
-from ..core.status import EjectedReplica, MasterStatus, ProcessStatus, SlotStatus, WorkerStatus
+from ..core.status import (
+    EjectedReplica,
+    MasterStatus,
+    OnDemandStatus,
+    ProcessStatus,
+    SlotStatus,
+    WorkerStatus,
+)
 from ..gateway.auth import may_use
 from ..gateway.node_context import NodeContext
 from ..options import OptionChange, Reloaded
+
+T = TypeVar("T")
 
 __all__ = [
     "AuditEntryView",
@@ -27,6 +37,7 @@ __all__ = [
     "IndexView",
     "KeyView",
     "KeysView",
+    "ModelStateView",
     "ModelsView",
     "NewKeyView",
     "ReadyView",
@@ -119,6 +130,7 @@ class StatusView:
     rejected_models: dict[str, str] | UnsetType = UNSET
     processes: list[ProcessStatus] | UnsetType = UNSET
     """The processes that the master is, if there are several. What else is shown is that of all of them."""
+    on_demand: OnDemandStatus | UnsetType = UNSET
 
 
 @attrs.frozen
@@ -172,6 +184,16 @@ class ReloadView:
     """What is different from the start of the process, and applies when it is started again."""
     certificates: bool
     """Whether the files of the certificate had changed, and were read again."""
+
+
+@attrs.frozen
+class ModelStateView:
+    """A model that was loaded or unloaded."""
+
+    model: str
+    state: ShownState
+    nodes: list[str]
+    """Where it was loaded, or unloaded: the names of workers, or ``local``."""
 
 
 @attrs.frozen
@@ -277,7 +299,7 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
     router, own = node_context.router, node_context.status()
     catalog = router.catalog
     infos, workers, slots = catalog.infos(), own.workers, own.slots
-    ejected = router.ejections.status()
+    ejected, on_demand = router.ejections.status(), own.on_demand
     if principal.role == "inference":
         slots = attrs.evolve(slots, waiting_by=_own_only(slots.waiting_by, principal))
         workers = [
@@ -287,9 +309,15 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
     if principal.models:
         infos = [info for info in infos if may_use(principal, info.name)]
         workers = [
-            attrs.evolve(worker, models=[name for name in worker.models if may_use(principal, name)])
+            attrs.evolve(
+                worker,
+                models=[name for name in worker.models if may_use(principal, name)],
+                model_states=_usable(worker.model_states, principal),
+            )
             for worker in workers
         ]
+        if on_demand is not UNSET:
+            on_demand = attrs.evolve(on_demand, models=_usable(on_demand.models, principal))
         ejected = [each for each in ejected if may_use(principal, each.model)]
     if ejected:
         by_node: dict[str, dict[str, str]] = {}
@@ -310,7 +338,12 @@ def status_view(node_context: NodeContext, principal: Principal) -> StatusView:
         masters=own.masters,
         connected=own.connected,
         rejected_models=own.rejected_models,
+        on_demand=on_demand,
     )
+
+
+def _usable(by_model: dict[str, T], principal: Principal) -> dict[str, T]:
+    return {name: value for name, value in by_model.items() if may_use(principal, name)}
 
 
 def call_view(call: Call) -> CallView:

@@ -90,6 +90,7 @@ def request_json(
     expected: Collection[str],
     body: Mapping[str, Any] | None = None,
     method: str | None = None,
+    waits: bool = False,
 ) -> dict[str, Any]:
     """Send a request to a node, and return the JSON object of its response. Blocks.
 
@@ -100,6 +101,7 @@ def request_json(
         expected: the keys that the response of a trio_cluster node has.
         body: the JSON object to send, if any.
         method: of the request; ``None``: POST if there is a body, and otherwise GET, which changes nothing.
+        waits: wait for the response for as long as it takes.
 
     Raises:
         ClusterError: the node cannot be reached, refuses the key or the request, or is not a trio_cluster node.
@@ -118,7 +120,7 @@ def request_json(
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
     try:
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with opener.open(request, timeout=None if waits else TIMEOUT) as response:
             received = response.read(_MAX_RESPONSE + 1)
     except urllib.error.HTTPError as error:
         with error:

@@ -191,6 +191,16 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     _add_url(reload)
     _add_admin_flags(reload)
 
+    load = command("load", "Start a model that runs on demand, and wait until it is ready.")
+    unload = command(
+        "unload", "Stop a model that runs on demand when its requests are done, and wait for that."
+    )
+    for each in (load, unload):
+        each.add_argument("model", metavar="MODEL", help="its name")
+        _add_url(each)
+        each.add_argument("--worker", metavar="WORKER", help="on this worker; default: see the documentation")
+        _add_admin_flags(each)
+
     _add_keys(command("keys", "Make, show, change and revoke API keys."))
 
     usage = command("usage", "Show the usage of models: requests and tokens.")

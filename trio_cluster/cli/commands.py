@@ -718,6 +718,34 @@ def _reload(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load(arguments: argparse.Namespace) -> int:
+    content = _control_model(arguments, "load")
+    print(f"{printable(content['model'])} is {printable(content['state'])} on {_names(content['nodes'])}")
+    return 0
+
+
+def _unload(arguments: argparse.Namespace) -> int:
+    content = _control_model(arguments, "unload")
+    nodes = _names(content["nodes"])
+    print(f"{printable(content['model'])} " + (f"was unloaded from {nodes}" if nodes else "is not loaded"))
+    return 0
+
+
+def _control_model(arguments: argparse.Namespace, what: str) -> dict[str, Any]:
+    node, key = _node_and_key(arguments)
+    path = f"/cluster/models/{quote(arguments.model, safe='')}/{what}"
+    body = {} if arguments.worker is None else {"worker": arguments.worker}
+    try:
+        # It takes as long as the start, or the answers that are being given.
+        return request_json(node, path, key, expected=("model", "state", "nodes"), body=body, waits=True)
+    except KeyboardInterrupt:
+        raise ClusterError(f"stopped waiting for the {what} of '{arguments.model}'") from None
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(printable, names)) if isinstance(names, list) else ""
+
+
 def _keys(arguments: argparse.Namespace) -> int:
     return account_commands.keys(arguments, *_node_and_key(arguments))
 
@@ -835,6 +863,8 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "reload": _reload,
     "check-config": _check_config,
     "schema": _schema,
+    "load": _load,
+    "unload": _unload,
     "keys": _keys,
     "usage": _usage,
     "audit": _audit,

@@ -148,6 +148,25 @@ class _Problem:
 _Setting: TypeAlias = tuple[_Path, str, object]
 
 
+#: The options that the file may have under ``[worker]``, too.
+WORKER_OPTIONS: Final = ("memory",)
+
+
+def load_serve_tables(config: Path | None) -> list[tuple[str, dict[str, object]]]:
+    """Return the tables ``[[serve]]`` of a file, which name engines: for each its place in the file, and its content.
+
+    Args:
+        config: the file; ``None``: there is none.
+
+    Raises:
+        OptionsError: the file cannot be read, or ``serve`` is something else.
+    """
+    tables = _parse_file(config).get("serve", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise OptionsError(f"{config}: serve: must be tables, each [[serve]]")
+    return [(f"{config}: [[serve]] {number}", table) for number, table in enumerate(tables, 1)]
+
+
 def load_process_settings(config: Path | None) -> dict[str, str]:
     """Return the settings of a file that are not options of a server, by name; see :data:`PROCESS_SETTINGS`.
 
@@ -210,10 +229,9 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
     for key, value in worker.items():
         label = f"{config}: worker.{key}"
         if key not in WORKER_OPTIONS:
-            yield (key,), label, _Problem(f"unknown key{_hint(key, set(WORKER_OPTIONS))}")
-        elif key in content:
-            yield (key,), label, _Problem(f"is given twice; leave out the other {key}")
+            yield ("worker", key), label, _Problem(f"unknown key{_hint(key, set(WORKER_OPTIONS))}")
         else:
+            # A second one, at the top level, is noticed by the caller.
             yield (key,), label, value
 
     known = {".".join(path) for path, _ in _PATHS.values()} | PROCESS_SETTINGS.keys()

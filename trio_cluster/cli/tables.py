@@ -7,7 +7,7 @@ for a terminal.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .admin_client import printable
@@ -226,10 +226,12 @@ def _master_table(masters: Iterable[Mapping[str, Any]], *, own: bool) -> str:
     )
 
 
-def _model_table(models: Iterable[Mapping[str, Any]]) -> str:
+def _model_table(models: Collection[Mapping[str, Any]]) -> str:
+    columns = {"MODEL": "id", "KIND": "kind", "OWNER": "owned_by", "SERVED BY": "nodes"}
+    if any(model.get("state") not in (None, "ready") for model in models):
+        columns["STATE"] = "state"
     return _table(
-        ("MODEL", "KIND", "OWNER", "SERVED BY"),
-        [tuple(_cell(model.get(key)) for key in ("id", "kind", "owned_by", "nodes")) for model in models],
+        tuple(columns), [tuple(_cell(model.get(key)) for key in columns.values()) for model in models]
     )
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from ..core.answer import Done, Event, Failed, Head
 from ..core.call import Call
 from ..core.channel import ByteChannel
+from ..core.model_state import CONTROL
 from ..core.principal import Principal
 from ..core.request import Request
 from ..errors import (
@@ -50,6 +51,7 @@ class ForwardedCalls:
         wake: called when the session has something to send. Synchronous.
         router: this node's models, and the calls for them.
         options: read at the time of use.
+        open_control: opens a call that loads or unloads a model; see ``local/control.py``.
 
     Attributes:
         live: the calls whose end has not been sent to the master, by number.
@@ -63,6 +65,7 @@ class ForwardedCalls:
         wake: Callable[[], None],
         router: Router,
         options: ClusterServerOptions,
+        open_control: Callable[[Request], Call],
     ) -> None:
         self.live: dict[int, Call] = {}
         self.unfinished = 0
@@ -73,6 +76,7 @@ class ForwardedCalls:
         self._wake = wake
         self._router = router
         self._options = options
+        self._open_control = open_control
 
     def cancel_all(self) -> None:
         """Cancel all calls: the link is over, and there is no one left to answer."""
@@ -106,7 +110,8 @@ class ForwardedCalls:
                 raise EndpointNotFound(opened.endpoint)
             if opened.size > self._options.server.max_body_size:
                 raise self._too_large()
-            call = self._router.open(
+            open_call = self._open_control if opened.kind == CONTROL else self._router.open
+            call = open_call(
                 Request(
                     endpoint=opened.endpoint,
                     kind=opened.kind,  # type: ignore[arg-type]  # an unknown kind matches no model

@@ -145,6 +145,7 @@ class RemoteWorker:
             connected_for=round(trio.current_time() - self.connected_at, 3),
             admitted=self.admitted,
             in_flight_elsewhere=self.elsewhere,
+            model_states={name: state.state for name, state in sorted(self.health.model_states.items())},
         )
 
     def request_shutdown(self, reason: str) -> None:

@@ -51,6 +51,7 @@ from ..errors import HandshakeRefused
 from ..link.demux import FrameDemux
 from ..link.link import Choose, First, Link, LinkClosed
 from ..link.websocket import dial
+from ..local.control import open_control
 from ..local.pool import HandlerPool
 from ..net.machine import Machine
 from ..net.sockets import is_refused, why_not_connected
@@ -1076,7 +1077,9 @@ class MasterConnection:
             timeout=options.worker_timeout,
             linger=options.batch_wait,
         )
-        self._calls = ForwardedCalls(self.session, self.link.wake, router, options)
+        self._calls = ForwardedCalls(
+            self.session, self.link.wake, router, options, partial(open_control, pool)
+        )
 
     @property
     def in_flight(self) -> int:
@@ -1174,8 +1177,9 @@ class MasterConnection:
         states = pool.on_demand.live_states
         if states or self._has_on_demand:
             self._has_on_demand = bool(states)
+            now = trio.current_time()
             self.session.report_on_demand(
-                ((name, state.state, round(state.ready_in, 3)) for name, state in states.items()),
+                ((name, state.state, round(state.ready_in(now), 3)) for name, state in states.items()),
                 self._calls.model_waits(),
             )
 

@@ -7,7 +7,12 @@ from typing import Final, Literal, TypeAlias
 import attrs
 import trio
 
-__all__ = ["MODEL_STATES", "ModelState", "ModelWait", "ShownState"]
+__all__ = ["CONTROL", "LOAD", "MODEL_STATES", "UNLOAD", "ModelState", "ModelWait", "ShownState"]
+
+#: The kind of the calls that load and unload a model, and their endpoints; see ``local/control.py``.
+CONTROL: Final[str] = "control"
+LOAD: Final[str] = "/load"
+UNLOAD: Final[str] = "/unload"
 
 #: What clients are shown of a model that runs on demand, from the one that answers first.
 ShownState: TypeAlias = Literal["ready", "starting", "cold"]
@@ -26,14 +31,17 @@ class ModelState:
     why: str = ""
     """Why it has failed; empty if it has not."""
 
-    @property
-    def ready_in(self) -> float:
-        """The seconds until it can answer, if it is asked now, as far as its start decides that. Synchronous."""
+    def ready_in(self, now: float) -> float:
+        """Return the seconds until it can answer, if it is asked now, as far as its start decides that.
+
+        Args:
+            now: the trio time.
+        """
         if self.state == "ready":
             return 0.0
         if self.state == "cold":
             return self.start_seconds
-        return max(0.0, self.ready_at - trio.current_time())
+        return max(0.0, self.ready_at - now)
 
 
 @attrs.frozen

@@ -12,14 +12,18 @@ from typing import Final, Literal, TypeAlias
 import attrs
 from msgspec import UNSET, UnsetType
 
+from .model_state import ShownState
+
 __all__ = [
     "WORKER_STATES",
     "Admission",
     "EjectedReplica",
     "MasterStatus",
     "NodeStatus",
+    "OnDemandStatus",
     "ProcessState",
     "ProcessStatus",
+    "ResidentStatus",
     "SlotStatus",
     "WorkerState",
     "WorkerStatus",
@@ -119,6 +123,8 @@ class WorkerStatus:
     """Calls that other masters have forwarded to it and whose work has not stopped, at most half a second old."""
     processes: list[int] | UnsetType = UNSET
     """Of a master that is several processes: those that it is linked to."""
+    model_states: dict[str, ShownState] = attrs.field(factory=dict)
+    """The states of those of its models that run on demand: ``ready``, ``starting`` or ``cold``."""
 
 
 @attrs.frozen
@@ -159,6 +165,37 @@ class ProcessStatus:
 
 
 @attrs.frozen
+class ResidentStatus:
+    """What serves a model that runs on demand in this process."""
+
+    name: str
+    """Its name; models that are served by the same one have the same name here."""
+    state: Literal["cold", "starting", "ready", "stopping", "failed"]
+    memory: int
+    """The bytes that are reserved for it."""
+    start_seconds: float | None
+    """How long its start usually takes; ``null``: not known yet."""
+    answering: int
+    """Requests that use it."""
+    waiting: int
+    """Requests that wait for it."""
+    why: str = ""
+    """Why it has failed; empty if it has not."""
+
+
+@attrs.frozen
+class OnDemandStatus:
+    """The models of this process that run on demand, and their memory."""
+
+    memory: int | None
+    """The bytes that there are for them; ``null``: not known."""
+    reserved: int
+    """The bytes of these that are reserved."""
+    models: dict[str, ResidentStatus]
+    """What serves each of them."""
+
+
+@attrs.frozen
 class NodeStatus:
     """The part of a node's state that only the node itself knows."""
 
@@ -173,3 +210,5 @@ class NodeStatus:
     """On a worker only: whether it has a link to a master and has registered its models there."""
     rejected_models: dict[str, str] | UnsetType = UNSET
     """On a worker only: the models that a master refused, with the reasons."""
+    on_demand: OnDemandStatus | UnsetType = UNSET
+    """The models of this process that run on demand, if there are any."""

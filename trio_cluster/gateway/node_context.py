@@ -1,7 +1,7 @@
 """The node as the gateway and the admin application see it.
 
 Everything is read at the time of use, so that a new key, a changed limit or a new model applies to the next request.
-Nothing of the node is changed through it, except by ``drain_worker`` and ``reload``.
+Nothing of the node is changed through it, except by ``drain_worker``, ``open_control`` and ``reload``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import trio
 
 from ..accounts.accounts import Accounts
 from ..accounts.audit import AuditLog
+from ..core.call import Call
+from ..core.request import Request
 from ..core.status import NodeStatus, WorkerStatus
+from ..errors import ModelNotOnDemand
 from ..limits.limiter import Limiter
 from ..limits.memory import MemoryLimiter
 from ..options import ClusterServerOptions, Reloaded
+from ..routing.backend import Backend
 from ..routing.router import Router
 from ..stored.record import ResponseStore
 from .auth import Authenticator
@@ -45,6 +49,10 @@ def _no_worker(_: str) -> None:
     return None
 
 
+def _no_control(backend: Backend, request: Request) -> Call:
+    raise ModelNotOnDemand(request.model)
+
+
 @attrs.define(eq=False)
 class NodeContext:
     """The node to which the gateway belongs.
@@ -68,6 +76,8 @@ class NodeContext:
     drain_worker: Callable[[str], WorkerStatus | None] = _no_worker
     """``drain_worker(name)`` asks a worker to finish its calls and stop, and returns its state; ``None``: there is no
     worker of this name here."""
+    open_control: Callable[[Backend, Request], Call] = _no_control
+    """Opens a call that loads or unloads a model on one of its backends; see ``local/control.py``."""
     accounts: Accounts | None = None
     """The keys and the usage; ``None``: the node has no database. Not to be changed after the gateway was made."""
     audit: AuditLog = attrs.field(factory=AuditLog)

@@ -26,6 +26,7 @@ import trio
 from ..core.answer import Done
 from ..core.call import Call
 from ..core.log_context import current_principal, current_request
+from ..core.model_state import CONTROL
 from ..core.request import Request
 from ..errors import ApiError, HandlerFailed, Overloaded, ShuttingDown
 from ..on_demand.memory import available_memory
@@ -162,7 +163,7 @@ class HandlerPool:
         try:
             with scope:
                 on_demand = self.on_demand.by_model
-                if on_demand and request.model in on_demand:
+                if on_demand and request.model in on_demand and request.kind != CONTROL:
                     await self._model_runs(call_task, on_demand[request.model])
                 await call_task.prepare()
                 if model_slots is None:

@@ -295,15 +295,19 @@ class OnDemand:
         use.show(None)
         self.update()
 
-    async def load(self, tenancy: Tenancy) -> None:
+    async def load(self, tenancy: Tenancy, on_wait: Callable[[ModelWait | None], None] | None = None) -> None:
         """Start a resident, if it is not ready, and wait until it is. A checkpoint.
 
         Cancellation gives the start up, unless others wait for it.
 
+        Args:
+            tenancy: the resident.
+            on_wait: see :class:`Use`.
+
         Raises:
             ApiError: see :meth:`Use.wait`.
         """
-        use = self.ask(tenancy, uses=False)
+        use = self.ask(tenancy, on_wait, uses=False)
         try:
             await use.wait()
         finally:

@@ -56,8 +56,9 @@ NAMES_MAX: Final = 64
 #: Calls whose progress one heartbeat reports.
 PROGRESS_MAX: Final = 1024
 #: Models, or calls, of which one heartbeat reports the state or what they wait for; and the characters of all of them.
-ON_DEMAND_MAX: Final = 512
-ON_DEMAND_TEXT_MAX: Final = 32768
+ON_DEMAND_MAX: Final = 384
+_STATE_MAX: Final = 16
+ON_DEMAND_TEXT_MAX: Final = 16384
 #: Other masters that a worker reports.
 OTHERS_MAX: Final = 64
 #: Calls that a handshake lists as cancelled.
@@ -184,7 +185,7 @@ def progress(_: Any, attribute: Any, value: tuple[tuple[int, int], ...]) -> None
 def on_demand(_: Any, attribute: Any, value: tuple[tuple[str, str, float], ...]) -> None:
     """Validate triples of a model's name, its state, and seconds."""
     _check_reports(attribute, [(name, seconds) for name, _, seconds in value])
-    if not all(len(state) <= NAME_MAX for _, state, _ in value):
+    if not all(len(state) <= _STATE_MAX for _, state, _ in value):
         raise ValueError(f"{attribute.name}: a state is too long")
 
 

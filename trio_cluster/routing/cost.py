@@ -317,7 +317,7 @@ class LeastCost:
             seconds_to_say = answer * replica.saying.value(now, saying)
             cost = replica.workload.left(now) + seconds_to_read + seconds_to_say
             if (starts := backend.health.model_states) and (state := starts.get(request.model)) is not None:
-                cost += state.ready_in
+                cost += state.ready_in(now)
             if backend.elsewhere:
                 cost += backend.elsewhere * _OTHERS_LEFT * seconds_to_say
             candidates.append((backend.name, cost, cached))
