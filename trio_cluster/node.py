@@ -54,6 +54,7 @@ from .gateway.response import render_refusal
 from .group.front import Front
 from .group.member import Member
 from .group.messages import Notice
+from .gateway.stories import Stories
 from .http1.asgi import App
 from .http1.framing import refusal_response
 from .http1.refusal import HttpRefusal
@@ -208,6 +209,11 @@ class Node:
     def limiter(self) -> Limiter:
         """Counts the requests of keys that have limits."""
         return self._node_context.limiter
+
+    @property
+    def stories(self) -> Stories:
+        """What has become of requests."""
+        return self._node_context.stories
 
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""

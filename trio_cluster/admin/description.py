@@ -28,6 +28,7 @@ from ..openai import (
     describe_endpoints,
     error_responses,
 )
+from .story import StoryView
 from .views import (
     AuditView,
     CallsView,
@@ -107,6 +108,7 @@ _VIEWS: Final = (
     CallsView,
     CancelView,
     ReloadView,
+    StoryView,
     WorkerStatus,
     KeysView,
     KeyView,
@@ -248,6 +250,7 @@ def _node_paths() -> dict[str, Any]:
     worker = _parameter("name", "The name of a worker.")
     cancel = _operation("cancel", "Cancel all calls of a request", _view(CancelView), 400, 401, 403, 404, 413)
     cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
+    story = _operation("story", "Tell what has become of a request", _view(StoryView), 401, 403, 404)
     drain = _operation(
         "drain", "Drain a worker: it finishes its requests and stops", _view(WorkerStatus), 401, 403, 404
     )
@@ -351,6 +354,7 @@ def _node_paths() -> dict[str, Any]:
                 "reload", "Read the configuration file again", _view(ReloadView), 401, 403, 409
             )
         },
+        "/cluster/requests/{request_id}": {"parameters": [call], "get": story},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
     }
 
