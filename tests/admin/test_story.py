@@ -246,6 +246,23 @@ ENDINGS: list[tuple[StoryFacts, str, str, str]] = [
         "node",
         "silent for 2.9 s (option default_timeout)",
     ),
+    (
+        story(failed(502, "worker_lost", lost=True), error=(503, "over_capacity", "All busy"), status=503),
+        "refused",
+        "node",
+        "worker 'w1' failed (502 worker_lost: so it is), and it could not be tried elsewhere: 503 over_capacity: "
+        "All busy",
+    ),
+    (
+        story(
+            failed(500, "handler_failed"),
+            failed(502, "worker_lost", lost=True, node="w2"),
+            error=(500, "handler_failed", "so it is"),
+        ),
+        "failed",
+        "model",
+        "the model 'm' failed on worker 'w1': 500 handler_failed: so it is",
+    ),
     # The last one of several attempts counts, or the one that has answered.
     (
         story(failed(502, "worker_lost", lost=True), attempt(node="w2")),

@@ -15,8 +15,11 @@ import attrs
 import pytest
 import trio
 
+from trio_cluster.admin.story import Ending, ending_of
 from trio_cluster.cluster.forwarded import ForwardedCalls
+from trio_cluster.core.story import StoryFacts
 from trio_cluster.gateway.body import SpooledBody
+from trio_cluster.gateway.stories import Stories
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import failures
@@ -25,7 +28,7 @@ from trio_cluster.protocol.messages import Ack
 from trio_cluster.protocol.retention import Retention
 from trio_cluster.protocol.session import Session
 from trio_cluster.routing.catalog import Catalog
-from trio_cluster.testing import ScheduleFailed, run_schedule
+from trio_cluster.testing import ScheduleFailed, _stories, run_schedule
 from trio_cluster.testing._plan import Plan, draw_plan
 
 #: How many schedules may be played for a bug. Most are found by the first or the second one.
@@ -220,6 +223,18 @@ DAMAGED: Final = (
     "an error without a cause|with another text|looks complete and is not|not recovered|no fault broke it"
 )
 
+def forget_stories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stories, "end", lambda self, context, left: self.live.pop(context, None))
+
+
+def blame_models_for_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blame(facts: StoryFacts) -> Ending:
+        told = ending_of(facts)
+        return Ending("failed", "model", "") if told.outcome == "worker_lost" else told
+
+    monkeypatch.setattr(_stories, "ending_of", blame)
+
+
 PLANTED: Final = [
     Planted(forget_to_cancel, "after it was over|not recovered"),
     Planted(finish_failed_streams, "breaks the grammar|finished stream"),
@@ -234,6 +249,8 @@ PLANTED: Final = [
     Planted(lose_acknowledgements, "bytes of a link are not acknowledged", LARGE, resumes),
     Planted(acknowledge_too_much, DAMAGED, DENSE, cuts_all_the_time),
     Planted(accept_stale_sessions, LOST_BY_A_CUT, DENSE, cuts_all_the_time),
+    Planted(forget_stories, "was answered, and has no story"),
+    Planted(blame_models_for_lost_workers, "saw .* worker_lost, and its story says failed by model"),
 ]
 
 

@@ -180,7 +180,7 @@ def ending_of(story: StoryFacts) -> Ending:
     """Return how a request has ended, and by whom."""
     if story.ended_at < 0:
         return Ending("running", "", "it is not over")
-    attempt = story.attempts[story.answering] if story.attempts else None
+    attempt = story.attempts[_decisive(story)] if story.attempts else None
     if attempt is None:
         if story.error is not None:
             return _refused(story.error)
@@ -192,6 +192,18 @@ def ending_of(story: StoryFacts) -> Ending:
     if attempt.cancelled is not None:
         return _cancelled(story, attempt)
     return _failed(story, attempt)
+
+
+def _decisive(story: StoryFacts) -> int:
+    """Return the number of the attempt whose end the client was told: of two that have failed, it need not be the last
+    one.
+    """
+    told, last = story.error, story.attempts[story.answering]
+    if told is not None and not last.complete and last.error is not None and last.error[:2] != told[:2]:
+        for index, attempt in enumerate(story.attempts):
+            if attempt.error is not None and attempt.error[:2] == told[:2] and attempt.cancelled is None:
+                return index
+    return story.answering
 
 
 def _refused(error: ErrorFacts) -> Ending:
@@ -225,6 +237,9 @@ def _cancelled(story: StoryFacts, attempt: AttemptFacts) -> Ending:
 
 def _failed(story: StoryFacts, attempt: AttemptFacts) -> Ending:
     node, error = _place(attempt), _error(attempt.error)
+    if story.error is not None and attempt.error is not None and story.error[:2] != attempt.error[:2]:
+        text = f"{node} failed ({error}), and it could not be tried elsewhere: {_error(story.error)}"
+        return Ending("refused", "node", text)
     if attempt.timed_out:
         return _late(story, attempt, attempt.ended_at)
     if attempt.lost:

@@ -378,6 +378,7 @@ class Call:
             self.ready_since = trio.current_time()
             if self.tracker is not None:
                 self.tracker.model_ready()
+
     def note(self, text: str) -> None:
         """Record something that has happened to the call, for its story. Synchronous."""
         if self.notes is None:
