@@ -91,6 +91,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "stored_responses": 10_000,
         "stored_responses_size": 64 * 1024 * 1024,
         "stored_responses_lifetime": 86_400.0,
+        "stories": 10_000,
         "ca_file": None,
         "allow_anonymous_workers": False,
     }

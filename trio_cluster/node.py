@@ -63,6 +63,7 @@ from .gateway.access_log import RefusedRequests
 from .gateway.auth import Authenticator
 from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
+from .gateway.stories import Stories
 from .group.front import Front
 from .group.member import Member
 from .group.messages import Notice
@@ -224,6 +225,11 @@ class Node:
     def limiter(self) -> Limiter:
         """Counts the requests of keys that have limits."""
         return self._node_context.limiter
+
+    @property
+    def stories(self) -> Stories:
+        """What has become of requests."""
+        return self._node_context.stories
 
     def stop(self) -> None:
         """Request a graceful stop; the ``serve_as_*`` method returns when it is done. Synchronous, idempotent."""

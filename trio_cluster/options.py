@@ -313,12 +313,6 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _share: {"type": "number", "minimum": 0, "maximum": 1},
     _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
     _secret: {"type": "string", "pattern": "^[!-~]+$"},
-    _size: {
-        "anyOf": [
-            {"type": "integer", "minimum": 1},
-            {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)? *([kKmMgGtT]i?)?[bB]?$"},
-        ]
-    },
     _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
     _redis_url: {"type": "string", "pattern": "^rediss?://"},
     _aliases: {
@@ -540,6 +534,9 @@ class ClusterServerOptions:
         default=86_400.0, converter=_seconds, validator=_duration, metadata=_AT_ONCE
     )
     """How long each of them is kept."""
+    stories: int = attrs.field(default=10_000, validator=_count_or_zero, metadata=_AT_ONCE)
+    """How many requests that are over a master keeps the story of, in memory: ``trio-cluster why`` shows it. 64 MiB at
+    most. 0: none is recorded."""
     ca_file: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
     )

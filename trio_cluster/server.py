@@ -37,6 +37,7 @@ from .core.state_dir import StateDir, default_state_dir, path_of
 from .core.threads import start_in_thread
 from .errors import ClusterError, ClusterPortError, HandshakeRefused, OptionsError
 from .gateway.auth import Authenticator
+from .gateway.stories import Stories
 from .group.member import Member
 from .limits.limiter import Limiter
 from .local.adapters import Handler
@@ -764,6 +765,11 @@ class ClusterServer:
     def limiter(self) -> Limiter | None:
         """Counts the requests of keys that have limits; ``None`` while the server does not run."""
         return None if self._node is None else self._node.limiter
+
+    @property
+    def stories(self) -> Stories | None:
+        """What has become of requests; ``None`` while the server does not run."""
+        return None if self._node is None else self._node.stories
 
     @property
     def worker_manager(self) -> WorkerManager | None:

@@ -208,6 +208,10 @@ async def test_what_each_role_may_do(node: HttpNode) -> None:
         ("GET", "/cluster/keys/boss"): {"admin"},
         ("GET", "/cluster/keys/"): {"admin"},
     }
+    told = {"inference": (403, "role_required")}
+    for role, key in keys.items():
+        status = await Asking(node, key).status("GET", "/cluster/requests/r1")
+        assert status == told.get(role, (404, "request_not_found"))
     for (method, path), roles in routes.items():
         for role, key in keys.items():
             expected = (200, None) if role in roles else (403, "role_required")

@@ -207,12 +207,47 @@ async def test_a_worker_is_drained_whatever_its_name(node: HttpNode, name: str) 
     assert asked == [name]
 
 
+async def test_the_story_of_a_request_is_told_while_it_runs_and_afterwards(
+    node: HttpNode, nursery: trio.Nursery
+) -> None:
+    path = f"/cluster/requests/{urllib.parse.quote('a/b c', safe='')}"
+    async with node.client() as client:
+        unknown = await client.get(path)
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "request_not_found")
+        async with trio.open_nursery() as asking:
+            served: Served = await asking.start(Asking(node, "a/b c").run)
+            story = (await client.get(path)).json()
+            assert (story["outcome"], story["by"], story["status"]) == ("running", "", 0)
+            assert (story["endpoint"], story["model"]) == ("chat.completions", "m")
+            assert story["steps"][-1]["text"].startswith("now: waiting for the first output of 'm' on ")
+            assert story["attempts"][0]["ended"] is None
+            served.head().done()
+        story = (await client.get(path)).json()
+        assert (story["outcome"], story["by"], story["status"]) == ("completed", "model", 200)
+        assert story["earlier"] == 0
+        assert (await client.post(path)).status_code == 405
+        again: Served = await nursery.start(Asking(node, "a/b c").run)
+        assert (await client.get(path)).json()["earlier"] == 1
+        again.head().done()
+
+
+async def test_no_story_is_told_if_none_is_recorded(node: HttpNode, nursery: trio.Nursery) -> None:
+    node.node_context.options.stories = 0
+    served: Served = await nursery.start(Asking(node, "r1").run)
+    served.head().done()
+    async with node.client() as client:
+        response = await client.get("/cluster/requests/r1")
+    assert response.status_code == 404
+    assert "option 'stories'" in response.json()["error"]["message"]
+
+
 async def test_operators_need_the_key() -> None:
     async with open_http_node(api_key="secret") as node, node.client() as client:
         node.node_context.drain_worker = lambda name: pytest.fail("drained without a key")
         for method, path in (
             ("GET", "/cluster/calls"),
             ("POST", "/cluster/calls/r1/cancel"),
+            ("GET", "/cluster/requests/r1"),
             ("POST", "/cluster/workers/w1/drain"),
             ("POST", "/cluster/reload"),
         ):

@@ -7,6 +7,7 @@ import urllib.parse
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 from http_node import CHAT, PLAIN, WORKER, HttpNode, open_http_node
 from prometheus_client.parser import text_string_to_metric_families
@@ -261,7 +262,7 @@ async def test_the_status_shows_models_calls_and_what_the_node_adds() -> None:
         assert status["models"][0]["nodes"] == ["local"]
         assert status["calls"]["completed"] == 1
         assert status["calls"]["in_flight"] == 0
-        assert status["workers"] == [attrs.asdict(WORKER)]
+        assert status["workers"] == [msgspec.to_builtins(WORKER)]
         # What only a worker has is left out.
         assert "connected" not in status
 

@@ -333,6 +333,40 @@ def test_calls_are_an_aligned_table(main: Main, node: tuple[type[ScriptedNode], 
     assert tables.describe_calls({"calls": {}}) == "no calls"
 
 
+STORY = {
+    "request_id": "r1",
+    "outcome": "timed_out",
+    "began": "2026-11-28T09:00:00Z",
+    "seconds": 12.5,
+    "slowest": "10.000 of 12.500 s in the queue of model 'm'",
+    "earlier": 2,
+    "steps": [
+        {"at": 0, "text": "the request arrived"},
+        {"at": 10.0125, "text": "waited 10.000 s\x1b[2J in the queue of model 'm'"},
+        {"at": "soon"},
+        3,
+    ],
+}
+
+
+def test_a_story_is_a_line_for_each_step(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
+    scripted, port = node
+    scripted.body = json.dumps(STORY).encode()
+    code, out, err = main("why", "a/b c", str(port), "--api-key", "k")
+    assert (code, err) == (0, "")
+    assert out == textwrap.dedent("""\
+        r1: timed out after 12.500 s; it began at 2026-11-28T09:00:00Z
+        + 0.000 s  the request arrived
+        +10.012 s  waited 10.000 s?[2J in the queue of model 'm'
+        +     - s  -
+        most of the time: 10.000 of 12.500 s in the queue of model 'm'
+        earlier requests with this id: 2
+        """)
+    assert scripted.requested == [("/cluster/requests/a%2Fb%20c", "Bearer k")]
+    assert json.loads(main("why", "r1", str(port), "--json")[1]) == STORY
+    assert tables.describe_story({"outcome": "running", "steps": {}}).startswith("-: running for - s")
+
+
 @pytest.mark.parametrize(
     ("count", "line"),
     [
@@ -380,7 +414,7 @@ def test_status_shows_the_states_of_models_if_some_are_not_ready(
 
 
 @pytest.mark.parametrize(
-    "argv", [["cancel", "r1"], ["drain", "w1"], ["load", "m"], ["unload", "m"]], ids=" ".join
+    "argv", [["cancel", "r1"], ["drain", "w1"], ["why", "r1"], ["load", "m"], ["unload", "m"]], ids=" ".join
 )
 def test_the_error_message_of_a_node_is_printed_in_one_line(
     argv: list[str], main: Main, node: tuple[type[ScriptedNode], int]

@@ -457,6 +457,8 @@ class Scenario:
         self.back = back
         self.script = script
         self.nursery = nursery
+        #: Of the master; there when it has ended, too.
+        self.stories = cluster.master.server.stories
         self.calls: dict[str, Call] = {}
         self.released: dict[str, float] = {}
         #: For each call of a limited key on the master: reservations before its release, and after it; and whether

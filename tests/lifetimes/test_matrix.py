@@ -22,6 +22,7 @@ from scenario import (
     open_scenario,
 )
 
+from trio_cluster.admin.story import story_view
 from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
 from trio_cluster.gateway.cycle import DRAIN_TIME
 from trio_cluster.gateway.deadlines import GRACE
@@ -395,6 +396,7 @@ class CellTest:
         self.check_bounds()
         self.check_stats()
         self.check_reservations()
+        self.check_story()
 
     def check_client(self) -> None:
         caller, cell, response = self.caller, self.cell, self.caller.response
@@ -502,6 +504,98 @@ class CellTest:
         limiter = scenario.master.limiter
         if limiter is not None:
             assert (limiter.open_reservations, limiter.open_tokens) == (0, 0)
+
+    def check_story(self) -> None:
+        """Check that the story of the request says how it ended and by whom, and that its times are right."""
+        assert self.scenario.stories is not None
+        (facts,) = self.scenario.stories.find(REQUEST_ID)
+        assert not self.scenario.stories.live
+        story = story_view(facts)
+        if self.cause == "master_killed":
+            # Nobody can read it any more.
+            return
+        assert (story.outcome, story.by) == self.told(), story.why
+        assert all(words in story.why for words in self.named()), story.why
+        texts = [step.text for step in story.steps]
+        assert [step.at for step in story.steps] == sorted(step.at for step in story.steps)
+        assert (any("was cut" in text for text in texts), any("was resumed" in text for text in texts)) == (
+            self.was_cut(),
+            self.phase != "uploading" and self.cause in ("link_resumed", "link_silent_resumed"),
+        )
+        assert story.status == (0 if self.caller.response is None else self.caller.response.status) or (
+            self.cell.client in ("left", "lost")
+        )
+        if not story.attempts:
+            assert self.phase == "uploading"
+            return
+        (attempt,) = story.attempts
+        assert attempt.node == ("w" if self.forwarded else "local")
+        script = self.scenario.script
+        reported = not self.forwarded or (story.outcome != "worker_lost" and attempt.stopped is not None)
+        if reported and script.log:
+            began = script.log[0][0] - self.began
+            assert attempt.started is not None
+            assert abs(attempt.started - began) < 1.5 * self.link + 0.5
+        if self.cell.handler == "never":
+            assert attempt.started is None
+        if self.phase == "queued" and reported:
+            ended = attempt.started if attempt.started is not None else attempt.ended
+            assert ended is not None
+            assert abs(attempt.queued_for - ended) < 1.5
+            assert any("in the queue of" in text for text in texts)
+        else:
+            assert attempt.queued_for == 0.0
+        if self.phase == "blocked" and reported:
+            assert attempt.held_back > 0.4
+
+    def was_cut(self) -> bool:
+        """Whether the link was cut while the call was on it, and was to be resumed."""
+        return self.phase != "uploading" and self.cause in (
+            "link_resumed",
+            "link_not_resumed",
+        )
+
+    def told(self) -> tuple[str, str]:
+        """Return the outcome of the request, and who has ended it."""
+        client, cause = self.cell.client, self.cause
+        if client == "complete":
+            return "completed", "model"
+        if client == "left":
+            return "cancelled", "client"
+        if client == "408":
+            return "timed_out", "client"
+        if client == "504":
+            return "timed_out", "node" if cause == "silence" else "client"
+        if client == "502":
+            return "worker_lost", "worker"
+        if client == "500":
+            return "failed", "model"
+        if cause in ("operator", "handler_hangs"):
+            return "cancelled", "operator"
+        if cause == "master_drains_too_long":
+            return "cancelled", "node"
+        if self.phase == "uploading":
+            return "refused", "node"
+        assert cause.startswith("worker_drains")
+        by = "worker" if self.forwarded else "node"
+        return ("cancelled" if client == "503 cancelled" else "failed"), by
+
+    def named(self) -> tuple[str, ...]:
+        """Return what the last line of the story has to name."""
+        client, code = self.cell.client, self.cell.client.partition(" ")[2]
+        if client == "504":
+            return {
+                "silence": ("20 s", "default_timeout"),
+                "idle_timeout": ("9 s", "x-stainless-read-timeout"),
+                "total_timeout": ("7 s", "x-request-timeout"),
+            }[self.cause]
+        if client == "502":
+            return ("'w'",)
+        if self.cause in ("operator", "handler_hangs"):
+            return "cancelled by an operator (", "): requested by an operator"
+        if self.cause.startswith("worker_drains") and code and self.phase != "uploading":
+            return ("'w'", code)
+        return (code,) if self.phase == "uploading" else ()
 
 
 CODES: Final = {

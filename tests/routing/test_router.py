@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import attrs
@@ -9,6 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trio_cluster.core import clock
 from trio_cluster.core.answer import Done, Failed, Head
 from trio_cluster.core.call import Call
 from trio_cluster.core.channel import ByteChannel
@@ -434,7 +434,7 @@ def test_a_call_is_opened_again_with_what_is_left_of_its_time_and_not_when_nothi
 
 def test_what_a_cancel_took_is_measured_until_the_work_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(clock, "now", lambda: now)
     router = Router()
     router.catalog.add(CHAT, Scripted("w1"))
     calls = [router.open(request()) for _ in range(4)]

@@ -106,6 +106,12 @@ async def status_under_a_name(cluster: SimulatedCluster) -> int:
     return (await cluster.client(host="cluster.example").get("/v1/models")).status
 
 
+async def has_a_story(cluster: SimulatedCluster) -> bool:
+    response = await cluster.client().chat("m", stream=False)
+    path = f"/cluster/requests/{response.headers['x-request-id']}"
+    return (await cluster.client().get(path)).status == 200
+
+
 class Records(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -244,6 +250,7 @@ TABLE: Final = {
     "ejection_time": Row(5.0, 50.0, ejected_for, 5.0, 50.0, REPLICAS),
     "ejection_time_max": Row(300.0, 20.0, ejected_as_asked_for, 100.0, 20.0, REPLICAS),
     "ejection_share": Row(0.0, 0.5, ejected_for, 0.0, 5.0, REPLICAS),
+    "stories": Row(0, 100, has_a_story, False, True),
     "drain_timeout": Row(30.0, 3.0, seconds_to_the_end, None, 3.0, {"default_timeout": 1000.0}),
     "stored_responses": Row(100, 0, keeps_a_response, True, False),
     "stored_responses_size": Row(100_000, 1, keeps_a_response, True, False),

@@ -15,9 +15,12 @@ import attrs
 import pytest
 import trio
 
+from trio_cluster.admin.story import Ending, ending_of
 from trio_cluster.cluster.forwarded import ForwardedCalls
 from trio_cluster.core.answer import Failed
+from trio_cluster.core.story import StoryFacts
 from trio_cluster.gateway.body import SpooledBody
+from trio_cluster.gateway.stories import Stories
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import failures
@@ -29,7 +32,7 @@ from trio_cluster.routing import ejection
 from trio_cluster.routing.catalog import Catalog
 from trio_cluster.routing.ejection import Ejections, EjectionTable, Verdict
 from trio_cluster.routing.health import Health
-from trio_cluster.testing import ScheduleFailed, run_schedule
+from trio_cluster.testing import ScheduleFailed, _stories, run_schedule
 from trio_cluster.testing._plan import Plan, draw_plan
 
 #: How many schedules may be played for a bug. Most are found by the first or the second one.
@@ -301,6 +304,19 @@ DAMAGED: Final = (
     "an error without a cause|with another text|looks complete and is not|not recovered|no fault broke it"
 )
 
+
+def forget_stories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stories, "end", lambda self, context, left: self.live.pop(context, None))
+
+
+def blame_models_for_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blame(facts: StoryFacts) -> Ending:
+        told = ending_of(facts)
+        return Ending("failed", "model", "") if told.outcome == "worker_lost" else told
+
+    monkeypatch.setattr(_stories, "ending_of", blame)
+
+
 PLANTED: Final = [
     Planted(forget_to_cancel, "after it was over|not recovered"),
     Planted(finish_failed_streams, "breaks the grammar|finished stream"),
@@ -325,6 +341,8 @@ PLANTED: Final = [
     Planted(do_not_honour_retry_after, "is left alone for .* s instead of", BUSY, has_troubles),
     Planted(send_more_to_a_frozen_worker, "frozen for .* s", BUSY, freezes_workers),
     Planted(accept_stale_sessions, LOST_BY_A_CUT, DENSE, cuts_all_the_time),
+    Planted(forget_stories, "was answered, and has no story"),
+    Planted(blame_models_for_lost_workers, "saw .* worker_lost, and its story says failed by model"),
 ]
 
 

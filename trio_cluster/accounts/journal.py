@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Final
 
-from ..core import randomness
+from ..core import clock, randomness
 from ..core.answer import Done, Failed
 from ..core.call import Call
 from ..core.observer import Observer
@@ -71,13 +71,13 @@ class Journal(Observer):
         self._rows: deque[UsageRow] = deque()
         # The batch that is being written, or is to be written again.
         self._batch: list[UsageRow] = []
-        # When the answers of calls began that have not ended, by time.monotonic().
+        # When the answers of calls began that have not ended, by core/clock.py.
         self._begun: dict[Call, float] = {}
         # The rows of calls that have failed and may be retried, and whether a batch was taken since.
         self._undecided: dict[Call, tuple[UsageRow, bool]] = {}
         # Calls that were retried, and whose work has not stopped yet.
         self._replaced: set[Call] = set()
-        # When requests were first handed to a model, by time.monotonic(), for calls that are retries.
+        # When requests were first handed to a model, by core/clock.py, for calls that are retries.
         self._opened: dict[Call, float] = {}
         self._failing = False
         self._dropped_before = 0
@@ -86,7 +86,7 @@ class Journal(Observer):
 
     def on_first_byte(self, call: Call) -> None:
         """See ``Observer``."""
-        self._begun[call] = time.monotonic()
+        self._begun[call] = call.begun_at
 
     def on_retried(self, lost: Call, again: Call) -> None:
         """See ``Observer``."""
@@ -99,7 +99,7 @@ class Journal(Observer):
 
     def on_ended(self, call: Call, outcome: Outcome) -> None:
         """See ``Observer``."""
-        now = time.monotonic()
+        now = clock.now()
         opened = self._opened.pop(call, call.opened_at) if self._opened else call.opened_at
         begun = self._begun.pop(call, None)
         if call.superseded:

@@ -29,6 +29,7 @@ from ..openai import (
     describe_endpoints,
     error_responses,
 )
+from .story import StoryView
 from .views import (
     AuditView,
     CallsView,
@@ -124,6 +125,7 @@ _VIEWS: Final = (
     CancelView,
     ReloadView,
     ModelStateView,
+    StoryView,
     WorkerStatus,
     KeysView,
     KeyView,
@@ -265,6 +267,7 @@ def _node_paths() -> dict[str, Any]:
     worker = _parameter("name", "The name of a worker.")
     cancel = _operation("cancel", "Cancel all calls of a request", _view(CancelView), 400, 401, 403, 404, 413)
     cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
+    story = _operation("story", "Tell what has become of a request", _view(StoryView), 401, 403, 404)
     drain = _operation(
         "drain", "Drain a worker: it finishes its requests and stops", _view(WorkerStatus), 401, 403, 404
     )
@@ -375,6 +378,7 @@ def _node_paths() -> dict[str, Any]:
                 "reload", "Read the configuration file again", _view(ReloadView), 401, 403, 409
             )
         },
+        "/cluster/requests/{request_id}": {"parameters": [call], "get": story},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
         "/cluster/models/{model}/load": {"parameters": [model], "post": load},
         "/cluster/models/{model}/unload": {"parameters": [model], "post": unload},

@@ -1,5 +1,5 @@
-"""The routes for operators: list all calls, cancel those of a request, drain a worker, load and unload a model, reload
-the configuration.
+"""The routes for operators: list all calls, cancel those of a request, tell its story, drain a worker, load and unload
+a model, reload the configuration.
 
 These routes need a principal that is an operator. The gateway checks that before they are reached; see
 ``gateway/auth.py``. A client on the same machine may be an operator without a key, but a web page may not: a browser
@@ -25,6 +25,7 @@ from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
 from ..routing.backend import Backend
 from .body import json_object
+from .story import story_view
 from .views import CallsView, CancelView, ModelStateView, call_view, reload_view
 from .web import respond
 
@@ -51,11 +52,19 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
             raise ApiError(404, f"No call of a request '{request_id}' is in progress", code="call_not_found")
         wanted = [call for call in found if not call.ended]
         for call in wanted:
-            call.cancel(reason, final=True)
+            call.cancel(reason, final=True, operator=context.principal.name or context.client or "local")
         node_context.audit.record(
             context.principal, context.client, "request.cancel", request_id, reason=reason, calls=len(wanted)
         )
         return respond(json_reply(CancelView(request_id, len(wanted))))
+
+    async def story(request_id: str) -> TrioResponse:
+        found = node_context.stories.find(request_id)
+        if not found:
+            hint = "" if node_context.options.stories else "; stories are switched off (option 'stories')"
+            text = f"No request '{request_id}' is known here{hint}"
+            raise ApiError(404, text, code="request_not_found")
+        return respond(json_reply(story_view(found[-1], len(found) - 1)))
 
     async def drain(name: str) -> TrioResponse:
         context = request_context(request.scope)
@@ -165,6 +174,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     add("/cluster/reload", "reload", reload, methods=["POST"])
     add("/cluster/calls", "calls", calls, methods=["GET"])
     add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
+    add("/cluster/requests/<anything:request_id>", "story", story, methods=["GET"])
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
     add("/cluster/models/<anything:name>/load", "load", load, methods=["POST"])
     add("/cluster/models/<anything:name>/unload", "unload", unload, methods=["POST"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any, Literal, TypeVar
 
 import attrs
 from msgspec import UNSET, UnsetType
 
+from ..core import clock
 from ..core.call import Call, Phase
 from ..core.model_state import ShownState
 from ..core.principal import BudgetPeriod, Principal, Priority, Role
@@ -356,7 +356,7 @@ def call_view(call: Call) -> CallView:
         endpoint=request.endpoint,
         node=call.served_by,
         phase=call.phase,
-        age=round(time.monotonic() - call.opened_at, 3),
+        age=round(clock.now() - call.opened_at, 3),
         produced=call.produced,
         delivered=call.body.delivered,
         client=request.client or None,

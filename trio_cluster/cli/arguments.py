@@ -168,6 +168,12 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     calls.add_argument("--json", action="store_true", help="print the JSON of the node")
     _add_admin_flags(calls)
 
+    why = command("why", "Tell the story of a request: where it went, what it waited for, and how it ended.")
+    why.add_argument("request_id", metavar="REQUEST_ID", help="the response's x-request-id")
+    _add_url(why)
+    why.add_argument("--json", action="store_true", help="print the JSON of the node")
+    _add_admin_flags(why)
+
     cancel = command("cancel", "Cancel the calls of a request.")
     cancel.add_argument(
         "request_id", metavar="REQUEST_ID", help="as `calls` shows it; the response's x-request-id"
@@ -525,6 +531,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
             "SECONDS",
             "how long a stored response is kept",
         )
+        add("--stories", "stories", int, "N", "how many requests `why` can tell the story of; 0: none")
         add(
             "--tls",
             "tls",

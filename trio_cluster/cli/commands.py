@@ -60,7 +60,7 @@ from .arguments import (
 from .configuration import Configuration, reload_on_signal
 from .process import has_terminal, raise_descriptor_limit, tune_garbage_collector
 from .schema import configuration_schema, describe_configuration
-from .tables import describe_calls, describe_reload, describe_status
+from .tables import describe_calls, describe_reload, describe_status, describe_story
 
 if TYPE_CHECKING:
     from ..engines import ServeSpec
@@ -669,6 +669,14 @@ def _calls(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _why(arguments: argparse.Namespace) -> int:
+    node, key = _node_and_key(arguments)
+    path = f"/cluster/requests/{quote(arguments.request_id, safe='')}"
+    story = request_json(node, path, key, expected=("outcome", "steps"))
+    print(json.dumps(story, indent=2) if arguments.json else describe_story(story))
+    return 0
+
+
 def _cancel(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
@@ -858,6 +866,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "worker": _worker,
     "status": _status,
     "calls": _calls,
+    "why": _why,
     "cancel": _cancel,
     "drain": _drain,
     "reload": _reload,

@@ -183,25 +183,6 @@ def load_process_settings(config: Path | None) -> dict[str, str]:
     return {name: content[name] for name, values in PROCESS_SETTINGS.items() if content.get(name) in values}
 
 
-#: The options that the file may have under ``[worker]``, too.
-WORKER_OPTIONS: Final = frozenset({"memory"})
-
-
-def load_serve_tables(config: Path | None) -> list[tuple[str, dict[str, object]]]:
-    """Return the tables ``[[serve]]`` of a file, which name engines: for each its place in the file, and its content.
-
-    Args:
-        config: the file; ``None``: there is none.
-
-    Raises:
-        OptionsError: the file cannot be read, or ``serve`` is something else.
-    """
-    tables = _parse_file(config).get("serve", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise OptionsError(f"{config}: serve: must be tables, each [[serve]]")
-    return [(f"{config}: [[serve]] {number}", table) for number, table in enumerate(tables, 1)]
-
-
 def _parse_file(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}

@@ -1,4 +1,5 @@
-"""What ``trio-cluster status``, ``calls``, ``reload``, ``keys list``, ``usage`` and ``audit`` print of a node's JSON.
+"""What ``trio-cluster status``, ``calls``, ``why``, ``reload``, ``keys list``, ``usage`` and ``audit`` print of a
+node's JSON.
 
 The JSON was written by another machine, so nothing in it is trusted to be there, to be of the right type, or to be fit
 for a terminal.
@@ -18,6 +19,7 @@ __all__ = [
     "describe_keys",
     "describe_reload",
     "describe_status",
+    "describe_story",
     "describe_usage",
 ]
 
@@ -119,6 +121,29 @@ def describe_calls(content: Mapping[str, Any]) -> str:
             for call in calls
         ],
     )
+
+
+def describe_story(story: Mapping[str, Any]) -> str:
+    """Return the story of ``GET /cluster/requests/ID``, a line for each step, without a line break at the end."""
+    outcome, seconds = _cell(story.get("outcome")).replace("_", " "), _seconds(story.get("seconds"))
+    since = "for" if outcome == "running" else "after"
+    steps = [(_seconds(step.get("at")), step) for step in _rows(story, "steps")]
+    width = max((len(at) for at, _ in steps), default=0)
+    lines = [
+        f"{_cell(story.get('request_id'))}: {outcome} {since} {seconds} s; it began at {_cell(story.get('began'))}",
+        *(f"+{at.rjust(width)} s  {_cell(step.get('text'))}" for at, step in steps),
+        f"most of the time: {_cell(story.get('slowest'))}",
+    ]
+    earlier = story.get("earlier")
+    if isinstance(earlier, int) and earlier > 0:
+        lines.append(f"earlier requests with this id: {earlier}")
+    return "\n".join(lines)
+
+
+def _seconds(seconds: object) -> str:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e10:
+        return "-"
+    return f"{seconds:.3f}"
 
 
 def describe_keys(content: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Final
 
 from ..core.answer import Done, Event, Failed, Head
 from ..core.call import Call
@@ -22,6 +23,7 @@ from ..core.channel import ByteChannel
 from ..core.model_state import CONTROL
 from ..core.principal import Principal
 from ..core.request import Request
+from ..core.story import WorkerTimes
 from ..errors import (
     ApiError,
     CallCancelled,
@@ -41,6 +43,9 @@ from ..routing.router import Router
 __all__ = ["ForwardedCalls"]
 
 logger = logging.getLogger("trio_cluster.client")
+
+#: In a second.
+_MICROSECONDS: Final = 1_000_000
 
 
 class ForwardedCalls:
@@ -215,7 +220,7 @@ class ForwardedCalls:
                 if call.satisfied:
                     # As for a cancelled call; its usage may not be known before.
                     return
-                self._session.done(call_id, event.usage)
+                self._session.done(call_id, event.usage, _times(call))
                 del self.live[call_id]
             case Failed():
                 if call.cancelled is not None:
@@ -227,6 +232,7 @@ class ForwardedCalls:
                     retryable=event.retryable,
                     timed_out=event.timed_out,
                     over_capacity=event.over_capacity,
+                    times=_times(call),
                 )
                 del self.live[call_id]
         self._wake()
@@ -238,15 +244,15 @@ class ForwardedCalls:
         if self.live.pop(call_id, None) is None:
             return
         if isinstance(call.end, Done):
-            self._session.done(call_id, call.end.usage)
+            self._session.done(call_id, call.end.usage, _times(call))
             self._wake()
             return
         draining_reason = self._router.draining_reason
         if draining_reason is not None and not call.begun:
             # Cancelled by the end of the drain timeout before it had begun: given back for another replica to run.
-            self._session.fail(call_id, ShuttingDown(draining_reason), retryable=True)
+            self._session.fail(call_id, ShuttingDown(draining_reason), retryable=True, times=_times(call))
         else:
-            self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"))
+            self._session.fail(call_id, CallCancelled(call.cancelled or "cancelled"), times=_times(call))
         self._wake()
 
     def on_sent(self, counts: Sequence[tuple[int, int]]) -> None:
@@ -268,3 +274,24 @@ class ForwardedCalls:
             call.satisfy(reason)
         else:
             call.cancel(reason)
+
+
+def _times(call: Call) -> WorkerTimes:
+    """Return what was measured of a call, for the story that the master has of its request; see ``core/story.py``."""
+    opened, times = call.opened_at, {}
+    for name, at in (
+        ("started", call.started_at),
+        ("first_output", call.begun_at),
+        ("ended", call.ended_at),
+        ("stopped", call.released_at),
+    ):
+        if at >= 0.0:
+            times[name] = int((at - opened) * _MICROSECONDS)
+    for name, seconds in (
+        ("queued", call.queued_for),
+        ("queued_model", call.queued_for_model),
+        ("held_back", call.body.held_back),
+    ):
+        if seconds:
+            times[name] = int(seconds * _MICROSECONDS)
+    return times

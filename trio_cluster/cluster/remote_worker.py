@@ -26,6 +26,7 @@ from ..core.model_state import ModelState, ModelWait
 from ..core.principal import PRIORITIES
 from ..core.request import Request
 from ..core.status import Admission, WorkerState, WorkerStatus, most_waiting
+from ..core.story import TIMES
 from ..errors import HandlerFailed, ShuttingDown, WorkerLost
 from ..protocol import (
     Data as DataMessage,
@@ -44,6 +45,9 @@ __all__ = ["MAX_CAPACITY", "CallEvent", "RemoteWorker"]
 #: What a worker's capacity counts as at most. The load of a worker is the number of its calls divided by its capacity,
 #: so one with an absurd capacity would get all calls.
 MAX_CAPACITY: Final = 4096
+
+#: What a worker may have measured of a call at most, in microseconds: a hundred years.
+_LONGEST: Final = 100 * 366 * 86_400 * 10**6
 
 CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
 
@@ -254,6 +258,11 @@ class RemoteWorker:
     def on_event(self, event: CallEvent) -> None:
         """Put the beginning or the end of an answer into its call."""
         call = self._calls[event.call]
+        if not isinstance(event, ForwardResponse) and event.times:
+            times = call.worker_times = {}
+            for name in TIMES:
+                if 0 <= (value := event.times.get(name, -1)) <= _LONGEST:
+                    times[name] = value
         match event:
             case ForwardResponse():
                 call.put(Head(event.status, event.content_type, event.headers))
@@ -313,6 +322,7 @@ class RemoteWorker:
         self.health.suspend(True)
         moved = 0
         for call_id, call in list(self._calls.items()):
+            call.note(f"the link to worker '{self.name}' was cut; it may be resumed")
             if not call.ended and _may_be_retried(call) and elsewhere(call.request):
                 call.put(Failed(WorkerLost(self.name, "its link was cut"), retryable=True))
                 self._session.cancel(call_id, "opened on another worker, since the link was cut")
@@ -322,6 +332,10 @@ class RemoteWorker:
     def resumed(self, address: str) -> None:
         """Record that the link goes on, on a connection from ``address``. Synchronous."""
         self.address = address
+        # A worker whose link is silent opens another one before this master has noticed anything.
+        how = "resumed" if self.health.suspended else "silent, and was resumed on a second connection"
+        for call in self._calls.values():
+            call.note(f"the link to worker '{self.name}' was {how}")
         self.health.suspend(False)
 
     def connection_lost(self, why: str) -> None:

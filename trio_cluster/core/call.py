@@ -29,17 +29,19 @@ ends the answer with ``Done``. What the producer puts after that can only add th
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import trio
 
 from ..errors import CallCancelled
+from . import clock
 from .answer import Data, Done, Event, Failed, Head
 from .channel import ByteChannel
+from .clock import NEVER
 from .model_state import ModelWait
 from .request import Request
+from .story import NOTES_MAX, AttemptFacts, WorkerTimes
 
 __all__ = ["Call", "Phase", "Tracker"]
 
@@ -99,12 +101,22 @@ class Call:
         released: the work has stopped.
         satisfied: the consumer had the whole answer before the producer ended it.
         cancelled: the reason of the cancellation; ``None`` if there was none.
-        cancelled_at: the time of the cancellation, by ``time.monotonic()``, in seconds. For display only.
+        cancelled_by: the operator who has cancelled it; empty if none has.
         model_wait: what the call waits for, while its model is not running; otherwise ``None``.
         ready_since: the trio time at which that wait was over; 0 if there was none.
-        opened_at: the time at which the call was opened, by ``time.monotonic()``, in seconds. For display only.
         queued: the call waits for a slot, as far as this node knows.
         superseded: it is one of two attempts at a request, and not the one that has answered.
+        why: the reason of the policy that has chosen its replica.
+        opened_at, begun_at, cancelled_at, ended_at, released_at: when it was opened, its head was put, it was
+            cancelled, its answer ended, and its work stopped. These and the following are times of ``core/clock.py``,
+            for display only; ``NEVER``: it has not.
+        started_at: when the handler began; set by the pool that runs it.
+        queued_at, queued_for, queued_for_model: since when it waits for a slot or did so first, and for how many
+            seconds it has waited for one of the process, and one of the model.
+        worker_times: what the worker that has answered it has measured; empty if none has.
+        notes: what else has happened to it, with the times.
+        facts: its part of the story of its request, which is completed when the work has stopped; ``None``: the story
+            is not recorded, or not yet.
     """
 
     __slots__ = (
@@ -115,25 +127,37 @@ class Call:
         "_reported",
         "_sink",
         "begun",
+        "begun_at",
         "body",
         "cancelled",
         "cancelled_at",
+        "cancelled_by",
         "end",
+        "ended_at",
+        "facts",
         "forwarded",
         "model_wait",
+        "notes",
         "observers",
         "opened_at",
         "overdue",
         "queued",
+        "queued_at",
+        "queued_for",
+        "queued_for_model",
         "ready_since",
         "released",
+        "released_at",
         "request",
         "retry_after",
         "satisfied",
         "served_by",
+        "started_at",
         "status",
         "superseded",
         "tracker",
+        "why",
+        "worker_times",
     )
 
     def __init__(
@@ -166,12 +190,19 @@ class Call:
         self.released = False
         self.satisfied = False
         self.cancelled: str | None = None
-        self.cancelled_at = 0.0
-        self.opened_at = time.monotonic()
+        self.cancelled_by = ""
         self.queued = False
         self.model_wait: ModelWait | None = None
         self.ready_since = 0.0
         self.superseded = False
+        self.why = ""
+        self.opened_at = clock.now()
+        self.begun_at = self.cancelled_at = self.ended_at = self.released_at = self.started_at = NEVER
+        self.queued_at = NEVER
+        self.queued_for = self.queued_for_model = 0.0
+        self.worker_times: WorkerTimes | None = None
+        self.notes: list[tuple[float, str]] | None = None
+        self.facts: AttemptFacts | None = None
 
     # The consumer's side
 
@@ -222,7 +253,7 @@ class Call:
         if self.end is not None and not self._end_taken:
             self._pass_end(self.end)
 
-    def cancel(self, reason: str, *, final: bool = False) -> None:
+    def cancel(self, reason: str, *, final: bool = False, operator: str = "") -> None:
         """Cancel the call. Synchronous, idempotent, without effect after the end; safe in ``finally``.
 
         Events that were not received are dropped, the next event is ``Failed``, and the producer is asked to stop.
@@ -230,11 +261,13 @@ class Call:
         Args:
             reason: who cancelled the call and why; for logs, and for the client if it is still connected.
             final: the client should not repeat the request.
+            operator: the name of the operator who wants that, for the story of the request.
         """
         if self.ended:
             return
         self.cancelled = reason
-        self.cancelled_at = time.monotonic()
+        self.cancelled_by = operator
+        self.cancelled_at = clock.now()
         self._head = None
         self.body.close()
         self._finish(Failed(CallCancelled(reason, final=final)))
@@ -296,6 +329,7 @@ class Call:
             if self.begun:
                 raise RuntimeError("a second Head")
             self.begun = True
+            self.begun_at = clock.now()
             if self.model_wait is not None:
                 self.set_model_wait(None)
             self.status = event.status
@@ -345,6 +379,13 @@ class Call:
             if self.tracker is not None:
                 self.tracker.model_ready()
 
+    def note(self, text: str) -> None:
+        """Record something that has happened to the call, for its story. Synchronous."""
+        if self.notes is None:
+            self.notes = []
+        if len(self.notes) < NOTES_MAX:
+            self.notes.append((clock.now(), text))
+
     def release(self) -> None:
         """Report that the work has really stopped and holds no slot any more. Synchronous, idempotent.
 
@@ -355,6 +396,13 @@ class Call:
         if self.end is None:
             self._finish(Failed(CallCancelled("the work ended without an answer")))
         self.released = True
+        self.released_at = clock.now()
+        if (facts := self.facts) is not None:
+            # The request had ended before. What is known only now is what its work has done until its end.
+            facts.queued_for, facts.queued_for_model = self.queued_for, self.queued_for_model
+            facts.held_back = self.body.held_back
+            facts.released_at, facts.times = self.released_at, self.worker_times or {}
+            facts.usage = self.end.usage if isinstance(self.end, Done) else None
         callbacks, self._on_release = self._on_release, []
         for callback in callbacks:
             # Each of them frees something: one that fails must not keep the others from it, nor end the task.
@@ -394,6 +442,7 @@ class Call:
 
     def _finish(self, event: Done | Failed) -> None:
         self.end = event
+        self.ended_at = clock.now()
         if self.model_wait is not None:
             self.set_model_wait(None)
         if self.request.upload is not None:

@@ -36,6 +36,7 @@ from io import BytesIO
 
 import trio
 
+from . import clock
 from .limits import WINDOW
 
 __all__ = ["ByteChannel"]
@@ -62,6 +63,7 @@ class ByteChannel:
         received: how many bytes were put.
         delivered: how many bytes the consumer has taken.
         waiting_bytes: how many bytes were put and not taken, including those that a sink keeps.
+        held_back: for how many seconds the producer was held up. For display only.
         complete: all bytes were put.
         closed: the consumer has closed the channel.
         pieces: the pieces that wait, oldest first. For reading only; :meth:`next_piece` and the other methods remove
@@ -82,6 +84,7 @@ class ByteChannel:
         "closed",
         "complete",
         "delivered",
+        "held_back",
         "pieces",
         "reader",
         "received",
@@ -103,6 +106,7 @@ class ByteChannel:
         self.received = 0
         self.delivered = 0
         self.waiting_bytes = 0
+        self.held_back = 0.0
         self.complete = False
         self.closed = False
         self._open = is_open
@@ -167,9 +171,15 @@ class ByteChannel:
     async def wait_room(self) -> None:
         """Wait until less than a window is waiting, or the consumer has closed the channel. A checkpoint."""
         await trio.lowlevel.checkpoint()
-        while self.waiting_bytes >= self.window and not self.closed:
-            self._held = True
-            await self._producer.park()
+        if self.waiting_bytes < self.window or self.closed:
+            return
+        since = clock.now()
+        try:
+            while self.waiting_bytes >= self.window and not self.closed:
+                self._held = True
+                await self._producer.park()
+        finally:
+            self.held_back += clock.now() - since
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when the consumer closes the channel before the body is complete; at once if it has.

@@ -8,12 +8,12 @@ at every instant
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from typing import ClassVar
 
 import attrs
 
+from . import clock
 from .call import Call
 from .observer import Observer
 from .outcome import Outcome
@@ -69,7 +69,7 @@ class CallStats(Observer):
         """See ``Observer``."""
         setattr(self, outcome, getattr(self, outcome) + 1)
         if call.cancelled is not None:
-            self.cancel_durations.add(time.monotonic() - call.cancelled_at)
+            self.cancel_durations.add(clock.now() - call.cancelled_at)
 
 
 _COUNTERS = tuple(field.name for field in attrs.fields(CallStats) if field.name != "cancel_durations")

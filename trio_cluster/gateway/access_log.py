@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Final
 
+from ..core import clock
 from ..http1.asgi import Message, Send
 from ..http1.refusal import HttpRefusal
 from ..net.sockets import shown_address
@@ -57,7 +58,7 @@ class AccessLog:
         fields: dict[str, object] = {
             "client": context.client,
             "status": self.status or "none",
-            "seconds": round(time.monotonic() - context.began, 4),
+            "seconds": round(clock.now() - context.began, 4),
             "request_id": context.request_id,
         }
         request = getattr(context, "request", None)

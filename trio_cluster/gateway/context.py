@@ -8,15 +8,15 @@ returned and before the first byte of its answer is sent, when no code of the vi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, cast
 
-from ..core import randomness
+from ..core import clock, randomness
 from ..core.call import Call
 from ..core.principal import ANONYMOUS
 from ..core.redaction import has_key
 from ..core.request import Request
+from ..core.story import ErrorFacts
 from ..limits.account import LimitState
 from ..limits.reservation import Reservation
 from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek, FormRewriter
@@ -60,20 +60,31 @@ class RequestContext:
         stored: stores the answer when it is complete; ``None`` if it is not to be stored. Set by the parse stage.
         deadlines: how long the client waits; set by the route stage.
         call: the call that answers the request; set by the route stage, and replaced by a retry.
-        began: the time at which the request arrived, by ``time.monotonic()``, in seconds.
+        calls: all calls that were opened for it, oldest first.
+        began: the time at which the request arrived, by ``core/clock.py``, in seconds.
         aborted: the answer failed after it began, and the client was not told in its body; the connection must be
             reset, so that the client does not take the answer for a complete one.
+        uploaded_at, answered_at: when all of a body had arrived that is forwarded while it comes, and when the head of
+            the response was sent; of the same clock, ``NEVER``: not yet.
+        status: of the response; 0 before its head was sent.
+        error: the error that was sent in the place of an answer; ``None``: none was.
+        early: the head was sent before there was an answer.
+        delivered: the response was sent to its end.
     """
 
     __slots__ = (
-        "_calls",
         "_http2",
         "aborted",
+        "answered_at",
         "began",
         "call",
+        "calls",
         "client",
         "deadlines",
+        "delivered",
+        "early",
         "endpoint",
+        "error",
         "errors",
         "form_peek",
         "form_rewriter",
@@ -89,7 +100,9 @@ class RequestContext:
         "request_id",
         "reservation",
         "spool",
+        "status",
         "stored",
+        "uploaded_at",
     )
 
     request_body: RequestBody
@@ -125,9 +138,13 @@ class RequestContext:
         self.reservation: Reservation | None = None
         self.limit_state: LimitState | None = None
         self.request_id = _request_id(self.header(b"x-request-id"))
-        self.began = time.monotonic()
+        self.began = clock.now()
         self.aborted = False
-        self._calls: list[Call] = []
+        self.calls: list[Call] = []
+        self.uploaded_at = self.answered_at = clock.NEVER
+        self.status = 0
+        self.error: ErrorFacts | None = None
+        self.early = self.delivered = False
 
     def declared_length(self) -> int | None:
         """Return the size of the body in bytes; ``None`` if it is not known in advance."""
@@ -144,7 +161,7 @@ class RequestContext:
     def add_call(self, call: Call) -> None:
         """Record that ``call`` answers the request. It is cancelled at the end of the request if it has not ended."""
         self.call = call
-        self._calls.append(call)
+        self.calls.append(call)
         if self.reservation is not None:
             self.reservation.follow(call)
 
@@ -153,7 +170,7 @@ class RequestContext:
 
         What is reserved for the request is freed when the work of its calls has stopped.
         """
-        for call in self._calls:
+        for call in self.calls:
             call.cancel(reason)
         if self.reservation is not None:
             self.reservation.end_request()

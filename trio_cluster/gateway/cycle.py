@@ -18,13 +18,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
 import trio
 
+from ..core import clock
 from ..core.join_paths import JOIN_PATHS, MAX_JOIN_BODY
 from ..errors import ApiError, HandlerFailed, InvalidRequest
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
@@ -41,6 +41,7 @@ from .relay import relay
 from .response import Body, Reply, error_reply, reply_head
 from .routes import MODEL_ROUTES, canonical_path, custom_route, error_family, may_be_custom
 from .stage import Pipeline
+from .stories import CLIENT_LEFT, error_facts
 
 __all__ = ["RequestCycle"]
 
@@ -133,6 +134,7 @@ class RequestCycle:
             return
         try:
             if context.endpoint is not None:
+                self._node_context.stories.live[context] = None
                 await self._answer_with_model()
             else:
                 scope = {**self._scope, "path": context.path}
@@ -145,16 +147,20 @@ class RequestCycle:
                 "the application failed on %s %s", self._scope["method"], context.path, exc_info=group,
                 extra={"fields": {"request_id": context.request_id}},
             )  # fmt: skip
+            context.error = error_facts(HandlerFailed("The server failed to answer this request"))
         finally:
             self._left = self._left or self._is_gone()
             if self._left and self._written is not None and self._written.is_satisfying:
                 # It has the whole answer, so nothing was cut off.
                 self._left = False
+                context.delivered = True
                 context.satisfy_call("client left after the last event")
-            context.cancel_calls("client left" if self._left else "the request has ended")
+            context.cancel_calls(CLIENT_LEFT if self._left else "the request has ended")
             if context.spool is not None:
                 context.spool.close()
             self._node_context.end_answer(context)
+            if context.endpoint is not None:
+                self._node_context.stories.end(context, left=self._left)
         if not (self._started or self._left):
             await self._refuse(self._error_reply(HandlerFailed("The server failed to answer this request")))
         elif context.aborted and self._scope["http_version"] == "1.0":
@@ -221,6 +227,7 @@ class RequestCycle:
             if context.stored is not None:
                 reply = await capture(reply, context.stored)
         except ApiError as error:
+            context.error = error_facts(error)
             # The call may keep this error as its end. With a traceback, the call and the error would refer to each
             # other, and wait for the garbage collector.
             reply = self._error_reply(hide_models(context.principal, error).with_traceback(None))
@@ -232,13 +239,15 @@ class RequestCycle:
             for name, value in ((_MODEL, call.request.model), (_WORKER, call.served_by)):
                 reply.headers.append((name, value if value.isascii() else quote(value)))
         if not reply.early and _PROCESSING not in dict(reply.headers):
-            took = time.monotonic() - context.began
+            took = clock.now() - context.began
             reply.headers.append((_PROCESSING, str(round(took * 1000))))
         if isinstance(reply.body, bytes) and not body.complete:
             await self._refuse(reply)
+            context.delivered = not body.left
             return
         self._started = True
         head = self._start(reply)
+        context.early = reply.early
         if context.principal.limits is not None:
             head["headers"] = await with_limit_headers(self._node_context, context, head["headers"])
         if not body.complete:
@@ -246,6 +255,7 @@ class RequestCycle:
         await self._send(head)
         if isinstance(reply.body, bytes):
             await self._send({"type": "http.response.body", "body": reply.body})
+            context.delivered = True
             return
         try:
             while not reply.body.complete:
@@ -256,9 +266,11 @@ class RequestCycle:
                 await self._send({"type": "http.response.body", "body": piece, "more_body": more})
                 self._written = reply.body
                 reply.body.enable_direct_write(self._connection)
+            context.delivered = True
         except trio.EndOfChannel:
             if not context.aborted:
                 await self._send({"type": "http.response.body", "body": b""})
+                context.delivered = True
 
     # Answering
 
@@ -279,6 +291,7 @@ class RequestCycle:
 
     def _start(self, reply: Reply) -> Message:
         head = reply_head(reply, self.context.request_id)
+        self.context.status, self.context.answered_at = reply.status, clock.now()
         if self.context.errors is not OPENAI_ERRORS:
             head["headers"] = self._with_request_id(head["headers"])
         head["headers"] += cors_headers(self.context, self._node_context.options.server.cors_origins)
@@ -340,7 +353,8 @@ class RequestCycle:
         return not (arrived or self._request_body.received or self._request_body.complete)
 
     def _is_gone(self) -> bool:
-        return self._connection is not None and self._connection.gone
+        connection = self._connection
+        return connection is not None and connection.gone and not connection.closed
 
     def _reset(self) -> None:
         if self._connection is not None:
@@ -355,7 +369,7 @@ class RequestCycle:
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self._finished:
             self._left = True
-            self.context.cancel_calls("client left")
+            self.context.cancel_calls(CLIENT_LEFT)
         return message
 
     async def _send_for_app(self, message: Message) -> None:

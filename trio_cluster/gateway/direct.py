@@ -33,7 +33,12 @@ class Connection(Protocol):
 
     @property
     def gone(self) -> bool:
-        """Whether the client has disconnected."""
+        """Whether the client has disconnected, or the connection was closed here."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed here, and the client had not disconnected before."""
         ...
 
     @property

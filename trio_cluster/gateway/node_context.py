@@ -26,6 +26,7 @@ from ..routing.router import Router
 from ..stored.record import ResponseStore
 from .auth import Authenticator
 from .context import RequestContext
+from .stories import Stories
 
 __all__ = ["GaugeSample", "NodeContext"]
 
@@ -92,8 +93,13 @@ class NodeContext:
     """Reads the configuration again, and applies it, or raises a ``ClusterError``; ``None``: there is none to read."""
     started: float = attrs.field(factory=time.monotonic)
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
+    stories: Stories = attrs.field(init=False)
+    """What has become of requests for models."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)
     _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.stories = Stories(self.options)
 
     def begin_answer(self, context: RequestContext) -> None:
         """Record that a call was opened for a request. Synchronous."""

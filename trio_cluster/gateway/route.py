@@ -6,6 +6,7 @@ from functools import partial
 
 import trio
 
+from ..core import clock
 from ..core.channel import ByteChannel
 from .context import RequestContext
 from .deadlines import ResponseDeadlines
@@ -42,6 +43,7 @@ class Route:
         self._node_context.begin_answer(context)
         if request.upload is not None:
             await _forward_upload(context, request.upload)
+            context.uploaded_at = clock.now()
             assert context.spool is not None
             context.spool.close()
 

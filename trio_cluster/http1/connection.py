@@ -68,6 +68,7 @@ class Http1Connection:
 
     Attributes:
         gone: whether the client has left, or the connection was closed here.
+        closed: whether it was closed here before the client had left.
 
     Raises:
         OSError: the client has left already.
@@ -109,7 +110,7 @@ class Http1Connection:
         self._begun = False
         # A write has begun and not ended, or was cut off.
         self._torn = False
-        self.gone = False
+        self.gone = self.closed = False
 
     # For the server
 
@@ -128,6 +129,7 @@ class Http1Connection:
 
         What has been written is still delivered. The application is cancelled if it is answering a request.
         """
+        self.closed = self.closed or not self.gone
         self._connection_lost()
         self._stream.close()
 

@@ -134,12 +134,17 @@ class HypercornConnection:
 
     def close(self) -> None:
         """Close it now. Synchronous, idempotent. Requests that are being answered are cancelled."""
+        self._lose(closed=True)
+        self._stream.close()
+
+    def hang_up(self) -> None:
+        """Close it, since its client has left or takes nothing. Synchronous, idempotent."""
         self._lose()
         self._stream.close()
 
     def abort(self) -> None:
         """Break it, so that the peer gets an error instead of an end of file. Synchronous, idempotent."""
-        self._lose()
+        self._lose(closed=True)
         self._stream.abort()
 
     async def _read_ahead(self) -> None:
@@ -155,7 +160,7 @@ class HypercornConnection:
                 self._ahead += data
             self._changed.unpark_all()
         # An answer that is being written now is of no use to anybody, and would wait for a client that does not read.
-        self.close()
+        self.hang_up()
 
     async def _end_when_gone(self, scope: trio.CancelScope) -> None:
         """End hypercorn's part, which would still wait for as long as a connection may be idle."""
@@ -185,12 +190,14 @@ class HypercornConnection:
         # hypercorn may have taken a request whose task has not begun yet.
         return not self._requests and 0 < count_streams(self._server) == self._begun
 
-    def _lose(self) -> None:
+    def _lose(self, *, closed: bool = False) -> None:
+        """Cancel the requests: the client has left, or the connection is closed here."""
         if self.gone:
             return
         self.gone = True
         self._changed.unpark_all()
         for request in list(self._requests):
+            request.closed = closed
             request.lose("client left")
 
     async def _run_app(self, scope: Scope, receive: Receive, send: Send, *_: object) -> None:
@@ -246,7 +253,7 @@ class HypercornConnection:
         try:
             await self._stream.write(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self.close()
+            self.hang_up()
             raise
 
     async def write_eof(self) -> None:
@@ -271,7 +278,7 @@ class _Transport:
         await self._connection.write_eof()
 
     async def aclose(self) -> None:
-        self._connection.close()
+        self._connection.hang_up()
         await trio.lowlevel.checkpoint()
 
 

@@ -40,7 +40,8 @@ class HypercornRequest:
         abort: breaks the connection.
 
     Attributes:
-        gone: the client has left.
+        gone: the client has left, or the connection was closed here.
+        closed: it was closed here before the client had left.
         ready: whether pieces of the body can be written past the task. They cannot.
     """
 
@@ -49,7 +50,7 @@ class HypercornRequest:
     def __init__(
         self, app: App, scope: Scope, receive: Receive, send: Send, abort: Callable[[], None]
     ) -> None:
-        self.gone = False
+        self.gone = self.closed = False
         self._app = app
         self._scope = {**scope, "state": {**scope.get("state", {}), CONNECTION_KEY: self}}
         self._receive = receive

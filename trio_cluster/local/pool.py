@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 import trio
 
+from ..core import clock
 from ..core.answer import Done
 from ..core.call import Call
 from ..core.log_context import current_principal, current_request
@@ -237,6 +238,7 @@ class HandlerPool:
         if call.end is not None:
             return
         if slots is None:
+            call.started_at = clock.now()
             await call_task.work()
             return
         has_waited = slots.running >= slots.capacity
@@ -248,6 +250,7 @@ class HandlerPool:
             # It may have ended between being given the slot and running again.
             if call.end is None:
                 if then is None:
+                    call.started_at = clock.now()
                     await call_task.work()
                 else:
                     await self._in_slot(call_task, then, until)
@@ -266,6 +269,9 @@ class HandlerPool:
         self.waiting += 1
         self.waiting_by[name] += 1
         call.set_queued(True)
+        since = clock.now()
+        if call.queued_at < 0:
+            call.queued_at = since
         try:
             until = min(until, trio.current_time() + self.options.server.queue_timeout)
             with trio.move_on_at(until) as timeout:
@@ -276,6 +282,10 @@ class HandlerPool:
             if not self.waiting_by[name]:
                 del self.waiting_by[name]
             call.set_queued(False)
+            if slots is self.slots:
+                call.queued_for += clock.now() - since
+            else:
+                call.queued_for_model += clock.now() - since
         if not has_slot:
             error = self._over_capacity(slots) if timeout.cancelled_caught else self._queue_full()
             call_task.fail(error, over_capacity=True)

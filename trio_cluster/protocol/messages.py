@@ -18,6 +18,7 @@ import msgspec
 from trio_cluster.core.answer import Usage
 from trio_cluster.core.limits import PROCESSES_MAX, WINDOW
 from trio_cluster.core.model import ChatModelOptions, ModelInfo
+from trio_cluster.core.story import WorkerTimes
 from trio_cluster.errors import ApiError
 
 from . import bounds as bounds
@@ -282,11 +283,14 @@ class Done:
     usage: dict[str, int] = attrs.field(factory=dict, validator=bounds.usage)
     """The tokens of the answer, by the names of the fields of ``Usage``; empty if none were reported. Names that the
     master does not know are ignored."""
+    times: dict[str, int] = attrs.field(factory=dict)
+    """What the worker has measured of the call, in microseconds, by the names of ``core/story.py``; for people. Without
+    a validator: names that are not known are ignored, and so are values that make no sense."""
 
     @classmethod
-    def of(cls, call: int, usage: Usage | None) -> Done:
-        """Return the message that ends a call with this usage."""
-        return cls(call) if usage is None else cls(call, attrs.asdict(usage))
+    def of(cls, call: int, usage: Usage | None, times: WorkerTimes) -> Done:
+        """Return the message that ends a call with this usage, and these times."""
+        return cls(call, {} if usage is None else attrs.asdict(usage), times)
 
     def tokens(self) -> Usage | None:
         """Return the reported usage."""
@@ -313,6 +317,8 @@ class Failed:
     """A deadline of the request has passed."""
     over_capacity: bool = False
     """The worker had no room for the call, and did not begin it. Like ``retryable`` never derived from the code."""
+    times: dict[str, int] = attrs.field(factory=dict)
+    """As in ``Done``."""
 
     @classmethod
     def of(
@@ -323,6 +329,7 @@ class Failed:
         retryable: bool = False,
         timed_out: bool = False,
         over_capacity: bool = False,
+        times: WorkerTimes | None = None,
     ) -> Failed:
         """Return the message that carries ``error``.
 
@@ -343,6 +350,7 @@ class Failed:
             retryable,
             timed_out,
             over_capacity,
+            {} if times is None else times,
         )
 
     def error(self) -> ApiError:

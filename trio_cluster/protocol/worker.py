@@ -11,6 +11,7 @@ import attrs
 
 from trio_cluster.core.answer import Usage
 from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.story import WorkerTimes
 from trio_cluster.errors import ApiError, CallCancelled
 
 from .bounds import NAMES_MAX
@@ -163,17 +164,18 @@ class WorkerSession(Session[WorkerEvent]):
             self._calls[call].state = self._state_after_sending(call, Data)
         self._outbox.push(call, data)
 
-    def done(self, call: int, usage: Usage | None = None) -> None:
+    def done(self, call: int, usage: Usage | None = None, times: WorkerTimes | None = None) -> None:
         """End the answer: it is complete, and the work has stopped. What is queued of it is sent first.
 
         Args:
             call: as in the ``ForwardRequest``.
             usage: the tokens of the answer; ``None`` if none were reported.
+            times: what was measured of the call; see ``Done``.
 
         Raises:
             RuntimeError: the answer has not begun (and the call is not being cancelled), or has ended.
         """
-        self._end(call, Done.of(call, usage))
+        self._end(call, Done.of(call, usage, {} if times is None else times))
 
     def fail(
         self,
@@ -183,6 +185,7 @@ class WorkerSession(Session[WorkerEvent]):
         retryable: bool = False,
         timed_out: bool = False,
         over_capacity: bool = False,
+        times: WorkerTimes | None = None,
     ) -> None:
         """End the answer with an error; the work has stopped. What is queued of it is sent first.
 
@@ -192,11 +195,14 @@ class WorkerSession(Session[WorkerEvent]):
             retryable: this node is at fault and not the request, so the master may try another replica.
             timed_out: a deadline of the request has passed.
             over_capacity: this node had no room for the call, and did not begin it.
+            times: what was measured of the call; see ``Done``.
 
         Raises:
             RuntimeError: the answer has ended.
         """
-        failed = Failed.of(call, error, retryable=retryable, timed_out=timed_out, over_capacity=over_capacity)
+        failed = Failed.of(
+            call, error, retryable=retryable, timed_out=timed_out, over_capacity=over_capacity, times=times
+        )
         self._end(call, failed)
 
     def _end(self, call: int, message: Done | Failed) -> None:

@@ -269,6 +269,7 @@ class Router:
         # Before anything is open: a policy that lacks its reason fails here.
         why = self._policy.why
         call = backend.open(request)
+        call.why = why
         self.catalog.used(request.model, backend)
         self.live[call] = backend
         if self._learning is not None and (placement := self._learning.placement) is not None:

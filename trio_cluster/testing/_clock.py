@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import trio
 from trio.testing import MockClock, active_thread_count
 
+from ..core import clock as shown
 from ..local.asyncio_loop import LoopRun, live_runs
 from ._trio_internals import autojump_replaced, waits_for_thread
 
-__all__ = ["threads_hold_clock"]
+__all__ = ["threads_hold_clock", "virtual_time_shown"]
 
 #: Real seconds between two checks whether threads still compute.
 _POLL_INTERVAL: Final = 0.0002
@@ -41,6 +42,16 @@ def threads_hold_clock() -> Iterator[None]:
         return
     with autojump_replaced(clock, _jump_unless_threads_compute):
         yield
+
+
+def virtual_time_shown() -> AbstractContextManager[None]:
+    """Have nodes of this run show virtual time: in ages, durations and stories. No effect if time is real.
+
+    Raises:
+        RuntimeError: called outside a run of trio.
+    """
+    clock = trio.lowlevel.current_clock()
+    return shown.replaced(clock.current_time) if isinstance(clock, MockClock) else nullcontext()
 
 
 def _jump_unless_threads_compute(jump: Callable[[], None]) -> Callable[[], None]:

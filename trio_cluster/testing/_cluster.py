@@ -20,7 +20,7 @@ from ..net.sockets import Network
 from ..options import ClusterServerOptions, ServerOptions
 from ..server import ClusterServer
 from ._client import SimulatedClient, StreamingResponse
-from ._clock import threads_hold_clock
+from ._clock import threads_hold_clock, virtual_time_shown
 from ._deprecation import warn_renamed
 from ._network import Connection, SimulatedNetwork
 from ._seed import seeded
@@ -283,7 +283,7 @@ async def _opened(
     options: dict[str, Any],
 ) -> AsyncIterator[SimulatedCluster]:
     failure: Exception | None = None
-    with threads_hold_clock(), nullcontext() if seed is None else seeded(seed):
+    with threads_hold_clock(), virtual_time_shown(), nullcontext() if seed is None else seeded(seed):
         async with trio.open_nursery() as nursery:
             # The default name would contain the number of this process, which is not reproducible.
             master = _options({"worker_id": "master"} | options)

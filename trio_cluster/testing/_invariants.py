@@ -28,6 +28,7 @@ from ._plan import Plan, SimulatedRequest
 from ._scripted_models import HandlerRun, ScriptedModels
 from ._scripts import MARGIN
 from ._simulation import MAX_IGNORED_CANCELLATION, ProcessRun, Simulation
+from ._stories import StoryCheck
 from ._workload import Outcome
 
 __all__ = ["Invariants"]
@@ -57,6 +58,7 @@ class Invariants(trio.abc.Instrument):
         self._history = history
         self._models = models
         self._oracle = FaultOracle(plan, history)
+        self._stories = StoryCheck(simulation)
         self._missing_since: dict[str, float] = {}
         self._reported: set[str] = set()
         # How many slots may be taken in each process, and how many were, by its number.
@@ -83,6 +85,7 @@ class Invariants(trio.abc.Instrument):
                 self._check_reservations(process)
         self._check_workers()
         self._check_time()
+        self._stories.follow()
 
     def _check_stats(self, process: ProcessRun) -> None:
         router = process.server.router
@@ -299,7 +302,13 @@ class Invariants(trio.abc.Instrument):
     # Of each run of a handler
 
     def check_runs(self, outcomes: list[Outcome]) -> None:
-        """Check what the handlers did for requests that have ended."""
+        """Check what the handlers did for requests that have ended, and what their stories say."""
+        for outcome, complaint in self._stories.complaints(outcomes):
+            self._history.add_violation(
+                f"request {outcome.request.number} to {outcome.request.model}: {complaint}"
+            )
+        for complaint in self._stories.endless():
+            self._report(complaint)
         for outcome in outcomes:
             runs = self._in_order(outcome.request.number)
             for complaint in self._complaints_about_runs(outcome, runs):
