@@ -75,6 +75,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "on_conflict": "reject",
         "routing": "cost",
         "aliases": None,
+        "start_patience": 30.0,
+        "wake": None,
+        "wake_timeout": 180.0,
         "ejection_failures": 5,
         "ejection_time": 5.0,
         "ejection_time_max": 300.0,
@@ -288,6 +291,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "through_proxy": "yes",
         "guardian": "no",
         "aliases": '{"a": ["b", "c"]}',
+        "wake": '{"a": "02:42:ac:11:00:02"}',
     }
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
@@ -295,13 +299,14 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
         "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
         "aliases": {"a": ["b", "c"]}, "through_proxy": True, "guardian": False, "processes": 4,
+        "wake": {"a": "02:42:ac:11:00:02"},
     }  # fmt: skip
     kind = attrs.fields_dict(ServerOptions if in_server else ClusterServerOptions)[field].type
     text = texts.get(field, "77")
     value = plain.get(field, "77" if "str" in str(kind) else 77)
     quoted = str(value).lower() if isinstance(value, (bool, int)) else f'"{value}"'
     if isinstance(value, dict):
-        quoted = "{ a = ['b', 'c'] }"
+        quoted = f"{{ a = {value['a']!r} }}"
     for options in (
         load(f"{'[server]' if in_server else ''}\n{field} = {quoted}", tmp_path=tmp_path),
         load(None, {f"TRIO_CLUSTER_{field.upper()}": text}, tmp_path=tmp_path),

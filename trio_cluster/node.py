@@ -41,6 +41,7 @@ from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
 from .cluster.replacement import SOCKET_NAME, HandOver, Succession, wait_for_workers
+from .cluster.sleeping import SleepingWorkers
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.call import Call
@@ -338,7 +339,9 @@ class Node:
         taking_over = succession is not None
         # Of several processes one writes: all serve the same models.
         writes = member is None or member.process == 0
-        memory = None if state is None else self._model_memory(state, later=taking_over or not writes)
+        sleeping = SleepingWorkers(self._router.catalog, self._options)
+        later = taking_over or not writes
+        memory = None if state is None else self._model_memory(state, sleeping, later=later)
         # The running master keeps what keys use until it leaves that to this one.
         limiter = self._node_context.limiter = self._new_limiter(
             None if taking_over or member is not None else state
@@ -350,7 +353,7 @@ class Node:
                 self._options, self._tls.is_revoked, self._tls.is_member, self._invite_command
             )
         place = None if member is None else Place(member.process, member.processes)
-        manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper, place)
+        manager = WorkerManager(self._router.catalog, self._options, self._id, doorkeeper, place, sleeping)
         self.worker_manager = manager
         self.internal_port = port_of(internal_listeners)
         clients_gate, workers_gate = Gate(is_open=not taking_over), Gate(is_open=not taking_over)
@@ -559,14 +562,15 @@ class Node:
             logger.warning("%sthe state of this node will not survive a restart: %s", what, error)
             return None
 
-    def _model_memory(self, state: StateDir, *, later: bool) -> ModelMemory | None:
+    def _model_memory(self, state: StateDir, sleeping: SleepingWorkers, *, later: bool) -> ModelMemory | None:
         """Return the memory of models, with what is remembered restored; ``None`` if it cannot be kept.
 
         Args:
             state: where it is kept.
+            sleeping: the workers whose models are remembered for longer.
             later: another process still writes there.
         """
-        memory = ModelMemory(self._router.catalog, state)
+        memory = ModelMemory(self._router.catalog, state, sleeping)
         try:
             memory.restore()
             if not later:

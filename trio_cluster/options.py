@@ -26,6 +26,7 @@ import attrs
 from .core.aliases import AliasTargets, read_aliases
 from .core.limits import PROCESSES_MAX
 from .core.sizes import parse_size
+from .core.wake_target import WAKE_PATTERN, read_wake_target
 from .errors import OptionsError
 
 __all__ = [
@@ -248,6 +249,18 @@ def _aliases(instance: object, field: _Field, value: object) -> None:
         raise TypeError(f"{field.name}: {error}") from None
 
 
+def _wake_table(instance: object, field: _Field, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{field.name}: expected a table of workers and hardware addresses, got {value!r}")
+    for name, target in value.items():
+        if not isinstance(name, str) or not isinstance(target, str):
+            raise TypeError(f"{field.name}: expected a name and a hardware address, got {name!r}: {target!r}")
+        try:
+            read_wake_target(target)
+        except ValueError as error:
+            raise OptionsError(f"{field.name}: {name}: {error}") from None
+
+
 def _link_duration(instance: ClusterServerOptions | None, field: _Field, value: float) -> None:
     _duration(instance, field, value)
     if instance is None:
@@ -268,8 +281,8 @@ def _seconds(value: float) -> float:
     return value
 
 
-def _alias_table(value: Any) -> Any:
-    """Return a table of aliases that is given as JSON; anything else is left to the validator."""
+def _json_table(value: Any) -> Any:
+    """Return a table that is given as JSON; anything else is left to the validator."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -313,6 +326,7 @@ _SCHEMAS: Final[Mapping[object, Mapping[str, Any]]] = {
     _share: {"type": "number", "minimum": 0, "maximum": 1},
     _text: {"type": "string", "pattern": r"^\S(.*\S)?$"},
     _secret: {"type": "string", "pattern": "^[!-~]+$"},
+    _wake_table: {"type": "object", "additionalProperties": {"type": "string", "pattern": WAKE_PATTERN}},
     _database: {"type": "string", "pattern": "^(postgres(ql)?://|sqlite:///)"},
     _redis_url: {"type": "string", "pattern": "^rediss?://"},
     _aliases: {
@@ -474,10 +488,25 @@ class ClusterServerOptions:
     each has to do, how fast it has been and what of the prompt it has cached. ``"least-busy"``: the one with the
     fewest requests for its capacity."""
     aliases: AliasTargets | None = attrs.field(
-        default=None, converter=_alias_table, validator=_optional(_aliases), metadata=_AT_ONCE
+        default=None, converter=_json_table, validator=_optional(_aliases), metadata=_AT_ONCE
     )
     """Other names for models: each with the name of a model, a list of names that are tried in this order, or a table
     of names with their weights. A text is JSON. ``ClusterServer.set_aliases`` replaces them while a node runs."""
+    start_patience: float = attrs.field(
+        default=30.0, converter=_seconds, validator=_duration_or_inf, metadata=_AT_ONCE
+    )
+    """How long a request for an alias with several names waits for a model to be started, or for a machine to be woken,
+    before the next name is tried. ``math.inf``: until it is there."""
+    wake: Mapping[str, str] | None = attrs.field(
+        default=None, converter=_json_table, validator=_optional(_wake_table), metadata=_RESTART
+    )
+    """Workers whose machines may sleep, by name, each with the hardware address (MAC) that wakes it, perhaps followed
+    by ``@`` and the broadcast address of its network. A text is JSON. A request for a model that only such a worker
+    has wakes its machine, and waits."""
+    wake_timeout: float = attrs.field(
+        default=180.0, converter=_seconds, validator=_duration, metadata=_AT_ONCE
+    )
+    """How long a request waits for a machine that is woken."""
     ejection_failures: int = attrs.field(default=5, validator=_count_or_zero, metadata=_AT_ONCE)
     """After how many failures in a row a replica is left alone for a while (ejected), if its model has others.
     0: never."""

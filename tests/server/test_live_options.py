@@ -112,6 +112,23 @@ async def has_a_story(cluster: SimulatedCluster) -> bool:
     return (await cluster.client().get(path)).status == 200
 
 
+async def seconds_of_waiting(cluster: SimulatedCluster) -> float:
+    """Return how long a request waits for the machine of a worker that has left."""
+    server = worker("w")
+
+    @server.chat("far")
+    async def hello(request: Any) -> str:
+        return "hello"
+
+    if "w" not in cluster.workers:
+        node = await cluster.start_worker(server)
+        node.stop()
+        await node.over.wait()
+    began = trio.current_time()
+    await cluster.client().chat("far-or-near" if cluster.options.aliases else "far", stream=False)
+    return round(trio.current_time() - began)
+
+
 class Records(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -227,6 +244,8 @@ ONE_SLOT: Final = {"max_concurrency": 1, "queue_timeout": 1.0, "keepalive": 0.0,
 REPLICAS: Final = {"on_conflict": "replicate", "ejection_failures": 1}
 
 #: The only option without a row: what it is for happens once a day. It is read through a function.
+#: Packets for a machine that is not there, to this one.
+ASLEEP: Final = {"wake": {"w": "02:42:ac:11:00:02@127.0.0.1"}}
 UNSEEN: Final = {"usage_days"}
 
 TABLE: Final = {
@@ -250,6 +269,10 @@ TABLE: Final = {
     "ejection_time": Row(5.0, 50.0, ejected_for, 5.0, 50.0, REPLICAS),
     "ejection_time_max": Row(300.0, 20.0, ejected_as_asked_for, 100.0, 20.0, REPLICAS),
     "ejection_share": Row(0.0, 0.5, ejected_for, 0.0, 5.0, REPLICAS),
+    "start_patience": Row(
+        20.0, 40.0, seconds_of_waiting, 20, 40, ASLEEP | {"aliases": {"far-or-near": ["far", "m"]}}
+    ),
+    "wake_timeout": Row(60.0, 90.0, seconds_of_waiting, 60, 90, ASLEEP),
     "stories": Row(0, 100, has_a_story, False, True),
     "drain_timeout": Row(30.0, 3.0, seconds_to_the_end, None, 3.0, {"default_timeout": 1000.0}),
     "stored_responses": Row(100, 0, keeps_a_response, True, False),

@@ -9,6 +9,7 @@ None of these routes is meant for browsers, so requests with that header are ref
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -19,7 +20,7 @@ from quart_trio.wrappers import TrioResponse
 from ..core.answer import Done, Failed
 from ..core.model_state import CONTROL, LOAD, UNLOAD, ModelState, ShownState
 from ..core.request import Request
-from ..errors import ApiError, ClusterError, InvalidRequest, ModelNotOnDemand
+from ..errors import ApiError, ClusterError, InvalidRequest, ModelNotOnDemand, ModelUnavailable
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
@@ -100,12 +101,20 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     async def load(name: str) -> TrioResponse:
         context = request_context(request.scope)
         refuse_pages(context)
-        now = trio.current_time()
         replicas = _replicas(name, (await json_object()).get("worker"))
-        # The one that can answer first: if one is ready, nothing is to be done.
-        replica = min(replicas, key=lambda each: _state(each, name).ready_in(now))
+        replica = _first_ready(replicas, name)
         node_context.audit.record(context.principal, context.client, "model.load", name, node=replica.name)
-        state = await _control(LOAD, name, replica)
+        try:
+            state = await _control(LOAD, name, replica)
+        except ModelUnavailable:
+            others = [each for each in router.catalog.replicas(name) if each.health.available]
+            if replica in others or not others:
+                raise
+            # It stood in for a worker whose machine is awake now, and which may have to start the model.
+            replica = _first_ready(others, name)
+            state = "ready"
+            if name in replica.health.model_states:
+                state = await _control(LOAD, name, replica)
         return respond(json_reply(ModelStateView(name, state, [replica.name])))
 
     async def unload(name: str) -> TrioResponse:
@@ -178,6 +187,12 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
     add("/cluster/models/<anything:name>/load", "load", load, methods=["POST"])
     add("/cluster/models/<anything:name>/unload", "unload", unload, methods=["POST"])
+
+
+def _first_ready(replicas: Sequence[Backend], model: str) -> Backend:
+    """Return the replica that can answer first: if one is ready, nothing is to be done to load the model."""
+    now = trio.current_time()
+    return min(replicas, key=lambda each: _state(each, model).ready_in(now))
 
 
 def _state(replica: Backend, model: str) -> ModelState:

@@ -439,6 +439,16 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
     if master:
         add("--internal-host", "internal_host", str, "ADDR", "the address for workers, if not that of --host")
     add("--internal-port", "internal_port", int, "PORT", "the master's port for workers, if not PORT + 1000")
+    if master:
+        text = "how long a request for an alias waits for a start before the next name is tried"
+        add("--start-patience", "start_patience", float, "SECONDS", text)
+        add(
+            "--wake-timeout",
+            "wake_timeout",
+            float,
+            "SECONDS",
+            "how long a request waits for a machine to wake",
+        )
     add("--worker-timeout", "worker_timeout", float, "SECONDS", "silence after which a link is closed")
     add("--heartbeat-interval", "heartbeat_interval", float, "SECONDS", "how often a heartbeat is sent")
     add(

@@ -67,6 +67,7 @@ from ..protocol.codec import decode_handshake
 from ..routing.catalog import Catalog, ModelLoop, NameTaken
 from .admission import Admitted, Doorkeeper
 from .remote_worker import MAX_CAPACITY, RemoteWorker
+from .sleeping import SleepingWorkers
 
 __all__ = ["HANDSHAKE_TIMEOUT", "MAX_MODELS", "MAX_UNADMITTED", "Place", "WorkerConnection", "WorkerManager"]
 
@@ -113,6 +114,7 @@ class WorkerManager:
         node_id: the name of this master.
         doorkeeper: decides which workers are admitted; ``None``: by the token of the options, if there is one.
         place: which of the processes of the master this is; ``None``: it is the only one.
+        sleeping: the workers whose machines can be woken; ``None``: those of the options.
 
     Attributes:
         workers: the connected workers, by name.
@@ -125,6 +127,7 @@ class WorkerManager:
         node_id: str,
         doorkeeper: Doorkeeper | None = None,
         place: Place | None = None,
+        sleeping: SleepingWorkers | None = None,
     ) -> None:
         self.workers: dict[str, RemoteWorker] = {}
         self._catalog = catalog
@@ -132,6 +135,7 @@ class WorkerManager:
         self._node_id = node_id
         self._doorkeeper = Doorkeeper(options) if doorkeeper is None else doorkeeper
         self._place = Place() if place is None else place
+        self._sleeping = SleepingWorkers(catalog, options) if sleeping is None else sleeping
         # A dict and not a set, for its order: what is done to all connections is done in the order of their age.
         self._connections: dict[WorkerConnection, None] = {}
         self._all_closed = trio.lowlevel.ParkingLot()
@@ -169,6 +173,8 @@ class WorkerManager:
             nursery.start_soon(self._refusals.run)
             nursery.start_soon(self._refused_models.run)
             nursery.start_soon(self._handshakes.run)
+            if self._sleeping:
+                nursery.start_soon(self._sleeping.run)
             task_status.started()
         raise AssertionError("unreachable: the listeners are served until this is cancelled")
 
@@ -189,6 +195,7 @@ class WorkerManager:
                 doorkeeper=self._doorkeeper,
                 workers=self.workers,
                 connections=self._connections.keys(),
+                sleeping=self._sleeping,
                 refusals=self._refusals,
                 refused_models=self._refused_models,
                 place=self._place,
@@ -319,6 +326,7 @@ class WorkerConnection:
         doorkeeper: decides whether the worker may join.
         workers: the connected workers, by name. This connection adds its own, and removes it.
         connections: all connections of this master, this one included.
+        sleeping: is told which workers are there.
         refusals, refused_models: where to log that this connection, or a model of its worker, is refused.
         place: which of the processes of the master this is.
 
@@ -343,6 +351,7 @@ class WorkerConnection:
         doorkeeper: Doorkeeper,
         workers: dict[str, RemoteWorker],
         connections: Collection[WorkerConnection],
+        sleeping: SleepingWorkers,
         refusals: ThrottledLog,
         refused_models: ThrottledLog,
         place: Place,
@@ -353,6 +362,7 @@ class WorkerConnection:
         self._options = options
         self._workers = workers
         self._connections = connections
+        self._sleeping = sleeping
         self._doorkeeper = doorkeeper
         self.admitted = Admitted("open")
         self._tls = stream.tls
@@ -630,6 +640,7 @@ class WorkerConnection:
             case UnregisterModel():
                 self._forget_refused(worker, event.name)
                 if worker.models.pop(event.name, None) is not None:
+                    self._sleeping.unregistered(worker.name, event.name)
                     self._catalog.remove(event.name, worker)
                     self._log("model left", worker, model=event.name)
             case Drain():
@@ -682,6 +693,7 @@ class WorkerConnection:
         self.link.proxied = self.link.proxied or handshake.proxied
         self.worker = RemoteWorker(name, self.session, self.link.wake, self.address, self.admitted.how)
         self._workers[name] = self.worker
+        self._sleeping.joined(name)
         self._log("worker joined", self.worker, address=self.address, version=handshake.version)
 
     def _register(self, worker: RemoteWorker, message: RegisterModel, *, again: bool = False) -> None:
@@ -717,6 +729,7 @@ class WorkerConnection:
             return
         self._forget_refused(worker, message.name)
         worker.models[info.name] = info
+        self._sleeping.registered(worker.name, info)
         self.session.model_registered(info.name)
         self._log("model registered", worker, model=info.name, kind=info.kind)
 
@@ -769,6 +782,7 @@ class WorkerConnection:
             self._catalog.remove(name, worker)
         if self._workers.get(worker.name) is worker:
             del self._workers[worker.name]
+            self._sleeping.left(worker.name)
         worker.connection_lost(why)
 
     def _log_end(self, closed: LinkClosed) -> None:

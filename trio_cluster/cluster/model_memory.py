@@ -7,7 +7,10 @@ takes those as models that have just left; see ``routing/absence.py``.
 A master that stops closes the links of its workers first, so all their models leave before its end. Models that leave
 as late as that are written down as served: otherwise the absence of the master would count as theirs.
 
-The file is written when a model comes or goes, at most once a second. What cannot be written is logged once.
+What workers served whose machines can be woken is in a second file, since it is remembered for as long as they sleep;
+see ``sleeping.py``.
+
+The files are written when a model comes or goes, at most once a second. What cannot be written is logged once.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from ..core.state_dir import StateDir, StateDirError
 from ..core.threads import NoThread, run_in_thread
 from ..routing.absence import REMEMBERED
 from ..routing.catalog import Catalog
+from .sleeping import SleepingWorkers
 
 __all__ = ["ModelMemory"]
 
 logger = logging.getLogger("trio_cluster.node")
 
 _FILE: Final = "models.json"
+_SLEEPING_FILE: Final = "sleeping.json"
 #: Seconds between two writes.
 _PAUSE: Final = 1.0
 #: Seconds from the moment at which a master that stops begins to close its links to its end, and some to spare. The
@@ -55,19 +60,24 @@ class ModelMemory:
 
     Args:
         catalog: the models of the master.
-        state_dir: where the file is.
+        state_dir: where the files are.
+        sleeping: the workers whose models are in the second file; ``None``: there are none.
     """
 
-    def __init__(self, catalog: Catalog, state_dir: StateDir) -> None:
+    def __init__(
+        self, catalog: Catalog, state_dir: StateDir, sleeping: SleepingWorkers | None = None
+    ) -> None:
         self._catalog = catalog
         self._state_dir = state_dir
+        self._sleeping = sleeping
         self._changed = trio.Event()
-        self._written = b""
+        # What is in the files, as far as this process has written it.
+        self._written: dict[str, bytes] = {}
         self._failed = False
         self._suspended = False
 
     def restore(self) -> None:
-        """Let the catalogue know the models that the file names. Synchronous; reads a file.
+        """Let the catalogue know the models that the files name. Synchronous; reads files.
 
         A model that was served when its master ended counts from now, however long that is ago: its workers are
         looking for the master. A file that cannot be understood is ignored.
@@ -75,6 +85,11 @@ class ModelMemory:
         Raises:
             StateDirError: there is a file, and it cannot be read.
         """
+        self._restore_absent()
+        if self._sleeping and (content := self._state_dir.read(_SLEEPING_FILE)) is not None:
+            self._sleeping.restore(content)
+
+    def _restore_absent(self) -> None:
         content = self._state_dir.read(_FILE)
         try:
             entries = [] if content is None else msgspec.json.decode(content, type=list[_Entry])
@@ -96,52 +111,61 @@ class ModelMemory:
         self._suspended = True
 
     def resume(self) -> None:
-        """Write again, and the whole file once, in which another process may have written. Synchronous."""
+        """Write again, and all files once, in which another process may have written. Synchronous."""
         self._suspended = False
-        self._written = b""
+        self._written.clear()
         self._changed.set()
 
     def save(self) -> None:
-        """Write the file if it would not be the same. Blocks.
+        """Write the files that would not be the same. Blocks.
 
         Raises:
-            StateDirError: it cannot be written.
+            StateDirError: one cannot be written.
         """
-        content = self._content()
-        if content != self._written:
-            self._state_dir.write(_FILE, content)
-            self._written = content
+        for name, content in self._unwritten().items():
+            self._state_dir.write(name, content)
+            self._written[name] = content
 
     async def run(self) -> None:
-        """Keep the file up to date until cancelled, and write it a last time then."""
+        """Keep the files up to date until cancelled, and write them a last time then."""
         self._catalog.on_names_changed = lambda: self._changed.set()
+        if self._sleeping:
+            self._sleeping.on_changed = lambda: self._changed.set()
         try:
             while True:
                 await self._changed.wait()
                 self._changed = trio.Event()
-                content = self._content()
-                if content != self._written and not self._suspended:
+                contents = self._unwritten()
+                if contents and not self._suspended:
                     try:
-                        await run_in_thread(self._write, content)
+                        await run_in_thread(self._write, contents)
                     except NoThread:
-                        self._write(content)
+                        self._write(contents)
                 await trio.sleep(_PAUSE)
         finally:
             self._catalog.on_names_changed = lambda: None
-            content = self._content(still_served=_LAST_SECONDS)
-            if content != self._written and not self._suspended:
-                self._write(content)
+            contents = self._unwritten(still_served=_LAST_SECONDS)
+            if not self._suspended:
+                self._write(contents)
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, contents: dict[str, bytes]) -> None:
         try:
-            self._state_dir.write(_FILE, content)
+            for name, content in contents.items():
+                self._state_dir.write(name, content)
+                self._written[name] = content
         except StateDirError as error:
             if not self._failed:
                 self._failed = True
                 logger.warning("the names of models will not survive a restart: %s", error)
         else:
-            self._written = content
             self._failed = False
+
+    def _unwritten(self, *, still_served: float = 0.0) -> dict[str, bytes]:
+        """Return what is to be in the files whose content is not known to be that. See :meth:`_content`."""
+        contents = {_FILE: self._content(still_served=still_served)}
+        if self._sleeping:
+            contents[_SLEEPING_FILE] = self._sleeping.content()
+        return {name: content for name, content in contents.items() if self._written.get(name) != content}
 
     def _content(self, *, still_served: float = 0.0) -> bytes:
         """Return what is to be in the file.

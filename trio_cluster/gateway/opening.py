@@ -1,7 +1,8 @@
 """The opening of an answer: from the call to the head of its answer, with the retries on other replicas and models.
 
 An alias with several names goes on to its next name, too, if a server behind an engine answers that it cannot take the
-request now; nothing of that answer was sent to the client.
+request now; nothing of that answer was sent to the client. It goes on as well if a model is being started, or a machine
+woken, for longer than ``start_patience``. The start is given up then, unless others wait for it.
 
 If the client of a stream has been sent a comment before the head has come, the status is out, and the answer has to be
 a stream of events. One that is none, an error of a server behind an engine for instance, becomes an error here.
@@ -15,6 +16,7 @@ from typing import Final
 import trio
 
 from ..core.answer import Data, Event, Failed, Head
+from ..core.call import Call
 from ..errors import UNAVAILABLE_STATUSES, ApiError, HandlerFailed
 from ..openai import read_error
 from .context import RequestContext
@@ -43,8 +45,10 @@ class Opening:
 
     def __init__(self, node_context: NodeContext, context: RequestContext, since: float) -> None:
         self._router = node_context.router
+        self._options = node_context.options
         self._context = context
         self._since = since
+        self._impatient_at = since + self._options.start_patience
 
     async def head(self, until: float = math.inf) -> Head | None:
         """Return the head of the answer; ``None`` if it has not come until the trio time ``until``. A checkpoint.
@@ -52,10 +56,20 @@ class Opening:
         Raises:
             ApiError: the answer failed before.
         """
+        deadlines = self._context.deadlines
         while True:
-            event = await self._context.deadlines.next_event(self._context.call, self._since, until)
-            if event is None or (head := self.take(event)) is not None:
-                return None if event is None else head
+            call = self._context.call
+            goes_on = call.request.otherwise is not None and self._impatient_at < until
+            event = await deadlines.next_event(call, self._since, self._impatient_at if goes_on else until)
+            if event is not None:
+                head = self.take(event)
+                if head is not None:
+                    return head
+            elif not goes_on:
+                return None
+            elif call.model_wait is None or not self._leave(call):
+                # It may have to wait later, if its node has not begun with it.
+                self._impatient_at += self._options.start_patience
 
     def take(self, event: Event) -> Head | None:
         """Return the head of the answer, given the first event of a call. Synchronous.
@@ -70,7 +84,7 @@ class Opening:
         if isinstance(event, Head):
             if event.status not in UNAVAILABLE_STATUSES or call.request.otherwise is None:
                 return event
-            again = self._router.open_following(call, time_left)
+            again = self._router.open_following(call, "its server cannot take the request now", time_left)
             if again is None:
                 return event
         elif isinstance(event, Failed):
@@ -79,10 +93,23 @@ class Opening:
                 raise event.error
         else:  # the grammar of calls forbids it
             raise HandlerFailed
-        context.add_call(again)
-        # The client has been waiting all the time. What it has waited for a model to be started does not count.
-        self._since = max(context.deadlines.began, call.ready_since)
+        self._replace(call, again)
         return None
+
+    def _leave(self, call: Call) -> bool:
+        """Open the request for the next name of its alias, since a start takes too long. Return whether it was."""
+        why = f"its model was not ready within {self._options.start_patience:g} s"
+        again = self._router.open_following(call, why, self._context.deadlines.time_left)
+        if again is None:
+            return False
+        self._replace(call, again)
+        return True
+
+    def _replace(self, call: Call, again: Call) -> None:
+        self._context.add_call(again)
+        # The client has been waiting all the time. What it has waited for a model to be started does not count.
+        self._since = max(self._context.deadlines.began, call.ready_since)
+        self._impatient_at = trio.current_time() + self._options.start_patience
 
     async def require_events(self, head: Head) -> None:
         """Return if the answer that ``head`` begins is a stream of events. Perhaps a checkpoint.

@@ -108,7 +108,7 @@ async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
     event = None
     if context.call.request.kind in HEDGED_KINDS and is_hedged(node_context, context):
         event = await first_event(node_context, context, context.deadlines.expires_at(began))
-    else:
+    elif context.call.request.otherwise is None:
         # Written out here, since a function would cost every request a call.
         with trio.move_on_at(min(context.deadlines.expires_at(began), comment_due)):
             event = await context.call.receive()

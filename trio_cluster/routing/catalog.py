@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -30,7 +30,14 @@ from .absence import AbsentModels
 from .aliases import Aliases
 from .backend import Backend
 
-__all__ = ["Catalog", "ModelLoop", "NameTaken"]
+__all__ = ["Catalog", "ModelLoop", "NameTaken", "StandIn"]
+
+
+class StandIn(Backend, Protocol):
+    """A backend that is asked for a model only as long as no other one serves it."""
+
+    def replaced(self, name: str) -> None:
+        """Another backend serves the model now. Synchronous; called when that can be given requests."""
 
 
 class NameTaken(ValueError):
@@ -114,6 +121,8 @@ class Catalog:
         self._models: dict[str, _Model] = {}
         # By name: what to call when a replica of the model leaves or changes, in the order of asking.
         self._retries: dict[str, dict[Backend, Callable[[], None]]] = {}
+        # By name: those that stand in for the model when no backend serves it, the one that is asked first.
+        self._stand_ins: dict[str, dict[StandIn, ModelInfo]] = {}
         self.passthrough: set[str] = set()
         self.absent = AbsentModels()
         self.aliases = Aliases()
@@ -138,10 +147,14 @@ class Catalog:
             ModelLoop: the model came through this cluster.
         """
         self._refuse_loop(info)
+        if self._stand_ins and (replaced := self._stand_in_of(info.name)) is not None:
+            del self._models[info.name]
+            self._add_first(info, backend)
+            replaced.replaced(info.name)
+            return
         model = self._models.get(info.name)
         if model is None:
-            model = self._models[info.name] = _Model(info)
-            self._put(model, info, backend, before=None)
+            self._add_first(info, backend)
             return
         servers = ", ".join(replica.name for replica in model.replicas)
         if not replicate:
@@ -195,7 +208,44 @@ class Catalog:
         if not model.replicas or not model.passthrough:
             self.passthrough.discard(name)
         self._retry(name)
+        self._stand_in(name)
         return True
+
+    def add_stand_in(self, info: ModelInfo, backend: StandIn) -> None:
+        """Let a backend answer for a model as long as no other one serves it. Synchronous.
+
+        Args:
+            info: the description of the model.
+            backend: of several for one model, the one that was added first is asked.
+        """
+        self._stand_ins.setdefault(info.name, {})[backend] = info
+        self._stand_in(info.name)
+
+    def remove_stand_in(self, name: str, backend: StandIn) -> None:
+        """Undo :meth:`add_stand_in`. Synchronous, idempotent."""
+        stand_ins = self._stand_ins.get(name, {})
+        if stand_ins.pop(backend, None) is None:
+            return
+        if not stand_ins:
+            del self._stand_ins[name]
+        self.remove(name, backend)
+
+    def _stand_in(self, name: str) -> None:
+        """Let the first of those that stand in for a model do so, if no backend serves it."""
+        if name in self._stand_ins and name not in self._models:
+            backend, info = next(iter(self._stand_ins[name].items()))
+            self._add_first(info, backend)
+
+    def _stand_in_of(self, name: str) -> StandIn | None:
+        """Return what stands in for a model now."""
+        model = self._models.get(name)
+        if model is None:
+            return None
+        return next((each for each in self._stand_ins.get(name, ()) if each in model.replicas), None)
+
+    def _add_first(self, info: ModelInfo, backend: Backend) -> None:
+        model = self._models[info.name] = _Model(info)
+        self._put(model, info, backend, before=None)
 
     def remember(self, info: ModelInfo, *, age: float = 0.0) -> None:
         """Take a model for one that has left, unless all that it answered is answered.

@@ -64,8 +64,9 @@ _MAX_RECORDS: Final = 10_000
 _FIRST_ERROR: Final = 500
 #: Statuses that are about the request: not supported, no such version of HTTP, sent in a circle.
 _ABOUT_THE_REQUEST: Final = frozenset({501, 505, 508})
-#: Codes with which a node refuses what it would take at another time: it is busy, it stops, an operator has intervened.
-_NOT_NOW: Final = frozenset({"over_capacity", "shutting_down", "cancelled"})
+#: Codes with which a node refuses what it would take at another time: it is busy, it stops, an operator has intervened,
+#: the model is away.
+_NOT_NOW: Final = frozenset({"over_capacity", "shutting_down", "cancelled", "model_unavailable"})
 
 #: What a call says about its replica: it answered; it failed, with an error or a loss; it was silent for too long.
 Judgement: TypeAlias = Literal["answered", "failed", "lost", "silent"]

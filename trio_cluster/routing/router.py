@@ -147,18 +147,19 @@ class Router:
                     if request.otherwise is None:
                         raise
         if again is None:
-            return self.open_following(call, time_left)
+            return self.open_following(call, "it has failed", time_left)
         self.tell_replaced(call, again)
         return again
 
-    def open_following(self, call: Call, time_left: float = math.inf) -> Call | None:
+    def open_following(self, call: Call, why: str, time_left: float = math.inf) -> Call | None:
         """Open the request of a call for the next name of its alias. Synchronous.
 
         The caller guarantees that nothing of the answer was sent to the client.
 
         Args:
-            call: a call that has failed, or whose server has answered that it cannot take the request now. That answer
-                is not received any more if there is a new call.
+            call: a call that has failed or is not to be waited for any longer, or whose server has answered that it
+                cannot take the request now. Nothing of it is received any more if there is a new call.
+            why: the reason, for logs.
             time_left: seconds that are left for the whole answer.
 
         Returns:
@@ -176,7 +177,7 @@ class Router:
             # The client is told why the first name failed, rather than that the next one is away.
             return None
         # Its outcome is the answer of the server, which says something about the replica.
-        call.satisfy("its server cannot take the request now; the next name of the alias is tried")
+        call.satisfy(f"{why}; the next name of the alias is tried")
         self.tell_replaced(call, again)
         return again
 
