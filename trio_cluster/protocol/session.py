@@ -564,8 +564,10 @@ class Session(abc.ABC, Generic[EventT]):
             self._receive_for_call(message, next_state, events)
         elif type(message) is Ack:
             # None if this end has stopped to keep what it sends, which the peer does not know.
-            if self._retention is not None:
-                self._retention.acknowledge(message.received)
+            retention = self._retention
+            # In a batch that is repeated on another connection, it may be older than the handshake there.
+            if retention is not None and (message.received >= retention.acknowledged or not self.resumptions):
+                retention.acknowledge(message.received)
         elif type(message) in LINK_MESSAGES[self._role]:
             if isinstance(message, Heartbeat):
                 self.peer_blocked = message.blocked
