@@ -221,6 +221,42 @@ def test_cut_again_and_again_in_the_middle_of_resuming_too(cuts: list[int]) -> N
     assert play(opened(tuple(cuts))) == play(opened())
 
 
+def test_a_link_on_which_each_batch_acknowledges_may_be_cut_at_any_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trio_cluster.protocol.session.ACK_ALONG", 1)
+    uncut = opened()
+    expected = play(uncut)
+    for position in range(uncut.moved):
+        assert play(opened((position,))) == expected, position
+        assert play(opened((position, position + 200))) == expected, position
+
+
+def test_an_acknowledgement_that_is_repeated_is_older_than_the_handshake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trio_cluster.protocol.session.ACK_ALONG", 1)
+    cable = opened()
+    call = stream(cable)
+    cable.worker.send(call, b"one ")
+    cable.settle()
+    cable.master.cancel(call, "gone")
+    lost = cable.master.next_message()
+    assert lost is not None
+    (acknowledged,) = [message.received for message in decode(lost.data) if isinstance(message, Ack)]
+    cable.worker.send(call, b"two ")
+    batch = cable.worker.next_message()
+    assert batch is not None
+    cable.master.receive(batch.data, cable.now)
+    cable.cut()
+    cable.reconnect()
+    cable.settle()
+    retention = cable.worker._retention
+    assert retention is not None
+    assert retention.acknowledged > acknowledged
+    assert [event for event in cable.events["worker"] if isinstance(event, Cancel)] == [Cancel(call, "gone")]
+
+
 @given(
     st.lists(
         st.tuples(
