@@ -64,7 +64,7 @@ class TlsUnavailable(ClusterError):
     """TLS, or the cluster's own authority, cannot be used here; the message says why, and what to do."""
 
 
-class TlsSuspended(Exception):
+class TlsSuspended(ClusterError):
     """Another process takes the place of this one: it is to be asked."""
 
 
