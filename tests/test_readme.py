@@ -167,7 +167,7 @@ def test_commands_in_the_pages_are_understood(command: str) -> None:
     known = {point.name: point for point in entry_points(group=engines.GROUP)}
     for spec in getattr(parsed, "serve", []):
         head, *pairs = spec.split(",")
-        options = known[head.partition(":")[0]].load().options
+        options = known[head.partition(":")[0]].load().all_options
         assert {pair.partition("=")[0] for pair in pairs} <= options.keys()
 
 

@@ -68,6 +68,24 @@ async def test_what_has_changed_is_applied_or_named(place: Path) -> None:
     assert (server.options.server.keepalive, server.options.aliases) == (10.0, None)
 
 
+async def test_engines_of_the_file_need_a_restart(place: Path) -> None:
+    first = "[[serve]]\nengine = 'openai'\nargument = 'http://127.0.0.1:1'\n"
+    server = serving("master", "--config", str(write(place, top=first)))
+    assert await reload(server) == ([], [])
+    write(place, "keepalive = 4", first.replace("127.0.0.1", "127.0.0.2"))
+    assert await reload(server) == (["server.keepalive"], ["serve"])
+    assert await reload(server) == ([], ["serve"])
+    write(place, "keepalive = 4", first)
+    assert await reload(server) == ([], [])
+    write(place, "keepalive = 5", first.replace("argument", "argumnt"))
+    with pytest.raises(OptionsError, match=r"\[\[serve\]\] 1: the engine 'openai' has no option 'argumnt'"):
+        await reload(server)
+    assert server.options.server.keepalive == 4.0
+    write(place, top="serve = 5")
+    with pytest.raises(OptionsError, match=r"serve: must be tables, each \[\[serve\]\]"):
+        await reload(server)
+
+
 async def test_environment_and_flags_come_before_the_file_as_at_the_start(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -427,6 +427,7 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
             log_settings(arguments),
             partial(options_from, arguments, base),
             partial(log_settings, arguments),
+            partial(_checked_engines, arguments),
         ).reload
     if arguments.command != "worker":
         _use_activated_sockets(server)
@@ -435,6 +436,21 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
     if getattr(arguments, "listen", None) is not None:
         server.set_worker_listen_address(*arguments.listen)
     return server
+
+
+def _checked_engines(arguments: argparse.Namespace) -> list[tuple[str, dict[str, object]]]:
+    """Return the engines that the file names, when they have been checked.
+
+    Raises:
+        OptionsError, ClusterError: one of them cannot serve.
+    """
+    tables = serve_tables(arguments)
+    if tables:
+        from ..engines import read_serve
+
+        for label, table in tables:
+            read_serve(table, label)
+    return tables
 
 
 def _use_activated_sockets(server: ClusterServer) -> None:

@@ -36,6 +36,7 @@ __all__ = ["Configuration", "reload_on_signal"]
 logger = logging.getLogger(__name__)
 
 _LOG: Final = ("log_level", "log_format")
+_SERVE: Final = "serve"
 
 
 class Configuration:
@@ -48,6 +49,7 @@ class Configuration:
         log: the level and the format of the log, as they were read at the start.
         read_options: reads the options again; raises :class:`~trio_cluster.errors.OptionsError`. Blocks.
         read_log: the same for level and format of the log.
+        read_engines: the same for the engines that the file names. Blocks; is called at once, too.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Configuration:
         log: tuple[str, str],
         read_options: Callable[[], ClusterServerOptions],
         read_log: Callable[[], tuple[str, str]],
+        read_engines: Callable[[], list[tuple[str, dict[str, object]]]],
     ) -> None:
         self._server = server
         self._file = file
@@ -65,6 +68,8 @@ class Configuration:
         self._log = log
         self._read_options = read_options
         self._read_log = read_log
+        self._read_engines = read_engines
+        self._engines = read_engines()
         self._one_at_a_time = trio.Lock()
 
     async def reload(self) -> Reloaded:
@@ -78,7 +83,9 @@ class Configuration:
         """
         async with self._one_at_a_time:
             try:
-                options, log = await start_in_thread(lambda: (self._read_options(), self._read_log()))
+                options, log, engines = await start_in_thread(
+                    lambda: (self._read_options(), self._read_log(), self._read_engines())
+                )
                 changes = [
                     *(
                         OptionChange(name, before, after, "at once")
@@ -87,8 +94,13 @@ class Configuration:
                     ),
                     *changed_options(self._options, options),
                 ]
+                if engines != self._engines:
+                    # Among the options of engines there may be keys.
+                    changes.append(
+                        OptionChange(_SERVE, self._engines, engines, "after a restart", is_secret=True)
+                    )
                 certificates = await self._server.apply_changes(
-                    [change for change in changes if change.option not in _LOG]
+                    [change for change in changes if change.option not in (*_LOG, _SERVE)]
                 )
             except ClusterError as error:
                 logger.error("the new configuration is not used, and nothing has changed: %s", error)

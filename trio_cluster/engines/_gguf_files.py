@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import attrs
 
-__all__ = ["GgufModel", "choose_model", "find_models"]
+__all__ = ["GgufModel", "choose_model", "find_models", "find_parts", "model_name"]
 
 _SUFFIX: Final = ".gguf"
 _PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -56,6 +56,19 @@ def find_models(paths: Iterable[str]) -> list[GgufModel]:
         GgufModel(PurePosixPath(stem).name, stem, files, count - len(files))
         for (stem, count), files in parts.items()
     ]
+
+
+def model_name(path: str) -> str:
+    """Return the name of the model whose first file has this path."""
+    models = find_models([path])
+    return models[0].name if models else PurePosixPath(path).stem
+
+
+def find_parts(first: Path) -> list[Path]:
+    """Return all files of the model whose first file is given. Blocks."""
+    models = find_models([path.name for path in first.parent.iterdir()])
+    found = next((model.files for model in models if first.name in model.files), [first.name])
+    return [first.parent / name for name in found]
 
 
 def choose_model(models: Sequence[GgufModel], wanted: str | None) -> GgufModel:

@@ -23,20 +23,36 @@ import json
 import secrets
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
+import trio
 
 from trio_cluster.core.model import ChatModelOptions
+from trio_cluster.core.threads import run_in_thread
 from trio_cluster.errors import ApiError, ClusterError, HandlerFailed, InvalidRequest
 from trio_cluster.local.adapters import Provider
 from trio_cluster.local.slots import Slots
 from trio_cluster.openai import ChatRequest, OutputChunk
 
 from ._base_url import BaseURL
-from ._engine import LoadingEngine, Option, ServedModel, text, whole_number
+from ._engine import (
+    LoadingEngine,
+    ModelServer,
+    Option,
+    ServedModel,
+    loaded,
+    not_loaded,
+    serve_on_demand,
+    text,
+    whole_number,
+)
+from ._gguf_files import find_parts, model_name
+from ._gguf_folder import FolderModel, follow_folder
+from ._gguf_header import read_header
 from ._http_client import HttpClient, HttpRequest, HttpResponse
 from ._http_response import HttpError
 from ._hub import HubReference, download
@@ -48,6 +64,9 @@ from ._weights import ensure_weights
 __all__ = ["Llama", "engine", "request_body"]
 
 _DEMO: Final = "smollm2"
+
+#: What llama.cpp needs for computing, beside weights and context.
+_MEMORY_MARGIN: Final = 1.1
 
 # Sent only if the client sets them: with the documented default, the model's own default is used. Small models do
 # better at a lower temperature than the API's default.
@@ -78,7 +97,7 @@ _LLAMA_FIELDS: Final = (
 
 class _Llama(LoadingEngine):
     summary = "chat: any GGUF model, through llama.cpp"
-    argument = f"path of a .gguf file, hf:REPO[:FILE], or {_DEMO}"
+    argument = f"path of a .gguf file or of a folder with some, hf:REPO[:FILE], or {_DEMO}"
     requires = ("xllamacpp",)
     extra = "trio-cluster[llama]"
     options: ClassVar[Mapping[str, Option]] = {
@@ -100,8 +119,10 @@ class _Llama(LoadingEngine):
             raise ValueError(f"give the {self.argument}")
         if (reference := HubReference.parse(argument)) is not None:
             reference.check()
-        elif argument != _DEMO and not Path(argument).is_file():
+        elif argument != _DEMO and not Path(argument).exists():
             raise ValueError(f"there is no file '{argument}'; give the {self.argument}")
+        elif Path(argument).is_dir() and options["name"] is not None:
+            raise ValueError("name: the models of a folder have the names of their files; leave it out")
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
         """See :meth:`LoadingEngine.prepare`."""
@@ -116,24 +137,92 @@ class _Llama(LoadingEngine):
     def open(self, argument: str, options: Mapping[str, Any]) -> Iterator[ServedModel]:
         """See :meth:`LoadingEngine.open`."""
         model = Llama.load(argument, options)
-        name = options["name"] or (
-            _DEMO if argument.endswith(WEIGHTS[_DEMO].files[0].name) else Path(argument).stem
-        )
         try:
-            yield ServedModel(
-                name,
-                "chat",
-                model.chat,
-                ChatModelOptions(
-                    context_window=model.context,
-                    accepts_token_ids=True,
-                    # What has been read stays in the slot in which it was.
-                    cache_tokens=model.context * options["parallel"],
-                ),
-                model.count_tokens,
-            )
+            yield _served(argument, options, model.context, model.chat, model.count_tokens)
         finally:
             model.close()
+
+    def describe(self, argument: str, options: Mapping[str, Any]) -> ServedModel:
+        """See :meth:`LoadingEngine.describe`."""
+        context = options["ctx"]
+        # What is wrong with the file is reported when it is loaded.
+        with suppress(OSError, ValueError):
+            context = min(context, read_header(Path(argument)).context or context)
+        return _served(argument, options, context, not_loaded, not_loaded)
+
+    async def serve(
+        self,
+        argument: str,
+        options: Mapping[str, Any],
+        server: ModelServer,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """See :meth:`Engine.serve`. The models of a folder are loaded when they are asked for."""
+        serve = partial(self._serve_on_demand, options, server)
+        if await trio.Path(argument).is_dir():
+            await follow_folder(Path(argument), serve, task_status=task_status)
+            return
+        if options["memory"] is None and options["idle"] is None:
+            await super().serve(argument, options, server, task_status=task_status)
+            return
+        path = Path(await self.prepare(argument, options))
+        files = await run_in_thread(find_parts, path)
+        size = sum([(await trio.Path(file).stat()).st_size for file in files])
+        await serve(FolderModel(path.stem, path, size, 0), task_status=task_status)
+
+    async def _serve_on_demand(
+        self,
+        options: Mapping[str, Any],
+        server: ModelServer,
+        model: FolderModel,
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        argument, memory = str(model.path), options["memory"]
+        described = await run_in_thread(self.describe, argument, options)
+        await serve_on_demand(
+            server,
+            described,
+            partial(loaded, partial(self.open, argument, options)),
+            memory=await run_in_thread(_memory_of, model, options) if memory is None else memory,
+            idle=options["idle"] or 0.0,
+            start_timeout=options["start_timeout"],
+            task_status=task_status,
+        )
+
+
+def _served(
+    argument: str, options: Mapping[str, Any], context: int, handler: Any, count_tokens: Any
+) -> ServedModel:
+    """Return the description of a model, with its handlers."""
+    is_demo = argument.endswith(WEIGHTS[_DEMO].files[0].name)
+    return ServedModel(
+        options["name"] or (_DEMO if is_demo else model_name(argument)),
+        "chat",
+        handler,
+        ChatModelOptions(
+            context_window=context,
+            accepts_token_ids=True,
+            # What has been read stays in the slot in which it was.
+            cache_tokens=context * options["parallel"],
+        ),
+        count_tokens,
+    )
+
+
+def _memory_of(model: FolderModel, options: Mapping[str, Any]) -> int | None:
+    """Return how many bytes a model will need: its weights and its context. Blocks; ``None`` if that is not known.
+
+    What the process takes when a model was just loaded says little: the weights are mapped, and are read when they are
+    used.
+    """
+    try:
+        header = read_header(model.path)
+    except (OSError, ValueError):
+        return None
+    context: int = min(options["ctx"], header.context or options["ctx"]) * options["parallel"]
+    return round(_MEMORY_MARGIN * (model.size + context * header.bytes_per_token))
 
 
 engine = _Llama()
