@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import httpx
 import openai
+import patience
 import trio
 
 from trio_cluster.accounts.accounts import open_accounts
@@ -96,7 +97,7 @@ class Served:
         self.call.release()
 
     async def wait_cancelled(self) -> str | None:
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await self.cancelled.wait()
         return self.reason
 
@@ -120,7 +121,7 @@ class Backend:
 
     async def next(self) -> Served:
         """Return the next call that was opened."""
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             return await self._receive.receive()
 
     def opened(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import patience
 import pytest
 import trio
 
@@ -59,13 +60,13 @@ async def test_what_one_node_changes_the_others_apply_within_two_seconds(databas
     async with open_node(database) as one, open_node(database) as other:
         key = await one.accounts.create_key(KeyRecord(name="a"), ANONYMOUS, "")
         assert one.accounts.table.find(key.encode()) is not None
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while other.accounts.table.find(key.encode()) is None:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert other.accounts.table.required
         await other.accounts.revoke_key("a", ANONYMOUS, "")
         assert other.accounts.table.find(key.encode()) is None
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while one.accounts.table.find(key.encode()) is not None:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert one.accounts.table.required
@@ -100,7 +101,7 @@ async def test_an_answer_about_usage_has_what_was_not_written_yet(database: str 
             other.answer()
         (total,) = await node.accounts.usage(UsageQuery())
         assert total["requests"] >= 3
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while (await node.accounts.usage(UsageQuery()))[0]["requests"] < 6:  # noqa: ASYNC110
                 await trio.sleep(0.05)
 
@@ -108,7 +109,7 @@ async def test_an_answer_about_usage_has_what_was_not_written_yet(database: str 
 async def test_rows_are_written_by_themselves_within_a_second(database: str | Path) -> None:
     async with open_node(database) as node:
         node.answer()
-        with trio.fail_after(1):
+        with patience.fail_after(1):
             while node.accounts.journal.waiting:  # noqa: ASYNC110
                 await trio.sleep(0.01)
 
@@ -151,7 +152,7 @@ async def test_a_report_that_takes_long_delays_neither_the_journal_nor_the_look_
             await trio.sleep(0.05)
             other.answer()
             key = await one.accounts.create_key(KeyRecord(name="a"), ANONYMOUS, "")
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 while other.accounts.table.find(key.encode()) is None:  # noqa: ASYNC110
                     await trio.sleep(0.02)
                 while other.accounts.journal.waiting:  # noqa: ASYNC110

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import httpx
+import patience
 import pytest
 import trio
 from http_node import CHAT, WORKER, HttpNode, Served, open_http_node
@@ -286,14 +287,14 @@ async def test_another_node_with_the_database_notices_within_two_seconds(
 ) -> None:
     async with open_http_node(answer, database=tmp_path / "accounts.db") as other:
         key = await make(node, "a")
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while await Asking(other, key).status(*MODELS) != (200, None):  # noqa: ASYNC110
                 await trio.sleep(0.05)
             while await Asking(other).status(*MODELS) != REFUSED:  # noqa: ASYNC110
                 await trio.sleep(0.05)
         await Asking(node)("PATCH", "/cluster/keys/a", {"disabled": True})
         assert await Asking(node, key).status(*MODELS) == REFUSED
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while await Asking(other, key).status(*MODELS) != REFUSED:  # noqa: ASYNC110
                 await trio.sleep(0.05)
         # A change of the other one, of a key that this one has deleted meanwhile.

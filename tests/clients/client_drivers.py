@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
+import patience
 import trio
 
 __all__ = ["CLIENTS", "Answer", "Asking", "Client", "Driver", "Failure", "command_of", "file"]
@@ -135,7 +136,7 @@ class Asking:
 
     async def answer(self, within: float = _PATIENCE) -> Answer:
         """Wait until it is over."""
-        with trio.fail_after(within):
+        with patience.fail_after(within):
             while not self.is_over:
                 await self._wait()
         end = self._told[-1]

@@ -74,7 +74,9 @@ async def test_a_connection_without_a_worker_ends_after_ten_seconds(
     assert len(cluster.manager.sessions) == 1
 
 
-async def test_the_oldest_silent_connection_makes_room_for_a_new_one(cluster: MemoryCluster) -> None:
+async def test_the_oldest_silent_connection_makes_room_for_a_new_one(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
     first = await cluster.start("w1", echo)
     oldest, _ = cluster.connect()
     await wait_all_tasks_blocked()
@@ -96,7 +98,7 @@ async def test_the_oldest_silent_connection_makes_room_for_a_new_one(cluster: Me
 
 
 async def test_a_worker_may_serve_a_thousand_models(
-    cluster: MemoryCluster, caplog: pytest.LogCaptureFixture
+    cluster: MemoryCluster, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw = RawWorker(cluster)
     answers: list[Any] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import patience
 import pytest
 import trio
 from memory_cluster import MemoryCluster, Worker, chat_request, everything, forever, text
@@ -165,7 +166,7 @@ async def test_no_more_than_a_window_is_sent_to_a_handler_that_does_not_read(rem
     assert remote.arrived() == WINDOW
     # What was written to the worker is consumed, so that the client may send more.
     upload.put(b"", last=True)
-    with trio.fail_after(1):
+    with patience.fail_after(1):
         remote.go_on.set()
         assert text(await everything(call)) == str(3 * WINDOW)
 

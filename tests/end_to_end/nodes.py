@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import fork_server
 import httpx
+import patience
 import trio
 from fork_server import ForkedProcess
 from served import RawStream, until
@@ -144,7 +145,7 @@ class Node:
             fields: what else has to be in it.
         """
         try:
-            with trio.fail_after(within):
+            with patience.fail_after(within):
                 while True:
                     for entry in self.entries[self._seen :]:
                         self._seen += 1
@@ -167,7 +168,7 @@ class Node:
     async def exit_code(self, within: float = 10) -> int:
         """Wait until it has exited; its standard error has been read to the end then."""
         try:
-            with trio.fail_after(within):
+            with patience.fail_after(within):
                 await self.process.wait()
                 while self.process.stderr is not None:
                     self._news = trio.Event()
@@ -343,7 +344,7 @@ class Stream:
 
     async def end(self, within: float) -> RawStream:
         """Wait for its end."""
-        with trio.fail_after(within):
+        with patience.fail_after(within):
             await self._news.wait()
         assert self._result is not None
         return self._result

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy
+import patience
 import trio
 
 from trio_cluster import (
@@ -89,7 +90,7 @@ class Trace:
 
     async def ended(self, within: float = 5) -> str:
         """Return how the next handler ended: ``finished``, ``cancelled`` or ``failed``."""
-        with trio.fail_after(within):
+        with patience.fail_after(within):
             return await self._ends[1].receive()
 
 

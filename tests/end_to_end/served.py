@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import attrs
 import httpx
 import openai
+import patience
 import trio
 from scripted import Trace, add_models
 
@@ -36,7 +37,7 @@ def chat(model: str, text: str = "hi", **fields: Any) -> dict[str, Any]:
 
 async def until(holds: Callable[[], bool | Awaitable[bool]], within: float = 1) -> None:
     """Wait until something that can be seen from outside holds, and fail if that takes longer."""
-    with trio.fail_after(within):
+    with patience.fail_after(within):
         while True:
             answer = holds()
             if answer if isinstance(answer, bool) else await answer:

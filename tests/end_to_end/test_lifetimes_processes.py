@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import patience
 import pytest
 import trio
 from nodes import Node, Nodes
@@ -140,7 +141,7 @@ async def test_a_worker_that_froze_before_the_first_output_is_a_502_within_its_t
     worker = await nodes.worker(master, "w", *IMPATIENT, models="m")
     worker.send(signal.SIGSTOP)
     try:
-        with trio.fail_after(3):
+        with patience.fail_after(3):
             answer = await ask(master, "m")
     finally:
         worker.send(signal.SIGCONT)

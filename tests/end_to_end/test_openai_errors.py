@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import openai
+import patience
 import pytest
 import trio
 from openai.types.chat import ChatCompletionChunk
@@ -239,7 +240,7 @@ async def test_a_model_that_stays_silent_is_a_timeout_and_its_handler_is_stopped
     placement: Placement,
 ) -> None:
     async with open_served(placement, default_timeout=0.2) as served, served.client() as client:
-        with pytest.raises(openai.InternalServerError) as caught, trio.fail_after(2):
+        with pytest.raises(openai.InternalServerError) as caught, patience.fail_after(2):
             await client.chat.completions.create(model="silent/async-value", messages=[USER])
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
         assert await served.trace.ended() == "cancelled"
@@ -259,7 +260,7 @@ async def test_a_stream_that_falls_silent_ends_in_an_error_event(placement: Plac
 async def test_a_client_may_say_how_long_it_has_for_the_whole_answer(served: Served, stream: bool) -> None:
     headers = {"x-request-timeout": "0.5"}
     body = chat("endless/async-generator", stream=stream)
-    with trio.fail_after(2):
+    with patience.fail_after(2):
         if stream:
             answer = await served.stream(body, headers=headers)
             assert answer.report.ending == "failed"

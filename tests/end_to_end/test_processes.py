@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 import httpx
+import patience
 import pytest
 import trio
 from nodes import NOT_RESUMED, Node, Nodes, Stream, free_pair
@@ -397,7 +398,7 @@ class Stranger:
         client = await trio.open_tcp_stream("127.0.0.1", master.port + 1000)
         async with client:
             address = "{}:{}".format(*client.socket.getsockname())
-            with trio.fail_after(3), suppress(trio.BrokenResourceError):
+            with patience.fail_after(3), suppress(trio.BrokenResourceError):
                 await self._talk(client)
         return address
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import patience
 import pytest
 import trio
 from nodes import Nodes, Stream
@@ -527,7 +528,7 @@ async def test_a_server_that_freezes_is_a_deadline(begun: bool) -> None:
     async with open_upstream("forwarded", default_timeout=0.5) as (served, _, behind):
         behind.answer = script
         stream = await served.stream(chat("m", stream=True))
-        with trio.fail_after(1):
+        with patience.fail_after(1):
             await closed.wait()
         if begun:
             assert stream.whole
@@ -558,7 +559,7 @@ async def test_a_client_that_leaves_closes_the_servers_connection(
         with trio.fail_after(5):
             await asked.wait()
         nursery.cancel_scope.cancel()
-    with trio.fail_after(0.5):
+    with patience.fail_after(0.5):
         await closed.wait()
 
 

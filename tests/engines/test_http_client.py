@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
+import patience
 import pytest
 import trio
 from hypothesis import given, strategies as st
@@ -649,7 +650,7 @@ async def test_a_cancelled_request_closes_its_connection_at_once(response_begun:
             nursery.start_soon(wait_for_response, client, begun)
             await begun.wait()
             nursery.cancel_scope.cancel()
-        with trio.fail_after(0.5):
+        with patience.fail_after(0.5):
             await closed.wait()
         assert client._idle == []
 
@@ -671,7 +672,7 @@ async def test_an_error_of_the_response_handler_is_raised_and_closes_the_connect
             done = trio.Event()
             with pytest.raises(KeyError, match="enough"):
                 await client_of(server).send(HttpRequest("POST", "/x", body=body), fail)
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 await done.wait()
 
 
@@ -922,7 +923,7 @@ async def test_requests_over_tls_are_answered_and_cancelled_at_once(
         sending.start_soon(wait_for_response, client, begun)
         await begun.wait()
         sending.cancel_scope.cancel()
-    with trio.fail_after(2):
+    with patience.fail_after(2):
         await closed.wait()
 
 

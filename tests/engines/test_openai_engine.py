@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
+import patience
 import pytest
 import trio
 from raw_server import RawServer, Received, Script, Visit, open_raw_server, reply
@@ -151,7 +152,7 @@ async def released(call: Call) -> None:
     """Wait until the work of a call has stopped."""
     stopped = trio.Event()
     call.on_release(stopped.set)
-    with trio.fail_after(2):
+    with patience.fail_after(2):
         await stopped.wait()
 
 
@@ -372,7 +373,7 @@ async def test_models_named_by_hand_are_served_while_the_server_answers_anything
         await upstream.polled_again(2)
         assert server.list_models() == ["gpu/a", "gpu/b:8b"]
         raw.stop()
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while server.list_models():  # noqa: ASYNC110
                 await trio.sleep(0.02)
 
@@ -848,7 +849,7 @@ async def test_an_incomplete_body_is_forwarded_as_it_arrives(size: int, renamed:
         )
         call = server.router.open(call_request)
         upload.put(FORM[:60_000])
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await arrived.wait()
         upload.put(FORM[60_000:], last=True)
         outcome = await outcome_of(call)
@@ -1109,10 +1110,10 @@ async def test_a_cancelled_call_closes_the_connection_to_the_server_at_once(
 
     async with engine_with(script) as (server, _, _):
         call = server.router.open(request(body))
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await begun.wait()
         call.cancel("client left")
-        with trio.fail_after(0.5):
+        with patience.fail_after(0.5):
             await closed.wait()
         await released(call)
 
@@ -1129,7 +1130,7 @@ async def test_a_silent_server_is_cancelled_at_the_idle_timeout() -> None:
         outcome = await ask(server, request(idle_timeout=0.1))
         assert outcome.error is not None
         assert outcome.error.status == 504
-        with trio.fail_after(0.5):
+        with patience.fail_after(0.5):
             await closed.wait()
 
 

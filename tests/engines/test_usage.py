@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import patience
 import pytest
 import trio
 from hypothesis import example, given, strategies as st
@@ -626,7 +627,7 @@ async def test_a_token_is_not_delayed() -> None:
 
     async with engine_with(script) as (server, _, _):
         call = server.router.open(request(STREAM))
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await call.receive()
             assert (await call.receive()).data == event(TOKEN)  # type: ignore[union-attr]
         taken.set()

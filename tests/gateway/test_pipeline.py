@@ -11,6 +11,7 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
+import patience
 import pytest
 import trio
 from http_node import CHAT, PLAIN, HttpNode, open_http_node, raw_request
@@ -158,7 +159,7 @@ async def test_the_end_of_a_refusal_does_not_wait_for_room_in_the_queue_of_the_b
     async def send(message: Any) -> None:
         sent.append(message)
         if not message.get("more_body", True):
-            with trio.fail_after(1):  # inside the shield around it
+            with patience.fail_after(1):  # inside the shield around it
                 await to_gate.send({"type": "http.request", "body": b"x", "more_body": True})
                 await to_gate.send({"type": "http.disconnect"})
 
@@ -353,7 +354,7 @@ async def test_an_idle_connection_is_closed_after_an_answer_from_the_framework(
         for _ in range(2):
             await wire.request("POST", CHAT_PATH, BODY)
             assert (await wire.answer()).status == 200
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             assert await wire.closed()
 
 

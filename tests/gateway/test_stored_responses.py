@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import patience
 import pytest
 import trio
 import trio.lowlevel
@@ -323,7 +324,7 @@ async def test_the_client_sees_the_end_when_the_answer_is_stored(node: HttpNode,
         else:
             served.head()
         served.data(end).done()
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await gated.waiting.wait()
         with trio.move_on_after(0.1) as scope:
             await wire.chunk() if stream else await wire.head()
@@ -341,9 +342,9 @@ async def test_a_client_that_leaves_while_its_answer_is_stored_ends_that(node: H
         await wire.request("POST", "/v1/responses", b'{"model": "m", "input": "x"}')
         served = await node.backend.next()
         served.head().data(json.dumps(response()).encode()).done()
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await gated.waiting.wait()
-    with trio.fail_after(2):
+    with patience.fail_after(2):
         await node.node_context.wait_answered()
     gated.may.set()
     assert gated.count == 0

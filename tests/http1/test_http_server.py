@@ -7,6 +7,7 @@ import json
 import socket
 from typing import Any
 
+import patience
 import pytest
 import trio
 from http_node import (
@@ -82,7 +83,7 @@ async def test_a_client_that_stops_reading_is_dropped_after_a_while(monkeypatch:
 
 
 async def test_a_client_that_stops_reading_does_not_hold_up_a_cancelled_server() -> None:
-    with trio.fail_after(2):
+    with patience.fail_after(2):
         async with open_http_node(None) as node, node.connect(receive_buffer=4096) as wire:
             served = await fill(wire, node)
     assert served.cancelled.is_set()
@@ -96,7 +97,7 @@ async def test_a_client_that_stops_reading_does_not_hold_up_a_graceful_stop_beyo
             async with connect(server.sock, receive_buffer=4096) as other:
                 served = await fill(other, node)
                 server.stop.set()
-                with trio.fail_after(2):
+                with patience.fail_after(2):
                     await server.ended.wait()
             assert served.cancelled.is_set()
         del wire
@@ -150,7 +151,7 @@ async def test_a_graceful_stop_lets_requests_finish_and_takes_no_new_connections
             while chunk := await wire.chunk():
                 pass
             assert chunk == b""
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 await server.ended.wait()
     assert not served.cancelled.is_set()
 
@@ -165,7 +166,7 @@ async def test_what_does_not_finish_in_its_grace_is_cancelled_and_cut() -> None:
             served.head(EVENTS).event("one")
             await wire.head()
             server.stop.set()
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 await server.ended.wait()
             await served.wait_cancelled()
             while chunk := await wire.chunk():
@@ -183,7 +184,7 @@ async def test_an_infinite_grace_waits_for_as_long_as_it_takes() -> None:
             server.stop.set()
             served.head(EVENTS).event("one").done()
             assert b"one" in (await wire.answer()).body
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await server.ended.wait()
 
 
@@ -248,7 +249,7 @@ async def test_the_applications_lifespan_functions_run() -> None:
         await nursery.start(server.serve, 1.0)
         assert ran == ["before"]
         server.stop.set()
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await server.ended.wait()
         assert ran == ["before", "after"]
 

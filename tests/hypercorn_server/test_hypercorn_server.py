@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import patience
 import pytest
 import trio
 from http2_client import Http2Answer, Http2Client, connect_http2
@@ -566,7 +567,7 @@ async def test_what_is_over_is_forgotten_whatever_way_it_ended(
         node.backend.script = plain
         await client.answer(await client.post(CHAT))
         (protocol,) = protocols
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while protocol.stream_buffers or protocol.streams:
                 await trio.lowlevel.checkpoint()
 
@@ -638,7 +639,7 @@ async def test_a_connection_is_forgotten_when_its_client_has_left(ask: Callable[
                 else:
                     await asked.wire.answer()
         # hypercorn itself would wait for as long as a connection may be idle.
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             while tasks() != before:
                 await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
@@ -685,7 +686,7 @@ async def test_a_graceful_stop_lets_requests_finish_and_takes_no_new_connections
         body, ended = await asked.over()
         assert b"two" in body
         assert ended
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await stoppable.ended.wait()
     assert not served.cancelled.is_set()
 
@@ -698,7 +699,7 @@ async def test_what_does_not_finish_in_its_grace_is_cancelled_and_cut(
     async with ask(stoppable.port, STREAM) as asked:
         served = await begin(node, asked)
         stoppable.stop.set()
-        with trio.fail_after(2):
+        with patience.fail_after(2):
             await stoppable.ended.wait()
         await served.wait_cancelled()
         assert not (await asked.over())[1]
@@ -841,7 +842,7 @@ async def test_a_client_that_does_not_read_holds_up_neither_a_stop_nor_a_cancell
                 stoppable.stop.set()
             else:
                 scope.cancel()
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 await stoppable.ended.wait()
             await served.wait_cancelled()
 
@@ -868,6 +869,6 @@ async def test_a_client_that_leaves_while_the_last_bytes_wait_for_it_is_let_go(n
             await asked.until(b"\0")
             assert not over.is_set()
             await asked.leave(how)
-            with trio.fail_after(2):
+            with patience.fail_after(2):
                 await over.wait()
     nursery.cancel_scope.cancel()

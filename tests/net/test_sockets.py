@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
+import patience
 import pytest
 import trio
 
@@ -123,7 +124,7 @@ async def test_a_machine_that_never_answers_is_given_up(monkeypatch: pytest.Monk
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         first.connect(listening.getsockname())
-        with trio.fail_after(1), pytest.raises(TimeoutError):
+        with patience.fail_after(1), pytest.raises(TimeoutError):
             await Sockets().connect("127.0.0.1", listening.getsockname()[1])
 
 
