@@ -45,6 +45,7 @@ from .local.passthrough import RawHandler
 from .local.pool import HandlerPool
 from .net.sockets import (
     INTERNAL_OFFSET,
+    HandsOver,
     Listeners,
     Network,
     Sockets,
@@ -55,7 +56,6 @@ from .net.sockets import (
     port_of,
     shown_address,
 )
-from .net.streams import TcpListener
 from .node import Node
 from .options import ClusterMode, ClusterServerOptions, ServerOptions
 from .routing.cost import LeastCost
@@ -971,10 +971,15 @@ class ClusterServer:
         """
         if port == 0:
             raise ClusterError("cannot take over: the port of the running master is needed")
-        directory = path_of(self._options.state_dir) or default_state_dir(os.environ, f"master-{port}")
-        succession = await Succession.ask(directory / SOCKET_NAME)
-        if succession is None:
-            return None
+        has_addresses = isinstance(self.network, Sockets)
+        if not isinstance(self.network, HandsOver):
+            raise ClusterError("cannot take over: listeners of this network cannot be handed over")
+        handovers = self.network.handovers
+        directory = path_of(self._options.state_dir) or handovers.directory
+        directory = directory or default_state_dir(os.environ, f"master-{port}")
+        succession = await Succession.ask(handovers, directory / SOCKET_NAME)
+        if succession is None or not has_addresses:
+            return succession
         options = self._options
         internal_host = options.internal_host or options.server.host
         internal_port = options.internal_port or port + INTERNAL_OFFSET
@@ -983,7 +988,9 @@ class ClusterServer:
                 (succession.clients, options.server.host, port),
                 (succession.workers, internal_host, internal_port),
             ):
-                await check_addresses(sockets, host, number)
+                await check_addresses(
+                    [sock for sock in sockets if isinstance(sock, socket.socket)], host, number
+                )
         except BaseException:
             for sock in (*succession.clients, *succession.workers):
                 sock.close()
@@ -992,8 +999,9 @@ class ClusterServer:
         return succession
 
     async def _run_as_successor(self, succession: Succession, port: int, task_status: Started) -> ClusterMode:
-        external = [TcpListener(sock) for sock in succession.clients]
-        internal = [TcpListener(sock) for sock in succession.workers]
+        assert isinstance(self.network, HandsOver)
+        external = self.network.handovers.listeners_of(succession.clients)
+        internal = self.network.handovers.listeners_of(succession.workers)
         try:
             await self._serve_as_master(
                 external,
