@@ -42,8 +42,8 @@ import trio
 
 from ..net.acceptor import accept_all
 from ..net.addressing import HEAD_MAX, Incomplete, addressed_process
-from ..net.sockets import Listeners, sockets_of
-from ..net.streams import ByteStream, TcpStream
+from ..net.sockets import Listeners
+from ..net.streams import ByteStream, TcpListener, TcpStream
 from .channel import GroupChannel
 from .member import VARIABLE
 from .messages import Ask, Link, Message, Process, Replies, Reply, Request, Response, Start, Up
@@ -97,7 +97,7 @@ class Supervisor:
         self._name = name
         self._command = command
         self._environ = environ
-        self._clients = sockets_of(clients)
+        self._clients = [each.socket for each in clients if isinstance(each, TcpListener)]
         self._workers = workers
         self._slots = [_Slot(number) for number in range(processes)]
         self._next = 0
