@@ -17,6 +17,7 @@ from memory_streams import memory_pair
 
 from trio_cluster import ClusterServerOptions, OptionsError, ServerOptions
 from trio_cluster.core.state_dir import StateDir
+from trio_cluster.errors import ClusterError
 from trio_cluster.net.tls import TlsStream
 from trio_cluster.security.authority import MASTER_NAME, Authority, make_request
 from trio_cluster.security.contexts import CertificateError, client_context, unverified_context
@@ -208,9 +209,12 @@ async def test_what_is_kept_is_changed_by_one_process_at_a_time(tmp_path: Path) 
         lambda: old.join(token.secret, request, "w1"),
         lambda: old.revoke("w1"),
         old.rotate,
+        # A reload of the configuration, whose failures are of this kind.
+        old.read_again,
     ):
-        with pytest.raises(TlsSuspended):
+        with pytest.raises(ClusterError, match="takes the place of this master") as raised:
             await change()
+        assert isinstance(raised.value, TlsSuspended)
     await new.reload()
     granted = await new.join(token.secret, request, "w1")
     with pytest.raises(TlsSuspended):
