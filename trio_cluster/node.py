@@ -66,6 +66,7 @@ from .gateway.node_context import GaugeSample, NodeContext
 from .gateway.response import render_refusal
 from .gateway.stories import Stories
 from .group.front import Front
+from .group.limiter import GroupLimiter
 from .group.member import Member
 from .group.messages import Notice
 from .http1.asgi import App
@@ -343,9 +344,7 @@ class Node:
         later = taking_over or not writes
         memory = None if state is None else self._model_memory(state, sleeping, later=later)
         # The running master keeps what keys use until it leaves that to this one.
-        limiter = self._node_context.limiter = self._new_limiter(
-            None if taking_over or member is not None else state
-        )
+        limiter = self._node_context.limiter = self._new_limiter(None if taking_over else state, member)
         self._tls = await open_tls(self._options, state, self._own_names)
         doorkeeper = Doorkeeper(self._options)
         if self._tls is not None:
@@ -585,10 +584,12 @@ class Node:
             return None
         return memory
 
-    def _new_limiter(self, state_dir: StateDir | None) -> Limiter:
+    def _new_limiter(self, state_dir: StateDir | None, member: Member | None = None) -> Limiter:
         """Return what counts the requests of keys, with what was used before a restart."""
         if self._options.limits is not None:
             return RedisLimiter(self._options.limits, refuse=self._options.limits_failure == "refuse")
+        if member is not None:
+            return GroupLimiter(member)
         try:
             return MemoryLimiter(state_dir=state_dir)
         except StateDirError as error:

@@ -557,3 +557,16 @@ def test_status_has_the_masters_of_workers() -> None:
         "a       a:9080   yes        2          -",
         "-       b:9080   no         0          Connection refused",
     ]
+
+
+def test_the_processes_of_a_master_are_shown() -> None:
+    processes = [
+        {"process": 0, "state": "ok", "pid": 7, "in_flight": 3, "uptime": 61.0, "restarts": 0},
+        {"process": 1, "state": "down", "pid": 0, "in_flight": 0, "uptime": 0.0, "restarts": 2},
+    ]
+    shown = tables.describe_status({"mode": "master", "processes": processes}).splitlines()
+    table = shown[shown.index(next(line for line in shown if line.startswith("PROCESS"))) :]
+    assert [line.split() for line in table[1:3]] == [
+        ["0", "ok", "7", "3", *table[1].split()[4:-1], "0"],
+        ["1", "down", "0", "0", *table[2].split()[4:-1], "2"],
+    ]

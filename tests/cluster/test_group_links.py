@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from memory_cluster import memory_pair
+from memory_streams import MemoryStream, memory_pair
 from trio.testing import MockClock
 
 from trio_cluster.cluster.dialer import Dialer
@@ -34,6 +34,7 @@ class Group:
         self._hides_names = hides_names
         self._next = 0
         self.named: list[int | None] = []
+        self.streams: list[MemoryStream] = []
         self.managers: list[WorkerManager] = []
         self._scopes: list[list[trio.CancelScope]] = []
         self.start(processes)
@@ -62,6 +63,7 @@ class Group:
             process = self._next % len(self.managers)
             self._next += 1
         ours, theirs = memory_pair()
+        self.streams += [ours, theirs]
         self._nursery.start_soon(self._serve, process, theirs)
         return ours
 
@@ -167,3 +169,19 @@ async def test_all_processes_are_found_where_their_names_are_hidden(
     group = Group(nursery, 3, hides_names=True)
     start_worker(nursery, group)
     await until(lambda: group.linked == [["m"]] * 3, 60)
+
+
+@pytest.mark.parametrize("hides_names", [False, True])
+async def test_links_that_are_cut_are_resumed_by_the_processes_that_have_their_sessions(
+    nursery: trio.Nursery, autojump_clock: MockClock, hides_names: bool
+) -> None:
+    group = Group(nursery, 3, hides_names=hides_names)
+    client = start_worker(nursery, group)
+    await until(lambda: group.linked == [["m"]] * 3, 60)
+    await trio.sleep(10)
+    sessions = {session.session_id for session in client.sessions}
+    assert len(sessions) == 3
+    for stream in group.streams:
+        stream.fail()
+    await until(lambda: all(session.resumptions for session in client.sessions), 20)
+    assert {session.session_id for session in client.sessions} == sessions

@@ -169,6 +169,15 @@ async def test_a_worker_is_drained_by_a_process_that_is_linked_to_it() -> None:
     assert others.asked == []
 
 
+async def test_a_request_is_known_wherever_it_was_answered() -> None:
+    story = json_response(200, {"id": "r"})
+    others = Others(lambda _: story)
+    front = Front(Gateway(lambda _: json_response(404, {})), others)
+    assert (await ask(front, "GET", "/cluster/requests/r"))[:2] == (200, story.body)
+    front = Front(Gateway(lambda _: NOT_FOUND), Others(lambda _: json_response(404, {})))
+    assert (await ask(front, "GET", "/cluster/requests/r"))[:2] == (404, NOT_FOUND.body)
+
+
 async def test_the_others_learn_of_a_new_key_before_its_maker_has_it() -> None:
     others = Others()
     front = Front(Gateway(lambda _: json_response(201, {"key": "k"})), others)

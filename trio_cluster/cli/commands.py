@@ -32,6 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -42,7 +43,7 @@ import trio
 
 from ..core.addresses import split_address
 from ..core.redaction import without_keys
-from ..core.state_dir import default_state_dir, path_of
+from ..core.state_dir import StateDir, StateDirError, default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
 from ..net.activation import ActivatedNetwork, activated_sockets
 from ..net.sockets import INTERNAL_OFFSET, close_all, open_pair, outward_address, port_of, shown_address
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from ..group.member import Member
     from ..group.messages import Up
     from ..group.supervisor import Supervisor
+    from ..limits.memory import MemoryLimiter
     from ..server import ClusterServer
 
 __all__ = ["main", "run_application"]
@@ -199,6 +201,7 @@ async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> in
     from ..group.supervisor import Supervisor
 
     options = server.options
+    limiter = None if options.limits is not None else _group_limiter(options)
     host, internal_host = options.server.host, options.internal_host or options.server.host
     clients, workers = await open_pair(
         server.network, host, options.server.port, internal_host, options.internal_port
@@ -210,6 +213,7 @@ async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> in
         os.environ,
         clients,
         workers,
+        limiter,
     )
 
     if server.reloader is not None:
@@ -220,22 +224,33 @@ async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> in
             options, up.url, port_of(clients), ClusterMode.MASTER, up.models, port_of(workers)
         )
         logger.info("serving", extra={"fields": {**fields, "processes": options.processes}})
-        if options.limits is None:
-            logger.warning(
-                "limits of keys are counted by each process alone, so a key may use up to %d times as much; to count"
-                " them together, name a Redis or Valkey server with --limits",
-                options.processes,
-            )
 
     code = 0
     try:
-        async with trio.open_nursery() as nursery:
+        async with nullcontext() if limiter is None else limiter.opened(), trio.open_nursery() as nursery:
             await nursery.start(_stop_on_signals, nursery.cancel_scope, supervisor)
             code = await supervisor.run(started)
             nursery.cancel_scope.cancel(reason="the group has ended")
     finally:
         close_all([*clients, *workers])
     return code
+
+
+def _group_limiter(options: ClusterServerOptions) -> MemoryLimiter:
+    """Return what counts the requests of keys for all processes of a group, with what was used before."""
+    from ..limits.memory import MemoryLimiter
+
+    port = options.server.port
+    if options.state_dir is None and port == 0:
+        return MemoryLimiter()
+    try:
+        path = path_of(options.state_dir) or default_state_dir(os.environ, f"master-{port}")
+        return MemoryLimiter(state_dir=StateDir(path))
+    except StateDirError as error:
+        if options.state_dir is not None:
+            raise
+        logger.warning("what keys have used will not survive a restart: %s", error)
+        return MemoryLimiter()
 
 
 def _same_command(arguments: argparse.Namespace) -> list[str]:

@@ -59,6 +59,8 @@ def describe_status(status: Mapping[str, Any]) -> str:
     sections = ["\n".join(lines)]
     if status.get("mode") == "master" or workers:
         sections.append(_worker_table(workers) if workers else "no workers")
+    if processes := _rows(status, "processes"):
+        sections.append(_process_table(processes))
     if masters := _rows(status, "masters"):
         sections.append(_master_table(masters, own=status.get("mode") == "worker"))
     stalled = [(_cell(w.get("id")), _cell(w.get("stalled"))) for w in workers if w.get("stalled")]
@@ -79,6 +81,19 @@ def describe_status(status: Mapping[str, Any]) -> str:
     if isinstance(rejected, Mapping) and rejected:
         sections.append(_table(("REJECTED", "REASON"), [(_cell(k), _cell(v)) for k, v in rejected.items()]))
     return "\n\n".join(sections)
+
+
+def _process_table(processes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the processes that a master is."""
+    rows = [
+        (
+            *(_cell(each.get(key)) for key in ("process", "state", "pid", "in_flight")),
+            _duration(each.get("uptime")),
+            _cell(each.get("restarts")),
+        )
+        for each in processes
+    ]
+    return _table(("PROCESS", "STATE", "PID", "IN FLIGHT", "UP", "RESTARTS"), rows)
 
 
 def describe_reload(reloaded: Mapping[str, Any]) -> str:

@@ -19,7 +19,22 @@ import trio
 from ..errors import ClusterError
 from ..net.streams import Address, Listener, TcpListener, TcpStream, closed_here
 from .channel import GroupChannel
-from .messages import Ask, Link, Notice, Process, Replies, Reply, Request, Response, Start, Up
+from .messages import (
+    Ask,
+    AskState,
+    Link,
+    Notice,
+    Process,
+    Replies,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    Response,
+    Settle,
+    Start,
+    Up,
+)
 
 __all__ = ["VARIABLE", "HandedListener", "Member", "socket_to_supervisor"]
 
@@ -108,6 +123,7 @@ class Member:
         self.workers = [HandedListener(start.workers)]
         self._channel = channel
         self._asked: dict[int, tuple[trio.Event, list[Replies]]] = {}
+        self._reserving: dict[int, tuple[trio.Event, list[Reserved]]] = {}
         self._ids = 0
 
     @classmethod
@@ -170,11 +186,18 @@ class Member:
                         self.workers[0].hand(sock)
                 elif isinstance(message, Ask):
                     nursery.start_soon(serve, message)
+                elif isinstance(message, Reserved) and message.id in self._reserving:
+                    reserved, answers = self._reserving[message.id]
+                    answers.append(message)
+                    reserved.set()
                 elif isinstance(message, Replies) and message.id in self._asked:
                     over, replies = self._asked[message.id]
                     replies.append(message)
                     over.set()
-            for over, _ in self._asked.values():
+            for over in [
+                *(each[0] for each in self._asked.values()),
+                *(e[0] for e in self._reserving.values()),
+            ]:
                 over.set()
             on_orphaned()
             await trio.sleep_forever()
@@ -206,6 +229,21 @@ class Member:
         finally:
             del self._asked[number]
         return (replies[0].processes, replies[0].retired) if replies else ([], b"")
+
+    async def reserve(self, message: Reserve | AskState) -> Reserved | None:
+        """Ask the supervisor for a reservation, and return its answer; ``None`` if it has ended. A checkpoint."""
+        over, answers = trio.Event(), list[Reserved]()
+        self._reserving[message.id] = over, answers
+        try:
+            self._channel.post(message)
+            await over.wait()
+        finally:
+            del self._reserving[message.id]
+        return answers[0] if answers else None
+
+    def settle(self, message: Settle) -> None:
+        """Tell the supervisor that a reservation is over. Synchronous."""
+        self._channel.post(message)
 
     def close(self) -> None:
         """Close the socket to the supervisor. Synchronous, idempotent."""

@@ -10,8 +10,12 @@ from typing import TypeAlias
 
 import msgspec
 
+from ..core.principal import Limits
+from ..limits.account import Demand, LimitState, Refusal
+
 __all__ = [
     "Ask",
+    "AskState",
     "Link",
     "Message",
     "Notice",
@@ -19,7 +23,10 @@ __all__ = [
     "Replies",
     "Reply",
     "Request",
+    "Reserve",
+    "Reserved",
     "Response",
+    "Settle",
     "Start",
     "Up",
     "decode",
@@ -125,7 +132,43 @@ class Replies(msgspec.Struct, frozen=True, tag=True):
     """With the answers to ``GET /metrics``: what processes have counted that have ended, in the same format."""
 
 
-Message: TypeAlias = Start | Up | Link | Ask | Reply | Replies
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """From a member: a request wants to reserve what it may use of the limits of its key."""
+
+    id: int
+    key: str
+    limits: Limits
+    demand: Demand
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """To a member: the request is within the limits, or not."""
+
+    id: int
+    tokens: int = 0
+    state: LimitState | None = None
+    refusal: Refusal | None = None
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """From a member: a reservation is over."""
+
+    id: int
+    tokens: int | None
+    """That were used; ``None``: those that were reserved."""
+    counts: bool
+    """Whether it counts as a request."""
+
+
+class AskState(msgspec.Struct, frozen=True, tag=True):
+    """From a member: how much is left of the limits of a key? Answered with ``Reserved``."""
+
+    id: int
+    key: str
+    limits: Limits
+
+
+Message: TypeAlias = Start | Up | Link | Ask | Reply | Replies | Reserve | Reserved | Settle | AskState
 
 _decoder = msgspec.json.Decoder(Message)
 

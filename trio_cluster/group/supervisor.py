@@ -22,6 +22,8 @@ live long. Connections of workers that are for it wait meanwhile.
 *Signals.* The members have process groups of their own, so that Ctrl-C in a terminal reaches the supervisor alone. It
 passes SIGTERM on: at the first signal to let the members drain, at the second one to end them at once.
 
+*Limits of keys* are counted here for all members, unless they count in a Redis server (``limiter.py``).
+
 *Members ask each other* through the supervisor, which has a socket to each: for ``/cluster/status``, ``/metrics`` and
 what operators do (``front.py``). One that does not answer within :data:`PATIENCE` seconds is left out.
 """
@@ -40,13 +42,29 @@ from typing import Final
 import attrs
 import trio
 
+from ..limits.memory import MemoryLimiter
 from ..net.acceptor import accept_all
 from ..net.addressing import HEAD_MAX, Incomplete, addressed_process
 from ..net.sockets import Listeners
 from ..net.streams import ByteStream, TcpListener, TcpStream
 from .channel import GroupChannel
+from .limiter import LimitCounter
 from .member import VARIABLE
-from .messages import Ask, Link, Message, Process, Replies, Reply, Request, Response, Start, Up
+from .messages import (
+    Ask,
+    AskState,
+    Link,
+    Message,
+    Process,
+    Replies,
+    Reply,
+    Request,
+    Reserve,
+    Response,
+    Settle,
+    Start,
+    Up,
+)
 from .metrics import RetiredCounters
 from .restarts import Restarts
 
@@ -79,6 +97,7 @@ class Supervisor:
         environ: the environment of the members.
         clients: the listeners for clients, which are not used here.
         workers: those for workers.
+        limiter: counts the requests of keys that have limits, for all members; ``None``: they count elsewhere.
 
     Attributes:
         reloader: has all members read their configuration again; ``None``: they have none.
@@ -92,8 +111,10 @@ class Supervisor:
         environ: Mapping[str, str],
         clients: Listeners,
         workers: Listeners,
+        limiter: MemoryLimiter | None = None,
     ) -> None:
         self.reloader: Callable[[], Awaitable[None]] | None = None
+        self._counter = None if limiter is None else LimitCounter(limiter)
         self._name = name
         self._command = command
         self._environ = environ
@@ -243,6 +264,8 @@ class Supervisor:
             slot.process = slot.channel = None
             slot.last_pid = process.pid
             self._retired.retire(slot.number)
+            if self._counter is not None:
+                self._counter.lost(slot.number)
             for question in list(self._asked.values()):
                 question.lost(slot.number)
         assert process.returncode is not None
@@ -283,6 +306,10 @@ class Supervisor:
                 question = self._asked.get(message.id)
                 if question is not None:
                     question.answered(slot.number, message.response)
+            case Reserve() | AskState() | Settle() if self._counter is not None:
+                answer = self._counter.receive(slot.number, message)
+                if answer is not None:
+                    channel.post(answer)
             case _:
                 logger.error("a process of this master sends what it should not: %s", type(message).__name__)
 

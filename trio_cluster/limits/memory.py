@@ -19,7 +19,7 @@ from .account import Account, Demand, Grant, LimitState, Refusal
 from .estimate import Estimator
 from .ledger import Ledger
 from .limiter import refused
-from .reservation import Reservation
+from .reservation import Reservation, Settle
 
 __all__ = ["MINUTE", "MemoryLimiter"]
 
@@ -81,6 +81,14 @@ class MemoryLimiter:
         Raises:
             Refused: the request is over a limit.
         """
+        found = self.book(key, limits, demand)
+        if isinstance(found, Refusal):
+            raise refused(found, limits)
+        granted, settle = found
+        return Reservation(demand, granted.tokens, granted.state, settle, self._learn)
+
+    def book(self, key: str, limits: Limits, demand: Demand) -> tuple[Grant, Settle] | Refusal:
+        """Reserve what a request may use, and return what was granted and how it is settled. Synchronous."""
         account = self._accounts.get(key)
         if account is None:
             account = self._accounts[key] = Account(self._window)
@@ -88,18 +96,12 @@ class MemoryLimiter:
                 self._work.set()
         granted = account.reserve(limits, demand, self._now(), self._wall_clock())
         if isinstance(granted, Refusal):
-            raise refused(granted, limits)
+            return granted
         if self._ledger is not None:
             self._ledger.note(key, granted.time, 1, granted.tokens, granted.period)
             if self._ledger.wants_snapshot:
                 self._work.set()
-        return Reservation(
-            demand,
-            granted.tokens,
-            granted.state,
-            partial(self._settle, key, account, granted),
-            self._learn,
-        )
+        return granted, partial(self._settle, key, account, granted)
 
     def _settle(self, key: str, account: Account, grant: Grant, tokens: int | None, counts: bool) -> None:
         used = grant.tokens if tokens is None else tokens
@@ -117,7 +119,11 @@ class MemoryLimiter:
 
     async def state(self, principal: Principal, limits: Limits) -> LimitState:
         """See ``Limiter``."""
-        account = self._accounts.get(principal.name)
+        return self.state_nowait(principal.name, limits)
+
+    def state_nowait(self, key: str, limits: Limits) -> LimitState:
+        """Return how much is left. Synchronous."""
+        account = self._accounts.get(key)
         if account is None:
             account = Account(self._window)
         return account.state(limits, self._now())
