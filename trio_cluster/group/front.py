@@ -12,6 +12,7 @@ request                                          who answers
 cancel                                           all of them, added up
 reload                                           all of them, each for itself; the answer is this one's
 drain                                            the first that has a link to the worker
+the story of a request                           the first that has answered it
 usage, audit                                     this one, after the others have written down what they know
 changes of keys                                  this one; the others look at the keys before it answers
 what is kept in the state directory: inviting,   the process with the smallest number; the others read it again
@@ -124,6 +125,8 @@ class Front:
         if method == "GET":
             if path in _GATHERED:
                 return self._gather
+            if path.startswith("/cluster/requests/"):
+                return self._first_that_knows
             return self._after_the_others if path in _WRITTEN else None
         if not path.startswith(("/cluster", "/v1/cluster")):
             return None
@@ -135,7 +138,7 @@ class Front:
             if path.startswith("/cluster/calls/") and path.endswith("/cancel"):
                 return self._cancel
             if path.startswith("/cluster/workers/") and path.endswith("/drain"):
-                return self._drain
+                return self._first_that_knows
             if path == "/cluster/reload":
                 return self._reload
         return None
@@ -203,13 +206,13 @@ class Front:
             await self._siblings.ask(request)
         return own
 
-    async def _drain(self, request: Request) -> Response:
+    async def _first_that_knows(self, request: Request) -> Response:
         own = await self.answer_alone(request)
         if own.status != 404:
             return own
         processes, _ = await self._siblings.ask(request)
         found = [
-            each.response for each in processes if each.response is not None and each.response.status == 202
+            each.response for each in processes if each.response is not None and each.response.status < 300
         ]
         return found[0] if found else own
 
