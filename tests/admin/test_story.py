@@ -34,6 +34,9 @@ def attempt(**changes: Any) -> AttemptFacts:
         queued_at=NEVER,
         queued_for=0.0,
         queued_for_model=0.0,
+        cold_since=NEVER,
+        cold_for=0.0,
+        cold="",
         held_back=0.0,
         notes=[],
         cancelled=None,
@@ -323,6 +326,13 @@ def test_the_steps_of_a_request_that_is_answered_here() -> None:
     ]
 
 
+def test_a_model_that_had_to_be_started_is_told() -> None:
+    times = {"started": 8_000_000, "first_output": 8_100_000, "cold": 7_900_000}
+    facts = story(attempt(opened_at=100.0, begun_at=108.1, ended_at=108.2, times=times), ended_at=108.2)
+    assert "+8.000 waited 7.900 s for model 'm' to start on worker 'w1'" in steps(facts)
+    assert story_view(facts).attempts[0].cold_for == 7.9
+
+
 def test_a_choice_is_told_with_its_numbers() -> None:
     candidates = [("w2", 0.9, 0), ("w1", 0.5, 3000), ("w3", 2.0, 100)]
     facts = story(attempt(candidates=candidates, cached=3000, prompt_size=4000))
@@ -378,6 +388,8 @@ def test_what_runs_says_what_it_waits_for() -> None:
     assert now() == "+10.000 now: waiting for its body, or for its admission"
     assert now(attempt(**open_)) == "+10.000 now: waiting for the first output of 'm' on worker 'w1'"
     assert now(attempt(**(open_ | {"waiting": True}))) == "+10.000 now: waiting for a slot of worker 'w1'"
+    cold = {"cold": "loading m", "cold_since": 104.0}
+    assert now(attempt(**(open_ | cold))) == "+10.000 now: waiting for model 'm' on worker 'w1': loading m"
     begun = attempt(**(open_ | {"begun_at": 101.0}))
     assert now(begun) == "+10.000 now: answering: 1000 bytes are on their way to the client"
     assert now(attempt()) == "+10.000 now: waiting for the client to read the rest of the answer"
@@ -399,6 +411,14 @@ def test_what_runs_says_what_it_waits_for() -> None:
         (
             story(attempt(begun_at=102.9, times={"queued_model": 2_000_000})),
             "2.000 of 3.000 s in the queue of model 'm'",
+        ),
+        (
+            story(attempt(begun_at=102.9, times={"cold": 2_000_000})),
+            "2.000 of 3.000 s for model 'm' to start on worker 'w1'",
+        ),
+        (
+            story(attempt(begun_at=102.9, node="local", forwarded=False, cold_for=2.5)),
+            "2.500 of 3.000 s for model 'm' to start on this node",
         ),
         (
             story(attempt(times={"held_back": 1_500_000})),

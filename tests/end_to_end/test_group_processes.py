@@ -91,6 +91,10 @@ async def test_two_processes_are_one_master(nodes: Nodes, nursery: trio.Nursery)
         async with client_of(master) as client:
             response = await client.post("/v1/chat/completions", json=chat("m"))
             assert response.status_code == 200
+        # Whichever of them is asked for its story.
+        async with client_of(master) as client:
+            story = await client.get(f"/cluster/requests/{response.headers['x-request-id']}")
+            assert (story.status_code, story.json()["outcome"]) == (200, "completed")
 
     async with trio.open_nursery() as asking:
         for _ in range(12):

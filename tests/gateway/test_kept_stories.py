@@ -19,6 +19,7 @@ from trio_cluster.gateway.context import RequestContext
 from trio_cluster.gateway.stories import Stories
 from trio_cluster.options import ClusterServerOptions
 from trio_cluster.routing.cost import LeastCost, Placement
+from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
 
 
@@ -122,6 +123,7 @@ class _Replica:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.health = Health()
 
 
 #: All stories share the names of replicas, which are as long as they can be.

@@ -268,6 +268,8 @@ def _node_paths() -> dict[str, Any]:
     cancel = _operation("cancel", "Cancel all calls of a request", _view(CancelView), 400, 401, 403, 404, 413)
     cancel["requestBody"] = {"content": {"application/json": {"schema": _REASON}}}
     story = _operation("story", "Tell what has become of a request", _view(StoryView), 401, 403, 404)
+    events = _operation("events", "Follow requests, workers and models", {"type": "string"}, 401, 403)
+    events["responses"]["200"] = _answer({"type": "string"}, "text/event-stream")
     drain = _operation(
         "drain", "Drain a worker: it finishes its requests and stops", _view(WorkerStatus), 401, 403, 404
     )
@@ -378,6 +380,7 @@ def _node_paths() -> dict[str, Any]:
                 "reload", "Read the configuration file again", _view(ReloadView), 401, 403, 409
             )
         },
+        "/cluster/events": {"get": events},
         "/cluster/requests/{request_id}": {"parameters": [call], "get": story},
         "/cluster/workers/{name}/drain": {"parameters": [worker], "post": drain},
         "/cluster/models/{model}/load": {"parameters": [model], "post": load},

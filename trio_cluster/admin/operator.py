@@ -24,11 +24,13 @@ from ..errors import ApiError, ClusterError, InvalidRequest, ModelNotOnDemand, M
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import json_reply
+from ..openai import NO_PROXY_BUFFERING
 from ..routing.backend import Backend
 from .body import json_object
+from .events import Sampler, event_stream
 from .story import story_view
 from .views import CallsView, CancelView, ModelStateView, call_view, reload_view
-from .web import respond
+from .web import respond, stream
 
 __all__ = ["add_operator_routes", "refuse_pages"]
 
@@ -66,6 +68,11 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
             text = f"No request '{request_id}' is known here{hint}"
             raise ApiError(404, text, code="request_not_found")
         return respond(json_reply(story_view(found[-1], len(found) - 1)))
+
+    sampler = Sampler(node_context)
+
+    async def events() -> TrioResponse:
+        return stream(event_stream(sampler), [("content-type", "text/event-stream"), *NO_PROXY_BUFFERING])
 
     async def drain(name: str) -> TrioResponse:
         context = request_context(request.scope)
@@ -183,6 +190,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     add("/cluster/reload", "reload", reload, methods=["POST"])
     add("/cluster/calls", "calls", calls, methods=["GET"])
     add("/cluster/calls/<anything:request_id>/cancel", "cancel", cancel, methods=["POST"])
+    add("/cluster/events", "events", events, methods=["GET"])
     add("/cluster/requests/<anything:request_id>", "story", story, methods=["GET"])
     add("/cluster/workers/<anything:name>/drain", "drain", drain, methods=["POST"])
     add("/cluster/models/<anything:name>/load", "load", load, methods=["POST"])

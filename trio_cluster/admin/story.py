@@ -91,6 +91,8 @@ class AttemptView:
     """The work had stopped."""
     queued_for: float
     """Seconds of waiting for a slot."""
+    cold_for: float
+    """Seconds of waiting for the model to start, which runs on demand."""
     held_back: float
     """Seconds for which the handler was held back, since the client did not take what it had given."""
     delivered_bytes: int
@@ -316,6 +318,8 @@ def _running_steps(story: StoryFacts) -> Iterator[StepView]:
         text = "waiting for the client to read the rest of the answer"
     elif attempt.begun_at >= 0:
         text = f"answering: {attempt.delivered} bytes are on their way to the client"
+    elif attempt.cold:
+        text = f"waiting for model '{attempt.model}' on {_place(attempt)}: {attempt.cold}"
     elif attempt.waiting:
         text = f"waiting for a slot of {_place(attempt)}"
     else:
@@ -335,6 +339,12 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
         if at >= 0:
             queue = f"of model '{attempt.model}'" if _queued_for_model(attempt) else f"of {place}"
             yield StepView(_since(at, began), f"waited {queued:.3f} s in the queue {queue}", node)
+    cold_for = _cold_for(attempt)
+    if cold_for >= _NOTABLE:
+        at = start if start is not None else attempt.ended_at
+        if at >= 0:
+            text = f"waited {cold_for:.3f} s for model '{attempt.model}' to start on {place}"
+            yield StepView(_since(at, began), text, node)
     if start is not None:
         yield StepView(_since(start, began), f"the handler of '{attempt.model}' began on {place}", node)
     if attempt.begun_at >= 0:
@@ -421,11 +431,15 @@ def _slowest(story: StoryFacts, until: float) -> str:
     if last.waiting and last.ended_at < 0:
         queued = max(queued, ended - (last.opened_at if last.queued_at < 0 else last.queued_at))
     queue = f"in the queue of model '{last.model}'" if _queued_for_model(last) else f"in the queue of {place}"
+    cold = _cold_for(last)
+    if last.cold:
+        cold += ended - last.cold_since
     parts = (
         (first.opened_at - story.began, "for its body and its admission"),
         (last.opened_at - first.opened_at, "for attempts that did not answer"),
         (queued, queue),
-        (begun - last.opened_at - queued, f"for the first output of '{last.model}' on {place}"),
+        (cold, f"for model '{last.model}' to start on {place}"),
+        (begun - last.opened_at - queued - cold, f"for the first output of '{last.model}' on {place}"),
         (ended - begun - held_back, f"for the rest of the output of '{last.model}' on {place}"),
         (held_back + max(0.0, until - ended), "for the client to read the answer"),
     )
@@ -453,6 +467,7 @@ def _attempt_view(story: StoryFacts, index: int) -> AttemptView:
         ended=_moment(attempt.ended_at, began),
         stopped=_moment(attempt.released_at, began),
         queued_for=round(queued, 6),
+        cold_for=round(_cold_for(attempt), 6),
         held_back=round(held_back, 6),
         delivered_bytes=attempt.delivered,
         error=UNSET if attempt.error is None else _error(attempt.error),
@@ -489,6 +504,14 @@ def _way(attempt: AttemptFacts) -> float:
         if at >= 0 and name in attempt.times:
             return max(0.0, at - attempt.opened_at - attempt.times[name] / _MICROSECONDS)
     return 0.0
+
+
+def _cold_for(attempt: AttemptFacts) -> float:
+    """Return for how long the call has waited for its model to start."""
+    if attempt.times:
+        return attempt.times.get("cold", 0) / _MICROSECONDS
+    # What a master knows of a worker's model comes with heartbeats, so it is about right.
+    return attempt.cold_for
 
 
 def _queued_for_model(attempt: AttemptFacts) -> bool:

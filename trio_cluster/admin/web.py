@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -31,7 +31,14 @@ from ..gateway.response import Reply, error_reply
 from ..gateway.stage import HasRoute
 from ..http1.asgi import App
 
-__all__ = ["deferred_routes", "make_app", "path_lookup", "replace_asgi_app", "respond"]
+__all__ = [
+    "deferred_routes",
+    "make_app",
+    "path_lookup",
+    "replace_asgi_app",
+    "respond",
+    "stream",
+]
 
 
 class _Rule(QuartRule):
@@ -156,6 +163,15 @@ def path_lookup(app: QuartTrio) -> HasRoute:
 def replace_asgi_app(app: QuartTrio, wrap: Callable[[App], App]) -> None:
     """Replace the ASGI entry of an application by ``wrap(entry)``. Every server and test client calls the new one."""
     app.asgi_app = wrap(cast(App, app.asgi_app))  # type: ignore[method-assign, assignment]
+
+
+def stream(body: AsyncIterator[bytes], headers: Sequence[tuple[str, str]]) -> TrioResponse:
+    """Return a response whose body is an async generator. It is closed, or cancelled, when the client has left."""
+    response = TrioResponse(body, 200)
+    del response.headers["content-type"]
+    for name, value in headers:
+        response.headers.add(name, value)
+    return response
 
 
 def respond(reply: Reply) -> TrioResponse:

@@ -290,6 +290,7 @@ def _times(call: Call) -> WorkerTimes:
     for name, seconds in (
         ("queued", call.queued_for),
         ("queued_model", call.queued_for_model),
+        ("cold", call.cold_for),
         ("held_back", call.body.held_back),
     ):
         if seconds:

@@ -113,6 +113,7 @@ class Call:
         started_at: when the handler began; set by the pool that runs it.
         queued_at, queued_for, queued_for_model: since when it waits for a slot or did so first, and for how many
             seconds it has waited for one of the process, and one of the model.
+        cold_since, cold_for: since when it waits for its model to run, or did so last; and for how many seconds in all.
         worker_times: what the worker that has answered it has measured; empty if none has.
         notes: what else has happened to it, with the times.
         facts: its part of the story of its request, which is completed when the work has stopped; ``None``: the story
@@ -132,6 +133,8 @@ class Call:
         "cancelled",
         "cancelled_at",
         "cancelled_by",
+        "cold_for",
+        "cold_since",
         "end",
         "ended_at",
         "facts",
@@ -198,8 +201,8 @@ class Call:
         self.why = ""
         self.opened_at = clock.now()
         self.begun_at = self.cancelled_at = self.ended_at = self.released_at = self.started_at = NEVER
-        self.queued_at = NEVER
-        self.queued_for = self.queued_for_model = 0.0
+        self.queued_at = self.cold_since = NEVER
+        self.queued_for = self.queued_for_model = self.cold_for = 0.0
         self.worker_times: WorkerTimes | None = None
         self.notes: list[tuple[float, str]] | None = None
         self.facts: AttemptFacts | None = None
@@ -374,8 +377,11 @@ class Call:
     def set_model_wait(self, wait: ModelWait | None) -> None:
         """Record what the call waits for before its model runs; ``None``: the model runs. Synchronous."""
         was, self.model_wait = self.model_wait, wait
+        if was is None and wait is not None:
+            self.cold_since = clock.now()
         if wait is None and was is not None:
             self.ready_since = trio.current_time()
+            self.cold_for += clock.now() - self.cold_since
             if self.tracker is not None:
                 self.tracker.model_ready()
 
@@ -400,7 +406,7 @@ class Call:
         if (facts := self.facts) is not None:
             # The request had ended before. What is known only now is what its work has done until its end.
             facts.queued_for, facts.queued_for_model = self.queued_for, self.queued_for_model
-            facts.held_back = self.body.held_back
+            facts.held_back, facts.cold_for = self.body.held_back, self.cold_for
             facts.released_at, facts.times = self.released_at, self.worker_times or {}
             facts.usage = self.end.usage if isinstance(self.end, Done) else None
         callbacks, self._on_release = self._on_release, []

@@ -35,8 +35,9 @@ WorkerTimes: TypeAlias = dict[str, int]
 #: - ``stopped``: the work had stopped;
 #: - ``queued``: it waited for a slot of the worker;
 #: - ``queued_model``: it waited for a slot of the model;
+#: - ``cold``: it waited for its model to run;
 #: - ``held_back``: the handler was held back, since what it had given was not taken.
-TIMES: Final = ("started", "first_output", "ended", "stopped", "queued", "queued_model", "held_back")
+TIMES: Final = ("started", "first_output", "ended", "stopped", "queued", "queued_model", "cold", "held_back")
 
 #: Notes of one attempt, at most.
 NOTES_MAX: Final = 32
@@ -66,6 +67,11 @@ class AttemptFacts(msgspec.Struct):
     queued_at: float
     queued_for: float
     queued_for_model: float
+    cold_since: float
+    cold_for: float
+    """It waited for its model to run, which is started when it is asked for."""
+    cold: str
+    """What it waits for until its model runs; empty if it does not."""
     held_back: float
     notes: list[tuple[float, str]]
     cancelled: str | None

@@ -1,0 +1,229 @@
+"""``GET /cluster/events``: what a subscriber is sent, how often, and that nothing is done while nobody listens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_cluster.admin.events import KEEPALIVE, Sampler
+from trio_cluster.testing import SimulatedCluster, StreamingResponse, open_cluster, worker
+
+OPTIONS: dict[str, Any] = {"max_concurrency": 2, "keepalive": 0.0, "drain_timeout": 30.0}
+
+
+class Subscriber:
+    """Keeps what it is told.
+
+    Attributes:
+        state: the items of each kind, by their ids.
+        events: the names of all events, with the times at which they came.
+        comments: when a comment came.
+    """
+
+    def __init__(self, response: StreamingResponse) -> None:
+        self.response = response
+        self.state: dict[str, dict[str, Any]] = {"requests": {}, "workers": {}, "models": {}}
+        self.events: list[tuple[float, str]] = []
+        self.comments: list[float] = []
+        self.gone: list[str] = []
+        self._unread = b""
+
+    async def follow(self) -> None:
+        try:
+            while True:
+                self.take(await self.response.receive())
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            return
+
+    def take(self, data: bytes) -> None:
+        *events, self._unread = (self._unread + data).split(b"\n\n")
+        for event in events:
+            if event.startswith(b":"):
+                self.comments.append(trio.current_time())
+                continue
+            name, content = event.split(b"\n")
+            self.apply(name.removeprefix(b"event: ").decode(), json.loads(content.removeprefix(b"data: ")))
+
+    def apply(self, name: str, content: dict[str, Any]) -> None:
+        self.events.append((trio.current_time(), name))
+        assert (name == "snapshot") == (len(self.events) == 1)
+        for kind, items in content.items():
+            if name == "remove":
+                for key in items:
+                    del self.state[kind][key]
+                    self.gone.append(key)
+            else:
+                self.state[kind] |= {item["id"]: item for item in items}
+
+    @property
+    def requests(self) -> dict[str, Any]:
+        return {item["request_id"]: item for item in self.state["requests"].values()}
+
+
+@asynccontextmanager
+async def subscribed(
+    cluster: SimulatedCluster, nursery: trio.Nursery, name: str = "page", **headers: str
+) -> AsyncIterator[Subscriber]:
+    client = cluster.client(name)
+    async with client.open("GET", "/cluster/events", b"", headers=headers) as response:
+        assert response.status == 200
+        assert response.headers["content-type"] == "text/event-stream"
+        subscriber = Subscriber(response)
+        nursery.start_soon(subscriber.follow)
+        yield subscriber
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[SimulatedCluster]:
+    async with open_cluster(latency=0.01, **OPTIONS) as opened:
+        server = worker("w", **OPTIONS)
+
+        @server.chat("m")
+        async def handler(request: Any) -> AsyncIterator[str]:
+            for _ in range(500):
+                await trio.sleep(0.01)
+                yield "token "
+
+        await opened.start_worker(server)
+        yield opened
+
+
+async def test_a_request_comes_changes_and_goes(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        await trio.sleep(1)
+        assert (page.requests, list(page.state["workers"]), list(page.state["models"])) == ({}, ["w"], ["m"])
+        assert [name for _, name in page.events] == ["snapshot"]
+        nursery.start_soon(cluster.client(**{"x-request-id": "r1", "x-request-timeout": "60"}).chat, "m")
+        await trio.sleep(1)
+        first = page.requests["r1"]
+        assert (first["model"], first["node"], first["phase"], first["attempts"]) == (
+            "m",
+            "w",
+            "streaming",
+            1,
+        )
+        assert first["deadline"] - first["began"] == pytest.approx(60, abs=0.01)
+        await trio.sleep(2)
+        assert page.requests["r1"]["delivered"] > first["delivered"]
+        assert page.requests["r1"]["began"] == first["began"]
+        await trio.sleep(4)
+        assert page.requests == {}
+        assert page.gone == [first["id"]]
+
+
+async def test_there_are_at_most_four_updates_a_second(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        for _ in range(2):
+            nursery.start_soon(cluster.client().chat, "m")
+        await trio.sleep(4)
+        times = [when for when, name in page.events if name == "upsert"]
+        assert 10 < len(times) <= 17
+        assert all(later - earlier > 0.24 for earlier, later in pairwise(times))
+
+
+async def test_workers_and_models_come_and_go(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        await trio.sleep(0.5)
+        cluster.workers["w"].stop()
+        await trio.sleep(5)
+        assert (page.state["workers"], page.state["models"]) == ({}, {})
+        assert {"w", "m"} <= set(page.gone)
+
+
+async def test_requests_of_one_id_are_two(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        for _ in range(2):
+            nursery.start_soon(cluster.client(**{"x-request-id": "same"}).chat, "m")
+        await trio.sleep(1)
+        assert [item["request_id"] for item in page.state["requests"].values()] == ["same", "same"]
+
+
+async def test_nothing_is_looked_at_while_nobody_listens(
+    autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as cluster:
+        looks: list[float] = []
+        look = Sampler._look
+
+        def noted(self: Sampler) -> None:
+            looks.append(trio.current_time())
+            look(self)
+
+        monkeypatch.setattr(Sampler, "_look", noted)
+        await cluster.client().chat("m")
+        assert looks == []
+        async with trio.open_nursery() as pages:
+            async with subscribed(cluster, pages, "page"), subscribed(cluster, pages, "other"):
+                await trio.sleep(10)
+            pages.cancel_scope.cancel()
+        # Two subscribers share them.
+        assert len(looks) <= 43
+        await trio.sleep(1)
+        looks.clear()
+        await trio.sleep(60)
+        assert looks == []
+
+
+async def test_a_subscriber_that_does_not_read_gets_the_last_state_and_not_all_of_them(
+    autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as cluster:
+        # Updates of this size do not fit into what is under way for long.
+        monkeypatch.setattr("trio_cluster.admin.events._event", padded)
+        async with cluster.client("page").open("GET", "/cluster/events", b"") as response:
+            subscriber = Subscriber(response)
+            await trio.sleep(1)
+            for _ in range(20):
+                await cluster.client().chat("m")
+            async with trio.open_nursery() as reading:
+                reading.start_soon(subscriber.follow)
+                await trio.sleep(5)
+                reading.cancel_scope.cancel()
+        # A hundred seconds, with four updates in each.
+        assert len(subscriber.events) < 60
+        assert subscriber.requests == {}
+
+
+def padded(name: str, data: Any) -> bytes:
+    encoded = json.dumps({kind: [json.loads(bytes(item)) if not isinstance(item, str) else item for item in items]
+                          for kind, items in data.items()})  # fmt: skip
+    return f"event: {name}\ndata: {encoded}{' ' * 100_000}\n\n".encode()
+
+
+async def test_a_quiet_subscription_has_comments(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        await trio.sleep(3 * KEEPALIVE + 5)
+        assert 2 <= len(page.comments) <= 3
+
+
+async def test_a_subscription_does_not_hold_up_the_end_of_the_node(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with running() as cluster, subscribed(cluster, nursery) as page:
+        nursery.start_soon(cluster.client().chat, "m")
+        await trio.sleep(1)
+        began = trio.current_time()
+        cluster.master.stop()
+        await cluster.master.over.wait()
+        # The request has four more seconds.
+        assert trio.current_time() - began < 6
+        await trio.sleep(1)
+        assert page.requests == {}
+        assert page.response.complete
+
+
+async def test_only_operators_may_listen(autojump_clock: MockClock) -> None:
+    async with open_cluster(api_key="client", operator_key="ops") as opened:
+        for key, status in (("", 401), ("client", 403), ("ops", 200)):
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            async with opened.client().open("GET", "/cluster/events", b"", headers=headers) as response:
+                assert response.status == status
