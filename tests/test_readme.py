@@ -10,7 +10,6 @@ import shlex
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import trio_cluster
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, engines, errors, testing
 from trio_cluster.cli.arguments import _parser, parse_arguments
 from trio_cluster.core.request import Request
+from trio_cluster.engines import _engine
 from trio_cluster.openai import ENDPOINTS
 from trio_cluster.options import when_applied
 from trio_cluster.protocol import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, markdown
@@ -164,7 +164,7 @@ def test_commands_in_the_pages_are_understood(command: str) -> None:
     program, *arguments = shlex.split(command)
     assert program == "trio-cluster"
     parsed = parse_arguments(arguments)
-    known = {point.name: point for point in entry_points(group=engines.GROUP)}
+    known = _engine.BUILT_IN
     for spec in getattr(parsed, "serve", []):
         head, *pairs = spec.split(",")
         options = known[head.partition(":")[0]].load().all_options
@@ -339,7 +339,7 @@ async def test_every_metric_is_documented(nursery: trio.Nursery) -> None:
     assert documented == shown
 
 
-@pytest.mark.parametrize("point", entry_points(group=engines.GROUP), ids=lambda point: point.name)
+@pytest.mark.parametrize("point", _engine.BUILT_IN.values(), ids=lambda point: point.name)
 def test_every_engine_is_documented_with_its_options(point: Any) -> None:
     engine = point.load()
     text = section(page("engines.md"), f"{point.name}: ")

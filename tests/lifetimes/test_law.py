@@ -8,6 +8,16 @@ from pathlib import Path
 import attrs
 from detour_law import DETOUR_BOUNDS, DETOUR_CAUSES, DETOUR_LAW, DetourCell, detour_markdown
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
+from start_law import (
+    START_BOUNDS,
+    START_CAUSES,
+    START_CLIENTS,
+    START_LAW,
+    START_MODELS,
+    START_PHASES,
+    StartCell,
+    start_markdown,
+)
 from storing_law import (
     MOMENTS,
     STORED,
@@ -63,11 +73,26 @@ def test_the_law_of_storing_has_an_entry_for_every_moment() -> None:
     assert {cell.stored for cell in cells} == set(STORED)
 
 
+def test_the_page_shows_the_law_of_starts_that_is_tested() -> None:
+    section = PAGE.split("\n## The start of a model\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows == list(start_markdown())
+
+
+def test_the_law_of_starts_has_an_entry_for_every_phase_and_uses_all_definitions() -> None:
+    assert list(START_LAW) == list(START_CAUSES)
+    assert [list(row) for row in START_LAW.values()] == [list(START_PHASES)] * len(START_CAUSES)
+    cells = [each for row in START_LAW.values() for each in row.values() if isinstance(each, StartCell)]
+    assert {cell.model for cell in cells} == set(START_MODELS)
+    assert {cell.client for cell in cells} >= START_CLIENTS.keys() - CLIENTS.keys()
+    assert {cell.bound for cell in cells} >= START_BOUNDS.keys() - BOUNDS.keys()
+
+
 def test_every_bound_of_the_law_is_explained() -> None:
     explained = set(re.findall(r"^\| (\w) \|", PAGE.split("\n## Bounds\n", 1)[1].split("\n## ", 1)[0], re.M))
     used = {
         part
-        for bound in STORING_BOUNDS.values()
+        for bound in (STORING_BOUNDS | START_BOUNDS).values()
         if bound.isupper() or bound == "h"
         for part in bound.split(" + ")
     }

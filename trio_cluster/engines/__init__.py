@@ -2,7 +2,6 @@
 
 from ._engine import (
     GROUP,
-    RESIDENT_OPTIONS,
     Engine,
     LoadingEngine,
     ModelServer,
@@ -26,7 +25,6 @@ from .audio.container import AudioEncoder, decode_audio
 
 __all__ = [
     "GROUP",
-    "RESIDENT_OPTIONS",
     "AudioEncoder",
     "Engine",
     "LoadingEngine",

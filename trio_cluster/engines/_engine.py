@@ -274,8 +274,8 @@ class LoadingEngine(Engine):
     """An engine that loads one model and serves it for as long as it runs, or loads it when it is asked for.
 
     Subclasses implement :meth:`open`, and :meth:`prepare` if something has to be downloaded first. Those that implement
-    :meth:`describe` have the options :data:`RESIDENT_OPTIONS` too: with ``memory`` or ``idle``, the model is loaded
-    when it is first asked for, and unloaded when it is idle or when another one needs its memory.
+    ``describe`` have the options ``memory``, ``idle`` and ``start_timeout`` too: with ``memory`` or ``idle``, the model
+    is loaded when it is first asked for, and unloaded when it is idle or when another one needs its memory.
     """
 
     async def prepare(self, argument: str, options: Mapping[str, Any]) -> str:
@@ -401,7 +401,7 @@ async def serve_on_demand(
 
     Args:
         server: where the model is registered; it may be running or not.
-        model: describes it; see :meth:`LoadingEngine.describe`.
+        model: describes it; see ``LoadingEngine.describe``.
         open_: entering the context that it returns loads the model and gives it, a :class:`ServedModel` with its
             handlers; leaving the context frees it. Inside, no request uses it any more. See :func:`loaded`.
         memory: the bytes that it needs; ``None``: it is measured when it is loaded, alone.
