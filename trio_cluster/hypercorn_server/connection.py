@@ -45,8 +45,9 @@ __all__ = ["HypercornConnection"]
 #: Bytes that may have been read and not been taken by hypercorn, before the connection is read no further.
 _READ_AHEAD: Final = 256 * 1024
 _RECEIVE: Final = 64 * 1024
-#: Seconds after which a connection is closed whose end was announced on HTTP/2.
-_GOODBYE_TIME: Final = 1.0
+#: Seconds after which a connection is closed whose end was announced on HTTP/2, and whose client has not closed it. A
+#: client that runs on a busy machine may read the announcement late, and would write to a connection that is closed.
+_GOODBYE_TIME: Final = 5.0
 
 
 class HypercornConnection:
@@ -181,7 +182,9 @@ class HypercornConnection:
         await say_goodbye(self._server)
         # The client opens another connection for what it has sent meanwhile. That is read and dropped, since a
         # connection that is closed with unread bytes is reset, and the client may lose the frame by that.
-        await trio.sleep(_GOODBYE_TIME)
+        with trio.move_on_after(_GOODBYE_TIME):
+            while not self.gone:
+                await self._changed.park()
         self.close()
 
     @property
