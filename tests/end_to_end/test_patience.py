@@ -69,7 +69,7 @@ def test_no_test_beside_real_clients_and_processes_has_a_short_deadline_of_the_r
     found = [
         f"{path.name}: {match[0]}"
         for folder in ("accounts", "admin", "clients", "end_to_end", "http1", "hypercorn_server")
-        for path in (tests / folder).glob("*.py")
+        for path in (tests / folder).glob("test_*.py")
         if (match := short.search(path.read_text(encoding="utf-8"))) and path != Path(__file__)
     ]
     assert found == [], "write patience.fail_after: time in which other programs compute is not counted"
