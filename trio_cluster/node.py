@@ -83,6 +83,7 @@ from .net.gate import Gate, gated
 from .net.machine import ThisMachine
 from .net.names import own_names
 from .net.sockets import (
+    HandsOver,
     Listeners,
     Network,
     Sockets,
@@ -90,7 +91,6 @@ from .net.sockets import (
     outward_address,
     port_of,
     shown_address,
-    sockets_of,
 )
 from .net.tls import TLS_REQUIRED, with_tls
 from .net.watchdog import log_blocks
@@ -358,13 +358,16 @@ class Node:
         self.internal_port = port_of(internal_listeners)
         clients_gate, workers_gate = Gate(is_open=not taking_over), Gate(is_open=not taking_over)
         hand_over: HandOver | None = None
+        handovers = self._network.handovers if isinstance(self._network, HandsOver) else None
+        directory = None if handovers is None else handovers.directory if state is None else state.path
         if member is not None:
             listeners = gated(listeners, clients_gate)
-        elif state is not None and isinstance(self._network, Sockets):
+        elif handovers is not None and directory is not None:
             hand_over = HandOver(
-                state.path / SOCKET_NAME,
-                sockets_of(listeners),
-                sockets_of(internal_listeners),
+                handovers,
+                directory / SOCKET_NAME,
+                handovers.handles_of(listeners),
+                handovers.handles_of(internal_listeners),
                 clients_gate,
                 workers_gate,
                 manager,

@@ -48,6 +48,7 @@ from .local.passthrough import RawHandler
 from .local.pool import HandlerPool
 from .net.sockets import (
     INTERNAL_OFFSET,
+    HandsOver,
     Listeners,
     Network,
     Sockets,
@@ -58,7 +59,6 @@ from .net.sockets import (
     port_of,
     shown_address,
 )
-from .net.streams import TcpListener
 from .node import Node
 from .on_demand.residents import OnDemand
 from .options import (
@@ -1061,9 +1061,14 @@ class ClusterServer:
         """
         if port == 0:
             raise ClusterError("cannot take over: the port of the running master is needed")
-        succession = await Succession.ask(self._state_path(port) / SOCKET_NAME)
-        if succession is None:
-            return None
+        has_addresses = isinstance(self.network, Sockets)
+        if not isinstance(self.network, HandsOver):
+            raise ClusterError("cannot take over: listeners of this network cannot be handed over")
+        handovers = self.network.handovers
+        directory = self._state_path(port) if handovers.directory is None else handovers.directory
+        succession = await Succession.ask(handovers, directory / SOCKET_NAME)
+        if succession is None or not has_addresses:
+            return succession
         options = self._options
         internal_host = options.internal_host or options.server.host
         internal_port = options.internal_port or port + INTERNAL_OFFSET
@@ -1072,7 +1077,9 @@ class ClusterServer:
                 (succession.clients, options.server.host, port),
                 (succession.workers, internal_host, internal_port),
             ):
-                await check_addresses(sockets, host, number)
+                await check_addresses(
+                    [sock for sock in sockets if isinstance(sock, socket.socket)], host, number
+                )
         except BaseException:
             for sock in (*succession.clients, *succession.workers):
                 sock.close()
@@ -1081,8 +1088,9 @@ class ClusterServer:
         return succession
 
     async def _run_as_successor(self, succession: Succession, port: int, task_status: Started) -> ClusterMode:
-        external = [TcpListener(sock) for sock in succession.clients]
-        internal = [TcpListener(sock) for sock in succession.workers]
+        assert isinstance(self.network, HandsOver)
+        external = self.network.handovers.listeners_of(succession.clients)
+        internal = self.network.handovers.listeners_of(succession.workers)
         try:
             await self._serve_as_master(
                 external,

@@ -16,10 +16,8 @@ for, before the workers are told.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +26,7 @@ import trio
 from ..errors import ClusterError
 from ..limits.limiter import Limiter
 from ..net.gate import Gate
-from ..net.handover import HandoverChannel, OtherUser, connect_to, listen_at
+from ..net.handover import Channel, Handle, Handovers, OtherUser, Waiting
 from ..security.master_tls import MasterTls
 from .master import WorkerManager
 from .model_memory import ModelMemory
@@ -76,7 +74,8 @@ class HandOver:
     """Lets another process take the place of this master.
 
     Args:
-        path: of the Unix socket on which it is waited for.
+        handovers: how that process is reached.
+        path: at which it is waited for.
         clients, workers: the listening sockets.
         clients_gate, workers_gate: in front of them.
         manager: the workers, which are told.
@@ -88,9 +87,10 @@ class HandOver:
 
     def __init__(
         self,
+        handovers: Handovers,
         path: Path,
-        clients: Sequence[socket.socket],
-        workers: Sequence[socket.socket],
+        clients: Sequence[Handle],
+        workers: Sequence[Handle],
         clients_gate: Gate,
         workers_gate: Gate,
         manager: WorkerManager,
@@ -99,6 +99,7 @@ class HandOver:
         tls: MasterTls | None,
     ) -> None:
         self.replaced = trio.Event()
+        self._handovers = handovers
         self._path = path
         self._clients = clients
         self._workers = workers
@@ -123,24 +124,27 @@ class HandOver:
             task_status: started as soon as a successor can connect, or it is clear that none ever can.
         """
         try:
-            sock = listen_at(self._path)
+            waiting = self._handovers.listen(self._path)
         except OSError as error:
             logger.warning("this master cannot be taken over: %s: %s", self._path, error.strerror or error)
             task_status.started()
             return
         task_status.started()
-        with trio.socket.from_stdlib_socket(sock) as listener, self._serving:
+        with closing(waiting), self._serving:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._accept, listener, nursery)
+                nursery.start_soon(self._accept, waiting, nursery)
 
-    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+    async def _accept(self, waiting: Waiting, nursery: trio.Nursery) -> None:
         while True:
             try:
-                accepted, _ = await listener.accept()
+                channel = await waiting.accept()
+            except OtherUser as error:
+                logger.warning("a process may not take over: %s", error.strerror)
+                continue
             except OSError as error:
                 logger.warning("this master cannot be taken over any more: %s", error)
                 return
-            nursery.start_soon(self._serve_connection, accepted)
+            nursery.start_soon(self._serve_connection, channel)
 
     def stop(self) -> None:
         """Wait for no successor any more: this master is being stopped. Synchronous.
@@ -162,29 +166,20 @@ class HandOver:
             while self._changes:
                 await self._changed.park()
 
-    async def _serve_connection(self, sock: trio.socket.SocketType) -> None:
-        with sock:
-            try:
-                channel = HandoverChannel(sock)
-            except OSError as error:
-                why = error.strerror if isinstance(error, OtherUser) else error
-                logger.warning("a process may not take over: %s", why)
+    async def _serve_connection(self, channel: Channel) -> None:
+        with closing(channel):
+            if self._attempt is not None:
+                with suppress(OSError), trio.move_on_after(_LAST_WORDS):
+                    await channel.send(encode(Refused("another process takes over at this moment")))
                 return
-            try:
-                if self._attempt is not None:
-                    with suppress(OSError), trio.move_on_after(_LAST_WORDS):
-                        await channel.send(encode(Refused("another process takes over at this moment")))
-                    return
-                self._attempt = attempt = Predecessor()
-                await self._converse(channel, attempt)
-                if attempt.state is PredecessorState.REPLACED:
-                    await self._send_changes(channel)
-                else:
-                    self._attempt = None
-            finally:
-                channel.close()
+            self._attempt = attempt = Predecessor()
+            await self._converse(channel, attempt)
+            if attempt.state is PredecessorState.REPLACED:
+                await self._send_changes(channel)
+            else:
+                self._attempt = None
 
-    async def _converse(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+    async def _converse(self, channel: Channel, attempt: Predecessor) -> None:
         """Talk with a successor until the attempt is over. A checkpoint."""
         while not attempt.is_over:
             try:
@@ -204,7 +199,7 @@ class HandOver:
         if attempt.state is PredecessorState.KEPT:
             await self._go_on(channel, attempt)
 
-    async def _follow(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+    async def _follow(self, channel: Channel, attempt: Predecessor) -> None:
         """Do what the new state demands. A checkpoint.
 
         Raises:
@@ -213,7 +208,7 @@ class HandOver:
         match attempt.state:
             case PredecessorState.PREPARING:
                 logger.info("another process is about to take over")
-                offer = Offer(os.getpid(), len(self._clients), len(self._workers))
+                offer = Offer(self._handovers.pid, len(self._clients), len(self._workers))
                 await channel.send(encode(offer), [*self._clients, *self._workers])
             case PredecessorState.LINKING:
                 # A link that is cut is resumed in a moment, usually. From here on it could not be.
@@ -236,7 +231,7 @@ class HandOver:
                     sock.close()
                 self.replaced.set()
 
-    async def _go_on(self, channel: HandoverChannel, attempt: Predecessor) -> None:
+    async def _go_on(self, channel: Channel, attempt: Predecessor) -> None:
         """Be the master that this process was before the attempt. A checkpoint."""
         logger.warning("the process that was about to take over has failed: %s", attempt.why)
         self._clients_gate.open()
@@ -255,7 +250,7 @@ class HandOver:
         self._changes.append(line)
         self._changed.unpark_all()
 
-    async def _send_changes(self, channel: HandoverChannel) -> None:
+    async def _send_changes(self, channel: Channel) -> None:
         """Tell the successor what keys use, until cancelled or it has ended."""
         with suppress(OSError):
             while True:
@@ -274,10 +269,11 @@ class Succession:
         pid: of the predecessor.
     """
 
-    def __init__(self, channel: HandoverChannel) -> None:
-        self.clients: list[socket.socket] = []
-        self.workers: list[socket.socket] = []
+    def __init__(self, channel: Channel, own_pid: int) -> None:
+        self.clients: list[Handle] = []
+        self.workers: list[Handle] = []
         self.pid = 0
+        self._own_pid = own_pid
         self._channel = channel
         self._successor = Successor()
         self._models: dict[str, list[str]] = {}
@@ -286,11 +282,12 @@ class Succession:
         self._arrived = False
 
     @classmethod
-    async def ask(cls, path: Path) -> Succession | None:
+    async def ask(cls, handovers: Handovers, path: Path) -> Succession | None:
         """Ask the running master for its sockets. A checkpoint.
 
         Args:
-            path: of the Unix socket on which it waits.
+            handovers: how it is reached.
+            path: at which it waits.
 
         Returns:
             ``None`` if no process waits there.
@@ -299,12 +296,12 @@ class Succession:
             TakeOverFailed: it refuses, or does not answer.
         """
         try:
-            channel = await connect_to(path)
+            channel = await handovers.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         except OSError as error:
             raise TakeOverFailed(f"cannot take over: {path}: {error.strerror or error}") from error
-        succession = cls(channel)
+        succession = cls(channel, handovers.pid)
         try:
             await succession.receive_sockets()
         except BaseException:
@@ -314,15 +311,16 @@ class Succession:
 
     async def receive_sockets(self) -> None:
         """See :meth:`ask`, which has to be called instead."""
-        successor, sockets = self._successor, list[socket.socket]()
+        successor, sockets = self._successor, list[Handle]()
         try:
             with trio.fail_after(successor.wait):
-                await self._channel.send(encode(Hello(VERSION, os.getpid())))
+                await self._channel.send(encode(Hello(VERSION, self._own_pid)))
                 received = await self._channel.receive()
             if received is None:
                 successor.lost()
             else:
-                line, sockets = received
+                line, handles = received
+                sockets = list(handles)
                 message = decode(line)
                 successor.receive(message)
                 if isinstance(message, Offer):

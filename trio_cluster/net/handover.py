@@ -17,11 +17,23 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 import trio
 
-__all__ = ["HandoverChannel", "OtherUser", "connect_to", "listen_at"]
+from .streams import Listener, TcpListener
+
+__all__ = [
+    "Channel",
+    "Handle",
+    "HandoverChannel",
+    "Handovers",
+    "OtherUser",
+    "UnixHandovers",
+    "Waiting",
+    "connect_to",
+    "listen_at",
+]
 
 #: Bytes of a line. The longest one names all models of all workers.
 _LINE_MAX: Final = 16 * 1024 * 1024
@@ -31,6 +43,125 @@ _RECEIVE: Final = 64 * 1024
 _INT: Final = struct.calcsize("i")
 #: Bytes of a path that fit into the address of a Unix socket on every system.
 _PATH_MAX: Final = 100
+
+
+class Handle(Protocol):
+    """What stands for a listener while it is handed over: its socket."""
+
+    def close(self) -> None:
+        """Listen no more, in this process. Synchronous, idempotent."""
+        ...
+
+
+class Channel(Protocol):
+    """One end of a connection between two processes; see :class:`HandoverChannel`."""
+
+    async def send(self, line: bytes, handles: Sequence[Any] = (), /) -> None:
+        """Send a line, and handles with it. A checkpoint. Raises ``OSError`` if the connection is broken."""
+        ...
+
+    async def receive(self) -> tuple[bytes, Sequence[Handle]] | None:
+        """Return the next line, and the handles that came with it; ``None`` at the end. A checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Close this end. Synchronous, idempotent."""
+        ...
+
+
+class Waiting(Protocol):
+    """A process that waits for others, at a path."""
+
+    async def accept(self) -> Channel:
+        """Wait for a process, and return a connection to it. A checkpoint.
+
+        Raises:
+            OtherUser: a process has come that is not let in.
+            OSError: no process can come any more.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait no more. Synchronous."""
+        ...
+
+
+class Handovers(Protocol):
+    """How the processes of a machine hand over what they listen with."""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where they meet if they have no state directory; ``None``: then they do not."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """The number of this process."""
+        ...
+
+    def listen(self, path: Path) -> Waiting:
+        """Wait for others at a path, in the place of whatever was there. Synchronous. Raises ``OSError``."""
+        ...
+
+    async def connect(self, path: Path) -> Channel:
+        """Connect to the process that waits at a path; see :func:`connect_to`. A checkpoint."""
+        ...
+
+    def handles_of(self, listeners: Sequence[Listener]) -> Sequence[Handle]:
+        """Return what can be handed over of listeners, which still belongs to them. Synchronous."""
+        ...
+
+    def listeners_of(self, handles: Sequence[Any]) -> Sequence[Listener]:
+        """Return listeners with handles from another process, which belong to them from then on. Synchronous."""
+        ...
+
+
+class UnixHandovers:
+    """Over Unix sockets. See :class:`Handovers`."""
+
+    directory: Path | None = None
+
+    @property
+    def pid(self) -> int:
+        """See ``Handovers``."""
+        return os.getpid()
+
+    def listen(self, path: Path) -> Waiting:
+        """See ``Handovers``."""
+        return _UnixWaiting(listen_at(path))
+
+    async def connect(self, path: Path) -> Channel:
+        """See ``Handovers``."""
+        return await connect_to(path)
+
+    def handles_of(self, listeners: Sequence[Listener]) -> Sequence[socket.socket]:
+        """See ``Handovers``."""
+        return [listener.socket for listener in listeners if isinstance(listener, TcpListener)]
+
+    def listeners_of(self, handles: Sequence[socket.socket]) -> Sequence[Listener]:
+        """See ``Handovers``."""
+        return [TcpListener(sock) for sock in handles]
+
+
+class _UnixWaiting:
+    """See :class:`Waiting`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._listener = trio.socket.from_stdlib_socket(sock)
+
+    async def accept(self) -> Channel:
+        accepted, _ = await self._listener.accept()
+        try:
+            return HandoverChannel(accepted)
+        except OtherUser:
+            accepted.close()
+            raise
+        except OSError as error:
+            accepted.close()
+            raise OtherUser(error.errno, error.strerror or str(error)) from error
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 class OtherUser(OSError):

@@ -14,17 +14,19 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import trio
 
 from ..core import randomness
 from ..core.threads import thread_shortage
 from ..errors import ClusterPortError
+from .handover import Handovers, UnixHandovers
 from .streams import ByteStream, Listener, TcpListener, TcpStream
 
 __all__ = [
     "INTERNAL_OFFSET",
+    "HandsOver",
     "Listeners",
     "Network",
     "Sockets",
@@ -38,7 +40,6 @@ __all__ = [
     "receive_when_ready",
     "resolve",
     "shown_address",
-    "sockets_of",
     "why_not_connected",
 ]
 
@@ -84,8 +85,24 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
+class HandsOver(Protocol):
+    """A network whose listeners can be handed over to another process of the machine."""
+
+    @property
+    def handovers(self) -> Handovers:
+        """How that is done."""
+        ...
+
+
 class Sockets:
-    """The real network."""
+    """The real network.
+
+    Attributes:
+        handovers: how listeners are handed over to another process.
+    """
+
+    handovers = UnixHandovers()
 
     async def listen(self, host: str, port: int) -> Listeners:
         """See ``Network``."""
@@ -217,11 +234,6 @@ async def check_addresses(sockets: Sequence[socket.socket], host: str, port: int
             f"the running process listens on {shown}, and this one is to listen on '{host}', port {port}; "
             "addresses cannot be changed by a take-over",
         )
-
-
-def sockets_of(listeners: Listeners) -> list[socket.socket]:
-    """Return the listening sockets of TCP listeners; they still belong to these."""
-    return [listener.socket for listener in listeners if isinstance(listener, TcpListener)]
 
 
 def close_all(listeners: Listeners) -> None:

@@ -149,13 +149,15 @@ class SimulatedCluster:
         return self._above(self.network.host(name))
 
     async def start_master(
-        self, server: ClusterServer | None = None, *, name: str = "master"
+        self, server: ClusterServer | None = None, *, name: str = "master", take_over: bool = False
     ) -> SimulatedNode:
         """Start a master, and wait until it serves. It replaces one of that name that has ended. A checkpoint.
 
         Args:
             server: with its models; without it, the master has no models. It is given the simulated network.
             name: of its machine. Workers that are started afterwards have a link to each master that has been started.
+            take_over: take the place of the master that runs there, which finishes its answers and ends. If that is not
+                possible, it stays the master of this name. To kill or freeze one of the two concerns both.
 
         Returns:
             The node.
@@ -170,10 +172,20 @@ class SimulatedCluster:
             )
             server.authenticator = self.authenticator
         server.network = self.network_of(name)
+        node = SimulatedNode(self, name, server)
+        if take_over:
+            try:
+                await self._start(
+                    node, partial(node.run, partial(server.run_as_master, PORT, take_over=True))
+                )
+            except BaseException:
+                self.past.append(node)
+                raise
         if name in self.masters:
             self.past.append(self.masters[name])
-        node = self.masters[name] = SimulatedNode(self, name, server)
-        await self._start(node, partial(node.run, server.run_as_master, PORT))
+        self.masters[name] = node
+        if not take_over:
+            await self._start(node, partial(node.run, server.run_as_master, PORT))
         return node
 
     async def start_worker(self, server: ClusterServer, *, wait: bool = True) -> SimulatedNode:

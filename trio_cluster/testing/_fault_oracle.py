@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from ..gateway.deadlines import GRACE
 from ._history import FaultSpan, History
 from ._limited_keys import LimitedKeys
-from ._plan import Plan, SimulatedRequest, replica_name
+from ._plan import Plan, SimulatedRequest, replica_name, take_over_name
 from ._scripts import MARGIN
 from ._simulation import FIRST_PROBE
 from ._workload import SLOW_READS, Outcome
@@ -55,13 +56,11 @@ class FaultOracle:
         detection_time: seconds after which a node has noticed that another one is silent.
         reaction_time: seconds between a fault and its effect on another node, if nothing delays it.
         aftermath: seconds for which a fault may have effects after it is over.
-        losses: the faults by which a master may lose a worker, with its calls.
     """
 
     def __init__(self, plan: Plan, history: History) -> None:
         self._plan = plan
         self._history = history
-        self.losses = WORKER_FAULTS - _RESUMED if plan.options["resume_window"] else WORKER_FAULTS
         self._full: dict[str, list[FaultSpan]] = {}
         self.detection_time = float(plan.options["worker_timeout"]) + float(
             plan.options["heartbeat_interval"]
@@ -91,7 +90,7 @@ class FaultOracle:
                 return self._has_trouble(outcome, "replica failing")
             case "worker_lost":
                 # A call whose link is cut is opened elsewhere, unless its time was used up in that moment.
-                kinds = WORKER_FAULTS if self._is_slow(outcome) else self.losses
+                kinds = WORKER_FAULTS if self._is_slow(outcome) else self.losses(outcome)
                 return self.fault_near(hosts, outcome, kinds)
             case "over_capacity":
                 # A worker whose heartbeats are late gets no new calls.
@@ -101,7 +100,11 @@ class FaultOracle:
             case "shutting_down":
                 return self._may_be_refused(outcome)
             case "cancelled":
-                return self.fault_near(hosts, outcome, STOPS) or self.was_cancelled(outcome)
+                return (
+                    self.fault_near(hosts, outcome, STOPS)
+                    or self.was_cancelled(outcome)
+                    or self.was_left_behind(outcome)
+                )
             case "model_unavailable":
                 # A model that one worker has unregistered is missing only if no other worker serves it either. Of
                 # several models that may answer, the client is told of one that is missing, also if others failed.
@@ -115,7 +118,10 @@ class FaultOracle:
                     for host in hosts - {request.master}
                 )
             case "model_not_found":
-                # The simulated master has no directory for its state: after a restart it knows no names.
+                # The simulated master has no directory for its state: after a restart it knows no names. One that has
+                # taken over knows those of the workers that have joined it in time.
+                if self._take_overs(outcome) and self.fault_near(hosts, outcome, WORKER_FAULTS):
+                    return True
                 return bool(
                     self._history.faults_on(
                         frozenset([request.master]),
@@ -126,6 +132,37 @@ class FaultOracle:
                 )
             case _:
                 return False
+
+    def losses(self, outcome: Outcome) -> frozenset[str]:
+        """Return the faults by which a master may lose a worker, with its calls."""
+        # A link to a master that was replaced cannot be resumed: another process listens there.
+        if not self._plan.options["resume_window"] or self._take_overs(outcome):
+            return WORKER_FAULTS
+        return WORKER_FAULTS - _RESUMED
+
+    def was_left_behind(self, outcome: Outcome) -> bool:
+        """Return whether the master of a request was replaced, and has not waited for it longer than it does."""
+        waits = float(self._plan.options["drain_timeout"]) - MARGIN
+        return any(
+            outcome.began <= each.ended + self.reaction_time and outcome.ended >= each.ended + waits
+            for each in self._take_overs(outcome)
+        )
+
+    def replaced_master_ends(self, since: float, until: float) -> bool:
+        """Return whether a master that was replaced may have waited long enough within that time, and has ended."""
+        places = frozenset(take_over_name(name) for name in self._plan.masters)
+        waits = float(self._plan.options["drain_timeout"])
+        return any(
+            each.ended + waits >= since - GRACE and each.ended + waits <= until
+            for each in self._history.faults_on(places, 0.0, until)
+        )
+
+    def _take_overs(self, outcome: Outcome) -> list[FaultSpan]:
+        """Return the take-overs of the master of a request, while it was under way or not much longer before."""
+        since = outcome.began - self.aftermath - float(self._plan.options["drain_timeout"])
+        return self._history.faults_on(
+            frozenset([take_over_name(outcome.request.master)]), since, outcome.ended
+        )
 
     def hosts(self, request: SimulatedRequest) -> frozenset[str]:
         """Return the nodes that a request involves: its master, and all that serve its models."""
@@ -139,7 +176,9 @@ class FaultOracle:
 
     def _may_time_out(self, outcome: Outcome) -> bool:
         hosts = self.hosts(outcome.request)
-        if self.fault_near(hosts, outcome, self.losses) or self._has_trouble(outcome, "replica stuck"):
+        if self.fault_near(hosts, outcome, self.losses(outcome)) or self._has_trouble(
+            outcome, "replica stuck"
+        ):
             return True
         # A link that is resumed costs a moment, and no more.
         since = outcome.began - self.aftermath
@@ -217,8 +256,9 @@ class FaultOracle:
             or self.fault_near(
                 self.hosts(request) | {request.host},
                 outcome,
-                self.losses | CONNECTION_FAULTS | {"call cancelled"},
+                self.losses(outcome) | CONNECTION_FAULTS | {"call cancelled"},
             )
+            or self.was_left_behind(outcome)
         )
 
     def _was_full(self, outcome: Outcome) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import trio
 
+from ..cluster.remote_worker import RemoteWorker
 from ..core.limits import WINDOW
 from ..gateway.deadlines import GRACE
 from ..protocol.retention import ACK_ALONE
@@ -167,21 +168,30 @@ class Invariants(trio.abc.Instrument):
                 key = f"{name} at {master_name}"
                 if not silent or known is None:
                     self._missing_since.pop(key, None)
-                elif now - self._missing_since.setdefault(key, now) > (
-                    self._oracle.detection_time + self._oracle.reaction_time
-                ):
+                elif now - self._missing_since.setdefault(key, now) > self._may_be_listed(known):
                     self._report(f"{name} is dead or frozen, and still on the list of workers")
+            for process in self._simulation.predecessors(master_name) if master is not None else ():
+                manager = process.server.worker_manager
+                for known in () if manager is None else manager.workers.values():
+                    in_flight[known.name] = in_flight.get(known.name, 0) + known.in_flight
         for name, count in in_flight.items():
             process = self._simulation.current.get(name)
             if process is not None:
                 self._check_in_flight(process, count)
+
+    def _may_be_listed(self, worker: RemoteWorker) -> float:
+        """Return for how many seconds a worker that is dead or frozen may be on the list of workers."""
+        # It may have died while its link was cut. Such a death cannot be seen, and the worker is waited for.
+        window = float(self._plan.options["resume_window"]) if worker.health.suspended else 0.0
+        return self._oracle.detection_time + self._oracle.reaction_time + window
 
     def _check_in_flight(self, process: ProcessRun, in_flight: int) -> None:
         """Check that the masters know every call that a worker runs, unless they have just lost each other."""
         busy, now = self._models.busy.get(process.number, 0), self._history.now
         since = now - self._oracle.aftermath - MAX_IGNORED_CANCELLATION
         hosts = frozenset([process.name, *self._plan.masters])
-        if busy > in_flight and not self._history.faults_on(hosts, since, now):
+        excused = self._history.faults_on(hosts, since, now) or self._oracle.replaced_master_ends(since, now)
+        if busy > in_flight and not excused:
             self._report(f"{busy} handlers run on {process.name}, and its masters know of {in_flight}")
 
     def _report(self, text: str) -> None:
@@ -224,7 +234,7 @@ class Invariants(trio.abc.Instrument):
                 complaints.append("refused by a master that runs")
         elif outcome.ending == "lost":
             outcome.verdict = "connection lost"
-            if not self._oracle.was_disconnected(outcome):
+            if not (self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)):
                 complaints.append("the connection was lost before the response, and no fault broke it")
         elif outcome.status >= 400:
             self._check_error(outcome, complaints)
@@ -239,7 +249,9 @@ class Invariants(trio.abc.Instrument):
     def _check_error(self, outcome: Outcome, complaints: list[str]) -> None:
         outcome.verdict = f"status {outcome.status}"
         if not outcome.complete:
-            if outcome.ending != "left" and not self._oracle.was_disconnected(outcome):
+            if outcome.ending != "left" and not (
+                self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)
+            ):
                 complaints.append(f"an incomplete error with status {outcome.status}")
             return
         try:
@@ -285,7 +297,7 @@ class Invariants(trio.abc.Instrument):
         elif not script.output.startswith(report.text):
             complaints.append(f"a stream that did not finish, with another text: {report.text[-200:]!r}")
         if outcome.complete != (report.ending != "cut") and outcome.ending != "left":
-            disconnected = self._oracle.was_disconnected(outcome)
+            disconnected = self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)
             if outcome.complete or not disconnected:
                 complaints.append(
                     f"a stream that was {report.ending} in a body with complete={outcome.complete}"
@@ -295,7 +307,9 @@ class Invariants(trio.abc.Instrument):
             if not self._oracle.explains(outcome, report.error["code"]):
                 complaints.append(f"an error without a cause: {report.error}")
         elif (
-            report.ending == "cut" and outcome.ending != "left" and not self._oracle.was_disconnected(outcome)
+            report.ending == "cut"
+            and outcome.ending != "left"
+            and not (self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome))
         ):
             complaints.append("the stream just ends, and no fault broke the connection")
 
@@ -375,7 +389,7 @@ class Invariants(trio.abc.Instrument):
         gives = first.began + script.first_after + stall + self._oracle.reaction_time
         hosts = frozenset([first.node, outcome.request.master])
         since = outcome.began - self._oracle.aftermath
-        if self._history.faults_on(hosts, since, second.began, self._oracle.losses) or (
+        if self._history.faults_on(hosts, since, second.began, self._oracle.losses(outcome)) or (
             self._history.faults_on(frozenset([first.node]), outcome.began, gives)
         ):
             return []
@@ -454,7 +468,7 @@ class Invariants(trio.abc.Instrument):
 
     def _early_stop(self, outcome: Outcome, run: HandlerRun) -> list[str]:
         """Complain about a handler that was cancelled by a draining node before ``drain_timeout`` had passed."""
-        if self._oracle.was_cancelled(outcome):
+        if self._oracle.was_cancelled(outcome) or self._oracle.was_left_behind(outcome):
             return []
         nodes = frozenset([run.node, outcome.request.master])
         since = run.began - self._oracle.aftermath
@@ -473,6 +487,10 @@ class Invariants(trio.abc.Instrument):
         missing: list[str] = []
         for name in self._plan.masters:
             missing += self._missing_at(name)
+            missing += [
+                f"{process.name}, process {process.number}, was replaced and has not ended"
+                for process in self._simulation.predecessors(name)
+            ]
         return missing
 
     def _missing_at(self, master_name: str) -> list[str]:

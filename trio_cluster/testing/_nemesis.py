@@ -16,7 +16,7 @@ import trio
 
 from ._history import FaultSpan, History
 from ._network import Connection
-from ._plan import Fault, replica_name
+from ._plan import Fault, replica_name, take_over_name
 from ._scripted_models import Trouble
 from ._scripts import MARGIN
 from ._simulation import MAX_IGNORED_CANCELLATION, ProcessRun, Simulation
@@ -28,10 +28,12 @@ __all__ = ["Nemesis"]
 _TRANSFER_BYTES: Final = 20_000
 _TRANSFER_WAIT: Final = 3.0
 _POLL_INTERVAL: Final = 0.005
+#: Seconds after which a worker that has lost its master is back.
+_RETURN: Final = 5.0
 #: How often one request loses its worker to "failover broken", at most.
 _MAX_BROKEN_FAILOVERS: Final = 3
 
-_PROCESS_FAULTS: Final = frozenset({"killed", "stopped", "drained", "frozen"})
+_PROCESS_FAULTS: Final = frozenset({"killed", "stopped", "drained", "frozen", "replaced"})
 
 
 class Nemesis:
@@ -68,6 +70,8 @@ class Nemesis:
                 return self._kill
             case "worker stopped" | "master stopped":
                 return self._stop
+            case "master replaced":
+                return self._replace
             case "worker drained":
                 return self._drain
             case "worker frozen" | "master frozen":
@@ -94,11 +98,15 @@ class Nemesis:
             await _wait_for_transfer(fault, self._simulation.current[fault.target].node.link)
         process = self._simulation.current[fault.target]
         async with self._recorded(fault, process.name):
-            process.killed = True
-            process.node.kill()
+            # With a process that was replaced, and would have finished its requests: the machine is one.
+            processes = [process, *self._simulation.predecessors(process.name)]
+            for each in processes:
+                each.killed = True
+                each.node.kill()
             await trio.sleep(fault.duration)
             # The remaining tasks of a killed process hold no port, but they would close the port of its successor.
-            await self._await_end(process, MAX_IGNORED_CANCELLATION + MARGIN)
+            for each in processes:
+                await self._await_end(each, MAX_IGNORED_CANCELLATION + MARGIN)
             await self._simulation.start(process.name)
 
     async def _stop(self, fault: Fault) -> None:
@@ -108,6 +116,20 @@ class Nemesis:
             await self._await_end(process, self._simulation.stopping_time)
             await trio.sleep(fault.duration)
             await self._simulation.start(process.name)
+
+    async def _replace(self, fault: Fault) -> None:
+        """Let another process take the place of a master."""
+        place = take_over_name(fault.target)
+        began = self._history.now
+        async with self._recorded(fault, place):
+            why = await self._simulation.take_over(fault.target)
+        if not why:
+            return
+        # Without a worker that joins it, the new process does not serve.
+        workers = self._simulation.plan.workers
+        since = began - float(self._simulation.plan.options["worker_timeout"]) - _RETURN
+        if not all(self._history.faults_on(frozenset([name]), since, self._history.now) for name in workers):
+            self._history.add_violation(f"{fault.target} could not be replaced: {why}")
 
     async def _drain(self, fault: Fault) -> None:
         process = self._simulation.current[fault.target]

@@ -9,16 +9,20 @@ All times are trio's, so under a mock clock the network is as virtual as everyth
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import attrs
 import trio
 
 from ..errors import ClusterPortError
+from ..net.handover import Channel, Handle, Waiting
 from ..net.sockets import Listeners
 from ..net.streams import Address, Listener
 from ._deprecation import warn_renamed
@@ -100,8 +104,22 @@ class Connection:
         return [self.client_stream.closed, self.server_stream.closed].count(False)
 
 
+class _Port:
+    """A port of a machine, which one or several of its processes have. Its queue of connections is one.
+
+    Attributes:
+        send: where connections come in.
+        receive: where they are accepted; each process has a clone of it.
+        holders: the listeners of these processes that have not been closed.
+    """
+
+    def __init__(self) -> None:
+        self.send, self.receive = trio.open_memory_channel[SimulatedStream](math.inf)
+        self.holders: set[SimulatedListener] = set()
+
+
 class SimulatedListener(Listener):
-    """A port of a host.
+    """A port of a host, as one process has it. Several may have the same port, with one queue of connections.
 
     Attributes:
         local_address: the name of the host, and the port.
@@ -109,10 +127,21 @@ class SimulatedListener(Listener):
 
     shares_descriptors = False
 
-    def __init__(self, local_address: Address, on_close: Callable[[SimulatedListener], None]) -> None:
+    def __init__(
+        self,
+        local_address: Address,
+        on_close: Callable[[SimulatedListener], None],
+        shared: _Port | None = None,
+    ) -> None:
         self.local_address = local_address
         self._on_close = on_close
-        self._send, self._receive = trio.open_memory_channel[SimulatedStream](math.inf)
+        self._port = _Port() if shared is None else shared
+        self._port.holders.add(self)
+        self._receive = self._port.receive.clone()
+
+    def share(self) -> SimulatedListener:
+        """Return the same port for another process. Connections come to either, and end only with the last one."""
+        return SimulatedListener(self.local_address, self._on_close, self._port)
 
     async def accept(self) -> SimulatedStream:
         """See trio."""
@@ -137,22 +166,128 @@ class SimulatedListener(Listener):
         Args:
             stream: this end of it.
         """
-        self._send.send_nowait(stream)
+        self._port.send.send_nowait(stream)
+
+    def is_shared_with(self, other: SimulatedListener) -> bool:
+        """Tell whether the other one has the same queue of connections."""
+        return other in self._port.holders
+
+    def close_all(self) -> None:
+        """Close the port for all processes that have it. Synchronous."""
+        for each in list(self._port.holders):
+            each.close()
 
     def close(self) -> None:
         """Listen no more. Connections that were accepted go on, and those that were not are reset."""
-        self._on_close(self)
+        if self not in self._port.holders:
+            return
+        if len(self._port.holders) == 1:
+            # Otherwise the connections that have come in are those of the others, too.
+            self._on_close(self)
+            self._port.send.close()
+            with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+                while True:
+                    self._receive.receive_nowait().abort()
+            self._port.receive.close()
+        self._receive.close()
+        self._port.holders.discard(self)
+
+
+class _ChannelEnd:
+    """One end of a connection between two processes of a machine. See ``Channel`` in ``net/handover.py``."""
+
+    def __init__(
+        self,
+        send: trio.MemorySendChannel[tuple[bytes, list[SimulatedListener]]],
+        receive: trio.MemoryReceiveChannel[tuple[bytes, list[SimulatedListener]]],
+    ) -> None:
+        self._send, self._receive = send, receive
+
+    async def send(self, line: bytes, handles: Sequence[SimulatedListener] = ()) -> None:
+        try:
+            await self._send.send((line, [each.share() for each in handles]))
+        except trio.BrokenResourceError:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+
+    async def receive(self) -> tuple[bytes, Sequence[Handle]] | None:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            return None
+
+    def close(self) -> None:
         self._send.close()
-        with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                self._receive.receive_nowait().abort()
+        self._receive.close()
+
+
+class _Waiting:
+    """See ``Waiting`` in ``net/handover.py``."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[_ChannelEnd](math.inf)
+
+    async def accept(self) -> Channel:
+        return await self._receive.receive()
+
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+    def connect(self) -> _ChannelEnd:
+        """Return the end of the process that connects.
+
+        Raises:
+            ConnectionRefusedError: no process waits any more.
+        """
+        there = trio.open_memory_channel[tuple[bytes, list[SimulatedListener]]](math.inf)
+        back = trio.open_memory_channel[tuple[bytes, list[SimulatedListener]]](math.inf)
+        try:
+            self._send.send_nowait(_ChannelEnd(back[0], there[1]))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            raise _refused() from None
+        return _ChannelEnd(there[0], back[1])
+
+
+class _Handovers:
+    """How the processes of one machine hand over their ports. See ``Handovers`` in ``net/handover.py``."""
+
+    #: There is nothing there; the path is only a name.
+    directory: Path | None = Path("/simulated")
+    #: Real ones would be others each time.
+    pid = 1
+
+    def __init__(self, network: SimulatedNetwork, host: str) -> None:
+        self._waiting = network.waiting
+        self._host = host
+
+    def listen(self, path: Path) -> Waiting:
+        waiting = self._waiting[self._host] = _Waiting()
+        return waiting
+
+    async def connect(self, path: Path) -> Channel:
+        await trio.lowlevel.checkpoint()
+        if self._host not in self._waiting:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self._waiting[self._host].connect()
+
+    def handles_of(self, listeners: Sequence[Listener]) -> Sequence[SimulatedListener]:
+        return [each for each in listeners if isinstance(each, SimulatedListener)]
+
+    def listeners_of(self, handles: Sequence[SimulatedListener]) -> Sequence[Listener]:
+        return list(handles)
 
 
 class Host:
-    """A machine on the network: what a node on it listens and connects with."""
+    """A machine on the network: what a node on it listens and connects with.
+
+    Attributes:
+        name: of the machine.
+        handovers: how a process on it hands over its ports to another one.
+    """
 
     def __init__(self, network: SimulatedNetwork, name: str) -> None:
         self.name = name
+        self.handovers = _Handovers(network, name)
         self._network = network
 
     async def listen(self, host: str, port: int) -> Listeners:
@@ -178,6 +313,7 @@ class SimulatedNetwork:
     Attributes:
         latency: as given; may be changed.
         connections: all there are and were, the oldest first.
+        waiting: for each machine, what waits there for a process that takes over its ports.
     """
 
     def __init__(
@@ -189,6 +325,7 @@ class SimulatedNetwork:
         self.latency = latency
         self._fast_path = fast_path
         self.connections: list[Connection] = []
+        self.waiting: dict[str, _Waiting] = {}
         self._listeners: dict[tuple[str, int], SimulatedListener] = {}
         self._frozen: set[str] = set()
         self._partitions: set[frozenset[str]] = set()
@@ -234,7 +371,7 @@ class SimulatedNetwork:
         """Close all listeners and connections of the machine, as its kernel does for a process that was killed."""
         for address, listener in list(self._listeners.items()):
             if address[0] == host:
-                listener.close()
+                listener.close_all()
         for connection in self.connections_of(host):
             if connection.client == host:
                 connection.client_stream.close()
@@ -255,7 +392,8 @@ class SimulatedNetwork:
         return listener
 
     def _forget(self, listener: SimulatedListener) -> None:
-        if self._listeners.get(listener.local_address) is listener:
+        current = self._listeners.get(listener.local_address)
+        if current is not None and current.is_shared_with(listener):
             del self._listeners[listener.local_address]
 
     async def connect(self, client: str, server: str, port: int) -> SimulatedStream:
@@ -265,7 +403,7 @@ class SimulatedNetwork:
             await self._changed.park()
         listener = self._listeners.get((server, port))
         if listener is None:
-            raise ConnectionRefusedError(111, "Connection refused")
+            raise _refused()
         there, back = Pipe(self.latency), Pipe(self.latency)
         near, far = (client, next(self._ports)), (server, port)
         connection = Connection(
@@ -281,3 +419,7 @@ class SimulatedNetwork:
         self.connections.append(connection)
         listener.connect(connection.server_stream)
         return connection.client_stream
+
+
+def _refused() -> ConnectionRefusedError:
+    return ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

@@ -24,6 +24,7 @@ __all__ = [
     "SimulatedRequest",
     "draw_plan",
     "replica_name",
+    "take_over_name",
 ]
 
 #: The faults that can be injected into a cluster.
@@ -50,6 +51,7 @@ FaultKind = Literal[
     "failover broken",
     "replica failing",
     "replica stuck",
+    "master replaced",
 ]
 
 #: The name of the second master, and the share of the schedules that have one.
@@ -79,6 +81,9 @@ _WEIGHTS: Final[dict[FaultKind, int]] = {
     "call cancelled": 5,
     "failover broken": 8,
 }
+
+#: How often a master is replaced in a schedule in which that happens, at least and at most.
+_TAKE_OVERS: Final = (1, 3)
 
 #: How many replicas fail or hang in a schedule in which some of them do, at least and at most.
 _TROUBLES: Final = (6, 12)
@@ -111,6 +116,11 @@ class ModelSpec:
     hosts: tuple[str, ...]
     yields: bool
     """The handler is an async generator; otherwise it pushes."""
+
+
+def take_over_name(master: str) -> str:
+    """Return how the history names what happens when a master is replaced. It is no fault of the master's machine."""
+    return f"the place of {master}"
 
 
 def replica_name(node: str, model: str) -> str:
@@ -289,6 +299,8 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
             attrs.evolve(fault, target=of_masters.choice(masters)) if fault.target == "master" else fault
             for fault in drawn_faults
         ]
+    if seed % 4 == 1:
+        drawn_faults += _draw_take_overs(seed, seconds, masters)
     return Plan(
         seed=seed,
         seconds=seconds,
@@ -457,6 +469,23 @@ def _draw_ejection(seed: int) -> dict[str, Any]:
         "ejection_time": rng.choice([0.5, 1.0, 2.0]),
         "ejection_time_max": rng.choice([4.0, 8.0]),
     }
+
+
+def _draw_take_overs(seed: int, seconds: float, masters: tuple[str, ...]) -> list[Fault]:
+    """Return take-overs: another process takes the place of a master. That is to cost no request anything."""
+    # As for the cuts.
+    rng = random.Random(f"the take-overs of {seed}")
+    return [
+        Fault(
+            at=round(rng.uniform(0, seconds), 3),
+            duration=0.0,
+            kind="master replaced",
+            target=rng.choice(masters),
+            choice=rng.randrange(1 << 20),
+            amount=0.0,
+        )
+        for _ in range(rng.randint(*_TAKE_OVERS))
+    ]
 
 
 def _draw_fault(

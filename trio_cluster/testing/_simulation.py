@@ -13,6 +13,7 @@ from typing import Any, Final
 import attrs
 import trio
 
+from ..errors import ClusterError
 from ..server import ClusterServer
 from ._cluster import SimulatedCluster, SimulatedNode, worker
 from ._history import History
@@ -115,6 +116,31 @@ class Simulation:
 
     async def start(self, name: str) -> None:
         """Start a process on the machine ``name``; for a master, wait until it serves. A checkpoint."""
+        await self._start(name, take_over=False)
+
+    async def take_over(self, name: str) -> str:
+        """Let another process take the place of a master. A checkpoint.
+
+        Returns:
+            Why that has failed; empty if it has not.
+        """
+        try:
+            await self._start(name, take_over=True)
+        except ClusterError as error:
+            return str(error)
+        return ""
+
+    def predecessors(self, name: str) -> list[ProcessRun]:
+        """Return the processes of a machine that were replaced and have not ended."""
+        return [
+            process
+            for process in self.processes
+            if process.name == name
+            and process is not self.current[name]
+            and not (process.killed or process.node.over.is_set())
+        ]
+
+    async def _start(self, name: str, *, take_over: bool) -> None:
         # Drawn before the first checkpoint: several machines may start processes at the same time.
         number = next(self._numbers)
         options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
@@ -136,7 +162,7 @@ class Simulation:
             )
             if self.plan.limited_keys:
                 server.authenticator = LimitedKeys(FIRST_PROBE)
-            node = await self.cluster.start_master(server, name=name)
+            node = await self.cluster.start_master(server, name=name, take_over=take_over)
         else:
             node = await self.cluster.start_worker(server, wait=False)
         process = ProcessRun(number, name, server, node)
