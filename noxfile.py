@@ -305,7 +305,8 @@ def bench(session: nox.Session) -> None:
 def law(session: nox.Session) -> None:
     """Play the whole law of lifetimes in every way that a token can take to its client."""
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
-    session.run("pytest", "-q", "-n", "2", "tests/lifetimes/test_matrix.py", "--all-ways", *session.posargs)
+    tables = ["tests/lifetimes/test_matrix.py", "tests/lifetimes/test_detours.py"]
+    session.run("pytest", "-q", "-n", "2", *tables, "--all-ways", *session.posargs)
     # A master is taken over again and again.
     take_overs = "tests/end_to_end/test_take_over_processes.py"
     session.run("pytest", "-q", take_overs, *session.posargs, env={"TAKE_OVERS": "4"})

@@ -518,9 +518,15 @@ async def open_scenario(
     above: Callable[[Network], Network] = lambda network: network,
     authenticator: Any = None,
     other_master: bool = False,
+    name: str = MODEL,
+    more: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Scenario]:
-    """Open a cluster that serves one model, on a worker or on the master itself; the worker may have another master."""
+    """Open a cluster that serves one model, on a worker or on the master itself; the worker may have another master.
+
+    Args:
+        name, more: of the model, and with what else it is registered.
+    """
     script = Script(endpoint, phase)
     async with (
         open_cluster(
@@ -530,7 +536,7 @@ async def open_scenario(
     ):
         back = worker("w", **options) if forwarded else cluster.master.server
         back.register_chat("endless", endless)
-        getattr(back, f"register_{endpoint.kind}")(MODEL, script.handler(how))
+        getattr(back, f"register_{endpoint.kind}")(name, script.handler(how), **(more or {}))
         if other_master:
             await cluster.start_master(name="other")
         if forwarded:

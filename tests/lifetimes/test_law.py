@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import attrs
+from detour_law import DETOUR_BOUNDS, DETOUR_CAUSES, DETOUR_LAW, DetourCell, detour_markdown
 from law import BOUNDS, CAUSES, CLIENTS, HANDLERS, LAW, PHASES, Cell, Impossible, markdown
 from storing_law import (
     MOMENTS,
@@ -37,6 +38,22 @@ def test_the_page_shows_the_law_of_storing_that_is_tested() -> None:
     section = PAGE.split("\n## Storing a response\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert rows == list(storing_markdown())
+
+
+def test_the_page_shows_the_law_of_detours_that_is_tested() -> None:
+    section = PAGE.split("\n## Answered elsewhere, or by a master that was replaced\n", 1)[1].split(
+        "\n## ", 1
+    )[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows == list(detour_markdown())
+
+
+def test_the_law_of_detours_has_an_entry_for_every_phase() -> None:
+    assert list(DETOUR_LAW) == list(DETOUR_CAUSES)
+    assert [list(row) for row in DETOUR_LAW.values()] == [list(PHASES)] * len(DETOUR_CAUSES)
+    cells = [each for row in DETOUR_LAW.values() for each in row.values() if isinstance(each, DetourCell)]
+    assert {cell.bound for cell in cells} == set(DETOUR_BOUNDS)
+    assert {name for cell in cells for name in cell.master} <= {each.name for each in attrs.fields(CallStats)}
 
 
 def test_the_law_of_storing_has_an_entry_for_every_moment() -> None:

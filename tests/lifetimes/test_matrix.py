@@ -249,13 +249,17 @@ class CellTest:
             await trio.sleep(1)
         if self.phase == "forwarding":
             # The body must still be on its way when the cause happens, and when the deadline passes.
-            self.link = SLOW_LINKS.get(self.cause, SLOW_LINK)
+            self.link = self.slow_link()
             scenario.cluster.workers["w"].link_to("master").delay(self.link)
         scenario.nursery.start_soon(self.caller.run)
         await trio.sleep(0.5)
         self.began = self.caller.asked_at
         scenario.watch()
         self.check_phase()
+
+    def slow_link(self) -> float:
+        """Return the latency of the link for a request whose body is to be on its way."""
+        return SLOW_LINKS.get(self.cause, SLOW_LINK)
 
     def check_phase(self) -> None:
         words, call = self.scenario.script.words, self.scenario.calls.get("master")
