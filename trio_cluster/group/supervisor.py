@@ -42,8 +42,8 @@ import trio
 
 from ..net.acceptor import accept_all
 from ..net.addressing import HEAD_MAX, Incomplete, addressed_process
-from ..net.sockets import Listeners, sockets_of
-from ..net.streams import ByteStream, TcpStream
+from ..net.sockets import Listeners
+from ..net.streams import ByteStream, TcpStream, sockets_of
 from .channel import GroupChannel
 from .member import VARIABLE
 from .messages import Ask, Link, Message, Process, Replies, Reply, Request, Response, Start, Up
