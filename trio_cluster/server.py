@@ -1065,8 +1065,8 @@ class ClusterServer:
         if not isinstance(self.network, HandsOver):
             raise ClusterError("cannot take over: listeners of this network cannot be handed over")
         handovers = self.network.handovers
-        directory = path_of(self._options.state_dir) or handovers.directory or self._state_path(port)
-        succession = await Succession.ask(handovers, directory / SOCKET_NAME)
+        directory = None if self._options.state_dir is not None else handovers.directory
+        succession = await Succession.ask(handovers, (directory or self._state_path(port)) / SOCKET_NAME)
         if succession is None or not has_addresses:
             return succession
         options = self._options

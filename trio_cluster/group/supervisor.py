@@ -46,7 +46,7 @@ from ..limits.memory import MemoryLimiter
 from ..net.acceptor import accept_all
 from ..net.addressing import HEAD_MAX, Incomplete, addressed_process
 from ..net.sockets import Listeners
-from ..net.streams import ByteStream, TcpListener, TcpStream
+from ..net.streams import ByteStream, TcpStream
 from .channel import GroupChannel
 from .limiter import LimitCounter
 from .member import VARIABLE
@@ -118,7 +118,7 @@ class Supervisor:
         self._name = name
         self._command = command
         self._environ = environ
-        self._clients = [each.socket for each in clients if isinstance(each, TcpListener)]
+        self._clients = sockets_of(clients)
         self._workers = workers
         self._slots = [_Slot(number) for number in range(processes)]
         self._next = 0

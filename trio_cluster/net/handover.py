@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from .streams import Listener, TcpListener
+from .streams import Listener, TcpListener, sockets_of
 
 __all__ = [
     "Channel",
@@ -136,7 +136,7 @@ class UnixHandovers:
 
     def handles_of(self, listeners: Sequence[Listener]) -> Sequence[socket.socket]:
         """See ``Handovers``."""
-        return [listener.socket for listener in listeners if isinstance(listener, TcpListener)]
+        return sockets_of(listeners)
 
     def listeners_of(self, handles: Sequence[socket.socket]) -> Sequence[Listener]:
         """See ``Handovers``."""

@@ -30,6 +30,7 @@ import os
 import socket
 import struct
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import attrs
@@ -45,6 +46,7 @@ __all__ = [
     "TcpStream",
     "TlsSession",
     "closed_here",
+    "sockets_of",
 ]
 
 #: A host, numeric unless the network is simulated, and a port. What IPv6 adds to these two is left out.
@@ -451,6 +453,11 @@ class TcpListener(Listener):
     def close(self) -> None:
         """See ``Listener``."""
         self._listener.socket.close()
+
+
+def sockets_of(listeners: Sequence[Listener]) -> list[socket.socket]:
+    """Return the listening sockets of TCP listeners; they still belong to these."""
+    return [listener.socket for listener in listeners if isinstance(listener, TcpListener)]
 
 
 def _address(name: tuple[Any, ...] | str | bytes) -> Address:
