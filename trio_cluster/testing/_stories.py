@@ -25,6 +25,7 @@ _OUTCOMES: Final = {
     "cancelled": {"cancelled"},
     "handler_failed": {"failed"},
     "scripted": {"failed"},
+    "replica_failing": {"failed"},
     "over_capacity": {"failed", "refused"},
     "shutting_down": {"failed", "refused"},
     "rate_limit_exceeded": {"refused"},
@@ -94,7 +95,7 @@ def _complaint(outcome: Outcome, facts: StoryFacts) -> str:
 
 
 def _by_the_right_one(code: str, told: Ending) -> bool:
-    if code in ("handler_failed", "scripted"):
+    if code in ("handler_failed", "scripted", "replica_failing"):
         return told.by == "model"
     # The client is there, and waits.
     return told.by != "client" or code == "timeout"
