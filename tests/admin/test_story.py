@@ -199,13 +199,13 @@ ENDINGS: list[tuple[StoryFacts, str, str, str]] = [
         story(failed(503, "over_capacity", over_capacity=True)),
         "failed",
         "worker",
-        "worker 'w1' had no slot for it in time: 503 over_capacity: so it is",
+        "worker 'w1' could not take it: 503 over_capacity: so it is",
     ),
     (
         story(failed(503, "over_capacity", over_capacity=True, forwarded=False, node="local")),
         "failed",
         "node",
-        "this node had no slot for it in time: 503 over_capacity: so it is",
+        "this node could not take it: 503 over_capacity: so it is",
     ),
     (
         story(failed(503, "shutting_down", retryable=True)),

@@ -249,7 +249,7 @@ def _failed(story: StoryFacts, attempt: AttemptFacts) -> Ending:
     by: EndedBy = "worker" if attempt.forwarded else "node"
     code = attempt.error[1] if attempt.error is not None else ""
     if attempt.over_capacity:
-        return Ending("failed", by, f"{node} had no slot for it in time: {error}")
+        return Ending("failed", by, f"{node} could not take it: {error}")
     if attempt.retryable:
         return Ending("failed", by, f"{node} gave it back: {error}")
     if code == "cancelled":
