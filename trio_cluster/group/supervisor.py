@@ -46,7 +46,7 @@ from ..limits.memory import MemoryLimiter
 from ..net.acceptor import accept_all
 from ..net.addressing import HEAD_MAX, Incomplete, addressed_process
 from ..net.sockets import Listeners
-from ..net.streams import ByteStream, TcpStream
+from ..net.streams import ByteStream, TcpStream, sockets_of
 from .channel import GroupChannel
 from .limiter import LimitCounter
 from .member import VARIABLE
