@@ -353,6 +353,8 @@ def main() -> None:
         arguments.streams, arguments.seconds, arguments.hole, arguments.rounds = 20, 4.0, 1.0, 1
         arguments.cuts, arguments.heartbeat_interval = 5, 0.5
     if arguments.netns and not arguments.other:
+        # So that nothing is left of the namespaces in that case, either.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
         with namespaces(arguments.delay) as (here, other):
             command = ["ip", "netns", "exec", here, sys.executable, *sys.argv, "--other", other]
             sys.exit(subprocess.run(command).returncode)
