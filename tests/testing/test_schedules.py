@@ -312,8 +312,8 @@ def test_a_handler_that_outlives_its_client_is_found(plan: Plan) -> None:
         Invariants(plan, Simulation(), history, models).check_runs([it])  # type: ignore[arg-type]
         return history.violations
 
-    (violation, *_) = trio.run(check, clock=MockClock(autojump_threshold=0))
-    assert "after it was over" in violation
+    found = trio.run(check, clock=MockClock(autojump_threshold=0))
+    assert any("after it was over" in violation for violation in found)
 
 
 def test_faulty_time_counts_each_instant_once() -> None:
