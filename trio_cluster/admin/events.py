@@ -180,7 +180,7 @@ def _live_request(context: RequestContext, number: str, began: float) -> LiveReq
     )
 
 
-async def event_stream(sampler: Sampler) -> AsyncIterator[bytes]:
+async def event_stream(sampler: Sampler) -> AsyncIterator[bytes]:  # noqa: ASYNC900  (Quart closes it)
     """Yield the events for one subscriber, until the node ends. Each step is a checkpoint."""
     had = sampler.state()
     yield _event("snapshot", {kind: list(map(msgspec.Raw, had[kind].values())) for kind in KINDS})

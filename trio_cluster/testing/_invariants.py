@@ -320,14 +320,17 @@ class Invariants(trio.abc.Instrument):
 
     # Of each run of a handler
 
-    def check_runs(self, outcomes: list[Outcome]) -> None:
-        """Check what the handlers did for requests that have ended, and what their stories say."""
+    def check_stories(self, outcomes: list[Outcome]) -> None:
+        """Check what the stories say of requests that have ended. To be called while the cluster is quiescent."""
         for outcome, complaint in self._stories.complaints(outcomes):
             self._history.add_violation(
                 f"request {outcome.request.number} to {outcome.request.model}: {complaint}"
             )
         for complaint in self._stories.endless():
             self._report(complaint)
+
+    def check_runs(self, outcomes: list[Outcome]) -> None:
+        """Check what the handlers did for requests that have ended."""
         for outcome in outcomes:
             runs = self._in_order(outcome.request.number)
             for complaint in self._complaints_about_runs(outcome, runs):

@@ -168,6 +168,7 @@ async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
                     nursery.start_soon(_at, request.at, _run_request, run, request, outcomes)
             await _wait_for_recovery(run)
             invariants.check_runs(outcomes)
+            invariants.check_stories(outcomes)
             if not history.violations:
                 await _probe(run)
             trio.lowlevel.remove_instrument(invariants)
@@ -265,6 +266,7 @@ async def _probe(run: _Run) -> None:
         if outcome.verdict not in ("complete", "stream finished"):
             history.add_violation(f"{outcome.request.model} answers with {outcome.verdict} after recovery")
     await _wait_for_recovery(run)
+    run.invariants.check_stories(outcomes)
 
 
 @contextlib.contextmanager
