@@ -700,6 +700,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "waiting_by": {},
         "in_flight_elsewhere": 0,
         "ejected": {},
+        "model_states": {},
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         status.state = "busy"  # type: ignore[misc]

@@ -47,7 +47,7 @@ _READ_AHEAD: Final = 256 * 1024
 _RECEIVE: Final = 64 * 1024
 #: Seconds after which a connection is closed whose end was announced on HTTP/2, and whose client has not closed it. A
 #: client that runs on a busy machine may read the announcement late, and would write to a connection that is closed.
-_GOODBYE_TIME: Final = 5.0
+_GOODBYE_TIME: Final = 3.0
 
 
 class HypercornConnection:
