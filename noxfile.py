@@ -301,7 +301,7 @@ def bench(session: nox.Session) -> None:
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
     session.run("pytest", "-q", "tests/test_benchmarks.py", env={"BENCHMARKS": "1"})
-    for program in ("relay", "linger", "cancellation", "upstream", "bulk", "scale", "limits"):
+    for program in ("relay", "linger", "cancellation", "upstream", "bulk", "scale", "limits", "on_demand"):
         session.run("python", f"bench/{program}.py", "--save", "bench.json", *session.posargs)
 
 

@@ -26,6 +26,7 @@ PROGRAMS = {
     "bulk": "forwarded, down: vectors, from lists",
     "scale": "with replicas us",
     "limits": "limits, in memory and on disk",
+    "on_demand": "all models together",
     "killed": "master killed 3 times, resume_window 15",
     "heal": "never two masters",
     "cuts": "client errors with cuts: 0",
