@@ -246,6 +246,54 @@ def test_a_smaller_one_that_was_asked_for_later_takes_only_what_the_first_does_n
         assert node.ask(name).admitted is fits
 
 
+def wait_for_large(**others: int) -> tuple[Node, Waiter, Waiter]:
+    """One of 60 has just begun its stay of 32 s, and one of 90 waits for it; the others have a full turn of 30 s."""
+    node = Node(100, busy=60, large=90, **others)
+    node["busy"].start_seconds = 32.0
+    for name in others:
+        node[name].start_seconds = 10.0
+    busy = node.ask("busy")
+    assert node["busy"].stay == 32
+    return node, busy, node.ask("large")
+
+
+@pytest.mark.parametrize(("seconds", "starts"), [(0.0, True), (1.9, True), (2.1, False), (40.0, False)])
+def test_a_smaller_one_borrows_the_memory_that_the_first_cannot_use_before_its_turn_is_over(
+    seconds: float, starts: bool
+) -> None:
+    node, _, _ = wait_for_large(small=30)
+    node.pass_time(seconds)
+    assert node.ask("small").admitted is starts
+
+
+def test_memory_that_is_kept_is_lent_once() -> None:
+    node, _, _ = wait_for_large(small=30, other=20)
+    waiters = [node.schedule.want(node[name]) for name in ("small", "other")]
+    node.decide()
+    assert [waiter.admitted for waiter in waiters] == [True, False]
+    assert node.schedule.reserved == 90
+
+
+def test_memory_is_lent_while_the_one_that_is_to_make_room_starts() -> None:
+    node = Node(100, busy=60, large=90, small=30)
+    node["busy"].start_seconds, node["small"].start_seconds = 32.0, 10.0
+    for name in ("busy", "large", "small"):
+        node.ask(name, runs=False)
+    assert node.log == ["start busy", "start small"]
+
+
+def test_the_first_gets_its_turn_although_its_memory_was_lent() -> None:
+    node, busy, large = wait_for_large(small=30)
+    small = node.ask("small")
+    node.pass_time(32)
+    later = [node.ask("small"), node.ask("busy")]
+    node.answer(small)
+    assert not large.admitted
+    node.answer(busy)
+    assert large.admitted
+    assert not any(waiter.admitted for waiter in later)
+
+
 def test_a_start_for_which_no_request_waits_is_given_up() -> None:
     node = Node(100, a=10)
     waiters = [node.ask("a", runs=False) for _ in range(2)]

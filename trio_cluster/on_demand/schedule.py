@@ -28,8 +28,11 @@ always asked for.
 alternation costs a bounded share of the time, then. If it is idle for a quarter of that time, it makes room earlier:
 then it is probably not asked for in bursts, and others would wait in vain.
 
-*Behind the first.* A resident that was asked for later may start before one that waits for memory, but only in memory
-that the earlier one does not need.
+*Behind the first.* A resident that was asked for later may start before one that waits for memory: in memory that the
+earlier one does not need; or in memory that is kept for the earlier one, if the later one's own start and minimum stay
+are expected to be over before the minimum stays of those that are to make room. Otherwise that memory would be unused
+for a minute or more. The earlier one is delayed by that only if they become idle before, if the start takes longer than
+usual, or if the later one's last answer is the last to end.
 """
 
 from __future__ import annotations
@@ -115,6 +118,11 @@ class Resident:
     def stay(self) -> float:
         """Seconds for which it stays at least when it is ready."""
         return min(max(MIN_STAY, _STAY_FOR_START * (self.start_seconds or 0.0)), MAX_STAY)
+
+    @property
+    def full_turn(self) -> float:
+        """Seconds from the beginning of its start until its minimum stay is over; infinite if not known."""
+        return math.inf if self.start_seconds is None else self.start_seconds + self.stay
 
     @property
     def expected_start(self) -> float:
@@ -382,12 +390,15 @@ class Schedule:
             free, coming = 0.0, 0.0
         # Those that are to make room for one that waits, and are not there for another.
         claimed: list[Resident] = []
+        # What is free beside that, but kept for those that wait for more, which is there at this time at the earliest.
+        kept, kept_until = 0.0, math.inf
         for resident in self._queue():
             need = self.need(resident)
             if resident.state == "stopping":
                 # It is started again when it has stopped. Those behind it may not take what it leaves.
                 free, coming = free - max(0.0, need - coming), max(0.0, coming - need)
-            elif need <= free:
+            elif need <= free or (need <= free + kept and now + resident.full_turn <= kept_until):
+                kept -= max(0.0, need - free)
                 free -= need
                 resident.reserved = need
                 resident.set_state("starting", now)
@@ -401,9 +412,11 @@ class Schedule:
                     self._stop_all(victims, now, decisions)
                     free, coming = 0.0, _sum(victims) - deficit
                 else:
+                    kept_until = min(kept_until, self._room_at(deficit, claimed))
                     claimed += (closing := self._closing(deficit, claimed))
                     # What they leave beyond the need may be used by those behind, as far as it is free now.
-                    free, coming = max(0.0, min(free, _sum(closing) - deficit)), 0.0
+                    spare = max(0.0, min(free, _sum(closing) - deficit))
+                    free, coming, kept = spare, 0.0, kept + free - spare
             free = max(0.0, free)
         for resident in self.residents:
             resident.closed = (
@@ -442,6 +455,23 @@ class Schedule:
                 break
             chosen.append(resident)
         return chosen if _sum(chosen) >= deficit else []
+
+    def _room_at(self, deficit: float, claimed: Iterable[Resident]) -> float:
+        """Return the time at which enough minimum stays are over to leave so many bytes; 0 if that is not known."""
+
+        def end_of_stay(resident: Resident) -> float:
+            start = (resident.start_seconds or 0.0) if resident.state == "starting" else 0.0
+            return resident.since + start + resident.stay
+
+        found = 0.0
+        running = [
+            each for each in self.residents if each.state in ("starting", "ready") and each not in claimed
+        ]
+        for resident in sorted(running, key=end_of_stay):
+            found += resident.reserved
+            if found >= deficit:
+                return end_of_stay(resident)
+        return 0.0
 
     def _stop(self, resident: Resident, now: float, decisions: Decisions) -> None:
         resident.set_state("stopping", now)
