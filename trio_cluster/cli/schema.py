@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
@@ -33,6 +33,9 @@ from .settings import (
     load_process_settings,
     load_serve_tables,
 )
+
+if TYPE_CHECKING:
+    from ..engines import ServeSpec
 
 __all__ = ["configuration_schema", "describe_configuration", "option_descriptions"]
 
@@ -149,7 +152,7 @@ def describe_configuration(file: Path) -> str:
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
-        *(f"  - serves models with the engine {spec.engine}" for spec in specs),
+        *(f"  - serves {_served(spec)}" for spec in specs),
         "",
     ]
     for name, value in settings.items():
@@ -162,6 +165,14 @@ def describe_configuration(file: Path) -> str:
             lines.append(f"    {option_descriptions()[field.name]}")
     lines.append("All other options have their defaults.")
     return "\n".join(lines)
+
+
+def _served(spec: ServeSpec) -> str:
+    """Return which models an engine serves, as far as the file says that."""
+    models = spec.options.get("models") or spec.options.get("name") or ()
+    names = models if isinstance(models, str) else ", ".join(models)
+    where = f"the engine {spec.engine}{f' ({spec.argument})' if spec.argument else ''}"
+    return f"{names} with {where}" if names else f"models with {where}"
 
 
 def _check_together(file: Path, options: ClusterServerOptions) -> None:
