@@ -187,6 +187,11 @@ def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: 
             "[server]\non_conflict = 'reject'",
             "did you mean on_conflict? It stands outside of [server]: above all tables",
         ),
+        (
+            "[worker]\nmemory = '4GiB'\n[[serve]]\nengine = 'command'\ncommand = ['true', '{port}']\n"
+            "models = ['a']\nmemory = '5GiB'",
+            "c.toml: [[serve]] 1: it needs 5 GiB of memory, and memory is 4GiB",
+        ),
         ("[master]\nport = 1", "c.toml: master: unknown key; there are the tables [server], [worker]"),
         (
             "[server]\nport = 65000",

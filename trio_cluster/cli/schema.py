@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import attrs
 
 from .. import options as options_module
+from ..core.sizes import format_size, parse_size
 from ..core.state_dir import path_of
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
@@ -147,7 +148,14 @@ def describe_configuration(file: Path) -> str:
 
     options = load_options(config=file, environ={}, flags={})
     _check_together(file, options)
-    specs = [read_serve(table, where) for where, table in load_serve_tables(file)]
+    specs = []
+    for where, table in load_serve_tables(file):
+        specs.append(spec := read_serve(table, where))
+        need = spec.options.get("memory")
+        if options.memory is not None and need is not None and need > parse_size(options.memory):
+            raise OptionsError(
+                f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
+            )
     settings = load_process_settings(file)
     lines = [
         f"{file} has no errors. A node with it:",
