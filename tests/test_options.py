@@ -325,8 +325,9 @@ def test_a_key_in_the_wrong_table_is_reported_with_the_right_one(tmp_path: Path)
     assert "max_concurrency: unknown key; did you mean server.max_concurrency?" in complaint(
         tmp_path, "max_concurrency = 7"
     )
-    assert "server.worker_timeout: unknown key; did you mean worker_timeout?" in complaint(
-        tmp_path, "[server]\nworker_timeout = 7"
+    assert (
+        "server.worker_timeout: unknown key; did you mean worker_timeout? It stands outside of [server]"
+        in complaint(tmp_path, "[server]\nworker_timeout = 7")
     )
 
 

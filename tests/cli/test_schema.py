@@ -158,6 +158,14 @@ def test_a_file_is_put_into_words(main: Main, place: Path) -> None:
         ),
         ("[server]\ntls = 'auto'\nhost = '::'", "serves the API at https://[::]:8080"),
         ("[server]\ndefault_timeout = inf", "server.default_timeout = inf   (default: 60)"),
+        (
+            "[[serve]]\nengine = 'command'\ncommand = ['true', '{port}']\nmodels = ['a', 'b']",
+            "  - serves a, b with the engine command\n",
+        ),
+        (
+            "[[serve]]\nengine = 'openai'\nargument = 'http://127.0.0.1:1/v1'",
+            "  - serves models with the engine openai (http://127.0.0.1:1/v1)\n",
+        ),
     ],
 )
 def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: Path) -> None:
@@ -171,6 +179,20 @@ def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: 
     ("file", "expected"),
     [
         ("worker_timout = 3", "c.toml: worker_timout: unknown key; did you mean worker_timeout?"),
+        (
+            "[server]\ntimeout = 3",
+            "c.toml: server.timeout: unknown key; did you mean server.default_timeout?",
+        ),
+        (
+            "[server]\non_conflict = 'reject'",
+            "did you mean on_conflict? It stands outside of [server]: above all tables",
+        ),
+        (
+            "[worker]\nmemory = '4GiB'\n[[serve]]\nengine = 'command'\ncommand = ['true', '{port}']\n"
+            "models = ['a']\nmemory = '5GiB'",
+            "c.toml: [[serve]] 1: it needs 5 GiB of memory, and memory is 4GiB",
+        ),
+        ("[master]\nport = 1", "c.toml: master: unknown key; there are the tables [server], [worker]"),
         (
             "[server]\nport = 65000",
             "c.toml: server.port: there is no port 65000 + 1000 for workers; set internal_port",

@@ -159,8 +159,8 @@ async def test_a_failed_start_is_an_error_event_in_a_stream_that_has_begun(autoj
 
 
 async def test_a_model_is_loaded_and_unloaded_by_an_operator(autojump_clock: object) -> None:
-    model = Model()
-    async with open_cluster(operator_key="k") as cluster, trio.open_nursery() as nursery:
+    model, aliases = Model(), {"large": ["m", "other"]}
+    async with open_cluster(operator_key="k", aliases=aliases) as cluster, trio.open_nursery() as nursery:
         server = await start(cluster, nursery, "w", model)
         client = cluster.client(authorization="Bearer k")
         began = trio.current_time()
@@ -181,6 +181,12 @@ async def test_a_model_is_loaded_and_unloaded_by_an_operator(autojump_clock: obj
             response = await client.post(path, body)
             assert (response.status, response.error["code"]) == (status, code)
         assert (await cluster.client().post("/cluster/models/m/load", {})).status == 401
+        for verb in ("load", "unload"):
+            response = await client.post(f"/cluster/models/large/{verb}", {})
+            assert (response.status, response.error["code"]) == (409, "not_on_demand")
+            assert (
+                response.error["message"] == "'large' is an alias; name a model that it stands for: m, other"
+            )
         server.register_chat("always", lambda request: "x")
         await trio.sleep(1)
         response = await client.post("/cluster/models/always/load", {})

@@ -19,7 +19,7 @@ import trio
 from clusters import until
 
 from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
-from trio_cluster.engines import read_serve, serve_engine
+from trio_cluster.engines import _child_process, read_serve, serve_engine
 
 pytestmark = pytest.mark.processes
 
@@ -245,3 +245,34 @@ async def test_much_output_is_throttled_and_cleaned(log: Path, caplog: pytest.Lo
             message = (await bench.ask()).json()["error"]["message"]
     assert message.endswith("line 298 | line 299 | red | 50%")
     assert 50 <= len([each for each in caplog.messages if each.startswith("tiny: line")]) < 150
+
+
+async def test_a_program_has_its_guardian_until_it_has_ended_if_its_start_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may take all of its grace to end, and its node may be killed meanwhile."""
+    events = []
+
+    class Recorded:
+        async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                events.append("the guardian ends")
+
+        def end_with_us(self, group: int, seconds: float) -> None:
+            events.append("guarded")
+
+        def forget(self, group: int) -> None:
+            assert not lives(group)
+            events.append("forgotten")
+
+    monkeypatch.setattr(_child_process, "GroupGuardian", Recorded)
+    with trio.CancelScope() as scope:
+        async with _child_process.open_child(
+            ["/bin/sleep", "60"], "m", environment={}, grace=10, logger=logging.getLogger("m")
+        ):
+            scope.cancel()
+            await trio.sleep_forever()
+    assert events == ["guarded", "forgotten", "the guardian ends"]

@@ -274,7 +274,7 @@ async def test_a_list_goes_on_although_a_comment_was_sent_before_the_server_refu
         call.begin(503, "application/json")
         await call.send(b"{}")
 
-    async with open_cluster(aliases={"list": ["theirs", "ours"]}) as cluster:
+    async with open_cluster(aliases={"list": ["theirs", "ours"]}, operator_key="k") as cluster:
         cluster.master.server.register_raw("theirs", upstream)
         cluster.master.server.register_chat("ours", Seen().handler(lambda request: "hello"))
         answer = await cluster.client().chat("list", stream=True)
@@ -282,6 +282,35 @@ async def test_a_list_goes_on_although_a_comment_was_sent_before_the_server_refu
         assert answer.body.startswith(b":")
         assert b"hello" in answer.body
         assert answer.body.endswith(b"data: [DONE]\n\n")
+        operator = cluster.client(authorization="Bearer k")
+        story = (await operator.get(f"/cluster/requests/{answer.headers['x-request-id']}")).json()
+        refused, following = (
+            [step["at"] for step in story["steps"] if step["text"].startswith(text)]
+            for text in (
+                "the server behind 'theirs' answered 503: it cannot take the request now",
+                "went on to the next name, 'ours'",
+            )
+        )
+        assert refused == following == [pytest.approx(25, abs=0.1)]
+        assert story["outcome"] == "completed"
+
+
+async def test_the_story_of_a_refusal_after_a_comment_does_not_say_that_there_was_an_answer(
+    autojump_clock: MockClock,
+) -> None:
+    async def upstream(call: RawCall) -> None:
+        await trio.sleep(25)
+        call.begin(503, "application/json")
+        await call.send(b'{"error":{"message":"its own words"}}')
+
+    async with open_cluster(operator_key="k") as cluster:
+        cluster.master.server.register_raw("theirs", upstream)
+        answer = await cluster.client().chat("theirs", stream=True)
+        assert (answer.status, answer.body[:1]) == (200, b":")
+        operator = cluster.client(authorization="Bearer k")
+        story = (await operator.get(f"/cluster/requests/{answer.headers['x-request-id']}")).json()
+        assert (story["outcome"], story["by"]) == ("failed", "model")
+        assert story["steps"][-1]["text"].endswith("the answer could not be used: 503: its own words")
 
 
 async def test_models_without_eyes_are_skipped_for_a_request_with_an_image(autojump_clock: MockClock) -> None:

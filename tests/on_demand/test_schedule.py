@@ -115,7 +115,7 @@ def test_what_was_said_holds_whatever_is_measured() -> None:
 
 
 def test_more_than_there_is_is_refused() -> None:
-    with pytest.raises(ValueError, match="a needs 200 bytes of memory, and there are 100"):
+    with pytest.raises(ValueError, match="a needs 200 bytes of memory, and there are 100 bytes"):
         Node(100, a=200)
 
 

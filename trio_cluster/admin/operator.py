@@ -17,6 +17,7 @@ from quart import request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
+from ..core.aliases import reachable
 from ..core.answer import Done, Failed
 from ..core.model_state import CONTROL, LOAD, UNLOAD, ModelState, ShownState
 from ..core.request import Request
@@ -154,6 +155,11 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
         """
         replicas = [each for each in router.catalog.replicas(name) if each.health.available]
         if not replicas:
+            aliases = router.catalog.aliases.table
+            if name in aliases:
+                models = ", ".join(reachable(aliases, name))
+                text = f"'{name}' is an alias; name a model that it stands for: {models}"
+                raise ApiError(409, text, code="not_on_demand")
             raise router.catalog.why_missing(name)
         if worker is not None:
             replicas = [each for each in replicas if each.name == worker]

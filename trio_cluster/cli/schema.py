@@ -15,11 +15,12 @@ import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
 from .. import options as options_module
+from ..core.sizes import format_size, parse_size
 from ..core.state_dir import path_of
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
@@ -33,6 +34,9 @@ from .settings import (
     load_process_settings,
     load_serve_tables,
 )
+
+if TYPE_CHECKING:
+    from ..engines import ServeSpec
 
 __all__ = ["configuration_schema", "describe_configuration", "option_descriptions"]
 
@@ -144,12 +148,19 @@ def describe_configuration(file: Path) -> str:
 
     options = load_options(config=file, environ={}, flags={})
     _check_together(file, options)
-    specs = [read_serve(table, where) for where, table in load_serve_tables(file)]
+    specs = []
+    for where, table in load_serve_tables(file):
+        specs.append(spec := read_serve(table, where))
+        need = spec.options.get("memory")
+        if options.memory is not None and need is not None and need > parse_size(options.memory):
+            raise OptionsError(
+                f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
+            )
     settings = load_process_settings(file)
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
-        *(f"  - serves models with the engine {spec.engine}" for spec in specs),
+        *(f"  - serves {_served(spec)}" for spec in specs),
         "",
     ]
     for name, value in settings.items():
@@ -162,6 +173,14 @@ def describe_configuration(file: Path) -> str:
             lines.append(f"    {option_descriptions()[field.name]}")
     lines.append("All other options have their defaults.")
     return "\n".join(lines)
+
+
+def _served(spec: ServeSpec) -> str:
+    """Return which models an engine serves, as far as the file says that."""
+    models = spec.options.get("models") or spec.options.get("name") or ()
+    names = models if isinstance(models, str) else ", ".join(models)
+    where = f"the engine {spec.engine}{f' ({spec.argument})' if spec.argument else ''}"
+    return f"{names} with {where}" if names else f"models with {where}"
 
 
 def _check_together(file: Path, options: ClusterServerOptions) -> None:

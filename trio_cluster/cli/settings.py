@@ -231,8 +231,12 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
         elif dotted in secrets:
             yield _read_secret(secrets[dotted], f"{config}: {dotted}", value)
         else:
-            problem = _Problem(f"unknown key{_hint(dotted, known | secrets.keys())}")
-            yield path, f"{config}: {dotted}", problem
+            hint = _hint(dotted, known | secrets.keys())
+            if hint and len(path) == 2 and "server." not in hint:
+                hint += " It stands outside of [server]: above all tables"
+            elif not hint and isinstance(value, dict):
+                hint = "; there are the tables [server], [worker], [aliases] and [wake]; other options stand above them"
+            yield path, f"{config}: {dotted}", _Problem(f"unknown key{hint}")
 
 
 def _read_secret(option: str, label: str, file: object) -> _Setting:
@@ -295,6 +299,10 @@ _FLAG_NAMES: Final = {
 def _hint(wrong: str, known: set[str]) -> str:
     """Return a suggestion: the known name most like ``wrong``, whichever table either is in; empty if none is."""
     last = {name.rpartition(".")[2]: name for name in known}
+    # The names of flags are known best.
+    last |= {
+        flag[2:]: last[option] for option, flag in _FLAG_NAMES.items() if flag[:2] == "--" and option in last
+    }
     close = difflib.get_close_matches(wrong.rpartition(".")[2], last, n=1, cutoff=0.75)
     return f"; did you mean {last[close[0]]}?" if close else ""
 

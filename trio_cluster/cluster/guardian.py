@@ -102,6 +102,8 @@ class _GuardianProcess:
             await process.wait()
             self._fail("it has ended")
         finally:
+            # Commands that come while it ends are too late, and are no failure.
+            self._process = None
             self._pipe_of(process).close()
             with trio.CancelScope(shield=True):
                 with trio.move_on_after(_PATIENCE):
@@ -109,7 +111,6 @@ class _GuardianProcess:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
-            self._process = None
 
     def _set(self, key: str, command: str) -> None:
         self._commands[key] = command

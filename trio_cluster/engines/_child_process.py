@@ -171,34 +171,46 @@ async def open_child(
         ClusterError: it cannot be run; the message is one line.
     """
     guardian = GroupGuardian()
+    # A cancellation does not reach the guardian: the program may take all of its grace to end, and this process may be
+    # killed meanwhile.
+    guarding = trio.CancelScope(shield=True)
+
+    async def guard(*, task_status: trio.TaskStatus[None]) -> None:
+        with guarding:
+            await guardian.run(task_status=task_status)
+
     async with trio.open_nursery() as nursery:
-        await nursery.start(guardian.run)
         try:
-            # Not interrupted by a cancellation before there is something that can be ended.
-            process = await trio.lowlevel.open_process(
-                [*_LAUNCHER, *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and thread_shortage(error) is None:
-                raise
-            raise ClusterError(f"{command[0]} cannot be run: {error}") from error
-        guardian.end_with_us(process.pid, grace)
-        child = ChildProcess(process, name, logger)
-        try:
-            nursery.start_soon(child.read_output)
-            nursery.start_soon(child.wait)
-            assert process.stdin is not None
-            with suppress(trio.BrokenResourceError):
-                await process.stdin.send_all(b"\n")
-            await process.stdin.aclose()
-            yield child
-        finally:
             with trio.CancelScope(shield=True):
-                await child.end(grace)
-            guardian.forget(process.pid)
+                await nursery.start(guard)
+            try:
+                # Not interrupted by a cancellation before there is something that can be ended.
+                process = await trio.lowlevel.open_process(
+                    [*_LAUNCHER, *command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                if isinstance(error, RuntimeError) and thread_shortage(error) is None:
+                    raise
+                raise ClusterError(f"{command[0]} cannot be run: {error}") from error
+            guardian.end_with_us(process.pid, grace)
+            child = ChildProcess(process, name, logger)
+            try:
+                nursery.start_soon(child.read_output)
+                nursery.start_soon(child.wait)
+                assert process.stdin is not None
+                with suppress(trio.BrokenResourceError):
+                    await process.stdin.send_all(b"\n")
+                await process.stdin.aclose()
+                yield child
+            finally:
+                with trio.CancelScope(shield=True):
+                    await child.end(grace)
+                guardian.forget(process.pid)
+        finally:
+            guarding.cancel(reason="the program has ended")
             nursery.cancel_scope.cancel(reason="the program has ended")

@@ -87,6 +87,9 @@ class Opening:
             again = self._router.open_following(call, "its server cannot take the request now", time_left)
             if again is None:
                 return event
+            call.note(
+                f"the server behind '{call.request.model}' answered {event.status}: it cannot take the request now"
+            )
         elif isinstance(event, Failed):
             again = self._router.reopen(call, time_left)
             if again is None:

@@ -43,6 +43,7 @@ from .node_context import NodeContext
 from .opening import Opening
 from .response import Reply
 from .sse_buffer import EventBuffer
+from .stories import error_facts
 
 __all__ = ["BUFFER_LIMIT", "relay"]
 
@@ -281,6 +282,7 @@ class StreamingBody:
                 head = await opening.head(self._comment_due)
             await opening.require_events(head)
         except ApiError as error:
+            self._context.error = error_facts(error)
             return self._fail(b"", hide_models(self._context.principal, error).with_traceback(None))
         self._opening = None
         if self._call is not self._context.call:

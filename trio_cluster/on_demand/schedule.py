@@ -43,6 +43,8 @@ from typing import Final, Literal, TypeAlias
 
 import attrs
 
+from ..core.sizes import format_size
+
 __all__ = ["Decisions", "Resident", "Schedule", "State", "Waiter"]
 
 State: TypeAlias = Literal["cold", "starting", "ready", "stopping", "failed"]
@@ -230,9 +232,8 @@ class Schedule:
             ValueError: it says that it needs more than there is.
         """
         if resident.said is not None and resident.said > self.budget:
-            raise ValueError(
-                f"{resident.name} needs {resident.said} bytes of memory, and there are {self.budget:.0f}"
-            )
+            need, there = format_size(resident.said), format_size(self.budget)
+            raise ValueError(f"{resident.name} needs {need} of memory, and there are {there}")
         self.residents.append(resident)
 
     def remove(self, resident: Resident) -> list[Waiter]:
