@@ -182,7 +182,6 @@ async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
                     history.add_violation(
                         f"{process.name}, process {process.number}, failed: {process.node.error!r}"
                     )
-            return outcomes, history.now
     return outcomes, history.now
 
 
