@@ -11,10 +11,11 @@ import pytest
 import trio
 
 from trio_cluster import ChatRequest, ClusterServer
+from trio_cluster.core.limits import WINDOW
 from trio_cluster.engines import ServedModel, not_loaded, serve_on_demand
 from trio_cluster.errors import ClusterError
 from trio_cluster.on_demand.residents import Run
-from trio_cluster.testing import SimulatedCluster, open_cluster, worker
+from trio_cluster.testing import SimulatedCluster, open_cluster, settle, worker
 
 
 @attrs.define
@@ -26,10 +27,12 @@ class Model:
     fails: str = ""
     says: str = "hello"
     loads: int = 0
+    run: Run | None = None
 
     @asynccontextmanager
     async def open(self, run: Run) -> AsyncIterator[ServedModel]:
         self.loads += 1
+        self.run = run
         await trio.sleep(self.seconds)
         if self.fails:
             raise ClusterError(self.fails)
@@ -155,6 +158,37 @@ async def test_a_failed_start_is_an_error_event_in_a_stream_that_has_begun(autoj
         assert response.report().error is not None
         assert response.report().error["code"] == "model_start_failed"
         assert response.report().error["message"] == "m could not be started: out of memory"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_call_whose_start_fails_is_over_although_its_body_has_not_arrived(
+    autojump_clock: object,
+) -> None:
+    # Larger than what a worker is sent before it reads.
+    large = "x" * (4 * WINDOW)
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        await start(cluster, nursery, "w", Model(seconds=15.0, fails="out of memory"))
+        response = await cluster.client().chat("m", large, stream=False)
+        assert response.error["code"] == "model_start_failed"
+        await settle(cluster, within=5.0)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_model_that_is_lost_while_a_call_waits_for_a_slot(autojump_clock: object) -> None:
+    model = Model(seconds=1.0)
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        await start(cluster, nursery, "w", model, max_concurrency=1)
+        nursery.start_soon(lambda: cluster.client().chat("m", pause=5.0))
+        await trio.sleep(2)
+
+        async def lose() -> None:
+            await trio.sleep(1)
+            assert model.run is not None
+            model.run.lost("it has died")
+
+        nursery.start_soon(lose)
+        response = await cluster.client().chat("m", stream=False)
+        assert (response.status, response.error["code"]) == (502, "upstream_lost")
         nursery.cancel_scope.cancel()
 
 

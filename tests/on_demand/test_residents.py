@@ -229,6 +229,30 @@ async def test_a_wait_counts_down(autojump_clock: object) -> None:
     assert str(wait) == "starting m, about 1 s"
 
 
+@pytest.mark.parametrize("unloads", [False, True])
+async def test_the_wait_for_memory_has_a_limit_for_one_that_came_while_the_model_was_ready(
+    on_demand: OnDemand, unloads: bool, autojump_clock: object
+) -> None:
+    one, two = Model(), Model()
+    first = on_demand.add("one", ["one"], one.open, memory=60, start_timeout=50)
+    second = on_demand.add("two", ["two"], two.open, memory=60)
+    async with running(on_demand, first, second), trio.open_nursery() as nursery:
+        nursery.start_soon(use, on_demand, first, 30.0)
+        await trio.sleep(35)
+        # It is ready, and is to make room for this one.
+        nursery.start_soon(use, on_demand, second, 1000.0)
+        await trio.sleep(1)
+        if unloads:
+            nursery.start_soon(on_demand.unload, first)
+            await trio.sleep(1)
+        assert first.resident.state == "ready"
+        began = trio.current_time()
+        with pytest.raises(Overloaded, match="no memory became free for it within 50 s"):
+            await use(on_demand, first)
+        assert trio.current_time() - began == 50
+        nursery.cancel_scope.cancel()
+
+
 async def test_the_wait_for_memory_has_a_limit(on_demand: OnDemand, autojump_clock: object) -> None:
     one, two = Model(), Model(start_takes=40)
     first = on_demand.add("one", ["one"], one.open, memory=60)

@@ -26,6 +26,7 @@ from trio_cluster.gateway.stories import Stories
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.local.slots import Slots
 from trio_cluster.node import Node
+from trio_cluster.on_demand.schedule import Resident, Schedule
 from trio_cluster.openai import failures
 from trio_cluster.protocol import MasterSession
 from trio_cluster.protocol.messages import Ack
@@ -48,6 +49,9 @@ DENSE: Final[dict[str, Any]] = {"seconds": 8, "requests": 60, "faults": 4}
 
 #: Most requests are for the same two models, within five seconds.
 BUSY: Final[dict[str, Any]] = {"seconds": 10, "requests": 120, "faults": 2}
+
+#: Nearly nothing explains a failure.
+CALM: Final[dict[str, Any]] = {"seconds": 20, "requests": 60, "faults": 0}
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -85,6 +89,10 @@ def cuts_all_the_time(plan: Plan) -> bool:
 
 def has_two_masters(plan: Plan) -> bool:
     return len(plan.masters) > 1
+
+
+def has_residents(plan: Plan) -> bool:
+    return bool(plan.residents)
 
 
 def has_troubles(plan: Plan) -> bool:
@@ -342,6 +350,40 @@ def tell_workers_nothing_of_a_successor(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(WorkerManager, "announce_successor", lambda self, coming: None)
 
 
+# Of models on demand
+
+
+def do_not_give_up_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Schedule._stop
+
+    def stop_what_is_ready(self: Schedule, resident: Resident, *more: Any) -> None:
+        if resident.state != "starting":
+            stop(self, resident, *more)
+
+    monkeypatch.setattr(Schedule, "_stop", stop_what_is_ready)
+
+
+def stop_models_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_that_are_ready(self: Schedule, now: float, claimed: Any) -> list[Resident]:
+        return [each for each in self.residents if each.state == "ready" and each not in claimed]
+
+    monkeypatch.setattr(Schedule, "_stoppable", all_that_are_ready)
+
+
+def free_memory_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Schedule._stop
+
+    def stop_and_free(self: Schedule, resident: Resident, *more: Any) -> None:
+        stop(self, resident, *more)
+        resident.reserved = 0.0
+
+    monkeypatch.setattr(Schedule, "_stop", stop_and_free)
+
+
+def admit_calls_while_the_model_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Resident, "let_in", lambda self, number: self.state in ("starting", "ready"))
+
+
 LOST_BY_A_CUT: Final = "an error without a cause"
 DAMAGED: Final = (
     "an error without a cause|with another text|looks complete and is not|not recovered|no fault broke it"
@@ -386,6 +428,10 @@ PLANTED: Final = [
     Planted(accept_clients_before_the_workers, "without a cause: model_", LARGE, replaces_masters),
     Planted(end_as_soon_as_replaced, "without a cause|no fault broke it", LARGE, replaces_masters),
     Planted(tell_workers_nothing_of_a_successor, "could not be replaced", LARGE, replaces_masters),
+    Planted(do_not_give_up_starts, "is started, and its last request has left", CALM, has_residents),
+    Planted(stop_models_that_answer, r"is stopped, and \d+ handlers run on it", CALM, has_residents),
+    Planted(free_memory_too_early, r"models on demand take \d+ of 100 bytes", CALM, has_residents),
+    Planted(admit_calls_while_the_model_starts, "begins, which is not ready", CALM, has_residents),
     Planted(accept_stale_sessions, LOST_BY_A_CUT, DENSE, cuts_all_the_time),
     Planted(forget_stories, "was answered, and has no story"),
     Planted(blame_models_for_lost_workers, "saw .* worker_lost, and its story says failed by model"),

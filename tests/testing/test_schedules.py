@@ -20,8 +20,9 @@ from trio_cluster.testing.__main__ import main
 from trio_cluster.testing._fault_oracle import FaultOracle
 from trio_cluster.testing._history import History
 from trio_cluster.testing._invariants import Invariants
-from trio_cluster.testing._plan import ClientBehavior, FaultKind, Plan, SimulatedRequest, draw_plan
+from trio_cluster.testing._plan import MEMORY, ClientBehavior, FaultKind, Plan, SimulatedRequest, draw_plan
 from trio_cluster.testing._scripted_models import HandlerRun, ScriptedModels
+from trio_cluster.testing._scripted_residents import ScriptedResidents
 from trio_cluster.testing._scripts import Failure, Script, ScriptedFailure, read_script
 from trio_cluster.testing._simulation import MAX_IGNORED_CANCELLATION
 from trio_cluster.testing._soak import soak
@@ -98,6 +99,19 @@ def test_a_dozen_plans_have_one_master_or_two() -> None:
     assert len(two) == 3
     assert {request.master for plan in two for request in plan.requests} == {"master", "master-2"}
     assert {request.master for plan in DOZEN if plan not in two for request in plan.requests} == {"master"}
+
+
+def test_some_of_a_dozen_plans_have_models_on_demand_that_do_not_fit_together() -> None:
+    plans = [plan for plan in DOZEN if plan.residents]
+    assert 2 <= len(plans) <= 6
+    for plan in plans:
+        assert sum(spec.memory for spec in plan.residents) > MEMORY
+        assert max(spec.memory for spec in plan.residents) <= MEMORY
+        names = {spec.model for spec in plan.residents}
+        assert names < {model.name for model in plan.models}
+        assert any(request.model in names for request in plan.requests)
+    starts = [start for plan in plans for spec in plan.residents for start in spec.starts]
+    assert {start.fails for start in starts} == {True, False}
 
 
 def test_a_dozen_plans_have_every_fault() -> None:
@@ -242,7 +256,8 @@ def violations(plan: Plan, it: Outcome, *faults: tuple[str, str]) -> list[str]:
         history.start()
         for kind, host in faults:
             history.record_instant(kind, host)
-        Invariants(plan, None, history, ScriptedModels(history)).check_outcome(it)  # type: ignore[arg-type]
+        models = ScriptedModels(history, ScriptedResidents(plan, history))
+        Invariants(plan, None, history, models).check_outcome(it)  # type: ignore[arg-type]
         return history.violations
 
     return trio.run(check, clock=MockClock())
@@ -298,7 +313,7 @@ def test_a_handler_that_outlives_its_client_is_found(plan: Plan) -> None:
     async def check() -> list[str]:
         history = History(ScriptedFailure)
         history.start()
-        models = ScriptedModels(history)
+        models = ScriptedModels(history, ScriptedResidents(plan, history))
         it = outcome(stream("1.0 ", "1.1 ", end=STOP), complete=True)
         it.verdict = "stream finished"
         late = it.ended + FaultOracle(plan, history).transport_time(it.request) + 0.01

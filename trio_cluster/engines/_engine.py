@@ -29,7 +29,7 @@ import trio
 from trio_cluster.core.model import ChatModelOptions, Kind
 from trio_cluster.core.sizes import parse_size
 from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
-from trio_cluster.errors import ClusterError, OptionsError
+from trio_cluster.errors import ClusterError, OptionsError, UpstreamLost
 from trio_cluster.local.adapters import Adapter, Provider, adapt
 from trio_cluster.on_demand.memory import own_memory
 from trio_cluster.on_demand.residents import START_TIMEOUT, OnDemand, Open, Run
@@ -419,13 +419,19 @@ async def serve_on_demand(
             count = None if found.count_tokens is None else adapt(found.count_tokens)
             yield adapt(found.handler), count
 
-    # The pool lets no call in while the model is not loaded.
+    # The pool lets no call in while the model is not loaded. But it may be lost while a call waits for a slot.
+    def current() -> tuple[Adapter, Any]:
+        if tenancy.value is None:
+            raise UpstreamLost(model.name, tenancy.resident.why or "it has ended")
+        found: tuple[Adapter, Any] = tenancy.value
+        return found
+
     async def answer(request: Any, provider: Provider) -> None:
-        handler, _ = tenancy.value
+        handler, _ = current()
         await handler(request, provider)
 
     async def count_tokens(request: Any, provider: Provider) -> None:
-        _, count = tenancy.value
+        _, count = current()
         await count(request, provider)
 
     counts = count_tokens if model.count_tokens is not None else None

@@ -164,8 +164,14 @@ class HandlerPool:
         try:
             with scope:
                 on_demand = self.on_demand.by_model
-                if on_demand and request.model in on_demand and request.kind != CONTROL:
-                    await self._model_runs(call_task, on_demand[request.model])
+                if (
+                    on_demand
+                    and request.model in on_demand
+                    and request.kind != CONTROL
+                    and not await self._model_runs(call_task, on_demand[request.model])
+                ):
+                    # A call that has failed gets no more of its body: preparing it could wait for the rest forever.
+                    return
                 await call_task.prepare()
                 if model_slots is None:
                     await self._in_slot(call_task, slots)
@@ -194,8 +200,10 @@ class HandlerPool:
         finally:
             call_task.call.release()
 
-    async def _model_runs(self, call_task: CallTask, tenancy: Tenancy) -> None:
+    async def _model_runs(self, call_task: CallTask, tenancy: Tenancy) -> bool:
         """Wait until the model of a call runs, and let it run until the call is released; or fail the call.
+
+        Returns whether it runs.
 
         No slot is held meanwhile, and the idle timeout is paused: the model is not silent, it is not there yet.
         """
@@ -203,14 +211,16 @@ class HandlerPool:
         use = self.on_demand.ask(tenancy, call.set_model_wait)
         call.on_release(lambda: use.leave(completed=isinstance(call.end, Done)))
         if use.is_ready:
-            return
+            return True
         call_task.pause_idle_timer()
         try:
             await use.wait()
         except ApiError as error:
             # Another replica may have it, or have room for it.
             call_task.fail(error, retryable=True, over_capacity=isinstance(error, Overloaded))
+            return False
         call_task.restart_idle_timer()
+        return True
 
     def _fail_after_error(self, call_task: CallTask) -> None:
         try:

@@ -133,9 +133,6 @@ class Use:
             Overloaded: there was no memory for it within its ``start_timeout``.
             ShuttingDown: its owner has ended.
         """
-        timeout = self._tenancy.start_timeout
-        if self._tenancy.resident.state not in ("starting", "ready"):
-            self._patience.deadline = trio.current_time() + timeout
         with self._patience:
             await self._event.wait()
         if self._error is not None:
@@ -143,7 +140,8 @@ class Use:
             raise self._error
         if not self._event.is_set():
             raise Overloaded(
-                f"The model is not running, and no memory became free for it within {timeout:g} s"
+                f"The model is not running, and no memory became free for it within "
+                f"{self._tenancy.start_timeout:g} s"
             )
 
     def leave(self, *, completed: bool = False) -> None:
@@ -162,9 +160,12 @@ class Use:
 
     def show(self, wait: ModelWait | None) -> bool:
         """Tell ``on_wait`` what it waits for, if that has changed; return whether it has. Synchronous."""
-        if self._tenancy.resident.state == "starting":
+        if wait is None or self._tenancy.resident.state == "starting":
             # From here on, the start's own limit counts.
             self._patience.deadline = math.inf
+        elif self._patience.deadline == math.inf:
+            # Also while the model is ready, but is to make room: it will have to be started again.
+            self._patience.deadline = trio.current_time() + self._tenancy.start_timeout
         if wait == self._wait:
             return False
         self._wait = wait

@@ -14,7 +14,7 @@ from typing import Final
 from ..gateway.deadlines import GRACE
 from ._history import FaultSpan, History
 from ._limited_keys import LimitedKeys
-from ._plan import Plan, SimulatedRequest, replica_name, take_over_name
+from ._plan import START_FAILED, Plan, ResidentSpec, SimulatedRequest, replica_name, take_over_name
 from ._scripts import MARGIN
 from ._simulation import FIRST_PROBE
 from ._workload import SLOW_READS, Outcome
@@ -92,7 +92,17 @@ class FaultOracle:
                 # A call whose link is cut is opened elsewhere, unless its time was used up in that moment.
                 kinds = WORKER_FAULTS if self._is_slow(outcome) else self.losses(outcome)
                 return self.fault_near(hosts, outcome, kinds)
+            case "upstream_lost":
+                return self._has_trouble(outcome, "resident died")
+            case "model_start_failed":
+                return self._has_trouble(outcome, START_FAILED)
             case "over_capacity":
+                if any(
+                    outcome.ended - outcome.began >= spec.start_timeout - MARGIN
+                    for spec in self.residents(request)
+                ):
+                    # It has waited for memory for so long.
+                    return True
                 # A worker whose heartbeats are late gets no new calls.
                 return self._was_full(outcome) or self.fault_near(hosts, outcome, WORKER_FAULTS)
             case "rate_limit_exceeded":
@@ -132,6 +142,19 @@ class FaultOracle:
                 )
             case _:
                 return False
+
+    def residents(self, request: SimulatedRequest) -> list[ResidentSpec]:
+        """Return the models on demand that a request may be for."""
+        return [spec for spec in self._plan.residents if spec.model in request.models]
+
+    def start_time(self, request: SimulatedRequest) -> float:
+        """Return for how many seconds a request may wait for its model to be started, at most.
+
+        That is for memory, and for the start; and once more if the model is unloaded before it answers.
+        """
+        specs = self.residents(request)
+        stop = max((spec.stop for spec in self._plan.residents), default=0.0)
+        return max((2 * (2 * spec.start_timeout + 2 * stop) for spec in specs), default=0.0)
 
     def losses(self, outcome: Outcome) -> frozenset[str]:
         """Return the faults by which a master may lose a worker, with its calls."""
@@ -218,6 +241,7 @@ class FaultOracle:
             + script.duration
             + self.read_pauses(request)
             + self.transport_time(request)
+            + self.start_time(request)
             + suspended
         )
         return request.total_timeout is not None and total >= request.total_timeout
@@ -252,6 +276,7 @@ class FaultOracle:
         return (
             request.script.fails is not None
             or self._has_trouble(outcome, "replica failing")
+            or self._has_trouble(outcome, "resident died")
             or self._may_time_out(outcome)
             or self.fault_near(
                 self.hosts(request) | {request.host},

@@ -26,6 +26,7 @@ from ._fault_oracle import STOPS, WORKER_FAULTS, FaultOracle
 from ._grammar import StreamGrammarError, read_stream
 from ._history import History
 from ._plan import Plan, SimulatedRequest
+from ._resident_check import ResidentCheck
 from ._scripted_models import HandlerRun, ScriptedModels
 from ._scripts import MARGIN
 from ._simulation import MAX_IGNORED_CANCELLATION, ProcessRun, Simulation
@@ -60,6 +61,7 @@ class Invariants(trio.abc.Instrument):
         self._models = models
         self._oracle = FaultOracle(plan, history)
         self._stories = StoryCheck(simulation)
+        self._residents = ResidentCheck(plan, simulation, history, self._oracle, self._report)
         self._missing_since: dict[str, float] = {}
         self._reported: set[str] = set()
         # How many slots may be taken in each process, and how many were, by its number.
@@ -86,6 +88,7 @@ class Invariants(trio.abc.Instrument):
                     # Once in each instant, since there are many turns in some.
                     self._check_retained(process)
                 self._check_reservations(process)
+        self._residents.check()
         self._check_workers()
         self._check_time()
         self._stories.follow()
@@ -213,6 +216,7 @@ class Invariants(trio.abc.Instrument):
         # A stall that is longer than the idle timeout ends with the timeout.
         attempt = options["queue_timeout"] + script.duration - script.stalled + GRACE
         attempt += 2 * options["default_timeout"]
+        attempt += self._oracle.start_time(request)
         return float(
             2 * len(request.models) * attempt
             + self._oracle.read_pauses(request)
@@ -499,7 +503,7 @@ class Invariants(trio.abc.Instrument):
                 f"{process.name}, process {process.number}, was replaced and has not ended"
                 for process in self._simulation.predecessors(name)
             ]
-        return missing
+        return missing + self._residents.left_over()
 
     def _missing_at(self, master_name: str) -> list[str]:
         master = self._simulation.current[master_name].server

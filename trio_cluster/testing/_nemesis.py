@@ -16,7 +16,7 @@ import trio
 
 from ._history import FaultSpan, History
 from ._network import Connection
-from ._plan import Fault, replica_name, take_over_name
+from ._plan import Fault, ResidentSpec, replica_name, take_over_name
 from ._scripted_models import Trouble
 from ._scripts import MARGIN
 from ._simulation import MAX_IGNORED_CANCELLATION, ProcessRun, Simulation
@@ -78,6 +78,10 @@ class Nemesis:
                 return self._freeze
             case "worker partitioned" | "client partitioned":
                 return self._partition_host
+            case "resident died":
+                return self._let_die
+            case "resident unloaded" | "resident loaded":
+                return self._load_or_unload
             case "model unregistered":
                 return self._unregister
             case "slots changed":
@@ -102,6 +106,7 @@ class Nemesis:
             processes = [process, *self._simulation.predecessors(process.name)]
             for each in processes:
                 each.killed = True
+                self._simulation.models.residents.killed.add(each.number)
                 each.node.kill()
             await trio.sleep(fault.duration)
             # The remaining tasks of a killed process hold no port, but they would close the port of its successor.
@@ -161,6 +166,12 @@ class Nemesis:
                 f"{process.name} should have ended, and still runs after {bound:.1f} s"
             )
             await process.node.over.wait()
+        residents = self._simulation.plan.residents
+        with trio.move_on_after(max((spec.stop for spec in residents), default=0.0) + MARGIN):
+            await process.residents_ended.wait()
+        if not process.residents_ended.is_set():
+            self._history.add_violation(f"{process.name} has ended, and its models on demand have not")
+            await process.residents_ended.wait()
 
     # Connections
 
@@ -208,7 +219,12 @@ class Nemesis:
 
     async def _unregister(self, fault: Fault) -> None:
         process = self._simulation.current[fault.target]
-        names = sorted(model.name for model in self._simulation.plan.models if process.name in model.hosts)
+        on_demand = {spec.model for spec in self._simulation.plan.residents}
+        names = sorted(
+            model.name
+            for model in self._simulation.plan.models
+            if process.name in model.hosts and model.name not in on_demand
+        )
         name = names[fault.choice % len(names)]
         async with self._recorded(fault, process.name):
             process.server.unregister_model(name)
@@ -240,6 +256,33 @@ class Nemesis:
             troubles[key] = Trouble(None if stuck else 1 + fault.choice // 32 % 8, status, fault.amount)
             await trio.sleep(fault.duration)
             del troubles[key]
+
+    async def _let_die(self, fault: Fault) -> None:
+        """Let a model on demand die while it answers, or what is ready if none does so in time."""
+        models, current = self._simulation.models, self._simulation.current
+        spec = self._chosen_resident(fault)
+        with trio.move_on_after(_TRANSFER_WAIT):
+            while not models.handlers_on(current[fault.target].number, spec.model):  # noqa: ASYNC110  (no event)
+                await trio.sleep(_POLL_INTERVAL)
+        await trio.sleep(fault.amount)
+        run = models.residents.run_of(current[fault.target].number, spec.model)
+        if run is not None and run.is_ready:
+            self._history.record_instant(fault.kind, replica_name(fault.target, spec.model))
+            models.residents.let_die(run)
+
+    async def _load_or_unload(self, fault: Fault) -> None:
+        spec, master = self._chosen_resident(fault), self._simulation.plan.masters[0]
+        action = fault.kind.split()[-1].removesuffix("ed")
+        self._history.record_instant(fault.kind, replica_name(fault.target, spec.model))
+        if action == "unload":
+            await self._post_to_master(f"/cluster/models/{spec.model}/unload", master)
+            return
+        with self._simulation.models.residents.wanting((spec.model,), "operator"):
+            await self._post_to_master(f"/cluster/models/{spec.model}/load", master, fault.duration)
+
+    def _chosen_resident(self, fault: Fault) -> ResidentSpec:
+        residents = self._simulation.plan.residents
+        return residents[fault.choice % len(residents)]
 
     async def _cancel_call(self, fault: Fault) -> None:
         host = self._choose_client(fault)
@@ -279,9 +322,9 @@ class Nemesis:
                 return request.master
         return "master"
 
-    async def _post_to_master(self, path: str, master: str = "master") -> int:
+    async def _post_to_master(self, path: str, master: str = "master", patience: float = 5.0) -> int:
         """Send an operator's request to a master, and return the status of the response; 0 if there was none."""
-        with trio.move_on_after(5):
+        with trio.move_on_after(patience):
             try:
                 return (await self._simulation.cluster.client("operator", of=master).post(path, {})).status
             except OSError:

@@ -16,12 +16,16 @@ from ..core.model import Kind
 from ._scripts import Failure, Script
 
 __all__ = [
+    "MEMORY",
+    "START_FAILED",
     "ClientBehavior",
     "Fault",
     "FaultKind",
     "ModelSpec",
     "Plan",
+    "ResidentSpec",
     "SimulatedRequest",
+    "Start",
     "draw_plan",
     "replica_name",
     "take_over_name",
@@ -52,6 +56,9 @@ FaultKind = Literal[
     "replica failing",
     "replica stuck",
     "master replaced",
+    "resident died",
+    "resident unloaded",
+    "resident loaded",
 ]
 
 #: The name of the second master, and the share of the schedules that have one.
@@ -97,6 +104,17 @@ _FAILURES: Final[list[Failure | None]] = [*[None] * 14, "api_error", "exception"
 #: How many resets of links a schedule has that cuts them all the time.
 _CUTS: Final = 30
 
+#: The share of the schedules that have models on demand, and of their requests for chats that are for these.
+_ON_DEMAND: Final = 0.25
+_COLD_REQUESTS: Final = 0.5
+#: Bytes for the models on demand of a worker, and what they need: not all of them fit at the same time.
+MEMORY: Final = 100
+_MEMORIES: Final = [(60, 50), (100, 10), (60, 50, 40), (40, 70, 30), (50, 50, 50)]
+#: How often models on demand die, are loaded and unloaded, at least and at most.
+_RESIDENT_FAULTS: Final = (3, 8)
+#: How the history names a start that has failed, or the failure of a resident that was ready.
+START_FAILED: Final = "start failed"
+
 # Bytes of files that are forwarded while they are uploaded: even half of the larger one exceeds what is spooled.
 _UPLOAD_SIZES: Final = [1_200_000, 2_600_000]
 
@@ -116,6 +134,42 @@ class ModelSpec:
     hosts: tuple[str, ...]
     yields: bool
     """The handler is an async generator; otherwise it pushes."""
+
+
+@attrs.frozen
+class Start:
+    """How one start of a model on demand goes.
+
+    Attributes:
+        seconds: how long it takes.
+        fails: it fails then.
+    """
+
+    seconds: float
+    fails: bool = False
+
+
+@attrs.frozen
+class ResidentSpec:
+    """A model on demand. Durations are seconds.
+
+    Attributes:
+        model: the name of the model.
+        host: the worker that serves it.
+        memory: the bytes that it needs.
+        idle: how long it may be without a request; 0: as long as its memory is not needed.
+        start_timeout: how long a start may take, and the wait for memory before it.
+        stop: how long its end takes.
+        starts: how its starts go, one after the other, and then from the first one again.
+    """
+
+    model: str
+    host: str
+    memory: int
+    idle: float
+    start_timeout: float
+    stop: float
+    starts: tuple[Start, ...]
 
 
 def take_over_name(master: str) -> str:
@@ -215,6 +269,7 @@ class Plan:
         models: all models, and the nodes that serve them.
         requests, faults: in the order of time.
         masters: the names of the masters. All workers have all of them; the first one has models of its own.
+        residents: the models on demand, which are among ``models``; mostly there are none.
     """
 
     seed: int
@@ -228,6 +283,7 @@ class Plan:
     requests: tuple[SimulatedRequest, ...]
     faults: tuple[Fault, ...]
     masters: tuple[str, ...] = ("master",)
+    residents: tuple[ResidentSpec, ...] = ()
 
     @property
     def workers(self) -> list[str]:
@@ -283,6 +339,13 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         drawn = sorted(_share(seed, drawn, models), key=lambda request: request.at)
         options |= _draw_ejection(seed)
     drawn = _draw_aliases(seed, drawn, models, options)
+    residents = _draw_residents(seed, workers)
+    if residents:
+        models += tuple(
+            ModelSpec(each.model, "chat", (each.host,), index % 2 > 0) for index, each in enumerate(residents)
+        )
+        drawn = _ask_for_residents(seed, drawn, residents)
+        drawn_faults += _draw_resident_faults(seed, seconds, residents[0].host)
     # A generator of its own, so that the rest of the schedule is the same with one master and with two.
     of_masters = random.Random(f"the masters of {seed}")
     masters = ("master", _SECOND) if of_masters.random() < _TWO_MASTERS else ("master",)
@@ -313,6 +376,7 @@ def draw_plan(seed: int, *, seconds: float, requests: int, faults: int) -> Plan:
         requests=tuple(drawn),
         faults=tuple(sorted(drawn_faults, key=lambda fault: fault.at)),
         masters=masters,
+        residents=residents,
     )
 
 
@@ -485,6 +549,64 @@ def _draw_take_overs(seed: int, seconds: float, masters: tuple[str, ...]) -> lis
             amount=0.0,
         )
         for _ in range(rng.randint(*_TAKE_OVERS))
+    ]
+
+
+def _draw_residents(seed: int, workers: list[str]) -> tuple[ResidentSpec, ...]:
+    """Return models on demand that do not fit together on their worker; none for most schedules."""
+    # As for the cuts.
+    rng = random.Random(f"the models on demand of {seed}")
+    if rng.random() >= _ON_DEMAND:
+        return ()
+    host, start_timeout = rng.choice(workers), rng.choice([6.0, 15.0])
+    return tuple(
+        ResidentSpec(
+            model=f"cold-{index}",
+            host=host,
+            memory=memory,
+            idle=rng.choice([0.0, 0.0, 2.0]),
+            start_timeout=start_timeout,
+            stop=rng.choice([0.0, 0.5, 1.5]),
+            starts=tuple(_draw_start(rng) for _ in range(8)),
+        )
+        for index, memory in enumerate(rng.choice(_MEMORIES), start=1)
+    )
+
+
+def _draw_start(rng: random.Random) -> Start:
+    seconds = rng.choice([0.0, round(rng.uniform(0, 1), 3), round(rng.uniform(0, 4), 3)])
+    if rng.random() < 0.05:
+        return Start(1000.0)
+    return Start(seconds, fails=rng.random() < 0.2)
+
+
+def _ask_for_residents(
+    seed: int, requests: list[SimulatedRequest], residents: tuple[ResidentSpec, ...]
+) -> list[SimulatedRequest]:
+    """Let a part of the requests for chats be for models on demand."""
+    rng = random.Random(f"the requests for models on demand of {seed}")
+    names = [each.model for each in residents]
+    return [
+        attrs.evolve(request, model=rng.choice(names))
+        if request.script.kind == "chat" and not request.others and rng.random() < _COLD_REQUESTS
+        else request
+        for request in requests
+    ]
+
+
+def _draw_resident_faults(seed: int, seconds: float, host: str) -> list[Fault]:
+    """Return what becomes of models on demand: they die, and are loaded and unloaded by an operator."""
+    rng = random.Random(f"the faults of models on demand of {seed}")
+    return [
+        Fault(
+            at=round(rng.uniform(0, seconds), 3),
+            duration=round(rng.uniform(0.1, 5), 3),
+            kind=rng.choice(["resident died", "resident died", "resident unloaded", "resident loaded"]),
+            target=host,
+            choice=rng.randrange(1 << 20),
+            amount=round(rng.choice([0.0, rng.uniform(0, 1)]), 3),
+        )
+        for _ in range(rng.randint(*_RESIDENT_FAULTS))
     ]
 
 

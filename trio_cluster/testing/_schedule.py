@@ -32,6 +32,7 @@ from ._nemesis import Nemesis
 from ._plan import ModelSpec, Plan, SimulatedRequest, draw_plan
 from ._quiescence import OrphansLeft, assert_no_orphans
 from ._scripted_models import ScriptedModels
+from ._scripted_residents import ScriptedResidents
 from ._scripts import Script, ScriptedFailure
 from ._seed import seeded
 from ._simulation import FIRST_PROBE, Simulation
@@ -146,14 +147,18 @@ class _Run:
 
 async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
     history.start()
-    models = ScriptedModels(history)
+    models = ScriptedModels(history, ScriptedResidents(plan, history))
     outcomes: list[Outcome] = []
     with trio.CancelScope() as scope:
-        async with open_cluster(latency=plan.latency, fast_path=plan.fast_path, **plan.options) as cluster:
+        async with (
+            # As on the command line, models on demand outlive their node.
+            trio.open_nursery() as residents,
+            open_cluster(latency=plan.latency, fast_path=plan.fast_path, **plan.options) as cluster,
+        ):
             # The master that was opened with the cluster has no models.
             cluster.master.kill()
             await cluster.master.over.wait()
-            simulation = Simulation(plan, cluster, history, models, scope)
+            simulation = Simulation(plan, cluster, history, models, scope, residents)
             invariants = Invariants(plan, simulation, history, models)
             nemesis = Nemesis(simulation, history)
             run = _Run(plan, history, models, simulation, invariants)
@@ -177,7 +182,6 @@ async def _play(plan: Plan, history: History) -> tuple[list[Outcome], float]:
                     history.add_violation(
                         f"{process.name}, process {process.number}, failed: {process.node.error!r}"
                     )
-            return outcomes, history.now
     return outcomes, history.now
 
 
@@ -190,7 +194,8 @@ async def _run_request(run: _Run, request: SimulatedRequest, outcomes: list[Outc
     run.simulation.active_clients[request.number] = request.host
     run.history.log(f"client {request.number} sends a request to {request.asked}, and {request.behavior}")
     bound = run.invariants.bound(request)
-    outcome = await send_request(request, run.simulation.cluster.network, run.history, PORT, bound)
+    with run.models.residents.wanting(request.models, request.host):
+        outcome = await send_request(request, run.simulation.cluster.network, run.history, PORT, bound)
     del run.simulation.active_clients[request.number]
     run.invariants.check_outcome(outcome)
     outcomes.append(outcome)
@@ -219,6 +224,13 @@ async def _wait_for_ejections(simulation: Simulation) -> None:
     await trio.sleep_until(max(ends, default=-math.inf))
 
 
+async def _wait_for_retries(simulation: Simulation) -> None:
+    """Wait until each model on demand that has failed may be started again."""
+    for process in simulation.current.values():
+        for resident in process.server.on_demand.schedule.residents:
+            await trio.sleep_until(resident.retry_at)
+
+
 def _orphans(simulation: Simulation) -> list[str]:
     try:
         assert_no_orphans(simulation.cluster)
@@ -230,6 +242,8 @@ def _orphans(simulation: Simulation) -> list[str]:
 async def _probe(run: _Run) -> None:
     """Send each node as many requests at once as it has slots, then each model one request after another."""
     plan, history, models = run.plan, run.history, run.models
+    models.residents.calm = True
+    await _wait_for_retries(run.simulation)
     await _wait_for_ejections(run.simulation)
     numbers = itertools.count(FIRST_PROBE)
     outcomes: list[Outcome] = []

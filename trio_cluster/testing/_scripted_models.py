@@ -14,10 +14,11 @@ from typing import Any
 import attrs
 import trio
 
-from ..errors import ApiError
+from ..errors import ApiError, UpstreamLost
 from ..local.adapters import Provider
 from ._history import History
 from ._plan import ModelSpec
+from ._scripted_residents import ResidentRun, ScriptedResidents
 from ._scripts import Script, ScriptedFailure, read_script
 
 __all__ = ["HandlerRun", "ScriptedModels", "Trouble"]
@@ -74,9 +75,11 @@ class ScriptedModels:
         busy: how many handlers run in each process, by its number; includes processes that have ended.
         troubles: what is wrong with replicas, by node and model.
         peak: the largest number of handlers that ran on each machine at the same time, since it was last cleared.
+        residents: the models on demand.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, residents: ScriptedResidents) -> None:
+        self.residents = residents
         self.runs: list[HandlerRun] = []
         self.busy: dict[int, int] = {}
         self.peak: dict[str, int] = {}
@@ -95,14 +98,15 @@ class ScriptedModels:
             run = self._begin(script, model.name, node, process)
             done = False
             try:
+                resident = self._resident_of(run)
                 await self._suffer(run)
-                await trio.sleep(script.first_after)
+                await _sleep(script.first_after, resident)
                 for index in range(script.pieces):
-                    await self._stall_or_fail(script, index)
+                    await self._stall_or_fail(script, index, resident)
                     yield script.value(index)
                     run.given += 1
-                    await trio.sleep(script.interval)
-                await self._stall_or_fail(script, script.pieces)
+                    await _sleep(script.interval, resident)
+                await self._stall_or_fail(script, script.pieces, resident)
                 done = True
             except (ApiError, ScriptedFailure) as error:
                 done = True
@@ -139,10 +143,26 @@ class ScriptedModels:
                 retry_after=trouble.retry_after or None,
             )
 
+    def _resident_of(self, run: HandlerRun) -> ResidentRun | None:
+        """Return what a handler runs on, if its model is one on demand; and check that it can."""
+        if not self.residents.is_on_demand(run.model):
+            return None
+        resident = self.residents.run_of(run.process, run.model)
+        if resident is not None and self.residents.has_died(resident):
+            # It was ready when the call came. A server whose program has died says so.
+            raise UpstreamLost(run.model, "it has died")
+        if resident is None or not resident.is_ready:
+            self._history.add_violation(f"{run.node}: a handler of {run.model} begins, which is not ready")
+        return resident
+
+    def handlers_on(self, process: int, model: str) -> int:
+        """Return how many handlers of a model run in a process."""
+        return sum((run.process, run.model, run.ended) == (process, model, math.inf) for run in self.runs)
+
     @staticmethod
-    async def _stall_or_fail(script: Script, index: int) -> None:
+    async def _stall_or_fail(script: Script, index: int, resident: ResidentRun | None) -> None:
         if script.stalls_at == index:
-            await trio.sleep(script.stall)
+            await _sleep(script.stall, resident)
         if script.fails is not None and script.fails_at == index:
             if script.fails == "api_error":
                 raise ApiError(429, "the script says so", code="scripted")
@@ -164,6 +184,16 @@ class ScriptedModels:
             f"{run.node}: handler of {run.model} ends with request {run.script.number}, "
             f"{run.given}/{run.script.pieces} given{', stopped' if run.stopped else ''}"
         )
+
+
+async def _sleep(seconds: float, resident: ResidentRun | None) -> None:
+    """Sleep, unless what the handler runs on dies."""
+    if resident is None:
+        await trio.sleep(seconds)
+        return
+    with trio.move_on_after(seconds):
+        await resident.died.wait()
+        raise UpstreamLost(resident.spec.model, "it has died")
 
 
 def _text_of(request: Any, kind: str) -> str:

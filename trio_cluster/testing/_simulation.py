@@ -18,7 +18,7 @@ from ..server import ClusterServer
 from ._cluster import SimulatedCluster, SimulatedNode, worker
 from ._history import History
 from ._limited_keys import LimitedKeys
-from ._plan import Plan
+from ._plan import MEMORY, Plan
 from ._routing_watch import Openings, RoutingWatch
 from ._scripted_models import ScriptedModels
 
@@ -47,6 +47,7 @@ class ProcessRun:
         node: the simulated process.
         killed: it was killed. Its tasks still end in the simulation, but no invariant applies to them.
         frozen_since: since when it is frozen, in seconds since the schedule began; infinite if it is not.
+        residents_ended: set when its models on demand have ended, after the node.
     """
 
     number: int
@@ -55,6 +56,7 @@ class ProcessRun:
     node: SimulatedNode
     killed: bool = False
     frozen_since: float = math.inf
+    residents_ended: trio.Event = attrs.field(factory=trio.Event)
 
     @property
     def frozen(self) -> bool:
@@ -71,6 +73,7 @@ class Simulation:
         history: the log.
         models: the models of all nodes.
         scope: cancelled by :meth:`abort`.
+        nursery: runs the models on demand.
 
     Attributes:
         plan: as given.
@@ -89,6 +92,7 @@ class Simulation:
         history: History,
         models: ScriptedModels,
         scope: trio.CancelScope,
+        nursery: trio.Nursery,
     ) -> None:
         self.plan = plan
         self.cluster = cluster
@@ -99,6 +103,7 @@ class Simulation:
         self.openings: Openings = {}
         self._history = history
         self._scope = scope
+        self._nursery = nursery
         self._numbers = itertools.count(1)
 
     def process(self, number: int) -> ProcessRun:
@@ -144,6 +149,9 @@ class Simulation:
         # Drawn before the first checkpoint: several machines may start processes at the same time.
         number = next(self._numbers)
         options = self.plan.options | {"max_concurrency": self.plan.slots[name]}
+        has_residents = any(spec.host == name for spec in self.plan.residents)
+        if has_residents:
+            options["memory"] = str(MEMORY)
         server = worker(name, **options)
         for model in self.plan.models:
             if name in model.hosts:
@@ -166,6 +174,11 @@ class Simulation:
         else:
             node = await self.cluster.start_worker(server, wait=False)
         process = ProcessRun(number, name, server, node)
+        if has_residents:
+            serve, ended = self.models.residents.serve, process.residents_ended
+            self._nursery.start_soon(serve, server, name, number, node.over, ended)
+        else:
+            process.residents_ended.set()
         self.current[name] = process
         self.processes.append(process)
         self._history.log(f"{name} starts process {number}")

@@ -26,6 +26,8 @@ _OUTCOMES: Final = {
     "handler_failed": {"failed"},
     "scripted": {"failed"},
     "replica_failing": {"failed"},
+    "upstream_lost": {"failed"},
+    "model_start_failed": {"failed"},
     "over_capacity": {"failed", "refused"},
     "shutting_down": {"failed", "refused"},
     "rate_limit_exceeded": {"refused"},
@@ -95,7 +97,7 @@ def _complaint(outcome: Outcome, facts: StoryFacts) -> str:
 
 
 def _by_the_right_one(code: str, told: Ending) -> bool:
-    if code in ("handler_failed", "scripted", "replica_failing"):
+    if code in ("handler_failed", "scripted", "replica_failing", "upstream_lost"):
         return told.by == "model"
     # The client is there, and waits.
     return told.by != "client" or code == "timeout"
