@@ -355,6 +355,30 @@ def test_a_choice_is_told_with_its_numbers() -> None:
     assert steps(story(attempt(candidates=many)))[2].endswith("; and 3 more)")
 
 
+def test_a_machine_that_was_woken_is_no_failure() -> None:
+    wait = {
+        "node": "w1, asleep",
+        "forwarded": False,
+        "cold_for": 1.9,
+        "ended_at": 102.0,
+        "released_at": 102.0,
+    }
+    woken = failed(503, "model_unavailable", retryable=True, **wait)
+    facts = story(woken, attempt(opened_at=102.0, begun_at=102.1))
+    assert [step for step in steps(facts) if step.startswith("+2.0") or "sleep" in step] == [
+        "+0.100 sent to the sleeping worker 'w1': the only one",
+        "+2.000 waited 1.900 s for the machine of worker 'w1' to wake",
+        "+2.000 a worker has brought 'm'",
+        "+2.000 sent to worker 'w1': the only one",
+    ]
+    assert story_view(facts).slowest == "1.900 of 3.000 s for the machine of worker 'w1' to wake"
+    facts = story(failed(503, "model_start_failed", "it did not", retryable=True, **wait))
+    assert steps(facts)[-1].endswith(
+        "over: the sleeping worker 'w1' could not answer it: 503 model_start_failed: it did not"
+    )
+    assert "+2.000 the sleeping worker 'w1' failed: 503 model_start_failed: it did not" in steps(facts)
+
+
 def test_further_attempts_say_why_there_are_any() -> None:
     lost = failed(502, "worker_lost", "lost", lost=True, retryable=True, ended_at=101.0, released_at=101.0)
     facts = story(lost, attempt(node="w2", opened_at=101.0, begun_at=102.0))

@@ -19,6 +19,7 @@ from msgspec import UNSET, UnsetType
 
 from ..core import clock
 from ..core.story import AttemptFacts, ErrorFacts, StoryFacts
+from ..core.wake_target import ASLEEP
 from ..gateway.stories import CLIENT_LEFT
 
 __all__ = ["AttemptView", "CandidateView", "StepView", "StoryView", "ending_of", "story_view"]
@@ -33,6 +34,7 @@ EndedBy: TypeAlias = Literal["", "client", "operator", "worker", "model", "node"
 #: models, and this is the next.
 AttemptKind: TypeAlias = Literal["first", "retry", "hedge", "next_name"]
 
+_GIVEN_BACK: Final = ("shutting_down", "model_unavailable")
 _REQUEST_TIMEOUT: Final = 408
 _MICROSECONDS: Final = 1e6
 #: Seconds by which a deadline may seem to have come too early: different nodes measured.
@@ -251,7 +253,8 @@ def _failed(story: StoryFacts, attempt: AttemptFacts) -> Ending:
     if attempt.over_capacity:
         return Ending("failed", by, f"{node} could not take it: {error}")
     if attempt.retryable:
-        return Ending("failed", by, f"{node} gave it back: {error}")
+        what = "gave it back" if code in _GIVEN_BACK else "could not answer it"
+        return Ending("failed", by, f"{node} {what}: {error}")
     if code == "cancelled":
         return Ending("cancelled", by, f"cancelled by {node}: {error}")
     return Ending("failed", "model", f"the model '{attempt.model}' failed on {node}: {error}")
@@ -343,7 +346,7 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
     if cold_for >= _NOTABLE:
         at = start if start is not None else attempt.ended_at
         if at >= 0:
-            text = f"waited {cold_for:.3f} s for model '{attempt.model}' to start on {place}"
+            text = f"waited {cold_for:.3f} s for {_what_was_cold(attempt)}"
             yield StepView(_since(at, began), text, node)
     if start is not None:
         yield StepView(_since(start, began), f"the handler of '{attempt.model}' began on {place}", node)
@@ -357,7 +360,8 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
     if held_back >= _NOTABLE:
         text = f"the handler was held back for {held_back:.3f} s: the client was slow to read"
         yield StepView(_since(attempt.ended_at, began), text, node)
-    yield StepView(_since(attempt.ended_at, began), _ended(attempt))
+    ended = f"a worker has brought '{attempt.model}'" if _came(story, index) else _ended(attempt)
+    yield StepView(_since(attempt.ended_at, began), ended)
     if attempt.released_at - attempt.ended_at >= _NOTABLE:
         after = attempt.released_at - attempt.ended_at
         text = f"the work on {place} had stopped, {after:.3f} s later, and its slot was free"
@@ -374,7 +378,7 @@ def _opened(story: StoryFacts, index: int) -> str:
         if story.model and attempt.model != story.model:
             text += f" as model '{attempt.model}', which '{story.model}' stands for"
     elif kind == "retry":
-        text = f"tried once more, on {place}"
+        text = f"sent to {place}" if _came(story, index - 1) else f"tried once more, on {place}"
     elif kind == "hedge":
         text = f"sent to {place} as well, since the first attempt is late"
     else:
@@ -434,17 +438,26 @@ def _slowest(story: StoryFacts, until: float) -> str:
     cold = _cold_for(last)
     if last.cold:
         cold += ended - last.cold_since
+    before = "attempts that did not answer"
+    if all(_came(story, index) for index in range(story.answering)):
+        before = _what_was_cold(first)
     parts = (
         (first.opened_at - story.began, "for its body and its admission"),
-        (last.opened_at - first.opened_at, "for attempts that did not answer"),
+        (last.opened_at - first.opened_at, f"for {before}"),
         (queued, queue),
-        (cold, f"for model '{last.model}' to start on {place}"),
+        (cold, f"for {_what_was_cold(last)}"),
         (begun - last.opened_at - queued - cold, f"for the first output of '{last.model}' on {place}"),
         (ended - begun - held_back, f"for the rest of the output of '{last.model}' on {place}"),
         (held_back + max(0.0, until - ended), "for the client to read the answer"),
     )
     seconds, what = max(parts, key=lambda part: part[0])
     return f"{max(0.0, seconds):.3f} of {total:.3f} s {what}"
+
+
+def _what_was_cold(attempt: AttemptFacts) -> str:
+    if _asleep(attempt):
+        return f"the machine of worker '{attempt.node.removesuffix(ASLEEP)}' to wake"
+    return f"model '{attempt.model}' to start on {_place(attempt)}"
 
 
 def _attempt_view(story: StoryFacts, index: int) -> AttemptView:
@@ -537,7 +550,21 @@ def _phase(attempt: AttemptFacts, at: float) -> str:
 
 
 def _place(attempt: AttemptFacts) -> str:
+    if _asleep(attempt):
+        return f"the sleeping worker '{attempt.node.removesuffix(ASLEEP)}'"
     return f"worker '{attempt.node}'" if attempt.forwarded else "this node"
+
+
+def _asleep(attempt: AttemptFacts) -> bool:
+    """Return whether the attempt was the wait for a machine to wake."""
+    return not attempt.forwarded and attempt.node.endswith(ASLEEP)
+
+
+def _came(story: StoryFacts, index: int) -> bool:
+    """Return whether an attempt was the wait for a machine, and ended since a worker has brought the model."""
+    attempt = story.attempts[index]
+    followed = index + 1 < len(story.attempts) and story.attempts[index + 1].model == attempt.model
+    return followed and _asleep(attempt) and attempt.retryable and attempt.cancelled is None
 
 
 def _error(error: ErrorFacts | None) -> str:

@@ -36,7 +36,7 @@ from ..core.call import Call
 from ..core.model import KINDS, ModelInfo
 from ..core.model_state import CONTROL, UNLOAD, ModelState, ModelWait
 from ..core.request import Request
-from ..core.wake_target import WakeTarget, read_wake_target
+from ..core.wake_target import ASLEEP, WakeTarget, read_wake_target
 from ..errors import ApiError, ModelStartFailed, ModelUnavailable
 from ..net.throttled_log import ThrottledLog
 from ..options import ClusterServerOptions
@@ -108,7 +108,7 @@ class SleepingWorker:
     @property
     def name(self) -> str:
         """See ``Backend``. Not the name of the worker: a call is not opened again on the node that had it."""
-        return f"{self.worker}, asleep"
+        return self.worker + ASLEEP
 
     @property
     def load(self) -> float:

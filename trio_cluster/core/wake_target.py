@@ -8,8 +8,10 @@ from typing import Final
 
 import attrs
 
-__all__ = ["WAKE_PATTERN", "WakeTarget", "read_wake_target"]
+__all__ = ["ASLEEP", "WAKE_PATTERN", "WakeTarget", "read_wake_target"]
 
+#: What follows the name of a worker in the name of the backend that stands in for it while its machine sleeps.
+ASLEEP: Final = ", asleep"
 #: Where packets go if the option names no address: the network that this machine is in, and the port for "discard".
 _BROADCAST: Final = ("255.255.255.255", 9)
 _MAC: Final = "(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}"
