@@ -106,6 +106,7 @@ def test_the_status_of_several_processes_is_that_of_one_node() -> None:
         worker(in_flight_elsewhere=6, state="suspended"),
         masters=[
             {"id": "m-1", "address": "a, process 1", "workers": ["w"]},
+            {"id": "m-2", "address": "a, process 2", "workers": ["w"]},
             {"id": "x", "address": "b", "workers": ["w"]},
         ],
     )

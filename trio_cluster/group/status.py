@@ -41,7 +41,10 @@ def merge_status(own: bytes, answers: Mapping[int, bytes], processes: Collection
     merged["ejected"] = list(
         {(one["node"], one["model"]): one for status in found for one in status["ejected"]}.values()
     )
-    own_ids = {status["node_id"] for status in found}
+    # Each is called like the group, with its number. One that does not answer now is no other master either.
+    number, answered = next(iter(each.items()))
+    group = answered["node_id"].removesuffix(f"-{number}")
+    own_ids = {f"{group}-{one.process}" for one in processes}
     merged["masters"] = _masters(found, own_ids)
     merged["processes"] = [
         {
