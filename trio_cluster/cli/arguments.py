@@ -201,10 +201,10 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     unload = command(
         "unload", "Stop a model that runs on demand when its requests are done, and wait for that."
     )
-    for each in (load, unload):
+    for each, default in ((load, "the one that is ready first"), (unload, "all that have it")):
         each.add_argument("model", metavar="MODEL", help="its name")
         _add_url(each)
-        each.add_argument("--worker", metavar="WORKER", help="on this worker; default: see the documentation")
+        each.add_argument("--worker", metavar="WORKER", help=f"on this worker (default: {default})")
         _add_admin_flags(each)
 
     _add_keys(command("keys", "Make, show, change and revoke API keys."))
