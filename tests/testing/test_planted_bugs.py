@@ -426,7 +426,7 @@ PLANTED: Final = [
     Planted(do_not_honour_retry_after, "is left alone for .* s instead of", BUSY, has_troubles),
     Planted(send_more_to_a_frozen_worker, "frozen for .* s", BUSY, freezes_workers),
     Planted(accept_clients_before_the_workers, "without a cause: model_", LARGE, replaces_masters),
-    Planted(end_as_soon_as_replaced, "without a cause|no fault broke it", LARGE, replaces_masters),
+    Planted(end_as_soon_as_replaced, "without a cause|no fault broke it", BUSY, replaces_masters),
     Planted(tell_workers_nothing_of_a_successor, "could not be replaced", LARGE, replaces_masters),
     Planted(do_not_give_up_starts, "is started, and its last request has left", CALM, has_residents),
     Planted(stop_models_that_answer, r"is stopped, and \d+ handlers run on it", CALM, has_residents),
