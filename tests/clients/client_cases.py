@@ -21,7 +21,7 @@ __all__ = ["CASES", "endpoint_of"]
 _VISION: Final = {
     "id": "org/vision-model", "object": "model", "created": ANY, "owned_by": "trio-cluster", "kind": "chat",
     "capabilities": {"vision": True}, "context_window": 4096, "license": "MIT", "trio_cluster_via": ANY,
-    "modalities": {"input": ["text", "image"], "output": ["text"]},
+    "modalities": {"input": ["text", "image"], "output": ["text"]}, "state": "ready",
 }  # fmt: skip
 
 

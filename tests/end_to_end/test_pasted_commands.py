@@ -50,6 +50,12 @@ NOT_RUN: Final = {
     r"\.venv/bin/trio-cluster demo": "needs weights; tests/demo and the session engines run the demo",
     r"(\.venv/bin/)?nox": "runs these tests",
     r"trio-cluster worker .*--serve (llama|minilm)": "needs weights; tests/engines run these engines",
+    r"trio-cluster worker .*(--serve command:|--config worker\.toml)": (
+        "needs model servers; test_on_demand_processes.py has some"
+    ),
+    r"trio-cluster (load|unload)": "needs a model that runs on demand; tests/cluster/test_cold_models.py has some",
+    r"trio-cluster reload": "needs a node with a file of options; tests/cli/test_reload.py has one",
+    r"trio-cluster why": "needs the id of a request; tests/admin/test_story.py has some",
     r"trio-cluster worker (a\.example|--masters-from)": "needs two masters; test_several_masters_processes.py has them",
     r"vllm serve": "another program, which needs a GPU; never run",
     r"docker run": "another program, a large image; never run",
