@@ -239,6 +239,34 @@ async def test_if_one_attempt_is_lost_the_other_goes_on(lost: str, autojump_cloc
         assert stage.starts == ["a", "b"]
 
 
+@pytest.mark.parametrize("lost", ["a", "b"])
+async def test_a_request_has_waited_for_the_attempt_that_was_not_lost_when_its_time_is_over(
+    lost: str, autojump_clock: MockClock
+) -> None:
+    async with staged("a", "b") as stage:
+        await stage.learn()
+        stage.takes = {"a": 30.0, "b": 30.0}
+        responses = []
+        won = stage.hedges[1]
+
+        async def ask() -> None:
+            responses.append(await stage.ask(x_request_timeout="5"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(2.5)
+            assert sorted(stage.starts) == ["a", "b"]
+            stage.cluster.workers[lost].kill()
+        (response,) = responses
+        assert (response.status, response.error["code"]) == (504, "timeout")
+        path = f"/cluster/requests/{response.headers['x-request-id']}"
+        story = (await stage.cluster.client().get(path)).json()
+        assert story["outcome"] == "timed_out", story
+        assert stage.hedges[1] == won
+        await trio.sleep(3)
+        assert sum(stage.in_flight.values()) == 0
+
+
 async def test_if_both_attempts_are_lost_there_is_no_third(autojump_clock: MockClock) -> None:
     async with staged("a", "b", "c") as stage:
         await stage.learn(60)

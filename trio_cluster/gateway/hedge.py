@@ -58,7 +58,8 @@ async def first_event(node_context: NodeContext, context: RequestContext, until:
             context.call = first
             event = await _race(context, first, second, until)
             if context.call is second:
-                router.hedging.won += 1
+                if isinstance(event, Head):
+                    router.hedging.won += 1
                 if first.ended and first.cancelled is None:
                     router.tell_replaced(first, second)
             if isinstance(event, Failed):
@@ -94,7 +95,9 @@ async def _race(context: RequestContext, first: Call, second: Call, until: float
 
             nursery.start_soon(receive, first)
             nursery.start_soon(receive, second)
-    winner = next((call for call, event in found.items() if _decides(event)), first)
+    # If neither has answered in time, the request has waited for the one that is not lost.
+    waiting = next((call for call in (first, second) if call not in found), first)
+    winner = next((call for call, event in found.items() if _decides(event)), waiting)
     loser = second if winner is first else first
     loser.superseded, winner.superseded = True, False
     context.call = winner
