@@ -91,6 +91,19 @@ async def test_one_start_serves_all_that_wait(on_demand: OnDemand, autojump_cloc
     assert model.log == ["start", "ready", "stopped"]
 
 
+async def test_a_start_that_is_given_up_in_the_moment_of_its_decision_leaves_nothing_reserved(
+    on_demand: OnDemand, autojump_clock: object
+) -> None:
+    model = Model()
+    tenancy = on_demand.add("m", ["m"], model.open, memory=60)
+    async with running(on_demand, tenancy):
+        on_demand.ask(tenancy).leave()
+        assert on_demand.schedule.reserved == 60
+        await trio.testing.wait_all_tasks_blocked()
+        assert (on_demand.schedule.reserved, tenancy.resident.state, model.log) == (0, "cold", [])
+        assert await use(on_demand, tenancy) == 10
+
+
 async def test_a_start_is_given_up_when_the_last_one_that_waits_leaves(
     on_demand: OnDemand, autojump_clock: object
 ) -> None:

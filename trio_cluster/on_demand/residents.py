@@ -383,9 +383,10 @@ class OnDemand:
         task_status.started()
         try:
             while True:
-                while resident.state != "starting":
+                while resident.state not in ("starting", "stopping"):
                     await tenancy.changed.park()
-                why = await self._run_once(tenancy)
+                # A start that was given up before this task has run is not begun.
+                why = await self._run_once(tenancy) if resident.state == "starting" else ""
                 self.schedule.ended(resident, trio.current_time(), why)
                 if resident.runs_failed:
                     logger.warning("%s has failed: %s", resident.name, resident.why)
