@@ -267,6 +267,28 @@ async def test_a_request_has_waited_for_the_attempt_that_was_not_lost_when_its_t
         assert sum(stage.in_flight.values()) == 0
 
 
+async def test_an_attempt_whose_link_is_cut_goes_on_when_that_is_resumed(autojump_clock: MockClock) -> None:
+    """It would not be opened elsewhere, so it is not given up for that; the other attempt may be lost."""
+    async with staged("a", "b", resume_window=15.0) as stage:
+        await stage.learn()
+        stage.takes = {"a": 8.0, "b": 8.0}
+        responses = []
+
+        async def ask() -> None:
+            responses.append(await stage.ask())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(2.5)
+            assert sorted(stage.starts) == ["a", "b"]
+            cut, lost = stage.starts
+            stage.cluster.workers[cut].link.reset()
+            await trio.sleep(1)
+            stage.cluster.workers[lost].kill()
+        assert vector(responses[0]) == (1.0 if cut == "a" else 2.0)
+        assert len(stage.starts) == 2
+
+
 async def test_if_both_attempts_are_lost_there_is_no_third(autojump_clock: MockClock) -> None:
     async with staged("a", "b", "c") as stage:
         await stage.learn(60)

@@ -362,5 +362,8 @@ def _model_state(state: str, seconds: float) -> ModelState:
 
 
 def _may_be_retried(call: Call) -> bool:
-    """Return whether another replica may be given a request: no answer has begun, and it is the first retry."""
-    return not call.begun and not call.request.retried and call.request.replayable
+    """Return whether another replica may be given a request: no answer has begun, and it is the first retry.
+
+    Of two attempts neither is retried, so it is better to wait for a link that was cut.
+    """
+    return not (call.begun or call.request.retried or call.hedged) and call.request.replayable

@@ -105,6 +105,7 @@ class Call:
         model_wait: what the call waits for, while its model is not running; otherwise ``None``.
         ready_since: the trio time at which that wait was over; 0 if there was none.
         queued: the call waits for a slot, as far as this node knows.
+        hedged: it is one of two attempts at a request, neither of which is retried.
         superseded: it is one of two attempts at a request, and not the one that has answered.
         why: the reason of the policy that has chosen its replica.
         opened_at, begun_at, cancelled_at, ended_at, released_at: when it was opened, its head was put, it was
@@ -139,6 +140,7 @@ class Call:
         "ended_at",
         "facts",
         "forwarded",
+        "hedged",
         "model_wait",
         "notes",
         "observers",
@@ -197,6 +199,7 @@ class Call:
         self.queued = False
         self.model_wait: ModelWait | None = None
         self.ready_since = 0.0
+        self.hedged = False
         self.superseded = False
         self.why = ""
         self.opened_at = clock.now()

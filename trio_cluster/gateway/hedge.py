@@ -54,6 +54,7 @@ async def first_event(node_context: NodeContext, context: RequestContext, until:
         if second is None:
             event = await _receive(first, until)
         else:
+            first.hedged = second.hedged = True
             context.add_call(second)
             context.call = first
             event = await _race(context, first, second, until)
