@@ -164,10 +164,12 @@ async def test_a_program_that_dies_in_a_stream_breaks_that_and_is_started_again(
         assert response.status_code == 200
         first, second = bench.logged("start")
         assert first != second
-        # It has answered, so the next death is its first failure.
+        # It has answered, so the next death is its first failure. That counts when the request is over.
+        resident = bench.server.on_demand.by_model["tiny"].resident
+        await until(lambda: not resident.answering and not resident.failures)
         os.kill(second, signal.SIGKILL)
         await until(lambda: bench.server.on_demand.states()["tiny"].state == "cold")
-        assert "SIGKILL" in bench.server.on_demand.by_model["tiny"].resident.why
+        assert "SIGKILL" in resident.why
         assert (await bench.ask()).status_code == 200
 
 
