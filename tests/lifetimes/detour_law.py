@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import attrs
-from law import CLIENTS, HANDLERS, PHASES, Impossible
+from law import CLIENTS, HANDLERS, PHASES, Impossible, table
 
 __all__ = ["DETOUR_BOUNDS", "DETOUR_CAUSES", "DETOUR_LAW", "DetourCell", "detour_markdown"]
 
@@ -105,14 +105,17 @@ DETOUR_LAW: Final[dict[str, dict[str, _Entry]]] = {
 
 def detour_markdown() -> Iterator[str]:
     """Yield the lines of the law as the documentation shows it."""
-    yield "| cause | phase | the client sees | the first handler sees | slot free, client told | counted as |"
-    yield "|---|---|---|---|---|---|"
-    for cause, row in DETOUR_LAW.items():
-        for phase, entry in row.items():
-            title = f"| {DETOUR_CAUSES[cause]} | {PHASES[phase]} |"
-            if isinstance(entry, Impossible):
-                yield f"{title} *not possible: {entry.why}* | | | |"
-                continue
-            counters = ", ".join(entry.master) or "none"
-            client = CLIENTS[entry.client] + (" of the other one" if entry.elsewhere else "")
-            yield f"{title} {client} | {HANDLERS[entry.handler]} | {DETOUR_BOUNDS[entry.bound]} | {counters} |"
+
+    def shown(cell: DetourCell) -> tuple[str, ...]:
+        client = CLIENTS[cell.client] + (" of the other one" if cell.elsewhere else "")
+        return client, HANDLERS[cell.handler], DETOUR_BOUNDS[cell.bound], ", ".join(cell.master) or "none"
+
+    columns = (
+        "cause",
+        "phase",
+        "the client sees",
+        "the first handler sees",
+        "slot free, client told",
+        "counted as",
+    )
+    return table(columns, DETOUR_LAW, DETOUR_CAUSES, PHASES, shown)

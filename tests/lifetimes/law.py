@@ -6,8 +6,8 @@ not know how a cell is tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, TypeAlias
 
 import attrs
 
@@ -22,6 +22,7 @@ __all__ = [
     "Entry",
     "Impossible",
     "markdown",
+    "table",
 ]
 
 #: What a request is doing, in the order in which it does it.
@@ -294,6 +295,33 @@ def markdown() -> Iterator[str]:
                 f"| {BOUNDS[entry.bound]} | {counters} |"
             )
         yield ""
+
+
+def table(
+    columns: tuple[str, ...],
+    law: Mapping[str, Mapping[str, Any]],
+    causes: Mapping[str, str],
+    phases: Mapping[str, str],
+    shown: Callable[[Any], tuple[str, ...]],
+) -> Iterator[str]:
+    """Yield the lines of another law as the documentation shows it: one table, with a row for each cell.
+
+    Args:
+        columns: the heads; the first two are those of causes and phases.
+        law: the entries by cause and phase.
+        causes, phases: what they are called.
+        shown: returns what is in the other columns of a cell that is possible.
+    """
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for cause, row in law.items():
+        for phase, entry in row.items():
+            if isinstance(entry, Impossible):
+                yield f"| {causes[cause]} | {phases[phase]} | *not possible: {entry.why}* |" + " |" * (
+                    len(columns) - 3
+                )
+            else:
+                yield f"| {' | '.join((causes[cause], phases[phase], *shown(entry)))} |"
 
 
 def _counters(cell: Cell) -> str:

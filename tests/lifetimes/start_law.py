@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import attrs
-from law import BOUNDS, CAUSES, CLIENTS, Impossible
+from law import BOUNDS, CAUSES, CLIENTS, Impossible, table
 
 __all__ = [
     "START_BOUNDS",
@@ -129,15 +129,9 @@ START_LAW: Final[dict[str, dict[str, _Entry]]] = {
 
 def start_markdown() -> Iterator[str]:
     """Yield the lines of the table as the documentation shows it."""
-    yield "| cause | the request | its client sees | the model | client told |"
-    yield "|---|---|---|---|---|"
-    for cause, row in START_LAW.items():
-        for phase, entry in row.items():
-            title = START_CAUSES[cause]
-            if isinstance(entry, Impossible):
-                yield f"| {title} | {START_PHASES[phase]} | *not possible: {entry.why}* | | |"
-            else:
-                yield (
-                    f"| {title} | {START_PHASES[phase]} | {START_CLIENTS[entry.client]} "
-                    f"| {START_MODELS[entry.model]} | {START_BOUNDS[entry.bound]} |"
-                )
+
+    def shown(cell: StartCell) -> tuple[str, ...]:
+        return START_CLIENTS[cell.client], START_MODELS[cell.model], START_BOUNDS[cell.bound]
+
+    columns = ("cause", "the request", "its client sees", "the model", "client told")
+    return table(columns, START_LAW, START_CAUSES, START_PHASES, shown)

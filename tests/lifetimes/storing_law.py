@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import attrs
-from law import BOUNDS, CAUSES, CLIENTS, Impossible
+from law import BOUNDS, CAUSES, CLIENTS, Impossible, table
 
 __all__ = [
     "MOMENTS",
@@ -120,15 +120,9 @@ STORING_LAW: Final[dict[str, dict[str, _Entry]]] = {
 
 def storing_markdown() -> Iterator[str]:
     """Yield the lines of the table as the documentation shows it."""
-    yield "| cause | moment | the client sees | stored | client told |"
-    yield "|---|---|---|---|---|"
-    for cause, row in STORING_LAW.items():
-        for moment, entry in row.items():
-            title = STORING_CAUSES[cause]
-            if isinstance(entry, Impossible):
-                yield f"| {title} | {MOMENTS[moment]} | *not possible: {entry.why}* | | |"
-            else:
-                yield (
-                    f"| {title} | {MOMENTS[moment]} | {CLIENTS[entry.client]} | {STORED[entry.stored]} "
-                    f"| {STORING_BOUNDS[entry.bound]} |"
-                )
+
+    def shown(cell: StoringCell) -> tuple[str, ...]:
+        return CLIENTS[cell.client], STORED[cell.stored], STORING_BOUNDS[cell.bound]
+
+    columns = ("cause", "moment", "the client sees", "stored", "client told")
+    return table(columns, STORING_LAW, STORING_CAUSES, MOMENTS, shown)

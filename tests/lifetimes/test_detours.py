@@ -8,8 +8,8 @@ import pytest
 import trio
 import trio.testing
 from detour_law import DETOUR_LAW, DetourCell
-from scenario import ENDPOINTS, LATENCY, MODEL, Caller, Endpoint, Phase, Scenario, Script, open_scenario
-from test_matrix import LAST_EVENTS, OPTIONS, PADDING, PATHS, SLOW_LINK, CellTest
+from scenario import ENDPOINTS, LATENCY, MODEL, Endpoint, Phase, Scenario, Script, open_scenario
+from test_matrix import LAST_EVENTS, OPTIONS, PATHS, SLOW_LINK, CellTest
 
 from trio_cluster.routing.ejection import Verdict
 from trio_cluster.testing import settle, worker
@@ -90,28 +90,18 @@ class DetourTest(CellTest):
         *,
         commented: bool,
     ) -> None:
-        self.scenario = scenario
-        self.cause = cause
-        self.phase = phase
-        self.endpoint = endpoint
-        self.forwarded = True
+        super().__init__(scenario, cause, phase, endpoint, True)
         self.options = {name: value for name, value in options.items() if name not in OF_THE_CLUSTER}
         self.commented = commented
-        cell = DETOUR_LAW[cause][phase]
-        assert isinstance(cell, DetourCell)
-        self.cell = cell  # type: ignore[assignment]
-        self.detour = cell
-        self.caller = Caller(
-            scenario.cluster,
-            endpoint,
-            padding=PADDING if phase == "forwarding" else 0,
-            whole=phase != "uploading",
-            reads=phase != "blocked",
-        )
-        self.link = LATENCY
         self.old = scenario.master
         # It does not wait, or for ever.
         self.other = Script(endpoint, cast(Phase, "waiting" if cause == "hedge_left" else "queued"))
+
+    @staticmethod
+    def cell_of(cause: str, phase: str) -> DetourCell:
+        cell = DETOUR_LAW[cause][phase]
+        assert isinstance(cell, DetourCell)
+        return cell
 
     def slow_link(self) -> float:
         return SLOW_LINKS.get(self.cause, SLOW_LINK)
@@ -156,27 +146,27 @@ class DetourTest(CellTest):
         await self._replaced()
 
     async def wait_for_effects(self) -> None:
-        if self.phase == "uploading" and self.detour.bound == "end":
+        if self.phase == "uploading" and self.cell.bound == "end":
             await trio.sleep(5 * LATENCY)
-        elif self.detour.bound == "end":
+        elif self.cell.bound == "end":
             await trio.sleep(5 * LATENCY + 0.5)
             assert self.caller.ended_at is None
             assert "cancelled" not in self.scenario.script.words
         else:
             # The news has to pass the slow link twice before the first call is over.
-            await trio.sleep(BOUNDS[self.detour.bound] + 1 + 2 * self.link)
+            await trio.sleep(BOUNDS[self.cell.bound] + 1 + 2 * self.link)
         self.scenario.watch()
         self.now = trio.current_time()
         self.caller.send_rest.set()
         self.caller.read_on.set()
-        if self.detour.handler == "finishes":
+        if self.cell.handler == "finishes":
             self.scenario.script.go.set()
             self.scenario.free_the_slot()
             await trio.sleep(14)
         await trio.sleep(1)
 
     def check(self) -> None:
-        if self.detour.elsewhere:
+        if self.cell.elsewhere:
             assert self.other.words == ["starts", "finishes", "cleaned up"]
             self.scenario.script.given = self.other.given
         elif self.cause == "hedge_left":
@@ -185,7 +175,7 @@ class DetourTest(CellTest):
             assert self.other.words == []
         self.check_client()
         self.check_handler()
-        bound = BOUNDS.get(self.detour.bound)
+        bound = BOUNDS.get(self.cell.bound)
         if bound is not None:
             # Messages to another worker and back, in whose way the whole body may be.
             late = 10 * LATENCY + (1.0 if self.phase == "forwarding" else 0.0)
@@ -201,7 +191,7 @@ class DetourTest(CellTest):
         if self.phase == "queued":
             # The one that had the slot.
             counted.remove("cancelled" if "cancelled" in counted else "worker_lost")
-        assert counted == sorted(self.detour.master)
+        assert counted == sorted(self.cell.master)
         limiter = self.old.limiter
         assert limiter is None or (limiter.open_reservations, limiter.open_tokens) == (0, 0)
 

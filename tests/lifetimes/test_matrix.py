@@ -226,9 +226,7 @@ class CellTest:
         self.endpoint = endpoint
         self.forwarded = forwarded
         self.commented = False
-        cell = LAW[cause][phase]
-        assert isinstance(cell, Cell)
-        self.cell = cell
+        self.cell = self.cell_of(cause, phase)
         self.caller = Caller(
             scenario.cluster,
             endpoint,
@@ -238,6 +236,13 @@ class CellTest:
             **HEADERS.get(cause, {}),
         )
         self.link = LATENCY
+
+    @staticmethod
+    def cell_of(cause: str, phase: str) -> Any:
+        """Return what follows from the cause in the phase."""
+        cell = LAW[cause][phase]
+        assert isinstance(cell, Cell)
+        return cell
 
     # Before
 

@@ -2,13 +2,12 @@
 
 So a key has its limits once, whichever processes answer it, and they are kept in the state directory as those of a
 master that is one process. A reservation costs a message to the supervisor and one back, for keys with limits only.
-What
-a process has reserved that ends is settled as if all of it had been used.
+What a process has reserved that ends is settled as if all of it had been used.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final, Protocol
@@ -19,11 +18,10 @@ from ..core.answer import Usage
 from ..core.call import Call
 from ..core.principal import Limits, Principal
 from ..core.request import Request
-from ..core.state_dir import StateDir
 from ..errors import ApiError
 from ..limits.account import LimitState, Refusal
 from ..limits.estimate import Estimator
-from ..limits.limiter import refused
+from ..limits.limiter import CountedElsewhere, refused
 from ..limits.memory import MemoryLimiter
 from ..limits.reservation import Reservation, Settle as SettleFunction
 from .messages import AskState, Reserve, Reserved, Settle
@@ -79,7 +77,7 @@ class LimitCounter:
             self._open.pop(key)(None, True)
 
 
-class GroupLimiter:
+class GroupLimiter(CountedElsewhere):
     """The side of a member. See ``Limiter``; nothing is kept here, so what concerns the state directory has no effect.
 
     Args:
@@ -136,22 +134,6 @@ class GroupLimiter:
     async def opened(self) -> AsyncIterator[None]:
         """See ``Limiter``. No checkpoint."""
         yield
-
-    async def release(self, forward: Callable[[bytes], None]) -> None:
-        """See ``Limiter``."""
-        await trio.lowlevel.checkpoint()
-
-    def retake(self) -> None:
-        """See ``Limiter``."""
-
-    def load(self, state_dir: StateDir) -> None:
-        """See ``Limiter``."""
-
-    def unload(self) -> None:
-        """See ``Limiter``."""
-
-    def apply(self, line: bytes) -> None:
-        """See ``Limiter``."""
 
     @property
     def open_reservations(self) -> int:

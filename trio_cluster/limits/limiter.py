@@ -1,6 +1,7 @@
 """The interface of what counts requests against the limits of their keys, and the refusals.
 
-There are two: ``memory.py`` counts in this process, and ``redis.py`` in a server that several masters share.
+There are three: ``memory.py`` counts in this process, ``redis.py`` in a server that several masters share, and
+``group/limiter.py`` in the supervisor of a master that is several processes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
+import trio
+
 from ..core.principal import Limits, Principal
 from ..core.request import Request
 from ..core.state_dir import StateDir
@@ -16,7 +19,7 @@ from ..errors import ApiError, QuotaExceeded, RateLimited
 from .account import LimitState, Refusal
 from .reservation import Reservation
 
-__all__ = ["Limiter", "Refused", "refused"]
+__all__ = ["CountedElsewhere", "Limiter", "Refused", "refused"]
 
 #: Microseconds in a millisecond.
 _MS: Final = 1000
@@ -84,6 +87,26 @@ class Limiter(Protocol):
     def open_tokens(self) -> int:
         """The tokens that they hold."""
         ...
+
+
+class CountedElsewhere:
+    """A limiter whose counts are in another process: this one keeps nothing in the state directory."""
+
+    async def release(self, forward: Callable[[bytes], None]) -> None:
+        """See ``Limiter``."""
+        await trio.lowlevel.checkpoint()
+
+    def retake(self) -> None:
+        """See ``Limiter``."""
+
+    def load(self, state_dir: StateDir) -> None:
+        """See ``Limiter``."""
+
+    def unload(self) -> None:
+        """See ``Limiter``."""
+
+    def apply(self, line: bytes) -> None:
+        """See ``Limiter``."""
 
 
 class Refused(Exception):

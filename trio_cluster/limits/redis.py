@@ -43,11 +43,10 @@ from ..core.answer import Usage
 from ..core.call import Call
 from ..core.principal import Limits, Principal
 from ..core.request import Request
-from ..core.state_dir import StateDir
 from ..errors import ApiError, OptionsError
 from .account import Demand, LimitState, Refusal, RefusalKind, Standing
 from .estimate import Estimator
-from .limiter import refused
+from .limiter import CountedElsewhere, refused
 from .memory import MINUTE, MemoryLimiter
 from .reservation import Reservation
 
@@ -86,7 +85,7 @@ class _Operation:
     failures: int = 0
 
 
-class RedisLimiter:
+class RedisLimiter(CountedElsewhere):
     """See ``Limiter``, and the top of this module.
 
     Args:
@@ -374,22 +373,6 @@ class RedisLimiter:
                 "limits cannot be counted at %s: %s; requests of keys with limits %s until it is back",
                 self._place, why, instead,
             )  # fmt: skip
-
-    async def release(self, forward: Callable[[bytes], None]) -> None:
-        """See ``Limiter``: nothing is kept in the state directory."""
-        await trio.lowlevel.checkpoint()
-
-    def retake(self) -> None:
-        """See ``Limiter``."""
-
-    def load(self, state_dir: StateDir) -> None:
-        """See ``Limiter``."""
-
-    def unload(self) -> None:
-        """See ``Limiter``."""
-
-    def apply(self, line: bytes) -> None:
-        """See ``Limiter``."""
 
     @property
     def open_reservations(self) -> int:

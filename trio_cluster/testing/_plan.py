@@ -8,6 +8,7 @@ as a number that then selects one of them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import attrs
@@ -480,17 +481,7 @@ def _draw_cuts(seed: int, seconds: float, workers: list[str]) -> list[Fault]:
     """Return resets of links all the time, for a schedule in which everything has to go on in spite of them."""
     # A generator of their own, so that the rest of the schedule is the same with them and without.
     rng = random.Random(f"the cuts of {seed}")
-    return [
-        Fault(
-            at=round(rng.uniform(0, seconds), 3),
-            duration=0.0,
-            kind="link reset",
-            target=rng.choice(workers),
-            choice=rng.randrange(1 << 20),
-            amount=0.0,
-        )
-        for _ in range(_CUTS)
-    ]
+    return _draw_moments(rng, seconds, "link reset", workers, _CUTS)
 
 
 def _draw_troubles(seed: int, seconds: float, models: tuple[ModelSpec, ...]) -> list[Fault]:
@@ -539,16 +530,23 @@ def _draw_take_overs(seed: int, seconds: float, masters: tuple[str, ...]) -> lis
     """Return take-overs: another process takes the place of a master. That is to cost no request anything."""
     # As for the cuts.
     rng = random.Random(f"the take-overs of {seed}")
+    return _draw_moments(rng, seconds, "master replaced", masters, rng.randint(*_TAKE_OVERS))
+
+
+def _draw_moments(
+    rng: random.Random, seconds: float, kind: FaultKind, targets: Sequence[str], count: int
+) -> list[Fault]:
+    """Return faults of one kind that last no time."""
     return [
         Fault(
             at=round(rng.uniform(0, seconds), 3),
             duration=0.0,
-            kind="master replaced",
-            target=rng.choice(masters),
+            kind=kind,
+            target=rng.choice(targets),
             choice=rng.randrange(1 << 20),
             amount=0.0,
         )
-        for _ in range(rng.randint(*_TAKE_OVERS))
+        for _ in range(count)
     ]
 
 
