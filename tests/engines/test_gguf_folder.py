@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import trio
 from clusters import until
 from gguf_writer import header, write_gguf
+from serving_node import ask, serving
 
-from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions
 from trio_cluster.engines import _gguf_folder, llama, parse_serve, serve_engine
 from trio_cluster.engines._gguf_folder import FolderModel, find_in_folder, follow_folder
 from trio_cluster.engines._gguf_header import GgufHeader, read_header
@@ -49,27 +46,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(type(llama.engine), "requires", ())
     monkeypatch.setattr(_gguf_folder, "_LOOK", 0.02)
     return log
-
-
-@asynccontextmanager
-async def serving(spec: str, memory: str = "1GiB") -> AsyncIterator[tuple[ClusterServer, httpx.AsyncClient]]:
-    options = ServerOptions(host="127.0.0.1", port=0)
-    server = ClusterServer(ClusterServerOptions(server=options, memory=memory))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run_as_standalone)
-        await nursery.start(serve_engine, parse_serve(spec), server)
-        assert server.url is not None
-        async with httpx.AsyncClient(
-            base_url=server.url, trust_env=False, verify=False, timeout=20
-        ) as client:
-            yield server, client
-        nursery.cancel_scope.cancel()
-
-
-async def ask(client: httpx.AsyncClient, model: str) -> Any:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-    response = await client.post("/v1/chat/completions", json=body)
-    return response.json()["choices"][0]["message"]["content"]
 
 
 # The header

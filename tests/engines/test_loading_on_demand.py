@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import httpx
 import pytest
+import serving_node
 import trio
 from clusters import until
+from serving_node import ask
 
-from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions, ServerOptions
+from trio_cluster import ChatRequest, ClusterServer, ClusterServerOptions
 from trio_cluster.engines import (
     LoadingEngine,
     Option,
@@ -73,30 +75,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
     return toy
 
 
-@asynccontextmanager
-async def serving(
-    *specs: str, memory: str = "100MiB"
-) -> AsyncIterator[tuple[ClusterServer, httpx.AsyncClient]]:
-    options = ServerOptions(host="127.0.0.1", port=0, default_timeout=0.5)
-    server = ClusterServer(ClusterServerOptions(server=options, memory=memory))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run_as_standalone)
-        for spec in specs:
-            await nursery.start(serve_engine, parse_serve(spec), server)
-        assert server.url is not None
-        async with httpx.AsyncClient(
-            base_url=server.url, trust_env=False, verify=False, timeout=20
-        ) as client:
-            yield server, client
-        nursery.cancel_scope.cancel()
-
-
-async def ask(client: httpx.AsyncClient, model: str) -> Any:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-    response = await client.post("/v1/chat/completions", json=body)
-    if response.status_code != 200:
-        return response.json()["error"]
-    return response.json()["choices"][0]["message"]["content"]
+serving = partial(serving_node.serving, memory="100MiB", default_timeout=0.5)
 
 
 def test_engines_that_can_describe_their_model_take_the_options_of_residents(toy: Toy) -> None:
