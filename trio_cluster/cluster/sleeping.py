@@ -84,7 +84,6 @@ class SleepingWorker:
         waiting: the calls that wait for it, with the trio time at which each began to.
         connected_at: the trio time at which it came back; ``None`` while it is away.
         next_packet: the trio time at which the next packet is sent.
-        asked: somebody has asked for it since the last packet.
         asked_at: the trio time of the first call that it was woken for; ``None``: it is not being woken.
         seconds: how long it took to come the last time; ``None``: not known.
     """
@@ -100,7 +99,6 @@ class SleepingWorker:
         self.waiting: dict[Call, float] = {}
         self.connected_at: float | None = None
         self.next_packet = -math.inf
-        self.asked = False
         self.asked_at: float | None = None
         self.seconds: float | None = None
         self._wake = wake
@@ -123,7 +121,6 @@ class SleepingWorker:
         now = trio.current_time()
         if self.asked_at is None:
             self.set_asked(now)
-        self.asked = True
         self._wake()
         if request.upload is not None:
             # It could not be sent to the worker later: what arrives is not kept.
@@ -298,14 +295,16 @@ class SleepingWorkers:
             worker.fail(
                 expired.__contains__, lambda model: ModelStartFailed(f"'{model}'", why, PACKET_INTERVAL)
             )
-        if (worker.asked or worker.waiting) and worker.next_packet <= now:
+            if not worker.waiting:
+                worker.set_asked(None)
+        if (worker.asked_at is not None or worker.waiting) and worker.next_packet <= now:
             worker.next_packet = now + PACKET_INTERVAL
             try:
                 self._send(worker.target)
             except OSError as error:
                 failures.warning(f"no packet could be sent: {error}", {"worker": worker.worker})
-        worker.asked = False
         if not worker.waiting:
+            # Nobody asks any more, or it was a request that cannot wait.
             worker.set_asked(None)
             return math.inf
         return min(worker.next_packet, min(worker.waiting.values()) + timeout)

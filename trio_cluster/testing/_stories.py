@@ -31,7 +31,7 @@ _OUTCOMES: Final = {
     "over_capacity": {"failed", "refused"},
     "shutting_down": {"failed", "refused"},
     "rate_limit_exceeded": {"refused"},
-    "model_unavailable": {"refused"},
+    "model_unavailable": {"failed", "refused"},
     "model_not_found": {"refused"},
 }
 
@@ -99,6 +99,9 @@ def _complaint(outcome: Outcome, facts: StoryFacts) -> str:
 def _by_the_right_one(code: str, told: Ending) -> bool:
     if code in ("handler_failed", "scripted", "replica_failing", "upstream_lost"):
         return told.by == "model"
+    if code == "model_unavailable" and told.outcome == "failed":
+        # The model was taken back while the request was on its way there.
+        return told.by == "worker"
     # The client is there, and waits.
     return told.by != "client" or code == "timeout"
 
