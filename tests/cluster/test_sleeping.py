@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_cluster import ClusterServer, OptionsError
+from trio_cluster import ClusterServer, OptionsError, RawCall
 from trio_cluster.cluster.sleeping import PACKET_INTERVAL
 from trio_cluster.core.wake_target import WakeTarget, read_wake_target
 from trio_cluster.gateway.body import SPOOL_THRESHOLD
@@ -367,6 +367,27 @@ async def test_an_alias_goes_on_when_its_patience_is_over(
         nursery.start_soon(ask)
         await trio.sleep(40)
         await cluster.start_worker(machine())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_was_waited_for_a_machine_does_not_count_for_any_of_the_next_names(
+    stream: bool, card: Card, autojump_clock: MockClock
+) -> None:
+    async def busy(call: RawCall) -> None:
+        call.begin(503, "application/json")
+
+    async def slow(request: Any) -> str:
+        await trio.sleep(15)
+        return "hello"
+
+    options = {"aliases": {"a": ["m", "busy", "slow"]}, "start_patience": 13, "default_timeout": 20}
+    async with asleep(card, **options) as cluster:
+        cluster.master.server.register_raw("busy", busy)
+        cluster.master.server.register_chat("slow", slow)
+        began = trio.current_time()
+        answer = await cluster.client().chat("a", stream=stream)
+        assert (answer.status, b"hello" in answer.body) == (200, True)
+        assert trio.current_time() - began == pytest.approx(28, abs=0.1)
 
 
 async def test_the_list_of_models_and_the_status_say_that_the_machine_sleeps(

@@ -96,7 +96,7 @@ class Opening:
                 raise event.error
         else:  # the grammar of calls forbids it
             raise HandlerFailed
-        self._replace(call, again)
+        self._replace(again)
         return None
 
     def _leave(self, call: Call) -> bool:
@@ -105,13 +105,15 @@ class Opening:
         again = self._router.open_following(call, why, self._context.deadlines.time_left)
         if again is None:
             return False
-        self._replace(call, again)
+        self._replace(again)
         return True
 
-    def _replace(self, call: Call, again: Call) -> None:
+    def _replace(self, again: Call) -> None:
+        # The client has been waiting all the time. What it has waited for a model to be started does not count,
+        # whichever of the calls that was.
+        ready_since = max(each.ready_since for each in self._context.calls)
+        self._since = max(self._context.deadlines.began, ready_since)
         self._context.add_call(again)
-        # The client has been waiting all the time. What it has waited for a model to be started does not count.
-        self._since = max(self._context.deadlines.began, call.ready_since)
         self._impatient_at = trio.current_time() + self._options.start_patience
 
     async def require_events(self, head: Head) -> None:
