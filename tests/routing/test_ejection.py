@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import email.utils
+import gc
 import math
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -288,6 +290,10 @@ def test_what_is_kept_is_bounded() -> None:
 # The router
 
 
+class WatchedCall(Call):
+    """A call of which a test can see whether it is kept: others can have no weak references."""
+
+
 @attrs.define(eq=False)
 class Scripted:
     name: str
@@ -295,7 +301,7 @@ class Scripted:
     health: Health = attrs.field(factory=Health)
 
     def open(self, request: Request) -> Call:
-        return Call(request, served_by=self.name)
+        return WatchedCall(request, served_by=self.name)
 
 
 def routers(count: int, **options: Any) -> tuple[Router, list[Scripted]]:
@@ -384,6 +390,25 @@ async def test_nothing_is_kept_while_nothing_fails(autojump_clock: MockClock) ->
         finish(router.open(REQUEST), ApiError(400, "no"))
         router.open(REQUEST).cancel("client left")
     assert not router.ejections.table.records
+
+
+async def test_nothing_is_kept_of_a_call_that_was_over_before_it_replaced_another_one(
+    autojump_clock: MockClock,
+) -> None:
+    """A second attempt may end before the task runs that learns of its answer; the first one was lost before."""
+    router, _ = routers(2)
+    for is_over in (False, True):
+        lost, again = router.open(REQUEST), router.open(REQUEST)
+        finish(lost, LOST)
+        if is_over:
+            finish(again)
+        router.tell_replaced(lost, again)
+        if not is_over:
+            finish(again)
+        kept = weakref.ref(again)
+        del lost, again
+        gc.collect()
+        assert kept() is None
 
 
 #: What a client can do to a call.

@@ -389,7 +389,8 @@ class Ejections(Observer):
     def on_retried(self, lost: Call, again: Call) -> None:
         """See ``Observer``."""
         now = _now()
-        if now is not None:
+        # A second attempt may have ended before the task ran that takes its answer; then nothing would remove it here.
+        if now is not None and not again.released:
             self._replacements[again] = now
 
     def on_ended(self, call: Call, outcome: Outcome) -> None:
