@@ -164,7 +164,7 @@ async def test_a_failure_after_the_answer_has_begun_is_a_row_at_once_and_nothing
     call.put(Failed(WorkerLost("w1", "gone"), retryable=True))
     call.release()
     assert [row["outcome"] for row in await node.flushed()] == ["worker_lost"]
-    for name in ("_begun", "_undecided", "_replaced", "_opened"):
+    for name in ("_undecided", "_replaced", "_opened"):
         assert not getattr(node.journal, name)
 
 

@@ -71,8 +71,6 @@ class Journal(Observer):
         self._rows: deque[UsageRow] = deque()
         # The batch that is being written, or is to be written again.
         self._batch: list[UsageRow] = []
-        # When the answers of calls began that have not ended, by core/clock.py.
-        self._begun: dict[Call, float] = {}
         # The rows of calls that have failed and may be retried, and whether a batch was taken since.
         self._undecided: dict[Call, tuple[UsageRow, bool]] = {}
         # Calls that were retried, and whose work has not stopped yet.
@@ -83,10 +81,6 @@ class Journal(Observer):
         self._dropped_before = 0
 
     # Collecting
-
-    def on_first_byte(self, call: Call) -> None:
-        """See ``Observer``."""
-        self._begun[call] = call.begun_at
 
     def on_retried(self, lost: Call, again: Call) -> None:
         """See ``Observer``."""
@@ -101,7 +95,6 @@ class Journal(Observer):
         """See ``Observer``."""
         now = clock.now()
         opened = self._opened.pop(call, call.opened_at) if self._opened else call.opened_at
-        begun = self._begun.pop(call, None)
         if call.superseded:
             # The other attempt at the same request has a row.
             self._replaced.discard(call)
@@ -127,7 +120,7 @@ class Journal(Observer):
             completion,
             cached,
             outcome,
-            None if begun is None else begun - opened,
+            call.begun_at - opened if call.begun else None,
             now - opened,
             request.request_id,
         )
@@ -135,7 +128,7 @@ class Journal(Observer):
             if call in self._replaced:
                 self._replaced.discard(call)
                 return
-            if begun is None:
+            if not call.begun:
                 self._undecided[call] = row, False
                 return
         self._rows.append(row)
