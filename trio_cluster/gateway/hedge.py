@@ -96,11 +96,12 @@ async def _race(context: RequestContext, first: Call, second: Call, until: float
 
             nursery.start_soon(receive, first)
             nursery.start_soon(receive, second)
-    # If neither has answered in time, the request has waited for the one that is not lost.
+    # If neither has answered in time, the request has waited for the one that is not lost; if both are lost, the first
+    # one tells why.
     waiting = next((call for call in (first, second) if call not in found), first)
     winner = next((call for call, event in found.items() if _decides(event)), waiting)
     loser = second if winner is first else first
     loser.superseded, winner.superseded = True, False
     context.call = winner
     loser.cancel("the other attempt has answered first" if winner in found else "the request has timed out")
-    return found.get(winner) if len(found) == 2 or (winner in found and _decides(found[winner])) else None
+    return found.get(winner)
