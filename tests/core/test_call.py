@@ -7,6 +7,7 @@ from trio.testing import wait_all_tasks_blocked
 from trio_cluster.core.answer import Data, Done, Event, Failed, Head, Usage
 from trio_cluster.core.call import Call
 from trio_cluster.core.limits import WINDOW
+from trio_cluster.core.model_state import ModelWait
 from trio_cluster.core.outcome import outcome_of
 from trio_cluster.core.request import Request
 from trio_cluster.errors import ApiError, CallCancelled
@@ -305,3 +306,21 @@ def test_an_answer_that_has_ended_stays_as_it_is() -> None:
     call.put(Failed(ApiError(500, "no")))
     call.satisfy("client left")
     assert (call.satisfied, outcome_of(call)) == (False, "failed")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_an_answer_that_has_begun_or_ended_waits_for_no_model_any_more(ended: bool) -> None:
+    call = Call(REQUEST)
+    call.set_model_wait(ModelWait("starting m"))
+    assert call.model_wait == ModelWait("starting m")
+    if ended:
+        call.cancel("client left")
+    else:
+        call.put(Head())
+    assert call.model_wait is None
+    ready_since, cold_since = call.ready_since, call.cold_since
+    # Its producer has not noticed that yet.
+    call.set_model_wait(ModelWait("waiting for memory"))
+    assert call.model_wait is None
+    call.set_model_wait(None)
+    assert (call.ready_since, call.cold_since) == (ready_since, cold_since)

@@ -244,7 +244,7 @@ class RemoteWorker:
         self._waits = waits
         for call_id, what, seconds in starts:
             call = self._calls.get(call_id)
-            if call is not None and not (call.begun or call.ended):
+            if call is not None:
                 call.set_model_wait(ModelWait(what, None if seconds < 0 else trio.current_time() + seconds))
 
     def on_other_masters(self, message: OtherMasters) -> None:

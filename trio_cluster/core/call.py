@@ -378,7 +378,12 @@ class Call:
                 listener(self)
 
     def set_model_wait(self, wait: ModelWait | None) -> None:
-        """Record what the call waits for before its model runs; ``None``: the model runs. Synchronous."""
+        """Record what the call waits for before its model runs; ``None``: the model runs. Synchronous.
+
+        Without effect once the answer has begun or ended: a producer may report a wait before it has noticed that.
+        """
+        if wait is not None and (self.begun or self.ended):
+            return
         was, self.model_wait = self.model_wait, wait
         if was is None and wait is not None:
             self.cold_since = clock.now()
