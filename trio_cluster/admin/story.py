@@ -337,17 +337,13 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
     for at, text in attempt.notes:
         yield StepView(_since(at, began), text)
     start, queued, held_back, node = _handler_times(attempt)
-    if queued >= _NOTABLE:
-        at = start if start is not None else attempt.ended_at
-        if at >= 0:
-            queue = f"of model '{attempt.model}'" if _queued_for_model(attempt) else f"of {place}"
-            yield StepView(_since(at, began), f"waited {queued:.3f} s in the queue {queue}", node)
-    cold_for = _cold_for(attempt)
-    if cold_for >= _NOTABLE:
-        at = start if start is not None else attempt.ended_at
-        if at >= 0:
-            text = f"waited {cold_for:.3f} s for {_what_was_cold(attempt)}"
-            yield StepView(_since(at, began), text, node)
+    waited_until, cold_for = attempt.ended_at if start is None else start, _cold_for(attempt)
+    if queued >= _NOTABLE and waited_until >= 0:
+        queue = f"of model '{attempt.model}'" if _queued_for_model(attempt) else f"of {place}"
+        yield StepView(_since(waited_until, began), f"waited {queued:.3f} s in the queue {queue}", node)
+    if cold_for >= _NOTABLE and waited_until >= 0:
+        text = f"waited {cold_for:.3f} s for {_what_was_cold(attempt)}"
+        yield StepView(_since(waited_until, began), text, node)
     if start is not None:
         yield StepView(_since(start, began), f"the handler of '{attempt.model}' began on {place}", node)
     if attempt.begun_at >= 0:
