@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, Final
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock
 
 from trio_cluster import ApiError
+from trio_cluster.core.answer import Done, Head
 from trio_cluster.core.call import Call
+from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.observer import Observer
 from trio_cluster.core.outcome import Outcome
 from trio_cluster.core.principal import Limits, Principal
+from trio_cluster.core.request import Request
+from trio_cluster.gateway.deadlines import ResponseDeadlines
+from trio_cluster.gateway.hedge import first_event
+from trio_cluster.options import ClusterServerOptions
+from trio_cluster.routing.health import Health
+from trio_cluster.routing.hedging import ENOUGH
+from trio_cluster.routing.router import Router
 from trio_cluster.testing import Response, SimulatedCluster, open_cluster, settle, worker
 
 OPTIONS: Final[dict[str, Any]] = {
@@ -346,3 +358,51 @@ async def test_the_budget_bounds_second_attempts_if_everything_is_slow(autojump_
             await stage.ask()
         # Two were saved up by the lessons; what is late is learned anew after ten answers.
         assert stage.hedges[0] - before == 2
+
+
+@attrs.define(eq=False)
+class Scripted:
+    """A replica whose calls are answered by the test."""
+
+    name: str
+    load: float = 0.0
+    health: Health = attrs.field(factory=Health)
+
+    def open(self, request: Request) -> Call:
+        return Call(request, served_by=self.name)
+
+
+@attrs.define
+class Context:
+    """What the race uses of the context of a request."""
+
+    call: Call
+    deadlines: ResponseDeadlines
+
+    def add_call(self, call: Call) -> None:
+        self.call = call
+
+
+async def test_a_first_attempt_that_has_answered_at_the_same_time_was_not_replaced(
+    autojump_clock: MockClock,
+) -> None:
+    # Which of the two tasks runs first is up to chance.
+    for _ in range(20):
+        router = Router(options=ClusterServerOptions())
+        for name in ("a", "b"):
+            router.catalog.add(ModelInfo("m", "embedding", hedge=True), Scripted(name), replicate=True)
+        for _ in range(ENOUGH):
+            router.hedging.late_after("m")
+            router.hedging.record("m", USUAL)
+        first = router.open(Request(endpoint="embeddings", kind="embedding", model="m", body=b"{}"))
+        context: Any = Context(first, ResponseDeadlines(math.inf, math.inf, trio.current_time()))
+        node_context: Any = SimpleNamespace(router=router)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first_event, node_context, context, math.inf)
+            await trio.sleep(4 * USUAL)
+            assert len(router.live) == 2
+            for call in list(router.live):
+                call.put(Head())
+                call.put(Done())
+                call.release()
+        assert router.stats.counters()["retried"] == 0

@@ -61,7 +61,7 @@ async def first_event(node_context: NodeContext, context: RequestContext, until:
             if context.call is second:
                 if isinstance(event, Head):
                     router.hedging.won += 1
-                if first.ended and first.cancelled is None:
+                if first.end is not None and not _decides(first.end):
                     router.tell_replaced(first, second)
             if isinstance(event, Failed):
                 raise event.error
