@@ -2,9 +2,9 @@
 
 The node that runs the handler enforces the timeouts itself, and its error is the more precise one. The deadlines here
 apply if that node fails to; they are :data:`GRACE` later. All of them are counted from the first opening of the call,
-also if the call was lost and retried on another replica, since the client has been waiting all the time.
-The idle timeout does not count the time in which the model of a call is started, which has a limit of its own on the
-node that starts it.
+also if the call was lost and retried on another replica, since the client has been waiting all the time. The idle
+timeout does not count the time in which the model of a call is started, which has a limit of its own on the node that
+starts it.
 """
 
 from __future__ import annotations

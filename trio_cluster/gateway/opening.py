@@ -34,13 +34,14 @@ _FIRST_ERROR: Final = 400
 class Opening:
     """Waits for the head of an answer, any number of times, until it has come.
 
-    If the node that has the call fails before, the call is retried; see ``Router.reopen``. The new call belongs to the
-    context, too.
+    If the node that has the call fails before, the call is retried; see ``Router.reopen``. If its server cannot take
+    the request now, or its model is not ready for too long, the next name of an alias is tried; see
+    ``Router.open_following``. The new calls belong to the context, too.
 
     Args:
         node_context: for its router.
         context: the request context; its call is waited for.
-        since: the trio time at which the waiting began.
+        since: the trio time at which the waiting began, for the idle timeout and for ``start_patience``.
     """
 
     def __init__(self, node_context: NodeContext, context: RequestContext, since: float) -> None:

@@ -95,8 +95,8 @@ _CHECKED_HEADERS: Final = {
 async def relay(node_context: NodeContext, context: RequestContext) -> Reply:
     """Make the reply of the call that was opened for a request. Waits for the head of the answer, or for all of it.
 
-    If the node that has the call fails before the answer begins, the call is retried once on another replica. The new
-    call belongs to the context, too.
+    If the node that has the call fails before the answer begins, the call is retried, once on another replica, and for
+    the next names of an alias (see :class:`Opening`). The new calls belong to the context, too.
 
     Returns:
         A reply whose body is complete, or a :class:`StreamingBody`; that may not have begun, and begin with a comment.
