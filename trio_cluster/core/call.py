@@ -68,9 +68,6 @@ class Tracker(Protocol):
     def first_byte(self) -> None:
         """The head was put. Synchronous; must not raise."""
 
-    def model_ready(self) -> None:
-        """The call has waited for its model to run, and that is over. Synchronous; must not raise."""
-
 
 def _nothing(_: Any) -> None:
     pass
@@ -390,8 +387,6 @@ class Call:
         if wait is None and was is not None:
             self.ready_since = trio.current_time()
             self.cold_for += clock.now() - self.cold_since
-            if self.tracker is not None:
-                self.tracker.model_ready()
 
     def note(self, text: str) -> None:
         """Record something that has happened to the call, for its story. Synchronous."""

@@ -171,7 +171,6 @@ class Placement:
     __slots__ = (
         "_clock",
         "_full",
-        "_has_waited",
         "_model",
         "_opened",
         "_reading",
@@ -204,7 +203,6 @@ class Placement:
         # Its replica had no free slot.
         self._full = full
         self._opened = 0.0
-        self._has_waited = False
         self._reading_took = 0.0
         # When the answer began.
         self._since = -1.0
@@ -233,10 +231,6 @@ class Placement:
         self._reading = 0.0
         replica.begin_answer(now)
 
-    def model_ready(self) -> None:
-        """Record that the model was started for the call: how long that took says nothing of its speed."""
-        self._has_waited = True
-
     def _released(self, call: Call) -> None:
         now, replica, model = self._clock(), self._replica, self._model
         replica.workload.finish(self._reading + self._saying, now, ended=True)
@@ -260,7 +254,8 @@ class Placement:
                 reported = int(share * self.prompt.size)
                 replica.cache.correct(self.cached, reported)
                 new = self.prompt.size - reported
-        if self._has_waited:
+        if call.ready_since:
+            # The model was started for the call: how long that took says nothing of its speed.
             return
         replica.reading.add(self._reading_took, new + _OVERHEAD, self._since)
         model.reading.add(self._reading_took, new + _OVERHEAD, self._since)
