@@ -103,10 +103,9 @@ class Member:
     """This process, as one of a group.
 
     Args:
-        sock: the socket to the supervisor.
+        channel: reads and writes the socket to the supervisor; closed with this.
         start: what this process is.
         clients: the listening sockets for clients.
-        channel: reads and writes the socket.
 
     Attributes:
         process, processes: its number, and how many there are.
@@ -125,6 +124,7 @@ class Member:
         self._asked: dict[int, tuple[trio.Event, list[Replies]]] = {}
         self._reserving: dict[int, tuple[trio.Event, list[Reserved]]] = {}
         self._ids = 0
+        self._orphaned = False
 
     @classmethod
     async def join(cls, sock: socket.socket) -> Member:
@@ -194,6 +194,7 @@ class Member:
                     over, replies = self._asked[message.id]
                     replies.append(message)
                     over.set()
+            self._orphaned = True
             for over in [
                 *(each[0] for each in self._asked.values()),
                 *(e[0] for e in self._reserving.values()),
@@ -218,8 +219,12 @@ class Member:
             own: the answer of this process.
 
         Returns:
-            The processes, and what processes have counted that have ended, if ``/metrics`` was asked for.
+            The processes, and what processes have counted that have ended, if ``/metrics`` was asked for. No processes
+            if the supervisor has ended.
         """
+        if self._orphaned:
+            await trio.lowlevel.checkpoint()
+            return [], b""
         self._ids += 1
         number, over, replies = self._ids, trio.Event(), list[Replies]()
         self._asked[number] = over, replies
@@ -232,6 +237,9 @@ class Member:
 
     async def reserve(self, message: Reserve | AskState) -> Reserved | None:
         """Ask the supervisor for a reservation, and return its answer; ``None`` if it has ended. A checkpoint."""
+        if self._orphaned:
+            await trio.lowlevel.checkpoint()
+            return None
         over, answers = trio.Event(), list[Reserved]()
         self._reserving[message.id] = over, answers
         try:
