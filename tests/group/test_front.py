@@ -206,6 +206,14 @@ async def test_one_process_changes_the_state_directory_and_the_others_read_it_ag
     assert others.asked[1:] == [Notice("members", worker)]
 
 
+@pytest.mark.parametrize("path", ["/cluster/workers/w/revoke/", "//cluster/workers/w/revoke"])
+async def test_slashes_that_the_gateway_does_not_mind_change_nothing(path: str) -> None:
+    others, gateway = Others(lambda _: json_response(200, {})), Gateway(lambda _: json_response(500, {}))
+    assert (await ask(Front(gateway, others), "POST", path, b"{}"))[0] == 200
+    assert others.first
+    assert others.asked[1:] == [Notice("members", "w")]
+
+
 async def test_usage_is_read_when_the_others_have_written_theirs() -> None:
     order: list[str] = []
     others = Others(lambda _: (order.append("other"), json_response(200, {}))[1])

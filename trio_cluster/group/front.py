@@ -1,9 +1,9 @@
 """The gateway of a process of a group, as one of the whole: whichever process is asked, all of them answer.
 
 This stands in front of the gateway as an ASGI application. It lets everything pass that is not about the node: requests
-for models do not come any nearer to it than one look into a dictionary. What is about the node is answered by this
-process alone first, and so checked; then the others are asked the same, with the same headers, and the answers are
-merged (``status.py``, ``metrics.py``).
+for models only have their path looked at. What is about the node is mostly answered by this process alone first, and so
+checked; then the others are asked the same, with the same headers, so that each of them checks it, too, and the answers
+are merged (``status.py``, ``metrics.py``).
 
 ===============================================  =========================================================
 request                                          who answers
@@ -74,7 +74,11 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        rule = self._rule(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        path, rule = "", None
+        if scope["type"] == "http":
+            # As the gateway and its routes take it, which mind neither a second slash in front nor one at the end.
+            path = "/" + scope["path"].strip("/")
+            rule = self._rule(scope["method"], path)
         if rule is None:
             await self._app(scope, receive, send)
             return
@@ -89,7 +93,7 @@ class Front:
         else:
             await self._app(scope, _replay(body, receive), send)
             return
-        request = _request_of(scope, bytes(body))
+        request = _request_of(scope, path, bytes(body))
         response = await rule(request)
         headers = [header for header in response.headers if header[0].lower() not in _LENGTH]
         headers.append((b"content-length", str(len(response.body)).encode()))
@@ -121,14 +125,13 @@ class Front:
 
     def _rule(self, method: str, path: str) -> Callable[[Request], Awaitable[Response]] | None:
         """Return what answers a request; ``None``: the gateway of this process does."""
-        path = path.rstrip("/")
         if method == "GET":
             if path in _GATHERED:
                 return self._gather
             if path.startswith("/cluster/requests/"):
                 return self._find
             return self._after_the_others if path in _WRITTEN else None
-        if not path.startswith(("/cluster", "/v1/cluster")):
+        if not path.startswith("/cluster/"):
             return None
         if path == "/cluster/keys" or path.startswith("/cluster/keys/"):
             return self._change_keys
@@ -153,10 +156,9 @@ class Front:
             for each in processes
             if each.response is not None and each.response.status == 200
         } or {0: own.body}
-        path = request.path.rstrip("/")
-        if path == "/metrics":
+        if request.path == "/metrics":
             body = merge_metrics(list(answers.values()), retired, _own_families(processes, answers))
-        elif path == "/cluster/calls":
+        elif request.path == "/cluster/calls":
             body = merge_calls(list(answers.values()))
         else:
             body = merge_status(own.body, answers, processes)
@@ -231,11 +233,11 @@ def _own_families(processes: Collection[Process], answered: Collection[int]) -> 
     ]
 
 
-def _request_of(scope: Scope, body: bytes) -> Request:
+def _request_of(scope: Scope, path: str, body: bytes) -> Request:
     client = scope.get("client")
     return Request(
         scope["method"],
-        scope["path"],
+        path,
         scope.get("query_string", b""),
         [(bytes(name), bytes(value)) for name, value in scope["headers"]],
         body,
