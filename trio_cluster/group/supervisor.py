@@ -146,7 +146,7 @@ class Supervisor:
     async def reload_members(self) -> None:
         """Have each member read its configuration again, which says in its log what has come of it. A checkpoint."""
         for slot in self._slots:
-            slot.send_signal(signal.SIGHUP)
+            slot.reload()
         await trio.lowlevel.checkpoint()
 
     async def run(self, started: Callable[[Up], object]) -> int:
@@ -292,13 +292,12 @@ class Supervisor:
     ) -> None:
         match message:
             case Up():
-                slot.up = message
                 if self._all_up:
                     logger.info(
                         "a process of this master serves again",
                         extra={"fields": {"process": slot.number, "pid": slot.pid}},
                     )
-                slot.pass_waiting()
+                slot.serves(message)
                 on_up()
             case Ask():
                 self._ask(slot, channel, message)
@@ -424,6 +423,7 @@ class _Slot:
     """What it has said when it began to serve; ``None``: it does not serve."""
     restarts: Restarts = attrs.field(factory=Restarts)
     last_pid: int = 0
+    _reload_when_up: bool = False
     _waiting: deque[tuple[float, socket.socket]] = attrs.field(factory=deque)
 
     @property
@@ -436,6 +436,24 @@ class _Slot:
         if self.process is not None and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+    def reload(self) -> None:
+        """Have its process read its configuration again: as soon as it serves, if it does not yet. Synchronous.
+
+        Until then SIGHUP would end it; and it may have read the file already.
+        """
+        if self.up is not None:
+            self.send_signal(signal.SIGHUP)
+        else:
+            self._reload_when_up = True
+
+    def serves(self, up: Up) -> None:
+        """Its process has begun to serve. Synchronous."""
+        self.up = up
+        if self._reload_when_up:
+            self._reload_when_up = False
+            self.reload()
+        self.pass_waiting()
 
     def pass_link(self, sock: socket.socket) -> None:
         """Pass a connection to the process, as soon as it serves; or close it. Synchronous."""
