@@ -83,6 +83,17 @@ def test_what_a_process_has_counted_is_not_lost_with_it() -> None:
     assert "trio_cluster_calls_admitted_total 13.0" in lines
 
 
+def test_a_process_that_ends_after_its_answer_does_not_count_twice() -> None:
+    retired = RetiredCounters()
+    answers = {0: Response(200, [], ONE), 1: Response(200, [], OTHER)}
+    retired.note(answers)
+    asked = retired.ends()
+    # It has answered, and ends while others are still waited for.
+    retired.retire(1)
+    assert retired.without_ended(answers, asked) == {0: answers[0]}
+    assert retired.without_ended(answers, retired.ends()) == answers
+
+
 def worker(**fields: Any) -> dict[str, Any]:
     known: dict[str, Any] = {
         "id": "w", "state": "ok", "draining": False, "models": ["m"], "running": 3, "in_flight": 1,

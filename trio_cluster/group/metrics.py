@@ -6,6 +6,7 @@ keeps the last answers of each process, and adds what those have counted that ha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -82,6 +83,26 @@ class RetiredCounters:
     def __init__(self) -> None:
         self._last: dict[int, bytes] = {}
         self._retired: list[bytes] = []
+        self._ends: Counter[int] = Counter()
+
+    def ends(self) -> Counter[int]:
+        """Return how often each process has ended until now. Synchronous."""
+        return self._ends.copy()
+
+    def without_ended(self, responses: Mapping[int, Response], since: Counter[int]) -> dict[int, Response]:
+        """Return the answers of those processes that have not ended since they were asked. Synchronous.
+
+        What the others had counted would otherwise count twice: it is among that of processes that have ended.
+
+        Args:
+            responses: by the numbers of the processes.
+            since: what :meth:`ends` returned when they were asked.
+        """
+        return {
+            process: response
+            for process, response in responses.items()
+            if self._ends[process] == since[process]
+        }
 
     def note(self, responses: Mapping[int, Response]) -> None:
         """Keep what processes have answered. Synchronous."""
@@ -91,6 +112,7 @@ class RetiredCounters:
 
     def retire(self, process: int) -> None:
         """A process has ended. Synchronous."""
+        self._ends[process] += 1
         last = self._last.pop(process, None)
         if last is not None:
             self._retired = [merge_counters([*self._retired, last])]

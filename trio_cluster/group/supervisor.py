@@ -323,12 +323,14 @@ class Supervisor:
         self._ids += 1
         number = self._ids
         is_scrape = isinstance(ask.what, Request) and ask.what.path == "/metrics"
+        ends = self._retired.ends()
 
         def on_over(responses: dict[int, Response]) -> None:
             self._asked.pop(number, None)
             if ask.own is not None:
                 responses[asking.number] = ask.own
             if is_scrape:
+                responses = self._retired.without_ended(responses, ends)
                 self._retired.note(responses)
             processes = [
                 Process(
