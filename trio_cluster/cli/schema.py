@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import attrs
 
 from .. import options as options_module
-from ..core.sizes import format_size, parse_size
+from ..core.sizes import format_size
 from ..core.state_dir import path_of
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
@@ -152,7 +152,7 @@ def describe_configuration(file: Path) -> str:
     for where, table in load_serve_tables(file):
         specs.append(spec := read_serve(table, where))
         need = spec.options.get("memory")
-        if options.memory is not None and need is not None and need > parse_size(options.memory):
+        if options.memory_size is not None and need is not None and need > options.memory_size:
             raise OptionsError(
                 f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
             )
