@@ -4,8 +4,8 @@ A master serves the HTTP API. Workers on other machines each keep one websocket 
 there, and answer the requests that it forwards to them. A model is a function that you write. No work outlives the
 request that asked for it, and no stream looks finished when it is not.
 
-Its names are imported when they are first used (PEP 562), for the commands that only ask a node, such as ``trio-cluster
-status``, need no server, and the imports of one take most of a second.
+Its names are imported when they are first used (PEP 562): the commands that only ask a node, such as ``trio-cluster
+status``, need no server, whose imports take most of a second.
 """
 
 import importlib

@@ -1011,6 +1011,7 @@ class ClusterServer:
         Raises:
             ClusterPortError: it cannot listen on a port.
             ClusterError: the running master cannot be taken over, and goes on; the message says why.
+            OptionsError: the option ``processes`` asks for several.
             RuntimeError: the server runs already.
         """
         port = self._options.server.port if port is None else port

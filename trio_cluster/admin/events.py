@@ -8,9 +8,9 @@ different, whole) and ``remove`` (the ids of those that are gone). Between two u
 :data:`INTERVAL`.
 
 Nothing tells this module of changes, since requests would pay for that. Instead the state is looked at, as often as
-updates may be sent, and compared with what the subscriber has. So nothing is done while nobody listens, and what
-happens twice between two looks costs nothing. All subscribers share the looks of a :class:`Sampler`. A look takes a
-few microseconds for each request that runs; with many of them, looks become rarer, so that they take no more than
+updates may be sent, and compared with what the subscriber has. So nothing is done while there is no subscriber, and
+what happens twice between two looks costs nothing. All subscribers share the looks of a :class:`Sampler`. A look takes
+a few microseconds for each request that runs; with many of them, looks become rarer, so that they take no more than
 :data:`_SHARE` of the time.
 
 A slow subscriber gets fewer updates: the next one is made when it has taken the one before, of the state at that time.
@@ -50,7 +50,7 @@ _SHARE: Final = 0.05
 State: TypeAlias = Mapping[str, Mapping[str, bytes]]
 KINDS: Final = ("requests", "workers", "models")
 
-#: Whoever may listen is an operator, and may see everything.
+#: Only operators may subscribe, and they may see everything.
 _OPERATOR: Final = Principal(role="operator")
 _encode: Final = msgspec.json.encode
 

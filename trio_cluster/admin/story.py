@@ -1,7 +1,7 @@
 """The story of a request in words: what happened when, why it ended, and what took longest.
 
-The facts were recorded without words (``gateway/stories.py``); they are made into steps here, each time somebody reads
-a story. All times are in seconds since the request arrived.
+The facts were recorded without words (``gateway/stories.py``); they are made into steps here, each time a story is
+read. All times are in seconds since the request arrived.
 
 What a worker has measured is counted by its own clock, from the moment at which it got the call. The way there and back
 is known only as a whole, from the time at which the answer began on both ends; half of it is taken for each way.

@@ -14,12 +14,12 @@ from .messages import Link, Message, Start, decode, encode
 
 __all__ = ["GroupChannel"]
 
-#: Messages that may wait for a process that does not read. It is stuck then, and those over it are dropped.
+#: Messages that may wait for a process that does not read. With so many it is stuck, and further ones are dropped.
 _MOST_WAITING: Final = 1000
 
 
 class GroupChannel:
-    """See above.
+    """Sends and receives messages, and sockets with them; see the top of this module.
 
     Args:
         sock: one end of a socket pair; closed with this.
@@ -30,7 +30,7 @@ class GroupChannel:
         self._channel = HandoverChannel(trio.socket.from_stdlib_socket(sock))
         self._queue: deque[tuple[bytes, Sequence[socket.socket], bool]] = deque()
         self._posted = trio.lowlevel.ParkingLot()
-        # Sockets that have come, and whose message has not been returned yet. They come in the order of the messages.
+        # Sockets that have come, and whose message has not been returned yet, in the order of the messages.
         self._sockets: deque[socket.socket] = deque()
 
     def post(self, message: Message, sockets: Sequence[socket.socket] = (), *, keep: bool = False) -> None:
@@ -39,7 +39,7 @@ class GroupChannel:
         Args:
             message: what to send.
             sockets: go with it; closed afterwards.
-            keep: they are not closed.
+            keep: leave them open instead.
         """
         if len(self._queue) >= _MOST_WAITING:
             if not keep:

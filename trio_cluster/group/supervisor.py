@@ -282,7 +282,7 @@ class Supervisor:
                 break
             message, _ = received
             self._on_message(slot, channel, message, on_up)
-        # It ends, or has gone mad.
+        # Its process is ending. One that goes on without the connection is of no use.
         await trio.sleep(_KILL_AFTER + 60)
         if slot.process is not None:
             slot.process.kill()
@@ -352,7 +352,7 @@ class Supervisor:
         question.check()
         if not question.over:
             assert self._nursery is not None
-            self._nursery.start_soon(question.give_up_later)
+            self._nursery.start_soon(question.time_out)
 
     # Connections of workers
 
@@ -508,12 +508,12 @@ class _Question:
         self.check()
 
     def check(self) -> None:
-        """End it if nobody is missing. Synchronous."""
+        """End it if no answer is missing. Synchronous."""
         if not self._missing:
             self._end()
 
-    async def give_up_later(self) -> None:
-        """End it when those who are missing have had their time. A checkpoint."""
+    async def time_out(self) -> None:
+        """End it after :data:`PATIENCE` seconds, with the answers that there are then. A checkpoint."""
         await trio.sleep(PATIENCE)
         self._end()
 
