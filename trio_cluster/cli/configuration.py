@@ -26,6 +26,7 @@ from ..core.threads import start_in_thread
 from ..errors import ClusterError
 from ..options import ClusterServerOptions, OptionChange, Reloaded, assign_option, changed_options
 from . import logs
+from .schema import shown_value
 
 if TYPE_CHECKING:
     # For the type: a command that only asks a node does not import a server.
@@ -134,12 +135,4 @@ def _describe(change: OptionChange) -> str:
     """Return a change in words, without the values of secrets."""
     if change.is_secret:
         return change.option
-    return f"{change.option}: {_shown(change.before)} -> {_shown(change.after)}"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{change.option}: {shown_value(change.before)} -> {shown_value(change.after)}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from .settings import (
 if TYPE_CHECKING:
     from ..engines import ServeSpec
 
-__all__ = ["configuration_schema", "describe_configuration", "option_descriptions"]
+__all__ = ["configuration_schema", "describe_configuration", "option_descriptions", "shown_value"]
 
 _Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -168,8 +167,8 @@ def describe_configuration(file: Path) -> str:
     for option, field, _ in _fields():
         value = getattr(options.server if "." in option else options, field.name)
         if value != field.default:
-            default = "" if field.default is None else f"   (default: {_shown(field.default)})"
-            lines.append(f"{option} = {'(a secret)' if is_secret(field) else _shown(value)}{default}")
+            default = "" if field.default is None else f"   (default: {shown_value(field.default)})"
+            lines.append(f"{option} = {'(a secret)' if is_secret(field) else shown_value(value)}{default}")
             lines.append(f"    {option_descriptions()[field.name]}")
     lines.append("All other options have their defaults.")
     return "\n".join(lines)
@@ -239,13 +238,16 @@ def _targets(targets: Any) -> str:
     if isinstance(targets, str):
         return targets
     if isinstance(targets, Mapping):
-        return " or ".join(f"{name} (weight {_shown(weight)})" for name, weight in targets.items())
+        return " or ".join(f"{name} (weight {shown_value(weight)})" for name, weight in targets.items())
     return ", else ".join(targets)
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """Return the value of an option in words; ``none`` for ``None``."""
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return "inf" if value == math.inf else f"{value:g}"
+        return f"{value:g}"
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
