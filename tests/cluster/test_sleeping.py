@@ -21,6 +21,7 @@ from trio_cluster.cluster.sleeping import PACKET_INTERVAL, SleepingWorkers
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.core.wake_target import WakeTarget, read_wake_target
+from trio_cluster.errors import ClusterError
 from trio_cluster.gateway.body import SPOOL_THRESHOLD
 from trio_cluster.options import ClusterServerOptions
 from trio_cluster.routing.catalog import Catalog
@@ -62,6 +63,10 @@ def card() -> Iterator[Card]:
 
 async def hello(request: Any) -> str:
     return "hello"
+
+
+def refuse(*args: Any) -> Any:
+    raise ClusterError("not this time")
 
 
 def machine(name: str = "w", *models: str, **options: Any) -> ClusterServer:
@@ -493,3 +498,31 @@ async def test_what_an_older_connection_of_the_worker_brought_is_not_waited_for(
         assert call.ended
         assert catalog.info("m") is None
         nursery.cancel_scope.cancel()
+
+
+async def test_a_start_of_the_master_that_fails_leaves_no_stand_in_to_the_next_one(
+    card: Card, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_cluster(wake={"w": card.target}, state_dir=str(tmp_path / "state")) as cluster:
+        node = await cluster.start_worker(machine())
+        await trio.sleep(2)
+        node.stop()
+        await node.over.wait()
+        cluster.master.stop()
+        await cluster.master.over.wait()
+        server = ClusterServer(attrs.evolve(cluster.options))
+        with monkeypatch.context() as patch:
+            patch.setattr("trio_cluster.node.WorkerManager", refuse)
+            with pytest.raises(ClusterError, match="not this time"):
+                await cluster.start_master(server)
+        assert server.router.catalog.info("m") is None
+        await cluster.start_master(server)
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                assert (await cluster.client().chat("m", stream=False)).status == 200
+
+            nursery.start_soon(ask)
+            await trio.sleep(3)
+            assert card.packets() == 1
+            await cluster.start_worker(machine())

@@ -258,21 +258,33 @@ class SleepingWorkers:
         )
 
     def restore(self, content: bytes) -> None:
-        """Take up what :meth:`content` has returned in an earlier process. What cannot be understood is left out."""
+        """Take up what :meth:`content` has returned in an earlier process. What cannot be understood is left out.
+
+        To be called before :meth:`run`.
+        """
         for name, infos in _decode(content).items():
             worker = self._workers.get(name)
             if worker is not None:
-                for info in infos:
-                    self._remember(worker, info)
+                worker.models |= {info.name: info for info in infos}
+                worker.show_states()
 
     # Waking
 
-    async def run(self) -> NoReturn:
-        """Wake the machines that are asked for, until cancelled. The calls that wait then are failed."""
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """Wake the machines that are asked for, until cancelled. The calls that wait then are failed.
+
+        Args:
+            task_status: ``started()`` is called when the workers stand in for what was restored.
+        """
         failures = ThrottledLog(logger, "packets could not be sent")
         try:
+            # Not before: the catalogue outlives a start that fails.
+            for each in self:
+                for info in each.models.values():
+                    self._catalog.add_stand_in(info, each)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(failures.run)
+                task_status.started()
                 while True:
                     due = min((self._step(each, failures) for each in self), default=math.inf)
                     with trio.move_on_at(due):
