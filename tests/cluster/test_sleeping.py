@@ -13,13 +13,18 @@ from typing import Any, Final
 import attrs
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from trio_cluster import ClusterServer, OptionsError, RawCall
-from trio_cluster.cluster.sleeping import PACKET_INTERVAL
+from trio_cluster.cluster.sleeping import PACKET_INTERVAL, SleepingWorkers
+from trio_cluster.core.model import ModelInfo
+from trio_cluster.core.request import Request
 from trio_cluster.core.wake_target import WakeTarget, read_wake_target
+from trio_cluster.errors import ClusterError
 from trio_cluster.gateway.body import SPOOL_THRESHOLD
 from trio_cluster.options import ClusterServerOptions
+from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import SimulatedCluster, open_cluster, settle, worker
 
 MAC: Final = "02:42:ac:11:00:02"
@@ -58,6 +63,10 @@ def card() -> Iterator[Card]:
 
 async def hello(request: Any) -> str:
     return "hello"
+
+
+def refuse(*args: Any) -> Any:
+    raise ClusterError("not this time")
 
 
 def machine(name: str = "w", *models: str, **options: Any) -> ClusterServer:
@@ -431,3 +440,110 @@ async def test_an_operator_can_wake_a_machine_and_does_not_by_unloading(
         await trio.sleep(6)
         assert card.packets() == 2
         await cluster.start_worker(machine())
+
+
+async def test_a_request_that_comes_while_the_machine_is_awake_does_not_wake_it_later(
+    card: Card, autojump_clock: MockClock
+) -> None:
+    async with asleep(card) as cluster:
+        node = await cluster.start_worker(machine("w", "another"))
+        with trio.move_on_after(1):
+            await cluster.client().chat("m")
+        node.stop()
+        await node.over.wait()
+        await trio.sleep(60)
+        assert card.packets() == 0
+        models = (await cluster.client().get("/v1/models")).json()["data"]
+        assert {each["id"]: each["state"] for each in models} == {"m": "cold", "another": "cold"}
+
+
+async def test_a_machine_that_goes_away_again_before_it_brings_the_model_is_woken_again_at_once(
+    card: Card, autojump_clock: MockClock
+) -> None:
+    async with asleep(card) as cluster, trio.open_nursery() as nursery:
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await cluster.client().chat("m", stream=False))
+
+        nursery.start_soon(ask)
+        await trio.sleep(6)
+        node = await cluster.start_worker(machine("w", "another"))
+        assert card.packets() == 2
+        node.stop()
+        await node.over.wait()
+        await trio.sleep(PACKET_INTERVAL + 1)
+        assert card.packets() > 0
+        await cluster.start_worker(machine())
+        await trio.sleep(1)
+        assert [answer.status for answer in answers] == [200]
+
+
+async def test_what_is_asked_in_the_moment_in_which_a_worker_joins_sends_no_packet_when_it_has_left(
+    autojump_clock: MockClock,
+) -> None:
+    catalog, sent = Catalog(), []
+    sleeping = SleepingWorkers(catalog, ClusterServerOptions(wake={"w": MAC}), send=sent.append)
+    sleeping.registered("w", ModelInfo("m", "chat"))
+    (backend,) = catalog.replicas("m")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sleeping.run)
+        await trio.testing.wait_all_tasks_blocked()
+        call = backend.open(Request("chat.completions", "chat", "m", b"{}"))
+        sleeping.joined("w")
+        call.cancel("the client left")
+        sleeping.registered("w", ModelInfo("m", "chat"))
+        await trio.sleep(40)
+        sleeping.left("w")
+        sleeping.registered("w", ModelInfo("n", "chat"))
+        sleeping.joined("w")
+        sleeping.left("w")
+        await trio.sleep(40)
+        assert sent == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_an_older_connection_of_the_worker_brought_is_not_waited_for(
+    autojump_clock: MockClock,
+) -> None:
+    catalog = Catalog()
+    sleeping = SleepingWorkers(catalog, ClusterServerOptions(wake={"w": MAC}), send=lambda target: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sleeping.run)
+        sleeping.joined("w")
+        sleeping.registered("w", ModelInfo("m", "chat"))
+        sleeping.joined("w")
+        (backend,) = catalog.replicas("m")
+        call = backend.open(Request("chat.completions", "chat", "m", b"{}"))
+        await trio.sleep(40)
+        assert call.ended
+        assert catalog.info("m") is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_start_of_the_master_that_fails_leaves_no_stand_in_to_the_next_one(
+    card: Card, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_cluster(wake={"w": card.target}, state_dir=str(tmp_path / "state")) as cluster:
+        node = await cluster.start_worker(machine())
+        await trio.sleep(2)
+        node.stop()
+        await node.over.wait()
+        cluster.master.stop()
+        await cluster.master.over.wait()
+        server = ClusterServer(attrs.evolve(cluster.options))
+        with monkeypatch.context() as patch:
+            patch.setattr("trio_cluster.node.WorkerManager", refuse)
+            with pytest.raises(ClusterError, match="not this time"):
+                await cluster.start_master(server)
+        assert server.router.catalog.info("m") is None
+        await cluster.start_master(server)
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                assert (await cluster.client().chat("m", stream=False)).status == 200
+
+            nursery.start_soon(ask)
+            await trio.sleep(3)
+            assert card.packets() == 1
+            await cluster.start_worker(machine())

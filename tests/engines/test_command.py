@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import trio
 
-from trio_cluster.engines import parse_serve, read_serve
-from trio_cluster.errors import OptionsError
+from trio_cluster import ClusterServer
+from trio_cluster.engines import command, parse_serve, read_serve, serve_engine
+from trio_cluster.errors import ModelStartFailed, OptionsError
 
 TABLE: dict[str, Any] = {
     "engine": "command",
@@ -67,3 +71,46 @@ def test_a_table_and_the_command_line_say_the_same() -> None:
     assert parse_serve(spec) == read
     assert read.options["idle"] == 600.0
     assert read.options["models"] == ("a", "b")
+
+
+async def test_a_program_that_ends_in_the_moment_of_its_answer_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    class Child:
+        def __init__(self) -> None:
+            self.pid, self.how = 1, ""
+            self.ended, self.output_ended = trio.Event(), trio.Event()
+            self.on_end: Callable[[str], None] = lambda how: None
+
+        def last_lines(self) -> str:
+            return ""
+
+    class Client:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            pass
+
+        async def fetch(self, *args: Any) -> tuple[int, bytes]:
+            await trio.lowlevel.checkpoint()
+            child.how = "it has ended with code 3"
+            child.ended.set()
+            child.output_ended.set()
+            child.on_end(child.how)
+            return 200, b""
+
+        def close(self) -> None:
+            pass
+
+    @asynccontextmanager
+    async def open_child(*args: Any, **options: Any) -> AsyncIterator[Child]:
+        yield child
+
+    child = Child()
+    monkeypatch.setattr(command, "open_child", open_child)
+    monkeypatch.setattr(command, "HttpClient", Client)
+    server = ClusterServer()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_engine, read_serve(TABLE, "x"), server)
+        tenancy = server.on_demand.by_model["tiny"]
+        with pytest.raises(ModelStartFailed, match="it has ended with code 3"):
+            await server.on_demand.load(tenancy)
+        nursery.cancel_scope.cancel()

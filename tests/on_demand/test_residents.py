@@ -316,6 +316,75 @@ async def test_the_end_of_the_owner_stops_it_and_fails_those_that_wait(
     assert not on_demand.schedule.residents
 
 
+async def test_an_unload_is_over_although_a_request_starts_the_model_again_at_once(
+    on_demand: OnDemand, autojump_clock: object
+) -> None:
+    @asynccontextmanager
+    async def open_at_once(run: Run) -> AsyncIterator[str]:
+        yield "value"
+
+    tenancy = on_demand.add("m", ["m"], open_at_once, memory=10)
+    async with running(on_demand, tenancy), trio.open_nursery() as nursery:
+        # Which of two tasks runs first is random.
+        for _ in range(20):
+            await on_demand.load(tenancy)
+            request = on_demand.ask(tenancy)
+            for _ in range(2):
+                nursery.start_soon(on_demand.unload, tenancy)
+            await trio.testing.wait_all_tasks_blocked()
+            later = on_demand.ask(tenancy)
+            request.leave()
+            with trio.fail_after(1):
+                await on_demand.unload(tenancy)
+            await later.wait()
+            later.leave()
+
+
+async def test_the_unload_of_a_model_that_is_not_loaded_waits_for_no_later_run(
+    on_demand: OnDemand, autojump_clock: object
+) -> None:
+    model = Model(start_takes=100)
+    tenancy = on_demand.add("m", ["m"], model.open, memory=10)
+    async with running(on_demand, tenancy):
+        # Which of two tasks runs first is random.
+        for _ in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(on_demand.load, tenancy)
+                with trio.fail_after(1):
+                    await on_demand.unload(tenancy)
+                await trio.testing.wait_all_tasks_blocked()
+                assert tenancy.resident.state == "starting"
+                nursery.cancel_scope.cancel()
+            await trio.sleep(2)
+
+
+async def test_an_unload_is_over_when_the_owner_ends(on_demand: OnDemand, autojump_clock: object) -> None:
+    model = Model(stop_takes=0)
+    tenancy = on_demand.add("m", ["m"], model.open, memory=10)
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery, running(on_demand, tenancy):
+            await on_demand.load(tenancy)
+            on_demand.ask(tenancy)
+            nursery.start_soon(on_demand.unload, tenancy)
+            await trio.testing.wait_all_tasks_blocked()
+    assert not on_demand.by_model
+
+
+async def test_a_start_that_is_over_in_the_moment_of_its_time_limit_admits_no_request(
+    on_demand: OnDemand, autojump_clock: object
+) -> None:
+    @asynccontextmanager
+    async def open_in_time(run: Run) -> AsyncIterator[str]:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(20)
+        yield "value"
+
+    tenancy = on_demand.add("m", ["m"], open_in_time, memory=10, start_timeout=20)
+    async with running(on_demand, tenancy):
+        with pytest.raises(ModelStartFailed, match="it was not ready within 20 s"):
+            await use(on_demand, tenancy)
+
+
 async def test_a_model_can_be_run_by_one_resident_only(on_demand: OnDemand) -> None:
     on_demand.add("a", ["m"], Model().open)
     with pytest.raises(ClusterError, match="'m' runs on demand already"):

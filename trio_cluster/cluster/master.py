@@ -174,7 +174,7 @@ class WorkerManager:
             nursery.start_soon(self._refused_models.run)
             nursery.start_soon(self._handshakes.run)
             if self._sleeping:
-                nursery.start_soon(self._sleeping.run)
+                await nursery.start(self._sleeping.run)
             task_status.started()
         raise AssertionError("unreachable: the listeners are served until this is cancelled")
 

@@ -26,7 +26,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import attrs
 import trio
@@ -119,9 +119,11 @@ class SleepingWorker:
             # A machine is not woken for that.
             raise ModelUnavailable(request.model)
         now = trio.current_time()
-        if self.asked_at is None:
-            self.set_asked(now)
-        self._wake()
+        if self.connected_at is None:
+            if self.asked_at is None:
+                self.set_asked(now)
+            self._wake()
+        # Otherwise it is awake, and registers its models.
         if request.upload is not None:
             # It could not be sent to the worker later: what arrives is not kept.
             raise ModelUnavailable(request.model)
@@ -217,6 +219,8 @@ class SleepingWorkers:
                     "machine woken", extra={"fields": {"worker": name, "seconds": round(worker.seconds)}}
                 )
             worker.connected_at = now
+            # By another connection, perhaps, which has not been found to be lost.
+            worker.present.clear()
             self._look_again()
 
     def registered(self, name: str, info: ModelInfo) -> None:
@@ -240,6 +244,10 @@ class SleepingWorkers:
         if worker is not None:
             worker.connected_at = None
             worker.present.clear()
+            if worker.waiting:
+                # It is to be woken again, and was not before what they wait for was there.
+                worker.set_asked(trio.current_time())
+                self._look_again()
 
     # The file
 
@@ -250,21 +258,33 @@ class SleepingWorkers:
         )
 
     def restore(self, content: bytes) -> None:
-        """Take up what :meth:`content` has returned in an earlier process. What cannot be understood is left out."""
+        """Take up what :meth:`content` has returned in an earlier process. What cannot be understood is left out.
+
+        To be called before :meth:`run`.
+        """
         for name, infos in _decode(content).items():
             worker = self._workers.get(name)
             if worker is not None:
-                for info in infos:
-                    self._remember(worker, info)
+                worker.models |= {info.name: info for info in infos}
+                worker.show_states()
 
     # Waking
 
-    async def run(self) -> NoReturn:
-        """Wake the machines that are asked for, until cancelled. The calls that wait then are failed."""
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """Wake the machines that are asked for, until cancelled. The calls that wait then are failed.
+
+        Args:
+            task_status: ``started()`` is called when the workers stand in for what was restored.
+        """
         failures = ThrottledLog(logger, "packets could not be sent")
         try:
+            # Not before: the catalogue outlives a start that fails.
+            for each in self:
+                for info in each.models.values():
+                    self._catalog.add_stand_in(info, each)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(failures.run)
+                task_status.started()
                 while True:
                     due = min((self._step(each, failures) for each in self), default=math.inf)
                     with trio.move_on_at(due):
@@ -347,7 +367,3 @@ def _decode(content: bytes) -> dict[str, list[ModelInfo]]:
         logger.warning("the models of machines that sleep are lost: %s", error)
         return {}
     return workers
-
-
-def _read_model(entry: dict[str, Any]) -> ModelInfo:
-    return RegisterModel(**entry | {name: tuple(entry[name]) for name in ("also", "via")}).info()

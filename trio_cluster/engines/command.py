@@ -222,7 +222,7 @@ def _free_port() -> int:
 
 
 async def _wait_ready(child: ChildProcess, client: HttpClient, path: str | None) -> None:
-    """Wait until the program is ready.
+    """Wait until the program is ready: it has answered, and still runs.
 
     Raises:
         ClusterError: it has ended.
@@ -233,7 +233,9 @@ async def _wait_ready(child: ChildProcess, client: HttpClient, path: str | None)
                 status, _ = await client.fetch(HttpRequest("GET", path or _DEFAULT_READY), _POLL_LIMIT)
             except HttpError:
                 status = 0
-            if 200 <= status < 300 or (path is None and status in _UNKNOWN_ROUTE):
+            is_ready = 200 <= status < 300 or (path is None and status in _UNKNOWN_ROUTE)
+            # It may have ended before this task runs again. Its end is not reported a second time.
+            if is_ready and not child.ended.is_set():
                 return
         with trio.move_on_after(_POLL):
             await child.ended.wait()

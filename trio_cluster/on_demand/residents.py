@@ -265,6 +265,7 @@ class OnDemand:
             del self.by_model[model]
         for waiter in self.schedule.remove(tenancy.resident):
             self._uses.pop(waiter).finish(ShuttingDown())
+        tenancy.changed.unpark_all()
         self.update()
 
     def ask(
@@ -319,11 +320,13 @@ class OnDemand:
 
         Requests that come later start it again. Cancelled, it is stopped nevertheless.
         """
-        self.schedule.unload(tenancy.resident)
+        resident = tenancy.resident
+        # It may end, and be started again, before this task runs again: that is another run.
+        runs, is_stopped = resident.runs, resident.state in ("cold", "failed")
+        self.schedule.unload(resident)
         self.update()
         await trio.lowlevel.checkpoint()
-        runs = tenancy.resident.runs
-        while tenancy.resident.runs == runs and tenancy.resident.state not in ("cold", "failed"):
+        while not is_stopped and resident.runs == runs and resident.state not in ("cold", "failed"):
             await tenancy.changed.park()
 
     def states(self) -> dict[str, ModelState]:
@@ -409,6 +412,8 @@ class OnDemand:
             tenancy.start_scope = scope
             try:
                 async with tenancy.open(run) as tenancy.value:
+                    # It may have become ready in the moment in which it was given up, or its time was over.
+                    await trio.lowlevel.checkpoint_if_cancelled()
                     scope.deadline = math.inf
                     tenancy.start_scope = None
                     self.schedule.is_ready(resident, trio.current_time())
