@@ -98,7 +98,7 @@ async def test_what_arrived_before_the_change_is_no_sign_of_life(
 ) -> None:
     worker = await cluster.start("w1", forever)
     # Heartbeats go on to come from the master, and nothing of the worker reaches it.
-    worker.streams[1].held = True
+    worker.streams[0].held = True
     await trio.sleep(HEARTBEAT / 2)
     worker.machine.change_addresses()
     assert await resumptions_of(worker) == 1

@@ -145,6 +145,47 @@ async def test_silence_of_a_master_that_is_replaced_is_borne(
     assert worker.dials == dials
 
 
+async def test_a_changed_machine_does_not_move_the_link_to_a_master_that_is_replaced(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    model = Counting(40)
+    worker = await cluster.start("w1", model.counting)
+    call, events = await begin(cluster, "counting")
+    old_streams = worker.streams
+    await replace(cluster, worker)
+    dials = worker.dials
+    # The other master answers before this one does.
+    for stream in old_streams:
+        stream.held = True
+    worker.machine.change_addresses()
+    await trio.sleep(20)
+    for stream in old_streams:
+        stream.release()
+    events += await everything(call)
+    assert words_of(events) == model.whole
+    # The link to the other master was tried anew, and no other one.
+    assert worker.dials == dials + 1
+
+
+async def test_a_link_that_is_tried_anew_stays_when_its_master_is_replaced_meanwhile(
+    cluster: MemoryCluster, autojump_clock: MockClock
+) -> None:
+    model = Counting(40)
+    worker = await cluster.start("w1", model.counting)
+    call, events = await begin(cluster, "counting")
+    old_streams = worker.streams
+    # The worker's pings do not arrive, and no other connection can be made yet.
+    old_streams[0].held = True
+    cluster.unreachable = True
+    worker.machine.change_addresses()
+    await trio.sleep(0.1)
+    await replace(cluster, worker)
+    await trio.sleep(15)
+    old_streams[0].release()
+    events += await everything(call)
+    assert words_of(events) == model.whole
+
+
 async def test_a_master_that_is_not_replaced_after_all_waits_for_links_again(
     cluster: MemoryCluster, autojump_clock: MockClock
 ) -> None:

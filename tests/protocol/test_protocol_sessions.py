@@ -238,9 +238,11 @@ def test_of_very_many_models_some_are_left_out() -> None:
         {"on_demand": (("m\n", "cold", 1.0),)},
         {"on_demand": (("m", "c" * 17, 1.0),)},
         {"on_demand": (("m", "cold", math.nan),)},
+        {"on_demand": (("m", "starting", math.inf),)},
         {"on_demand": (("m", "cold", 1.0),) * 385},
         {"on_demand": (("m" * 200, "cold", 1.0),) * 100},
         {"starts": ((0, "starting m", 1.0),)},
+        {"starts": ((1, "starting m", math.inf),)},
         {"starts": ((1, "starting\nm", 1.0),)},
     ],
 )

@@ -233,8 +233,7 @@ class MemberDialer(Dialer):
         # Only a worker that has joined needs the package that makes certificates.
         from ..security.authority import MASTER_NAME
 
-        network = TlsNetwork(self._network, self._context, MASTER_NAME)
-        return await (network if process is None else network.for_process(process)).connect(host, port)
+        return await TlsNetwork(self._network, self._context, MASTER_NAME, process).connect(host, port)
 
     @property
     def trust(self) -> Trust:

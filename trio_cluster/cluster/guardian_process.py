@@ -5,14 +5,14 @@ For a worker, that is to tell its masters; for a node that has started other pro
 Theory of operation
 ===================
 
-A process that is killed with unread bytes leaves resets behind, as a link does that was cut. So its masters would wait
+A worker that is killed with unread bytes leaves resets behind, as a link does that was cut. So its masters would wait
 for it (``resume_window``). This program notices the end at once, and tells them.
 
 It is run by its path (``python -I -S guardian_process.py PID``), imports nothing of this package, and of the standard
-library as little as it can: it is there once for each worker, and does nothing for most of its life. Its standard input
-is a pipe that only the worker writes to. The worker has ended when that pipe does; where a child of the worker has
-inherited the other end, because it was forked without ``exec``, a descriptor of the process tells (a pidfd), or that
-the guardian has another parent.
+library as little as it can: it is there once for each guarded process, and does nothing for most of its life. Its
+standard input is a pipe that only that process writes to. The process has ended when that pipe does; where a child of
+it has inherited the other end, because it was forked without ``exec``, a descriptor of the process tells (a pidfd), or
+that the guardian has another parent.
 
 The lines of the pipe are commands, with fields between spaces. A field that may have any content is in hexadecimal
 digits, and ``-`` if it is empty. A command that is not known is ignored.
@@ -27,7 +27,7 @@ digits, and ``-`` if it is empty. A command that is not known is ignored.
 - ``forget KEY``: nothing is to be done any more.
 
 Signals that end a process are ignored, so that Ctrl-C in a terminal, or a service manager that stops all processes of a
-service, ends the worker first, and the guardian by that.
+service, ends the guarded process first, and the guardian by that.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def obey(line: bytes, targets: dict[str, Target | Group]) -> None:
         pass
 
 
-def watch(worker: int) -> dict[str, Target | Group]:
-    """Wait until the worker has ended, and return what is to be done."""
+def watch(guarded: int) -> dict[str, Target | Group]:
+    """Wait until the guarded process has ended, and return what is to be done."""
     targets: dict[str, Target | Group] = {}
     os.set_blocking(0, False)
     poll = select.poll()
@@ -218,7 +218,7 @@ def watch(worker: int) -> dict[str, Target | Group]:
     process = -1
     if hasattr(os, "pidfd_open"):
         try:
-            process = os.pidfd_open(worker)
+            process = os.pidfd_open(guarded)
             poll.register(process, select.POLLIN)
         except OSError:
             # It has ended already, or this system has none.
@@ -226,7 +226,7 @@ def watch(worker: int) -> dict[str, Target | Group]:
     rest = b""
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(None if process >= 0 else LOOK * 1000)]
-        ended = process in ready or os.getppid() != worker
+        ended = process in ready or os.getppid() != guarded
         # Also what it has written last.
         while True:
             try:

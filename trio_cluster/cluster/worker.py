@@ -886,9 +886,7 @@ class _Resumption:
             # Not if this process itself did not run: what has come meanwhile must be read first.
             late = trio.current_time() - due > pause
             silent = self._session.silence(trio.current_time()) >= self._patience
-            # At the address of a master that is being replaced another process answers; it does not know the session.
-            replaced = self._connection.replaced.is_set()
-            if late or not silent or replaced or self._session.suspended or not self._session.resumable:
+            if late or not silent or not self._may_move:
                 await trio.sleep(pause)
                 continue
             fields = {"master": self._host}
@@ -897,11 +895,18 @@ class _Resumption:
                 await self._try_connection()
             await trio.sleep(pause)
 
+    @property
+    def _may_move(self) -> bool:
+        """Whether the session may leave the connection that carries it for another one."""
+        session = self._session
+        # At the address of a master that is being replaced another process answers; it does not know the session.
+        return session.resumable and not session.suspended and not self._connection.replaced.is_set()
+
     def _on_doubt(self) -> None:
         """The machine has changed: find out at once whether the connection still works. Synchronous."""
         if self._session.suspended:
             self._waiting.cancel(reason="the machine has changed")
-        elif self._session.resumable and self._nursery is not None:
+        elif self._may_move and self._nursery is not None:
             self._comparing.cancel(reason="the machine has changed again")
             self._comparing = trio.CancelScope()
             self._nursery.start_soon(self._compare, self._comparing)
@@ -920,7 +925,7 @@ class _Resumption:
 
         with scope:
             self._link.ping(on_answer)
-            while not (doubt.answered or self._session.suspended):
+            while not doubt.answered and self._may_move:
                 with suppress(OSError, trio.TooSlowError):
                     await self._try_connection(doubt)
                 if self._session.resumptions != doubt.resumptions:
@@ -964,7 +969,7 @@ class _Resumption:
         """Go on with the session on a connection on which the master has just answered, if that is still wanted."""
         session = self._session
         if session.close_reason is None and not session.suspended:
-            if self._works(doubt):
+            if self._works(doubt) or not self._may_move:
                 return None
             await self._link.detach()
         if session.session_state is not SessionState.SUSPENDED:

@@ -202,7 +202,7 @@ def _check_reports(attribute: Any, value: list[tuple[str, float]]) -> None:
     # Both are shown to people.
     if not all(text.isprintable() for text, _ in value):
         raise ValueError(f"{attribute.name}: contains characters that are not printable")
-    if not all(seconds >= -1.0 for _, seconds in value):
+    if not all(-1.0 <= seconds < math.inf for _, seconds in value):
         raise ValueError(f"{attribute.name}: seconds are out of range")
 
 

@@ -589,14 +589,12 @@ class Session(abc.ABC, Generic[EventT]):
             self._receive_for_call(message, next_state, events)
         elif type(message) is Ack:
             # None if this end has stopped to keep what it sends, which the peer does not know.
-            retention = self._retention
-            # In a batch that is written again, it is what the peer had received when it wrote that first. The handshake
-            # of the new connection has said more.
-            is_old = (
-                self.resumptions > 0 and retention is not None and message.received < retention.acknowledged
-            )
-            if retention is not None and not is_old:
-                retention.acknowledge(message.received)
+            if (retention := self._retention) is not None:
+                # In a batch that is written again, it is what the peer had received when it wrote that first. The
+                # handshake of the new connection has said more.
+                is_old = self.resumptions > 0 and message.received < retention.acknowledged
+                if not is_old:
+                    retention.acknowledge(message.received)
         elif type(message) in LINK_MESSAGES[self._role]:
             if isinstance(message, Heartbeat):
                 self.peer_blocked = message.blocked

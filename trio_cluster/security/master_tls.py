@@ -112,7 +112,6 @@ class MasterTls:
         self._alpn = alpn
         self._seen: object = None
         self._complained = ""
-        self._state = state
         self._suspended = False
         self._one_at_a_time = trio.Lock()
         if state is not None:

@@ -265,10 +265,9 @@ class FaultOracle:
         return self.fault_near(frozenset([outcome.request.host]), outcome, frozenset({"call cancelled"}))
 
     def was_disconnected(self, outcome: Outcome) -> bool:
-        """Return whether a fault broke the connection between client and master, or ended the master."""
-        return self.fault_near(
-            frozenset([outcome.request.host, outcome.request.master]), outcome, CONNECTION_FAULTS
-        )
+        """Return whether a fault broke the connection between client and master, or the master has ended."""
+        ends = frozenset([outcome.request.host, outcome.request.master])
+        return self.fault_near(ends, outcome, CONNECTION_FAULTS) or self.was_left_behind(outcome)
 
     def may_fail(self, outcome: Outcome) -> bool:
         """Return whether there is any reason for which the response may have failed after it had begun."""

@@ -243,7 +243,7 @@ class Invariants(trio.abc.Instrument):
                 complaints.append("refused by a master that runs")
         elif outcome.ending == "lost":
             outcome.verdict = "connection lost"
-            if not (self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)):
+            if not self._oracle.was_disconnected(outcome):
                 complaints.append("the connection was lost before the response, and no fault broke it")
         elif outcome.status >= 400:
             self._check_error(outcome, complaints)
@@ -258,9 +258,7 @@ class Invariants(trio.abc.Instrument):
     def _check_error(self, outcome: Outcome, complaints: list[str]) -> None:
         outcome.verdict = f"status {outcome.status}"
         if not outcome.complete:
-            if outcome.ending != "left" and not (
-                self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)
-            ):
+            if outcome.ending != "left" and not self._oracle.was_disconnected(outcome):
                 complaints.append(f"an incomplete error with status {outcome.status}")
             return
         try:
@@ -305,24 +303,22 @@ class Invariants(trio.abc.Instrument):
                 complaints.append(f"a finished stream with another text: {report.text[:200]!r}")
         elif not script.output.startswith(report.text):
             complaints.append(f"a stream that did not finish, with another text: {report.text[-200:]!r}")
-        if outcome.complete != (report.ending != "cut") and outcome.ending != "left":
-            disconnected = self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome)
-            if outcome.complete or not disconnected:
-                complaints.append(
-                    f"a stream that was {report.ending} in a body with complete={outcome.complete}"
-                )
+        if (
+            outcome.complete != (report.ending != "cut")
+            and outcome.ending != "left"
+            and (outcome.complete or not self._oracle.was_disconnected(outcome))
+        ):
+            complaints.append(f"a stream that was {report.ending} in a body with complete={outcome.complete}")
         if report.error is not None:
             outcome.verdict = f"stream failed {report.error['code']}"
             if not self._oracle.explains(outcome, report.error["code"]):
                 complaints.append(f"an error without a cause: {report.error}")
         elif (
-            report.ending == "cut"
-            and outcome.ending != "left"
-            and not (self._oracle.was_disconnected(outcome) or self._oracle.was_left_behind(outcome))
+            report.ending == "cut" and outcome.ending != "left" and not self._oracle.was_disconnected(outcome)
         ):
             complaints.append("the stream just ends, and no fault broke the connection")
 
-    # Of each run of a handler
+    # Of each story
 
     def check_stories(self, outcomes: list[Outcome]) -> None:
         """Check what the stories say of requests that have ended. To be called while the cluster is quiescent."""
@@ -332,6 +328,8 @@ class Invariants(trio.abc.Instrument):
             )
         for complaint in self._stories.endless():
             self._report(complaint)
+
+    # Of each run of a handler
 
     def check_runs(self, outcomes: list[Outcome]) -> None:
         """Check what the handlers did for requests that have ended."""
