@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_line import APP, Ran
 from test_cli_processes import Process, ask_slow, start  # noqa: F401
 
-from trio_cluster import ClusterServer
+from trio_cluster import ClusterMode, ClusterServer
+from trio_cluster.cli.commands import _Announcer
 from trio_cluster.options import ClusterServerOptions, ServerOptions
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
@@ -170,6 +173,30 @@ def test_a_node_on_all_addresses_says_where_it_is_reached_and_warns_if_it_is_ope
         assert named[1] == served[1]
     everywhere = "TRIO_CLUSTER_HOST" not in variables
     assert bool(re.search(r"from_other_machines=https?://[\w.-]+:\d+", log)) is everywhere
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "operator_key", "hint"),
+    [
+        ("0.0.0.0", 8080, None, "or make keys with: trio-cluster keys create NAME)"),
+        ("0.0.0.0", 8081, None, "or make keys with: trio-cluster keys create NAME http://127.0.0.1:8081)"),
+        ("192.0.2.1", 8080, "k", "or make keys with: trio-cluster keys create NAME http://192.0.2.1:8080)"),
+        (
+            "192.0.2.1",
+            8080,
+            None,
+            "or set TRIO_CLUSTER_OPERATOR_KEY for both, and make keys with: "
+            "trio-cluster keys create NAME http://192.0.2.1:8080)",
+        ),
+    ],
+)
+def test_the_hint_about_keys_reaches_this_very_node(
+    host: str, port: int, operator_key: str | None, hint: str
+) -> None:
+    options = ClusterServerOptions(server=ServerOptions(host=host, operator_key=operator_key))
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    server: Any = SimpleNamespace(options=options, url=url, port=port, requires_key=False)
+    assert hint in "; ".join(_Announcer(server)._open_for(ClusterMode.MASTER))
 
 
 @pytest.mark.processes

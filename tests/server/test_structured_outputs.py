@@ -238,6 +238,6 @@ def test_a_missing_library_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch)
     structured._validator_class.cache_clear()
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     server = ClusterServer()
-    with pytest.raises(ClusterError, match=r"jsonschema: pip install 'trio-cluster\[validate\]'"):
+    with pytest.raises(ClusterError, match=r"jsonschema: pip install jsonschema$"):
         server.register_chat("m", lambda request: "x", validate=True)
     server.register_chat("m", lambda request: "x")

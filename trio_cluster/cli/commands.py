@@ -600,9 +600,13 @@ class _Announcer:
         if not encrypted:
             found.append("keys, prompts and answers are not encrypted (start it with --tls auto)")
         if not self.server.requires_key:
-            url = "" if self.server.port == DEFAULT_PORT and not encrypted else f" {self.server.url}"
+            url = "" if self.server.url == f"http://127.0.0.1:{DEFAULT_PORT}" else f" {self.server.url}"
+            # Without an operator key, only clients on loopback may make keys; a node on another address has none.
+            on_loopback = urlsplit(self.server.url or "").hostname in _LOOPBACK
+            needs_key = not on_loopback and options.server.operator_key is None
+            first = "set TRIO_CLUSTER_OPERATOR_KEY for both, and " if needs_key else ""
             found.append(
-                "its models can be used without a key (set TRIO_CLUSTER_API_KEY, or make keys with: "
+                f"its models can be used without a key (set TRIO_CLUSTER_API_KEY, or {first}make keys with: "
                 f"trio-cluster keys create NAME{url})"
             )
         workers_need_nothing = not encrypted or options.allow_anonymous_workers

@@ -1296,7 +1296,7 @@ def _refusal(host: str, closed: LinkClosed) -> str:
     if closed.status in (401, 403):
         return f"{host}: {closed.why}"
     if TLS_REQUIRED in closed.why:
-        return f"{host}: this master speaks TLS: connect to https://{host}:PORT, or join with an invitation"
+        return f"{host}: this master speaks TLS: connect with --tls (in Python: tls=True), or join with an invitation"
     return (
         f"{host}: this is not the port on which a trio_cluster master takes workers ({closed.why}); "
         "that is the port of its API plus 1000"

@@ -54,9 +54,7 @@ def require_jsonschema() -> None:
     try:
         _validator_class()
     except ImportError as error:
-        raise ClusterError(
-            "validate=True needs the package jsonschema: pip install 'trio-cluster[validate]'"
-        ) from error
+        raise ClusterError("validate=True needs the package jsonschema: pip install jsonschema") from error
 
 
 @lru_cache(maxsize=1)
