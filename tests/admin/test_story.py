@@ -256,6 +256,19 @@ ENDINGS: list[tuple[StoryFacts, str, str, str]] = [
         "worker 'w1' failed (502 worker_lost: so it is), and it could not be tried elsewhere: 503 over_capacity: "
         "All busy",
     ),
+    # The deadline passes in the moment in which the worker is lost.
+    (
+        story(
+            failed(502, "worker_lost", lost=True),
+            error=(504, "timeout", "silent for 2.9 s"),
+            status=504,
+            idle_timeout=2.9,
+            default_timeout=2.9,
+        ),
+        "timed_out",
+        "node",
+        "silent for 2.9 s (option default_timeout)",
+    ),
     (
         story(
             failed(500, "handler_failed"),

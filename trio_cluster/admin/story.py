@@ -242,6 +242,9 @@ def _cancelled(story: StoryFacts, attempt: AttemptFacts) -> Ending:
 def _failed(story: StoryFacts, attempt: AttemptFacts) -> Ending:
     node, error = _place(attempt), _error(attempt.error)
     if story.error is not None and attempt.error is not None and story.error[:2] != attempt.error[:2]:
+        if story.error[:2] == (504, "timeout"):
+            # The deadline of this node passed in the moment in which the attempt failed, or after it.
+            return _late(story, attempt, max(attempt.ended_at, story.ended_at))
         text = f"{node} failed ({error}), and it could not be tried elsewhere: {_error(story.error)}"
         return Ending("refused", "node", text)
     if attempt.timed_out:
