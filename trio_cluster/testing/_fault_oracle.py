@@ -129,8 +129,9 @@ class FaultOracle:
                 )
             case "model_not_found":
                 # The simulated master has no directory for its state: after a restart it knows no names. One that has
-                # taken over knows those of the workers that have joined it in time.
-                if self._take_overs(outcome) and self.fault_near(hosts, outcome, WORKER_FAULTS):
+                # taken over knows those of the workers that have joined it in time, if they were registered then.
+                unknown = WORKER_FAULTS | {"model unregistered"}
+                if self._take_overs(outcome) and self.fault_near(hosts, outcome, unknown):
                     return True
                 return bool(
                     self._history.faults_on(
