@@ -302,16 +302,26 @@ async def test_another_node_with_the_database_notices_within_two_seconds(
         assert await Asking(other).status("PATCH", "/cluster/keys/a", {}) == (404, "key_not_found")
 
 
-async def test_pages_without_a_key_may_not_act(node: HttpNode) -> None:
+async def test_pages_from_elsewhere_may_not_act_without_a_key(tmp_path: Path) -> None:
+    origin = "https://page.example"
+    # Also where they may ask models.
+    async with open_http_node(answer, database=tmp_path / "accounts.db", cors_origins=origin) as node:
+        page = Asking(node, Origin=origin)
+        for method, path in (
+            ("POST", "/cluster/keys"),
+            ("PATCH", "/cluster/keys/a"),
+            ("DELETE", "/cluster/keys/a"),
+            ("POST", "/cluster/keys/a/rotate"),
+        ):
+            assert await page.status(method, path, {"name": "a"}) == (403, "foreign_origin")
+        assert (await Asking(node)("GET", "/cluster/keys")).json()["data"] == []
+
+
+async def test_the_node_s_own_page_may_act_without_a_key(node: HttpNode) -> None:
     page = Asking(node, Origin=node.url)
-    for method, path in (
-        ("POST", "/cluster/keys"),
-        ("PATCH", "/cluster/keys/a"),
-        ("DELETE", "/cluster/keys/a"),
-        ("POST", "/cluster/keys/a/rotate"),
-    ):
-        assert await page.status(method, path, {"name": "a"}) == (403, "foreign_origin")
-    assert (await Asking(node)("GET", "/cluster/keys")).json()["data"] == []
+    assert (await page("POST", "/cluster/keys", {"name": "a", "role": "admin"})).status_code == 201
+    # There is an admin key now.
+    assert await page.status("DELETE", "/cluster/keys/a") == (401, "invalid_api_key")
 
 
 async def test_a_node_without_a_database_says_so() -> None:

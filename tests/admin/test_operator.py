@@ -267,6 +267,14 @@ async def test_pages_of_the_web_may_not_act(node: HttpNode, nursery: trio.Nurser
     served.head().done()
 
 
+async def test_the_node_s_own_page_may_act(node: HttpNode, nursery: trio.Nursery) -> None:
+    served: Served = await nursery.start(Asking(node, "r1").run)
+    async with node.client() as client:
+        response = await client.post("/cluster/calls/r1/cancel", headers={"Origin": node.url})
+    assert response.status_code == 200
+    assert served.reason is not None
+
+
 async def test_looking_changes_nothing(node: HttpNode) -> None:
     async with node.client() as client:
         assert (await client.get("/cluster/calls/r1/cancel")).status_code == 405

@@ -19,6 +19,7 @@ from ..accounts.usage_row import GROUPS, UsageQuery
 from ..errors import ApiError, InvalidRequest
 from ..gateway.context import RequestContext, request_context
 from ..gateway.node_context import NodeContext
+from ..gateway.origin import refuse_foreign_pages
 from ..gateway.response import json_reply
 from ..gateway.routes import PREFIXES
 from .body import json_object
@@ -133,11 +134,10 @@ def _acting() -> RequestContext:
     """Return the context of a request that changes something.
 
     Raises:
-        ApiError: 403: it comes from a web page, and without a key, which no page has.
+        ApiError: 403: it comes from a page of another site, and without a key.
     """
     context = request_context(request.scope)
-    if not context.principal.name and context.header(b"origin") is not None:
-        raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
+    refuse_foreign_pages(context)
     return context
 
 

@@ -24,6 +24,7 @@ from ..gateway.routes import custom_route
 from .accounts import add_account_routes
 from .membership import Membership, add_membership_routes
 from .operator import add_operator_routes
+from .pages import add_page_routes
 from .routes import add_routes
 from .stored import add_stored_routes
 from .web import deferred_routes, make_app, path_lookup, replace_asgi_app, respond
@@ -54,6 +55,7 @@ def create_app(node_context: NodeContext, membership: Membership | None = None) 
         add_operator_routes(app, node_context)
         add_account_routes(app, node_context)
         add_stored_routes(app, node_context)
+        add_page_routes(app, node_context)
         if membership is not None:
             add_membership_routes(app, membership, node_context.audit)
     return app

@@ -44,6 +44,7 @@ from .views import (
     ReadyView,
     ReloadView,
     RevokedView,
+    SessionView,
     StatusView,
     UsageView,
 )
@@ -120,6 +121,7 @@ _VIEWS: Final = (
     HealthView,
     ModelsView,
     ReadyView,
+    SessionView,
     StatusView,
     CallsView,
     CancelView,
@@ -370,6 +372,7 @@ def _node_paths() -> dict[str, Any]:
         "/ready": {"get": ready},
         "/metrics": {"get": metrics},
         "/openapi.json": {"get": _open("openapi", "Get this OpenAPI description", {"type": "object"})},
+        "/ui/session": {"get": _operation("session", "Get who the key belongs to", _view(SessionView), 401)},
         "/cluster/status": {"get": _operation("status", "Get the state of the node", _view(StatusView), 401)},
         "/cluster/calls": {
             "get": _operation("calls", "List the calls in progress", _view(CallsView), 401, 403)

@@ -26,11 +26,11 @@ from ..core.state_dir import StateDirError
 from ..errors import ApiError, InvalidRequest
 from ..gateway.access_log import RefusedKeys
 from ..gateway.context import request_context
+from ..gateway.origin import refuse_foreign_pages
 from ..gateway.response import Reply, json_reply
 from ..security.invitations import JoinRefused
 from ..security.master_tls import Granted, MasterTls, TlsSuspended, TlsUnavailable
 from .body import json_object
-from .operator import refuse_pages
 from .web import respond
 
 __all__ = ["Membership", "add_membership_routes"]
@@ -94,7 +94,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
 
     async def invite() -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         body = await json_object()
         name = _text(body, "name") if body.get("name") is not None else None
         expires, addresses = _expires(body), _addresses(body) or list(membership.addresses())
@@ -123,7 +123,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
 
     async def revoke(name: str) -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         with _as_api_errors(membership):
             known = await tls().revoke(name)
         connected = membership.drop_worker(name, "the certificate of this worker was revoked")
@@ -134,7 +134,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
 
     async def rotate() -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         with _as_api_errors(membership):
             fingerprint = await tls().rotate()
         audit.record(context.principal, context.client, "authority.rotate", "", fingerprint=fingerprint)

@@ -2,9 +2,8 @@
 a model, reload the configuration.
 
 These routes need a principal that is an operator. The gateway checks that before they are reached; see
-``gateway/auth.py``. A client on the same machine may be an operator without a key, but a web page may not: a browser
-sends a POST on behalf of any page that is open in it, without asking the user, and adds the header ``Origin`` to it.
-None of these routes is meant for browsers, so requests with that header are refused.
+``gateway/auth.py``. Those that change something refuse other web pages than the node's own; see
+``gateway/origin.py``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from ..core.answer import Done, Failed
 from ..core.model_state import CONTROL, LOAD, UNLOAD, ModelState, ShownState
 from ..core.request import Request
 from ..errors import ApiError, ClusterError, InvalidRequest, ModelNotOnDemand, ModelUnavailable
-from ..gateway.context import RequestContext, request_context
+from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
+from ..gateway.origin import refuse_foreign_pages
 from ..gateway.response import json_reply
 from ..openai import NO_PROXY_BUFFERING
 from ..routing.backend import Backend
@@ -33,7 +33,7 @@ from .story import story_view
 from .views import CallsView, CancelView, ModelStateView, call_view, reload_view
 from .web import respond, stream
 
-__all__ = ["add_operator_routes", "refuse_pages"]
+__all__ = ["add_operator_routes"]
 
 #: The maximum number of characters of the reason for a cancellation, which people read in an error or in a log.
 _REASON_MAX: Final = 500
@@ -49,7 +49,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def cancel(request_id: str) -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         reason = _reason((await json_object()).get("reason"))
         found = router.calls_of(request_id)
         if not found:
@@ -77,7 +77,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def drain(name: str) -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         worker = node_context.drain_worker(name)
         if worker is None:
             raise ApiError(404, f"No worker '{name}' is connected", code="worker_not_found")
@@ -86,7 +86,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def reload() -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         if node_context.reload is None:
             raise ApiError(
                 409,
@@ -108,7 +108,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def load(name: str) -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         replicas = _replicas(name, (await json_object()).get("worker"))
         replica = _first_ready(replicas, name)
         node_context.audit.record(context.principal, context.client, "model.load", name, node=replica.name)
@@ -127,7 +127,7 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
 
     async def unload(name: str) -> TrioResponse:
         context = request_context(request.scope)
-        refuse_pages(context)
+        refuse_foreign_pages(context)
         replicas = _replicas(name, (await json_object()).get("worker"))
         nodes = [replica.name for replica in replicas if _state(replica, name).state != "cold"]
         node_context.audit.record(context.principal, context.client, "model.unload", name, nodes=nodes)
@@ -211,16 +211,6 @@ def _first_ready(replicas: Sequence[Backend], model: str) -> Backend:
 
 def _state(replica: Backend, model: str) -> ModelState:
     return replica.health.model_states.get(model, ModelState("ready"))
-
-
-def refuse_pages(context: RequestContext) -> None:
-    """Refuse a request that a web page has sent.
-
-    Raises:
-        ApiError: 403.
-    """
-    if context.header(b"origin") is not None:
-        raise ApiError(403, "This route does not accept requests from web pages", code="foreign_origin")
 
 
 def _reason(reason: object) -> str:

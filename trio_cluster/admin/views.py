@@ -43,6 +43,7 @@ __all__ = [
     "ReadyView",
     "ReloadView",
     "RevokedView",
+    "SessionView",
     "StatusView",
     "UsageView",
     "call_view",
@@ -79,6 +80,20 @@ class ReadyView:
 
     status: Literal["ready", "no_model", "starting", "draining"]
     model: str | None
+
+
+@attrs.frozen
+class SessionView:
+    """Who the sender of a request is, and what the node is: what the page for people begins with."""
+
+    name: str
+    """The name of the key; empty if it was sent without one."""
+    role: Role
+    requires_key: bool
+    """Whether requests for models need a key."""
+    mode: str
+    node_id: str
+    version: str
 
 
 @attrs.frozen

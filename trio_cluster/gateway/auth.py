@@ -34,6 +34,7 @@ from .failed_attempts import FailedAttempts
 
 __all__ = [
     "OPEN_PATHS",
+    "SESSION_PATH",
     "ApiKeys",
     "Authenticate",
     "Authenticator",
@@ -48,6 +49,11 @@ __all__ = [
 #: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
 #: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/ready"})
+
+#: Below this, the files of the page for people need no key: it is the page that asks for one.
+_PAGE: Final = "/ui/"
+#: Who the page's user is, by the key; nothing else below ``/ui/`` needs one.
+SESSION_PATH: Final = "/ui/session"
 
 #: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
 _STATUS: Final = "/cluster/status"
@@ -67,7 +73,9 @@ _PROXY_HEADERS: Final = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", 
 
 def is_open(path: str) -> bool:
     """Return whether a path requires no key."""
-    return (path.rstrip("/") or "/") in OPEN_PATHS
+    return (path.rstrip("/") or "/") in OPEN_PATHS or (
+        (path.startswith(_PAGE) or path == "/ui") and path.rstrip("/") != SESSION_PATH
+    )
 
 
 class Authenticator(Protocol):
@@ -226,8 +234,11 @@ def is_for_admins(path: str) -> bool:
 
 
 def _with_role(principal: Principal, context: RequestContext) -> Principal:
-    """Return a principal as one that may do everything, if it asks for what is for operators from this machine."""
-    if is_for_operators(context.path) and _is_local(context):
+    """Return a principal as one that may do everything, if it asks for what is for operators from this machine.
+
+    The page asks who its user is, since it shows what that user may do.
+    """
+    if (is_for_operators(context.path) or context.path == SESSION_PATH) and _is_local(context):
         return attrs.evolve(principal, role="admin")
     return principal
 

@@ -22,7 +22,7 @@ from .context import RequestContext
 from .cors import is_allowed_origin
 from .node_context import NodeContext
 
-__all__ = ["CheckOrigin"]
+__all__ = ["CheckOrigin", "refuse_foreign_pages"]
 
 _METRICS: Final = "/metrics"
 
@@ -69,6 +69,26 @@ class CheckOrigin:
             )
         if shows_names or (not is_open(context.path) and context.path not in JOIN_PATHS):
             raise error
+
+
+def refuse_foreign_pages(context: RequestContext) -> None:
+    """Refuse a request without a key that a page from elsewhere has sent, also one that ``cors_origins`` allows.
+
+    For routes that change something. A client on the same machine may do that without a key, but a web page may not: a
+    browser sends a POST on behalf of any page that is open in it, without asking the user, and adds ``Origin`` to it.
+    A page of this node may: the pages are its own, and :class:`CheckOrigin` knows the host. A key is in a header that
+    no browser sends by itself.
+
+    Raises:
+        ApiError: 403.
+    """
+    origin = context.header(b"origin")
+    if (
+        origin is not None
+        and not context.principal.name
+        and not _is_same_origin(origin, context.header(b"host"))
+    ):
+        raise ApiError(403, "This route does not accept requests from other web pages", code="foreign_origin")
 
 
 def _is_same_origin(origin: bytes, host: bytes | None) -> bool:

@@ -1,0 +1,64 @@
+"""Signing in, the way between the views, and a connection that is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from watched import Watched
+from web_cluster import WebCluster, open_web_cluster
+
+
+def test_enter_signs_in_and_the_key_is_forgotten_with_the_page(
+    tmp_path: Path, watched: Callable[..., Watched]
+) -> None:
+    with open_web_cluster(tmp_path, serve=False, api_key="secret-key") as cluster:
+        seen = watched(cluster.page, expected=[401])
+        page = seen.page
+        field = page.get_by_label("API key")
+        field.fill("wrong")
+        field.press("Enter")
+        page.get_by_text("This key is not valid.").wait_for()
+        field.fill("secret-key")
+        field.press("Enter")
+        page.get_by_role("link", name="Workers").wait_for()
+        stored = page.evaluate(
+            "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
+        )
+        assert "secret-key" not in stored
+        page.reload()
+        page.get_by_label("API key").wait_for()
+
+
+def test_each_view_has_an_address(cluster: WebCluster, watched: Callable[..., Watched]) -> None:
+    page = watched(cluster.page).page
+    for name in ("Requests", "Workers", "Models", "Playground", "Keys and usage", "Connect a client"):
+        page.get_by_role("navigation").get_by_role("link", name=name).click()
+        page.get_by_role("heading", level=1, name=name).wait_for()
+        assert page.get_by_role("link", name=name).get_attribute("aria-current") == "page"
+        page.wait_for_function("document.querySelector('.view').childElementCount > 0")
+
+
+def test_without_an_operator_s_key_there_is_no_view_of_others(
+    tmp_path: Path, watched: Callable[..., Watched]
+) -> None:
+    with open_web_cluster(tmp_path, serve=False, operator_key="op") as cluster:
+        page = watched(cluster.page).page
+        page.get_by_role("link", name="Playground").wait_for()
+        assert page.get_by_role("link", name="Requests").count() == 0
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_label("API key").fill("op")
+        page.get_by_label("API key").press("Enter")
+        page.get_by_role("link", name="Requests").wait_for()
+
+
+def test_a_lost_connection_is_said_and_comes_back(tmp_path: Path, watched: Callable[..., Watched]) -> None:
+    with open_web_cluster(tmp_path, serve=False) as cluster:
+        page = watched(cluster.page, expected=[0]).page
+        page.get_by_role("link", name="Workers").wait_for()
+        port = cluster.master.port
+        cluster.master.stop()
+        page.get_by_text(re.compile("Connection lost.*Trying again in")).wait_for()
+        cluster.restart(port)
+        page.get_by_text(re.compile("Connection lost")).wait_for(state="detached")

@@ -1,0 +1,63 @@
+"""A page of the browser, and what goes wrong in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import attrs
+
+__all__ = ["Watched", "open_page"]
+
+
+@attrs.define
+class Watched:
+    """One page of the browser.
+
+    Attributes:
+        page: of Playwright.
+        context: its browser context, which has nothing in common with others.
+        problems: errors and warnings of the console, exceptions, and requests to elsewhere.
+        expected: the statuses of failed requests that the test causes; Chromium logs each as an error.
+    """
+
+    page: Any
+    context: Any
+    problems: list[str] = attrs.field(factory=list)
+    expected: Collection[int] = ()
+
+
+def open_page(
+    browser: Any,
+    url: str,
+    *,
+    width: int = 1280,
+    height: int = 800,
+    scheme: str = "light",
+    expected: Collection[int] = (),
+    **context: Any,
+) -> Watched:
+    """Open a page, and watch it from the start."""
+    opened = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **context)
+    opened.set_default_timeout(15_000)
+    page = opened.new_page()
+    watched = Watched(page, opened, expected=expected)
+
+    def on_console(message: Any) -> None:
+        if message.type not in ("error", "warning"):
+            return
+        if any(f"status of {status}" in message.text for status in watched.expected):
+            return
+        if 0 in watched.expected and "net::ERR_" in message.text:
+            return
+        watched.problems.append(f"{message.type}: {message.text}")
+
+    def on_request(request: Any) -> None:
+        if not request.url.startswith((url.split("/ui")[0], "data:", "blob:")):
+            watched.problems.append(f"a request to elsewhere: {request.url}")
+
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: watched.problems.append(f"exception: {error}"))
+    page.on("request", on_request)
+    page.goto(url)
+    return watched

@@ -1,0 +1,165 @@
+"""A real cluster for tests in a browser: a master and two workers in threads, with models that do as they are told."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import wave
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from trio_cluster import (
+    ASRRequest,
+    ChatRequest,
+    ClusterServer,
+    ClusterServerOptions,
+    EmbeddingRequest,
+    ImageGenRequest,
+    OutputChunk,
+    ServerOptions,
+    ServerThread,
+    TTSRequest,
+    serve_in_thread,
+)
+
+__all__ = ["WebCluster", "open_web_cluster"]
+
+#: A picture of one red pixel.
+_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+
+
+@attrs.define
+class WebCluster:
+    """A cluster that runs.
+
+    Attributes:
+        url: of the master's API.
+        server, master: the master, and its thread.
+        workers: the threads of the workers, by name.
+        stopped: the prompts of the handlers of ``slow`` that were cancelled.
+        cancelled: set when one was.
+    """
+
+    url: str
+    server: ClusterServer
+    master: ServerThread
+    workers: dict[str, ServerThread] = attrs.field(factory=dict)
+    stopped: list[str] = attrs.field(factory=list)
+    cancelled: threading.Event = attrs.field(factory=threading.Event)
+
+    @property
+    def page(self) -> str:
+        """The address of the page."""
+        return f"{self.url}/ui/"
+
+    def restart(self, port: int) -> None:
+        """Start the master again, on the port that it had. It must have been stopped."""
+        self.master = serve_in_thread(self.server, self.server.run_as_master, port)
+
+    def start_worker(self, name: str) -> None:
+        """Start a worker, and wait until its models are served."""
+        server = ClusterServer(ClusterServerOptions(server=ServerOptions(host="127.0.0.1", worker_id=name)))
+        _add_models(server, name, self)
+        port = self.server.internal_port
+        self.workers[name] = serve_in_thread(server, server.run_as_worker, "127.0.0.1", port)
+
+    def stop_worker(self, name: str) -> None:
+        """Stop a worker, if it runs."""
+        if (worker := self.workers.pop(name, None)) is not None:
+            worker.stop()
+
+
+def _speech() -> bytes:
+    """Return a tenth of a second of silence."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(b"\0\0" * 1600)
+    return file.getvalue()
+
+
+def _text_of(request: ChatRequest) -> str:
+    content = request.messages[-1]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "picture") for part in content)
+
+
+def _add_models(server: ClusterServer, name: str, cluster: WebCluster) -> None:
+    """Register what a worker serves: chats on both, everything else on ``w1``."""
+
+    @server.chat("echo", supports_vision=True)
+    async def echo(request: ChatRequest) -> AsyncIterator[Any]:
+        """Repeat what was said, a word at a time; with some reasoning, if it is asked to think."""
+        text = _text_of(request)
+        if "think" in text:
+            yield OutputChunk.reasoning("I shall repeat it.")
+        for word in text.split():
+            yield f"{word} "
+
+    @server.chat("slow")
+    async def slow(request: ChatRequest) -> AsyncIterator[str]:
+        """Say ``tick`` for ever, twenty times in a second."""
+        try:
+            while True:
+                yield "tick "
+                await trio.sleep(0.05)
+        except trio.Cancelled:
+            cluster.stopped.append(_text_of(request))
+            cluster.cancelled.set()
+            raise
+
+    if name != "w1":
+        return
+
+    @server.embedding("vectors")
+    async def vectors(request: EmbeddingRequest) -> list[list[float]]:
+        return [[float(len(text)), float(str(text).count("a")), 1.0] for text in request.inputs]
+
+    @server.tts("speech")
+    async def speech(request: TTSRequest) -> bytes:
+        return _speech()
+
+    @server.asr("hearing")
+    async def hearing(request: ASRRequest) -> str:
+        return f"{len(request.audio)} bytes were said"
+
+    @server.image_generation("pictures")
+    async def pictures(request: ImageGenRequest) -> list[bytes]:
+        return [_PNG] * request.n
+
+
+@contextmanager
+def open_web_cluster(folder: Path, *, serve: bool = True, **options: Any) -> Iterator[WebCluster]:
+    """Open a cluster on 127.0.0.1, whose master keeps its state in a folder.
+
+    Args:
+        folder: for the master's keys and usage.
+        serve: whether there are workers.
+        options: of the master's section ``server``, such as ``api_key``.
+    """
+    master = ClusterServer(
+        ClusterServerOptions(
+            server=ServerOptions(host="127.0.0.1", port=0, **options),
+            state_dir=str(folder),
+            on_conflict="replicate",
+        )
+    )
+    with ExitStack() as stack:
+        front = serve_in_thread(master, master.run_as_master, 0)
+        assert front.url is not None
+        cluster = WebCluster(front.url, master, front)
+        stack.callback(lambda: cluster.master.stop())
+        if serve:
+            for name in ("w1", "w2"):
+                cluster.start_worker(name)
+                stack.callback(cluster.stop_worker, name)
+        yield cluster

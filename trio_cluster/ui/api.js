@@ -1,0 +1,114 @@
+// Requests to the node. The key is kept here, in memory, and nowhere else: closing or loading the page forgets it.
+
+/** An error that the node has answered, or that it could not be reached (status 0). */
+export class ApiError extends Error {
+  constructor(status, code, message, requestId = "") {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.requestId = requestId;
+  }
+}
+
+// Where the node's API begins: the page is below it, also behind a proxy that serves the node below a path of its own.
+const ROOT = new URL("../", document.baseURI);
+
+export class Api {
+  #key;
+
+  constructor(key = "") {
+    this.#key = key;
+  }
+
+  get hasKey() {
+    return this.#key !== "";
+  }
+
+  /** The address to give to clients, without a slash at its end. */
+  get base() {
+    return ROOT.href.replace(/\/$/, "");
+  }
+
+  /**
+   * Send a request, and return its response once it has begun.
+   *
+   * @param {string} path below the node's address, such as "v1/models".
+   * @param {object} options `method`; `body`: an object is sent as JSON, a FormData as it is; `headers`; `signal`.
+   * @throws {ApiError} the node answered with an error, or cannot be reached.
+   * @throws {DOMException} AbortError: `signal` was aborted.
+   */
+  async send(path, { method, body, headers = {}, signal } = {}) {
+    const sent = { ...headers };
+    if (this.#key) sent.authorization = `Bearer ${this.#key}`;
+    if (body !== undefined && !(body instanceof FormData)) {
+      sent["content-type"] = "application/json";
+      body = JSON.stringify(body);
+    }
+    let response;
+    try {
+      response = await fetch(new URL(path, ROOT), {
+        method: method ?? (body === undefined ? "GET" : "POST"), body, headers: sent, signal,
+        credentials: "omit", cache: "no-store", redirect: "error",
+      });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(0, "unreachable", "The node cannot be reached");
+    }
+    if (!response.ok) throw await readError(response);
+    return response;
+  }
+
+  /** Send a request, and return the JSON of its answer. See {@link Api#send}. */
+  async json(path, options) {
+    return (await this.send(path, options)).json();
+  }
+
+  /**
+   * Yield the events of a stream as `{event, data}`; `data` is text. The stream is closed when the loop is left.
+   * See {@link Api#send}.
+   */
+  async *events(path, options) {
+    const response = await this.send(path, options);
+    yield* readEvents(response);
+  }
+}
+
+/** Yield the server-sent events of a response. See {@link Api#events}. */
+export async function* readEvents(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let event = "message";
+  let data = [];
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const raw of lines) {
+        const line = raw.endsWith("\r") ? raw.slice(0, -1) : raw;
+        if (line === "") {
+          if (data.length) yield { event, data: data.join("\n") };
+          event = "message";
+          data = [];
+        } else if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
+        else if (line.startsWith("event:")) event = line.slice(6).trim();
+      }
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "connection_lost", "The connection was lost");
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+async function readError(response) {
+  const requestId = response.headers.get("x-request-id") ?? "";
+  try {
+    const { error } = await response.json();
+    return new ApiError(response.status, error.code ?? error.type, error.message, requestId);
+  } catch {
+    return new ApiError(response.status, "unknown", `The node answered with status ${response.status}`, requestId);
+  }
+}

@@ -1,0 +1,113 @@
+// The state of the cluster, as /cluster/events tells it: the requests that run, the workers and the models.
+
+import { readEvents } from "./api.js";
+
+const KINDS = ["requests", "workers", "models"];
+const FIRST_WAIT = 0.5;
+const LONGEST_WAIT = 10;
+// The node sends something every ten seconds at least. After twice that, and some time for the way, it is gone.
+const SILENCE = 25;
+
+/**
+ * Follows the events. Dispatches `change` after each update (the node sends at most four in a second), and `state`
+ * when the connection is there, lost, or about to be tried again.
+ *
+ * Attributes: `requests`, `workers`, `models`: maps from ids to items; `state`: "connecting", "live" or "lost";
+ * `retryAt`: when it is tried again, as `Date.now()` counts; `error`: why it was lost; `updatedAt`.
+ */
+export class Live extends EventTarget {
+  #api;
+  #abort = null;
+
+  constructor(api) {
+    super();
+    this.#api = api;
+    for (const kind of KINDS) this[kind] = new Map();
+    this.state = "connecting";
+    this.retryAt = 0;
+    this.error = null;
+    this.updatedAt = 0;
+  }
+
+  start() {
+    this.#abort = new AbortController();
+    this.#run(this.#abort.signal);
+  }
+
+  stop() {
+    this.#abort?.abort();
+  }
+
+  async #run(signal) {
+    let wait = FIRST_WAIT;
+    while (!signal.aborted) {
+      try {
+        await this.#follow(signal, () => (wait = FIRST_WAIT));
+        this.error = null;
+      } catch (error) {
+        this.error = error;
+      }
+      if (signal.aborted) return;
+      this.retryAt = Date.now() + wait * 1000;
+      this.#become("lost");
+      await new Promise((resolve) => {
+        const timer = setTimeout(resolve, wait * 1000);
+        signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+        window.addEventListener("online", resolve, { once: true });
+      });
+      wait = Math.min(LONGEST_WAIT, wait * 2);
+    }
+  }
+
+  async #follow(signal, connected) {
+    const silence = new AbortController();
+    const abort = () => silence.abort();
+    signal.addEventListener("abort", abort);
+    let timer = setTimeout(abort, SILENCE * 1000);
+    try {
+      const response = await this.#api.send("cluster/events", { signal: silence.signal });
+      for await (const part of parts(response, () => {
+        clearTimeout(timer);
+        timer = setTimeout(abort, SILENCE * 1000);
+      })) {
+        this.#apply(part.event, JSON.parse(part.data));
+        if (part.event === "snapshot") {
+          connected();
+          this.#become("live");
+        }
+        this.updatedAt = Date.now();
+        this.dispatchEvent(new Event("change"));
+      }
+    } finally {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", abort);
+      silence.abort();
+    }
+  }
+
+  #apply(event, data) {
+    for (const kind of KINDS) {
+      if (event === "snapshot") this[kind] = new Map((data[kind] ?? []).map((item) => [String(item.id), item]));
+      else if (event === "upsert") for (const item of data[kind] ?? []) this[kind].set(String(item.id), item);
+      else if (event === "remove") for (const id of data[kind] ?? []) this[kind].delete(String(id));
+    }
+  }
+
+  #become(state) {
+    this.state = state;
+    this.dispatchEvent(new Event("state"));
+  }
+}
+
+// Comments count as signs of life, so the bytes are watched, and not only the events.
+async function* parts(response, alive) {
+  const watched = response.body.pipeThrough(
+    new TransformStream({
+      transform(chunk, controller) {
+        alive();
+        controller.enqueue(chunk);
+      },
+    }),
+  );
+  yield* readEvents({ body: watched });
+}

@@ -1,0 +1,5 @@
+import { empty } from "../dom.js";
+
+export function mount(root, page) {
+  root.append(empty("Nothing here yet"));
+}
