@@ -281,9 +281,15 @@ class Story:
             f"x-request-id: {request_id}",
         ]
         command += ["-H", "content-type: application/json", "-d", json.dumps(body)]
-        self.calls.append(await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL))
+        process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL)
+        self.calls.append(process)
 
         async def is_there() -> bool:
+            nonlocal process
+            if process.poll() is not None:
+                # The worker had not linked yet to the one of the master's processes that was asked.
+                process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL)
+                self.calls.append(process)
             async with httpx.AsyncClient(trust_env=False) as http:
                 calls = (await http.get(f"{url_of(master)}/cluster/calls")).json()["calls"]
             return request_id in {call["request_id"] for call in calls}
