@@ -67,6 +67,7 @@ from .gateway.response import render_refusal
 from .gateway.stories import Stories
 from .group.front import Front
 from .group.limiter import GroupLimiter
+from .group.live import LiveGroup
 from .group.member import Member
 from .group.messages import Notice
 from .http1.asgi import App
@@ -714,16 +715,18 @@ class Node:
             membership = Membership(
                 self._tls, self._outward_addresses, manager.drop_worker, self._invite_command
             )
+        live = self._node_context.siblings = None if member is None else LiveGroup(member)
         self.app = create_app(self._node_context, membership)
         self._set_address(self._options.server.host, listeners)
         if self._tls is not None:
             nursery.start_soon(self._tls.run)
             listeners = self._with_tls(listeners)
         app = self._behind_gateway(self.app)
-        if member is not None and clients_gate is not None:
+        if member is not None and clients_gate is not None and live is not None:
             front = Front(app, member)
             orphaned = functools.partial(self._stop_orphaned, member, clients_gate)
-            nursery.start_soon(member.run, front.answer_alone, self._on_notice, orphaned)
+            nursery.start_soon(member.run, front.answer_alone, self._on_notice, orphaned, live.answer)
+            nursery.start_soon(live.run)
             app = front
         await nursery.start(self._serve_api, app, listeners)
 
@@ -884,6 +887,7 @@ class Node:
             connected=UNSET if client is None else client.connected,
             rejected_models=UNSET if client is None else dict(client.rejected_models),
             on_demand=self._on_demand_status(),
+            sleeping=[] if manager is None else manager.sleeping(),
         )
 
     def _masters(self) -> list[MasterStatus] | UnsetType:

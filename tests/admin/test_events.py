@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -12,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from trio_cluster import __version__
 from trio_cluster.admin.events import KEEPALIVE, Sampler
 from trio_cluster.testing import SimulatedCluster, StreamingResponse, open_cluster, worker
 
@@ -116,6 +118,152 @@ async def test_a_request_comes_changes_and_goes(autojump_clock: MockClock, nurse
         await trio.sleep(4)
         assert page.requests == {}
         assert page.gone == [first["id"]]
+
+
+async def test_a_request_shows_its_attempts_and_what_it_waits_for(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    options = OPTIONS | {"max_concurrency": 1, "resume_window": 0.0, "heartbeat_interval": 0.2}
+    async with open_cluster(latency=0.01, aliases={"good": "m"}, **options) as cluster:
+
+        async def start(name: str) -> Any:
+            server = worker(name, **options)
+
+            @server.chat("m")
+            async def handler(request: Any) -> AsyncIterator[str]:
+                await trio.sleep(3)
+                for _ in range(30):
+                    await trio.sleep(0.1)
+                    yield "token "
+
+            return await cluster.start_worker(server)
+
+        first = await start("w1")
+        async with subscribed(cluster, nursery) as page:
+            for name in ("r1", "r2"):
+                nursery.start_soon(cluster.client(**{"x-request-id": name}).chat, "good")
+                await trio.sleep(1)
+            request, waits = page.requests["r1"], page.requests["r2"]
+            assert (request["model"], request["alias"], request["phase"]) == ("m", "good", "waiting")
+            assert (waits["phase"], waits["waits_for"]) == ("queued", "a slot of w1")
+            assert request["first_output"] is None
+            await trio.sleep(1.5)
+            request = page.requests["r1"]
+            assert (request["phase"], request["waits_for"]) == ("streaming", "")
+            assert 3.0 < request["first_output"] - request["began"] < 3.4
+            (call,) = request["calls"]
+            assert (call["attempt"], call["kind"], call["node"], call["model"]) == (1, "first", "w1", "m")
+            assert (call["phase"], call["error"]) == ("streaming", "")
+            assert call["delivered"] == request["delivered"] > 0
+            # The worker is lost, and what had not begun there is asked elsewhere.
+            await start("w2")
+            first.kill()
+            await trio.sleep(1)
+            assert "r1" not in page.requests
+            lost, again = page.requests["r2"]["calls"]
+            assert (lost["node"], lost["phase"], lost["error"]) == ("w1", "over", "worker_lost")
+            assert (again["attempt"], again["kind"], again["node"], again["phase"]) == (
+                2,
+                "retry",
+                "w2",
+                "waiting",
+            )
+            assert (page.requests["r2"]["node"], page.requests["r2"]["attempts"]) == ("w2", 2)
+
+
+async def test_a_request_whose_client_does_not_read_says_so(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with open_cluster(keepalive=0.0) as cluster:
+
+        @cluster.master.server.chat("m")
+        async def handler(request: Any) -> AsyncIterator[str]:
+            while True:
+                yield "token " * 1000
+
+        async with subscribed(cluster, nursery) as page, cluster.client("slow").open_chat("m"):
+            await trio.sleep(2)
+            (request,) = page.state["requests"].values()
+            assert request["waits_for"] == "its client, which reads slowly"
+            assert (request["node"], request["produced"] > request["delivered"]) == ("local", True)
+
+
+async def test_workers_and_models_show_what_they_are(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with open_cluster(aliases={"good": ["m", "other"]}, on_conflict="replicate", **OPTIONS) as cluster:
+        for name in ("w1", "w2"):
+            server = worker(name, **OPTIONS)
+
+            @server.chat("m")
+            async def handler(request: Any) -> AsyncIterator[Any]:
+                for _ in range(20):
+                    await trio.sleep(0.05)
+                    yield "token "
+                cached = {"cached_tokens": 50}
+                yield {
+                    "usage": {"prompt_tokens": 100, "completion_tokens": 20, "prompt_tokens_details": cached}
+                }
+
+            await cluster.start_worker(server)
+        async with subscribed(cluster, nursery) as page:
+            await trio.sleep(1)
+            first = page.state["workers"]["w1"]
+            assert (first["state"], first["capacity"], first["models"]) == ("ok", 2, ["m"])
+            assert (first["version"], first["lag"]) == (__version__, 0.0)
+            assert abs(first["connected_since"] - time.time()) < 60
+            model = page.state["models"]["m"]
+            assert (model["kind"], model["state"], model["in_flight"]) == ("chat", "ready", 0)
+            assert model["aliases"] == [{"id": "good", "alias_of": ["m", "other"]}]
+            assert [(each["node"], each["available"]) for each in model["replicas"]] == [
+                ("w1", True),
+                ("w2", True),
+            ]
+            assert model["tokens_per_second"] is None
+            nursery.start_soon(cluster.client().chat, "m")
+            await trio.sleep(0.5)
+            assert page.state["models"]["m"]["in_flight"] == 1
+            assert sum(each["in_flight"] for each in page.state["models"]["m"]["replicas"]) == 1
+            await trio.sleep(2)
+            model = page.state["models"]["m"]
+            assert model["in_flight"] == 0
+            assert model["tokens_per_second"] == pytest.approx(20, rel=0.1)
+            assert (model["prompt_tokens"], model["cached_tokens"]) == (100, 50)
+            # And now nothing changes any more, as long as nothing is asked.
+            count = len(page.events)
+            await trio.sleep(600)
+            assert len(page.events) == count
+
+
+async def test_a_worker_whose_machine_sleeps_is_shown(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    wake = {"w": "02:42:ac:11:00:02@127.0.0.1"}
+    async with (
+        open_cluster(latency=0.01, wake=wake, **OPTIONS) as cluster,
+        subscribed(cluster, nursery) as page,
+    ):
+        server = worker("w", **OPTIONS)
+
+        async def handler(request: Any) -> str:
+            return "hello"
+
+        server.register_chat("m", handler)
+        node = await cluster.start_worker(server)
+        await trio.sleep(1)
+        assert page.state["workers"]["w"]["state"] == "ok"
+        node.stop()
+        await trio.sleep(10)
+        away = page.state["workers"]["w"]
+        assert (away["state"], away["models"], away["connected_since"]) == ("asleep", ["m"], None)
+        assert page.state["models"]["m"]["state"] == "cold"
+        with trio.CancelScope() as asking:
+            nursery.start_soon(cluster.client().chat, "m")
+            await trio.sleep(1)
+            (request,) = page.state["requests"].values()
+            assert (request["waits_for"], page.state["workers"]["w"]["state"]) == ("waking w", "waking")
+            asking.cancel()
+        nursery.cancel_scope.cancel()
 
 
 async def test_there_are_at_most_four_updates_a_second(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -81,6 +82,39 @@ def in_flight(status: dict[str, Any], process: int) -> int:
     return count
 
 
+class Page:
+    """Follows the events of one process.
+
+    Attributes:
+        shown: the items of each kind, by their ids.
+        over: the process has ended.
+    """
+
+    def __init__(self) -> None:
+        self.shown: dict[str, dict[str, Any]] = {"requests": {}, "workers": {}, "models": {}}
+        self.over = False
+
+    async def follow(self, node: Node, *, task_status: trio.TaskStatus[None]) -> None:
+        event = ""
+        try:
+            async with client_of(node) as client, client.stream("GET", "/cluster/events") as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("event: "):
+                        event = line.removeprefix("event: ")
+                    elif line.startswith("data: "):
+                        for kind, items in json.loads(line.removeprefix("data: ")).items():
+                            if event == "remove":
+                                for key in items:
+                                    del self.shown[kind][key]
+                            else:
+                                self.shown[kind] |= {item["id"]: item for item in items}
+                        if event == "snapshot":
+                            task_status.started()
+        except httpx.HTTPError:
+            pass
+        self.over = True
+
+
 async def test_two_processes_are_one_master(nodes: Nodes, nursery: trio.Nursery) -> None:
     master = await open_group(nodes)
     status = await wait_linked(master)
@@ -102,9 +136,21 @@ async def test_two_processes_are_one_master(nodes: Nodes, nursery: trio.Nursery)
     status = await status_of(master)
     assert status["calls"]["completed"] == 12
 
-    # One is killed, under a stream of the other.
+    # One is killed, under a stream of the other. Until then, each of them shows the streams of both.
     kept = await streams_on(master, nursery, 0, 2)
+    lost = await streams_on(master, nursery, 1, 1)
+    pages = [Page() for _ in range(6)]
+    for page in pages:
+        await nursery.start(page.follow, master)
+    assert all(len(page.shown["requests"]) >= len(kept) + len(lost) for page in pages)
+    assert all(page.shown["workers"]["w1"]["processes"] == [0, 1] for page in pages)
     os.kill(pids[1], signal.SIGKILL)
+
+    async def gone() -> bool:
+        mine = [page for page in pages if not page.over]
+        return all(not any(key.startswith(f"{pids[1]}-") for key in page.shown["requests"]) for page in mine)
+
+    await until(gone, 20)
     line = await master.log("a process of this master has ended (killed by SIGKILL)")
     assert line["process"] == 1
     status = await wait_linked(master)

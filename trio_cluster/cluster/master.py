@@ -35,7 +35,7 @@ from ..core import randomness
 from ..core.limits import CLOSE_TIMEOUT
 from ..core.model import KINDS
 from ..core.request import Request
-from ..core.status import MasterStatus, WorkerStatus
+from ..core.status import MasterStatus, SleepingStatus, WorkerStatus
 from ..link.demux import FrameDemux
 from ..link.link import First, Link, LinkClosed, receive_first
 from ..link.websocket import END_HEADER, PATH, PROBE_PATH, Refusal, accept
@@ -309,6 +309,13 @@ class WorkerManager:
             for master in worker.other_masters:
                 linked.setdefault(master, []).append(name)
         return [MasterStatus(id, address, workers) for (id, address), workers in sorted(linked.items())]
+
+    def sleeping(self) -> list[SleepingStatus]:
+        """Return the workers that are away, and whose machines can be woken, sorted by name."""
+        return sorted(
+            (each.status() for each in self._sleeping if each.connected_at is None and each.models),
+            key=lambda status: status.id,
+        )
 
     def status(self) -> list[WorkerStatus]:
         """Return the status of each connected worker, sorted by name."""

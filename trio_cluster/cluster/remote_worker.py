@@ -150,6 +150,7 @@ class RemoteWorker:
             admitted=self.admitted,
             in_flight_elsewhere=self.elsewhere,
             model_states={name: state.state for name, state in sorted(self.health.model_states.items())},
+            version="" if self._session.peer is None else self._session.peer.version,
         )
 
     def request_shutdown(self, reason: str) -> None:

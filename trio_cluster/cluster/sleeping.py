@@ -36,6 +36,7 @@ from ..core.call import Call
 from ..core.model import KINDS, ModelInfo
 from ..core.model_state import CONTROL, UNLOAD, ModelState, ModelWait
 from ..core.request import Request
+from ..core.status import SleepingStatus
 from ..core.wake_target import ASLEEP, WakeTarget, read_wake_target
 from ..errors import ApiError, ModelStartFailed, ModelUnavailable
 from ..net.throttled_log import ThrottledLog
@@ -132,6 +133,10 @@ class SleepingWorker:
         ready_at = None if self.seconds is None or self.asked_at is None else self.asked_at + self.seconds
         call.set_model_wait(ModelWait(f"waking {self.worker}", ready_at))
         return call
+
+    def status(self) -> SleepingStatus:
+        """Return what is shown of the worker. Synchronous."""
+        return SleepingStatus(self.worker, self.asked_at is not None, sorted(self.models), len(self.waiting))
 
     def set_asked(self, since: float | None) -> None:
         """Record since when it is being woken; ``None``: it is not. Synchronous."""

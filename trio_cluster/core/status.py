@@ -24,6 +24,7 @@ __all__ = [
     "ProcessState",
     "ProcessStatus",
     "ResidentStatus",
+    "SleepingStatus",
     "SlotStatus",
     "WorkerState",
     "WorkerStatus",
@@ -125,6 +126,22 @@ class WorkerStatus:
     """Of a master that is several processes: those that it is linked to."""
     model_states: dict[str, ShownState] = attrs.field(factory=dict)
     """The states of those of its models that run on demand: ``ready``, ``starting`` or ``cold``."""
+    version: str = ""
+    """The version of this package there."""
+
+
+@attrs.frozen
+class SleepingStatus:
+    """A worker that is away, and whose machine can be woken."""
+
+    id: str
+    """The worker's name."""
+    waking: bool
+    """Whether it is being woken."""
+    models: list[str]
+    """The names of the models that it served, sorted."""
+    waiting: int
+    """Calls that wait for it."""
 
 
 @attrs.frozen
@@ -212,3 +229,5 @@ class NodeStatus:
     """On a worker only: the models that a master refused, with the reasons."""
     on_demand: OnDemandStatus | UnsetType = UNSET
     """The models of this process that run on demand, if there are any."""
+    sleeping: list[SleepingStatus] = attrs.field(factory=list)
+    """On a master only: the workers that are away, and whose machines can be woken."""

@@ -15,6 +15,7 @@ import trio
 from ..accounts.accounts import Accounts
 from ..accounts.audit import AuditLog
 from ..core.call import Call
+from ..core.live_state import LiveSiblings
 from ..core.request import Request
 from ..core.status import NodeStatus, WorkerStatus
 from ..errors import ModelNotOnDemand
@@ -91,6 +92,9 @@ class NodeContext:
     """Determines who sends a request; ``None``: the API key of the options is required."""
     reload: Callable[[], Awaitable[Reloaded]] | None = None
     """Reads the configuration again, and applies it, or raises a ``ClusterError``; ``None``: there is none to read."""
+    siblings: LiveSiblings | None = None
+    """The other processes of this master, for what is shown live; ``None``: it is the only one. Not to be changed after
+    the application was made."""
     started: float = attrs.field(factory=time.monotonic)
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
     stories: Stories = attrs.field(init=False)

@@ -13,6 +13,7 @@ cancel                                           all of them, added up
 reload                                           all of them, each for itself; the answer is this one's
 drain                                            the first that has a link to the worker
 the story of a request                           the one that has answered it
+``/cluster/events``                              this one, which follows the others (``live.py``)
 usage, audit                                     this one, after the others have written down what they know
 changes of keys                                  this one; the others look at the keys before it answers
 what is kept in the state directory: inviting,   the process with the smallest number; the others read it again

@@ -23,6 +23,7 @@ from .messages import (
     Ask,
     AskState,
     Link,
+    Look,
     Notice,
     Process,
     Replies,
@@ -150,6 +151,7 @@ class Member:
         answer: Callable[[Request], Awaitable[Response]],
         on_notice: Callable[[Notice], Awaitable[None]],
         on_orphaned: Callable[[], None],
+        on_look: Callable[[Look], Response] | None = None,
     ) -> NoReturn:
         """Talk with the supervisor until cancelled.
 
@@ -157,6 +159,7 @@ class Member:
             answer: answers a request of another process, from what this one knows alone.
             on_notice: called when another process has changed what all share.
             on_orphaned: called once, if the supervisor has ended. Synchronous.
+            on_look: returns what has changed in what this process shows live. Synchronous. ``None``: it shows nothing.
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._channel.write)
@@ -166,6 +169,8 @@ class Member:
                 try:
                     if isinstance(ask.what, Request):
                         response = await answer(ask.what)
+                    elif isinstance(ask.what, Look):
+                        response = None if on_look is None else on_look(ask.what)
                     elif ask.what is not None:
                         await on_notice(ask.what)
                 except Exception:
@@ -222,18 +227,41 @@ class Member:
             The processes, and what processes have counted that have ended, if ``/metrics`` was asked for. No processes
             if the supervisor has ended.
         """
+        replies = await self._ask(Ask(self._next_id(), what, first, own))
+        return ([], b"") if replies is None else (replies.processes, replies.retired)
+
+    async def ask_one(self, process: int, what: Look) -> Process | None:
+        """Ask one other process. A checkpoint.
+
+        Returns:
+            The process, whether it runs or not, with its answer; ``None`` if the supervisor has ended.
+        """
+        replies = await self._ask(Ask(self._next_id(), what, to=process))
+        if replies is None:
+            return None
+        return next((each for each in replies.processes if each.process == process), None)
+
+    def tell_one(self, process: int, what: Look) -> None:
+        """Tell one other process something that it need not answer. Synchronous."""
+        if not self._orphaned:
+            self._channel.post(Ask(self._next_id(), what, to=process))
+
+    def _next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    async def _ask(self, ask: Ask) -> Replies | None:
         if self._orphaned:
             await trio.lowlevel.checkpoint()
-            return [], b""
-        self._ids += 1
-        number, over, replies = self._ids, trio.Event(), list[Replies]()
-        self._asked[number] = over, replies
+            return None
+        over, replies = trio.Event(), list[Replies]()
+        self._asked[ask.id] = over, replies
         try:
-            self._channel.post(Ask(number, what, first, own))
+            self._channel.post(ask)
             await over.wait()
         finally:
-            del self._asked[number]
-        return (replies[0].processes, replies[0].retired) if replies else ([], b"")
+            del self._asked[ask.id]
+        return replies[0] if replies else None
 
     async def reserve(self, message: Reserve | AskState) -> Reserved | None:
         """Ask the supervisor for a reservation, and return its answer; ``None`` if it has ended. A checkpoint."""

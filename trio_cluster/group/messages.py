@@ -17,6 +17,7 @@ __all__ = [
     "Ask",
     "AskState",
     "Link",
+    "Look",
     "Message",
     "Notice",
     "Process",
@@ -103,16 +104,29 @@ class Notice(msgspec.Struct, frozen=True, tag=True):
     """The worker whose link is to end."""
 
 
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """What has changed in what a process shows live? See ``live.py``."""
+
+    process: int
+    """The number of the process that asks."""
+    seen: int = 0
+    """The number of the last answer that it has got; 0: it has none."""
+    over: bool = False
+    """It will not ask again soon; no answer is expected."""
+
+
 class Ask(msgspec.Struct, frozen=True, tag=True):
     """From a member: ask other members, and answer with ``Replies``. To a member: answer with ``Reply``."""
 
     id: int
-    what: Request | Notice | None = None
+    what: Request | Notice | Look | None = None
     """``None``: only which processes there are."""
     first: bool = False
     """Only the running process with the smallest number is asked, which may be the one that asks."""
     own: Response | None = None
     """The own answer of the member that asks."""
+    to: int = -1
+    """The number of the only process that is asked; -1: all others are."""
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):

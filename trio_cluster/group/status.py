@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
+from ..core.model_state import MODEL_STATES
 from .messages import Process
 
-__all__ = ["merge_calls", "merge_status"]
+__all__ = ["merge_calls", "merge_models", "merge_status", "merge_workers"]
+
+#: States of a worker in which a process is not linked to it, from the better to the worse; all others are 0.
+_ABSENT: Final = {"suspended": 1, "waking": 2, "asleep": 3}
 
 
 def merge_calls(bodies: Sequence[bytes]) -> bytes:
@@ -36,8 +40,8 @@ def merge_status(own: bytes, answers: Mapping[int, bytes], processes: Collection
     slots = [status["slots"] for status in found]
     merged["slots"] = _sum([{**one, "waiting_by": {}} for one in slots])
     merged["slots"]["waiting_by"] = _sum([one["waiting_by"] for one in slots])
-    merged["models"] = _models(found)
-    merged["workers"] = _workers(each)
+    merged["models"] = merge_models([status["models"] for status in found])
+    merged["workers"] = merge_workers({number: status["workers"] for number, status in each.items()})
     merged["ejected"] = list(
         {(one["node"], one["model"]): one for status in found for one in status["ejected"]}.values()
     )
@@ -77,19 +81,63 @@ def _sum(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summed
 
 
-def _models(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    models: dict[str, dict[str, Any]] = {}
-    for status in found:
-        for model in status["models"]:
-            known = models.setdefault(model["id"], model)
-            known["nodes"] = sorted({*known["nodes"], *model["nodes"]})
-    return [models[name] for name in sorted(models)]
+def merge_models(lists: Iterable[Sequence[dict[str, Any]]], *, live: bool = False) -> list[dict[str, Any]]:
+    """Return the models that several processes serve, sorted by name.
+
+    Args:
+        lists: what each process shows of its models.
+        live: in its events, which have more than its status.
+    """
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for models in lists:
+        for model in models:
+            seen.setdefault(model["id"], []).append(model)
+    return [_model(seen[name], live) for name in sorted(seen)]
 
 
-def _workers(each: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def _model(views: Sequence[dict[str, Any]], live: bool) -> dict[str, Any]:
+    merged = dict(views[0])
+    merged["nodes"] = sorted({name for view in views for name in view["nodes"]})
+    if live:
+        replicas: dict[str, list[dict[str, Any]]] = {}
+        for view in views:
+            for replica in view["replicas"]:
+                replicas.setdefault(replica["node"], []).append(replica)
+        merged["replicas"] = [_replica(replicas[node]) for node in sorted(replicas)]
+        merged["in_flight"] = sum(view["in_flight"] for view in views)
+        merged["prompt_tokens"] = sum(view["prompt_tokens"] for view in views)
+        merged["cached_tokens"] = sum(view["cached_tokens"] for view in views)
+        merged["tokens_per_second"] = _highest([view["tokens_per_second"] for view in views])
+        merged["state"] = min((view["state"] for view in views), key=_readiness)
+        merged["why"] = next((view["why"] for view in views if view["state"] == merged["state"]), "")
+    return merged
+
+
+def _replica(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(min(views, key=lambda view: (not view["available"], _readiness(view["state"]))))
+    merged["in_flight"] = sum(view["in_flight"] for view in views)
+    merged["tokens_per_second"] = _highest([view["tokens_per_second"] for view in views])
+    return merged
+
+
+def _readiness(state: str) -> int:
+    return (*MODEL_STATES, "failed").index(state)
+
+
+def _highest(values: Sequence[float | None]) -> float | None:
+    """Return the highest of several speeds: each process has measured the same replicas, busy with its own requests."""
+    return max((value for value in values if value is not None), default=None)
+
+
+def merge_workers(lists: Mapping[int, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the workers that several processes are linked to, sorted by name.
+
+    Args:
+        lists: what each process shows of its workers, in its status or in its events, by its number.
+    """
     seen: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for number, status in each.items():
-        for worker in status["workers"]:
+    for number, workers in lists.items():
+        for worker in workers:
             seen.setdefault(worker["id"], []).append((number, worker))
     return [_worker(seen[name]) for name in sorted(seen)]
 
@@ -97,7 +145,7 @@ def _workers(each: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def _worker(views: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     """Return a worker as all processes see it that are linked to it."""
     # A link that is cut says nothing of the worker, if there is another one.
-    best = min((view for _, view in views), key=lambda view: view["state"] == "suspended")
+    best = min((view for _, view in views), key=lambda view: _ABSENT.get(view["state"], 0))
     in_flight = sum(view["in_flight"] for _, view in views)
     merged = dict(best)
     merged["in_flight"] = in_flight
@@ -109,7 +157,11 @@ def _worker(views: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     merged["models"] = sorted({name for _, view in views for name in view["models"]})
     merged["waiting_by"] = _sum([view["waiting_by"] for _, view in views])
     merged["ejected"] = {name: why for _, view in views for name, why in view["ejected"].items()}
-    merged["connected_for"] = max(view["connected_for"] for _, view in views)
+    if "connected_for" in merged:
+        merged["connected_for"] = max(view["connected_for"] for _, view in views)
+    else:
+        times = [view["connected_since"] for _, view in views if view["connected_since"] is not None]
+        merged["connected_since"] = min(times, default=None)
     merged["processes"] = [number for number, _ in views]
     return merged
 

@@ -24,8 +24,9 @@ passes SIGTERM on: at the first signal to let the members drain, at the second o
 
 *Limits of keys* are counted here for all members, unless they count in a Redis server (``limiter.py``).
 
-*Members ask each other* through the supervisor, which has a socket to each: for ``/cluster/status``, ``/metrics`` and
-what operators do (``front.py``). One that does not answer within :data:`PATIENCE` seconds is left out.
+*Members ask each other* through the supervisor, which has a socket to each: for ``/cluster/status``, ``/metrics``,
+``/cluster/events`` (``live.py``) and what operators do (``front.py``). One that does not answer within
+:data:`PATIENCE` seconds is left out.
 """
 
 from __future__ import annotations
@@ -318,6 +319,8 @@ class Supervisor:
         running = [slot for slot in self._slots if slot.up is not None]
         if ask.first:
             asked = running[:1]
+        elif ask.to >= 0:
+            asked = [slot for slot in running if slot.number == ask.to]
         else:
             asked = [slot for slot in running if slot is not asking] if ask.what is not None else []
         self._ids += 1

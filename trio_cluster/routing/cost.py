@@ -143,7 +143,7 @@ class _Replica:
 class _Model:
     """What is known of a model: what is usual, and its replicas."""
 
-    __slots__ = ("answer", "counts", "reading", "replicas", "saying")
+    __slots__ = ("answer", "counts", "reading", "replicas", "reports", "saying")
 
     def __init__(self) -> None:
         self.replicas: WeakKeyDictionary[Backend, _Replica] = WeakKeyDictionary()
@@ -151,6 +151,8 @@ class _Model:
         self.saying = Rate()
         # Tokens of an answer; of models that report none, every answer counts as one.
         self.answer = -1.0
+        # Whether its answers report how many tokens they have.
+        self.reports = False
         self.counts = PromptCounts()
 
     def learn_answer(self, tokens: float) -> None:
@@ -240,7 +242,9 @@ class Placement:
             replica.break_answer(now)
             return
         usage = call.end.usage
-        tokens = 1.0 if usage is None or not usage.completion_tokens else float(usage.completion_tokens)
+        tokens = 1.0
+        if usage is not None and usage.completion_tokens:
+            tokens, model.reports = float(usage.completion_tokens), True
         busy = replica.end_answer(now)
         replica.saying.add(busy, tokens, now)
         model.saying.add(busy, tokens, now)
@@ -287,6 +291,19 @@ class LeastCost:
     def counts(self) -> Mapping[str, PromptCounts]:
         """How much of their prompts was expected in a cache and was there, for each model that has had a choice."""
         return {name: model.counts for name, model in self._models.items()}
+
+    def speeds(self, model: str) -> tuple[float | None, Mapping[str, float]]:
+        """Return the tokens per second that a model's replicas have answered with lately, for display. Synchronous.
+
+        Returns:
+            The speed of the usual replica, and those by the names of nodes. What is not known is left out: nothing is
+            measured of a model with one replica, or of answers that do not report their tokens.
+        """
+        known = self._models.get(model)
+        if known is None or not known.reports:
+            return None, {}
+        speeds = {backend.name: replica.saying.per_second for backend, replica in known.replicas.items()}
+        return known.saying.per_second, {name: speed for name, speed in speeds.items() if speed is not None}
 
     def pick(self, replicas: Sequence[Backend], request: Request) -> Backend | None:
         """See ``RoutingPolicy``."""

@@ -45,6 +45,11 @@ class Rate:
         self._units = self._units * _KEEP + units
         self.at = now
 
+    @property
+    def per_second(self) -> float | None:
+        """Units per second of the last samples, however old they are; ``None``: there was none. For display."""
+        return self._units / self._seconds if self._seconds and self._units else None
+
     def value(self, now: float, usual: float) -> float:
         """Return seconds per unit.
 
