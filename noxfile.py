@@ -271,10 +271,18 @@ def lowest_versions() -> list[str]:
 
 
 @nox.session
-@nox.parametrize("which", ["lowest", "newest"])
+@nox.parametrize("which", ["previous", "lowest", "newest"])
 def versions(session: nox.Session, which: str) -> None:
-    """Run the tests with the lowest allowed and with the newest versions of all dependencies."""
+    """Run the tests with the lowest allowed and with the newest versions of all dependencies.
+
+    And upgrade clusters from the previous release, which is built from its commit and has an environment of its own.
+    """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
+    if which == "previous":
+        environment = {"PREVIOUS_PYTHON": str(install_previous_release(session))}
+        tests = "tests/end_to_end/test_previous_release.py"
+        session.run("pytest", "-q", tests, *session.posargs, env=environment)
+        return
     if which == "lowest":
         session.install("-q", *lowest_versions())
     else:
@@ -284,6 +292,26 @@ def versions(session: nox.Session, which: str) -> None:
     session.run(
         "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *BRIEF_OF_VERSIONS, *session.posargs
     )
+
+
+def install_previous_release(session: nox.Session) -> Path:
+    """Build the previous release from its commit, install it into an environment beside the session's.
+
+    Returns:
+        The interpreter of that environment.
+    """
+    source = Path("tests/end_to_end/previous_release.py").read_text(encoding="utf-8")
+    (commit,) = re.findall(r'^COMMIT: Final = "(\w+)"$', source, re.MULTILINE)
+    folder = Path(session.create_tmp()).resolve() / "previous"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    archive = folder / "sources.tar.gz"
+    session.run("git", "archive", "--prefix=sources/", "-o", str(archive), commit, external=True)
+    session.run("tar", "-xzf", str(archive), "-C", str(folder), external=True)
+    session.run("python", "-m", "venv", str(folder / "venv"))
+    python = folder / "venv" / "bin" / "python"
+    session.run(str(python), "-m", "pip", "install", "-q", str(folder / "sources"), external=True)
+    return python
 
 
 @nox.session

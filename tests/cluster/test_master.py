@@ -23,7 +23,18 @@ from trio_cluster.errors import ApiError, WorkerLost
 from trio_cluster.link.websocket import PATH, PROBE_PATH
 from trio_cluster.local.handler import HandlerBackend
 from trio_cluster.openai import ChatRequest, OutputChunk
-from trio_cluster.protocol import MAGIC, SUBPROTOCOL, Handshake, Heartbeat, RegisterModel, decode, encode
+from trio_cluster.protocol import (
+    MAGIC,
+    SUBPROTOCOL,
+    Failed as FailedMessage,
+    ForwardRequest,
+    Handshake,
+    Heartbeat,
+    RegisterModel,
+    UnregisterModel,
+    decode,
+    encode,
+)
 
 
 @pytest.fixture
@@ -147,12 +158,14 @@ class RawWorker:
         await self._stream.send_all(self._protocol.send(request))
         return bytes(await self._stream.receive_some())
 
-    async def join(self, name: str, model: str, instance: str = "", path: str = PATH) -> None:
+    async def join(
+        self, name: str, model: str, instance: str = "", path: str = PATH, version: str = "1"
+    ) -> None:
         """Connect, and register one model."""
         request = WebSocketRequest(host="master", target=path, subprotocols=[SUBPROTOCOL])
         await self._stream.send_all(self._protocol.send(request))
         self._protocol.receive_data(bytes(await self._stream.receive_some()))
-        hello = [Handshake(MAGIC, 1, 1, name, "1", instance), RegisterModel.of(ModelInfo(model, "chat"))]
+        hello = [Handshake(MAGIC, 1, 1, name, version, instance), RegisterModel.of(ModelInfo(model, "chat"))]
         await self._stream.send_all(self._protocol.send(BytesMessage(encode(hello))))
 
     async def send(self, message: bytes) -> None:
@@ -945,3 +958,32 @@ async def test_a_web_page_can_neither_join_nor_probe(
     await wait_all_tasks_blocked()
     assert "connection refused: no web page may connect here" in caplog.text
     assert (await RawWorker(cluster).handshake(PROBE_PATH)).startswith(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "unregisters", "retryable"),
+    [
+        ("0.1.0", "shutting_down", False, True),
+        ("0.1.0", "model_not_found", True, True),
+        ("0.1.0", "model_not_found", False, False),
+        ("0.1.0", "over_capacity", False, False),
+        ("0.2.0", "shutting_down", False, False),
+        ("0.2.0", "model_not_found", True, False),
+    ],
+)
+async def test_a_worker_that_does_not_know_retryable_gives_calls_back_by_its_error(
+    version: str, code: str, unregisters: bool, retryable: bool, nursery: trio.Nursery
+) -> None:
+    cluster = MemoryCluster(nursery)
+    worker = RawWorker(cluster)
+    await worker.join("w1", "m", version=version)
+    await wait_all_tasks_blocked()
+    call = cluster.router.open(chat_request("m"))
+    await wait_all_tasks_blocked()
+    opened = [each for each in await worker.take() if isinstance(each, ForwardRequest)]
+    messages: list[Any] = [UnregisterModel("m")] if unregisters else []
+    messages.append(FailedMessage.of(opened[0].call, ApiError(503, "no", code=code)))
+    await worker.send(encode(messages))
+    last = (await everything(call))[-1]
+    assert isinstance(last, Failed)
+    assert (last.error.code, last.retryable) == (code, retryable)

@@ -119,7 +119,7 @@ class Node:
         noise: other lines on its standard error.
     """
 
-    def __init__(self, process: ForkedProcess, command: str, port: int) -> None:
+    def __init__(self, process: ForkedProcess | trio.Process, command: str, port: int) -> None:
         self.process = process
         self.command = command
         self.port = port
@@ -248,11 +248,15 @@ class Nodes:
         environ |= {"MODELS": models, "PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
         process = fork_server.start(words, cwd=self.directory, env=environ)
         node = Node(process, command, next((word for word in arguments if isinstance(word, int)), 0))
-        self.all.append(node)
-        self._nursery.start_soon(node.read)
+        self.watch(node)
         if ready:
             await node.log(_READY.get(command, _READY["run"]))
         return node
+
+    def watch(self, node: Node) -> None:
+        """Read what a process logs that has been started in another way, and end it with the others."""
+        self.all.append(node)
+        self._nursery.start_soon(node.read)
 
     async def master(self, *arguments: str | int, models: str = "") -> Node:
         """Start a master on a pair of ports that it picks itself."""

@@ -121,7 +121,9 @@ def nginx_deployment(folder: Path, upstream: int, port: int) -> tuple[list[str],
     return _nginx(folder, text), f"https://127.0.0.1:{port}"
 
 
-def nginx_two_masters(folder: Path, upstreams: tuple[int, int], port: int) -> tuple[list[str], str]:
+def nginx_two_masters(
+    folder: Path, upstreams: tuple[int, int], port: int, **changes: tuple[str, str]
+) -> tuple[list[str], str]:
     cert, key = certificate(folder)
     live = "/etc/letsencrypt/live/api.example.net"
     text = replaced(
@@ -131,15 +133,24 @@ def nginx_two_masters(folder: Path, upstreams: tuple[int, int], port: int) -> tu
         key=(f"{live}/privkey.pem", str(key)),
         a=("a.lan:8080", f"127.0.0.1:{upstreams[0]}"),
         b=("b.lan:8080", f"127.0.0.1:{upstreams[1]}"),
+        **changes,
     )
     return _nginx(folder, text), f"https://127.0.0.1:{port}"
 
 
 @asynccontextmanager
-async def open_two_masters(folder: Path, upstreams: tuple[int, int]) -> AsyncIterator[str]:
-    """Run nginx in front of two masters; give its URL."""
+async def open_two_masters(
+    folder: Path, upstreams: tuple[int, int], **changes: tuple[str, str]
+) -> AsyncIterator[str]:
+    """Run nginx in front of two masters; give its URL.
+
+    Args:
+        folder: where its configuration is written.
+        upstreams: the ports of the masters.
+        changes: of the page's configuration: by any name, what is replaced by what.
+    """
     port = unused_port()
-    command, url = nginx_two_masters(folder, upstreams, port)
+    command, url = nginx_two_masters(folder, upstreams, port, **changes)
     process = await trio.lowlevel.open_process(command)
     try:
         await until(lambda: _listens(port), within=10)

@@ -46,6 +46,9 @@ __all__ = ["MAX_CAPACITY", "CallEvent", "RemoteWorker"]
 #: so one with an absurd capacity would get all calls.
 MAX_CAPACITY: Final = 4096
 
+#: Versions whose workers do not know the field ``retryable`` of ``Failed``: for them it follows from the error.
+_WITHOUT_RETRYABLE: Final = frozenset({"0.1.0"})
+
 #: What a worker may have measured of a call at most, in microseconds: a hundred years.
 _LONGEST: Final = 100 * 366 * 86_400 * 10**6
 
@@ -273,9 +276,16 @@ class RemoteWorker:
                 self._release(event.call)
             case FailedMessage():
                 if not call.ended:
-                    failed = Failed(event.error(), event.retryable, event.timed_out, event.over_capacity)
-                    call.put(failed)
+                    retryable = event.retryable or self._gave_back(event, call.request.model)
+                    call.put(Failed(event.error(), retryable, event.timed_out, event.over_capacity))
                 self._release(event.call)
+
+    def _gave_back(self, event: FailedMessage, model: str) -> bool:
+        """Tell whether a worker that does not know ``retryable`` means it: it stops, or has taken the model back."""
+        peer = self._session.peer
+        if peer is None or peer.version not in _WITHOUT_RETRYABLE:
+            return False
+        return event.code == "shutting_down" or (event.code == "model_not_found" and model not in self.models)
 
     def fail_after_error(self, call_id: int) -> None:
         """End a call with 500, since what belongs to it raised an exception. The other calls go on.
