@@ -40,7 +40,7 @@ from .cluster.master import Place, WorkerManager
 from .cluster.masters import Masters
 from .cluster.model_memory import ModelMemory
 from .cluster.remote_worker import RemoteWorker
-from .cluster.replacement import SOCKET_NAME, HandOver, Succession, wait_for_workers
+from .cluster.replacement import SOCKET_NAME, HandOver, Succession, SuccessorStarter, wait_for_workers
 from .cluster.sleeping import SleepingWorkers
 from .cluster.worker import WorkerClient
 from .core import randomness
@@ -142,6 +142,7 @@ class Node:
         serves_pool: serve the pool while this node serves. Otherwise its caller does, for several nodes one after the
             other, whose handlers go on from one to the next.
         reload: reads the configuration again; ``None``: there is none to read.
+        starter: starts a process that takes the place of this one; ``None``: it has to be started elsewhere.
 
     Attributes:
         mode: as given.
@@ -164,6 +165,7 @@ class Node:
         name: str | None = None,
         serves_pool: bool = True,
         reload: Callable[[], Awaitable[Reloaded]] | None = None,
+        starter: SuccessorStarter | None = None,
     ) -> None:
         self.mode = mode
         self.url: str | None = None
@@ -177,6 +179,7 @@ class Node:
         self._pool = pool
         self._serves_pool = serves_pool
         self._network = network
+        self._starter = starter
         self._stop_requested = trio.Event()
         self._start_over = trio.Event()
         self._start_over.set()
@@ -374,6 +377,7 @@ class Node:
                 limiter,
                 memory,
                 self._tls,
+                self._starter,
             )
             listeners = gated(listeners, clients_gate)
             internal_listeners = gated(internal_listeners, workers_gate)

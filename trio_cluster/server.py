@@ -27,7 +27,7 @@ from .cluster.master import WorkerManager
 from .cluster.masters import ListedMasters, Masters, ResolvedMasters
 from .cluster.probe import is_master
 from .cluster.promotion import Contender, Ports
-from .cluster.replacement import SOCKET_NAME, Succession
+from .cluster.replacement import SOCKET_NAME, Succession, SuccessorStarter
 from .cluster.worker import WorkerClient
 from .core import randomness
 from .core.addresses import split_address
@@ -135,6 +135,8 @@ class ClusterServer:
             required. Its principals may have limits.
         reloader: reads the configuration again and applies it, for ``POST /cluster/reload`` and SIGHUP, from the next
             run on; ``None``: there is none to read. The command line sets it if there is a file of options.
+        successor_starter: starts a process that takes the place of a master, from the next run on; ``None``: none does.
+            The command line sets it under a service manager.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class ClusterServer:
         self.network: Network = Sockets() if network is None else network
         self.authenticator: Authenticator | None = None
         self.reloader: Callable[[], Awaitable[Reloaded]] | None = None
+        self.successor_starter: SuccessorStarter | None = None
         self._node: Node | None = None
 
     # Configuration
@@ -1379,6 +1382,7 @@ class ClusterServer:
             name=name,
             serves_pool=serves_pool,
             reload=self.reloader,
+            starter=self.successor_starter,
         )
         if self._starting:
             self._node.begin_start()

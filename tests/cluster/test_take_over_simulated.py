@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from functools import partial
+from pathlib import Path
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -9,6 +13,7 @@ from trio.testing import MockClock
 from trio_cluster import ClusterServer
 from trio_cluster.cluster import replacement
 from trio_cluster.errors import ClusterError
+from trio_cluster.net.handover import UnixHandovers
 from trio_cluster.testing import FakeModel, SimulatedCluster, open_cluster, settle, worker
 
 
@@ -92,3 +97,114 @@ async def test_the_port_is_free_when_both_have_ended(autojump_clock: MockClock) 
             await cluster.client().get("/health")
         await cluster.start_master(ClusterServer())
         assert (await cluster.client().get("/health")).status == 200
+
+
+class Starter:
+    """Starts a successor in the simulation, instead of a process; or one that ends at once."""
+
+    def __init__(self, cluster: SimulatedCluster, nursery: trio.Nursery, *, fails: bool = False) -> None:
+        self.pid = 1  # of all processes in a simulation
+        self.started = 0
+        self.handed_over: list[int] = []
+        self.closed = 0
+        self._cluster = cluster
+        self._nursery = nursery
+        self._ended = trio.Event()
+        self._fails = fails
+
+    async def start(self) -> Starter:
+        await trio.lowlevel.checkpoint()
+        self.started += 1
+        if self._fails:
+            self._ended.set()
+        else:
+            self._nursery.start_soon(partial(self._cluster.start_master, take_over=True))
+        return self
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def hand_over(self, pid: int) -> None:
+        self.handed_over.append(pid)
+
+
+def replace(cluster: SimulatedCluster) -> Awaitable[int]:
+    """Ask the master to start the process that takes its place, as `trio-cluster replace` does."""
+    handovers = cluster.network.host("master").handovers
+    return replacement.ask_to_replace(handovers, Path("/simulated") / replacement.SOCKET_NAME)
+
+
+async def start_replaceable(
+    cluster: SimulatedCluster, nursery: trio.Nursery, *, fails: bool = False
+) -> Starter:
+    starter = Starter(cluster, nursery, fails=fails)
+    server = ClusterServer()
+    server.successor_starter = starter
+    await cluster.start_master(server, take_over=True)
+    return starter
+
+
+async def test_a_master_starts_its_successor_when_it_is_asked_to(autojump_clock: MockClock) -> None:
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        await start_worker(cluster, "w", FakeModel())
+        starter = await start_replaceable(cluster, nursery)
+        old = cluster.master
+        with trio.fail_after(30):
+            assert await replace(cluster) == 1
+            # Who is to be watched from now on was told before it ends, and once.
+            assert starter.handed_over == [1]
+            assert not old.over.is_set()
+            await old.over.wait()
+        assert (starter.started, starter.closed) == (1, 1)
+        assert cluster.master is not old
+        assert (await cluster.client().chat("m")).status == 200
+
+
+async def test_a_master_whose_successor_ends_goes_on_and_says_so(autojump_clock: MockClock) -> None:
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        await start_worker(cluster, "w", FakeModel())
+        starter = await start_replaceable(cluster, nursery, fails=True)
+        master = cluster.master
+        for number in (1, 2):
+            with pytest.raises(replacement.TakeOverFailed, match="goes on: the new process has ended before"):
+                await replace(cluster)
+            assert (starter.started, starter.closed) == (number, number)
+        assert starter.handed_over == []
+        assert cluster.master is master
+        assert (await cluster.client().chat("m")).status == 200
+        # Another process may take over, whoever has started it; it is not the one to be watched.
+        await cluster.start_master(take_over=True)
+        assert starter.handed_over == []
+
+
+async def test_a_master_without_a_service_manager_starts_none(autojump_clock: MockClock) -> None:
+    async with open_cluster() as cluster:
+        with pytest.raises(replacement.TakeOverFailed, match="not started by a service manager"):
+            await replace(cluster)
+
+
+async def test_one_successor_is_started_at_a_time(autojump_clock: MockClock) -> None:
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        starter = await start_replaceable(cluster, nursery)
+
+        async def never() -> Starter:
+            return starter
+
+        starter.start = never  # type: ignore[method-assign]
+
+        async def ask() -> None:
+            await replace(cluster)
+
+        nursery.start_soon(ask)
+        await trio.sleep(1)
+        with pytest.raises(replacement.TakeOverFailed, match="started already"):
+            await ask()
+        nursery.cancel_scope.cancel()
+
+
+async def test_there_is_no_master_to_replace(tmp_path: Path) -> None:
+    with pytest.raises(replacement.TakeOverFailed, match="none waits at"):
+        await replacement.ask_to_replace(UnixHandovers(), tmp_path / replacement.SOCKET_NAME)

@@ -197,6 +197,14 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     _add_url(reload)
     _add_admin_flags(reload)
 
+    replace = command(
+        "replace",
+        "Have the master of a service start a new process that takes its place, and wait until that serves.",
+    )
+    _add_port(replace)
+    replace.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
+    _add_option(replace, "--state-dir", "state_dir", str, "DIR", "the master's")
+
     load = command("load", "Start a model that runs on demand, and wait until it is ready.")
     unload = command(
         "unload", "Stop a model that runs on demand when its requests are done, and wait for that."

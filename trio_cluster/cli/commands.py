@@ -46,6 +46,7 @@ from ..core.redaction import without_keys
 from ..core.state_dir import StateDir, StateDirError, default_state_dir, path_of
 from ..errors import ClusterError, OptionsError
 from ..net.activation import ActivatedNetwork, activated_sockets
+from ..net.service_manager import ServiceManager
 from ..net.sockets import INTERNAL_OFFSET, close_all, open_pair, outward_address, port_of, shown_address
 from ..options import ClusterMode, ClusterServerOptions
 from . import account_commands, logs
@@ -61,6 +62,7 @@ from .arguments import (
 from .configuration import Configuration, reload_on_signal
 from .process import has_terminal, raise_descriptor_limit, tune_garbage_collector
 from .schema import configuration_schema, describe_configuration
+from .service import ServiceSuccessorStarter, replace
 from .tables import describe_calls, describe_reload, describe_status, describe_story
 
 if TYPE_CHECKING:
@@ -194,10 +196,13 @@ def _run_group(server: ClusterServer, arguments: argparse.Namespace) -> int:
             "--take-over: a master of several processes cannot take over yet; stop the other one"
         )
     raise_descriptor_limit()
-    return trio.run(_supervise, server, arguments, restrict_keyboard_interrupt_to_checkpoints=True)
+    manager = ServiceManager.from_environ(os.environ, os.getpid())
+    return trio.run(_supervise, server, arguments, manager, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
-async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> int:
+async def _supervise(
+    server: ClusterServer, arguments: argparse.Namespace, manager: ServiceManager | None
+) -> int:
     from ..group.supervisor import Supervisor
 
     options = server.options
@@ -224,11 +229,15 @@ async def _supervise(server: ClusterServer, arguments: argparse.Namespace) -> in
             options, up.url, port_of(clients), ClusterMode.MASTER, up.models, port_of(workers)
         )
         logger.info("serving", extra={"fields": {**fields, "processes": options.processes}})
+        if manager is not None:
+            manager.ready(f"serving {up.url} in {options.processes} processes")
 
     code = 0
     try:
         async with nullcontext() if limiter is None else limiter.opened(), trio.open_nursery() as nursery:
-            await nursery.start(_stop_on_signals, nursery.cancel_scope, supervisor)
+            await nursery.start(_stop_on_signals, nursery.cancel_scope, supervisor, manager)
+            if manager is not None:
+                nursery.start_soon(manager.run)
             code = await supervisor.run(started)
             nursery.cancel_scope.cancel(reason="the group has ended")
     finally:
@@ -287,6 +296,13 @@ def _master(arguments: argparse.Namespace) -> int:
         return _run_group(server, arguments)
     run = partial(server.run_as_master, server.options.server.port, take_over=arguments.take_over)
     return _serve(server, run, arguments)
+
+
+def _replace(arguments: argparse.Namespace) -> int:
+    options = options_from(arguments)
+    if options.processes > 1:
+        raise OptionsError("processes: a master of several processes cannot be taken over yet; restart it")
+    return replace(options.state_dir, options.server.port)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
@@ -522,22 +538,43 @@ def _serve(
         except ValueError as error:
             raise OptionsError(f"--serve: {error}") from error
     raise_descriptor_limit()
-    trio.run(_serve_until_stopped, server, run, specs, restrict_keyboard_interrupt_to_checkpoints=True)
+    manager = ServiceManager.from_environ(os.environ, os.getpid())
+    if manager is not None and arguments.command == "master":
+        server.successor_starter = ServiceSuccessorStarter(manager, _same_command(arguments))
+    # A worker is up before it has found a master: that one may be started later, on another machine.
+    ready_at_once = arguments.command == "worker"
+    trio.run(
+        _serve_until_stopped, server, run, specs, manager, ready_at_once,
+        restrict_keyboard_interrupt_to_checkpoints=True,
+    )  # fmt: skip
     return 0
 
 
 async def _serve_until_stopped(
-    server: ClusterServer, run: Callable[..., Awaitable[ClusterMode]], specs: Sequence[ServeSpec]
+    server: ClusterServer,
+    run: Callable[..., Awaitable[ClusterMode]],
+    specs: Sequence[ServeSpec],
+    manager: ServiceManager | None,
+    ready_at_once: bool,
 ) -> None:
     async with trio.open_nursery() as nursery:
-        await nursery.start(_stop_on_signals, nursery.cancel_scope, server)
+        await nursery.start(_stop_on_signals, nursery.cancel_scope, server, manager)
+        if manager is not None:
+            nursery.start_soon(manager.run)
         if specs:
             from ..engines import serve_engine
 
             # One after the other, and before the server, so that a worker registers with all of its models.
             for spec in specs:
                 await nursery.start(serve_engine, spec, server)
-        await run(task_status=_Announcer(server, len(specs)))
+        if manager is not None and ready_at_once:
+            manager.ready("looking for its master")
+        await run(task_status=_Announcer(server, len(specs), manager=manager))
+        if manager is not None:
+            # When the main process has ended, the manager kills what is left of the service.
+            with trio.move_on_after(server.options.drain_timeout):
+                await manager.wait_predecessor()
+            manager.close()
         nursery.cancel_scope.cancel(reason="the server has stopped")
 
 
@@ -552,14 +589,20 @@ class _Announcer:
         server: the server.
         engines: how many engines serve on it.
         member: this process is one of several of a master, whose supervisor says that it is up; ``None``: it is not.
+        manager: is told, too; ``None``: there is none.
     """
 
     server: ClusterServer
     engines: int = 0
     member: Member | None = None
+    manager: ServiceManager | None = None
 
     def started(self, mode: ClusterMode) -> None:
         models = self.server.list_models()
+        if self.manager is not None:
+            is_worker = mode is ClusterMode.WORKER
+            what = "registered with its master" if is_worker else f"serving {self.server.url}"
+            self.manager.ready(what)
         tune_garbage_collector(rare=mode is ClusterMode.MASTER and not models)
         if mode is ClusterMode.WORKER:
             client = self.server.worker_client
@@ -635,10 +678,13 @@ def _serving_fields(
 async def _stop_on_signals(
     scope: trio.CancelScope,
     server: ClusterServer | Supervisor | None = None,
+    manager: ServiceManager | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Stop ``server`` at the first signal; cancel ``scope`` at the second, or at the first if nothing runs yet.
+
+    ``manager`` is told what happens.
 
     SIGHUP reads the configuration again instead if there is one; see the top of this module.
     """
@@ -658,18 +704,29 @@ async def _stop_on_signals(
                     and not (had_terminal and not has_terminal())
                 ):
                     # In a task of its own, so that other signals are not kept waiting.
-                    nursery.start_soon(reload_on_signal, reload)
+                    nursery.start_soon(_reload_for, manager, reload)
                     continue
                 if server is None or stopping or not server.is_running:
                     scope.cancel(reason=f"stopped at once by {name}")
                     break
                 stopping = True
+                if manager is not None:
+                    manager.stopping()
                 logger.info("stopping; a second signal stops at once", extra={"fields": {"signal": name}})
                 server.stop()
         nursery.cancel_scope.cancel(reason="the process is being stopped")
     # Loading a model in a thread cannot be cancelled. The signal receiver has restored SIGTERM, which kills the
     # process; from here on, Ctrl-C does so too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+async def _reload_for(manager: ServiceManager | None, reload: Callable[[], Awaitable[object]]) -> None:
+    """Read the configuration again because of a signal, and tell the service manager when that begins and ends."""
+    if manager is not None:
+        manager.reloading()
+    await reload_on_signal(reload)
+    if manager is not None:
+        manager.reloaded()
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -904,6 +961,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "why": _why,
     "cancel": _cancel,
     "drain": _drain,
+    "replace": _replace,
     "reload": _reload,
     "check-config": _check_config,
     "schema": _schema,

@@ -7,6 +7,9 @@ What the two have in common, besides the sockets, is the state directory. It bel
 predecessor writes down what it keeps there before the successor reads it, and writes nothing more; what keys use of
 their limits after that is sent to the successor. The database is used by both, as by several masters.
 
+A master that a service manager watches starts its successor itself when it is asked to (:class:`SuccessorStarter`,
+:func:`ask_to_replace`), and says who the manager is to watch from then on.
+
 The workers are told by their heartbeats. Each opens a link to the same address, where the successor accepts it now,
 and keeps the old one until its calls have ended. An old link that is cut then cannot be resumed: the worker would
 reach the successor. So it is over at once, and its calls are those of a lost worker. One that was cut before is waited
@@ -19,7 +22,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -42,6 +45,8 @@ from .take_over import (
     PredecessorState,
     Ready,
     Refused,
+    Replace,
+    Replaced,
     Serving,
     Successor,
     SuccessorState,
@@ -51,7 +56,16 @@ from .take_over import (
     encode,
 )
 
-__all__ = ["SOCKET_NAME", "HandOver", "Succession", "TakeOverFailed", "wait_for_workers"]
+__all__ = [
+    "SOCKET_NAME",
+    "HandOver",
+    "StartedSuccessor",
+    "Succession",
+    "SuccessorStarter",
+    "TakeOverFailed",
+    "ask_to_replace",
+    "wait_for_workers",
+]
 
 logger = logging.getLogger("trio_cluster.node")
 
@@ -70,6 +84,35 @@ class TakeOverFailed(ClusterError):
     """This process does not take the place of the running master, which goes on."""
 
 
+class StartedSuccessor(Protocol):
+    """A process that was started to take the place of this one."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        ...
+
+    async def wait_ended(self) -> None:
+        """Wait until it has ended. A checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Watch it no more. Synchronous, idempotent."""
+        ...
+
+
+class SuccessorStarter(Protocol):
+    """Starts a process with the command of this one that takes its place, and knows whom to tell."""
+
+    async def start(self) -> StartedSuccessor:
+        """Start it. A checkpoint. Raises ``OSError``."""
+        ...
+
+    def hand_over(self, pid: int) -> None:
+        """That process serves from now on, and this one finishes its answers. Synchronous."""
+        ...
+
+
 class HandOver:
     """Lets another process take the place of this master.
 
@@ -80,6 +123,7 @@ class HandOver:
         clients_gate, workers_gate: in front of them.
         manager: the workers, which are told.
         limiter, memory, tls: write into the state directory.
+        starter: starts the process that takes over, when that is asked for; ``None``: it has to be started elsewhere.
 
     Attributes:
         replaced: set when another process serves, and this one is to end.
@@ -97,8 +141,14 @@ class HandOver:
         limiter: Limiter,
         memory: ModelMemory | None,
         tls: MasterTls | None,
+        starter: SuccessorStarter | None = None,
     ) -> None:
         self.replaced = trio.Event()
+        self._starter = starter
+        self._started: StartedSuccessor | None = None
+        self._why_kept = ""
+        # The process that takes over at present.
+        self._successor_pid = 0
         self._handovers = handovers
         self._path = path
         self._clients = clients
@@ -173,14 +223,65 @@ class HandOver:
                     await channel.send(encode(Refused("another process takes over at this moment")))
                 return
             self._attempt = attempt = Predecessor()
-            await self._converse(channel, attempt)
-            if attempt.state is PredecessorState.REPLACED:
+            is_request = await self._converse(channel, attempt)
+            if is_request:
+                # The attempt is that of the process that is started now.
+                self._attempt = None
+                await self._replace(channel)
+            elif attempt.state is PredecessorState.REPLACED:
                 await self._send_changes(channel)
             else:
                 self._attempt = None
 
-    async def _converse(self, channel: Channel, attempt: Predecessor) -> None:
-        """Talk with a successor until the attempt is over. A checkpoint."""
+    async def _replace(self, channel: Channel) -> None:
+        """Start a process that takes over, and say what has come of it. A checkpoint."""
+        answer: Replaced | Refused
+        if self._starter is None:
+            answer = Refused(
+                "it was not started by a service manager; start the new process yourself, with --take-over"
+            )
+        elif self._started is not None:
+            answer = Refused("a process that takes over was started already")
+        else:
+            answer = await self._start_successor(self._starter)
+        with suppress(OSError), trio.move_on_after(_LAST_WORDS):
+            await channel.send(encode(answer))
+
+    async def _start_successor(self, starter: SuccessorStarter) -> Replaced | Refused:
+        try:
+            started = await starter.start()
+        except OSError as error:
+            return Refused(f"no process could be started: {error.strerror or error}")
+        self._started, self._why_kept = started, ""
+        logger.info("started the process that takes over", extra={"fields": {"successor": started.pid}})
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def wait_ended() -> None:
+                    await started.wait_ended()
+                    nursery.cancel_scope.cancel(reason="the process has ended")
+
+                nursery.start_soon(wait_ended)
+                await self.replaced.wait()
+                nursery.cancel_scope.cancel(reason="the process serves")
+        finally:
+            started.close()
+            self._started = None
+        if self.replaced.is_set():
+            return Replaced(self._successor_pid)
+        return Refused(
+            self._why_kept or "the new process has ended before it could take over; its log says why"
+        )
+
+    def _has_started(self, pid: int) -> bool:
+        return self._started is not None and self._started.pid == pid
+
+    async def _converse(self, channel: Channel, attempt: Predecessor) -> bool:
+        """Talk with a successor until the attempt is over. A checkpoint.
+
+        Returns:
+            Whether it is none, but a process that asks for one.
+        """
         while not attempt.is_over:
             try:
                 with trio.fail_after(attempt.wait):
@@ -190,7 +291,12 @@ class HandOver:
                     line, sockets = received
                     for sock in sockets:
                         sock.close()
-                    attempt.receive(decode(line))
+                    message = decode(line)
+                    if isinstance(message, Replace) and attempt.state is PredecessorState.WAITING:
+                        return True
+                    attempt.receive(message)
+                    if isinstance(message, Hello):
+                        self._successor_pid = message.pid
                     await self._follow(channel, attempt)
             except trio.TooSlowError:
                 attempt.fail("it took too long")
@@ -198,6 +304,7 @@ class HandOver:
                 attempt.fail(str(error))
         if attempt.state is PredecessorState.KEPT:
             await self._go_on(channel, attempt)
+        return False
 
     async def _follow(self, channel: Channel, attempt: Predecessor) -> None:
         """Do what the new state demands. A checkpoint.
@@ -229,11 +336,14 @@ class HandOver:
                 # If the successor ends, too, nobody listens any more, and clients are to see that.
                 for sock in (*self._clients, *self._workers):
                     sock.close()
+                if self._starter is not None and self._has_started(self._successor_pid):
+                    self._starter.hand_over(self._successor_pid)
                 self.replaced.set()
 
     async def _go_on(self, channel: Channel, attempt: Predecessor) -> None:
         """Be the master that this process was before the attempt. A checkpoint."""
         logger.warning("the process that was about to take over has failed: %s", attempt.why)
+        self._why_kept = attempt.why
         self._clients_gate.open()
         self._workers_gate.open()
         self._manager.announce_successor(coming=False)
@@ -432,6 +542,41 @@ class Succession:
             successor.fail("the running master does not answer")
         if successor.state is SuccessorState.FAILED:
             raise TakeOverFailed(f"cannot take over: {successor.why}")
+
+
+async def ask_to_replace(handovers: Handovers, path: Path) -> int:
+    """Have a running master start a process that takes its place, and wait until that serves. A checkpoint.
+
+    Args:
+        handovers: how the master is reached.
+        path: at which it waits.
+
+    Returns:
+        The number of the new process.
+
+    Raises:
+        TakeOverFailed: no master waits there; or it goes on, and the message says why.
+    """
+    try:
+        channel = await handovers.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise TakeOverFailed(f"no running master to replace: none waits at {path}") from None
+    except OSError as error:
+        raise TakeOverFailed(f"no running master to replace: {path}: {error.strerror or error}") from error
+    with closing(channel):
+        try:
+            await channel.send(encode(Replace()))
+            received = await channel.receive()
+            message = None if received is None else decode(received[0])
+        except (Unexpected, OSError) as error:
+            raise TakeOverFailed(f"the running master is not understood: {error}") from error
+    match message:
+        case Replaced(pid=pid):
+            return pid
+        case Refused(reason=reason):
+            raise TakeOverFailed(f"the running master goes on: {reason}")
+        case _:
+            raise TakeOverFailed("the running master has ended, or does not know how to be replaced")
 
 
 async def wait_for_workers(manager: WorkerManager, models: Mapping[str, Collection[str]]) -> None:

@@ -28,6 +28,10 @@ step exactly one process accepts clients, or is about to:
 - If the predecessor ends, the successor has the sockets, and serves alone as soon as it can.
 - A successor that is told ``Refused`` ends.
 
+A third process may ask the predecessor to start the successor itself: ``Replace``, on a connection of its own. It is
+answered when that is decided, with ``Replaced`` or ``Refused``. A service manager asks so (``trio-cluster replace``):
+what it has given the master, such as credentials, only the master can pass on.
+
 Both are values here: they are given what was received and what has happened, and say what is accepted, what is to be
 sent, and how long the present state may take.
 """
@@ -53,6 +57,8 @@ __all__ = [
     "PredecessorState",
     "Ready",
     "Refused",
+    "Replace",
+    "Replaced",
     "Serving",
     "Successor",
     "SuccessorState",
@@ -119,7 +125,19 @@ class Change(msgspec.Struct, frozen=True, tag="change"):
     line: str
 
 
-Message: TypeAlias = Hello | Offer | Ready | Begin | Linked | Yours | Serving | Refused | Change
+class Replace(msgspec.Struct, frozen=True, tag="replace"):
+    """From a third process: start the successor."""
+
+
+class Replaced(msgspec.Struct, frozen=True, tag="replaced"):
+    """To that process: the successor serves."""
+
+    pid: int
+
+
+Message: TypeAlias = (
+    Hello | Offer | Ready | Begin | Linked | Yours | Serving | Refused | Change | Replace | Replaced
+)
 
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
