@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from trio_cluster.admin.story import ending_of, story_view
+from trio_cluster.admin.story import story_view
 from trio_cluster.core import clock
 from trio_cluster.core.answer import Usage
 from trio_cluster.core.clock import NEVER
 from trio_cluster.core.story import AttemptFacts, StoryFacts
+from trio_cluster.gateway.story_ending import ending_of
 
 
 def attempt(**changes: Any) -> AttemptFacts:

@@ -15,7 +15,6 @@ import attrs
 import pytest
 import trio
 
-from trio_cluster.admin.story import Ending, ending_of
 from trio_cluster.cluster.forwarded import ForwardedCalls
 from trio_cluster.cluster.master import WorkerManager
 from trio_cluster.cluster.replacement import HandOver
@@ -23,6 +22,7 @@ from trio_cluster.core.answer import Failed
 from trio_cluster.core.story import StoryFacts
 from trio_cluster.gateway.body import SpooledBody
 from trio_cluster.gateway.stories import Stories
+from trio_cluster.gateway.story_ending import Ending, ending_of
 from trio_cluster.local.pool import HandlerPool
 from trio_cluster.local.slots import Slots
 from trio_cluster.node import Node

@@ -18,27 +18,17 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from ..core import clock
-from ..core.story import AttemptFacts, ErrorFacts, StoryFacts
+from ..core.story import AttemptFacts, StoryFacts
 from ..core.wake_target import ASLEEP
-from ..gateway.stories import CLIENT_LEFT
+from ..gateway.story_ending import EndedBy, Ending, StoryOutcome, ending_of, error_text, is_asleep, place_of
 
-__all__ = ["AttemptView", "CandidateView", "StepView", "StoryView", "ending_of", "story_view"]
+__all__ = ["AttemptView", "CandidateView", "StepView", "StoryView", "story_view"]
 
-#: How a request ended; ``running``: it has not.
-StoryOutcome: TypeAlias = Literal[
-    "running", "completed", "cancelled", "timed_out", "worker_lost", "failed", "refused"
-]
-#: Who has ended it: for ``timed_out`` the one who has set the limit.
-EndedBy: TypeAlias = Literal["", "client", "operator", "worker", "model", "node"]
 #: Why there is an attempt: it is the first; the one before had failed; that is late; the client has asked for a list of
 #: models, and this is the next.
 AttemptKind: TypeAlias = Literal["first", "retry", "hedge", "next_name"]
 
-_GIVEN_BACK: Final = ("shutting_down", "model_unavailable")
-_REQUEST_TIMEOUT: Final = 408
 _MICROSECONDS: Final = 1e6
-#: Seconds by which a deadline may seem to have come too early: different nodes measured.
-_EARLY: Final = 0.05
 #: Replicas that a step lists.
 _SHOWN: Final = 5
 #: Seconds that are worth a line of their own.
@@ -137,15 +127,6 @@ class StoryView:
     """Earlier requests with the same id, whose stories are known, too."""
 
 
-@attrs.frozen
-class Ending:
-    """How a request ended."""
-
-    outcome: StoryOutcome
-    by: EndedBy
-    text: str
-
-
 def story_view(story: StoryFacts, earlier: int = 0) -> StoryView:
     """Return a story in words.
 
@@ -175,110 +156,6 @@ def story_view(story: StoryFacts, earlier: int = 0) -> StoryView:
         steps=sorted(_steps(story, ending), key=lambda step: step.at),
         earlier=earlier,
     )
-
-
-# The end
-
-
-def ending_of(story: StoryFacts) -> Ending:
-    """Return how a request has ended, and by whom."""
-    if story.ended_at < 0:
-        return Ending("running", "", "it is not over")
-    attempt = story.attempts[_decisive(story)] if story.attempts else None
-    if attempt is None:
-        if story.error is not None:
-            return _refused(story.error)
-        if story.left:
-            return Ending("cancelled", "client", "the client left before its request was admitted")
-        return Ending("cancelled", "node", "this node ended it before it was admitted: it is being stopped")
-    if attempt.complete:
-        return _delivery(story)
-    if attempt.cancelled is not None:
-        return _cancelled(story, attempt)
-    return _failed(story, attempt)
-
-
-def _decisive(story: StoryFacts) -> int:
-    """Return the number of the attempt whose end the client was told: of two that have failed, it need not be the last
-    one.
-    """
-    told, last = story.error, story.attempts[story.answering]
-    if told is not None and not last.complete and last.error is not None and last.error[:2] != told[:2]:
-        for index, attempt in enumerate(story.attempts):
-            if attempt.error is not None and attempt.error[:2] == told[:2] and attempt.cancelled is None:
-                return index
-    return story.answering
-
-
-def _refused(error: ErrorFacts) -> Ending:
-    if error[0] == _REQUEST_TIMEOUT:
-        return Ending("timed_out", "client", "the client did not send its body in time")
-    return Ending("refused", "node", f"refused: {_error(error)}")
-
-
-def _delivery(story: StoryFacts) -> Ending:
-    if story.error is not None:
-        return Ending("failed", "model", f"the answer could not be used: {_error(story.error)}")
-    if story.delivered:
-        return Ending("completed", "model", f"the answer was complete, with status {story.status}")
-    if story.left:
-        return Ending("cancelled", "client", "the client left before it had all of the answer")
-    return Ending("cancelled", "node", "this node was stopped before the client had all of the answer")
-
-
-def _cancelled(story: StoryFacts, attempt: AttemptFacts) -> Ending:
-    if attempt.cancelled_by:
-        text = f"cancelled by an operator ({attempt.cancelled_by}): {attempt.cancelled}"
-        return Ending("cancelled", "operator", text)
-    if attempt.overdue:
-        return _late(story, attempt, attempt.cancelled_at)
-    if attempt.cancelled == CLIENT_LEFT:
-        return Ending("cancelled", "client", f"the client left {_phase(attempt, attempt.cancelled_at)}")
-    if story.error is not None and attempt.error is not None and story.error[1] != attempt.error[1]:
-        return _refused(story.error)
-    return Ending("cancelled", "node", f"cancelled by this node: {attempt.cancelled}")
-
-
-def _failed(story: StoryFacts, attempt: AttemptFacts) -> Ending:
-    node, error = _place(attempt), _error(attempt.error)
-    if story.error is not None and attempt.error is not None and story.error[:2] != attempt.error[:2]:
-        if story.error[:2] == (504, "timeout"):
-            # The deadline of this node passed in the moment in which the attempt failed, or after it.
-            return _late(story, attempt, max(attempt.ended_at, story.ended_at))
-        text = f"{node} failed ({error}), and it could not be tried elsewhere: {_error(story.error)}"
-        return Ending("refused", "node", text)
-    if attempt.timed_out:
-        return _late(story, attempt, attempt.ended_at)
-    if attempt.lost:
-        return Ending("worker_lost", "worker", f"{node} was lost: {error}")
-    by: EndedBy = "worker" if attempt.forwarded else "node"
-    code = attempt.error[1] if attempt.error is not None else ""
-    if attempt.over_capacity:
-        return Ending("failed", by, f"{node} could not take it: {error}")
-    if attempt.retryable:
-        what = "gave it back" if code in _GIVEN_BACK else "could not answer it"
-        return Ending("failed", by, f"{node} {what}: {error}")
-    if code == "cancelled":
-        return Ending("cancelled", by, f"cancelled by {node}: {error}")
-    return Ending("failed", "model", f"the model '{attempt.model}' failed on {node}: {error}")
-
-
-def _late(story: StoryFacts, attempt: AttemptFacts, at: float) -> Ending:
-    """Return the end of a request whose deadline passed at ``at``: who has set it, and which it was."""
-    idle, total = story.idle_timeout, story.total_timeout
-    if total < math.inf and at - story.attempts[0].opened_at >= total - _EARLY:
-        limit = f"the client's time limit for the whole answer (x-request-timeout: {total:g} s)"
-        return Ending("timed_out", "client", f"not complete within {limit}")
-    if attempt.forwarded and attempt.begun_at < 0 and at - attempt.opened_at < idle - _EARLY:
-        return Ending(
-            "timed_out", "worker", f"silent for longer than {_place(attempt)} allows: {_error(attempt.error)}"
-        )
-    if idle < story.default_timeout:
-        header = "x-request-timeout" if idle == total else "x-stainless-read-timeout"
-        return Ending(
-            "timed_out", "client", f"silent for longer than the client waits ({header}: {idle:g} s)"
-        )
-    return Ending("timed_out", "node", f"silent for {idle:g} s (option default_timeout)")
 
 
 # The steps
@@ -325,17 +202,17 @@ def _running_steps(story: StoryFacts) -> Iterator[StepView]:
     elif attempt.begun_at >= 0:
         text = f"answering: {attempt.delivered} bytes are on their way to the client"
     elif attempt.cold:
-        text = f"waiting for model '{attempt.model}' on {_place(attempt)}: {attempt.cold}"
+        text = f"waiting for model '{attempt.model}' on {place_of(attempt)}: {attempt.cold}"
     elif attempt.waiting:
-        text = f"waiting for a slot of {_place(attempt)}"
+        text = f"waiting for a slot of {place_of(attempt)}"
     else:
-        text = f"waiting for the first output of '{attempt.model}' on {_place(attempt)}"
+        text = f"waiting for the first output of '{attempt.model}' on {place_of(attempt)}"
     yield StepView(at, f"now: {text}")
 
 
 def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
     attempt, began = story.attempts[index], story.began
-    place = _place(attempt)
+    place = place_of(attempt)
     yield StepView(_since(attempt.opened_at, began), _opened(story, index))
     for at, text in attempt.notes:
         yield StepView(_since(at, began), text)
@@ -371,7 +248,7 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
 
 def _opened(story: StoryFacts, index: int) -> str:
     attempt, kind = story.attempts[index], _kind(story, index)
-    place = _place(attempt)
+    place = place_of(attempt)
     if kind == "first":
         text = f"sent to {place}"
         if story.model and attempt.model != story.model:
@@ -405,12 +282,12 @@ def _decision(attempt: AttemptFacts) -> str:
 
 def _ended(attempt: AttemptFacts) -> str:
     if attempt.superseded and attempt.cancelled is not None:
-        return f"the attempt on {_place(attempt)} was cancelled: {attempt.cancelled}"
+        return f"the attempt on {place_of(attempt)} was cancelled: {attempt.cancelled}"
     if attempt.cancelled is not None:
         by = f" by an operator ({attempt.cancelled_by})" if attempt.cancelled_by else ""
         return f"cancelled{by}: {attempt.cancelled}"
     if not attempt.complete:
-        return f"{_place(attempt)} failed: {_error(attempt.error)}"
+        return f"{place_of(attempt)} failed: {error_text(attempt.error)}"
     usage = attempt.usage
     if usage is None:
         return "the answer was complete"
@@ -427,7 +304,7 @@ def _slowest(story: StoryFacts, until: float) -> str:
     if not story.attempts:
         return f"{total:.3f} of {total:.3f} s for its body and its admission"
     first, last = story.attempts[0], story.attempts[story.answering]
-    place = _place(last)
+    place = place_of(last)
     _, queued, held_back, _ = _handler_times(last)
     ended = until if last.ended_at < 0 else last.ended_at
     begun = ended if last.begun_at < 0 else last.begun_at
@@ -454,9 +331,9 @@ def _slowest(story: StoryFacts, until: float) -> str:
 
 
 def _what_was_cold(attempt: AttemptFacts) -> str:
-    if _asleep(attempt):
+    if is_asleep(attempt):
         return f"the machine of worker '{attempt.node.removesuffix(ASLEEP)}' to wake"
-    return f"model '{attempt.model}' to start on {_place(attempt)}"
+    return f"model '{attempt.model}' to start on {place_of(attempt)}"
 
 
 def _attempt_view(story: StoryFacts, index: int) -> AttemptView:
@@ -482,7 +359,7 @@ def _attempt_view(story: StoryFacts, index: int) -> AttemptView:
         cold_for=round(_cold_for(attempt), 6),
         held_back=round(held_back, 6),
         delivered_bytes=attempt.delivered,
-        error=UNSET if attempt.error is None else _error(attempt.error),
+        error=UNSET if attempt.error is None else error_text(attempt.error),
         prompt_tokens=UNSET if usage is None else usage.prompt_tokens,
         completion_tokens=UNSET if usage is None else usage.completion_tokens,
         cached_tokens=UNSET if usage is None else usage.cached_tokens,
@@ -542,35 +419,11 @@ def _kind(story: StoryFacts, index: int) -> AttemptKind:
     return "retry" if 0 <= before.ended_at <= attempt.opened_at else "hedge"
 
 
-def _phase(attempt: AttemptFacts, at: float) -> str:
-    if 0 <= attempt.begun_at <= at:
-        return "in the middle of the answer"
-    return "before the answer had begun"
-
-
-def _place(attempt: AttemptFacts) -> str:
-    if _asleep(attempt):
-        return f"the sleeping worker '{attempt.node.removesuffix(ASLEEP)}'"
-    return f"worker '{attempt.node}'" if attempt.forwarded else "this node"
-
-
-def _asleep(attempt: AttemptFacts) -> bool:
-    """Return whether the attempt was the wait for a machine to wake."""
-    return not attempt.forwarded and attempt.node.endswith(ASLEEP)
-
-
 def _came(story: StoryFacts, index: int) -> bool:
     """Return whether an attempt was the wait for a machine, and ended since a worker has brought the model."""
     attempt = story.attempts[index]
     followed = index + 1 < len(story.attempts) and story.attempts[index + 1].model == attempt.model
-    return followed and _asleep(attempt) and attempt.retryable and attempt.cancelled is None
-
-
-def _error(error: ErrorFacts | None) -> str:
-    if error is None:
-        return "no reason is known"
-    status, code, message = error
-    return f"{status} {code}: {message}" if code else f"{status}: {message}"
+    return followed and is_asleep(attempt) and attempt.retryable and attempt.cancelled is None
 
 
 def _since(at: float, began: float) -> float:

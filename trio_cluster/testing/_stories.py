@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from ..admin.story import Ending, ending_of
 from ..core.story import StoryFacts
 from ..gateway.stories import Stories
+from ..gateway.story_ending import Ending, ending_of
 from ._simulation import ProcessRun, Simulation
 from ._workload import Outcome
 
