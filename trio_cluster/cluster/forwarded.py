@@ -295,4 +295,7 @@ def _times(call: Call) -> WorkerTimes:
     ):
         if seconds:
             times[name] = int(seconds * _MICROSECONDS)
+    trace = call.request.trace
+    if trace is not None and trace.is_exported:
+        times["traced"] = 1
     return times

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from .call_trace import CallTrace
 from .channel import ByteChannel
 from .model import Kind
 from .principal import ANONYMOUS, Principal
@@ -65,6 +66,9 @@ class Request:
     retried: bool = False
     """It was opened on another replica before, which failed. There is no further retry of
     this model. Not forwarded."""
+    trace: CallTrace | None = None
+    """The trace of the call that answers it; ``None``: there is no tracing. Its context is in the headers. Not
+    forwarded."""
 
     @property
     def key_name(self) -> str:

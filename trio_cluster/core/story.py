@@ -36,8 +36,19 @@ WorkerTimes: TypeAlias = dict[str, int]
 #: - ``queued``: it waited for a slot of the worker;
 #: - ``queued_model``: it waited for a slot of the model;
 #: - ``cold``: it waited for its model to run;
-#: - ``held_back``: the handler was held back, since what it had given was not taken.
-TIMES: Final = ("started", "first_output", "ended", "stopped", "queued", "queued_model", "cold", "held_back")
+#: - ``held_back``: the handler was held back, since what it had given was not taken;
+#: - ``traced``: no time: it is 1 if the worker exports the span of the handler itself.
+TIMES: Final = (
+    "started",
+    "first_output",
+    "ended",
+    "stopped",
+    "queued",
+    "queued_model",
+    "cold",
+    "held_back",
+    "traced",
+)
 
 #: Notes of one attempt, at most.
 NOTES_MAX: Final = 32

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import nsmallest
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..core import clock
 from ..core.answer import Done, Failed
@@ -33,7 +33,7 @@ from ..routing.cost import Placement
 if TYPE_CHECKING:
     from .context import RequestContext
 
-__all__ = ["CLIENT_LEFT", "MAX_BYTES", "Stories", "error_facts", "story_of"]
+__all__ = ["CLIENT_LEFT", "MAX_BYTES", "RequestTracer", "Stories", "error_facts", "story_of"]
 
 #: The reason with which the HTTP servers cancel a request, and the gateway its calls, when the client has disconnected.
 CLIENT_LEFT: Final = "client left"
@@ -52,6 +52,23 @@ _CANDIDATE: Final = 200
 _NOTE: Final = 250
 
 
+class RequestTracer(Protocol):
+    """Makes spans and metrics of requests that are over."""
+
+    def trace_of(self, context: RequestContext) -> Any:
+        """Return the trace of a request; ``None`` if it is not sampled, and needs no story. Synchronous."""
+
+    def end(self, context: RequestContext, trace: Any, story: StoryFacts | None) -> None:
+        """Take a request that is over. Synchronous; must not raise, nor keep the context.
+
+        Args:
+            context: of the request.
+            trace: what :meth:`trace_of` has returned.
+            story: of the request; ``None`` if it has no trace, and stories are not kept. Attempts whose work goes on
+                complete it, before the callbacks of :meth:`Call.on_release` are called.
+        """
+
+
 class Stories:
     """The requests that run, and the stories of the last ones that are over.
 
@@ -62,6 +79,7 @@ class Stories:
         live: the contexts of the requests that run, oldest first.
         over: the stories of those that are over, each with its size in bytes, oldest first. To be read only.
         size: the bytes of all stories, about.
+        tracer: gets each request that is over; ``None``: there is no telemetry.
     """
 
     def __init__(self, options: ClusterServerOptions) -> None:
@@ -69,6 +87,7 @@ class Stories:
         self.live: dict[RequestContext, None] = {}
         self.over: deque[tuple[int, StoryFacts]] = deque()
         self.size = 0
+        self.tracer: RequestTracer | None = None
 
     def end(self, context: RequestContext, *, left: bool) -> None:
         """Record the story of a request that is over. Synchronous.
@@ -80,9 +99,13 @@ class Stories:
         if self.live.pop(context, False) is not None:
             return
         limit = self._options.stories
-        if limit:
+        trace = story = None
+        if self.tracer is not None:
+            trace = self.tracer.trace_of(context)
+        if limit or trace is not None:
             story = story_of(context, self._options)
             story.left, story.ended_at = left, clock.now()
+        if limit and story is not None:
             size = _STORY
             for attempt in story.attempts:
                 size += _ATTEMPT + _CANDIDATE * len(attempt.candidates) + _NOTE * len(attempt.notes)
@@ -90,6 +113,8 @@ class Stories:
             self.size += size
         while len(self.over) > limit or self.size > MAX_BYTES:
             self.size -= self.over.popleft()[0]
+        if self.tracer is not None:
+            self.tracer.end(context, trace, story)
 
     def find(self, request_id: str) -> list[StoryFacts]:
         """Return the stories of all requests that have this id, oldest first. Clients may use an id repeatedly."""

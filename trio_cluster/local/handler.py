@@ -258,6 +258,9 @@ class HandlerTask(CallTask):
         # everything else that is done here.
         object.__setattr__(parsed, "worker", self._worker)
         object.__setattr__(parsed, "key_name", request.principal.name)
+        if request.trace is not None:
+            # It may have been parsed before the trace was opened, whose context is in the headers.
+            object.__setattr__(parsed, "headers", request.headers)
         self.request = parsed
         is_checked = self._validates and request.endpoint != COUNT_TOKENS
         if is_checked and (check := OutputCheck.of(parsed)) is not None:

@@ -249,6 +249,8 @@ class HandlerPool:
             return
         if slots is None:
             call.started_at = clock.now()
+            if call.request.trace is not None:
+                call.request.trace.enter()
             await call_task.work()
             return
         has_waited = slots.running >= slots.capacity
@@ -261,6 +263,8 @@ class HandlerPool:
             if call.end is None:
                 if then is None:
                     call.started_at = clock.now()
+                    if call.request.trace is not None:
+                        call.request.trace.enter()
                     await call_task.work()
                 else:
                     await self._in_slot(call_task, then, until)

@@ -198,6 +198,8 @@ class CallTask(abc.ABC):
         if hint := _hint(error):
             text = f"{text}: {hint}"
         logger.error(text, self.call.request.model, exc_info=error, extra=self.log_fields())
+        if self.call.request.trace is not None:
+            self.call.request.trace.failed(error)
         if resource := exhausted_resource(error):
             return Overloaded(f"This server is out of resources: {resource}; try again shortly")
         return HandlerFailed()

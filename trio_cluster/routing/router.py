@@ -24,6 +24,7 @@ from ..core.outcome import outcome_of
 from ..core.provenance import VIA_HEADER
 from ..core.request import Request
 from ..core.stats import CallStats
+from ..core.tracer import Tracer
 from ..errors import ApiError, LoopDetected, Overloaded, ShuttingDown
 from ..options import ClusterServerOptions
 from .backend import Backend
@@ -49,6 +50,7 @@ class Router:
         stats: the counters of the node's calls; one of the observers.
         ejections: the replicas that are left alone for a while, since they keep failing; one of the observers.
         live: the calls whose work has not stopped yet, each with its backend, oldest first.
+        tracer: opens a trace for each call; ``None``: there is no tracing.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Router:
         self.ejections = Ejections(options, self.catalog.replicas, self.observers)
         self.observers.add(self.ejections)
         self.live: dict[Call, Backend] = {}
+        self.tracer: Tracer | None = None
         self._idle = trio.lowlevel.ParkingLot()
         self._draining_reason: str | None = None
 
@@ -172,7 +175,7 @@ class Router:
         if following is None:
             return None
         try:
-            again = self._open_any(attrs.evolve(following, total_timeout=time_left))
+            again = self._open_any(attrs.evolve(following, total_timeout=time_left, trace=call.request.trace))
         except ApiError:
             # The client is told why the first name failed, rather than that the next one is away.
             return None
@@ -269,6 +272,8 @@ class Router:
             )
         # Before anything is open: a policy that lacks its reason fails here.
         why = self._policy.why
+        if self.tracer is not None:
+            request = self.tracer.open(request)
         call = backend.open(request)
         call.why = why
         self.catalog.used(request.model, backend)

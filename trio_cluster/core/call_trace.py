@@ -1,0 +1,21 @@
+"""The trace of a call, as the parts of a node that a request passes see it; see ``tracer.py``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["CallTrace"]
+
+
+class CallTrace(Protocol):
+    """The trace of one call."""
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether this node exports the span of the call's handler."""
+
+    def enter(self) -> None:
+        """The handler begins, in the current task: what it does there belongs to the trace. Synchronous."""
+
+    def failed(self, error: BaseException) -> None:
+        """The handler has raised an error that its client is not shown. Synchronous."""
