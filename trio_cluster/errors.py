@@ -117,7 +117,7 @@ _LISTED_MODELS: Final = 50
 
 
 class ModelUnavailable(ApiError):
-    """No node serves the model now, and one did a short while ago, or is expected: it is likely to be there soon."""
+    """No node serves the model now, and one did a short while ago: it is likely to be back soon."""
 
     def __init__(self, name: str, *, retry_after: float = 3.0) -> None:
         # With two retries, clients wait for longer than workers take to reconnect.

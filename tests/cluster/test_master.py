@@ -15,6 +15,7 @@ from memory_cluster import MemoryCluster, Worker, chat_request, echo, everything
 from trio.testing import MockClock, wait_all_tasks_blocked
 from wsproto.events import BytesMessage, Request as WebSocketRequest
 
+from trio_cluster._version import __version__
 from trio_cluster.core.answer import Data, Done, Failed, Head, Usage
 from trio_cluster.core.limits import WINDOW
 from trio_cluster.core.model import ModelInfo
@@ -714,6 +715,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "in_flight_elsewhere": 0,
         "ejected": {},
         "model_states": {},
+        "version": __version__,
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         status.state = "busy"  # type: ignore[misc]

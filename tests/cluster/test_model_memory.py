@@ -17,9 +17,7 @@ from trio.testing import MockClock
 
 from trio_cluster import ClusterServer, RawCall
 from trio_cluster.cluster.model_memory import ModelMemory
-from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.state_dir import StateDir, StateDirError
-from trio_cluster.routing.absence import FIRST_SECONDS
 from trio_cluster.routing.catalog import Catalog
 from trio_cluster.testing import SimulatedCluster, open_cluster, worker
 
@@ -67,36 +65,6 @@ async def test_models_are_unavailable_and_not_unknown_while_workers_return_after
         assert await ask(cluster, "never") == (404, "model_not_found")
         await trio.sleep_until(began + 5.2)
         assert await ask(cluster, "m") == (200, None), "the worker takes too long to return"
-
-
-async def test_the_first_master_of_all_expects_any_model_for_a_while(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with open_cluster(state_dir=str(tmp_path / "s")) as cluster:
-        began = trio.current_time()
-        assert await ask(cluster, "m") == (503, "model_unavailable")
-        server = worker("w")
-        server.register_chat("first", echo)
-        await cluster.start_worker(server)
-        assert await ask(cluster, "first") == (200, None)
-        # Another worker may be on its way.
-        assert await ask(cluster, "m") == (503, "model_unavailable")
-        await trio.sleep_until(began + FIRST_SECONDS + 1)
-        assert await ask(cluster, "m") == (404, "model_not_found")
-
-
-async def test_a_first_master_with_models_of_its_own_knows_what_there_is(tmp_path: Path) -> None:
-    state = StateDir(tmp_path)
-    catalog = Catalog()
-    backend: Any = object()
-    catalog.add(ModelInfo("mine", "chat"), backend)
-    ModelMemory(catalog, state).restore()
-    assert not catalog.absent.may_come("m")
-    # Nor does one expect more than what it has written down.
-    other = Catalog()
-    ModelMemory(other, state).save()
-    ModelMemory(other, state).restore()
-    assert not other.absent.may_come("m")
 
 
 async def test_a_worker_returns_within_five_seconds_of_a_long_outage(

@@ -182,7 +182,9 @@ async def test_a_master_alone_is_upgraded_with_nothing_worse_than_refusals(
         each for each in begun if each.startswith(("cut", "failed", "plain: Remote", "streams: Remote"))
     ] == []
     told = load.failures[stopping:starting]
-    assert [each for each in told if "ConnectError" not in each and not each.startswith("503: ")] == []
+    # The previous release has written no names of models down.
+    known = ("503: ", "404: ")
+    assert [each for each in told if "ConnectError" not in each and not each.startswith(known)] == []
     # Those that were on their way a moment before the worker was there are the last.
     assert upgraded - starting <= STREAMING + PLAIN
 

@@ -80,8 +80,7 @@ class ModelMemory:
         """Let the catalogue know the models that the files name. Synchronous; reads files.
 
         A model that was served when its master ended counts from now, however long that is ago: its workers are
-        looking for the master. A file that cannot be understood is ignored. Where there is no file, this is the first
-        master with this state: unless it has models itself, those of its workers may be any.
+        looking for the master. A file that cannot be understood is ignored.
 
         Raises:
             StateDirError: there is a file, and it cannot be read.
@@ -92,8 +91,6 @@ class ModelMemory:
 
     def _restore_absent(self) -> None:
         content = self._state_dir.read(_FILE)
-        if content is None and not self._catalog.infos():
-            self._catalog.absent.expect_any()
         try:
             entries = [] if content is None else msgspec.json.decode(content, type=list[_Entry])
         except msgspec.MsgspecError as error:

@@ -9,10 +9,6 @@ Replicas of one model may answer different endpoints. So a part of a model can b
 endpoint have left, and others stay. That is remembered in the same way, until the endpoint is answered again. Each part
 has a time of its own. Otherwise a replica that leaves again and again would keep alive what another one answered.
 
-A master that starts for the first time knows no names, and may have workers all the same: those of its predecessor on
-another machine, or of a version that wrote no names down. So it answers 503 for every name for :data:`FIRST_SECONDS`,
-unless it has models of its own.
-
 Time is trio's. Outside of a trio run nothing is recorded: a model that is taken back before the server runs was never
 served.
 """
@@ -26,12 +22,10 @@ import trio
 
 from ..core.model import ModelInfo
 
-__all__ = ["FIRST_SECONDS", "REMEMBERED", "AbsentModels"]
+__all__ = ["REMEMBERED", "AbsentModels"]
 
 #: Seconds for which a model that is not served any more stays known.
 REMEMBERED: Final = 120.0
-#: Seconds in which the workers of a master that starts for the first time come to it, if they look for it already.
-FIRST_SECONDS: Final = 15.0
 #: Models, and parts of models, that are remembered at most; the oldest are dropped first. Peers choose the names.
 _MAX_NAMES: Final = 10_000
 
@@ -46,8 +40,6 @@ class AbsentModels:
         # With the time at which it left; the one that left first is first.
         self._entries: dict[_Key, tuple[ModelInfo, float]] = {}
         self._by_name: dict[str, dict[_Key, None]] = {}
-        # Until then, every name may be one of a model that is about to come.
-        self._any_until: float | None = None
 
     def __bool__(self) -> bool:
         """Tell whether there may be any; a quick check that may be true for too long, and is never false too soon."""
@@ -84,21 +76,6 @@ class AbsentModels:
         """Forget all."""
         self._entries.clear()
         self._by_name.clear()
-        self._any_until = None
-
-    def expect_any(self) -> None:
-        """Take every name for one that may be served soon, for :data:`FIRST_SECONDS` from now."""
-        now = _now()
-        self._any_until = None if now is None else now + FIRST_SECONDS
-
-    def may_come(self, name: str) -> bool:
-        """Return whether a model of this name was served a short while ago, or may be served soon."""
-        if self._any_until is not None:
-            now = _now()
-            if now is not None and now < self._any_until:
-                return True
-            self._any_until = None
-        return self.find(name) is not None
 
     def find(self, name: str) -> ModelInfo | None:
         """Return what is known of a model: of several parts the one that left last; ``None`` if nothing is."""

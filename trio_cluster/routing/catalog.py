@@ -407,8 +407,7 @@ class Catalog:
             endpoint: the name of the endpoint, or the path of a custom route.
 
         Raises:
-            ModelUnavailable: no backend answers the endpoint with the model now, and one did a short while ago, or
-                is expected.
+            ModelUnavailable: no backend answers the endpoint with the model now, and one did a short while ago.
             ModelNotFound: no backend serves the model.
             WrongKind: the model does not answer the endpoint.
             InvalidRequest: 404: only passthrough models answer the custom route, and this is none.
@@ -420,11 +419,7 @@ class Catalog:
             raise ModelUnavailable(name)
         info = self.absent.find(name) if model is None else model.info
         if info is None:
-            raise (
-                ModelUnavailable(name)
-                if self.absent.may_come(name)
-                else ModelNotFound(name, self.listed_names())
-            )
+            raise ModelNotFound(name, self.listed_names())
         if model is not None and kind == "custom" and self.passthrough and not self.declares(endpoint):
             # The path is only possible because of passthrough models, of which this is none: a typing error.
             raise InvalidRequest(f"Unknown URL: POST {endpoint}", status=404)
@@ -455,7 +450,7 @@ class Catalog:
         """Return the error for a model that no backend serves, or an alias of such models."""
         aliases = self.aliases.table
         for model in reachable(aliases, name) if name in aliases else (name,):
-            if self.absent.may_come(model):
+            if self.absent.find(model) is not None:
                 return ModelUnavailable(name)
         return ModelNotFound(name, self.listed_names(), alias=name in aliases)
 
