@@ -245,9 +245,10 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, with what ``--`` is followed by handed to pytest."""
-    session.install("-q", WHEEL, *GROUPS(PYPROJECT, "test"))
     # What somebody asks for is not left out on any Python.
     whole = session.python == WHOLE_ON or bool(session.posargs)
+    deploy = GROUPS(PYPROJECT, "deploy") if whole else ()
+    session.install("-q", WHEEL, *GROUPS(PYPROJECT, "test"), *deploy)
     part = [] if whole else BRIEF_OF_NEWEST if session.python == NEWEST else BRIEF
     # One more than there are cores: the one that gets the real processes waits for them, most of the time. Beside
     # another session, that session is the one more.
@@ -516,6 +517,16 @@ def install_open_webui(session: nox.Session, folder: Path) -> None:
     requirements.write_text("\n".join([*lines, *OPEN_WEBUI[1:]]), encoding="utf-8")
     pip = str(folder / "bin" / "pip")
     session.run(pip, "install", "-q", "-r", str(requirements), external=True, success_codes=[0, 1])
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """Check what is in deploy/, and run the steps of the image one by one, and what it does as a container.
+
+    That takes root, on Linux; what cannot be run is skipped, and said so.
+    """
+    session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "deploy"))
+    session.run("pytest", "-q", "tests/deploy", *session.posargs, env={"DEPLOY_STEPS": "1"})
 
 
 @nox.session
