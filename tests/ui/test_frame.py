@@ -37,7 +37,7 @@ def test_each_view_has_an_address(cluster: WebCluster, watched: Callable[..., Wa
         page.get_by_role("navigation").get_by_role("link", name=name).click()
         page.get_by_role("heading", level=1, name=name).wait_for()
         assert page.get_by_role("link", name=name).get_attribute("aria-current") == "page"
-        page.wait_for_function("document.querySelector('.view').childElementCount > 0")
+        page.locator(".view > *").first.wait_for(state="attached")
 
 
 def test_without_an_operator_s_key_there_is_no_view_of_others(

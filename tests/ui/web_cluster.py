@@ -15,13 +15,17 @@ import attrs
 import trio
 
 from trio_cluster import (
+    ApiError,
     ASRRequest,
     ChatRequest,
     ClusterServer,
     ClusterServerOptions,
     EmbeddingRequest,
+    ImageEditRequest,
     ImageGenRequest,
+    ModerationRequest,
     OutputChunk,
+    RerankRequest,
     ServerOptions,
     ServerThread,
     TTSRequest,
@@ -117,6 +121,23 @@ def _add_models(server: ClusterServer, name: str, cluster: WebCluster) -> None:
             cluster.cancelled.set()
             raise
 
+    @server.chat("broken")
+    async def broken(request: ChatRequest) -> AsyncIterator[str]:
+        """Fail in the middle of the answer."""
+        yield "This was "
+        raise ApiError(503, "The battery is empty", code="battery_empty")
+
+    @server.chat("tools")
+    async def tools(request: ChatRequest) -> AsyncIterator[Any]:
+        """Call a tool that was given, and repeat its result."""
+        results = [each["content"] for each in request.messages if each["role"] == "tool"]
+        if results:
+            yield f"The tool says: {' and '.join(results)}"
+        else:
+            for tool in request.tools or []:
+                yield OutputChunk.tool_call(tool["function"]["name"], {"city": "Bonn"}, id="call_1")
+        yield OutputChunk.usage(20, 5)
+
     if name != "w1":
         return
 
@@ -135,6 +156,18 @@ def _add_models(server: ClusterServer, name: str, cluster: WebCluster) -> None:
     @server.image_generation("pictures")
     async def pictures(request: ImageGenRequest) -> list[bytes]:
         return [_PNG] * request.n
+
+    @server.image_edit("retouch")
+    async def retouch(request: ImageEditRequest) -> list[bytes]:
+        return [request.images[0]]
+
+    @server.rerank("order")
+    async def order(request: RerankRequest) -> list[float]:
+        return [float(len(text)) for text in request.documents]
+
+    @server.moderation("judge")
+    async def judge(request: ModerationRequest) -> list[dict[str, float]]:
+        return [{"violence": 0.9 if "fight" in text else 0.1} for text in request.texts]
 
 
 @contextmanager

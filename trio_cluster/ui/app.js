@@ -11,7 +11,9 @@ import { Live } from "./live.js";
  *   live     the state of the cluster; null for keys that may not see it;
  *   session  name, role, mode, version, node_id;
  *   args     what follows the view's name in the address: #requests/req_1 has ["req_1"];
- *   go(view, ...args)  goes to another view.
+ *   go(view, ...args)  goes to another view;
+ *   signal   is aborted when the user signs out: what a view leaves running ends then;
+ *   signInAgain(key, message)  forgets this key, and goes on with another one, or asks for it if `key` is empty.
  */
 const VIEWS = [
   { id: "requests", title: "Requests", roles: ["operator", "admin"] },
@@ -113,6 +115,7 @@ function showPage(api, session) {
     ),
   );
 
+  const leaving = new AbortController();
   let unmount = () => {};
   let shown = 0;
   let timer = 0;
@@ -124,15 +127,22 @@ function showPage(api, session) {
     unmount();
     unmount = () => {};
     for (const link of links) {
-      if (link.dataset.view === view.id) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      if (link.dataset.view === view.id) {
+        link.setAttribute("aria-current", "page");
+        // On narrow screens the views are a strip that scrolls.
+        link.parentNode.scrollLeft = link.offsetLeft - link.parentNode.offsetLeft - 40;
+      } else link.removeAttribute("aria-current");
     }
     document.title = `${view.title} – trio_cluster`;
     setText(heading, view.title);
     fill(root);
     root.className = `view ${view.id}`;
     const module = await import(`./views/${view.id}.js`);
-    if (number === shown) unmount = module.mount(root, { api, live, session, args, go }) ?? (() => {});
+    if (number === shown) unmount = module.mount(root, pageFor(args)) ?? (() => {});
+  }
+
+  function pageFor(args) {
+    return { api, live, session, args, go, signal: leaving.signal, signInAgain };
   }
 
   function go(...parts) {
@@ -158,13 +168,24 @@ function showPage(api, session) {
     timer = setTimeout(showConnection, 1000);
   }
 
-  /** Forget the key, and ask for another one. */
-  function leave(signedIn, message = "") {
+  function stop() {
     window.removeEventListener("hashchange", show);
     clearTimeout(timer);
     live?.stop();
     unmount();
+    leaving.abort();
+  }
+
+  /** Forget the key, and ask for another one. */
+  function leave(signedIn, message = "") {
+    stop();
     showSignIn(message, signedIn ? null : () => enter(api));
+  }
+
+  function signInAgain(key, message = "") {
+    stop();
+    if (key) enter(new Api(key));
+    else showSignIn(message);
   }
 
   function nextTheme() {
