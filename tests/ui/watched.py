@@ -35,12 +35,15 @@ def open_page(
     height: int = 800,
     scheme: str = "light",
     expected: Collection[int] = (),
+    script: str = "",
     **context: Any,
 ) -> Watched:
-    """Open a page, and watch it from the start."""
+    """Open a page, and watch it from the start. A script runs in it before its own."""
     opened = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **context)
     opened.set_default_timeout(15_000)
     page = opened.new_page()
+    if script:
+        page.add_init_script(script)
     watched = Watched(page, opened, expected=expected)
 
     def on_console(message: Any) -> None:

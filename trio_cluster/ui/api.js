@@ -76,15 +76,21 @@ export class Api {
 /** Yield the server-sent events of a response. See {@link Api#events}. */
 export async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  // What has come of a line that is not over. A line may have millions of characters, in many pieces.
+  let rest = [];
   let event = "message";
   let data = [];
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      const lines = (rest + value).split("\n");
-      rest = lines.pop();
+      const lines = value.split("\n");
+      const last = lines.pop();
+      if (lines.length > 0) {
+        lines[0] = rest.join("") + lines[0];
+        rest = [];
+      }
+      rest.push(last);
       for (const raw of lines) {
         const line = raw.endsWith("\r") ? raw.slice(0, -1) : raw;
         if (line === "") {

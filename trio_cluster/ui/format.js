@@ -1,8 +1,9 @@
 // Numbers for people.
 
-/** Seconds as 0.42 s, 12.3 s, 4 min 5 s, 2 h 3 min, 3 d 4 h. */
+/** Seconds as 42 ms, 0.42 s, 12.3 s, 4 min 5 s, 2 h 3 min, 3 d 4 h. */
 export function seconds(value) {
   if (!Number.isFinite(value)) return "–";
+  if (value > 0 && value < 0.1) return `${Math.max(1, Math.round(value * 1000))} ms`;
   if (value < 10) return `${Math.max(0, value).toFixed(value < 1 ? 2 : 1)} s`;
   if (value < 60) return `${Math.round(value)} s`;
   const whole = Math.round(value);

@@ -7,17 +7,21 @@ const FIRST_WAIT = 0.5;
 const LONGEST_WAIT = 10;
 // The node sends something every ten seconds at least. After twice that, and some time for the way, it is gone.
 const SILENCE = 25;
+// Seconds by which the clocks of the node and of the browser must differ to be called different.
+const LEAST_SKEW = 2;
 
 /**
  * Follows the events. Dispatches `change` after each update (the node sends at most four in a second), and `state`
  * when the connection is there, lost, or about to be tried again.
  *
  * Attributes: `requests`, `workers`, `models`: maps from ids to items; `state`: "connecting", "live" or "lost";
- * `retryAt`: when it is tried again, as `Date.now()` counts; `error`: why it was lost; `updatedAt`.
+ * `retryAt`: when it is tried again, as `Date.now()` counts; `error`: why it was lost; `updatedAt`; `now`: the time by
+ * the node's clock, in seconds since the epoch, to compare the times of items with.
  */
 export class Live extends EventTarget {
   #api;
   #abort = null;
+  #skew = 0;
 
   constructor(api) {
     super();
@@ -27,6 +31,10 @@ export class Live extends EventTarget {
     this.retryAt = 0;
     this.error = null;
     this.updatedAt = 0;
+  }
+
+  get now() {
+    return Date.now() / 1000 + this.#skew;
   }
 
   start() {
@@ -66,6 +74,9 @@ export class Live extends EventTarget {
     let timer = setTimeout(abort, SILENCE * 1000);
     try {
       const response = await this.#api.send("cluster/events", { signal: silence.signal });
+      const skew = (Date.parse(response.headers.get("date")) - Date.now()) / 1000;
+      // The header has whole seconds, so less than that is no difference.
+      this.#skew = Math.abs(skew) > LEAST_SKEW ? skew : 0;
       for await (const part of parts(response, () => {
         clearTimeout(timer);
         timer = setTimeout(abort, SILENCE * 1000);
