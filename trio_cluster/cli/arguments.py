@@ -26,6 +26,7 @@ from ..core.principal import Priority, Role
 from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
+from .commit import commit_of_installation
 from .settings import SECRET_FILES, load_options, load_process_settings, load_serve_tables
 
 __all__ = [
@@ -96,9 +97,20 @@ class _Parser(argparse.ArgumentParser):
         raise OptionsError(f"{message}; see {self.prog} --help")
 
 
+class _ShowVersion(argparse.Action):
+    """Finds out the commit only when it is asked for: that may start git."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        commit = commit_of_installation(Path(__file__).parents[1])
+        print(f"trio-cluster {__version__}" + ("" if commit is None else f" (commit {commit})"))
+        parser.exit()
+
+
 def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     parser = _Parser(prog=program, description="Several machines, one OpenAI API.")
-    parser.add_argument("--version", action="version", version=f"trio-cluster {__version__}")
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show the version and its commit, and exit"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
