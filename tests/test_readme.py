@@ -22,6 +22,7 @@ from trio_cluster import ClusterServer, ClusterServerOptions, ServerOptions, eng
 from trio_cluster.cli.arguments import _parser, parse_arguments
 from trio_cluster.core.request import Request
 from trio_cluster.engines import _engine
+from trio_cluster.gateway import request_stats
 from trio_cluster.openai import ENDPOINTS
 from trio_cluster.options import when_applied
 from trio_cluster.protocol import RECEIVE_TRANSITIONS, SEND_TRANSITIONS, Role, markdown
@@ -330,13 +331,44 @@ async def test_every_metric_is_documented(nursery: trio.Nursery) -> None:
         await nursery.start(worker.run_as_worker, "127.0.0.1", master.internal_port)
     # Some are of models among whose replicas there was a choice.
     master.router.open(Request("chat.completions", "chat", "m", b"{}")).cancel("not wanted")
-    shown = set(re.findall(r"^(\w+)[ {]", (await fetch(f"{master.url}/metrics")).decode(), re.M))
+    text = (await fetch(f"{master.url}/metrics")).decode()
+    shown = set(re.findall(r"^(\w+)[ {]", text, re.M))
     documented = {
         f"trio_cluster_{name}"
-        for row in rows(section(page("cluster.md"), "Observability"))
+        for row in rows(section(page("metrics.md"), "The node"))
         for name in re.findall(r"`(\w+)(?:\{[\w,]+\})?`", row[0])
     }
     assert documented == shown
+    # Those of requests are there three times, and have no values without requests.
+    described = set(re.findall(r"^# TYPE trio_cluster_(\w+) ", text, re.M))
+    described = {name for name in described if re.match("(key_)?request|worker_call", name)}
+    requests = section(page("metrics.md"), "Requests")
+    names = {
+        name for row in rows(requests) for name in re.findall(r"`(request\w+)`", row[0]) if name != "request"
+    }
+    assert described == {
+        re.sub("^request", prefix, name)
+        for name in names
+        for prefix in ("request", "key_request", "worker_call")
+    }
+
+
+def test_the_buckets_and_bounds_of_metrics_are_documented() -> None:
+    text = page("metrics.md")
+    documented = {
+        row[0]: tuple(map(float, row[1].split(", ")))
+        for row in rows(section(text, "Requests"))
+        if re.match(r"[\d.]+, ", row[1])
+    }
+    assert documented == {
+        "time to first token": request_stats.FIRST_TOKEN,
+        "time between tokens": request_stats.TOKEN_INTERVAL,
+        "duration": request_stats.DURATION,
+        "queue": request_stats.QUEUE_WAIT,
+        "cold start": request_stats.COLD_WAIT,
+    }
+    assert f"The first {request_stats.LABELS_MAX} models" in text
+    assert f"The first {request_stats.ERRORS_MAX} errors" in text
 
 
 @pytest.mark.parametrize("point", _engine.BUILT_IN.values(), ids=lambda point: point.name)

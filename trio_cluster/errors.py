@@ -117,9 +117,15 @@ _LISTED_MODELS: Final = 50
 
 
 class ModelUnavailable(ApiError):
-    """No node serves the model now, and one did a short while ago: it is likely to be back soon."""
+    """No node serves the model now, and one did a short while ago: it is likely to be back soon.
+
+    Args:
+        name: the model, or the alias; an attribute, too.
+        retry_after: seconds after which clients should try again.
+    """
 
     def __init__(self, name: str, *, retry_after: float = 3.0) -> None:
+        self.name = name
         # With two retries, clients wait for longer than workers take to reconnect.
         super().__init__(
             503,

@@ -565,7 +565,7 @@ class ClusterServerOptions:
     """How long each of them is kept."""
     stories: int = attrs.field(default=10_000, validator=_count_or_zero, metadata=_AT_ONCE)
     """How many requests that are over a master keeps the story of, in memory: ``trio-cluster why`` shows it. 64 MiB at
-    most. 0: none is recorded."""
+    most. 0: none is kept."""
     ca_file: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trio_cluster.group.front import SIBLING_KEY, Front
+from trio_cluster.group.front import HIDDEN, SIBLING_KEY, Front
 from trio_cluster.group.messages import Notice, Process, Request, Response
 
 Answer = Callable[[Request], Response]
@@ -115,6 +115,38 @@ async def test_what_all_processes_know_is_merged() -> None:
     assert isinstance(asked, Request)
     assert (asked.method, asked.path, asked.client) == ("GET", "/cluster/calls", ("127.0.0.1", 5))
     assert asked.headers == [(b"authorization", b"Bearer k")]
+
+
+def scrape(*, hides: bool, eof: bytes = b"") -> Response:
+    families = (b"requests", b'model="m"', 2), (b"key_requests", b'key="k"', 3)
+    text = b"".join(
+        b"# HELP trio_cluster_%b_total x\n# TYPE trio_cluster_%b_total counter\ntrio_cluster_%b_total{%b} %d\n"
+        % (name, name, name, labels, value)
+        for name, labels, value in families
+    )
+    headers = [(HIDDEN.encode(), b"trio_cluster_key_")] if hides else []
+    return Response(200, headers, text + eof)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("eof", [b"", b"# EOF\n"])
+async def test_metrics_are_added_up_and_what_a_client_may_not_see_is_left_out(
+    hides: bool, eof: bytes
+) -> None:
+    answer = scrape(hides=hides, eof=eof)
+    others, gateway = Others(lambda _: answer), Gateway(lambda _: answer)
+    status, body, headers = await ask(Front(gateway, others), "GET", "/metrics")
+    lines = body.decode().splitlines()
+    assert status == 200
+    assert HIDDEN.encode() not in headers
+    assert 'trio_cluster_requests_total{model="m"} 4.0' in lines
+    assert ('trio_cluster_key_requests_total{key="k"} 6.0' in lines) == (not hides)
+    assert (b"_key_" in body) == (not hides)
+    # In the format in which the process has answered.
+    assert body.endswith(b"# EOF\n") == bool(eof)
+    assert (f"# TYPE trio_cluster_requests{'' if eof else '_total'} counter") in lines
+    # All is there for the others, so that nothing is lost with a process.
+    assert gateway.seen == [("/metrics", b"", True)]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""The metrics of a node, in the Prometheus text format.
+"""The metrics of a node, in the text format of Prometheus or, if that is asked for, as OpenMetrics.
 
-Nothing is counted here: the router has the counters, and a scrape reads them. So all values are of one instant and add
-up, and counting adds nothing to the cost of a request.
+Nothing is counted here: the router and the statistics of requests have the counters, and a scrape reads them. So all
+values are of one instant and add up, and counting adds nothing to the cost of a request.
+
+What is counted by API key, and the ids of requests, which clients may choose, are for operators. Others get the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from prometheus_client.metrics_core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.openmetrics.exposition import (
+    CONTENT_TYPE_LATEST as CONTENT_TYPE_OPENMETRICS,
+    generate_latest as generate_openmetrics,
+)
 from prometheus_client.registry import Collector
 
 from ..core.stats import Histogram
@@ -24,8 +30,9 @@ from ..core.threads import NoThread, run_in_thread
 from ..gateway.node_context import NodeContext
 from ..gateway.response import Reply
 from ..routing.cost import LeastCost
+from .request_metrics import count_samples, request_metrics
 
-__all__ = ["metrics_reply"]
+__all__ = ["accepts_openmetrics", "metrics_reply"]
 
 _PREFIX = "trio_cluster_"
 _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
@@ -34,18 +41,58 @@ _OUTCOMES = ("completed", "cancelled", "timed_out", "worker_lost", "failed")
 _MANY: Final = 500
 
 
-async def metrics_reply(node_context: NodeContext) -> Reply:
-    """Return the answer to a scrape; all values are of one instant."""
+_OPENMETRICS: Final = "application/openmetrics-text"
+_END: Final = b"# EOF\n"
+
+
+def accepts_openmetrics(accept: str) -> bool:
+    """Tell whether a client prefers OpenMetrics to the older text format, by its header ``Accept``."""
+    weights = {"text/plain": 0.0, "text/*": 0.0, _OPENMETRICS: 0.0}
+    for each in accept.split(","):
+        media_type, *parameters = (part.strip() for part in each.lower().split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0
+        if media_type in weights:
+            weights[media_type] = max(weights[media_type], weight)
+    return weights.pop(_OPENMETRICS) > max(weights.values())
+
+
+async def metrics_reply(
+    node_context: NodeContext, *, openmetrics: bool = False, to_operator: bool = False
+) -> Reply:
+    """Return the answer to a scrape; all values are of one instant.
+
+    Args:
+        node_context: the node.
+        openmetrics: answer in the format OpenMetrics.
+        to_operator: with what is counted by API key and, as exemplars of OpenMetrics, ids of requests.
+    """
     snapshot = _Snapshot(_Metrics(node_context).families())
-    if sum(len(family.samples) for family in snapshot.collect()) < _MANY:
-        text = generate_latest(snapshot)
+    models, keys, workers = node_context.request_stats.read()
+    tables = models, keys if to_operator else {}, workers
+
+    def text() -> bytes:
+        lines = "".join(request_metrics(*tables, openmetrics=openmetrics, exemplars=to_operator)).encode()
+        if not openmetrics:
+            return generate_latest(snapshot) + lines
+        return bytes(generate_openmetrics(snapshot)).removesuffix(_END) + lines + _END  # type: ignore[no-untyped-call]
+
+    if sum(len(family.samples) for family in snapshot.collect()) + count_samples(tables) < _MANY:
+        content = text()
     else:
         try:
-            text = await run_in_thread(generate_latest, snapshot, abandon_on_cancel=True)
+            content = await run_in_thread(text, abandon_on_cancel=True)
         except NoThread:
             # What is wrong is looked for just then.
-            text = generate_latest(snapshot)
-    return Reply(200, [("content-type", CONTENT_TYPE_LATEST)], text)
+            content = text()
+    content_type = CONTENT_TYPE_OPENMETRICS if openmetrics else CONTENT_TYPE_LATEST
+    return Reply(200, [("content-type", content_type)], content)
 
 
 class _Snapshot(Collector):

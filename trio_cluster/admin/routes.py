@@ -19,9 +19,11 @@ from ..gateway.context import request_context
 from ..gateway.node_context import NodeContext
 from ..gateway.response import JSON, Reply, json_reply
 from ..gateway.routes import MODEL_ROUTES, PREFIXES
+from ..group.front import HIDDEN, SIBLING_KEY
 from ..openai import ENDPOINTS
 from .description import description
-from .metrics import metrics_reply
+from .metrics import accepts_openmetrics, metrics_reply
+from .request_metrics import KEY_PREFIX
 from .views import HealthView, IndexView, ModelsView, ReadyView, status_view
 from .web import respond
 
@@ -118,7 +120,17 @@ def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
         return respond(json_reply(ReadyView("ready", name)))
 
     async def metrics() -> TrioResponse:
-        return respond(await metrics_reply(node_context))
+        accept, principal = request.headers.get("accept", ""), request_context(request.scope).principal
+        has_keys = node_context.requires_key or node_context.authenticator is not None
+        to_operator = principal.role != "inference" or not has_keys
+        is_sibling = SIBLING_KEY in request.scope
+        reply = await metrics_reply(
+            node_context, openmetrics=accepts_openmetrics(accept), to_operator=to_operator or is_sibling
+        )
+        if is_sibling and not to_operator:
+            # The process that is asked leaves them out when it has added up those of all.
+            reply.headers.append((HIDDEN, KEY_PREFIX))
+        return respond(reply)
 
     async def status() -> TrioResponse:
         principal = request_context(request.scope).principal

@@ -140,3 +140,5 @@ class StoryFacts(msgspec.Struct):
     attempts: list[AttemptFacts]
     answering: int
     """The number of the attempt that counts, from 0; -1: there is none."""
+    streamed: bool = False
+    """The answer was sent while it came: events, or audio."""

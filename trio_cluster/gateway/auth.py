@@ -46,7 +46,8 @@ __all__ = [
     "require_model",
 ]
 
-#: Paths that require no key. They show states and figures, and neither names nor contents of requests. ``/ready``
+#: Paths that require no key. They show states and figures, and neither names nor contents of requests; to operators,
+#: ``/metrics`` shows the names of keys, too. ``/ready``
 #: tells whether a model is served whose name the client knows already: load balancers ask for that without a key.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/ready"})
 
@@ -54,6 +55,8 @@ OPEN_PATHS: Final = frozenset({"/", "/health", "/metrics", "/openapi.json", "/re
 _PAGE: Final = "/ui/"
 #: Who the page's user is, by the key; nothing else below ``/ui/`` needs one.
 SESSION_PATH: Final = "/ui/session"
+#: The path without a key that shows more to operators: what is counted by key.
+_METRICS: Final = "/metrics"
 
 #: The only path below ``/cluster`` that is not for operators: it shows which models there are, and the load.
 _STATUS: Final = "/cluster/status"
@@ -129,6 +132,19 @@ class Authenticate:
                 current_principal.set(principal.name)
             if principal.role != "admin" and is_for_operators(context.path):
                 _check_role(principal, context.path)
+        elif context.path.rstrip("/") == _METRICS and key_of(context) is not None:
+            await self._know_operator(context)
+
+    async def _know_operator(self, context: RequestContext) -> None:
+        """Find out who asks for what needs no key, and shows more to operators. A wrong key is like none."""
+        why = ""
+        try:
+            context.principal = await self._authenticator.authenticate(context)
+        except ApiError as error:
+            why = error.message if error.status == 401 else ""
+        if why:
+            self._refused_keys.refused(context, why)
+            await self._failed_attempts.refused(context.client)
 
 
 def _check_role(principal: Principal, path: str) -> None:

@@ -16,7 +16,7 @@ from ..core.call import Call
 from ..core.principal import ANONYMOUS
 from ..core.redaction import has_key
 from ..core.request import Request
-from ..core.story import ErrorFacts
+from ..core.story import ErrorFacts, StoryFacts
 from ..limits.account import LimitState
 from ..limits.reservation import Reservation
 from ..openai import OPENAI_ERRORS, Endpoint, ErrorFamily, FormPeek, FormRewriter
@@ -67,9 +67,12 @@ class RequestContext:
         uploaded_at, answered_at: when all of a body had arrived that is forwarded while it comes, and when the head of
             the response was sent; of the same clock, ``NEVER``: not yet.
         status: of the response; 0 before its head was sent.
+        missing_model: the name that was asked for, if no model of that name is served; empty otherwise.
         error: the error that was sent in the place of an answer; ``None``: none was.
         early: the head was sent before there was an answer.
         delivered: the response was sent to its end.
+        streamed: the response is sent while the answer comes, since that is a stream of events or audio.
+        story: what was recorded of the request when it was over; ``None``: it is not, or is not for a model.
     """
 
     __slots__ = (
@@ -91,6 +94,7 @@ class RequestContext:
         "header",
         "headers",
         "limit_state",
+        "missing_model",
         "model_in_path",
         "path",
         "principal",
@@ -102,6 +106,8 @@ class RequestContext:
         "spool",
         "status",
         "stored",
+        "story",
+        "streamed",
         "uploaded_at",
     )
 
@@ -127,7 +133,7 @@ class RequestContext:
         self.client = client
         self.path = path
         self.query = query
-        self.model_in_path = ""
+        self.model_in_path = self.missing_model = ""
         self.principal = ANONYMOUS
         self.endpoint: Endpoint | None = None
         self.errors: ErrorFamily = OPENAI_ERRORS
@@ -144,7 +150,8 @@ class RequestContext:
         self.uploaded_at = self.answered_at = clock.NEVER
         self.status = 0
         self.error: ErrorFacts | None = None
-        self.early = self.delivered = False
+        self.early = self.delivered = self.streamed = False
+        self.story: StoryFacts | None = None
 
     def declared_length(self) -> int | None:
         """Return the size of the body in bytes; ``None`` if it is not known in advance."""

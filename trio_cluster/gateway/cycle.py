@@ -26,7 +26,7 @@ import trio
 
 from ..core import clock
 from ..core.join_paths import JOIN_PATHS, MAX_JOIN_BODY
-from ..errors import ApiError, HandlerFailed, InvalidRequest
+from ..errors import ApiError, HandlerFailed, InvalidRequest, ModelNotFound, ModelUnavailable
 from ..http1.asgi import CONNECTION_KEY, Message, Receive, Scope, Send
 from ..net.sockets import shown_address
 from ..openai import OPENAI_ERRORS, Endpoint, endpoint_named
@@ -127,6 +127,7 @@ class RequestCycle:
             if context.endpoint is None:
                 await self._take_body_for_app()
         except ApiError as error:
+            self._node_context.request_stats.refused(context.principal.name, error_facts(error))
             await self._refuse(self._error_reply(error))
             return
         except ClientLeft:
@@ -228,6 +229,8 @@ class RequestCycle:
                 reply = await capture(reply, context.stored)
         except ApiError as error:
             context.error = error_facts(error)
+            if isinstance(error, (ModelNotFound, ModelUnavailable)):
+                context.missing_model = error.name
             # The call may keep this error as its end. With a traceback, the call and the error would refer to each
             # other, and wait for the garbage collector.
             reply = self._error_reply(hide_models(context.principal, error).with_traceback(None))

@@ -27,6 +27,7 @@ from ..routing.router import Router
 from ..stored.record import ResponseStore
 from .auth import Authenticator
 from .context import RequestContext
+from .request_stats import RequestStats
 from .stories import Stories
 
 __all__ = ["GaugeSample", "NodeContext"]
@@ -99,11 +100,14 @@ class NodeContext:
     """The time at which the node started, by ``time.monotonic()``, in seconds."""
     stories: Stories = attrs.field(init=False)
     """What has become of requests for models."""
+    request_stats: RequestStats = attrs.field(init=False)
+    """How many requests for models ended how, and how long they took."""
     _answering: set[RequestContext] = attrs.field(factory=set, init=False)
     _answered: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.stories = Stories(self.options)
+        self.request_stats = RequestStats(self._is_model)
+        self.stories = Stories(self.options, self.request_stats)
 
     def begin_answer(self, context: RequestContext) -> None:
         """Record that a call was opened for a request. Synchronous."""
@@ -120,6 +124,11 @@ class NodeContext:
         await trio.lowlevel.checkpoint()
         while self._answering:
             await self._answered.park()
+
+    def _is_model(self, name: str) -> bool:
+        """Tell whether a model of this name is served, or was a short while ago."""
+        catalog = self.router.catalog
+        return catalog.info(name) is not None or catalog.absent.find(name) is not None
 
     @property
     def requires_key(self) -> bool:

@@ -139,7 +139,7 @@ async def _reply(node_context: NodeContext, context: RequestContext, head: Head,
     events = media_type == "text/event-stream" and not any(
         name.lower() == "content-encoding" for name, _ in head.headers
     )
-    streamed = media_type == "text/event-stream" or media_type.startswith("audio/")
+    streamed = context.streamed = media_type == "text/event-stream" or media_type.startswith("audio/")
     if events:
         named = {name for name, _ in headers}
         headers += [header for header in NO_PROXY_BUFFERING if header[0] not in named]

@@ -11,7 +11,8 @@ context holds bodies and connections that must go.
 The work of a call may go on after that, until its handler has stopped. The call then has a reference to its part of the
 story (``Call.facts``), and completes it when it is released. The story refers to no call.
 
-Tokens cost nothing, and a request two calls of functions at its end. Words are made when they are read, by
+Tokens cost nothing, and a request two calls of functions at its end, whether its story is kept or not, for the
+statistics are made of them as well (``request_stats.py``). Words are made when they are read, by
 ``admin/story.py``.
 
 No story has a text of a request or an answer, nor a key; only the key's name.
@@ -45,6 +46,8 @@ _CANDIDATES_MAX: Final = 32
 #: Characters of a text that is kept, at most; and of a name.
 _TEXT_MAX: Final = 500
 _NAME_MAX: Final = 256
+#: Stories that are counted together.
+_BATCH: Final = 64
 #: What a story takes, in bytes, for the count: itself, each attempt, each candidate, each note.
 _STORY: Final = 1600
 _ATTEMPT: Final = 1200
@@ -64,9 +67,19 @@ class RequestTracer(Protocol):
         Args:
             context: of the request.
             trace: what :meth:`trace_of` has returned.
-            story: of the request; ``None`` if it has no trace, and stories are not kept. Attempts whose work goes on
-                complete it, before the callbacks of :meth:`Call.on_release` are called.
+            story: of the request; ``None``: it has no trace, and stories are neither kept nor counted. Attempts whose
+                work goes on complete it, before the callbacks of :meth:`Call.on_release` are called.
         """
+
+
+class Counting(Protocol):
+    """Who makes statistics of stories; see ``request_stats.py``."""
+
+    pending: list[StoryFacts]
+
+    def count(self) -> None:
+        """Count the stories that are pending. Synchronous."""
+        ...
 
 
 class Stories:
@@ -74,6 +87,7 @@ class Stories:
 
     Args:
         options: read at the time of use.
+        stats: gets every story, whether it is kept or not; ``None``: there are no statistics.
 
     Attributes:
         live: the contexts of the requests that run, oldest first.
@@ -82,8 +96,9 @@ class Stories:
         tracer: gets each request that is over; ``None``: there is no telemetry.
     """
 
-    def __init__(self, options: ClusterServerOptions) -> None:
+    def __init__(self, options: ClusterServerOptions, stats: Counting | None = None) -> None:
         self._options = options
+        self._stats = stats
         self.live: dict[RequestContext, None] = {}
         self.over: deque[tuple[int, StoryFacts]] = deque()
         self.size = 0
@@ -98,13 +113,17 @@ class Stories:
         """
         if self.live.pop(context, False) is not None:
             return
-        limit = self._options.stories
+        limit, stats = self._options.stories, self._stats
         trace = story = None
         if self.tracer is not None:
             trace = self.tracer.trace_of(context)
-        if limit or trace is not None:
-            story = story_of(context, self._options)
+        if limit or stats is not None or trace is not None:
+            story = context.story = story_of(context, self._options)
             story.left, story.ended_at = left, clock.now()
+            if stats is not None:
+                stats.pending.append(story)
+                if len(stats.pending) >= _BATCH:
+                    stats.count()
         if limit and story is not None:
             size = _STORY
             for attempt in story.attempts:
@@ -201,7 +220,7 @@ def story_of(context: RequestContext, options: ClusterServerOptions) -> StoryFac
         context.request_id,
         "" if endpoint is None else endpoint.name[:_NAME_MAX],
         context.path[:_NAME_MAX],
-        "" if request is None else (request.alias or request.model)[:_NAME_MAX],
+        (context.missing_model if request is None else request.alias or request.model)[:_NAME_MAX],
         context.principal.name[:_NAME_MAX],
         context.client,
         size,
@@ -219,6 +238,7 @@ def story_of(context: RequestContext, options: ClusterServerOptions) -> StoryFac
         context.early,
         attempts,
         answering,
+        context.streamed or context.early,
     )
 
 

@@ -24,6 +24,7 @@ joining, renewing, revoking, rotating            before the answer goes out
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -31,20 +32,27 @@ import trio
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
 from ..core.join_paths import JOIN_PATH, RENEW_PATH
+from ..core.threads import NoThread, run_in_thread
 from ..http1.asgi import App, Message, Receive, Scope, Send
 from .messages import Notice, Process, Request, Response
-from .metrics import merge_metrics
+from .metrics import is_openmetrics, merge_metrics
 from .status import merge_calls, merge_status
 
-__all__ = ["SIBLING_KEY", "Front", "Siblings"]
+__all__ = ["HIDDEN", "SIBLING_KEY", "Front", "Siblings"]
 
 #: Marks, in an ASGI scope, a request that another process of the group has passed on.
 SIBLING_KEY: Final = "trio_cluster.sibling"
 
+#: The header with which a process says that a client may see neither ids of requests nor metrics whose names begin with
+#: this. Another process is told them all the same, so that what a process has counted is known when it has ended.
+HIDDEN: Final = "x-trio-cluster-hidden"
+
 #: Bytes of a body that are read here. One that is longer is not for these routes, and is answered by one process alone.
 _MOST: Final = 256 * 1024
-#: Headers of an answer that are those of one process.
-_LENGTH: Final = (b"content-length",)
+#: Bytes of metrics from which on they are merged in a thread, since it would delay other requests.
+_MUCH: Final = 100 * 1024
+#: Headers of an answer that are for the other processes, or those of one process.
+_LENGTH: Final = (b"content-length", HIDDEN.encode())
 #: Routes that change what is kept in the state directory.
 _KEPT: Final = frozenset({JOIN_PATH, RENEW_PATH, "/cluster/invites", "/cluster/ca/rotate"})
 _GATHERED: Final = frozenset({"/metrics", "/cluster/status", "/cluster/calls"})
@@ -158,7 +166,22 @@ class Front:
             if each.response is not None and each.response.status == 200
         } or {0: own.body}
         if request.path == "/metrics":
-            body = merge_metrics(list(answers.values()), retired, _own_families(processes, answers))
+            hidden = dict(own.headers).get(HIDDEN.encode(), b"").decode()
+            merge = partial(
+                merge_metrics,
+                list(answers.values()),
+                retired,
+                _own_families(processes, answers),
+                openmetrics=is_openmetrics(own.body),
+                hidden=hidden,
+            )
+            if sum(map(len, answers.values())) < _MUCH:
+                body = merge()
+            else:
+                try:
+                    body = await run_in_thread(merge, abandon_on_cancel=True)
+                except NoThread:
+                    body = merge()
         elif request.path == "/cluster/calls":
             body = merge_calls(list(answers.values()))
         else:
