@@ -9,6 +9,7 @@ import pytest
 from http_node import open_http_node
 
 PAGE = files("trio_cluster") / "ui"
+ELSEWHERE = re.compile(r"""(?:\bfrom|import|import\(|fetch\(|src=|href=|url\()\s*["'`]?(?:https?:)?//""")
 
 
 async def test_the_page_and_its_files_need_no_key_and_say_whether_the_api_does() -> None:
@@ -91,9 +92,7 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
                 continue
             found += 1
             text = each.read_text()
-            assert not re.search(
-                r"""(?:\bfrom|import|import\(|fetch\(|src=|href=|url\()\s*["'`]?(?:https?:)?//""", text
-            ), each
+            assert not ELSEWHERE.search(text), each
             assert "innerHTML" not in text
             assert "localStorage" not in text or each.name == "app.js"
     assert found > 10
