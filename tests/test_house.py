@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("limits", "net", "on_demand", "openai", "protocol", "routing", "security"),
     ("http1", "link", "local", "stored"),
     ("cluster", "gateway", "group", "hypercorn_server"),
-    ("admin",),
+    ("admin", "telemetry"),
     ("node",),
     ("server",),
     ("server_thread",),

@@ -95,6 +95,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "stored_responses_size": 64 * 1024 * 1024,
         "stored_responses_lifetime": 86_400.0,
         "stories": 10_000,
+        "otel": "auto",
         "ca_file": None,
         "allow_anonymous_workers": False,
     }
@@ -181,6 +182,7 @@ def test_a_value_of_a_wrong_type_is_a_type_error(field: str, value: Any) -> None
         ("on_conflict", "replace", OptionsError),
         ("on_conflict", ["reject"], OptionsError),
         ("routing", "fastest", OptionsError),
+        ("otel", "yes", OptionsError),
         ("enable_cluster", 1, TypeError),
         ("worker_timeout", math.inf, OptionsError),
         ("heartbeat_interval", 0, OptionsError),
@@ -278,6 +280,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
         "on_conflict": "replicate",
         "routing": "least-busy",
         "stream_failure": "abort",
+        "otel": "on",
         "heartbeat_interval": "7",
         "batch_wait": "0",
         "ejection_share": "1",
@@ -296,7 +299,7 @@ def test_every_option_can_be_set_by_each_source(field: str, tmp_path: Path) -> N
     plain: dict[str, object] = {
         "access_log": True, "enable_cluster": False, "on_conflict": "replicate", "heartbeat_interval": 7,
         "batch_wait": 0, "ejection_share": 1, "http": "hypercorn", "database": "sqlite:///keys.db",
-        "stream_failure": "abort", "tls": "auto", "allow_anonymous_workers": True,
+        "stream_failure": "abort", "tls": "auto", "otel": "on", "allow_anonymous_workers": True,
         "limits": "redis://r/1", "limits_failure": "refuse", "routing": "least-busy",
         "aliases": {"a": ["b", "c"]}, "through_proxy": True, "guardian": False, "processes": 4,
         "wake": {"a": "02:42:ac:11:00:02"},

@@ -103,6 +103,7 @@ from .security.master_tls import MasterTls, open_tls
 from .stored.database import DatabaseResponses
 from .stored.memory import MemoryResponses
 from .stored.record import ResponseStore
+from .telemetry.node_telemetry import open_telemetry
 
 if TYPE_CHECKING:
     from quart_trio import QuartTrio
@@ -296,6 +297,7 @@ class Node:
         state = self._open_state(state_name if keeps_state else None)
         limiter = self._node_context.limiter = self._new_limiter(state)
         async with (
+            self._open_telemetry(),
             self._open_accounts(state) as accounts,
             limiter.opened(),
             self._open_loops(),
@@ -383,6 +385,7 @@ class Node:
             internal_listeners = gated(internal_listeners, workers_gate)
         failure: ClusterError | None = None
         async with (
+            self._open_telemetry(),
             self._open_accounts(state) as accounts,
             limiter.opened(),
             self._open_loops(),
@@ -503,6 +506,12 @@ class Node:
             await self._stop_requested.wait()
             hand_over.stop()
             nursery.cancel_scope.cancel(reason="it is being stopped")
+
+    def _open_telemetry(self) -> AbstractAsyncContextManager[None]:
+        # The times of a simulated network are not those of the day.
+        if not isinstance(self._network, Sockets):
+            return nullcontext()
+        return open_telemetry(self._options, self.mode, self._id, self._router, self._node_context.stories)
 
     def _open_loops(self) -> AbstractAsyncContextManager[None]:
         return self._pool.loops.opened() if self._serves_pool else nullcontext()
@@ -625,7 +634,7 @@ class Node:
             client.guardian = Guardian(self._options)
         if self._listen_address is not None:
             await self._open_tls("worker")
-        async with self._open_loops():
+        async with self._open_telemetry(), self._open_loops():
             await self._serve_masters(client, masters, started)
 
     async def _serve_masters(

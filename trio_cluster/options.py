@@ -37,6 +37,7 @@ __all__ = [
     "HttpServer",
     "LimitsFailure",
     "OptionChange",
+    "Otel",
     "Reloaded",
     "Routing",
     "ServerOptions",
@@ -65,6 +66,8 @@ HttpServer: TypeAlias = Literal["lean", "hypercorn"]
 TlsMode: TypeAlias = Literal["off", "auto"]
 #: What happens to requests of keys with limits while the server that counts them is away.
 LimitsFailure: TypeAlias = Literal["allow", "refuse"]
+#: Whether traces and metrics are exported: as the environment says, in any case, or not at all.
+Otel: TypeAlias = Literal["auto", "on", "off"]
 #: What follows the error event of a stream that has failed.
 StreamFailure: TypeAlias = Literal["end", "abort"]
 
@@ -203,6 +206,11 @@ def _conflict_rule(instance: object, field: _Field, value: object) -> None:
 def _routing(instance: object, field: _Field, value: object) -> None:
     if value not in typing.get_args(Routing):
         raise OptionsError(f'{field.name}: must be "cost" or "least-busy", got {value!r}')
+
+
+def _otel(instance: object, field: _Field, value: object) -> None:
+    if value not in typing.get_args(Otel):
+        raise OptionsError(f'{field.name}: must be "auto", "on" or "off", got {value!r}')
 
 
 def _http_server(instance: object, field: _Field, value: object) -> None:
@@ -566,6 +574,9 @@ class ClusterServerOptions:
     stories: int = attrs.field(default=10_000, validator=_count_or_zero, metadata=_AT_ONCE)
     """How many requests that are over a master keeps the story of, in memory: ``trio-cluster why`` shows it. 64 MiB at
     most. 0: none is kept."""
+    otel: Otel = attrs.field(default="auto", validator=_otel, metadata=_RESTART)
+    """Whether traces and metrics are exported by OpenTelemetry, with the extra ``otel``. ``"auto"``: what a variable
+    ``OTEL_...`` names an endpoint or an exporter for. ``"on"``: both, or the node does not start. ``"off"``: none."""
     ca_file: str | None = attrs.field(
         default=None, converter=_none_if_empty, validator=_optional(_text), metadata=_RESTART
     )

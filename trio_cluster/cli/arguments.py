@@ -432,6 +432,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker:
         default=None,
         help="log one line for each request",
     )
+    add(
+        "--otel",
+        "otel",
+        str,
+        "MODE",
+        "traces and metrics by OpenTelemetry: auto (as OTEL_... say), on or off",
+    )
     add("--owner", "owner", str, "NAME", "owned_by in /v1/models")
     add("--batch-wait", "batch_wait", float, "SECONDS", "how long a token waits for others on a busy link")
     add(

@@ -1,0 +1,1 @@
+"""OpenTelemetry: spans and metrics of requests, with the extra ``otel``. See ``docs/tracing.md``."""

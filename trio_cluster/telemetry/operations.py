@@ -1,0 +1,12 @@
+"""The names of operations, by the conventions for generative AI."""
+
+from __future__ import annotations
+
+from .names import OPERATIONS
+
+__all__ = ["operation_of"]
+
+
+def operation_of(endpoint: str) -> str:
+    """Return the operation of an endpoint; the last part of its path if the conventions name none."""
+    return OPERATIONS.get(endpoint) or endpoint.rpartition("/")[2] or endpoint
