@@ -5,7 +5,8 @@ one Python, the oldest that is installed, everything is tested, real processes i
 could change; and on those between what lies next to the interpreter. Two sessions run at a time, for most of them keep
 one core busy. What takes longer and finds something new less often is a session of its own: the law of lifetimes in
 every way (``law``), random schedules (``soak``), bad input (``fuzz``), the clients (``clients``), whole agents
-(``agents``), real models (``engines``), and measurements (``bench``). The tests have a sample of each.
+(``agents``), real models (``engines``), and measurements (``bench``). The tests have a sample of each. ``package``
+builds what is released, and tests it as it is installed; ``release`` runs all that a release needs.
 """
 
 from __future__ import annotations

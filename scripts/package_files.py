@@ -236,10 +236,11 @@ def build_twice(folder: Path, scratch: Path) -> int:
     Returns:
         The exit code.
     """
+    # The sources of the sdist have no history to take it from.
+    os.environ["SOURCE_DATE_EPOCH"] = str(source_date_epoch(ROOT))
     sdist, direct = build(ROOT, scratch / "direct")
     # As `python -m build` does: the wheel is made of what is in the sdist.
     sources = unpack(sdist, scratch)
-    os.environ.setdefault("SOURCE_DATE_EPOCH", str(source_date_epoch(ROOT)))
     (wheel,) = build(sources, folder, kinds=["wheel"])
     (again,) = build(ROOT, folder, kinds=["sdist"])
     package = [
