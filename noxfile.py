@@ -5,7 +5,8 @@ one Python, the oldest that is installed, everything is tested, real processes i
 could change; and on those between what lies next to the interpreter. Two sessions run at a time, for most of them keep
 one core busy. What takes longer and finds something new less often is a session of its own: the law of lifetimes in
 every way (``law``), random schedules (``soak``), bad input (``fuzz``), the clients (``clients``), whole agents
-(``agents``), real models (``engines``), and measurements (``bench``). The tests have a sample of each.
+(``agents``), real models (``engines``), and measurements (``bench``). The tests have a sample of each. ``package``
+builds what is released, and tests it as it is installed; ``release`` runs all that a release needs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from email.parser import Parser
 from pathlib import Path
 
 import nox
 from packaging.requirements import Requirement
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+
+import release_checks
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
@@ -315,6 +321,107 @@ def install_previous_release(session: nox.Session) -> Path:
     return python
 
 
+#: What of the tests is run against the packages as they are installed: the command, real processes, an engine, the demo
+#: with the model that needs no download, and the plugin for pytest.
+SAMPLE = [
+    "tests/cli/test_cli.py",
+    "tests/demo",
+    "tests/engines/test_digits.py",
+    "tests/end_to_end/test_openai_client.py",
+    "tests/end_to_end/test_processes.py",
+    "tests/testing/test_plugin.py",
+]
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel into dist/, twice, and test each as it is installed; list the components and hashes.
+
+    Each is installed alone into an environment of its own, beside the libraries of the tests. The tests are those of
+    the sdist, in a folder without the package. The demo's check needs weights that are downloaded (190 MB); where they
+    cannot be had, only its smallest model is asked, by the tests.
+    """
+    session.install("-q", "hatchling>=1.26", "cyclonedx-bom>=7")
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    dist = Path("dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "scripts/package_files.py", "build", str(dist), str(folder))
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    (sources,) = (path for path in folder.glob("trio_cluster-*") if path.is_dir())
+    # The tests find what is installed, or nothing.
+    shutil.rmtree(sources / "trio_cluster")
+    (sources / "pytest_trio_cluster.py").unlink()
+    for file in (wheel, sdist):
+        python = new_environment(session, folder / file.suffix.lstrip("."), f"{file}[digits]")
+        check_installed(session, python, sources, file)
+    (folder / "bare").mkdir()
+    session.run("python", "-m", "venv", "--without-pip", str(folder / "bare"))
+    bare = str(folder / "bare" / "bin" / "python")
+    session.run("python", "-m", "pip", "--python", bare, "install", "-q", str(wheel))
+    session.run("python", "scripts/package_files.py", "list", str(dist), bare)
+    check_demo(session, folder / "demo", wheel)
+    for path in sorted(dist.iterdir()):
+        session.log(f"{path.relative_to(Path.cwd())}: {path.stat().st_size} bytes")
+
+
+def new_environment(session: nox.Session, folder: Path, *packages: str, codes: Sequence[int] = (0,)) -> Path:
+    """Make a virtual environment with packages and the libraries of the tests; return its interpreter."""
+    session.run("python", "-m", "venv", str(folder))
+    python = folder / "bin" / "python"
+    session.run(
+        str(python),
+        *("-m", "pip", "install", "-q", *packages, *GROUPS(PYPROJECT, "test")),
+        external=True,
+        success_codes=list(codes),
+    )
+    return python
+
+
+def check_installed(session: nox.Session, python: Path, sources: Path, package: Path) -> None:
+    """Check that an installed package is the one that was built, and run a sample of the tests with it."""
+    origin = "import trio_cluster; print(trio_cluster.__file__)"
+    # Not from the folder of the project, where an import would find the project.
+    with session.chdir(sources):
+        found = session.run(str(python), "-c", origin, external=True, silent=True)
+        if not str(found).startswith(f"{python.parents[1]}/"):
+            session.error(f"{package.name} is not what is tested, but {found}")
+        said = str(
+            session.run(str(python.with_name("trio-cluster")), "--version", external=True, silent=True)
+        )
+        version = package.name.split("-")[1].removesuffix(".tar.gz")
+        if not said.startswith(f"trio-cluster {version}"):
+            session.error(f"{package.name} says that it is {said}")
+        session.log(f"{package.name} is installed: {said.strip()}")
+        session.run(str(python), "-m", "pytest", "-q", *SAMPLE, *session.posargs, external=True)
+
+
+def check_demo(session: nox.Session, folder: Path, wheel: Path) -> None:
+    """Run the demo's own check with an installed wheel, or say why that is not possible here."""
+    python = new_environment(session, folder, f"{wheel}[demo]", codes=(0, 1))
+    with session.chdir(folder):
+        fetch = (
+            "import trio\n"
+            "from trio_cluster.engines import _pinned_weights, _weights\n"
+            "for each in _pinned_weights.WEIGHTS.values(): trio.run(_weights.ensure_weights, each)"
+        )
+        missing = session.run(
+            str(python),
+            "-c",
+            fetch,
+            external=True,
+            silent=True,
+            success_codes=[0, 1],
+            stderr=subprocess.STDOUT,
+        )
+        lines = str(missing or "").split("\n")
+        if any("Error" in line for line in lines):
+            session.warn(f"left out: the demo's check with all of its models: {lines[-2:]}")
+            return
+        session.run(str(python.with_name("trio-cluster")), "demo", "0", "--check", external=True)
+
+
 @nox.session
 def processes(session: nox.Session) -> None:
     """Run only the tests that start real processes, one after the other."""
@@ -517,6 +624,73 @@ def install_open_webui(session: nox.Session, folder: Path) -> None:
     requirements.write_text("\n".join([*lines, *OPEN_WEBUI[1:]]), encoding="utf-8")
     pip = str(folder / "bin" / "pip")
     session.run(pip, "install", "-q", "-r", str(requirements), external=True, success_codes=[0, 1])
+
+
+@nox.session(venv_backend="none")
+def release(session: nox.Session) -> None:
+    """Do everything that a release needs, in order, and end with a table, which is kept in dist/release-report.md.
+
+    It is refused if anything is not committed, if the changelog has no section for the version, or if pages name
+    another one. What cannot be run here is skipped, and the table says so. What follows ``--`` are names of the steps
+    to run, to try one again; that is no whole release.
+    """
+    root = Path.cwd()
+    version = re.findall(
+        r'^__version__ = "(.*)"$', Path("trio_cluster/_version.py").read_text("utf-8"), re.M
+    )[0]
+    if problems := release_checks.problems(root, version):
+        session.error("no release: " + "; ".join(problems))
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    steps = list(release_checks.STEPS)
+    if unknown := set(session.posargs) - set(steps):
+        session.error(f"there is no step {', '.join(sorted(unknown))}; there are: {', '.join(steps)}")
+    programs = {each for needed in release_checks.STEPS.values() for each in needed}
+    found = {each: shutil.which(each) is not None for each in programs}
+    found["index"] = release_checks.packages_can_be_installed()
+    rows: list[release_checks.Row] = []
+    for name in [each for each in steps if not session.posargs or each in session.posargs]:
+        if reason := release_checks.obstacle(release_checks.STEPS[name], found):
+            rows.append((name, "skipped", 0.0, reason))
+        else:
+            rows.append(run_step(session, root, name))
+        session.log(f"{name}: {rows[-1][1]}: {rows[-1][3]}")
+    report = release_checks.markdown(version, commit, rows, steps)
+    Path("dist").mkdir(exist_ok=True)
+    Path("dist/release-report.md").write_text(report, encoding="utf-8")
+    print(report)
+    conclusion = release_checks.summary(rows, steps)
+    if any(result == "failed" for _, result, _, _ in rows):
+        session.error(conclusion)
+    session.log(conclusion)
+
+
+def run_step(session: nox.Session, root: Path, name: str) -> release_checks.Row:
+    """Run one step of a release, show what it prints, and return its row of the report."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "nox", "--session", name, "--report", str(written)]
+        output = []
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                output.append(line)
+                print(line, end="", flush=True)
+        ended = json.loads(written.read_text("utf-8")) if written.exists() else {}
+    result, said = release_checks.outcome(ended, "".join(output))
+    if result == "passed" and process.returncode:
+        result, said = "failed", f"exit code {process.returncode}; {said}"
+    # The sessions of the clients write what they have found into the documentation.
+    if changed := release_checks.changed_files(root):
+        result, said = "failed", f"it has changed {', '.join(changed)}; commit that, and begin again; {said}"
+    return name, result, time.monotonic() - began, said
 
 
 @nox.session

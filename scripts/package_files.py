@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -20,9 +21,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 __all__ = [
+    "SUMS",
     "build",
+    "build_twice",
     "differences",
     "finish_sbom",
+    "list_components",
     "names",
     "sdist_problems",
     "sha256_sums",
@@ -30,6 +34,10 @@ __all__ = [
     "unpack",
     "wheel_problems",
 ]
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+#: The file with the hashes, beside the packages.
+SUMS: Final = "SHA256SUMS"
 
 #: Where git does not know the time of the commit: the time that hatchling takes by default.
 _DEFAULT_EPOCH: Final = 1580601600
@@ -218,23 +226,25 @@ def _without_local_places(component: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    """Build everything into a folder, and check it; print what is wrong. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Build sdist and wheel twice, and check both.")
-    parser.add_argument("folder", type=Path, help="where the packages are written")
-    parser.add_argument("scratch", type=Path, help="a folder for the second build; must be empty")
-    arguments = parser.parse_args()
-    root = Path(__file__).resolve().parents[1]
-    sdist, direct = build(root, arguments.scratch / "direct")
+def build_twice(folder: Path, scratch: Path) -> int:
+    """Build sdist and wheel into a folder, check both, and print what is wrong.
+
+    Args:
+        folder: where the packages are written.
+        scratch: an empty folder. The sources of the sdist are unpacked into it, and are there afterwards.
+
+    Returns:
+        The exit code.
+    """
+    # The sources of the sdist have no history to take it from.
+    os.environ["SOURCE_DATE_EPOCH"] = str(source_date_epoch(ROOT))
+    sdist, direct = build(ROOT, scratch / "direct")
     # As `python -m build` does: the wheel is made of what is in the sdist.
-    sources = unpack(sdist, arguments.scratch)
-    os.environ.setdefault("SOURCE_DATE_EPOCH", str(source_date_epoch(root)))
-    (wheel,) = build(sources, arguments.folder, kinds=["wheel"])
-    (again,) = build(root, arguments.folder, kinds=["sdist"])
+    sources = unpack(sdist, scratch)
+    (wheel,) = build(sources, folder, kinds=["wheel"])
+    (again,) = build(ROOT, folder, kinds=["sdist"])
     package = [
-        str(path.relative_to(sources))
-        for path in sorted((sources / "trio_cluster").rglob("*"))
-        if path.is_file() and not _NOWHERE & {*path.parts}
+        str(path.relative_to(sources)) for path in (sources / "trio_cluster").rglob("*") if path.is_file()
     ]
     problems = [
         *differences(sdist, again),
@@ -244,6 +254,51 @@ def main() -> int:
     ]
     print(*problems or [f"{wheel.name} and {again.name}: two builds are the same bytes"], sep="\n")
     return 1 if problems else 0
+
+
+def list_components(dist: Path, python: str) -> int:
+    """Write the list of components and the hashes beside the packages. Returns the exit code.
+
+    Args:
+        dist: the folder with the packages.
+        python: the interpreter of an environment in which the wheel is installed, and what it needs, and nothing else.
+    """
+    (wheel,) = dist.glob("*.whl")
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(source_date_epoch(ROOT))}
+    command = [
+        sys.executable,
+        "-m",
+        "cyclonedx_py",
+        "environment",
+        "--short-PURLs",
+        "--output-reproducible",
+        python,
+    ]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    sbom = finish_sbom(json.loads(done.stdout), wheel)
+    name = "-".join(wheel.name.split("-")[:2])
+    (dist / f"{name}.cdx.json").write_text(json.dumps(sbom, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    files = sorted(path for path in dist.iterdir() if path.name != SUMS)
+    (dist / SUMS).write_text(sha256_sums(files), "ascii")
+    print(f"{name}.cdx.json: {len(sbom['components'])} components")
+    return 0
+
+
+def main() -> int:
+    """Run one step of the session. Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Build and describe the packages.")
+    steps = parser.add_subparsers(required=True)
+    step = steps.add_parser("build", help="build sdist and wheel twice, and check both")
+    step.add_argument("folder", type=Path, help="where the packages are written")
+    step.add_argument("scratch", type=Path, help="an empty folder, for the second build")
+    step.set_defaults(run=lambda given: build_twice(given.folder, given.scratch))
+    step = steps.add_parser("list", help="write the list of components (CycloneDX) and the hashes")
+    step.add_argument("folder", type=Path, help="where the packages are")
+    step.add_argument("python", help="of an environment with the wheel and nothing else")
+    step.set_defaults(run=lambda given: list_components(given.folder, given.python))
+    arguments = parser.parse_args()
+    code: int = arguments.run(arguments)
+    return code
 
 
 if __name__ == "__main__":
