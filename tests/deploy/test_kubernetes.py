@@ -504,8 +504,8 @@ def test_the_autoscaler_has_a_metric_that_is_there(manifests: list[Manifest], tm
     (scaler,) = all_of(manifests, "HorizontalPodAutoscaler")
     (metric,) = scaler["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"].removeprefix("trio_cluster_")
-    # tests/test_readme.py holds this page to the metrics of a node.
-    assert f"`{name}`" in (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    # Other tests hold this page to the metrics of a node.
+    assert f"`{name}`" in (ROOT / "docs" / "metrics.md").read_text("utf-8")
     assert f"trio_cluster_{name}" in (ROOT / "docs" / "kubernetes.md").read_text("utf-8")
     target = one(manifests, "Deployment", scaler["spec"]["scaleTargetRef"]["name"])
     # The autoscaler alone decides.
