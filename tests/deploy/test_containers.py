@@ -12,7 +12,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import trio
 from container_steps import Step, ignored, parse_containerfile
 
 from trio_cluster.cli.arguments import parse_arguments
@@ -104,11 +106,13 @@ async def test_the_health_check_of_a_node(node: Any) -> None:
     assert await health(url) == (0, "")
     node.router.drain("stop")
     assert await health(url) == (0, "")
+    async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+        # The liveness probe of the manifests for Kubernetes, and why it is not the other one.
+        assert (await client.get(f"{url}/")).status_code == 200
+        assert (await client.get(f"{url}/health")).status_code == 503
 
 
 async def health(url: str) -> tuple[int | None, str]:
-    import trio
-
     ran = await trio.run_process(
         [sys.executable, str(DEPLOY / "health.py"), url],
         capture_stdout=True,
@@ -119,8 +123,6 @@ async def health(url: str) -> tuple[int | None, str]:
 
 
 async def test_the_health_check_of_something_else() -> None:
-    import trio
-
     async def answer(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
