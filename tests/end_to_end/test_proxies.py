@@ -378,48 +378,6 @@ async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:
 # What else the pages show
 
 
-@pytest.mark.parametrize(
-    ("begins", "name", "folder"),
-    [
-        ("[Unit]", "trio-cluster-worker.service", "WorkingDirectory=/srv/models"),
-        ("# /etc/systemd/system/trio-cluster-master@", "trio-cluster-master@1.service", ""),
-    ],
-)
-def test_the_unit_is_valid(tmp_path: Path, begins: str, name: str, folder: str) -> None:
-    program = shutil.which("systemd-analyze")
-    if program is None:
-        pytest.skip("systemd-analyze is not installed")
-    command = tmp_path / "trio-cluster"
-    command.write_text("#!/bin/sh\n")
-    command.chmod(0o755)
-    unit = tmp_path / name
-    changed = {"command": ("/srv/models/.venv/bin/trio-cluster", str(command))}
-    if folder:
-        changed["folder"] = (folder, f"WorkingDirectory={tmp_path}")
-    text = replaced(fence("cluster.md", begins), **changed)
-    unit.write_text(text)
-    result = subprocess.run([program, "verify", str(unit)], capture_output=True, text=True)
-    complaints = [line for line in result.stderr.splitlines() if unit.name in line]
-    assert (result.returncode, complaints) == (0, [])
-
-
-def test_the_units_of_socket_activation_are_valid(tmp_path: Path) -> None:
-    program = shutil.which("systemd-analyze")
-    if program is None:
-        pytest.skip("systemd-analyze is not installed")
-    command = tmp_path / "trio-cluster"
-    command.write_text("#!/bin/sh\n")
-    command.chmod(0o755)
-    names = ["trio-cluster-api.socket", "trio-cluster-api.service"]
-    for name in names:
-        text = fence("cluster.md", f"# /etc/systemd/system/{name}")
-        (tmp_path / name).write_text(text.replace("/srv/models/.venv/bin/trio-cluster", str(command)))
-    units = [str(tmp_path / name) for name in names]
-    result = subprocess.run([program, "verify", *units], capture_output=True, text=True)
-    complaints = [line for line in result.stderr.splitlines() if "trio-cluster-api" in line]
-    assert (result.returncode, complaints) == (0, [])
-
-
 def test_the_container_file_has_only_known_instructions_and_a_command_that_is_understood() -> None:
     # Nothing on a usual machine checks such a file without building it; this is no more than a reading of it.
     lines = [line.partition(" ") for line in fence("install.md", "FROM ").splitlines()]

@@ -192,6 +192,25 @@ async def test_a_manager_that_is_busy_is_told_later(inbox: Inbox, autojump_clock
     assert [lines[1] for lines in found] == [f"STATUS={number}" for number in range(2000)]
 
 
+async def test_a_manager_that_is_busy_is_told_who_comes_next_and_not_of_every_ping(
+    inbox: Inbox, autojump_clock: MockClock
+) -> None:
+    manager = ServiceManager(inbox.address, watchdog=0.3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        manager.ready("up")
+        await trio.sleep(1000)
+        manager.hand_over(4711)
+        found = []
+        for _ in range(100):
+            found += inbox.take()
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert found[-1] == ["MAINPID=4711"]
+    # No more than the system keeps, and one.
+    assert found.count(["WATCHDOG=1"]) < 1000
+
+
 def test_a_manager_that_is_gone_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         manager = ServiceManager(str(tmp_path / "nothing"))

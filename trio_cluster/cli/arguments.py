@@ -30,6 +30,7 @@ from .commit import commit_of_installation
 from .settings import SECRET_FILES, load_options, load_process_settings, load_serve_tables
 
 __all__ = [
+    "arguments_of",
     "config_file",
     "log_settings",
     "master_address",
@@ -77,6 +78,13 @@ def parse_arguments(argv: Sequence[str] | None, program: str | None = None) -> a
     return arguments
 
 
+def arguments_of(command: str) -> list[argparse.Action]:
+    """Return what a command of the command line takes, in the order of its help."""
+    (commands,) = [action for action in _parser().actions if action.metavar == "COMMAND"]
+    choices = cast("dict[str, _Parser]", commands.choices)
+    return choices[command].actions
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises errors instead of printing them with the usage; does not accept abbreviated flags."""
 
@@ -93,6 +101,11 @@ class _Parser(argparse.ArgumentParser):
             found.url = left.pop()
         return found, left
 
+    @property
+    def actions(self) -> list[argparse.Action]:
+        """What it takes."""
+        return list(self._actions)
+
     def error(self, message: str) -> NoReturn:
         raise OptionsError(f"{message}; see {self.prog} --help")
 
@@ -106,7 +119,7 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
+def _parser(program: str = "trio-cluster") -> _Parser:
     parser = _Parser(prog=program, description="Several machines, one OpenAI API.")
     parser.add_argument(
         "--version", action=_ShowVersion, nargs=0, help="show the version and its commit, and exit"
@@ -216,6 +229,32 @@ def _parser(program: str = "trio-cluster") -> argparse.ArgumentParser:
     _add_port(replace)
     replace.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
     _add_option(replace, "--state-dir", "state_dir", str, "DIR", "the master's")
+
+    install = command(
+        "install-service", "Write the files that make a node a service of systemd, or of launchd on a Mac."
+    )
+    install.add_argument("--dry-run", action="store_true", help="print them, and write nothing")
+    install.add_argument("--user", action="store_true", help="for your own service manager, without root")
+    install.add_argument(
+        "--manager", choices=("systemd", "launchd"), help="default: launchd on a Mac, systemd elsewhere"
+    )
+    install.add_argument(
+        "--unit", metavar="NAME", help="of the service (default: trio-cluster-master, or -worker)"
+    )
+    install.add_argument("--run-as", metavar="USER", help="default: a user of its own (DynamicUser=)")
+    install.add_argument("--program", metavar="FILE", help="the trio-cluster command (default: this one)")
+    install.add_argument(
+        "--watchdog",
+        type=float,
+        metavar="SECONDS",
+        help="how long the event loop may be stuck; 0: for ever (default: 30; with models, --timeout and a minute)",
+    )
+    install.add_argument("--prefix", metavar="DIR", help="write below this directory, as for a package")
+    install.add_argument("--force", action="store_true", help="replace files that were changed by hand")
+    install.add_argument("node", choices=("master", "worker"), help="what to run")
+    install.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as you would start it"
+    )
 
     load = command("load", "Start a model that runs on demand, and wait until it is ready.")
     unload = command(

@@ -809,6 +809,12 @@ def _schema(_: argparse.Namespace) -> int:
     return 0
 
 
+def _install_service(arguments: argparse.Namespace) -> int:
+    from .install_service import install_service
+
+    return install_service(arguments)
+
+
 def _reload(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     content = request_json(
@@ -965,6 +971,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "reload": _reload,
     "check-config": _check_config,
     "schema": _schema,
+    "install-service": _install_service,
     "load": _load,
     "unload": _unload,
     "keys": _keys,

@@ -131,8 +131,8 @@ class ServiceManager:
             await trio.sleep(_SETTLE)
             self._succeeds = False
             self._flush()
-        while self._is_main:
-            if self._watchdog is not None:
+        while self._is_main or self._unsent:
+            if self._watchdog is not None and not self._unsent:
                 self._send("WATCHDOG=1")
             self._flush()
             await trio.sleep(_RETRY if self._unsent or self._watchdog is None else self._watchdog / _PINGS)
