@@ -213,7 +213,7 @@ function theme() {
 }
 
 function themeLabel() {
-  return { auto: "Theme: as the system", light: "Theme: light", dark: "Theme: dark" }[theme()];
+  return { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" }[theme()];
 }
 
 function applyTheme() {
