@@ -77,6 +77,7 @@ async def subscribed(
     async with client.open("GET", "/cluster/events", b"", headers=headers) as response:
         assert response.status == 200
         assert response.headers["content-type"] == "text/event-stream"
+        assert abs(float(response.headers["x-trio-cluster-time"]) - time.time()) < 60
         subscriber = Subscriber(response)
         nursery.start_soon(subscriber.follow)
         yield subscriber

@@ -42,8 +42,10 @@ from ..gateway.node_context import NodeContext
 from .live import ConnectionTimes, live_models, live_request, live_workers
 from .views import status_view
 
-__all__ = ["INTERVAL", "KEEPALIVE", "Sampler", "event_stream"]
+__all__ = ["CLOCK_HEADER", "INTERVAL", "KEEPALIVE", "Sampler", "event_stream"]
 
+#: The header with the time at which the response was made, in seconds since the epoch.
+CLOCK_HEADER: Final = "x-trio-cluster-time"
 #: Seconds between two updates, at least.
 INTERVAL: Final = 0.25
 #: Seconds of silence after which a comment is sent.

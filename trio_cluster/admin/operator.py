@@ -8,6 +8,7 @@ These routes need a principal that is an operator. The gateway checks that befor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -28,7 +29,7 @@ from ..gateway.response import json_reply
 from ..openai import NO_PROXY_BUFFERING
 from ..routing.backend import Backend
 from .body import json_object
-from .events import Sampler, event_stream
+from .events import CLOCK_HEADER, Sampler, event_stream
 from .story import story_view
 from .views import CallsView, CancelView, ModelStateView, call_view, reload_view
 from .web import respond, stream
@@ -73,7 +74,9 @@ def add_operator_routes(app: QuartTrio, node_context: NodeContext) -> None:
     sampler = Sampler(node_context)
 
     async def events() -> TrioResponse:
-        return stream(event_stream(sampler), [("content-type", "text/event-stream"), *NO_PROXY_BUFFERING])
+        # Items have times of this machine's clock, and the client may have another one.
+        headers = [("content-type", "text/event-stream"), (CLOCK_HEADER, f"{time.time():.3f}")]
+        return stream(event_stream(sampler), [*headers, *NO_PROXY_BUFFERING])
 
     async def drain(name: str) -> TrioResponse:
         context = request_context(request.scope)

@@ -199,6 +199,10 @@ def _parser(program: str = "trio-cluster") -> _Parser:
     why.add_argument("--json", action="store_true", help="print the JSON of the node")
     _add_admin_flags(why)
 
+    top = command("top", "Show the requests and workers of a running node live, in a terminal.")
+    _add_url(top)
+    _add_admin_flags(top)
+
     cancel = command("cancel", "Cancel the calls of a request.")
     cancel.add_argument(
         "request_id", metavar="REQUEST_ID", help="as `calls` shows it; the response's x-request-id"

@@ -769,6 +769,20 @@ def _why(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    try:
+        from .top import run_top
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "rich":
+            raise
+        from ..engines._engine import install_command
+
+        command = install_command("trio-cluster[top]")
+        raise ClusterError(f"top needs rich (the extra `top`): install it with: {command}") from error
+    run_top(*_node_and_key(arguments))
+    return 0
+
+
 def _cancel(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     path = f"/cluster/calls/{quote(arguments.request_id, safe='')}/cancel"
@@ -965,6 +979,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "status": _status,
     "calls": _calls,
     "why": _why,
+    "top": _top,
     "cancel": _cancel,
     "drain": _drain,
     "replace": _replace,

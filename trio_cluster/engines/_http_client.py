@@ -132,6 +132,7 @@ class HttpClient:
         connect_timeout: seconds for making a connection, including the TLS handshake.
         max_keepalive: idle connections that are kept, at most.
         keepalive_expiry: seconds after which an idle connection is dropped, the next time that the client is used.
+        tls: whom to trust, if the base URL is ``https``; ``None``: the authorities of the system.
 
     Attributes:
         base: as given.
@@ -145,6 +146,7 @@ class HttpClient:
         connect_timeout: float = 5.0,
         max_keepalive: int = 64,
         keepalive_expiry: float = 4.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.base = base
         self.in_use = 0
@@ -154,7 +156,9 @@ class HttpClient:
         # From the one that has been idle longest.
         self._idle: list[_Connection] = []
         self._closed = False
-        self._tls = ssl.create_default_context() if base.scheme == "https" else None
+        self._tls = None
+        if base.scheme == "https":
+            self._tls = ssl.create_default_context() if tls is None else tls
         self._family = _family(base.host)
         self._exhaustion = ExhaustionLog(logger, f"connections to {base}")
 
