@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from watched import Watched, open_page
+from watched import Watched, close_pages, open_page
 from web_cluster import WebCluster, open_web_cluster
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -46,7 +46,6 @@ def watched(browser: object) -> Iterator[Callable[..., Watched]]:
         return opened[-1]
 
     yield open_one
-    for each in opened:
-        each.context.close()
+    close_pages()
     for each in opened:
         assert each.problems == []

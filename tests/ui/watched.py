@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import attrs
 
-__all__ = ["Watched", "open_page"]
+__all__ = ["Watched", "close_pages", "open_page"]
+
+_open: list[Watched] = []
 
 
 @attrs.define
@@ -27,6 +29,12 @@ class Watched:
     expected: Collection[int] = ()
 
 
+def close_pages() -> None:
+    """Close all pages that are open. To be called before their node is stopped: what they ask then is an error."""
+    while _open:
+        _open.pop().context.close()
+
+
 def open_page(
     browser: Any,
     url: str,
@@ -36,15 +44,28 @@ def open_page(
     scheme: str = "light",
     expected: Collection[int] = (),
     script: str = "",
+    prepare: Callable[[Any], None] = lambda page: None,
     **context: Any,
 ) -> Watched:
-    """Open a page, and watch it from the start. A script runs in it before its own."""
+    """Open a page, and watch it from the start.
+
+    Args:
+        browser: of Playwright.
+        url: its address.
+        width, height: of its window.
+        scheme: ``light`` or ``dark``.
+        expected: see :class:`Watched`.
+        script: runs in it before its own scripts.
+        prepare: gets the page before it goes to its address.
+        context: further options of its browser context.
+    """
     opened = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **context)
     opened.set_default_timeout(15_000)
     page = opened.new_page()
     if script:
         page.add_init_script(script)
     watched = Watched(page, opened, expected=expected)
+    _open.append(watched)
 
     def on_console(message: Any) -> None:
         if message.type not in ("error", "warning"):
@@ -62,5 +83,6 @@ def open_page(
     page.on("console", on_console)
     page.on("pageerror", lambda error: watched.problems.append(f"exception: {error}"))
     page.on("request", on_request)
+    prepare(page)
     page.goto(url)
     return watched

@@ -7,12 +7,14 @@ import io
 import threading
 import wave
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import trio
+from watched import close_pages
 
 from trio_cluster import (
     ApiError,
@@ -31,6 +33,7 @@ from trio_cluster import (
     TTSRequest,
     serve_in_thread,
 )
+from trio_cluster.engines import ServedModel, not_loaded, serve_on_demand
 
 __all__ = ["WebCluster", "open_web_cluster"]
 
@@ -69,16 +72,38 @@ class WebCluster:
         self.master = serve_in_thread(self.server, self.server.run_as_master, port)
 
     def start_worker(self, name: str) -> None:
-        """Start a worker, and wait until its models are served."""
-        server = ClusterServer(ClusterServerOptions(server=ServerOptions(host="127.0.0.1", worker_id=name)))
+        """Start a worker, and wait until its models are served. ``w3`` has one that runs on demand, too."""
+        server = ClusterServer(
+            ClusterServerOptions(server=ServerOptions(host="127.0.0.1", worker_id=name), memory="1GiB")
+        )
         _add_models(server, name, self)
         port = self.server.internal_port
-        self.workers[name] = serve_in_thread(server, server.run_as_worker, "127.0.0.1", port)
+        run = partial(_run_with_cold_model, server) if name == "w3" else server.run_as_worker
+        self.workers[name] = serve_in_thread(server, run, "127.0.0.1", port)
 
     def stop_worker(self, name: str) -> None:
         """Stop a worker, if it runs."""
         if (worker := self.workers.pop(name, None)) is not None:
             worker.stop()
+
+
+async def _run_with_cold_model(server: ClusterServer, *args: Any, task_status: trio.TaskStatus[Any]) -> Any:
+    """Run a worker that serves the model ``cold`` on demand."""
+
+    @asynccontextmanager
+    async def load(run: object) -> AsyncIterator[ServedModel]:
+        async def answer(request: ChatRequest) -> str:
+            return "I am awake"
+
+        await trio.sleep(0.5)
+        yield ServedModel("cold", "chat", answer)
+
+    described = ServedModel("cold", "chat", not_loaded)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve_on_demand, server, described, load, memory=2**20))
+        mode = await server.run_as_worker(*args, task_status=task_status)
+        nursery.cancel_scope.cancel()
+    return mode
 
 
 def _speech() -> bytes:
@@ -191,8 +216,9 @@ def open_web_cluster(folder: Path, *, serve: bool = True, **options: Any) -> Ite
         assert front.url is not None
         cluster = WebCluster(front.url, master, front)
         stack.callback(lambda: cluster.master.stop())
+        stack.callback(lambda: [cluster.stop_worker(name) for name in list(cluster.workers)])
         if serve:
             for name in ("w1", "w2"):
                 cluster.start_worker(name)
-                stack.callback(cluster.stop_worker, name)
+        stack.callback(close_pages)
         yield cluster

@@ -146,6 +146,8 @@ class LiveReplica(msgspec.Struct, frozen=True):
     """``ready``; of a model that runs on demand also ``starting``, ``cold`` or ``failed``: it could not be started."""
     why: str
     """Why it has failed; empty if it has not."""
+    on_demand: bool
+    """Whether it can be loaded and unloaded."""
     available: bool
     """Whether it may be given requests: it does not drain, and the connection to it is not cut."""
     in_flight: int
@@ -332,6 +334,7 @@ def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
                     backend.name,
                     shown,
                     why,
+                    state is not None,
                     backend.health.available,
                     in_flight[name, backend.name],
                     _speed(speeds.get(backend.name)),

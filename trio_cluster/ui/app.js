@@ -3,12 +3,14 @@
 import { Api } from "./api.js";
 import { append, el, fill, icon, setText, toast } from "./dom.js";
 import { Live } from "./live.js";
+import { Loads } from "./loads.js";
 
 /*
  * The views. Each is a module with `mount(root, page)`, which shows the view in the element `root` and returns a
  * function that is called when the view is left. `page` has
  *   api      requests to the node, with the key;
  *   live     the state of the cluster; null for keys that may not see it;
+ *   loads    how busy the workers were since the page was opened; null as above;
  *   session  name, role, mode, version, node_id;
  *   args     what follows the view's name in the address: #requests/req_1 has ["req_1"];
  *   go(view, ...args)  goes to another view;
@@ -81,6 +83,7 @@ function showSignIn(message = "", cancel = null) {
 function showPage(api, session) {
   const views = VIEWS.filter((view) => view.roles.includes(session.role));
   const live = session.role === "inference" ? null : new Live(api);
+  const loads = live && new Loads(live);
   const links = views.map((view) =>
     el("a", { href: `#${view.id}`, "data-view": view.id }, icon(view.id), el("span", {}, view.title)),
   );
@@ -142,7 +145,7 @@ function showPage(api, session) {
   }
 
   function pageFor(args) {
-    return { api, live, session, args, go, signal: leaving.signal, signInAgain };
+    return { api, live, loads, session, args, go, signal: leaving.signal, signInAgain };
   }
 
   function go(...parts) {
@@ -172,6 +175,7 @@ function showPage(api, session) {
     window.removeEventListener("hashchange", show);
     clearTimeout(timer);
     live?.stop();
+    loads?.stop();
     unmount();
     leaving.abort();
   }

@@ -12,6 +12,15 @@ export function seconds(value) {
   return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
 }
 
+/** A time that runs, in seconds: 4.2 s, 42 s, 4:05, 2:03:04. What is below 0 is 0. */
+export function stopwatch(value) {
+  if (!(value >= 60)) return seconds(value >= 0.1 ? value : 0).replace(/(\.\d)\d /, "$1 ");
+  const whole = Math.floor(value);
+  const two = (number) => String(number).padStart(2, "0");
+  const minutes = Math.floor(whole / 60) % 60;
+  return whole < 3600 ? `${minutes}:${two(whole % 60)}` : `${Math.floor(whole / 3600)}:${two(minutes)}:${two(whole % 60)}`;
+}
+
 /** A count as 950, 12.3 k, 4.5 M. */
 export function count(value) {
   if (!Number.isFinite(value)) return "–";

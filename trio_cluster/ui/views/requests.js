@@ -1,7 +1,7 @@
 // The requests that run, as a tree: client, request, attempt, worker. A click shows the story of one.
 
 import { el, empty, setText, snippet, toast } from "../dom.js";
-import { bytes, count, seconds } from "../format.js";
+import { bytes, count, stopwatch } from "../format.js";
 import { RowList, cell } from "../rows.js";
 import { mountStory } from "./story.js";
 
@@ -177,14 +177,22 @@ function mountList(root, page) {
   function groupRow() {
     const name = el("span.ellipsis");
     const sums = el("span.quiet.nowrap");
+    const rate = el("span.quiet.nowrap.rate");
     const twisty = el("span.twisty", { "aria-hidden": "true" });
-    const only = cell("div.c-group", twisty, name, sums);
+    const only = cell("div.c-group", twisty, name, sums, rate);
     only.setAttribute("aria-colspan", COLUMNS.length);
     return {
       element: el("div.line.group", {}, only),
       update(item) {
         setText(name, item.name);
-        setText(sums, sumsOf(item));
+        let waiting = 0;
+        let total = 0;
+        for (const entry of item.entries) {
+          if (entry.waits) waiting++;
+          total += entry.rate;
+        }
+        setText(sums, `${item.entries.length - waiting} running${waiting ? ` · ${waiting} waiting` : ""}`);
+        setText(rate, total >= 1 ? `· ${bytes(total)}/s` : "");
       },
     };
   }
@@ -214,7 +222,7 @@ function mountList(root, page) {
           state: entry.cancelling ? "cancelling" : stateOf(request, live.now),
           tone: entry.waits ? "warn" : request.phase === "stopping" ? "" : "good",
           rate: request.delivered > 0 ? bytes(entry.rate) : "",
-          left: request.deadline === null ? "" : seconds(Math.max(0, request.deadline - live.now)),
+          left: request.deadline === null ? "" : stopwatch(request.deadline - live.now),
         });
         button.tabIndex = tabIndex;
         button.setAttribute("aria-disabled", entry.cancelling);
@@ -264,7 +272,7 @@ function mountList(root, page) {
         setTitle(texts.node, values.node);
         setText(texts.state, values.state);
         setTitle(texts.state, values.state);
-        setText(texts.age, seconds(Math.max(0, live.now - values.began)));
+        setText(texts.age, stopwatch(live.now - values.began));
         setText(texts.output, values.delivered > 0 ? bytes(values.delivered) : "");
         setText(texts.rate, values.rate);
         setText(texts.left, values.left);
@@ -365,19 +373,6 @@ async function cancel(page, entry) {
   }
 }
 
-function sumsOf(group) {
-  let waiting = 0;
-  let rate = 0;
-  for (const entry of group.entries) {
-    if (entry.waits) waiting++;
-    rate += entry.rate;
-  }
-  const parts = [`${group.entries.length - waiting} running`];
-  if (waiting) parts.push(`${waiting} waiting`);
-  if (rate >= 1) parts.push(`${bytes(rate)}/s`);
-  return parts.join(" · ");
-}
-
 /** Whether a request or an attempt waits for something else than the output of its model, or for an answer to begin. */
 function waits({ phase, waits_for: what }) {
   if (phase === "admitting" || phase === "uploading" || phase === "queued") return true;
@@ -385,12 +380,11 @@ function waits({ phase, waits_for: what }) {
 }
 
 function stateOf({ phase, waits_for: what, ready_at: readyAt }, now) {
-  if (/^(starting|waking) /.test(what)) {
-    return readyAt ? `${what}, about ${Math.max(1, Math.round(readyAt - now))} s` : what;
-  }
+  // What is done for it: starting a model, waking a machine, waiting for memory.
+  if (/^\w+ing /.test(what)) return readyAt ? `${what}, about ${Math.max(1, Math.round(readyAt - now))} s` : what;
   const waiting = what ? `waits for ${what}` : "";
   if (phase === "queued") return waiting || "queued";
-  if (phase === "waiting") return waiting || "waits for its first output";
+  if (phase === "waiting") return waiting || "waits for output";
   return waiting ? `${phase}: ${waiting}` : phase;
 }
 

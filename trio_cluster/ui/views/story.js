@@ -124,7 +124,7 @@ function makeBody(content) {
     fact("Model", story.model);
     fact("Key", story.key);
     fact("Client", story.client);
-    fact("Asked for", story.path);
+    fact("Path", story.path);
     fact("Status", story.status ? String(story.status) : "");
     fact("Ended by", running ? "" : story.by);
     fact("Earlier", story.earlier ? `${story.earlier} with the same id` : "");
@@ -167,7 +167,7 @@ function makeAttempt() {
   const legend = el("ul.legend");
   const lines = Object.fromEntries(PARTS.map((part) => [part.id, el("li")]));
   legend.append(...Object.values(lines));
-  const facts = el("p.quiet");
+  const facts = el("p.quiet.attempt-facts");
   const error = el("p.error");
   const body = el("tbody");
   const table = el(
