@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -109,7 +110,7 @@ async def test_one_trace_over_a_master_and_a_worker(
     assert attempt.events == [("first output", {})]
     handler = spans["handler"]
     assert handler.kind == ("server" if otel else "internal")
-    assert handler.resource["service.instance.id"] == ("w1" if otel else "master")
+    assert handler.resource["trio_cluster.node"] == ("w1" if otel else "master")
     assert handler.attributes == {
         "trio_cluster.node": "w1",
         "trio_cluster.model": "m",
@@ -118,6 +119,7 @@ async def test_one_trace_over_a_master_and_a_worker(
         "trio_cluster.outcome": "completed",
     }
     assert server.resource["service.name"] == "trio-cluster"
+    assert server.resource["service.instance.id"] == f"master-{os.getpid()}"
     assert {(span.scope, span.schema) for span in spans.values()} == {("trio_cluster", names.SCHEMA_URL)}
 
 
@@ -290,7 +292,7 @@ async def test_the_spans_of_a_handler_nest_in_its_own(
         assert traced.collector.one("handler").attributes["depth"] == 1
         inner = traced.collector.one("inner")
         assert (inner.attributes, inner.scope) == ({"depth": 2}, "a handler")
-        assert inner.resource["service.instance.id"] == ("w1" if where == "worker" else "master")
+        assert inner.resource["trio_cluster.node"] == ("w1" if where == "worker" else "master")
 
 
 async def test_the_example_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

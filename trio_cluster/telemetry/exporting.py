@@ -43,7 +43,7 @@ LINES_APART: Final = 60.0
 #: The loggers of the SDK whose lines are replaced by ours.
 _SDK_LOGGERS: Final = ("opentelemetry.exporter", "opentelemetry.sdk")
 #: Characters of a line of the SDK that are kept.
-_LINE_MAX: Final = 300
+_LINE_MAX: Final = 400
 
 
 class ExportLines(logging.Handler):
@@ -68,7 +68,7 @@ class ExportLines(logging.Handler):
         suppressed, self._suppressed, self._next = self._suppressed, 0, now + LINES_APART
         fields = {"suppressed": suppressed} if suppressed else {}
         text = record.getMessage()[:_LINE_MAX]
-        logger.warning("traces or metrics are not exported: %s", text, extra={"fields": fields})
+        logger.warning("OpenTelemetry: %s", text, extra={"fields": fields})
 
 
 lines: Final = ExportLines()
@@ -106,7 +106,6 @@ class Pipeline:
     _limits: SpanLimits = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        _replace_lines()
         self.scope = InstrumentationScope(SCOPE, __version__, SCHEMA_URL)
         self._limits = SpanLimits()
         if self.signals.metrics != "none":
@@ -120,6 +119,8 @@ class Pipeline:
             self._span_exporter = OTLPSpanExporter() if is_otlp else ConsoleSpanExporter()
             self._processor = BatchSpanProcessor(self._span_exporter)
             self.provider.add_span_processor(self._processor)
+        # From here on: before, the SDK has told which variables it does not understand, each in a line of its own.
+        _replace_lines()
 
     @property
     def has_traces(self) -> bool:

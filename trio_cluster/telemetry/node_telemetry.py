@@ -87,7 +87,9 @@ def _load(signals: Signals, options: ClusterServerOptions, mode: ClusterMode, no
     attributes = {
         "service.name": "trio-cluster",
         "service.version": __version__,
-        "service.instance.id": node,
+        # Several processes may have one name: those of one master, and two while one takes the place of the other.
+        "service.instance.id": node if str(os.getpid()) in node else f"{node}-{os.getpid()}",
+        "trio_cluster.node": node,
         "trio_cluster.mode": str(mode),
     }
     scheme = "https" if options.server.has_tls else "http"
