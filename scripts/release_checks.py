@@ -33,6 +33,7 @@ STEPS: Final[Mapping[str, tuple[str, ...]]] = {
     "law": (),
     "clients": ("node", "npm"),
     "agents": ("node", "npm"),
+    "deploy": (),
     "package": ("git",),
     "versions": ("git",),
     "docs": (),

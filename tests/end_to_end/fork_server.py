@@ -120,19 +120,23 @@ class BlockingProcess(_Forked):
 
 
 class _Server:
-    """The server of this pytest process."""
+    """A server of this pytest process.
 
-    def __init__(self) -> None:
-        import trio_cluster
+    Args:
+        root: the folder that the package is imported from.
+        imports: what the server imports.
+        warnings: the option ``-W`` of its interpreter.
+    """
 
+    def __init__(self, root: Path, imports: Sequence[str], warnings: str) -> None:
         self._socket, other = socket.socketpair()
         with other:
             environ = {
                 name: value for name, value in os.environ.items() if not name.startswith("TRIO_CLUSTER_")
             }
-            environ["PYTHONPATH"] = str(Path(trio_cluster.__file__).parents[1])
+            environ["PYTHONPATH"] = str(root)
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", __file__, str(other.fileno())],
+                [sys.executable, "-W", warnings, __file__, str(other.fileno()), *imports],
                 pass_fds=[other.fileno()],
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -156,17 +160,31 @@ class _Server:
         self._process.wait()
 
 
-_servers: list[_Server] = []
+#: By the folder that each imports the package from.
+_servers: dict[Path, _Server] = {}
 
 
 def _fork(
-    words: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, errors: int
+    words: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    output: int,
+    errors: int,
+    old_package: Path | None = None,
 ) -> tuple[int, int]:
-    """Have the server fork, which is started when it is first needed."""
-    if not _servers:
-        _servers.append(_Server())
-        atexit.register(_servers[0].close)
-    return _servers[0].fork(words, cwd, env, output, errors)
+    """Have a server fork, which is started when it is first needed."""
+    if old_package is None:
+        import trio_cluster
+
+        root, imports, warnings = Path(trio_cluster.__file__).parents[1], _IMPORTS, "error"
+    else:
+        # It is older than its libraries, so what these deprecate is no error there.
+        root, imports, warnings = old_package, ("trio_cluster.cli",), "ignore"
+    server = _servers.get(root)
+    if server is None:
+        server = _servers[root] = _Server(root, imports, warnings)
+        atexit.register(server.close)
+    return server.fork(words, cwd, env, output, errors)
 
 
 def start_blocking(
@@ -185,7 +203,12 @@ def start_blocking(
 
 
 def start(
-    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture_stdout: bool = False
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    capture_stdout: bool = False,
+    old_package: Path | None = None,
 ) -> ForkedProcess:
     """Start ``python -W error`` with these arguments.
 
@@ -194,13 +217,14 @@ def start(
         cwd: the directory that it runs in.
         env: its whole environment.
         capture_stdout: give it a pipe for its standard output, too, and not that of this process.
+        old_package: the folder with the package of another version, which is run instead; its warnings are no errors.
     """
     import trio
 
     errors, written_errors = os.pipe()
     output, written_output = os.pipe() if capture_stdout else (None, os.dup(1))
     try:
-        pid, status = _fork(words, cwd, env, written_output, written_errors)
+        pid, status = _fork(words, cwd, env, written_output, written_errors, old_package)
     finally:
         os.close(written_output)
         os.close(written_errors)
@@ -322,7 +346,7 @@ def _opened_again(stream: Any, number: int, buffering: int) -> Any:
 
 
 if __name__ == "__main__":
-    for _name in _IMPORTS:
+    for _name in sys.argv[2:]:
         __import__(_name)
     # Otherwise each of the processes would go through all that was imported when it ends, and copy it by doing so.
     gc.collect()

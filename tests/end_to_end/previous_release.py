@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, Final
 
 import attrs
+import fork_server
 import pytest
 import trio
 from nodes import Node, Nodes
@@ -68,8 +68,8 @@ class PreviousRelease:
     """How the previous release is run."""
 
     python: str
-    variables: Mapping[str, str]
-    """Of the environment of its processes."""
+    sources: Path | None
+    """The folder with its package, if this is not installed for ``python``."""
 
     async def start(self, nodes: Nodes, command: str, *arguments: str | int, models: str = "") -> Node:
         """Start a node of the previous release, and wait until it is ready; compare :meth:`Nodes.start`."""
@@ -83,14 +83,21 @@ class PreviousRelease:
             for name, value in os.environ.items()
             if not name.startswith("TRIO_CLUSTER_") and name != "PYTHONPATH"
         }
-        # It is older than its libraries, so what these deprecate is no error here.
-        process: Any = await trio.lowlevel.open_process(
-            [self.python, "-m", "trio_cluster", *words],
-            cwd=nodes.directory,
-            env={**environment, "MODELS": models, **self.variables},
-            stderr=PIPE,
-            start_new_session=True,
-        )
+        environment |= {"MODELS": models} | ({"PYTHONPATH": str(self.sources)} if self.sources else {})
+        process: Any
+        if self.sources is None:
+            process = await trio.lowlevel.open_process(
+                [self.python, "-m", "trio_cluster", *words],
+                cwd=nodes.directory,
+                env=environment,
+                stderr=PIPE,
+                start_new_session=True,
+            )
+        else:
+            program = ["-m", "trio_cluster", *words]
+            process = fork_server.start(
+                program, cwd=nodes.directory, env=environment, old_package=self.sources
+            )
         node = Node(process, command, next((word for word in arguments if isinstance(word, int)), 0))
         nodes.watch(node)
         await node.log(_READY[command])
@@ -116,15 +123,15 @@ def open_previous_release(folder: Path) -> PreviousRelease:
     """
     python = os.environ.get("PREVIOUS_PYTHON")
     if python:
-        release = PreviousRelease(python, {})
+        release = PreviousRelease(python, None)
     else:
         unpack(COMMIT, folder)
         if missing := missing_requirements(folder):
             pytest.skip(f"{VERSION} does not run with these libraries: {', '.join(missing)}")
-        release = PreviousRelease(sys.executable, {"PYTHONPATH": str(folder)})
+        release = PreviousRelease(sys.executable, folder)
     said = subprocess.run(
         [release.python, "-m", "trio_cluster", "--version"],
-        env={**os.environ, "PYTHONPATH": "", **release.variables},
+        env={**os.environ, "PYTHONPATH": str(release.sources or "")},
         cwd=folder,
         capture_output=True,
         text=True,
