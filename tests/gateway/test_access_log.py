@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import re
 import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import trio
 from http_node import HttpNode, open_http_node
+from trio.testing import MockClock
 
+from trio_cluster import ApiError, ChatRequest, OutputChunk
+from trio_cluster.cli.logs import configure
 from trio_cluster.gateway import access_log, failed_attempts
+from trio_cluster.testing import SimulatedCluster, open_cluster, worker
 
 
 def lines(
@@ -116,3 +124,114 @@ async def test_without_the_option_what_is_not_a_request_is_no_line(caplog: pytes
     async with open_http_node() as node:
         assert b" 501 " in await trio.to_thread.run_sync(send, node, b"nonsense\r\n\r\n")
     assert lines(caplog) == []
+
+
+async def answer(request: ChatRequest) -> AsyncIterator[Any]:
+    """Take 0.3 s to the first of three tokens, and 0.2 s to each of the others."""
+    if "refuses" in request.last_text:
+        raise ApiError(429, "tired", code="tired")
+    await trio.sleep(0.3)
+    for _ in range(2):
+        yield "token "
+        await trio.sleep(0.2)
+    if "fails" in request.last_text:
+        raise ApiError(502, "broken", code="broken")
+    yield "token"
+    yield OutputChunk.usage(7, 3)
+
+
+async def lines_of_all_kinds(cluster: SimulatedCluster) -> list[bytes]:
+    """Send a request of each kind, with the ids r0, r1 and so on, and return the bodies of the answers."""
+    back = worker("w1", max_concurrency=1)
+    back.register_chat("m", answer)
+    await cluster.start_worker(back)
+    bodies = []
+
+    async def ask(number: int, text: str, **fields: Any) -> None:
+        client = cluster.client(authorization="Bearer k", **{"x-request-id": f"r{number}"})
+        bodies.append((await client.chat(fields.pop("model", "m"), text, **fields)).body)
+
+    await ask(0, "")
+    await ask(1, "", stream=False)
+    await ask(2, "fails")
+    await ask(3, "refuses")
+    await ask(4, "", model="none")
+    leaving = cluster.client(authorization="Bearer k", **{"x-request-id": "r5"})
+    async with leaving.open_chat("m") as response:
+        await response.receive_until(b"token ")
+    await trio.sleep(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            ask,
+            6,
+            "",
+        )
+        await trio.sleep(0.1)
+        nursery.start_soon(ask, 7, "")
+    bodies.append((await cluster.client(**{"x-request-id": "r8"}).chat("m")).body)
+    client = cluster.client(authorization="Bearer k", **{"x-request-id": "r9"})
+    async with client.open("GET", "/v1/models") as response:
+        bodies.append((await response.finish()).body)
+        await trio.sleep(1)
+    return bodies
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+async def test_a_line_says_all_that_there_is_to_say_in_text_and_as_json(
+    format: str, autojump_clock: MockClock, restored_logging: None
+) -> None:
+    stream = io.StringIO()
+    async with open_cluster(access_log=True, api_key="k", aliases={"short": "m"}) as cluster:
+        configure(format=format, stream=stream)
+        bodies = await lines_of_all_kinds(cluster)
+    read = _read_json if format == "json" else _read_text
+    found = {
+        line["request_id"]: line for line in map(read, stream.getvalue().splitlines()) if "client" in line
+    }
+    common = {"principal": "default", "model": "m", "worker": "w1", "status": "200"}
+    whole = common | {"outcome": "completed", "seconds": "0.7", "input_tokens": "7", "output_tokens": "3"}
+    expected: dict[str, dict[str, str]] = {
+        "r0": whole | {"first_token": "0.3", "bytes": str(len(bodies[0]))},
+        "r1": whole | {"bytes": str(len(bodies[1]))},
+        "r2": common | {"outcome": "failed", "seconds": "0.7", "first_token": "0.3", "code": "broken"},
+        "r3": common | {"outcome": "failed", "seconds": "0.0", "status": "429", "code": "tired",
+                        "bytes": str(len(bodies[3]))},
+        "r4": {"principal": "default", "outcome": "refused", "seconds": "0.0", "status": "404",
+               "code": "model_not_found", "bytes": str(len(bodies[4]))},
+        "r6": whole | {"first_token": "0.3", "bytes": str(len(bodies[5]))},
+        "r7": whole | {"first_token": "0.9", "seconds": "1.3", "queued": "0.6", "bytes": str(len(bodies[6]))},
+        "r8": {"outcome": "refused", "seconds": "0.0", "status": "401", "code": "invalid_api_key",
+               "bytes": str(len(bodies[7]))},
+        "r9": {"principal": "default", "outcome": "completed", "seconds": "0.0", "status": "200",
+               "bytes": str(len(bodies[8]))},
+    }  # fmt: skip
+    left = found.pop("r5")
+    assert (left["outcome"], left["ended"], left["first_token"]) == ("cancelled", "client left", "0.3")
+    assert int(left["bytes"]) > 0
+    # Of a stream that has failed, the tokens count, and not the event with the error.
+    assert 200 < int(found["r2"].pop("bytes")) < len(bodies[2])
+    assert found["r2"].pop("ended", "failed") == "failed"
+    for line in found.values():
+        assert line.pop("client")
+        assert line.pop("message").split()[0] in ("POST", "GET")
+        del line["request_id"]
+    assert found == expected
+
+
+def _read_json(line: str) -> dict[str, str]:
+    fields = json.loads(line)
+    if fields.pop("logger") != "trio_cluster.access":
+        return {}
+    del fields["ts"], fields["level"]
+    return {name: str(value) for name, value in fields.items()}
+
+
+def _read_text(line: str) -> dict[str, str]:
+    match = re.match(r"[\d:]{8} info     ((GET|POST) /\S*) ", line)
+    if match is None:
+        return {}
+    found = {"message": match[1]}
+    for name, value in re.findall(r' (\w+)=("(?:[^"\\]|\\.)*"|\S+)', line):
+        plain = json.loads(value) if value[0] == '"' else value
+        found[name] = str(float(plain)) if name in ("seconds", "first_token", "queued") else plain
+    return found

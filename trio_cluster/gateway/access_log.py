@@ -1,7 +1,7 @@
 """The access log: one line for each request, and a few for requests without a valid key or without valid HTTP.
 
-The line of a request is written when the request is over, so that it has the status and the duration. The fast path
-writes tokens past the ASGI ``send`` function; only the head of a response has to pass it for that.
+The line of a request is written when the request is over, so that it has the status, the duration, and what its story
+says. The fast path writes tokens past the ASGI ``send`` function; only the head of a response has to pass it for that.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import time
 from typing import Final
 
 from ..core import clock
+from ..core.story import StoryFacts
 from ..http1.asgi import Message, Send
 from ..http1.refusal import HttpRefusal
 from ..net.sockets import shown_address
 from ..options import ClusterServerOptions
 from .context import RequestContext
 from .response import render_refusal
+from .story_ending import ending_of
 
 __all__ = ["AccessLog", "RefusedKeys", "RefusedRequests"]
 
 access_logger = logging.getLogger("trio_cluster.access")
 logger = logging.getLogger("trio_cluster.http")
 
+#: Seconds in a queue that are worth a field.
+_NOTABLE: Final = 0.001
 #: Seconds between two lines about requests of one of these kinds.
 _QUIET: Final = 10.0
 
@@ -35,17 +39,21 @@ class AccessLog:
 
     Attributes:
         status: of the response; 0 until its head was sent.
+        sent: bytes of its body that were passed on here.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status = 0
+        self.sent = 0
 
     async def send(self, message: Message) -> None:
-        """Pass a message on, and take note of the status."""
+        """Pass a message on, and take note of the status, and of the bytes of the body."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+        if message["type"] == "http.response.body":
+            self.sent += len(message.get("body", b""))
 
     def write(self, method: str, context: RequestContext, *, client_left: bool) -> None:
         """Write the line. Synchronous.
@@ -67,13 +75,56 @@ class AccessLog:
             fields["model"] = request.model if call is None else call.request.model
             if request.alias:
                 fields["alias"] = request.alias
+            if call is not None:
+                fields["worker"] = call.served_by
         if context.principal.name:
             fields["principal"] = context.principal.name
+        story = context.story
+        if story is not None:
+            fields["outcome"] = ending_of(story).outcome
+            fields |= _measured(story)
+        elif context.error is not None:
+            fields["outcome"] = "refused"
+        else:
+            fields["outcome"] = "cancelled" if client_left else "completed"
+        # The fast path writes past this. What it has written, and the slow path before it, the call has counted.
+        fields["bytes"] = max(
+            self.sent, story.attempts[story.answering].delivered if story and story.attempts else 0
+        )
+        error = context.error
+        if error is None and story is not None and fields["outcome"] not in ("completed", "cancelled"):
+            # It came in the middle of a stream.
+            error = story.attempts[story.answering].error if story.attempts else None
+        if error is not None and error[1]:
+            fields["code"] = error[1]
         if client_left:
             fields["ended"] = "client left"
         elif context.aborted:
             fields["ended"] = "failed"
         access_logger.info("%s %s", method, context.path, extra={"fields": fields})
+
+
+def _measured(story: StoryFacts) -> dict[str, object]:
+    """Return the times and the tokens of a request that was sent to a model, as far as they are known."""
+    fields: dict[str, object] = {}
+    if not story.attempts:
+        return fields
+    attempt = story.attempts[story.answering]
+    if len(story.attempts) > 1:
+        fields["attempts"] = len(story.attempts)
+    queued = attempt.queued_for + attempt.queued_for_model
+    if attempt.times:
+        queued = (attempt.times.get("queued", 0) + attempt.times.get("queued_model", 0)) / 1e6
+    if queued >= _NOTABLE:
+        fields["queued"] = round(queued, 4)
+    if story.streamed and attempt.begun_at >= 0:
+        fields["first_token"] = round(attempt.begun_at - story.began, 4)
+    if attempt.usage is not None:
+        fields["input_tokens"] = attempt.usage.prompt_tokens
+        if attempt.usage.cached_tokens:
+            fields["cached_tokens"] = attempt.usage.cached_tokens
+        fields["output_tokens"] = attempt.usage.completion_tokens
+    return fields
 
 
 class RefusedKeys:

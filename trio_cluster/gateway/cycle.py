@@ -127,7 +127,8 @@ class RequestCycle:
             if context.endpoint is None:
                 await self._take_body_for_app()
         except ApiError as error:
-            self._node_context.request_stats.refused(context.principal.name, error_facts(error))
+            context.error = error_facts(error)
+            self._node_context.request_stats.refused(context.principal.name, context.error)
             await self._refuse(self._error_reply(error))
             return
         except ClientLeft:
