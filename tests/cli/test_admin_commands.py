@@ -120,6 +120,44 @@ def test_status_prints_aligned_tables(main: Main, node: tuple[type[ScriptedNode]
         """)
 
 
+def test_status_shows_which_models_cannot_be_started(
+    main: Main, node: tuple[type[ScriptedNode], int]
+) -> None:
+    scripted, port = node
+    cold = {"kind": "chat", "owned_by": "me", "state": "cold"}
+    status = {
+        "mode": "master",
+        "workers": [{"id": "gpu-1", "models": ["a", "b"], "failed_models": ["a", "b"]}, {"id": "gpu-2"}],
+        "models": [
+            {"id": "a", "nodes": ["gpu-1", "local"], **cold},
+            {"id": "b", "nodes": ["gpu-1", "gpu-2"], **cold},
+        ],
+        "calls": {},
+        "on_demand": {"models": {"a": {"state": "failed", "why": "out of memory"}, "c": {"state": "cold"}}},
+    }
+    scripted.body = json.dumps(status).encode()
+    code, out, _ = main("status", str(port))
+    assert code == 0
+    assert out.endswith(
+        textwrap.dedent("""\
+        CANNOT START  NODE   WHY
+        a             gpu-1  see the log of the worker
+        a             local  out of memory
+        b             gpu-1  see the log of the worker
+
+        MODEL  KIND  OWNER  SERVED BY     STATE
+        a      chat  me     gpu-1, local  failed
+        b      chat  me     gpu-1, gpu-2  cold
+        """)
+    )
+    # Whatever is in the place of these.
+    for wrong in ({"failed_models": 1}, {"failed_models": [None]}, {"failed_models": {"a": 1}}):
+        for on_demand in (None, [], {"models": []}, {"models": {"a": 7}}):
+            content = status | {"workers": [{"id": "w", **wrong}], "on_demand": on_demand}
+            scripted.body = json.dumps(content).encode()
+            assert main("status", str(port))[0] == 0
+
+
 def test_status_can_print_the_json(main: Main, node: tuple[type[ScriptedNode], int]) -> None:
     code, out, _ = main("status", str(node[1]), "--json")
     assert code == 0

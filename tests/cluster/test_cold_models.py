@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -148,6 +149,37 @@ async def test_a_start_that_fails_is_tried_on_another_worker(autojump_clock: obj
         response = await cluster.client().chat("m", stream=False)
         assert response.status == 200
         assert (broken.loads, sound.loads) == (1, 1)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_model_that_cannot_be_started_is_shown_as_failed_until_it_can(autojump_clock: object) -> None:
+    model = Model(seconds=15.0, fails="out of memory")
+    async with open_cluster() as cluster, trio.open_nursery() as nursery:
+        await start(cluster, nursery, "w", model)
+
+        async def shown() -> tuple[Any, ...]:
+            (known,) = (await cluster.client().get("/cluster/status")).json()["workers"]
+            async with cluster.client("page").open("GET", "/cluster/events", b"") as response:
+                _, data = (await response.receive()).split(b"\ndata: ")
+                (item,) = json.loads(data)["models"]
+            (replica,) = item["replicas"]
+            return (
+                known["model_states"],
+                known["failed_models"],
+                item["state"],
+                replica["state"],
+                bool(item["why"]),
+            )
+
+        assert await shown() == ({"m": "cold"}, [], "cold", "cold", False)
+        await cluster.client().chat("m")
+        # For clients it is as cold as it was: the next request starts it again.
+        assert await state(cluster) == "cold"
+        assert await shown() == ({"m": "cold"}, ["m"], "failed", "failed", True)
+        model.fails = ""
+        await trio.sleep(60)
+        await cluster.client().chat("m")
+        assert await shown() == ({"m": "ready"}, [], "ready", "ready", False)
         nursery.cancel_scope.cancel()
 
 

@@ -24,9 +24,8 @@ from ..core.answer import Failed
 from ..core.call import Call
 from ..core.model_state import ShownState
 from ..core.principal import Limits
-from ..core.status import Admission, ResidentStatus, SleepingStatus, WorkerStatus
+from ..core.status import Admission, SleepingStatus, WorkerStatus
 from ..gateway.context import RequestContext
-from ..routing.backend import LOCAL
 from ..routing.cost import LeastCost
 from ..routing.router import Router
 from .views import StatusView
@@ -134,6 +133,7 @@ class LiveWorker(msgspec.Struct, frozen=True):
     waiting_by: dict[str, int]
     models: list[str]
     model_states: dict[str, ShownState]
+    failed_models: list[str]
     ejected: dict[str, str]
 
 
@@ -274,7 +274,7 @@ def live_workers(
         away.id: _encode(
             LiveWorker(
                 away.id, "", "", "", "waking" if away.waking else "asleep", False, "", None, None, 0.0, 0,
-                away.waiting, 0, away.waiting, 0, {}, away.models, {}, {},
+                away.waiting, 0, away.waiting, 0, {}, away.models, {}, [], {},
             )
         )
         for away in sleeping
@@ -300,6 +300,7 @@ def live_workers(
                 each.waiting_by,
                 each.models,
                 each.model_states,
+                each.failed_models,
                 each.ejected,
             )
         )
@@ -314,21 +315,19 @@ def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
         for name in reachable(table, alias):
             aliases.setdefault(name, []).append({"id": alias, "alias_of": shown_target(target)})
     in_flight = Counter((call.request.model, call.served_by) for call in router.live)
-    own: dict[str, ResidentStatus] = status.on_demand.models if status.on_demand else {}
     policy = router.policy if isinstance(router.policy, LeastCost) else None
     counts = {} if policy is None else policy.counts
     items = {}
     for model in status.models:
         name = str(model["id"])
         usual, speeds = (None, {}) if policy is None else policy.speeds(name)
-        resident = own.get(name)
-        failure = resident.why if resident is not None and resident.state == "failed" else ""
         replicas = []
         for backend in router.catalog.replicas(name):
             state = backend.health.model_states.get(name)
             shown, why = ("ready", "") if state is None else (str(state.state), state.why)
-            if backend.name == LOCAL and failure:
-                shown, why = "failed", failure
+            if why:
+                # It is cold, and was to be started.
+                shown = "failed"
             replicas.append(
                 LiveReplica(
                     backend.name,

@@ -76,7 +76,11 @@ def describe_status(status: Mapping[str, Any]) -> str:
             for each in ejected
         ]
         sections.append(_table(("EJECTED", "MODEL", "WHY", "TRIED"), rows))
-    sections.append(_model_table(models) if models else "no models")
+    failed = _failed_models(status, workers)
+    if failed:
+        rows = [(model, node, why) for (model, node), why in sorted(failed.items())]
+        sections.append(_table(("CANNOT START", "NODE", "WHY"), rows))
+    sections.append(_model_table(models, failed) if models else "no models")
     rejected = status.get("rejected_models")
     if isinstance(rejected, Mapping) and rejected:
         sections.append(_table(("REJECTED", "REASON"), [(_cell(k), _cell(v)) for k, v in rejected.items()]))
@@ -266,10 +270,39 @@ def _master_table(masters: Iterable[Mapping[str, Any]], *, own: bool) -> str:
     )
 
 
-def _model_table(models: Collection[Mapping[str, Any]]) -> str:
+def _failed_models(
+    status: Mapping[str, Any], workers: Iterable[Mapping[str, Any]]
+) -> dict[tuple[str, str], str]:
+    """Return why models could not be started: by the names of the model and of the node."""
+    failed = {}
+    for worker in workers:
+        names = worker.get("failed_models")
+        for name in names if isinstance(names, list) else ():
+            failed[_cell(name), _cell(worker.get("id"))] = "see the log of the worker"
+    on_demand = status.get("on_demand")
+    own = on_demand.get("models") if isinstance(on_demand, Mapping) else None
+    for name, resident in own.items() if isinstance(own, Mapping) else ():
+        if isinstance(resident, Mapping) and resident.get("state") == "failed":
+            failed[_cell(name), "local"] = _cell(resident.get("why"))
+    return failed
+
+
+def _model_table(
+    models: Collection[Mapping[str, Any]], failed: Collection[tuple[str, str]] = frozenset()
+) -> str:
     columns = {"MODEL": "id", "KIND": "kind", "OWNER": "owned_by", "SERVED BY": "nodes"}
     if any(model.get("state") not in (None, "ready") for model in models):
         columns["STATE"] = "state"
+    # One that is cold and can be started somewhere is cold.
+    models = [
+        {**model, "state": "failed"}
+        if model.get("state") == "cold"
+        and (nodes := model.get("nodes"))
+        and isinstance(nodes, list)
+        and all((_cell(model.get("id")), _cell(node)) in failed for node in nodes)
+        else model
+        for model in models
+    ]
     return _table(
         tuple(columns), [tuple(_cell(model.get(key)) for key in columns.values()) for model in models]
     )

@@ -20,6 +20,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -29,7 +30,7 @@ import trio
 from rich.console import Console
 
 from ..errors import ClusterError
-from .admin_client import NodeAddress, request_json
+from .admin_client import NodeAddress, printable, request_json
 from .event_feed import EventFeed
 from .tables import describe_story
 from .terminal import Terminal, open_terminal
@@ -44,6 +45,9 @@ FRAMES: Final = 4
 _KEY_FRAME: Final = 0.03
 #: Seconds between two looks at a story that goes on.
 _STORY_INTERVAL: Final = 1.0
+
+#: The latest time that is shown as one, in seconds since the epoch.
+_LATEST: Final = 1e11
 
 _SIGNALS: Final = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH,
@@ -243,12 +247,19 @@ class _Top:
 def _details(worker: Item) -> list[str]:
     """Return a line for each field of a worker."""
     width = max(len(name) for name in worker)
-    return [f"{name.replace('_', ' ').ljust(width)}  {_shown(value)}" for name, value in worker.items()]
+    titles = {name: printable(name).replace("_", " ").ljust(width) for name in worker}
+    return [f"{titles[name]}  {_shown(name, value)}" for name, value in worker.items()]
 
 
-def _shown(value: object) -> str:
+def _shown(name: str, value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {each}" for name, each in value.items()) or "-"
-    return "-" if value in (None, "") else str(value)
+        shown = ", ".join(map(str, value))
+    elif isinstance(value, dict):
+        shown = ", ".join(f"{key}: {each}" for key, each in value.items())
+    elif isinstance(value, bool):
+        shown = "yes" if value else "no"
+    elif name == "connected_since" and isinstance(value, float) and 0 <= value < _LATEST:
+        shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    else:
+        shown = "" if value is None else str(value)
+    return printable(shown) or "-"

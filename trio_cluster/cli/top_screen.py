@@ -145,7 +145,7 @@ def _keys(state: TopState, look: Look) -> Text:
     if state.mode == "filter":
         return _line("Enter keep  Esc undo", look, "dim")
     if state.mode == "story":
-        return _line("q back  ↑↓ scroll  c cancel", look, "dim")
+        return _line("q back  ↑↓ scroll" + ("  c cancel" if state.tab == "requests" else ""), look, "dim")
     if look.width < 60:
         return _line("q quit  Enter why  c cancel  Tab  /", look, "dim")
     act = "c cancel  d drain worker" if state.tab == "requests" else "d drain"

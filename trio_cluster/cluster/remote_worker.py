@@ -52,6 +52,9 @@ _WITHOUT_RETRYABLE: Final = frozenset({"0.1.0"})
 #: What a worker may have measured of a call at most, in microseconds: a hundred years.
 _LONGEST: Final = 100 * 366 * 86_400 * 10**6
 
+#: Why a model of a worker cannot be started. The reason is in the errors of requests, and in the worker's log.
+_FAILED: Final = "its start has failed; see the log of the worker"
+
 CallEvent: TypeAlias = ForwardResponse | DoneMessage | FailedMessage
 
 
@@ -154,6 +157,7 @@ class RemoteWorker:
             in_flight_elsewhere=self.elsewhere,
             model_states={name: state.state for name, state in sorted(self.health.model_states.items())},
             version="" if self._session.peer is None else self._session.peer.version,
+            failed_models=sorted(name for name, state in self.health.model_states.items() if state.why),
         )
 
     def request_shutdown(self, reason: str) -> None:
@@ -369,7 +373,7 @@ def _model_state(state: str, seconds: float) -> ModelState:
         return ModelState("ready")
     if state == "starting":
         return ModelState("starting", trio.current_time() + seconds)
-    return ModelState("cold", 0.0, seconds)
+    return ModelState("cold", 0.0, seconds, _FAILED if state == "failed" else "")
 
 
 def _may_be_retried(call: Call) -> bool:

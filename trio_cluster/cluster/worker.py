@@ -1184,7 +1184,10 @@ class MasterConnection:
             self._has_on_demand = bool(states)
             now = trio.current_time()
             self.session.report_on_demand(
-                ((name, state.state, round(state.ready_in(now), 3)) for name, state in states.items()),
+                (
+                    (name, "failed" if state.why else state.state, round(state.ready_in(now), 3))
+                    for name, state in states.items()
+                ),
                 self._calls.model_waits(),
             )
 

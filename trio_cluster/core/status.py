@@ -128,6 +128,8 @@ class WorkerStatus:
     """The states of those of its models that run on demand: ``ready``, ``starting`` or ``cold``."""
     version: str = ""
     """The version of this package there."""
+    failed_models: list[str] = attrs.field(factory=list)
+    """Those of the cold ones whose last start has failed, sorted."""
 
 
 @attrs.frozen

@@ -199,8 +199,9 @@ class Heartbeat:
     """From a master: another process takes its place at its address. The worker opens a link to that one, beside this
     one, which goes on until the master ends. It may be taken back by a later heartbeat."""
     on_demand: tuple[tuple[str, str, float], ...] = attrs.field(default=(), validator=bounds.on_demand)
-    """From a worker: for each of its models that runs on demand its name, its state (``ready``, ``starting`` or
-    ``cold``), and the seconds until it can answer, by expectation. If there are very many, some are left out."""
+    """From a worker: for each of its models that runs on demand its name, its state (``ready``, ``starting``,
+    ``cold``, or ``failed``: cold, since it could not be started), and the seconds until it can answer, by expectation.
+    Any other state counts as cold. If there are very many, some are left out."""
     starts: tuple[tuple[int, str, float], ...] = attrs.field(default=(), validator=bounds.starts)
     """From a worker: for each call that waits for its model to run its number, what happens (``starting NAME``), and
     the seconds until that is over, by expectation; -1 if that is not known."""
