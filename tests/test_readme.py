@@ -384,6 +384,14 @@ def test_every_engine_is_documented_with_its_options(point: Any) -> None:
             assert documented[key] == str(option.default)
 
 
+def test_every_alert_has_a_section_that_says_what_to_do() -> None:
+    path = ROOT / "deploy" / "prometheus" / "alerts.yml"
+    alerts = re.findall(r"- alert: (\w+)", path.read_text(encoding="utf-8")) if path.exists() else []
+    sections = re.findall(r"^### (\w+)$", section(page("operations.md"), "Alerts"), re.M)
+    assert [alert for alert in alerts if alert not in sections] == []
+    assert [name for name in sections if alerts and name not in alerts] == []
+
+
 # Everything around
 
 

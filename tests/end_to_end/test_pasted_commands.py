@@ -45,7 +45,7 @@ PAGES: Final = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT /
 #: What is not run, and why. Each pattern must match the beginning of a command in the pages.
 NOT_RUN: Final = {
     r"python3 -m venv": "makes an environment; nox does so in every session",
-    r"(\.venv/bin/)?pip install": "installs the package; nox does so in every session",
+    r"(\.venv/bin/|/opt/trio-cluster/bin/)?pip install": "installs the package; nox does so in every session",
     r"python -m build": "builds the package; the release does so",
     r"\.venv/bin/trio-cluster demo": "needs weights; tests/demo and the session engines run the demo",
     r"(\.venv/bin/)?nox": "runs these tests",
@@ -57,6 +57,7 @@ NOT_RUN: Final = {
     r"trio-cluster reload": "needs a node with a file of options; tests/cli/test_reload.py has one",
     r"trio-cluster why": "needs the id of a request; tests/admin/test_story.py has some",
     r"trio-cluster worker (a\.example|--masters-from)": "needs two masters; test_several_masters_processes.py has them",
+    r"systemctl (daemon-reload|enable)": "needs a running systemd; test_service_processes.py stands in for it",
     r"vllm serve": "another program, which needs a GPU; never run",
     r"docker run": "another program, a large image; never run",
     r"ssh": "needs another machine",
@@ -163,14 +164,41 @@ class Story:
         if program == "python" and words[0] in applications_of(self.page):
             await self._start_master(words[0], words[1:], {**command.variables, **self.variables})
             return
+        if program == "systemctl":
+            await self._systemctl(words)
+            return
         assert program.endswith("trio-cluster"), f"neither run nor listed in NOT_RUN: {command}"
         name, words = words[0], words[1:]
         if name in ("master", "run"):
             await self._start_master(name, words, {**command.variables, **self.variables})
         elif name == "worker":
             await self._start_worker(words, {**command.variables, **self.variables})
+        elif name in ("backup", "restore", "install-service"):
+            await self._run_here(name, words, {**command.variables, **self.variables})
         else:
             await self._ask(name, words, {**command.variables, **self.variables})
+
+    async def _systemctl(self, words: list[str]) -> None:
+        """Do to the master of the page what would be done to the one of the machine."""
+        action, *units = words
+        assert units == ["trio-cluster-master.socket", "trio-cluster-master.service"]
+        master = await self.the_master()
+        if action == "stop":
+            master.send(signal.SIGTERM)
+            assert await master.exit_code() == 0
+        else:
+            assert action == "start"
+            self.master = await self.nodes.start("master", master.port, variables=self.variables)
+
+    async def _run_here(self, name: str, words: list[str], variables: dict[str, str]) -> None:
+        """Run a command that writes files of this machine: they are in the directory of the test."""
+        master = await self.the_master()
+        state = f"{variables['XDG_STATE_HOME']}/trio_cluster/master-{master.port}"
+        words = [word.replace("/var/lib/trio-cluster-master", state) for word in words]
+        words = [re.sub("^/backup/", f"{self.nodes.directory}/", word) for word in words]
+        if name == "install-service":
+            words = ["--manager", "systemd", "--prefix", "files", "--program", "/bin/true", *words]
+        await self._execute(name, words, variables)
 
     async def the_master(self) -> Node:
         if self.master is None:
@@ -227,6 +255,14 @@ class Story:
         if name == "cancel":
             await self._have_worker("slow-worker")
             await self._have_call(words[0])
+        out = await self._execute(name, words, variables)
+        if name == "keys" and self.key == "sk-for-clients":
+            (self.key,) = re.findall(r"\btc-\S+", out)
+        if name == "invite":
+            (self.token,) = re.findall(r"tcj-\S+", out)
+
+    async def _execute(self, name: str, words: list[str], variables: dict[str, str]) -> str:
+        """Run a command to its end, and return what it has printed."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TRIO_CLUSTER_")}
         environ |= {"PYTHONPATH": str(Path(trio_cluster.__file__).parents[1]), **variables}
         # A page shows keys that begin so, and are shorter.
@@ -234,10 +270,7 @@ class Story:
         with trio.fail_after(30):
             completed = await run(["-m", "trio_cluster", name, *words], cwd=self.nodes.directory, env=environ)
         assert completed.returncode == 0, completed.stderr.decode()
-        if name == "keys" and self.key == "sk-for-clients":
-            (self.key,) = re.findall(r"\btc-\S+", completed.stdout.decode())
-        if name == "invite":
-            (self.token,) = re.findall(r"tcj-\S+", completed.stdout.decode())
+        return completed.stdout.decode()
 
     async def _have_invited(self, name: str, variables: dict[str, str]) -> None:
         """Have a worker join with a token, under a name."""

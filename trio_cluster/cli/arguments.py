@@ -260,6 +260,17 @@ def _parser(program: str = "trio-cluster") -> _Parser:
         "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as you would start it"
     )
 
+    backup = command("backup", "Write the state of a node of this machine into a file, also while it runs.")
+    backup.add_argument("file", metavar="FILE", help="the file to write, such as state.tar.gz")
+    restore = command("restore", "Make a state directory of a backup; its node does not run.")
+    restore.add_argument("file", metavar="FILE", help="what `backup` has written")
+    restore.add_argument("--force", action="store_true", help="move what is there aside")
+    for each in (backup, restore):
+        _add_port(each, "the port of the API, by which the state directory is found")
+        each.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
+        _add_option(each, "--state-dir", "state_dir", str, "DIR", "the state directory")
+    _add_option(backup, "--database", "database", str, "URL", "where keys and usage are, if not in it")
+
     load = command("load", "Start a model that runs on demand, and wait until it is ready.")
     unload = command(
         "unload", "Stop a model that runs on demand when its requests are done, and wait for that."

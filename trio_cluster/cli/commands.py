@@ -829,6 +829,18 @@ def _install_service(arguments: argparse.Namespace) -> int:
     return install_service(arguments)
 
 
+def _backup(arguments: argparse.Namespace) -> int:
+    from .backup import backup
+
+    return backup(arguments)
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from .backup import restore
+
+    return restore(arguments)
+
+
 def _reload(arguments: argparse.Namespace) -> int:
     node, key = _node_and_key(arguments)
     content = request_json(
@@ -987,6 +999,8 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "check-config": _check_config,
     "schema": _schema,
     "install-service": _install_service,
+    "backup": _backup,
+    "restore": _restore,
     "load": _load,
     "unload": _unload,
     "keys": _keys,

@@ -3,21 +3,26 @@
 It is private to its owner. A directory that others may write to is refused: what is read from it decides what the node
 does. Files are replaced as a whole, so that a reader, or a node that was killed while it wrote, finds the old content
 or the new one.
+
+A node holds a shared lock on its directory for as long as it runs (``flock``): several processes may use it, those of a
+group, or two of which one takes the other's place. What replaces the whole of it, a restore, needs it for itself.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ClusterError
 
-__all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of"]
+__all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of", "reserved"]
 
 T = TypeVar("T")
 
@@ -52,6 +57,31 @@ def path_of(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser()
 
 
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Keep nodes from using a directory during the ``with`` statement, and make sure that none does. Blocks.
+
+    Args:
+        path: of the directory, which is there.
+
+    Raises:
+        StateDirError: a node uses it.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateDirError(f"state_dir {path}: a node uses it; stop it first") from None
+        except OSError:
+            # Some file systems have no locks.
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 class StateDir:
     """A directory that this process may write to, and nobody but its owner. Everything here blocks.
 
@@ -66,6 +96,7 @@ class StateDir:
         self.path = path
         try:
             self._open()
+            self._lock()
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
 
@@ -170,6 +201,18 @@ class StateDir:
                 raise self._error("others may write to it; take that away with: chmod go-w")
         if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
             raise self._error("it cannot be written to")
+
+    def _lock(self) -> None:
+        """Show for as long as this object lives that a node uses the directory."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._error("it is being restored from a backup") from None
+        except OSError:
+            # Some file systems have no locks.
+            pass
 
     def _error(self, why: str) -> StateDirError:
         return StateDirError(f"state_dir {self.path}: {why}")
