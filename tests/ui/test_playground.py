@@ -123,7 +123,7 @@ def test_an_answer_that_fails_in_the_middle_is_marked(cluster: WebCluster, watch
     answer.get_by_text("The answer failed in the middle: The battery is empty").wait_for()
     answer.get_by_text("Failed", exact=True).wait_for()
     assert answer.get_by_text("This was").is_visible()
-    assert "battery_empty" in answer.locator(".facts").first.inner_text()
+    assert "battery_empty" in answer.locator(".measures").first.inner_text()
     page.get_by_role("status").get_by_text("The answer failed").wait_for(state="attached")
     # What failed is no part of the conversation.
     sent = _body_of(page, lambda: _say(page, "again"))

@@ -40,7 +40,7 @@ export function mount(root, page) {
     const wanted = chosen.get(page.api)?.model;
     if (fitting.some((each) => each.id === wanted)) model.value = wanted;
     const note = el("p.hint");
-    const steps = el("div.steps");
+    const steps = el("div.recipe");
 
     function update() {
       const base = address.value.trim().replace(/\/+$/, "").replace(/\/v1$/, "");

@@ -96,7 +96,7 @@ export function chart(days, groups, what, label = (name) => name) {
   }).observe(place);
   return el("figure.usage-chart", {},
     place,
-    groups.length > 0 && el("ul.legend", {}, groups.map((each, index) =>
+    groups.length > 0 && el("ul.series-names", {}, groups.map((each, index) =>
       el("li", {}, swatch(index), el("span", {}, label(each.name)), el("span.quiet", {}, count(each.total))))),
     asTable(days.toReversed().filter((day) => total(day)), groups, what, label));
 }

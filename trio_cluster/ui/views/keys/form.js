@@ -60,7 +60,7 @@ export function openKeyForm(page, key, done) {
   const form = el(
     "form.key-form",
     { onsubmit: submit },
-    first && el("p.warning", {}, "This node needs no key yet. As soon as this one is made, every request needs a key, for good; this page, too."),
+    first && el("p.key-warning", {}, "This node needs no key yet. As soon as this one is made, every request needs a key, for good; this page, too."),
     key === null && field("Name", controls.name, "Shown everywhere: whose key it is, or what for"),
     field("Role", controls.role),
     field("Models", controls.models, "Names with commas between them; * stands for anything, as in qwen*"),
@@ -147,7 +147,7 @@ export function openRotation(page, key, done) {
       },
     },
     el("p", {}, "A new key takes its place, with the same name, limits and usage."),
-    key.name === page.session.name && el("p.warning", {}, "This is the key that you are signed in with."),
+    key.name === page.session.name && el("p.key-warning", {}, "This is the key that you are signed in with."),
     field("How long does the old key go on to work?", grace),
     problem,
     el("div.actions", {}, el("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), el("button.primary", { type: "submit" }, "Replace the key")),

@@ -157,7 +157,7 @@ export class Answer {
     if (call === undefined) {
       const code = el("code");
       call = this.calls[index] = { id: "", name: "", arguments: "", result: null, code };
-      call.element = el("div.call", {}, el("h3"), el("pre.block", { tabIndex: 0 }, code));
+      call.element = el("div.call", {}, el("h2"), el("pre.block", { tabIndex: 0 }, code));
       this.called.append(call.element);
     }
     call.id ||= piece.id ?? "";
@@ -221,7 +221,7 @@ export class Answer {
     if (this.#requestId && this.state !== "failed") facts.push(" · ", requestLink(this.#page, this.#requestId));
     fill(
       this.foot,
-      el("p.facts", {}, facts),
+      el("p.measures", {}, facts),
       el(
         "div.tools",
         {},

@@ -68,7 +68,7 @@ export function failure(page, error, title = "It failed") {
     {},
     el("p", {}, el("strong", {}, `${title}: `), error.message),
     (known || error.requestId) &&
-      el("p.facts", {}, known, known && error.requestId && " · ", error.requestId && requestLink(page, error.requestId)),
+      el("p.measures", {}, known, known && error.requestId && " · ", error.requestId && requestLink(page, error.requestId)),
   );
 }
 
@@ -108,7 +108,7 @@ function answered(error, requestId) {
 /** Return a response's footer: how long it took, which worker answered, and the request's id. */
 export function facts(page, { requestId, worker, took }, ...more) {
   const parts = [...more, seconds(took), worker && `worker ${worker}`, requestId && requestLink(page, requestId)].filter(Boolean);
-  return el("p.facts", {}, parts.flatMap((part, index) => (index ? [" · ", part] : [part])));
+  return el("p.measures", {}, parts.flatMap((part, index) => (index ? [" · ", part] : [part])));
 }
 
 /**
