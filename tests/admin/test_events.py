@@ -236,6 +236,27 @@ async def test_workers_and_models_show_what_they_are(
             assert len(page.events) == count
 
 
+async def test_a_model_with_one_replica_has_a_speed_too(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with open_cluster(**OPTIONS) as cluster, subscribed(cluster, nursery) as page:
+        server = worker("w", **OPTIONS)
+
+        @server.chat("m")
+        async def handler(request: Any) -> AsyncIterator[Any]:
+            for _ in range(21):
+                yield "token "
+                await trio.sleep(0.05)
+            yield {"usage": {"prompt_tokens": 10, "completion_tokens": 21}}
+
+        await cluster.start_worker(server)
+        await cluster.client().chat("m")
+        await trio.sleep(1)
+        model = page.state["models"]["m"]
+        assert model["tokens_per_second"] == pytest.approx(20, rel=0.1)
+        assert (model["prompt_tokens"], model["cached_tokens"]) == (10, 0)
+
+
 async def test_a_worker_whose_machine_sleeps_is_shown(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

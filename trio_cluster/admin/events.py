@@ -133,7 +133,7 @@ class Sampler:
         found = {
             "requests": self._requests(),
             "workers": live_workers(status.workers, context.status().sleeping, self._times),
-            "models": live_models(status, context.router),
+            "models": live_models(status, context.router, context.request_stats),
         }
         self._own = _unchanged(self._own, found)
 

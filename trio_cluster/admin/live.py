@@ -26,6 +26,7 @@ from ..core.model_state import ShownState
 from ..core.principal import Limits
 from ..core.status import Admission, SleepingStatus, WorkerStatus
 from ..gateway.context import RequestContext
+from ..gateway.request_stats import RequestStats
 from ..routing.cost import LeastCost
 from ..routing.router import Router
 from .views import StatusView
@@ -307,8 +308,15 @@ def live_workers(
     return items
 
 
-def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
-    """Return the models of a node as they are now, encoded, by their names. Synchronous."""
+def live_models(status: StatusView, router: Router, stats: RequestStats) -> dict[str, bytes]:
+    """Return the models of a node as they are now, encoded, by their names. Synchronous.
+
+    Args:
+        status: of the node, as an operator sees it.
+        router: knows the replicas.
+        stats: of the requests that are over.
+    """
+    stats.catch_up()
     aliases: dict[str, list[dict[str, object]]] = {}
     table = router.catalog.aliases.table
     for alias, target in sorted(table.items()):
@@ -316,7 +324,6 @@ def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
             aliases.setdefault(name, []).append({"id": alias, "alias_of": shown_target(target)})
     in_flight = Counter((call.request.model, call.served_by) for call in router.live)
     policy = router.policy if isinstance(router.policy, LeastCost) else None
-    counts = {} if policy is None else policy.counts
     items = {}
     for model in status.models:
         name = str(model["id"])
@@ -340,7 +347,7 @@ def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
                 )
             )
         replicas.sort(key=lambda replica: replica.node)
-        counted = counts.get(name)
+        prompt_tokens, cached_tokens, stream_speed = stats.tokens_of(name)
         failed = bool(replicas) and all(replica.state == "failed" for replica in replicas)
         items[name] = _encode(
             model
@@ -349,9 +356,10 @@ def live_models(status: StatusView, router: Router) -> dict[str, bytes]:
                 "why": replicas[0].why if failed else "",
                 "replicas": replicas,
                 "in_flight": sum(replica.in_flight for replica in replicas),
-                "tokens_per_second": _speed(usual),
-                "prompt_tokens": 0 if counted is None else round(counted.total),
-                "cached_tokens": 0 if counted is None else round(counted.reported),
+                # Routing only measures where there is a choice.
+                "tokens_per_second": _speed(stream_speed if usual is None else usual),
+                "prompt_tokens": prompt_tokens,
+                "cached_tokens": cached_tokens,
                 "aliases": aliases.get(name, []),
             }
         )

@@ -167,14 +167,30 @@ class RequestStats:
 
     def read(self) -> tuple[SumsByName, SumsByName, SumsByName]:
         """Count all that is over, and return copies of the statistics, by model, by key and by worker."""
-        late, self._late = self._late, []
-        self.pending[:0] = late
-        self.count()
+        self.catch_up()
         models, keys, workers = (
             {name: sums.copy() for name, sums in table.items()}
             for table in (self._models, self._keys, self._workers)
         )
         return models, keys, workers
+
+    def catch_up(self) -> None:
+        """Count all that is over."""
+        late, self._late = self._late, []
+        self.pending[:0] = late
+        self.count()
+
+    def tokens_of(self, model: str) -> tuple[int, int, float | None]:
+        """Return what was counted of a model: tokens of prompts, those of them that were read from a prompt cache, and
+        the tokens per second of a stream, on average; ``None``: no stream was measured.
+        """
+        sums = self._models.get(model)
+        if sums is None:
+            return 0, 0, None
+        intervals = sums.timings[1]
+        count = sum(intervals.counts)
+        speed = count / intervals.total if count and intervals.total > 0 else None
+        return sums.input_tokens, sums.cached_tokens, speed
 
     def refused(self, key: str, error: ErrorFacts) -> None:
         """Count a request that was refused before it was known to be for a model."""
