@@ -172,7 +172,8 @@ function makeAttempt() {
   const body = el("tbody");
   const table = el(
     "div.table",
-    { hidden: true },
+    // On narrow screens it is scrolled, also by keyboard.
+    { hidden: true, role: "region", "aria-label": "Replicas among which was chosen", tabIndex: 0 },
     el("table", {}, el("caption", {}, "Replicas among which was chosen"),
       el("thead", {}, el("tr", {}, el("th", {}, "Worker"), el("th.number", {}, "Expected to have answered in"), el("th.number", {}, "Of the prompt in its cache"), el("th", {}, "Chosen"))),
       body),
