@@ -136,6 +136,51 @@ async def test_a_worker_that_is_killed_is_lost_at_once_and_a_new_master_is_found
     assert (await ask(master, "k")).status_code == 200
 
 
+#: Kinds of models, and ways to serve them, that the previous release does not have.
+NEWER = """\
+from trio_cluster import ClusterServer
+
+server = ClusterServer()
+
+
+@server.chat("m")
+async def m(request):
+    yield "fine"
+
+
+@server.route("/v1/own", "m")
+async def own(request):
+    return {"fine": True}
+
+
+@server.rerank("ranking")
+async def ranking(request):
+    return [1.0 for _ in request.documents]
+
+
+@server.embedding("vectors", hedge=True)
+async def vectors(request):
+    return [[1.0] for _ in request.inputs]
+"""
+
+
+async def test_an_old_master_refuses_what_it_does_not_know_and_serves_the_rest(
+    nodes: Nodes, previous: PreviousRelease
+) -> None:
+    (nodes.directory / "newer.py").write_text(NEWER)
+    master = await previous.master(nodes)
+    worker = await nodes.start(
+        "worker", "127.0.0.1", master.port, "--name", "w", "--app", "newer:server", ready=False
+    )
+    await worker.log("the master refused a model", level="warning", model="ranking")
+    await worker.log("registered with the master")
+    listed = (await request(master, "GET", "/v1/models")).json()["data"]
+    assert {entry["id"] for entry in listed} == {"m", "vectors"}
+    assert (await ask(master, "m")).json()["choices"][0]["message"]["content"] == "fine"
+    vectors = await request(master, "POST", "/v1/embeddings", json={"model": "vectors", "input": "x"})
+    assert vectors.json()["data"][0]["embedding"] == [1.0]
+
+
 async def has_workers(master: Node, names: Sequence[str]) -> bool:
     try:
         linked = await workers(master)
