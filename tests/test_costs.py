@@ -236,6 +236,32 @@ async def test_a_plain_request_with_a_key_and_a_row_of_usage(
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(("sampler", "calls"), [("always_off", 485), ("always_on", 590)])
+async def test_a_plain_request_with_a_trace(
+    sampler: str, calls: float, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    """Of the threads that export, nothing is counted; nothing wakes another task, and nothing else is written."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra 'otel' is not installed")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "900000")
+    monkeypatch.setattr("trio_cluster.telemetry.node_telemetry.FLUSH_TIME", 0.1)
+    make_writes_visible(monkeypatch)
+    master = node()
+    await nursery.start(master.run_as_master, 0)
+    assert master.internal_port is not None
+    worker = await FarWorker.connect(master.internal_port)
+    relay = Relay(master, worker)
+    client = relay.connect()
+    counted = await count(ROUNDS, lambda: relay.ask(client))
+    check(f"a plain request with a trace, {sampler}, master", counted, ROUNDS, steps=6, calls=calls)
+    assert counted.system_calls == dict.fromkeys(("read", "modify", "write"), 2 * ROUNDS) | {"poll": ROUNDS}
+    for end in (client, worker):
+        end.close()
+    nursery.cancel_scope.cancel()
+
+
 async def post_json(port: int, path: str, content: Any) -> Any:
     """Send a request to the node of this test, and return the JSON of the response."""
 

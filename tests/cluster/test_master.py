@@ -77,7 +77,7 @@ async def test_the_usage_that_a_remote_handler_reports_reaches_the_master(cluste
     for model, usage in (("counts", Usage(5, 4, 2, 3)), ("echo", None)):
         call = cluster.router.open(chat_request(model))
         await everything(call)
-        assert call.end == Done(usage)
+        assert call.end == Done(usage, "stop")
         assert call.end.usage == usage
 
 

@@ -57,7 +57,7 @@ async def test_a_body_that_the_master_has_checked_is_not_checked_again(bench: Be
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_end_of_an_answer_carries_the_usage_that_its_handler_reported(
+async def test_the_end_of_an_answer_has_the_usage_that_its_handler_reported_and_why_it_ended(
     bench: Bench, stream: bool
 ) -> None:
     async def counts(request: ChatRequest) -> AsyncIterator[Any]:
@@ -65,7 +65,7 @@ async def test_the_end_of_an_answer_carries_the_usage_that_its_handler_reported(
         yield {"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}}
 
     for handler, usage in ((echo, None), (counts, Usage(prompt_tokens=3, cached_tokens=2))):
-        assert (await everything(bench.open(handler, stream=stream)))[-1] == Done(usage)
+        assert (await everything(bench.open(handler, stream=stream)))[-1] == Done(usage, "stop")
 
 
 async def test_a_long_plain_answer_gives_signs_of_life(bench: Bench, autojump_clock: MockClock) -> None:

@@ -91,6 +91,7 @@ async def test_one_trace_over_a_master_and_a_worker(
         "gen_ai.request.max_tokens": 9,
         "gen_ai.request.temperature": 0.5,
         "gen_ai.response.model": "m",
+        "gen_ai.response.finish_reasons": ["stop"],
         "gen_ai.usage.input_tokens": 7,
         "gen_ai.usage.output_tokens": 5,
         "trio_cluster.request.id": "r1",
@@ -160,6 +161,32 @@ async def test_the_server_behind_a_worker_gets_the_context_of_its_handler(
         traced.check_tree(WHOLE)
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_why_an_answer_ended(stream: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cut(request: ChatRequest) -> AsyncIterator[Any]:
+        yield "a"
+        for index in range(request.n):
+            yield OutputChunk.finish("length" if index == request.n - 1 else "stop", index)
+
+    body: dict[str, Any] = {"model": "m", "stream": stream, "max_tokens": 5}
+    expected = ["length"]
+    if path == "responses":
+        body["input"] = "hi"
+    else:
+        body["messages"] = [{"role": "user", "content": "hi"}]
+    if path == "chat/completions":
+        body["n"] = 2
+        expected = ["stop", "length"]
+    async with open_traced(monkeypatch) as traced:
+        await traced.worker("w1", serving(cut), otel=False)
+        async with traced.client(**PARENT) as client:
+            assert (await client.post(f"/v1/{path}", json=body)).status_code == 200
+        await traced.stop()
+        assert traced.collector.one(f"POST /v1/{path}").status == "unset"
+        assert traced.collector.one("chat m").attributes["gen_ai.response.finish_reasons"] == expected
+
+
 async def test_a_client_without_a_trace_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_traced(monkeypatch) as traced:
         await traced.worker("w1", serving(answer))
@@ -174,6 +201,21 @@ async def test_a_client_without_a_trace_begins_one(monkeypatch: pytest.MonkeyPat
         roots = traced.collector.named("POST /v1/chat/completions")
     assert {span.parent for span in roots} == {""}
     assert len({span.trace_id for span in roots}) == 3
+
+
+async def test_no_span_has_a_key_or_a_part_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "tc-" + "a1b2c3d4" * 5
+    async with open_traced(monkeypatch) as traced:
+        traced.master.options.server.api_key = key
+        await traced.worker("w1", serving(answer))
+        headers = {"authorization": f"Bearer {key}", "x-request-id": key, "user-agent": f"curl {key}"}
+        response = await traced.ask(headers=headers, user="my prompt")
+        assert response.status_code == 200
+        await traced.stop()
+        shown = repr(traced.collector.spans)
+    assert key not in shown
+    assert "prompt" not in shown
+    assert traced.collector.one("chat m").trace_id
 
 
 # Sampling

@@ -22,7 +22,7 @@ SPAN_OF_CLIENT = "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{SPAN_OF_CLIENT}-01"}
 
 
-PATHS = ("/v1/chat/completions", "/v1/embeddings")
+PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 
 
 class Traced:

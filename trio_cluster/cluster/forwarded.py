@@ -220,7 +220,7 @@ class ForwardedCalls:
                 if call.satisfied:
                     # As for a cancelled call; its usage may not be known before.
                     return
-                self._session.done(call_id, event.usage, _times(call))
+                self._session.done(call_id, event.usage, _times(call), event.finish)
                 del self.live[call_id]
             case Failed():
                 if call.cancelled is not None:
@@ -244,7 +244,7 @@ class ForwardedCalls:
         if self.live.pop(call_id, None) is None:
             return
         if isinstance(call.end, Done):
-            self._session.done(call_id, call.end.usage, _times(call))
+            self._session.done(call_id, call.end.usage, _times(call), call.end.finish)
             self._wake()
             return
         draining_reason = self._router.draining_reason

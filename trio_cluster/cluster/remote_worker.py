@@ -29,6 +29,7 @@ from ..core.status import Admission, WorkerState, WorkerStatus, most_waiting
 from ..core.story import TIMES
 from ..errors import HandlerFailed, ShuttingDown, WorkerLost
 from ..protocol import (
+    NAME_MAX,
     Data as DataMessage,
     Done as DoneMessage,
     Failed as FailedMessage,
@@ -276,7 +277,8 @@ class RemoteWorker:
                 call.put(Head(event.status, event.content_type, event.headers))
             case DoneMessage():
                 if not call.ended or call.satisfied:
-                    call.put(Done(event.tokens()))
+                    finish = event.finish[:NAME_MAX]
+                    call.put(Done(event.tokens(), finish if finish.isprintable() else ""))
                 self._release(event.call)
             case FailedMessage():
                 if not call.ended:

@@ -52,6 +52,9 @@ class Done:
 
     usage: Usage | None = None
     """``None``: the handler reported none."""
+    finish: str = ""
+    """Why the choices of a text ended, in their order, with commas: ``stop``, ``length``, ``tool_calls``; empty: it is
+    not known, or the answer is no text. For display only."""
 
 
 @attrs.frozen

@@ -411,7 +411,10 @@ class Call:
             facts.queued_for, facts.queued_for_model = self.queued_for, self.queued_for_model
             facts.held_back, facts.cold_for = self.body.held_back, self.cold_for
             facts.released_at, facts.times = self.released_at, self.worker_times or {}
-            facts.usage = self.end.usage if isinstance(self.end, Done) else None
+            if isinstance(self.end, Done):
+                facts.usage, facts.finish = self.end.usage, self.end.finish
+            else:
+                facts.usage = None
         callbacks, self._on_release = self._on_release, []
         for callback in callbacks:
             # Each of them frees something: one that fails must not keep the others from it, nor end the task.

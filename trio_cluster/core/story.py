@@ -102,6 +102,8 @@ class AttemptFacts(msgspec.Struct):
     usage: Usage | None
     delivered: int
     times: WorkerTimes
+    finish: str = ""
+    """Why the choices of a text ended, with commas; empty: not known."""
 
 
 class StoryFacts(msgspec.Struct):

@@ -205,6 +205,7 @@ def story_of(context: RequestContext, options: ClusterServerOptions) -> StoryFac
             end.usage if type(end) is Done else None,
             call.body.delivered,
             call.worker_times or {},
+            end.finish if type(end) is Done else "",
         )
         if end is not None and not call.released:
             call.facts = facts

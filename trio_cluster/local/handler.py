@@ -306,7 +306,7 @@ class HandlerTask(CallTask):
             self._is_held = True
             return
         self._put(self._encoder.finish())
-        self.call.put(Done(self._encoder.reported_usage))
+        self.call.put(Done(self._encoder.reported_usage, self._encoder.finish_reasons))
 
     def _put(self, data: bytes) -> None:
         """Put what the encoder made of a piece of output; if that is empty, put a sign of life.

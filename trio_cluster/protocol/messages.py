@@ -287,11 +287,15 @@ class Done:
     times: dict[str, int] = attrs.field(factory=dict)
     """What the worker has measured of the call, in microseconds, by the names of ``core/story.py``; for people. Without
     a validator: names that are not known are ignored, and so are values that make no sense."""
+    finish: str = ""
+    """Why the choices of a text ended, in their order, with commas; for people, and likewise without a validator. The
+    master uses the first ``NAME_MAX`` characters, if they are printable."""
 
     @classmethod
-    def of(cls, call: int, usage: Usage | None, times: WorkerTimes) -> Done:
-        """Return the message that ends a call with this usage, and these times."""
-        return cls(call, {} if usage is None else attrs.asdict(usage), times)
+    def of(cls, call: int, usage: Usage | None, times: WorkerTimes, finish: str = "") -> Done:
+        """Return the message that ends a call with this usage, these times, and these reasons of its choices."""
+        finish = finish[: bounds.NAME_MAX] if finish.isascii() else ""
+        return cls(call, {} if usage is None else attrs.asdict(usage), times, finish)
 
     def tokens(self) -> Usage | None:
         """Return the reported usage."""

@@ -164,18 +164,21 @@ class WorkerSession(Session[WorkerEvent]):
             self._calls[call].state = self._state_after_sending(call, Data)
         self._outbox.push(call, data)
 
-    def done(self, call: int, usage: Usage | None = None, times: WorkerTimes | None = None) -> None:
+    def done(
+        self, call: int, usage: Usage | None = None, times: WorkerTimes | None = None, finish: str = ""
+    ) -> None:
         """End the answer: it is complete, and the work has stopped. What is queued of it is sent first.
 
         Args:
             call: as in the ``ForwardRequest``.
             usage: the tokens of the answer; ``None`` if none were reported.
             times: what was measured of the call; see ``Done``.
+            finish: why the choices of a text ended; see ``Done``.
 
         Raises:
             RuntimeError: the answer has not begun (and the call is not being cancelled), or has ended.
         """
-        self._end(call, Done.of(call, usage, {} if times is None else times))
+        self._end(call, Done.of(call, usage, {} if times is None else times, finish))
 
     def fail(
         self,

@@ -57,6 +57,7 @@ REQUEST_SEED: Final = "gen_ai.request.seed"
 REQUEST_STREAM: Final = "gen_ai.request.stream"
 REQUEST_CHOICES: Final = "gen_ai.request.choice.count"
 RESPONSE_MODEL: Final = "gen_ai.response.model"
+FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
 TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
 INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
@@ -130,6 +131,7 @@ SPANS: Final[dict[str, tuple[str, ...]]] = {
         REQUEST_STREAM,
         REQUEST_CHOICES,
         RESPONSE_MODEL,
+        FINISH_REASONS,
         TIME_TO_FIRST_CHUNK,
         INPUT_TOKENS,
         OUTPUT_TOKENS,

@@ -10,6 +10,7 @@ from typing import Any, Final
 from opentelemetry.sdk.trace import Event
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
+from ..core.redaction import without_keys
 from ..core.story import AttemptFacts, StoryFacts
 from ..gateway.context import RequestContext
 from ..gateway.story_ending import Ending, ending_of
@@ -34,6 +35,8 @@ logger = logging.getLogger("trio_cluster.telemetry")
 
 _MICROSECONDS: Final = 1e6
 _FIRST_SERVER_ERROR: Final = 500
+#: Characters of a header that are shown.
+_HEADER_MAX: Final = 256
 _TRACE_HEADERS: Final = ("traceparent", "tracestate")
 #: What is shown of the parsed request, each with the fields that may have it and the types of its values.
 _REQUEST_FIELDS: Final = (
@@ -172,6 +175,8 @@ class RequestSpans:
             attributes[names.REQUEST_STREAM] = True
             if attempt.begun_at >= 0:
                 attributes[names.TIME_TO_FIRST_CHUNK] = max(0.0, attempt.begun_at - began)
+        if attempt.finish:
+            attributes[names.FINISH_REASONS] = attempt.finish.split(",")
         usage = attempt.usage
         if usage is not None:
             attributes[names.INPUT_TOKENS] = usage.prompt_tokens
@@ -323,7 +328,7 @@ def _put_header(
 ) -> None:
     value = context.header(header)
     if value is not None:
-        text = value.decode("latin-1")[:256]
+        text = without_keys(value.decode("latin-1")[:_HEADER_MAX])
         attributes[name] = [text] if as_list else text
 
 

@@ -46,6 +46,8 @@ class Encoder:
 
     streaming: bool = False
     head: Head = JSON_HEAD
+    #: Why the choices of a text ended, with commas; set by :meth:`finish`. Empty for other answers.
+    finish_reasons: str = ""
 
     def __init__(self) -> None:
         self._usage = UsageReport()

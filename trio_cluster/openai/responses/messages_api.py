@@ -176,7 +176,7 @@ class _Message(Encoder):
     def finish(self) -> bytes:
         self._begin()
         self._blocks.end_all()
-        reason = self._choice.finish_reason
+        self.finish_reasons = reason = self._choice.finish_reason
         stop_reason = _STOP_REASONS.get(reason, reason)
         if self._stop_sequence is not None and stop_reason == "end_turn":
             stop_reason = "stop_sequence"

@@ -176,7 +176,8 @@ class _Response(Encoder):
         if not self._items.all:
             # A handler that gave nothing has answered with an empty text.
             self._items.text(TEXT)
-        why = _INCOMPLETE.get(self._choice.finish_reason)
+        self.finish_reasons = reason = self._choice.finish_reason
+        why = _INCOMPLETE.get(reason)
         status = "completed" if why is None else "incomplete"
         self._items.end_all(status)
         response = self._response(status, why)

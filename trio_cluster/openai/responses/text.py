@@ -264,6 +264,7 @@ class PlainText(_Text):
 
     def finish(self) -> bytes:
         choices = [self._shape.whole(choice) for choice in self._all_choices()]
+        self.finish_reasons = ",".join([choice["finish_reason"] for choice in choices])
         answer = self._answer(self._shape.whole_object, choices, self._extras)
         answer["usage"] = self._usage.for_chat()
         return dumps(answer)
@@ -378,11 +379,13 @@ class StreamedText(DeltaStream, _Text):
 
     def finish(self) -> bytes:
         self._fast_path = None
-        sent = []
+        sent, reasons = [], []
         for choice in self._all_choices():
             sent.append(self._open(choice.index))
-            last = self._shape.part(Delta(choice.index, reason=choice.finish_reason))
+            reasons.append(reason := choice.finish_reason)
+            last = self._shape.part(Delta(choice.index, reason=reason))
             sent.append(self._event([last], {}))
+        self.finish_reasons = ",".join(reasons)
         if self._includes_usage:
             answer = self._answer(self._shape.part_object, [], {})
             answer["usage"] = self._usage.for_chat()
