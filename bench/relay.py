@@ -13,9 +13,13 @@ which does nothing but take bytes from one socket and put them into another.
 
     python bench/relay.py [--streams 64,256,1000] [--rounds 3] [--seconds 4] [--quick] [--save FILE]
     python bench/relay.py --tls ...
+    python bench/relay.py --watched ...
 
 With ``--tls``, it is this project and nginx, each with and without TLS; the ratio is to the same without TLS. A master
 with TLS has it on both ports, so that a token is decrypted and encrypted again.
+
+With ``--watched``, it is this project while its page is open, beside the same while it is not: a client reads
+``/cluster/events``, as the page does. Both are measured on the same streams, in turn.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import attrs
@@ -33,6 +37,7 @@ import trio
 from peers import NGINX_PLAIN, NGINX_WITH_TLS, PEERS, installed, try_to_run
 from running import (
     TLS_PORTS,
+    connect,
     cost_of_requests,
     cpu_seconds,
     crowd,
@@ -167,6 +172,51 @@ async def measure(system: System, counts: Iterable[int], seconds: float) -> None
             system.note(f"rate {count}", rate)
 
 
+async def measure_watched(system: System, counts: Iterable[int], seconds: float) -> None:
+    """Measure what a token costs while the page is open, and while it is not."""
+    pids = system.pids()
+    for count in counts:
+        async with crowd(system.port, count, interval(count)) as busy:
+            if busy.failed:
+                print(f"{busy.failed} of {count} streams did not begin")
+            for _ in range(2):
+                cost, rate = await busy.cost(seconds, *pids)
+                system.note(f"token {count}", 1e6 * cost)
+                system.note(f"rate {count}", rate)
+                async with events(system.port) as received:
+                    cost, _ = await busy.cost(seconds, *pids)
+                    system.note(f"watched {count}", 1e6 * cost)
+                    system.note(f"events {count}", received[0] / seconds)
+
+
+def report_watched(system: System, counts: list[int]) -> str:
+    """Return a line for each number of streams."""
+    lines = []
+    for count in counts:
+        before, after = system.median(f"token {count}"), system.median(f"watched {count}")
+        lines.append(
+            f"{count} streams: {before:.1f} us/token, while the page is open {after:.1f} us/token "
+            f"({after / before:.3f}x); {system.median(f'events {count}') / 1e6:.2f} MB/s of events"
+        )
+    return "\n".join(lines)
+
+
+@asynccontextmanager
+async def events(port: int) -> AsyncIterator[list[int]]:
+    """Read the events of a master during the block; yields the number of bytes that have come."""
+    received = [0]
+
+    async def read(stream: trio.abc.ReceiveStream) -> None:
+        async for data in stream:
+            received[0] += len(data)
+
+    async with await connect(port) as stream, trio.open_nursery() as nursery:
+        await stream.send_all(b"GET /cluster/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        nursery.start_soon(read, stream)
+        yield received
+        nursery.cancel_scope.cancel()
+
+
 def report(systems: list[System], counts: list[int]) -> str:
     """Return the table."""
     (pipe,) = [system for system in systems if system.name == PIPE]
@@ -198,7 +248,12 @@ async def compare(arguments: Any) -> None:
     before = weather()
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(group())
-        if arguments.tls:
+        if arguments.watched:
+            port, master = await start_master(nursery)
+            worker = await start(nursery, "worker.py", port)
+            nursery.start_soon(drop, worker.lines)
+            systems = [System("trio_cluster: master, a handler on a worker", port, lambda: [master.pid])]
+        elif arguments.tls:
             systems = await start_with_and_without_tls(nursery, stack)
         else:
             systems = await start_systems(nursery, stack)
@@ -206,7 +261,12 @@ async def compare(arguments: Any) -> None:
             await cost_of_requests(system.port, 0.3, system.pids())
         for _ in range(arguments.rounds):
             for system in systems:
-                await measure(system, arguments.streams, arguments.seconds)
+                measuring = measure_watched if arguments.watched else measure
+                await measuring(system, arguments.streams, arguments.seconds)
+        if arguments.watched:
+            print(f"CPU of the master, {arguments.rounds} rounds ({before}):")
+            print(report_watched(systems[0], arguments.streams), flush=True)
+            return
         if arguments.tls:
             print(f"CPU in the middle, {arguments.rounds} rounds ({before}):")
             print(report_tls(systems, arguments.streams), flush=True)
@@ -229,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--tls", action="store_true", help="what TLS costs, here and in nginx")
+    parser.add_argument("--watched", action="store_true", help="what it costs that the page is open")
     parser.add_argument("--quick", action="store_true", help="only see whether it works")
     parser.add_argument("--save", help="a JSON file for the figures")
     arguments = parser.parse_args()

@@ -84,7 +84,7 @@ function makeCard(page, id) {
     "div.load",
     {},
     el("div.grow", {}, el("p.nowrap", {}, slots), el("div.meter", { "aria-hidden": "true" }, meter)),
-    el("div.chart", {}, chart.element, el("span.quiet", { "aria-hidden": "true" }, `last ${MINUTES} min`)),
+    el("div.trend", {}, chart.element, el("span.quiet", { "aria-hidden": "true" }, `last ${MINUTES} min`)),
   );
   const facts = el("p.quiet.small-facts");
   const models = el("ul.chips", { "aria-label": "Models" });
