@@ -94,6 +94,10 @@ def test_a_key_that_is_made_works_and_is_shown_once(with_key: WebCluster, watche
     dialog.get_by_role("button", name="Create the key").click()
     page.get_by_text("Copy it now: it is shown this once.").wait_for()
     key = _shown_key(page)
+    # It is not lost by a click beside it.
+    page.keyboard.press("Escape")
+    page.mouse.click(5, 5)
+    assert _shown_key(page) == key
     assert _chat(with_key, key) == 200
     assert _chat(with_key, key, "slow") == 403
     _, entry = _ask(with_key, ADMIN, "cluster/keys/app")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +141,33 @@ def test_a_stream_that_is_cut_is_marked(cluster: WebCluster, watched: Open) -> N
     _say(page, "hello")
     page.get_by_text("The stream ended before the answer was complete").wait_for()
     assert page.get_by_text("half of it").is_visible()
+
+
+def test_an_answer_that_an_operator_cancels_is_marked(cluster: WebCluster, watched: Open) -> None:
+    page = _chat(cluster, watched, "slow")
+    _say(page, "go on")
+    page.get_by_text("tick tick tick").wait_for()
+    (call,) = page.request.get(f"{cluster.url}/cluster/calls").json()["calls"]
+    page.request.post(f"{cluster.url}/cluster/calls/{call['request_id']}/cancel", data={"reason": "Too long"})
+    answer = page.get_by_role("article", name="Answer of slow")
+    answer.get_by_text("The answer failed in the middle: ").wait_for()
+    assert "Too long" in answer.locator(".failure").inner_text()
+    assert "cancelled" in answer.locator(".failure").inner_text()
+    # Its story is a click away.
+    answer.get_by_role("link", name=call["request_id"]).click()
+    page.get_by_role("heading", level=1, name="Requests").wait_for()
+
+
+def test_of_several_answers_the_first_is_shown(cluster: WebCluster, watched: Open) -> None:
+    page = _chat(cluster, watched, "echo")
+    page.get_by_label("More fields of the request, as JSON").fill('{"n": 2}')
+    events = [{"choices": [{"index": index, "delta": {"content": f"{index} "}}]} for index in (0, 1, 0, 1)]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    headers = {"content-type": "text/event-stream"}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, headers=headers, body=body))
+    _say(page, "hello")
+    page.get_by_text(" in all").wait_for()
+    assert page.locator(".answer .prose").inner_text().strip() == "0 0"
 
 
 def test_a_refusal_shows_message_code_and_id(cluster: WebCluster, watched: Open) -> None:

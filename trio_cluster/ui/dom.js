@@ -89,9 +89,10 @@ export function toast(message, kind = "info") {
  *
  * @param {string} title
  * @param {Node[]} content
- * @param {object} options `wide`: for texts and tables; `onclose` is called when it has been closed.
+ * @param {object} options `wide`: for texts and tables; `stays`: only its buttons close it; `onclose` is called when it
+ *     has been closed.
  */
-export function openDialog(title, content, { wide = false, onclose = () => {} } = {}) {
+export function openDialog(title, content, { wide = false, stays = false, onclose = () => {} } = {}) {
   const dialog = el("dialog", { "aria-label": title, class: wide ? "wide" : "" });
   const close = el("button.icon-button", { type: "button", "aria-label": "Close", onclick: () => dialog.close() }, icon("close"));
   append(dialog, [el("header", {}, el("h2", {}, title), close), el("div.content", {}, content)]);
@@ -99,8 +100,14 @@ export function openDialog(title, content, { wide = false, onclose = () => {} } 
     dialog.remove();
     onclose();
   });
+  // A click outside closes it, unless it has begun inside: a text that is selected with the mouse may end there.
+  let outside = false;
+  dialog.addEventListener("pointerdown", (event) => (outside = event.target === dialog));
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
+    if (outside && event.target === dialog && !stays) dialog.close();
+  });
+  dialog.addEventListener("cancel", (event) => {
+    if (stays) event.preventDefault();
   });
   document.body.append(dialog);
   dialog.showModal();

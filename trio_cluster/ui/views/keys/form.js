@@ -122,7 +122,7 @@ export function showNewKey(page, made, signsIn = false, old = "") {
         el("button", { type: "button", class: signsIn ? "" : "primary", onclick: () => dialog.close() }, "Done"),
       ),
     ],
-    { wide: true, onclose: () => signsIn && page.signInAgain(next, "Sign in with a key that you have made.") },
+    { wide: true, stays: true, onclose: () => signsIn && page.signInAgain(next, "Sign in with a key that you have made.") },
   );
 }
 

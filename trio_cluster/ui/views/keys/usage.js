@@ -16,7 +16,9 @@ const SUMS = ["requests", "completed", "failed", "cancelled", "prompt_tokens", "
 export function createUsage(page) {
   const operates = page.session.role !== "inference";
   const own = page.session.name ? `Of the key ${page.session.name}` : "Without a key";
-  const whose = choice(operates ? [["all", "Of all keys"], ["own", own]] : [["own", own]], { "aria-label": "Whose usage" });
+  // On the machine of the node, an admin may be without a key where all others need one.
+  const hasOwn = page.session.name !== "" || !page.session.requires_key;
+  const whose = choice([operates && ["all", "Of all keys"], hasOwn && ["own", own]].filter(Boolean), { "aria-label": "Whose usage" });
   const group = choice([["model", "by model"], ["key", "by key"], ["worker", "by worker"]], { "aria-label": "Grouped" });
   const measure = choice(Object.entries(MEASURES).map(([id, [title]]) => [id, title]), { "aria-label": "What is counted" });
   const span = choice([["7", "7 days"], ["30", "30 days"], ["90", "90 days"]], { "aria-label": "For how long", value: "30" });
@@ -27,7 +29,7 @@ export function createUsage(page) {
     "section",
     { "aria-labelledby": "usage-title" },
     el("h2", { id: "usage-title" }, "Usage"),
-    el("div.toolbar", {}, operates && whose, measure, group, span),
+    el("div.toolbar", {}, operates && hasOwn && whose, measure, group, span),
     output,
     note,
   );

@@ -105,7 +105,8 @@ export class Answer {
 
   #take(chunk) {
     if (chunk.usage) this.#usage = chunk.usage;
-    const choice = chunk.choices?.[0];
+    // Of several answers (`n`), the first is shown.
+    const choice = chunk.choices?.find((each) => (each.index ?? 0) === 0);
     if (choice === undefined) return;
     if (choice.finish_reason) this.#reason = choice.finish_reason;
     if (choice.delta) this.#show(choice.delta);

@@ -34,8 +34,9 @@ export function createSpeech(page) {
     run: async (signal) => {
       const began = performance.now();
       const body = {
-        model: model.id, input: input.value, voice: voice.value, response_format: format.value, speed: speed.valueAsNumber,
+        model: model.id, input: input.value, voice: voice.value, response_format: format.value,
       };
+      if (speed.valueAsNumber !== 1) body.speed = speed.valueAsNumber;
       if (instructions.value) body.instructions = instructions.value;
       const { response, ...sent } = await send(page, "v1/audio/speech", { body, signal });
       const begun = (performance.now() - began) / 1000;

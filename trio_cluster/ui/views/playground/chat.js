@@ -117,8 +117,12 @@ export function createChat(page) {
   });
   input.addEventListener("input", grow);
   composer.addEventListener("paste", (event) => takeFiles(event.clipboardData.files, event));
-  composer.addEventListener("dragover", (event) => event.preventDefault());
-  composer.addEventListener("drop", (event) => takeFiles(event.dataTransfer.files, event));
+  // Everywhere, since a browser opens a file that is dropped beside the place for it.
+  element.addEventListener("dragover", (event) => event.preventDefault());
+  element.addEventListener("drop", (event) => {
+    if (event.dataTransfer.files.length) event.preventDefault();
+    takeFiles(event.dataTransfer.files);
+  });
   files.addEventListener("change", async () => {
     await takeFiles(files.files);
     files.value = "";

@@ -122,7 +122,7 @@ export function facts(page, { requestId, worker, took }, ...more) {
 export function requestForm(page, { controls, action, run, onclear = () => {} }) {
   const output = el("div.output");
   const announcer = el("p.hidden-label", { role: "status" });
-  const button = el("button.primary", { type: "submit" }, action);
+  const button = el("button.primary", { type: "submit", title: "Ctrl+Enter" }, action);
   const halt = el("button", { type: "button", hidden: true, onclick: stop }, "Stop");
   const clock = el("span.quiet.clock", { "aria-hidden": "true" });
   let abort = null;
