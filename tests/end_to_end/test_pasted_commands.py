@@ -55,6 +55,7 @@ NOT_RUN: Final = {
     ),
     r"trio-cluster (load|unload)": "needs a model that runs on demand; tests/cluster/test_cold_models.py has some",
     r"trio-cluster reload": "needs a node with a file of options; tests/cli/test_reload.py has one",
+    r"trio-cluster top": "needs a terminal; tests/cli/test_top.py has one",
     r"trio-cluster why": "needs the id of a request; tests/admin/test_story.py has some",
     r"trio-cluster worker (a\.example|--masters-from)": "needs two masters; test_several_masters_processes.py has them",
     r"systemctl (daemon-reload|enable)": "needs a running systemd; test_service_processes.py stands in for it",
