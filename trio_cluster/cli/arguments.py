@@ -38,6 +38,7 @@ __all__ = [
     "master_host",
     "options_from",
     "parse_arguments",
+    "read_service_flags",
     "serve_tables",
 ]
 
@@ -237,24 +238,7 @@ def _parser(program: str = "trio-cluster") -> _Parser:
     install = command(
         "install-service", "Write the files that make a node a service of systemd, or of launchd on a Mac."
     )
-    install.add_argument("--dry-run", action="store_true", help="print them, and write nothing")
-    install.add_argument("--user", action="store_true", help="for your own service manager, without root")
-    install.add_argument(
-        "--manager", choices=("systemd", "launchd"), help="default: launchd on a Mac, systemd elsewhere"
-    )
-    install.add_argument(
-        "--unit", metavar="NAME", help="of the service (default: trio-cluster-master, or -worker)"
-    )
-    install.add_argument("--run-as", metavar="USER", help="default: a user of its own (DynamicUser=)")
-    install.add_argument("--program", metavar="FILE", help="the trio-cluster command (default: this one)")
-    install.add_argument(
-        "--watchdog",
-        type=float,
-        metavar="SECONDS",
-        help="how long the event loop may be stuck; 0: for ever (default: 30; with models, --timeout and a minute)",
-    )
-    install.add_argument("--prefix", metavar="DIR", help="write below this directory, as for a package")
-    install.add_argument("--force", action="store_true", help="replace files that were changed by hand")
+    _add_service_flags(install)
     install.add_argument("node", choices=("master", "worker"), help="what to run")
     install.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as you would start it"
@@ -336,6 +320,38 @@ def _parser(program: str = "trio-cluster") -> _Parser:
     _add_url(ca, whose="the master")
     _add_admin_flags(ca)
     return parser
+
+
+def _add_service_flags(install: argparse.ArgumentParser) -> None:
+    install.add_argument("--dry-run", action="store_true", help="print them, and write nothing")
+    install.add_argument("--user", action="store_true", help="for your own service manager, without root")
+    install.add_argument(
+        "--manager", choices=("systemd", "launchd"), help="default: launchd on a Mac, systemd elsewhere"
+    )
+    install.add_argument(
+        "--unit", metavar="NAME", help="of the service (default: trio-cluster-master, or -worker)"
+    )
+    install.add_argument("--run-as", metavar="USER", help="default: a user of its own (DynamicUser=)")
+    install.add_argument("--program", metavar="FILE", help="the trio-cluster command (default: this one)")
+    install.add_argument(
+        "--watchdog",
+        type=float,
+        metavar="SECONDS",
+        help="how long the event loop may be stuck; 0: for ever (default: 30; with models, --timeout and a minute)",
+    )
+    install.add_argument("--prefix", metavar="DIR", help="write below this directory, as for a package")
+    install.add_argument("--force", action="store_true", help="replace files that were changed by hand")
+
+
+def read_service_flags(arguments: argparse.Namespace) -> None:
+    """Move the flags of ``install-service`` that stand behind ``master`` or ``worker`` to those before it.
+
+    Args:
+        arguments: of ``install-service``; ``arguments.arguments`` keeps what is the node's.
+    """
+    parser = _Parser(prog="trio-cluster", add_help=False)
+    _add_service_flags(parser)
+    _, arguments.arguments = parser.parse_known_args(arguments.arguments, arguments)
 
 
 def _add_keys(keys: argparse.ArgumentParser) -> None:

@@ -31,11 +31,11 @@ import attrs
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET
 from ..options import ClusterServerOptions
-from .arguments import arguments_of, options_from, parse_arguments, serve_tables
+from .arguments import arguments_of, options_from, parse_arguments, read_service_flags, serve_tables
 from .service_files import Service, is_as_written, launchd_plist, systemd_units
 from .settings import SECRET_FILES
 
-__all__ = ["install_service"]
+__all__ = ["check_reachable", "install_service"]
 
 #: Flags of a node whose value is a path.
 _PATHS: Final = frozenset({"config", "tls_cert", "tls_key", "ca_file", "state_dir", *SECRET_FILES})
@@ -69,6 +69,7 @@ def install_service(arguments: argparse.Namespace) -> int:
         OptionsError: the command line of the node is wrong, or makes no service.
         ClusterError: a file was changed by hand, or cannot be written.
     """
+    read_service_flags(arguments)
     manager: Literal["systemd", "launchd"] = arguments.manager or (
         "launchd" if sys.platform == "darwin" else "systemd"
     )
@@ -192,7 +193,13 @@ def _service(
             join_file = str(places.secrets / "join")
     files |= {option: str(places.secrets / option) for option in secrets if option != "join"}
     if not is_user:
-        _check_reachable([*program[:1], *([directory] if directory else [])], run_as)
+        try:
+            check_reachable([*program[:1], *([directory] if directory else [])], run_as)
+        except OptionsError as error:
+            # What is only shown, or is for a package, may be meant for another place.
+            if not (arguments.dry_run or arguments.prefix):
+                raise
+            print(f"trio-cluster: warning: {error}", file=sys.stderr)
     needed = [program[0], os.path.realpath(program[0]), *([directory] if directory else [])]
     needed += [str(given.config.absolute())] if given.config is not None else []
     in_home = any(path.startswith(f"{home}/") for path in needed for home in _HOMES)
@@ -314,7 +321,7 @@ def _watchdog(given: float | None, options: ClusterServerOptions, *, has_models:
     return None if math.isinf(silence) else silence
 
 
-def _check_reachable(paths: Sequence[str], run_as: str | None) -> None:
+def check_reachable(paths: Sequence[str], run_as: str | None) -> None:
     """Make sure that the user of the service can reach what it needs, as far as that can be told.
 
     Raises:
