@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,12 @@ from trio_cluster.admin.events import KEEPALIVE, Sampler
 from trio_cluster.testing import SimulatedCluster, StreamingResponse, open_cluster, worker
 
 OPTIONS: dict[str, Any] = {"max_concurrency": 2, "keepalive": 0.0, "drain_timeout": 30.0}
+
+
+@pytest.fixture(autouse=True)
+def _looks_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have looks as often as they may be, however busy this machine is."""
+    monkeypatch.setattr("trio_cluster.admin.events._SHARE", float("inf"))
 
 
 class Subscriber:
@@ -232,7 +238,7 @@ async def test_workers_and_models_show_what_they_are(
             assert (model["prompt_tokens"], model["cached_tokens"]) == (100, 50)
             # And now nothing changes any more, as long as nothing is asked.
             count = len(page.events)
-            await trio.sleep(600)
+            await trio.sleep(60)
             assert len(page.events) == count
 
 
@@ -341,6 +347,30 @@ async def test_nothing_is_looked_at_while_nobody_listens(
         looks.clear()
         await trio.sleep(60)
         assert looks == []
+
+
+async def test_a_subscription_is_over_as_soon_as_its_client_has_left(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribers = 0
+
+    @contextmanager
+    def counted(self: Sampler) -> Iterator[None]:
+        nonlocal subscribers
+        subscribers += 1
+        try:
+            yield
+        finally:
+            subscribers -= 1
+
+    monkeypatch.setattr(Sampler, "subscribed", counted)
+    async with running() as cluster, trio.open_nursery() as pages:
+        async with subscribed(cluster, pages, "page"), subscribed(cluster, pages, "other"):
+            await trio.sleep(1)
+            assert subscribers == 2
+        await trio.sleep(1)
+        assert subscribers == 0
+        pages.cancel_scope.cancel()
 
 
 async def test_a_subscriber_that_does_not_read_gets_the_last_state_and_not_all_of_them(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import sys
+import termios
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from raw_server import Visit, open_raw_server
 from trio_cluster.cli import event_feed
 from trio_cluster.cli.admin_client import NodeAddress
 from trio_cluster.cli.event_feed import EventFeed, EventReader
-from trio_cluster.cli.terminal import Keys
+from trio_cluster.cli.terminal import Keys, open_terminal
+from trio_cluster.errors import ClusterError
 
 
 @pytest.mark.parametrize(
@@ -133,6 +137,60 @@ async def test_the_clock_of_the_node_counts_if_it_differs() -> None:
         feed.clock_ahead = 0.0
         feed._note_clock(at)
         assert feed.clock_ahead == pytest.approx(ahead, abs=1)
+
+
+class Descriptor:
+    encoding = "utf-8"
+
+    def __init__(self, number: int) -> None:
+        self.fileno = lambda: number
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None: ...
+
+
+def test_an_error_leaves_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    monkeypatch.setattr(sys, "stdin", Descriptor(slave))
+    monkeypatch.setattr(sys, "stdout", Descriptor(slave))
+    monkeypatch.setenv("TERM", "xterm")
+
+    def fail() -> None:
+        with open_terminal(check=lambda: None) as terminal:
+            assert termios.tcgetattr(slave) != before
+            # Keys that nobody reads are not for the shell.
+            os.write(master, b"rm -rf")
+            assert terminal.size == (80, 24)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert termios.tcgetattr(slave) == before
+    shown = os.read(master, 65536)
+    assert (shown.count(b"\x1b[?1049h"), shown.count(b"\x1b[?1049l")) == (1, 1)
+    os.set_blocking(slave, False)
+    with pytest.raises(BlockingIOError):
+        os.read(slave, 100)
+    # A node that does not answer is an error before anything is drawn.
+    with pytest.raises(ZeroDivisionError), open_terminal(check=lambda: 1 // 0):  # type: ignore[arg-type]
+        raise AssertionError("unreachable")
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.parametrize("name", ["dumb", ""])
+def test_a_terminal_that_cannot_be_drawn_on_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sys, "stdin", Descriptor(0))
+    monkeypatch.setattr(sys, "stdout", Descriptor(1))
+    monkeypatch.setenv("TERM", name)
+    with (
+        pytest.raises(ClusterError, match="there are `trio-cluster status`"),
+        open_terminal(check=lambda: None),
+    ):
+        raise AssertionError("unreachable")
 
 
 def test_what_is_no_terminal_is_told_what_there_is_for_scripts(main: Main) -> None:
