@@ -7,7 +7,7 @@ eleventh, "any digit". The network is a residual multilayer perceptron over the 
 with its backward pass in numpy. The data are the 1797 handwritten digits of 8 by 8 pixels that come with scikit-learn
 (the test half of the UCI "Optical Recognition of Handwritten Digits" set).
 
-The result depends only on the seed and the versions of numpy and its BLAS. Training takes two to three minutes on one
+The result depends only on the seed and the versions of numpy and its BLAS. Training takes a minute or two on one
 core::
 
     pip install numpy scikit-learn
@@ -34,8 +34,8 @@ from trio_cluster.demo import diffusion
 
 Array = NDArray[np.float32]
 
-WIDTH = 256
-BLOCKS = 3
+WIDTH = 112
+BLOCKS = 2
 BATCH = 256
 CLASS_DROPOUT = 0.1
 EMA = 0.999

@@ -1,7 +1,7 @@
 """``digits``: handwritten digits drawn by a tiny diffusion model, whose weights are part of this package.
 
-It is a real diffusion model with classifier-free guidance, and a toy: half a million weights, trained in four minutes
-on 1797 scans of 8 by 8 pixels (see ``scripts/train_digits.py``); it can draw ten things. It exists because serving it
+It is a real diffusion model with classifier-free guidance, and a toy: seventy thousand weights, trained in minutes on
+1797 scans of 8 by 8 pixels (see ``scripts/train_digits.py``); it can draw ten things. It exists because serving it
 takes what serving a large one takes: many steps for one picture, cancellation between any two of them, several pictures
 in one request, seeds, sizes.
 
