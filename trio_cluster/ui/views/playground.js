@@ -117,14 +117,22 @@ export function mount(root, page) {
 }
 
 function noModels(page, again) {
-  const command = `trio-cluster worker ${location.hostname} ${location.port || (location.protocol === "https:" ? 443 : 80)} --serve openai:http://127.0.0.1:11434/v1`;
   if (page.session.name && page.live === null) {
     return empty("No models", el("p", {}, "None is served, or your key allows none of those that are. An operator can tell which."), again);
   }
+  const { protocol, hostname, port } = location;
+  const serve = "--serve openai:http://127.0.0.1:11434/v1";
   return empty(
     "No models yet",
-    el("p", {}, "The node serves no model. Start a worker that has one, for instance the models of an Ollama on its machine:"),
-    snippet(command),
+    el("p", {}, "The node serves no model. Start a worker that has one, for instance the models of an Ollama on its machine."),
+    protocol === "https:"
+      ? [
+        el("p", {}, "On the machine of the master, this prints a token with which a worker may join:"),
+        snippet("trio-cluster invite"),
+        el("p", {}, "On the machine of the worker:"),
+        snippet(`trio-cluster worker --join TOKEN ${serve}`),
+      ]
+      : snippet(`trio-cluster worker ${hostname} ${port || 80} ${serve}`),
     again,
   );
 }

@@ -112,7 +112,7 @@ export function showNewKey(page, made, signsIn = false, old = "") {
     `The key of ${made.name}`,
     [
       el("p", {}, "Copy it now: it is shown this once. The node keeps a digest of it, and cannot show it again."),
-      snippet(made.key, "Copy the key"),
+      el("div.new-key", {}, snippet(made.key, "Copy the key")),
       old && el("p", {}, old),
       signsIn && el("p", {}, "Requests need a key from now on. This page, too: it goes on with this key, or asks for another."),
       el(
@@ -124,6 +124,7 @@ export function showNewKey(page, made, signsIn = false, old = "") {
     ],
     { wide: true, stays: true, onclose: () => signsIn && page.signInAgain(next, "Sign in with a key that you have made.") },
   );
+  dialog.querySelector(".new-key button").focus();
 }
 
 /** Ask how long the old key stays valid, and replace it. */
