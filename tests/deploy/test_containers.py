@@ -57,7 +57,9 @@ def test_all_that_the_wheel_is_made_of_is_copied_and_not_ignored() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     project = pyproject["project"]
     needed = {"pyproject.toml", project["readme"], *project["license-files"]}
-    needed |= set(pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
+    hatch = pyproject["tool"]["hatch"]["build"]
+    needed |= set(hatch["targets"]["wheel"]["only-include"])
+    needed |= {"hatch_build.py"} if "custom" in hatch["hooks"] else set()
     assert needed <= copied
     for name in copied:
         assert (ROOT / name).exists()
