@@ -140,6 +140,7 @@ BRIEF_OF_NEWEST = [
     "tests/routing",
     "tests/security",
     "tests/server",
+    "tests/telemetry",
     "tests/testing",
     "tests/test_costs.py",
     "tests/test_options.py",
