@@ -192,23 +192,40 @@ async def test_a_manager_that_is_busy_is_told_later(inbox: Inbox, autojump_clock
     assert [lines[1] for lines in found] == [f"STATUS={number}" for number in range(2000)]
 
 
-async def test_a_manager_that_is_busy_is_told_who_comes_next_and_not_of_every_ping(
+async def test_a_manager_that_is_busy_is_told_who_comes_next_within_a_second_and_not_of_every_ping(
     inbox: Inbox, autojump_clock: MockClock
 ) -> None:
-    manager = ServiceManager(inbox.address, watchdog=0.3)
+    manager = ServiceManager(inbox.address, watchdog=1000)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(manager.run)
         manager.ready("up")
-        await trio.sleep(1000)
+        await trio.sleep(1)
+        # The queue of the socket is full before that.
+        for _ in range(2000):
+            manager.reloading()
         manager.hand_over(4711)
         found = []
-        for _ in range(100):
+        for _ in range(2000):
+            await trio.sleep(1.01)
             found += inbox.take()
-            await trio.sleep(1)
+            if found[-1] == ["MAINPID=4711"]:
+                break
         nursery.cancel_scope.cancel()
     assert found[-1] == ["MAINPID=4711"]
-    # No more than the system keeps, and one.
-    assert found.count(["WATCHDOG=1"]) < 1000
+    assert len([lines for lines in found if lines[0] == "RELOADING=1"]) == 2000
+    assert found.count(["WATCHDOG=1"]) == 1
+
+
+async def test_pings_are_not_kept_for_a_manager_that_is_busy(inbox: Inbox, autojump_clock: MockClock) -> None:
+    manager = ServiceManager(inbox.address, watchdog=3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        manager.ready("up")
+        await trio.sleep(5000)
+        kept = len(inbox.take())
+        await trio.sleep(1.5)
+        assert len(inbox.take()) <= 2 < kept
+        nursery.cancel_scope.cancel()
 
 
 def test_a_manager_that_is_gone_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

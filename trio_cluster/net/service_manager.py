@@ -24,6 +24,7 @@ them for their own. A successor is given them again (:meth:`ServiceManager.varia
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -83,6 +84,8 @@ class ServiceManager:
         self._succeeds = predecessor is not None
         self._unsent: deque[str] = deque()
         self._ready = trio.Event()
+        # Set when something is left to be sent.
+        self._wake = trio.Event()
         self._status = ""
         self._is_main = True
         self._has_failed = False
@@ -135,7 +138,13 @@ class ServiceManager:
             if self._watchdog is not None and not self._unsent:
                 self._send("WATCHDOG=1")
             self._flush()
-            await trio.sleep(_RETRY if self._unsent or self._watchdog is None else self._watchdog / _PINGS)
+            self._wake = trio.Event()
+            pause = math.inf if self._watchdog is None else self._watchdog / _PINGS
+            if self._unsent:
+                await trio.sleep(min(_RETRY, pause))
+            else:
+                with trio.move_on_after(pause):
+                    await self._wake.wait()
         await trio.sleep_forever()
 
     def ready(self, status: str) -> None:
@@ -200,7 +209,7 @@ class ServiceManager:
                     self._unsent.popleft()
         except BlockingIOError:
             # The manager is busy; `run` tries again.
-            pass
+            self._wake.set()
         except OSError as error:
             self._unsent.clear()
             if not self._has_failed:
