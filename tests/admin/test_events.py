@@ -14,7 +14,8 @@ import trio
 from trio.testing import MockClock
 
 from trio_cluster import __version__
-from trio_cluster.admin.events import KEEPALIVE, Sampler
+from trio_cluster.admin import events
+from trio_cluster.admin.events import INTERVAL, KEEPALIVE, Pace, Sampler
 from trio_cluster.testing import SimulatedCluster, StreamingResponse, open_cluster, worker
 
 OPTIONS: dict[str, Any] = {"max_concurrency": 2, "keepalive": 0.0, "drain_timeout": 30.0}
@@ -321,6 +322,32 @@ async def test_requests_of_one_id_are_two(autojump_clock: MockClock, nursery: tr
             nursery.start_soon(cluster.client(**{"x-request-id": "same"}).chat, "m")
         await trio.sleep(1)
         assert [item["request_id"] for item in page.state["requests"].values()] == ["same", "same"]
+
+
+@pytest.mark.parametrize(
+    ("busy", "cost", "pause"),
+    [
+        (0.0, 0.0005, INTERVAL),
+        (1.0, 0.006, INTERVAL),
+        (0.1, 0.0045, 1.5),
+        (1.0, 0.06, 2.0),
+        (1.0, 0.5, 2.5),
+        (0.0, 0.5, 2.5),
+    ],
+    ids=["idle, few", "busy, hundreds", "hardly busy, hundreds", "busy, many", "too many", "idle, too many"],
+)
+def test_looks_take_a_small_share_of_what_the_process_uses(
+    monkeypatch: pytest.MonkeyPatch, busy: float, cost: float, pause: float
+) -> None:
+    used, at = 0.0, 0.0
+    monkeypatch.setattr(events.time, "process_time", lambda: used)
+    monkeypatch.setattr(events.time, "perf_counter", lambda: at)
+    pace = Pace()
+    used, at = 10 * busy, 10.0
+    assert pace.pause(cost) == pytest.approx(pause)
+    # Only what was used since the last time counts.
+    at = 20.0
+    assert pace.pause(0.0015) == pytest.approx(0.5)
 
 
 async def test_nothing_is_looked_at_while_nobody_listens(

@@ -14,7 +14,7 @@ window.fetch = (target, options) => {
   if (!String(target).endsWith("/cluster/events")) return original(target, options);
   const stream = new ReadableStream({ start(controller) { window.feed = controller; } });
   options.signal.addEventListener("abort", () => window.feed.error(new DOMException("", "AbortError")));
-  return Promise.resolve(new Response(stream, { headers: { "content-type": "text/event-stream" } }));
+  return Promise.resolve(new Response(stream, { headers: { "x-trio-cluster-time": String(Date.now() / 1000) } }));
 };
 """
 

@@ -10,8 +10,10 @@ different, whole) and ``remove`` (the ids of those that are gone). Between two u
 Nothing tells this module of changes, since requests would pay for that. Instead the state is looked at, as often as
 updates may be sent, and compared with what the subscriber has. So nothing is done while there is no subscriber, and
 what happens twice between two looks costs nothing. All subscribers share the looks of a :class:`Sampler`. A look takes
-a few microseconds for each request that runs; with many of them, looks become rarer, so that they take no more than
-:data:`_SHARE` of the time.
+a few microseconds for each request that runs, and what is sent of it takes about as long. With many requests, looks
+become rarer: they take no more than :data:`_SHARE` of the processor time that this process uses for all that it does,
+or :data:`_FREE` of one processor, if that is more. So the tokens of a busy node cost a few percent more at most while
+it is watched, and a quiet one shows everything as soon as it happens.
 
 A process of a group shows what all of them have. The others are asked while there are subscribers, and answer with the
 looks of their own samplers (``group/live.py``).
@@ -50,12 +52,34 @@ CLOCK_HEADER: Final = "x-trio-cluster-time"
 INTERVAL: Final = 0.25
 #: Seconds of silence after which a comment is sent.
 KEEPALIVE: Final = 10.0
-#: The share of the time that looks may take.
-_SHARE: Final = 0.05
+#: Seconds between two looks, at most.
+_LONGEST: Final = 2.5
+#: The share of the processor time of this process that looks may take.
+_SHARE: Final = 0.03
+#: The share of one processor that they may take in any case.
+_FREE: Final = 0.003
 
 #: Only operators may subscribe, and they may see everything.
 _OPERATOR: Final = Principal(role="operator")
 _encode: Final = msgspec.json.encode
+
+
+class Pace:
+    """How often something may be done that costs processor time."""
+
+    def __init__(self) -> None:
+        self._used, self._at = time.process_time(), time.perf_counter()
+
+    def pause(self, cost: float) -> float:
+        """Return the seconds until it may be done again. Synchronous.
+
+        Args:
+            cost: the seconds of processor time that it has taken just now.
+        """
+        used, at = time.process_time(), time.perf_counter()
+        busy = min(1.0, (used - self._used) / max(at - self._at, 1e-6))
+        self._used, self._at = used, at
+        return min(_LONGEST, max(INTERVAL, cost / max(_FREE, _SHARE * busy)))
 
 
 class Sampler:
@@ -76,6 +100,7 @@ class Sampler:
         self._own: LiveState = {kind: {} for kind in LIVE_KINDS}
         self._shown: LiveState = self._own
         self._next = self._next_shown = -1.0
+        self._pace, self._shown_pace = Pace(), Pace()
         self._siblings = node_context.siblings
         # Ids are those of no other process of the group, nor of one before that had the same number.
         self._prefix = ""
@@ -103,18 +128,19 @@ class Sampler:
             return self.own_state()
         now = trio.current_time()
         if now >= self._next_shown:
-            began = time.perf_counter()
-            self._shown = _unchanged(self._shown, self._siblings.merged(self.own_state()))
-            self._next_shown = now + max(INTERVAL, (time.perf_counter() - began) / _SHARE)
+            own = self.own_state()
+            began = time.thread_time()
+            self._shown = _unchanged(self._shown, self._siblings.merged(own))
+            self._next_shown = now + self._shown_pace.pause(time.thread_time() - began)
         return self._shown
 
     def own_state(self) -> LiveState:
         """Return what this process has to show, which is no older than the time between two looks. Synchronous."""
         now = trio.current_time()
         if now >= self._next:
-            began = time.perf_counter()
+            began = time.thread_time()
             self._look()
-            self._next = now + max(INTERVAL, (time.perf_counter() - began) / _SHARE)
+            self._next = now + self._pace.pause(time.thread_time() - began)
         return self._own
 
     def subscribed(self) -> AbstractContextManager[None]:

@@ -7,8 +7,6 @@ const FIRST_WAIT = 0.5;
 const LONGEST_WAIT = 10;
 // The node sends something every ten seconds at least. After twice that, and some time for the way, it is gone.
 const SILENCE = 25;
-// Seconds by which the clocks of the node and of the browser must differ to be called different.
-const LEAST_SKEW = 2;
 
 /**
  * Follows the events. Dispatches `change` after each update (the node sends at most four in a second), and `state`
@@ -74,9 +72,7 @@ export class Live extends EventTarget {
     let timer = setTimeout(abort, SILENCE * 1000);
     try {
       const response = await this.#api.send("cluster/events", { signal: silence.signal });
-      const skew = (Date.parse(response.headers.get("date")) - Date.now()) / 1000;
-      // The header has whole seconds, so less than that is no difference.
-      this.#skew = Math.abs(skew) > LEAST_SKEW ? skew : 0;
+      this.#skew = Number(response.headers.get("x-trio-cluster-time")) - Date.now() / 1000;
       for await (const part of parts(response, () => {
         clearTimeout(timer);
         timer = setTimeout(abort, SILENCE * 1000);

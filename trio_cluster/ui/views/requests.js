@@ -9,6 +9,8 @@ import { mountStory } from "./story.js";
 const INTERVAL = 250;
 // The share that the newest measurement has in a rate.
 const NEWEST = 0.4;
+// Seconds without a change after which a rate is nothing, whatever it was. A busy node looks every few seconds.
+const SILENCE = 6;
 
 const GROUPS = [
   { id: "key", title: "Client", of: (request) => clientOf(request) },
@@ -288,18 +290,15 @@ function update(entries, live, now) {
   for (const [id, request] of live.requests) {
     const entry = entries.get(id);
     if (entry === undefined) {
-      const made = { key: `r${id}`, kind: "request", level: 1, expanded: undefined, rate: 0, at: now, cancelling: false, calls: new Map() };
+      const made = { key: `r${id}`, kind: "request", level: 1, expanded: undefined, rate: 0, at: now, cancelling: false };
       entries.set(id, made);
       read(made, request);
-    } else {
-      if (now > entry.at) {
-        const per = Math.max(0, request.delivered - entry.request.delivered) / (now - entry.at);
-        // Nothing for a while is nothing, whatever it was before.
-        entry.rate = per === 0 && entry.rate < 1 ? 0 : entry.rate + NEWEST * (per - entry.rate);
-        entry.at = now;
-      }
-      if (entry.request !== request) read(entry, request);
-    }
+    } else if (entry.request !== request) {
+      const per = Math.max(0, request.delivered - entry.request.delivered) / Math.max(0.1, now - entry.at);
+      entry.rate = entry.rate > 0 ? entry.rate + NEWEST * (per - entry.rate) : per;
+      entry.at = now;
+      read(entry, request);
+    } else if (now - entry.at > SILENCE) entry.rate = 0;
   }
   if (entries.size > live.requests.size) {
     for (const id of entries.keys()) if (!live.requests.has(id)) entries.delete(id);
