@@ -440,7 +440,10 @@ def bench(session: nox.Session) -> None:
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"))
     session.run("pytest", "-q", "tests/test_benchmarks.py", env={"BENCHMARKS": "1"})
-    for program in ("relay", "linger", "cancellation", "upstream", "bulk", "scale", "limits", "on_demand"):
+    programs = (
+        "relay", "linger", "cancellation", "upstream", "bulk", "scale", "paper_scale", "limits", "on_demand",
+    )  # fmt: skip
+    for program in programs:
         session.run("python", f"bench/{program}.py", "--save", "bench.json", *session.posargs)
 
 
@@ -703,7 +706,9 @@ def deploy(session: nox.Session) -> None:
     That takes root, on Linux; what cannot be run is skipped, and said so.
     """
     session.install("-q", ".", *GROUPS(PYPROJECT, "test"), *GROUPS(PYPROJECT, "deploy"))
-    session.run("pytest", "-q", "tests/deploy", *session.posargs, env={"DEPLOY_STEPS": "1"})
+    # The build of the image may take long without being stuck.
+    arguments = ["-o", "faulthandler_timeout=0", "tests/deploy"]
+    session.run("pytest", "-q", *arguments, *session.posargs, env={"DEPLOY_STEPS": "1"})
 
 
 @nox.session

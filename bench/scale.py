@@ -183,15 +183,16 @@ async def measure(arguments: Any) -> None:
     save(arguments.save, "workers", rows)
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Read numbers with commas between them."""
     return [int(each) for each in text.split(",")]
 
 
 def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--streams", type=_numbers, default=[1, 64, 256, 1000, 5000])
-    parser.add_argument("--workers", type=_numbers, default=[1, 10, 50, 200])
+    parser.add_argument("--streams", type=numbers, default=[1, 64, 256, 1000, 5000])
+    parser.add_argument("--workers", type=numbers, default=[1, 10, 50, 200])
     parser.add_argument("--fan-in", type=int, default=1000, help="streams that are spread over the workers")
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--quick", action="store_true", help="only see whether it works")

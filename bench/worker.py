@@ -103,7 +103,9 @@ class Chance:
             chance._token.run_sync_soon(chance._waiting.release)
 
 
-def worker(number: int, models: int, batch_wait: float, *, replicas: bool) -> ClusterServer:
+def worker(
+    number: int, models: int, batch_wait: float, heartbeat_interval: float, *, replicas: bool
+) -> ClusterServer:
     """Return a worker with so many models."""
     server = ClusterServer(
         ClusterServerOptions(
@@ -111,6 +113,7 @@ def worker(number: int, models: int, batch_wait: float, *, replicas: bool) -> Cl
                 worker_id=f"w{number}", max_concurrency=100_000, default_timeout=86_400.0, queue_timeout=60.0
             ),
             batch_wait=batch_wait,
+            heartbeat_interval=heartbeat_interval,
         )
     )
     if replicas or number == 0:
@@ -130,12 +133,19 @@ async def main() -> None:
     parser.add_argument("--replicas", action="store_true")
     parser.add_argument("--tls", metavar="CA_FILE", help="connect with TLS, and trust this authority")
     parser.add_argument("--batch-wait", type=float, default=ClusterServerOptions().batch_wait)
+    parser.add_argument("--heartbeat-interval", type=float, default=ClusterServerOptions().heartbeat_interval)
     arguments = parser.parse_args()
     # That the master ends before its workers is how every measurement ends.
     logging.getLogger("trio_cluster").addHandler(logging.NullHandler())
     async with trio.open_nursery() as nursery:
         for number in range(arguments.first, arguments.first + arguments.workers):
-            one = worker(number, arguments.models, arguments.batch_wait, replicas=arguments.replicas)
+            one = worker(
+                number,
+                arguments.models,
+                arguments.batch_wait,
+                arguments.heartbeat_interval,
+                replicas=arguments.replicas,
+            )
             one.options.ca_file = arguments.tls
             run = functools.partial(one.run_as_worker, tls=arguments.tls is not None)
             await nursery.start(run, HOST, arguments.port + 1000)

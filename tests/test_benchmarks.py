@@ -29,6 +29,7 @@ PROGRAMS = {
     "on_demand": "all models together",
     "killed": "master killed 3 times, resume_window 15",
     "heal": "never two masters",
+    "paper_scale": "on paper",
     "cuts": "client errors with cuts: 0",
 }
 
