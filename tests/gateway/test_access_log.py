@@ -218,6 +218,27 @@ async def test_a_line_says_all_that_there_is_to_say_in_text_and_as_json(
     assert found == expected
 
 
+async def test_a_retry_is_one_line_with_the_worker_that_has_answered(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trio_cluster.access")
+    async with open_cluster(access_log=True, on_conflict="replicate") as cluster:
+        for name in ("w1", "w2"):
+            back = worker(name, on_conflict="replicate")
+            back.register_chat("m", answer)
+            await cluster.start_worker(back)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cluster.client().chat, "m")
+            await trio.sleep(0.1)
+            (call,) = cluster.master.server.router.live
+            cluster.workers[call.served_by].kill()
+    ((_, fields),) = lines(caplog)
+    assert (fields["outcome"], fields["attempts"]) == ("completed", 2)
+    assert {fields["worker"], call.served_by} == {"w1", "w2"}
+    # From the arrival of the request, with the attempt that was lost.
+    assert fields["first_token"] > 0.3
+
+
 def _read_json(line: str) -> dict[str, str]:
     fields = json.loads(line)
     if fields.pop("logger") != "trio_cluster.access":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Final, cast
 
 import pytest
@@ -23,9 +24,12 @@ from scenario import (
 )
 
 from trio_cluster.admin.story import story_view
+from trio_cluster.core.story import StoryFacts
 from trio_cluster.gateway.body import BODY_IDLE_TIMEOUT
 from trio_cluster.gateway.cycle import DRAIN_TIME
 from trio_cluster.gateway.deadlines import GRACE
+from trio_cluster.gateway.request_stats import RequestStats
+from trio_cluster.gateway.story_ending import ending_of
 from trio_cluster.testing import settle
 
 #: The options of every node. All limits differ from each other, so that a test shows which one was applied.
@@ -524,6 +528,7 @@ class CellTest:
             # Nobody can read it any more.
             return
         assert (story.outcome, story.by) == self.told(), story.why
+        self.check_request_stats(facts)
         assert all(words in story.why for words in self.named()), story.why
         texts = [step.text for step in story.steps]
         assert [step.at for step in story.steps] == sorted(step.at for step in story.steps)
@@ -556,6 +561,30 @@ class CellTest:
             assert attempt.queued_for == 0.0
         if self.phase == "blocked" and reported:
             assert attempt.held_back > 0.4
+
+    def check_request_stats(self, facts: StoryFacts) -> None:
+        """Check that the metrics of requests say what the stories say: of this request and of its neighbours."""
+        assert self.scenario.stories is not None
+        stats = self.scenario.stories.stats
+        assert isinstance(stats, RequestStats)
+        told: Counter[str] = Counter()
+        calls = 0
+        for _, each in self.scenario.stories.over:
+            told[ending_of(each).outcome] += 1
+            calls += len(each.attempts)
+        models, keys, workers = stats.read()
+        for table in (models, keys):
+            counted: Counter[str] = Counter()
+            for sums in table.values():
+                for (outcome, _), count in sums.ended.items():
+                    counted[outcome] += count
+            assert counted == told
+        assert sum(sum(sums.ended.values()) for sums in workers.values()) == calls
+        # Of those that were not sent to a model, it has the name of one that is served, or was a short while ago.
+        model = facts.attempts[facts.answering].model if facts.attempts else facts.model
+        outcome = ending_of(facts).outcome
+        classes = {status for each, status in models[model].ended if each == outcome}
+        assert (f"{facts.status // 100}xx" if facts.status else "none") in classes
 
     def was_cut(self) -> bool:
         """Whether the link was cut while the call was on it, and was to be resumed."""

@@ -90,6 +90,7 @@ class Stories:
         stats: gets every story, whether it is kept or not; ``None``: there are no statistics.
 
     Attributes:
+        stats: as given.
         live: the contexts of the requests that run, oldest first.
         over: the stories of those that are over, each with its size in bytes, oldest first. To be read only.
         size: the bytes of all stories, about.
@@ -98,7 +99,7 @@ class Stories:
 
     def __init__(self, options: ClusterServerOptions, stats: Counting | None = None) -> None:
         self._options = options
-        self._stats = stats
+        self.stats = stats
         self.live: dict[RequestContext, None] = {}
         self.over: deque[tuple[int, StoryFacts]] = deque()
         self.size = 0
@@ -113,7 +114,7 @@ class Stories:
         """
         if self.live.pop(context, False) is not None:
             return
-        limit, stats = self._options.stories, self._stats
+        limit, stats = self._options.stories, self.stats
         story = context.story = story_of(context, self._options)
         story.left, story.ended_at = left, clock.now()
         if stats is not None:
