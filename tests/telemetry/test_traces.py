@@ -20,7 +20,7 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra 
 from opentelemetry import trace
 from traced import PARENT, SPAN_OF_CLIENT, TRACE, open_traced
 
-from trio_cluster import ChatRequest, ClusterServer, OutputChunk, from_asyncio
+from trio_cluster import ASRRequest, ChatRequest, ClusterServer, CustomRequest, OutputChunk, from_asyncio
 from trio_cluster.engines import parse_serve, serve_engine
 from trio_cluster.errors import ApiError
 from trio_cluster.telemetry import names
@@ -185,6 +185,42 @@ async def test_why_an_answer_ended(stream: bool, path: str, monkeypatch: pytest.
         await traced.stop()
         assert traced.collector.one(f"POST /v1/{path}").status == "unset"
         assert traced.collector.one("chat m").attributes["gen_ai.response.finish_reasons"] == expected
+
+
+async def test_a_large_upload_and_a_route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def size(request: ASRRequest) -> str:
+        with tracer.start_as_current_span("inner"):
+            return str(len(request.audio))
+
+    async def echo(request: CustomRequest) -> Any:
+        return {"header": request.headers["traceparent"]}
+
+    def add(server: ClusterServer) -> None:
+        server.register_asr("a", size)
+        server.route("/v1/tokenize", "t", echo)
+
+    async with open_traced(monkeypatch) as traced:
+        await traced.worker("w1", add)
+        async with traced.client(**PARENT) as client:
+            audio = {"file": ("a.wav", b"x" * 3_000_000)}
+            response = await client.post("/v1/audio/transcriptions", data={"model": "a"}, files=audio)
+            assert response.json()["text"] == "3000000"
+            response = await client.post("/v1/tokenize", json={"model": "t"})
+        await traced.stop()
+        traced.check_tree(
+            [
+                (
+                    f"POST /v1/{path}",
+                    [(name, [("attempt", [("link", [("handler", below) if below else "handler"])])])],
+                )
+                for path, name, below in (
+                    ("audio/transcriptions", "transcription a", ["inner"]),
+                    ("tokenize", "tokenize t", []),
+                )
+            ]
+        )
+        handler = traced.collector.named("handler")[-1]
+    assert response.json()["header"] == f"00-{TRACE}-{handler.id}-01"
 
 
 async def test_a_client_without_a_trace_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,22 @@ SCOPE: Final = "trio_cluster"
 #: The value of ``gen_ai.provider.name``.
 PROVIDER: Final = "trio_cluster"
 
-#: The values of ``gen_ai.operation.name`` by endpoint. The conventions name the first three; other endpoints have the
-#: last part of their path.
+#: The values of ``gen_ai.operation.name`` by endpoint. The conventions name ``chat``, ``text_completion`` and
+#: ``embeddings``; a route of a model's own has the last part of its path.
 OPERATIONS: Final = {
     "chat.completions": "chat",
     "responses": "chat",
     "messages": "chat",
     "completions": "text_completion",
     "embeddings": "embeddings",
+    "audio.transcriptions": "transcription",
+    "audio.translations": "translation",
+    "audio.speech": "speech",
+    "images.generations": "image_generation",
+    "images.edits": "image_edit",
+    "rerank": "rerank",
+    "moderations": "moderation",
+    "messages.count_tokens": "count_tokens",
 }
 
 # Attributes

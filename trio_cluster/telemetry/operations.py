@@ -8,5 +8,5 @@ __all__ = ["operation_of"]
 
 
 def operation_of(endpoint: str) -> str:
-    """Return the operation of an endpoint; the last part of its path if the conventions name none."""
+    """Return the operation of an endpoint; that of a route of a model's own is the last part of its path."""
     return OPERATIONS.get(endpoint) or endpoint.rpartition("/")[2] or endpoint
