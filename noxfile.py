@@ -75,6 +75,10 @@ OPEN_WEBUI_WITHOUT = {
     "transformers",
 }
 
+#: Of what is installed, most is not imported. Compiling all of it is a third of the time of an installation, so that is
+#: left to the first import, except for real processes, which have deadlines, and test processes that run side by side.
+UNCOMPILED = ("-q", "--no-compile")
+
 GROUPS = nox.project.dependency_groups
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -233,7 +237,7 @@ def check(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and the rules of structured concurrency."""
-    session.install("-q", *GROUPS(PYPROJECT, "lint"))
+    session.install(*UNCOMPILED, *GROUPS(PYPROJECT, "lint"))
     session.run("ruff", "check", "--output-format=concise")
     session.run("ruff", "format", "--check")
     # Ruff has some of these rules; the ones that find a cancel scope across a yield are only here. They look at each
@@ -247,7 +251,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of the package, strictly."""
-    session.install("-q", WHEEL, *GROUPS(PYPROJECT, "types"))
+    session.install(*UNCOMPILED, WHEEL, *GROUPS(PYPROJECT, "types"))
     session.run("mypy")
 
 
@@ -257,7 +261,8 @@ def tests(session: nox.Session) -> None:
     # What somebody asks for is not left out on any Python.
     whole = session.python == WHOLE_ON or bool(session.posargs)
     deploy = GROUPS(PYPROJECT, "deploy") if whole else ()
-    session.install("-q", WHEEL, *GROUPS(PYPROJECT, "test"), *deploy)
+    options = ("-q",) if whole else UNCOMPILED
+    session.install(*options, WHEEL, *GROUPS(PYPROJECT, "test"), *deploy)
     part = [] if whole else BRIEF_OF_NEWEST if session.python == NEWEST else BRIEF
     # One more than there are cores: the one that gets the real processes waits for them, most of the time. Beside
     # another session, that session is the one more.
@@ -714,6 +719,6 @@ def deploy(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error. Its search must find what people search for."""
-    session.install("-q", WHEEL, *GROUPS(PYPROJECT, "docs"))
+    session.install(*UNCOMPILED, WHEEL, *GROUPS(PYPROJECT, "docs"))
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run("python", "scripts/check_search.py", "docs/_build/html")

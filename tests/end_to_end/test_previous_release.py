@@ -27,6 +27,10 @@ from trio_cluster.testing import read_stream
 
 pytestmark = pytest.mark.processes
 
+takes_long = pytest.mark.skipif(
+    "PREVIOUS_PYTHON" not in os.environ, reason="takes long; `nox -s versions` runs it"
+)
+
 #: Clients that ask for streams, and clients that do not.
 STREAMING, PLAIN = 4, 4
 
@@ -189,6 +193,7 @@ async def has_workers(master: Node, names: Sequence[str]) -> bool:
     return sorted(name for name, each in linked.items() if "m" in each["models"]) == sorted(names)
 
 
+@takes_long
 async def test_a_master_alone_is_upgraded_with_nothing_worse_than_refusals(
     nodes: Nodes, previous: PreviousRelease
 ) -> None:
@@ -235,7 +240,7 @@ async def test_a_master_alone_is_upgraded_with_nothing_worse_than_refusals(
 
 
 @needs_nginx
-@pytest.mark.skipif("PREVIOUS_PYTHON" not in os.environ, reason="takes long; `nox -s versions` runs it")
+@takes_long
 async def test_an_upgrade_of_everything_behind_two_masters_is_not_noticed_by_clients(
     nodes: Nodes, previous: PreviousRelease, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

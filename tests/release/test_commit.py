@@ -41,8 +41,11 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_checkout_asks_git(checkout: Path) -> None:
+def test_a_checkout_asks_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = git(checkout, "rev-parse", "HEAD")
+    assert commit_of_sources(checkout) == commit
+    # As in a hook of another repository.
+    monkeypatch.setenv("GIT_DIR", str(checkout.parent / "another"))
     assert commit_of_installation(checkout / "trio_cluster") == commit
     (checkout / "not in it").write_text("")
     assert commit_of_sources(checkout) == commit

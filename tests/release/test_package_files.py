@@ -47,6 +47,14 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     assert ui <= set(found)
 
 
+def test_the_wheel_is_small_enough_to_have_no_models(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as files:
+        large = {entry.filename for entry in files.infolist() if entry.file_size > 100_000}
+    # The demo's smallest model; see "Folders and floors" in docs/design.md.
+    assert large == {"trio_cluster/demo/digits.npz"}
+    assert built[1].stat().st_size < 1_500_000
+
+
 def test_the_sdist_has_the_tests_and_the_documentation(built: tuple[Path, Path]) -> None:
     found = package_files.names(built[0])
     assert package_files.sdist_problems(found) == []

@@ -10,6 +10,7 @@ said.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -22,6 +23,8 @@ FILE: Final = "commit.txt"
 
 _ARCHIVED: Final = ".git_archival.txt"
 _KNOWN: Final = re.compile(r"[0-9a-f]{40}(-modified)?")
+#: By these, git would look into another repository, as where it runs a hook of that one.
+_ANOTHER_REPOSITORY: Final = frozenset({"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"})
 #: Seconds. A repository on a share that does not answer must not keep the version from being shown.
 _TIMEOUT: Final = 10.0
 
@@ -75,10 +78,12 @@ def _ask_git(root: Path) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in _ANOTHER_REPOSITORY}
     return subprocess.run(
         # Reading the state of files must not write into the repository, which may belong to another user.
         ["git", "--no-optional-locks", *arguments],
         cwd=root,
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=True,
