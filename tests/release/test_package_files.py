@@ -66,6 +66,17 @@ def test_the_sdist_has_the_tests_and_the_documentation(built: tuple[Path, Path])
     assert tests <= set(found)
 
 
+def test_the_sdist_has_all_files_of_the_repository(built: tuple[Path, Path]) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("these files are in no repository")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    tracked = {name for name in listing.split("\0") if name and (ROOT / name).is_file()}
+    # The commit is in commit.txt; PKG-INFO is the metadata of the project.
+    assert tracked - {".git_archival.txt"} <= set(package_files.names(built[0])) - {"commit.txt", "PKG-INFO"}
+
+
 def test_what_is_missing_or_does_not_belong_is_named() -> None:
     found = [*package_files._IN_WHEEL, "trio_cluster/a.py", "trio_cluster-1.dist-info/METADATA"]
     assert package_files.wheel_problems(found, ["trio_cluster/a.py"]) == []
