@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import authority, now
 from container_steps import (
     Container,
     Image,
@@ -28,6 +29,8 @@ from container_steps import (
 )
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; it is in the group deploy")
+
+from kustomized import render  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -254,6 +257,107 @@ def test_the_services_of_the_compose_file_work_together(
             code, log = container.stop()
             assert code == 0, log
             assert "Traceback" not in log
+
+
+def test_the_pods_of_the_manifests_work_together(image: Image, network: Network, tmp_path: Path) -> None:
+    """A master and a worker, with the commands, files and volumes of their pods."""
+    manifests = {
+        (each["kind"], each["metadata"]["name"]): each for each in render(DEPLOY / "kubernetes" / "example")
+    }
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    values = {
+        "api_key": "sk-test",
+        "cluster_token": "token",
+        "worker_key": "sk-worker",
+        "database": "postgresql://cluster:secret@127.0.0.1/cluster",
+        "limits": "redis://:secret@127.0.0.1:6379/0",
+    }
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost trio-cluster-masters\n")
+    certificate = authority().server_certificate(["trio-cluster-masters", "127.0.0.1"], now())
+    with contextlib.ExitStack() as stack:
+        start_postgres(stack, network, "secret")
+        start_redis(stack, network, "requirepass secret\ndir /data\n")
+        containers = []
+        for name in ("trio-cluster-master", "trio-cluster-gpu-worker"):
+            pod = manifests["Deployment", name]["spec"]["template"]["spec"]
+            (container,) = pod["containers"]
+            volumes = {each["name"]: each for each in pod["volumes"]}
+            binds = {"/etc/hosts": hosts}
+            for mount in container["volumeMounts"]:
+                volume = volumes[mount["name"]]
+                folder = tmp_path / name / mount["name"]
+                folder.mkdir(parents=True)
+                if "configMap" in volume:
+                    text = manifests["ConfigMap", volume["configMap"]["name"]]["data"]["config.toml"]
+                    if name != "trio-cluster-master":
+                        # There is neither vLLM here nor a GPU.
+                        text = text.partition("[[serve]]")[0] + '[[serve]]\nengine = "digits"\n'
+                    (folder / "config.toml").write_text(text)
+                elif mount["name"] == "tls":
+                    (folder / "ca.crt").write_text(authority().trusted)
+                    if name == "trio-cluster-master":
+                        # One file has both.
+                        (folder / "tls.crt").write_bytes(Path(certificate).read_bytes())
+                        (folder / "tls.key").write_bytes(Path(certificate).read_bytes())
+                elif "secret" in volume:
+                    for item in volume["secret"]["items"]:
+                        (folder / item["path"]).write_text(values[item["key"]])
+                # An empty directory belongs to root, and to the group of the pod, which may write; files of a secret
+                # are readable for that group.
+                for path in (folder, *folder.iterdir()):
+                    os.chown(path, 0, pod["securityContext"]["fsGroup"])
+                    path.chmod(0o2777 if path.is_dir() else 0o440)
+                if mount["mountPath"] != "/tmp":
+                    binds[mount["mountPath"]] = folder
+            started = stack.enter_context(
+                run_container(
+                    image,
+                    network,
+                    command=[word.replace("$(POD_NAME)", f"{name}-abcde") for word in container["args"]],
+                    environment={each["name"]: each["value"] for each in container["env"] if "value" in each},
+                    binds=binds,
+                )
+            )
+            containers.append(started)
+            url = f"https://127.0.0.1:{container['ports'][0]['containerPort']}"
+            started.wait_until_healthy(
+                [
+                    "python3",
+                    "/opt/trio-cluster/health.py",
+                    url if name == "trio-cluster-master" else url.replace("s:", ":"),
+                ]
+            )
+        master, worker = containers
+        ask = [
+            "trio-cluster",
+            "status",
+            "https://127.0.0.1:8080",
+            "--json",
+            "--ca-file",
+            "/etc/trio-cluster/tls/ca.crt",
+        ]
+        ask += ["--api-key-file", "/etc/trio-cluster/secrets/api_key"]
+        deadline = time.monotonic() + 60
+        while True:
+            code, out = master.execute(ask)
+            assert code == 0, out
+            if workers := json.loads(out)["workers"]:
+                break
+            assert time.monotonic() < deadline, out
+            time.sleep(0.2)
+        assert [(each["id"], each["admitted"]) for each in workers] == [
+            ("trio-cluster-gpu-worker-abcde", "token")
+        ]
+        # The program of the preStop hook.
+        assert master.execute(["sleep", "0"]) == (0, "")
+        for container in (worker, master):
+            container.signal()
+            code, log = container.stop()
+            assert code == 0, log
+            assert "Traceback" not in log
+            assert "state_dir" not in log
 
 
 def health_of(service: dict[str, Any], image: Image) -> list[str]:
