@@ -322,6 +322,8 @@ def info(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 FILES = {"a": GOOD}
+#: What is no plain file has no content.
+EMPTY = {"a": b""}
 BAD: dict[str, Callable[[], bytes]] = {
     "not gzip": lambda: b"hello",
     "not tar": lambda: gzip.compress(b"hello"),
@@ -348,16 +350,16 @@ BAD: dict[str, Callable[[], bytes]] = {
     "other content": lambda: archive_of([("manifest.json", manifest_of(FILES)), ("state/a", b"CONTENT")]),
     "longer content": lambda: archive_of([("manifest.json", manifest_of(FILES)), ("state/a", GOOD * 2)]),
     "link": lambda: archive_of(
-        [("manifest.json", manifest_of(FILES)), (info("state/a", tarfile.SYMTYPE, "/etc/passwd"), b"")]
+        [("manifest.json", manifest_of(EMPTY)), (info("state/a", tarfile.SYMTYPE, "/etc/passwd"), b"")]
     ),
     "hard link": lambda: archive_of(
-        [("manifest.json", manifest_of(FILES)), (info("state/a", tarfile.LNKTYPE, "manifest.json"), b"")]
+        [("manifest.json", manifest_of(EMPTY)), (info("state/a", tarfile.LNKTYPE, "manifest.json"), b"")]
     ),
     "directory": lambda: archive_of(
-        [("manifest.json", manifest_of(FILES)), (info("state/a", tarfile.DIRTYPE), b"")]
+        [("manifest.json", manifest_of(EMPTY)), (info("state/a", tarfile.DIRTYPE), b"")]
     ),
     "device": lambda: archive_of(
-        [("manifest.json", manifest_of(FILES)), (info("state/a", tarfile.CHRTYPE), b"")]
+        [("manifest.json", manifest_of(EMPTY)), (info("state/a", tarfile.CHRTYPE), b"")]
     ),
     "cut": lambda: archive_of([("manifest.json", manifest_of(FILES)), ("state/a", os.urandom(9999))])[:-3000],
 }

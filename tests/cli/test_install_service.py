@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,24 @@ def test_a_worker_has_its_models_devices_and_a_cache(main: Main, outside: Path) 
     assert "systemctl enable --now trio-cluster-worker.service" in err
 
 
+def test_the_guardian_of_a_worker_outlives_it_for_a_moment(main: Main, outside: Path) -> None:
+    for flags, count in (((), 1), (("--no-guardian",), 0)):
+        _, out, _ = install(main, "--dry-run", *PROGRAM, "worker", "m.lan", "--serve", "minilm", *flags)
+        stops = settings(out, "ExecStop")
+        assert len(stops) == count
+        for stop in stops:
+            words = shlex.split(stop.replace("$$", "$"))
+            # At once while the main process runs, and after a moment without it.
+            for pid, least in (("1", 0.0), ("", 1.0)):
+                began = time.monotonic()
+                subprocess.run(
+                    words, check=True, env={"PATH": os.environ["PATH"], "MAINPID": pid}, timeout=10
+                )
+                assert time.monotonic() - began >= least
+    _, out, _ = install(main, "--dry-run", *PROGRAM, *MASTER)
+    assert settings(out, "ExecStop") == []
+
+
 def test_an_application_is_found_in_the_directory_of_now(main: Main, outside: Path) -> None:
     _, out, _ = install(main, "--dry-run", *PROGRAM, "worker", "m.lan", "--app", "models:server")
     assert settings(out, "WorkingDirectory") == ["/usr/share"]
@@ -231,6 +250,19 @@ def test_what_makes_no_service_is_one_line_and_writes_nothing(
     code, out, err = install(main, *PROGRAM, *argv, prefix=place / "files")
     assert (code, out) == (2, "")
     assert one_line(err).startswith(error)
+    assert not (place / "files").exists()
+
+
+def test_a_variable_that_the_service_would_not_have_is_an_error(
+    main: Main, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_CLUSTER_LOG_LEVEL", "warning")
+    monkeypatch.setenv("TRIO_CLUSTER_PORT", "9000")
+    code, out, err = install(main, *PROGRAM, "master", prefix=place / "files")
+    assert (code, out) == (2, "")
+    assert one_line(err) == (
+        "TRIO_CLUSTER_PORT: is set here, and not for the service; give a flag in its place"
+    )
     assert not (place / "files").exists()
 
 

@@ -137,6 +137,7 @@ def _service(
     """Return what is to run, and the secrets that are to be written, by the name of the option."""
     node: Literal["master", "worker"] = arguments.node
     given = parse_arguments([node, *arguments.arguments])
+    _check_environment()
     options = options_from(_without_missing_secrets(given))
     has_models = bool(given.app or given.serve or serve_tables(given))
     if node == "worker" and not has_models:
@@ -183,6 +184,7 @@ def _service(
         directory=directory,
         drain_timeout=options.drain_timeout,
         watchdog=_watchdog(arguments.watchdog, options, has_models=has_models),
+        has_guardian=node == "worker" and options.guardian is not False,
     )
     places = _Places.of(manager, service)
     if (token := getattr(given, "join", None)) is not None:
@@ -206,6 +208,20 @@ def _service(
     return attrs.evolve(
         service, arguments=words, secrets=files, join_file=join_file, shows_home=in_home
     ), secrets
+
+
+def _check_environment() -> None:
+    """Make sure that no variable has an effect here that it would not have on the service.
+
+    Raises:
+        OptionsError: one has.
+    """
+    harmless = {"CACHE", "LOG_LEVEL", "LOG_FORMAT"}
+    harmless |= {name.upper() for name in (*SECRET_FILES, *SECRET_FILES.values())}
+    for variable in sorted(os.environ):
+        prefix, found, name = variable.partition("TRIO_CLUSTER_")
+        if found and not prefix and name not in harmless:
+            raise OptionsError(f"{variable}: is set here, and not for the service; give a flag in its place")
 
 
 def _without_missing_secrets(given: argparse.Namespace) -> argparse.Namespace:

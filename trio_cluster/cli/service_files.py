@@ -153,6 +153,8 @@ class Service:
     drain_timeout: float = 30.0
     watchdog: float | None = None
     """seconds; ``None``: none"""
+    has_guardian: bool = False
+    """whether a second process tells the masters when this one dies"""
 
 
 def with_checksum(text: str, made_by: str, *, xml: bool = False) -> str:
@@ -240,6 +242,12 @@ def _service_unit(service: Service) -> str:
         ]
     elif service.has_config:
         lines += ["ExecReload=/bin/kill -HUP $MAINPID"]
+    if service.has_guardian:
+        # $MAINPID is not set if it is the end of the process that stops the service.
+        lines += [
+            "# A worker that dies has a guardian, which tells the masters. It has a moment before it is killed.",
+            "ExecStop=/bin/sh -c 'test -n \"$$MAINPID\" || sleep 1'",
+        ]
     lines += ["Restart=on-failure", "RestartSec=3"]
     lines += ["# Wrong usage, which does not get right by itself.", "RestartPreventExitStatus=2"]
     lines += ["TimeoutStartSec=15min", f"TimeoutStopSec={_seconds(service.drain_timeout + _END_TIME)}"]
