@@ -290,7 +290,7 @@ function update(entries, live, now) {
   for (const [id, request] of live.requests) {
     const entry = entries.get(id);
     if (entry === undefined) {
-      const made = { key: `r${id}`, kind: "request", level: 1, expanded: undefined, rate: 0, at: now, cancelling: false, calls: new Map() };
+      const made = { key: `r${id}`, kind: "request", level: 1, expanded: undefined, rate: 0, at: now, cancelling: false };
       entries.set(id, made);
       read(made, request);
     } else if (entry.request !== request) {
