@@ -340,6 +340,7 @@ def test_looks_take_a_small_share_of_what_the_process_uses(
     monkeypatch: pytest.MonkeyPatch, busy: float, cost: float, pause: float
 ) -> None:
     used, at = 0.0, 0.0
+    monkeypatch.setattr(events, "_SHARE", 0.03)
     monkeypatch.setattr(events.time, "process_time", lambda: used)
     monkeypatch.setattr(events.time, "perf_counter", lambda: at)
     pace = Pace()
