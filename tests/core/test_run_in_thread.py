@@ -18,14 +18,16 @@ from trio_cluster.core.threads import NoThread, run_in_thread, start_in_thread
 from trio_cluster.net.sockets import Sockets, why_not_connected
 
 PACKAGE = Path(trio_cluster.__file__).parent
-#: Where threads are started, each with an answer to the question what happens if there is none. The demo is a program.
-#: The last one is the program of a process of its own, which is not a node.
+#: Where threads are started, each with an answer to the question what happens if there is none. The demo is a program,
+#: and so is `trio-cluster top`. The last one is the program of a process of its own, which is not a node.
 STARTERS = {
     "core/threads.py",
     "net/watchdog.py",
     "engines/_threads.py",
     "demo/cluster.py",
     "demo/node.py",
+    "cli/top.py",
+    "cli/terminal.py",
     "engines/_hub_process.py",
 }
 

@@ -6,13 +6,13 @@ import importlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from .._version import __version__
-from ..core.threads import start_in_thread
+from ..core.threads import NoThread, run_in_thread, start_in_thread
 from ..errors import ClusterError
 from ..gateway.stories import Stories
 from ..options import ClusterMode, ClusterServerOptions
@@ -58,9 +58,12 @@ async def open_telemetry(
         yield
     finally:
         telemetry.detach(router, stories)
-        with trio.move_on_after(FLUSH_TIME, shield=True) as scope:
-            await trio.to_thread.run_sync(telemetry.flush, abandon_on_cancel=True)
-        if scope.cancelled_caught:
+        flushed = False
+        # Without a thread, what was not exported is lost, and nothing else.
+        with trio.move_on_after(FLUSH_TIME, shield=True), suppress(NoThread):
+            await run_in_thread(telemetry.flush, abandon_on_cancel=True)
+            flushed = True
+        if not flushed:
             telemetry.abort()
             logger.warning("the last traces or metrics of this node could not be exported in time")
 
