@@ -715,6 +715,7 @@ async def test_the_status_of_a_worker_has_these_fields(
         "in_flight_elsewhere": 0,
         "ejected": {},
         "model_states": {},
+        "failed_models": [],
         "version": __version__,
     }
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
