@@ -20,7 +20,10 @@ def row_of(page: Any, request_id: str) -> Any:
 
 
 def focused(page: Any) -> str:
-    return str(page.evaluate("document.activeElement.textContent"))
+    """Return the text of the element with the focus; empty: there is none."""
+    return str(
+        page.evaluate("document.activeElement === document.body ? '' : document.activeElement.textContent")
+    )
 
 
 def test_cancel_ends_the_handler_at_once(cluster: WebCluster, watched: Callable[..., Watched]) -> None:

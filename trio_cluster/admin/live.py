@@ -5,7 +5,8 @@ has happened, are not in it: times are those of the clock, in seconds since the 
 A node without requests sends nothing.
 
 A request is looked at several times per second, with thousands of others. So an item costs a few microseconds, most of
-them for its encoding, and has no texts that are long.
+them for its encoding, and has no texts that are long. Requests and attempts are not tracked by the garbage collector
+(``gc=False``): they are in no circle, and thousands of them in each look would set it off.
 """
 
 from __future__ import annotations
