@@ -113,7 +113,8 @@ def test_an_address_that_is_not_well_formed_shows_a_view(
 def test_the_page_works_in_a_browser_that_stores_nothing(
     cluster: WebCluster, watched: Callable[..., Watched]
 ) -> None:
-    script = """Object.defineProperty(window, "localStorage", {get() { throw new DOMException("", "SecurityError"); }})"""
+    getter = '{get() { throw new DOMException("", "SecurityError"); }}'
+    script = f'Object.defineProperty(window, "localStorage", {getter})'
     page = watched(cluster.page, script=script).page
     page.get_by_role("link", name="Workers").wait_for()
     page.get_by_role("button", name="Theme: system").click()
