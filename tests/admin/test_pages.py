@@ -53,6 +53,13 @@ async def test_the_address_without_its_last_slash_leads_to_the_page() -> None:
         assert (response.status_code, response.headers["location"]) == (302, "ui/")
 
 
+async def test_a_browser_at_the_root_is_led_to_the_page() -> None:
+    async with open_http_node(api_key="k") as node, node.client() as client:
+        response = await client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+        assert (response.status_code, response.headers["location"]) == (302, "ui/")
+        assert (await client.get("/")).json()["page"] == "/ui/"
+
+
 @pytest.mark.parametrize(
     "path", ["/ui/nothing.js", "/ui/../options.py", "/ui/%2e%2e/options.py", "/ui/views", "/ui/index.html"]
 )

@@ -85,7 +85,7 @@ async def test_a_node_serves_without_what_cannot_be_exported(
     how: str, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(ENDPOINT, URL)
-    expected = "pip install 'trio-cluster[otel]'"
+    expected = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
     if how == "not supported":
         monkeypatch.setenv("OTEL_TRACES_EXPORTER", "jaeger")
         expected = "OTEL_TRACES_EXPORTER: expected otlp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from watched import Watched
 from web_cluster import WebCluster, open_web_cluster
@@ -18,6 +19,10 @@ def test_enter_signs_in_and_the_key_is_forgotten_with_the_page(
         page = seen.page
         field = page.get_by_label("API key")
         field.fill("wrong")
+        field.press("Enter")
+        page.get_by_text("This key is not valid.").wait_for()
+        # No header can have this: the browser does not even send it.
+        field.fill("schl\u00fcssel\u20ac")
         field.press("Enter")
         page.get_by_text("This key is not valid.").wait_for()
         field.fill("secret-key")
@@ -62,3 +67,56 @@ def test_a_lost_connection_is_said_and_comes_back(tmp_path: Path, watched: Calla
         page.get_by_text(re.compile("Connection lost.*Trying again in")).wait_for()
         cluster.restart(port)
         page.get_by_text(re.compile("Connection lost")).wait_for(state="detached")
+
+
+def test_views_are_shown_while_the_node_is_away(tmp_path: Path, watched: Callable[..., Watched]) -> None:
+    with open_web_cluster(tmp_path, serve=False) as cluster:
+        page = watched(cluster.page, expected=[0]).page
+        for loaded in ("views/workers.js", "keyed.js"):
+            page.wait_for_function(
+                "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))", arg=loaded
+            )
+        cluster.master.stop()
+        page.get_by_text(re.compile("Connection lost")).wait_for()
+        page.get_by_role("link", name="Workers").click()
+        page.get_by_text("No worker is connected").wait_for()
+
+
+def test_a_view_that_could_not_be_loaded_is_shown_when_the_connection_is_back(
+    tmp_path: Path, watched: Callable[..., Watched]
+) -> None:
+    with open_web_cluster(tmp_path, serve=False) as cluster:
+
+        def without_workers(page: Any) -> None:
+            page.route("**/views/workers.js", lambda route: route.abort())
+
+        page = watched(cluster.page, expected=[0], prepare=without_workers).page
+        page.get_by_role("link", name="Workers").click()
+        page.get_by_text("This view cannot be loaded").wait_for()
+        page.unroute("**/views/workers.js")
+        port = cluster.master.port
+        cluster.master.stop()
+        page.get_by_text(re.compile("Connection lost")).wait_for()
+        cluster.restart(port)
+        page.get_by_text("No worker is connected").wait_for()
+
+
+def test_an_address_that_is_not_well_formed_shows_a_view(
+    cluster: WebCluster, watched: Callable[..., Watched]
+) -> None:
+    page = watched(f"{cluster.page}#workers/%").page
+    page.get_by_role("heading", level=1, name="Workers").wait_for()
+    page.goto(f"{cluster.page}#%E0%A4%A")
+    page.get_by_role("heading", level=1, name="Requests").wait_for()
+
+
+def test_the_page_works_in_a_browser_that_stores_nothing(
+    cluster: WebCluster, watched: Callable[..., Watched]
+) -> None:
+    getter = '{get() { throw new DOMException("", "SecurityError"); }}'
+    script = f'Object.defineProperty(window, "localStorage", {getter})'
+    page = watched(cluster.page, script=script).page
+    page.get_by_role("link", name="Workers").wait_for()
+    page.get_by_role("button", name="Theme: system").click()
+    page.get_by_role("button", name="Theme: light").wait_for()
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"

@@ -251,6 +251,18 @@ def test_an_operator_sees_the_usage_of_all_and_no_keys(with_key: WebCluster, wat
     page.get_by_text("No requests in 30 days.").wait_for()
 
 
+def test_a_wrong_clock_of_the_browser_changes_nothing(with_key: WebCluster, watched: Open) -> None:
+    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 5 * DAY))
+    key = _make(with_key, name="ann", expires_at=expires, budget={"tokens": 1000, "per": "month"})
+    assert _chat(with_key, key) == 200
+    seen = watched(with_key.page + "#keys", prepare=lambda page: page.clock.set_system_time(time.time() + 40 * DAY))
+    page = _sign_in(seen.page, ADMIN)
+    row = page.get_by_role("row", name="ann")
+    row.get_by_text("25 of 1.00 k tokens this month").wait_for()
+    assert row.get_by_text("expired").count() == 0
+    assert row.get_by_text("1 request", exact=True).count() == 1
+
+
 def test_without_a_database_it_says_what_to_set(cluster: WebCluster, watched: Open) -> None:
     seen = watched(cluster.page, expected=[409])
     answer = {"error": {"message": "no database", "type": "invalid_request_error", "code": "no_database"}}

@@ -84,12 +84,16 @@ def _add_models(app: QuartTrio, node_context: NodeContext) -> None:
 
 def _add_node(app: QuartTrio, node_context: NodeContext) -> None:
     async def index() -> TrioResponse:
+        # A person who types the address into a browser is led to the page; relative, as in pages.py.
+        if "text/html" in request.headers.get("accept", ""):
+            return respond(Reply(302, [("location", "ui/"), ("vary", "accept")], b""))
         return respond(
             json_reply(
                 IndexView(
                     name="trio_cluster",
                     about="an OpenAI-compatible API",
                     routes=["/v1/models", *(f"/v1{endpoint.path}" for endpoint in ENDPOINTS.values())],
+                    page="/ui/",
                     description="/openapi.json",
                     health="/health",
                     ready="/ready",

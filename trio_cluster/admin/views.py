@@ -59,6 +59,7 @@ class IndexView:
     name: str
     about: str
     routes: list[str]
+    page: str
     description: str
     health: str
     ready: str

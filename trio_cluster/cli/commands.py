@@ -667,7 +667,7 @@ def _serving_fields(
     internal_port: int | None,
 ) -> dict[str, object]:
     """Return what the log says of a node that begins to serve."""
-    fields: dict[str, object] = {"url": url, "mode": str(mode), "models": models}
+    fields: dict[str, object] = {"url": url, "page": f"{url}/ui/", "mode": str(mode), "models": models}
     if internal_port is not None:
         fields["workers_join_at"] = internal_port
     if options.server.host in ("0.0.0.0", "::"):

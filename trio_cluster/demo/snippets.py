@@ -7,7 +7,8 @@ from typing import Final
 __all__ = ["how_to_try"]
 
 _TEXT: Final = """
-The OpenAI API is at {url} and needs no key. Try it from another terminal:
+The OpenAI API is at {url} and needs no key. In a browser, open {page}
+Try it from another terminal:
 
 # chat
 curl {url}/chat/completions -H 'Content-Type: application/json' \\
@@ -46,4 +47,5 @@ Ctrl-C ends the demo."""
 
 def how_to_try(url: str) -> str:
     """Return the text for a cluster whose API is at ``url``."""
-    return _TEXT.format(url=url)
+    page = f"{url.removesuffix('/v1')}/ui/"
+    return _TEXT.format(url=url, page=page)

@@ -13,7 +13,7 @@ from ..options import Otel
 __all__ = ["EXTRA", "Exporter", "Signals", "read_signals"]
 
 #: What to do where the packages are missing.
-EXTRA: Final = "pip install 'trio-cluster[otel]'"
+EXTRA: Final = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 #: Where spans or metrics go: over OTLP, to the standard output, or nowhere.
 Exporter: TypeAlias = Literal["otlp", "console", "none"]

@@ -13,8 +13,13 @@ export class ApiError extends Error {
 // Where the node's API begins: the page is below it, also behind a proxy that serves the node below a path of its own.
 const ROOT = new URL("../", document.baseURI);
 
+// Clocks that differ by less than this, in seconds, are taken to be equal.
+const LEAST_SKEW = 30;
+
 export class Api {
   #key;
+  // Seconds that the node's clock is ahead of the browser's, as far as is known.
+  #ahead = 0;
 
   constructor(key = "") {
     this.#key = key;
@@ -22,6 +27,11 @@ export class Api {
 
   get hasKey() {
     return this.#key !== "";
+  }
+
+  /** The time by the node's clock, in milliseconds since the epoch: the browser's clock may be wrong. */
+  get now() {
+    return Date.now() + this.#ahead * 1000;
   }
 
   /** The address to give to clients, without a slash at its end. */
@@ -39,7 +49,11 @@ export class Api {
    */
   async send(path, { method, body, headers = {}, signal } = {}) {
     const sent = { ...headers };
-    if (this.#key) sent.authorization = `Bearer ${this.#key}`;
+    if (this.#key) {
+      // Headers cannot have such characters: fetch would fail as if there were no node.
+      if (!/^[\x20-\x7e\xa0-\xff]+$/.test(this.#key)) throw new ApiError(401, "invalid_api_key", "This key is not valid");
+      sent.authorization = `Bearer ${this.#key}`;
+    }
     if (body !== undefined && !(body instanceof FormData)) {
       sent["content-type"] = "application/json";
       body = JSON.stringify(body);
@@ -54,8 +68,15 @@ export class Api {
       if (error.name === "AbortError") throw error;
       throw new ApiError(0, "unreachable", "The node cannot be reached");
     }
+    this.#readClock(response);
     if (!response.ok) throw await readError(response);
     return response;
+  }
+
+  #readClock(response) {
+    const ahead = (Date.parse(response.headers.get("date")) - Date.now()) / 1000;
+    // The header has whole seconds, and took some time to arrive: less than this says nothing.
+    if (Number.isFinite(ahead)) this.#ahead = Math.abs(ahead) > LEAST_SKEW ? ahead : 0;
   }
 
   /** Send a request, and return the JSON of its answer. See {@link Api#send}. */

@@ -1,7 +1,7 @@
 // The frame of the page: signing in, the views and the way between them, and the state of the connection.
 
 import { Api } from "./api.js";
-import { append, el, fill, icon, setText, toast } from "./dom.js";
+import { append, el, empty, fill, icon, setText, toast } from "./dom.js";
 import { Live } from "./live.js";
 import { Loads } from "./loads.js";
 
@@ -28,6 +28,7 @@ const VIEWS = [
 
 const THEMES = ["auto", "light", "dark"];
 const app = document.getElementById("app");
+let chosenTheme = storedTheme();
 
 applyTheme();
 if (document.documentElement.dataset.requiresKey === "true") showSignIn();
@@ -122,10 +123,12 @@ function showPage(api, session) {
   let unmount = () => {};
   let shown = 0;
   let timer = 0;
+  let failed = false;
 
   async function show() {
     const number = ++shown;
-    const [id, ...args] = location.hash.slice(1).split("/").map(decodeURIComponent);
+    failed = false;
+    const [id, ...args] = location.hash.slice(1).split("/").map(decode);
     const view = views.find((each) => each.id === id) ?? views[0];
     unmount();
     unmount = () => {};
@@ -140,7 +143,19 @@ function showPage(api, session) {
     setText(heading, view.title);
     fill(root);
     root.className = `view ${view.id}`;
-    const module = await import(`./views/${view.id}.js`);
+    let module;
+    try {
+      module = await import(`./views/${view.id}.js`);
+    } catch {
+      if (number !== shown) return;
+      failed = true;
+      fill(root, empty(
+        "This view cannot be loaded",
+        el("p", {}, "The node cannot be reached, or runs another version by now. The view is loaded when the connection is back."),
+        el("button", { type: "button", onclick: show }, "Try again"),
+      ));
+      return;
+    }
     if (number === shown) unmount = module.mount(root, pageFor(args)) ?? (() => {});
   }
 
@@ -160,6 +175,7 @@ function showPage(api, session) {
     connection.classList.toggle("lost", lost);
     if (!lost) {
       setText(connection, "");
+      if (failed && live.state === "live") show();
       return;
     }
     if (live.error?.status === 401) {
@@ -194,7 +210,12 @@ function showPage(api, session) {
 
   function nextTheme() {
     const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
-    localStorage.setItem("theme", next);
+    chosenTheme = next;
+    try {
+      localStorage.setItem("theme", next);
+    } catch {
+      // A browser that keeps nothing forgets it with the page.
+    }
     applyTheme();
     setText(themes.querySelector("span"), themeLabel());
   }
@@ -205,15 +226,35 @@ function showPage(api, session) {
     live.start();
   }
   show();
+  // The other views are loaded ahead, so that they can be shown while the node is away. If that fails, they are loaded
+  // when they are shown.
+  for (const view of views) import(`./views/${view.id}.js`).catch(() => {});
+}
+
+/** Return a part of the address as text; as it is, if it is not encoded as it should be. */
+function decode(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 function logo() {
   return el("img", { src: "icon.svg", alt: "", width: 24, height: 24 });
 }
 
+function storedTheme() {
+  try {
+    return localStorage.getItem("theme");
+  } catch {
+    // Browsers that are set to keep nothing throw.
+    return null;
+  }
+}
+
 function theme() {
-  const stored = localStorage.getItem("theme");
-  return THEMES.includes(stored) ? stored : "auto";
+  return THEMES.includes(chosenTheme) ? chosenTheme : "auto";
 }
 
 function themeLabel() {

@@ -72,7 +72,9 @@ export class Live extends EventTarget {
     let timer = setTimeout(abort, SILENCE * 1000);
     try {
       const response = await this.#api.send("cluster/events", { signal: silence.signal });
-      this.#skew = Number(response.headers.get("x-trio-cluster-time")) - Date.now() / 1000;
+      // A proxy may take unknown headers out; the other one has whole seconds only.
+      const time = response.headers.get("x-trio-cluster-time") ?? this.#api.now / 1000;
+      this.#skew = Number(time) - Date.now() / 1000;
       for await (const part of parts(response, () => {
         clearTimeout(timer);
         timer = setTimeout(abort, SILENCE * 1000);

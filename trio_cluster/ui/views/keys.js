@@ -78,8 +78,8 @@ function createKeys(page, changed) {
       return new Map(rows.map((row) => [row.key, row]));
     };
     const [month, ...each] = await Promise.all([
-      sums(new Date(Date.now() - 29 * 86_400_000)),
-      ...[...periods].map(async (per) => [per, await sums(beginning(per))]),
+      sums(new Date(page.api.now - 29 * 86_400_000)),
+      ...[...periods].map(async (per) => [per, await sums(beginning(per, page.api.now))]),
     ]);
     keys = data.toSorted((a, b) => a.name.localeCompare(b.name));
     used = month;
@@ -106,7 +106,7 @@ function createKeys(page, changed) {
   }
 
   function row(key) {
-    const expired = key.expires_at !== null && Date.parse(key.expires_at) <= Date.now();
+    const expired = key.expires_at !== null && Date.parse(key.expires_at) <= page.api.now;
     const sum = used.get(key.name);
     const cell = (title, ...content) => el("td", { "data-title": title }, ...content);
     return el("tr", {},
@@ -120,7 +120,7 @@ function createKeys(page, changed) {
       cell("May use", key.models.length ? key.models.join(", ") : el("span.quiet.limit", {}, "all models")),
       cell("Limits", limits(key)),
       cell("Budget", budget(key)),
-      cell("30 days", sum ? [el("div.limit", {}, `${count(sum.prompt_tokens + sum.completion_tokens)} tokens`), el("p.hint.limit", {}, `${count(sum.requests)} requests`)] : el("span.quiet", {}, "not used")),
+      cell("30 days", sum ? [el("div.limit", {}, `${count(sum.prompt_tokens + sum.completion_tokens)} tokens`), el("p.hint.limit", {}, sum.requests === 1 ? "1 request" : `${count(sum.requests)} requests`)] : el("span.quiet", {}, "not used")),
       el("td.key-actions", {}, actions(key)));
   }
 
@@ -194,9 +194,9 @@ function noKeys(page) {
   );
 }
 
-/** Return when a period of a budget has begun: in UTC, weeks begin on Monday. */
-function beginning(per) {
-  const now = new Date();
+/** Return when the period of a budget that `time` is in has begun: in UTC, weeks begin on Monday. */
+function beginning(per, time) {
+  const now = new Date(time);
   const [year, month, day] = [now.getUTCFullYear(), now.getUTCMonth(), now.getUTCDate()];
   if (per === "month") return new Date(Date.UTC(year, month, 1));
   return new Date(Date.UTC(year, month, per === "week" ? day - ((now.getUTCDay() + 6) % 7) : day));

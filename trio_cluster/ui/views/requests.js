@@ -3,6 +3,7 @@
 import { el, empty, setText, snippet, toast } from "../dom.js";
 import { bytes, count, stopwatch } from "../format.js";
 import { RowList, cell } from "../rows.js";
+import { shell } from "./connect/clients.js";
 import { mountStory } from "./story.js";
 
 // The least time between two updates of what is shown, in milliseconds.
@@ -404,7 +405,12 @@ function setTitle(element, text) {
 }
 
 function example(page, live) {
-  const chat = [...live.models.values()].find((model) => model.kind === "chat")?.id ?? "MODEL";
-  const key = page.api.hasKey ? ' \\\n  -H "Authorization: Bearer $KEY"' : "";
-  return `curl -N ${page.api.base}/v1/chat/completions${key} \\\n  -d '{"model": "${chat}", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'`;
+  const model = [...live.models.values()].find((each) => each.kind === "chat")?.id ?? "MODEL";
+  const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: "Hello" }] });
+  return [
+    `curl -N ${page.api.base}/v1/chat/completions`,
+    page.api.hasKey && '  -H "Authorization: Bearer $KEY"',
+    '  -H "Content-Type: application/json"',
+    `  -d ${shell(body)}`,
+  ].filter(Boolean).join(" \\\n");
 }

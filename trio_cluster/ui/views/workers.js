@@ -219,8 +219,8 @@ function howToAdd(page) {
     );
   }
   parts.push(
-    el("p", {}, "On the other machine, with a small model to begin with:"),
-    snippet(`pip install 'trio-cluster[llama]'\n${join} --serve llama:smollm2 --name NAME`),
+    el("p", {}, "On the other machine, in a checkout of trio_cluster, with a small model to begin with:"),
+    snippet(`pip install '.[llama]'\n${join} --serve llama:smollm2 --name NAME`),
     el("p", {}, "With a server that already runs there (vLLM, llama.cpp, Ollama and others with an OpenAI API):"),
     snippet(`${join} --serve openai:http://127.0.0.1:8000/v1 --name NAME`),
     el("p", {}, "With handlers of your own, in models.py:"),

@@ -10,8 +10,8 @@ const TOP = 8;
 const SERIES = 6;
 const DAY = 86_400_000;
 
-/** Return the last days, in UTC, as 2026-11-28, the oldest first. */
-export function lastDays(number, now = Date.now()) {
+/** Return the last days up to `now`, in UTC, as 2026-11-28, the oldest first. */
+export function lastDays(number, now) {
   return Array.from({ length: number }, (_, index) => new Date(now - (number - 1 - index) * DAY).toISOString().slice(0, 10));
 }
 

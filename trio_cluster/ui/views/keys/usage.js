@@ -38,7 +38,7 @@ export function createUsage(page) {
   async function load() {
     const mine = ++number;
     const by = whose.value === "own" && group.value === "key" ? "model" : group.value;
-    const days = lastDays(Number(span.value));
+    const days = lastDays(Number(span.value), page.api.now);
     const path = whose.value === "own" ? "v1/usage" : "cluster/usage";
     const { data } = await page.api.json(`${path}?group_by=${by},day&since=${days[0]}`);
     if (mine === number) show(data, by, days);

@@ -106,7 +106,7 @@ export function createChat(page) {
     el("div.row", {}, attach, files, el("span.hint.grow", { id: "chat-keys" }, "Enter sends, Shift+Enter begins a line, Escape stops"), again, button),
   );
 
-  const hint = el("div.empty", {}, el("h2", {}, "Say something"), el("p", {}, "What you write stays in this page, until it is closed."));
+  const hint = el("div.empty", {}, el("h2", {}, "Say something"), el("p", {}, "The conversation is kept in this page only, and is gone when the page is closed."));
   const element = el("div.chat", {}, el("div.talk", {}, log, announcer, composer), settings.element);
   log.append(hint);
 
