@@ -262,6 +262,8 @@ async def test_a_model_with_one_replica_has_a_speed_too(
         model = page.state["models"]["m"]
         assert model["tokens_per_second"] == pytest.approx(20, rel=0.1)
         assert (model["prompt_tokens"], model["cached_tokens"]) == (10, 0)
+        # Each is an event of a stream, with its JSON.
+        assert 100 < model["bytes_per_token"] < 400
 
 
 async def test_a_worker_whose_machine_sleeps_is_shown(

@@ -240,11 +240,13 @@ def test_a_model_is_one_item() -> None:
         replica = {"node": "w", "state": state, "why": "", "available": True, "in_flight": in_flight}
         return {
             "id": "m", "nodes": ["w"], "state": state, "why": "", "in_flight": in_flight, "prompt_tokens": 10,
-            "cached_tokens": 4, "tokens_per_second": speed, "replicas": [replica | {"tokens_per_second": speed}],
+            "cached_tokens": 4, "tokens_per_second": speed, "bytes_per_token": speed,
+            "replicas": [replica | {"tokens_per_second": speed}],
         }  # fmt: skip
 
     (merged,) = merge_models([[model(1, None, "cold")], [model(2, 30.0, "ready")]], live=True)
     assert (merged["in_flight"], merged["prompt_tokens"], merged["cached_tokens"]) == (3, 20, 8)
     assert (merged["tokens_per_second"], merged["state"]) == (30.0, "ready")
+    assert merged["bytes_per_token"] == 30.0
     (replica,) = merged["replicas"]
     assert (replica["state"], replica["in_flight"], replica["tokens_per_second"]) == ("ready", 3, 30.0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 from clients import streaming
 from feed import SCRIPT, Feed, live_request
 from watched import Watched
@@ -41,6 +42,19 @@ def test_cancel_ends_the_handler_at_once(cluster: WebCluster, watched: Callable[
         assert cluster.stopped == ["req_one says something"]
         row_of(page, "req_two").get_by_text("streaming").wait_for()
         assert not two.over.is_set()
+
+
+def test_output_is_in_tokens_where_their_size_is_known(
+    cluster: WebCluster, watched: Callable[..., Watched]
+) -> None:
+    page = watched(cluster.page).page
+    with streaming(cluster.url, "req_bytes"):
+        row_of(page, "req_bytes").get_by_text(re.compile(r"^[\d.]+ k?B$")).first.wait_for()
+        page.get_by_text("≈").wait_for(state="detached")
+    body = {"model": "slow", "stream": True, "messages": [{"role": "user", "content": "three times"}]}
+    httpx.post(f"{cluster.url}/v1/chat/completions", json=body, trust_env=False).raise_for_status()
+    with streaming(cluster.url, "req_tokens"):
+        row_of(page, "req_tokens").get_by_text(re.compile(r"^≈ [\d.]+ tok$")).first.wait_for()
 
 
 def test_the_story_grows_until_the_request_is_over(

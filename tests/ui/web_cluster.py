@@ -9,6 +9,7 @@ import wave
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,14 @@ def _add_models(server: ClusterServer, name: str, cluster: WebCluster) -> None:
             yield f"{word} "
 
     @server.chat("slow")
-    async def slow(request: ChatRequest) -> AsyncIterator[str]:
-        """Say ``tick`` for ever, twenty times in a second."""
+    async def slow(request: ChatRequest) -> AsyncIterator[Any]:
+        """Say ``tick`` for ever, twenty times in a second; or three times, if that is asked for, with the tokens."""
         try:
-            while True:
+            for number in count(1):
                 yield "tick "
+                if number == 3 and _text_of(request) == "three times":
+                    yield OutputChunk.usage(2, 3)
+                    return
                 await trio.sleep(0.05)
         except trio.Cancelled:
             cluster.stopped.append(_text_of(request))

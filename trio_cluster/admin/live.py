@@ -348,7 +348,7 @@ def live_models(status: StatusView, router: Router, stats: RequestStats) -> dict
                 )
             )
         replicas.sort(key=lambda replica: replica.node)
-        prompt_tokens, cached_tokens, stream_speed = stats.tokens_of(name)
+        prompt_tokens, cached_tokens, stream_speed, token_size = stats.tokens_of(name)
         failed = bool(replicas) and all(replica.state == "failed" for replica in replicas)
         items[name] = _encode(
             model
@@ -359,6 +359,7 @@ def live_models(status: StatusView, router: Router, stats: RequestStats) -> dict
                 "in_flight": sum(replica.in_flight for replica in replicas),
                 # Routing only measures where there is a choice.
                 "tokens_per_second": _speed(stream_speed if usual is None else usual),
+                "bytes_per_token": None if token_size is None else float(f"{token_size:.2g}"),
                 "prompt_tokens": prompt_tokens,
                 "cached_tokens": cached_tokens,
                 "aliases": aliases.get(name, []),

@@ -126,6 +126,10 @@ class RequestSums:
     cached_tokens: int = 0
     """Those of the input that were read from a prompt cache."""
     output_tokens: int = 0
+    streamed_bytes: int = 0
+    """Bytes of the streams that were complete and have reported their tokens."""
+    streamed_tokens: int = 0
+    """The tokens of these."""
     timings: tuple[Timings, ...] = attrs.field(
         factory=lambda: tuple(
             Timings(bounds) for bounds in (FIRST_TOKEN, TOKEN_INTERVAL, DURATION, QUEUE_WAIT, COLD_WAIT)
@@ -180,17 +184,18 @@ class RequestStats:
         self.pending[:0] = late
         self.count()
 
-    def tokens_of(self, model: str) -> tuple[int, int, float | None]:
-        """Return what was counted of a model: tokens of prompts, those of them that were read from a prompt cache, and
-        the tokens per second of a stream, on average; ``None``: no stream was measured.
+    def tokens_of(self, model: str) -> tuple[int, int, float | None, float | None]:
+        """Return what was counted of a model: tokens of prompts, those of them that were read from a prompt cache; and
+        of a stream, on average, the tokens per second and the bytes of a token. ``None``: no stream was measured.
         """
         sums = self._models.get(model)
         if sums is None:
-            return 0, 0, None
+            return 0, 0, None, None
         intervals = sums.timings[1]
         count = sum(intervals.counts)
         speed = count / intervals.total if count and intervals.total > 0 else None
-        return sums.input_tokens, sums.cached_tokens, speed
+        size = sums.streamed_bytes / sums.streamed_tokens if sums.streamed_tokens else None
+        return sums.input_tokens, sums.cached_tokens, speed, size
 
     def refused(self, key: str, error: ErrorFacts) -> None:
         """Count a request that was refused before it was known to be for a model."""
@@ -310,6 +315,9 @@ class RequestStats:
                     sums.input_tokens += usage.prompt_tokens
                     sums.cached_tokens += usage.cached_tokens
                     sums.output_tokens += usage.completion_tokens
+                    if interval >= 0.0:
+                        sums.streamed_bytes += attempt.delivered
+                        sums.streamed_tokens += usage.completion_tokens
                 for timings, seconds in zip(sums.timings, of_request, strict=True):
                     if seconds >= 0.0:
                         bucket = bisect_left(timings.bounds, seconds)

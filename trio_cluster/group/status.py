@@ -107,7 +107,8 @@ def _model(views: Sequence[dict[str, Any]], live: bool) -> dict[str, Any]:
         merged["in_flight"] = sum(view["in_flight"] for view in views)
         merged["prompt_tokens"] = sum(view["prompt_tokens"] for view in views)
         merged["cached_tokens"] = sum(view["cached_tokens"] for view in views)
-        merged["tokens_per_second"] = _highest([view["tokens_per_second"] for view in views])
+        for measured in ("tokens_per_second", "bytes_per_token"):
+            merged[measured] = _highest([view[measured] for view in views])
         merged["state"] = min((view["state"] for view in views), key=_readiness)
         merged["why"] = next((view["why"] for view in views if view["state"] == merged["state"]), "")
     return merged

@@ -36,6 +36,11 @@ export function bytes(value) {
   return text.includes(" ") ? `${text}B` : `${text} B`;
 }
 
+/** Tokens that were not counted, but reckoned from bytes: ≈ 950 tok, ≈ 12.3 k tok. */
+export function tokens(value) {
+  return `≈ ${count(value)} tok`;
+}
+
 /** A time of the day, in the browser's time zone. */
 export function clock(epoch) {
   return new Date(epoch * 1000).toLocaleTimeString();

@@ -1,7 +1,7 @@
 // The requests that run, as a tree: client, request, attempt, worker. A click shows the story of one.
 
 import { el, empty, setText, snippet, toast } from "../dom.js";
-import { bytes, count, stopwatch } from "../format.js";
+import { bytes, count, stopwatch, tokens } from "../format.js";
 import { RowList, cell } from "../rows.js";
 import { shell } from "./connect/clients.js";
 import { mountStory } from "./story.js";
@@ -98,6 +98,19 @@ function mountList(root, page) {
     none,
   );
 
+  /** Return how many tokens so many bytes of a model's answer are, about; infinity: its tokens have no known size. */
+  function tokensIn(size, model) {
+    if (size === 0) return 0;
+    const each = live.models.get(model)?.bytes_per_token;
+    return each ? size / each : Infinity;
+  }
+
+  /** Return bytes of an answer in tokens, if that is known, or as bytes. */
+  function outputOf(size, model) {
+    const found = tokensIn(size, model);
+    return Number.isFinite(found) ? tokens(found) : bytes(size);
+  }
+
   function open(id) {
     kept.place = list.place;
     page.go("requests", id);
@@ -121,16 +134,19 @@ function mountList(root, page) {
     const matching = [];
     let waiting = 0;
     let rate = 0;
+    let tokenRate = 0;
     const clients = new Set();
     for (const entry of entries.values()) {
       if (entry.waits) waiting++;
       rate += entry.rate;
+      tokenRate += tokensIn(entry.rate, entry.request.model);
       clients.add(entry.client);
       if (words.length === 0 || matches(entry, words)) matching.push(entry);
     }
     setText(tiles[0].value, count(entries.size - waiting));
     setText(tiles[1].value, count(waiting));
-    setText(tiles[2].value, bytes(rate));
+    // Tokens, as long as each stream is of a model whose tokens have a known size.
+    setText(tiles[2].value, rate > 0 && Number.isFinite(tokenRate) ? tokens(tokenRate) : bytes(rate));
     setText(tiles[3].value, count(clients.size));
     setText(found, words.length ? `${matching.length} of ${entries.size} match` : "");
     shown = rows(matching, GROUPS.find((group) => group.id === kept.group).of);
@@ -190,12 +206,14 @@ function mountList(root, page) {
         setText(name, item.name);
         let waiting = 0;
         let total = 0;
+        let totalTokens = 0;
         for (const entry of item.entries) {
           if (entry.waits) waiting++;
           total += entry.rate;
+          totalTokens += tokensIn(entry.rate, entry.request.model);
         }
         setText(sums, `${item.entries.length - waiting} running${waiting ? ` · ${waiting} waiting` : ""}`);
-        setText(rate, total >= 1 ? `· ${bytes(total)}/s` : "");
+        setText(rate, total >= 1 ? `· ${Number.isFinite(totalTokens) ? tokens(totalTokens) : bytes(total)}/s` : "");
       },
     };
   }
@@ -216,6 +234,7 @@ function mountList(root, page) {
         setTitle(id, request.request_id);
         cells.update({
           model: nameOf(request),
+          serving: request.model,
           title: request.alias ? `${request.alias}, which is ${request.model}` : request.model,
           from: entry.client,
           node: placeOf(request.node),
@@ -224,7 +243,7 @@ function mountList(root, page) {
           delivered: request.delivered,
           state: entry.cancelling ? "cancelling" : stateOf(request, live.now),
           tone: entry.waits ? "warn" : request.phase === "stopping" ? "" : "good",
-          rate: request.delivered > 0 ? bytes(entry.rate) : "",
+          rate: request.delivered > 0 ? outputOf(entry.rate, request.model) : "",
           left: request.deadline === null ? "" : stopwatch(request.deadline - live.now),
         });
         button.tabIndex = tabIndex;
@@ -242,6 +261,7 @@ function mountList(root, page) {
         setText(name, `${attempt.attempt}. ${ATTEMPTS[attempt.kind] ?? attempt.kind}`);
         cells.update({
           model: attempt.model,
+          serving: attempt.model,
           title: attempt.model,
           from: "",
           node: placeOf(attempt.node),
@@ -276,7 +296,7 @@ function mountList(root, page) {
         setText(texts.state, values.state);
         setTitle(texts.state, values.state);
         setText(texts.age, stopwatch(live.now - values.began));
-        setText(texts.output, values.delivered > 0 ? bytes(values.delivered) : "");
+        setText(texts.output, values.delivered > 0 ? outputOf(values.delivered, values.serving) : "");
         setText(texts.rate, values.rate);
         setText(texts.left, values.left);
         const tone = `dot ${values.tone}`;
