@@ -74,7 +74,8 @@ def test_views_are_shown_while_the_node_is_away(tmp_path: Path, watched: Callabl
         page = watched(cluster.page, expected=[0]).page
         for loaded in ("views/workers.js", "keyed.js"):
             page.wait_for_function(
-                "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))", arg=loaded
+                "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))",
+                arg=loaded,
             )
         cluster.master.stop()
         page.get_by_text(re.compile("Connection lost")).wait_for()

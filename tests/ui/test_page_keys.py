@@ -255,7 +255,9 @@ def test_a_wrong_clock_of_the_browser_changes_nothing(with_key: WebCluster, watc
     expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 5 * DAY))
     key = _make(with_key, name="ann", expires_at=expires, budget={"tokens": 1000, "per": "month"})
     assert _chat(with_key, key) == 200
-    seen = watched(with_key.page + "#keys", prepare=lambda page: page.clock.set_system_time(time.time() + 40 * DAY))
+    seen = watched(
+        with_key.page + "#keys", prepare=lambda page: page.clock.set_system_time(time.time() + 40 * DAY)
+    )
     page = _sign_in(seen.page, ADMIN)
     row = page.get_by_role("row", name="ann")
     row.get_by_text("25 of 1.00 k tokens this month").wait_for()
