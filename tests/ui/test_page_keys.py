@@ -251,6 +251,37 @@ def test_an_operator_sees_the_usage_of_all_and_no_keys(with_key: WebCluster, wat
     page.get_by_text("No requests in 30 days.").wait_for()
 
 
+def test_a_key_that_is_revoked_leads_to_signing_in(with_key: WebCluster, watched: Open) -> None:
+    page = _open(with_key, watched, _make(with_key, name="ann"), expected=[401])
+    page.get_by_role("link", name="Playground").click()
+    page.get_by_label("Model").wait_for()
+    request = urllib.request.Request(
+        f"{with_key.url}/cluster/keys/ann", method="DELETE", headers={"authorization": f"Bearer {ADMIN}"}
+    )
+    with urllib.request.urlopen(request):
+        pass
+    # A conversation stays where it is; the next look at something else asks for a key.
+    page.get_by_role("textbox", name="Message").fill("hello")
+    page.get_by_role("textbox", name="Message").press("Enter")
+    page.get_by_text("The API key is not valid").wait_for()
+    page.get_by_role("link", name="Models").click()
+    page.get_by_text("The key is no longer valid.").wait_for()
+    page.get_by_label("API key").wait_for()
+
+
+def test_without_the_node_the_models_say_once_that_they_are_old(with_key: WebCluster, watched: Open) -> None:
+    page = _open(with_key, watched, _make(with_key, name="ann"), expected=[0])
+    for loaded in ("views/models.js", "keyed.js"):
+        page.wait_for_function(
+            "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))",
+            arg=loaded,
+        )
+    with_key.master.stop()
+    page.get_by_role("link", name="Models").click()
+    page.get_by_text("The node cannot be reached: what is shown may be old.").wait_for()
+    assert page.locator(".toast").count() == 0
+
+
 def test_a_wrong_clock_of_the_browser_changes_nothing(with_key: WebCluster, watched: Open) -> None:
     expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 5 * DAY))
     key = _make(with_key, name="ann", expires_at=expires, budget={"tokens": 1000, "per": "month"})

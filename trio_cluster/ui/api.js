@@ -18,6 +18,8 @@ const LEAST_SKEW = 30;
 
 export class Api {
   #key;
+  /** Is called when the node no longer takes the key: when it refuses to show something. */
+  onrefused = () => {};
   // Seconds that the node's clock is ahead of the browser's, as far as is known.
   #ahead = 0;
 
@@ -69,7 +71,12 @@ export class Api {
       throw new ApiError(0, "unreachable", "The node cannot be reached");
     }
     this.#readClock(response);
-    if (!response.ok) throw await readError(response);
+    if (!response.ok) {
+      const error = await readError(response);
+      // What is sent to a model may be refused by the server behind it; and a conversation stays where it is.
+      if (error.status === 401 && body === undefined && method === undefined) this.onrefused();
+      throw error;
+    }
     return response;
   }
 

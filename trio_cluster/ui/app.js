@@ -178,16 +178,13 @@ function showPage(api, session) {
       if (failed && live.state === "live") show();
       return;
     }
-    if (live.error?.status === 401) {
-      leave(true, "The key is no longer valid.");
-      return;
-    }
     const left = Math.max(1, Math.ceil((live.retryAt - Date.now()) / 1000));
     setText(connection, `Connection lost: what is shown may be old. Trying again in ${left} s.`);
     timer = setTimeout(showConnection, 1000);
   }
 
   function stop() {
+    api.onrefused = () => {};
     window.removeEventListener("hashchange", show);
     clearTimeout(timer);
     live?.stop();
@@ -221,6 +218,7 @@ function showPage(api, session) {
   }
 
   window.addEventListener("hashchange", show);
+  api.onrefused = () => leave(true, api.hasKey ? "The key is no longer valid." : "Requests need a key from now on.");
   if (live !== null) {
     live.addEventListener("state", showConnection);
     live.start();

@@ -29,7 +29,6 @@ export function mount(root, page) {
   function showError(error) {
     const again = el("button", { type: "button", onclick: refresh }, "Look again");
     if (error.code === "no_database") fill(root, withoutDatabase(again));
-    else if (error.status === 401) page.signInAgain("", "The key is no longer valid.");
     // What is shown is old, and the frame says why.
     else if (error.status !== 0 || !usage.element.isConnected) fill(root, failure(page, error, "Keys and usage cannot be shown"), again);
   }

@@ -29,7 +29,8 @@ export function mount(root, page) {
   const gone = new AbortController();
   let timer = 0;
   let listed = null;
-  root.append(toolbar, list, none, table);
+  const trouble = el("p.error", { role: "status" });
+  root.append(trouble, toolbar, list, none, table);
 
   function paint() {
     const all = live === null ? listed ?? [] : [...live.models.values()];
@@ -62,10 +63,11 @@ export function mount(root, page) {
   async function look() {
     try {
       listed = (await api.json("v1/models", { signal: gone.signal })).data;
+      setText(trouble, "");
       paint();
     } catch (error) {
       if (error.name === "AbortError") return;
-      toast(error.message, "error");
+      setText(trouble, `${error.message}: what is shown may be old. It is tried again every ${INTERVAL / 1000} s.`);
     }
     if (!gone.signal.aborted) timer = setTimeout(look, INTERVAL);
   }
