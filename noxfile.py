@@ -716,6 +716,16 @@ def deploy(session: nox.Session) -> None:
     session.run("pytest", "-q", *arguments, *session.posargs, env={"DEPLOY_STEPS": "1"})
 
 
+@nox.session(venv_backend="none")
+def walk(session: nox.Session) -> None:
+    """Do what docs/production.md tells, on machines that are network namespaces: an upgrade under load, and a restore.
+
+    That takes root, on Linux, and says what else is missing. The folder, with the logs, is the one after ``--``.
+    """
+    folder = session.posargs[0] if session.posargs else str(Path(session.create_tmp()).resolve() / "walk")
+    session.run("python", "scripts/walk.py", folder, external=True)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error. Its search must find what people search for."""

@@ -23,9 +23,10 @@ import attrs
 import httpx
 import pytest
 import trio
+from scripted import Trace, add_models
 from served import Served, chat, open_served, until
 
-from trio_cluster import ASRRequest
+from trio_cluster import ASRRequest, ClusterServer, ClusterServerOptions, ServerOptions
 from trio_cluster.cli.arguments import parse_arguments
 
 pytestmark = [
@@ -363,6 +364,40 @@ async def test_the_refusals_of_two_masters_that_are_full_pass_and_take_none_of_t
                 await each.in_flight(0)
             for _ in range(4):
                 assert (await client.post("/v1/chat/completions", json=chat("echo"))).status_code == 200
+
+
+@needs_nginx
+async def test_nginx_verifies_masters_by_the_authority_of_their_cluster(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    pytest.importorskip("cryptography", reason="the extra tls is not installed")
+    ports = {}
+    for name in ("a", "b", "other"):
+        state = tmp_path / name
+        state.mkdir(0o700)
+        if name == "b":
+            shutil.copy(tmp_path / "a/authority.json", state)
+        server = ServerOptions(host="127.0.0.1", tls="auto", api_key="a-key")
+        master = ClusterServer(ClusterServerOptions(server=server, state_dir=str(state)))
+        add_models(master, Trace())
+        await nursery.start(master.run_as_master, 0)
+        assert master.port is not None
+        ports[name] = master.port
+    tls = replaced(
+        fence("deployment.md", "proxy_pass https://masters;"),
+        ca=("/etc/nginx/trio-cluster-ca.pem", f"{tmp_path}/a/ca.pem"),
+    )
+    for pair, status in ((("a", "b"), 200), (("other", "other"), 502)):
+        upstreams = (ports[pair[0]], ports[pair[1]])
+        async with open_two_masters(tmp_path, upstreams, tls=("proxy_pass http://masters;", tls)) as url:
+            headers = {"authorization": "Bearer a-key"}
+            async with httpx.AsyncClient(
+                base_url=url, verify=False, trust_env=False, timeout=10, headers=headers
+            ) as client:
+                for _ in range(4):
+                    answer = await client.post("/v1/chat/completions", json=chat("echo"))
+                    assert answer.status_code == status
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:

@@ -80,6 +80,9 @@ logger = logging.getLogger(__name__)
 #: Addresses that only this machine reaches.
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
+#: The state directory of the master that ``install-service`` makes a service of the system.
+_STATE_OF_SERVICE: Final = Path("/var/lib/trio-cluster-master")
+
 _PACKAGE: Final = f"{Path(__file__).parent.parent}{os.sep}"
 
 #: Seconds for each look whether a worker was given the wrong port.
@@ -940,13 +943,23 @@ def _node_and_key(arguments: argparse.Namespace) -> tuple[NodeAddress, str | Non
 
 
 def _own_authority(url: str, state_dir: Path | None) -> Path | None:
-    """Return the file with the authority of the node at ``url``, if that is this user's on this machine."""
+    """Return the file with the authority of the node at ``url``, if its state directory is on this machine.
+
+    A directory that is named holds for every URL, since a node may be asked by the name of its machine. Otherwise it is
+    looked for in the places of this user's nodes, and of the service, by an address that is this machine's.
+    """
     parts = urlsplit(url)
-    if parts.scheme != "https" or parts.hostname not in _LOOPBACK:
+    if parts.scheme != "https":
         return None
-    names = (f"master-{parts.port or 443}", f"standalone-{parts.port or 443}")
-    directories = [state_dir] if state_dir else [default_state_dir(os.environ, name) for name in names]
-    return next((path for each in directories if (path := each / "ca.pem").exists()), None)
+    if state_dir is not None:
+        directories = [state_dir]
+    elif parts.hostname in _LOOPBACK:
+        names = (f"master-{parts.port or 443}", f"standalone-{parts.port or 443}")
+        directories = [*(default_state_dir(os.environ, name) for name in names), _STATE_OF_SERVICE]
+    else:
+        return None
+    # The directory of the service is closed to all users but root.
+    return next((path for each in directories if os.access(path := each / "ca.pem", os.R_OK)), None)
 
 
 def _invite(arguments: argparse.Namespace) -> int:
