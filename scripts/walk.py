@@ -570,7 +570,7 @@ def walk(way: Walk) -> None:
         way.configure_nginx(tls)
         way.reload_nginx()
         way.go_on(100)
-        a.run(*STATUS, "https://a.lan:8080", "--ca-file", a.state / "trio-cluster-master/ca.pem")
+        a.run(*STATUS, "https://a.lan:8080", "--state-dir", a.state / "trio-cluster-master")
 
     with way.step("The clients end"):
         stop(front.processes.pop("clients"))
@@ -581,11 +581,11 @@ def walk(way: Walk) -> None:
         say(f"nginx: {len(lines)} requests, {passed_on} of them passed on to the other master")
 
     with way.step("A key, and a backup while a serves"):
-        authority = ("--ca-file", a.state / "trio-cluster-master/ca.pem")
-        said = a.run("trio-cluster", "keys", "create", "app", "https://a.lan:8080", *authority)
+        state = ("--state-dir", a.state / "trio-cluster-master")
+        said = a.run("trio-cluster", "keys", "create", "app", "https://a.lan:8080", *state)
         (key,) = re.findall(r"\btc-\S+", said)
         ask(a, "https://a.lan:8080", key)
-        a.run("trio-cluster", "usage", "https://a.lan:8080", *authority)
+        a.run("trio-cluster", "usage", "https://a.lan:8080", *state)
         a.run("trio-cluster", "backup", "master.tar.gz", "--state-dir", a.state / "trio-cluster-master")
 
     with way.step("a is lost, and restored on c"):
@@ -603,10 +603,10 @@ def walk(way: Walk) -> None:
         way.rename(ADDRESSES["c"], "a.lan")
         way.await_workers("c", {"w2", "w3"}, tls=True, at="a")
         way.reload_nginx()
-        authority = ("--ca-file", c.state / "trio-cluster-master/ca.pem")
+        state = ("--state-dir", c.state / "trio-cluster-master")
         ask(c, "https://a.lan:8080", key)
-        c.run("trio-cluster", "usage", "https://a.lan:8080", *authority)
-        c.run(*STATUS, "https://a.lan:8080", *authority)
+        c.run("trio-cluster", "usage", "https://a.lan:8080", *state)
+        c.run(*STATUS, "https://a.lan:8080", *state)
         front.run(
             *("curl", "-sS", "--cacert", "cert.pem", "-H", f"authorization: Bearer {KEY}"),
             "https://api.example.net/v1/models",
@@ -644,8 +644,8 @@ def switch_master(way: Walk, name: str) -> None:
 def switch_worker(way: Walk, name: str) -> None:
     """Invite a worker to the cluster, and restart it as one that was."""
     a, machine, unit = way["a"], way[WORKERS[name]], f"trio-cluster-{name}"
-    authority = a.state / "trio-cluster-master/ca.pem"
-    said = a.run("trio-cluster", "invite", "https://a.lan:8080", "--name", name, "--ca-file", authority)
+    state = a.state / "trio-cluster-master"
+    said = a.run("trio-cluster", "invite", "https://a.lan:8080", "--name", name, "--state-dir", state)
     (token,) = re.findall(r"tcj-\S+", said)
     words = ("worker", BOTH, "--app", "models:server", "--name", name, "--join", token)
     machine.install_service("--unit", unit, *words)
