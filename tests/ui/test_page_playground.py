@@ -313,6 +313,26 @@ def test_a_microphone_that_may_not_be_used_is_explained(cluster: WebCluster, wat
     page.get_by_text("Browsers give the microphone only to pages over HTTPS").wait_for()
 
 
+def test_a_microphone_that_is_allowed_after_signing_out_is_given_back(
+    cluster: WebCluster, watched: Open
+) -> None:
+    page = watched(f"{cluster.page}#playground/transcription").page
+    page.evaluate(
+        """() => {
+          navigator.mediaDevices.getUserMedia = () => new Promise((resolve) => {
+            window.allow = () => {
+              window.stream = new AudioContext().createMediaStreamDestination().stream;
+              resolve(window.stream);
+            };
+          });
+        }"""
+    )
+    page.get_by_role("button", name="Record").click()
+    page.get_by_role("button", name="Sign in").click()
+    page.evaluate("window.allow()")
+    page.wait_for_function("window.stream.getTracks().every((track) => track.readyState === 'ended')")
+
+
 def test_pictures_are_made_and_changed(cluster: WebCluster, watched: Open, tmp_path: Path) -> None:
     page = watched(f"{cluster.page}#playground/images").page
     page.get_by_label("Prompt").fill("a red dot")
