@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,7 @@ from trio.testing import MockClock
 from trio_cluster import __version__
 from trio_cluster.admin import events
 from trio_cluster.admin.events import INTERVAL, KEEPALIVE, Pace, Sampler
+from trio_cluster.gateway.context import RequestContext
 from trio_cluster.testing import SimulatedCluster, StreamingResponse, open_cluster, worker
 
 OPTIONS: dict[str, Any] = {"max_concurrency": 2, "keepalive": 0.0, "drain_timeout": 30.0}
@@ -126,6 +128,24 @@ async def test_a_request_comes_changes_and_goes(autojump_clock: MockClock, nurse
         await trio.sleep(4)
         assert page.requests == {}
         assert page.gone == [first["id"]]
+
+
+async def test_requests_that_were_watched_are_not_kept_when_they_are_over(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with running() as cluster:
+        async with trio.open_nursery() as requests, subscribed(cluster, nursery) as page:
+            requests.start_soon(cluster.client().chat, "m")
+            await trio.sleep(1)
+            assert len(page.requests) == 1
+        await trio.sleep(1)
+        gc.collect()
+        kept = [
+            each
+            for each in gc.get_objects()
+            if type(each) is RequestContext and each.path.endswith("chat/completions")
+        ]
+        assert kept == []
 
 
 async def test_a_request_shows_its_attempts_and_what_it_waits_for(

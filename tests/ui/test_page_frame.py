@@ -58,6 +58,22 @@ def test_without_an_operator_s_key_there_is_no_view_of_others(
         page.get_by_role("link", name="Requests").wait_for()
 
 
+def test_pressing_back_twice_shows_one_page(cluster: WebCluster, watched: Callable[..., Watched]) -> None:
+    page = watched(f"{cluster.page}#workers").page
+    page.get_by_role("heading", name="w1").wait_for()
+    followed: list[str] = []
+    page.on(
+        "request", lambda request: request.url.endswith("/cluster/events") and followed.append(request.url)
+    )
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("button", name="Back").evaluate("button => { button.click(); button.click(); }")
+    page.wait_for_function(
+        "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('ui/session')).length === 3"
+    )
+    page.get_by_role("heading", name="w1").wait_for()
+    assert len(followed) == 1
+
+
 def test_a_lost_connection_is_said_and_comes_back(tmp_path: Path, watched: Callable[..., Watched]) -> None:
     with open_web_cluster(tmp_path, serve=False) as cluster:
         page = watched(cluster.page, expected=[0]).page

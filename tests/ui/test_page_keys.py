@@ -160,6 +160,49 @@ def test_a_key_is_disabled_replaced_and_revoked(with_key: WebCluster, watched: O
     assert (_chat(with_key, key), _chat(with_key, new)) == (401, 401)
 
 
+def test_a_key_is_replaced_once_however_often_the_button_is_pressed(
+    with_key: WebCluster, watched: Open
+) -> None:
+    _make(with_key, name="app")
+    page = _open(with_key, watched)
+    replaced: list[str] = []
+    page.on("request", lambda request: request.url.endswith("/rotate") and replaced.append(request.url))
+    page.get_by_role("button", name="Rotate app").click()
+    page.get_by_role("button", name="Replace the key").evaluate(
+        "button => { button.click(); button.click(); }"
+    )
+    page.get_by_text("The old key is refused from now on.").wait_for()
+    assert len(replaced) == 1
+
+
+def test_an_older_list_of_keys_does_not_take_the_place_of_a_newer_one(
+    with_key: WebCluster, watched: Open
+) -> None:
+    _make(with_key, name="app")
+    page = _open(with_key, watched)
+    late: list[Any] = []
+
+    def hold(route: Any) -> None:
+        late.append((route, route.fetch()))
+
+    def disable() -> None:
+        page.get_by_role("button", name="Disable app").click()
+        page.get_by_role("dialog").get_by_role("button", name="Disable").click()
+
+    page.route("**/cluster/keys", hold, times=1)
+    with page.expect_request("**/cluster/keys"):
+        disable()
+    page.wait_for_function("document.querySelector('dialog') === null")
+    _make(with_key, name="newer")
+    disable()
+    _row(page, "newer").wait_for()
+    [(route, response)] = late
+    with page.expect_response("**/cluster/usage?group_by=key&since=*") as caught:
+        route.fulfill(response=response)
+    caught.value.finished()
+    assert _row(page, "newer").count() == 1
+
+
 def test_a_mistake_is_told_in_the_form(with_key: WebCluster, watched: Open) -> None:
     _make(with_key, name="app")
     page = _open(with_key, watched, expected=[409])

@@ -203,6 +203,55 @@ def test_questions_are_edited_and_answers_made_again(cluster: WebCluster, watche
     assert page.get_by_role("article").count() == 0
 
 
+def test_an_answer_stays_if_the_settings_to_make_it_again_are_wrong(
+    cluster: WebCluster, watched: Open
+) -> None:
+    page = _chat(cluster, watched, "echo")
+    _say(page, "first words")
+    answers = page.get_by_role("article", name="Answer of echo")
+    answers.get_by_text(" in all").wait_for()
+    page.get_by_label("More fields of the request").fill("{")
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_text("More fields: this is not JSON").wait_for()
+    assert answers.count() == 1
+    page.get_by_role("button", name="Edit your message").click()
+    question = page.get_by_role("article", name="Your message").get_by_role("textbox")
+    question.fill("other words")
+    question.press("Enter")
+    assert answers.get_by_text("first words").count() == 1
+    assert question.input_value() == "other words"
+
+
+def test_a_picture_that_is_read_after_the_message_was_sent_is_for_the_next_one(
+    cluster: WebCluster, watched: Open, tmp_path: Path
+) -> None:
+    page = _chat(cluster, watched, "echo")
+    page.evaluate(
+        """() => {
+          const read = FileReader.prototype.readAsDataURL;
+          FileReader.prototype.readAsDataURL = function (file) { window.goOn = () => read.call(this, file); };
+        }"""
+    )
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add pictures").click()
+    chooser.value.set_files(_image(tmp_path))
+    page.wait_for_function("window.goOn !== undefined")
+    _say(page, "what is it")
+    page.evaluate("window.goOn()")
+    page.get_by_role("img", name="Picture 1 to send").wait_for()
+
+
+def test_the_command_for_a_model_with_routes_of_its_own_is_safe_to_paste(
+    cluster: WebCluster, watched: Open
+) -> None:
+    models = {"data": [{"id": "it's", "kind": "custom"}]}
+    page = watched(
+        f"{cluster.page}#playground",
+        prepare=lambda page: page.route("**/v1/models", lambda route: route.fulfill(json=models)),
+    ).page
+    assert page.locator(".snippet").inner_text().strip().endswith("""-d '{"model":"it'\\''s"}'""")
+
+
 def test_tools_are_called_and_answered_by_hand(cluster: WebCluster, watched: Open) -> None:
     page = _chat(cluster, watched, "tools")
     page.get_by_role("button", name="Insert an example").click()
@@ -311,6 +360,26 @@ def test_a_microphone_that_may_not_be_used_is_explained(cluster: WebCluster, wat
     page.evaluate("Object.defineProperty(window, 'isSecureContext', {value: false})")
     page.get_by_role("button", name="Record").click()
     page.get_by_text("Browsers give the microphone only to pages over HTTPS").wait_for()
+
+
+def test_a_microphone_that_is_allowed_after_signing_out_is_given_back(
+    cluster: WebCluster, watched: Open
+) -> None:
+    page = watched(f"{cluster.page}#playground/transcription").page
+    page.evaluate(
+        """() => {
+          navigator.mediaDevices.getUserMedia = () => new Promise((resolve) => {
+            window.allow = () => {
+              window.stream = new AudioContext().createMediaStreamDestination().stream;
+              resolve(window.stream);
+            };
+          });
+        }"""
+    )
+    page.get_by_role("button", name="Record").click()
+    page.get_by_role("button", name="Sign in").click()
+    page.evaluate("window.allow()")
+    page.wait_for_function("window.stream.getTracks().every((track) => track.readyState === 'ended')")
 
 
 def test_pictures_are_made_and_changed(cluster: WebCluster, watched: Open, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ import trio
 from ..core import clock
 from ..core.live_state import LIVE_KINDS, LiveState
 from ..core.principal import Principal
-from ..gateway.context import RequestContext
 from ..gateway.node_context import NodeContext
 from .live import ConnectionTimes, live_models, live_request, live_workers
 from .views import status_view
@@ -94,7 +93,6 @@ class Sampler:
 
     def __init__(self, node_context: NodeContext) -> None:
         self._node_context = node_context
-        self._numbers: dict[RequestContext, tuple[str, float]] = {}
         self._last_number = 0
         self._times = ConnectionTimes()
         self._own: LiveState = {kind: {} for kind in LIVE_KINDS}
@@ -165,16 +163,16 @@ class Sampler:
 
     def _requests(self) -> dict[str, bytes]:
         now, epoch = clock.now(), time.time()
-        numbers: dict[RequestContext, tuple[str, float]] = {}
         items = {}
         for context in self._node_context.stories.live:
-            known = self._numbers.get(context)
+            # It is in the context: a sampler that kept contexts would keep their bodies until the next look, which may
+            # never come.
+            known = getattr(context, "live_id", None)
             if known is None:
                 self._last_number += 1
                 known = f"{self._prefix}{self._last_number}", round(epoch - (now - context.began), 3)
-            numbers[context] = known
+                context.live_id = known
             items[known[0]] = _encode(live_request(context, *known))
-        self._numbers = numbers
         return items
 
 

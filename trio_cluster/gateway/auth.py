@@ -1,10 +1,9 @@
 """The authenticate stage: determines who sends a request, and whether the sender may use the path.
 
 Every path below ``/cluster`` is for operators (:func:`is_for_operators`), except the status and those with which
-workers join, so a route that is added
-there is protected from the start. Such a path requires a principal whose role is more than ``"inference"``, whichever
-authenticator determined the principal. Keys, the audit log, and who belongs to the cluster are for admins
-(:func:`is_for_admins`).
+workers join, so a route that is added there is protected from the start. Such a path requires a principal whose role is
+more than ``"inference"``, whichever authenticator determined the principal. Keys, the audit log, and who belongs to the
+cluster are for admins (:func:`is_for_admins`).
 
 Who is an admin. The first thing that is done on a new node is to make a key, and that cannot take one. So a client on
 the same machine needs no key for what is below ``/cluster`` as long as there is no admin: no option ``api_key`` or

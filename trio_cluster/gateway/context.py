@@ -73,6 +73,8 @@ class RequestContext:
         delivered: the response was sent to its end.
         streamed: the response is sent while the answer comes, since that is a stream of events or audio.
         story: what was recorded of the request when it was over; ``None``: it is not, or is not for a model.
+        live_id: its id in ``/cluster/events``, and when it arrived, in seconds since the epoch; set when it is first
+            looked at for them.
     """
 
     __slots__ = (
@@ -94,6 +96,7 @@ class RequestContext:
         "header",
         "headers",
         "limit_state",
+        "live_id",
         "missing_model",
         "model_in_path",
         "path",
@@ -115,6 +118,7 @@ class RequestContext:
     request: Request
     deadlines: ResponseDeadlines
     call: Call
+    live_id: tuple[str, float]
 
     def __init__(
         self,

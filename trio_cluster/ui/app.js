@@ -29,6 +29,8 @@ const VIEWS = [
 const THEMES = ["auto", "light", "dark"];
 const app = document.getElementById("app");
 let chosenTheme = storedTheme();
+// Counts what the user has asked for: an answer of the node to what was asked for before shows nothing.
+let entering = 0;
 
 applyTheme();
 if (document.documentElement.dataset.requiresKey === "true") showSignIn();
@@ -36,18 +38,21 @@ else enter(new Api());
 
 /** Ask the node who the user is, and show the page; ask for a key if it wants one. */
 async function enter(api, form = null) {
+  const number = ++entering;
   let session;
   try {
     session = await api.json("ui/session");
   } catch (error) {
+    if (number !== entering) return;
     if (form === null) showSignIn(error.status === 401 ? "" : error.message);
     else form(error);
     return;
   }
-  showPage(api, session);
+  if (number === entering) showPage(api, session);
 }
 
 function showSignIn(message = "", cancel = null) {
+  entering++;
   document.title = "Sign in – trio_cluster";
   const field = el("input", {
     type: "password", id: "api-key", autocomplete: "off", spellcheck: false, required: true, "aria-describedby": "sign-in-error",
@@ -185,6 +190,8 @@ function showPage(api, session) {
 
   function stop() {
     api.onrefused = () => {};
+    // A view that is still being loaded is not shown.
+    shown++;
     window.removeEventListener("hashchange", show);
     clearTimeout(timer);
     live?.stop();

@@ -1,4 +1,4 @@
-// Numbers for people.
+// Numbers and names for people.
 
 /** Seconds as 42 ms, 0.42 s, 12.3 s, 4 min 5 s, 2 h 3 min, 3 d 4 h. */
 export function seconds(value) {
@@ -49,4 +49,9 @@ export function clock(epoch) {
 /** `1 worker`, `3 workers`. */
 export function plural(number, word, words = `${word}s`) {
   return `${number} ${number === 1 ? word : words}`;
+}
+
+/** The name of a worker; or in words, that it is the node that is asked. */
+export function placeOf(node) {
+  return node === "local" ? "this node" : node;
 }

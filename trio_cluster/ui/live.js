@@ -56,11 +56,7 @@ export class Live extends EventTarget {
       if (signal.aborted) return;
       this.retryAt = Date.now() + wait * 1000;
       this.#become("lost");
-      await new Promise((resolve) => {
-        const timer = setTimeout(resolve, wait * 1000);
-        signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
-        window.addEventListener("online", resolve, { once: true });
-      });
+      await pause(wait, signal);
       wait = Math.min(LONGEST_WAIT, wait * 2);
     }
   }
@@ -106,6 +102,20 @@ export class Live extends EventTarget {
     this.state = state;
     this.dispatchEvent(new Event("state"));
   }
+}
+
+/** Wait for some seconds; for less if `signal` is aborted, or the browser is online again. */
+async function pause(wait, signal) {
+  const over = new AbortController();
+  let timer;
+  await new Promise((resolve) => {
+    timer = setTimeout(resolve, wait * 1000);
+    signal.addEventListener("abort", resolve, { signal: over.signal });
+    window.addEventListener("online", resolve, { signal: over.signal });
+  });
+  clearTimeout(timer);
+  // Takes both listeners away: a node may be away for days.
+  over.abort();
 }
 
 // Comments count as signs of life, so the bytes are watched, and not only the events.

@@ -61,6 +61,7 @@ function createKeys(page, changed) {
   let keys = [];
   let used = new Map();
   let spent = new Map();
+  let number = 0;
   const search = el("input", { type: "search", placeholder: "Find a key", "aria-label": "Find a key", oninput: () => show(), hidden: true });
   const create = el("button.primary", { type: "button", onclick: () => openKeyForm(page, null, changed) }, "New key");
   const list = el("div");
@@ -70,6 +71,7 @@ function createKeys(page, changed) {
     list);
 
   async function load() {
+    const mine = ++number;
     const { data } = await page.api.json("cluster/keys");
     const periods = new Set(data.map((key) => key.budget?.per).filter(Boolean));
     const sums = async (since) => {
@@ -80,6 +82,8 @@ function createKeys(page, changed) {
       sums(new Date(page.api.now - 29 * 86_400_000)),
       ...[...periods].map(async (per) => [per, await sums(beginning(per, page.api.now))]),
     ]);
+    // What was asked for later has come before: this is older.
+    if (mine !== number) return;
     keys = data.toSorted((a, b) => a.name.localeCompare(b.name));
     used = month;
     spent = new Map(each);

@@ -1,7 +1,7 @@
 // The models: what they are, where they run, how quick they are, and what is to be done so that they do.
 
 import { el, empty, fill, setText, snippet, toast } from "../dom.js";
-import { count, plural } from "../format.js";
+import { count, placeOf, plural } from "../format.js";
 import { keyed } from "../keyed.js";
 
 const KINDS = {
@@ -198,10 +198,6 @@ function standsFor(what) {
   if (Array.isArray(what)) return what.join(", then ");
   const total = Object.values(what).reduce((sum, share) => sum + share, 0);
   return Object.entries(what).map(([name, share]) => `${name} (${Math.round((100 * share) / total)} %)`).join(", ");
-}
-
-function placeOf(node) {
-  return node === "local" ? "this node" : node;
 }
 
 function howToRegister(page) {

@@ -1,6 +1,7 @@
 // The playground: a form for each kind of model.
 
 import { el, empty, fill, setText, snippet } from "../dom.js";
+import { shell } from "./connect/clients.js";
 import { createChat } from "./playground/chat.js";
 import { createImages } from "./playground/images.js";
 import { createSpeech, createTranscription } from "./playground/audio.js";
@@ -148,7 +149,7 @@ function createRoutes(page) {
       fill(
         element,
         el("p", {}, "This model answers routes of its own, and the page does not know what they take. A request to one has a field ", el("code", {}, "model"), ":"),
-        snippet(`curl ${page.api.base}/v1/ROUTE -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d '${JSON.stringify({ model: model.id })}'`),
+        snippet(`curl ${page.api.base}/v1/ROUTE -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d ${shell(JSON.stringify({ model: model.id }))}`),
       );
     },
   };

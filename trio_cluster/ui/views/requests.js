@@ -1,7 +1,7 @@
 // The requests that run, as a tree: client, request, attempt, worker. A click shows the story of one.
 
 import { el, empty, setText, snippet, toast } from "../dom.js";
-import { bytes, count, stopwatch, tokens } from "../format.js";
+import { bytes, count, placeOf, stopwatch, tokens } from "../format.js";
 import { RowList, cell } from "../rows.js";
 import { shell } from "./connect/clients.js";
 import { mountStory } from "./story.js";
@@ -414,10 +414,6 @@ function nameOf(request) {
 
 function clientOf(request) {
   return request.key || request.client.replace(/:\d+$/, "") || "A client";
-}
-
-function placeOf(node) {
-  return node === "local" ? "this node" : node;
 }
 
 function setTitle(element, text) {

@@ -1,7 +1,7 @@
 // The story of one request: what happened when, and why. It grows while the request runs.
 
 import { el, empty, fill, setText, toast } from "../dom.js";
-import { bytes, seconds } from "../format.js";
+import { bytes, placeOf, seconds } from "../format.js";
 
 // Milliseconds between two looks at a request that runs.
 const INTERVAL = 1000;
@@ -238,10 +238,6 @@ function factsOf(attempt) {
 /** Seconds since the request arrived, all with the same number of digits. */
 function offset(at) {
   return at < 100 ? `${at.toFixed(3)} s` : seconds(at);
-}
-
-function placeOf(node) {
-  return node === "local" ? "this node" : node;
 }
 
 function sentence(text) {

@@ -131,11 +131,15 @@ export function showNewKey(page, made, signsIn = false, old = "") {
 export function openRotation(page, key, done) {
   const grace = choice([["0", "not at all: it is refused at once"], ["3600", "for an hour"], ["86400", "for a day"], ["604800", "for a week"]]);
   const problem = el("div", { role: "alert" });
+  const button = el("button.primary", { type: "submit" }, "Replace the key");
   const form = el(
     "form",
     {
       onsubmit: async (event) => {
         event.preventDefault();
+        // Twice, the second new key would take the place of the first.
+        button.disabled = true;
+        fill(problem);
         try {
           const made = await page.api.json(`cluster/keys/${encodeURIComponent(key.name)}/rotate`, { body: { grace: Number(grace.value) } });
           dialog.close();
@@ -143,6 +147,7 @@ export function openRotation(page, key, done) {
           showNewKey(page, made, false, text);
           done();
         } catch (error) {
+          button.disabled = false;
           fill(problem, failure(page, error, "The key was not replaced"));
         }
       },
@@ -151,7 +156,7 @@ export function openRotation(page, key, done) {
     key.name === page.session.name && el("p.key-warning", {}, "This is the key that you are signed in with."),
     field("How long does the old key go on to work?", grace),
     problem,
-    el("div.actions", {}, el("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), el("button.primary", { type: "submit" }, "Replace the key")),
+    el("div.actions", {}, el("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), button),
   );
   const dialog = openDialog(`Replace the key of ${key.name}`, [form]);
 }

@@ -12,7 +12,7 @@ const MEASURES = {
 };
 const SUMS = ["requests", "completed", "failed", "cancelled", "prompt_tokens", "completion_tokens", "cached_tokens", "usage_unknown"];
 
-/** Return `{element, load()}`; errors of `load` are thrown. */
+/** Return `{element, load()}`; errors of `load` are thrown, unless it was called again meanwhile. */
 export function createUsage(page) {
   const operates = page.session.role !== "inference";
   const own = page.session.name ? `Of the key ${page.session.name}` : "Without a key";
@@ -40,7 +40,13 @@ export function createUsage(page) {
     const by = whose.value === "own" && group.value === "key" ? "model" : group.value;
     const days = lastDays(Number(span.value), page.api.now);
     const path = whose.value === "own" ? "v1/usage" : "cluster/usage";
-    const { data } = await page.api.json(`${path}?group_by=${by},day&since=${days[0]}`);
+    let data;
+    try {
+      ({ data } = await page.api.json(`${path}?group_by=${by},day&since=${days[0]}`));
+    } catch (error) {
+      if (mine === number) throw error;
+      return;
+    }
     if (mine === number) show(data, by, days);
   }
 

@@ -90,6 +90,7 @@ export function createTranscription(page) {
       return;
     }
     setText(state, "");
+    state.className = "";
     let sound;
     try {
       const { done } = await recorder.start();
@@ -100,6 +101,7 @@ export function createTranscription(page) {
       timer = setInterval(() => setText(record.querySelector("span"), `Stop recording (${seconds((performance.now() - began) / 1000)})`), 500);
       sound = await done;
     } catch (error) {
+      if (error.name === "AbortError") return;
       setText(state, error.message);
       state.className = "error";
       return;
@@ -108,7 +110,6 @@ export function createTranscription(page) {
       setText(record.querySelector("span"), "Record");
       record.classList.remove("danger");
     }
-    state.className = "";
     recorded = sound;
     file.value = "";
     show(sound);

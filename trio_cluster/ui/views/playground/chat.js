@@ -43,11 +43,7 @@ class Question {
       this.show();
       this.element.querySelector("[aria-label='Edit your message']").focus();
     };
-    const save = () => {
-      this.text = input.value;
-      this.show();
-      this.actions.edited(this);
-    };
+    const save = () => this.actions.edited(this, input.value);
     input.addEventListener("keydown", (event) => {
       if (sends(event)) {
         event.preventDefault();
@@ -65,6 +61,11 @@ class Question {
         el("button.small.primary", { type: "button", onclick: save }, "Send")),
     );
     input.focus();
+  }
+
+  change(text) {
+    this.text = text;
+    this.show();
   }
 
   messages() {
@@ -130,15 +131,9 @@ export function createChat(page) {
   showControls();
 
   const actions = {
-    retry: (answer) => {
-      cutBefore(turns.indexOf(answer));
-      answerNow();
-    },
+    retry: (answer) => askAgain(turns.indexOf(answer)),
     results: () => submit(),
-    edited: (question) => {
-      cutBefore(turns.indexOf(question) + 1);
-      answerNow();
-    },
+    edited: (question, text) => askAgain(turns.indexOf(question) + 1, () => question.change(text)),
   };
 
   function submit(event) {
@@ -176,8 +171,16 @@ export function createChat(page) {
     }
   }
 
-  async function answerNow(body = readSettings()) {
+  /** Have the conversation answered once more, from a turn on. What is there stays if the settings cannot be sent. */
+  function askAgain(index, change = () => {}) {
+    const body = readSettings();
     if (body === null) return;
+    change();
+    cutBefore(index);
+    answerNow(body);
+  }
+
+  async function answerNow(body) {
     stop();
     const system = settings.system();
     const messages = turns.flatMap((turn) => turn.messages());
@@ -243,7 +246,9 @@ export function createChat(page) {
       toast(`${model.id} does not take pictures`);
       return;
     }
-    pictures.push(...(await Promise.all(images.map(dataUrl))));
+    const urls = await Promise.all(images.map(dataUrl));
+    // Not before they were read: a message that was sent meanwhile has taken its pictures along.
+    pictures.push(...urls);
     showPictures();
   }
 

@@ -3,17 +3,20 @@
 const RATE = 16000;
 
 export class Recorder {
-  #recorder = null;
+  // Ends what was begun; null: nothing was.
+  #end = null;
 
+  /** Whether it records, or waits for the user to allow that. */
   get running() {
-    return this.#recorder !== null;
+    return this.#end !== null;
   }
 
   /**
-   * Begin to record. Returns `{done}` as soon as it records; `done` is a promise of the WAV file, which is there when
-   * the recorder has been stopped.
+   * Begin to record; not to be called while it is `running`. Returns `{done}` as soon as it records; `done` is a promise
+   * of the WAV file, which is there when the recorder has been stopped.
    *
    * @throws {Error} with a message for the user: there is no microphone, or it may not be used.
+   * @throws {DOMException} AbortError: it was stopped before it recorded.
    */
   async start() {
     if (!navigator.mediaDevices?.getUserMedia) {
@@ -24,10 +27,14 @@ export class Recorder {
             "Open the page so, or choose a file.",
       );
     }
+    const waiting = new AbortController();
+    this.#end = () => waiting.abort();
     let stream;
     try {
       stream = await navigator.mediaDevices.getUserMedia({ audio: true });
     } catch (error) {
+      this.#end = null;
+      waiting.signal.throwIfAborted();
       throw new Error(
         {
           NotAllowedError: "This page may not use the microphone: allow it in the browser, beside the address",
@@ -36,22 +43,39 @@ export class Recorder {
         }[error.name] ?? `The microphone cannot be used: ${error.message}`,
       );
     }
+    const release = () => {
+      this.#end = null;
+      for (const track of stream.getTracks()) track.stop();
+    };
+    if (waiting.signal.aborted) {
+      release();
+      throw waiting.signal.reason;
+    }
+    try {
+      return this.#record(stream, release);
+    } catch (error) {
+      release();
+      throw error;
+    }
+  }
+
+  #record(stream, release) {
     const pieces = [];
-    const recorder = (this.#recorder = new MediaRecorder(stream));
+    const recorder = new MediaRecorder(stream);
     const done = new Promise((resolve, reject) => {
       recorder.addEventListener("dataavailable", (event) => pieces.push(event.data));
       recorder.addEventListener("stop", () => {
-        this.#recorder = null;
-        for (const track of stream.getTracks()) track.stop();
+        release();
         toWav(new Blob(pieces, { type: recorder.mimeType })).then(resolve, reject);
       });
     });
     recorder.start();
+    this.#end = () => recorder.state === "recording" && recorder.stop();
     return { done };
   }
 
   stop() {
-    if (this.#recorder?.state === "recording") this.#recorder.stop();
+    this.#end?.();
   }
 }
 
