@@ -348,7 +348,8 @@ class TopState:
         return None
 
     def _press_in_question(self, key: str) -> Action | None:
-        question, self.question, self.mode = self.question, None, "list"
+        question, self.question = self.question, None
+        self.mode = "list" if self.story_of is None else "story"
         if key in ("y", "Y"):
             return question
         self.message = "not done"
