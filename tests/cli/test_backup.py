@@ -130,6 +130,30 @@ def test_a_file_that_is_replaced_meanwhile_is_read_again(
         assert tar.getnames()[1:] == ["state/accounts.db", "state/authority.json", "state/limits.json"]
 
 
+def test_a_file_that_is_replaced_twice_meanwhile_is_read_again(
+    main: Main, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, copied = module.shutil.copyfile, []
+
+    def slow(source: Path, target: Path) -> None:
+        copy(source, target)
+        copied.append(source.name)
+        if len(copied) == 1:
+            number = source.stat().st_ino
+            # Most file systems give the number of a file that is gone to the next one.
+            for _ in range(20):
+                StateDir(state).write(source.name, b"replaced")
+                if source.stat().st_ino == number:
+                    break
+
+    monkeypatch.setattr(module.shutil, "copyfile", slow)
+    assert main("backup", "b.tar.gz", "--state-dir", str(state))[0] == 0
+    with tarfile.open("b.tar.gz") as tar:
+        file = tar.extractfile(f"state/{copied[0]}")
+        assert file is not None
+        assert file.read() == b"replaced"
+
+
 def test_a_database_elsewhere_is_in_it_if_it_is_sqlite(main: Main, state: Path, place: Path) -> None:
     os.rename(state / "accounts.db", place / "other 100%.db")
     url = f"sqlite:///{place / 'other 100%.db'}"

@@ -175,6 +175,17 @@ def test_what_other_machines_have_written_cannot_move_the_cursor() -> None:
         state.press("tab")
 
 
+def test_fields_of_any_type_are_shown_somehow() -> None:
+    huge = 10**400
+    state = shown(request(1, began=huge, delivered=huge, attempts=huge, deadline=huge, alias=7))
+    odd = worker("w1", models=[["m"], {"m": 1}, None], model_states={"m": []}, running=huge, lag=huge)
+    state.items.apply("upsert", {"workers": [odd]}, 1.0)
+    state.lost = ""
+    for _ in range(2):
+        text_of(state, 200)
+        state.press("tab")
+
+
 @pytest.mark.parametrize("color_system", [None, "standard"])
 def test_colours_are_those_of_the_console(color_system: Any) -> None:
     console = Console(

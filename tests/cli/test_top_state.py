@@ -198,6 +198,20 @@ def test_a_story_is_asked_for_scrolled_and_left() -> None:
     assert action.what == "quit"
 
 
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_question_that_is_asked_in_a_story_goes_back_to_it(answer: str) -> None:
+    state = shown(request(1), request(2))
+    story = state.press("enter")
+    state.press("c")
+    action = state.press(answer)
+    assert (action is not None) is (answer == "y")
+    assert (state.mode, state.story_of) == ("story", story)
+    # And it is not what is behind the next question.
+    for key in "qjc":
+        state.press(key)
+    assert (state.mode, state.story_of) == ("question", None)
+
+
 def test_ten_thousand_requests_are_quick() -> None:
     state = shown(*[request(number, f"w{number % 50}", key=f"key{number % 7}") for number in range(10_000)])
     state.filter = "key3"

@@ -34,7 +34,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -210,23 +210,24 @@ def _files(state: Path) -> list[Path]:
 def _copy_state(state: Path, folder: Path) -> dict[str, Path]:
     """Copy the files of a state directory, such that they fit together."""
     for _ in range(_TRIES):
-        before = _versions(state)
         copies: dict[str, Path] = {}
-        try:
-            for path in _files(state):
-                copy = copies[path.name] = folder / path.name
-                with open(path, "rb") as file:
-                    is_database = file.read(len(_SQLITE)) == _SQLITE
-                if is_database:
-                    copy.unlink(missing_ok=True)
-                    _copy_database(path, copy)
-                else:
-                    shutil.copyfile(path, copy)
-        except FileNotFoundError:
-            # A log that was made superfluous by a snapshot.
-            continue
-        if _versions(state) == before:
-            return copies
+        # Open until they are compared: the file system does not give the number of an open file to another one.
+        with ExitStack() as opened:
+            try:
+                files = {path: opened.enter_context(open(path, "rb")) for path in _files(state)}
+                before = {path.name: os.fstat(file.fileno()).st_ino for path, file in files.items()}
+                for path, file in files.items():
+                    copy = copies[path.name] = folder / path.name
+                    if file.read(len(_SQLITE)) == _SQLITE:
+                        copy.unlink(missing_ok=True)
+                        _copy_database(path, copy)
+                    else:
+                        shutil.copyfile(path, copy)
+            except FileNotFoundError:
+                # A log that was made superfluous by a snapshot.
+                continue
+            if _versions(state) == before:
+                return copies
     raise BackupError(f"{state}: its files change all the time")
 
 

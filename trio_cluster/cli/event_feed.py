@@ -135,22 +135,18 @@ class EventFeed:
                 return
             self._note_clock(response.header("x-trio-cluster-time"))
             reader = EventReader()
-            while True:
-                with trio.move_on_after(_SILENCE) as scope:
-                    data = await response.receive()
-                if scope.cancelled_caught:
-                    reason = f"nothing came for {_SILENCE:g} s"
-                    return
-                if not data:
-                    return
+            while data := await response.receive():
+                silence.deadline = trio.current_time() + _SILENCE
                 for name, content in reader.feed(data):
                     if not self._connected:
                         self._connected = True
                         self._on_state("")
                     self._on_event(name, content)
 
-        await self._client.send(HttpRequest("GET", "/cluster/events", self._headers), take)
-        return reason
+        # A node that is stuck accepts the connection, and does not even send a head.
+        with trio.move_on_after(_SILENCE) as silence:
+            await self._client.send(HttpRequest("GET", "/cluster/events", self._headers), take)
+        return f"nothing came for {_SILENCE:g} s" if silence.cancelled_caught else reason
 
     def _note_clock(self, at: str) -> None:
         try:

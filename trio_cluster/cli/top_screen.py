@@ -354,7 +354,8 @@ def _models(row: Row, state: TopState, look: Look) -> tuple[str, str]:
         return "", ""
     states = states if isinstance(states, Mapping) else {}
     shown = [
-        f"{name} ({states[name]})" if states.get(name, "ready") != "ready" else f"{name}" for name in models
+        f"{name} ({states[name]})" if states.get(name, "ready") != "ready" else name
+        for name in map(str, models)
     ]
     return ", ".join(shown), ""
 

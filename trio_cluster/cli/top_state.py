@@ -23,6 +23,8 @@ KINDS: Final = ("requests", "workers", "models")
 _RATE_TIME: Final = 2.0
 #: More lines than any story has.
 _MANY: Final = 1_000_000
+#: A number that no node has reason to send. Much larger integers could not be calculated with.
+_TOO_LARGE: Final = 1e18
 #: Where requests are that no node has yet.
 NOWHERE: Final = ""
 
@@ -34,9 +36,11 @@ def text(item: Item, field: str) -> str:
 
 
 def number(item: Item, field: str) -> float:
-    """Return a field of an item that is to be a number; 0 if it is none."""
+    """Return a field of an item that is to be a number; 0 if it is none, or larger than any that is meant."""
     value = item.get(field)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return 0
+    return value if abs(value) < _TOO_LARGE else 0
 
 
 def calls_of(request: Item) -> list[Item]:
@@ -348,7 +352,8 @@ class TopState:
         return None
 
     def _press_in_question(self, key: str) -> Action | None:
-        question, self.question, self.mode = self.question, None, "list"
+        question, self.question = self.question, None
+        self.mode = "list" if self.story_of is None else "story"
         if key in ("y", "Y"):
             return question
         self.message = "not done"
