@@ -323,6 +323,14 @@ def test_another_secret_is_not_replaced_without_force(main: Main, place: Path) -
     assert written(root)["api_key"].read_text() == "sk-other\n"
 
 
+def test_a_secret_that_cannot_be_put_in_its_place_is_nowhere_else(main: Main, place: Path) -> None:
+    (place / "files/etc/trio-cluster/trio-cluster-master/api_key").mkdir(parents=True)
+    code, _, err = install(main, "--force", *PROGRAM, *MASTER, prefix=place / "files")
+    assert code == 1
+    assert "api_key" in one_line(err)
+    assert written(place / "files") == {}
+
+
 def test_a_dry_run_writes_nothing_and_shows_no_secret(main: Main, place: Path) -> None:
     code, out, err = install(main, "--dry-run", *PROGRAM, *MASTER, prefix=place / "files")
     assert code == 0

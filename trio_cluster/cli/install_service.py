@@ -388,20 +388,33 @@ def _write(files: Sequence[_File], *, force: bool, owner: str | None) -> None:
                 _check_unchanged(each)
         for each in files:
             each.path.parent.mkdir(mode=0o700 if each.is_secret else 0o755, parents=True, exist_ok=True)
-            temporary = each.path.with_name(f".{each.path.name}.{os.getpid()}")
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, each.mode)
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(each.content)
-            if owner is not None and each.is_secret:
-                with suppress(KeyError, PermissionError):
-                    os.chown(temporary, pwd.getpwnam(owner).pw_uid, -1)
-            temporary.replace(each.path)
+            _replace(each, owner)
             print(f"wrote {each.path}" + (" (for its owner only)" if each.mode == 0o600 else ""))
     except OSError as error:
         hint = "; give --user for a service of your own" if isinstance(error, PermissionError) else ""
         raise ClusterError(f"{error.filename}: {error.strerror}{hint}") from error
+
+
+def _replace(file: _File, owner: str | None) -> None:
+    """Write one file as a whole; a secret belongs to ``owner``, if there is one.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is, and nothing else.
+    """
+    temporary = file.path.with_name(f".{file.path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode)
+        with open(handle, "w", encoding="utf-8") as written:
+            written.write(file.content)
+        if owner is not None and file.is_secret:
+            with suppress(KeyError, PermissionError):
+                os.chown(temporary, pwd.getpwnam(owner).pw_uid, -1)
+        temporary.replace(file.path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _check_unchanged(file: _File) -> None:
