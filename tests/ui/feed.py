@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from watched import wait_until
+
 __all__ = ["SCRIPT", "Feed", "live_request"]
 
 #: Runs in the page before its own scripts. The node is asked for everything else.
@@ -39,7 +41,7 @@ class Feed:
 
     def __init__(self, page: Any) -> None:
         self._page = page
-        page.wait_for_function("window.feed !== undefined")
+        wait_until(page, "window.feed !== undefined")
         self._session = page.context.new_cdp_session(page)
         # Processor time of the page's main thread, which does not depend on what else the machine does.
         self._session.send("Performance.enable", {"timeDomain": "threadTicks"})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from watched import Watched
+from watched import Watched, wait_until
 from web_cluster import WebCluster, open_web_cluster
 
 
@@ -89,9 +89,10 @@ def test_views_are_shown_while_the_node_is_away(tmp_path: Path, watched: Callabl
     with open_web_cluster(tmp_path, serve=False) as cluster:
         page = watched(cluster.page, expected=[0]).page
         for loaded in ("views/workers.js", "keyed.js"):
-            page.wait_for_function(
+            wait_until(
+                page,
                 "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))",
-                arg=loaded,
+                loaded,
             )
         cluster.master.stop()
         page.get_by_text(re.compile("Connection lost")).wait_for()

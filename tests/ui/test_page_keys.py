@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watched import Watched
+from watched import Watched, wait_until
 from web_cluster import WebCluster, open_web_cluster
 
 from trio_cluster.accounts.store import Store
@@ -315,9 +315,10 @@ def test_a_key_that_is_revoked_leads_to_signing_in(with_key: WebCluster, watched
 def test_without_the_node_the_models_say_once_that_they_are_old(with_key: WebCluster, watched: Open) -> None:
     page = _open(with_key, watched, _make(with_key, name="ann"), expected=[0])
     for loaded in ("views/models.js", "keyed.js"):
-        page.wait_for_function(
+        wait_until(
+            page,
             "name => performance.getEntriesByType('resource').some((each) => each.name.endsWith(name))",
-            arg=loaded,
+            loaded,
         )
     with_key.master.stop()
     page.get_by_role("link", name="Models").click()

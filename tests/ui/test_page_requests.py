@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from clients import streaming
 from feed import SCRIPT, Feed, live_request
-from watched import Watched
+from watched import Watched, wait_until
 from web_cluster import WebCluster, open_web_cluster
 
 MANY = 10_000
@@ -67,9 +67,7 @@ def test_the_story_grows_until_the_request_is_over(
         page.get_by_role("cell", name="yes").wait_for()
         first = page.get_by_text(re.compile("^Now: answering")).first
         before = first.text_content()
-        page.wait_for_function(
-            "text => document.querySelector('.story-why').textContent !== text", arg=before
-        )
+        wait_until(page, "text => document.querySelector('.story-why').textContent !== text", before)
         page.get_by_role("button", name="Cancel", exact=True).click()
         page.get_by_text(re.compile("^Over: cancelled by an operator")).wait_for()
         page.get_by_role("status").get_by_text("cancelled", exact=True).wait_for()
@@ -131,9 +129,7 @@ def test_the_keyboard_does_all_and_keeps_its_place(
         page.get_by_text("1. first attempt").wait_for(state="detached")
         output = row_of(page, request_id).locator(".c-output")
         before = output.text_content()
-        page.wait_for_function(
-            "([cell, text]) => cell.textContent !== text", arg=[output.element_handle(), before]
-        )
+        wait_until(page, "([cell, text]) => cell.textContent !== text", [output.element_handle(), before])
         assert request_id in focused(page)
         page.keyboard.press("Enter")
         page.get_by_text(re.compile("^Sent to worker")).wait_for()

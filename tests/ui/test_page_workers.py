@@ -144,6 +144,22 @@ def test_revoke_wake_and_what_is_wrong_with_workers(tmp_path: Path, watched: Cal
         ]
 
 
+def test_of_many_models_the_first_are_shown_and_those_that_fail(
+    tmp_path: Path, watched: Callable[..., Watched]
+) -> None:
+    with open_web_cluster(tmp_path, serve=False) as cluster:
+        page = watched(f"{cluster.page}#workers", script=SCRIPT).page
+        models = [f"model-{number:03}" for number in range(200)]
+        workers = [live_worker("many", models=models, ejected={"model-150": "no memory"}), live_worker("few")]
+        Feed(page).send("snapshot", requests=[], workers=workers, models=[])
+        card(page, "many").get_by_role("link", name="and 160 more models").wait_for()
+        assert card(page, "many").get_by_role("listitem").count() == 40
+        assert card(page, "many").get_by_text("left alone").count() == 1
+        assert card(page, "few").get_by_role("link").count() == 0
+        card(page, "many").get_by_role("link").click()
+        page.get_by_role("heading", level=1, name="Models").wait_for()
+
+
 def test_only_an_admin_may_revoke(tmp_path: Path, watched: Callable[..., Watched]) -> None:
     with open_web_cluster(tmp_path, serve=False) as cluster:
         session = {"name": "op", "role": "operator", "requires_key": False}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 import attrs
 
-__all__ = ["Watched", "close_pages", "open_page"]
+__all__ = ["Watched", "close_pages", "open_page", "wait_until"]
 
 _open: list[Watched] = []
 
@@ -86,3 +87,14 @@ def open_page(
     prepare(page)
     page.goto(url)
     return watched
+
+
+def wait_until(page: Any, expression: str, arg: Any = None) -> None:
+    """Wait until a JavaScript expression, or a function of ``arg``, is true in a page.
+
+    ``page.wait_for_function`` evaluates text in the page when it looks again, which the page's policy forbids.
+    """
+    deadline = time.monotonic() + 15
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(50)

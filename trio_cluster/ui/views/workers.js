@@ -17,6 +17,8 @@ const STATES = {
 const ADMITTED = { certificate: "by its certificate", token: "by the cluster token", open: "without a token" };
 // The node stands in for a worker that sleeps, under the worker's name with this behind it.
 const ASLEEP = ", asleep";
+// Models of a worker that are shown; the view of the models has all of them, and a filter.
+const MODELS_SHOWN = 40;
 // Lags below this, in seconds, are those of every event loop.
 const LEAST_LAG = 0.05;
 
@@ -89,6 +91,7 @@ function makeCard(page, id) {
   const facts = el("p.quiet.small-facts");
   const models = el("ul.chips", { "aria-label": "Models" });
   const showModels = keyed(models, (model) => model.name, makeChip);
+  const more = el("a.quiet", { href: "#models" });
   const heading = el("h2.ellipsis", { title: id }, id);
   const drain = el("button.small", { type: "button", onclick: doDrain }, "Drain");
   const revoke = el("button.small", { type: "button", onclick: doRevoke }, "Revoke");
@@ -102,6 +105,7 @@ function makeCard(page, id) {
     load,
     facts,
     models,
+    more,
   );
 
   async function doDrain() {
@@ -154,7 +158,13 @@ function makeCard(page, id) {
       meter.style.width = `${worker.capacity ? Math.min(100, (100 * worker.running) / worker.capacity) : 0}%`;
       chart.draw(page.loads.of(id));
       setText(facts, factsOf(worker));
-      showModels(worker.models.map((name) => ({ name, state: worker.model_states[name], why: worker.ejected[name] })));
+      const served = worker.models.map((name) => ({ name, state: worker.model_states[name], why: worker.ejected[name] }));
+      // Those that are left alone are shown in any case.
+      if (served.length > MODELS_SHOWN) served.sort((one, other) => Boolean(other.why) - Boolean(one.why));
+      showModels(served.slice(0, MODELS_SHOWN));
+      const left = served.length - MODELS_SHOWN;
+      more.hidden = left <= 0;
+      setText(more, left > 0 ? `and ${left} more ${left === 1 ? "model" : "models"}` : "");
       wake.hidden = worker.state !== "asleep" || worker.models.length === 0;
       drain.hidden = away || worker.draining;
       // Only a certificate can be refused: whoever has the token of the cluster may connect again.
