@@ -67,8 +67,9 @@ def test_pressing_back_twice_shows_one_page(cluster: WebCluster, watched: Callab
     )
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("button", name="Back").evaluate("button => { button.click(); button.click(); }")
-    page.wait_for_function(
-        "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('ui/session')).length === 3"
+    wait_until(
+        page,
+        "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('ui/session')).length === 3",
     )
     page.get_by_role("heading", name="w1").wait_for()
     assert len(followed) == 1

@@ -192,7 +192,7 @@ def test_an_older_list_of_keys_does_not_take_the_place_of_a_newer_one(
     page.route("**/cluster/keys", hold, times=1)
     with page.expect_request("**/cluster/keys"):
         disable()
-    page.wait_for_function("document.querySelector('dialog') === null")
+    wait_until(page, "document.querySelector('dialog') === null")
     _make(with_key, name="newer")
     disable()
     _row(page, "newer").wait_for()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import CHROMIUM
-from watched import Watched, open_page
+from watched import Watched, open_page, wait_until
 from web_cluster import WebCluster, open_web_cluster
 
 Open = Callable[..., Watched]
@@ -235,7 +235,7 @@ def test_a_picture_that_is_read_after_the_message_was_sent_is_for_the_next_one(
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Add pictures").click()
     chooser.value.set_files(_image(tmp_path))
-    page.wait_for_function("window.goOn !== undefined")
+    wait_until(page, "window.goOn !== undefined")
     _say(page, "what is it")
     page.evaluate("window.goOn()")
     page.get_by_role("img", name="Picture 1 to send").wait_for()
@@ -379,7 +379,7 @@ def test_a_microphone_that_is_allowed_after_signing_out_is_given_back(
     page.get_by_role("button", name="Record").click()
     page.get_by_role("button", name="Sign in").click()
     page.evaluate("window.allow()")
-    page.wait_for_function("window.stream.getTracks().every((track) => track.readyState === 'ended')")
+    wait_until(page, "window.stream.getTracks().every((track) => track.readyState === 'ended')")
 
 
 def test_pictures_are_made_and_changed(cluster: WebCluster, watched: Open, tmp_path: Path) -> None:
