@@ -21,8 +21,13 @@ ROUNDS = 5
 
 @contextmanager
 def garbage(found: list[str]) -> Iterator[None]:
-    """Find out which of our objects the block leaves behind in cycles."""
+    """Find out which of our objects the block leaves behind in cycles.
+
+    What was there before it does not count: a node of an earlier test may still be held by a thread that is about to
+    end, and becomes garbage whenever it likes.
+    """
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
@@ -35,6 +40,9 @@ def garbage(found: list[str]) -> Iterator[None]:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 async def echo(request: ChatRequest) -> AsyncIterator[str]:
