@@ -9,8 +9,8 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from hypothesis import settings
 from http_node import HttpNode, open_http_node
+from hypothesis import settings
 from private_postgres import PrivatePostgres, open_postgres
 
 # How long an example takes says how busy the machine is.
