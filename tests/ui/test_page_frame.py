@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 from watched import Watched, wait_until
 from web_cluster import WebCluster, open_web_cluster
 
@@ -139,3 +140,24 @@ def test_the_page_works_in_a_browser_that_stores_nothing(
     page.get_by_role("button", name="Theme: system").click()
     page.get_by_role("button", name="Theme: light").wait_for()
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
+
+
+def test_a_key_that_is_an_operator_s_no_longer_shows_what_it_may_see(
+    tmp_path: Path, watched: Callable[..., Watched]
+) -> None:
+    with open_web_cluster(tmp_path, serve=False) as cluster:
+        keys = f"{cluster.url}/cluster/keys"
+        with httpx.Client(trust_env=False) as http:
+            admin = http.post(keys, json={"name": "boss", "role": "admin"}).json()["key"]
+            http.headers["authorization"] = f"Bearer {admin}"
+            key = http.post(keys, json={"name": "ops", "role": "operator"}).json()["key"]
+            page = watched(cluster.page, expected=[0, 403]).page
+            page.get_by_label("API key").fill(key)
+            page.get_by_label("API key").press("Enter")
+            page.get_by_role("link", name="Workers").wait_for()
+            http.patch(f"{keys}/ops", json={"role": "inference"}).raise_for_status()
+            port = cluster.master.port
+            cluster.master.stop()
+            cluster.restart(port)
+        page.get_by_role("link", name="Workers").wait_for(state="detached")
+        page.get_by_role("link", name="Playground").wait_for()

@@ -183,6 +183,12 @@ function showPage(api, session) {
       if (failed && live.state === "live") show();
       return;
     }
+    if (live.error?.status === 403) {
+      // The role of the key was changed: what it may still see is another page.
+      stop();
+      enter(api);
+      return;
+    }
     const left = Math.max(1, Math.ceil((live.retryAt - Date.now()) / 1000));
     setText(connection, `Connection lost: what is shown may be old. Trying again in ${left} s.`);
     timer = setTimeout(showConnection, 1000);
@@ -196,6 +202,8 @@ function showPage(api, session) {
     clearTimeout(timer);
     live?.stop();
     loads?.stop();
+    // What they would do takes the key that is forgotten now.
+    for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
     unmount();
     leaving.abort();
   }

@@ -243,7 +243,7 @@ function mountList(root, page) {
           delivered: request.delivered,
           state: entry.cancelling ? "cancelling" : stateOf(request, live.now),
           tone: entry.waits ? "warn" : request.phase === "stopping" ? "" : "good",
-          rate: request.delivered > 0 ? outputOf(entry.rate, request.model) : "",
+          rate: entry.rate > 0 ? outputOf(entry.rate, request.model) : "",
           left: request.deadline === null ? "" : stopwatch(request.deadline - live.now),
         });
         button.tabIndex = tabIndex;
