@@ -723,7 +723,7 @@ def walk(session: nox.Session) -> None:
     That takes root, on Linux, and says what else is missing. The folder, with the logs, is the one after ``--``.
     """
     folder = session.posargs[0] if session.posargs else str(Path(session.create_tmp()).resolve() / "walk")
-    session.run("python", "scripts/walk.py", folder, external=True)
+    session.run("python", "scripts/production_walk.py", folder, external=True)
 
 
 @nox.session

@@ -46,6 +46,7 @@ PAGES: Final = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT /
 NOT_RUN: Final = {
     r"python3 -m venv": "makes an environment; nox does so in every session",
     r"(\.venv/bin/|/opt/trio-cluster/bin/)?pip install": "installs the package; nox does so in every session",
+    r"python bench/": "measures for minutes; tests/test_benchmarks.py runs each program for a moment",
     r"python -m build": "builds the package; the release does so",
     r"\.venv/bin/trio-cluster demo": "needs weights; tests/demo and the session engines run the demo",
     r"(\.venv/bin/)?nox": "runs these tests",

@@ -111,6 +111,7 @@ def test_a_key_that_is_made_works_and_is_shown_once(with_key: WebCluster, watche
     assert (entry["priority"], entry["weight"], entry["role"]) == ("low", 2.5, "inference")
     assert entry["expires_at"].startswith("2199-12-31")
     page.get_by_role("button", name="Done").click()
+    page.get_by_role("dialog").wait_for(state="detached")
     _row(page, "app").get_by_text("600 requests/min").wait_for()
     assert key not in page.content()
 

@@ -1,4 +1,4 @@
-"""Clients that ask, and ask again, while a cluster is changed behind them; see ``walk.py``, which starts this.
+"""Clients that ask, and ask again, while a cluster is changed behind them. ``production_walk.py`` starts them.
 
 Each request has a connection of its own, and none is repeated: what a client would notice is counted here. What there
 is so far stands in a file, which is replaced as a whole. SIGTERM lets the requests that run be answered, and ends.

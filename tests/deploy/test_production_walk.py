@@ -1,4 +1,4 @@
-"""The pieces of ``scripts/walk.py``. The whole of it is what ``nox -s walk`` does, as root."""
+"""The pieces of ``scripts/production_walk.py``. The whole of it is what ``nox -s walk`` does, as root."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from walk import ROOT, Failed, Machine, nginx_configuration, tls_to_masters
+from production_walk import ROOT, Failed, Machine, nginx_configuration, tls_to_masters
 
 SYSTEMD = ROOT / "deploy/systemd"
 

@@ -1,8 +1,8 @@
 """From nothing to production: the walk of ``docs/production.md``, on machines that are network namespaces.
 
-``python scripts/walk.py FOLDER`` prints each command before it runs it, checks what has come of each step, and removes
-everything but FOLDER at the end, which keeps the packages, the logs and the states. It needs root, ``ip``, nginx,
-openssl, curl, git and systemd's programs, and says which of them is missing; systemd itself need not run.
+``python scripts/production_walk.py FOLDER`` prints each command before it runs it, checks what has come of each step,
+and removes everything but FOLDER at the end, which keeps the packages, the logs and the states. It needs root, ``ip``,
+nginx, openssl, curl, git and systemd's programs, and says which of them is missing; systemd itself need not run.
 
 The machines are ``a`` and ``b``, with a master each and three workers, ``front`` with nginx and the clients, which is
 the switch between them, too, and ``c``, on which ``a`` is restored. They have the disk in common: each has a folder of
@@ -391,7 +391,7 @@ class Walk:
         """Start the clients."""
         front = self["front"]
         python = str(self.folder / "clients/bin/python")
-        script = str(ROOT / "scripts/walk_load.py")
+        script = str(ROOT / "scripts/production_load.py")
         words = [python, script, "https://api.example.net", str(front.folder / "cert.pem"), str(self.report)]
         front.start("clients", words, environment=front.environment | {"KEY": KEY})
         self.go_on(50)
@@ -669,7 +669,7 @@ def ask(machine: Machine, url: str, key: str) -> None:
 def main() -> None:
     """Walk, in the folder that is named."""
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python scripts/walk.py FOLDER")
+        raise SystemExit("usage: python scripts/production_walk.py FOLDER")
     if lacking := missing():
         raise SystemExit(f"the walk needs: {', '.join(lacking)}")
     folder = Path(sys.argv[1]).resolve()
