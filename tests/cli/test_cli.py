@@ -570,3 +570,35 @@ def test_an_error_of_a_registration_names_the_user_s_line(
     assert code == 1
     assert error in one_line(err)
     assert "(app.py, line 4;" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "app", "host"),
+    [
+        (["worker"], "models:server", "a.lan,b.lan:9000"),
+        (["worker", "c.lan"], "models:server", "c.lan"),
+        (["worker", "--app", "other:server"], "other:server", "a.lan,b.lan:9000"),
+        (["worker", "--masters-from", "masters.lan"], "models:server", None),
+        (["master"], "models:server", None),
+        (["run"], "models:server", None),
+    ],
+)
+def test_the_file_may_name_the_application_and_the_masters(
+    words: list[str], app: str, host: str | None, place: Path
+) -> None:
+    file = place / "c.toml"
+    file.write_text("app = 'models:server'\n[worker]\nmasters = ['a.lan', 'b.lan:9000']\n")
+    given = arguments.parse_arguments([*words, "--config", str(file)])
+    arguments.add_place(given)
+    assert (given.app, getattr(given, "master_host", None)) == (app, host)
+    # A program that is an application itself is not replaced by that of the file.
+    given = arguments.parse_arguments([*words[:1], "--config", str(file)])
+    arguments.add_place(given, is_application=True)
+    assert given.app is None
+
+
+def test_a_worker_serves_what_the_file_says(main: Main, place: Path) -> None:
+    (place / "c.toml").write_text("app = 'no_such_module:server'\n[worker]\nmasters = ['127.0.0.1:1']\n")
+    code, _, err = main("worker", "--config", "c.toml")
+    assert code == 2
+    assert "no_such_module" in one_line(err)

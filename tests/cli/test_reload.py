@@ -86,6 +86,12 @@ async def test_engines_of_the_file_need_a_restart(place: Path) -> None:
         await reload(server)
 
 
+async def test_the_application_and_the_masters_of_the_file_need_a_restart(place: Path) -> None:
+    server = serving("master", "--config", str(write(place)))
+    write(place, "keepalive = 4", "app = 'a:b'\n[worker]\nmasters = ['a.lan', 'b.lan']")
+    assert await reload(server) == (["server.keepalive"], ["app", "worker.masters"])
+
+
 async def test_environment_and_flags_come_before_the_file_as_at_the_start(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,10 +82,18 @@ def test_the_schema_accepts_what_a_node_accepts(table: str, option: str, tmp_pat
         ("unknown = 1", False),
         ("[server]\nunknown = 1", False),
         ("server = 1", False),
+        ("app = 'models:server'", True),
+        ("app = 'models'", False),
+        ("[worker]\nmasters = ['a.lan:8080', 'b.lan:8080']", True),
+        ("[worker]\nmasters = []", False),
+        ("[worker]\nmasters = ['a.lan,b.lan']", False),
+        ("masters = ['a.lan']", False),
     ],
 )
-def test_the_schema_knows_the_rest_of_the_file(file: str, is_valid: bool) -> None:
+def test_the_schema_knows_the_rest_of_the_file(file: str, is_valid: bool, tmp_path: Path) -> None:
     assert valid(file) is is_valid
+    if "/run/secrets" not in file:
+        assert accepted(file, tmp_path) is is_valid
 
 
 def test_the_defaults_in_the_schema_are_valid() -> None:
@@ -166,6 +174,11 @@ def test_a_file_is_put_into_words(main: Main, place: Path) -> None:
             "[[serve]]\nengine = 'openai'\nargument = 'http://127.0.0.1:1/v1'",
             "  - serves models with the engine openai (http://127.0.0.1:1/v1)\n",
         ),
+        ("app = 'models:server'", "  - serves the models of the application models:server\n"),
+        (
+            "[worker]\nmasters = ['a.lan:8080', 'b.lan:8080']",
+            "  - as a worker, links to a.lan:8080 and b.lan:8080\n",
+        ),
     ],
 )
 def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: Path) -> None:
@@ -191,6 +204,11 @@ def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: 
             "[worker]\nmemory = '4GiB'\n[[serve]]\nengine = 'command'\ncommand = ['true', '{port}']\n"
             "models = ['a']\nmemory = '5GiB'",
             "c.toml: [[serve]] 1: it needs 5 GiB of memory, and memory is 4GiB",
+        ),
+        ("app = 'models'", "c.toml: app: expected MODULE:ATTRIBUTE, got 'models'"),
+        (
+            "[worker]\nmasters = 'a.lan'",
+            "c.toml: worker.masters: expected a list of addresses, such as ['a.lan:80",
         ),
         ("[master]\nport = 1", "c.toml: master: unknown key; there are the tables [server], [worker]"),
         (

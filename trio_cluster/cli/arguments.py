@@ -27,9 +27,10 @@ from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
 from .commit import commit_of_installation
-from .settings import SECRET_FILES, load_options, load_process_settings, load_serve_tables
+from .settings import SECRET_FILES, load_options, load_place, load_process_settings, load_serve_tables
 
 __all__ = [
+    "add_place",
     "arguments_of",
     "config_file",
     "log_settings",
@@ -777,6 +778,26 @@ def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
         _log_setting("LOG_LEVEL", arguments.log_level, logs.LEVELS, file.get("log_level", "info")),
         _log_setting("LOG_FORMAT", arguments.log_format, logs.FORMATS, file.get("log_format", "text")),
     )
+
+
+def add_place(arguments: argparse.Namespace, *, is_application: bool = False) -> None:
+    """Put the application and the masters that the file names into the arguments of a node that do not say them.
+
+    Args:
+        arguments: from :func:`parse_arguments`; not changed if they are of a command that starts no node.
+        is_application: the program is an application itself, and needs none of the file.
+    """
+    if arguments.command not in _SERVING:
+        return
+    place = load_place(config_file(arguments))
+    if arguments.app is None and not is_application:
+        arguments.app = place.app
+    if arguments.command == "worker" and (arguments.master_host, arguments.masters_from, arguments.join) == (
+        None,
+        None,
+        None,
+    ):
+        arguments.master_host = place.masters
 
 
 def config_file(arguments: argparse.Namespace) -> Path | None:

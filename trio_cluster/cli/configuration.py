@@ -27,6 +27,7 @@ from ..errors import ClusterError
 from ..options import ClusterServerOptions, OptionChange, Reloaded, assign_option, changed_options
 from . import logs
 from .schema import shown_value
+from .settings import load_place
 
 if TYPE_CHECKING:
     # For the type: a command that only asks a node does not import a server.
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _LOG: Final = ("log_level", "log_format")
 _SERVE: Final = "serve"
+_PLACE: Final = ("app", "worker.masters")
 
 
 class Configuration:
@@ -71,6 +73,7 @@ class Configuration:
         self._read_log = read_log
         self._read_engines = read_engines
         self._engines = read_engines()
+        self._place = load_place(file)
         self._one_at_a_time = trio.Lock()
 
     async def reload(self) -> Reloaded:
@@ -84,8 +87,13 @@ class Configuration:
         """
         async with self._one_at_a_time:
             try:
-                options, log, engines = await start_in_thread(
-                    lambda: (self._read_options(), self._read_log(), self._read_engines())
+                options, log, engines, place = await start_in_thread(
+                    lambda: (
+                        self._read_options(),
+                        self._read_log(),
+                        self._read_engines(),
+                        load_place(self._file),
+                    )
                 )
                 changes = [
                     *(
@@ -100,8 +108,15 @@ class Configuration:
                     changes.append(
                         OptionChange(_SERVE, self._engines, engines, "after a restart", is_secret=True)
                     )
+                changes += [
+                    OptionChange(name, before, after, "after a restart")
+                    for name, before, after in zip(
+                        _PLACE, attrs.astuple(self._place), attrs.astuple(place), strict=True
+                    )
+                    if before != after
+                ]
                 certificates = await self._server.apply_changes(
-                    [change for change in changes if change.option not in (*_LOG, _SERVE)]
+                    [change for change in changes if change.option not in (*_LOG, _SERVE, *_PLACE)]
                 )
             except ClusterError as error:
                 logger.error("the new configuration is not used, and nothing has changed: %s", error)

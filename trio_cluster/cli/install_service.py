@@ -31,9 +31,16 @@ import attrs
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET
 from ..options import ClusterServerOptions
-from .arguments import arguments_of, options_from, parse_arguments, read_service_flags, serve_tables
+from .arguments import (
+    arguments_of,
+    config_file,
+    options_from,
+    parse_arguments,
+    read_service_flags,
+    serve_tables,
+)
 from .service_files import Service, is_as_written, launchd_plist, systemd_units
-from .settings import SECRET_FILES
+from .settings import SECRET_FILES, load_place
 
 __all__ = ["check_reachable", "install_service"]
 
@@ -137,9 +144,10 @@ def _service(
     """Return what is to run, and the secrets that are to be written, by the name of the option."""
     node: Literal["master", "worker"] = arguments.node
     given = parse_arguments([node, *arguments.arguments])
+    app = given.app or load_place(config_file(given)).app
     _check_environment()
     options = options_from(_without_missing_secrets(given))
-    has_models = bool(given.app or given.serve or serve_tables(given))
+    has_models = bool(app or given.serve or serve_tables(given))
     if node == "worker" and not has_models:
         raise OptionsError("a worker needs something to serve: give --app MODULE:ATTRIBUTE or --serve SPEC")
     if node == "master" and options.server.port == 0:
@@ -164,7 +172,7 @@ def _service(
     if manager == "launchd" and not is_user and state_dir is None:
         state_dir = f"/usr/local/var/lib/trio-cluster/{name}"
     program = [arguments.program] if arguments.program else _program()
-    directory = str(Path.cwd()) if _needs_directory(given) else None
+    directory = str(Path.cwd()) if app is not None or _has_file_of_model(given) else None
     words = list(_words(given))
     join_file = None
     service = Service(
@@ -235,10 +243,10 @@ def _without_missing_secrets(given: argparse.Namespace) -> argparse.Namespace:
     return checked
 
 
-def _needs_directory(given: argparse.Namespace) -> bool:
-    """Tell whether a node finds something in the current directory: its application, or the file of a model."""
+def _has_file_of_model(given: argparse.Namespace) -> bool:
+    """Tell whether a node finds the file of a model in the current directory."""
     words = [word for spec in given.serve for word in re.split("[:,=]", spec)]
-    return given.app is not None or any(word and Path(word).exists() for word in words)
+    return any(word and Path(word).exists() for word in words)
 
 
 def _secrets(

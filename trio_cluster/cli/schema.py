@@ -30,6 +30,7 @@ from .settings import (
     SECRET_FILES,
     WORKER_OPTIONS,
     load_options,
+    load_place,
     load_process_settings,
     load_serve_tables,
 )
@@ -109,9 +110,22 @@ def configuration_schema() -> dict[str, Any]:
             }
     top["worker"] = {
         "type": "object",
-        "description": "Options of a worker, which may also stand outside of this table.",
-        "properties": {name: top[name] for name in sorted(WORKER_OPTIONS)},
+        "description": "Options of a worker, which may also stand outside of this table, and its masters.",
+        "properties": {
+            **{name: top[name] for name in sorted(WORKER_OPTIONS)},
+            "masters": {
+                "type": "array",
+                "description": "The addresses of the masters; what HOST says on the command line.",
+                "items": {"type": "string", "minLength": 1, "pattern": "^[^,]+$"},
+                "minItems": 1,
+            },
+        },
         "additionalProperties": False,
+    }
+    top["app"] = {
+        "type": "string",
+        "description": "The application, MODULE:ATTRIBUTE; what `--app` says on the command line.",
+        "pattern": "^[^:]+:.+$",
     }
     top["serve"] = {
         "type": "array",
@@ -155,11 +169,17 @@ def describe_configuration(file: Path) -> str:
             raise OptionsError(
                 f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
             )
-    settings = load_process_settings(file)
+    settings, place = load_process_settings(file), load_place(file)
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
+        *([] if place.app is None else [f"  - serves the models of the application {place.app}"]),
         *(f"  - serves {_served(spec)}" for spec in specs),
+        *(
+            []
+            if place.masters is None
+            else [f"  - as a worker, links to {place.masters.replace(',', ' and ')}"]
+        ),
         "",
     ]
     for name, value in settings.items():

@@ -24,7 +24,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, TypeGuard, cast
 
 import attrs
 import cattrs
@@ -38,7 +38,9 @@ __all__ = [
     "PROCESS_SETTINGS",
     "SECRET_FILES",
     "WORKER_OPTIONS",
+    "Place",
     "load_options",
+    "load_place",
     "load_process_settings",
     "load_serve_tables",
 ]
@@ -60,6 +62,11 @@ PROCESS_SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "log_level": logs.LEVELS,
     "log_format": logs.FORMATS,
 }
+
+#: What else the file may have instead of the command line: the application at its top level, and the masters in its
+#: table ``[worker]``.
+_APP: Final = "app"
+_MASTERS: Final = "masters"
 
 #: The options that may be given in a file of their own: the name of that setting, and the name of the option.
 SECRET_FILES: Final[Mapping[str, str]] = {
@@ -183,6 +190,52 @@ def load_process_settings(config: Path | None) -> dict[str, str]:
     return {name: content[name] for name, values in PROCESS_SETTINGS.items() if content.get(name) in values}
 
 
+@attrs.frozen
+class Place:
+    """What a file says of a node that is no option of a server.
+
+    Attributes:
+        app: the application, as for ``--app``; ``None``: the file names none.
+        masters: the addresses of a worker's masters, with commas between them, as for HOST; ``None``: it names none.
+    """
+
+    app: str | None = None
+    masters: str | None = None
+
+
+def load_place(config: Path | None) -> Place:
+    """Return the application and the masters that a file names.
+
+    Args:
+        config: the file; ``None``: there is none.
+
+    Returns:
+        What is there and valid. What is wrong with the file is for :func:`load_options` to report.
+    """
+    try:
+        content = _parse_file(config)
+    except OptionsError:
+        return Place()
+    worker = content.get("worker")
+    app, masters = content.get(_APP), worker.get(_MASTERS) if isinstance(worker, dict) else None
+    return Place(
+        app if _is_app(app) else None,
+        ",".join(masters) if _are_masters(masters) else None,
+    )
+
+
+def _is_app(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and all(value.partition(":"))
+
+
+def _are_masters(value: object) -> TypeGuard[list[str]]:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, str) and each and "," not in each for each in value)
+    )
+
+
 def _parse_file(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
@@ -203,10 +256,18 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
             yield (name,), f"{config}: {name}", _Problem(f"must be one of {', '.join(values)}, got {value!r}")
     # For `load_serve_tables`.
     content.pop("serve", None)
+    # These two are for `load_place`.
+    if _APP in content and not _is_app(app := content.pop(_APP)):
+        yield (_APP,), f"{config}: {_APP}", _Problem(f"expected MODULE:ATTRIBUTE, got {app!r}")
     worker = content.pop("worker", {})
     if not isinstance(worker, dict):
         yield ("worker",), f"{config}: worker", _Problem("must be a table, [worker]")
         worker = {}
+    if _MASTERS in worker and not _are_masters(masters := worker.pop(_MASTERS)):
+        problem = _Problem(
+            f"expected a list of addresses, such as ['a.lan:8080', 'b.lan:8080'], got {masters!r}"
+        )
+        yield ("worker", _MASTERS), f"{config}: worker.{_MASTERS}", problem
     for key, value in worker.items():
         label = f"{config}: worker.{key}"
         if key not in WORKER_OPTIONS:
