@@ -64,7 +64,10 @@ const ICONS = {
   theme: "M12 4a8 8 0 1 0 0 16zM12 4a8 8 0 0 1 0 16",
   out: "M14 4h5v16h-5M4 12h10M10 8l4 4-4 4",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
-  search: "M10.5 4a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13zM15.5 15.5L20 20",
+  edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
+  microphone: "M12 3a3 3 0 0 0-3 3v5a3 3 0 0 0 6 0V6a3 3 0 0 0-3-3zM6 11a6 6 0 0 0 12 0M12 17v4",
+  picture: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 8.5h.01",
+  retry: "M20 11a8 8 0 1 0-2 6M20 4v7h-7",
 };
 
 /** Return an icon that screen readers skip: what it means is in the text, or in the label, beside it. */
@@ -141,21 +144,56 @@ export function ask(title, text, action) {
   });
 }
 
-/** Return a text to copy, with a button that copies it. */
-export function snippet(text, label = "Copy") {
-  const button = el("button.icon-button", { type: "button", "aria-label": label, title: label }, icon("copy"));
-  button.addEventListener("click", async () => {
+/**
+ * Return a button that copies a text.
+ *
+ * @param {function(): string} text
+ * @param {string} label what it copies, for screen readers.
+ * @param {function} otherwise what is done where pages may not copy, which is without HTTPS.
+ */
+export function copyButton(text, label, otherwise = () => toast("The browser lets pages copy over HTTPS only: select the text, and copy it with the keyboard")) {
+  const copy = async () => {
     try {
-      await navigator.clipboard.writeText(text);
+      await navigator.clipboard.writeText(text());
       toast("Copied");
     } catch {
-      // Without HTTPS there is no clipboard for pages; the text is selected, for the keyboard.
-      getSelection().selectAllChildren(code);
-      toast("Selected: copy it with the keyboard");
+      otherwise();
     }
-  });
+  };
+  return el("button.icon-button", { type: "button", "aria-label": label, title: label, onclick: copy }, icon("copy"));
+}
+
+/** Return a text to copy, with a button that copies it. */
+export function snippet(text, label = "Copy") {
   const code = el("code", {}, text);
-  return el("div.snippet", {}, el("pre", { tabIndex: 0 }, code), button);
+  const select = () => {
+    getSelection().selectAllChildren(code);
+    toast("Selected: copy it with the keyboard");
+  };
+  return el("div.snippet", {}, el("pre", { tabIndex: 0 }, code), copyButton(() => text, label, select));
+}
+
+/**
+ * Return a list of facts, each a name and a value: `{element, set(name, value)}`. They stand in the order in which they
+ * were first set; an empty value is not shown.
+ */
+export function factList(classes = "facts") {
+  const element = el(`dl.${classes}`);
+  const values = new Map();
+  return {
+    element,
+    set(name, value) {
+      let shown = values.get(name);
+      if (shown === undefined) {
+        shown = { text: el("dd"), element: el("div") };
+        shown.element.append(el("dt", {}, name), shown.text);
+        values.set(name, shown);
+        element.append(shown.element);
+      }
+      setText(shown.text, value);
+      shown.element.hidden = value === "";
+    },
+  };
 }
 
 /** Return what a view shows while it has nothing: what that means, and what to do next. */

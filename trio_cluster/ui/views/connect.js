@@ -3,38 +3,19 @@
 
 import { el, empty, fill, setText, snippet } from "../dom.js";
 import { CLIENTS } from "./connect/clients.js";
-import { failure, field } from "./playground/parts.js";
+import { showModels, tabStrip } from "./model_tabs.js";
+import { field } from "./playground/parts.js";
 
 const LOCAL = /^(localhost|127\.|\[::1\])/;
 
 /** `#connect/CLIENT` */
 export function mount(root, page) {
-  let left = false;
+  const gone = new AbortController();
 
-  async function load() {
-    fill(root, el("p.quiet", { role: "status" }, "Loading the models"));
-    let models;
-    try {
-      models = (await page.api.json("v1/models")).data;
-    } catch (error) {
-      if (!left) fill(root, failure(page, error, "The models cannot be listed"), again());
-      return;
-    }
-    if (!left) show(models);
-  }
-
-  function again() {
-    return el("button", { type: "button", onclick: load }, "Look again");
-  }
-
-  function show(models) {
+  function show(models, again) {
     const client = CLIENTS.find((each) => each.id === page.args[0]) ?? CLIENTS[0];
     const fitting = models.filter((model) => client.kinds.includes(model.kind));
-    const tabs = el(
-      "nav.tabs",
-      { "aria-label": "Clients" },
-      CLIENTS.map((each) => el("a", { href: `#connect/${each.id}`, "aria-current": each === client ? "page" : null }, each.title)),
-    );
+    const tabs = tabStrip("Clients", "connect", CLIENTS, client);
     const address = el("input", { type: "url", value: chosen.get(page.api)?.base ?? page.api.base, spellcheck: false, autocomplete: "off" });
     const model = el("select", {}, fitting.map((each) => el("option", { value: each.id }, each.id)));
     const wanted = chosen.get(page.api)?.model;
@@ -63,7 +44,7 @@ export function mount(root, page) {
     model.addEventListener("change", update);
     fill(
       root,
-      tabs,
+      tabs.element,
       fitting.length
         ? [
           el("div.fields.choices", {}, field("Address of this server", address), field("Model", model)),
@@ -81,12 +62,12 @@ export function mount(root, page) {
           again(),
         ),
     );
-    tabs.scrollLeft = tabs.querySelector("[aria-current]").offsetLeft - tabs.offsetLeft - 40;
+    tabs.scroll();
     if (fitting.length) update();
   }
 
-  load();
-  return () => (left = true);
+  showModels(root, page, gone.signal, show);
+  return () => gone.abort();
 }
 
 // The address and the model stay chosen from client to client.

@@ -1,6 +1,6 @@
 // The models: what they are, where they run, how quick they are, and what is to be done so that they do.
 
-import { el, empty, fill, setText, snippet, toast } from "../dom.js";
+import { el, empty, factList, fill, setText, snippet, toast } from "../dom.js";
 import { count, placeOf, plural } from "../format.js";
 import { keyed } from "../keyed.js";
 
@@ -93,8 +93,7 @@ function makeCard(page, id) {
   const state = el("span.badge");
   const kind = el("span.badge");
   const why = el("p.bad.trouble");
-  const facts = el("dl.numbers");
-  const values = new Map();
+  const facts = factList("numbers");
   const replicas = el("ul.replicas", { "aria-label": "Replicas" });
   const showReplicas = keyed(replicas, (replica) => replica.node, makeReplica);
   const load = el("button.small", { type: "button", onclick: () => act(load, "load", "is loaded") }, "Load");
@@ -105,7 +104,7 @@ function makeCard(page, id) {
     {},
     el("div.row.apart", {}, el("div.row.grow.title", {}, el("h2.ellipsis", { title: id }, id), kind, state), buttons),
     why,
-    facts,
+    facts.element,
     replicas,
   );
 
@@ -122,19 +121,6 @@ function makeCard(page, id) {
     button.removeAttribute("aria-busy");
   }
 
-  function fact(name, value) {
-    let shown = values.get(name);
-    if (shown === undefined) {
-      if (value === "") return;
-      shown = { text: el("dd"), element: el("div") };
-      shown.element.append(el("dt", {}, name), shown.text);
-      values.set(name, shown);
-      facts.append(shown.element);
-    }
-    setText(shown.text, value);
-    shown.element.hidden = value === "";
-  }
-
   return {
     element,
     update(model) {
@@ -145,14 +131,14 @@ function makeCard(page, id) {
       setText(why, model.why ?? "");
       if (model.replicas !== undefined) {
         // Of one replica it is beside the replica.
-        fact("In flight", model.replicas.length > 1 ? count(model.in_flight) : "");
-        fact("Speed", model.tokens_per_second === null ? "" : `${model.tokens_per_second} tokens/s`);
+        facts.set("In flight", model.replicas.length > 1 ? count(model.in_flight) : "");
+        facts.set("Speed", model.tokens_per_second === null ? "" : `${model.tokens_per_second} tokens/s`);
         const share = model.prompt_tokens > 0 ? Math.round((100 * model.cached_tokens) / model.prompt_tokens) : null;
-        fact("Prompts found in caches", share === null ? "" : `${share} %`);
+        facts.set("Prompts found in caches", share === null ? "" : `${share} %`);
       }
-      fact("Context", model.context_window ? `${count(model.context_window)} tokens` : "");
-      fact("Longest answer", model.max_output_tokens ? `${count(model.max_output_tokens)} tokens` : "");
-      if (model.trio_cluster_via?.length > 1) fact("Through", plural(model.trio_cluster_via.length - 1, "other cluster"));
+      facts.set("Context", model.context_window ? `${count(model.context_window)} tokens` : "");
+      facts.set("Longest answer", model.max_output_tokens ? `${count(model.max_output_tokens)} tokens` : "");
+      if (model.trio_cluster_via?.length > 1) facts.set("Through", plural(model.trio_cluster_via.length - 1, "other cluster"));
       const found = model.replicas ?? [];
       const onDemand = found.filter((replica) => replica.on_demand);
       showReplicas(found);

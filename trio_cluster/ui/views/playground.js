@@ -2,11 +2,11 @@
 
 import { el, empty, fill, setText, snippet } from "../dom.js";
 import { shell } from "./connect/clients.js";
+import { showModels, tabStrip } from "./model_tabs.js";
 import { createChat } from "./playground/chat.js";
 import { createImages } from "./playground/images.js";
 import { createSpeech, createTranscription } from "./playground/audio.js";
 import { createEmbeddings, createModeration, createRanking } from "./playground/scores.js";
-import { failure } from "./playground/parts.js";
 
 // Models of kind "any" stand for a server behind them, which may answer all of these.
 const TASKS = [
@@ -29,31 +29,17 @@ export function mount(root, page) {
   const tasks = kept.get(page.api) ?? new Map();
   kept.set(page.api, tasks);
   let shown = null;
-  let left = false;
+  const gone = new AbortController();
 
   function escape(event) {
     if (event.key === "Escape" && document.querySelector("dialog[open]") === null) shown?.stop();
   }
 
-  async function load() {
-    fill(root, el("p.quiet", { role: "status" }, "Loading the models"));
-    let models;
-    try {
-      models = (await page.api.json("v1/models")).data;
-    } catch (error) {
-      if (!left) fill(root, failure(page, error, "The models cannot be listed"), again());
+  function show(models, again) {
+    if (models.length === 0) {
+      fill(root, noModels(page, again()));
       return;
     }
-    if (left) return;
-    if (models.length) show(models);
-    else fill(root, noModels(page, again()));
-  }
-
-  function again() {
-    return el("button", { type: "button", onclick: load }, "Look again");
-  }
-
-  function show(models) {
     const fitting = (task) => models.filter((model) => model.kind === task.kind || (model.kind === "any" && task.kind !== "custom"));
     const offered = TASKS.filter((task) => fitting(task).length);
     const [first, second] = page.args;
@@ -92,27 +78,22 @@ export function mount(root, page) {
 
     select.value = chosen.id;
     choose(chosen);
-    const tabs = el(
-      "nav.tabs",
-      { "aria-label": "Tasks" },
-      offered.map((each) => el("a", { href: `#playground/${each.id}`, "aria-current": each === task ? "page" : null }, each.title)),
-    );
+    const tabs = tabStrip("Tasks", "playground", offered, task);
     fill(
       root,
-      tabs,
+      tabs.element,
       el("div.toolbar", {}, el("label", { for: "playground-model" }, "Model"), select, note),
       state.element,
     );
-    // On narrow screens the tabs are a strip that scrolls.
-    tabs.scrollLeft = tabs.querySelector("[aria-current]").offsetLeft - tabs.offsetLeft - 40;
+    tabs.scroll();
     // On a screen to touch, the keyboard would cover half of the page.
     if (matchMedia("(pointer: fine)").matches) state.focus();
   }
 
   document.addEventListener("keydown", escape);
-  load();
+  showModels(root, page, gone.signal, show);
   return () => {
-    left = true;
+    gone.abort();
     document.removeEventListener("keydown", escape);
   };
 }

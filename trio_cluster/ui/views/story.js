@@ -1,6 +1,6 @@
 // The story of one request: what happened when, and why. It grows while the request runs.
 
-import { el, empty, fill, setText, toast } from "../dom.js";
+import { el, empty, factList, fill, setText, toast } from "../dom.js";
 import { bytes, placeOf, seconds } from "../format.js";
 
 // Milliseconds between two looks at a request that runs.
@@ -95,39 +95,26 @@ function unknown(id) {
 /** Make what shows a story in an element; return what brings it up to date. What has not changed stays as it is. */
 function makeBody(content) {
   const why = el("p.story-why");
-  const facts = el("dl.facts");
+  const facts = factList();
   const attempts = el("div.attempts");
   const steps = el("ol.steps");
-  const values = new Map();
   const made = [];
-  fill(content, el("div.card", {}, why, facts), el("h2", {}, "Attempts"), attempts, el("h2", {}, "What happened"), el("div.card", {}, steps));
-
-  function fact(name, value) {
-    let shown = values.get(name);
-    if (shown === undefined) {
-      shown = { text: el("dd"), element: el("div") };
-      shown.element.append(el("dt", {}, name), shown.text);
-      values.set(name, shown);
-      facts.append(shown.element);
-    }
-    setText(shown.text, value);
-    shown.element.hidden = value === "";
-  }
+  fill(content, el("div.card", {}, why, facts.element), el("h2", {}, "Attempts"), attempts, el("h2", {}, "What happened"), el("div.card", {}, steps));
 
   return (story) => {
     const running = story.outcome === "running";
     setText(why, sentence(running ? story.steps.at(-1).text : story.why));
-    fact("Longest", story.slowest);
-    fact(running ? "Runs for" : "Took", seconds(story.seconds));
-    if (!running && values.has("Runs for")) fact("Runs for", "");
-    fact("Arrived", new Date(story.began).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }));
-    fact("Model", story.model);
-    fact("Key", story.key);
-    fact("Client", story.client);
-    fact("Path", story.path);
-    fact("Status", story.status ? String(story.status) : "");
-    fact("Ended by", running ? "" : story.by);
-    fact("Earlier", story.earlier ? `${story.earlier} with the same id` : "");
+    facts.set("Longest", story.slowest);
+    facts.set("Runs for", running ? seconds(story.seconds) : "");
+    facts.set("Took", running ? "" : seconds(story.seconds));
+    facts.set("Arrived", new Date(story.began).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" }));
+    facts.set("Model", story.model);
+    facts.set("Key", story.key);
+    facts.set("Client", story.client);
+    facts.set("Path", story.path);
+    facts.set("Status", story.status ? String(story.status) : "");
+    facts.set("Ended by", running ? "" : story.by);
+    facts.set("Earlier", story.earlier ? `${story.earlier} with the same id` : "");
 
     if (story.attempts.length === 0 && made.length === 0) fill(attempts, el("p.quiet", {}, "There was none: it was not sent to a model."));
     else if (made.length === 0) fill(attempts);

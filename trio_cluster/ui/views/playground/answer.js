@@ -1,11 +1,10 @@
 // One answer of a chat model: its request, and how it is shown while it comes and when it is over.
 
-import { el, fill, setText } from "../../dom.js";
+import { copyButton, el, fill, icon, setText } from "../../dom.js";
 import { plural, seconds } from "../../format.js";
-import { copyButton, drawing, failure, field, readChunks, requestLink, send } from "./parts.js";
+import { failure, field, readChunks, requestLink, send } from "./parts.js";
 import { Prose } from "./prose.js";
 
-const RETRY = "M20 11a8 8 0 1 0-2 6M20 4v7h-7";
 
 const BADGES = { failed: ["bad", "Failed"], stopped: ["warn", "Stopped"], length: ["warn", "Cut off: its longest length is reached"] };
 
@@ -230,7 +229,7 @@ export class Answer {
         el(
           "button.icon-button",
           { type: "button", "aria-label": "Try again", title: "Try again", onclick: () => this.actions.retry(this) },
-          drawing(RETRY),
+          icon("retry"),
         ),
       ),
     );

@@ -1,11 +1,10 @@
 // Text to speech, and speech to text.
 
-import { el, fill, setText } from "../../dom.js";
+import { copyButton, el, fill, icon, setText } from "../../dom.js";
 import { bytes, clock, seconds } from "../../format.js";
-import { choice, copyButton, drawing, facts, field, readChunks, requestForm, send } from "./parts.js";
+import { choice, facts, field, readChunks, requestForm, send } from "./parts.js";
 import { Recorder } from "./recorder.js";
 
-const MICROPHONE = "M12 3a3 3 0 0 0-3 3v5a3 3 0 0 0 6 0V6a3 3 0 0 0-3-3zM6 11a6 6 0 0 0 12 0M12 17v4";
 
 const TYPES = {
   "audio/mpeg": "mp3", "audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/ogg": "opus", "audio/opus": "opus",
@@ -71,7 +70,7 @@ export function createTranscription(page) {
   const recorder = new Recorder();
   page.signal.addEventListener("abort", () => recorder.stop());
   const file = el("input", { type: "file", accept: "audio/*,video/*" });
-  const record = el("button", { type: "button", onclick: toggle }, drawing(MICROPHONE), " ", el("span", {}, "Record"));
+  const record = el("button", { type: "button", onclick: toggle }, icon("microphone"), " ", el("span", {}, "Record"));
   const state = el("p", { role: "status" });
   const player = el("div.player");
   const task = choice([["transcriptions", "As it was said"], ["translations", "In English"]]);

@@ -1,12 +1,9 @@
 // Talking to a chat model, with pictures, tools and settings.
 
-import { el, fill, icon, setText, toast } from "../../dom.js";
+import { copyButton, el, fill, icon, setText, toast } from "../../dom.js";
 import { Answer } from "./answer.js";
-import { copyButton, drawing } from "./parts.js";
 import { createSettings, SettingError } from "./settings.js";
 
-const EDIT = "M4 20h4L19 9l-4-4L4 16zM13 7l4 4";
-const PICTURE = "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 8.5h.01";
 const NEAR_THE_END = 120;
 
 /** What the user has said. Attributes: `element`, `text`, `pictures` (data URLs). */
@@ -31,7 +28,7 @@ class Question {
         el(
           "button.icon-button",
           { type: "button", "aria-label": "Edit your message", title: "Edit your message", onclick: () => this.edit() },
-          drawing(EDIT),
+          icon("edit"),
         ),
       ),
     );
@@ -91,7 +88,7 @@ export function createChat(page) {
   const attach = el(
     "button.icon-button",
     { type: "button", "aria-label": "Add pictures", title: "Add pictures", onclick: () => files.click() },
-    drawing(PICTURE),
+    icon("picture"),
   );
   const shelf = el("div.pictures");
   const button = el("button.primary", { type: "submit" }, "Send");

@@ -1,7 +1,7 @@
 // What the forms of the playground have in common: fields, errors, and a request that can be stopped.
 
 import { readEvents } from "../../api.js";
-import { append, el, fill, icon, setText, svg, toast } from "../../dom.js";
+import { append, el, fill, setText } from "../../dom.js";
 import { seconds } from "../../format.js";
 
 let fields = 0;
@@ -24,34 +24,6 @@ export function choice(options, props = {}) {
 /** Return the lines of a field that are not empty. */
 export function lines(control) {
   return control.value.split("\n").map((line) => line.trim()).filter(Boolean);
-}
-
-/** Return a button that copies what `text()` returns. */
-export function copyButton(text, label) {
-  return el(
-    "button.icon-button",
-    {
-      type: "button", "aria-label": label, title: label,
-      onclick: async () => {
-        try {
-          await navigator.clipboard.writeText(text());
-          toast("Copied");
-        } catch {
-          toast("The browser lets pages copy over HTTPS only: select the text, and copy it with the keyboard");
-        }
-      },
-    },
-    icon("copy"),
-  );
-}
-
-/** Return an icon of a view's own: `path` is drawn on a grid of 24 by 24. */
-export function drawing(path) {
-  return svg(
-    "svg",
-    { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true", focusable: "false" },
-    svg("path", { d: path }),
-  );
 }
 
 /** Return the id of a request: for operators, as a link to its story. */

@@ -1,7 +1,6 @@
 // A text that arrives in pieces. Paragraphs and fenced code become elements; all else is shown as it was written.
 
-import { el } from "../../dom.js";
-import { copyButton } from "./parts.js";
+import { copyButton, el } from "../../dom.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 // The beginning of a line that may still become a fence. It is held back until that is decided.
