@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -188,39 +189,28 @@ def check(session: nox.Session) -> None:
     (wheel,) = folder.glob("*.whl")
     environment = {**os.environ, "CHECK_WHEEL": str(wheel), "CHECK_BESIDE": "1"}
 
+    def print_line(line: str) -> None:
+        with lock:
+            print(line, end="", flush=True)
+
     def run_those_that_wait() -> None:
         while True:
             with lock:
                 if not waiting:
                     return
                 name = waiting.pop(0)
-            command = [sys.executable, "-m", "nox", "--session", name]
-            if session.posargs and name.startswith("tests-"):
-                command += ["--", *session.posargs]
+            for_pytest = session.posargs and name.startswith("tests-")
+            arguments = ["--", *session.posargs] if for_pytest else []
             shown_at_once = name == f"tests-{WHOLE_ON}"
-            lines = []
-            with subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            ) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    lines.append(line)
-                    if shown_at_once:
-                        with lock:
-                            print(line, end="", flush=True)
+            show = print_line if shown_at_once else None
+            code, lines = run_session(name, *arguments, environment=environment, show=show)
             with lock:
                 if not shown_at_once:
                     print(*lines, sep="", flush=True)
                 # How pytest ends; or how nox does, if that is all that there was to say.
                 ends = [line for line in lines if re.match(r"\d+ (passed|failed|error).* in [0-9.]+s", line)]
                 results[name] = (ends or lines)[-1].removeprefix("nox > ").rstrip()
-                if process.returncode:
+                if code:
                     failed.append(name)
 
     lanes = [threading.Thread(target=run_those_that_wait) for _ in range(2)]
@@ -232,6 +222,41 @@ def check(session: nox.Session) -> None:
         session.log(f"{name}: {result}")
     if failed:
         session.error(f"failed: {', '.join(failed)}")
+
+
+def run_session(
+    name: str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    show: Callable[[str], None] | None = None,
+) -> tuple[int, list[str]]:
+    """Run a session in a process of its own.
+
+    Args:
+        name: of the session.
+        arguments: what else the command line of nox has.
+        environment: of the process; this one's by default.
+        show: gets each line at once.
+
+    Returns:
+        The exit code, and the lines that it has printed.
+    """
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "nox", "--session", name, *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if show is not None:
+                show(line)
+    return process.returncode, lines
 
 
 @nox.session
@@ -680,24 +705,12 @@ def run_step(session: nox.Session, root: Path, name: str) -> release_checks.Row:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "nox", "--session", name, "--report", str(written)]
-        output = []
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                output.append(line)
-                print(line, end="", flush=True)
+        show = partial(print, end="", flush=True)
+        code, lines = run_session(name, "--report", str(written), show=show)
         ended = json.loads(written.read_text("utf-8")) if written.exists() else {}
-    result, said = release_checks.outcome(ended, "".join(output))
-    if result == "passed" and process.returncode:
-        result, said = "failed", f"exit code {process.returncode}; {said}"
+    result, said = release_checks.outcome(ended, "".join(lines))
+    if result == "passed" and code:
+        result, said = "failed", f"exit code {code}; {said}"
     # The sessions of the clients write what they have found into the documentation.
     if changed := release_checks.changed_files(root):
         result, said = "failed", f"it has changed {', '.join(changed)}; commit that, and begin again; {said}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import patience
 import pytest
 import trio
 from trio.testing import MockClock
@@ -40,7 +41,7 @@ class Inbox:
 
 
 async def next_ping(inbox: Inbox) -> None:
-    with trio.fail_after(10):
+    with patience.fail_after(10):
         while ["WATCHDOG=1"] not in inbox.take():  # noqa: ASYNC110  (a socket of the manager, which is no task here)
             await trio.sleep(0.01)
 
@@ -250,7 +251,7 @@ async def test_the_end_of_the_predecessor_is_waited_for() -> None:
             await manager.wait_predecessor()
         assert waiting.cancelled_caught
         process.kill()
-        with trio.fail_after(5):
+        with patience.fail_after(5):
             await manager.wait_predecessor()
         manager.close()
         manager.close()
